@@ -1,0 +1,216 @@
+"""Quantized weights in plain PyTorch: the definition, the path for CPUs, the oracle of the Triton kernels.
+
+The tensors of one layer with `in` inputs, `out` outputs and G groups, in memory::
+
+    qweight  int32 [ceil(in * bits / 32), out]   codes q, one bit stream along `in`
+    qzeros   int32 [G, ceil(out * bits / 32)]    zeros z, one bit stream along `out`; always the true zeros
+    scales   float16 [G, out]                    s
+    g_idx    int32 [in]                          group of every input channel, in [0, G)
+
+    W[o, i] = s[g_idx[i], o] * (q[i, o] - z[g_idx[i], o])
+
+In a stream, code k occupies bits [k * bits, (k + 1) * bits), the lowest bit of a word first; 3-bit codes may
+straddle two words. The product has at most 11 + 8 significant bits, so float32 holds it exactly and a weight
+is rounded once, to the dtype it is wanted in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+
+# Codes expanded at a time: a tile stays in a CPU's cache, where a whole layer would spend its time on page faults.
+_TILE = 2**20
+
+
+def stream_period(bits: int) -> tuple[int, int]:
+    """(codes, words): after how many codes, and words, the bit stream is aligned to a word again."""
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of 2, 3, 4, 8; got {bits!r}")
+    common = math.gcd(bits, 32)
+    return 32 // common, bits // common
+
+
+def words_for(n: int, bits: int) -> int:
+    """How many int32 words hold n codes."""
+    return -(-n * bits // 32)
+
+
+def unpack(words: Tensor, bits: int, n: int) -> Tensor:
+    """Reads n codes from each column's bit stream.
+
+    Args:
+        words: int32 [ceil(n * bits / 32), m], any strides; bits after the n-th code are ignored.
+        bits: Width of a code: 2, 3, 4 or 8.
+        n: Codes in a column.
+
+    Returns:
+        uint8 [n, m], contiguous.
+
+    Raises:
+        ValueError: The dtype, the number of dimensions or the number of words is another.
+    """
+    period, period_words = stream_period(bits)
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[0] != words_for(n, bits):
+        raise ValueError(
+            f"{n} codes of {bits} bits need int32 words of shape [{words_for(n, bits)}, m]; "
+            f"got {words.dtype} {list(words.shape)}"
+        )
+    columns = words.shape[1]
+    codes = torch.empty(n, columns, dtype=torch.uint8, device=words.device)
+    rows = max(1, _TILE // (period * max(1, columns)))
+    for block in range(0, -(-n // period), rows):
+        first, last = block * period, min((block + rows) * period, n)
+        codes[first:last] = _expand(words[block * period_words : (block + rows) * period_words], bits, last - first)
+    return codes
+
+
+def dequantize(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """The weights as floats.
+
+    Args:
+        qweight, qzeros, scales, g_idx: As in the module's docstring.
+        bits: Width of a code: 2, 3, 4 or 8.
+        dtype: Any floating dtype; every weight is exact in float32 and rounded once to it.
+
+    Returns:
+        [out, in] in `dtype`: the transposed view of a contiguous [in, out].
+
+    Raises:
+        ValueError: An argument has another dtype or shape than above; the message names it.
+    """
+    check_weight(qweight, qzeros, scales, g_idx, bits)
+    weight = torch.empty(len(g_idx), qweight.shape[1], dtype=dtype, device=qweight.device)
+    for columns, tile in _tiles(qweight, qzeros, scales, g_idx, bits):
+        weight[:, columns] = tile
+    return weight.t()
+
+
+def matmul(
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    bits: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ + bias, a tile of outputs at a time, with W rounded to x's dtype.
+
+    Args:
+        x: Any floating dtype, [..., in].
+        qweight, qzeros, scales, g_idx: As in the module's docstring, on x's device.
+        bits: Width of a code: 2, 3, 4 or 8.
+        bias: [out], any floating dtype; rounded to x's.
+
+    Returns:
+        [..., out] in x's dtype.
+
+    Raises:
+        ValueError: An argument has another dtype, shape or device; the message names it.
+    """
+    check_weight(qweight, qzeros, scales, g_idx, bits)
+    check_input(x, qweight, g_idx, bias)
+    rows = x.reshape(-1, len(g_idx))
+    y = rows.new_empty(rows.shape[0], qweight.shape[1])
+    for columns, tile in _tiles(qweight, qzeros, scales, g_idx, bits):
+        y[:, columns] = rows @ tile.to(x.dtype)
+    if bias is not None:
+        y += bias.to(x.dtype)
+    return y.view(*x.shape[:-1], qweight.shape[1])
+
+
+def check_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> None:
+    """Raises ValueError, naming the tensor, unless all have the dtype, shape and device of the docstring above.
+
+    The values of g_idx are not looked at, which would cost a synchronisation: whoever reads them from a file
+    checks that they lie in [0, G).
+    """
+    stream_period(bits)
+    if qweight.dim() != 2 or scales.dim() != 2 or g_idx.dim() != 1:
+        raise ValueError(
+            "qweight and scales must have two dimensions and g_idx one; "
+            f"got {list(qweight.shape)}, {list(scales.shape)}, {list(g_idx.shape)}"
+        )
+    n_in, n_out, groups = len(g_idx), qweight.shape[1], scales.shape[0]
+    expected = (
+        ("qweight", qweight, torch.int32, [words_for(n_in, bits), n_out]),
+        ("qzeros", qzeros, torch.int32, [groups, words_for(n_out, bits)]),
+        ("scales", scales, torch.float16, [groups, n_out]),
+        ("g_idx", g_idx, torch.int32, [n_in]),
+    )
+    for name, tensor, dtype, shape in expected:
+        if tensor.dtype != dtype or list(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be {dtype} {shape} for {n_in} inputs, {n_out} outputs, {groups} groups and "
+                f"{bits} bits; got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.device != qweight.device:
+            raise ValueError(f"{name} is on {tensor.device} and qweight on {qweight.device}: move the whole layer")
+
+
+def check_input(x: Tensor, qweight: Tensor, g_idx: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError unless x is floating [..., in] and bias None or [out], both on qweight's device."""
+    if not x.is_floating_point():
+        raise ValueError(f"x must have a floating dtype, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != len(g_idx):
+        raise ValueError(f"x must end in {len(g_idx)} input channels, got shape {list(x.shape)}")
+    if bias is not None and list(bias.shape) != [qweight.shape[1]]:
+        raise ValueError(f"bias must have shape [{qweight.shape[1]}], got {list(bias.shape)}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != qweight.device:
+            raise ValueError(f"{name} is on {tensor.device}, the weights on {qweight.device}: move one of them")
+
+
+def _tiles(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """(which outputs, their weights as float32 [in, len]), tile by tile."""
+    n_in, n_out = len(g_idx), qweight.shape[1]
+    groups = scales.shape[0]
+    zeros = unpack(qzeros.t(), bits, n_out).t().float()
+    scales = scales.float()
+    # Contiguous groups of one size broadcast over their channels; any other order is gathered, at twice the time.
+    contiguous = groups > 0 and n_in % groups == 0
+    if contiguous:
+        channels = torch.arange(n_in, dtype=torch.int32, device=g_idx.device)
+        contiguous = torch.equal(g_idx, channels // max(1, n_in // groups))
+    width = max(1, _TILE // max(1, n_in))
+    for start in range(0, n_out, width):
+        columns = slice(start, min(start + width, n_out))
+        tile = _expand(qweight[:, columns], bits, n_in).float()
+        if contiguous:
+            grouped = tile.view(groups, -1, tile.shape[1])
+            grouped -= zeros[:, None, columns]
+            grouped *= scales[:, None, columns]
+        else:
+            tile -= zeros[:, columns][g_idx]
+            tile *= scales[:, columns][g_idx]
+        yield columns, tile
+
+
+def _expand(words: Tensor, bits: int, n: int) -> Tensor:
+    """The codes of `unpack` as int32, without its checks."""
+    period, period_words = stream_period(bits)
+    columns = words.shape[1]
+    missing = -len(words) % period_words
+    if missing:
+        words = torch.cat([words, words.new_zeros(missing, columns)])
+    words = words.reshape(len(words) // period_words, period_words, columns)
+    bit = torch.arange(period, dtype=torch.int32, device=words.device) * bits
+    shift = (bit % 32)[:, None]
+    # A word's codes share it by broadcasting; with several words to a period each code fetches its own.
+    codes = (words if period_words == 1 else words[:, bit // 32]) >> shift
+    codes &= (1 << (32 - shift).clamp(max=bits)) - 1  # also drops the copies of the sign shifted in
+    for k in range(period):
+        word, within = divmod(k * bits, 32)
+        if within + bits > 32:
+            codes[:, k] |= (words[:, word + 1] << (32 - within)) & ((1 << bits) - 1)
+    return codes.reshape(-1, columns)[:n]

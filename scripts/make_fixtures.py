@@ -1,0 +1,213 @@
+"""Makes the small checkpoints under tests/fixtures with the tools whose files we must read.
+
+Every folder is what the tool wrote (minus its tokenizer and logs). Beside it lies
+``NAME.expected.safetensors``: fixed token ids, the last float32 logits and the greedy continuation computed
+by an independent reader of the format (`gptq_ref.py` of the client checks), which uses neither the tool's
+kernels nor this package.
+
+The steps run in the environments of those tools, never in ours (see scripts/check_clients.sh for `gm`)::
+
+    gm/bin/python scripts/make_fixtures.py gptqmodel  tests/fixtures
+    ag/bin/python scripts/make_fixtures.py autogptq   tests/fixtures
+    gm/bin/python scripts/make_fixtures.py expected   tests/fixtures --clients DIR_OF_GPTQ_REF
+
+`gm` holds gptqmodel 7.6.0, transformers 5.23.0, torch 2.13.0; `ag` holds the auto-gptq 0.7.1 wheel (installed
+with --no-deps), transformers 4.41.2, accelerate 0.30.1, peft 0.11.1, datasets, rouge, gekko, torch 2.13.0.
+Names in the arguments make only those. The random weights are scaled so that every layer moves the logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "GPTQMODEL_CPU_WORKERS": "2",
+    "TORCHDYNAMO_DISABLE": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import torch  # noqa: E402
+
+VOCAB = 128
+TOKEN_IDS = [1] + [(i * 97 + 13) % (VOCAB - 8) + 8 for i in range(31)]
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+}  # fmt: skip
+
+# name -> (architecture, options of GPTQModel's QuantizeConfig)
+GPTQMODEL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptqmodel-w4g32": ("llama", {"bits": 4, "group_size": 32}),
+    "gptqmodel-w4g32-v2": ("llama", {"bits": 4, "group_size": 32, "format": "gptq_v2"}),
+    "gptqmodel-w4g32-desc-act": ("llama", {"bits": 4, "group_size": 32, "desc_act": True}),
+    "gptqmodel-w4g32-asym-desc-act-v2": (
+        "llama",
+        {"bits": 4, "group_size": 32, "sym": False, "desc_act": True, "format": "gptq_v2"},
+    ),
+    "gptqmodel-w4g32-asym": ("llama", {"bits": 4, "group_size": 32, "sym": False}),
+    "gptqmodel-w3g32": ("llama", {"bits": 3, "group_size": 32}),
+    "gptqmodel-w3g32-asym-desc-act-v2": (
+        "llama",
+        {"bits": 3, "group_size": 32, "sym": False, "desc_act": True, "format": "gptq_v2"},
+    ),
+    "gptqmodel-w2g16-desc-act": ("llama", {"bits": 2, "group_size": 16, "desc_act": True}),
+    "gptqmodel-w2g32-v2": ("llama", {"bits": 2, "group_size": 32, "format": "gptq_v2"}),
+    "gptqmodel-w8g32-asym-v2": ("llama", {"bits": 8, "group_size": 32, "sym": False, "format": "gptq_v2"}),
+    "gptqmodel-w8-channel-desc-act": ("llama", {"bits": 8, "group_size": -1, "desc_act": True}),
+    "gptqmodel-qwen2-bias-w4g32": ("qwen2", {"bits": 4, "group_size": 32}),
+    "gptqmodel-mixed-bits": (
+        "llama",
+        {"bits": 4, "group_size": 32, "dynamic": {r".*down_proj": {"bits": 8}, r"-:.*q_proj": {}}},
+    ),
+}
+# name -> options of AutoGPTQ's BaseQuantizeConfig
+AUTOGPTQ: dict[str, dict[str, Any]] = {
+    "autogptq-w4g32": {"bits": 4, "group_size": 32, "desc_act": False},
+    "autogptq-w4g32-asym-desc-act": {"bits": 4, "group_size": 32, "desc_act": True, "sym": False},
+    "autogptq-w4g32-desc-act-static-groups": {
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": True,
+        "static_groups": True,
+    },
+    "autogptq-w3g32": {"bits": 3, "group_size": 32, "desc_act": False},
+    "autogptq-w2g32": {"bits": 2, "group_size": 32, "desc_act": False},
+    "autogptq-w8g32-desc-act": {"bits": 8, "group_size": 32, "desc_act": True},
+}
+
+
+def calibration() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(4, VOCAB, (16, 64), generator=generator)
+    return [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in rows]
+
+
+def save_float_model(architecture: str, directory: Path) -> None:
+    """A random model of which every layer contributes O(1) to the residual stream."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    torch.manual_seed(1)
+    if architecture == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    else:
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "embed" in name:
+                parameter.normal_(0, 0.5)
+            elif parameter.ndim == 2:
+                parameter.normal_(0, (3 if "lm_head" in name else 1) * parameter.shape[1] ** -0.5)
+    model.to(torch.float16).save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t3"
+    ).save_pretrained(directory)
+
+
+def write_gptqmodel(source: Path, target: Path, options: dict[str, Any]) -> None:
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    # bfloat16 is what the tool picks by itself; v1 files are left so, v2 files are made in float16.
+    dtype = torch.float16 if options.get("format") == "gptq_v2" else torch.bfloat16
+    model = GPTQModel.load(str(source), QuantizeConfig(**options), dtype=dtype)
+    model.quantize(calibration(), batch_size=4)
+    model.save(str(target))
+
+
+def write_autogptq(source: Path, target: Path, options: dict[str, Any]) -> None:
+    import auto_gptq.modeling._base
+    from auto_gptq import BaseQuantizeConfig
+    from auto_gptq.modeling import LlamaGPTQForCausalLM
+    from transformers import LlamaForCausalLM
+
+    # The tool insists on CUDA in three places, although neither quantizing nor packing needs it.
+    auto_gptq.modeling._base.CUDA_0 = torch.device("cpu")
+    torch.cuda.synchronize = lambda device=None: None
+    model = LlamaForCausalLM.from_pretrained(source, torch_dtype=torch.float16).eval()
+    wrapper = LlamaGPTQForCausalLM(model, False, BaseQuantizeConfig(**options))
+    samples = [{key: torch.tensor([value]) for key, value in row.items()} for row in calibration()]
+    wrapper.quantize(samples, batch_size=1, use_triton=False, cache_examples_on_gpu=False)
+    wrapper.save_quantized(str(target), use_safetensors=True)
+
+
+def keep_what_matters(written: Path, fixture: Path) -> None:
+    shutil.rmtree(fixture, ignore_errors=True)
+    fixture.mkdir(parents=True)
+    for file in sorted(written.iterdir()):
+        if file.suffix in (".safetensors", ".json") and "token" not in file.name:
+            shutil.copy(file, fixture / file.name)
+
+
+def write_expected(fixture: Path, clients: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    sys.path.insert(0, str(clients))
+    import gptq_ref  # type: ignore[import-not-found]
+
+    config = json.loads((fixture / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        # The reader wants the configuration inside config.json; AutoGPTQ may have written it beside.
+        copy = Path(scratch)
+        for file in fixture.glob("*.safetensors"):
+            # AutoGPTQ gives every layer a bias, all zeros where the model has none; the reader's model has no
+            # place for those (a Llama has no bias at all).
+            tensors = load_file(file)
+            bias = [n for n in tensors if n.endswith(".bias") and config["model_type"] == "llama"]
+            assert not any(tensors.pop(n).any() for n in bias)
+            save_file(tensors, str(copy / file.name))
+        quantization = config.get("quantization_config") or json.loads(
+            (fixture / "quantize_config.json").read_text()
+        )
+        (copy / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+        logits, greedy = gptq_ref.run(gptq_ref.reference_model(str(copy)), TOKEN_IDS)
+    ids = torch.tensor([TOKEN_IDS])
+    tensors = {"input_ids": ids, "logits": logits[-8:].contiguous(), "greedy": greedy}
+    save_file(tensors, f"{fixture}.expected.safetensors")
+    print(
+        f"{fixture.name}: logits {tuple(logits.shape)}, largest {logits.abs().max():.3f}, greedy "
+        f"{greedy.tolist()}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=("gptqmodel", "autogptq", "expected"))
+    parser.add_argument("fixtures", type=Path)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--clients", type=Path, help="the folder of gptq_ref.py (step `expected`)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    if arguments.step == "expected":
+        for fixture in sorted(p.parent for p in arguments.fixtures.glob("*/config.json")):
+            if not arguments.names or fixture.name in arguments.names:
+                write_expected(fixture, arguments.clients)
+        return
+    jobs = GPTQMODEL if arguments.step == "gptqmodel" else {k: ("llama", v) for k, v in AUTOGPTQ.items()}
+    write = write_gptqmodel if arguments.step == "gptqmodel" else write_autogptq
+    for name in arguments.names or jobs:
+        architecture, options = jobs[name]
+        with tempfile.TemporaryDirectory() as scratch:
+            source, written = Path(scratch, "float"), Path(scratch, "written")
+            save_float_model(architecture, source)
+            write(source, written, options)
+            keep_what_matters(written, arguments.fixtures / name)
+        print(f"made {name} with torch {importlib.metadata.version('torch')}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # GPTQModel leaves worker threads behind that keep the interpreter from ending

@@ -1,0 +1,158 @@
+"""Rows of tokens for training, validation and calibration, as a LightningDataModule.
+
+Three functions, one for each config of the group `data`, say where the documents come from; what happens to
+them is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from gptq_plugin.apps.documents import TEXT, builtin_documents, file_documents, hub_documents, texts
+from gptq_plugin.apps.errors import DataError
+from gptq_plugin.apps.rows import cut_rows
+
+
+class TextData(LightningDataModule):
+    """Documents in, batches ``{"input_ids": int64 [batch_size, seq_len]}`` out.
+
+    Args:
+        documents: Column ``text``; for training and calibration.
+        eval_documents: The same, for validation; None holds out the last `eval_fraction` of the rows.
+        seq_len: Tokens a row.
+        batch_size: Rows a batch.
+        bos: Put the tokenizer's BOS token before each document.
+        shuffle: Shuffle rows in training and draw calibration rows at random; False keeps the text's order.
+        seed: Of that shuffling.
+        train_rows: Use the first rows only; None uses all.
+        eval_rows: The same for validation.
+        eval_fraction: Share of the rows held out when there are no `eval_documents`.
+
+    Attributes:
+        train: int64 [rows, seq_len], after `encode`.
+        validation: The same.
+    """
+
+    train: Tensor
+    validation: Tensor
+
+    def __init__(
+        self,
+        documents: Dataset,
+        eval_documents: Dataset | None = None,
+        *,
+        seq_len: int = 512,
+        batch_size: int = 8,
+        bos: bool = True,
+        shuffle: bool = True,
+        seed: int = 0,
+        train_rows: int | None = None,
+        eval_rows: int | None = None,
+        eval_fraction: float = 0.1,
+    ):
+        super().__init__()
+        if not 0 < eval_fraction < 1:
+            raise DataError(f"eval_fraction must lie between 0 and 1, got {eval_fraction}")
+        self.documents = documents
+        self.eval_documents = eval_documents
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.bos = bos
+        self.shuffle = shuffle
+        self.seed = seed
+        self.train_rows = train_rows
+        self.eval_rows = eval_rows
+        self.eval_fraction = eval_fraction
+
+    def encode(self, tokenizer: Any) -> TextData:
+        """Tokenizes and cuts; to be called once, before training.
+
+        Raises:
+            DataError: The text does not fill a row for training and one for validation.
+        """
+        rows = self._cut(self.documents, tokenizer, self.train_rows, "training text")
+        if self.eval_documents is not None:
+            self.train = rows
+            self.validation = self._cut(self.eval_documents, tokenizer, self.eval_rows, "validation text")
+            return self
+        held_out = max(1, round(len(rows) * self.eval_fraction))
+        if held_out >= len(rows):
+            raise DataError(
+                f"the text is too short to hold out some for validation: it fills {len(rows)} row of "
+                f"{self.seq_len} tokens. Give more text, a smaller data.seq_len, or data.eval_path"
+            )
+        self.train, held = rows[:-held_out], rows[-held_out:]
+        self.validation = held[: self.eval_rows]
+        return self
+
+    def calibration(self, nsamples: int) -> list[Tensor]:
+        """`nsamples` rows of the training text, or all if it has fewer: int64 [seq_len] each."""
+        order = torch.arange(len(self.train))
+        if self.shuffle:
+            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
+        return [self.train[index] for index in order[:nsamples]]
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the training rows."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(_Rows(self.train), self.batch_size, shuffle=self.shuffle, generator=generator)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the validation rows, in order."""
+        return DataLoader(_Rows(self.validation), self.batch_size)
+
+    def _cut(self, documents: Dataset, tokenizer: Any, limit: int | None, purpose: str) -> Tensor:
+        return cut_rows(
+            texts(documents), tokenizer, self.seq_len, bos=self.bos, limit=limit, purpose=purpose
+        )
+
+
+class _Rows(TorchDataset):
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index]}
+
+
+def builtin(**options: Any) -> TextData:
+    """The text every Python carries; `options` are TextData's."""
+    return TextData(builtin_documents(), **options)
+
+
+def text(
+    path: str | Sequence[str] | None,
+    eval_path: str | Sequence[str] | None = None,
+    column: str = TEXT,
+    **options: Any,
+) -> TextData:
+    """Files; see `documents.file_documents`. `options` are TextData's."""
+    if path is None:
+        raise DataError("data=text needs data.path=FILES: a file, a folder, a pattern, or a list of these")
+    documents = file_documents(path, column)
+    return TextData(documents, None if eval_path is None else file_documents(eval_path, column), **options)
+
+
+def hub(
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    eval_split: str | None = "validation",
+    column: str = TEXT,
+    **options: Any,
+) -> TextData:
+    """A data set of the hub, or a folder; see `documents.hub_documents`. `options` are TextData's."""
+    documents = hub_documents(path, name, split, column)
+    held_out = None if eval_split is None else hub_documents(path, name, eval_split, column)
+    return TextData(documents, held_out, **options)

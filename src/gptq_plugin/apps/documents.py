@@ -1,0 +1,133 @@
+"""Where text comes from: what Python carries, files, or the `datasets` library.
+
+Each function returns a `datasets.Dataset` with one column, ``text``: one document a row, in the order of the
+source, memory-mapped from `datasets`' cache where it comes from files.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+
+from gptq_plugin.apps.errors import DataError
+
+TEXT = "text"
+# How `datasets` reads a file, by its suffix; anything else is plain text, one document a file.
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def builtin_documents() -> Dataset:
+    """Python's own reference manual as `help()` shows it: some 325,000 characters of English prose.
+
+    The manual repeats itself under several topics, which would leak held-out text into training, so every
+    paragraph is kept once; tables are left out.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    documents = []
+    for topic in topics.values():
+        paragraphs = []
+        for paragraph in topic.split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words and words not in seen and not _is_table(paragraph):
+                paragraphs.append(paragraph.strip("\n"))
+            seen.add(words)
+        documents.append("\n\n".join(paragraphs))
+    return _not_empty(Dataset.from_dict({TEXT: documents}), "pydoc_data.topics")
+
+
+def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
+    """Documents of text, JSON lines, CSV or Parquet files.
+
+    Args:
+        path: A file, a folder (all files right in it), a glob pattern, or a list of these. Files come in the
+            order given, a pattern's or folder's in the order of their names.
+        column: The field that holds the text, in files that have fields.
+
+    Raises:
+        FileNotFoundError: A path that does not exist or a pattern that matches nothing; it is named.
+        DataError: No text in the files, or no such column.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    if not paths:
+        raise DataError("no files are given: set data.path to a file, a folder, a pattern, or a list of these")
+    parts = []
+    for file in (file for each in paths for file in _expand(each)):
+        builder = _BUILDERS.get(file.suffix, TEXT)
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty")
+        if builder == TEXT:
+            part = load_dataset(TEXT, data_files=str(file), split="train", sample_by="document")
+        else:
+            part = load_dataset(builder, data_files=str(file), split="train")
+        parts.append(_one_column(part, column if builder != TEXT else TEXT, str(file)))
+    return _not_empty(concatenate_datasets(parts), ", ".join(map(str, paths)))
+
+
+def hub_documents(path: str, name: str | None = None, split: str = "train", column: str = TEXT) -> Dataset:
+    """Documents of a data set on the Hugging Face hub, or of a local folder that `load_dataset` reads.
+
+    Args:
+        path: ``owner/dataset``, or a folder.
+        name: Its configuration, such as ``wikitext-2-raw-v1``.
+        split: Which split; slices such as ``train[:10%]`` work.
+        column: The field that holds the text.
+
+    Raises:
+        DataError: It cannot be reached, or has no such split or column, or no text.
+    """
+    what = " ".join(part for part in (path, name, split) if part)
+    try:
+        documents = load_dataset(path, name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"datasets.load_dataset could not read {what}: {error}. Without a network, use a data set that is "
+            "in its cache, a local folder (data.path=FOLDER), or files (data=text data.path=FILES)"
+        ) from error
+    return _not_empty(_one_column(documents, column, what), what)
+
+
+def _expand(path: str) -> list[Path]:
+    where = Path(path).expanduser()
+    if where.is_file():
+        return [where]
+    if where.is_dir():
+        files = sorted(file for file in where.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise DataError(f"the folder {where} holds no files")
+        return files
+    files = sorted(Path(file) for file in glob.glob(str(where), recursive=True) if Path(file).is_file())
+    if not files:
+        kind = "no file matches the pattern" if glob.has_magic(path) else "no such file or folder:"
+        raise FileNotFoundError(f"{kind} {path} (looked from {Path.cwd()})")
+    return files
+
+
+def _one_column(documents: Dataset, column: str, source: str) -> Dataset:
+    if column not in documents.column_names:
+        raise DataError(
+            f"{source} has no column {column!r}: it has {', '.join(documents.column_names)}. Set data.column"
+        )
+    documents = documents.select_columns([column])
+    return documents if column == TEXT else documents.rename_column(column, TEXT)
+
+
+def _not_empty(documents: Dataset, source: str) -> Dataset:
+    if not any(text and text.strip() for text in texts(documents)):
+        raise DataError(f"there is no text in {source}: {len(documents)} documents, all empty")
+    return documents
+
+
+def texts(documents: Dataset) -> Iterable[str]:
+    """The documents' texts, read as they are asked for; missing ones are empty."""
+    for rows in documents.iter(batch_size=64):
+        for text in rows[TEXT]:
+            yield text or ""
+
+
+def _is_table(paragraph: str) -> bool:
+    return any(line.lstrip()[:1] in ("+", "|") for line in paragraph.splitlines())

@@ -1,0 +1,161 @@
+"""Perplexity of a causal language model over rows of tokens, and a few words from it.
+
+``python -m gptq_plugin.apps.evaluate DIR --text FILES`` reloads an export and does both; the applications run
+it in a process of its own, so that what they report is what the files hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+_WINDOWS = "windows"
+
+
+@torch.no_grad()
+def mean_nll(network: nn.Module, windows: Tensor, batch_size: int = 4) -> float:
+    """Mean negative log-likelihood in nats of every token after the first of its window.
+
+    Perplexity is its exponential. The network is left in evaluation mode.
+
+    Args:
+        network: A causal language model: called with input_ids, returns logits.
+        windows: int64 [windows, positions].
+        batch_size: Windows in one forward.
+    """
+    network.eval()
+    device = next(network.parameters()).device
+    total = 0.0
+    for batch in windows.split(batch_size):
+        batch = batch.to(device)
+        logits = network(input_ids=batch).logits[:, :-1].float()
+        total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+@torch.no_grad()
+def continue_text(network: Any, tokenizer: Any, start: Tensor, new_tokens: int = 32) -> str:
+    """What the model writes after `start` (int64 [positions]), greedily."""
+    device = next(network.parameters()).device
+    tokens = start[None].to(device)
+    out = network.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    text: str = tokenizer.decode(out[0, len(start) :], skip_special_tokens=True)
+    return text
+
+
+def evaluate_export(
+    directory: Path, work_dir: Path, windows: Tensor, *, batch_size: int = 4, device: str = "cpu"
+) -> dict[str, Any]:
+    """Evaluates an export in a new process, from its files alone.
+
+    Args:
+        directory: The export.
+        work_dir: Where the windows and the result are written.
+        windows: int64 [windows, positions].
+        batch_size: Windows in one forward.
+        device: Where the other process computes.
+
+    Returns:
+        ``nll``, ``prompt``, ``text``, and the seconds of loading, evaluating and generating.
+
+    Raises:
+        RuntimeError: The process failed; its last words are in the message.
+    """
+    windows_file = work_dir / "windows.safetensors"
+    result_file = work_dir / "evaluation.json"
+    save_file({_WINDOWS: windows.contiguous()}, windows_file)
+    command = [sys.executable, "-m", "gptq_plugin.apps.evaluate", str(directory)]
+    command += ["--windows", str(windows_file), "--json", str(result_file)]
+    command += ["--batch-size", str(batch_size), "--device", device]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the export could not be evaluated: {' '.join(command)}\n{done.stdout[-4000:]}")
+    result: dict[str, Any] = json.loads(result_file.read_text())
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Loads, evaluates, generates, prints."""
+    options = _parser().parse_args(arguments)
+    from transformers import AutoTokenizer
+
+    from gptq_plugin import load_quantized
+
+    started = time.perf_counter()
+    network = load_quantized(options.directory, device=options.device)
+    loaded = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(options.directory)
+    windows = _windows(options, tokenizer)
+    ready = time.perf_counter()
+    nll = mean_nll(network, windows, options.batch_size)
+    evaluated = time.perf_counter()
+    prompt = windows[0, : options.prompt_tokens]
+    text = continue_text(network, tokenizer, prompt, options.new_tokens)
+    result = {
+        "nll": nll,
+        "perplexity": math.exp(nll),
+        "windows": len(windows),
+        "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+        "text": text,
+        "seconds": {
+            "load": loaded - started,
+            "evaluate": evaluated - ready,
+            "generate": time.perf_counter() - evaluated,
+        },
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2))
+    print(f"perplexity {result['perplexity']:.4f} (mean NLL {nll:.5f}) over {len(windows)} windows")
+    print(f"{result['prompt']!r} is continued by {text!r}")
+
+
+def _windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
+    if options.windows:
+        return load_file(options.windows)[_WINDOWS]
+    from gptq_plugin.apps.documents import file_documents, texts
+    from gptq_plugin.apps.rows import cut_rows
+
+    documents = texts(file_documents(options.text, options.column))
+    return cut_rows(documents, tokenizer, options.seq_len, limit=options.rows, purpose="evaluation text")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gptq_plugin.apps.evaluate",
+        description="Reload an exported model, measure its perplexity and let it write a few words.",
+    )
+    parser.add_argument("directory", type=Path, help="the exported folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", help="text or jsonl files to evaluate on")
+    source.add_argument("--windows", type=Path, help="a safetensors file with int64 `windows` [windows, positions]")
+    parser.add_argument("--column", default="text", help="the field that holds the text in jsonl files")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens a window")
+    parser.add_argument("--rows", type=int, default=None, help="windows at most (default: all)")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows in one forward")
+    parser.add_argument("--prompt-tokens", type=int, default=24, help="tokens of the first window to continue")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--json", type=Path, default=None, help="also write the result to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

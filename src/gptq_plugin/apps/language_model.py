@@ -1,0 +1,163 @@
+"""The model to fine-tune: a LightningModule around a Hugging Face causal language model.
+
+Two functions, one for each config of the group `model`, say where the network comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from gptq_plugin.apps.lightning_weights import load_lightning_weights
+from gptq_plugin.apps.tokenizer import train_tokenizer
+
+# Sizes in multiples of 128 fit every group size and every kernel.
+_ROUND = 128
+
+
+class LanguageModel(LightningModule):
+    """Next-token training with AdamW, a linear warm-up and a linear decay to a tenth.
+
+    Args:
+        network: A transformers causal language model.
+        tokenizer: Its tokenizer; kept so that it is exported beside the weights.
+        learning_rate: The peak.
+        warmup_steps: Optimizer steps up to the peak.
+        weight_decay: AdamW's, on matrices only.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Any,
+        *,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 20,
+        weight_decay: float = 0.01,
+    ):
+        super().__init__()
+        self.network = network
+        self.tokenizer = tokenizer
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.weight_decay = weight_decay
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        """input_ids: int64 [batch, positions]; returns what the network returns."""
+        return self.network(input_ids=input_ids, **options)
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        self.log("val_loss", self._loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        matrices = [p for p in self.parameters() if p.requires_grad and p.dim() > 1]
+        others = [p for p in self.parameters() if p.requires_grad and p.dim() <= 1]
+        optimizer: Optimizer = AdamW(
+            [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=self.learning_rate,
+            betas=(0.9, 0.95),
+        )
+        schedule = LambdaLR(optimizer, self._share_of_peak)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = self.network(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+        return loss
+
+    def _share_of_peak(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        total = max(self.trainer.estimated_stepping_batches, self.warmup_steps + 1)
+        done = min(1.0, (step - self.warmup_steps) / (total - self.warmup_steps))
+        return 1.0 - 0.9 * done
+
+
+def small_llama(
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 2048,
+    hidden_size: int = 256,
+    intermediate_size: int = 768,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 4,
+    max_position_embeddings: int = 2048,
+    **training: Any,
+) -> LanguageModel:
+    """A Llama from scratch, with a tokenizer trained on `texts`.
+
+    Args:
+        texts: The training documents.
+        vocab_size: Tokens of the tokenizer at most; the embedding is rounded up to a multiple of 128.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width inside the MLP.
+        num_hidden_layers: Blocks.
+        num_attention_heads: Query heads; must divide hidden_size.
+        num_key_value_heads: Key and value heads; must divide num_attention_heads.
+        max_position_embeddings: Longest sequence the configuration claims.
+        **training: LanguageModel's learning_rate, warmup_steps, weight_decay.
+    """
+    tokenizer = train_tokenizer(texts, vocab_size)
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // _ROUND) * _ROUND,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LanguageModel(LlamaForCausalLM(config), tokenizer, **training)
+
+
+def pretrained(
+    texts: Iterable[str],
+    *,
+    name_or_path: str | None,
+    dtype: str = "float32",
+    checkpoint: str | None = None,
+    trust_remote_code: bool = False,
+    **training: Any,
+) -> LanguageModel:
+    """A transformers causal language model with its own tokenizer.
+
+    Args:
+        texts: Not read: a pretrained model brings its tokenizer.
+        name_or_path: A local folder or a hub id.
+        dtype: Of the weights in memory: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (as on disk).
+        checkpoint: A Lightning checkpoint of a fine-tune of this model, whose weights replace its own.
+        trust_remote_code: Let the model's repository run its own code.
+        **training: LanguageModel's learning_rate, warmup_steps, weight_decay.
+
+    Raises:
+        ValueError: No name_or_path, or a dtype that is none.
+        OSError: transformers finds no model there; it says where it looked.
+        CheckpointError: The checkpoint holds other weights than the model's.
+    """
+    if name_or_path is None:
+        raise ValueError("model=hf needs model.name_or_path=PATH_OR_HUB_ID: a folder with config.json, or a hub id")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"model.dtype={dtype!r} is no dtype: choose float32, bfloat16, float16 or auto")
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    network = AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    if checkpoint is not None:
+        load_lightning_weights(network, checkpoint)
+    return LanguageModel(network, tokenizer, **training)

@@ -1,0 +1,190 @@
+"""What a run found, as a table a person understands and as ``summary.json``; and a sweep's runs side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from torch import nn
+
+SUMMARY = "summary.json"
+
+
+class Clock:
+    """Wall-clock seconds by phase, in the order the phases ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Accounts for a part of one phase as another."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
+
+@dataclass
+class Summary:
+    """One run of gptq-finetune or gptq-quantize.
+
+    Attributes:
+        bits: Width of a code.
+        group_size: Channels a group, or -1.
+        nll: Mean negative log-likelihood in nats by model: ``float``, ``rtn`` (round-to-nearest), ``gptq``.
+            Empty when nothing was evaluated.
+        windows: How many windows of how many tokens that was measured on.
+        float_bytes: Size of the float model's weights as safetensors hold them, in `float_dtype`.
+        float_dtype: Their dtype.
+        gptq_bytes: Size of the exported safetensors files.
+        seconds: By phase.
+        files: Where things are, by what they are.
+        prompt: The beginning of the first window.
+        text: What the exported model writes after it.
+        deviations: What differed from the request, a sentence each.
+        next_command: Something to try.
+    """
+
+    bits: int
+    group_size: int
+    float_bytes: int
+    float_dtype: str
+    gptq_bytes: int
+    nll: dict[str, float] = field(default_factory=dict)
+    windows: tuple[int, int] = (0, 0)
+    seconds: dict[str, float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    prompt: str = ""
+    text: str = ""
+    deviations: list[str] = field(default_factory=list)
+    next_command: str = ""
+
+    def write(self, directory: Path) -> None:
+        """Writes ``summary.json``."""
+        (directory / SUMMARY).write_text(json.dumps(dataclasses.asdict(self), indent=2))
+
+    def table(self) -> str:
+        """Everything above for a person to read."""
+        names = {"float": "float", "rtn": f"round-to-nearest, {self.bits} bits", "gptq": f"GPTQ, {self.bits} bits"}
+        sizes = {"float": f"{_megabytes(self.float_bytes)} ({self.float_dtype})", "gptq": _megabytes(self.gptq_bytes)}
+        rows = [("model", "perplexity", "mean NLL", "above float", "weights on disk")]
+        for key, name in names.items():
+            rows.append((name, *_figures(self.nll, key), sizes.get(key, "")))
+        lines = aligned(rows)
+        lines.insert(1, "-" * max(map(len, lines)))
+        lines.append("")
+        if self.nll:
+            lines.append(f"Measured on {self.windows[0]} held-out windows of {self.windows[1]} tokens; the GPTQ model")
+            lines.append("was reloaded from its files in a new process.")
+        if self.text:
+            lines.append(f"It continues  {_one_line(self.prompt)}")
+            lines.append(f"with          {_one_line(self.text)}")
+        lines.append("")
+        lines += aligned([("seconds", *self.seconds), ("", *(f"{s:.1f}" for s in self.seconds.values()))])
+        lines.append("")
+        lines += aligned([(what, where) for what, where in self.files.items()], numeric=False)
+        lines += [f"! {deviation}" for deviation in self.deviations]
+        if self.next_command:
+            lines += ["", "Try next:", f"  {self.next_command}"]
+        return "\n".join(lines)
+
+
+class SweepTable(Callback):
+    """Hydra callback: at the end of a multirun (``-m``), all its runs side by side in one table.
+
+    It reads the runs' ``summary.json``, so it works with every launcher. The table is printed and written
+    to ``sweep.txt`` in the sweep's folder.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        directory = Path(config.hydra.sweep.dir)
+        table = sweep_table(directory)
+        if table:
+            (directory / "sweep.txt").write_text(table + "\n")
+            print(f"\n{table}\n\n{directory.resolve()}")
+
+
+def sweep_table(directory: Path) -> str:
+    """The runs below `directory`, one a line, in the order they were started; empty when there are none."""
+    rows = []
+    for file in sorted(directory.glob(f"*/{SUMMARY}"), key=lambda file: _run_number(file.parent.name)):
+        run = json.loads(file.read_text())
+        overrides = file.parent / ".hydra" / "overrides.yaml"
+        name = ", ".join(line[2:] for line in overrides.read_text().splitlines()) if overrides.exists() else ""
+        nll, saved = run["nll"], f"{_megabytes(run['gptq_bytes'])} of {_megabytes(run['float_bytes'])}"
+        perplexities = [_perplexity(nll.get(key)) for key in ("float", "rtn", "gptq")]
+        rows.append((file.parent.name, name, *perplexities, _above(nll), saved, f"{sum(run['seconds'].values()):.0f}"))
+    if not rows:
+        return ""
+    shared = set.intersection(*(set(row[1].split(", ")) for row in rows)) if len(rows) > 1 else set()
+    rows = [(row[0], ", ".join(o for o in row[1].split(", ") if o not in shared), *row[2:]) for row in rows]
+    head = ("run", "overrides", "float ppl", "RTN ppl", "GPTQ ppl", "above float", "weights on disk", "s")
+    lines = aligned([head, *rows])
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def weights_size(network: nn.Module) -> tuple[int, str]:
+    """Bytes that the network's weights take in safetensors (tied ones once), and their dtype."""
+    parameters = list(network.parameters())  # names shared parameters once
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters), "/".join(dtypes)
+
+
+def files_size(directory: Path) -> int:
+    """Bytes of the safetensors files in a folder."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def aligned(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]:
+    """Rows as lines with columns one under the other: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(w) if numeric else cell.ljust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _figures(nll: dict[str, float], key: str) -> tuple[str, str, str]:
+    if key not in nll:
+        return "", "", ""
+    above = "" if key == "float" else f"+{nll[key] - nll['float']:.5f}".replace("+-", "-")
+    return _perplexity(nll[key]), f"{nll[key]:.5f}", above
+
+
+def _above(nll: dict[str, float]) -> str:
+    return f"{nll['gptq'] - nll['float']:+.5f}" if "gptq" in nll and "float" in nll else ""
+
+
+def _perplexity(nll: float | None) -> str:
+    return "" if nll is None else f"{math.exp(min(nll, 700)):.3f}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def _one_line(text: str, most: int = 90) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _run_number(name: str) -> tuple[int, str]:
+    return (int(name), name) if name.isdigit() else (1 << 30, name)

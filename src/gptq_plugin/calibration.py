@@ -1,0 +1,219 @@
+"""Calibration data: texts, tokens or a dataloader's batches, and which of their positions count.
+
+Texts and single token lists become rows without padding: samples of one length share a batch. Batches that
+come ready (a dataloader's) are left as they are; their attention mask says which positions are padding, and
+padding never enters a Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CalibrationError
+
+# A mapping with no other keys is a token sample, which may be cut and stacked with others.
+_TOKEN_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "labels"})
+# Masks over positions, in the order they are tried against a layer's input.
+_MASK_KEYS = ("attention_mask", "decoder_attention_mask")
+_IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward's worth of samples.
+
+    Attributes:
+        data: What the model's forward is given.
+        masks: bool [samples, positions] each, True where a position counts; empty when all do.
+        samples: How many samples it holds.
+    """
+
+    data: Any
+    masks: tuple[Tensor, ...] = ()
+    samples: int = 1
+
+    def counted(self, x: Tensor) -> tuple[Tensor | None, str | None]:
+        """The rows of a layer's input that count, and a sentence where the masks could not be applied.
+
+        Args:
+            x: [..., in], as the layer got it.
+
+        Returns:
+            [rows, in], or None when rows cannot be told from padding; and what is to be reported.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        if not self.masks:
+            return rows, None
+        for mask in self.masks:
+            mask = mask.to(x.device)
+            if x.shape[:-1] == mask.shape or (x.shape[0] == mask.shape[0] and rows.shape[0] == mask.numel()):
+                return rows[mask.reshape(-1)], None
+            if x.shape[:-1] == mask.T.shape:  # models that put the sequence first
+                return rows[mask.T.reshape(-1)], None
+            if x.dim() == 2 and rows.shape[0] == mask.numel():
+                return rows[mask.reshape(-1)], None
+        if x.dim() == 2 and rows.shape[0] != self.samples:
+            return None, "inputs of padded batches left out: their rows cannot be matched to the attention mask"
+        return rows, "reads another sequence than the attention mask describes: all its positions counted"
+
+
+@dataclass
+class Calibration:
+    """What was made of the user's data.
+
+    Attributes:
+        batches: In the order they will run.
+        deviations: A sentence for everything that was dropped or is less than asked.
+    """
+
+    batches: list[Batch] = field(default_factory=list)
+    deviations: list[str] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return sum(batch.samples for batch in self.batches)
+
+
+def collect(
+    data: Iterable[Any], config: QuantizeConfig, tokenizer: Callable[..., Any] | None = None, nsamples: int | None = None
+) -> Calibration:
+    """Turns what the user has into batches.
+
+    Args:
+        data: An iterable of texts; of token samples (lists of ids, 1-D tensors, or dicts of them, as a
+            tokenizer returns); or of ready batches (dicts, tensors, tuples of tensors, or anything the
+            model's forward takes). One kind only.
+        config: `model_seqlen` cuts token samples, `batch_size` stacks them.
+        tokenizer: Needed for texts: called as tokenizer(text).
+        nsamples: How many samples to use at most, from the first on; `config.nsamples` when None.
+
+    Raises:
+        CalibrationError: `data` is a single text, texts come without a tokenizer, or kinds are mixed.
+    """
+    if isinstance(data, (str, bytes)):
+        raise CalibrationError("calibration data is one text; give a list of texts: [text]")
+    if isinstance(data, Mapping):
+        raise CalibrationError("calibration data is one mapping; give a list of batches: [batch]")
+    limit = config.nsamples if nsamples is None else nsamples
+    calibration = Calibration()
+    samples: list[dict[str, Tensor]] = []
+    dropped = count = 0
+    iterator = iter(data)
+    for item in iterator:
+        sample = _token_sample(item, tokenizer)
+        if sample is None:
+            batch = ready_batch(item)
+            calibration.batches.append(batch)
+            count += batch.samples
+        elif sample["input_ids"].numel() == 0:
+            dropped += 1
+        else:
+            samples.append({key: value[:, : config.model_seqlen] for key, value in sample.items()})
+            count += 1
+        if samples and calibration.batches:
+            raise CalibrationError("calibration data mixes single token samples with batches; give one kind")
+        if count >= limit:
+            break
+    if dropped:
+        calibration.deviations.append(f"{dropped} empty calibration samples dropped")
+    unread = _unread(data, iterator, dropped + len(samples) + len(calibration.batches))
+    if unread:
+        calibration.deviations.append(f"calibration stops at nsamples={limit}: {unread} given were not used")
+    calibration.batches += _stack(samples, config.batch_size)
+    return calibration
+
+
+def ready_batch(data: Any) -> Batch:
+    """A batch that runs as it is; masks are kept only where they hide something."""
+    masks: list[Tensor] = []
+    if isinstance(data, Mapping):
+        masks = [m.bool() for key in _MASK_KEYS if _is_mask(m := data.get(key))]
+        labels = data.get("labels")
+        if masks and _is_mask(labels) and all(labels.shape != mask.shape for mask in masks):
+            masks.append(labels != _IGNORED_LABEL)  # an encoder-decoder's second sequence
+    if all(bool(mask.all()) for mask in masks):
+        masks = []
+    return Batch(data, tuple(masks), _samples_in(data))
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
+def _samples_in(data: Any) -> int:
+    if isinstance(data, Tensor):
+        return data.shape[0] if data.dim() else 1
+    if isinstance(data, Mapping):
+        values: Iterable[Any] = data.values()
+    elif isinstance(data, (list, tuple)):
+        values = data
+    else:
+        values = vars(data).values() if hasattr(data, "__dict__") else ()
+    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def _token_sample(item: Any, tokenizer: Callable[..., Any] | None) -> dict[str, Tensor] | None:
+    """The item as a dict of [1, positions] tensors, or None when it is a batch of the user's own making."""
+    if isinstance(item, str):
+        if tokenizer is None:
+            raise CalibrationError(
+                "calibration data holds texts, and there is no tokenizer to turn them into tokens: give tokenizer=..."
+            )
+        item = tokenizer(item)
+    if _is_token_list(item):
+        item = {"input_ids": item}
+    if not isinstance(item, Mapping) or "input_ids" not in item or not set(item) <= _TOKEN_KEYS:
+        return None
+    rows = {key: _as_row(value) for key, value in item.items()}
+    if any(row is None for row in rows.values()):
+        return None
+    return {key: row for key, row in rows.items() if row is not None}
+
+
+def _is_token_list(item: Any) -> bool:
+    if isinstance(item, Tensor):
+        return item.dim() == 1 and not item.is_floating_point() and item.dtype != torch.bool
+    return isinstance(item, Sequence) and bool(item) and all(isinstance(token, int) for token in item)
+
+
+def _as_row(value: Any) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    if value.numel() == 0:
+        return value.reshape(1, 0).long()
+    if value.dim() == 1:
+        return value[None]
+    return value if value.dim() == 2 and value.shape[0] == 1 else None
+
+
+def _stack(samples: list[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]:
+    """Samples of one length and kind, `batch_size` at a time, so that none needs padding."""
+    alike: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
+    for sample in samples:
+        kind = tuple((key, sample[key].shape[1]) for key in sorted(sample))
+        alike.setdefault(kind, []).append(sample)
+    for same in alike.values():
+        rest = iter(same)
+        while chunk := list(islice(rest, batch_size)):
+            yield ready_batch({key: torch.cat([sample[key] for sample in chunk]) for key in chunk[0]})
+
+
+def _unread(data: Iterable[Any], iterator: Iterator[Any], read: int) -> str | None:
+    """What is left in the data, in words; an iterable that does not know its length is asked for one more."""
+    if hasattr(data, "__len__"):
+        try:
+            left = len(data) - read
+        except TypeError:
+            left = 0
+        return f"{left} of {len(data)}" if left > 0 else None
+    return "more samples" if next(iterator, None) is not None else None

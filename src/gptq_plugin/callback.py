@@ -1,0 +1,243 @@
+"""GPTQCallback: when to quantize, with what data, and what is logged. No numerics.
+
+The hook is `on_fit_end`: the last checkpoint is saved, EMA and SWA have written the averaged weights, the
+strategy is torn down, and the process group, both dataloaders and the loggers still work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from gptq_plugin import distributed
+from gptq_plugin.errors import TargetError
+from gptq_plugin.export import check_export_dir
+from gptq_plugin.forward import call, fits
+from gptq_plugin.progress import progress_like
+from gptq_plugin.quantize import QuantizeModule
+from gptq_plugin.report import QuantizeReport
+from gptq_plugin.sampling import calibration_batches
+
+log = logging.getLogger(__name__)
+
+
+class GPTQCallback(pl.Callback):
+    """Quantizes what training ended with, at the end of `Trainer.fit`, and exports it.
+
+    What is quantized is the transformers model the LightningModule is, holds or contains; without one, the
+    LightningModule itself. What cannot work (no layer to quantize, a group size that does not divide, an
+    export folder that exists, a strategy that shards parameters) is refused before the first training step.
+    If quantization fails, the exception leaves `fit` with the trained weights in place and the checkpoints
+    written.
+
+    Args:
+        quantizer: What to do.
+        export_dir: Folder to write; None quantizes without export.
+        tokenizer: Saved with the export, and used on `calibration` texts.
+        calibration: Texts, token lists or batches (see `calibration.collect`), each rank its own; None
+            takes `config.nsamples` samples of the trainer's train dataloader, each once.
+        module: Dotted name, inside the LightningModule, of the module to quantize, where the default is not
+            the right one; "" is the LightningModule itself.
+        swap: True leaves the module quantized, so that `trainer.test(model)` runs on it; False exports and
+            gives it its float weights back.
+        overwrite: Replace an earlier export of ours in `export_dir`.
+
+    Attributes:
+        report: What happened, after `fit`; None before.
+
+    A LightningModule with a method `calibration_step(batch)` says with it how to run a calibration batch.
+    """
+
+    def __init__(
+        self,
+        quantizer: QuantizeModule,
+        export_dir: str | Path | None = None,
+        *,
+        tokenizer: Any = None,
+        calibration: Iterable[Any] | None = None,
+        module: str | None = None,
+        swap: bool = True,
+        overwrite: bool = False,
+    ):
+        if not isinstance(quantizer, QuantizeModule):
+            raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
+        if export_dir is None and not swap:
+            raise ValueError("with swap=False and no export_dir nothing of the quantization would remain")
+        self.quantizer = quantizer
+        self.export_dir = Path(export_dir) if export_dir is not None else None
+        self.tokenizer = tokenizer
+        self.calibration = calibration
+        self.module = module
+        self.swap = swap
+        self.overwrite = overwrite
+        self.report: QuantizeReport | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(export_dir=str(self.export_dir), module=self.module)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        _check_strategy(trainer, self.swap)
+        if self.export_dir is not None:
+            check_export_dir(self.export_dir, overwrite=self.overwrite)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.fast_dev_run:
+            self.quantizer.check(self.module_to_quantize(pl_module))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            log.info("fast_dev_run: nothing is quantized or exported")
+            return
+        module = self.module_to_quantize(pl_module)
+        _free_training_state(trainer, pl_module)
+        with _on_device(pl_module, trainer.strategy.root_device), progress_like(trainer) as progress:
+            quantized = self.quantizer.temporarily(
+                module,
+                self.calibration_data(trainer),
+                forward=self.calibration_forward(trainer, pl_module, module),
+                tokenizer=self.tokenizer,
+                progress=progress,
+                keep=self.swap,
+            )
+            with quantized as self.report:
+                self._export(module)
+        _log_to_loggers(trainer, self.report)
+
+    def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:
+        """The module `module` names, or the one transformers model inside, or the LightningModule.
+
+        Raises:
+            TargetError: `module` is no submodule, or there are several transformers models to choose from.
+        """
+        if self.module is not None:
+            try:
+                return pl_module.get_submodule(self.module)
+            except AttributeError:
+                children = ", ".join(name for name, _ in pl_module.named_children())
+                raise TargetError(
+                    f"module={self.module!r} is no submodule of {type(pl_module).__name__}, which has {children}"
+                ) from None
+        models = dict(_outermost_transformers(pl_module))
+        if len(models) > 1:
+            raise TargetError(
+                f"{type(pl_module).__name__} holds several transformers models ({', '.join(models)}): say which one "
+                "to quantize with module=..., or module='' for all of it"
+            )
+        for name, model in models.items():
+            outside = _parameters_outside(pl_module, model)
+            if outside:
+                log.warning(
+                    "only the transformers model %r is quantized and exported; %s of %s are outside it. For all of "
+                    "it, give module=''",
+                    name,
+                    ", ".join(outside[:4]),
+                    type(pl_module).__name__,
+                )
+            return model
+        return pl_module
+
+    def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
+        """What this rank calibrates on; override to choose other samples."""
+        if self.calibration is not None:
+            return self.calibration
+        return calibration_batches(trainer.train_dataloader, self.quantizer.config)
+
+    def calibration_forward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
+    ) -> Callable[[nn.Module, Any], Any]:
+        """How one batch is run: moved and cast as in training, then through `calibration_step`, the
+        transformers model (where the batch fits it), or the LightningModule's forward."""
+        step = getattr(pl_module, "calibration_step", None)
+        every_logit = self.quantizer.config.lm_head
+
+        def forward(_: nn.Module, batch: Any) -> Any:
+            batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+            with trainer.precision_plugin.forward_context():
+                if callable(step):
+                    return step(batch)
+                runner = module
+                if is_overridden("forward", pl_module) and not (isinstance(batch, Mapping) and fits(module, batch)):
+                    runner = pl_module
+                return call(runner, batch, every_logit=every_logit)
+
+        return forward
+
+    def _export(self, module: nn.Module) -> None:
+        if self.export_dir is None:
+            return
+        if distributed.rank() == 0:
+            self.quantizer.export(module, self.export_dir, tokenizer=self.tokenizer, overwrite=self.overwrite)
+        distributed.barrier()
+
+
+def _check_strategy(trainer: pl.Trainer, swap: bool) -> None:
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise NotImplementedError(
+            f"GPTQCallback needs whole parameters on every rank, and {type(strategy).__name__} shards them. Train "
+            "without the callback, save a full checkpoint and run gptq-quantize on it"
+        )
+    if swap and isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"strategy {trainer.strategy.launcher._start_method!r} trains in processes whose modules do not come "  # type: ignore[union-attr]
+            "back: the quantized layers would be lost. Use strategy='ddp', or swap=False with an export_dir"
+        )
+
+
+def _free_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Gradients and optimizer state go before quantization needs the memory; the checkpoints hold them."""
+    pl_module.zero_grad(set_to_none=True)
+    trainer.strategy.optimizers = []
+    trainer.strategy.lr_scheduler_configs = []
+
+
+@contextlib.contextmanager
+def _on_device(pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+    """Lightning has moved the module to the CPU by now; it goes back there afterwards."""
+    origin = pl_module.device
+    pl_module.to(device)
+    try:
+        yield
+    finally:
+        pl_module.to(origin)
+
+
+def _outermost_transformers(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    import transformers
+
+    if isinstance(root, transformers.PreTrainedModel):
+        yield prefix, root
+        return
+    for name, child in root.named_children():
+        yield from _outermost_transformers(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _parameters_outside(pl_module: nn.Module, model: nn.Module) -> list[str]:
+    inside = {id(parameter) for parameter in model.parameters()}
+    return [name for name, parameter in pl_module.named_parameters() if id(parameter) not in inside]
+
+
+def _log_to_loggers(trainer: pl.Trainer, report: QuantizeReport) -> None:
+    metrics: dict[str, float] = {f"gptq/{key}": value for key, value in report.totals().items()}
+    for module in report.quantized:
+        for key in ("loss", "rtn_loss", "damp_percent", "tokens", "seconds"):
+            value = float(getattr(module, key))
+            if math.isfinite(value):
+                metrics[f"gptq/{module.name}/{key}"] = value
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+        logger.save()

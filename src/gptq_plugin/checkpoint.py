@@ -1,0 +1,429 @@
+"""A GPTQ checkpoint on disk: what it says of itself, checked before a single weight is used.
+
+Reads the JSON files and the headers of the safetensors files (a few kilobytes, whatever the model's size) and
+the group indices, and proves that they agree: every quantized layer complete, of the shapes its bits and
+group size ask for, every group index in range. All complaints are collected, so that one error names
+everything that is wrong.
+
+Files of GPTQModel, AutoGPTQ (``quantize_config.json``, ``gptq_model-4bit-128g.safetensors``) and this package
+are read alike. Knows no model and no transformers; `load` puts models around it and `export` reads its own
+work back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptq_plugin.config import BITS, CHECKPOINT_FORMATS, rule_regex
+from gptq_plugin.errors import CheckpointError
+from gptq_plugin.kernels.reference import words_for
+from gptq_plugin.packing import zeros_from_disk
+from gptq_plugin.qlinear import QuantLinear
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+QUANTIZE_CONFIG = "quantize_config.json"  # the name AutoGPTQ gave it, read by every tool
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Only these mark a layer as quantized: `scales` and `bias` are names that float modules use too.
+_MARKS = ("qweight", "qzeros", "g_idx")
+_INT32, _HALF = "I32", "F16"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor as the header of its file describes it; `dtype` is safetensors' name, such as ``"F16"``."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One quantized Linear of the checkpoint, under the name it has there."""
+
+    name: str
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    groups: int
+    has_g_idx: bool
+    has_bias: bool
+
+
+@dataclass
+class Checkpoint:
+    """An opened and checked checkpoint.
+
+    Attributes:
+        directory: Where it is.
+        model_config: Content of ``config.json``; empty when there is none.
+        quantization: The GPTQ description: ``quantization_config`` of ``config.json``, else
+            ``quantize_config.json``.
+        checkpoint_format: ``"gptq"`` (v1) or ``"gptq_v2"``.
+        tensors: Every tensor in the files.
+        layers: The quantized layers.
+    """
+
+    directory: Path
+    model_config: dict[str, Any]
+    quantization: dict[str, Any]
+    checkpoint_format: str
+    tensors: dict[str, TensorEntry]
+    layers: dict[str, QuantizedLayer] = field(default_factory=dict)
+    _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Reads and checks the checkpoint in `directory`.
+
+        Raises:
+            CheckpointError: The folder, a file, a tensor or the description is missing, corrupt or
+                contradicts the others; the message names all of them and says what to do.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{directory} is not a folder: give the folder that holds {CONFIG} and the weights"
+            )
+        model_config = _read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+        quantization, source = _description(directory, model_config)
+        checkpoint = cls(directory, model_config, quantization, _format(quantization, source), {})
+        for file, promised in _weight_files(directory, quantization).items():
+            checkpoint._scan(file, promised)
+        checkpoint._find_layers()
+        return checkpoint
+
+    @property
+    def float_names(self) -> list[str]:
+        """The tensors that belong to no quantized layer."""
+        owned = {f"{name}.{suffix}" for name in self.layers for suffix in (*_MARKS, "scales", "bias")}
+        return [name for name in self.tensors if name not in owned]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored, on the CPU."""
+        tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(name)
+        return tensor
+
+    def lazy(self, name: str) -> Any:
+        """One tensor, not read yet: safetensors' slice, which transformers' loader reads in its turn."""
+        return self._handles[self.tensors[name].file].get_slice(name)
+
+    def read_layer(
+        self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> QuantLinear:
+        """The quantized layer `name` as a module, its zeros converted to true zeros.
+
+        Args:
+            name: A key of `layers`.
+            dtype: Of the bias; as stored when None.
+            device: Where the layer goes.
+        """
+        layer = self.layers[name]
+        bias = self.read(f"{name}.bias") if layer.has_bias else None
+        dtype = dtype or (bias.dtype if bias is not None else torch.float16)
+        module = QuantLinear(
+            layer.in_features,
+            layer.out_features,
+            layer.bits,
+            layer.group_size,
+            bias=layer.has_bias,
+            dtype=dtype,
+            device=torch.device("meta"),
+        )
+        stored = self.read(f"{name}.qzeros")
+        tensors: dict[str, Tensor | None] = {
+            "qweight": self.read(f"{name}.qweight"),
+            "qzeros": zeros_from_disk(stored, layer.bits, layer.out_features, self.checkpoint_format),
+            "scales": self.read(f"{name}.scales").to(torch.float16),
+            "g_idx": self._g_idx(layer),
+            "bias": bias.to(dtype) if bias is not None else None,
+        }
+        for key, tensor in tensors.items():
+            if tensor is not None:
+                setattr(module, key, tensor.to(device).contiguous())
+        return module
+
+    def _g_idx(self, layer: QuantizedLayer) -> Tensor:
+        if layer.has_g_idx:
+            return self.read(f"{layer.name}.g_idx")
+        return trivial_g_idx(layer.in_features, layer.group_size)
+
+    def _scan(self, file: Path, promised: Iterable[str]) -> None:
+        """Opens one weights file and records its tensors."""
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} does not exist, but {INDEX} says it holds {_some(promised)}: "
+                "fetch or copy the missing file, or export the model again"
+            )
+        try:
+            handle = safe_open(str(file), framework="pt", device="cpu")
+            for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
+                piece = handle.get_slice(name)
+                self.tensors[name] = TensorEntry(file, piece.get_dtype(), tuple(piece.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} ({file.stat().st_size} bytes) cannot be read as safetensors, so it is truncated "
+                "or corrupt "
+                f"({error}): fetch or copy it again, or export the model again"
+            ) from error
+        self._handles[file] = handle
+        missing = sorted(set(promised) - {name for name, entry in self.tensors.items() if entry.file == file})
+        if missing:
+            raise CheckpointError(
+                f"{file} lacks {', '.join(missing)}, which {INDEX} says it holds: fetch it again"
+            )
+
+    def _find_layers(self) -> None:
+        names = dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.rpartition(".")[2] in _MARKS)
+        if not names:
+            raise CheckpointError(
+                f"{self.directory} describes GPTQ weights but holds no tensor named NAME.qweight; it has "
+                f"{_some(self.tensors)}. If the model is not quantized, load it with transformers"
+            )
+        missing = [
+            f"{name}.{suffix}"
+            for name in names
+            for suffix in ("qweight", "qzeros", "scales")
+            if f"{name}.{suffix}" not in self.tensors
+        ]
+        if missing:
+            raise CheckpointError(
+                f"{self.directory} lacks {len(missing)} tensors of quantized layers: {', '.join(missing)}. "
+                "The checkpoint is incomplete: fetch all of its files again, or export the model again"
+            )
+        problems: list[str] = []
+        for name in names:
+            layer = self._layer(name, problems)
+            if layer is not None:
+                self.layers[name] = layer
+        if problems:
+            raise CheckpointError(
+                f"{self.directory} contradicts its own description:\n  " + "\n  ".join(problems) + "\n"
+                f"Correct the description in {CONFIG} and {QUANTIZE_CONFIG}, or take the checkpoint from "
+                "its source again"
+            )
+        derived = [layer.name for layer in self.layers.values() if not layer.has_g_idx]
+        if derived:
+            logger.warning(
+                "%s stores no g_idx for %s: input channel i is taken to be in group i // group_size",
+                self.directory,
+                _some(derived),
+            )
+
+    def _layer(self, name: str, problems: list[str]) -> QuantizedLayer | None:
+        """The layer, or None after saying in `problems` what does not fit."""
+        before = len(problems)
+        rule = module_rule(self.quantization, name)
+        bits, group_size = rule.get("bits"), rule.get("group_size", -1)
+        if bits not in BITS or isinstance(bits, bool):
+            problems.append(f"{name}: bits is {bits!r}; it must be one of {', '.join(map(str, BITS))}")
+            return None
+        if (
+            not isinstance(group_size, int)
+            or isinstance(group_size, bool)
+            or (group_size < 1 and group_size != -1)
+        ):
+            problems.append(f"{name}: group_size is {group_size!r}; it must be -1 or a positive integer")
+            return None
+        entries = {
+            s: self.tensors.get(f"{name}.{s}") for s in ("qweight", "qzeros", "scales", "g_idx", "bias")
+        }
+        for suffix, rank in (("qweight", 2), ("qzeros", 2), ("scales", 2), ("g_idx", 1), ("bias", 1)):
+            entry = entries[suffix]
+            if entry is None:
+                continue
+            floating = suffix in ("scales", "bias")
+            if (entry.dtype not in ("F16", "BF16", "F32", "F64")) if floating else entry.dtype != _INT32:
+                wanted = "floating point" if floating else _INT32
+                problems.append(f"{name}.{suffix} is {entry.dtype}, not {wanted} ({entry.file.name})")
+            elif len(entry.shape) != rank:
+                problems.append(f"{name}.{suffix} has shape {list(entry.shape)}, not {rank} dimensions")
+        if len(problems) > before:
+            return None
+        qweight, qzeros, scales, g_idx, bias = entries.values()
+        assert qweight is not None and qzeros is not None and scales is not None
+        rows, out_features = qweight.shape
+        in_features = g_idx.shape[0] if g_idx is not None else rows * 32 // bits
+        groups = 1 if group_size == -1 else -(-in_features // group_size)
+        says = f"bits={bits}, group_size={group_size}"
+        expected = {
+            "qweight": (words_for(in_features, bits), out_features),
+            "qzeros": (groups, words_for(out_features, bits)),
+            "scales": (groups, out_features),
+            "bias": (out_features,),
+        }
+        for suffix, shape in expected.items():
+            entry = entries[suffix]
+            if entry is not None and entry.shape != shape:
+                problems.append(
+                    f"{name}.{suffix} has shape {list(entry.shape)}; {says} with {in_features} inputs and "
+                    f"{out_features} outputs needs {list(shape)} ({entry.file.name})"
+                )
+        if g_idx is None and groups > 1 and rule.get("desc_act", False):
+            problems.append(
+                f"{name}.g_idx is missing, and with desc_act=true the groups cannot be told without it"
+            )
+        if len(problems) == before:
+            self._check_values(name, groups, scales, g_idx, problems)
+        if len(problems) > before:
+            return None
+        return QuantizedLayer(
+            name, bits, group_size, in_features, out_features, groups, g_idx is not None, bias is not None
+        )
+
+    def _check_values(
+        self, name: str, groups: int, scales: TensorEntry, g_idx: TensorEntry | None, problems: list[str]
+    ) -> None:
+        if g_idx is not None:
+            low, high = (int(value) for value in self.read(f"{name}.g_idx").aminmax())
+            if low < 0 or high >= groups:
+                problems.append(
+                    f"{name}.g_idx holds values from {low} to {high}; with {groups} groups they must lie in "
+                    f"0..{groups - 1} ({g_idx.file.name})"
+                )
+        stored = self.read(f"{name}.scales")
+        if not bool(stored.isfinite().all()):
+            problems.append(f"{name}.scales holds NaN or infinity ({scales.file.name})")
+        elif scales.dtype != _HALF and not torch.equal(stored.half().to(stored.dtype), stored):
+            problems.append(
+                f"{name}.scales is {scales.dtype} with values float16 cannot hold ({scales.file.name})"
+            )
+
+
+def trivial_g_idx(in_features: int, group_size: int, device: torch.device | None = None) -> Tensor:
+    """int32 [in_features]: contiguous groups, i // group_size; all 0 for group_size -1."""
+    return torch.arange(in_features, dtype=torch.int32, device=device) // (
+        group_size if group_size > 0 else in_features
+    )
+
+
+def module_rule(quantization: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the description says of one module: its fields, with the first matching `dynamic` rule on top."""
+    for pattern, overrides in (quantization.get("dynamic") or {}).items():
+        if re.match(rule_regex(pattern), name):
+            return {**quantization, **(overrides or {})}
+    return dict(quantization)
+
+
+def _description(directory: Path, model_config: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """The GPTQ description and the file it comes from."""
+    text_config = model_config.get("text_config") or {}
+    inside = model_config.get("quantization_config") or text_config.get("quantization_config")
+    beside = directory / QUANTIZE_CONFIG
+    if inside is not None:
+        quantization, source = inside, directory / CONFIG
+    elif beside.is_file():
+        quantization, source = {"quant_method": "gptq", **_read_json(beside)}, beside
+    else:
+        raise CheckpointError(
+            f"{directory} has neither a quantization_config in {CONFIG} nor a {QUANTIZE_CONFIG}, so it is "
+            "no GPTQ "
+            "checkpoint. A float model is loaded with transformers"
+        )
+    if not isinstance(quantization, dict):
+        raise CheckpointError(
+            f"{source}: the quantization description must be an object, got {quantization!r}"
+        )
+    method = quantization.get("quant_method", "gptq")
+    if method != "gptq":
+        raise CheckpointError(
+            f"{source}: quant_method is {method!r}; this package reads 'gptq'. Load such a checkpoint with "
+            "transformers"
+        )
+    packing = quantization.get("pack_dtype", "int32")
+    if packing not in ("int32", "torch.int32"):
+        raise CheckpointError(f"{source}: pack_dtype is {packing!r}; this package reads int32 words")
+    if not isinstance(quantization.get("dynamic") or {}, dict):
+        raise CheckpointError(f"{source}: dynamic must map regular expressions to overrides")
+    for pattern in quantization.get("dynamic") or {}:
+        try:
+            re.compile(rule_regex(pattern))
+        except re.error as error:
+            raise CheckpointError(
+                f"{source}: dynamic: {pattern!r} is not a regular expression: {error}"
+            ) from error
+    return quantization, source
+
+
+def _format(quantization: Mapping[str, Any], source: Path) -> str:
+    """v1 or v2. AutoGPTQ's files predate the key and are v1; `format` is GPTQModel's alias of it."""
+    said = [quantization[key] for key in ("checkpoint_format", "format") if quantization.get(key)]
+    if quantization.get("is_marlin_format"):
+        said.append("marlin")
+    if len(set(said)) > 1:
+        raise CheckpointError(
+            f"{source}: checkpoint_format and format disagree ({' and '.join(map(repr, said))}), and the "
+            "zeros of one "
+            "read as the other are off by one: correct the wrong one"
+        )
+    stated: str = said[0] if said else "gptq"
+    if stated not in CHECKPOINT_FORMATS:
+        raise CheckpointError(
+            f"{source}: checkpoint_format is {stated!r}; this package reads "
+            f"{' and '.join(map(repr, CHECKPOINT_FORMATS))}"
+        )
+    return stated
+
+
+def _weight_files(directory: Path, quantization: Mapping[str, Any]) -> dict[Path, list[str]]:
+    """The safetensors files, each with the tensors an index says it holds."""
+    indices = (
+        [directory / INDEX]
+        if (directory / INDEX).is_file()
+        else sorted(directory.glob("*.safetensors.index.json"))
+    )
+    if indices and not (directory / WEIGHTS).is_file():
+        weight_map = _read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(
+                f"{indices[0]} has no weight_map: fetch it again, or export the model again"
+            )
+        files: dict[Path, list[str]] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise CheckpointError(
+                    f"{indices[0]}: {name} is said to be in {shard!r}, which is no file of this folder"
+                )
+            files.setdefault(directory / shard, []).append(name)
+        return files
+    base = quantization.get("model_file_base_name") or "model"
+    named = directory / f"{base}.safetensors"
+    found = [named] if named.is_file() else sorted(directory.glob("*.safetensors"))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{directory} should hold its weights in one {WEIGHTS}, or in shards listed by {INDEX}; it has "
+            f"{_some(file.name for file in found) or 'no safetensors file'}"
+        )
+    return {found[0]: []}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as JSON ({error}): fetch it again, or export again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

@@ -1,0 +1,248 @@
+"""QuantizeConfig: what to quantize and how, in the field names of AutoGPTQ and GPTQModel.
+
+A frozen dataclass that validates itself, so that a bad option is refused before anything is trained. It
+round-trips to plain dicts, to YAML and to ``quantize_config.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import yaml
+
+BITS = (2, 3, 4, 8)
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+QUANTIZER_NAME = "gptq_plugin"
+
+# What a `dynamic` rule may override for the modules it matches.
+MODULE_FIELDS = (
+    "bits",
+    "group_size",
+    "sym",
+    "desc_act",
+    "static_groups",
+    "damp_percent",
+    "damp_auto_increment",
+    "clip_ratios",
+)
+# Fields other tools do not know; in quantize_config.json they live under `meta`, where no client trips over them.
+_META_FIELDS = ("clip_ratios", "modules_to_not_convert", "model_seqlen", "nsamples", "batch_size", "seed")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How to quantize a model.
+
+    Groups and order of columns:
+
+    ========  =============  ==========================================================================
+    desc_act  static_groups
+    ========  =============  ==========================================================================
+    False     True           Static act-order (default): columns are visited in descending order of
+                             diag(H), groups stay contiguous, nothing to pay at run time.
+    True      False          The original act-order: groups follow the visiting order, ``g_idx`` is
+                             written, and some servers (vLLM) refuse or slow down.
+    False     False          The original natural order; a group's scale is computed when it is reached.
+    True      True           AutoGPTQ's spelling of static act-order: the same as the first row.
+    ========  =============  ==========================================================================
+
+    Args:
+        bits: Width of a code: 2, 3, 4 or 8.
+        group_size: Input channels that share one scale and zero; any divisor of the layers' in_features,
+            or -1 for one group a row.
+        sym: Symmetric grid (the zero is fixed at 2^(bits-1)); False stores a zero for every group.
+        desc_act: Activation order with groups along that order (see above).
+        static_groups: Scales from the original, contiguous groups, fixed before the solve (see above).
+        damp_percent: Share of the mean of diag(H) added to diag(H), in [0, 1).
+        damp_auto_increment: Added to damp_percent when the Hessian has no Cholesky factor even in
+            float64, ten times more at each further try; 0 goes to round-to-nearest at once.
+        clip_ratios: Parts of a group's range its grid may cover. Every row is solved with each and keeps the
+            solution with the least output error, so more ratios cost time, never accuracy on the
+            calibration data; ``(1.0,)`` is plain GPTQ.
+        true_sequential: Each layer is calibrated on inputs that went through the quantized layers before
+            it. Lock-step calibration gives this in one pass; False is only read from other tools' files.
+        lm_head: Also quantize the output embedding.
+        dynamic: GPTQModel's per-module rules, tried in order, first match wins (``re.match`` on the full
+            name): ``{"regex": {"bits": 8}}`` overrides fields, ``{"-:regex": {}}`` leaves modules float.
+        modules_to_not_convert: Modules to leave float: a full dotted name, or a run of its components
+            (``"mlp.down_proj"`` means every module whose name contains that run).
+        model_seqlen: Tokens in a calibration sample made from text; longer token lists are cut to it.
+        nsamples: Number of calibration samples over all ranks.
+        batch_size: Calibration samples in one forward.
+        seed: Seed of the choice of calibration samples.
+        checkpoint_format: ``"gptq"`` (v1, stores zeros minus one) or ``"gptq_v2"``.
+
+    Raises:
+        ValueError: A field has a value that cannot work; the message names the field and the choices.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    static_groups: bool = True
+    damp_percent: float = 0.01
+    damp_auto_increment: float = 0.0025
+    clip_ratios: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    true_sequential: bool = True
+    lm_head: bool = False
+    dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    modules_to_not_convert: tuple[str, ...] = ()
+    model_seqlen: int = 2048
+    nsamples: int = 128
+    batch_size: int = 8
+    seed: int = 0
+    checkpoint_format: str = "gptq"
+
+    def __post_init__(self) -> None:
+        # YAML and JSON hand over lists and None for empty collections.
+        object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert or ()))
+        object.__setattr__(self, "clip_ratios", tuple(self.clip_ratios or ()))
+        object.__setattr__(self, "dynamic", {k: dict(v or {}) for k, v in (self.dynamic or {}).items()})
+        _one_of("bits", self.bits, BITS)
+        _one_of("checkpoint_format", self.checkpoint_format, CHECKPOINT_FORMATS)
+        for name in ("sym", "desc_act", "static_groups", "true_sequential", "lm_head"):
+            _one_of(name, getattr(self, name), (True, False))
+        if not _is_int(self.group_size) or self.group_size == 0 or self.group_size < -1:
+            raise ValueError(f"group_size must be -1 or a positive integer, got {self.group_size!r}")
+        if not _is_number(self.damp_percent) or not 0 <= self.damp_percent < 1:
+            raise ValueError(f"damp_percent must be a number in [0, 1), got {self.damp_percent!r}")
+        if not _is_number(self.damp_auto_increment) or not 0 <= self.damp_auto_increment < 1:
+            raise ValueError(f"damp_auto_increment must be a number in [0, 1), got {self.damp_auto_increment!r}")
+        if not self.clip_ratios or not all(_is_number(ratio) and 0 < ratio <= 1 for ratio in self.clip_ratios):
+            raise ValueError(f"clip_ratios must be numbers in (0, 1], at least one; got {self.clip_ratios!r}")
+        for name in ("model_seqlen", "nsamples", "batch_size"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if not _is_int(self.seed):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        for pattern, overrides in self.dynamic.items():
+            _check_rule(self, pattern, overrides)
+
+    def for_module(self, name: str) -> QuantizeConfig | None:
+        """The configuration of one module after the `dynamic` rules, or None when a rule leaves it float."""
+        for pattern, overrides in self.dynamic.items():
+            if re.match(rule_regex(pattern), name):
+                return None if pattern.startswith("-:") else dataclasses.replace(self, **overrides, dynamic={})
+        return dataclasses.replace(self, dynamic={}) if self.dynamic else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain fields, ready for YAML or JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["dynamic"] = {k: dict(v) for k, v in self.dynamic.items()}
+        values["clip_ratios"] = list(self.clip_ratios)
+        values["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantizeConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: An unknown option; the message names it and the nearest one that exists.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"unknown option {name!r}: {hint}QuantizeConfig has {', '.join(known)}")
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """The plain fields as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> QuantizeConfig:
+        """The inverse of `to_yaml`."""
+        return cls.from_dict(yaml.safe_load(text) or {})
+
+    def to_quantize_config(self) -> dict[str, Any]:
+        """The content of ``quantize_config.json`` (AutoGPTQ's file, read by GPTQModel, vLLM and others).
+
+        ``format`` repeats ``checkpoint_format`` because loaders read one or the other.
+        """
+        values = self.to_dict()
+        meta = {name: values.pop(name) for name in _META_FIELDS}
+        return {
+            "quant_method": "gptq",
+            **values,
+            "format": self.checkpoint_format,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"{QUANTIZER_NAME}:{package_version()}"], QUANTIZER_NAME: meta},
+        }
+
+    @classmethod
+    def from_quantize_config(cls, values: Mapping[str, Any]) -> QuantizeConfig:
+        """Reads ``quantize_config.json`` or a ``quantization_config``: ours, GPTQModel's or AutoGPTQ's.
+
+        Fields this class does not have describe other tools and are left out; absent ones mean what those
+        tools mean by their absence (v1 format, no act-order, a symmetric grid).
+
+        Raises:
+            ValueError: `bits` is missing, or a field has a value that cannot work.
+        """
+        if "bits" not in values:
+            raise ValueError("a GPTQ configuration must say `bits`; this one has " + ", ".join(sorted(values)))
+        known = {f.name for f in dataclasses.fields(cls)}
+        ours = (values.get("meta") or {}).get(QUANTIZER_NAME)
+        merged = {**values, **(ours if isinstance(ours, Mapping) else {})}
+        fields = {k: v for k, v in merged.items() if k in known and v is not None}
+        fields.setdefault("checkpoint_format", values.get("format") or "gptq")
+        fields.setdefault("static_groups", False)
+        return cls(**fields)
+
+
+def rule_regex(pattern: str) -> str:
+    """The regular expression in a `dynamic` key, without GPTQModel's ``+:`` or ``-:`` prefix."""
+    return pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
+
+
+def package_version() -> str:
+    """The installed version of this package, or ``"0+source"`` when it runs from a source tree."""
+    try:
+        return version("gptq-plugin")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def _check_rule(config: QuantizeConfig, pattern: str, overrides: Mapping[str, Any]) -> None:
+    try:
+        re.compile(rule_regex(pattern))
+    except re.error as error:
+        raise ValueError(f"dynamic: {pattern!r} is not a regular expression: {error}") from error
+    if pattern.startswith("-:"):
+        if overrides:
+            raise ValueError(f"dynamic: {pattern!r} leaves modules float, so it takes no overrides; got {overrides}")
+        return
+    unknown = sorted(set(overrides) - set(MODULE_FIELDS))
+    if unknown or not overrides:
+        raise ValueError(
+            f"dynamic: {pattern!r} must override some of {', '.join(MODULE_FIELDS)}; got {dict(overrides)}. "
+            f"To leave modules float, write '-:{rule_regex(pattern)}': {{}}"
+        )
+    try:
+        dataclasses.replace(config, **overrides, dynamic={})
+    except ValueError as error:
+        raise ValueError(f"dynamic: {pattern!r}: {error}") from error
+
+
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    # `True == 1`: compare types too, so that bits=True or sym=1 do not slip through.
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

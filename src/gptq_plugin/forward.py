@@ -1,0 +1,107 @@
+"""How a calibration batch is put through a model whose forward we do not know."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gptq_plugin.errors import CalibrationError
+
+
+def call(model: nn.Module, data: Any, *, every_logit: bool = False) -> Any:
+    """Calls the model as its users would, on its own device.
+
+    A mapping is spread over the forward's keywords, without those it does not take; a tensor is passed as it
+    is; of a tuple or list (inputs, targets, ...) the first element is passed. For transformers' models what
+    calibration does not need is left out: the cache, the loss of a decoder, and, unless `every_logit`, all
+    logits but the last position's.
+
+    Args:
+        model: Any module.
+        data: The batch.
+        every_logit: The output embedding is calibrated too, so it must see every position.
+
+    Raises:
+        CalibrationError: The batch does not fit the forward's signature.
+    """
+    data = to_device(data, model)
+    signature = inspect.signature(model.forward)
+    if isinstance(data, Mapping):
+        keywords = _keywords(model, signature, data, every_logit)
+        if _binds(signature, **keywords):
+            return model(**keywords)
+        if _binds(signature, data):
+            return model(data)
+    elif isinstance(data, (list, tuple)) and data:
+        if _binds(signature, data[0]):
+            return model(data[0])
+    elif _binds(signature, data):
+        return model(data)
+    raise CalibrationError(
+        f"a calibration batch ({describe(data)}) does not fit {type(model).__name__}.forward{signature}. Give "
+        "batches that do, or say how to run one: quantize(..., forward=lambda model, batch: ...), or a "
+        "`calibration_step(batch)` method on the LightningModule"
+    )
+
+
+def fits(model: nn.Module, data: Mapping[str, Any]) -> bool:
+    """Whether the model's forward takes the mapping's keys as keywords, at least those it needs."""
+    signature = inspect.signature(model.forward)
+    keywords = _keywords(model, signature, data, every_logit=False)
+    return bool(set(keywords) & set(data)) and _binds(signature, **keywords)
+
+
+def to_device(data: Any, model: nn.Module) -> Any:
+    """The batch with its tensors on the model's device."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return data
+    device = parameter.device
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(data, Mapping):  # BatchEncoding and the like are no pytrees
+        return {key: tree_map(move, value) for key, value in data.items()}
+    return tree_map(move, data)
+
+
+def describe(data: Any) -> str:
+    """A batch in a few words, for an error."""
+    if isinstance(data, Mapping):
+        return "keys " + ", ".join(map(str, data))
+    if isinstance(data, torch.Tensor):
+        return f"tensor {tuple(data.shape)} {data.dtype}"
+    return type(data).__name__
+
+
+def _keywords(
+    model: nn.Module, signature: inspect.Signature, data: Mapping[str, Any], every_logit: bool
+) -> dict[str, Any]:
+    parameters = signature.parameters
+    any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    keywords = {k: v for k, v in data.items() if k in parameters or any_keyword}
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        return keywords
+    keywords = {k: v for k, v in keywords.items() if k in parameters}  # transformers' **kwargs are for kernels
+    if not getattr(config, "is_encoder_decoder", False):
+        keywords.pop("labels", None)
+    if "use_cache" in parameters:
+        keywords["use_cache"] = False
+    if "logits_to_keep" in parameters and not every_logit:
+        keywords["logits_to_keep"] = 1
+    return keywords
+
+
+def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,282 @@
+"""From a GPTQ checkpoint to a model that runs: `load_quantized`.
+
+A transformers model is built by transformers' own `from_pretrained`, so that renamed weights, tied weights,
+rotary buffers, dtypes and the generation config come out as it makes them. Between building the (weightless)
+model and loading it, every quantized Linear is replaced by an empty placeholder: no float weight is allocated
+for it and none is missed. The quantized layers are then read one by one and put in the placeholders' place.
+
+Any other model is built by the user; its Linears are replaced and its other tensors filled from the file,
+after everything has been compared by name and shape.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin.checkpoint import CONFIG, Checkpoint
+from gptq_plugin.errors import CheckpointError
+from gptq_plugin.qlinear import QuantLinear, swap
+from gptq_plugin.targets import is_linear
+
+
+def load_quantized(
+    directory: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    model: nn.Module | None = None,
+) -> Any:
+    """Loads a GPTQ checkpoint of this package, GPTQModel or AutoGPTQ with `QuantLinear` layers, in evaluation
+    mode.
+
+    Args:
+        directory: Folder with config.json, the safetensors files and (AutoGPTQ) quantize_config.json.
+        device: Where the model goes.
+        dtype: Floating dtype of everything that is not quantized, and so of the computation; the checkpoint's
+            own (usually float16 or bfloat16) when None. Scales stay float16.
+        model: For an export of a plain nn.Module: the float model it was made from, freshly built. It is
+            changed in place and returned. Without it, config.json must name a transformers architecture.
+
+    Returns:
+        The transformers model, ready for `generate`, or `model`. Its config describes what is in memory
+        (``checkpoint_format="gptq_v2"``, true zeros), so that `save_pretrained` writes a valid checkpoint
+        too.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete, corrupt, contradicts itself or does not fit the model.
+            The message names every file, tensor and module; `model` is then as it was.
+    """
+    checkpoint = Checkpoint.open(directory)
+    if model is not None:
+        return _load_into(checkpoint, model, torch.device(device), dtype)
+    if not checkpoint.model_config.get("architectures"):
+        raise CheckpointError(
+            f"{checkpoint.directory / CONFIG} names no transformers architecture, so it is the export of a "
+            "plain "
+            f"nn.Module ({checkpoint.model_config.get('module_class', 'of unknown class')}): build that "
+            "model and call "
+            "load_quantized(directory, model=it)"
+        )
+    return _load_transformers(checkpoint, torch.device(device), dtype)
+
+
+# --- transformers -------------------------------------------------------------------------------------------
+
+
+class _Pending(nn.Module):
+    """Holds the place of a quantized layer while transformers loads the rest.
+
+    Some models' initialisation reaches for the weights of their children; what it finds here says that
+    there is nothing left to initialise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        nothing = torch.empty(0)
+        nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.weight = self.bias = nothing
+
+
+def _load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    from transformers import GenerationConfig
+
+    architecture, config = _architecture(checkpoint)
+    names: dict[str, str] = {}  # module name -> name in the checkpoint
+
+    def reserve(model: nn.Module) -> None:
+        names.update(_match(checkpoint, model, renaming(model)))
+        swap(model, {name: _Pending() for name in names})
+
+    has_generation = (checkpoint.directory / "generation_config.json").is_file()
+    model, info = _with_hook(architecture, reserve).from_pretrained(
+        None,
+        config=config,
+        state_dict={name: checkpoint.lazy(name) for name in checkpoint.float_names},
+        dtype=dtype or "auto",
+        generation_config=GenerationConfig.from_pretrained(checkpoint.directory) if has_generation else None,
+        ignore_mismatched_sizes=True,  # they are in `info`, all of them, and refused below
+        output_loading_info=True,
+    )
+    model.__class__ = architecture
+    problems = [
+        f"{name} is missing: there is neither it nor its quantized form"
+        for name in sorted(info["missing_keys"])
+    ]
+    problems += [f"{name} belongs to no module of the model" for name in sorted(info["unexpected_keys"])]
+    problems += [
+        f"{name} has shape {list(stored)}, the model needs {list(wanted)}"
+        for name, stored, wanted in sorted(info["mismatched_keys"])
+    ]
+    _refuse(checkpoint, architecture.__name__, problems)
+    float_dtype = model.dtype
+    swap(model, {name: checkpoint.read_layer(stored, dtype=float_dtype) for name, stored in names.items()})
+    model.name_or_path = str(checkpoint.directory)
+    model.config.quantization_config = {
+        **checkpoint.quantization,
+        "checkpoint_format": "gptq_v2",
+        "format": "gptq_v2",
+    }
+    return model.to(device).eval()
+
+
+def _architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The transformers class and configuration that config.json names."""
+    import transformers
+
+    file = checkpoint.directory / CONFIG
+    name = checkpoint.model_config["architectures"][0]
+    architecture = getattr(transformers, name, None)
+    if architecture is None:
+        raise CheckpointError(
+            f"{file}: transformers {transformers.__version__} has no architecture {name!r}: install a "
+            "version that has "
+            "it (models that bring their own code are not supported)"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.directory)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a configuration of transformers {transformers.__version__}: {error}"
+        ) from error
+    # The description would make transformers look for a GPTQ backend of its own.
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return architecture, config
+
+
+def _with_hook(architecture: Any, hook: Callable[[nn.Module], None]) -> Any:
+    """`architecture`, calling `hook(model)` when constructed: before `from_pretrained` loads weights."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        architecture.__init__(self, *args, **kwargs)
+        hook(self)
+
+    return type(
+        architecture.__name__, (architecture,), {"__init__": __init__, "__module__": architecture.__module__}
+    )
+
+
+def renaming(model: Any) -> Callable[[str], str]:
+    """Checkpoint's module name -> the model's, by transformers' rules for the weights of that module."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+
+    def rename(name: str) -> str:
+        key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
+        return key.removesuffix(".weight")
+
+    return rename
+
+
+# --- plain modules ------------------------------------------------------------------------------------------
+
+
+def _load_into(
+    checkpoint: Checkpoint, model: nn.Module, device: torch.device, dtype: torch.dtype | None
+) -> nn.Module:
+    names = _match(checkpoint, model, lambda name: name)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replaced = {modules[name] for name in names}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if modules[name.rpartition(".")[0]] not in replaced
+    }
+    stored = set(checkpoint.float_names)
+    aliases: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in state.items():
+        aliases[id(tensor)].append(name)
+    problems = []
+    sources: dict[str, Tensor] = {}  # name in the file -> the model's tensor
+    for group in aliases.values():
+        present = [name for name in group if name in stored]
+        stored.difference_update(present)
+        if not present:
+            problems.append(f"{' (tied to '.join(group)}{')' * (len(group) - 1)} is missing")
+            continue
+        wanted, found = tuple(state[group[0]].shape), checkpoint.tensors[present[0]].shape
+        if wanted != found:
+            problems.append(f"{present[0]} has shape {list(found)}, the model needs {list(wanted)}")
+        sources[present[0]] = state[group[0]]
+    problems += [f"{name} belongs to no module of the model" for name in sorted(stored)]
+    _refuse(checkpoint, type(model).__name__, problems)
+    layers = {name: checkpoint.read_layer(stored_name, dtype=dtype) for name, stored_name in names.items()}
+    for name, tensor in sources.items():
+        value = checkpoint.read(name)
+        tensor.data = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+    swap(model, layers)
+    return model.to(device).eval()
+
+
+# --- both ---------------------------------------------------------------------------------------------------
+
+
+def _match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> dict[str, str]:
+    """{module name: checkpoint's name} of every quantized layer, a shared one under its first name only.
+
+    Raises:
+        CheckpointError: A layer has no Linear in the model, one of other sizes, or one whose weight is tied.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    quantized = [name for name, module in modules.items() if isinstance(module, QuantLinear)]
+    if quantized:
+        raise CheckpointError(
+            f"{quantized[0]} of the given {type(model).__name__} is quantized already: build the float "
+            "model anew"
+        )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    problems: list[str] = []
+    names: dict[str, str] = {}
+    for stored, layer in checkpoint.layers.items():
+        name = stored if stored in modules else rename(stored)
+        module = modules.get(name)
+        if module is None or not is_linear(module):
+            kind = "no module" if module is None else f"a {type(module).__name__}, not a Linear"
+            problems.append(f"{stored} is quantized in the checkpoint and {kind} in the model")
+            continue
+        out_features, in_features = linear_shape(module)
+        if (layer.in_features, layer.out_features) != (in_features, out_features):
+            problems.append(
+                f"{stored} has {layer.in_features} inputs and {layer.out_features} outputs at "
+                f"bits={layer.bits}; the "
+                f"model's Linear has {in_features} and {out_features}"
+            )
+        if module.bias is not None and not layer.has_bias:
+            problems.append(f"{stored}.bias is missing; the model's Linear has one")
+        if f"{name}.weight" in tied:
+            problems.append(
+                f"{stored} is quantized, but the model ties its weight to {tied[f'{name}.weight']}: set "
+                f"tie_word_embeddings to false in {CONFIG}"
+            )
+        if all(modules[other] is not module for other in names):
+            names[name] = stored
+    _refuse(checkpoint, type(model).__name__, problems)
+    return names
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a Linear or of Conv1D, which stores its weight as [in, out]."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+
+
+def _refuse(checkpoint: Checkpoint, model: str, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.directory} does not fit {model}:\n  " + "\n  ".join(problems) + "\n"
+            "Nothing was loaded. The checkpoint is incomplete or belongs to another model or another "
+            "version of it"
+        )

@@ -1,0 +1,318 @@
+"""Lock-step calibration: all batches walk the model together, one forward each, on any architecture.
+
+Every batch's forward runs as a coroutine. A forward pre-hook on each target layer hands the layer's input to
+an observer and suspends the batch there. When every batch that can still reach a layer waits at it, its
+Hessian is complete, and was computed from inputs that went through the quantized layers before it. The
+consumer quantizes the layer and the batches go on through it. So each batch runs once, and the result is
+exactly what other tools call `true_sequential`.
+
+Two things are learned from one forward of one batch before the walk: in which order the layers are called,
+and which layers read the very same tensor (q, k and v; gate and up). Those share a group: one Hessian, one
+factor, one solve.
+
+A coroutine is a thread that runs only while the others wait. PyTorch keeps grad mode, autocast, function
+modes and the current device per thread, so a layer that suspends inside `with torch.autocast(...)` leaves
+nothing behind in the other batches; on one thread (greenlets) each of these would have to be saved and
+restored by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+Forward = Callable[[], Any]
+END = 2**31 - 1  # the position of a batch (or rank) that has finished
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read the very same input in every call, so that they share one Hessian.
+
+    Attributes:
+        names: The layers, in the order they are called.
+        calls: How often a forward calls each of them; the group is ready at the last call.
+    """
+
+    names: tuple[str, ...]
+    calls: int = 1
+
+
+@dataclass
+class Stop:
+    """A group whose every batch waits at its input.
+
+    Attributes:
+        group: The group to quantize before going on.
+        inputs: By batch number, the input of those that wait here, [..., in].
+    """
+
+    group: Group
+    inputs: dict[int, Tensor]
+
+
+@dataclass
+class Walk:
+    """What the walk noticed on its way.
+
+    Attributes:
+        late: By layer, calls with an input its Hessian does not hold: the layer was already quantized.
+    """
+
+    late: dict[str, int] = field(default_factory=dict)
+
+
+def plan(layers: Mapping[str, nn.Module], forward: Forward) -> list[Group]:
+    """Runs one forward and groups `layers` by the inputs they read, in the order they are called.
+
+    Layers the forward does not call follow the registered layer before them, in groups of their own:
+    another batch may call them.
+    """
+    calls: dict[str, list[tuple[TensorWeakRef, int]]] = {}
+
+    def record(name: str, x: Tensor) -> None:
+        calls.setdefault(name, []).append((TensorWeakRef(x), _version(x)))
+
+    with _Hooks(layers, record):
+        _guarded(forward)()
+    groups: list[list[str]] = []
+    for name, inputs in calls.items():
+        twin = next((g for g in groups if _same_inputs(calls[g[0]], inputs)), None)
+        if twin is None:
+            groups.append([name])
+        else:
+            twin.append(name)
+    position = {name: i for i, names in enumerate(groups) for name in names}
+    ordered: list[tuple[int, Group]] = [
+        (i, Group(tuple(names), len(calls[names[0]]))) for i, names in enumerate(groups)
+    ]
+    anchor = -1
+    for name in layers:
+        anchor = position.get(name, anchor)
+        if name not in position:
+            ordered.append((anchor, Group((name,))))
+    return [group for _, group in sorted(ordered, key=lambda pair: pair[0])]
+
+
+def walk(
+    groups: Sequence[Group],
+    layers: Mapping[str, nn.Module],
+    forwards: Sequence[Forward],
+    observe: Callable[[Group, int, Tensor], None],
+    agree: Callable[[int], int] = lambda position: position,
+    notes: Walk | None = None,
+) -> Iterator[Stop]:
+    """Runs all forwards in lock-step and yields each group once, when it is ready to be quantized.
+
+    Between two yields the consumer changes the layers' weights in place; the suspended batches go on through
+    the new ones. Closing the iterator, or an exception anywhere, ends all batches and removes all hooks.
+
+    Args:
+        groups: From `plan`; the same on every rank.
+        layers: The layers by name.
+        forwards: One callable a batch. Each runs under no_grad on a thread of its own, with a copy of the
+            caller's context variables.
+        observe: Called as (group, batch number, input) for every input that belongs in the group's Hessian,
+            while its batch is running; the input may be overwritten by the model afterwards.
+        agree: Given this rank's next position in `groups` (END when it has finished), returns the next over
+            all ranks. The only place where ranks meet, so all yield the same groups in the same order.
+        notes: Filled with what deviates.
+
+    Raises:
+        Exception: Whatever a forward raised, with the number of its batch in a note.
+    """
+    notes = notes if notes is not None else Walk()
+    steps = _Steps(groups, observe, notes)
+    batches = [_Batch(number, forward) for number, forward in enumerate(forwards)]
+    steps.owner = {batch.thread: batch for batch in batches}
+    try:
+        with _Hooks(layers, steps.arrive):
+            for batch in batches:
+                batch.resume()
+            while True:
+                position = agree(min((batch.position for batch in batches), default=END))
+                if position == END:
+                    break
+                waiting = [batch for batch in batches if batch.position == position]
+                yield Stop(groups[position], {b.number: b.input for b in waiting if b.input is not None})
+                steps.done.add(position)
+                for batch in waiting:
+                    batch.resume()
+            # Groups some batch called, but never as often as the planning batch did.
+            for position, group in enumerate(groups):
+                if position not in steps.done and agree(position if position in steps.observed else END) != END:
+                    yield Stop(group, {})
+    finally:
+        for batch in batches:
+            batch.cancel()
+
+
+class _Steps:
+    """Decides, at every call of a target layer, whether its input is counted and whether the batch waits."""
+
+    def __init__(self, groups: Sequence[Group], observe: Callable[[Group, int, Tensor], None], notes: Walk):
+        self.groups = groups
+        self.position = {name: i for i, group in enumerate(groups) for name in group.names}
+        self.observe = observe
+        self.notes = notes
+        self.done: set[int] = set()
+        self.observed: set[int] = set()
+        self.owner: dict[threading.Thread, _Batch] = {}
+
+    def arrive(self, name: str, x: Tensor) -> None:
+        batch = self.owner.get(threading.current_thread())
+        if batch is None:
+            return  # a forward somebody else runs on this model
+        position = self.position[name]
+        seen = batch.seen.setdefault(position, [])
+        if _find(seen, x):
+            return  # another layer of the group, reading the input that was counted
+        if position in self.done:
+            self.notes.late[name] = self.notes.late.get(name, 0) + 1
+            return
+        group = self.groups[position]
+        self.observe(group, batch.number, x)
+        self.observed.add(position)
+        seen.append((TensorWeakRef(x), _version(x)))
+        if len(seen) == group.calls:
+            batch.wait_at(position, x)
+
+
+class _Cancelled(BaseException):
+    """Unwinds a suspended batch; not an Exception, so that the model's own handlers let it pass."""
+
+
+class _Batch:
+    """A forward on a thread that runs only while `resume` waits for it."""
+
+    def __init__(self, number: int, forward: Forward):
+        self.number = number
+        self.position = -1  # of the group it waits at; END when it has finished
+        self.input: Tensor | None = None
+        self.seen: dict[int, list[tuple[TensorWeakRef, int]]] = {}
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self._go = threading.Semaphore(0)
+        self._back = threading.Semaphore(0)
+        context = contextvars.copy_context()
+        self.thread = threading.Thread(
+            target=context.run, args=(self._run, _guarded(forward)), name=f"calibration-batch-{number}", daemon=True
+        )
+
+    def resume(self) -> None:
+        """Runs the forward up to its next stop, or its end; raises what it raised."""
+        self.input = None
+        if self.thread.ident is None:
+            self.thread.start()
+        else:
+            self._go.release()
+        self._back.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            _add_note(error, f"raised in the forward of calibration batch {self.number}")
+            raise error
+
+    def wait_at(self, position: int, x: Tensor) -> None:
+        """Called on the batch's own thread: hands the baton back until the next `resume`."""
+        self.position, self.input = position, x
+        self._back.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise _Cancelled
+
+    def cancel(self) -> None:
+        """Ends the forward wherever it waits, and its thread."""
+        self.input = None
+        if self.thread.ident is None or not self.thread.is_alive():
+            return
+        self._cancelled = True
+        self._go.release()
+        self.thread.join()
+
+    def _run(self, forward: Forward) -> None:
+        try:
+            forward()
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.position = END
+            self.seen.clear()
+            self._back.release()
+
+
+class _Hooks:
+    """Forward pre-hooks on all layers while the context is open: `visit(name, input)` at every call."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], visit: Callable[[str, Tensor], None]):
+        self._layers = layers
+        self._visit = visit
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for name, module in self._layers.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._visit(name, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+
+def _guarded(forward: Forward) -> Forward:
+    """The forward under no_grad and the caller's device and autocast, which a new thread does not inherit."""
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    default = torch.get_default_device()
+    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+
+    def run() -> Any:
+        with contextlib.ExitStack() as stack:
+            if current is not None:
+                torch.cuda.set_device(current)
+            if default.type != "cpu":
+                stack.enter_context(default)
+            for kind, dtype in autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            stack.enter_context(torch.no_grad())
+            return forward()
+
+    return run
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _find(seen: list[tuple[TensorWeakRef, int]], x: Tensor) -> bool:
+    # Identity holds only while the tensor is alive: a reused address is another input. An input that was
+    # changed in place since is another input too.
+    return any(ref() is x and version == _version(x) for ref, version in seen)
+
+
+def _same_inputs(one: list[tuple[TensorWeakRef, int]], other: list[tuple[TensorWeakRef, int]]) -> bool:
+    if len(one) != len(other):
+        return False
+    for (a, version_a), (b, version_b) in zip(one, other):
+        tensor = a()
+        if tensor is None or b() is not tensor or version_a != version_b:
+            return False
+    return True
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(note)

@@ -1,0 +1,442 @@
+"""QuantizeModule: the only file that knows the order of the steps.
+
+find targets → collect batches → plan → walk in lock-step: (Hessian → solve → put the quantized weight in the
+layer's place) → swap in QuantLinear → report. Until the last step the model's own modules stay where they
+are and only point to other values, so a failure anywhere gives the float model back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin import distributed, lockstep
+from gptq_plugin.calibration import Batch, Calibration, collect
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CalibrationError, TargetError
+from gptq_plugin.export import export_model
+from gptq_plugin.forward import call
+from gptq_plugin.hessian import Hessian
+from gptq_plugin.qlinear import QuantLinear, swap
+from gptq_plugin.report import ModuleReport, QuantizeReport
+from gptq_plugin.solver import QuantizedWeight, Solution, round_to_nearest, solve
+from gptq_plugin.targets import Skipped, Target, find_targets
+
+log = logging.getLogger(__name__)
+
+ModelForward = Callable[[nn.Module, Any], Any]
+Progress = Callable[[int, int, str], None]
+
+
+class QuantizeModule:
+    """Quantizes a model in place with GPTQ and exports it.
+
+    Args:
+        config: What to quantize and how; a QuantizeConfig, or nothing.
+        **fields: QuantizeConfig's fields, instead of `config`: ``QuantizeModule(bits=3)``.
+
+    Attributes:
+        config: The configuration.
+        report: What the last `quantize` or `round_to_nearest` did; None before.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or `true_sequential` is False.
+        TypeError: Both `config` and fields are given.
+    """
+
+    def __init__(self, config: QuantizeConfig | None = None, **fields: Any):
+        if config is not None and fields:
+            raise TypeError(f"give a QuantizeConfig or its fields, not both: got {', '.join(fields)} beside config")
+        self.config = config if config is not None else QuantizeConfig.from_dict(fields)
+        if not self.config.true_sequential:
+            raise ValueError(
+                "true_sequential=False saves time in tools that would run the model once more for every layer. "
+                "Lock-step calibration gives true_sequential=True in one pass: leave the option out"
+            )
+        self.report: QuantizeReport | None = None
+
+    def check(self, model: nn.Module) -> tuple[list[Target], list[Skipped]]:
+        """Refuses what cannot work before any work is done; returns what would be quantized and what not.
+
+        Raises:
+            TargetError: See `targets.find_targets`.
+        """
+        return find_targets(model, self.config)
+
+    def quantize(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        forward: ModelForward | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+        nsamples: int | None = None,
+        progress: Progress | None = None,
+    ) -> QuantizeReport:
+        """Replaces the model's linear layers by QuantLinear, calibrated on `batches`.
+
+        In a process group every rank calls this with the same model and batches of its own; all end with
+        the same codes.
+
+        Args:
+            model: Any module; it stays on its device. Training flags are restored.
+            batches: Texts (with `tokenizer`), token lists, or a dataloader's batches; see
+                `calibration.collect`.
+            forward: How to run one batch, called as forward(model, batch); `forward.call` when None.
+            tokenizer: Called on texts.
+            nsamples: Samples to use at most on this rank; `config.nsamples` shared over ranks when None.
+            progress: Called as progress(layers done, layers in all, what is being done).
+
+        Raises:
+            TargetError: Nothing to quantize, or a layer contradicts the configuration.
+            CalibrationError: The data is empty, too short, does not fit the model, or gives NaN.
+
+        On any error the model is as it was before.
+        """
+        with self._quantized(model, batches, forward, tokenizer, nsamples, progress):
+            assert self.report is not None
+            return self.report
+
+    @contextlib.contextmanager
+    def temporarily(
+        self, model: nn.Module, batches: Iterable[Any], *, keep: bool = False, **options: Any
+    ) -> Iterator[QuantizeReport]:
+        """Like `quantize`, for the length of a with block; afterwards the model is float again.
+
+        With `keep` it stays quantized, unless the block raises. The float weights stay in memory meanwhile.
+        """
+        defaults = {"forward": None, "tokenizer": None, "nsamples": None, "progress": None}
+        with self._quantized(model, batches, **{**defaults, **options}) as undo:
+            try:
+                assert self.report is not None
+                yield self.report
+            except BaseException:
+                undo()
+                raise
+            if not keep:
+                undo()
+
+    def round_to_nearest(self, model: nn.Module) -> QuantizeReport:
+        """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
+        targets, skipped = self.check(model)
+        started = time.perf_counter()
+        layers: dict[str, nn.Module] = {}
+        modules: list[ModuleReport] = []
+        for target in targets:
+            quantized = round_to_nearest(target.weight, target.config)
+            layers[target.name] = QuantLinear.from_quantized(quantized, target.bias)
+            modules.append(_module_report(target, method="rtn"))
+        swap(model, layers)
+        self.report = QuantizeReport(self.config, modules + _float_reports(skipped))
+        self.report.seconds["round-to-nearest"] = time.perf_counter() - started
+        return self.report
+
+    def export(self, model: nn.Module, directory: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
+        """Writes the quantized model as a folder; see `export.export_model`. On rank 0 only.
+
+        Args:
+            model: The quantized model.
+            directory: Target folder; must not exist, or be empty, unless `overwrite` and it is an export.
+            tokenizer: Saved beside the model.
+            overwrite: Replace an earlier export.
+        """
+        return export_model(
+            model, directory, self.config, report=self.report, tokenizer=tokenizer, overwrite=overwrite
+        )
+
+    @contextlib.contextmanager
+    def _quantized(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        forward: ModelForward | None,
+        tokenizer: Callable[..., Any] | None,
+        nsamples: int | None,
+        progress: Progress | None,
+    ) -> Iterator[Callable[[], None]]:
+        """Quantizes; yields what undoes it; undoes it on an error before that."""
+        targets, skipped = self.check(model)
+        started = time.perf_counter()
+        if nsamples is None:
+            nsamples = share(self.config.nsamples)
+        calibration = collect(data, self.config, tokenizer, nsamples)
+        every_logit = self.config.lm_head
+        run = forward or (lambda model, batch: call(model, batch, every_logit=every_logit))
+        with _evaluating(model), _Weights() as weights:
+            job = _Job(self.config, model, targets, skipped, calibration, run, weights, progress or _quiet)
+            report = job.run()
+            swapped = {target.name: target.module for target in targets if target.name in job.layers}
+            swap(model, job.layers)
+            weights.keep()
+        for name, module in swapped.items():
+            job.layers[name].train(module.training)
+        report.seconds["total"] = time.perf_counter() - started
+        self.report = report
+        for deviation in report.all_deviations():
+            log.warning("%s", deviation)
+        log.info("quantized in %.1f s\n%s", report.seconds["total"], report.table())
+
+        def undo() -> None:
+            swap(model, swapped)
+            weights.restore()
+
+        yield undo
+
+
+def share(total: int) -> int:
+    """This rank's part of `total` samples; the parts of all ranks add up to it."""
+    size, rank = distributed.world_size(), distributed.rank()
+    return total // size + (rank < total % size)
+
+
+class _Weights:
+    """The float parameters the layers had, until it is sure that they are no longer needed."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[Target, nn.Parameter]] = []
+        self._kept = False
+
+    def replace(self, target: Target, value: Tensor) -> None:
+        """Gives the layer another weight, [out, in], and remembers its own parameter."""
+        self._saved.append((target, target.parameter))
+        target.set_parameter(target.with_weight(value))
+
+    def keep(self) -> None:
+        """The change stands: leaving the context no longer undoes it."""
+        self._kept = True
+
+    def restore(self) -> None:
+        while self._saved:
+            target, parameter = self._saved.pop()
+            target.set_parameter(parameter)
+
+    def __enter__(self) -> _Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._kept:
+            self.restore()
+
+
+@dataclass
+class _Job:
+    """One quantization: what is asked, and what has been found so far."""
+
+    config: QuantizeConfig
+    model: nn.Module
+    targets: list[Target]
+    skipped: list[Skipped]
+    calibration: Calibration
+    forward: ModelForward
+    weights: _Weights
+    progress: Progress
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    reports: dict[str, ModuleReport] = field(default_factory=dict)
+    hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
+    remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
+    solving: float = 0.0
+    samples: int = 0
+
+    def run(self) -> QuantizeReport:
+        started = time.perf_counter()
+        self.samples = self._count_samples()
+        by_name = {target.name: target for target in self.targets}
+        modules = {target.name: target.module for target in self.targets}
+        forwards = [self._forward(batch) for batch in self.calibration.batches]
+        groups = self._plan(modules, forwards)
+        notes = lockstep.Walk()
+        device = self.targets[0].weight.device
+        for stop in lockstep.walk(
+            groups, modules, forwards, self._observe, lambda position: distributed.minimum(position, device), notes
+        ):
+            self._quantize_group([by_name[name] for name in stop.group.names], stop)
+        self._report_unreached(by_name)
+        return self._report(notes, time.perf_counter() - started)
+
+    def _count_samples(self) -> int:
+        counts = distributed.gather_objects(self.calibration.samples)
+        if not sum(counts):
+            dropped = "; ".join(self.calibration.deviations)
+            raise CalibrationError(f"the calibration set is empty{f': {dropped}' if dropped else ''}")
+        return sum(counts)
+
+    def _forward(self, batch: Batch) -> lockstep.Forward:
+        return lambda: self.forward(self.model, batch.data)
+
+    def _plan(self, modules: dict[str, nn.Module], forwards: list[lockstep.Forward]) -> list[lockstep.Group]:
+        """Rank by rank the models are the same, so the first rank that has a batch plans for all."""
+        plans = distributed.gather_objects(lockstep.plan(modules, forwards[0]) if forwards else None)
+        groups: list[lockstep.Group] = next(p for p in plans if p is not None)
+        return groups
+
+    def _observe(self, group: lockstep.Group, number: int, x: Tensor) -> None:
+        hessian = self._hessian(group, x.device)
+        rows, remark = self.calibration.batches[number].counted(x)
+        if remark is not None:
+            self.remarks[group.names[0]][remark] += 1
+        if rows is not None:
+            hessian.add(rows)
+
+    def _hessian(self, group: lockstep.Group, device: torch.device) -> Hessian:
+        if group.names not in self.hessians:
+            module = next(t for t in self.targets if t.name == group.names[0])
+            self.hessians[group.names] = Hessian(module.weight.shape[1], device)
+        return self.hessians[group.names]
+
+    def _quantize_group(self, members: list[Target], stop: lockstep.Stop) -> None:
+        hessian = self._hessian(stop.group, members[0].weight.device)
+        self.hessians.pop(stop.group.names)
+        distributed.sum_(hessian.sum)
+        distributed.sum_(hessian.tokens)
+        mean, tokens = hessian.mean(), int(hessian.tokens)
+        self._check_finite(members, stop, mean)
+        if not self.reports:
+            self._check_enough(tokens)
+        # Layers of one configuration are one matrix to the solver: their rows do not know each other.
+        alike: dict[str, list[Target]] = defaultdict(list)
+        for target in members:
+            alike[repr(target.config)].append(target)
+        remarks = self.remarks.pop(stop.group.names[0], {})
+        for same in alike.values():
+            self._solve(same, mean, tokens, remarks)
+
+    def _solve(self, same: list[Target], mean: Tensor, tokens: int, remarks: dict[str, int]) -> None:
+        names = ", ".join(target.name for target in same)
+        started = time.perf_counter()
+        try:
+            solution = solve(torch.cat([target.weight for target in same]), mean, same[0].config)
+        except ValueError as error:
+            raise TargetError(f"{names}: {error}") from error
+        for tensor in (solution.weight.codes, solution.weight.scales, solution.weight.zeros):
+            distributed.from_first(tensor)
+        deviations = solution.deviations + tuple(f"{remark} ({n} batches)" for remark, n in remarks.items())
+        if 0 < tokens < mean.shape[0]:
+            deviations += (f"only {tokens} calibration tokens for {mean.shape[0]} inputs: the Hessian is singular",)
+        start, rows = 0, sum(target.weight.shape[0] for target in same)
+        for target in same:
+            stop = start + target.weight.shape[0]
+            weight = solution.weight.rows(start, stop)
+            self.weights.replace(target, weight.dequantize(target.weight.dtype))
+            self.layers[target.name] = QuantLinear.from_quantized(weight, target.bias)
+            self.reports[target.name] = _module_report(
+                target,
+                method=solution.method,
+                loss=float(solution.loss[start:stop].sum()),
+                rtn_loss=float(solution.rtn_loss[start:stop].sum()),
+                tokens=tokens,
+                damp_percent=solution.damp_percent,
+                seconds=(time.perf_counter() - started) * target.weight.shape[0] / rows,
+                deviations=deviations,
+            )
+            start = stop
+        self.solving += time.perf_counter() - started
+        self.progress(len(self.reports), len(self.targets), names)
+
+    def _check_finite(self, members: list[Target], stop: lockstep.Stop, mean: Tensor) -> None:
+        if torch.isfinite(mean).all():
+            return
+        guilty = [number for number, x in stop.inputs.items() if not torch.isfinite(x).all()]
+        where = f"calibration batches {guilty}" if guilty else "another rank's calibration batches"
+        raise CalibrationError(
+            f"the input of {members[0].name} holds NaN or infinity in {where} (rank {distributed.rank()}). Look "
+            "for broken samples, or run the model in a wider dtype: float16 overflows at 65504"
+        )
+
+    def _check_enough(self, tokens: int) -> None:
+        least = min(target.weight.shape[1] for target in self.targets)
+        if tokens < least:
+            raise CalibrationError(
+                f"the calibration set is too short: {tokens} tokens in {self.samples} samples, while even the "
+                f"narrowest layer has {least} inputs, so no Hessian would have full rank. Give more samples "
+                f"(nsamples is {self.config.nsamples}) or longer ones (model_seqlen is {self.config.model_seqlen})"
+            )
+
+    def _report_unreached(self, by_name: dict[str, Target]) -> None:
+        unreached = [target for name, target in by_name.items() if name not in self.reports]
+        if len(unreached) == len(by_name):
+            raise CalibrationError(
+                f"no calibration batch reached any of the {len(by_name)} layers to quantize, such as "
+                f"{unreached[0].name}: the forward runs other modules than {type(self.model).__name__}'s"
+            )
+        for target in unreached:
+            reason = "never called in calibration: left float"
+            self.reports[target.name] = _module_report(target, method="float", deviations=(reason,))
+
+    def _report(self, notes: lockstep.Walk, seconds: float) -> QuantizeReport:
+        late: dict[str, int] = defaultdict(int)
+        for one in distributed.gather_objects(notes.late):
+            for name, calls in one.items():
+                late[name] += calls
+        deviations: list[str] = []
+        for one in distributed.gather_objects(self.calibration.deviations):
+            deviations += [deviation for deviation in one if deviation not in deviations]
+        if self.samples < self.config.nsamples:
+            deviations.append(f"{self.samples} calibration samples used, nsamples={self.config.nsamples} asked")
+        deviations += [
+            f"{name}: {calls} calls came after it was quantized; their inputs are not in its Hessian"
+            for name, calls in late.items()
+        ]
+        reports = [self.reports[target.name] for target in self.targets]
+        return QuantizeReport(
+            self.config,
+            reports + _float_reports(self.skipped),
+            samples=self.samples,
+            tokens=max(report.tokens for report in reports),
+            seconds={"calibrate": seconds - self.solving, "solve": self.solving},
+            deviations=deviations,
+        )
+
+
+def _module_report(target: Target, method: str, **values: Any) -> ModuleReport:
+    is_float = method == "float"
+    return ModuleReport(
+        name=target.name,
+        method=method,
+        bits=None if is_float else target.config.bits,
+        group_size=None if is_float else target.config.group_size,
+        shape=(target.weight.shape[0], target.weight.shape[1]),
+        **values,
+    )
+
+
+def _float_reports(skipped: list[Skipped]) -> list[ModuleReport]:
+    reports = []
+    for skip in skipped:
+        out_features, in_features = _shape(skip.module)
+        reports.append(
+            ModuleReport(skip.name, "float", None, None, (out_features, in_features), deviations=(skip.reason,))
+        )
+    return reports
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return (weight.shape[0], weight.shape[1]) if isinstance(module, nn.Linear) else (weight.shape[1], weight.shape[0])
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of the block; every module's own flag afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def _quiet(done: int, total: int, what: str) -> None:
+    pass
+
+
+__all__ = ["ModelForward", "Progress", "QuantizeModule", "QuantizedWeight", "Solution", "share"]

@@ -1,0 +1,218 @@
+"""Which layers are quantized: by type, name and configuration. No lists of models.
+
+A target is a Linear (or a subclass that computes what Linear computes, or transformers' Conv1D) that nothing
+excludes. What is excluded is returned with its reason, so that the report can say so; what contradicts the
+configuration is refused here, before any work.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from gptq_plugin.config import QuantizeConfig, rule_regex
+from gptq_plugin.errors import TargetError
+from gptq_plugin.qlinear import QuantLinear
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to quantize, with the configuration that holds for it."""
+
+    name: str
+    module: nn.Module
+    config: QuantizeConfig
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The module's own parameter, in its own layout."""
+        return self.module.weight  # type: ignore[return-value]
+
+    def set_parameter(self, value: nn.Parameter) -> None:
+        """Gives the module this parameter; a module whose weight was tied to it keeps the old one."""
+        self.module.weight = value
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as Linear has it, [out, in]; a view of Conv1D's [in, out]."""
+        return self._transposed(self.parameter.detach())
+
+    def with_weight(self, value: Tensor) -> nn.Parameter:
+        """A parameter for the module that holds `value`, [out, in], in the dtype of its present one."""
+        values = self._transposed(value).to(self.parameter.dtype)
+        return nn.Parameter(values, requires_grad=False)
+
+    def _transposed(self, value: Tensor) -> Tensor:
+        return value if isinstance(self.module, nn.Linear) else value.T
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module.bias  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that looks like a target and stays float, and why."""
+
+    name: str
+    module: nn.Module
+    reason: str
+
+
+def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target], list[Skipped]]:
+    """The layers of `model` to quantize, in the order they are registered, and those left float.
+
+    Raises:
+        TargetError: No target; a rule or name that matches nothing; a group size that does not divide a
+            layer; a model that is quantized already. Every message names the modules and the choices.
+    """
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    if quantized:
+        raise TargetError(
+            f"{_some(quantized)} are quantized already. Quantize the float model: load it anew from its checkpoint"
+        )
+    _check_patterns(config, linears)
+    targets: list[Target] = []
+    skipped: list[Skipped] = []
+    excluded = _exclusions(model, config)
+    for name, module in linears.items():
+        resolved = config.for_module(name)
+        reason = excluded.get(module)
+        if resolved is None:
+            reason = "left float by a `dynamic` rule"
+        elif any(_contains(name, part) for part in config.modules_to_not_convert):
+            reason = "left float by `modules_to_not_convert`"
+        if reason is None and resolved is not None:
+            target = Target(name, module, resolved)
+            reason = _unpackable(target)
+        if reason is not None:
+            skipped.append(Skipped(name, module, reason))
+        else:
+            targets.append(target)
+    if not targets:
+        raise TargetError(_no_target(model, skipped))
+    _check_group_sizes(targets)
+    return targets, skipped
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes x·Wᵀ + b with a weight of its own: Linear, such a subclass, or Conv1D."""
+    kind = type(module)
+    # transformers' Conv1D stores [in, out]; without transformers in the process there can be none.
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    conv1d = getattr(pytorch_utils, "Conv1D", None)
+    if conv1d is not None and kind is conv1d:
+        return True
+    return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
+
+
+def _exclusions(model: nn.Module, config: QuantizeConfig) -> dict[nn.Module, str]:
+    """Modules that stay float whatever the names say, and why."""
+    reasons: dict[nn.Module, str] = {}
+    head = _output_embedding(model)
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                users[id(parameter)].append(f"{name}.{key}")
+    for name, module in model.named_modules():
+        if not is_linear(module):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None:
+            reasons[module] = "its weight is computed by a parametrization; remove it first to quantize"
+        elif module is head:
+            if not config.lm_head:
+                reasons[module] = "output embedding (lm_head=false)"
+        elif not weight.is_floating_point():
+            reasons[module] = f"its weight is {weight.dtype}, not floating point"
+        elif len(users[id(weight)]) > 1:
+            others = [user for user in users[id(weight)] if user != f"{name}.weight"]
+            reasons[module] = f"its weight is tied to {_some(others)}"
+    return reasons
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    """transformers says which it is; elsewhere it is the Linear that shares an Embedding's weight."""
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if callable(getter):
+            try:
+                head = getter()
+            except (NotImplementedError, AttributeError):
+                head = None
+            if isinstance(head, nn.Module):
+                return head
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if is_linear(module) and id(module._parameters.get("weight")) in embeddings:
+            return module
+    return None
+
+
+def _unpackable(target: Target) -> str | None:
+    out_features, in_features = target.weight.shape
+    for label, size in (("in_features", in_features), ("out_features", out_features)):
+        if size * target.config.bits % 32:
+            return f"{label} {size} at {target.config.bits} bits does not fill whole 32-bit words, which GPTQ clients need"
+    return None
+
+
+def _check_patterns(config: QuantizeConfig, linears: dict[str, nn.Module]) -> None:
+    for pattern in config.dynamic:
+        if not any(re.match(rule_regex(pattern), name) for name in linears):
+            raise TargetError(
+                f"dynamic: {pattern!r} matches none of the {len(linears)} linear layers "
+                f"({_some(list(linears))}). Rules are matched from the start of the full name, as re.match does"
+            )
+    for part in config.modules_to_not_convert:
+        if not any(_contains(name, part) for name in linears):
+            raise TargetError(
+                f"modules_to_not_convert: {part!r} is no name, or run of a name's components, of any of the "
+                f"{len(linears)} linear layers ({_some(list(linears))})"
+            )
+
+
+def _check_group_sizes(targets: list[Target]) -> None:
+    wrong: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for target in targets:
+        in_features, size = target.weight.shape[1], target.config.group_size
+        if size != -1 and in_features % size:
+            wrong[(in_features, size)].append(target.name)
+    if wrong:
+        lines = [
+            f"group_size {size} does not divide the {in_features} input features of {_some(names)}: choose one of "
+            f"{', '.join(map(str, _group_sizes(in_features)))} or -1"
+            for (in_features, size), names in wrong.items()
+        ]
+        raise TargetError("; ".join(lines) + ". For these layers alone, use a `dynamic` rule")
+
+
+def _group_sizes(in_features: int) -> list[int]:
+    return [size for size in range(16, min(in_features, 1024) + 1, 16) if in_features % size == 0] or [
+        size for size in range(1, in_features + 1) if in_features % size == 0
+    ]
+
+
+def _no_target(model: nn.Module, skipped: list[Skipped]) -> str:
+    if skipped:
+        return "no layer is left to quantize: " + "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5])
+    kinds = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
+    return (
+        f"{type(model).__name__} has no nn.Linear (or Conv1D) to quantize; its parameters are in "
+        f"{', '.join(kinds) or 'no module at all'}"
+    )
+
+
+def _contains(name: str, part: str) -> bool:
+    return f".{part}." in f".{name}."
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,58 @@
+"""Options and helpers shared by the tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--client-env",
+        default=str(REPOSITORY.parent / "envs" / "gm"),
+        help="virtual environment with gptqmodel, optimum and transformers (see scripts/check_clients.sh)",
+    )
+    parser.addoption(
+        "--clients",
+        default=str(REPOSITORY.parent / "shared" / "clients"),
+        help="folder of the client checks (gptq_ref.py, check_transformers.py, check_gptqmodel.py)",
+    )
+
+
+@pytest.fixture(scope="session")
+def rtn() -> Callable[..., nn.Module]:
+    """rtn(model, config, permuted=False): quantizes in place to the nearest grid points, without calibration.
+
+    `permuted` puts input channels into groups at random, as the original act-order does.
+    """
+    from gptq_plugin.qlinear import QuantLinear, swap
+    from gptq_plugin.solver import round_to_nearest
+    from gptq_plugin.targets import find_targets
+
+    def quantize(model: nn.Module, config, permuted: bool = False) -> nn.Module:
+        layers: dict[str, nn.Module] = {}
+        for target in find_targets(model, config)[0]:
+            channels = target.weight.shape[1]
+            order = torch.randperm(channels) if permuted else torch.arange(channels)
+            back = order.argsort()
+            quantized = round_to_nearest(target.weight[:, order], target.config)
+            quantized = dataclasses.replace(
+                quantized,
+                codes=quantized.codes[:, back].contiguous(),
+                g_idx=quantized.g_idx[back].contiguous(),
+            )
+            layers[target.name] = QuantLinear.from_quantized(quantized, target.bias)
+        swap(model, layers)
+        return model.eval()
+
+    return quantize

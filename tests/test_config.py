@@ -1,0 +1,119 @@
+"""QuantizeConfig: it validates itself and survives every file it is written to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from gptq_plugin import QuantizeConfig
+
+UNUSUAL = QuantizeConfig(
+    bits=3,
+    group_size=-1,
+    sym=False,
+    desc_act=True,
+    static_groups=False,
+    damp_percent=0.05,
+    damp_auto_increment=0.0,
+    clip_ratios=(1.0, 0.8),
+    lm_head=True,
+    dynamic={r"model\.layers\.0\..*": {"bits": 8, "group_size": 32}, r"-:.*router": {}},
+    modules_to_not_convert=("classifier", "mlp.gate"),
+    model_seqlen=512,
+    nsamples=7,
+    batch_size=2,
+    seed=3,
+    checkpoint_format="gptq_v2",
+)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("bits", 5, "bits must be one of 2, 3, 4, 8; got 5"),
+        ("bits", True, "bits"),
+        ("bits", "4", "bits"),
+        ("group_size", 0, "group_size must be -1 or a positive integer"),
+        ("group_size", -2, "group_size"),
+        ("group_size", 64.0, "group_size"),
+        ("sym", 1, "sym must be one of True, False"),
+        ("damp_percent", 1.0, r"damp_percent must be a number in \[0, 1\)"),
+        ("damp_percent", -0.1, "damp_percent"),
+        ("damp_auto_increment", 2, "damp_auto_increment"),
+        ("clip_ratios", (), "clip_ratios"),
+        ("clip_ratios", (1.5,), "clip_ratios"),
+        ("nsamples", 0, "nsamples must be a positive integer"),
+        ("model_seqlen", "512", "model_seqlen"),
+        ("batch_size", 0, "batch_size"),
+        ("seed", 0.5, "seed"),
+        ("checkpoint_format", "gptq_p", "checkpoint_format must be one of 'gptq', 'gptq_v2'"),
+        ("dynamic", {"(": {"bits": 8}}, "not a regular expression"),
+        ("dynamic", {"-:x": {"bits": 8}}, "takes no overrides"),
+        ("dynamic", {"x": {}}, "To leave modules float, write '-:x'"),
+        ("dynamic", {"x": {"bitz": 8}}, "must override some of bits"),
+        ("dynamic", {"x": {"bits": 5}}, "dynamic: 'x': bits must be one of"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_name(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        QuantizeConfig(**{field: value})
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_that_exists():
+    with pytest.raises(ValueError, match="unknown option 'group_sise': did you mean 'group_size'"):
+        QuantizeConfig.from_dict({"group_sise": 64})
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QuantizeConfig().bits = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("config", [QuantizeConfig(), UNUSUAL])
+def test_it_round_trips_through_dict_yaml_and_quantize_config_json(config):
+    assert QuantizeConfig.from_dict(config.to_dict()) == config
+    assert QuantizeConfig.from_yaml(config.to_yaml()) == config
+    written = json.dumps(config.to_quantize_config())
+    assert QuantizeConfig.from_quantize_config(json.loads(written)) == config
+
+
+def test_quantize_config_json_has_the_keys_other_tools_read():
+    values = QuantizeConfig().to_quantize_config()
+    needed = {"quant_method", "bits", "group_size", "desc_act", "sym", "lm_head", "checkpoint_format", "format"}
+    assert needed | {"pack_dtype", "meta", "damp_percent", "static_groups", "true_sequential"} <= set(values)
+    assert values["quant_method"] == "gptq" and values["format"] == values["checkpoint_format"]
+    assert values["meta"]["quantizer"][0].startswith("gptq_plugin:")
+
+
+def test_autogptqs_file_is_read_with_its_meaning_of_absent_fields():
+    config = QuantizeConfig.from_quantize_config(
+        {"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": False, "sym": True,
+         "true_sequential": False, "model_name_or_path": None, "model_file_base_name": "model"}
+    )  # fmt: skip
+    assert config.checkpoint_format == "gptq" and not config.static_groups and not config.true_sequential
+
+
+def test_a_file_without_bits_is_refused():
+    with pytest.raises(ValueError, match="must say `bits`"):
+        QuantizeConfig.from_quantize_config({"quant_method": "awq", "w_bit": 4})
+
+
+def test_the_first_dynamic_rule_that_matches_decides():
+    config = QuantizeConfig(
+        dynamic={r"-:.*\.0\.mlp": {}, r"+:.*\.0\.": {"bits": 8}, r".*attn": {"group_size": 32, "sym": False}}
+    )
+    assert config.for_module("layers.0.mlp.up") is None
+    first = config.for_module("layers.0.attn.q")
+    assert first is not None and (first.bits, first.group_size) == (8, 128)
+    second = config.for_module("layers.1.attn.q")
+    assert second is not None and (second.bits, second.group_size, second.sym) == (4, 32, False)
+    third = config.for_module("layers.1.mlp.up")
+    assert third == dataclasses.replace(config, dynamic={})
+
+
+def test_rules_match_from_the_start_of_the_name():
+    config = QuantizeConfig(dynamic={r"mlp": {"bits": 8}})
+    rest = config.for_module("layers.0.mlp")
+    assert rest is not None and rest.bits == 4

@@ -1,0 +1,546 @@
+"""Exporting: what was in memory comes back bit for bit, clients find what they need, nothing is half done."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from gptq_plugin import QuantizeConfig, load_quantized
+from gptq_plugin import export as export_module
+from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.export import check_export_dir, export_model
+from gptq_plugin.qlinear import QuantLinear, swap
+
+IDS = torch.tensor([[1, 17, 5, 99, 42, 7, 8, 64]])
+Rtn = Callable[..., Any]
+
+
+def tiny_llama(**overrides: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).eval()
+
+
+def tiny_gpt2(**overrides: Any) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=128,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        **overrides,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+class Plain(nn.Module):
+    """A module tree of its own: odd sizes, a bias, a buffer, a tied pair, a shared layer, a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 48)
+        self.inner = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48, bias=False))
+        self.again = self.inner[2]
+        self.register_buffer("shift", torch.arange(48.0))
+        self.window = nn.Parameter(torch.randn(4, 48)[1])
+        self.head = nn.Linear(48, 32, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens) + self.shift * self.window
+        x = self.inner(x)
+        x = self.again(torch.cat([x, x], -1))
+        return self.head(x)
+
+
+class Tokenizer:
+    def save_pretrained(self, directory: Path) -> None:
+        (Path(directory) / "tokenizer.json").write_text("{}")
+
+
+class BrokenTokenizer:
+    def save_pretrained(self, directory: Path) -> None:
+        raise RuntimeError("no space left on device")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result = model(input_ids=IDS) if hasattr(model, "config") else model(IDS % 32)
+    return getattr(result, "logits", result)
+
+
+def description(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- round trips --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous groups", "act-order"])
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_an_exported_llama_loads_back_bit_for_bit(
+    bits: int, checkpoint_format: str, sym: bool, permuted: bool, rtn: Rtn, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(bits=bits, group_size=32, sym=sym, checkpoint_format=checkpoint_format)
+    model = tiny_llama()
+    with torch.no_grad():  # off-centre weights, so that asymmetric zeros differ from the symmetric one
+        for parameter in model.parameters():
+            parameter += 0.01
+    model = rtn(model, config, permuted=permuted)
+    folder = export_model(model, tmp_path / "out", config)
+    loaded = load_quantized(folder)
+    assert torch.equal(logits(loaded), logits(model))
+    assert {n: m.bits for n, m in loaded.named_modules() if isinstance(m, QuantLinear)} == {
+        n: m.bits for n, m in model.named_modules() if isinstance(m, QuantLinear)
+    }
+    assert description(folder)["desc_act"] is permuted
+    assert (
+        QuantizeConfig.from_quantize_config(json.loads((folder / "quantize_config.json").read_text())).bits
+        == bits
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_exported_conv1d_model_with_biases_and_tied_embeddings_loads_back_bit_for_bit(
+    dtype: torch.dtype, rtn: Rtn, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(group_size=16)
+    model = tiny_gpt2().to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model = rtn(model, config)
+    folder = export_model(model, tmp_path / "out", config)
+    loaded = load_quantized(folder)
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        assert "lm_head.weight" not in stored.keys()  # noqa: SIM118
+    ids = loaded.generate(
+        input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, pad_token_id=3
+    )
+    assert ids.shape[1] > IDS.shape[1]
+
+
+def test_an_exported_plain_module_loads_back_into_a_fresh_one(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(bits=2, group_size=16, checkpoint_format="gptq_v2")
+    torch.manual_seed(0)
+    model = rtn(Plain(), config)
+    folder = export_model(model, tmp_path / "out", config)
+    fresh = Plain()
+    loaded = load_quantized(folder, model=fresh)
+    assert loaded is fresh
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.head.weight is loaded.embed.weight
+    assert loaded.again is loaded.inner[2]
+    assert json.loads((folder / "config.json").read_text())["module_class"].endswith("Plain")
+
+
+def test_mixed_bits_and_skipped_layers_load_back_bit_for_bit(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(
+        group_size=32,
+        dynamic={r".*\.down_proj": {"bits": 8, "group_size": 16}, r"-:.*layers\.0.*q_proj": {}},
+    )
+    model = rtn(tiny_llama(), config)
+    loaded = load_quantized(export_model(model, tmp_path / "out", config))
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.model.layers[0].mlp.down_proj.bits == 8
+    assert isinstance(loaded.model.layers[0].self_attn.q_proj, nn.Linear)
+
+
+def test_a_quantized_head_of_a_tied_model_is_stored_untied(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32, lm_head=True)
+    model = rtn(tiny_llama(tie_word_embeddings=False), config)
+    model.config.tie_word_embeddings = True  # what a tied model whose head was quantized still says
+    folder = export_model(model, tmp_path / "out", config)
+    content = json.loads((folder / "config.json").read_text())
+    assert content["tie_word_embeddings"] is False
+    assert content["quantization_config"]["lm_head"] is True
+    loaded = load_quantized(folder)
+    assert isinstance(loaded.lm_head, QuantLinear)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_large_models_are_stored_in_shards(rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "MAX_SHARD", "20KB")
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(), config)
+    folder = export_model(model, tmp_path / "out", config)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(load_quantized(folder)), logits(model))
+
+
+def test_exporting_changes_nothing_of_the_model(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(), config)
+    before, original = copy.deepcopy(model.state_dict()), model.config
+    said = model.config.to_dict()
+    export_model(model, tmp_path / "out", config)
+    assert model.config is original and model.config.to_dict() == said
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_loaded_model_exports_again_to_the_same_tensors(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32)
+    first = export_model(rtn(tiny_llama(), config), tmp_path / "first", config)
+    second = export_model(load_quantized(first), tmp_path / "second", config)
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+# --- what clients find --------------------------------------------------------------------------------------
+
+
+def test_the_description_holds_what_every_client_reads(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32, desc_act=False, static_groups=True, damp_percent=0.0)
+    folder = export_model(rtn(tiny_llama(), config), tmp_path / "out", config, tokenizer=Tokenizer())
+    said = description(folder)
+    meta = said.pop("meta")
+    assert said == {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "format": "gptq",
+        "pack_dtype": "int32",
+    }
+    assert meta["quantizer"][0].startswith("gptq_plugin:")
+    full = json.loads((folder / "quantize_config.json").read_text())
+    assert {key: full[key] for key in said} == said
+    assert QuantizeConfig.from_quantize_config(full) == config
+    assert sorted(full["meta"]["gptq_plugin"]["files"]) == sorted(files(folder))
+    assert (folder / "tokenizer.json").exists()
+
+
+def test_layers_left_float_are_told_to_gptqmodel_and_to_transformers(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32, modules_to_not_convert=("v_proj",))
+    said = description(export_model(rtn(tiny_llama(), config), tmp_path / "out", config))
+    assert said["dynamic"] == {r"-:model\.layers\.\d+\.self_attn\.v_proj$": {}}
+    assert said["modules_in_block_to_quantize"] == [
+        [
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ]
+    ]
+
+
+def test_a_layer_left_float_in_one_block_only_is_named_in_full(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32, modules_to_not_convert=("layers.1.mlp.up_proj",))
+    said = description(export_model(rtn(tiny_llama(), config), tmp_path / "out", config))
+    assert said["dynamic"] == {r"-:model\.layers\.1\.mlp\.up_proj$": {}}
+    assert "model.layers.0.mlp.up_proj" in said["modules_in_block_to_quantize"][0]
+    assert "mlp.up_proj" not in said["modules_in_block_to_quantize"][0]
+
+
+def test_files_have_the_permissions_of_any_new_file(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16)
+    folder = export_model(rtn(Plain(), config), tmp_path / "out", config)
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def test_a_float_model_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="has no QuantLinear: quantize it"):
+        export_model(Plain(), tmp_path / "out", QuantizeConfig())
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_config_that_is_not_the_models_is_refused(rtn: Rtn, tmp_path: Path) -> None:
+    model = rtn(Plain(), QuantizeConfig(bits=4, group_size=16))
+    with pytest.raises(ExportError, match=r"inner\.0 is quantized with bits=4, .* says bits=3"):
+        export_model(model, tmp_path / "out", QuantizeConfig(bits=3, group_size=16))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_zero_that_v1_cannot_hold_is_refused_with_the_modules_name(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16, sym=False)
+    model = rtn(Plain(), config)
+    model.inner[0].qzeros.zero_()
+    with pytest.raises(ExportError, match=r"inner\.0: .*gptq_v2"):
+        export_model(model, tmp_path / "out", config)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ExportError, match="is no export of gptq_plugin"):
+            check_export_dir(target, overwrite)
+        with pytest.raises(ExportError, match="is no export of gptq_plugin"):
+            export_model(rtn(Plain(), config), target, config, overwrite=overwrite)
+    assert files(target) == {"thesis.txt": b"years of work"}
+
+
+def test_another_tools_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}')
+    with pytest.raises(ExportError, match="is no export of gptq_plugin"):
+        check_export_dir(tmp_path, overwrite=True)
+
+
+def test_an_earlier_export_is_replaced_only_on_request(rtn: Rtn, tmp_path: Path) -> None:
+    config, other = QuantizeConfig(group_size=16), QuantizeConfig(bits=8, group_size=16)
+    target = export_model(rtn(Plain(), config), tmp_path / "out", config, tokenizer=Tokenizer())
+    with pytest.raises(ExportError, match="pass overwrite=True"):
+        check_export_dir(target)
+    model = rtn(Plain(), other)
+    with pytest.raises(ExportError, match="pass overwrite=True"):
+        export_model(model, target, other)
+    export_model(model, target, other, overwrite=True)
+    assert description(target)["bits"] == 8
+    assert not (target / "tokenizer.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_someone_added_to_an_export_are_not_deleted_with_it(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16)
+    target = export_model(rtn(Plain(), config), tmp_path / "out", config)
+    (target / "notes.md").write_text("mine")
+    with pytest.raises(ExportError, match=r"notes\.md.*move them away"):
+        export_model(rtn(Plain(), config), target, config, overwrite=True)
+    assert (target / "notes.md").read_text() == "mine"
+
+
+def test_a_target_that_is_a_file_or_below_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="is a file"):
+        check_export_dir(tmp_path / "file")
+    with pytest.raises(ExportError, match="file is not a folder one may write to"):
+        check_export_dir(tmp_path / "file" / "below")
+
+
+def test_a_parent_without_write_permission_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: False
+    )  # root may write anywhere, whatever the mode says
+    with pytest.raises(ExportError, match="one may write to"):
+        check_export_dir(tmp_path / "a" / "b")
+
+
+def test_checking_a_folder_creates_nothing(tmp_path: Path) -> None:
+    check_export_dir(tmp_path / "a" / "b")
+    (tmp_path / "empty").mkdir()
+    check_export_dir(tmp_path / "empty")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+# --- failures on the way ------------------------------------------------------------------------------------
+
+
+def fail_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(tensors: Any, path: Path, metadata: Any = None) -> None:
+        Path(path).write_bytes(b"half a fi")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(export_module, "save_file", save)
+
+
+def spoil_a_tensor(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    original = export_module.save_file
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
+        spoiled = {
+            name: (tensor.clone() + 1 if name.endswith(ending) else tensor)
+            for name, tensor in tensors.items()
+        }
+        original(spoiled, path, metadata=metadata)
+
+    monkeypatch.setattr(export_module, "save_file", save)
+
+
+def fail_renaming(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError("stale file handle")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], type[Exception], str]] = {
+    "the disk fills up": (fail_saving, OSError, "no space left"),
+    "the rename fails": (fail_renaming, OSError, "stale file handle"),
+    "codes are written wrongly": (
+        lambda m: spoil_a_tensor(m, "0.qweight"),
+        ExportError,
+        r"inner\.0\.qweight differs",
+    ),
+    "zeros are written wrongly": (
+        lambda m: spoil_a_tensor(m, "0.qzeros"),
+        ExportError,
+        r"inner\.0 decodes to other",
+    ),
+    "scales are written wrongly": (
+        lambda m: spoil_a_tensor(m, "0.scales"),
+        ExportError,
+        r"inner\.0\.scales differs",
+    ),
+    "groups are written wrongly": (
+        lambda m: spoil_a_tensor(m, "0.g_idx"),
+        ExportError,
+        r"does not read back.*g_idx",
+    ),
+    "a float is written wrongly": (lambda m: spoil_a_tensor(m, "shift"), ExportError, "shift differs"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+@pytest.mark.parametrize("earlier", [False, True], ids=["new target", "earlier export"])
+def test_a_failed_export_leaves_everything_as_it_was(
+    case: str, earlier: bool, rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail, error, message = FAILURES[case]
+    config = QuantizeConfig(group_size=16)
+    target = tmp_path / "out"
+    if earlier:
+        export_model(rtn(Plain(), config), target, config)
+    before = files(tmp_path)
+    model = rtn(Plain(), config)
+    fail(monkeypatch)
+    with pytest.raises(error, match=f"(?s){message}"):
+        export_model(model, target, config, overwrite=True)
+    assert files(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if earlier else [])
+
+
+def test_a_tokenizer_that_fails_leaves_no_half_export(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(), config)
+    original = model.config
+    with pytest.raises(RuntimeError, match="no space left"):
+        export_model(model, tmp_path / "deep" / "out", config, tokenizer=BrokenTokenizer())
+    assert files(tmp_path) == {}
+    assert model.config is original
+
+
+# --- plain modules that do not fit --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain_export(rtn: Rtn, tmp_path: Path) -> Path:
+    config = QuantizeConfig(group_size=16)
+    return export_model(rtn(Plain(), config), tmp_path / "out", config)
+
+
+def test_a_plain_export_asks_for_its_module(plain_export: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"Plain.*load_quantized\(directory, model=it\)"):
+        load_quantized(plain_export)
+
+
+def other_size(model: Plain) -> None:
+    model.inner[0] = nn.Linear(48, 64)
+
+
+def other_name(model: Plain) -> None:
+    model.outer = model.inner
+    del model.inner
+
+
+def one_more(model: Plain) -> None:
+    model.norm = nn.LayerNorm(48)
+
+
+def one_less(model: Plain) -> None:
+    del model.shift
+
+
+def other_shape(model: Plain) -> None:
+    model.window = nn.Parameter(torch.zeros(7))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_size, r"inner\.0 has 48 inputs and 96 outputs at bits=4; the model's Linear has 48 and 64"),
+        (other_name, r"inner\.0 is quantized in the checkpoint and no module in the model"),
+        (one_more, r"norm\.weight is missing.*norm\.bias is missing"),
+        (one_less, "shift belongs to no module"),
+        (other_shape, r"window has shape \[48\], the model needs \[7\]"),
+    ],
+)
+def test_a_module_that_does_not_fit_is_refused_and_left_alone(
+    change: Callable[[Plain], None], message: str, plain_export: Path
+) -> None:
+    model = Plain()
+    change(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        load_quantized(plain_export, model=model)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_module_that_is_quantized_already_is_refused(plain_export: Path) -> None:
+    model = load_quantized(plain_export, model=Plain())
+    with pytest.raises(CheckpointError, match="quantized already"):
+        load_quantized(plain_export, model=model)
+
+
+def test_a_wrong_checkpoint_is_noticed_by_the_comparison_these_tests_use(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(), config)
+    loaded = load_quantized(export_model(model, tmp_path / "out", config))
+    layer = loaded.model.layers[0].mlp.up_proj
+    swapped = copy.deepcopy(layer)
+    swapped.qzeros = layer.qzeros + 0x11111111
+    swap(loaded, {"model.layers.0.mlp.up_proj": swapped})
+    assert not torch.equal(logits(loaded), logits(model))
+
+
+def test_a_checkpoint_reads_back_with_the_names_of_the_model(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(), config)
+    checkpoint = Checkpoint.open(export_model(model, tmp_path / "out", config))
+    assert set(checkpoint.layers) == {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}

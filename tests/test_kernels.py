@@ -1,0 +1,285 @@
+"""The kernels against the formula in float64, with every uninitialised output poisoned by NaN.
+
+The Triton tests run on a GPU, and without one in Triton's interpreter: that needs TRITON_INTERPRET=1 before
+Triton is imported, so one test runs this file again in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_plugin import packing
+from gptq_plugin.kernels import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Half a unit in the last place of the output, and float32's accumulation on top.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+triton_device = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")),
+        pytest.param("cuda", marks=needs_gpu),
+    ],
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer: act-order shuffles its g_idx; group_size None is one group."""
+
+    n_in: int
+    n_out: int
+    group_size: int | None
+    act_order: bool = False
+
+
+# Sizes that fill no tile and no word; groups of every kind the kernel tells apart: deeper than a tile, with a
+# power of two inside (96, 48), without (15), as long as in_features, longer, and an unfinished last one (100/32).
+CASES = (
+    Case(128, 64, 32),
+    Case(256, 33, 128),
+    Case(192, 45, 96),
+    Case(96, 70, 48),
+    Case(48, 16, 16),
+    Case(75, 37, 15),
+    Case(161, 70, None),
+    Case(40, 9, 64),
+    Case(100, 65, 32),
+    Case(128, 37, 32, act_order=True),
+    Case(99, 130, 11, act_order=True),
+    Case(1, 1, None),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    packed: tuple[Tensor, Tensor, Tensor, Tensor, int]
+    weight: Tensor  # float64 [out, in]: the formula, from the codes that were packed
+    group_size: int | None  # what a caller may promise
+
+
+def make_layer(case: Case, bits: int, device: str = "cpu") -> Layer:
+    generator = torch.Generator().manual_seed(case.n_in * 31 + bits)
+    group_size = case.group_size or case.n_in
+    groups = -(-case.n_in // group_size)
+    codes = torch.randint(0, 2**bits, (case.n_out, case.n_in), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 2**bits, (groups, case.n_out), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(groups, case.n_out, generator=generator) + 0.1).half()
+    g_idx = torch.arange(case.n_in, dtype=torch.int32) // group_size
+    if case.act_order:
+        g_idx = g_idx[torch.randperm(case.n_in, generator=generator)]
+    weight = (codes.double() - zeros.double()[g_idx].t()) * scales.double()[g_idx].t()
+    tensors = (packing.pack_weight(codes, bits), packing.pack_zeros(zeros, bits), scales, g_idx)
+    qweight, qzeros, scales, g_idx = (t.to(device) for t in tensors)
+    return Layer((qweight, qzeros, scales, g_idx, bits), weight, None if case.act_order else group_size)
+
+
+def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """y = x Wᵀ + bias with W rounded to x's dtype, which is the only rounding before the sum."""
+    expected = x.cpu().double() @ weight.to(x.dtype).double().t()
+    if bias is not None:
+        expected += bias.cpu().double()
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    error = (y.cpu().double() - expected).norm() / expected.norm()
+    assert error < TOLERANCE[x.dtype], f"relative error {error:.1e}"  # NaN is not less than anything
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_plain_definition_is_the_formula(case, bits, dtype):
+    layer = make_layer(case, bits)
+    assert torch.equal(reference.dequantize(*layer.packed, dtype), layer.weight.to(dtype))
+    x, bias = torch.randn(3, case.n_in, dtype=dtype), torch.randn(case.n_out, dtype=dtype)
+    assert_product(reference.matmul(x, *layer.packed, bias), x, layer.weight, bias)
+    assert_product(reference.matmul(x, *layer.packed), x, layer.weight, None)
+
+
+@pytest.mark.parametrize("case", [Case(96, 70, 48), Case(99, 130, 11, act_order=True)], ids=str)
+def test_the_plain_definition_is_the_same_in_many_tiles(case, monkeypatch):
+    layer, x = make_layer(case, 3), torch.randn(4, case.n_in)
+    monkeypatch.setattr(reference, "_TILE", 7 * case.n_in)
+    assert torch.equal(reference.dequantize(*layer.packed, torch.float64), layer.weight)
+    assert_product(reference.matmul(x, *layer.packed), x, layer.weight, None)
+
+
+@triton_device
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_triton_kernels_are_the_formula(case, bits, device):
+    from gptq_plugin.kernels import matmul
+
+    layer = make_layer(case, bits, device)
+    for dtype in DTYPES if device == "cuda" else DTYPES[:2]:  # the interpreter's bfloat16 is wrong
+        for promise in {None, layer.group_size}:
+            weight = matmul.dequantize(*layer.packed, dtype, group_size=promise)
+            assert torch.equal(weight.cpu(), layer.weight.to(dtype))
+            for rows in (1, 3, 17) if device == "cuda" else (3,):
+                x = torch.randn(rows, case.n_in, dtype=dtype, device=device)
+                bias = torch.randn(case.n_out, dtype=dtype, device=device)
+                y = matmul.quant_matmul(x, *layer.packed, bias, group_size=promise)
+                assert_product(y, x, layer.weight, bias)
+
+
+@triton_device
+@pytest.mark.parametrize("rows", [1, 16, 40, 130, 300])
+def test_the_triton_kernel_takes_any_number_of_rows_leading_dimension_and_stride(rows, device):
+    from gptq_plugin.kernels import matmul
+
+    layer = make_layer(Case(75, 37, 15), 3, device)
+    x = torch.randn(75, rows, device=device).t()
+    assert_product(matmul.quant_matmul(x, *layer.packed), x, layer.weight, None)
+    batched = matmul.quant_matmul(x[None, :, None], *layer.packed)
+    assert torch.equal(batched, matmul.quant_matmul(x, *layer.packed)[None, :, None])
+    assert matmul.quant_matmul(x[:0], *layer.packed).shape == (0, 37)
+    assert matmul.quant_matmul(x[0], *layer.packed).shape == (37,)
+
+
+@triton_device
+def test_the_triton_kernel_does_not_round_float32_to_tf32(device):
+    from gptq_plugin.kernels import matmul
+
+    layer = make_layer(Case(256, 33, 128), 8, device)
+    x = 1 + torch.rand(5, 256, device=device) * 2**-12  # TF32 keeps 10 bits: it would see ones
+    y = matmul.quant_matmul(x, *layer.packed, group_size=128)
+    assert_product(y, x, layer.weight, None)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_the_triton_kernels_pass_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "triton and cpu", "-p", "no:cacheprovider"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="asks about the compiled kernels")
+def test_tensors_on_a_cpu_are_sent_to_the_plain_definition():
+    pytest.importorskip("triton")
+    from gptq_plugin.kernels import matmul
+
+    layer = make_layer(Case(128, 64, 32), 4)
+    with pytest.raises(ValueError, match=r"need CUDA tensors.*gptq_plugin\.kernels\.reference"):
+        matmul.quant_matmul(torch.zeros(1, 128), *layer.packed)
+
+
+def test_the_package_imports_without_triton_and_the_kernel_says_what_to_install():
+    code = (
+        "import sys, torch; sys.modules['triton'] = None\n"
+        "import gptq_plugin.kernels.reference, gptq_plugin.qlinear\n"
+        "try: import gptq_plugin.kernels.matmul\n"
+        "except ImportError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "pip install triton" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        (0, lambda t: t.long(), r"qweight must be torch\.int32 \[16, 64\].*got torch\.int64"),
+        (0, lambda t: t[:-1], r"qweight must be .* for 128 inputs, 64 outputs, 4 groups and 4 bits"),
+        (1, lambda t: t[:, :-1], r"qzeros must be torch\.int32 \[4, 8\]"),
+        (1, lambda t: t[:-1], r"qzeros must be torch\.int32 \[4, 8\]"),
+        (2, lambda t: t.bfloat16(), r"scales must be torch\.float16 \[4, 64\].*got torch\.bfloat16"),
+        (3, lambda t: t.long(), r"g_idx must be torch\.int32 \[128\]"),
+        (2, lambda t: t[0], "scales must have two dimensions"),
+        (2, lambda t: t.to("meta"), "scales is on meta and qweight on cpu"),
+        (4, lambda bits: 5, "bits must be one of 2, 3, 4, 8; got 5"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(which, change, message):
+    packed = list(make_layer(Case(128, 64, 32), 4).packed)
+    packed[which] = change(packed[which])
+    with pytest.raises(ValueError, match=message):
+        reference.matmul(torch.zeros(1, 128), *packed)
+    with pytest.raises(ValueError, match=message):
+        reference.dequantize(*packed, torch.float32)
+
+
+def test_an_input_or_bias_that_does_not_fit_is_refused():
+    packed = make_layer(Case(128, 64, 32), 4).packed
+    with pytest.raises(ValueError, match="x must end in 128 input channels"):
+        reference.matmul(torch.zeros(1, 64), *packed)
+    with pytest.raises(ValueError, match=r"floating dtype, got torch\.int64"):
+        reference.matmul(torch.zeros(1, 128, dtype=torch.int64), *packed)
+    with pytest.raises(ValueError, match=r"bias must have shape \[64\]"):
+        reference.matmul(torch.zeros(1, 128), *packed, torch.zeros(1, 64))
+    with pytest.raises(ValueError, match="x is on meta, the weights on cpu"):
+        reference.matmul(torch.zeros(1, 128, device="meta"), *packed)
+
+
+@triton_device
+def test_the_triton_kernel_names_what_it_cannot_take(device):
+    from gptq_plugin.kernels import matmul
+
+    qweight, *rest = make_layer(Case(128, 64, 32), 4, device).packed
+    x = torch.zeros(1, 128, device=device)
+    with pytest.raises(ValueError, match="qweight must be contiguous"):
+        matmul.quant_matmul(x, qweight.t().contiguous().t(), *rest)
+    with pytest.raises(ValueError, match=r"not torch\.float64: cast x"):
+        matmul.quant_matmul(x.double(), qweight, *rest)
+    if device == "cpu":
+        with pytest.raises(ValueError, match="interpreter .* computes bfloat16 wrongly"):
+            matmul.quant_matmul(x.bfloat16(), qweight, *rest)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 16, 64, 200, 2048])
+def test_triton_on_layers_of_a_large_model(rows, bits, dtype):
+    from gptq_plugin.kernels import matmul
+
+    torch.manual_seed(0)
+    n_in, n_out, groups = 4096, 11009, 32
+    random = {"dtype": torch.int32, "device": "cuda"}
+    qweight = torch.randint(-(2**31), 2**31 - 1, (n_in * bits // 32, n_out), **random)
+    qzeros = torch.randint(-(2**31), 2**31 - 1, (groups, -(-n_out * bits // 32)), **random)
+    scales = torch.rand(groups, n_out, device="cuda").half()
+    g_idx = torch.arange(n_in, **random) // 128
+    x = torch.randn(rows, n_in, dtype=dtype, device="cuda")
+    for order, promise in ((g_idx, 128), (g_idx[torch.randperm(n_in, device="cuda")], None)):
+        weight = reference.dequantize(qweight, qzeros, scales, order, bits, dtype)
+        y = matmul.quant_matmul(x, qweight, qzeros, scales, order, bits, group_size=promise)
+        expected = x.double() @ weight.double().t()
+        assert (y.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_triton_addresses_more_than_two_to_the_31_elements():
+    from gptq_plugin.kernels import matmul
+
+    n_in, n_out = 16384, 135_001
+    qweight = torch.randint(-(2**31), 2**31 - 1, (n_in // 8, n_out), dtype=torch.int32, device="cuda")
+    qzeros = torch.full((1, -(-n_out // 8)), -0x77777778, dtype=torch.int32, device="cuda")  # 0x88888888
+    scales = torch.ones(1, n_out, dtype=torch.float16, device="cuda")
+    g_idx = torch.zeros(n_in, dtype=torch.int32, device="cuda")
+    assert n_in * n_out > 2**31
+    weight = matmul.dequantize(qweight, qzeros, scales, g_idx, 4, torch.float16, group_size=n_in)
+    expected = reference.unpack(qweight[-2:, -9:], 4, 16).t() - 8.0
+    assert torch.equal(weight[-9:, -16:], expected.half())

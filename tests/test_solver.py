@@ -1,0 +1,311 @@
+"""The solver against a column-by-column GPTQ in float64, written from the paper with an explicit inverse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.solver import output_error, round_to_nearest, solve
+
+
+def plain(**fields):
+    """GPTQ as in the paper: the grid covers the whole range of its group."""
+    return QuantizeConfig(**{"clip_ratios": (1.0,), **fields})
+
+
+def plain_grid(columns, config):
+    """Scale and zero of one group [rows, g], as floats a float16 checkpoint can hold."""
+    top = 2**config.bits - 1
+    if config.sym:
+        scale = 2 * columns.abs().amax(1) / top
+        zero = torch.full_like(scale, 2 ** (config.bits - 1))
+    else:
+        low, high = columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0)
+        if config.checkpoint_format == "gptq":
+            low = torch.minimum(low, -high / (top - 1))
+        scale = (high - low) / top
+        zero = torch.round(-low / scale).clamp(0, top)
+    return scale.to(torch.float16).double(), zero
+
+
+def plain_gptq(weight, hessian, config):
+    """GPTQ as in arXiv:2210.17323: one column at a time, errors pushed forward through chol(H⁻¹). float64."""
+    w, h = weight.double().clone(), hessian.double().clone()
+    rows, n = w.shape
+    size = n if config.group_size == -1 else config.group_size
+    reorder = config.desc_act or config.static_groups
+    perm = torch.argsort(h.diagonal(), descending=True, stable=True) if reorder else torch.arange(n)
+    static = [plain_grid(w[:, g : g + size], config) for g in range(0, n, size)]
+    w, h = w[:, perm], h[perm][:, perm]
+    h.diagonal().add_(config.damp_percent * h.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    codes, dequantized = torch.zeros_like(w), torch.zeros_like(w)
+    for j in range(n):
+        if config.static_groups:
+            scale, zero = static[int(perm[j]) // size]
+        elif j % size == 0:
+            scale, zero = plain_grid(w[:, j : j + size], config)
+        q = torch.round(w[:, j] / scale + zero).clamp(0, 2**config.bits - 1)
+        codes[:, j], dequantized[:, j] = q, scale * (q - zero)
+        error = (w[:, j] - dequantized[:, j]) / inverse[j, j]
+        w[:, j:] -= error[:, None] * inverse[j, j:]
+    back = torch.argsort(perm)
+    return codes[:, back].to(torch.uint8), dequantized[:, back]
+
+
+def correlated(rows, n, seed=0):
+    """A weight and the Hessian of inputs with strong correlations and very different scales."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=g, dtype=torch.float64) / n**0.5 + torch.eye(n, dtype=torch.float64)
+    scales = torch.logspace(-1, 1, n, dtype=torch.float64)[torch.randperm(n, generator=g)]
+    x = torch.randn(4 * n, n, generator=g, dtype=torch.float64) @ mix * scales
+    return torch.randn(rows, n, generator=g, dtype=torch.float64) * 0.05, x.T @ x / len(x)
+
+
+ORDERS = {
+    "static act-order": {"desc_act": False, "static_groups": True},
+    "original act-order": {"desc_act": True, "static_groups": False},
+    "natural order": {"desc_act": False, "static_groups": False},
+    "AutoGPTQ's static act-order": {"desc_act": True, "static_groups": True},
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_equal_the_paper_column_by_column(bits, sym, order):
+    weight, hessian = correlated(rows=24, n=192)
+    config = plain(bits=bits, group_size=32, sym=sym, **ORDERS[order])
+    solution = solve(weight, hessian, config)
+    codes, dequantized = plain_gptq(weight, hessian, config)
+    assert torch.equal(solution.weight.codes, codes)
+    torch.testing.assert_close(solution.weight.dequantize(torch.float64), dequantized)
+    assert solution.method == "gptq" and solution.deviations == ()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("n", "size"), [(96, 48), (200, 8), (200, 200), (200, -1), (384, 192), (520, 260), (7, 7)])
+def test_odd_shapes_equal_the_paper(n, size, order):
+    weight, hessian = correlated(rows=5, n=n, seed=n)
+    config = plain(bits=3, group_size=size, **ORDERS[order])
+    assert torch.equal(solve(weight, hessian, config).weight.codes, plain_gptq(weight, hessian, config)[0])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_groups_are_contiguous_unless_the_original_act_order_is_asked(order):
+    weight, hessian = correlated(rows=4, n=128)
+    config = plain(group_size=32, **ORDERS[order])
+    trivial = torch.arange(128, dtype=torch.int32) // 32
+    g_idx = solve(weight, hessian, config).weight.g_idx
+    assert torch.equal(g_idx, trivial) == (order != "original act-order")
+    assert torch.equal(torch.bincount(g_idx), torch.full((4,), 32))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_real_weights_and_hessians_give_the_papers_codes_and_beat_rounding(pycode_layers, bits):
+    config = plain(bits=bits, group_size=128)
+    for name, (weight, hessian) in pycode_layers.items():
+        reference, dequantized = plain_gptq(weight, hessian, config)
+        exact = solve(weight.double(), hessian.double(), config)
+        assert torch.equal(exact.weight.codes, reference), name
+        single = solve(weight.float(), hessian.float(), config)
+        same = (single.weight.codes == reference).double().mean().item()
+        assert same >= 0.999, f"{name}: only {same:.5f} of the codes agree in float32"
+        error = weight.double() - dequantized
+        loss = ((error @ hessian.double()) * error).sum()
+        assert abs(single.loss.sum().double() / loss - 1) < 1e-3
+        assert single.loss.sum() < 0.8 * single.rtn_loss.sum(), name
+
+
+def test_every_row_keeps_the_clip_ratio_with_the_least_output_error():
+    weight, hessian = correlated(rows=32, n=128)
+    ratios = (1.0, 0.8, 0.6)
+    each = [solve(weight, hessian, plain(bits=3, group_size=32, clip_ratios=(ratio,))) for ratio in ratios]
+    best = solve(weight, hessian, plain(bits=3, group_size=32, clip_ratios=ratios))
+    losses = torch.stack([solution.loss for solution in each])
+    torch.testing.assert_close(best.loss, losses.amin(0))
+    assert len(losses.argmin(0).unique()) > 1  # rows differ, so there is something to choose
+    for row, which in enumerate(losses.argmin(0).tolist()):
+        assert torch.equal(best.weight.codes[row], each[which].weight.codes[row])
+        assert torch.equal(best.weight.scales[:, row], each[which].weight.scales[:, row])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_clipped_grid_covers_its_part_of_the_range(sym, order):
+    weight, hessian = correlated(rows=8, n=64)
+    whole, part = (
+        solve(weight, hessian, plain(group_size=64, sym=sym, clip_ratios=(ratio,), **ORDERS[order]))
+        for ratio in (1.0, 0.75)
+    )
+    assert torch.equal(whole.weight.zeros, part.weight.zeros)
+    torch.testing.assert_close(part.weight.scales.double(), 0.75 * whole.weight.scales.double(), rtol=2e-3, atol=0)
+
+
+def test_stacked_rows_get_the_codes_they_get_alone():
+    weight, hessian = correlated(rows=48, n=128)
+    config = plain(group_size=32)
+    together = solve(weight, hessian, config)
+    for start, stop in ((0, 16), (16, 40), (40, 48)):
+        alone = solve(weight[start:stop], hessian, config)
+        part = together.weight.rows(start, stop)
+        assert torch.equal(part.codes, alone.weight.codes)
+        assert torch.equal(part.scales, alone.weight.scales)
+        torch.testing.assert_close(together.loss[start:stop], alone.loss)
+
+
+def test_reported_losses_are_the_output_errors():
+    weight, hessian = correlated(rows=6, n=64)
+    config = plain(bits=3, group_size=32)
+    x = torch.linalg.cholesky(hessian).T  # xᵀx = H
+    solution = solve(weight, hessian, config)
+    for quantized, loss in (
+        (solution.weight, solution.loss),
+        (round_to_nearest(weight, config), solution.rtn_loss),
+    ):
+        outputs = x @ (weight - quantized.dequantize(torch.float64)).T
+        torch.testing.assert_close(loss, outputs.square().sum(0))
+        torch.testing.assert_close(loss, output_error(weight, quantized, hessian))
+
+
+def test_round_to_nearest_takes_the_nearest_point_of_the_grid():
+    weight, _ = correlated(rows=8, n=64)
+    quantized = round_to_nearest(weight, plain(bits=4, group_size=16))
+    half = quantized.scales.double()[quantized.g_idx.long()].T / 2
+    error = (weight - quantized.dequantize(torch.float64)).abs()
+    assert bool((error <= half * 1.01).all())
+
+
+def test_dead_inputs_are_rounded_to_nearest_and_cost_nothing():
+    weight, hessian = correlated(rows=8, n=64)
+    dead = [3, 17, 40]
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    for dtype in (torch.float32, torch.float64):
+        solution = solve(weight.to(dtype), hessian.to(dtype), plain(group_size=32))
+        nearest = round_to_nearest(weight.to(dtype), plain(group_size=32))
+        assert solution.method == "gptq"
+        assert torch.equal(solution.weight.codes[:, dead], nearest.codes[:, dead])
+        assert torch.isfinite(solution.loss).all()
+
+
+def test_a_layer_no_input_reached_is_rounded_and_says_so():
+    weight, _ = correlated(rows=4, n=64)
+    solution = solve(weight, torch.zeros(64, 64, dtype=torch.float64), plain(group_size=32))
+    assert solution.method == "rtn"
+    assert "no calibration input" in solution.deviations[0]
+    assert torch.equal(solution.weight.codes, round_to_nearest(weight, plain(group_size=32)).codes)
+
+
+def nearly_singular(n=64):
+    """Positive semidefinite in float64, but with rounding that makes it indefinite in float32."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(n, n, generator=g, dtype=torch.float64) * torch.logspace(0, -5, n, dtype=torch.float64)
+    x = x @ torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64)).Q
+    return x.T @ x
+
+
+def test_a_hessian_too_singular_for_float32_is_factored_in_float64_and_says_so():
+    weight, _ = correlated(rows=4, n=64)
+    config = plain(group_size=32, damp_percent=1e-12)
+    solution = solve(weight.float(), nearly_singular().float(), dataclasses.replace(config, damp_percent=1e-7))
+    assert solution.method == "gptq"
+    assert any("float64" in deviation for deviation in solution.deviations)
+
+
+def test_an_indefinite_hessian_gets_more_damping_and_says_how_much():
+    weight, hessian = correlated(rows=4, n=64)
+    hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    solution = solve(weight, hessian, plain(group_size=32, damp_percent=0.001, damp_auto_increment=0.01))
+    assert solution.method == "gptq"
+    assert solution.damp_percent > 0.001
+    assert any("damp_percent raised from 0.001 to" in deviation for deviation in solution.deviations)
+
+
+@pytest.mark.parametrize("increment", [0.0, 0.01])
+def test_a_hessian_without_factor_falls_back_to_rounding_loudly(increment):
+    weight, hessian = correlated(rows=4, n=64)
+    config = plain(group_size=32, damp_auto_increment=increment)
+    hessian[0, 1] = hessian[1, 0] = 1e6  # no damping below 1 makes this definite
+    solution = solve(weight, hessian, config)
+    assert solution.method == "rtn"
+    assert "no Cholesky factor" in solution.deviations[0]
+    assert torch.equal(solution.weight.codes, round_to_nearest(weight, config).codes)
+    torch.testing.assert_close(solution.loss, solution.rtn_loss)
+
+
+def test_asymmetric_zeros_stay_above_zero_in_the_v1_format():
+    weight = correlated(rows=8, n=64)[0].abs()  # all positive: the natural zero is 0
+    for checkpoint_format, least in (("gptq", 1), ("gptq_v2", 0)):
+        config = plain(bits=4, group_size=32, sym=False, checkpoint_format=checkpoint_format)
+        quantized = round_to_nearest(weight, config)
+        assert int(quantized.zeros.min()) == least
+        span = (quantized.dequantize(torch.float64) - weight).abs().max() / quantized.scales.max()
+        assert span <= 0.51
+
+
+def test_a_group_of_zeros_stays_zero_and_tiny_weights_keep_a_scale():
+    weight, hessian = correlated(rows=4, n=64)
+    weight[:, :32] = 0
+    weight[2] *= 1e-7
+    solution = solve(weight, hessian, plain(group_size=32, static_groups=True))
+    assert bool((solution.weight.scales > 0).all())
+    assert bool(torch.isfinite(solution.weight.dequantize()).all())
+    assert bool((solution.weight.dequantize()[:, :32] == 0).all())
+
+
+@pytest.mark.parametrize(("which", "message"), [("weight", "weight holds NaN"), ("hessian", "Hessian holds NaN")])
+def test_nan_is_refused(which, message):
+    weight, hessian = correlated(rows=4, n=64)
+    (weight if which == "weight" else hessian)[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=message):
+        solve(weight, hessian, plain(group_size=32))
+
+
+def test_a_scale_beyond_float16_is_refused():
+    weight, hessian = correlated(rows=4, n=64)
+    with pytest.raises(ValueError, match="float16"):
+        solve(weight * 1e8, hessian, plain(group_size=32))
+
+
+def test_a_16_bit_weight_is_solved_in_the_hessians_precision():
+    weight, hessian = correlated(rows=4, n=64)
+    config = plain(group_size=32)
+    half = weight.to(torch.bfloat16)
+    assert torch.equal(
+        solve(half, hessian, config).weight.codes, solve(half.double(), hessian, config).weight.codes
+    )
+
+
+@pytest.fixture(scope="session")
+def pycode_layers(shared):
+    """Weights of pycode-29m with the Hessians of real text, by plain hooks: nothing of ours is used."""
+    import json
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = shared / "models" / "pycode-29m"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with open(shared / "data" / "pycode" / "calib.jsonl") as lines:
+        text = "".join(json.loads(next(lines))["text"] for _ in range(12))
+    ids = torch.tensor(tokenizer(text)["input_ids"][: 16 * 256]).reshape(16, 256)
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj", "model.layers.7.mlp.up_proj"]
+    inputs: dict[str, torch.Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: inputs.__setitem__(name, args[0].flatten(0, 1).double())
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    rows = 192  # the reference is slow
+    return {
+        name: (model.get_submodule(name).weight.detach()[:rows], x.T @ x / len(x)) for name, x in inputs.items()
+    }

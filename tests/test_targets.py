@@ -1,0 +1,135 @@
+"""Which layers are quantized, and what is refused before any work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from gptq_plugin import QuantizeConfig
+from gptq_plugin.errors import TargetError
+from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.targets import find_targets
+
+CONFIG = QuantizeConfig(group_size=32)
+
+
+def llama(**options):
+    values = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "num_key_value_heads": 1, **options}  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**values))
+
+
+def names(model, config=CONFIG):
+    return [target.name for target in find_targets(model, config)[0]]
+
+
+def reasons(model, config=CONFIG):
+    return {skip.name: skip.reason for skip in find_targets(model, config)[1]}
+
+
+def test_all_linears_of_a_transformers_model_but_the_output_embedding_are_targets():
+    model = llama()
+    assert len(names(model)) == 14
+    assert reasons(model) == {"lm_head": "output embedding (lm_head=false)"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lm_head_true_includes_the_output_embedding(tied):
+    model = llama(tie_word_embeddings=tied)
+    assert "lm_head" in names(model, QuantizeConfig(group_size=32, lm_head=True))
+
+
+def test_the_output_embedding_of_a_plain_module_is_found_by_its_tied_weight():
+    model = nn.ModuleDict({"embed": nn.Embedding(64, 32), "body": nn.Linear(32, 32), "head": nn.Linear(32, 64)})
+    model["head"].weight = model["embed"].weight
+    assert names(model) == ["body"]
+    assert "output embedding" in reasons(model)["head"]
+
+
+def test_conv1d_is_a_target_with_its_weight_seen_as_linears():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64))
+    targets, _ = find_targets(model, CONFIG)
+    attn = next(target for target in targets if target.name.endswith("c_attn"))
+    assert isinstance(attn.module, Conv1D) and attn.weight.shape == (192, 64)
+    value = torch.randn(192, 64)
+    attn.set_parameter(attn.with_weight(value))
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(attn.module(x), x @ value.T + attn.module.bias)
+
+
+def test_linears_that_share_a_weight_stay_float_and_say_with_whom():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    model[2].weight = model[0].weight
+    assert names(model) == ["1"]
+    assert reasons(model) == {"0": "its weight is tied to 2.weight", "2": "its weight is tied to 0.weight"}
+
+
+def test_a_parametrized_linear_stays_float_and_says_why():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), nn.Linear(32, 32))
+    assert names(model) == ["1"] and "parametrization" in reasons(model)["0"]
+
+
+def test_a_linear_subclass_with_a_forward_of_its_own_is_no_target():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    assert names(nn.Sequential(Scaled(32, 32), nn.Linear(32, 32))) == ["1"]
+
+
+def test_a_layer_whose_codes_do_not_fill_words_stays_float_and_says_why():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 10))
+    assert names(model) == ["0"] and "out_features 10" in reasons(model)["1"]
+
+
+@pytest.mark.parametrize("part", ["model.layers.0.mlp.up_proj", "layers.0.mlp.up_proj", "up_proj"])
+def test_modules_to_not_convert_takes_runs_of_name_components(part):
+    left = reasons(llama(), QuantizeConfig(group_size=32, modules_to_not_convert=[part]))
+    assert "model.layers.0.mlp.up_proj" in left
+    assert ("model.layers.1.mlp.up_proj" in left) == (part == "up_proj")
+
+
+def test_a_name_that_is_only_part_of_a_component_matches_nothing_and_is_refused():
+    with pytest.raises(TargetError, match="modules_to_not_convert: 'up_pro'"):
+        find_targets(llama(), QuantizeConfig(group_size=32, modules_to_not_convert=["up_pro"]))
+
+
+def test_a_regex_that_matches_nothing_is_refused_with_names_it_could_match():
+    with pytest.raises(TargetError, match=r"'mlp' matches none of the 15 linear layers \(model.layers.0"):
+        find_targets(llama(), QuantizeConfig(group_size=32, dynamic={"mlp": {"bits": 8}}))
+
+
+def test_a_group_size_that_does_not_divide_names_the_layers_and_the_choices():
+    with pytest.raises(TargetError) as caught:
+        find_targets(llama(), QuantizeConfig(group_size=64))
+    message = str(caught.value)
+    assert "group_size 64 does not divide the 96 input features of model.layers.0.mlp.down_proj" in message
+    assert "choose one of 16, 32, 48, 96 or -1" in message
+
+
+def test_a_dynamic_rule_can_give_the_odd_layer_its_own_group_size():
+    config = QuantizeConfig(group_size=64, dynamic={r".*down_proj": {"group_size": 32}})
+    targets, _ = find_targets(llama(), config)
+    assert {t.config.group_size for t in targets if "down" in t.name} == {32}
+    assert {t.config.group_size for t in targets if "down" not in t.name} == {64}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "no nn.Linear .*its parameters are in Conv2d"),
+        (nn.Sequential(nn.Linear(32, 10)), "no layer is left to quantize: 0: out_features 10"),
+    ],
+)
+def test_a_model_without_targets_is_refused(model, message):
+    with pytest.raises(TargetError, match=message):
+        find_targets(model, CONFIG)
+
+
+def test_a_quantized_model_is_refused():
+    model = nn.Sequential(nn.Linear(32, 32), QuantLinear(32, 32, 4, 32))
+    with pytest.raises(TargetError, match="quantized already"):
+        find_targets(model, CONFIG)
