@@ -3,9 +3,9 @@
     python scripts/bench_qlinear.py                  # the GPU if there is one, else the CPU
     python scripts/bench_qlinear.py --device cpu --threads 2 --shapes 4096x4096 --rows 1,16,128
 
-On a GPU every number is the replay of one CUDA graph over copies of the weights that together exceed the cache;
-`ideal` is the time to read codes and scales once at 4.3 TB/s (an H200's measured copy). The columns `fused` and
-`scratch` (CUDA), `int4` and `tiles` (CPU) are the layer's two ways; `QuantLinear` is the one it chooses.
+On a GPU every number is the replay of one CUDA graph over copies of the weights that together exceed the
+cache; `ideal` is the time to read codes and scales once at 4.3 TB/s (an H200's measured copy). The columns
+`fused` and `scratch` (CUDA), `int4` and `tiles` (CPU) are the layer's ways; `QuantLinear` is what it chooses.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def gpu_seconds(calls: Sequence[Callable[[], object]]) -> float:
     return sorted(times[2:])[10]
 
 
-def bench_cpu(n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype) -> dict[str, float]:
+def bench_cpu(
+    n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype
+) -> dict[str, float]:
     layer = random_layer(n_in, n_out, bits, group_size, "cpu")
     x, weight = torch.randn(rows, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
     int4 = layer._prepare().int4
@@ -79,7 +81,9 @@ def bench_cpu(n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtyp
     return times
 
 
-def bench_gpu(n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype) -> dict[str, float]:
+def bench_gpu(
+    n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype
+) -> dict[str, float]:
     from gptq_plugin.kernels import matmul
 
     x = torch.randn(rows, n_in, dtype=dtype, device="cuda")
@@ -108,8 +112,12 @@ def bench_gpu(n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtyp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--shapes", default="512x512,4096x4096,4096x14336", help="in x out, comma-separated")
     parser.add_argument("--rows", help="rows of x (default 1,8,64,128,256; on a GPU 1,16,64,256,2048)")
     parser.add_argument("--bits", default="4", help="widths, comma-separated")
@@ -120,11 +128,13 @@ def main() -> None:
     gpu = options.device == "cuda"
     torch.set_num_threads(options.threads)
     bench, unit, scale = (bench_gpu, "µs", 1e6) if gpu else (bench_cpu, "ms", 1e3)
-    print(f"{options.device}, torch {torch.__version__}, group {options.group_size}; {unit} a product (x float's)")
+    print(f"{options.device}, torch {torch.__version__}, group {options.group_size}; {unit} (ratio to float)")
     for dtype_name in (options.dtypes or ("float16" if gpu else "bfloat16,float32")).split(","):
         for shape in options.shapes.split(","):
             for bits in map(int, options.bits.split(",")):
-                for rows in map(int, (options.rows or ("1,16,64,256,2048" if gpu else "1,8,64,128,256")).split(",")):
+                for rows in map(
+                    int, (options.rows or ("1,16,64,256,2048" if gpu else "1,8,64,128,256")).split(",")
+                ):
                     n_in, n_out = map(int, shape.split("x"))
                     with torch.no_grad():
                         times = bench(n_in, n_out, rows, bits, options.group_size, getattr(torch, dtype_name))

@@ -116,7 +116,7 @@ def test_an_exported_llama_loads_back_bit_for_bit(
     bits: int, checkpoint_format: str, sym: bool, permuted: bool, rtn: Rtn, tmp_path: Path
 ) -> None:
     config = QuantizeConfig(bits=bits, group_size=32, sym=sym, checkpoint_format=checkpoint_format)
-    model = tiny_llama()
+    model = tiny_llama(num_hidden_layers=1)
     with torch.no_grad():  # off-centre weights, so that asymmetric zeros differ from the symmetric one
         for parameter in model.parameters():
             parameter += 0.01
@@ -248,6 +248,18 @@ def test_the_description_holds_what_every_client_reads(rtn: Rtn, tmp_path: Path)
     assert QuantizeConfig.from_quantize_config(full) == config
     assert sorted(full["meta"]["gptq_plugin"]["files"]) == sorted(files(folder))
     assert (folder / "tokenizer.json").exists()
+
+
+def test_the_report_is_stored_as_json_beside_the_weights(tmp_path: Path) -> None:
+    from gptq_plugin import QuantizeModule
+
+    quantizer = QuantizeModule(group_size=16)
+    model = Plain().eval()
+    quantizer.round_to_nearest(model)
+    folder = quantizer.export(model, tmp_path / "out")
+    content = (folder / "quantization_report.json").read_text()
+    assert "NaN" not in content
+    assert {module["name"] for module in json.loads(content)["modules"]} >= {"inner.0", "inner.2"}
 
 
 def test_layers_left_float_are_told_to_gptqmodel_and_to_transformers(rtn: Rtn, tmp_path: Path) -> None:

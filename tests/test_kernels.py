@@ -6,6 +6,7 @@ Triton is imported, so one test runs this file again in a process of its own.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from gptq_plugin.kernels import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Half a unit in the last place of the output, and float32's accumulation on top.
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+# A unit in the last place of the output: one rounding of the product, one of the sum with the bias.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 triton_device = pytest.mark.parametrize(
@@ -44,7 +45,7 @@ class Case:
 
 
 # Sizes that fill no tile and no word; groups of every kind the kernel tells apart: deeper than a tile, with a
-# power of two inside (96, 48), without (15), as long as in_features, longer, and an unfinished last one (100/32).
+# power of two inside (96, 48), without (15), as long as in_features, longer, and one cut short (100/32).
 CASES = (
     Case(128, 64, 32),
     Case(256, 33, 128),
@@ -97,6 +98,7 @@ def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 @pytest.fixture(autouse=True)
 def poisoned():
     """torch.empty gives NaN, or the largest integer."""
+    torch.manual_seed(0)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
@@ -130,15 +132,15 @@ def test_the_triton_kernels_are_the_formula(case, bits, device):
     from gptq_plugin.kernels import matmul
 
     layer = make_layer(case, bits, device)
-    for dtype in DTYPES if device == "cuda" else DTYPES[:2]:  # the interpreter's bfloat16 is wrong
-        for promise in {None, layer.group_size}:
-            weight = matmul.dequantize(*layer.packed, dtype, group_size=promise)
-            assert torch.equal(weight.cpu(), layer.weight.to(dtype))
-            for rows in (1, 3, 17) if device == "cuda" else (3,):
-                x = torch.randn(rows, case.n_in, dtype=dtype, device=device)
-                bias = torch.randn(case.n_out, dtype=dtype, device=device)
-                y = matmul.quant_matmul(x, *layer.packed, bias, group_size=promise)
-                assert_product(y, x, layer.weight, bias)
+    # The interpreter is slow, and wrong in bfloat16: it takes each dtype and each way to find the group once.
+    everything = itertools.product(DTYPES, {None, layer.group_size}, (1, 3, 17))
+    a_few = ((torch.float32, None, 3), (torch.float16, layer.group_size, 3))
+    for dtype, promise, rows in everything if device == "cuda" else a_few:
+        weight = matmul.dequantize(*layer.packed, dtype, group_size=promise)
+        assert torch.equal(weight.cpu(), layer.weight.to(dtype))
+        x = torch.randn(rows, case.n_in, dtype=dtype, device=device)
+        bias = torch.randn(case.n_out, dtype=dtype, device=device)
+        assert_product(matmul.quant_matmul(x, *layer.packed, bias, group_size=promise), x, layer.weight, bias)
 
 
 @triton_device
@@ -168,7 +170,17 @@ def test_the_triton_kernel_does_not_round_float32_to_tf32(device):
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_the_triton_kernels_pass_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "triton and cpu", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-q",
+        "-k",
+        "triton and cpu",
+        "-p",
+        "no:cacheprovider",
+    ]
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]
@@ -242,7 +254,7 @@ def test_the_triton_kernel_names_what_it_cannot_take(device):
     with pytest.raises(ValueError, match=r"not torch\.float64: cast x"):
         matmul.quant_matmul(x.double(), qweight, *rest)
     if device == "cpu":
-        with pytest.raises(ValueError, match="interpreter .* computes bfloat16 wrongly"):
+        with pytest.raises(ValueError, match=r"interpreter .* computes bfloat16 wrongly"):
             matmul.quant_matmul(x.bfloat16(), qweight, *rest)
 
 

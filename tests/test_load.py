@@ -161,6 +161,21 @@ def test_the_generation_config_and_the_path_come_along(tmp_path: Path) -> None:
     assert model.name_or_path == str(folder)
 
 
+def test_a_config_that_names_no_dtype_is_loaded_in_that_of_its_weights(tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x", config=lambda c: c.pop("dtype"))
+    assert load_quantized(folder).dtype == torch.float16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_gpu_it_computes_the_same(name: str) -> None:
+    reference = expected(name)
+    model = load_quantized(FIXTURES / name, device="cuda", dtype=torch.float32)
+    on_gpu = {"input_ids": reference["input_ids"].cuda(), "logits": reference["logits"]}
+    torch.testing.assert_close(logits_of(model, on_gpu).cpu(), reference["logits"], atol=0.02, rtol=0)
+
+
 def test_tied_embeddings_stay_tied() -> None:
     model = load_quantized(FIXTURES / "gptqmodel-qwen2-bias-w4g32")
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -395,6 +410,13 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     folder = edited(LLAMA, tmp_path / "x")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="no safetensors file"):
+        load_quantized(folder)
+
+
+def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be used"):
         load_quantized(folder)
 
 

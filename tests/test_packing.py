@@ -75,10 +75,12 @@ def test_zeros_survive_the_way_to_disk_and_back(bits, groups, n_out, checkpoint_
 @given(widths, st.integers(1, 40), st.integers(1, 5), seeds)
 def test_unpacking_ignores_strides_and_the_unused_bits_of_the_last_word(bits, n, m, seed):
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(-(2**31), 2**31 - 1, (m, -(-n * bits // 32)), generator=generator, dtype=torch.int32).t()
+    words = torch.randint(
+        -(2**31), 2**31 - 1, (m, -(-n * bits // 32)), generator=generator, dtype=torch.int32
+    ).t()
     codes = reference.unpack(words, bits, n)
     assert codes.is_contiguous()
-    for column, packed in zip(codes.t().tolist(), unsigned(words.t())):
+    for column, packed in zip(codes.t().tolist(), unsigned(words.t()), strict=True):
         whole = sum(word << (32 * w) for w, word in enumerate(packed))
         assert column == [(whole >> (k * bits)) & (2**bits - 1) for k in range(n)]
 
@@ -96,7 +98,9 @@ def test_unpacking_ignores_strides_and_the_unused_bits_of_the_last_word(bits, n,
     ],
 )
 def test_hand_written_words(bits, codes, words):
-    assert unsigned(packing.pack(torch.tensor(codes, dtype=torch.uint8)[:, None], bits)) == [[w] for w in words]
+    assert unsigned(packing.pack(torch.tensor(codes, dtype=torch.uint8)[:, None], bits)) == [
+        [w] for w in words
+    ]
 
 
 def test_symmetric_zeros_are_sevens_in_v1_and_eights_in_v2():
@@ -114,7 +118,7 @@ def test_a_stored_v1_zero_of_all_ones_is_read_as_zero_and_leaves_its_neighbours_
 
 def test_a_zero_of_0_is_not_written_as_v1_and_the_error_says_what_to_do():
     qzeros = packing.pack_zeros(torch.tensor([[3, 0, 5]], dtype=torch.uint8), 4)
-    with pytest.raises(ValueError, match="1 of 3 zeros are 0.*gptq_v2"):
+    with pytest.raises(ValueError, match=r"1 of 3 zeros are 0.*gptq_v2"):
         packing.zeros_to_disk(qzeros, 4, 3, "gptq")
 
 

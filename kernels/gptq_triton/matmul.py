@@ -1,7 +1,7 @@
 """x Wᵀ for quantized W on a GPU, in Triton; `reference` defines the tensors and the result.
 
-One kernel reads codes, zeros and scales, expands a [BLOCK_K, BLOCK_N] tile of weights in registers and feeds it
-to `tl.dot`, accumulating in float32. With many rows the arithmetic outweighs reading the weights, and W is
+One kernel reads codes, zeros and scales, expands a [BLOCK_K, BLOCK_N] tile of weights in registers and feeds
+it to `tl.dot`, accumulating in float32. With many rows the arithmetic outweighs reading the weights, and W is
 written once to a scratch buffer for the vendor's matmul. A weight is exact in float32 and rounded once to x's
 dtype, as in `reference`, so the two differ in the order of additions only.
 
@@ -9,6 +9,7 @@ Unlike the usual GPTQ kernels this one takes every combination: 2, 3, 4 and 8 bi
 any number of rows, and sizes that fill neither a tile nor a word.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -36,7 +37,7 @@ SCRATCH_ROWS = 256
 
 @triton.jit
 def _load_codes(words, shift, step, mask, BITS: tl.constexpr):
-    """The code that starts `shift` bits into the int32 at `words`; it may end in the word `step` further on."""
+    """The code `shift` bits into the int32 at `words`; it may end in the word `step` further on."""
     codes = tl.load(words, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
     if 32 % BITS != 0:
         spills = shift > 32 - BITS
@@ -47,7 +48,17 @@ def _load_codes(words, shift, step, mask, BITS: tl.constexpr):
 
 @triton.jit
 def _load_weights(
-    qweight, qzeros, scales, g_idx, k0, n, K, N, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
+    qweight,
+    qzeros,
+    scales,
+    g_idx,
+    k0,
+    n,
+    K,
+    N,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """float32 [BLOCK_K, len(n)]: the weights of input channels k0 and up, for outputs n.
 
@@ -216,12 +227,18 @@ def _check_launch(dtype: torch.dtype, **weight: Tensor) -> None:
         raise ValueError(f"the Triton kernels compute in float16, bfloat16 or float32, not {dtype}: cast x")
     for name, tensor in weight.items():
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call .contiguous() once")
+            raise ValueError(
+                f"{name} must be contiguous, got strides {tensor.stride()}: call .contiguous() once"
+            )
     interpreted = not isinstance(_matmul_kernel, triton.JITFunction)
     if interpreted and dtype == torch.bfloat16:
-        raise ValueError("Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly: use float16 or float32")
+        raise ValueError(
+            "Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly: use float16 or float32"
+        )
     if not interpreted and next(iter(weight.values())).device.type != "cuda":
-        raise ValueError("the Triton kernels need CUDA tensors; on other devices use gptq_plugin.kernels.reference")
+        raise ValueError(
+            "the Triton kernels need CUDA tensors; on other devices use gptq_plugin.kernels.reference"
+        )
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 
-# Codes expanded at a time: a tile stays in a CPU's cache, where a whole layer would spend its time on page faults.
+# Codes expanded at a time: a tile stays in a CPU's cache, a whole layer would spend its time on page faults.
 _TILE = 2**20
 
 
@@ -66,7 +66,9 @@ def unpack(words: Tensor, bits: int, n: int) -> Tensor:
     rows = max(1, _TILE // (period * max(1, columns)))
     for block in range(0, -(-n // period), rows):
         first, last = block * period, min((block + rows) * period, n)
-        codes[first:last] = _expand(words[block * period_words : (block + rows) * period_words], bits, last - first)
+        codes[first:last] = _expand(
+            words[block * period_words : (block + rows) * period_words], bits, last - first
+        )
     return codes
 
 
@@ -128,7 +130,7 @@ def matmul(
 
 
 def check_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> None:
-    """Raises ValueError, naming the tensor, unless all have the dtype, shape and device of the docstring above.
+    """Raises ValueError, naming the tensor, where dtype, shape or device are not the docstring's above.
 
     The values of g_idx are not looked at, which would cost a synchronisation: whoever reads them from a file
     checks that they lie in [0, G).
@@ -153,7 +155,9 @@ def check_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor,
                 f"{bits} bits; got {tensor.dtype} {list(tensor.shape)}"
             )
         if tensor.device != qweight.device:
-            raise ValueError(f"{name} is on {tensor.device} and qweight on {qweight.device}: move the whole layer")
+            raise ValueError(
+                f"{name} is on {tensor.device} and qweight on {qweight.device}: move the whole layer"
+            )
 
 
 def check_input(x: Tensor, qweight: Tensor, g_idx: Tensor, bias: Tensor | None) -> None:
@@ -166,7 +170,9 @@ def check_input(x: Tensor, qweight: Tensor, g_idx: Tensor, bias: Tensor | None) 
         raise ValueError(f"bias must have shape [{qweight.shape[1]}], got {list(bias.shape)}")
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.device != qweight.device:
-            raise ValueError(f"{name} is on {tensor.device}, the weights on {qweight.device}: move one of them")
+            raise ValueError(
+                f"{name} is on {tensor.device}, the weights on {qweight.device}: move one of them"
+            )
 
 
 def _tiles(
@@ -177,7 +183,7 @@ def _tiles(
     groups = scales.shape[0]
     zeros = unpack(qzeros.t(), bits, n_out).t().float()
     scales = scales.float()
-    # Contiguous groups of one size broadcast over their channels; any other order is gathered, at twice the time.
+    # Contiguous groups of one size broadcast over their channels; others are gathered, at twice the time.
     contiguous = groups > 0 and n_in % groups == 0
     if contiguous:
         channels = torch.arange(n_in, dtype=torch.int32, device=g_idx.device)

@@ -7,7 +7,7 @@ padding never enters a Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -180,7 +180,7 @@ def _token_sample(item: Any, tokenizer: Callable[..., Any] | None) -> dict[str, 
 def _is_token_list(item: Any) -> bool:
     if isinstance(item, Tensor):
         return item.dim() == 1 and not item.is_floating_point() and item.dtype != torch.bool
-    return isinstance(item, Sequence) and bool(item) and all(isinstance(token, int) for token in item)
+    return isinstance(item, (list, tuple)) and all(isinstance(token, int) for token in item)
 
 
 def _as_row(value: Any) -> Tensor | None:

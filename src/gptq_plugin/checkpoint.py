@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ INDEX = "model.safetensors.index.json"
 # Only these mark a layer as quantized: `scales` and `bias` are names that float modules use too.
 _MARKS = ("qweight", "qzeros", "g_idx")
 _INT32, _HALF = "I32", "F16"
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,13 @@ class Checkpoint:
         """The tensors that belong to no quantized layer."""
         owned = {f"{name}.{suffix}" for name in self.layers for suffix in (*_MARKS, "scales", "bias")}
         return [name for name in self.tensors if name not in owned]
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of the largest tensor that is not quantized; float16 when there is none."""
+        entries = [self.tensors[n] for n in self.float_names if self.tensors[n].dtype in _FLOATS]
+        largest = max(entries, key=lambda entry: math.prod(entry.shape), default=None)
+        return _FLOATS[largest.dtype] if largest is not None else torch.float16
 
     def read(self, name: str) -> Tensor:
         """One tensor as stored, on the CPU."""
@@ -247,7 +256,7 @@ class Checkpoint:
             if entry is None:
                 continue
             floating = suffix in ("scales", "bias")
-            if (entry.dtype not in ("F16", "BF16", "F32", "F64")) if floating else entry.dtype != _INT32:
+            if (entry.dtype not in _FLOATS) if floating else entry.dtype != _INT32:
                 wanted = "floating point" if floating else _INT32
                 problems.append(f"{name}.{suffix} is {entry.dtype}, not {wanted} ({entry.file.name})")
             elif len(entry.shape) != rank:

@@ -64,7 +64,7 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
         return
     if not directory.is_dir():
         raise ExportError(f"{directory} is a file: choose a folder that does not exist yet")
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    present = set(_files(directory))
     if not present and not any(directory.iterdir()):
         return
     written = _manifest(directory)
@@ -145,6 +145,7 @@ def export_model(
         _write_quantize_config(staging, description, config)
         _verify(staging, model, layers)
         _flush(staging)
+        check_export_dir(directory, overwrite)  # again: much may have happened since
         _move_into_place(staging, directory)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -236,10 +237,15 @@ def _write_quantize_config(staging: Path, description: dict[str, Any], config: Q
     """
     full = {**config.to_quantize_config(), **description}
     ours = {**config.to_quantize_config()["meta"], **description["meta"]}
-    files = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if not path.is_dir()]
-    ours[QUANTIZER_NAME] = {**ours[QUANTIZER_NAME], "files": sorted([*files, QUANTIZE_CONFIG])}
+    ours[QUANTIZER_NAME] = {**ours[QUANTIZER_NAME], "files": sorted([*_files(staging), QUANTIZE_CONFIG])}
     full["meta"] = ours
     _write_json(staging / QUANTIZE_CONFIG, full)
+
+
+def _files(directory: Path) -> list[str]:
+    """Everything in the folder that is not itself a folder, by relative name."""
+    paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path.relative_to(directory).as_posix() for path in paths]
 
 
 def _manifest(directory: Path) -> set[str] | None:

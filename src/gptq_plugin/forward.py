@@ -32,10 +32,9 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False) -> Any:
     data = to_device(data, model)
     signature = inspect.signature(model.forward)
     if isinstance(data, Mapping):
-        keywords = _keywords(model, signature, data, every_logit)
-        if _binds(signature, **keywords):
-            return model(**keywords)
-        if _binds(signature, data):
+        if fits(model, data):
+            return model(**_keywords(model, signature, data, every_logit))
+        if _binds(signature, data) and not _is_transformers(model):
             return model(data)
     elif isinstance(data, (list, tuple)) and data:
         if _binds(signature, data[0]):
@@ -86,17 +85,20 @@ def _keywords(
     parameters = signature.parameters
     any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     keywords = {k: v for k, v in data.items() if k in parameters or any_keyword}
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_output_embeddings"):
+    if not _is_transformers(model):
         return keywords
     keywords = {k: v for k, v in keywords.items() if k in parameters}  # transformers' **kwargs are for kernels
-    if not getattr(config, "is_encoder_decoder", False):
+    if not getattr(model.config, "is_encoder_decoder", False):
         keywords.pop("labels", None)
     if "use_cache" in parameters:
         keywords["use_cache"] = False
     if "logits_to_keep" in parameters and not every_logit:
         keywords["logits_to_keep"] = 1
     return keywords
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "config") and hasattr(model, "get_output_embeddings")
 
 
 def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:

@@ -84,8 +84,6 @@ class _Pending(nn.Module):
 
 
 def _load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    from transformers import GenerationConfig
-
     architecture, config = _architecture(checkpoint)
     names: dict[str, str] = {}  # module name -> name in the checkpoint
 
@@ -93,13 +91,12 @@ def _load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torc
         names.update(_match(checkpoint, model, renaming(model)))
         swap(model, {name: _Pending() for name in names})
 
-    has_generation = (checkpoint.directory / "generation_config.json").is_file()
     model, info = _with_hook(architecture, reserve).from_pretrained(
         None,
         config=config,
         state_dict={name: checkpoint.lazy(name) for name in checkpoint.float_names},
-        dtype=dtype or "auto",
-        generation_config=GenerationConfig.from_pretrained(checkpoint.directory) if has_generation else None,
+        dtype=dtype or getattr(config, "dtype", None) or checkpoint.float_dtype,
+        generation_config=_generation_config(checkpoint),
         ignore_mismatched_sizes=True,  # they are in `info`, all of them, and refused below
         output_loading_info=True,
     )
@@ -149,6 +146,18 @@ def _architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     return architecture, config
+
+
+def _generation_config(checkpoint: Checkpoint) -> Any:
+    import transformers
+
+    file = checkpoint.directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return transformers.GenerationConfig.from_pretrained(checkpoint.directory)
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be used: {error}. Correct it, or remove it") from error
 
 
 def _with_hook(architecture: Any, hook: Callable[[nn.Module], None]) -> Any:

@@ -76,20 +76,22 @@ def plan(layers: Mapping[str, nn.Module], forward: Forward) -> list[Group]:
     Layers the forward does not call follow the registered layer before them, in groups of their own:
     another batch may call them.
     """
-    calls: dict[str, list[tuple[TensorWeakRef, int]]] = {}
+    inputs: list[_Input] = []
+    calls: dict[str, list[int]] = {}  # by layer, which of `inputs` it read, call by call
 
     def record(name: str, x: Tensor) -> None:
-        calls.setdefault(name, []).append((TensorWeakRef(x), _version(x)))
+        known = next((i for i, seen in enumerate(inputs) if seen.is_same(x)), None)
+        if known is None:
+            known = len(inputs)
+            inputs.append(_Input(x))
+        calls.setdefault(name, []).append(known)
 
     with _Hooks(layers, record):
-        _guarded(forward)()
-    groups: list[list[str]] = []
-    for name, inputs in calls.items():
-        twin = next((g for g in groups if _same_inputs(calls[g[0]], inputs)), None)
-        if twin is None:
-            groups.append([name])
-        else:
-            twin.append(name)
+        _Batch(0, forward).resume()
+    together: dict[tuple[int, ...], list[str]] = {}
+    for name, read in calls.items():
+        together.setdefault(tuple(read), []).append(name)
+    groups = list(together.values())
     position = {name: i for i, names in enumerate(groups) for name in names}
     ordered: list[tuple[int, Group]] = [
         (i, Group(tuple(names), len(calls[names[0]]))) for i, names in enumerate(groups)
@@ -173,7 +175,7 @@ class _Steps:
             return  # a forward somebody else runs on this model
         position = self.position[name]
         seen = batch.seen.setdefault(position, [])
-        if _find(seen, x):
+        if any(one.is_same(x) for one in seen):
             return  # another layer of the group, reading the input that was counted
         if position in self.done:
             self.notes.late[name] = self.notes.late.get(name, 0) + 1
@@ -181,9 +183,28 @@ class _Steps:
         group = self.groups[position]
         self.observe(group, batch.number, x)
         self.observed.add(position)
-        seen.append((TensorWeakRef(x), _version(x)))
+        seen.append(_Input(x))
         if len(seen) == group.calls:
             batch.wait_at(position, x)
+
+
+class _Input:
+    """A tensor a layer read, remembered without keeping it alive.
+
+    Identity holds only while the tensor lives: a reused address is another input, and so is a tensor that was
+    changed in place since.
+    """
+
+    def __init__(self, x: Tensor):
+        self._ref = TensorWeakRef(x)
+        self._version = _version(x)
+
+    def is_same(self, x: Tensor) -> bool:
+        return self._ref() is x and self._version == _version(x)
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
 
 
 class _Cancelled(BaseException):
@@ -197,14 +218,14 @@ class _Batch:
         self.number = number
         self.position = -1  # of the group it waits at; END when it has finished
         self.input: Tensor | None = None
-        self.seen: dict[int, list[tuple[TensorWeakRef, int]]] = {}
+        self.seen: dict[int, list[_Input]] = {}
         self._error: BaseException | None = None
         self._cancelled = False
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         context = contextvars.copy_context()
         self.thread = threading.Thread(
-            target=context.run, args=(self._run, _guarded(forward)), name=f"calibration-batch-{number}", daemon=True
+            target=context.run, args=(self._run, _as_the_caller(forward)), name=f"calibration-batch-{number}", daemon=True
         )
 
     def resume(self) -> None:
@@ -273,7 +294,7 @@ class _Hooks:
         return hook
 
 
-def _guarded(forward: Forward) -> Forward:
+def _as_the_caller(forward: Forward) -> Forward:
     """The forward under no_grad and the caller's device and autocast, which a new thread does not inherit."""
     current = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     default = torch.get_default_device()
@@ -291,26 +312,6 @@ def _guarded(forward: Forward) -> Forward:
             return forward()
 
     return run
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
-
-
-def _find(seen: list[tuple[TensorWeakRef, int]], x: Tensor) -> bool:
-    # Identity holds only while the tensor is alive: a reused address is another input. An input that was
-    # changed in place since is another input too.
-    return any(ref() is x and version == _version(x) for ref, version in seen)
-
-
-def _same_inputs(one: list[tuple[TensorWeakRef, int]], other: list[tuple[TensorWeakRef, int]]) -> bool:
-    if len(one) != len(other):
-        return False
-    for (a, version_a), (b, version_b) in zip(one, other):
-        tensor = a()
-        if tensor is None or b() is not tensor or version_a != version_b:
-            return False
-    return True
 
 
 def _add_note(error: BaseException, note: str) -> None:

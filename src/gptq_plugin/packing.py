@@ -1,11 +1,11 @@
-"""Codes <-> int32 words, and the zeros of GPTQ's two file formats: all there is to know about the layout on disk.
+"""Codes <-> int32 words, and the zeros of GPTQ's two file formats: all there is to the layout on disk.
 
 Words are one little-endian bit stream along the packed dimension: code k of width b occupies bits
 [k * b, (k + 1) * b). Every width shares that definition; 3-bit codes straddle words (32 codes in 3 words). A
 stream that does not fill its last word is padded with zero bits.
 
 ``gptq_v2`` stores the zeros as they are, ``gptq`` (v1, the first AutoGPTQ's) stores zero - 1. In memory this
-package keeps true zeros; the -1 exists on disk only, and `zeros_to_disk` and `zeros_from_disk` are its border.
+package keeps true zeros: the -1 exists on disk only, behind `zeros_to_disk` and `zeros_from_disk`.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def zeros_to_disk(qzeros: Tensor, bits: int, out_features: int, checkpoint_forma
     empty = int((zeros == 0).sum())
     if empty:
         raise ExportError(
-            f"{empty} of {zeros.numel()} zeros are 0, and checkpoint_format='gptq' (v1) stores zero - 1, which "
-            "readers take differently: export with checkpoint_format='gptq_v2', or quantize with sym=True"
+            f"{empty} of {zeros.numel()} zeros are 0, and checkpoint_format='gptq' (v1) stores zero - 1, "
+            "which no two readers take alike: export with checkpoint_format='gptq_v2', or quantize with sym=True"
         )
     return pack_zeros(zeros - 1, bits)
 

@@ -1,7 +1,7 @@
-"""QuantLinear, a linear layer whose weights stay quantized, and `swap`, which puts modules in place of others.
+"""QuantLinear, a linear layer whose weights stay quantized, and `swap`, which puts modules in others' place.
 
-On CUDA a Triton kernel dequantizes and multiplies in one go. Elsewhere plain PyTorch does it tile by tile; on a
-CPU, bfloat16 inputs of few rows take PyTorch's own 4-bit kernel instead, which is faster than a float layer.
+On CUDA a Triton kernel dequantizes and multiplies in one go. Elsewhere plain PyTorch does it tile by tile; on
+a CPU, bfloat16 inputs of few rows take PyTorch's own 4-bit kernel, which for one row beats a float layer.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ _PACKED = ("qweight", "qzeros", "scales", "g_idx")
 _INT4_GROUPS = (256, 128, 64, 32)
 _INT4_ROWS = 128
 
+_State = tuple[tuple[Tensor, int], ...]
+
 
 class QuantLinear(nn.Module):
     """y = x Wᵀ + bias, with W[o, i] = scales[g_idx[i], o] * (q[i, o] - z[g_idx[i], o]).
 
-    The buffers have the names and layout of GPTQ checkpoints, except that `qzeros` always holds true zeros (see
-    `packing`). Casting the module (`.half()`, `.to(dtype)`) casts the bias only: codes are integers, and
-    scales stay the float16 of the file, so that W is the same at every dtype up to its last rounding. Gradients
-    flow to x, not to the weights.
+    The buffers have the names and layout of GPTQ checkpoints, except that `qzeros` always holds true zeros
+    (see `packing`). Casting the module (`.half()`, `.to(dtype)`) casts the bias only: codes are integers, and
+    scales stay the float16 of the file, so that W is the same at every dtype up to its last rounding.
+    Gradients flow to x, not to the weights.
 
     Args:
         in_features: Channels of x.
@@ -113,7 +115,7 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in x's dtype (in autocast's, where that is on, like Linear).
+        """[..., in_features] to [..., out_features], in x's dtype, or autocast's where that is on.
 
         Raises:
             ValueError: x has another number of channels, is not floating, or lives on another device.
@@ -159,7 +161,7 @@ class QuantLinear(nn.Module):
         """What forward derives from the buffers, made anew when they are others than at the last call."""
         state = tuple((t, -1 if t.is_inference() else t._version) for t in map(self.get_buffer, _PACKED))
         prepared = self._prepared
-        if prepared is None or any(t is not u or v != w for (t, v), (u, w) in zip(prepared.state, state)):
+        if prepared is None or not _same(prepared.state, state):
             channels = self._channels_per_group()
             natural = torch.arange(self.in_features, dtype=torch.int32, device=self.g_idx.device) // channels
             group_size = channels if torch.equal(self.g_idx, natural) else None
@@ -188,14 +190,14 @@ class QuantLinear(nn.Module):
 
 @dataclass(frozen=True)
 class _Prepared:
-    state: tuple[tuple[Tensor, int], ...]  # the buffers it was made from, and their versions
+    state: _State  # the buffers it was made from, and their versions
     group_size: int | None  # channels in a group, or None when g_idx is not i // group_size
     int4: _Int4 | None  # the layer for PyTorch's 4-bit CPU kernel, or None where that does not apply
 
 
 @dataclass(frozen=True)
 class _Int4:
-    """A layer repacked for `_weight_int4pack_mm_for_cpu`, which computes (q - 8) * scale + zero in bfloat16."""
+    """A layer repacked for `_weight_int4pack_mm_for_cpu`: W = (q - 8) * scale + zero in bfloat16."""
 
     weight: Tensor  # uint8 [out, in / 2], in the kernel's own order
     scales_and_zeros: Tensor  # bfloat16 [in / group_size, out, 2]
@@ -230,6 +232,10 @@ class _Int4:
         return y.view(*x.shape[:-1], y.shape[1])
 
 
+def _same(old: _State, new: _State) -> bool:
+    return all(t is u and v == w for (t, v), (u, w) in zip(old, new, strict=True))
+
+
 class _Product(torch.autograd.Function):
     """The product with a gradient for x: dL/dx = dL/dy W. W is dequantized again there, not kept."""
 
@@ -252,8 +258,8 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
             other names may only name the same replacement.
 
     Raises:
-        ValueError: A name is not in the model (nothing has been replaced then), is empty, or asks for a second
-            replacement of the same module.
+        ValueError: A name is not in the model, is empty, or asks for a second replacement of a shared module;
+            nothing has been replaced then.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     new: dict[nn.Module, nn.Module] = {}
@@ -263,7 +269,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"the model has no submodule {name!r} to replace{hint}")
         if new.setdefault(modules[name], module) is not module:
-            raise ValueError(f"{name!r} is a shared module that is also replaced, by another one, under another name")
+            raise ValueError(
+                f"{name!r} is a shared module that is also replaced, by another one, under another name"
+            )
     for parent in list(modules.values()):
         for child_name, child in list(parent._modules.items()):
             if child in new:

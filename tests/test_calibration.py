@@ -1,0 +1,166 @@
+"""Calibration data: what becomes a batch, which positions count, and what is said about the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding
+
+from gptq_plugin import QuantizeConfig
+from gptq_plugin.calibration import collect, ready_batch
+from gptq_plugin.errors import CalibrationError
+from gptq_plugin.hessian import Hessian
+
+CONFIG = QuantizeConfig(nsamples=8, batch_size=4, model_seqlen=6)
+
+
+def tokenizer(text):
+    return {"input_ids": [ord(c) for c in text], "attention_mask": [1] * len(text)}
+
+
+def test_texts_are_tokenized_cut_and_stacked_by_length_without_padding():
+    calibration = collect(["abc", "defghijkl", "xyz", "mnopqrst"], CONFIG, tokenizer)
+    shapes = [tuple(batch.data["input_ids"].shape) for batch in calibration.batches]
+    assert shapes == [(2, 3), (2, 6)]
+    assert calibration.batches[0].data["input_ids"].tolist() == [[97, 98, 99], [120, 121, 122]]
+    assert all(batch.masks == () for batch in calibration.batches)
+    assert calibration.samples == 4 and calibration.deviations == []
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        [5, 6, 7],
+        torch.tensor([5, 6, 7]),
+        {"input_ids": [5, 6, 7]},
+        {"input_ids": torch.tensor([5, 6, 7])},
+        {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)},
+        {"input_ids": [[5, 6, 7]], "attention_mask": [[1, 1, 1]]},
+        BatchEncoding({"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}),
+    ],
+    ids=["list", "tensor", "dict of lists", "dict of 1-D", "dict of [1, T]", "nested lists", "BatchEncoding"],
+)
+def test_token_samples_of_every_kind_become_one_batch(sample):
+    batches = collect([sample] * 3, CONFIG).batches
+    assert len(batches) == 1 and batches[0].samples == 3
+    assert batches[0].data["input_ids"].tolist() == [[5, 6, 7]] * 3
+
+
+def test_ready_batches_stay_as_they_are():
+    batch = {"input_ids": torch.zeros(3, 9, dtype=torch.long), "pixel_values": torch.zeros(3, 2)}
+    pair = (torch.zeros(2, 5), torch.zeros(2))
+    assert collect([batch], CONFIG).batches[0].data is batch
+    assert collect([pair], CONFIG).batches[0].data is pair and collect([pair], CONFIG).samples == 2
+    loader = DataLoader(torch.randn(6, 5), batch_size=2)
+    assert [b.samples for b in collect(loader, CONFIG).batches] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([[1, 2]] * 11, "3 of 11 given were not used"),
+        (iter([[1, 2]] * 11), "more samples given were not used"),
+        (DataLoader(torch.randn(20, 5), batch_size=4), "3 of 5 given were not used"),
+    ],
+)
+def test_samples_beyond_nsamples_are_left_out_and_reported(data, said):
+    calibration = collect(data, CONFIG)
+    assert calibration.samples == 8
+    assert any("nsamples=8" in d and said in d for d in calibration.deviations)
+
+
+def test_empty_samples_are_dropped_and_reported():
+    calibration = collect(["", "abc", ""], CONFIG, tokenizer)
+    assert calibration.samples == 1
+    assert calibration.deviations == ["2 empty calibration samples dropped"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("one text", "give a list of texts"),
+        ({"input_ids": [1]}, "give a list of batches"),
+        (["text"], "no tokenizer"),
+        ([[1, 2], torch.zeros(2, 5)], "mixes"),
+        ([torch.zeros(2, 5), [1, 2]], "mixes"),
+    ],
+)
+def test_data_of_the_wrong_kind_is_refused_with_the_remedy(data, message):
+    with pytest.raises(CalibrationError, match=message):
+        collect(data, CONFIG)
+
+
+def padded(left=False):
+    ids = torch.arange(1, 13).reshape(3, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    return ids, mask.flip(1) if left else mask
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padded_positions_never_enter_a_hessian(left):
+    ids, mask = padded(left)
+    batch = ready_batch({"input_ids": ids, "attention_mask": mask})
+    x = torch.randn(3, 4, 8)
+    x[mask == 0] = float("nan")
+    for shape in ((3, 4, 8), (12, 8), (3, 2, 2, 8)):  # as the model had it, flattened, split in windows
+        rows, remark = batch.counted(x.reshape(shape))
+        hessian = Hessian(8, "cpu")
+        hessian.add(rows)
+        kept = x[mask == 1]
+        torch.testing.assert_close(hessian.sum, kept.T @ kept)
+        assert int(hessian.tokens) == 9 and remark is None
+
+
+def test_masks_follow_models_that_put_the_sequence_first():
+    ids, mask = padded()
+    x = torch.randn(4, 3, 8)
+    rows, _ = ready_batch({"input_ids": ids, "attention_mask": mask}).counted(x)
+    assert torch.equal(rows, x[mask.T == 1])
+
+
+def test_rows_that_cannot_be_matched_to_the_mask_are_left_out_and_reported():
+    ids, mask = padded()
+    rows, remark = ready_batch({"input_ids": ids, "attention_mask": mask}).counted(torch.randn(7, 8))
+    assert rows is None and "cannot be matched" in remark
+
+
+def test_one_row_a_sample_and_another_sequence_count_whole():
+    ids, mask = padded()
+    batch = ready_batch({"input_ids": ids, "attention_mask": mask})
+    assert batch.counted(torch.randn(3, 8))[0].shape == (3, 8)  # a pooled vector
+    rows, remark = batch.counted(torch.randn(3, 5, 8))  # an image tower's patches
+    assert rows.shape == (15, 8) and "another sequence" in remark
+
+
+def test_an_encoder_decoders_labels_mask_its_second_sequence():
+    ids, mask = padded()
+    labels = torch.tensor([[1, 2], [1, -100], [1, 2]])
+    batch = ready_batch({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    assert batch.counted(torch.randn(3, 2, 8))[0].shape == (5, 8)
+    assert batch.counted(torch.randn(3, 4, 8))[0].shape == (9, 8)
+
+
+def test_a_mask_that_hides_nothing_costs_nothing():
+    ids, mask = padded()
+    assert ready_batch({"input_ids": ids, "attention_mask": torch.ones_like(mask)}).masks == ()
+
+
+def test_a_16_bit_hessian_equals_the_one_of_its_upcast_inputs_even_under_autocast():
+    x = torch.randn(40, 16).to(torch.bfloat16)
+    wide, narrow = Hessian(16, "cpu"), Hessian(16, "cpu")
+    wide.add(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow.add(x)
+    assert torch.equal(wide.sum, narrow.sum) and narrow.sum.dtype == torch.float32
+    torch.testing.assert_close(wide.mean(), x.float().T @ x.float() / 40)
+
+
+def test_hessians_of_parts_add_up_to_the_hessian_of_the_whole():
+    x = torch.randn(30, 8, dtype=torch.float64)
+    whole, a, b = (Hessian(8, "cpu", torch.float64) for _ in range(3))
+    whole.add(x)
+    a.add(x[:13])
+    b.add(x[13:])
+    torch.testing.assert_close(whole.sum, a.sum + b.sum)
+    assert int(whole.tokens) == int(a.tokens + b.tokens) == 30

@@ -1,0 +1,318 @@
+"""QuantLinear as a citizen of PyTorch (dtypes, copies, gradients, autocast), and the swap."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin import qlinear
+from gptq_plugin.kernels import reference
+from gptq_plugin.qlinear import QuantLinear, swap
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Roundings of the output; for bfloat16 also those of the 4-bit kernel's scales.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a solver returns, by its fields."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+    bits: int
+    group_size: int
+
+
+def random_weight(n_in=128, n_out=48, bits=4, group_size=32, act_order=False) -> Weight:
+    channels = n_in if group_size == -1 else group_size
+    groups = -(-n_in // channels)
+    g_idx = torch.arange(n_in, dtype=torch.int32) // channels
+    return Weight(
+        codes=torch.randint(0, 2**bits, (n_out, n_in), dtype=torch.uint8),
+        scales=(torch.rand(groups, n_out) + 0.1).half(),
+        zeros=torch.randint(0, 2**bits, (groups, n_out), dtype=torch.uint8),
+        g_idx=g_idx[torch.randperm(n_in)] if act_order else g_idx,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def formula(weight: Weight) -> Tensor:
+    group = weight.g_idx.long()
+    return (weight.codes.double() - weight.zeros.double()[group].t()) * weight.scales.double()[group].t()
+
+
+def distance(y: Tensor, expected: Tensor) -> float:
+    return float((y.cpu().double() - expected).norm() / expected.norm())
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"bits": 2},
+        {"bits": 3, "n_out": 45},
+        {"bits": 8, "group_size": -1},
+        {"group_size": 96, "n_in": 192},
+        {"n_in": 75, "n_out": 37, "group_size": 15, "bits": 3},
+        {"n_in": 100},
+        {"act_order": True},
+        {"n_in": 24, "group_size": 64},
+    ],
+    ids=str,
+)
+def test_forward_is_the_linear_layer_of_the_dequantized_weight(shape, dtype):
+    weight = random_weight(**shape)
+    bias = torch.randn(weight.codes.shape[0])
+    layer = QuantLinear.from_quantized(weight, bias)
+    assert torch.equal(layer.dequantize(torch.float64), formula(weight))
+    x = torch.randn(2, 3, layer.in_features, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype and y.shape == (2, 3, layer.out_features)
+    assert distance(y, x.double() @ formula(weight).t() + bias.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (2, 0), (3, 1, 2)])
+def test_any_leading_dimensions_pass_through_also_no_rows_at_all(leading, dtype):
+    layer = QuantLinear.from_quantized(random_weight())
+    y = layer(torch.randn(*leading, 128, dtype=dtype))
+    assert y.shape == (*leading, 48) and y.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("shape", "applies"),
+    [
+        ({}, True),
+        ({"n_in": 96, "group_size": 96}, True),  # as three of the kernel's groups
+        ({"n_in": 512, "group_size": -1}, True),
+        ({"bits": 8}, False),
+        ({"act_order": True}, False),
+        ({"n_out": 40}, False),
+        ({"group_size": 16}, False),
+        ({"n_in": 100}, False),
+    ],
+    ids=str,
+)
+def test_bfloat16_on_a_cpu_uses_pytorchs_four_bit_kernel_where_that_applies(shape, applies, monkeypatch):
+    weight = random_weight(**shape)
+    layer = QuantLinear.from_quantized(weight, torch.randn(weight.codes.shape[0]))
+    plain = []
+    monkeypatch.setattr(
+        reference, "matmul", lambda x, *rest: plain.append(1) or x.new_zeros(len(x), layer.out_features)
+    )
+    x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
+    y = layer(x)
+    assert bool(plain) is not applies
+    if applies:
+        expected = x.double() @ formula(weight).t() + layer.bias.double()
+        assert distance(y, expected) < TOLERANCE[torch.bfloat16]
+    layer(x.repeat(qlinear._INT4_ROWS, 1))
+    assert plain, "many rows are dequantized"
+
+
+def test_casting_the_module_casts_the_bias_and_leaves_codes_and_scales_alone():
+    layer = QuantLinear.from_quantized(random_weight(), torch.randn(48))
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    for dtype, cast in {
+        torch.bfloat16: lambda m: m.bfloat16(),
+        torch.float16: lambda m: m.half(),
+        torch.float64: lambda m: m.to(torch.float64),
+        torch.float32: lambda m: m.type(torch.float32),
+    }.items():
+        cast(layer)
+        assert layer.bias.dtype == dtype
+        for name in ("qweight", "qzeros", "scales", "g_idx"):
+            assert layer.state_dict()[name].dtype == before[name].dtype
+            assert torch.equal(layer.state_dict()[name], before[name])
+
+
+def test_the_state_dict_has_the_names_of_a_gptq_checkpoint_and_nothing_forward_made():
+    layer = QuantLinear.from_quantized(random_weight(), torch.randn(48))
+    layer(torch.randn(1, 128, dtype=torch.bfloat16))
+    assert layer._prepared.int4 is not None
+    assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
+    assert not list(layer.parameters())
+    assert set(QuantLinear(128, 48, 4, 32).state_dict()) == {"qweight", "qzeros", "scales", "g_idx"}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_loaded_state_dict_is_what_forward_uses_also_after_an_earlier_forward(assign, inference):
+    x = torch.randn(1, 128, dtype=torch.bfloat16)
+    with torch.inference_mode(inference):
+        layer = QuantLinear.from_quantized(random_weight())
+        other = QuantLinear.from_quantized(random_weight())
+        assert not torch.equal(layer(x), other(x))
+        layer.load_state_dict(other.state_dict(), assign=assign)
+        assert torch.equal(layer(x), other(x))
+
+
+def test_forward_notices_buffers_that_were_replaced_or_written_to():
+    weight, other = random_weight(), random_weight()
+    layer, source = QuantLinear.from_quantized(weight), QuantLinear.from_quantized(other)
+    x = torch.randn(1, 128, dtype=torch.bfloat16)
+    layer(x)
+    layer.qweight = source.qweight
+    layer.qzeros.copy_(source.qzeros)
+    layer.scales.copy_(source.scales)
+    assert torch.equal(layer(x), source(x))
+    layer.g_idx.copy_(layer.g_idx[torch.randperm(128)])
+    assert distance(layer(x), x.double() @ layer.dequantize(torch.float64).t()) < TOLERANCE[torch.bfloat16]
+
+
+def test_copies_and_pickles_compute_the_same_and_share_nothing():
+    layer = QuantLinear.from_quantized(random_weight(), torch.randn(48))
+    x = torch.randn(2, 128, dtype=torch.bfloat16)
+    y = layer(x)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied._prepared is None
+        assert torch.equal(copied(x), y)
+        assert all(
+            a.data_ptr() != b.data_ptr() for a, b in zip(layer.buffers(), copied.buffers(), strict=True)
+        )
+
+
+def test_a_layer_shares_no_memory_with_the_result_it_was_made_from():
+    weight, bias = random_weight(), torch.randn(48)
+    layers = [QuantLinear.from_quantized(weight, bias) for _ in range(2)]
+    pointers = [t.data_ptr() for layer in layers for t in layer.buffers()]
+    assert len(set(pointers)) == 10 and not {weight.scales.data_ptr(), bias.data_ptr()} & set(pointers)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_gradient_reaches_x_and_asks_for_no_weight(act_order):
+    layer = QuantLinear.from_quantized(random_weight(n_in=32, n_out=16, act_order=act_order), torch.randn(16))
+    x = torch.randn(2, 3, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x, fast_mode=True)
+    x = torch.randn(2, 32, dtype=torch.bfloat16, requires_grad=True)  # through the 4-bit kernel
+    layer(x).backward(torch.ones(2, 16, dtype=torch.bfloat16))
+    expected = layer.dequantize(torch.float64).sum(0).expand(2, 32)
+    assert distance(x.grad, expected) < TOLERANCE[torch.bfloat16]
+    assert not layer(x.detach()).requires_grad
+
+
+def test_autocast_sets_the_dtype_as_it_does_for_a_float_layer():
+    layer, linear = QuantLinear.from_quantized(random_weight(), torch.randn(48)), nn.Linear(128, 48)
+    x = torch.randn(3, 128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == linear(x).dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert distance(y.detach(), layer(x.detach()).double()) < TOLERANCE[torch.bfloat16]
+
+
+def test_its_description_says_what_it_is():
+    text = repr(QuantLinear(128, 48, 3, -1, bias=True))
+    assert text == "QuantLinear(in_features=128, out_features=48, bits=3, group_size=-1, bias=True)"
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, 8; got 5"):
+        QuantLinear(128, 48, 5, 32)
+    with pytest.raises(ValueError, match="group_size must be -1 or positive, got 0"):
+        QuantLinear(128, 48, 4, 0)
+    layer = QuantLinear.from_quantized(random_weight())
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="x must end in 128 input channels"):
+            layer(torch.zeros(2, 64, dtype=dtype))
+
+
+def test_a_layer_is_made_on_the_meta_device_without_memory():
+    layer = QuantLinear(128, 48, 4, 32, bias=True, dtype=torch.bfloat16, device="meta")
+    assert all(t.is_meta for t in layer.buffers()) and layer.bias.dtype == torch.bfloat16
+    full = QuantLinear.from_quantized(random_weight(), torch.randn(48))
+    layer.load_state_dict(full.state_dict(), assign=True)
+    x = torch.randn(2, 128)
+    assert torch.equal(layer(x), full(x))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([nn.Sequential(self.first, nn.ReLU()), nn.Sequential(nn.Linear(4, 4))])
+
+
+def test_swap_replaces_a_shared_module_wherever_it_occurs_and_nothing_else():
+    model, new = Tied(), nn.Linear(4, 4)
+    relu, other = model.blocks[0][1], model.blocks[1][0]
+    swap(model, {"blocks.0.0": new})
+    assert model.first is new and model.blocks[0][0] is new
+    assert model.blocks[0][1] is relu and model.blocks[1][0] is other
+
+
+def test_swap_may_wrap_what_it_replaces():
+    model = Tied()
+    old = model.first
+    swap(model, {"first": nn.Sequential(old, nn.Tanh())})
+    assert model.first is model.blocks[0][0] and model.first[0] is old
+
+
+def test_swap_refuses_an_unknown_name_before_it_changes_anything():
+    model = Tied()
+    first = model.first
+    with pytest.raises(ValueError, match=r"no submodule 'blocks\.0\.7' to replace; did you mean 'blocks\.0"):
+        swap(model, {"first": nn.Linear(4, 4), "blocks.0.7": nn.Linear(4, 4)})
+    assert model.first is first
+    with pytest.raises(ValueError, match="no submodule ''"):
+        swap(model, {"": nn.Linear(4, 4)})
+
+
+def test_swap_refuses_two_replacements_of_one_module():
+    model, new = Tied(), nn.Linear(4, 4)
+    swap(model, {"first": new, "blocks.0.0": new})
+    with pytest.raises(ValueError, match=r"'blocks\.0\.0' is a shared module"):
+        swap(model, {"first": nn.Linear(4, 4), "blocks.0.0": nn.Linear(4, 4)})
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize(
+    "shape", [{}, {"bits": 3, "n_out": 45}, {"act_order": True}, {"group_size": -1}], ids=str
+)
+def test_forward_and_gradient_on_a_gpu(shape, rows, dtype):
+    weight = random_weight(**shape)
+    bias = torch.randn(weight.codes.shape[0])
+    layer = QuantLinear.from_quantized(weight, bias)
+    layer(torch.randn(1, 128, dtype=torch.bfloat16))  # what a CPU prepared must not be used on the GPU
+    layer.cuda()
+    x = torch.randn(rows, 128, dtype=dtype, device="cuda", requires_grad=True)
+    y = layer(x)
+    assert y.dtype == dtype
+    rounded = formula(weight).to(dtype).double()
+    assert distance(y.detach(), x.detach().cpu().double() @ rounded.t() + bias.double()) < TOLERANCE[dtype]
+    y.backward(torch.ones_like(y))
+    # The gradient's matmul is PyTorch's, at PyTorch's precision for float32 matmuls.
+    assert distance(x.grad, rounded.sum(0).expand(rows, -1)) < max(TOLERANCE[dtype], 1e-5)
+
+
+@gpu
+@needs_gpu
+def test_a_gpu_takes_no_rows_and_names_a_layer_left_on_the_cpu():
+    layer = QuantLinear.from_quantized(random_weight())
+    with pytest.raises(ValueError, match="x is on cuda:0, the weights on cpu"):
+        layer(torch.zeros(1, 128, device="cuda"))
+    assert layer.cuda()(torch.zeros(2, 0, 128, device="cuda")).shape == (2, 0, 48)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert layer(torch.zeros(1, 128, device="cuda")).dtype == torch.bfloat16

@@ -1,0 +1,335 @@
+"""QuantizeModule: the whole chain on real models, and the float model back whenever something fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
+from gptq_plugin.errors import CalibrationError, TargetError
+from gptq_plugin.forward import call
+from gptq_plugin.hessian import Hessian
+from gptq_plugin.solver import solve
+
+SMALL = {"group_size": 32, "nsamples": 64}
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    values = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "vocab_size": 64, **options}  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).eval()
+
+
+def tokens(samples=24, length=16, seed=0):
+    return list(torch.randint(0, 64, (samples, length), generator=torch.Generator().manual_seed(seed)))
+
+
+def mlp(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)).to(dtype)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(model, before):
+    after = model.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def quantized(model):
+    return [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+
+
+def test_every_linear_becomes_a_quantlinear_and_beats_rounding():
+    model = llama()
+    report = QuantizeModule(bits=3, **SMALL).quantize(model, tokens())
+    assert len(quantized(model)) == 14 and isinstance(model.lm_head, nn.Linear)
+    assert not any(type(m) is nn.Linear for n, m in model.named_modules() if n != "lm_head")
+    for module in report.quantized:
+        assert module.method == "gptq" and 0 < module.loss < module.rtn_loss
+        assert module.tokens == 24 * 16 and module.bits == 3 and module.damp_percent == 0.01
+    assert report.samples == 24 and report.tokens == 384
+    assert torch.isfinite(model(input_ids=tokens()[0][None]).logits).all()
+
+
+def test_the_result_is_exactly_true_sequential():
+    """Against the slow way: one pass over all batches for every group of layers."""
+    data = [torch.randn(5, 64, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in range(40)]
+    config = QuantizeConfig(bits=3, group_size=32, nsamples=1000)
+    fast, slow = mlp(torch.float64), mlp(torch.float64)
+    QuantizeModule(config).quantize(fast, data)
+    for name in ("0", "2", "4"):
+        layer = slow.get_submodule(name)
+        hessian = Hessian(layer.in_features, "cpu")
+        handle = layer.register_forward_pre_hook(lambda module, args, h=hessian: h.add(args[0]))
+        with torch.no_grad():
+            for x in data:
+                slow(x)
+        handle.remove()
+        codes = solve(layer.weight, hessian.mean(), config).weight
+        layer.weight.data = codes.dequantize(torch.float64)
+        assert torch.equal(fast.get_submodule(name).dequantize(torch.float32), codes.dequantize(torch.float32))
+
+
+def test_padding_changes_nothing():
+    ids = [sample[: 8 + n % 9] for n, sample in enumerate(tokens(48))]
+    longest = max(map(len, ids))
+    right, left = [], []
+    for rows in (ids[i : i + 6] for i in range(0, 48, 6)):
+        pads = [torch.full((longest - len(row),), 63) for row in rows]
+        ones = [torch.ones(len(row), dtype=torch.long) for row in rows]
+        right.append(
+            {"input_ids": torch.stack([torch.cat(p) for p in zip(rows, pads)]),
+             "attention_mask": torch.stack([torch.cat([o, p * 0]) for o, p in zip(ones, pads)])}
+        )  # fmt: skip
+        left.append(
+            {"input_ids": torch.stack([torch.cat(p) for p in zip(pads, rows)]),
+             "attention_mask": torch.stack([torch.cat([p * 0, o]) for o, p in zip(ones, pads)])}
+        )  # fmt: skip
+    models = [llama() for _ in range(3)]
+    reports = [QuantizeModule(**SMALL).quantize(m, d) for m, d in zip(models, (ids, right, left))]
+    assert len({report.tokens for report in reports}) == 1 and reports[0].tokens == sum(map(len, ids))
+    for name in quantized(models[0]):
+        plain = models[0].get_submodule(name).dequantize(torch.float32)
+        for other in models[1:]:
+            same = (other.get_submodule(name).dequantize(torch.float32) == plain).float().mean()
+            assert same > 0.98, name  # another order of summation flips a few near ties
+
+
+def test_conv1d_layers_are_quantized_too():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=64)).eval()
+    with torch.no_grad():
+        before = model(tokens()[0][None]).logits
+    report = QuantizeModule(bits=8, **SMALL).quantize(model, tokens())
+    assert len(quantized(model)) == 8 == len(report.quantized)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()[0][None]).logits, before, atol=0.02, rtol=0.05)
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_a_tied_embedding_stays_float_and_lm_head_true_unties_the_output(lm_head):
+    model = llama(tie_word_embeddings=True)
+    embedding = model.get_input_embeddings().weight
+    before = embedding.clone()
+    QuantizeModule(lm_head=lm_head, **SMALL).quantize(model, tokens())
+    assert model.get_input_embeddings().weight is embedding and torch.equal(embedding, before)
+    assert isinstance(model.lm_head, QuantLinear) == lm_head
+    if not lm_head:
+        assert model.lm_head.weight is embedding
+
+
+def test_lm_head_is_calibrated_on_every_position():
+    report = QuantizeModule(lm_head=True, **SMALL).quantize(llama(), tokens())
+    head = next(m for m in report.modules if m.name == "lm_head")
+    assert head.tokens == report.tokens == 384
+
+
+def test_layers_that_share_an_input_may_have_different_bits():
+    model = llama()
+    config = QuantizeConfig(**SMALL, dynamic={r".*q_proj": {"bits": 8}, r"-:.*k_proj": {}})
+    report = QuantizeModule(config).quantize(model, tokens())
+    attention = model.model.layers[0].self_attn
+    assert (attention.q_proj.bits, attention.v_proj.bits) == (8, 4)
+    assert type(attention.k_proj) is nn.Linear
+    skipped = next(m for m in report.modules if m.name == "model.layers.0.self_attn.k_proj")
+    assert skipped.method == "float" and skipped.deviations == ("left float by a `dynamic` rule",)
+
+
+def test_texts_are_calibrated_through_a_tokenizer():
+    texts = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"]
+    report = QuantizeModule(**SMALL, model_seqlen=32).quantize(
+        llama(vocab_size=128), texts * 4, tokenizer=lambda text: {"input_ids": [ord(c) for c in text]}
+    )
+    assert report.samples == 8 and report.tokens == 8 * 32
+
+
+def test_a_dataloader_of_pairs_and_a_forward_of_ones_own_work():
+    x = torch.randn(64, 64)
+    pairs = DataLoader(list(zip(x, torch.zeros(64))), batch_size=16)
+    first, second = mlp(), mlp()
+    QuantizeModule(**SMALL).quantize(first, pairs)
+    QuantizeModule(**SMALL).quantize(second, pairs, forward=lambda model, batch: model(batch[0]))
+    assert torch.equal(first(x), second(x))
+
+
+def test_the_report_names_every_module_and_is_valid_json(caplog):
+    model = llama()
+    with caplog.at_level(logging.WARNING, logger="gptq_plugin"):
+        report = QuantizeModule(**SMALL).quantize(model, tokens())
+    assert {m.name for m in report.modules} == {n for n, m in llama().named_modules() if type(m) is nn.Linear}
+    values = json.loads(report.to_json())
+    assert values["totals"]["modules"] == 14 and values["totals"]["loss"] < values["totals"]["rtn_loss"]
+    for name in ("model.layers.1.mlp.down_proj", "lm_head", "24 samples, 384 tokens"):
+        assert name in report.table()
+    # what deviates is in the report, in the log and in the table
+    deviation = "24 calibration samples used, nsamples=64 asked"
+    assert deviation in values["deviations"] and deviation in caplog.text and f"! {deviation}" in report.table()
+
+
+def test_progress_reaches_the_end():
+    steps = []
+    QuantizeModule(**SMALL).quantize(llama(), tokens(), progress=lambda *step: steps.append(step[:2]))
+    assert steps[-1] == (14, 14) and steps == sorted(steps)
+
+
+def test_training_flags_are_restored_and_dropout_is_off_meanwhile():
+    class Watching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.dropout, self.b = nn.Linear(64, 64), nn.Dropout(0.9), nn.Linear(64, 32)
+
+        def forward(self, x):
+            assert not self.training
+            return self.b(self.dropout(self.a(x)))
+
+    model = Watching().train()
+    model.dropout.eval()
+    QuantizeModule(**SMALL).quantize(model, [torch.randn(64, 64)])
+    assert model.training and model.a.training and model.b.training and not model.dropout.training
+
+
+def test_a_layer_calibration_never_calls_stays_float_and_is_reported():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Idle()
+    report = QuantizeModule(**SMALL).quantize(model, [torch.randn(64, 64)])
+    assert quantized(model) == ["used"] and type(model.idle) is nn.Linear
+    assert "idle: never called in calibration: left float" in list(report.all_deviations())
+
+
+def test_rank_deficient_hessians_are_reported():
+    model = nn.Sequential(nn.Linear(32, 128), nn.Linear(128, 32))
+    report = QuantizeModule(**SMALL).quantize(model, [torch.randn(64, 32)])
+    assert any(d.startswith("1: only 64 calibration tokens for 128 inputs") for d in report.all_deviations())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "the calibration set is empty"),
+        ([[]], "the calibration set is empty: 1 empty calibration samples dropped"),
+        ([[1, 2, 3]], "too short: 3 tokens in 1 samples, while even the narrowest layer has 64 inputs"),
+        ([{"pixels": torch.zeros(1, 3)}], r"keys pixels\) does not fit LlamaForCausalLM.forward"),
+        (["text"], "no tokenizer"),
+    ],
+)
+def test_a_calibration_set_that_cannot_work_is_refused_and_nothing_changes(data, message):
+    model = llama()
+    before = state(model)
+    with pytest.raises(CalibrationError, match=message):
+        QuantizeModule(**SMALL).quantize(model, data)
+    assert unchanged(model, before)
+
+
+def test_nan_in_calibration_is_refused_naming_the_layer_and_the_batch():
+    model = mlp()
+    before = state(model)
+    batches = [torch.randn(32, 64) for _ in range(4)]
+    batches[2][0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match=r"the input of 0 holds NaN or infinity in calibration batches \[2\]"):
+        QuantizeModule(group_size=32, nsamples=1000).quantize(model, batches)
+    assert unchanged(model, before)
+
+
+def test_a_nan_weight_is_refused_by_name():
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(TargetError, match="^2: the weight holds NaN"):
+        QuantizeModule(**SMALL).quantize(model, [torch.randn(64, 64)])
+
+
+@pytest.mark.parametrize("where", ["solver", "model", "swap"])
+def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeypatch):
+    import gptq_plugin.quantize as module
+
+    model = llama(tie_word_embeddings=True).train()
+    before, parameters = state(model), dict(model.named_parameters())
+    calls = []
+
+    def fail_at(count, function):
+        def failing(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == count:
+                raise RuntimeError("out of memory")
+            return function(*args, **kwargs)
+
+        return failing
+
+    if where == "solver":
+        monkeypatch.setattr(module, "solve", fail_at(4, module.solve))
+    elif where == "swap":
+        monkeypatch.setattr(module, "swap", fail_at(1, module.swap))
+    else:
+        activation = model.model.layers[1].mlp.act_fn
+        monkeypatch.setattr(activation, "forward", fail_at(3, activation.forward))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        QuantizeModule(**SMALL).quantize(model, tokens(), forward=lambda m, b: call(m, b))
+    assert unchanged(model, before) and quantized(model) == []
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_temporarily_gives_the_float_model_back(fails):
+    model = llama()
+    before, parameters = state(model), dict(model.named_parameters())
+    try:
+        with QuantizeModule(**SMALL).temporarily(model, tokens()) as report:
+            assert len(quantized(model)) == 14 == len(report.quantized)
+            if fails:
+                raise RuntimeError("export failed")
+    except RuntimeError:
+        assert fails
+    assert quantized(model) == [] and unchanged(model, before)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_round_to_nearest_replaces_the_same_layers_without_data():
+    model, other = llama(), llama()
+    report = QuantizeModule(**SMALL).round_to_nearest(model)
+    QuantizeModule(**SMALL).quantize(other, tokens())
+    assert quantized(model) == quantized(other)
+    assert {m.method for m in report.quantized} == {"rtn"}
+
+
+def test_options_may_be_given_as_fields():
+    assert QuantizeModule(bits=3, group_size=64).config == QuantizeConfig(bits=3, group_size=64)
+    with pytest.raises(ValueError, match="unknown option 'bitz': did you mean 'bits'"):
+        QuantizeModule(bitz=3)
+    with pytest.raises(TypeError, match="not both"):
+        QuantizeModule(QuantizeConfig(), bits=3)
+    with pytest.raises(ValueError, match="true_sequential=False"):
+        QuantizeModule(true_sequential=False)
+
+
+def test_a_16_bit_model_keeps_its_dtype():
+    model = llama().to(torch.bfloat16)
+    QuantizeModule(**SMALL).quantize(model, tokens())
+    out = model(input_ids=tokens()[0][None]).logits
+    assert out.dtype == torch.bfloat16 and torch.isfinite(out).all()
+
+
+def test_the_same_data_gives_the_same_codes():
+    models = [llama(), llama()]
+    for model in models:
+        QuantizeModule(**SMALL).quantize(model, tokens())
+    assert unchanged(models[1], state(models[0]))

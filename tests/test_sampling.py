@@ -1,0 +1,109 @@
+"""Calibration samples from a training dataloader: each once, chosen alike on any number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+)
+
+from gptq_plugin import QuantizeConfig, distributed
+from gptq_plugin.sampling import calibration_batches
+
+DATA = list(range(33))
+
+
+def drawn(loader, **fields):
+    batches = calibration_batches(loader, QuantizeConfig(**{"nsamples": 1000, "batch_size": 4, **fields}))
+    return [int(value) for batch in batches for value in batch]
+
+
+def on_ranks(monkeypatch, size, loader, **fields):
+    """What each rank of a group would draw; object_from_first hands on what rank 0 chose."""
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    chosen = {}
+    monkeypatch.setattr(distributed, "object_from_first", lambda value: chosen.setdefault(0, value))
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(drawn(loader, **fields))
+    return shares
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_sample_is_drawn_once_in_a_seeded_order(shuffle):
+    loader = DataLoader(DATA, batch_size=8, shuffle=shuffle, drop_last=True)
+    samples = drawn(loader)
+    assert sorted(samples) == DATA and samples != DATA
+    assert samples == drawn(loader) != drawn(loader, seed=1)
+
+
+def test_nsamples_of_them_are_drawn():
+    assert len(set(drawn(DataLoader(DATA, batch_size=8), nsamples=10))) == 10
+
+
+def test_the_loaders_collator_puts_batches_together():
+    loader = DataLoader(DATA, batch_size=8, collate_fn=lambda items: torch.tensor([100 + i for i in items]))
+    assert sorted(drawn(loader)) == [100 + i for i in DATA]
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    drawn(DataLoader(DATA, batch_size=8, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_samples_a_users_sampler_leaves_out_are_left_out():
+    for loader in (
+        DataLoader(DATA, batch_size=8, sampler=SubsetRandomSampler([3, 5, 7])),
+        DataLoader(DATA, batch_sampler=BatchSampler(SubsetRandomSampler([3, 5, 7]), 2, drop_last=False)),
+    ):
+        assert sorted(drawn(loader)) == [3, 5, 7]
+
+
+def test_samples_drawn_with_replacement_count_once():
+    samples = drawn(DataLoader(DATA, batch_size=8, sampler=SubsetRandomSampler([4, 4, 9])))
+    assert sorted(samples) == [4, 9]
+    assert sorted(drawn(DataLoader(DATA, sampler=RandomSampler(DATA, replacement=True)))) == DATA
+
+
+@pytest.mark.parametrize("size", [2, 4, 40])
+def test_ranks_share_the_samples_without_padding(size, monkeypatch):
+    sampler = torch.utils.data.DistributedSampler(DATA, num_replicas=size, rank=0)
+    loader = DataLoader(DATA, batch_size=8, sampler=sampler)
+    assert len(sampler) * size > len(DATA)  # this sampler counts some twice
+    shares = on_ranks(monkeypatch, size, loader)
+    assert sorted(sample for share in shares for sample in share) == DATA
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    one = [sample for group in zip(*(s + [None] * (20 - len(s)) for s in shares)) for sample in group]
+    alone = on_ranks(monkeypatch, 1, DataLoader(DATA, batch_size=8))[0]
+    assert [sample for sample in one if sample is not None] == alone
+
+
+def test_a_users_sampler_behind_lightnings_wrapper_is_respected(monkeypatch):
+    from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+
+    wrapped = DistributedSamplerWrapper(SubsetRandomSampler([3, 5, 7]), num_replicas=2, rank=0)
+    shares = on_ranks(monkeypatch, 2, DataLoader(DATA, batch_size=8, sampler=wrapped))
+    assert sorted(sample for share in shares for sample in share) == [3, 5, 7]
+
+
+def test_an_iterable_dataset_is_read_from_its_start():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(range(5))
+
+    loader = DataLoader(Stream(), batch_size=2)
+    assert calibration_batches(loader, QuantizeConfig()) is loader
+
+
+def test_a_dataset_of_ready_batches_keeps_them():
+    loader = DataLoader([torch.full((3,), i) for i in range(4)], batch_size=None)
+    batches = list(calibration_batches(loader, QuantizeConfig()))
+    assert len(batches) == 4 and all(batch.shape == (3,) for batch in batches)
