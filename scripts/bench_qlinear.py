@@ -11,6 +11,7 @@ cache; `ideal` is the time to read codes and scales once at 4.3 TB/s (an H200's 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -111,35 +112,38 @@ def bench_gpu(
     return times
 
 
+CPU = {"shapes": "512x512,4096x4096,4096x14336", "rows": "1,8,64,128,256", "dtypes": "bfloat16,float32"}
+GPU = {
+    "shapes": "4096x4096,4096x14336,14336x4096,8192x28672",
+    "rows": "1,16,64,256,2048",
+    "dtypes": "float16",
+}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--shapes", default="512x512,4096x4096,4096x14336", help="in x out, comma-separated")
-    parser.add_argument("--rows", help="rows of x (default 1,8,64,128,256; on a GPU 1,16,64,256,2048)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    for name in CPU:
+        parser.add_argument(f"--{name}", help=f"comma-separated; CPU: {CPU[name]}; GPU: {GPU[name]}")
     parser.add_argument("--bits", default="4", help="widths, comma-separated")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--dtypes", help="default bfloat16,float32; on a GPU float16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args()
     gpu = options.device == "cuda"
     torch.set_num_threads(options.threads)
     bench, unit, scale = (bench_gpu, "µs", 1e6) if gpu else (bench_cpu, "ms", 1e3)
     print(f"{options.device}, torch {torch.__version__}, group {options.group_size}; {unit} (ratio to float)")
-    for dtype_name in (options.dtypes or ("float16" if gpu else "bfloat16,float32")).split(","):
-        for shape in options.shapes.split(","):
-            for bits in map(int, options.bits.split(",")):
-                for rows in map(
-                    int, (options.rows or ("1,16,64,256,2048" if gpu else "1,8,64,128,256")).split(",")
-                ):
-                    n_in, n_out = map(int, shape.split("x"))
-                    with torch.no_grad():
-                        times = bench(n_in, n_out, rows, bits, options.group_size, getattr(torch, dtype_name))
-                    cells = (f"{k} {v * scale:.3f} ({v / times['float']:.2f})" for k, v in times.items())
-                    print(f"{dtype_name:8} {shape:>10} {bits} bits M={rows:<5}", "  ".join(cells), flush=True)
+    names = {**(GPU if gpu else CPU), **{k: v for k, v in vars(options).items() if v is not None}}
+    choices = (names[name].split(",") for name in ("dtypes", "shapes", "bits", "rows"))
+    for dtype, shape, bits, rows in itertools.product(*choices):
+        n_in, n_out = map(int, shape.split("x"))
+        with torch.no_grad():
+            times = bench(n_in, n_out, int(rows), int(bits), options.group_size, getattr(torch, dtype))
+        cells = (
+            f"{name} {value * scale:.3f} ({value / times['float']:.2f})" for name, value in times.items()
+        )
+        print(f"{dtype:8} {shape:>10} {bits} bits M={rows:<5}", "  ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

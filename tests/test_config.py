@@ -87,6 +87,12 @@ def test_quantize_config_json_has_the_keys_other_tools_read():
     assert values["meta"]["quantizer"][0].startswith("gptq_plugin:")
 
 
+def test_a_damping_of_zero_stays_out_of_other_tools_sight():
+    config = QuantizeConfig(damp_percent=0)
+    values = config.to_quantize_config()
+    assert "damp_percent" not in values and QuantizeConfig.from_quantize_config(values) == config
+
+
 def test_autogptqs_file_is_read_with_its_meaning_of_absent_fields():
     config = QuantizeConfig.from_quantize_config(
         {"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": False, "sym": True,

@@ -327,6 +327,41 @@ def test_grad_mode_dtype_and_modes_set_inside_a_forward_stay_inside_it():
     assert not any(seen) and torch.is_grad_enabled() and torch.empty(1).device.type == "cpu"
 
 
+@pytest.mark.parametrize("ends", ["normally", "cancelled"])
+def test_the_default_dtype_and_attention_kernels_set_inside_a_forward_stay_inside_it(ends):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    class Switching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, wide):
+            assert torch.get_default_dtype() == torch.float32
+            if wide:
+                torch.set_default_dtype(torch.float64)
+            try:
+                with sdpa_kernel(SDPBackend.MATH if wide else SDPBackend.FLASH_ATTENTION):
+                    self.a(x)
+                    self.b(x)
+                    assert torch.get_default_dtype() == (torch.float64 if wide else torch.float32)
+                    assert torch.backends.cuda.math_sdp_enabled() == wide
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+    model = Switching()
+    layers = linears(model)
+    calls = [lambda: model(torch.ones(1, 4), True), lambda: model(torch.ones(1, 4), False)] * 2
+    before = (torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())
+    steps = lockstep.walk(lockstep.plan(layers, calls[0]), layers, calls, lambda *_: None)
+    for _ in steps:
+        assert torch.get_default_dtype() == torch.float32
+        if ends == "cancelled":
+            steps.close()
+    assert torch.get_default_dtype() == torch.float32
+    assert (torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()) == before
+
+
 def test_the_callers_autocast_and_context_variables_hold_in_every_batch():
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)
     variable.set(7)

@@ -171,6 +171,8 @@ def test_forward_notices_buffers_that_were_replaced_or_written_to():
     x = torch.randn(1, 128, dtype=torch.bfloat16)
     layer(x)
     layer.qweight = source.qweight
+    expected = x.double() @ layer.dequantize(torch.float64).t()
+    assert distance(layer(x), expected) < TOLERANCE[torch.bfloat16]
     layer.qzeros.copy_(source.qzeros)
     layer.scales.copy_(source.scales)
     assert torch.equal(layer(x), source(x))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
 from gptq_plugin.errors import CalibrationError, TargetError
@@ -114,6 +114,24 @@ def test_conv1d_layers_are_quantized_too():
     assert len(quantized(model)) == 8 == len(report.quantized)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens()[0][None]).logits, before, atol=0.02, rtol=0.05)
+
+
+def test_an_encoder_decoder_is_quantized_and_still_runs():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "t5", d_model=64, d_kv=32, d_ff=96, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    batches = [
+        {"input_ids": row[None], "attention_mask": torch.ones(1, 16, dtype=torch.long), "labels": row[None, :9]}
+        for row in tokens()
+    ]
+    with torch.no_grad():
+        before = model(**batches[0]).logits
+    report = QuantizeModule(bits=8, **SMALL).quantize(model, batches)
+    assert {m.method for m in report.modules} == {"gptq", "float"} and len(report.quantized) == 32
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batches[0]).logits, before, atol=0.05, rtol=0.1)
 
 
 @pytest.mark.parametrize("lm_head", [False, True])

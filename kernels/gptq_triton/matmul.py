@@ -170,6 +170,7 @@ def quant_matmul(
     else:
         y = rows.new_empty(len(rows), n_out)
         if y.numel():
+            # 128 bytes of a row of x, so that a float32 tile fits a small GPU's shared memory, too.
             block_k, group = _tile_depth(n_in, group_size, 128 // x.element_size())
             block_m = min(64, max(16, triton.next_power_of_2(len(rows))))
             # Few rows leave the GPU short of programs: narrower tiles make more of them.

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.errors import TargetError
+from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, fits
 from gptq_plugin.progress import progress_like
@@ -159,9 +159,12 @@ class GPTQCallback(pl.Callback):
     def calibration_forward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
     ) -> Callable[[nn.Module, Any], Any]:
-        """How one batch is run: moved and cast as in training, then through `calibration_step`, the
-        transformers model (where the batch fits it), or the LightningModule's forward."""
+        """How one batch is run: moved and cast as in training, then through `calibration_step`, or else
+        through the first of these whose forward takes it: the module to quantize, the LightningModule, a
+        transformers model inside it."""
         step = getattr(pl_module, "calibration_step", None)
+        inside = [model for _, model in _outermost_transformers(pl_module)]
+        runners = [m for m in (module, pl_module, *inside) if _defines_forward(m)]
         every_logit = self.quantizer.config.lm_head
 
         def forward(_: nn.Module, batch: Any) -> Any:
@@ -169,9 +172,15 @@ class GPTQCallback(pl.Callback):
             with trainer.precision_plugin.forward_context():
                 if callable(step):
                     return step(batch)
-                runner = module
-                if is_overridden("forward", pl_module) and not (isinstance(batch, Mapping) and fits(module, batch)):
-                    runner = pl_module
+                if not runners:
+                    raise CalibrationError(
+                        f"{type(pl_module).__name__} has no forward: give it a method calibration_step(batch) that "
+                        "runs a training batch through the model"
+                    )
+                # Only the LightningModule knows what a tuple means; the keys of a mapping say it themselves.
+                if not isinstance(batch, Mapping):
+                    return call(pl_module if pl_module in runners else runners[0], batch, every_logit=every_logit)
+                runner = next((m for m in runners if fits(m, batch)), runners[0])
                 return call(runner, batch, every_logit=every_logit)
 
         return forward
@@ -182,6 +191,10 @@ class GPTQCallback(pl.Callback):
         if distributed.rank() == 0:
             self.quantizer.export(module, self.export_dir, tokenizer=self.tokenizer, overwrite=self.overwrite)
         distributed.barrier()
+
+
+def _defines_forward(module: nn.Module) -> bool:
+    return not isinstance(module, pl.LightningModule) or is_overridden("forward", module)
 
 
 def _check_strategy(trainer: pl.Trainer, swap: bool) -> None:

@@ -171,6 +171,8 @@ class QuantizeConfig:
         """
         values = self.to_dict()
         meta = {name: values.pop(name) for name in _META_FIELDS}
+        if not self.damp_percent:  # GPTQModel and AutoGPTQ refuse a file that says 0
+            meta["damp_percent"] = values.pop("damp_percent")
         return {
             "quant_method": "gptq",
             **values,

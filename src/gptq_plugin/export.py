@@ -300,12 +300,22 @@ def _write_transformers(
         model.config = original
     config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
     config["quantization_config"] = description
+    if not getattr(original, "auto_map", None):  # models with code of their own say themselves what they are
+        config["architectures"] = [_published_class(model).__name__]
     if description["lm_head"]:
         # A quantized head cannot share the embedding's float weight.
         for part in (config, config.get("text_config") or {}):
             if "tie_word_embeddings" in part or part is config:
                 part["tie_word_embeddings"] = False
     _write_json(staging / CONFIG, config)
+
+
+def _published_class(model: Any) -> type:
+    """The class loaders know the model by: a user's subclass (a LightningModule, say) is its transformers base."""
+    import transformers
+
+    bases = (kind for kind in type(model).__mro__ if getattr(transformers, kind.__name__, None) is kind)
+    return next(bases, type(model))
 
 
 def _write_plain(

@@ -207,6 +207,27 @@ def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
+# Process-wide settings that a forward may hold in a context manager while it waits at a layer. A thread does
+# not keep them apart, so they are exchanged with the baton.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+
+
+def _settings() -> list[Any]:
+    return [get() for get, _ in _SETTINGS]
+
+
+def _apply(values: list[Any]) -> None:
+    for (get, put), value in zip(_SETTINGS, values):
+        if get() != value:
+            put(value)
+
+
 class _Cancelled(BaseException):
     """Unwinds a suspended batch; not an Exception, so that the model's own handlers let it pass."""
 
@@ -219,6 +240,7 @@ class _Batch:
         self.position = -1  # of the group it waits at; END when it has finished
         self.input: Tensor | None = None
         self.seen: dict[int, list[_Input]] = {}
+        self._settings: list[Any] | None = None  # the process-wide ones it has set, None before it starts
         self._error: BaseException | None = None
         self._cancelled = False
         self._go = threading.Semaphore(0)
@@ -231,11 +253,7 @@ class _Batch:
     def resume(self) -> None:
         """Runs the forward up to its next stop, or its end; raises what it raised."""
         self.input = None
-        if self.thread.ident is None:
-            self.thread.start()
-        else:
-            self._go.release()
-        self._back.acquire()
+        self._run_until_it_waits()
         if self._error is not None:
             error, self._error = self._error, None
             _add_note(error, f"raised in the forward of calibration batch {self.number}")
@@ -255,8 +273,19 @@ class _Batch:
         if self.thread.ident is None or not self.thread.is_alive():
             return
         self._cancelled = True
-        self._go.release()
+        self._run_until_it_waits()
         self.thread.join()
+
+    def _run_until_it_waits(self) -> None:
+        outside = _settings()
+        _apply(self._settings or outside)
+        if self.thread.ident is None:
+            self.thread.start()
+        else:
+            self._go.release()
+        self._back.acquire()
+        self._settings = _settings()
+        _apply(outside)
 
     def _run(self, forward: Forward) -> None:
         try:

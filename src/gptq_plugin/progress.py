@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -45,15 +45,13 @@ def tqdm_progress() -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def _rich_task(rich: object) -> Iterator[Progress]:
-    # Lightning's Rich display has columns that read `visible` and the fields of its own tasks.
-    task = rich.add_task("GPTQ", total=None)  # type: ignore[attr-defined]
-    try:
+def _rich_task(rich: Any) -> Iterator[Progress]:
+    tasks: list[Any] = []
 
-        def advance(done: int, total: int, what: str) -> None:
-            rich.update(task, total=total, completed=done)  # type: ignore[attr-defined]
-            rich.refresh()  # type: ignore[attr-defined]
+    def advance(done: int, total: int, what: str) -> None:
+        if not tasks:  # Lightning's display wants a task's total when it is added
+            tasks.append(rich.add_task("GPTQ", total=total))
+        rich.update(tasks[0], completed=done)
+        rich.refresh()
 
-        yield advance
-    finally:
-        rich.stop_task(task)  # type: ignore[attr-defined]
+    yield advance

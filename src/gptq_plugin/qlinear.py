@@ -58,6 +58,7 @@ class QuantLinear(nn.Module):
         ValueError: `bits` or `group_size` cannot work.
     """
 
+    weight: None = None  # some models (T5) look at a Linear's weight to choose a dtype; there is none
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor

@@ -110,9 +110,7 @@ class TextData(LightningDataModule):
         return DataLoader(_Rows(self.validation), self.batch_size)
 
     def _cut(self, documents: Dataset, tokenizer: Any, limit: int | None, purpose: str) -> Tensor:
-        return cut_rows(
-            texts(documents), tokenizer, self.seq_len, bos=self.bos, limit=limit, purpose=purpose
-        )
+        return cut_rows(texts(documents), tokenizer, self.seq_len, bos=self.bos, limit=limit, purpose=purpose)
 
 
 class _Rows(TorchDataset):

@@ -59,13 +59,18 @@ class LanguageModel(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
-        self.log("val_loss", self._loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        self.log(
+            "val_loss", self._loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"])
+        )
 
     def configure_optimizers(self) -> dict[str, Any]:
         matrices = [p for p in self.parameters() if p.requires_grad and p.dim() > 1]
         others = [p for p in self.parameters() if p.requires_grad and p.dim() <= 1]
         optimizer: Optimizer = AdamW(
-            [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": matrices, "weight_decay": self.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=self.learning_rate,
             betas=(0.9, 0.95),
         )
@@ -151,7 +156,9 @@ def pretrained(
         CheckpointError: The checkpoint holds other weights than the model's.
     """
     if name_or_path is None:
-        raise ValueError("model=hf needs model.name_or_path=PATH_OR_HUB_ID: a folder with config.json, or a hub id")
+        raise ValueError(
+            "model=hf needs model.name_or_path=PATH_OR_HUB_ID: a folder with config.json, or a hub id"
+        )
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"model.dtype={dtype!r} is no dtype: choose float32, bfloat16, float16 or auto")
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

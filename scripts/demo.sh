@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The whole job on built-in data: train a small model, quantize it with GPTQ, export, reload, compare.
+# Installs into .venv at the first call. Arguments go to gptq-finetune: scripts/demo.sh quantizer.bits=3
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/_setup.sh
+
+prepare_venv ""
+started=$SECONDS
+"$VENV/bin/gptq-finetune" "$@"
+echo "demo: $((SECONDS - started)) s after installation"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Lints, checks types and runs the tests, in .venv (installed at the first call).
+# With arguments only pytest runs, and gets them: scripts/test.sh tests/test_packing.py -k v1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/_setup.sh
+
+prepare_venv "[test]"
+if [ $# -eq 0 ]; then
+    "$VENV/bin/ruff" check .
+    "$VENV/bin/ruff" format --check .
+    "$VENV/bin/mypy"
+fi
+exec "$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,421 @@
+"""GPTQCallback in real Trainer.fit runs, on one process and on two."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, StochasticWeightAveraging, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear, load_quantized
+from gptq_plugin.errors import CalibrationError, ExportError, TargetError
+
+SMALL = {"group_size": 32, "nsamples": 16, "batch_size": 4}
+
+
+def llama():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                             num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
+    )  # fmt: skip
+
+
+def token_loader(**options):
+    ids = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
+    samples = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    return DataLoader(samples, batch_size=8, shuffle=True, **options)
+
+
+class Base(pl.LightningModule):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Holds(Base):
+    """The usual fine-tune: a LightningModule with the model in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = llama()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(**batch).loss
+        self.log("train_loss", loss)
+        return loss
+
+    validation_step = test_step = training_step
+
+
+class Is(LlamaForCausalLM, pl.LightningModule):
+    """A LightningModule that is the model."""
+
+    def __init__(self):
+        super().__init__(llama().config)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def training_step(self, batch, batch_idx):
+        return self(**batch).loss
+
+
+class Contains(Base):
+    """The model deep inside something else, with parameters of its own around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.ModuleDict({"backbone": nn.ModuleList([llama()]), "head": nn.Linear(64, 32)})
+
+    def training_step(self, batch, batch_idx):
+        return self.net["head"](self.net["backbone"][0](**batch).logits).square().mean()
+
+
+class Plain(Base):
+    """No transformers model at all; batches are pairs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.mse_loss(self(x), y)
+
+
+def pair_loader():
+    g = torch.Generator().manual_seed(0)
+    return DataLoader([(torch.randn(64, generator=g), torch.randn(32, generator=g)) for _ in range(128)], batch_size=8)
+
+
+def fit(module, loader, callbacks, tmp_path, **options):
+    values = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
+              "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": tmp_path}  # fmt: skip
+    torch.manual_seed(5)  # the order of the shuffled samples
+    trainer = pl.Trainer(**{**values, **options}, callbacks=callbacks)
+    trainer.fit(module, loader)
+    return trainer
+
+
+def quantized(module):
+    return [name for name, layer in module.named_modules() if isinstance(layer, QuantLinear)]
+
+
+@pytest.mark.parametrize(("kind", "where"), [(Holds, "model"), (Is, ""), (Contains, "net.backbone.0")])
+def test_the_transformers_model_is_found_quantized_and_exported(kind, where, tmp_path, caplog):
+    module = kind()
+    callback = GPTQCallback(QuantizeModule(**SMALL), export_dir=tmp_path / "out")
+    fit(module, token_loader(), [callback], tmp_path)
+    model = module.get_submodule(where)
+    assert len(quantized(model)) == 7 and len(callback.report.quantized) == 7
+    assert callback.report.samples == 16 and callback.report.tokens == 16 * 16
+    reloaded = load_quantized(tmp_path / "out")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert reloaded.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
+    said = "net.head.weight" in caplog.text
+    assert said == (kind is Contains)  # what the export leaves out is said
+
+
+def test_a_plain_module_is_quantized_exported_and_loaded_into_a_fresh_one(tmp_path):
+    module = Plain()
+    fit(module, pair_loader(), [GPTQCallback(QuantizeModule(**SMALL | {"nsamples": 128}), tmp_path / "out")], tmp_path)
+    assert quantized(module) == ["net.0", "net.2"]
+    fresh = load_quantized(tmp_path / "out", model=Plain())
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(fresh(x), module(x))
+
+
+def test_swap_false_exports_and_leaves_the_trained_float_weights(tmp_path):
+    module, twin = Holds(), Holds()
+    fit(twin, token_loader(), [], tmp_path)
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", swap=False)
+    fit(module, token_loader(), [callback], tmp_path)
+    assert quantized(module) == []
+    for (name, a), b in zip(module.state_dict().items(), twin.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert len(quantized(load_quantized(tmp_path / "out"))) == 7
+
+
+def test_the_trainer_tests_the_quantized_module(tmp_path):
+    module = Holds()
+    trainer = fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL))], tmp_path)
+    assert len(quantized(module)) == 7
+    assert trainer.test(module, token_loader(), verbose=False)[0]["train_loss"] > 0
+
+
+def test_training_itself_is_not_changed_by_the_callback(tmp_path):
+    """The same random numbers are drawn, so the weights that get quantized are the ones plain training gives."""
+    plain, with_callback = Holds(), Holds()
+    for module, callbacks in ((plain, []), (with_callback, [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False)])):
+        torch.manual_seed(5)
+        fit(module, token_loader(), callbacks, tmp_path, max_epochs=2)
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), with_callback.state_dict().values()))
+
+
+def test_weights_averaged_at_the_end_of_training_are_what_is_quantized(tmp_path):
+    swa = lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)  # noqa: E731
+    module, twin = Holds(), Holds()
+    fit(twin, token_loader(), [swa()], tmp_path, max_epochs=3)
+    fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False), swa()], tmp_path, max_epochs=3)
+    averaged = twin.model.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(module.model.model.layers[0].mlp.up_proj.weight, averaged)
+    layer = load_quantized(tmp_path / "o").model.layers[0].mlp.up_proj
+    scale = layer.scales.float().max()
+    assert (layer.dequantize(torch.float32) - averaged).abs().max() < 4 * scale
+
+
+def test_checkpoints_hold_the_float_weights(tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    fit(Holds(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL)), checkpoint], tmp_path, enable_checkpointing=True)
+    for file in (tmp_path / "ckpt").iterdir():
+        keys = torch.load(file, weights_only=False)["state_dict"]
+        assert "model.model.layers.0.mlp.up_proj.weight" in keys and not any("qweight" in key for key in keys)
+
+
+def test_the_optimizer_is_freed_before_quantization(tmp_path):
+    seen = []
+
+    class Watching(GPTQCallback):
+        def calibration_data(self, trainer):
+            seen.append((trainer.strategy.optimizers, [p.grad for p in trainer.lightning_module.parameters()]))
+            return super().calibration_data(trainer)
+
+    fit(Holds(), token_loader(), [Watching(QuantizeModule(**SMALL))], tmp_path)
+    optimizers, gradients = seen[0]
+    assert optimizers == [] and all(gradient is None for gradient in gradients)
+
+
+def test_losses_damping_tokens_seconds_and_totals_reach_the_logger(tmp_path):
+    logger = CSVLogger(tmp_path, name="log")
+    callback = GPTQCallback(QuantizeModule(**SMALL))
+    fit(Holds(), token_loader(), [callback], tmp_path, logger=logger)
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        row = [r for r in csv.DictReader(file) if r.get("gptq/loss")][0]
+    name = "model.layers.0.self_attn.q_proj"
+    for key in ("loss", "rtn_loss", "damp_percent", "tokens", "seconds"):
+        assert float(row[f"gptq/{name}/{key}"]) > 0
+    assert float(row["gptq/loss"]) == pytest.approx(callback.report.totals()["loss"])
+    assert float(row["gptq/modules"]) == 7
+
+
+@pytest.mark.parametrize("bar", ["tqdm", "rich"])
+def test_a_progress_bar_of_the_trainers_kind_is_shown(bar, tmp_path, capfd):
+    kind = {"tqdm": TQDMProgressBar, "rich": RichProgressBar}[bar]
+    fit(Holds(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL)), kind()], tmp_path, enable_progress_bar=True)
+    out, err = capfd.readouterr()
+    assert "GPTQ" in out + err and "7/7" in out + err
+
+
+def test_calibration_texts_and_a_tokenizer_may_be_given(tmp_path):
+    callback = GPTQCallback(
+        QuantizeModule(**SMALL, model_seqlen=32),
+        calibration=["the quick brown fox jumps over the lazy dog"] * 8,
+        tokenizer=lambda text: {"input_ids": [ord(c) % 64 for c in text]},
+    )
+    fit(Holds(), token_loader(), [callback], tmp_path)
+    assert callback.report.samples == 8 and callback.report.tokens == 8 * 32
+
+
+def test_calibration_step_says_how_to_run_a_batch(tmp_path):
+    class Custom(Holds):
+        steps = 0
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step({"input_ids": batch[0], "labels": batch[0]}, batch_idx)
+
+        def calibration_step(self, batch):
+            Custom.steps += 1
+            return self.model(input_ids=batch[0])
+
+    ids = torch.randint(0, 64, (24, 16))
+    callback = GPTQCallback(QuantizeModule(**SMALL))
+    fit(Custom(), DataLoader(torch.utils.data.TensorDataset(ids), batch_size=4), [callback], tmp_path)
+    assert Custom.steps == 4 + 1  # four batches, and one to learn the order
+    assert callback.report.tokens == 16 * 16
+
+
+def test_module_chooses_what_is_quantized(tmp_path):
+    module = Contains()
+    fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL), module="")], tmp_path)
+    # the head is never called by the transformers model that batches run through, and that is reported
+    assert "net.backbone.0.model.layers.0.mlp.up_proj" in quantized(module)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_the_trainers_precision_is_used(precision, tmp_path):
+    dtypes = set()
+
+    class Watching(Holds):
+        def calibration_step(self, batch):
+            out = self.model(**batch)
+            dtypes.add((self.model.model.layers[0].mlp.up_proj(torch.ones(1, 64, dtype=self.dtype)).dtype))
+            return out
+
+    module = Watching()
+    fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")], tmp_path, precision=precision)
+    assert dtypes == {torch.float32 if precision == "32-true" else torch.bfloat16}
+    assert len(quantized(module)) == 7
+
+
+def test_fast_dev_run_quantizes_nothing(tmp_path):
+    module = Holds()
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")
+    fit(module, token_loader(), [callback], tmp_path, fast_dev_run=True)
+    assert quantized(module) == [] and callback.report is None and not (tmp_path / "out").exists()
+
+
+class Untrained(Holds):
+    """Fails the test if a training step runs."""
+
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("training began")
+
+
+class TwoModels(Untrained):
+    def __init__(self):
+        super().__init__()
+        self.teacher = llama()
+
+
+class NothingToQuantize(Base):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Conv1d(3, 3, 3)
+
+    training_step = Untrained.training_step
+
+
+@pytest.mark.parametrize(
+    ("module", "fields", "options", "error", "message"),
+    [
+        (Untrained, {"group_size": 128}, {}, TargetError, "group_size 128 does not divide the 64 input features"),
+        (Untrained, {"dynamic": {"nothing": {"bits": 8}}}, {}, TargetError, "'nothing' matches none"),
+        (Untrained, {}, {"module": "body"}, TargetError, "module='body' is no submodule of Untrained, which has model"),
+        (NothingToQuantize, {}, {}, TargetError, "no nn.Linear"),
+        (TwoModels, {}, {}, TargetError, r"several transformers models \(model, teacher\)"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(module, fields, options, error, message, tmp_path):
+    callback = GPTQCallback(QuantizeModule(**{**SMALL, **fields}), tmp_path / "out", **options)
+    with pytest.raises(error, match=message):
+        fit(module(), token_loader(), [callback], tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_folder_that_is_not_ours_is_refused_before_training_and_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("three years of work")
+    with pytest.raises(ExportError, match="no export of gptq_plugin"):
+        fit(Untrained(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")], tmp_path)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "three years of work"
+
+
+def test_an_earlier_export_is_replaced_only_when_asked(tmp_path):
+    for overwrite in (False, True):
+        fit(Holds(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", overwrite=overwrite)], tmp_path)
+    with pytest.raises(ExportError, match="overwrite=True"):
+        fit(Untrained(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")], tmp_path)
+
+
+def test_a_launcher_whose_modules_do_not_come_back_is_refused(tmp_path):
+    with pytest.raises(Exception, match="swap=False") as caught:
+        fit(Untrained(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL))], tmp_path, devices=2, strategy="ddp_fork")
+    assert "training began" not in str(caught.value)
+
+
+def test_arguments_that_contradict_are_refused():
+    with pytest.raises(ValueError, match="nothing of the quantization would remain"):
+        GPTQCallback(QuantizeModule(), swap=False)
+    with pytest.raises(TypeError, match="must be a QuantizeModule"):
+        GPTQCallback({"bits": 4})
+
+
+@pytest.mark.parametrize("failing", ["calibration", "export"])
+def test_a_failure_leaves_the_trained_weights_the_checkpoint_and_no_folder(failing, tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, directory):
+            raise OSError("disk full")
+
+    class NaN(Holds):
+        def calibration_step(self, batch):
+            return self.model(inputs_embeds=torch.full((4, 16, 64), float("nan")))
+
+    module, twin = (NaN() if failing == "calibration" else Holds()), Holds()
+    fit(twin, token_loader(), [], tmp_path)
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", tokenizer=Tokenizer())
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt")
+    error = {"calibration": CalibrationError, "export": OSError}[failing]
+    with pytest.raises(error, match={"calibration": "NaN or infinity", "export": "disk full"}[failing]):
+        fit(module, token_loader(), [callback, checkpoint], tmp_path, enable_checkpointing=True)
+    assert quantized(module) == []
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values()))
+    assert len(list((tmp_path / "ckpt").iterdir())) == 1
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+DDP = """
+import json, sys
+from pathlib import Path
+import lightning.pytorch as pl, torch, torch.distributed as dist
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_callback import Holds, SMALL, token_loader
+from gptq_plugin import GPTQCallback, QuantizeModule
+out, devices, samples = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+class NoTraining(Holds):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+module = NoTraining()
+callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": samples}), out / "export")
+trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
+    logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
+    callbacks=[callback])
+trainer.fit(module, token_loader())
+rank = trainer.global_rank
+torch.save({k: v for k, v in module.state_dict().items()}, out / f"rank{rank}.pt")
+(out / f"rank{rank}.json").write_text(callback.report.to_json())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [16, 23, 1000])
+def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, tmp_path):
+    (tmp_path / "train.py").write_text(textwrap.dedent(DDP))
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        out.mkdir()
+        subprocess.run(
+            [sys.executable, tmp_path / "train.py", Path(__file__).parent, out, str(devices), str(samples)],
+            check=True,
+            timeout=300,
+            cwd=tmp_path,
+        )
+    one = torch.load(tmp_path / "1" / "rank0.pt")
+    first, second = (torch.load(tmp_path / "2" / f"rank{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys() == one.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    codes = [key for key in one if key.endswith("qweight")]
+    assert len(codes) == 7
+    for key in codes:  # another order of addition may flip a near tie
+        assert (one[key] == first[key]).float().mean() > 0.97, key
+    reports = [json.loads((tmp_path / run).read_text())["totals"] for run in ("1/rank0.json", "2/rank0.json", "2/rank1.json")]
+    assert {report["samples"] for report in reports} == {min(samples, 24)}
+    assert {report["tokens"] for report in reports} == {min(samples, 24) * 16}
+    assert load_quantized(tmp_path / "2" / "export").generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)
