@@ -1,1 +1,1 @@
-"""The Hydra configs, installed as ``gptq_plugin.conf``: ``pkg://gptq_plugin.conf`` finds them from any app."""
+"""The Hydra configs, installed as ``gptq_plugin.conf``; any app finds them at ``pkg://gptq_plugin.conf``."""

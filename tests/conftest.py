@@ -29,6 +29,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the repository with real models and texts; tests that need it skip without it."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "models" / "pycode-29m").is_dir():
+        pytest.skip(f"needs {folder} with models/ and data/ (see CONTRIBUTING.md)")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def rtn() -> Callable[..., nn.Module]:
     """rtn(model, config, permuted=False): quantizes in place to the nearest grid points, without calibration.

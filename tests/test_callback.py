@@ -419,3 +419,25 @@ def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, tmp
     assert {report["samples"] for report in reports} == {min(samples, 24)}
     assert {report["tokens"] for report in reports} == {min(samples, 24) * 16}
     assert load_quantized(tmp_path / "2" / "export").generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_a_run_on_a_gpu_is_quantized_on_it(precision, tmp_path):
+    module = Holds()
+    devices = []
+
+    class Watching(GPTQCallback):
+        def calibration_data(self, trainer):
+            devices.append(trainer.lightning_module.device.type)
+            return super().calibration_data(trainer)
+
+    trainer = fit(
+        module, token_loader(), [Watching(QuantizeModule(**SMALL), tmp_path / "out")], tmp_path,
+        accelerator="gpu", precision=precision,
+    )  # fmt: skip
+    assert devices == ["cuda"] and len(quantized(module)) == 7
+    assert trainer.test(module, token_loader(), verbose=False)[0]["train_loss"] > 0
+    ids = torch.arange(8, device="cuda")[None]
+    assert load_quantized(tmp_path / "out", device="cuda").generate(ids, max_new_tokens=2).shape == (1, 10)

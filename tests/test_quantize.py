@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel
 
-from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.forward import call
 from gptq_plugin.hessian import Hessian
@@ -20,11 +20,11 @@ from gptq_plugin.solver import solve
 SMALL = {"group_size": 32, "nsamples": 64}
 
 
-def llama(**options):
+def llama(dtype=torch.float32, **options):
     torch.manual_seed(0)
     values = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
               "num_key_value_heads": 1, "vocab_size": 64, **options}  # fmt: skip
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values), dtype=dtype).eval()
 
 
 def tokens(samples=24, length=16, seed=0):
@@ -351,3 +351,24 @@ def test_the_same_data_gives_the_same_codes():
     for model in models:
         QuantizeModule(**SMALL).quantize(model, tokens())
     assert unchanged(models[1], state(models[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_on_a_gpu_is_quantized_there_to_the_cpus_codes(dtype, tmp_path):
+    on_cpu, on_gpu = llama(), llama(dtype).cuda()
+    QuantizeModule(**SMALL).quantize(on_cpu, tokens())
+    quantizer = QuantizeModule(**SMALL)
+    quantizer.quantize(on_gpu, tokens())
+    layer = on_gpu.model.layers[0].self_attn.q_proj
+    assert layer.qweight.is_cuda
+    if dtype == torch.float32:
+        agree = (layer.dequantize(torch.float32).cpu() == on_cpu.model.layers[0].self_attn.q_proj.dequantize(torch.float32))
+        assert agree.float().mean() > 0.97
+    ids = tokens()[0][None].cuda()
+    quantizer.export(on_gpu, tmp_path / "out")
+    reloaded = load_quantized(tmp_path / "out", device="cuda", dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(input_ids=ids).logits, on_gpu(input_ids=ids).logits)
+    assert reloaded.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 20)

@@ -92,8 +92,8 @@ def zeros_to_disk(qzeros: Tensor, bits: int, out_features: int, checkpoint_forma
     empty = int((zeros == 0).sum())
     if empty:
         raise ExportError(
-            f"{empty} of {zeros.numel()} zeros are 0, and checkpoint_format='gptq' (v1) stores zero - 1, which "
-            "readers take differently; export with checkpoint_format='gptq_v2' or quantize with sym=True"
+            f"{empty} of {zeros.numel()} zeros are 0, and checkpoint_format='gptq' (v1) stores zero - 1, "
+            "which tools read differently; export with checkpoint_format='gptq_v2' or quantize with sym=True"
         )
     return pack_zeros(zeros - 1, bits)
 

@@ -70,9 +70,12 @@ def quantize(cfg: DictConfig) -> float | None:
         data, model = _data_and_model(cfg)
         model.to(_device(cfg.device))
         rows = data.calibration(quantizer.config.nsamples)
-    with clock("quantize"), tqdm_progress() as progress:
-        with quantizer.temporarily(model.network, rows, progress=progress) as report:
-            quantizer.export(model.network, export_dir, tokenizer=model.tokenizer, overwrite=cfg.overwrite)
+    with (
+        clock("quantize"),
+        tqdm_progress() as progress,
+        quantizer.temporarily(model.network, rows, progress=progress) as report,
+    ):
+        quantizer.export(model.network, export_dir, tokenizer=model.tokenizer, overwrite=cfg.overwrite)
     return _finish(cfg, clock, run_dir, data, model, quantizer, report, export_dir)
 
 
@@ -100,8 +103,8 @@ def _gptq_callback(callbacks: list[Any]) -> GPTQCallback:
     found = [callback for callback in callbacks if isinstance(callback, GPTQCallback)]
     if len(found) != 1 or found[0].export_dir is None or found[0].swap:
         raise ValueError(
-            "gptq-finetune compares the float model with its export, so `callbacks` must hold one GPTQCallback "
-            "with an export_dir and swap=false, as conf/callbacks/gptq.yaml does"
+            "gptq-finetune compares the float model with its export, so `callbacks` must hold one "
+            "GPTQCallback with an export_dir and swap=false, as conf/callbacks/gptq.yaml does"
         )
     return found[0]
 
@@ -178,7 +181,7 @@ def _next_command(run_dir: Path) -> str:
         if not float_dir.exists():
             return ""
         overrides = [o for o in overrides if o.startswith(("data", "+data", "quantizer", "+quantizer"))]
-        overrides = [f"model.name_or_path={float_dir}", f"data={hydra_config.runtime.choices.data}"] + [
+        overrides = [f"model.name_or_path={float_dir}", f"data={hydra_config.runtime.choices['data']}"] + [
             o for o in overrides if not o.startswith("data=")
         ]
     return shlex.join(["gptq-quantize", "-m", *overrides, "quantizer.bits=2,3,4,8"])

@@ -87,7 +87,7 @@ def hub_documents(path: str, name: str | None = None, split: str = "train", colu
         documents = load_dataset(path, name, split=split)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"datasets.load_dataset could not read {what}: {error}. Without a network, use a data set that is "
+            f"datasets.load_dataset could not read {what}: {error}. Without a network, use a data set "
             "in its cache, a local folder (data.path=FOLDER), or files (data=text data.path=FILES)"
         ) from error
     return _not_empty(_one_column(documents, column, what), what)

@@ -49,7 +49,7 @@ def _prefix(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> s
         ):
             return prefix
     raise CheckpointError(
-        f"{path} does not hold the weights of {type(network).__name__}: of its {len(wanted)} tensors, such as "
-        f"{first} {tuple(wanted[first].shape)}, some are missing or have other shapes. Is model.name_or_path the "
-        "model that was fine-tuned?"
+        f"{path} does not hold the weights of {type(network).__name__}: of its {len(wanted)} tensors, such "
+        f"as {first} {tuple(wanted[first].shape)}, some are missing or have other shapes. Is "
+        "model.name_or_path the model that was fine-tuned?"
     )

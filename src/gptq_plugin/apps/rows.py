@@ -52,8 +52,8 @@ def cut_rows(
     rows = count // seq_len
     if rows == 0:
         raise DataError(
-            f"the {purpose} is too short: {count} tokens do not fill one row of {seq_len}. Give more text or a "
-            "smaller data.seq_len"
+            f"the {purpose} is too short: {count} tokens do not fill one row of {seq_len}. Give more text or "
+            "a smaller data.seq_len"
         )
     rows = rows if limit is None else min(rows, limit)
     return torch.cat(tokens)[: rows * seq_len].view(rows, seq_len).long()

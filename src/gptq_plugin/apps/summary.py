@@ -1,4 +1,4 @@
-"""What a run found, as a table a person understands and as ``summary.json``; and a sweep's runs side by side."""
+"""What a run found, as a table a person understands and as JSON; and a sweep's runs side by side."""
 
 from __future__ import annotations
 

@@ -1,0 +1,356 @@
+"""gptq-finetune and gptq-quantize: real runs of the installed commands, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, InstantiationException
+from lightning import Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gptq_plugin import load_quantized
+from gptq_plugin.apps import cli, data
+from gptq_plugin.apps.errors import DataError
+from gptq_plugin.apps.evaluate import mean_nll
+from gptq_plugin.apps.language_model import LanguageModel, pretrained, small_llama
+from gptq_plugin.apps.lightning_weights import load_lightning_weights
+from gptq_plugin.apps.summary import SUMMARY, Summary, sweep_table
+from gptq_plugin.errors import CheckpointError, ExportError, TargetError
+
+TINY = [
+    "model.vocab_size=384",
+    "model.hidden_size=128",
+    "model.intermediate_size=256",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.num_key_value_heads=2",
+    "data.seq_len=64",
+    "data.train_rows=200",
+    "trainer.max_steps=12",
+    "trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=4",
+]
+
+
+def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs an installed command as a user would."""
+    program = Path(sys.executable).parent / name
+    return subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def succeeds(name: str, *arguments: str, cwd: Path) -> str:
+    done = command(name, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture
+def app(tmp_path):
+    """app("finetune", "data.seq_len=64", ...) runs the application in this process, as Hydra would."""
+
+    def run(name: str, *overrides: str):
+        with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
+            cfg = compose(
+                name, [*overrides, f"hydra.runtime.output_dir={tmp_path}/run"], return_hydra_config=True
+            )
+        HydraConfig.instance().set_config(cfg)
+        return getattr(cli, name)(cfg)
+
+    yield run
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+
+
+# --- gptq-finetune ---
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """The folder of one run on the built-in text, and what it printed."""
+    cwd = tmp_path_factory.mktemp("finetune")
+    printed = succeeds("gptq-finetune", *TINY, "hydra.run.dir=run", cwd=cwd)
+    return cwd / "run", printed
+
+
+def test_finetune_ends_with_a_table_a_person_understands(finetuned):
+    run, printed = finetuned
+    for words in (
+        "float",
+        "round-to-nearest, 4 bits",
+        "GPTQ, 4 bits",
+        "perplexity",
+        "weights on disk",
+        "held-out windows of 64 tokens",
+        "Try next:",
+        str(run.resolve() / "gptq"),
+    ):
+        assert words in printed, words
+    assert printed.count("ERROR") == 0
+
+
+def test_finetune_measures_what_its_files_hold(finetuned):
+    run, _ = finetuned
+    summary = json.loads((run / SUMMARY).read_text())
+    tokenizer = AutoTokenizer.from_pretrained(run / "gptq")
+    windows = data.builtin(seq_len=64, train_rows=200).encode(tokenizer).validation
+    assert tuple(windows.shape) == tuple(summary["windows"])
+    float_model = AutoModelForCausalLM.from_pretrained(run / "float", dtype=torch.float32)
+    assert summary["nll"]["float"] == pytest.approx(mean_nll(float_model, windows), abs=1e-4)
+    assert summary["nll"]["gptq"] == pytest.approx(mean_nll(load_quantized(run / "gptq"), windows), abs=1e-3)
+    assert summary["nll"]["float"] < math.log(384)
+    assert summary["float_bytes"] == pytest.approx((run / "float/model.safetensors").stat().st_size, rel=0.02)
+    assert summary["gptq_bytes"] == (run / "gptq/model.safetensors").stat().st_size
+    assert summary["gptq_bytes"] < summary["float_bytes"] / 2
+    assert summary["text"]
+    assert all(seconds >= 0 for seconds in summary["seconds"].values())
+
+
+def test_finetune_logs_losses_and_layers(finetuned):
+    run, _ = finetuned
+    rows = list(csv.DictReader((run / "logs" / "metrics.csv").open()))
+    losses = [float(row["train_loss"]) for row in rows if row["train_loss"]]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert any(row["val_loss"] for row in rows)
+    assert any(row["gptq/model.layers.1.mlp.down_proj/loss"] for row in rows)
+
+
+def test_the_command_it_suggests_next_runs_and_puts_a_sweep_side_by_side(finetuned, tmp_path):
+    _, printed = finetuned
+    suggested = shlex.split(printed.split("Try next:")[1].strip().splitlines()[0])
+    assert suggested[:2] == ["gptq-quantize", "-m"] and suggested[-1] == "quantizer.bits=2,3,4,8"
+    out = succeeds(*suggested[:-1], "quantizer.bits=2,8", "hydra.sweep.dir=sweep", "device=cpu", cwd=tmp_path)
+    table = (tmp_path / "sweep" / "sweep.txt").read_text()
+    assert table.strip() in out
+    lines = table.splitlines()
+    assert [line.split()[1] for line in lines[2:]] == ["quantizer.bits=2", "quantizer.bits=8"]
+    runs = [json.loads((tmp_path / "sweep" / str(i) / SUMMARY).read_text()) for i in range(2)]
+    assert [run["bits"] for run in runs] == [2, 8]
+    assert runs[0]["gptq_bytes"] < runs[1]["gptq_bytes"]
+    off = [abs(run["nll"]["gptq"] - run["nll"]["float"]) for run in runs]
+    assert off[1] < 1e-4 < off[0]
+
+
+def test_an_export_can_be_evaluated_on_files(finetuned, tmp_path):
+    run, _ = finetuned
+    (tmp_path / "some.txt").write_text("The value of the expression is the object itself. " * 40)
+    done = subprocess.run(
+        [sys.executable, "-m", "gptq_plugin.apps.evaluate", run / "gptq", "--text", "some.txt"]
+        + ["--seq-len", "32", "--rows", "3", "--json", "result.json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "over 3 windows" in done.stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["windows"] == 3 and result["perplexity"] == pytest.approx(math.exp(result["nll"]))
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_export_and_one_table(tmp_path):
+    printed = succeeds(
+        "gptq-finetune",
+        *TINY,
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+        "trainer.accelerator=cpu",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    assert printed.count("round-to-nearest, 4 bits") == 1
+    summary = json.loads((tmp_path / "run" / SUMMARY).read_text())
+    assert summary["nll"]["gptq"] == pytest.approx(summary["nll"]["float"], abs=0.1)
+
+
+# --- gptq-quantize ---
+
+
+def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(finetuned, tmp_path):
+    run, _ = finetuned
+    sentences = [f"The statement number {i} is executed when the name {i % 9} is not bound." for i in range(150)]
+    calibration, held_out = tmp_path / "calib.jsonl", tmp_path / "eval.jsonl"
+    calibration.write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences[:100]))
+    held_out.write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences[100:]))
+    succeeds(
+        "gptq-quantize",
+        f"model.name_or_path={run / 'float'}",
+        "data=text",
+        f"data.path={calibration}",
+        f"data.eval_path={held_out}",
+        "data.eval_rows=5",
+        "data.shuffle=false",
+        "data.seq_len=32",
+        "quantizer.nsamples=16",
+        "quantizer=w3g128",
+        "quantizer.group_size=64",
+        "export_dir=out",
+        "hydra.run.dir=run",
+        "device=cpu",
+        cwd=tmp_path,
+    )
+    summary = json.loads((tmp_path / "run" / SUMMARY).read_text())
+    assert summary["windows"] == [5, 32] and summary["bits"] == 3
+    written = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert (written["bits"], written["group_size"]) == (3, 64)
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["samples"] == 16 if "samples" in report else report["totals"]["samples"] == 16
+
+
+def test_a_lightning_checkpoint_brings_its_weights(tmp_path):
+    def model(seed):
+        torch.manual_seed(seed)
+        return small_llama(["some text to learn from"] * 9, vocab_size=300, hidden_size=32, num_hidden_layers=1)
+
+    trained = model(1)
+    trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
+    trainer.strategy.connect(trained)
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    model(2).network.save_pretrained(tmp_path / "base")
+    trained.tokenizer.save_pretrained(tmp_path / "base")
+    loaded = pretrained([], name_or_path=str(tmp_path / "base"), checkpoint=str(tmp_path / "last.ckpt"))
+    for name, value in trained.network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], value), name
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    network = torch.nn.Linear(3, 2)
+    torch.save({"state_dict": {"net.weight": torch.zeros(2, 4), "net.bias": torch.zeros(2)}}, tmp_path / "other.ckpt")
+    torch.save({"weights": 1}, tmp_path / "none.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="does not hold the weights of Linear"):
+        load_lightning_weights(network, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="has no state_dict"):
+        load_lightning_weights(network, tmp_path / "none.ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load_lightning_weights(network, tmp_path / "broken.ckpt")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_lightning_weights(network, tmp_path / "nowhere.ckpt")
+
+
+# --- the pieces ---
+
+
+def test_mean_nll_is_the_mean_over_every_predicted_token():
+    class Known(torch.nn.Module):
+        """Gives the next token (t + 1) a probability that depends on t alone."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(7, 7))
+
+        def forward(self, input_ids):
+            return type("Out", (), {"logits": self.table[input_ids]})
+
+    network = Known()
+    windows = torch.randint(0, 7, (5, 6))
+    expected = [
+        -network.table.log_softmax(-1)[window[i], window[i + 1]].item() for window in windows for i in range(5)
+    ]
+    for batch_size in (1, 2, 5, 9):
+        assert mean_nll(network, windows, batch_size) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth():
+    network = torch.nn.Linear(2, 2)
+    model = LanguageModel(network, None, warmup_steps=4)
+    model._trainer = type("T", (), {"estimated_stepping_batches": 24})()  # the property only forwards
+    model._fabric = None
+    shares = [model._share_of_peak(step) for step in range(25)]
+    assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert shares[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(shares[4:], shares[5:]))
+
+
+def test_a_sweeps_table_shows_what_differs_and_survives_runs_without_evaluation(tmp_path):
+    for number, nll in enumerate([{"float": 1.0, "rtn": 1.5, "gptq": 1.25}, {}]):
+        folder = tmp_path / str(number)
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra" / "overrides.yaml").write_text(f"- model=hf\n- quantizer.bits={number + 2}\n")
+        Summary(number + 2, 128, 10_000_000, "float32", 2_000_000, nll=nll).write(folder)
+    (tmp_path / "10").mkdir()
+    lines = sweep_table(tmp_path).splitlines()
+    assert lines[2].split() == ["0", "quantizer.bits=2", "2.718", "4.482", "3.490", "+0.25000", "2.00", "MB", "of", "10.00", "MB", "0"]
+    assert lines[3].split()[:2] == ["1", "quantizer.bits=3"]
+    assert "model=hf" not in sweep_table(tmp_path)
+    assert sweep_table(tmp_path / "nothing") == ""
+
+
+# --- bad input, before anything is trained ---
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def fit(*_, **__):
+        raise AssertionError("training started")
+
+    monkeypatch.setattr(Trainer, "_run_stage", fit)
+
+
+def refused(app, error, message, *overrides, name="finetune"):
+    with pytest.raises(error, match=message):
+        app(name, *overrides)
+
+
+@pytest.mark.usefixtures("no_training")
+class TestRefusedBeforeTraining:
+    def test_the_check_itself_would_see_training(self, app):
+        refused(app, AssertionError, "training started", *TINY)
+
+    def test_an_unknown_option(self, app):
+        refused(app, ConfigCompositionException, r"quantizer\.bitz", *TINY, "quantizer.bitz=3")
+        refused(app, InstantiationException, "did you mean 'bits'", *TINY, "+quantizer.bitz=3")
+
+    def test_five_bits(self, app):
+        refused(app, InstantiationException, "bits must be one of 2, 3, 4, 8; got 5", *TINY, "quantizer.bits=5")
+
+    def test_a_group_size_that_divides_no_layer(self, app):
+        refused(app, TargetError, "group_size 96 does not divide the 128 input", *TINY, "quantizer.group_size=96")
+
+    def test_a_missing_file(self, app):
+        missing = ["data=text", "data.path=/no/such/file.txt"]
+        refused(app, InstantiationException, r"no such file or folder: /no/such/file\.txt", *TINY, *missing)
+
+    def test_text_files_without_a_path(self, app):
+        refused(app, InstantiationException, r"data=text needs data\.path", *TINY, "data=text")
+
+    def test_empty_text(self, app, tmp_path):
+        (tmp_path / "empty.txt").touch()
+        refused(app, InstantiationException, "is empty", *TINY, "data=text", f"data.path={tmp_path}/empty.txt")
+
+    def test_text_too_short_for_one_row(self, app, tmp_path):
+        (tmp_path / "short.txt").write_text("Too short.")
+        refused(app, DataError, "too short", *TINY, "data=text", f"data.path={tmp_path}/short.txt")
+
+    @pytest.mark.parametrize("name", ["finetune", "quantize"])
+    def test_an_export_folder_that_exists(self, app, tmp_path, name):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+        key = {"finetune": "callbacks.gptq.export_dir", "quantize": "export_dir"}[name]
+        options = TINY if name == "finetune" else ["model.name_or_path=/no/such/model"]
+        refused(app, ExportError, "no export of gptq_plugin", *options, f"{key}={tmp_path}/mine", name=name)
+        assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+    def test_a_model_without_a_name(self, app):
+        refused(app, InstantiationException, r"needs model\.name_or_path", name="quantize")
+        refused(app, InstantiationException, "is no dtype", "model.name_or_path=x", "model.dtype=float31", name="quantize")
+
+    def test_a_callback_that_would_not_leave_the_float_model_to_compare(self, app):
+        refused(app, ValueError, "must hold one GPTQCallback", *TINY, "callbacks.gptq.swap=true")
+
+
+def test_a_users_mistake_is_said_in_words_and_with_a_failing_exit(tmp_path):
+    done = command("gptq-quantize", "data=text", "data.path=missing/*.txt", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no file matches the pattern missing/*.txt" in done.stderr
+    assert "gptq" not in {path.name for path in tmp_path.rglob("*")}
