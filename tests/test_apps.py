@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import shlex
@@ -145,8 +146,8 @@ def test_an_export_can_be_evaluated_on_files(finetuned, tmp_path):
     run, _ = finetuned
     (tmp_path / "some.txt").write_text("The value of the expression is the object itself. " * 40)
     done = subprocess.run(
-        [sys.executable, "-m", "gptq_plugin.apps.evaluate", run / "gptq", "--text", "some.txt"]
-        + ["--seq-len", "32", "--rows", "3", "--json", "result.json"],
+        [sys.executable, "-m", "gptq_plugin.apps.evaluate", run / "gptq"]
+        + ["--text", "some.txt", "--seq-len", "32", "--rows", "3", "--json", "result.json"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -178,7 +179,9 @@ def test_two_processes_give_one_export_and_one_table(tmp_path):
 
 def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(finetuned, tmp_path):
     run, _ = finetuned
-    sentences = [f"The statement number {i} is executed when the name {i % 9} is not bound." for i in range(150)]
+    sentences = [
+        f"The statement number {i} is executed when the name {i % 9} is not bound." for i in range(150)
+    ]
     calibration, held_out = tmp_path / "calib.jsonl", tmp_path / "eval.jsonl"
     calibration.write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences[:100]))
     held_out.write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences[100:]))
@@ -204,13 +207,15 @@ def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(fine
     written = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
     assert (written["bits"], written["group_size"]) == (3, 64)
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
-    assert report["samples"] == 16 if "samples" in report else report["totals"]["samples"] == 16
+    assert report["totals"]["samples"] == 16
 
 
 def test_a_lightning_checkpoint_brings_its_weights(tmp_path):
     def model(seed):
         torch.manual_seed(seed)
-        return small_llama(["some text to learn from"] * 9, vocab_size=300, hidden_size=32, num_hidden_layers=1)
+        return small_llama(
+            ["some text to learn from"] * 9, vocab_size=300, hidden_size=32, num_hidden_layers=1
+        )
 
     trained = model(1)
     trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
@@ -225,7 +230,9 @@ def test_a_lightning_checkpoint_brings_its_weights(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     network = torch.nn.Linear(3, 2)
-    torch.save({"state_dict": {"net.weight": torch.zeros(2, 4), "net.bias": torch.zeros(2)}}, tmp_path / "other.ckpt")
+    torch.save(
+        {"state_dict": {"net.weight": torch.zeros(2, 4), "net.bias": torch.zeros(2)}}, tmp_path / "other.ckpt"
+    )
     torch.save({"weights": 1}, tmp_path / "none.ckpt")
     (tmp_path / "broken.ckpt").write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="does not hold the weights of Linear"):
@@ -255,10 +262,14 @@ def test_mean_nll_is_the_mean_over_every_predicted_token():
     network = Known()
     windows = torch.randint(0, 7, (5, 6))
     expected = [
-        -network.table.log_softmax(-1)[window[i], window[i + 1]].item() for window in windows for i in range(5)
+        -network.table.log_softmax(-1)[window[i], window[i + 1]].item()
+        for window in windows
+        for i in range(5)
     ]
     for batch_size in (1, 2, 5, 9):
-        assert mean_nll(network, windows, batch_size) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+        assert mean_nll(network, windows, batch_size) == pytest.approx(
+            sum(expected) / len(expected), rel=1e-5
+        )
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth():
@@ -269,7 +280,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth():
     shares = [model._share_of_peak(step) for step in range(25)]
     assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert shares[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(shares[4:], shares[5:]))
+    assert all(a > b for a, b in itertools.pairwise(shares[4:]))
 
 
 def test_a_sweeps_table_shows_what_differs_and_survives_runs_without_evaluation(tmp_path):
@@ -280,7 +291,20 @@ def test_a_sweeps_table_shows_what_differs_and_survives_runs_without_evaluation(
         Summary(number + 2, 128, 10_000_000, "float32", 2_000_000, nll=nll).write(folder)
     (tmp_path / "10").mkdir()
     lines = sweep_table(tmp_path).splitlines()
-    assert lines[2].split() == ["0", "quantizer.bits=2", "2.718", "4.482", "3.490", "+0.25000", "2.00", "MB", "of", "10.00", "MB", "0"]
+    assert lines[2].split() == [
+        "0",
+        "quantizer.bits=2",
+        "2.718",
+        "4.482",
+        "3.490",
+        "+0.25000",
+        "2.00",
+        "MB",
+        "of",
+        "10.00",
+        "MB",
+        "0",
+    ]
     assert lines[3].split()[:2] == ["1", "quantizer.bits=3"]
     assert "model=hf" not in sweep_table(tmp_path)
     assert sweep_table(tmp_path / "nothing") == ""
@@ -312,10 +336,14 @@ class TestRefusedBeforeTraining:
         refused(app, InstantiationException, "did you mean 'bits'", *TINY, "+quantizer.bitz=3")
 
     def test_five_bits(self, app):
-        refused(app, InstantiationException, "bits must be one of 2, 3, 4, 8; got 5", *TINY, "quantizer.bits=5")
+        refused(
+            app, InstantiationException, "bits must be one of 2, 3, 4, 8; got 5", *TINY, "quantizer.bits=5"
+        )
 
     def test_a_group_size_that_divides_no_layer(self, app):
-        refused(app, TargetError, "group_size 96 does not divide the 128 input", *TINY, "quantizer.group_size=96")
+        refused(
+            app, TargetError, "group_size 96 does not divide the 128 input", *TINY, "quantizer.group_size=96"
+        )
 
     def test_a_missing_file(self, app):
         missing = ["data=text", "data.path=/no/such/file.txt"]
@@ -326,7 +354,9 @@ class TestRefusedBeforeTraining:
 
     def test_empty_text(self, app, tmp_path):
         (tmp_path / "empty.txt").touch()
-        refused(app, InstantiationException, "is empty", *TINY, "data=text", f"data.path={tmp_path}/empty.txt")
+        refused(
+            app, InstantiationException, "is empty", *TINY, "data=text", f"data.path={tmp_path}/empty.txt"
+        )
 
     def test_text_too_short_for_one_row(self, app, tmp_path):
         (tmp_path / "short.txt").write_text("Too short.")
@@ -343,7 +373,14 @@ class TestRefusedBeforeTraining:
 
     def test_a_model_without_a_name(self, app):
         refused(app, InstantiationException, r"needs model\.name_or_path", name="quantize")
-        refused(app, InstantiationException, "is no dtype", "model.name_or_path=x", "model.dtype=float31", name="quantize")
+        refused(
+            app,
+            InstantiationException,
+            "is no dtype",
+            "model.name_or_path=x",
+            "model.dtype=float31",
+            name="quantize",
+        )
 
     def test_a_callback_that_would_not_leave_the_float_model_to_compare(self, app):
         refused(app, ValueError, "must hold one GPTQCallback", *TINY, "callbacks.gptq.swap=true")

@@ -160,7 +160,8 @@ def test_layers_that_share_an_input_may_have_different_bits():
     assert (attention.q_proj.bits, attention.v_proj.bits) == (8, 4)
     assert type(attention.k_proj) is nn.Linear
     skipped = next(m for m in report.modules if m.name == "model.layers.0.self_attn.k_proj")
-    assert skipped.method == "float" and skipped.deviations == ("left float by a `dynamic` rule",)
+    assert skipped.method == "float" and skipped.reason == "left float by a `dynamic` rule"
+    assert skipped.deviations == ()  # it was asked for
 
 
 def test_texts_are_calibrated_through_a_tokenizer():
@@ -187,8 +188,8 @@ def test_the_report_names_every_module_and_is_valid_json(caplog):
     assert {m.name for m in report.modules} == {n for n, m in llama().named_modules() if type(m) is nn.Linear}
     values = json.loads(report.to_json())
     assert values["totals"]["modules"] == 14 and values["totals"]["loss"] < values["totals"]["rtn_loss"]
-    for name in ("model.layers.1.mlp.down_proj", "lm_head", "24 samples, 384 tokens"):
-        assert name in report.table()
+    for said in ("model.layers.1.mlp.down_proj", "output embedding (lm_head=false)", "24 samples, 384 tokens"):
+        assert said in report.table()
     # what deviates is in the report, in the log and in the table
     deviation = "24 calibration samples used, nsamples=64 asked"
     assert deviation in values["deviations"] and deviation in caplog.text and f"! {deviation}" in report.table()
@@ -229,6 +230,12 @@ def test_a_layer_calibration_never_calls_stays_float_and_is_reported():
     report = QuantizeModule(**SMALL).quantize(model, [torch.randn(64, 64)])
     assert quantized(model) == ["used"] and type(model.idle) is nn.Linear
     assert "idle: never called in calibration: left float" in list(report.all_deviations())
+
+
+def test_layers_that_must_stay_float_unasked_are_deviations():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))
+    report = QuantizeModule(**SMALL).quantize(model, [torch.randn(64, 64)])
+    assert any(d.startswith("1: out_features 10 at 4 bits does not fill") for d in report.all_deviations())
 
 
 def test_rank_deficient_hessians_are_reported():

@@ -369,7 +369,7 @@ class _Job:
             )
         for target in unreached:
             reason = "never called in calibration: left float"
-            self.reports[target.name] = _module_report(target, method="float", deviations=(reason,))
+            self.reports[target.name] = _module_report(target, method="float", reason=reason, deviations=(reason,))
 
     def _report(self, notes: lockstep.Walk, seconds: float) -> QuantizeReport:
         late: dict[str, int] = defaultdict(int)
@@ -413,7 +413,15 @@ def _float_reports(skipped: list[Skipped]) -> list[ModuleReport]:
     for skip in skipped:
         out_features, in_features = _shape(skip.module)
         reports.append(
-            ModuleReport(skip.name, "float", None, None, (out_features, in_features), deviations=(skip.reason,))
+            ModuleReport(
+                skip.name,
+                "float",
+                None,
+                None,
+                (out_features, in_features),
+                reason=skip.reason,
+                deviations=() if skip.asked else (skip.reason,),
+            )
         )
     return reports
 

@@ -27,6 +27,7 @@ class ModuleReport:
         tokens: Calibration tokens in its Hessian, over all ranks.
         damp_percent: The damping that was used.
         seconds: Time to solve it; layers solved together share theirs by rows.
+        reason: Why a float layer is float.
         deviations: A sentence for everything that differs from what was asked.
     """
 
@@ -40,6 +41,7 @@ class ModuleReport:
     tokens: int = 0
     damp_percent: float = math.nan
     seconds: float = 0.0
+    reason: str = ""
     deviations: tuple[str, ...] = ()
 
     @property
@@ -114,7 +116,10 @@ class QuantizeReport:
         """One line a module, then the totals and every deviation."""
         head = ("module", "method", "bits", "group", "out x in", "loss", "RTN loss", "loss/RTN", "tokens", "damp", "s")
         rows = [head] + [_row(module) for module in self.modules]
-        lines = _aligned(rows)
+        lines = [
+            line if module is None or not module.reason else f"{line}  {module.reason}"
+            for line, module in zip(_aligned(rows), [None, *self.modules])
+        ]
         totals = self.totals()
         ratio = f", {totals['loss'] / totals['rtn_loss']:.3f} of round-to-nearest's" if totals["rtn_loss"] else ""
         lines.append(

@@ -56,11 +56,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A layer that looks like a target and stays float, and why."""
+    """A layer that looks like a target and stays float, why, and whether the configuration asked for that."""
 
     name: str
     module: nn.Module
     reason: str
+    asked: bool
 
 
 def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target], list[Skipped]]:
@@ -79,21 +80,23 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
     _check_patterns(config, linears)
     targets: list[Target] = []
     skipped: list[Skipped] = []
-    excluded = _exclusions(model, config)
+    head = _output_embedding(model)
+    obstacles = _obstacles(model, head)
     for name, module in linears.items():
         resolved = config.for_module(name)
-        reason = excluded.get(module)
         if resolved is None:
-            reason = "left float by a `dynamic` rule"
+            skipped.append(Skipped(name, module, "left float by a `dynamic` rule", asked=True))
         elif any(_contains(name, part) for part in config.modules_to_not_convert):
-            reason = "left float by `modules_to_not_convert`"
-        if reason is None and resolved is not None:
-            target = Target(name, module, resolved)
-            reason = _unpackable(target)
-        if reason is not None:
-            skipped.append(Skipped(name, module, reason))
+            skipped.append(Skipped(name, module, "left float by `modules_to_not_convert`", asked=True))
+        elif module is head and not config.lm_head:
+            skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))
         else:
-            targets.append(target)
+            target = Target(name, module, resolved)
+            reason = obstacles.get(module) or _unpackable(target)
+            if reason is None:
+                targets.append(target)
+            else:
+                skipped.append(Skipped(name, module, reason, asked=False))
     if not targets:
         raise TargetError(_no_target(model, skipped))
     _check_group_sizes(targets)
@@ -111,10 +114,9 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
 
 
-def _exclusions(model: nn.Module, config: QuantizeConfig) -> dict[nn.Module, str]:
-    """Modules that stay float whatever the names say, and why."""
+def _obstacles(model: nn.Module, head: nn.Module | None) -> dict[nn.Module, str]:
+    """Linear layers that cannot be quantized by themselves, and why. The head may leave a tied embedding."""
     reasons: dict[nn.Module, str] = {}
-    head = _output_embedding(model)
     users: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -126,12 +128,9 @@ def _exclusions(model: nn.Module, config: QuantizeConfig) -> dict[nn.Module, str
         weight = module._parameters.get("weight")
         if weight is None:
             reasons[module] = "its weight is computed by a parametrization; remove it first to quantize"
-        elif module is head:
-            if not config.lm_head:
-                reasons[module] = "output embedding (lm_head=false)"
         elif not weight.is_floating_point():
             reasons[module] = f"its weight is {weight.dtype}, not floating point"
-        elif len(users[id(weight)]) > 1:
+        elif module is not head and len(users[id(weight)]) > 1:
             others = [user for user in users[id(weight)] if user != f"{name}.weight"]
             reasons[module] = f"its weight is tied to {_some(others)}"
     return reasons
@@ -159,7 +158,9 @@ def _unpackable(target: Target) -> str | None:
     out_features, in_features = target.weight.shape
     for label, size in (("in_features", in_features), ("out_features", out_features)):
         if size * target.config.bits % 32:
-            return f"{label} {size} at {target.config.bits} bits does not fill whole 32-bit words, which GPTQ clients need"
+            return (
+                f"{label} {size} at {target.config.bits} bits does not fill whole 32-bit words, which GPTQ clients need"
+            )
     return None
 
 
