@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from gptq_plugin.kernels import reference
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gptq_plugin.kernels import reference
 from gptq_plugin.qlinear import QuantLinear
 
 BYTES_PER_SECOND = 4.3e12

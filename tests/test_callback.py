@@ -12,7 +12,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, StochasticWeightAveraging, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
@@ -135,7 +140,12 @@ def test_the_transformers_model_is_found_quantized_and_exported(kind, where, tmp
 
 def test_a_plain_module_is_quantized_exported_and_loaded_into_a_fresh_one(tmp_path):
     module = Plain()
-    fit(module, pair_loader(), [GPTQCallback(QuantizeModule(**SMALL | {"nsamples": 128}), tmp_path / "out")], tmp_path)
+    fit(
+        module,
+        pair_loader(),
+        [GPTQCallback(QuantizeModule(**SMALL | {"nsamples": 128}), tmp_path / "out")],
+        tmp_path,
+    )
     assert quantized(module) == ["net.0", "net.2"]
     fresh = load_quantized(tmp_path / "out", model=Plain())
     x = torch.randn(5, 64)
@@ -163,7 +173,10 @@ def test_the_trainer_tests_the_quantized_module(tmp_path):
 def test_training_itself_is_not_changed_by_the_callback(tmp_path):
     """The same random numbers are drawn, so the weights that get quantized are the ones plain training gives."""
     plain, with_callback = Holds(), Holds()
-    for module, callbacks in ((plain, []), (with_callback, [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False)])):
+    for module, callbacks in (
+        (plain, []),
+        (with_callback, [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False)]),
+    ):
         torch.manual_seed(5)
         fit(module, token_loader(), callbacks, tmp_path, max_epochs=2)
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), with_callback.state_dict().values()))
@@ -173,7 +186,13 @@ def test_weights_averaged_at_the_end_of_training_are_what_is_quantized(tmp_path)
     swa = lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)  # noqa: E731
     module, twin = Holds(), Holds()
     fit(twin, token_loader(), [swa()], tmp_path, max_epochs=3)
-    fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False), swa()], tmp_path, max_epochs=3)
+    fit(
+        module,
+        token_loader(),
+        [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False), swa()],
+        tmp_path,
+        max_epochs=3,
+    )
     averaged = twin.model.model.layers[0].mlp.up_proj.weight
     assert torch.equal(module.model.model.layers[0].mlp.up_proj.weight, averaged)
     layer = load_quantized(tmp_path / "o").model.layers[0].mlp.up_proj
@@ -183,7 +202,13 @@ def test_weights_averaged_at_the_end_of_training_are_what_is_quantized(tmp_path)
 
 def test_checkpoints_hold_the_float_weights(tmp_path):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
-    fit(Holds(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL)), checkpoint], tmp_path, enable_checkpointing=True)
+    fit(
+        Holds(),
+        token_loader(),
+        [GPTQCallback(QuantizeModule(**SMALL)), checkpoint],
+        tmp_path,
+        enable_checkpointing=True,
+    )
     for file in (tmp_path / "ckpt").iterdir():
         keys = torch.load(file, weights_only=False)["state_dict"]
         assert "model.model.layers.0.mlp.up_proj.weight" in keys and not any("qweight" in key for key in keys)
@@ -218,7 +243,13 @@ def test_losses_damping_tokens_seconds_and_totals_reach_the_logger(tmp_path):
 @pytest.mark.parametrize("bar", ["tqdm", "rich"])
 def test_a_progress_bar_of_the_trainers_kind_is_shown(bar, tmp_path, capfd):
     kind = {"tqdm": TQDMProgressBar, "rich": RichProgressBar}[bar]
-    fit(Holds(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL)), kind()], tmp_path, enable_progress_bar=True)
+    fit(
+        Holds(),
+        token_loader(),
+        [GPTQCallback(QuantizeModule(**SMALL)), kind()],
+        tmp_path,
+        enable_progress_bar=True,
+    )
     out, err = capfd.readouterr()
     assert "GPTQ" in out + err and "7/7" in out + err
 
@@ -265,11 +296,17 @@ def test_the_trainers_precision_is_used(precision, tmp_path):
     class Watching(Holds):
         def calibration_step(self, batch):
             out = self.model(**batch)
-            dtypes.add((self.model.model.layers[0].mlp.up_proj(torch.ones(1, 64, dtype=self.dtype)).dtype))
+            dtypes.add(self.model.model.layers[0].mlp.up_proj(torch.ones(1, 64, dtype=self.dtype)).dtype)
             return out
 
     module = Watching()
-    fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")], tmp_path, precision=precision)
+    fit(
+        module,
+        token_loader(),
+        [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")],
+        tmp_path,
+        precision=precision,
+    )
     assert dtypes == {torch.float32 if precision == "32-true" else torch.bfloat16}
     assert len(quantized(module)) == 7
 
@@ -305,9 +342,21 @@ class NothingToQuantize(Base):
 @pytest.mark.parametrize(
     ("module", "fields", "options", "error", "message"),
     [
-        (Untrained, {"group_size": 128}, {}, TargetError, "group_size 128 does not divide the 64 input features"),
+        (
+            Untrained,
+            {"group_size": 128},
+            {},
+            TargetError,
+            "group_size 128 does not divide the 64 input features",
+        ),
         (Untrained, {"dynamic": {"nothing": {"bits": 8}}}, {}, TargetError, "'nothing' matches none"),
-        (Untrained, {}, {"module": "body"}, TargetError, "module='body' is no submodule of Untrained, which has model"),
+        (
+            Untrained,
+            {},
+            {"module": "body"},
+            TargetError,
+            "module='body' is no submodule of Untrained, which has model",
+        ),
         (NothingToQuantize, {}, {}, TargetError, "no nn.Linear"),
         (TwoModels, {}, {}, TargetError, r"several transformers models \(model, teacher\)"),
     ],
@@ -329,14 +378,26 @@ def test_an_export_folder_that_is_not_ours_is_refused_before_training_and_kept(t
 
 def test_an_earlier_export_is_replaced_only_when_asked(tmp_path):
     for overwrite in (False, True):
-        fit(Holds(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", overwrite=overwrite)], tmp_path)
+        fit(
+            Holds(),
+            token_loader(),
+            [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", overwrite=overwrite)],
+            tmp_path,
+        )
     with pytest.raises(ExportError, match="overwrite=True"):
         fit(Untrained(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")], tmp_path)
 
 
 def test_a_launcher_whose_modules_do_not_come_back_is_refused(tmp_path):
     with pytest.raises(Exception, match="swap=False") as caught:
-        fit(Untrained(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL))], tmp_path, devices=2, strategy="ddp_fork")
+        fit(
+            Untrained(),
+            token_loader(),
+            [GPTQCallback(QuantizeModule(**SMALL))],
+            tmp_path,
+            devices=2,
+            strategy="ddp_fork",
+        )
     assert "training began" not in str(caught.value)
 
 
@@ -415,7 +476,9 @@ def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, tmp
     assert len(codes) == 7
     for key in codes:  # another order of addition may flip a near tie
         assert (one[key] == first[key]).float().mean() > 0.97, key
-    reports = [json.loads((tmp_path / run).read_text())["totals"] for run in ("1/rank0.json", "2/rank0.json", "2/rank1.json")]
+    reports = [
+        json.loads((tmp_path / run).read_text())["totals"] for run in ("1/rank0.json", "2/rank0.json", "2/rank1.json")
+    ]
     assert {report["samples"] for report in reports} == {min(samples, 24)}
     assert {report["tokens"] for report in reports} == {min(samples, 24) * 16}
     assert load_quantized(tmp_path / "2" / "export").generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)

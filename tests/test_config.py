@@ -81,7 +81,16 @@ def test_it_round_trips_through_dict_yaml_and_quantize_config_json(config):
 
 def test_quantize_config_json_has_the_keys_other_tools_read():
     values = QuantizeConfig().to_quantize_config()
-    needed = {"quant_method", "bits", "group_size", "desc_act", "sym", "lm_head", "checkpoint_format", "format"}
+    needed = {
+        "quant_method",
+        "bits",
+        "group_size",
+        "desc_act",
+        "sym",
+        "lm_head",
+        "checkpoint_format",
+        "format",
+    }
     assert needed | {"pack_dtype", "meta", "damp_percent", "static_groups", "true_sequential"} <= set(values)
     assert values["quant_method"] == "gptq" and values["format"] == values["checkpoint_format"]
     assert values["meta"]["quantizer"][0].startswith("gptq_plugin:")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from gptq_plugin.kernels import reference
 from torch import Tensor
 
 from gptq_plugin import packing
-from gptq_plugin.kernels import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

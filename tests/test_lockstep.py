@@ -202,9 +202,7 @@ class Experts(nn.Module):
 
     def __init__(self, experts=3):
         super().__init__()
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(experts)
-        )
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(experts))
         self.last = nn.Linear(4, 4)
 
     def forward(self, x):

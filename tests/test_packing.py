@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gptq_plugin.kernels import reference
 
 from gptq_plugin import packing
-from gptq_plugin.kernels import reference
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings

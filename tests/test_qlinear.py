@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from gptq_plugin.kernels import reference
 from torch import Tensor, nn
 
 from gptq_plugin import qlinear
-from gptq_plugin.kernels import reference
 from gptq_plugin.qlinear import QuantLinear, swap
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -123,7 +123,11 @@ def test_an_encoder_decoder_is_quantized_and_still_runs():
     )
     model = AutoModelForSeq2SeqLM.from_config(config).eval()
     batches = [
-        {"input_ids": row[None], "attention_mask": torch.ones(1, 16, dtype=torch.long), "labels": row[None, :9]}
+        {
+            "input_ids": row[None],
+            "attention_mask": torch.ones(1, 16, dtype=torch.long),
+            "labels": row[None, :9],
+        }
         for row in tokens()
     ]
     with torch.no_grad():
@@ -188,7 +192,11 @@ def test_the_report_names_every_module_and_is_valid_json(caplog):
     assert {m.name for m in report.modules} == {n for n, m in llama().named_modules() if type(m) is nn.Linear}
     values = json.loads(report.to_json())
     assert values["totals"]["modules"] == 14 and values["totals"]["loss"] < values["totals"]["rtn_loss"]
-    for said in ("model.layers.1.mlp.down_proj", "output embedding (lm_head=false)", "24 samples, 384 tokens"):
+    for said in (
+        "model.layers.1.mlp.down_proj",
+        "output embedding (lm_head=false)",
+        "24 samples, 384 tokens",
+    ):
         assert said in report.table()
     # what deviates is in the report, in the log and in the table
     deviation = "24 calibration samples used, nsamples=64 asked"
@@ -371,7 +379,9 @@ def test_a_model_on_a_gpu_is_quantized_there_to_the_cpus_codes(dtype, tmp_path):
     layer = on_gpu.model.layers[0].self_attn.q_proj
     assert layer.qweight.is_cuda
     if dtype == torch.float32:
-        agree = (layer.dequantize(torch.float32).cpu() == on_cpu.model.layers[0].self_attn.q_proj.dequantize(torch.float32))
+        agree = layer.dequantize(torch.float32).cpu() == on_cpu.model.layers[0].self_attn.q_proj.dequantize(
+            torch.float32
+        )
         assert agree.float().mean() > 0.97
     ids = tokens()[0][None].cuda()
     quantizer.export(on_gpu, tmp_path / "out")

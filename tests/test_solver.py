@@ -275,9 +275,7 @@ def test_a_16_bit_weight_is_solved_in_the_hessians_precision():
     weight, hessian = correlated(rows=4, n=64)
     config = plain(group_size=32)
     half = weight.to(torch.bfloat16)
-    assert torch.equal(
-        solve(half, hessian, config).weight.codes, solve(half.double(), hessian, config).weight.codes
-    )
+    assert torch.equal(solve(half, hessian, config).weight.codes, solve(half.double(), hessian, config).weight.codes)
 
 
 @pytest.fixture(scope="session")
@@ -306,6 +304,4 @@ def pycode_layers(shared):
     for handle in handles:
         handle.remove()
     rows = 192  # the reference is slow
-    return {
-        name: (model.get_submodule(name).weight.detach()[:rows], x.T @ x / len(x)) for name, x in inputs.items()
-    }
+    return {name: (model.get_submodule(name).weight.detach()[:rows], x.T @ x / len(x)) for name, x in inputs.items()}

@@ -32,7 +32,7 @@ except ImportError as error:
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # From this many rows on, dequantize to scratch and multiply there (one pass over W is then the smaller part).
-SCRATCH_ROWS = 256
+SCRATCH_ROWS = 128
 
 
 @triton.jit

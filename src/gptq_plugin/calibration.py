@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -60,7 +60,10 @@ class Batch:
             if x.dim() == 2 and rows.shape[0] == mask.numel():
                 return rows[mask.reshape(-1)], None
         if x.dim() == 2 and rows.shape[0] != self.samples:
-            return None, "inputs of padded batches left out: their rows cannot be matched to the attention mask"
+            return (
+                None,
+                "inputs of padded batches left out: their rows cannot be matched to the attention mask",
+            )
         return rows, "reads another sequence than the attention mask describes: all its positions counted"
 
 
@@ -82,7 +85,10 @@ class Calibration:
 
 
 def collect(
-    data: Iterable[Any], config: QuantizeConfig, tokenizer: Callable[..., Any] | None = None, nsamples: int | None = None
+    data: Iterable[Any],
+    config: QuantizeConfig,
+    tokenizer: Callable[..., Any] | None = None,
+    nsamples: int | None = None,
 ) -> Calibration:
     """Turns what the user has into batches.
 
@@ -134,7 +140,8 @@ def ready_batch(data: Any) -> Batch:
     """A batch that runs as it is; masks are kept only where they hide something."""
     masks: list[Tensor] = []
     if isinstance(data, Mapping):
-        masks = [m.bool() for key in _MASK_KEYS if _is_mask(m := data.get(key))]
+        given = (data.get(key) for key in _MASK_KEYS)
+        masks = [mask.bool() for mask in given if _is_mask(mask)]
         labels = data.get("labels")
         if masks and _is_mask(labels) and all(labels.shape != mask.shape for mask in masks):
             masks.append(labels != _IGNORED_LABEL)  # an encoder-decoder's second sequence
@@ -143,7 +150,7 @@ def ready_batch(data: Any) -> Batch:
     return Batch(data, tuple(masks), _samples_in(data))
 
 
-def _is_mask(value: Any) -> bool:
+def _is_mask(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() == 2
 
 
@@ -210,10 +217,8 @@ def _stack(samples: list[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]
 
 def _unread(data: Iterable[Any], iterator: Iterator[Any], read: int) -> str | None:
     """What is left in the data, in words; an iterable that does not know its length is asked for one more."""
-    if hasattr(data, "__len__"):
-        try:
-            left = len(data) - read
-        except TypeError:
-            left = 0
-        return f"{left} of {len(data)}" if left > 0 else None
-    return "more samples" if next(iterator, None) is not None else None
+    try:
+        size = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return "more samples" if next(iterator, None) is not None else None
+    return f"{size - read} of {size}" if size > read else None

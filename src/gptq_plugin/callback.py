@@ -88,18 +88,18 @@ class GPTQCallback(pl.Callback):
         return self._generate_state_key(export_dir=str(self.export_dir), module=self.module)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.fast_dev_run:
+        if stage != "fit" or _is_dev_run(trainer):
             return
         _check_strategy(trainer, self.swap)
         if self.export_dir is not None:
             check_export_dir(self.export_dir, overwrite=self.overwrite)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.fast_dev_run:
+        if not _is_dev_run(trainer):
             self.quantizer.check(self.module_to_quantize(pl_module))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if _is_dev_run(trainer):
             log.info("fast_dev_run: nothing is quantized or exported")
             return
         module = self.module_to_quantize(pl_module)
@@ -154,7 +154,8 @@ class GPTQCallback(pl.Callback):
         """What this rank calibrates on; override to choose other samples."""
         if self.calibration is not None:
             return self.calibration
-        return calibration_batches(trainer.train_dataloader, self.quantizer.config)
+        loader = trainer.train_dataloader
+        return calibration_batches(() if loader is None else loader, self.quantizer.config)
 
     def calibration_forward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
@@ -195,6 +196,10 @@ class GPTQCallback(pl.Callback):
 
 def _defines_forward(module: nn.Module) -> bool:
     return not isinstance(module, pl.LightningModule) or is_overridden("forward", module)
+
+
+def _is_dev_run(trainer: pl.Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))  # set by Lightning, but not declared
 
 
 def _check_strategy(trainer: pl.Trainer, swap: bool) -> None:

@@ -98,9 +98,7 @@ class Checkpoint:
         """
         directory = Path(directory)
         if not directory.is_dir():
-            raise CheckpointError(
-                f"{directory} is not a folder: give the folder that holds {CONFIG} and the weights"
-            )
+            raise CheckpointError(f"{directory} is not a folder: give the folder that holds {CONFIG} and the weights")
         model_config = _read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
         quantization, source = _description(directory, model_config)
         checkpoint = cls(directory, model_config, quantization, _format(quantization, source), {})
@@ -192,9 +190,7 @@ class Checkpoint:
         self._handles[file] = handle
         missing = sorted(set(promised) - {name for name, entry in self.tensors.items() if entry.file == file})
         if missing:
-            raise CheckpointError(
-                f"{file} lacks {', '.join(missing)}, which {INDEX} says it holds: fetch it again"
-            )
+            raise CheckpointError(f"{file} lacks {', '.join(missing)}, which {INDEX} says it holds: fetch it again")
 
     def _find_layers(self) -> None:
         names = dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.rpartition(".")[2] in _MARKS)
@@ -241,16 +237,10 @@ class Checkpoint:
         if bits not in BITS or isinstance(bits, bool):
             problems.append(f"{name}: bits is {bits!r}; it must be one of {', '.join(map(str, BITS))}")
             return None
-        if (
-            not isinstance(group_size, int)
-            or isinstance(group_size, bool)
-            or (group_size < 1 and group_size != -1)
-        ):
+        if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1):
             problems.append(f"{name}: group_size is {group_size!r}; it must be -1 or a positive integer")
             return None
-        entries = {
-            s: self.tensors.get(f"{name}.{s}") for s in ("qweight", "qzeros", "scales", "g_idx", "bias")
-        }
+        entries = {s: self.tensors.get(f"{name}.{s}") for s in ("qweight", "qzeros", "scales", "g_idx", "bias")}
         for suffix, rank in (("qweight", 2), ("qzeros", 2), ("scales", 2), ("g_idx", 1), ("bias", 1)):
             entry = entries[suffix]
             if entry is None:
@@ -283,9 +273,7 @@ class Checkpoint:
                     f"{out_features} outputs needs {list(shape)} ({entry.file.name})"
                 )
         if g_idx is None and groups > 1 and rule.get("desc_act", False):
-            problems.append(
-                f"{name}.g_idx is missing, and with desc_act=true the groups cannot be told without it"
-            )
+            problems.append(f"{name}.g_idx is missing, and with desc_act=true the groups cannot be told without it")
         if len(problems) == before:
             self._check_values(name, groups, scales, g_idx, problems)
         if len(problems) > before:
@@ -308,9 +296,7 @@ class Checkpoint:
         if not bool(stored.isfinite().all()):
             problems.append(f"{name}.scales holds NaN or infinity ({scales.file.name})")
         elif scales.dtype != _HALF and not torch.equal(stored.half().to(stored.dtype), stored):
-            problems.append(
-                f"{name}.scales is {scales.dtype} with values float16 cannot hold ({scales.file.name})"
-            )
+            problems.append(f"{name}.scales is {scales.dtype} with values float16 cannot hold ({scales.file.name})")
 
 
 def trivial_g_idx(in_features: int, group_size: int, device: torch.device | None = None) -> Tensor:
@@ -344,14 +330,11 @@ def _description(directory: Path, model_config: dict[str, Any]) -> tuple[dict[st
             "checkpoint. A float model is loaded with transformers"
         )
     if not isinstance(quantization, dict):
-        raise CheckpointError(
-            f"{source}: the quantization description must be an object, got {quantization!r}"
-        )
+        raise CheckpointError(f"{source}: the quantization description must be an object, got {quantization!r}")
     method = quantization.get("quant_method", "gptq")
     if method != "gptq":
         raise CheckpointError(
-            f"{source}: quant_method is {method!r}; this package reads 'gptq'. Load such a checkpoint with "
-            "transformers"
+            f"{source}: quant_method is {method!r}; this package reads 'gptq'. Load such a checkpoint with transformers"
         )
     packing = quantization.get("pack_dtype", "int32")
     if packing not in ("int32", "torch.int32"):
@@ -362,9 +345,7 @@ def _description(directory: Path, model_config: dict[str, Any]) -> tuple[dict[st
         try:
             re.compile(rule_regex(pattern))
         except re.error as error:
-            raise CheckpointError(
-                f"{source}: dynamic: {pattern!r} is not a regular expression: {error}"
-            ) from error
+            raise CheckpointError(f"{source}: dynamic: {pattern!r} is not a regular expression: {error}") from error
     return quantization, source
 
 
@@ -391,16 +372,12 @@ def _format(quantization: Mapping[str, Any], source: Path) -> str:
 def _weight_files(directory: Path, quantization: Mapping[str, Any]) -> dict[Path, list[str]]:
     """The safetensors files, each with the tensors an index says it holds."""
     indices = (
-        [directory / INDEX]
-        if (directory / INDEX).is_file()
-        else sorted(directory.glob("*.safetensors.index.json"))
+        [directory / INDEX] if (directory / INDEX).is_file() else sorted(directory.glob("*.safetensors.index.json"))
     )
     if indices and not (directory / WEIGHTS).is_file():
         weight_map = _read_json(indices[0]).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(
-                f"{indices[0]} has no weight_map: fetch it again, or export the model again"
-            )
+            raise CheckpointError(f"{indices[0]} has no weight_map: fetch it again, or export the model again")
         files: dict[Path, list[str]] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
@@ -424,9 +401,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read as JSON ({error}): fetch it again, or export again"
-        ) from error
+        raise CheckpointError(f"{file} cannot be read as JSON ({error}): fetch it again, or export again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
     return content

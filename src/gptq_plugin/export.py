@@ -75,9 +75,7 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
             "away (it is never overwritten, whatever `overwrite` says)"
         )
     if not overwrite:
-        raise ExportError(
-            f"{directory} holds an earlier export: pass overwrite=True to replace it, or choose another"
-        )
+        raise ExportError(f"{directory} holds an earlier export: pass overwrite=True to replace it, or choose another")
     foreign = sorted(present - written)
     if foreign:
         raise ExportError(
@@ -121,9 +119,7 @@ def export_model(
             cannot be used, or what was written does not read back as the model. The target is then as it was.
     """
     directory = Path(directory).resolve()
-    layers = {
-        name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)
-    }
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
     if not layers:
         raise ExportError(f"{type(model).__name__} has no QuantLinear: quantize it before exporting it")
     _check_config(layers, config)
@@ -160,11 +156,7 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
     for name, layer in layers.items():
         asked = config.for_module(name)
         if asked is None or (asked.bits, asked.group_size) != (layer.bits, layer.group_size):
-            wanted = (
-                "leaves it float"
-                if asked is None
-                else f"says bits={asked.bits}, group_size={asked.group_size}"
-            )
+            wanted = "leaves it float" if asked is None else f"says bits={asked.bits}, group_size={asked.group_size}"
             raise ExportError(
                 f"{name} is quantized with bits={layer.bits}, group_size={layer.group_size}, and the given "
                 "config "
@@ -172,9 +164,7 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
             )
 
 
-def _client_config(
-    model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig
-) -> dict[str, Any]:
+def _client_config(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> dict[str, Any]:
     """`quantization_config` of config.json: only keys that GPTQModel, transformers and vLLM all take.
 
     Linears left float inside the blocks are told twice: GPTQModel wants ``dynamic`` rules, transformers a
@@ -260,9 +250,7 @@ def _manifest(directory: Path) -> set[str] | None:
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def _disk_state(
-    model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig
-) -> dict[str, Tensor]:
+def _disk_state(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> dict[str, Tensor]:
     """The state dict with zeros as the file holds them."""
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -271,9 +259,7 @@ def _disk_state(
                 f"{name} is a {type(value).__name__}: safetensors holds tensors only; remove the extra state"
             )
         state[name] = value
-    converted: dict[
-        int, Tensor
-    ] = {}  # a shared layer is converted once, so that its names still share one tensor
+    converted: dict[int, Tensor] = {}  # a shared layer is converted once, so that its names still share one tensor
     for name, layer in layers.items():
         if id(layer) not in converted:
             try:
@@ -286,9 +272,7 @@ def _disk_state(
     return state
 
 
-def _write_transformers(
-    staging: Path, model: Any, state: dict[str, Tensor], description: dict[str, Any]
-) -> None:
+def _write_transformers(staging: Path, model: Any, state: dict[str, Tensor], description: dict[str, Any]) -> None:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ExportError("the model carries PEFT adapters: merge them (merge_and_unload) before quantizing")
     original = model.config
@@ -318,9 +302,7 @@ def _published_class(model: Any) -> type:
     return next(bases, type(model))
 
 
-def _write_plain(
-    staging: Path, model: nn.Module, state: dict[str, Tensor], description: dict[str, Any]
-) -> None:
+def _write_plain(staging: Path, model: nn.Module, state: dict[str, Tensor], description: dict[str, Any]) -> None:
     kind = type(model)
     _write_json(
         staging / CONFIG,
@@ -363,13 +345,9 @@ def _verify(staging: Path, model: nn.Module, layers: dict[str, QuantLinear]) -> 
         for suffix in ("qweight", "scales", "g_idx", "bias"):
             ours = getattr(layer, suffix)
             if ours is not None and not torch.equal(checkpoint.read(f"{stored_name}.{suffix}"), ours.cpu()):
-                raise ExportError(
-                    f"the export does not read back: {stored_name}.{suffix} differs from the model's"
-                )
+                raise ExportError(f"the export does not read back: {stored_name}.{suffix} differs from the model's")
         if not torch.equal(_decoded_rows(checkpoint, stored_name), _rows(layer)):
-            raise ExportError(
-                f"the export does not read back: {stored_name} decodes to other weights than the model's"
-            )
+            raise ExportError(f"the export does not read back: {stored_name} decodes to other weights than the model's")
     for name, tensor in model.state_dict().items():
         if name in checkpoint.float_names and not torch.equal(checkpoint.read(name), tensor.cpu()):
             raise ExportError(f"the export does not read back: {name} differs from the model's")

@@ -102,8 +102,7 @@ def _load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torc
     )
     model.__class__ = architecture
     problems = [
-        f"{name} is missing: there is neither it nor its quantized form"
-        for name in sorted(info["missing_keys"])
+        f"{name} is missing: there is neither it nor its quantized form" for name in sorted(info["missing_keys"])
     ]
     problems += [f"{name} belongs to no module of the model" for name in sorted(info["unexpected_keys"])]
     problems += [
@@ -167,9 +166,7 @@ def _with_hook(architecture: Any, hook: Callable[[nn.Module], None]) -> Any:
         architecture.__init__(self, *args, **kwargs)
         hook(self)
 
-    return type(
-        architecture.__name__, (architecture,), {"__init__": __init__, "__module__": architecture.__module__}
-    )
+    return type(architecture.__name__, (architecture,), {"__init__": __init__, "__module__": architecture.__module__})
 
 
 def renaming(model: Any) -> Callable[[str], str]:
@@ -192,9 +189,7 @@ def renaming(model: Any) -> Callable[[str], str]:
 # --- plain modules ------------------------------------------------------------------------------------------
 
 
-def _load_into(
-    checkpoint: Checkpoint, model: nn.Module, device: torch.device, dtype: torch.dtype | None
-) -> nn.Module:
+def _load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     names = _match(checkpoint, model, lambda name: name)
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced = {modules[name] for name in names}
@@ -242,8 +237,7 @@ def _match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str
     quantized = [name for name, module in modules.items() if isinstance(module, QuantLinear)]
     if quantized:
         raise CheckpointError(
-            f"{quantized[0]} of the given {type(model).__name__} is quantized already: build the float "
-            "model anew"
+            f"{quantized[0]} of the given {type(model).__name__} is quantized already: build the float model anew"
         )
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     problems: list[str] = []

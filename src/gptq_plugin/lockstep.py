@@ -223,7 +223,7 @@ def _settings() -> list[Any]:
 
 
 def _apply(values: list[Any]) -> None:
-    for (get, put), value in zip(_SETTINGS, values):
+    for (get, put), value in zip(_SETTINGS, values, strict=True):
         if get() != value:
             put(value)
 
@@ -247,7 +247,10 @@ class _Batch:
         self._back = threading.Semaphore(0)
         context = contextvars.copy_context()
         self.thread = threading.Thread(
-            target=context.run, args=(self._run, _as_the_caller(forward)), name=f"calibration-batch-{number}", daemon=True
+            target=context.run,
+            args=(self._run, _as_the_caller(forward)),
+            name=f"calibration-batch-{number}",
+            daemon=True,
         )
 
     def resume(self) -> None:
@@ -292,7 +295,7 @@ class _Batch:
             forward()
         except _Cancelled:
             pass
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
             self._error = error
         finally:
             self.position = END

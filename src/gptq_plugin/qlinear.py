@@ -270,9 +270,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"the model has no submodule {name!r} to replace{hint}")
         if new.setdefault(modules[name], module) is not module:
-            raise ValueError(
-                f"{name!r} is a shared module that is also replaced, by another one, under another name"
-            )
+            raise ValueError(f"{name!r} is a shared module that is also replaced, by another one, under another name")
     for parent in list(modules.values()):
         for child_name, child in list(parent._modules.items()):
             if child in new:

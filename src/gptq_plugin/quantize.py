@@ -140,7 +140,9 @@ class QuantizeModule:
         self.report.seconds["round-to-nearest"] = time.perf_counter() - started
         return self.report
 
-    def export(self, model: nn.Module, directory: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
+    def export(
+        self, model: nn.Module, directory: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+    ) -> Path:
         """Writes the quantized model as a folder; see `export.export_model`. On rank 0 only.
 
         Args:
@@ -149,9 +151,7 @@ class QuantizeModule:
             tokenizer: Saved beside the model.
             overwrite: Replace an earlier export.
         """
-        return export_model(
-            model, directory, self.config, report=self.report, tokenizer=tokenizer, overwrite=overwrite
-        )
+        return export_model(model, directory, self.config, report=self.report, tokenizer=tokenizer, overwrite=overwrite)
 
     @contextlib.contextmanager
     def _quantized(
@@ -256,7 +256,12 @@ class _Job:
         notes = lockstep.Walk()
         device = self.targets[0].weight.device
         for stop in lockstep.walk(
-            groups, modules, forwards, self._observe, lambda position: distributed.minimum(position, device), notes
+            groups,
+            modules,
+            forwards,
+            self._observe,
+            lambda position: distributed.minimum(position, device),
+            notes,
         ):
             self._quantize_group([by_name[name] for name in stop.group.names], stop)
         self._report_unreached(by_name)

@@ -114,11 +114,23 @@ class QuantizeReport:
 
     def table(self) -> str:
         """One line a module, then the totals and every deviation."""
-        head = ("module", "method", "bits", "group", "out x in", "loss", "RTN loss", "loss/RTN", "tokens", "damp", "s")
+        head = (
+            "module",
+            "method",
+            "bits",
+            "group",
+            "out x in",
+            "loss",
+            "RTN loss",
+            "loss/RTN",
+            "tokens",
+            "damp",
+            "s",
+        )
         rows = [head] + [_row(module) for module in self.modules]
         lines = [
             line if module is None or not module.reason else f"{line}  {module.reason}"
-            for line, module in zip(_aligned(rows), [None, *self.modules])
+            for line, module in zip(_aligned(rows), [None, *self.modules], strict=True)
         ]
         totals = self.totals()
         ratio = f", {totals['loss'] / totals['rtn_loss']:.3f} of round-to-nearest's" if totals["rtn_loss"] else ""
@@ -133,7 +145,19 @@ class QuantizeReport:
 
 def _row(module: ModuleReport) -> tuple[str, ...]:
     if module.method == "float":
-        return (module.name, "float", "", "", f"{module.shape[0]} x {module.shape[1]}", "", "", "", "", "", "")
+        return (
+            module.name,
+            "float",
+            "",
+            "",
+            f"{module.shape[0]} x {module.shape[1]}",
+            "",
+            "",
+            "",
+            "",
+            "",
+            "",
+        )
     return (
         module.name,
         module.method,
@@ -157,7 +181,9 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     first = widths[0]
     return [
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        "  ".join(
+            [row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
         for row in rows
     ]
 

@@ -83,12 +83,12 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
     head = _output_embedding(model)
     obstacles = _obstacles(model, head)
     for name, module in linears.items():
-        resolved = config.for_module(name)
+        resolved, is_head = config.for_module(name), module is head
         if resolved is None:
             skipped.append(Skipped(name, module, "left float by a `dynamic` rule", asked=True))
         elif any(_contains(name, part) for part in config.modules_to_not_convert):
             skipped.append(Skipped(name, module, "left float by `modules_to_not_convert`", asked=True))
-        elif module is head and not config.lm_head:
+        elif is_head and not config.lm_head:
             skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))
         else:
             target = Target(name, module, resolved)

@@ -1,0 +1,89 @@
+"""How much of the float model is lost? `gptq-quantize` on pycode-29m against GPTQModel's and llm-compressor's loss.
+
+    python scripts/bench_accuracy.py                    # 4, 3 and 2 bits; about two minutes each on two cores
+    python scripts/bench_accuracy.py --bits 3 quantizer.sym=false quantizer.checkpoint_format=gptq_v2
+
+Needs ../shared (the model, its texts, and clients/gptq_ref.py). The exported files are dequantized by that
+independent reader, in float32, and judged by the mean negative log-likelihood on the first 200 windows of 512
+tokens of eval.jsonl. Calibration: the first 128 rows of 512 tokens of calib.jsonl. Arguments with a "=" go to
+gptq-quantize as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MODEL, TEXTS = SHARED / "models" / "pycode-29m", SHARED / "data" / "pycode"
+# Loss above the float model, symmetric, group 128, measured with the same rows (shared/notes/algorithms.md).
+PEERS = {
+    4: {"GPTQModel 7.6": 0.01873, "llm-compressor 0.14": 0.01854},
+    3: {"GPTQModel 7.6": 0.09963, "llm-compressor 0.14": 0.09928},
+    2: {"GPTQModel 7.6": 0.97697, "llm-compressor 0.14": 0.90680},
+}
+
+
+def windows(path: Path, count: int, length: int = 512) -> torch.Tensor:
+    """The first rows of the documents joined, BOS before each: int64 [count, length]."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ids: list[int] = []
+    for line in path.open():
+        ids += [
+            tokenizer.bos_token_id,
+            *tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"],
+        ]
+        if len(ids) >= count * length:
+            break
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+@torch.no_grad()
+def mean_nll(model: nn.Module, rows: torch.Tensor) -> float:
+    total = 0.0
+    for batch in rows.split(8):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        total += nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return total / (rows.shape[0] * (rows.shape[1] - 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("overrides", nargs="*", help="for gptq-quantize, such as quantizer.sym=false")
+    arguments = parser.parse_intermixed_args()
+    sys.path.insert(0, str(SHARED / "clients"))
+    from gptq_ref import reference_model  # not ours: the independent reader
+
+    rows = windows(TEXTS / "eval.jsonl", 200)
+    float_nll = mean_nll(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), rows)
+    print(f"float model {float_nll:.5f}; loss above it:", flush=True)
+    for bits in arguments.bits:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                Path(sys.executable).with_name("gptq-quantize"), f"model.name_or_path={MODEL}", "data=text",
+                f"data.path={TEXTS / 'calib.jsonl'}", f"data.eval_path={TEXTS / 'eval.jsonl'}", "data.shuffle=false",
+                "data.seq_len=512", "evaluate=false", f"quantizer.bits={bits}", f"export_dir={folder}/export",
+                f"hydra.run.dir={folder}/run", *arguments.overrides,
+            ]  # fmt: skip
+            started = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            seconds = time.perf_counter() - started
+            above = mean_nll(reference_model(f"{folder}/export"), rows) - float_nll
+        peers = "  ".join(
+            f"{name} {loss:.5f} (ours {above / loss:.2f} of it)" for name, loss in PEERS.get(bits, {}).items()
+        )
+        print(f"{bits} bits  +{above:.5f}  {seconds:.0f} s  {peers}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
