@@ -38,6 +38,8 @@ TINY = [
     "model.num_key_value_heads=2",
     "data.seq_len=64",
     "data.train_rows=200",
+    "data.batch_size=16",
+    "trainer.check_val_every_n_epoch=1",
     "trainer.max_steps=12",
     "trainer.enable_progress_bar=false",
     "trainer.log_every_n_steps=4",
@@ -62,9 +64,7 @@ def app(tmp_path):
 
     def run(name: str, *overrides: str):
         with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
-            cfg = compose(
-                name, [*overrides, f"hydra.runtime.output_dir={tmp_path}/run"], return_hydra_config=True
-            )
+            cfg = compose(name, [*overrides, f"hydra.runtime.output_dir={tmp_path}/run"], return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         return getattr(cli, name)(cfg)
 
@@ -179,9 +179,7 @@ def test_two_processes_give_one_export_and_one_table(tmp_path):
 
 def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(finetuned, tmp_path):
     run, _ = finetuned
-    sentences = [
-        f"The statement number {i} is executed when the name {i % 9} is not bound." for i in range(150)
-    ]
+    sentences = [f"The statement number {i} is executed when the name {i % 9} is not bound." for i in range(150)]
     calibration, held_out = tmp_path / "calib.jsonl", tmp_path / "eval.jsonl"
     calibration.write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences[:100]))
     held_out.write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences[100:]))
@@ -213,9 +211,7 @@ def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(fine
 def test_a_lightning_checkpoint_brings_its_weights(tmp_path):
     def model(seed):
         torch.manual_seed(seed)
-        return small_llama(
-            ["some text to learn from"] * 9, vocab_size=300, hidden_size=32, num_hidden_layers=1
-        )
+        return small_llama(["some text to learn from"] * 9, vocab_size=300, hidden_size=32, num_hidden_layers=1)
 
     trained = model(1)
     trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
@@ -230,9 +226,7 @@ def test_a_lightning_checkpoint_brings_its_weights(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     network = torch.nn.Linear(3, 2)
-    torch.save(
-        {"state_dict": {"net.weight": torch.zeros(2, 4), "net.bias": torch.zeros(2)}}, tmp_path / "other.ckpt"
-    )
+    torch.save({"state_dict": {"net.weight": torch.zeros(2, 4), "net.bias": torch.zeros(2)}}, tmp_path / "other.ckpt")
     torch.save({"weights": 1}, tmp_path / "none.ckpt")
     (tmp_path / "broken.ckpt").write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="does not hold the weights of Linear"):
@@ -261,15 +255,9 @@ def test_mean_nll_is_the_mean_over_every_predicted_token():
 
     network = Known()
     windows = torch.randint(0, 7, (5, 6))
-    expected = [
-        -network.table.log_softmax(-1)[window[i], window[i + 1]].item()
-        for window in windows
-        for i in range(5)
-    ]
+    expected = [-network.table.log_softmax(-1)[window[i], window[i + 1]].item() for window in windows for i in range(5)]
     for batch_size in (1, 2, 5, 9):
-        assert mean_nll(network, windows, batch_size) == pytest.approx(
-            sum(expected) / len(expected), rel=1e-5
-        )
+        assert mean_nll(network, windows, batch_size) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth():
@@ -336,14 +324,10 @@ class TestRefusedBeforeTraining:
         refused(app, InstantiationException, "did you mean 'bits'", *TINY, "+quantizer.bitz=3")
 
     def test_five_bits(self, app):
-        refused(
-            app, InstantiationException, "bits must be one of 2, 3, 4, 8; got 5", *TINY, "quantizer.bits=5"
-        )
+        refused(app, InstantiationException, "bits must be one of 2, 3, 4, 8; got 5", *TINY, "quantizer.bits=5")
 
     def test_a_group_size_that_divides_no_layer(self, app):
-        refused(
-            app, TargetError, "group_size 96 does not divide the 128 input", *TINY, "quantizer.group_size=96"
-        )
+        refused(app, TargetError, "group_size 96 does not divide the 128 input", *TINY, "quantizer.group_size=96")
 
     def test_a_missing_file(self, app):
         missing = ["data=text", "data.path=/no/such/file.txt"]
@@ -354,9 +338,7 @@ class TestRefusedBeforeTraining:
 
     def test_empty_text(self, app, tmp_path):
         (tmp_path / "empty.txt").touch()
-        refused(
-            app, InstantiationException, "is empty", *TINY, "data=text", f"data.path={tmp_path}/empty.txt"
-        )
+        refused(app, InstantiationException, "is empty", *TINY, "data=text", f"data.path={tmp_path}/empty.txt")
 
     def test_text_too_short_for_one_row(self, app, tmp_path):
         (tmp_path / "short.txt").write_text("Too short.")

@@ -223,7 +223,7 @@ def test_the_optimizer_is_freed_before_quantization(tmp_path):
             return super().calibration_data(trainer)
 
     fit(Holds(), token_loader(), [Watching(QuantizeModule(**SMALL))], tmp_path)
-    optimizers, gradients = seen[0]
+    optimizers, gradients = seen[-1]  # the first is the rehearsal before training
     assert optimizers == [] and all(gradient is None for gradient in gradients)
 
 
@@ -278,7 +278,7 @@ def test_calibration_step_says_how_to_run_a_batch(tmp_path):
     ids = torch.randint(0, 64, (24, 16))
     callback = GPTQCallback(QuantizeModule(**SMALL))
     fit(Custom(), DataLoader(torch.utils.data.TensorDataset(ids), batch_size=4), [callback], tmp_path)
-    assert Custom.steps == 4 + 1  # four batches, and one to learn the order
+    assert Custom.steps == 1 + 1 + 4  # the rehearsal, one to learn the order, and four batches
     assert callback.report.tokens == 16 * 16
 
 
@@ -368,6 +368,122 @@ def test_what_cannot_work_is_refused_before_training(module, fields, options, er
     assert not (tmp_path / "out").exists()
 
 
+class NaNAtOnce(Untrained):
+    def calibration_step(self, batch):
+        return self.model(inputs_embeds=torch.full((4, 16, 64), float("nan")))
+
+
+class Misfit(Untrained):
+    def calibration_step(self, batch):
+        return batch["input_ids"].float().mean()  # never reaches the model
+
+
+@pytest.mark.parametrize(
+    ("module", "calibration", "message"),
+    [
+        (Untrained, [], "the calibration set is empty"),
+        (Untrained, iter([]), "the calibration set is empty"),
+        (Untrained, ["a text"], "no tokenizer"),
+        (Untrained, [[1, 2, 3]], "too short: 3 tokens in 1 samples"),
+        (Untrained, [{"pixels": torch.zeros(1, 3)}], "does not fit"),
+        (NaNAtOnce, None, "holds NaN or infinity in calibration batch 0"),
+        (Misfit, None, "no calibration batch reached any of the 7 layers"),
+    ],
+    ids=["empty", "empty iterator", "texts", "short", "misfit", "NaN", "unreached"],
+)
+def test_calibration_that_cannot_work_is_refused_before_training(module, calibration, message, tmp_path):
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", calibration=calibration)
+    with pytest.raises(CalibrationError, match=message):
+        fit(module(), token_loader(), [callback], tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_train_dataloaders_are_refused_before_training_with_the_remedy(tmp_path):
+    loaders = {"a": token_loader(), "b": token_loader()}
+    with pytest.raises(CalibrationError, match=r"give GPTQCallback\(calibration=...\)"):
+        fit(Untrained(), loaders, [GPTQCallback(QuantizeModule(**SMALL))], tmp_path)
+
+
+def test_padding_in_a_tuple_batch_is_masked_by_what_the_model_is_called_with(tmp_path):
+    class Tuples(Holds):
+        def training_step(self, batch, batch_idx):
+            return self.calibration_step(batch).logits.square().mean()
+
+        def calibration_step(self, batch):
+            return self.model(input_ids=batch[0], attention_mask=batch[1])
+
+    ids, mask = torch.randint(0, 64, (24, 16)), torch.ones(24, 16, dtype=torch.long)
+    mask[:, 8:] = 0
+    loader = DataLoader(torch.utils.data.TensorDataset(ids, mask), batch_size=4)
+    callback = GPTQCallback(QuantizeModule(**SMALL))
+    fit(Tuples(), loader, [callback], tmp_path)
+    assert callback.report.tokens == 16 * 8
+    with pytest.raises(CalibrationError, match="calibration_step"):  # which element is the mask is not guessed
+        fit(type("NoStep", (Untrained,), {})(), loader, [GPTQCallback(QuantizeModule(**SMALL))], tmp_path)
+
+
+@pytest.mark.parametrize("samples", [13, 1 + 16])
+def test_a_last_batch_of_one_sample_is_a_batch_like_the_others(samples, tmp_path):
+    callback = GPTQCallback(QuantizeModule(**SMALL | {"nsamples": 100}))
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (samples, 16))]
+    fit(Holds(), DataLoader(rows, batch_size=4), [callback], tmp_path)
+    assert callback.report.samples == samples
+
+
+def test_modules_around_the_quantized_one_are_not_changed_by_calibration(tmp_path):
+    class Normed(Plain):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(64)
+
+        def forward(self, x):
+            return self.net(self.norm(x))
+
+    module, twin = Normed(), Normed()
+    fit(twin, pair_loader(), [], tmp_path)
+    callback = GPTQCallback(QuantizeModule(**SMALL | {"nsamples": 128}), tmp_path / "o", module="net", swap=False)
+    fit(module, pair_loader(), [callback], tmp_path)
+    for (name, a), b in zip(module.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert module.norm.training == twin.norm.training
+
+
+def test_two_callbacks_that_both_leave_the_module_quantized_are_refused(tmp_path):
+    both = [GPTQCallback(QuantizeModule(**SMALL)), GPTQCallback(QuantizeModule(**SMALL, bits=3))]
+    with pytest.raises(ValueError, match="give all but the last swap=False"):
+        fit(Untrained(), token_loader(), both, tmp_path)
+    both = [GPTQCallback(QuantizeModule(**SMALL, bits=b), tmp_path / str(b), swap=False) for b in (3, 4)]
+    fit(Holds(), token_loader(), both, tmp_path)
+    assert [callback.report.quantized[0].bits for callback in both] == [3, 4]
+
+
+@pytest.mark.parametrize("what", ["default_root_dir", "ModelCheckpoint's folder"])
+def test_an_export_folder_the_run_itself_writes_to_is_refused_before_training(what, tmp_path):
+    callbacks: list[pl.Callback] = [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "run")]
+    options = {}
+    if what == "default_root_dir":
+        options["default_root_dir"] = tmp_path / "run"
+    else:
+        callbacks.append(ModelCheckpoint(dirpath=tmp_path / "run" / "checkpoints"))
+        options["enable_checkpointing"] = True
+    with pytest.raises(ExportError, match=what):
+        fit(Untrained(), token_loader(), callbacks, tmp_path, **options)
+
+
+def test_a_folder_that_was_taken_during_training_costs_nothing(tmp_path):
+    class Intruder(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "other.txt").write_text("somebody else's")
+
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")
+    fit(Holds(), token_loader(), [Intruder(), callback], tmp_path)
+    assert (tmp_path / "out" / "other.txt").read_text() == "somebody else's"
+    assert callback.export_dir.parent == tmp_path and callback.export_dir != tmp_path / "out"
+    assert len(quantized(load_quantized(callback.export_dir))) == 7
+    assert any("exported to" in deviation for deviation in callback.report.all_deviations())
+
+
 def test_an_export_folder_that_is_not_ours_is_refused_before_training_and_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("three years of work")
@@ -416,7 +532,8 @@ def test_a_failure_leaves_the_trained_weights_the_checkpoint_and_no_folder(faili
 
     class NaN(Holds):
         def calibration_step(self, batch):
-            return self.model(inputs_embeds=torch.full((4, 16, 64), float("nan")))
+            trained = self.trainer.global_step > 0  # the rehearsal before training finds nothing
+            return self.model(inputs_embeds=torch.full((4, 16, 64), float("nan") if trained else 1.0))
 
     module, twin = (NaN() if failing == "calibration" else Holds()), Holds()
     fit(twin, token_loader(), [], tmp_path)

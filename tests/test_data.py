@@ -41,9 +41,7 @@ def test_the_builtin_text_is_english_prose_without_repeated_paragraphs():
     assert sum(map(len, documents)) > 250_000
     assert len(paragraphs) == len(set(paragraphs))
     assert sum(paragraph.count(" the ") for paragraph in paragraphs) > 2000
-    assert not any(
-        line.startswith(("+--", "|  ")) for document in documents for line in document.splitlines()
-    )
+    assert not any(line.startswith(("+--", "|  ")) for document in documents for line in document.splitlines())
 
 
 def test_a_text_file_is_one_document_with_all_its_characters(tmp_path):
@@ -161,9 +159,7 @@ def test_a_limit_reads_no_more_text_than_it_needs(tokenizer):
 
 
 def test_text_too_short_for_a_row_is_refused_with_its_length(tokenizer):
-    with pytest.raises(
-        DataError, match=r"the validation text is too short: \d+ tokens do not fill one row of 4096"
-    ):
+    with pytest.raises(DataError, match=r"the validation text is too short: \d+ tokens do not fill one row of 4096"):
         cut_rows(PROSE, tokenizer, 4096, purpose="validation text")
     with pytest.raises(DataError, match="seq_len must be at least 2"):
         cut_rows(PROSE, tokenizer, 1)
@@ -186,9 +182,7 @@ def test_the_end_of_the_text_is_held_out_when_there_is_no_other(tokenizer):
 
 
 def test_validation_text_of_its_own_leaves_all_rows_to_training(tokenizer):
-    loaded = data.TextData(documents(40), documents(9), seq_len=32, eval_rows=2, train_rows=5).encode(
-        tokenizer
-    )
+    loaded = data.TextData(documents(40), documents(9), seq_len=32, eval_rows=2, train_rows=5).encode(tokenizer)
     assert torch.equal(loaded.train, cut_rows(texts(documents(40)), tokenizer, 32)[:5])
     assert torch.equal(loaded.validation, cut_rows(texts(documents(9)), tokenizer, 32)[:2])
 
@@ -209,9 +203,7 @@ def test_calibration_rows_keep_the_texts_order_or_are_drawn_by_the_seed(tokenize
 
 def test_every_training_row_comes_once_an_epoch_in_an_order_of_the_seed(tokenizer):
     def epoch(**options):
-        loaded = data.TextData(documents(60), documents(9), seq_len=32, batch_size=5, **options).encode(
-            tokenizer
-        )
+        loaded = data.TextData(documents(60), documents(9), seq_len=32, batch_size=5, **options).encode(tokenizer)
         batches = [batch["input_ids"] for batch in loaded.train_dataloader()]
         assert all(batch.shape == (5, 32) for batch in batches[:-1])
         return torch.cat(batches), loaded.train

@@ -209,6 +209,45 @@ def test_progress_reaches_the_end():
     assert steps[-1] == (14, 14) and steps == sorted(steps)
 
 
+def test_a_users_own_save_pretrained_after_quantization_writes_a_checkpoint_that_loads(tmp_path):
+    model = llama()
+    QuantizeModule(**SMALL).quantize(model, tokens())
+    model.save_pretrained(tmp_path / "own")
+    ids = tokens()[0][None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_quantized(tmp_path / "own")(input_ids=ids).logits, model(input_ids=ids).logits)
+    with QuantizeModule(**SMALL).temporarily(other := llama(), tokens()):
+        assert other.config.quantization_config["bits"] == 4
+    assert not hasattr(other.config, "quantization_config")
+
+
+def test_pytorchs_own_transformer_layers_run_after_quantization():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 2, dim_feedforward=96, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(8, 16, 64)
+    with torch.no_grad():
+        before = model(x)
+    with QuantizeModule(bits=8, **SMALL).temporarily(model, [x] * 4) as report:
+        assert quantized(model) == ["layers.0.linear1", "layers.0.linear2", "layers.1.linear1", "layers.1.linear2"]
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), before, atol=0.05, rtol=0.05)
+    assert model.layers[0].activation_relu_or_gelu == 1  # PyTorch's fused path is back
+    assert any("out_proj: never called" in deviation for deviation in report.all_deviations())
+
+
+def test_the_callers_autocast_does_not_reach_the_solver():
+    models = [llama(), llama()]
+    plain = QuantizeModule(**SMALL).quantize(models[0], tokens(), forward=lambda m, b: m(**b, use_cache=False))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = QuantizeModule(**SMALL).quantize(
+            models[1],
+            tokens(),
+            forward=lambda m, b: torch.autocast("cpu", enabled=False)(m)(**b, use_cache=False),
+        )
+    assert [m.loss for m in plain.quantized] == [m.loss for m in mixed.quantized]
+
+
 def test_training_flags_are_restored_and_dropout_is_off_meanwhile():
     class Watching(nn.Module):
         def __init__(self):

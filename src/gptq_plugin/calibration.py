@@ -39,19 +39,29 @@ class Batch:
     masks: tuple[Tensor, ...] = ()
     samples: int = 1
 
-    def counted(self, x: Tensor) -> tuple[Tensor | None, str | None]:
+    @property
+    def tokens(self) -> int | None:
+        """Positions that count, where the data says so."""
+        if self.masks:
+            return int(self.masks[0].sum())
+        ids = self.data.get("input_ids") if isinstance(self.data, Mapping) else None
+        return ids.numel() if isinstance(ids, Tensor) else None
+
+    def counted(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, str | None]:
         """The rows of a layer's input that count, and a sentence where the masks could not be applied.
 
         Args:
             x: [..., in], as the layer got it.
+            masks: Those the model was called with, where that is known; the batch's own when None.
 
         Returns:
             [rows, in], or None when rows cannot be told from padding; and what is to be reported.
         """
+        masks = self.masks if masks is None else masks
         rows = x.reshape(-1, x.shape[-1])
-        if not self.masks:
+        if not masks:
             return rows, None
-        for mask in self.masks:
+        for mask in masks:
             mask = mask.to(x.device)
             if x.shape[:-1] == mask.shape or (x.shape[0] == mask.shape[0] and rows.shape[0] == mask.numel()):
                 return rows[mask.reshape(-1)], None
@@ -111,9 +121,14 @@ def collect(
     calibration = Calibration()
     samples: list[dict[str, Tensor]] = []
     dropped = count = 0
-    iterator = iter(data)
-    for item in iterator:
-        sample = _token_sample(item, tokenizer)
+    more = False
+    for item in data:
+        if count >= limit:
+            more = True
+            break
+        # After batches, a mapping is a batch too: a loader's last may hold a single sample.
+        is_batch = bool(calibration.batches) and isinstance(item, Mapping)
+        sample = None if is_batch else _token_sample(item, tokenizer)
         if sample is None:
             batch = ready_batch(item)
             calibration.batches.append(batch)
@@ -125,29 +140,39 @@ def collect(
             count += 1
         if samples and calibration.batches:
             raise CalibrationError("calibration data mixes single token samples with batches; give one kind")
-        if count >= limit:
-            break
+    if count > limit:
+        calibration.deviations.append(f"{count} calibration samples used: nsamples={limit} falls inside a batch")
     if dropped:
         calibration.deviations.append(f"{dropped} empty calibration samples dropped")
-    unread = _unread(data, iterator, dropped + len(samples) + len(calibration.batches))
-    if unread:
-        calibration.deviations.append(f"calibration stops at nsamples={limit}: {unread} given were not used")
+    if more:
+        calibration.deviations.append(
+            f"calibration stops at nsamples={limit}: {_left(data, dropped + len(samples) + len(calibration.batches))} "
+            "given were not used"
+        )
     calibration.batches += _stack(samples, config.batch_size)
     return calibration
 
 
 def ready_batch(data: Any) -> Batch:
-    """A batch that runs as it is; masks are kept only where they hide something."""
-    masks: list[Tensor] = []
-    if isinstance(data, Mapping):
-        given = (data.get(key) for key in _MASK_KEYS)
-        masks = [mask.bool() for mask in given if _is_mask(mask)]
-        labels = data.get("labels")
-        if masks and _is_mask(labels) and all(labels.shape != mask.shape for mask in masks):
-            masks.append(labels != _IGNORED_LABEL)  # an encoder-decoder's second sequence
-    if all(bool(mask.all()) for mask in masks):
-        masks = []
-    return Batch(data, tuple(masks), _samples_in(data))
+    """A batch that runs as it is."""
+    masks = masks_in(data) if isinstance(data, Mapping) else None
+    return Batch(data, masks or (), _samples_in(data))
+
+
+def masks_in(arguments: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+    """What a model's keyword arguments say about which positions count.
+
+    Returns:
+        bool [samples, positions] each; empty when none hides anything; None when there is no mask.
+    """
+    given = (arguments.get(key) for key in _MASK_KEYS)
+    masks = [mask.bool() for mask in given if _is_mask(mask)]
+    if not masks:
+        return None
+    labels = arguments.get("labels")
+    if _is_mask(labels) and all(labels.shape != mask.shape for mask in masks):
+        masks.append(labels != _IGNORED_LABEL)  # an encoder-decoder's second sequence
+    return () if all(bool(mask.all()) for mask in masks) else tuple(masks)
 
 
 def _is_mask(value: Any) -> TypeGuard[Tensor]:
@@ -215,10 +240,9 @@ def _stack(samples: list[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]
             yield ready_batch({key: torch.cat([sample[key] for sample in chunk]) for key in chunk[0]})
 
 
-def _unread(data: Iterable[Any], iterator: Iterator[Any], read: int) -> str | None:
-    """What is left in the data, in words; an iterable that does not know its length is asked for one more."""
+def _left(data: Iterable[Any], read: int) -> str:
     try:
         size = len(data)  # type: ignore[arg-type]
     except TypeError:
-        return "more samples" if next(iterator, None) is not None else None
-    return f"{size - read} of {size}" if size > read else None
+        return "more samples"
+    return f"{size - read} of {size}"

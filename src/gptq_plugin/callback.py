@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,16 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.utils.data import DataLoader
 
 from gptq_plugin import distributed
-from gptq_plugin.errors import CalibrationError, TargetError
+from gptq_plugin.errors import CalibrationError, ExportError, TargetError
 from gptq_plugin.export import check_export_dir
-from gptq_plugin.forward import call, fits
+from gptq_plugin.forward import call, fits, transformers_models
 from gptq_plugin.progress import progress_like
-from gptq_plugin.quantize import QuantizeModule
+from gptq_plugin.quantize import QuantizeModule, evaluating
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.sampling import calibration_batches
 
@@ -45,8 +49,8 @@ class GPTQCallback(pl.Callback):
         quantizer: What to do.
         export_dir: Folder to write; None quantizes without export.
         tokenizer: Saved with the export, and used on `calibration` texts.
-        calibration: Texts, token lists or batches (see `calibration.collect`), each rank its own; None
-            takes `config.nsamples` samples of the trainer's train dataloader, each once.
+        calibration: Texts, token lists or batches (see `calibration.collect`), the same on every rank: each
+            uses its part. None takes `config.nsamples` samples of the trainer's train dataloader, each once.
         module: Dotted name, inside the LightningModule, of the module to quantize, where the default is not
             the right one; "" is the LightningModule itself.
         swap: True leaves the module quantized, so that `trainer.test(model)` runs on it; False exports and
@@ -77,6 +81,8 @@ class GPTQCallback(pl.Callback):
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
         self.tokenizer = tokenizer
+        if calibration is not None and iter(calibration) is calibration:  # it can be read only once
+            calibration = list(islice(calibration, quantizer.config.nsamples + 1))
         self.calibration = calibration
         self.module = module
         self.swap = swap
@@ -91,12 +97,31 @@ class GPTQCallback(pl.Callback):
         if stage != "fit" or _is_dev_run(trainer):
             return
         _check_strategy(trainer, self.swap)
+        _check_other_callbacks(trainer, self)
         if self.export_dir is not None:
+            _check_own_folders(trainer, self.export_dir)
             check_export_dir(self.export_dir, overwrite=self.overwrite)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not _is_dev_run(trainer):
             self.quantizer.check(self.module_to_quantize(pl_module))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One calibration batch runs now, so that data that does not fit is found before the training."""
+        if _is_dev_run(trainer):
+            return
+        data, whole = self.calibration_data(trainer), self.calibration is not None
+        if not whole and not isinstance(data, DataLoader):
+            return  # a stream of the user's own is not read ahead of its training
+        module = self.module_to_quantize(pl_module)
+        with isolate_rng(), evaluating(pl_module), torch.compiler.set_stance("force_eager"):
+            self.quantizer.rehearse(
+                module,
+                data if whole else islice(data, 1),
+                forward=self.calibration_forward(trainer, pl_module, module),
+                tokenizer=self.tokenizer,
+                whole=whole,
+            )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
@@ -104,7 +129,12 @@ class GPTQCallback(pl.Callback):
             return
         module = self.module_to_quantize(pl_module)
         _free_training_state(trainer, pl_module)
-        with _on_device(pl_module, trainer.strategy.root_device), progress_like(trainer) as progress:
+        with (
+            _on_device(pl_module, trainer.strategy.root_device),
+            evaluating(pl_module),
+            torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
+            progress_like(trainer) as progress,
+        ):
             quantized = self.quantizer.temporarily(
                 module,
                 self.calibration_data(trainer),
@@ -131,7 +161,7 @@ class GPTQCallback(pl.Callback):
                 raise TargetError(
                     f"module={self.module!r} is no submodule of {type(pl_module).__name__}, which has {children}"
                 ) from None
-        models = dict(_outermost_transformers(pl_module))
+        models = dict(transformers_models(pl_module))
         if len(models) > 1:
             raise TargetError(
                 f"{type(pl_module).__name__} holds several transformers models ({', '.join(models)}): say which one "
@@ -153,9 +183,8 @@ class GPTQCallback(pl.Callback):
     def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
         """What this rank calibrates on; override to choose other samples."""
         if self.calibration is not None:
-            return self.calibration
-        loader = trainer.train_dataloader
-        return calibration_batches(() if loader is None else loader, self.quantizer.config)
+            return islice(self.calibration, distributed.rank(), None, distributed.world_size())
+        return calibration_batches(trainer.train_dataloader, self.quantizer.config)
 
     def calibration_forward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
@@ -164,7 +193,7 @@ class GPTQCallback(pl.Callback):
         through the first of these whose forward takes it: the module to quantize, the LightningModule, a
         transformers model inside it."""
         step = getattr(pl_module, "calibration_step", None)
-        inside = [model for _, model in _outermost_transformers(pl_module)]
+        inside = [model for _, model in transformers_models(pl_module)]
         runners = [m for m in (module, pl_module, *inside) if _defines_forward(m)]
         every_logit = self.quantizer.config.lm_head
 
@@ -181,17 +210,39 @@ class GPTQCallback(pl.Callback):
                 # Only the LightningModule knows what a tuple means; the keys of a mapping say it themselves.
                 if not isinstance(batch, Mapping):
                     return call(pl_module if pl_module in runners else runners[0], batch, every_logit=every_logit)
-                runner = next((m for m in runners if fits(m, batch)), runners[0])
+                otherwise = pl_module if pl_module in runners else runners[0]
+                runner = next((m for m in runners if fits(m, batch)), otherwise)
                 return call(runner, batch, every_logit=every_logit)
 
         return forward
 
     def _export(self, module: nn.Module) -> None:
+        """Rank 0 writes; the others learn whether it could."""
         if self.export_dir is None:
             return
+        error: Exception | None = None
         if distributed.rank() == 0:
-            self.quantizer.export(module, self.export_dir, tokenizer=self.tokenizer, overwrite=self.overwrite)
-        distributed.barrier()
+            try:
+                self._write(module, self.export_dir)
+            except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
+                error = caught
+        message = distributed.object_from_first(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if message is not None:
+            raise ExportError(f"rank 0 could not export: {message}")
+
+    def _write(self, module: nn.Module, directory: Path) -> None:
+        try:
+            check_export_dir(directory, overwrite=self.overwrite)
+        except ExportError as error:
+            # It was free when training began. Days of work are not thrown away over a name.
+            directory = directory.with_name(f"{directory.name}-{uuid.uuid4().hex[:8]}")
+            log.warning("%s: exporting to %s instead", error, directory)
+            assert self.quantizer.report is not None
+            self.quantizer.report.deviations.append(f"{error}: exported to {directory.name} instead")
+            self.export_dir = directory
+        self.quantizer.export(module, directory, tokenizer=self.tokenizer, overwrite=self.overwrite)
 
 
 def _defines_forward(module: nn.Module) -> bool:
@@ -216,6 +267,29 @@ def _check_strategy(trainer: pl.Trainer, swap: bool) -> None:
         )
 
 
+def _check_other_callbacks(trainer: pl.Trainer, callback: GPTQCallback) -> None:
+    before = trainer.callbacks[: trainer.callbacks.index(callback)]  # type: ignore[attr-defined]
+    if any(isinstance(other, GPTQCallback) and other.swap for other in before):
+        raise ValueError(
+            "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
+            "quantize: give all but the last swap=False"
+        )
+
+
+def _check_own_folders(trainer: pl.Trainer, export_dir: Path) -> None:
+    """The export replaces its folder as a whole, so the run's own files must not lie in it."""
+    own = {"default_root_dir": trainer.default_root_dir, "the logger's folder": trainer.log_dir}
+    for checkpoint in trainer.checkpoint_callbacks:
+        own["ModelCheckpoint's folder"] = getattr(checkpoint, "dirpath", None)
+    target = export_dir.resolve()
+    for what, folder in own.items():
+        if folder is not None and (target == Path(folder).resolve() or target in Path(folder).resolve().parents):
+            raise ExportError(
+                f"export_dir {export_dir} is or holds {what} ({folder}), where this run writes other files: choose "
+                "a folder beside or below it"
+            )
+
+
 def _free_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Gradients and optimizer state go before quantization needs the memory; the checkpoints hold them."""
     pl_module.zero_grad(set_to_none=True)
@@ -232,16 +306,6 @@ def _on_device(pl_module: pl.LightningModule, device: torch.device) -> Iterator[
         yield
     finally:
         pl_module.to(origin)
-
-
-def _outermost_transformers(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    import transformers
-
-    if isinstance(root, transformers.PreTrainedModel):
-        yield prefix, root
-        return
-    for name, child in root.named_children():
-        yield from _outermost_transformers(child, f"{prefix}.{name}" if prefix else name)
 
 
 def _parameters_outside(pl_module: nn.Module, model: nn.Module) -> list[str]:

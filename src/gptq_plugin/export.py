@@ -4,7 +4,7 @@ The folder is written beside its target under a hidden name, read back from disk
 by a decoder of its own, flushed, and only then renamed into place: whatever fails on the way, the target is
 as it was.
 
-What each client needs to find is in `_client_config`. Tensors keep their dtypes; choose the model's (vLLM
+What each client needs to find is in `client_config`. Tensors keep their dtypes; choose the model's (vLLM
 wants float16 for GPTQ, takes bfloat16 with converted scales, and refuses float32).
 """
 
@@ -128,7 +128,7 @@ def export_model(
     staging = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
     staging.mkdir()
     try:
-        description = _client_config(model, layers, config)
+        description = client_config(model, layers, config)
         state = _disk_state(model, layers, config)
         if _is_transformers(model):
             _write_transformers(staging, model, state, description)
@@ -164,8 +164,8 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
             )
 
 
-def _client_config(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> dict[str, Any]:
-    """`quantization_config` of config.json: only keys that GPTQModel, transformers and vLLM all take.
+def client_config(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> dict[str, Any]:
+    """`quantization_config` of config.json, for the files `export_model` writes: only keys that GPTQModel, transformers and vLLM all take.
 
     Linears left float inside the blocks are told twice: GPTQModel wants ``dynamic`` rules, transformers a
     list of those that are quantized.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False) -> Any:
         if _binds(signature, data) and not _is_transformers(model):
             return model(data)
     elif isinstance(data, (list, tuple)) and data:
-        if _binds(signature, data[0]):
+        # Of a transformers model's tuple, one element might be the attention mask: that must not be guessed.
+        if _binds(signature, data[0]) and not (_is_transformers(model) and len(data) > 1):
             return model(data[0])
     elif _binds(signature, data):
         return model(data)
@@ -46,6 +48,15 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False) -> Any:
         "batches that do, or say how to run one: quantize(..., forward=lambda model, batch: ...), or a "
         "`calibration_step(batch)` method on the LightningModule"
     )
+
+
+def transformers_models(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost transformers models in a tree, with their dotted names."""
+    if _is_transformers(root):
+        yield prefix, root
+        return
+    for name, child in root.named_children():
+        yield from transformers_models(child, f"{prefix}.{name}" if prefix else name)
 
 
 def fits(model: nn.Module, data: Mapping[str, Any]) -> bool:
@@ -98,7 +109,8 @@ def _keywords(
 
 
 def _is_transformers(model: nn.Module) -> bool:
-    return hasattr(model, "config") and hasattr(model, "get_output_embeddings")
+    pretrained = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    return pretrained is not None and isinstance(model, pretrained)
 
 
 def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptq_plugin.precision import full_precision
+
 
 class Hessian:
     """Sum of x xᵀ and the number of tokens in it. Sums of several ranks add up.
@@ -25,8 +27,8 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         """Counts every row of x, [tokens, in]; the product is taken in the sum's precision."""
-        # The caller may stand inside the model's own autocast, which must not reach the sum.
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        # The caller may stand inside the model's own autocast.
+        with full_precision(x.device):
             rows = x.detach().to(self.sum.dtype)
             self.sum.addmm_(rows.T, rows)
             self.tokens += rows.shape[0]

@@ -275,3 +275,15 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         for child_name, child in list(parent._modules.items()):
             if child in new:
                 setattr(parent, child_name, new[child])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            _choose_path(parent)
+
+
+def _choose_path(layer: nn.TransformerEncoderLayer) -> None:
+    """PyTorch's fused path reads the linears' weights; 0 keeps a layer off it, 1 and 2 are as its constructor says."""
+    if any(isinstance(child, QuantLinear) for child in layer.children()):
+        layer.activation_relu_or_gelu = 0
+    elif layer.activation is nn.functional.relu or isinstance(layer.activation, nn.ReLU):
+        layer.activation_relu_or_gelu = 1
+    elif layer.activation is nn.functional.gelu or isinstance(layer.activation, nn.GELU):
+        layer.activation_relu_or_gelu = 2

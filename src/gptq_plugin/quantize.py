@@ -8,10 +8,12 @@ are and only point to other values, so a failure anywhere gives the float model 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin import distributed, lockstep
-from gptq_plugin.calibration import Batch, Calibration, collect
+from gptq_plugin.calibration import Batch, Calibration, collect, masks_in
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, TargetError
-from gptq_plugin.export import export_model
-from gptq_plugin.forward import call
+from gptq_plugin.export import client_config, export_model
+from gptq_plugin.forward import call, transformers_models
 from gptq_plugin.hessian import Hessian
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.report import ModuleReport, QuantizeReport
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 ModelForward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, str], None]
+
+_running: ContextVar[int | None] = ContextVar("number of the calibration batch that runs on this thread", default=None)
 
 
 class QuantizeModule:
@@ -106,6 +110,29 @@ class QuantizeModule:
             assert self.report is not None
             return self.report
 
+    def rehearse(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        forward: ModelForward | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+        whole: bool = True,
+    ) -> None:
+        """Refuses now what `quantize` would refuse for its data: one batch runs, and nothing changes.
+
+        For the start of a long run that ends in `quantize`. In a process group every rank calls it.
+
+        Args:
+            model, batches, forward, tokenizer: As for `quantize`.
+            whole: `batches` is all the calibration data there will be, so its length is judged too.
+
+        Raises:
+            TargetError, CalibrationError: As `quantize`.
+        """
+        with evaluating(model), _Weights() as weights:
+            self._job(model, batches, forward, tokenizer, None, None, weights).rehearse(whole)
+
     @contextlib.contextmanager
     def temporarily(
         self, model: nn.Module, batches: Iterable[Any], *, keep: bool = False, **options: Any
@@ -129,13 +156,14 @@ class QuantizeModule:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
         targets, skipped = self.check(model)
         started = time.perf_counter()
-        layers: dict[str, nn.Module] = {}
+        layers: dict[str, QuantLinear] = {}
         modules: list[ModuleReport] = []
         for target in targets:
             quantized = round_to_nearest(target.weight, target.config)
             layers[target.name] = QuantLinear.from_quantized(quantized, target.bias)
             modules.append(_module_report(target, method="rtn"))
         swap(model, layers)
+        _describe(model, layers, self.config)
         self.report = QuantizeReport(self.config, modules + _float_reports(skipped))
         self.report.seconds["round-to-nearest"] = time.perf_counter() - started
         return self.report
@@ -164,19 +192,14 @@ class QuantizeModule:
         progress: Progress | None,
     ) -> Iterator[Callable[[], None]]:
         """Quantizes; yields what undoes it; undoes it on an error before that."""
-        targets, skipped = self.check(model)
         started = time.perf_counter()
-        if nsamples is None:
-            nsamples = share(self.config.nsamples)
-        calibration = collect(data, self.config, tokenizer, nsamples)
-        every_logit = self.config.lm_head
-        run = forward or (lambda model, batch: call(model, batch, every_logit=every_logit))
-        with _evaluating(model), _Weights() as weights:
-            job = _Job(self.config, model, targets, skipped, calibration, run, weights, progress or _quiet)
+        with evaluating(model), _Weights() as weights:
+            job = self._job(model, data, forward, tokenizer, nsamples, progress, weights)
             report = job.run()
-            swapped = {target.name: target.module for target in targets if target.name in job.layers}
+            swapped = {target.name: target.module for target in job.targets if target.name in job.layers}
             swap(model, job.layers)
             weights.keep()
+        _describe(model, job.layers, self.config)
         for name, module in swapped.items():
             job.layers[name].train(module.training)
         report.seconds["total"] = time.perf_counter() - started
@@ -188,8 +211,26 @@ class QuantizeModule:
         def undo() -> None:
             swap(model, swapped)
             weights.restore()
+            _describe(model, {}, self.config)
 
         yield undo
+
+    def _job(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        forward: ModelForward | None,
+        tokenizer: Callable[..., Any] | None,
+        nsamples: int | None,
+        progress: Progress | None,
+        weights: _Weights,
+    ) -> _Job:
+        targets, skipped = self.check(model)
+        limit = share(self.config.nsamples) if nsamples is None else nsamples
+        calibration = collect(data, self.config, tokenizer, limit)
+        every_logit = self.config.lm_head
+        run = forward or (lambda model, batch: call(model, batch, every_logit=every_logit))
+        return _Job(self.config, model, targets, skipped, calibration, run, weights, progress or _quiet)
 
 
 def share(total: int) -> int:
@@ -239,10 +280,11 @@ class _Job:
     forward: ModelForward
     weights: _Weights
     progress: Progress
-    layers: dict[str, nn.Module] = field(default_factory=dict)
+    layers: dict[str, QuantLinear] = field(default_factory=dict)
     reports: dict[str, ModuleReport] = field(default_factory=dict)
     hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
     remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
+    masks: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     solving: float = 0.0
     samples: int = 0
 
@@ -251,21 +293,46 @@ class _Job:
         self.samples = self._count_samples()
         by_name = {target.name: target for target in self.targets}
         modules = {target.name: target.module for target in self.targets}
-        forwards = [self._forward(batch) for batch in self.calibration.batches]
-        groups = self._plan(modules, forwards)
+        forwards = [self._forward(number, batch) for number, batch in enumerate(self.calibration.batches)]
         notes = lockstep.Walk()
         device = self.targets[0].weight.device
-        for stop in lockstep.walk(
-            groups,
-            modules,
-            forwards,
-            self._observe,
-            lambda position: distributed.minimum(position, device),
-            notes,
-        ):
-            self._quantize_group([by_name[name] for name in stop.group.names], stop)
+        with self._watching_masks():
+            groups = self._plan(modules, forwards)
+            for stop in lockstep.walk(
+                groups,
+                modules,
+                forwards,
+                self._observe,
+                lambda position: distributed.minimum(position, device),
+                notes,
+            ):
+                self._quantize_group([by_name[name] for name in stop.group.names], stop)
         self._report_unreached(by_name)
         return self._report(notes, time.perf_counter() - started)
+
+    def rehearse(self, whole: bool) -> None:
+        """One batch of each rank through the model, layer by layer, with nothing quantized."""
+        self.samples = self._count_samples()
+        known = [batch.tokens for batch in self.calibration.batches]
+        totals = distributed.gather_objects(None if None in known else sum(n for n in known if n is not None))
+        if whole and None not in totals:
+            self._check_enough(sum(totals))
+        modules = {target.name: target.module for target in self.targets}
+        groups = [lockstep.Group((name,)) for name in modules]
+        reached: set[str] = set()
+
+        def observe(group: lockstep.Group, number: int, x: Tensor) -> None:
+            rows, _ = self.calibration.batches[number].counted(x, self.masks.get(number))
+            if rows is not None and not torch.isfinite(rows).all():
+                raise CalibrationError(_not_finite(group.names[0], f"calibration batch {number}"))
+            reached.add(group.names[0])
+
+        with self._watching_masks():
+            for batch in self.calibration.batches[:1]:
+                for _ in lockstep.walk(groups, modules, [self._forward(0, batch)], observe):
+                    pass
+        if not any(distributed.gather_objects(bool(reached))):
+            raise CalibrationError(self._unreached())
 
     def _count_samples(self) -> int:
         counts = distributed.gather_objects(self.calibration.samples)
@@ -274,8 +341,31 @@ class _Job:
             raise CalibrationError(f"the calibration set is empty{f': {dropped}' if dropped else ''}")
         return sum(counts)
 
-    def _forward(self, batch: Batch) -> lockstep.Forward:
-        return lambda: self.forward(self.model, batch.data)
+    def _forward(self, number: int, batch: Batch) -> lockstep.Forward:
+        def run() -> Any:
+            _running.set(number)  # each forward has context variables of its own
+            return self.forward(self.model, batch.data)
+
+        return run
+
+    @contextlib.contextmanager
+    def _watching_masks(self) -> Iterator[None]:
+        """Takes each batch's masks from the call that reaches the model, however the user's batch is laid out."""
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            number = _running.get()
+            masks = masks_in({**kwargs, **inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments})
+            if number is not None and masks is not None:
+                self.masks[number] = masks
+
+        handles = [
+            model.register_forward_pre_hook(watch, with_kwargs=True) for _, model in transformers_models(self.model)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _plan(self, modules: dict[str, nn.Module], forwards: list[lockstep.Forward]) -> list[lockstep.Group]:
         """Rank by rank the models are the same, so the first rank that has a batch plans for all."""
@@ -285,7 +375,7 @@ class _Job:
 
     def _observe(self, group: lockstep.Group, number: int, x: Tensor) -> None:
         hessian = self._hessian(group, x.device)
-        rows, remark = self.calibration.batches[number].counted(x)
+        rows, remark = self.calibration.batches[number].counted(x, self.masks.get(number))
         if remark is not None:
             self.remarks[group.names[0]][remark] += 1
         if rows is not None:
@@ -321,7 +411,8 @@ class _Job:
             solution = solve(torch.cat([target.weight for target in same]), mean, same[0].config)
         except ValueError as error:
             raise TargetError(f"{names}: {error}") from error
-        for tensor in (solution.weight.codes, solution.weight.scales, solution.weight.zeros):
+        w = solution.weight
+        for tensor in (w.codes, w.scales, w.zeros, w.g_idx):
             distributed.from_first(tensor)
         deviations = solution.deviations + tuple(f"{remark} ({n} batches)" for remark, n in remarks.items())
         if 0 < tokens < mean.shape[0]:
@@ -351,10 +442,7 @@ class _Job:
             return
         guilty = [number for number, x in stop.inputs.items() if not torch.isfinite(x).all()]
         where = f"calibration batches {guilty}" if guilty else "another rank's calibration batches"
-        raise CalibrationError(
-            f"the input of {members[0].name} holds NaN or infinity in {where} (rank {distributed.rank()}). Look "
-            "for broken samples, or run the model in a wider dtype: float16 overflows at 65504"
-        )
+        raise CalibrationError(_not_finite(members[0].name, where))
 
     def _check_enough(self, tokens: int) -> None:
         least = min(target.weight.shape[1] for target in self.targets)
@@ -368,13 +456,16 @@ class _Job:
     def _report_unreached(self, by_name: dict[str, Target]) -> None:
         unreached = [target for name, target in by_name.items() if name not in self.reports]
         if len(unreached) == len(by_name):
-            raise CalibrationError(
-                f"no calibration batch reached any of the {len(by_name)} layers to quantize, such as "
-                f"{unreached[0].name}: the forward runs other modules than {type(self.model).__name__}'s"
-            )
+            raise CalibrationError(self._unreached())
         for target in unreached:
             reason = "never called in calibration: left float"
             self.reports[target.name] = _module_report(target, method="float", reason=reason, deviations=(reason,))
+
+    def _unreached(self) -> str:
+        return (
+            f"no calibration batch reached any of the {len(self.targets)} layers to quantize, such as "
+            f"{self.targets[0].name}: the forward runs other modules than {type(self.model).__name__}'s"
+        )
 
     def _report(self, notes: lockstep.Walk, seconds: float) -> QuantizeReport:
         late: dict[str, int] = defaultdict(int)
@@ -399,6 +490,13 @@ class _Job:
             seconds={"calibrate": seconds - self.solving, "solve": self.solving},
             deviations=deviations,
         )
+
+
+def _not_finite(layer: str, where: str) -> str:
+    return (
+        f"the input of {layer} holds NaN or infinity in {where} (rank {distributed.rank()}). Look for broken samples, "
+        "or run the model in a wider dtype: float16 overflows at 65504"
+    )
 
 
 def _module_report(target: Target, method: str, **values: Any) -> ModuleReport:
@@ -436,8 +534,21 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (weight.shape[0], weight.shape[1]) if isinstance(module, nn.Linear) else (weight.shape[1], weight.shape[0])
 
 
+def _describe(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> None:
+    """Lets a transformers model's config say what is quantized, as the memory holds it (true zeros), so that a
+    `save_pretrained` of the user's own writes a checkpoint that loads; without layers, takes that back."""
+    for name, inner in transformers_models(model):
+        prefix = f"{name}." if name else ""
+        within = {n.removeprefix(prefix): layer for n, layer in layers.items() if n.startswith(prefix)}
+        if within:
+            description = client_config(inner, within, config)
+            inner.config.quantization_config = {**description, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+        elif hasattr(inner.config, "quantization_config"):
+            del inner.config.quantization_config
+
+
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the length of the block; every module's own flag afterwards."""
     flags = {module: module.training for module in model.modules()}
     model.eval()

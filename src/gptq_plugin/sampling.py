@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch.utils.data import (
 
 from gptq_plugin import distributed
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CalibrationError
 
 
-def calibration_batches(loader: Iterable[Any], config: QuantizeConfig) -> Iterable[Any]:
+def calibration_batches(loader: Any, config: QuantizeConfig) -> Iterable[Any]:
     """Batches of a training dataloader's samples, put together by its own collator.
 
     A map-style dataset is sampled anew: `config.nsamples` of the samples its sampler may draw, chosen by
@@ -31,7 +32,15 @@ def calibration_batches(loader: Iterable[Any], config: QuantizeConfig) -> Iterab
     Args:
         loader: What `Trainer.train_dataloader` gives.
         config: nsamples, batch_size and seed are read.
+
+    Raises:
+        CalibrationError: There is no single train dataloader to take samples from.
     """
+    if loader is None or isinstance(loader, (Mapping, list, tuple)):
+        raise CalibrationError(
+            "calibration takes its samples from the train dataloader, and there is none, or several: give "
+            "GPTQCallback(calibration=...) the texts or batches to use"
+        )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
     # A user's random sampler may draw other samples on every rank: all take rank 0's choice.

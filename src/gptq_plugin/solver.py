@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.precision import full_precision
 
 BLOCK = 128  # columns solved before their errors reach the rest through one matrix product
 SCALE_DTYPE = torch.float16  # what a checkpoint stores
@@ -93,7 +94,6 @@ class Solution:
     deviations: tuple[str, ...] = ()
 
 
-@torch.no_grad()
 def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
     """GPTQ for one matrix, or for several that read the same input, stacked along their rows.
 
@@ -106,6 +106,11 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
     Raises:
         ValueError: The weight or the Hessian is not finite, or a scale exceeds float16.
     """
+    with full_precision(weight.device):
+        return _solve(weight, hessian, config)
+
+
+def _solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity")
     if not torch.isfinite(hessian).all():

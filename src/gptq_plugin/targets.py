@@ -71,6 +71,12 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
         TargetError: No target; a rule or name that matches nothing; a group size that does not divide a
             layer; a model that is quantized already. Every message names the modules and the choices.
     """
+    _refuse_adapters(model)
+    if is_linear(model):
+        raise TargetError(
+            f"the module to quantize is itself a {type(model).__name__}, which cannot be replaced in place: name "
+            "the module that holds it"
+        )
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     if quantized:
@@ -112,6 +118,17 @@ def is_linear(module: nn.Module) -> bool:
     if conv1d is not None and kind is conv1d:
         return True
     return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # without peft in the process there is no adapter
+    kind = getattr(peft, "BaseTunerLayer", None)
+    adapted = [name for name, module in model.named_modules() if kind is not None and isinstance(module, kind)]
+    if adapted:
+        raise TargetError(
+            f"{_some(adapted)} carry PEFT adapters, which would be quantized beside the weights they change. Merge "
+            "them first: quantize model.merge_and_unload(), or save that and run gptq-quantize on it"
+        )
 
 
 def _obstacles(model: nn.Module, head: nn.Module | None) -> dict[nn.Module, str]:

@@ -163,9 +163,7 @@ def _files(run_dir: Path, export_dir: Path) -> dict[str, str]:
         "every layer": export_dir / "quantization_report.json",
         "this table": run_dir / SUMMARY,
     }
-    return {
-        what: str(path.resolve()) for what, path in places.items() if path.exists() or path.name == SUMMARY
-    }
+    return {what: str(path.resolve()) for what, path in places.items() if path.exists() or path.name == SUMMARY}
 
 
 def _next_command(run_dir: Path) -> str:
@@ -173,9 +171,7 @@ def _next_command(run_dir: Path) -> str:
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         return ""
-    overrides = [
-        o for o in hydra_config.overrides.task if not o.startswith(("quantizer.bits=", "export_dir="))
-    ]
+    overrides = [o for o in hydra_config.overrides.task if not o.startswith(("quantizer.bits=", "export_dir="))]
     float_dir = run_dir / "float"
     if hydra_config.job.config_name == "finetune":
         if not float_dir.exists():

@@ -54,9 +54,7 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
     """
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
-        raise DataError(
-            "no files are given: set data.path to a file, a folder, a pattern, or a list of these"
-        )
+        raise DataError("no files are given: set data.path to a file, a folder, a pattern, or a list of these")
     parts = []
     for file in (file for each in paths for file in _expand(each)):
         builder = _BUILDERS.get(file.suffix, TEXT)

@@ -41,9 +41,7 @@ def mean_nll(network: nn.Module, windows: Tensor, batch_size: int = 4) -> float:
     for batch in windows.split(batch_size):
         batch = batch.to(device)
         logits = network(input_ids=batch).logits[:, :-1].float()
-        total += float(
-            functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-        )
+        total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
     return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 
@@ -147,16 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", type=Path, help="the exported folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", nargs="+", help="text or jsonl files to evaluate on")
-    source.add_argument(
-        "--windows", type=Path, help="a safetensors file with int64 `windows` [windows, positions]"
-    )
+    source.add_argument("--windows", type=Path, help="a safetensors file with int64 `windows` [windows, positions]")
     parser.add_argument("--column", default="text", help="the field that holds the text in jsonl files")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens a window")
     parser.add_argument("--rows", type=int, default=None, help="windows at most (default: all)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows in one forward")
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=24, help="tokens of the first window to continue"
-    )
+    parser.add_argument("--prompt-tokens", type=int, default=24, help="tokens of the first window to continue")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", type=Path, default=None, help="also write the result to this file")

@@ -60,9 +60,7 @@ class LanguageModel(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
-        self.log(
-            "val_loss", self._loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"])
-        )
+        self.log("val_loss", self._loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         matrices = [p for p in self.parameters() if p.requires_grad and p.dim() > 1]
@@ -157,15 +155,11 @@ def pretrained(
         CheckpointError: The checkpoint holds other weights than the model's.
     """
     if name_or_path is None:
-        raise ValueError(
-            "model=hf needs model.name_or_path=PATH_OR_HUB_ID: a folder with config.json, or a hub id"
-        )
+        raise ValueError("model=hf needs model.name_or_path=PATH_OR_HUB_ID: a folder with config.json, or a hub id")
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"model.dtype={dtype!r} is no dtype: choose float32, bfloat16, float16 or auto")
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    network = AutoModelForCausalLM.from_pretrained(
-        name_or_path, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    network = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
     if checkpoint is not None:
         load_lightning_weights(network, checkpoint)
     return LanguageModel(network, tokenizer, **training)

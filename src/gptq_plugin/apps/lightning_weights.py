@@ -32,9 +32,7 @@ def load_lightning_weights(network: nn.Module, checkpoint: str | Path) -> None:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} has no state_dict: it is no Lightning checkpoint")
     prefix = _prefix(network, state, path)
-    network.load_state_dict(
-        {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    )
+    network.load_state_dict({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
 
 
 def _prefix(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:
@@ -43,10 +41,7 @@ def _prefix(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> s
     first = next(iter(wanted))
     candidates = [key[: -len(first)] for key in state if key == first or key.endswith(f".{first}")]
     for prefix in candidates:
-        if all(
-            prefix + key in state and state[prefix + key].shape == value.shape
-            for key, value in wanted.items()
-        ):
+        if all(prefix + key in state and state[prefix + key].shape == value.shape for key, value in wanted.items()):
             return prefix
     raise CheckpointError(
         f"{path} does not hold the weights of {type(network).__name__}: of its {len(wanted)} tensors, such "

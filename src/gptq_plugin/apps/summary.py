@@ -94,11 +94,11 @@ class Summary:
             rows.append((name, *_figures(self.nll, key), sizes.get(key, "")))
         lines = aligned(rows)
         lines.insert(1, "-" * max(map(len, lines)))
+        if self.float_dtype == "float32":
+            lines.append(f"(At 16 bits the float weights would take {_megabytes(self.float_bytes // 2)}.)")
         lines.append("")
         if self.nll:
-            lines.append(
-                f"Measured on {self.windows[0]} held-out windows of {self.windows[1]} tokens; the GPTQ model"
-            )
+            lines.append(f"Measured on {self.windows[0]} held-out windows of {self.windows[1]} tokens; the GPTQ model")
             lines.append("was reloaded from its files in a new process.")
         if self.text:
             lines.append(f"It continues  {_one_line(self.prompt)}")
@@ -134,14 +134,10 @@ def sweep_table(directory: Path) -> str:
     for file in sorted(directory.glob(f"*/{SUMMARY}"), key=lambda file: _run_number(file.parent.name)):
         run = json.loads(file.read_text())
         overrides = file.parent / ".hydra" / "overrides.yaml"
-        name = (
-            ", ".join(line[2:] for line in overrides.read_text().splitlines()) if overrides.exists() else ""
-        )
+        name = ", ".join(line[2:] for line in overrides.read_text().splitlines()) if overrides.exists() else ""
         nll, saved = run["nll"], f"{_megabytes(run['gptq_bytes'])} of {_megabytes(run['float_bytes'])}"
         perplexities = [_perplexity(nll.get(key)) for key in ("float", "rtn", "gptq")]
-        rows.append(
-            (file.parent.name, name, *perplexities, _above(nll), saved, f"{sum(run['seconds'].values()):.0f}")
-        )
+        rows.append((file.parent.name, name, *perplexities, _above(nll), saved, f"{sum(run['seconds'].values()):.0f}"))
     if not rows:
         return ""
     shared = set.intersection(*(set(row[1].split(", ")) for row in rows)) if len(rows) > 1 else set()
@@ -170,9 +166,7 @@ def aligned(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0])]
-        cells += [
-            cell.rjust(w) if numeric else cell.ljust(w) for cell, w in zip(row[1:], widths[1:], strict=True)
-        ]
+        cells += [cell.rjust(w) if numeric else cell.ljust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return lines
 
@@ -180,7 +174,7 @@ def aligned(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]
 def _figures(nll: dict[str, float], key: str) -> tuple[str, str, str]:
     if key not in nll:
         return "", "", ""
-    above = "" if key == "float" else f"+{nll[key] - nll['float']:.5f}".replace("+-", "-")
+    above = "" if key == "float" else f"{nll[key] - nll['float']:+.5f}"
     return _perplexity(nll[key]), f"{nll[key]:.5f}", above
 
 
