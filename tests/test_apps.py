@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -17,10 +18,11 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, InstantiationException
+from hydra.utils import instantiate
 from lightning import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gptq_plugin import load_quantized
+from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin.apps import cli, data
 from gptq_plugin.apps.errors import DataError
 from gptq_plugin.apps.evaluate import mean_nll
@@ -240,6 +242,22 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 # --- the pieces ---
+
+
+def test_rules_for_modules_can_be_given_on_the_command_line():
+    with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
+        cfg = compose("quantize", [r"+quantizer.dynamic={.*down_proj:{bits:8},-\:.*gate_proj:{}}"])
+    config = instantiate(cfg.quantizer, model_seqlen=64, _convert_="all").config
+    assert config.for_module("model.layers.0.mlp.down_proj").bits == 8
+    assert config.for_module("model.layers.0.mlp.gate_proj") is None
+    assert config.for_module("model.layers.0.mlp.up_proj").bits == 4
+
+
+def test_the_default_quantizer_is_the_configurations_defaults():
+    with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
+        cfg = compose("quantize", ["quantizer.model_seqlen=2048"])
+    assert instantiate(cfg.quantizer, _convert_="all").config == QuantizeConfig()
+    assert set(cfg.quantizer) - {"_target_"} == {field.name for field in dataclasses.fields(QuantizeConfig)}
 
 
 def test_mean_nll_is_the_mean_over_every_predicted_token():

@@ -165,8 +165,9 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
 
 
 def client_config(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> dict[str, Any]:
-    """`quantization_config` of config.json, for the files `export_model` writes: only keys that GPTQModel, transformers and vLLM all take.
+    """`quantization_config` for the config.json that `export_model` writes.
 
+    Only keys that GPTQModel, transformers and vLLM all take.
     Linears left float inside the blocks are told twice: GPTQModel wants ``dynamic`` rules, transformers a
     list of those that are quantized.
     """

@@ -537,6 +537,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 def _describe(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> None:
     """Lets a transformers model's config say what is quantized, as the memory holds it (true zeros), so that a
     `save_pretrained` of the user's own writes a checkpoint that loads; without layers, takes that back."""
+    inner: Any
     for name, inner in transformers_models(model):
         prefix = f"{name}." if name else ""
         within = {n.removeprefix(prefix): layer for n, layer in layers.items() if n.startswith(prefix)}
