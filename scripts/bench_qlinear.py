@@ -69,9 +69,7 @@ def gpu_seconds(calls: Sequence[Callable[[], object]]) -> float:
     return sorted(times[2:])[10]
 
 
-def bench_cpu(
-    n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype
-) -> dict[str, float]:
+def bench_cpu(n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype) -> dict[str, float]:
     layer = random_layer(n_in, n_out, bits, group_size, "cpu")
     x, weight = torch.randn(rows, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
     int4 = layer._prepare().int4
@@ -82,9 +80,7 @@ def bench_cpu(
     return times
 
 
-def bench_gpu(
-    n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype
-) -> dict[str, float]:
+def bench_gpu(n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype) -> dict[str, float]:
     from gptq_plugin.kernels import matmul
 
     x = torch.randn(rows, n_in, dtype=dtype, device="cuda")
@@ -140,9 +136,7 @@ def main() -> None:
         n_in, n_out = map(int, shape.split("x"))
         with torch.no_grad():
             times = bench(n_in, n_out, int(rows), int(bits), options.group_size, getattr(torch, dtype))
-        cells = (
-            f"{name} {value * scale:.3f} ({value / times['float']:.2f})" for name, value in times.items()
-        )
+        cells = (f"{name} {value * scale:.3f} ({value / times['float']:.2f})" for name, value in times.items())
         print(f"{dtype:8} {shape:>10} {bits} bits M={rows:<5}", "  ".join(cells), flush=True)
 
 

@@ -166,24 +166,17 @@ def write_expected(fixture: Path, clients: Path) -> None:
             bias = [n for n in tensors if n.endswith(".bias") and config["model_type"] == "llama"]
             assert not any(tensors.pop(n).any() for n in bias)
             save_file(tensors, str(copy / file.name))
-        quantization = config.get("quantization_config") or json.loads(
-            (fixture / "quantize_config.json").read_text()
-        )
+        quantization = config.get("quantization_config") or json.loads((fixture / "quantize_config.json").read_text())
         (copy / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
         logits, greedy = gptq_ref.run(gptq_ref.reference_model(str(copy)), TOKEN_IDS)
     ids = torch.tensor([TOKEN_IDS])
     tensors = {"input_ids": ids, "logits": logits[-8:].contiguous(), "greedy": greedy}
     save_file(tensors, f"{fixture}.expected.safetensors")
-    print(
-        f"{fixture.name}: logits {tuple(logits.shape)}, largest {logits.abs().max():.3f}, greedy "
-        f"{greedy.tolist()}"
-    )
+    print(f"{fixture.name}: logits {tuple(logits.shape)}, largest {logits.abs().max():.3f}, greedy {greedy.tolist()}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("gptqmodel", "autogptq", "expected"))
     parser.add_argument("fixtures", type=Path)
     parser.add_argument("names", nargs="*")

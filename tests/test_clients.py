@@ -31,9 +31,7 @@ CASES = {
     "8 bits": QuantizeConfig(bits=8),
     "3 bits": QuantizeConfig(bits=3),
     "2 bits": QuantizeConfig(bits=2, group_size=32),
-    "layers left float": QuantizeConfig(
-        modules_to_not_convert=("self_attn.v_proj", "layers.1.mlp.down_proj")
-    ),
+    "layers left float": QuantizeConfig(modules_to_not_convert=("self_attn.v_proj", "layers.1.mlp.down_proj")),
 }
 
 
@@ -43,18 +41,14 @@ def run(request: pytest.FixtureRequest) -> Run:
     python = Path(request.config.getoption("--client-env")) / "bin" / "python"
     clients = Path(request.config.getoption("--clients"))
     if not python.exists():
-        pytest.skip(
-            f"no client environment at {python.parents[1]}: run scripts/check_clients.sh or give --client-env"
-        )
+        pytest.skip(f"no client environment at {python.parents[1]}: run scripts/check_clients.sh or give --client-env")
     if not (clients / "gptq_ref.py").exists():
         pytest.skip(f"no client checks at {clients}: give --clients")
 
     def run(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
         command = [str(python), str(clients / script), *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=environment, check=False
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
     return run
 
@@ -80,9 +74,7 @@ def loud_llama() -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                scale = (
-                    0.5 if "embed" in name else (3 if "lm_head" in name else 1) * parameter.shape[1] ** -0.5
-                )
+                scale = 0.5 if "embed" in name else (3 if "lm_head" in name else 1) * parameter.shape[1] ** -0.5
                 parameter.copy_(torch.randn(parameter.shape) * scale)
     return model.eval()
 
@@ -98,9 +90,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def exported(
-    run: Run, rtn: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Any]:
+def exported(run: Run, rtn: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     """exported(case): (folder of the export, file of the reference logits), made once."""
     made: dict[str, tuple[Path, Path]] = {}
 

@@ -128,10 +128,7 @@ def test_an_exported_llama_loads_back_bit_for_bit(
         n: m.bits for n, m in model.named_modules() if isinstance(m, QuantLinear)
     }
     assert description(folder)["desc_act"] is permuted
-    assert (
-        QuantizeConfig.from_quantize_config(json.loads((folder / "quantize_config.json").read_text())).bits
-        == bits
-    )
+    assert QuantizeConfig.from_quantize_config(json.loads((folder / "quantize_config.json").read_text())).bits == bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -152,9 +149,7 @@ def test_an_exported_conv1d_model_with_biases_and_tied_embeddings_loads_back_bit
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     with safe_open(folder / "model.safetensors", "pt") as stored:
         assert "lm_head.weight" not in stored.keys()  # noqa: SIM118
-    ids = loaded.generate(
-        input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, pad_token_id=3
-    )
+    ids = loaded.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, pad_token_id=3)
     assert ids.shape[1] > IDS.shape[1]
 
 
@@ -369,12 +364,8 @@ def test_a_target_that_is_a_file_or_below_one_is_refused(tmp_path: Path) -> None
         check_export_dir(tmp_path / "file" / "below")
 
 
-def test_a_parent_without_write_permission_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: False
-    )  # root may write anywhere, whatever the mode says
+def test_a_parent_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, whatever the mode says
     with pytest.raises(ExportError, match="one may write to"):
         check_export_dir(tmp_path / "a" / "b")
 
@@ -401,10 +392,7 @@ def spoil_a_tensor(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     original = export_module.save_file
 
     def save(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
-        spoiled = {
-            name: (tensor.clone() + 1 if name.endswith(ending) else tensor)
-            for name, tensor in tensors.items()
-        }
+        spoiled = {name: (tensor.clone() + 1 if name.endswith(ending) else tensor) for name, tensor in tensors.items()}
         original(spoiled, path, metadata=metadata)
 
     monkeypatch.setattr(export_module, "save_file", save)

@@ -121,16 +121,12 @@ def test_the_fixtures_cover_every_width_and_both_formats_with_and_without_act_or
             (layer.bits, checkpoint.checkpoint_format),
             (layer.bits, "sorted" if ordered else "act-order"),
         }
-    assert seen >= {
-        (bits, kind) for bits in (2, 3, 4, 8) for kind in ("gptq", "gptq_v2", "sorted", "act-order")
-    }
+    assert seen >= {(bits, kind) for bits in (2, 3, 4, 8) for kind in ("gptq", "gptq_v2", "sorted", "act-order")}
 
 
 def test_zeros_read_one_too_high_are_noticed_by_the_logits(tmp_path: Path) -> None:
     name = "gptqmodel-w4g32"
-    wrong = edited(
-        name, tmp_path / "x", config=lambda c: set_quantization(c, checkpoint_format="gptq_v2", format=None)
-    )
+    wrong = edited(name, tmp_path / "x", config=lambda c: set_quantization(c, checkpoint_format="gptq_v2", format=None))
     reference = expected(name)
     off = (logits_of(load_quantized(wrong, dtype=torch.float32), reference) - reference["logits"]).abs().max()
     assert off > 0.5
@@ -201,9 +197,7 @@ def test_shards_named_by_an_index_are_all_read(tmp_path: Path) -> None:
 
 
 def test_scales_in_another_dtype_are_taken_when_float16_holds_them_exactly(tmp_path: Path) -> None:
-    folder = edited(
-        LLAMA, tmp_path / "x", lambda s: s.update({k: v.float() for k, v in s.items() if "scales" in k})
-    )
+    folder = edited(LLAMA, tmp_path / "x", lambda s: s.update({k: v.float() for k, v in s.items() if "scales" in k}))
     reference = expected(LLAMA)
     model = load_quantized(folder, dtype=torch.float32)
     torch.testing.assert_close(logits_of(model, reference), reference["logits"], atol=2e-4, rtol=0)
@@ -467,7 +461,5 @@ def test_a_quantized_layer_of_another_size_than_the_models_is_refused(tmp_path: 
     folder = edited(LLAMA, tmp_path / "x", config=lambda c: c.update(intermediate_size=128))
     with pytest.raises(CheckpointError) as caught:
         load_quantized(folder)
-    assert f"{DOWN} has 96 inputs and 64 outputs at bits=4; the model's Linear has 128 and 64" in str(
-        caught.value
-    )
+    assert f"{DOWN} has 96 inputs and 64 outputs at bits=4; the model's Linear has 128 and 64" in str(caught.value)
     assert f"{UP} has 64 inputs" in str(caught.value)

@@ -75,9 +75,7 @@ def test_zeros_survive_the_way_to_disk_and_back(bits, groups, n_out, checkpoint_
 @given(widths, st.integers(1, 40), st.integers(1, 5), seeds)
 def test_unpacking_ignores_strides_and_the_unused_bits_of_the_last_word(bits, n, m, seed):
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(
-        -(2**31), 2**31 - 1, (m, -(-n * bits // 32)), generator=generator, dtype=torch.int32
-    ).t()
+    words = torch.randint(-(2**31), 2**31 - 1, (m, -(-n * bits // 32)), generator=generator, dtype=torch.int32).t()
     codes = reference.unpack(words, bits, n)
     assert codes.is_contiguous()
     for column, packed in zip(codes.t().tolist(), unsigned(words.t()), strict=True):
@@ -98,9 +96,7 @@ def test_unpacking_ignores_strides_and_the_unused_bits_of_the_last_word(bits, n,
     ],
 )
 def test_hand_written_words(bits, codes, words):
-    assert unsigned(packing.pack(torch.tensor(codes, dtype=torch.uint8)[:, None], bits)) == [
-        [w] for w in words
-    ]
+    assert unsigned(packing.pack(torch.tensor(codes, dtype=torch.uint8)[:, None], bits)) == [[w] for w in words]
 
 
 def test_symmetric_zeros_are_sevens_in_v1_and_eights_in_v2():

@@ -187,9 +187,7 @@ def test_copies_and_pickles_compute_the_same_and_share_nothing():
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert copied._prepared is None
         assert torch.equal(copied(x), y)
-        assert all(
-            a.data_ptr() != b.data_ptr() for a, b in zip(layer.buffers(), copied.buffers(), strict=True)
-        )
+        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(layer.buffers(), copied.buffers(), strict=True))
 
 
 def test_a_layer_shares_no_memory_with_the_result_it_was_made_from():
@@ -290,9 +288,7 @@ def test_swap_refuses_two_replacements_of_one_module():
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 300])
-@pytest.mark.parametrize(
-    "shape", [{}, {"bits": 3, "n_out": 45}, {"act_order": True}, {"group_size": -1}], ids=str
-)
+@pytest.mark.parametrize("shape", [{}, {"bits": 3, "n_out": 45}, {"act_order": True}, {"group_size": -1}], ids=str)
 def test_forward_and_gradient_on_a_gpu(shape, rows, dtype):
     weight = random_weight(**shape)
     bias = torch.randn(weight.codes.shape[0])

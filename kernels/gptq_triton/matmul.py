@@ -228,18 +228,12 @@ def _check_launch(dtype: torch.dtype, **weight: Tensor) -> None:
         raise ValueError(f"the Triton kernels compute in float16, bfloat16 or float32, not {dtype}: cast x")
     for name, tensor in weight.items():
         if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, got strides {tensor.stride()}: call .contiguous() once"
-            )
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call .contiguous() once")
     interpreted = not isinstance(_matmul_kernel, triton.JITFunction)
     if interpreted and dtype == torch.bfloat16:
-        raise ValueError(
-            "Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly: use float16 or float32"
-        )
+        raise ValueError("Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly: use float16 or float32")
     if not interpreted and next(iter(weight.values())).device.type != "cuda":
-        raise ValueError(
-            "the Triton kernels need CUDA tensors; on other devices use gptq_plugin.kernels.reference"
-        )
+        raise ValueError("the Triton kernels need CUDA tensors; on other devices use gptq_plugin.kernels.reference")
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:

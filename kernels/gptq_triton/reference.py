@@ -66,15 +66,11 @@ def unpack(words: Tensor, bits: int, n: int) -> Tensor:
     rows = max(1, _TILE // (period * max(1, columns)))
     for block in range(0, -(-n // period), rows):
         first, last = block * period, min((block + rows) * period, n)
-        codes[first:last] = _expand(
-            words[block * period_words : (block + rows) * period_words], bits, last - first
-        )
+        codes[first:last] = _expand(words[block * period_words : (block + rows) * period_words], bits, last - first)
     return codes
 
 
-def dequantize(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The weights as floats.
 
     Args:
@@ -155,9 +151,7 @@ def check_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor,
                 f"{bits} bits; got {tensor.dtype} {list(tensor.shape)}"
             )
         if tensor.device != qweight.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and qweight on {qweight.device}: move the whole layer"
-            )
+            raise ValueError(f"{name} is on {tensor.device} and qweight on {qweight.device}: move the whole layer")
 
 
 def check_input(x: Tensor, qweight: Tensor, g_idx: Tensor, bias: Tensor | None) -> None:
@@ -170,14 +164,10 @@ def check_input(x: Tensor, qweight: Tensor, g_idx: Tensor, bias: Tensor | None) 
         raise ValueError(f"bias must have shape [{qweight.shape[1]}], got {list(bias.shape)}")
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.device != qweight.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, the weights on {qweight.device}: move one of them"
-            )
+            raise ValueError(f"{name} is on {tensor.device}, the weights on {qweight.device}: move one of them")
 
 
-def _tiles(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int
-) -> Iterator[tuple[slice, Tensor]]:
+def _tiles(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Iterator[tuple[slice, Tensor]]:
     """(which outputs, their weights as float32 [in, len]), tile by tile."""
     n_in, n_out = len(g_idx), qweight.shape[1]
     groups = scales.shape[0]

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from gptq_plugin.apps.data import TextData
 from gptq_plugin.apps.documents import texts
 from gptq_plugin.apps.evaluate import evaluate_export, mean_nll
-from gptq_plugin.apps.language_model import LanguageModel
+from gptq_plugin.apps.language_model import LanguageModel, SaveFloat
 from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weights_size
 from gptq_plugin.callback import GPTQCallback
 from gptq_plugin.export import check_export_dir
@@ -45,16 +45,19 @@ def finetune(cfg: DictConfig) -> float | None:
         callbacks = [_instantiate(node) for node in cfg.callbacks.values()]
         gptq = _gptq_callback(callbacks)
         gptq.tokenizer = gptq.tokenizer or model.tokenizer
-        trainer: Trainer = _instantiate(cfg.trainer, callbacks=callbacks)
+        save_float = SaveFloat(run_dir / "float" if cfg.save_float else None)
+        trainer: Trainer = _instantiate(cfg.trainer, callbacks=[save_float, *callbacks])
     with clock("train"):
-        trainer.fit(model, data)
+        try:
+            trainer.fit(model, data)
+        except Exception:
+            if save_float.seconds:
+                log.error("the fine-tuned float model is safe in %s", save_float.directory)
+            raise
     if not trainer.is_global_zero or gptq.report is None:  # without a report it was a fast_dev_run
         return None
     clock.move(gptq.report.seconds["total"], "train", "quantize")
-    if cfg.save_float:
-        with clock("save float"):
-            model.network.save_pretrained(run_dir / "float")
-            model.tokenizer.save_pretrained(run_dir / "float")
+    clock.move(save_float.seconds, "train", "save float")
     model.to(trainer.strategy.root_device)
     return _finish(cfg, clock, run_dir, data, model, gptq.quantizer, gptq.report, gptq.export_dir)
 
