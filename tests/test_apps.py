@@ -395,12 +395,12 @@ def test_a_users_mistake_is_said_in_words_and_with_a_failing_exit(tmp_path):
 
 
 def test_a_failed_quantization_leaves_the_fine_tuned_model_and_says_where(app, tmp_path, monkeypatch, caplog):
-    import gptq_plugin.quantize
+    import gptq_plugin.job
 
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gptq_plugin.quantize, "solve", fails)
+    monkeypatch.setattr(gptq_plugin.job, "solve", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         app("finetune", *TINY)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "float")

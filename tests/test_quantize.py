@@ -329,7 +329,8 @@ def test_a_nan_weight_is_refused_by_name():
 
 @pytest.mark.parametrize("where", ["solver", "model", "swap"])
 def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeypatch):
-    import gptq_plugin.quantize as module
+    import gptq_plugin.job
+    import gptq_plugin.quantize
 
     model = llama(tie_word_embeddings=True).train()
     before, parameters = state(model), dict(model.named_parameters())
@@ -345,9 +346,9 @@ def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeyp
         return failing
 
     if where == "solver":
-        monkeypatch.setattr(module, "solve", fail_at(4, module.solve))
+        monkeypatch.setattr(gptq_plugin.job, "solve", fail_at(4, gptq_plugin.job.solve))
     elif where == "swap":
-        monkeypatch.setattr(module, "swap", fail_at(1, module.swap))
+        monkeypatch.setattr(gptq_plugin.quantize, "swap", fail_at(1, gptq_plugin.quantize.swap))
     else:
         activation = model.model.layers[1].mlp.act_fn
         monkeypatch.setattr(activation, "forward", fail_at(3, activation.forward))

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 from gptq_plugin import distributed
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
 from gptq_plugin.export import check_export_dir
-from gptq_plugin.forward import call, fits, transformers_models
+from gptq_plugin.forward import call, fits
+from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
 from gptq_plugin.quantize import QuantizeModule, evaluating
 from gptq_plugin.report import QuantizeReport

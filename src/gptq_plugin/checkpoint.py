@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_plugin.config import BITS, CHECKPOINT_FORMATS, rule_regex
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.packing import zeros_from_disk
 from gptq_plugin.qlinear import QuantLinear
@@ -173,7 +173,7 @@ class Checkpoint:
         """Opens one weights file and records its tensors."""
         if not file.is_file():
             raise CheckpointError(
-                f"{file} does not exist, but {INDEX} says it holds {_some(promised)}: "
+                f"{file} does not exist, but {INDEX} says it holds {some(promised)}: "
                 "fetch or copy the missing file, or export the model again"
             )
         try:
@@ -197,7 +197,7 @@ class Checkpoint:
         if not names:
             raise CheckpointError(
                 f"{self.directory} describes GPTQ weights but holds no tensor named NAME.qweight; it has "
-                f"{_some(self.tensors)}. If the model is not quantized, load it with transformers"
+                f"{some(self.tensors)}. If the model is not quantized, load it with transformers"
             )
         missing = [
             f"{name}.{suffix}"
@@ -226,7 +226,7 @@ class Checkpoint:
             logger.warning(
                 "%s stores no g_idx for %s: input channel i is taken to be in group i // group_size",
                 self.directory,
-                _some(derived),
+                some(derived),
             )
 
     def _layer(self, name: str, problems: list[str]) -> QuantizedLayer | None:
@@ -392,7 +392,7 @@ def _weight_files(directory: Path, quantization: Mapping[str, Any]) -> dict[Path
     if len(found) != 1:
         raise CheckpointError(
             f"{directory} should hold its weights in one {WEIGHTS}, or in shards listed by {INDEX}; it has "
-            f"{_some(file.name for file in found) or 'no safetensors file'}"
+            f"{some(file.name for file in found) or 'no safetensors file'}"
         )
     return {found[0]: []}
 
@@ -405,9 +405,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
     return content
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class TargetError(ValueError):
     """The model has no layer to quantize, or a layer contradicts the configuration."""
@@ -17,3 +19,10 @@ class CheckpointError(ValueError):
 
 class ExportError(ValueError):
     """The model or the folder cannot be exported to."""
+
+
+def some(names: Iterable[str], most: int = 4) -> str:
+    """The first names of a list that may be long, for a message."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

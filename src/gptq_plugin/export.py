@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +31,7 @@ from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels import reference
 from gptq_plugin.load import renaming
 from gptq_plugin.packing import zeros_to_disk
+from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.targets import is_linear
@@ -130,7 +130,7 @@ def export_model(
     try:
         description = client_config(model, layers, config)
         state = _disk_state(model, layers, config)
-        if _is_transformers(model):
+        if is_transformers(model):
             _write_transformers(staging, model, state, description)
         else:
             _write_plain(staging, model, state, description)
@@ -171,7 +171,7 @@ def client_config(model: nn.Module, layers: dict[str, QuantLinear], config: Quan
     Linears left float inside the blocks are told twice: GPTQModel wants ``dynamic`` rules, transformers a
     list of those that are quantized.
     """
-    head = model.get_output_embeddings() if _is_transformers(model) else None  # type: ignore[operator]
+    head = model.get_output_embeddings() if is_transformers(model) else None  # type: ignore[operator]
     floats = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
     dynamic = {
         **{rule: {} for rule in _skip_rules(floats, layers)},
@@ -335,7 +335,7 @@ def _verify(staging: Path, model: nn.Module, layers: dict[str, QuantLinear]) -> 
         checkpoint = Checkpoint.open(staging)
     except CheckpointError as error:
         raise ExportError(f"the export does not read back: {error}") from error
-    rename = renaming(model) if _is_transformers(model) else str
+    rename = renaming(model) if is_transformers(model) else str
     stored_names = {name if name in layers else rename(name): name for name in checkpoint.layers}
     found = {layers[name] for name in stored_names if name in layers}
     lost = [name for name, layer in layers.items() if layer not in found]
@@ -415,12 +415,6 @@ def _move_into_place(staging: Path, directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    """Whether it is a transformers model; without transformers in the process there can be none."""
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gptq_plugin.errors import CalibrationError
+from gptq_plugin.pretrained import is_transformers
 
 
 def call(model: nn.Module, data: Any, *, every_logit: bool = False) -> Any:
@@ -35,11 +35,11 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False) -> Any:
     if isinstance(data, Mapping):
         if fits(model, data):
             return model(**_keywords(model, signature, data, every_logit))
-        if _binds(signature, data) and not _is_transformers(model):
+        if _binds(signature, data) and not is_transformers(model):
             return model(data)
     elif isinstance(data, (list, tuple)) and data:
         # Of a transformers model's tuple, one element might be the attention mask: that must not be guessed.
-        if _binds(signature, data[0]) and not (_is_transformers(model) and len(data) > 1):
+        if _binds(signature, data[0]) and not (is_transformers(model) and len(data) > 1):
             return model(data[0])
     elif _binds(signature, data):
         return model(data)
@@ -48,15 +48,6 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False) -> Any:
         "batches that do, or say how to run one: quantize(..., forward=lambda model, batch: ...), or a "
         "`calibration_step(batch)` method on the LightningModule"
     )
-
-
-def transformers_models(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The outermost transformers models in a tree, with their dotted names."""
-    if _is_transformers(root):
-        yield prefix, root
-        return
-    for name, child in root.named_children():
-        yield from transformers_models(child, f"{prefix}.{name}" if prefix else name)
 
 
 def fits(model: nn.Module, data: Mapping[str, Any]) -> bool:
@@ -96,7 +87,7 @@ def _keywords(
     parameters = signature.parameters
     any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     keywords = {k: v for k, v in data.items() if k in parameters or any_keyword}
-    if not _is_transformers(model):
+    if not is_transformers(model):
         return keywords
     keywords = {k: v for k, v in keywords.items() if k in parameters}  # transformers' **kwargs are for kernels
     if not getattr(model.config, "is_encoder_decoder", False):
@@ -106,11 +97,6 @@ def _keywords(
     if "logits_to_keep" in parameters and not every_logit:
         keywords["logits_to_keep"] = 1
     return keywords
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    pretrained = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
-    return pretrained is not None and isinstance(model, pretrained)
 
 
 def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gptq_plugin.checkpoint import CONFIG, Checkpoint
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.qlinear import QuantLinear, swap
-from gptq_plugin.targets import is_linear
+from gptq_plugin.targets import is_linear, linear_shape
 
 
 def load_quantized(
@@ -267,13 +267,6 @@ def _match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str
             names[name] = stored
     _refuse(checkpoint, type(model).__name__, problems)
     return names
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a Linear or of Conv1D, which stores its weight as [in, out]."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    rows, columns = weight.shape
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
 def _refuse(checkpoint: Checkpoint, model: str, problems: list[str]) -> None:

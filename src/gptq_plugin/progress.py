@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from gptq_plugin.quantize import Progress
+from gptq_plugin.job import Progress
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

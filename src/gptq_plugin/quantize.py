@@ -1,44 +1,33 @@
-"""QuantizeModule: the only file that knows the order of the steps.
+"""QuantizeModule: the order of the steps.
 
-find targets → collect batches → plan → walk in lock-step: (Hessian → solve → put the quantized weight in the
-layer's place) → swap in QuantLinear → report. Until the last step the model's own modules stay where they
-are and only point to other values, so a failure anywhere gives the float model back.
+find targets → collect batches → the job: plan, then walk in lock-step, quantizing each layer → swap in
+QuantLinear → report.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gptq_plugin import distributed, lockstep
-from gptq_plugin.calibration import Batch, Calibration, collect, masks_in
+from gptq_plugin import distributed
+from gptq_plugin.calibration import collect
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.export import client_config, export_model
-from gptq_plugin.forward import call, transformers_models
-from gptq_plugin.hessian import Hessian
+from gptq_plugin.forward import call
+from gptq_plugin.job import Job, ModelForward, Progress, Weights, float_reports, module_report
+from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.report import ModuleReport, QuantizeReport
-from gptq_plugin.solver import QuantizedWeight, Solution, round_to_nearest, solve
+from gptq_plugin.solver import round_to_nearest
 from gptq_plugin.targets import Skipped, Target, find_targets
 
 log = logging.getLogger(__name__)
-
-ModelForward = Callable[[nn.Module, Any], Any]
-Progress = Callable[[int, int, str], None]
-
-_running: ContextVar[int | None] = ContextVar("number of the calibration batch that runs on this thread", default=None)
 
 
 class QuantizeModule:
@@ -130,7 +119,7 @@ class QuantizeModule:
         Raises:
             TargetError, CalibrationError: As `quantize`.
         """
-        with evaluating(model), _Weights() as weights:
+        with evaluating(model), Weights() as weights:
             self._job(model, batches, forward, tokenizer, None, None, weights).rehearse(whole)
 
     @contextlib.contextmanager
@@ -161,10 +150,10 @@ class QuantizeModule:
         for target in targets:
             quantized = round_to_nearest(target.weight, target.config)
             layers[target.name] = QuantLinear.from_quantized(quantized, target.bias)
-            modules.append(_module_report(target, method="rtn"))
+            modules.append(module_report(target, method="rtn"))
         swap(model, layers)
         _describe(model, layers, self.config)
-        self.report = QuantizeReport(self.config, modules + _float_reports(skipped))
+        self.report = QuantizeReport(self.config, modules + float_reports(skipped))
         self.report.seconds["round-to-nearest"] = time.perf_counter() - started
         return self.report
 
@@ -193,7 +182,7 @@ class QuantizeModule:
     ) -> Iterator[Callable[[], None]]:
         """Quantizes; yields what undoes it; undoes it on an error before that."""
         started = time.perf_counter()
-        with evaluating(model), _Weights() as weights:
+        with evaluating(model), Weights() as weights:
             job = self._job(model, data, forward, tokenizer, nsamples, progress, weights)
             report = job.run()
             swapped = {target.name: target.module for target in job.targets if target.name in job.layers}
@@ -223,315 +212,20 @@ class QuantizeModule:
         tokenizer: Callable[..., Any] | None,
         nsamples: int | None,
         progress: Progress | None,
-        weights: _Weights,
-    ) -> _Job:
+        weights: Weights,
+    ) -> Job:
         targets, skipped = self.check(model)
         limit = share(self.config.nsamples) if nsamples is None else nsamples
         calibration = collect(data, self.config, tokenizer, limit)
         every_logit = self.config.lm_head
         run = forward or (lambda model, batch: call(model, batch, every_logit=every_logit))
-        return _Job(self.config, model, targets, skipped, calibration, run, weights, progress or _quiet)
+        return Job(self.config, model, targets, skipped, calibration, run, weights, progress or _quiet)
 
 
 def share(total: int) -> int:
     """This rank's part of `total` samples; the parts of all ranks add up to it."""
     size, rank = distributed.world_size(), distributed.rank()
     return total // size + (rank < total % size)
-
-
-class _Weights:
-    """The float parameters the layers had, until it is sure that they are no longer needed."""
-
-    def __init__(self) -> None:
-        self._saved: list[tuple[Target, nn.Parameter]] = []
-        self._kept = False
-
-    def replace(self, target: Target, value: Tensor) -> None:
-        """Gives the layer another weight, [out, in], and remembers its own parameter."""
-        self._saved.append((target, target.parameter))
-        target.set_parameter(target.with_weight(value))
-
-    def keep(self) -> None:
-        """The change stands: leaving the context no longer undoes it."""
-        self._kept = True
-
-    def restore(self) -> None:
-        while self._saved:
-            target, parameter = self._saved.pop()
-            target.set_parameter(parameter)
-
-    def __enter__(self) -> _Weights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._kept:
-            self.restore()
-
-
-@dataclass
-class _Job:
-    """One quantization: what is asked, and what has been found so far."""
-
-    config: QuantizeConfig
-    model: nn.Module
-    targets: list[Target]
-    skipped: list[Skipped]
-    calibration: Calibration
-    forward: ModelForward
-    weights: _Weights
-    progress: Progress
-    layers: dict[str, QuantLinear] = field(default_factory=dict)
-    reports: dict[str, ModuleReport] = field(default_factory=dict)
-    hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
-    remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
-    masks: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    solving: float = 0.0
-    samples: int = 0
-
-    def run(self) -> QuantizeReport:
-        started = time.perf_counter()
-        self.samples = self._count_samples()
-        by_name = {target.name: target for target in self.targets}
-        modules = {target.name: target.module for target in self.targets}
-        forwards = [self._forward(number, batch) for number, batch in enumerate(self.calibration.batches)]
-        notes = lockstep.Walk()
-        device = self.targets[0].weight.device
-        with self._watching_masks():
-            groups = self._plan(modules, forwards)
-            for stop in lockstep.walk(
-                groups,
-                modules,
-                forwards,
-                self._observe,
-                lambda position: distributed.minimum(position, device),
-                notes,
-            ):
-                self._quantize_group([by_name[name] for name in stop.group.names], stop)
-        self._report_unreached(by_name)
-        return self._report(notes, time.perf_counter() - started)
-
-    def rehearse(self, whole: bool) -> None:
-        """One batch of each rank through the model, layer by layer, with nothing quantized."""
-        self.samples = self._count_samples()
-        known = [batch.tokens for batch in self.calibration.batches]
-        totals = distributed.gather_objects(None if None in known else sum(n for n in known if n is not None))
-        if whole and None not in totals:
-            self._check_enough(sum(totals))
-        modules = {target.name: target.module for target in self.targets}
-        groups = [lockstep.Group((name,)) for name in modules]
-        reached: set[str] = set()
-
-        def observe(group: lockstep.Group, number: int, x: Tensor) -> None:
-            rows, _ = self.calibration.batches[number].counted(x, self.masks.get(number))
-            if rows is not None and not torch.isfinite(rows).all():
-                raise CalibrationError(_not_finite(group.names[0], f"calibration batch {number}"))
-            reached.add(group.names[0])
-
-        with self._watching_masks():
-            for batch in self.calibration.batches[:1]:
-                for _ in lockstep.walk(groups, modules, [self._forward(0, batch)], observe):
-                    pass
-        if not any(distributed.gather_objects(bool(reached))):
-            raise CalibrationError(self._unreached())
-
-    def _count_samples(self) -> int:
-        counts = distributed.gather_objects(self.calibration.samples)
-        if not sum(counts):
-            dropped = "; ".join(self.calibration.deviations)
-            raise CalibrationError(f"the calibration set is empty{f': {dropped}' if dropped else ''}")
-        return sum(counts)
-
-    def _forward(self, number: int, batch: Batch) -> lockstep.Forward:
-        def run() -> Any:
-            _running.set(number)  # each forward has context variables of its own
-            return self.forward(self.model, batch.data)
-
-        return run
-
-    @contextlib.contextmanager
-    def _watching_masks(self) -> Iterator[None]:
-        """Takes each batch's masks from the call that reaches the model, however the user's batch is laid out."""
-
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            number = _running.get()
-            masks = masks_in({**kwargs, **inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments})
-            if number is not None and masks is not None:
-                self.masks[number] = masks
-
-        handles = [
-            model.register_forward_pre_hook(watch, with_kwargs=True) for _, model in transformers_models(self.model)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _plan(self, modules: dict[str, nn.Module], forwards: list[lockstep.Forward]) -> list[lockstep.Group]:
-        """Rank by rank the models are the same, so the first rank that has a batch plans for all."""
-        plans = distributed.gather_objects(lockstep.plan(modules, forwards[0]) if forwards else None)
-        groups: list[lockstep.Group] = next(p for p in plans if p is not None)
-        return groups
-
-    def _observe(self, group: lockstep.Group, number: int, x: Tensor) -> None:
-        hessian = self._hessian(group, x.device)
-        rows, remark = self.calibration.batches[number].counted(x, self.masks.get(number))
-        if remark is not None:
-            self.remarks[group.names[0]][remark] += 1
-        if rows is not None:
-            hessian.add(rows)
-
-    def _hessian(self, group: lockstep.Group, device: torch.device) -> Hessian:
-        if group.names not in self.hessians:
-            module = next(t for t in self.targets if t.name == group.names[0])
-            self.hessians[group.names] = Hessian(module.weight.shape[1], device)
-        return self.hessians[group.names]
-
-    def _quantize_group(self, members: list[Target], stop: lockstep.Stop) -> None:
-        hessian = self._hessian(stop.group, members[0].weight.device)
-        self.hessians.pop(stop.group.names)
-        distributed.sum_(hessian.sum)
-        distributed.sum_(hessian.tokens)
-        mean, tokens = hessian.mean(), int(hessian.tokens)
-        self._check_finite(members, stop, mean)
-        if not self.reports:
-            self._check_enough(tokens)
-        # Layers of one configuration are one matrix to the solver: their rows do not know each other.
-        alike: dict[str, list[Target]] = defaultdict(list)
-        for target in members:
-            alike[repr(target.config)].append(target)
-        remarks = self.remarks.pop(stop.group.names[0], {})
-        for same in alike.values():
-            self._solve(same, mean, tokens, remarks)
-
-    def _solve(self, same: list[Target], mean: Tensor, tokens: int, remarks: dict[str, int]) -> None:
-        names = ", ".join(target.name for target in same)
-        started = time.perf_counter()
-        try:
-            solution = solve(torch.cat([target.weight for target in same]), mean, same[0].config)
-        except ValueError as error:
-            raise TargetError(f"{names}: {error}") from error
-        w = solution.weight
-        for tensor in (w.codes, w.scales, w.zeros, w.g_idx):
-            distributed.from_first(tensor)
-        deviations = solution.deviations + tuple(f"{remark} ({n} batches)" for remark, n in remarks.items())
-        if 0 < tokens < mean.shape[0]:
-            deviations += (f"only {tokens} calibration tokens for {mean.shape[0]} inputs: the Hessian is singular",)
-        start, rows = 0, sum(target.weight.shape[0] for target in same)
-        for target in same:
-            stop = start + target.weight.shape[0]
-            weight = solution.weight.rows(start, stop)
-            self.weights.replace(target, weight.dequantize(target.weight.dtype))
-            self.layers[target.name] = QuantLinear.from_quantized(weight, target.bias)
-            self.reports[target.name] = _module_report(
-                target,
-                method=solution.method,
-                loss=float(solution.loss[start:stop].sum()),
-                rtn_loss=float(solution.rtn_loss[start:stop].sum()),
-                tokens=tokens,
-                damp_percent=solution.damp_percent,
-                seconds=(time.perf_counter() - started) * target.weight.shape[0] / rows,
-                deviations=deviations,
-            )
-            start = stop
-        self.solving += time.perf_counter() - started
-        self.progress(len(self.reports), len(self.targets), names)
-
-    def _check_finite(self, members: list[Target], stop: lockstep.Stop, mean: Tensor) -> None:
-        if torch.isfinite(mean).all():
-            return
-        guilty = [number for number, x in stop.inputs.items() if not torch.isfinite(x).all()]
-        where = f"calibration batches {guilty}" if guilty else "another rank's calibration batches"
-        raise CalibrationError(_not_finite(members[0].name, where))
-
-    def _check_enough(self, tokens: int) -> None:
-        least = min(target.weight.shape[1] for target in self.targets)
-        if tokens < least:
-            raise CalibrationError(
-                f"the calibration set is too short: {tokens} tokens in {self.samples} samples, while even the "
-                f"narrowest layer has {least} inputs, so no Hessian would have full rank. Give more samples "
-                f"(nsamples is {self.config.nsamples}) or longer ones (model_seqlen is {self.config.model_seqlen})"
-            )
-
-    def _report_unreached(self, by_name: dict[str, Target]) -> None:
-        unreached = [target for name, target in by_name.items() if name not in self.reports]
-        if len(unreached) == len(by_name):
-            raise CalibrationError(self._unreached())
-        for target in unreached:
-            reason = "never called in calibration: left float"
-            self.reports[target.name] = _module_report(target, method="float", reason=reason, deviations=(reason,))
-
-    def _unreached(self) -> str:
-        return (
-            f"no calibration batch reached any of the {len(self.targets)} layers to quantize, such as "
-            f"{self.targets[0].name}: the forward runs other modules than {type(self.model).__name__}'s"
-        )
-
-    def _report(self, notes: lockstep.Walk, seconds: float) -> QuantizeReport:
-        late: dict[str, int] = defaultdict(int)
-        for one in distributed.gather_objects(notes.late):
-            for name, calls in one.items():
-                late[name] += calls
-        deviations: list[str] = []
-        for one in distributed.gather_objects(self.calibration.deviations):
-            deviations += [deviation for deviation in one if deviation not in deviations]
-        if self.samples < self.config.nsamples:
-            deviations.append(f"{self.samples} calibration samples used, nsamples={self.config.nsamples} asked")
-        deviations += [
-            f"{name}: {calls} calls came after it was quantized; their inputs are not in its Hessian"
-            for name, calls in late.items()
-        ]
-        reports = [self.reports[target.name] for target in self.targets]
-        return QuantizeReport(
-            self.config,
-            reports + _float_reports(self.skipped),
-            samples=self.samples,
-            tokens=max(report.tokens for report in reports),
-            seconds={"calibrate": seconds - self.solving, "solve": self.solving},
-            deviations=deviations,
-        )
-
-
-def _not_finite(layer: str, where: str) -> str:
-    return (
-        f"the input of {layer} holds NaN or infinity in {where} (rank {distributed.rank()}). Look for broken samples, "
-        "or run the model in a wider dtype: float16 overflows at 65504"
-    )
-
-
-def _module_report(target: Target, method: str, **values: Any) -> ModuleReport:
-    is_float = method == "float"
-    return ModuleReport(
-        name=target.name,
-        method=method,
-        bits=None if is_float else target.config.bits,
-        group_size=None if is_float else target.config.group_size,
-        shape=(target.weight.shape[0], target.weight.shape[1]),
-        **values,
-    )
-
-
-def _float_reports(skipped: list[Skipped]) -> list[ModuleReport]:
-    reports = []
-    for skip in skipped:
-        out_features, in_features = _shape(skip.module)
-        reports.append(
-            ModuleReport(
-                skip.name,
-                "float",
-                None,
-                None,
-                (out_features, in_features),
-                reason=skip.reason,
-                deviations=() if skip.asked else (skip.reason,),
-            )
-        )
-    return reports
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return (weight.shape[0], weight.shape[1]) if isinstance(module, nn.Linear) else (weight.shape[1], weight.shape[0])
 
 
 def _describe(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> None:
@@ -562,6 +256,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _quiet(done: int, total: int, what: str) -> None:
     pass
-
-
-__all__ = ["ModelForward", "Progress", "QuantizeModule", "QuantizedWeight", "Solution", "share"]

@@ -130,7 +130,7 @@ class QuantizeReport:
         rows = [head] + [_row(module) for module in self.modules]
         lines = [
             line if module is None or not module.reason else f"{line}  {module.reason}"
-            for line, module in zip(_aligned(rows), [None, *self.modules], strict=True)
+            for line, module in zip(aligned(rows), [None, *self.modules], strict=True)
         ]
         totals = self.totals()
         ratio = f", {totals['loss'] / totals['rtn_loss']:.3f} of round-to-nearest's" if totals["rtn_loss"] else ""
@@ -177,15 +177,15 @@ def _figure(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    first = widths[0]
-    return [
-        "  ".join(
-            [row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    ]
+def aligned(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]:
+    """Rows as lines with columns one under the other: the first to the left, the others to the right if numeric."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [c.rjust(w) if numeric else c.ljust(w) for c, w in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def _without_nan(value: Any) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gptq_plugin.config import QuantizeConfig, rule_regex
-from gptq_plugin.errors import TargetError
+from gptq_plugin.errors import TargetError, some
 from gptq_plugin.qlinear import QuantLinear
 
 
@@ -81,7 +81,7 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     if quantized:
         raise TargetError(
-            f"{_some(quantized)} are quantized already. Quantize the float model: load it anew from its checkpoint"
+            f"{some(quantized)} are quantized already. Quantize the float model: load it anew from its checkpoint"
         )
     _check_patterns(config, linears)
     targets: list[Target] = []
@@ -126,7 +126,7 @@ def _refuse_adapters(model: nn.Module) -> None:
     adapted = [name for name, module in model.named_modules() if kind is not None and isinstance(module, kind)]
     if adapted:
         raise TargetError(
-            f"{_some(adapted)} carry PEFT adapters, which would be quantized beside the weights they change. Merge "
+            f"{some(adapted)} carry PEFT adapters, which would be quantized beside the weights they change. Merge "
             "them first: quantize model.merge_and_unload(), or save that and run gptq-quantize on it"
         )
 
@@ -149,8 +149,15 @@ def _obstacles(model: nn.Module, head: nn.Module | None) -> dict[nn.Module, str]
             reasons[module] = f"its weight is {weight.dtype}, not floating point"
         elif module is not head and len(users[id(weight)]) > 1:
             others = [user for user in users[id(weight)] if user != f"{name}.weight"]
-            reasons[module] = f"its weight is tied to {_some(others)}"
+            reasons[module] = f"its weight is tied to {some(others)}"
     return reasons
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a Linear or of Conv1D, which stores its weight as [in, out]."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -186,13 +193,13 @@ def _check_patterns(config: QuantizeConfig, linears: dict[str, nn.Module]) -> No
         if not any(re.match(rule_regex(pattern), name) for name in linears):
             raise TargetError(
                 f"dynamic: {pattern!r} matches none of the {len(linears)} linear layers "
-                f"({_some(list(linears))}). Rules are matched from the start of the full name, as re.match does"
+                f"({some(list(linears))}). Rules are matched from the start of the full name, as re.match does"
             )
     for part in config.modules_to_not_convert:
         if not any(_contains(name, part) for name in linears):
             raise TargetError(
                 f"modules_to_not_convert: {part!r} is no name, or run of a name's components, of any of the "
-                f"{len(linears)} linear layers ({_some(list(linears))})"
+                f"{len(linears)} linear layers ({some(list(linears))})"
             )
 
 
@@ -204,7 +211,7 @@ def _check_group_sizes(targets: list[Target]) -> None:
             wrong[(in_features, size)].append(target.name)
     if wrong:
         lines = [
-            f"group_size {size} does not divide the {in_features} input features of {_some(names)}: choose one of "
+            f"group_size {size} does not divide the {in_features} input features of {some(names)}: choose one of "
             f"{', '.join(map(str, _group_sizes(in_features)))} or -1"
             for (in_features, size), names in wrong.items()
         ]
@@ -229,8 +236,3 @@ def _no_target(model: nn.Module, skipped: list[Skipped]) -> str:
 
 def _contains(name: str, part: str) -> bool:
     return f".{part}." in f".{name}."
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

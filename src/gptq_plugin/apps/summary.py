@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from torch import nn
+
+from gptq_plugin.report import aligned
 
 SUMMARY = "summary.json"
 
@@ -158,17 +160,6 @@ def weights_size(network: nn.Module) -> tuple[int, str]:
 def files_size(directory: Path) -> int:
     """Bytes of the safetensors files in a folder."""
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
-def aligned(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]:
-    """Rows as lines with columns one under the other: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(w) if numeric else cell.ljust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def _figures(nll: dict[str, float], key: str) -> tuple[str, str, str]:
