@@ -305,3 +305,28 @@ def pycode_layers(shared):
         handle.remove()
     rows = 192  # the reference is slow
     return {name: (model.get_submodule(name).weight.detach()[:rows], x.T @ x / len(x)) for name, x in inputs.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_gpu_gives_the_papers_codes_even_where_the_trainer_allows_tf32(order):
+    from gptq_plugin.hessian import Hessian
+
+    weight, hessian = correlated(rows=96, n=512)
+    x = (torch.randn(4096, 512, dtype=torch.float64) @ torch.linalg.cholesky(hessian).T).cuda()
+    reference = x.T @ x / len(x)
+    config = plain(bits=4, group_size=128, **ORDERS[order])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        running = Hessian(512, "cuda")
+        running.add(x.float())
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            solution = solve(weight.float().cuda(), running.mean(), config)
+    finally:
+        assert torch.get_float32_matmul_precision() == "medium"
+        torch.set_float32_matmul_precision(before)
+    assert (running.mean().double() - reference).norm() / reference.norm() < 1e-5  # TF32 is near 3e-4
+    codes, _ = plain_gptq(weight, reference.cpu(), config)
+    assert (solution.weight.codes.cpu() == codes).double().mean() > 0.98
