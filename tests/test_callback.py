@@ -617,7 +617,8 @@ def test_a_run_on_a_gpu_is_quantized_on_it(precision, tmp_path):
         module, token_loader(), [Watching(QuantizeModule(**SMALL), tmp_path / "out")], tmp_path,
         accelerator="gpu", precision=precision,
     )  # fmt: skip
-    assert devices == ["cuda"] and len(quantized(module)) == 7
+    assert devices == ["cuda", "cuda"]  # the rehearsal before training, and the quantization after it
+    assert len(quantized(module)) == 7
     assert trainer.test(module, token_loader(), verbose=False)[0]["train_loss"] > 0
     ids = torch.arange(8, device="cuda")[None]
     assert load_quantized(tmp_path / "out", device="cuda").generate(ids, max_new_tokens=2).shape == (1, 10)
