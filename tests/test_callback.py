@@ -573,7 +573,7 @@ torch.save({k: v for k, v in module.state_dict().items()}, out / f"rank{rank}.pt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("samples", [16, 23, 1000])
+@pytest.mark.parametrize("samples", [16, 17, 1000])  # 17: a last batch of one sample on rank 0
 def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, tmp_path):
     (tmp_path / "train.py").write_text(textwrap.dedent(DDP))
     for devices in (1, 2):

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantLinear
 
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
