@@ -167,6 +167,63 @@ def test_the_triton_kernel_does_not_round_float32_to_tf32(device):
     assert_product(y, x, layer.weight, None)
 
 
+def make_block(columns, rows, bits, device="cpu", dtype=torch.float32):
+    """target, weight, factor, scales, zeros of a block of columns, with errors that matter to later columns."""
+    weight = torch.randn(columns, rows, dtype=torch.float64)
+    pushed = torch.randn(columns, rows, dtype=torch.float64) * 0.1
+    factor = torch.triu(torch.randn(columns, columns, dtype=torch.float64) * 0.1, 1) + torch.eye(columns)
+    scales = torch.rand(columns, rows, dtype=torch.float64).half().double() * 2 / 2**bits + 0.05
+    zeros = torch.randint(0, 2**bits, (columns, rows)).double()
+    return [t.to(device, dtype).contiguous() for t in (weight + pushed, weight, factor, scales, zeros)]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_plain_block_is_the_recursion(bits):
+    target, weight, factor, scales, zeros = make_block(9, 5, bits, dtype=torch.float64)
+    codes, errors = reference.solve_block(target.clone(), weight, factor, scales, zeros, bits)
+    for row in range(5):
+        for j in range(9):
+            t = target[j, row] + sum(errors[k, row] * factor[k, j] for k in range(j))
+            q = torch.round(t / scales[j, row] + zeros[j, row]).clamp(0, 2**bits - 1)
+            assert codes[j, row] == q
+            assert errors[j, row] == weight[j, row] - scales[j, row] * (q - zeros[j, row])
+
+
+@triton_device
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("columns", "rows"), [(128, 40), (16, 1), (48, 17), (7, 33), (1, 5), (128, 300)])
+def test_the_triton_block_is_the_plain_one(columns, rows, bits, device):
+    from gptq_plugin.kernels import solve
+
+    if device == "cpu":  # the interpreter is slow
+        columns, rows = min(columns, 48), min(rows, 40)
+    target, *others = make_block(columns, rows, bits, device)
+    codes, errors = solve.solve_block(target, *others, bits)
+    wanted, wanted_errors = reference.solve_block(target.double(), *(t.double() for t in others), bits)
+    same = codes == wanted  # a sum in float32 may fall on the other side of a near tie, and its row goes on from there
+    whole_rows = same.all(dim=0)
+    assert whole_rows.double().mean() > 0.95
+    assert not errors.isnan().any()
+    torch.testing.assert_close(errors[:, whole_rows].double(), wanted_errors[:, whole_rows], atol=1e-5, rtol=1e-5)
+    again = solve.solve_block(target, *others, bits)
+    assert torch.equal(codes, again[0]) and torch.equal(errors, again[1])  # the target was not overwritten
+
+
+@triton_device
+def test_the_triton_block_names_what_it_cannot_take(device):
+    from gptq_plugin.kernels import solve
+
+    target, weight, factor, scales, zeros = make_block(16, 8, 4, device)
+    with pytest.raises(ValueError, match="weight must be contiguous float32"):
+        solve.solve_block(target, weight.double(), factor, scales, zeros, 4)
+    with pytest.raises(ValueError, match="scales must be contiguous"):
+        solve.solve_block(target, weight, factor, scales.t().contiguous().t(), zeros, 4)
+    with pytest.raises(ValueError, match=r"factor must be float32 \[16, 16\]"):
+        solve.solve_block(target, weight, factor[:8], scales, zeros, 4)
+    with pytest.raises(ValueError, match="at most 128 columns"):
+        solve.solve_block(*make_block(129, 8, 4, device), 4)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_the_triton_kernels_pass_in_the_interpreter():
     pytest.importorskip("triton")

@@ -210,3 +210,32 @@ def _expand(words: Tensor, bits: int, n: int) -> Tensor:
         if within + bits > 32:
             codes[:, k] |= (words[:, word + 1] << (32 - within)) & ((1 << bits) - 1)
     return codes.reshape(-1, columns)[:n]
+
+
+def solve_block(
+    target: Tensor, weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's recursion over some columns, one after the other, for all rows at once.
+
+    Column j's target is rounded to its grid; the error against the original weight is pushed to the targets of
+    the columns after it: target_k += error_j·factor_jk.
+
+    Args:
+        target: [columns, rows], the columns' weights plus what earlier blocks pushed to them; overwritten.
+        weight: [columns, rows], the original weights.
+        factor: [columns, columns], unit upper triangular.
+        scales, zeros: [columns, rows], each weight's grid.
+        bits: Width of a code.
+
+    Returns:
+        codes, uint8, and errors, weight − scale·(code − zero), in weight's dtype; both [columns, rows].
+    """
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    errors = torch.empty_like(weight)
+    for j in range(target.shape[0]):
+        q = torch.round(target[j] / scales[j] + zeros[j]).clamp_(0, 2**bits - 1)
+        codes[j] = q
+        errors[j] = weight[j] - scales[j] * (q - zeros[j])
+        if j + 1 < target.shape[0]:
+            target[j + 1 :].addr_(factor[j, j + 1 :], errors[j])
+    return codes, errors

@@ -19,13 +19,14 @@ scales that nearest rounding likes best, it judges a grid by the error after com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.kernels import reference
 from gptq_plugin.precision import full_precision
 
 BLOCK = 128  # columns solved before their errors reach the rest through one matrix product
@@ -256,26 +257,32 @@ def _visit_columns(
         s, z = _grid(weight.reshape(out_features, groups, size) * span[:, None, None], config)
         scales.copy_(s.T)
         zeros.copy_(z.T)
-        group_of = (order // size).tolist()
+        group_of = order // size
     else:
-        group_of = [j // size for j in range(in_features)]
+        group_of = torch.arange(in_features, device=w.device) // size
+    solve_block = _block_solver(w)
     for start, stop in _blocks(in_features, config):
         if not config.static_groups and start % size == 0:
             moved = w[start : start + size] + _compensation(factor, error, start, start + size)
             scales[start // size], zeros[start // size] = _grid(moved.T * span[:, None], config)
         target = torch.addmm(w[start:stop], factor[:start, start:stop].T, error[:start])
-        for i, j in enumerate(range(start, stop)):
-            s, z = scales[group_of[j]], zeros[group_of[j]]
-            q = _round(target[i], s, z, config.bits)
-            codes[j] = q
-            error[j] = w[j] - s * (q - z)
-            if j + 1 < stop:
-                target[i + 1 :].addr_(factor[j, j + 1 : stop], error[j])
+        grid = group_of[start:stop]
+        codes[start:stop], error[start:stop] = solve_block(
+            target, w[start:stop], factor[start:stop, start:stop], scales[grid], zeros[grid], config.bits
+        )
     natural = torch.empty_like(codes)
     natural[order] = codes
     g_idx = torch.empty(in_features, dtype=torch.int32, device=w.device)
-    g_idx[order] = torch.tensor(group_of, dtype=torch.int32, device=w.device)
+    g_idx[order] = group_of.int()
     return _assemble(natural.T, scales, zeros, g_idx, config)
+
+
+def _block_solver(weight: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    if weight.is_cuda and weight.dtype == torch.float32:
+        from gptq_plugin.kernels import solve as triton_solve  # imported here: needs Triton
+
+        return triton_solve.solve_block
+    return reference.solve_block
 
 
 def _compensation(factor: Tensor, error: Tensor, start: int, stop: int) -> Tensor:
