@@ -199,7 +199,8 @@ def _factorize(hessian: Tensor, config: QuantizeConfig) -> tuple[Tensor | None, 
                 deviations.append("Hessian factored in float64 after float32 failed")
             if damp_percent != config.damp_percent:
                 deviations.append(f"damp_percent raised from {config.damp_percent:g} to {damp_percent:g}")
-            return (upper / upper.diagonal()).to(hessian.dtype), damp_percent, tuple(deviations)
+            factor = (upper / upper.diagonal()).to(hessian.dtype).contiguous()  # LAPACK's is column-major
+            return factor, damp_percent, tuple(deviations)
     return None, damp_percent, (f"no Cholesky factor up to damp_percent {damp_percent:g}: round-to-nearest",)
 
 
