@@ -29,27 +29,30 @@ def milliseconds(call: Callable[[], object], repeats: int = 3) -> float:
     return (time.perf_counter() - started) / repeats * 1e3
 
 
+def measure(weight: torch.Tensor, hessian: torch.Tensor, config: QuantizeConfig) -> str:
+    rows = weight.shape[0]
+    order = solver._visiting_order(hessian, config)
+    ordered = hessian[order][:, order]
+    factor, _, _ = solver._factorize(ordered, config)
+    assert factor is not None
+    span = torch.tensor(config.clip_ratios, device="cuda").repeat_interleave(rows)
+    stacked = weight.repeat(len(config.clip_ratios), 1)
+    times = {
+        "factor": lambda: solver._factorize(ordered, config),
+        "columns": lambda: solver._visit_columns(stacked, factor, order, span, config),
+        "all": lambda: solver.solve(weight, hessian, config),
+    }
+    return "  ".join(f"{name} {milliseconds(call):.1f}" for name, call in times.items())
+
+
 def main() -> None:
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; milliseconds")
     for rows, n in SHAPES:
         x = torch.randn(2 * n, n, device="cuda") * torch.logspace(-1, 1, n, device="cuda")
-        hessian = x.T @ x / len(x)
-        weight = torch.randn(rows, n, device="cuda") * 0.02
+        hessian, weight = x.T @ x / len(x), torch.randn(rows, n, device="cuda") * 0.02
         for ratios in ((1.0,), QuantizeConfig().clip_ratios):
-            config = QuantizeConfig(clip_ratios=ratios)
-            order = solver._visiting_order(hessian, config)
-            ordered = hessian[order][:, order]
-            factor, _, _ = solver._factorize(ordered, config)
-            assert factor is not None
-            span = torch.tensor(ratios, device="cuda").repeat_interleave(rows)
-            stacked = weight.repeat(len(ratios), 1)
-            times = {
-                "factor": lambda: solver._factorize(ordered, config),
-                "columns": lambda: solver._visit_columns(stacked, factor, order, span, config),
-                "all": lambda: solver.solve(weight, hessian, config),
-            }
-            figures = "  ".join(f"{name} {milliseconds(call):.1f}" for name, call in times.items())
+            figures = measure(weight, hessian, QuantizeConfig(clip_ratios=ratios))
             print(f"{rows} x {n}, {len(ratios)} clip ratios: {figures}", flush=True)
 
 
