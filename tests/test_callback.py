@@ -520,6 +520,9 @@ def test_a_launcher_whose_modules_do_not_come_back_is_refused(tmp_path):
 def test_arguments_that_contradict_are_refused():
     with pytest.raises(ValueError, match="nothing of the quantization would remain"):
         GPTQCallback(QuantizeModule(), swap=False)
+    for single, message in (("a text", "give a list of texts"), ({"input_ids": [1]}, "give a list of batches")):
+        with pytest.raises(CalibrationError, match=message):
+            GPTQCallback(QuantizeModule(), calibration=single)
     with pytest.raises(TypeError, match="must be a QuantizeModule"):
         GPTQCallback({"bits": 4})
 

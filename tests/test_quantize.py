@@ -327,7 +327,7 @@ def test_a_nan_weight_is_refused_by_name():
         QuantizeModule(**SMALL).quantize(model, [torch.randn(64, 64)])
 
 
-@pytest.mark.parametrize("where", ["solver", "model", "swap"])
+@pytest.mark.parametrize("where", ["solver", "model", "swap", "client_config"])
 def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeypatch):
     import gptq_plugin.job
     import gptq_plugin.quantize
@@ -347,6 +347,8 @@ def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeyp
 
     if where == "solver":
         monkeypatch.setattr(gptq_plugin.job, "solve", fail_at(4, gptq_plugin.job.solve))
+    elif where == "client_config":
+        monkeypatch.setattr(gptq_plugin.quantize, where, fail_at(1, gptq_plugin.quantize.client_config))
     elif where == "swap":
         monkeypatch.setattr(gptq_plugin.quantize, "swap", fail_at(1, gptq_plugin.quantize.swap))
     else:

@@ -113,10 +113,7 @@ def collect(
     Raises:
         CalibrationError: `data` is a single text, texts come without a tokenizer, or kinds are mixed.
     """
-    if isinstance(data, (str, bytes)):
-        raise CalibrationError("calibration data is one text; give a list of texts: [text]")
-    if isinstance(data, Mapping):
-        raise CalibrationError("calibration data is one mapping; give a list of batches: [batch]")
+    refuse_single(data)
     limit = config.nsamples if nsamples is None else nsamples
     calibration = Calibration()
     samples: list[dict[str, Tensor]] = []
@@ -151,6 +148,18 @@ def collect(
         )
     calibration.batches += _stack(samples, config.batch_size)
     return calibration
+
+
+def refuse_single(data: Any) -> None:
+    """One text or one batch is iterable too, but not as calibration data: its characters or keys are no samples.
+
+    Raises:
+        CalibrationError: `data` is a text or a mapping.
+    """
+    if isinstance(data, (str, bytes)):
+        raise CalibrationError("calibration data is one text; give a list of texts: [text]")
+    if isinstance(data, Mapping):
+        raise CalibrationError("calibration data is one mapping; give a list of batches: [batch]")
 
 
 def ready_batch(data: Any) -> Batch:

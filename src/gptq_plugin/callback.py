@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gptq_plugin import distributed
+from gptq_plugin.calibration import refuse_single
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, fits
@@ -82,6 +83,7 @@ class GPTQCallback(pl.Callback):
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
         self.tokenizer = tokenizer
+        refuse_single(calibration)
         if calibration is not None and iter(calibration) is calibration:  # it can be read only once
             calibration = list(islice(calibration, quantizer.config.nsamples + 1))
         self.calibration = calibration

@@ -59,8 +59,3 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def barrier() -> None:
-    if active():
-        dist.barrier()

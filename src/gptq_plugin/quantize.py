@@ -187,8 +187,12 @@ class QuantizeModule:
             report = job.run()
             swapped = {target.name: target.module for target in job.targets if target.name in job.layers}
             swap(model, job.layers)
+            try:
+                _describe(model, job.layers, self.config)
+            except BaseException:
+                swap(model, swapped)
+                raise
             weights.keep()
-        _describe(model, job.layers, self.config)
         for name, module in swapped.items():
             job.layers[name].train(module.training)
         report.seconds["total"] = time.perf_counter() - started
