@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from gptq_plugin import QuantizeConfig, load_quantized
+from gptq_plugin import QuantizeConfig, load_quantized, shards
 from gptq_plugin import export as export_module
 from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError, ExportError
-from gptq_plugin.export import check_export_dir, export_model
+from gptq_plugin.export import Export, check_export_dir, export_model
 from gptq_plugin.qlinear import QuantLinear, swap
 
 IDS = torch.tensor([[1, 17, 5, 99, 42, 7, 8, 64]])
@@ -218,6 +220,197 @@ def test_a_loaded_model_exports_again_to_the_same_tensors(rtn: Rtn, tmp_path: Pa
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
+# --- in steps -----------------------------------------------------------------------------------------------
+
+
+def tiny_llava() -> Any:
+    """A model whose tensors have other names on the hub than in memory."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = LlamaConfig(**{**tiny_llama().config.to_dict(), "num_hidden_layers": 1})
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=120))
+
+
+def quantized(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def tensor_names(folder: Path) -> set[str]:
+    found: list[str] = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            found += stored.keys()
+    assert len(set(found)) == len(found)
+    return set(found)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, Plain])
+def test_layers_added_before_the_others_are_quantized_give_the_files_of_one_export(
+    make: Callable[[], nn.Module], rtn: Rtn, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(group_size=16)
+    torch.manual_seed(0)
+    model = make()
+    done = rtn(copy.deepcopy(model), config)
+    wanted = export_model(done, tmp_path / "at once", config)
+    with Export(model, tmp_path / "in steps", config) as export:
+        for name, layer in quantized(done).items():
+            export.add(name, layer)
+        swap(model, quantized(done))
+        folder = export.finish(model)
+    assert folder == tmp_path / "in steps"
+    assert files(folder) == files(wanted)
+
+
+@pytest.mark.parametrize("shard", [10**9, 10_000], ids=["one file", "shards"])
+def test_tensors_have_the_names_that_save_pretrained_gives_them(
+    shard: int, rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "SHARD", shard)
+    config = QuantizeConfig(group_size=32, dynamic={r"-:.*v_proj": {}})
+    model = rtn(tiny_llava(), config)
+    model.save_pretrained(tmp_path / "theirs")
+    folder = export_model(model, tmp_path / "ours", config)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) is (shard == 10_000)
+    assert tensor_names(folder) == tensor_names(tmp_path / "theirs")
+    assert "language_model.model.layers.0.mlp.up_proj.qweight" in tensor_names(folder)
+    assert torch.equal(logits(load_quantized(folder)), logits(model))
+
+
+def test_a_layer_that_transformers_stores_joined_with_others_is_refused(rtn: Rtn, tmp_path: Path) -> None:
+    from transformers import NomicBertConfig, NomicBertModel
+
+    config = QuantizeConfig(group_size=32)
+    model = NomicBertModel(
+        NomicBertConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+    )
+    with pytest.raises(ExportError, match=r"q_proj cannot be exported.*modules_to_not_convert"):
+        export_model(rtn(model, config), tmp_path / "out", config)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [tiny_llama, Plain])
+def test_shards_are_written_while_layers_are_added(
+    make: Callable[[], nn.Module], rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "SHARD", 5_000)
+    config = QuantizeConfig(group_size=16)
+    model = rtn(make(), config)
+    layers = quantized(model)
+    with Export(model, tmp_path / "out", config) as export:
+        for name, layer in layers.items():
+            export.add(name, layer)
+        deadline = time.monotonic() + 20
+        while not any(export.written(name) for name in layers):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        folder = export.finish(model)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == tensor_names(folder)
+    assert {path.name for path in folder.glob("*.safetensors")} == set(index["weight_map"].values())
+    assert ("total_parameters" in index["metadata"]) is hasattr(model, "config")
+    loaded = load_quantized(folder) if hasattr(model, "config") else load_quantized(folder, model=make())
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_layers_that_point_to_their_files_stay_valid_after_finish_and_after_giving_up(
+    rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "SHARD", 1)
+    config = QuantizeConfig(group_size=16)
+    model = rtn(tiny_gpt2(), config)
+    wanted, layers = logits(model), quantized(model)
+    for finish in (False, True):
+        with Export(model, tmp_path / "out", config) as export:
+            for name, layer in layers.items():
+                export.add(name, layer)
+                while (mapped := export.written(name)) is None:
+                    time.sleep(0.001)
+                assert set(mapped) == {"qweight", "scales", "g_idx", "bias"}
+                for suffix, tensor in mapped.items():
+                    assert tensor.data_ptr() != getattr(layer, suffix).data_ptr()
+                    setattr(layer, suffix, tensor)
+            if finish:
+                export.finish(model)
+        assert torch.equal(logits(model), wanted)
+    assert torch.equal(logits(load_quantized(tmp_path / "out")), wanted)
+
+
+def test_finish_names_layers_that_were_not_added_or_are_no_longer_there(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16)
+    model = rtn(Plain(), config)
+    export = Export(model, tmp_path / "out", config)
+    export.add("inner.0", model.inner[0])
+    with pytest.raises(ExportError, match=r"inner\.2, again were not added"):
+        export.finish(model)
+    assert not any(tmp_path.iterdir())
+    export = Export(model, tmp_path / "out", config)
+    export.add("inner.0", model.inner[0])
+    export.add("again", model.again)
+    model.inner[0] = nn.Linear(48, 96)
+    with pytest.raises(ExportError, match=r"inner\.0 were added to the export and are not quantized"):
+        export.finish(model)
+    assert not any(tmp_path.iterdir())
+
+
+def test_adding_a_layer_twice_or_one_that_the_model_has_not_is_refused(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16)
+    model = rtn(Plain(), config)
+    with Export(model, tmp_path / "out", config) as export:
+        export.add("inner.0", model.inner[0])
+        with pytest.raises(ExportError, match=r"inner\.0 was added to the export before"):
+            export.add("inner.0", model.inner[0])
+        with pytest.raises(ExportError, match="other cannot be exported: it is no linear layer"):
+            export.add("other", model.inner[0])
+
+
+@pytest.mark.parametrize("tensor", ["qweight", "qzeros", "scales"])
+def test_a_layer_that_changed_after_it_was_added_is_noticed(
+    tensor: str, rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_COMPARED", 1000)
+    config = QuantizeConfig(group_size=16)
+    model = rtn(Plain(), config)
+    with Export(model, tmp_path / "out", config) as export:
+        for name, layer in quantized(copy.deepcopy(model)).items():
+            export.add(name, layer)
+        getattr(model.inner[0], tensor)[-1, -1] += 1  # beyond the rows that are decoded bit by bit
+        with pytest.raises(ExportError, match=rf"inner\.0\.{tensor} differs"):
+            export.finish(model)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, None], ids=["Ctrl-C", "return"])
+def test_an_export_that_is_left_unfinished_leaves_nothing(
+    error: type[BaseException] | None, rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "SHARD", 1)
+    config = QuantizeConfig(group_size=16)
+    model = rtn(Plain(), config)
+    export_model(model, tmp_path / "out", config)
+    before = files(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt), Export(model, tmp_path / "out", config, overwrite=True) as export:
+        export.add("inner.0", model.inner[0])
+        if error is not None:
+            raise error
+    assert files(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ExportError, match="finished or given up"):
+        export.add("again", model.again)
+
+
+@pytest.mark.gpu
+def test_a_model_on_the_gpu_exports_the_files_of_one_on_the_cpu(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_gpt2(), config)
+    wanted = files(export_model(model, tmp_path / "cpu", config))
+    assert files(export_model(model.cuda(), tmp_path / "gpu", config)) == wanted
+
+
 # --- what clients find --------------------------------------------------------------------------------------
 
 
@@ -385,17 +578,17 @@ def fail_saving(monkeypatch: pytest.MonkeyPatch) -> None:
         Path(path).write_bytes(b"half a fi")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(export_module, "save_file", save)
+    monkeypatch.setattr(shards, "save_file", save)
 
 
 def spoil_a_tensor(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    original = export_module.save_file
+    original = shards.save_file
 
     def save(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
         spoiled = {name: (tensor.clone() + 1 if name.endswith(ending) else tensor) for name, tensor in tensors.items()}
         original(spoiled, path, metadata=metadata)
 
-    monkeypatch.setattr(export_module, "save_file", save)
+    monkeypatch.setattr(shards, "save_file", save)
 
 
 def fail_renaming(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +603,7 @@ def fail_renaming(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], type[Exception], str]] = {
-    "the disk fills up": (fail_saving, OSError, "no space left"),
+    "the disk fills up": (fail_saving, ExportError, "no space left.*Make room"),
     "the rename fails": (fail_renaming, OSError, "stale file handle"),
     "codes are written wrongly": (
         lambda m: spoil_a_tensor(m, "0.qweight"),

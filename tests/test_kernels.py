@@ -167,61 +167,215 @@ def test_the_triton_kernel_does_not_round_float32_to_tf32(device):
     assert_product(y, x, layer.weight, None)
 
 
-def make_block(columns, rows, bits, device="cpu", dtype=torch.float32):
-    """target, weight, factor, scales, zeros of a block of columns, with errors that matter to later columns."""
-    weight = torch.randn(columns, rows, dtype=torch.float64)
-    pushed = torch.randn(columns, rows, dtype=torch.float64) * 0.1
-    factor = torch.triu(torch.randn(columns, columns, dtype=torch.float64) * 0.1, 1) + torch.eye(columns)
-    scales = torch.rand(columns, rows, dtype=torch.float64).half().double() * 2 / 2**bits + 0.05
-    zeros = torch.randint(0, 2**bits, (columns, rows)).double()
-    return [t.to(device, dtype).contiguous() for t in (weight + pushed, weight, factor, scales, zeros)]
+NAN = float("nan")
+
+
+@dataclass
+class Block:
+    """The arguments of solve_block; its outputs are poisoned."""
+
+    pushed: Tensor
+    weight: Tensor
+    factor: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group: Tensor
+    channel: Tensor
+    gain: Tensor
+    damping: Tensor
+    codes: Tensor
+    errors: Tensor
+    loss: Tensor
+
+    def solve(self, by, bits):
+        """What `by` makes of a copy."""
+        copy = Block(**{name: value.clone() for name, value in vars(self).items()})
+        by(**vars(copy), bits=bits)
+        return copy
+
+
+def make_block(columns, rows, bits, device="cpu", dtype=torch.float32, batch=1, alternatives=1):
+    """A block of columns, three channels less than there are, with errors that matter to the columns visited later."""
+    generator = torch.Generator().manual_seed(columns * 1000 + rows)
+    width, n = alternatives * rows, columns + 3
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    values = {
+        "pushed": normal(batch, columns, width) * 0.1,
+        "weight": normal(batch, n, rows),
+        "factor": torch.triu(normal(batch, columns, columns) * 0.1, 1) + torch.eye(columns),
+        "scales": normal(batch, 3, width).abs().half().double() * 2 / 2**bits + 0.05,
+        "zeros": torch.randint(0, 2**bits, (batch, 3, width), generator=generator).double(),
+        "group": torch.randint(0, 3, (batch, columns), generator=generator).int(),
+        "channel": torch.stack([torch.randperm(n, generator=generator)[:columns] for _ in range(batch)]).int(),
+        "gain": normal(batch, columns).square(),
+        "damping": normal(batch, columns).square() * 0.01,
+        "codes": torch.full((batch, n, width), 255, dtype=torch.uint8),
+        "errors": torch.full((batch, columns, width), NAN, dtype=torch.float64),
+        "loss": normal(batch, width).square(),
+    }
+    return Block(**{k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in values.items()})
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_plain_block_is_the_recursion(bits):
-    target, weight, factor, scales, zeros = make_block(9, 5, bits, dtype=torch.float64)
-    codes, errors = reference.solve_block(target.clone(), weight, factor, scales, zeros, bits)
-    for row in range(5):
-        for j in range(9):
-            t = target[j, row] + sum(errors[k, row] * factor[k, j] for k in range(j))
-            q = torch.round(t / scales[j, row] + zeros[j, row]).clamp(0, 2**bits - 1)
-            assert codes[j, row] == q
-            assert errors[j, row] == weight[j, row] - scales[j, row] * (q - zeros[j, row])
+    block = make_block(9, 5, bits, dtype=torch.float64, batch=2, alternatives=3)
+    found = block.solve(reference.solve_block, bits)
+    for b, row in itertools.product(range(2), range(15)):
+        loss = block.loss[b, row]
+        for j in reversed(range(9)):
+            channel, group = block.channel[b, j], block.group[b, j]
+            w = block.weight[b, channel, row % 5]
+            scale, zero = block.scales[b, group, row], block.zeros[b, group, row]
+            t = w + block.pushed[b, j, row]
+            t = t + sum(found.errors[b, k, row] * block.factor[b, j, k] for k in range(j + 1, 9))
+            q = torch.round(t / scale + zero).clamp(0, 2**bits - 1)
+            assert found.codes[b, channel, row] == q
+            assert found.errors[b, j, row] == w - scale * (q - zero)
+            loss = loss + block.gain[b, j] * (t - scale * (q - zero)) ** 2
+            loss = loss - block.damping[b, j] * found.errors[b, j, row] ** 2
+        torch.testing.assert_close(found.loss[b, row], loss)
+
+
+BLOCKS = [(128, 40, 1, 1), (16, 1, 1, 1), (48, 17, 2, 2), (7, 33, 1, 2), (1, 5, 3, 1), (128, 300, 2, 2)]
 
 
 @triton_device
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("columns", "rows"), [(128, 40), (16, 1), (48, 17), (7, 33), (1, 5), (128, 300)])
-def test_the_triton_block_is_the_plain_one(columns, rows, bits, device):
+@pytest.mark.parametrize(("columns", "rows", "batch", "alternatives"), BLOCKS)
+def test_the_triton_block_is_the_plain_one(columns, rows, batch, alternatives, bits, device):
     from gptq_plugin.kernels import solve
 
     if device == "cpu":  # the interpreter is slow
-        columns, rows = min(columns, 48), min(rows, 40)
-    target, *others = make_block(columns, rows, bits, device)
-    codes, errors = solve.solve_block(target, *others, bits)
-    wanted, wanted_errors = reference.solve_block(target.double(), *(t.double() for t in others), bits)
-    same = codes == wanted  # a sum in float32 may fall on the other side of a near tie, and its row goes on from there
-    whole_rows = same.all(dim=0)
-    assert whole_rows.double().mean() > 0.95
-    assert not errors.isnan().any()
-    torch.testing.assert_close(errors[:, whole_rows].double(), wanted_errors[:, whole_rows], atol=1e-5, rtol=1e-5)
-    again = solve.solve_block(target, *others, bits)
-    assert torch.equal(codes, again[0]) and torch.equal(errors, again[1])  # the target was not overwritten
+        columns, rows = min(columns, 32), min(rows, 20)
+    block = make_block(columns, rows, bits, device, batch=batch, alternatives=alternatives)
+    exact = Block(**{k: v.double() if v.is_floating_point() else v for k, v in vars(block).items()})
+    found, wanted = block.solve(solve.solve_block, bits), exact.solve(reference.solve_block, bits)
+    # A sum in float32 may fall on the other side of a near tie, and its row goes on from there.
+    same = (found.codes == wanted.codes).all(dim=1)  # channels of other blocks are as they were in both
+    assert same.double().mean() > 0.95
+    assert not found.errors.isnan().any()
+    together = same[:, None].expand_as(found.errors)
+    torch.testing.assert_close(found.errors[together].double(), wanted.errors[together], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.loss[same].double(), wanted.loss[same], atol=1e-4, rtol=1e-4)
+    for name in ("pushed", "weight", "factor", "scales", "zeros", "group", "channel", "gain", "damping"):
+        assert torch.equal(getattr(found, name), getattr(block, name))  # only outputs are written
+
+
+@triton_device
+def test_the_triton_block_writes_into_runs_of_columns_of_longer_matrices(device):
+    from gptq_plugin.kernels import solve
+
+    whole = make_block(40, 6, 4, device, batch=2)
+    columns, as_they_are = slice(8, 24), ("weight", "scales", "zeros", "codes", "loss")
+    part = Block(
+        **{n: v if n in as_they_are else v[:, columns] for n, v in vars(whole).items() if n != "factor"},
+        factor=whole.factor[:, columns, columns],
+    )
+    alone = Block(**{name: value.contiguous().clone() for name, value in vars(part).items()})
+    solve.solve_block(**vars(part), bits=4)
+    solve.solve_block(**vars(alone), bits=4)
+    for name in ("codes", "errors", "loss"):
+        assert torch.equal(getattr(part, name), getattr(alone, name))
+    outside = [*range(8), *range(24, 40)]
+    assert whole.errors[:, outside].isnan().all()
+    assert ((whole.codes != 255).all(2).sum(1) == 16).all()  # every column has its channel, and the others keep theirs
 
 
 @triton_device
 def test_the_triton_block_names_what_it_cannot_take(device):
     from gptq_plugin.kernels import solve
 
-    target, weight, factor, scales, zeros = make_block(16, 8, 4, device)
-    with pytest.raises(ValueError, match="weight must be contiguous float32"):
-        solve.solve_block(target, weight.double(), factor, scales, zeros, 4)
-    with pytest.raises(ValueError, match="scales must be contiguous"):
-        solve.solve_block(target, weight, factor, scales.t().contiguous().t(), zeros, 4)
-    with pytest.raises(ValueError, match=r"factor must be float32 \[16, 16\]"):
-        solve.solve_block(target, weight, factor[:8], scales, zeros, 4)
+    block = make_block(16, 8, 4, device, batch=2)
+
+    def solving(**changes):
+        solve.solve_block(**{**vars(block), **changes}, bits=4)
+
+    with pytest.raises(ValueError, match=r"weight must be torch.float32 \[2, 19, 8\]"):
+        solving(weight=block.weight.double())
+    with pytest.raises(ValueError, match="scales must be"):
+        solving(scales=block.scales.mT.contiguous().mT)
+    with pytest.raises(ValueError, match=r"factor must be torch.float32 \[2, 16, 16\]"):
+        solving(factor=block.factor[:, :8])
+    with pytest.raises(ValueError, match=r"codes must be torch.uint8 \[2, 19, 8\] with strides"):
+        solving(codes=torch.empty(2, 24, 8, dtype=torch.uint8, device=device)[:, :19])
+    with pytest.raises(ValueError, match="group must be torch.int32"):
+        solving(group=torch.zeros(2, 40, dtype=torch.int32, device=device)[:, :16])
     with pytest.raises(ValueError, match="at most 128 columns"):
-        solve.solve_block(*make_block(129, 8, 4, device), 4)
+        solve.solve_block(**vars(make_block(129, 8, 4, device)), bits=4)
+
+
+@triton_device
+@pytest.mark.parametrize(("batch", "n"), [(1, 7), (2, 33), (1, 1100)])
+def test_the_triton_permutation_is_the_plain_one(batch, n, device):
+    from gptq_plugin.kernels import solve
+
+    matrices = torch.randn(batch, n, n, device=device)
+    order = torch.stack([torch.randperm(n) for _ in range(batch)]).to(device)
+    assert torch.equal(solve.permuted(matrices, order), reference.permuted(matrices, order))
+    assert torch.equal(solve.permuted(matrices.mT, order), reference.permuted(matrices.mT, order))
+    with pytest.raises(ValueError, match="need"):
+        solve.permuted(matrices, order[:, 1:])
+
+
+@dataclass
+class Grids:
+    """The arguments of clipping_errors."""
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor
+    spread: Tensor
+    gain: Tensor
+
+
+def make_grids(rows, groups, size, bits, alternatives=4, device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, groups * size, generator=generator, dtype=torch.float64)
+    scales = torch.rand(1, rows, groups, generator=generator, dtype=torch.float64) + 0.5
+    scales = scales * torch.linspace(1, 0.5, alternatives, dtype=torch.float64)[:, None, None] * 4 / 2**bits
+    zeros = torch.randint(1, 2**bits, scales.shape, generator=generator).double()
+    spread, gain = torch.rand(2, groups * size, generator=generator, dtype=torch.float64)
+    return Grids(*(t.to(device, dtype).contiguous() for t in (weight, scales, zeros, spread, gain)))
+
+
+def test_a_grids_cost_is_that_of_targets_a_spread_away_to_either_side():
+    grids = make_grids(3, 2, 5, 3, dtype=torch.float64)
+    found = reference.clipping_errors(**vars(grids), bits=3)
+    for a, row in itertools.product(range(4), range(3)):
+        cost = 0.0
+        for j in range(10):
+            scale, zero = grids.scales[a, row, j // 5], grids.zeros[a, row, j // 5]
+            for side in (-1, 1):
+                t = grids.weight[row, j] + side * grids.spread[j] * grids.scales[0, row, j // 5]
+                q = torch.round(t / scale + zero).clamp(0, 7)
+                cost += grids.gain[j] * (t - scale * (q - zero)) ** 2 / 2
+        torch.testing.assert_close(found[a, row], cost)
+
+
+@triton_device
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("rows", "groups", "size"), [(33, 2, 128), (5, 3, 48), (1, 1, 300), (17, 4, 15), (16, 1, 1)])
+def test_the_triton_forecast_is_the_plain_one(rows, groups, size, bits, device):
+    from gptq_plugin.kernels import solve
+
+    grids = make_grids(rows, groups, size, bits, device=device)
+    found = solve.clipping_errors(**vars(grids), bits=bits)
+    wanted = reference.clipping_errors(**{k: v.double() for k, v in vars(grids).items()}, bits=bits)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+@triton_device
+def test_the_triton_forecast_names_what_it_cannot_take(device):
+    from gptq_plugin.kernels import solve
+
+    grids = make_grids(4, 2, 16, 4, device=device)
+    with pytest.raises(ValueError, match=r"weight must be contiguous float32 \[4, 32\]"):
+        solve.clipping_errors(**{**vars(grids), "weight": grids.weight.double()}, bits=4)
+    with pytest.raises(ValueError, match=r"gain must be contiguous float32 \[32\]"):
+        solve.clipping_errors(**{**vars(grids), "gain": grids.gain[:5]}, bits=4)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")

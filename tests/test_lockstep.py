@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -462,3 +464,122 @@ def test_inputs_given_by_keyword_are_seen():
     model = ByKeyword()
     _, order, counted = walk(model, [lambda: model(torch.ones(2, 4))])
     assert counted["a"][0][1].shape == (2, 4)
+
+
+def test_waiting_is_entered_on_the_batchs_thread_before_anybody_sees_it_wait_and_left_when_it_goes_on():
+    events = []
+
+    @contextlib.contextmanager
+    def waiting(number, name):
+        assert threading.current_thread().name == f"calibration-batch-{number}"
+        events.append(("enter", number))
+        yield
+        events.append(("leave", number))
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers = linears(model)
+    call = lambda: model(torch.ones(1, 4))  # noqa: E731
+    groups = lockstep.plan(layers, call)
+    for stop in lockstep.walk(groups, layers, [call, call], lambda *_: None, waiting=waiting):
+        events.append(stop.group.names)
+    enter, leave = [("enter", 0), ("enter", 1)], [("leave", 0), ("leave", 1)]
+    between = [event for pair in zip(leave, enter) for event in pair]
+    assert events == [*enter, ("0",), *between, ("1",), *leave]
+
+
+def test_a_cancelled_batch_leaves_waiting_with_an_exception():
+    left = []
+
+    @contextlib.contextmanager
+    def waiting(number, name):
+        try:
+            yield
+        except BaseException as error:
+            left.append((number, isinstance(error, Exception)))
+            raise
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers = linears(model)
+    call = lambda: model(torch.ones(1, 4))  # noqa: E731
+    steps = lockstep.walk(lockstep.plan(layers, call), layers, [call] * 2, lambda *_: None, waiting=waiting)
+    next(steps)
+    steps.close()
+    assert left == [(0, False), (1, False)]
+
+
+@pytest.mark.parametrize("when", ["entered", "left"])
+def test_an_error_in_waiting_is_an_error_of_the_batch(when):
+    @contextlib.contextmanager
+    def waiting(number, name):
+        if (number, when) == (1, "entered"):
+            raise MemoryError("no room")
+        yield
+        if (number, when) == (1, "left"):
+            raise MemoryError("no room")
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers = linears(model)
+    call = lambda: model(torch.ones(1, 4))  # noqa: E731
+    groups = lockstep.plan(layers, call)
+    with pytest.raises(MemoryError, match="no room"):
+        for _ in lockstep.walk(groups, layers, [call] * 3, lambda *_: None, waiting=waiting):
+            pass
+    assert hooks_left(model) == 0
+
+
+def test_planning_enters_waiting_wherever_a_batch_would_wait():
+    entered = []
+
+    @contextlib.contextmanager
+    def waiting(number, name):
+        entered.append(number)
+        yield
+
+    model = MODELS["llama"]()
+    groups = lockstep.plan(linears(model), lambda: model(input_ids=torch.arange(6)[None]), waiting)
+    assert entered == [0] * len(groups)
+
+
+def test_a_hook_of_the_users_that_changes_a_layers_input_comes_first():
+    """What is observed is what the layer multiplies, rotated or scaled by a hook as it may be."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    layers, seen = linears(model), {}
+    call = lambda: model(torch.ones(1, 4))  # noqa: E731
+    groups = lockstep.plan(layers, call)
+    for _ in lockstep.walk(groups, layers, [call], lambda group, number, x: seen.setdefault(group.names, x.clone())):
+        pass
+    torch.testing.assert_close(seen[("1",)], 2 * model[0](torch.ones(1, 4)).detach())
+
+
+@pytest.mark.parametrize("ends", ["going on", "closed"])
+def test_a_stop_does_not_keep_the_inputs_alive(ends):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers = linears(model)
+    call = lambda: model[1](model[0](torch.ones(1, 4)))  # noqa: E731
+    steps = lockstep.walk(lockstep.plan(layers, call), layers, [call, call], lambda *_: None)
+    first = next(steps)
+    inputs = [weakref.ref(x) for x in first.inputs.values()]
+    assert len(inputs) == 2 and all(x() is not None for x in inputs)
+    if ends == "going on":
+        next(steps)
+    else:
+        steps.close()
+    gc.collect()
+    assert not any(x() is not None for x in inputs) and first.inputs == {}
+    steps.close()
+
+
+@pytest.mark.gpu
+def test_the_callers_cuda_stream_and_device_hold_in_every_batch():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).cuda()
+    streams = []
+
+    def call():
+        streams.append(torch.cuda.current_stream())
+        return model(torch.ones(1, 4, device="cuda"))
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        here = torch.cuda.current_stream()
+        walk(model, [call, call])
+    assert streams == [here] * 3 and torch.cuda.current_stream() != here

@@ -6,3 +6,19 @@ machines that have no Triton.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def solver_loops(x: Tensor) -> ModuleType:
+    """Where `solve_block`, `clipping_errors` and `permuted` are for tensors like x: in Triton for float32 on a GPU."""
+    if x.is_cuda and x.dtype == torch.float32:
+        from . import solve  # imported here: needs Triton
+
+        return solve
+    return reference

@@ -213,29 +213,80 @@ def _expand(words: Tensor, bits: int, n: int) -> Tensor:
 
 
 def solve_block(
-    target: Tensor, weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
-    """GPTQ's recursion over some columns, one after the other, for all rows at once.
+    pushed: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group: Tensor,
+    channel: Tensor,
+    gain: Tensor,
+    damping: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    loss: Tensor,
+    bits: int,
+) -> None:
+    """GPTQ's recursion over some columns, the last one first, for all rows of B matrices at once.
 
-    Column j's target is rounded to its grid; the error against the original weight is pushed to the targets of
-    the columns after it: target_k += error_j·factor_jk.
+    Column j's target is its weight, plus what columns outside the block push to it, plus what the columns after
+    it in the block do: t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to the grid of its group.
 
     Args:
-        target: [columns, rows], the columns' weights plus what earlier blocks pushed to them; overwritten.
-        weight: [columns, rows], the original weights.
-        factor: [columns, columns], unit upper triangular.
-        scales, zeros: [columns, rows], each weight's grid.
+        pushed: [B, columns, A·rows].
+        weight: [B, n, rows], all of the weight; each of the A alternatives of a row has the same.
+        factor: [B, columns, columns], unit upper triangular.
+        scales, zeros: [B, G, A·rows], the grids.
+        group: int32 [B, columns], each column's grid.
+        channel: int32 [B, columns], which of the n channels each column is.
+        gain, damping: [B, columns], what a column's squared deviation t − q adds to the loss, and what its squared
+            error w − q takes from it.
+        codes: uint8 [B, n, A·rows]; the columns' channels are written.
+        errors: [B, columns, A·rows], weight − scale·(code − zero); written.
+        loss: [B, A·rows]; added to.
+        bits: Width of a code.
+    """
+    alternatives = pushed.shape[2] // weight.shape[2]
+    for b in range(len(pushed)):
+        for j in range(pushed.shape[1] - 1, -1, -1):
+            w = weight[b, channel[b, j]].repeat(alternatives)
+            t = w + pushed[b, j] + errors[b, j + 1 :].T @ factor[b, j, j + 1 :]
+            scale, zero = scales[b, group[b, j]], zeros[b, group[b, j]]
+            q = torch.round(t / scale + zero).clamp_(0, 2**bits - 1)
+            rounded = scale * (q - zero)
+            codes[b, channel[b, j]], errors[b, j] = q, w - rounded
+            loss[b] += gain[b, j] * (t - rounded).square_() - damping[b, j] * errors[b, j].square()
+
+
+def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:
+    """What rounding to each of A grids is expected to cost every row: Σ_j gain_j·E[(t_j − Round(t_j))²].
+
+    GPTQ rounds a target t_j that has moved away from the weight; here it lies `spread` steps of the widest grid to
+    either side.
+
+    Args:
+        weight: [rows, in], groups contiguous.
+        scales, zeros: [A, rows, G], the grids; the first alternative's are the widest.
+        spread: [in], in steps.
+        gain: [in].
         bits: Width of a code.
 
     Returns:
-        codes, uint8, and errors, weight − scale·(code − zero), in weight's dtype; both [columns, rows].
+        [A, rows], in weight's dtype.
     """
-    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-    errors = torch.empty_like(weight)
-    for j in range(target.shape[0]):
-        q = torch.round(target[j] / scales[j] + zeros[j]).clamp_(0, 2**bits - 1)
-        codes[j] = q
-        errors[j] = weight[j] - scales[j] * (q - zeros[j])
-        if j + 1 < target.shape[0]:
-            target[j + 1 :].addr_(factor[j, j + 1 :], errors[j])
-    return codes, errors
+    alternatives, rows, groups = scales.shape
+    w = weight.view(rows, groups, -1)
+    moved = spread.view(groups, -1) * scales[0, :, :, None]
+    total = weight.new_zeros(alternatives, rows)
+    for a in range(alternatives):
+        scale, zero = scales[a, :, :, None], zeros[a, :, :, None]
+        for target in (w + moved, w - moved):
+            q = (target / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
+            error = target.sub_(q.sub_(zero).mul_(scale)).square_()
+            total[a] += error.view(rows, -1) @ gain
+    return total / 2
+
+
+def permuted(matrices: Tensor, order: Tensor) -> Tensor:
+    """matrix[order][:, order] of each: [B, n, n], contiguous, and int64 [B, n]."""
+    return torch.stack([matrix[which][:, which] for matrix, which in zip(matrices, order, strict=True)])

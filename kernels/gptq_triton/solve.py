@@ -1,8 +1,10 @@
-"""One block of GPTQ's columns in one launch, in Triton; `reference.solve_block` is its definition.
+"""The solver's loops in Triton, one launch each; `reference` defines them.
 
-A program keeps the targets of all columns of the block for some of the rows in registers and visits the columns
-in order: round, take the error, push it to the columns after. Rows do not know each other, so programs do not
-either.
+`solve_block` is GPTQ's recursion over a block of columns, for some of the rows in each program: rows do not know each
+other. It goes from the last column to the first in chunks. What the columns after a chunk push to it is one small
+product; inside, a column is rounded and its error pushed to those left, all in registers.
+
+`clipping_errors` reads a weight once for all the grids it is rounded to; `permuted` reorders a matrix's rows and columns.
 """
 
 from __future__ import annotations
@@ -20,66 +22,228 @@ except ImportError as error:
     ) from error
 
 _ROWS = 16  # rows a program; few, so that a narrow layer still fills the GPU
-_MAX_COLUMNS = 128  # the registers that hold a row's targets
+_WARPS = 1
+_CHUNK = 16  # columns in registers at a time
+_MAX_COLUMNS = 128
 
 
 @triton.jit
 def _solve_block_kernel(
-    target, weight, factor, scales, zeros, codes, errors, columns, rows, factor_stride,
-    TOP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    pushed, weight, factor, scales, zeros, group, channel, gain, damping, codes, errors, loss,
+    columns, width, rows, groups, n,
+    factor_batch, factor_stride, column_batch, channel_batch, error_batch, push_batch,
+    TOP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, COLUMNS)
-    inside = r < rows
-    tile = tl.load(target + c[:, None] * rows + r[None, :], mask=(c < columns)[:, None] & inside[None, :], other=0.0)
-    for j in range(columns):
-        t = tl.sum(tl.where(c[:, None] == j, tile, 0.0), axis=0)
-        at = j * rows + r
-        scale = tl.load(scales + at, mask=inside, other=1.0)
-        zero = tl.load(zeros + at, mask=inside, other=0.0)
-        w = tl.load(weight + at, mask=inside, other=0.0)
-        # Half to even, as torch.round: at 1.5·2^23 the spacing of float32 is 1.
-        x = tl.minimum(tl.maximum(tl.div_rn(t, scale) + zero, 0.0), TOP)
-        q = (x + 12582912.0) - 12582912.0
-        e = w - scale * (q - zero)
-        tl.store(codes + at, q.to(tl.uint8), mask=inside)
-        tl.store(errors + at, e, mask=inside)
-        a = tl.load(factor + j * factor_stride + c, mask=(c > j) & (c < columns), other=0.0)
-        tile += a[:, None] * e[None, :]
+    inside = r < width
+    c = tl.arange(0, CHUNK)
+    row = r % rows
+    pushed += b * push_batch
+    weight += b * n * rows
+    factor += b * factor_batch
+    scales += b * groups * width
+    zeros += b * groups * width
+    group += b * channel_batch
+    channel += b * channel_batch
+    gain += b * column_batch
+    damping += b * column_batch
+    codes += b * n * width
+    errors += b * error_batch
+    loss += b * width
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    chunks = tl.cdiv(columns, CHUNK)
+    for chunk in range(chunks):
+        first = (chunks - 1 - chunk) * CHUNK
+        at = first + c
+        there = at < columns
+        both = there[:, None] & inside[None, :]
+        natural = tl.load(channel + at, mask=there, other=0).to(tl.int64)
+        t = tl.load(weight + natural[:, None] * rows + row[None, :], mask=both, other=0.0)
+        t += tl.load(pushed + at[:, None] * width + r[None, :], mask=both, other=0.0)
+        for later in range(first + CHUNK, columns, CHUNK):
+            k = later + c
+            a = tl.load(factor + at[:, None] * factor_stride + k[None, :], mask=(k < columns)[None, :], other=0.0)
+            e = tl.load(
+                errors + k[:, None] * width + r[None, :], mask=(k < columns)[:, None] & inside[None, :], other=0.0
+            )
+            t = tl.dot(a, e, acc=t, input_precision="ieee")
+        for i in tl.static_range(CHUNK):
+            j = first + CHUNK - 1 - i
+            if j < columns:
+                mine = tl.load(channel + j).to(tl.int64)
+                w = tl.load(weight + mine * rows + row, mask=inside, other=0.0)
+                grid = tl.load(group + j) * width + r
+                scale = tl.load(scales + grid, mask=inside, other=1.0)
+                zero = tl.load(zeros + grid, mask=inside, other=0.0)
+                a = tl.load(factor + at * factor_stride + j, mask=at < j, other=0.0)
+                target = tl.sum(tl.where((at == j)[:, None], t, 0.0), axis=0)
+                # Half to even, as torch.round: at 1.5·2^23 the spacing of float32 is 1.
+                x = tl.minimum(tl.maximum(tl.div_rn(target, scale) + zero, 0.0), TOP)
+                q = (x + 12582912.0) - 12582912.0
+                rounded = scale * (q - zero)
+                e = w - rounded
+                off = target - rounded
+                total += tl.load(gain + j) * off * off - tl.load(damping + j) * e * e
+                tl.store(codes + mine * width + r, q.to(tl.uint8), mask=inside)
+                tl.store(errors + j * width + r, e, mask=inside)
+                t += a[:, None] * e[None, :]
+        tl.debug_barrier()  # the next chunk reads these errors, in other threads
+    tl.store(loss + r, tl.load(loss + r, mask=inside, other=0.0) + total, mask=inside)
 
 
 def solve_block(
-    target: Tensor, weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
+    pushed: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group: Tensor,
+    channel: Tensor,
+    gain: Tensor,
+    damping: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    loss: Tensor,
+    bits: int,
+) -> None:
     """`reference.solve_block` on a GPU.
 
     Args:
-        target: float32 [columns, rows], contiguous, at most 128 columns.
-        weight, scales, zeros: The same shape, dtype and device, contiguous.
-        factor: float32 [columns, columns], unit upper triangular; its last stride is 1.
+        weight, scales, zeros, codes, loss: As there, contiguous; floats are float32.
+        pushed, errors: As there, float32; the columns of each matrix are contiguous, one after the other. At most 128.
+        factor: As there, float32; its last stride is 1.
+        group, channel: As there; the same strides, 1 the last.
+        gain, damping: As there; the same strides, 1 the last.
         bits: Width of a code.
-
-    Returns:
-        codes uint8 and errors float32, [columns, rows].
 
     Raises:
         ValueError: A dtype, shape or stride that the kernel does not take.
     """
-    columns, rows = target.shape
+    batch, columns, width = pushed.shape
+    (_, n, rows), groups = weight.shape, scales.shape[1]
     if columns > _MAX_COLUMNS:
         raise ValueError(f"a block has at most {_MAX_COLUMNS} columns, got {columns}")
-    for name, tensor in (("target", target), ("weight", weight), ("scales", scales), ("zeros", zeros)):
-        if tensor.dtype != torch.float32 or tensor.shape != target.shape or not tensor.is_contiguous():
+    whole, column = (n * width, width, 1), (gain.stride(0), 1)
+    for name, tensor, shape, dtype, strides in (
+        ("pushed", pushed, (batch, columns, width), torch.float32, (pushed.stride(0), width, 1)),
+        ("weight", weight, (batch, n, rows), torch.float32, (n * rows, rows, 1)),
+        ("factor", factor, (batch, columns, columns), torch.float32, (factor.stride(0), factor.stride(1), 1)),
+        ("scales", scales, (batch, groups, width), torch.float32, (groups * width, width, 1)),
+        ("zeros", zeros, (batch, groups, width), torch.float32, (groups * width, width, 1)),
+        ("group", group, (batch, columns), torch.int32, (channel.stride(0), 1)),
+        ("channel", channel, (batch, columns), torch.int32, (channel.stride(0), 1)),
+        ("gain", gain, (batch, columns), torch.float32, column),
+        ("damping", damping, (batch, columns), torch.float32, column),
+        ("codes", codes, (batch, n, width), torch.uint8, whole),
+        ("errors", errors, (batch, columns, width), torch.float32, (errors.stride(0), width, 1)),
+        ("loss", loss, (batch, width), torch.float32, (width, 1)),
+    ):
+        # The stride of a dimension of one element means nothing.
+        laid = all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=False))
+        if tensor.shape != shape or tensor.dtype != dtype or not laid:
             raise ValueError(
-                f"{name} must be contiguous float32 {list(target.shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                f"{name} must be {dtype} {list(shape)} with strides {list(strides)}, got {tensor.dtype} "
+                f"{list(tensor.shape)} with strides {list(tensor.stride())}"
             )
-    if factor.dtype != torch.float32 or factor.shape != (columns, columns) or factor.stride(1) != 1:
-        raise ValueError(f"factor must be float32 [{columns}, {columns}] with last stride 1, got {factor.dtype}")
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=target.device)
-    errors = torch.empty_like(target)
-    if rows:
-        _solve_block_kernel[(triton.cdiv(rows, _ROWS),)](
-            target, weight, factor, scales, zeros, codes, errors, columns, rows, factor.stride(0),
-            TOP=float(2**bits - 1), COLUMNS=max(16, triton.next_power_of_2(columns)), ROWS=_ROWS,
+    if width % max(1, rows):
+        raise ValueError(f"{width} is no multiple of the {rows} rows")
+    if width and columns:
+        _solve_block_kernel[(triton.cdiv(width, _ROWS), batch)](
+            pushed, weight, factor, scales, zeros, group, channel, gain, damping, codes, errors, loss,
+            columns, width, rows, groups, n,
+            factor.stride(0), factor.stride(1), gain.stride(0), channel.stride(0), errors.stride(0), pushed.stride(0),
+            TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, num_warps=_WARPS,
         )  # fmt: skip
-    return codes, errors
+
+
+@triton.jit
+def _permuted_kernel(matrices, order, out, n, COLUMNS: tl.constexpr):
+    row, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    order += b * n
+    source = matrices + (b * n + tl.load(order + row)) * n
+    target = out + (b * n + row) * n
+    for first in range(0, n, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        there = c < n
+        tl.store(target + c, tl.load(source + tl.load(order + c, mask=there, other=0), mask=there), mask=there)
+
+
+def permuted(matrices: Tensor, order: Tensor) -> Tensor:
+    """`reference.permuted` on a GPU, in one pass.
+
+    Raises:
+        ValueError: Shapes that do not belong together.
+    """
+    batch, n, columns = matrices.shape
+    if columns != n or order.shape != (batch, n):
+        raise ValueError(f"need [B, n, n] and [B, n], got {list(matrices.shape)} and {list(order.shape)}")
+    matrices, order = matrices.contiguous(), order.contiguous()
+    out = torch.empty_like(matrices)
+    if out.numel():
+        _permuted_kernel[(n, batch)](matrices, order, out, n, COLUMNS=1024)
+    return out
+
+
+_SCORED_ROWS = 16
+_SCORED_COLUMNS = 128
+
+
+@triton.jit
+def _clipping_errors_kernel(
+    weight, scales, zeros, spread, gain, parts, alternatives, rows, groups, size,
+    TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    g = tl.program_id(1)
+    inside = r < rows
+    row_weight = weight + (r * groups + g)[:, None] * size
+    step = tl.load(scales + r * groups + g, mask=inside, other=1.0)
+    for a in range(alternatives):
+        at = (a * rows + r) * groups + g
+        scale = tl.load(scales + at, mask=inside, other=1.0)
+        zero = tl.load(zeros + at, mask=inside, other=0.0)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        for first in range(0, size, COLUMNS):
+            c = first + tl.arange(0, COLUMNS)
+            there = c < size
+            w = tl.load(row_weight + c[None, :], mask=inside[:, None] & there[None, :], other=0.0)
+            moved = tl.load(spread + g * size + c, mask=there, other=0.0)[None, :] * step[:, None]
+            high = w + moved
+            low = w - moved
+            q = tl.minimum(tl.maximum(high / scale[:, None] + zero[:, None], 0.0), TOP)
+            high -= scale[:, None] * ((q + 12582912.0) - 12582912.0 - zero[:, None])
+            q = tl.minimum(tl.maximum(low / scale[:, None] + zero[:, None], 0.0), TOP)
+            low -= scale[:, None] * ((q + 12582912.0) - 12582912.0 - zero[:, None])
+            total += tl.sum((high * high + low * low) * tl.load(gain + g * size + c, mask=there, other=0.0)[None, :], 1)
+        tl.store(parts + at, total / 2, mask=inside)
+
+
+def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:
+    """`reference.clipping_errors` on a GPU: float32, contiguous.
+
+    Raises:
+        ValueError: A dtype, shape or stride that the kernel does not take.
+    """
+    (rows, n), (alternatives, _, groups) = weight.shape, scales.shape
+    for name, tensor, shape in (
+        ("weight", weight, (rows, n)),
+        ("scales", scales, (alternatives, rows, groups)),
+        ("zeros", zeros, (alternatives, rows, groups)),
+        ("spread", spread, (n,)),
+        ("gain", gain, (n,)),
+    ):
+        if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if not groups or n % groups:
+        raise ValueError(f"{groups} groups do not divide {n} columns")
+    parts = torch.empty_like(scales)
+    size = n // groups
+    _clipping_errors_kernel[(triton.cdiv(rows, _SCORED_ROWS), groups)](
+        weight, scales, zeros, spread, gain, parts, alternatives, rows, groups, size,
+        TOP=float(2**bits - 1), ROWS=_SCORED_ROWS,
+        COLUMNS=min(_SCORED_COLUMNS, max(16, triton.next_power_of_2(size))),
+    )  # fmt: skip
+    return parts.sum(-1)

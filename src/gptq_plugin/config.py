@@ -62,9 +62,8 @@ class QuantizeConfig:
         damp_percent: Share of the mean of diag(H) added to diag(H), in [0, 1).
         damp_auto_increment: Added to damp_percent when the Hessian has no Cholesky factor even in
             float64, ten times more at each further try; 0 goes to round-to-nearest at once.
-        clip_ratios: Parts of a group's range its grid may cover. Every row is solved with each and keeps the
-            solution with the least output error, so more ratios cost time, never accuracy on the
-            calibration data; ``(1.0,)`` is plain GPTQ.
+        clip_ratios: Parts of a group's range its grid may cover. For every row the two that promise the least output
+            error are solved and the better one is kept; ``(1.0,)`` is plain GPTQ.
         true_sequential: Each layer is calibrated on inputs that went through the quantized layers before
             it. Lock-step calibration gives this in one pass; False is only read from other tools' files.
         lm_head: Also quantize the output embedding.
@@ -89,7 +88,7 @@ class QuantizeConfig:
     static_groups: bool = True
     damp_percent: float = 0.01
     damp_auto_increment: float = 0.0025
-    clip_ratios: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    clip_ratios: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
     true_sequential: bool = True
     lm_head: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -37,6 +37,15 @@ def minimum(value: int, device: torch.device) -> int:
     return int(tensor.item())
 
 
+def total(value: int, device: torch.device) -> int:
+    """The sum of all ranks' values."""
+    if not active():
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor)
+    return int(tensor.item())
+
+
 def from_first(tensor: Tensor) -> None:
     """Overwrites the tensor with rank 0's, in place on every rank."""
     if active():

@@ -1,4 +1,4 @@
-"""From a quantized model to a folder that GPTQ clients load: `export_model`.
+"""From a quantized model to a folder that GPTQ clients load: `export_model`, or `Export` while layers still come.
 
 The folder is written beside its target under a hidden name, read back from disk and compared with the model
 by a decoder of its own, flushed, and only then renamed into place: whatever fails on the way, the target is
@@ -22,23 +22,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, WEIGHTS, Checkpoint, trivial_g_idx
+from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint, trivial_g_idx
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig, package_version
-from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.errors import CheckpointError, ExportError, some
 from gptq_plugin.kernels import reference
 from gptq_plugin.load import renaming
-from gptq_plugin.packing import zeros_to_disk
+from gptq_plugin.packing import unpack_zeros, zeros_from_disk, zeros_to_disk
 from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.report import QuantizeReport
-from gptq_plugin.targets import is_linear
+from gptq_plugin.shards import ShardWriter
+from gptq_plugin.targets import is_linear, linear_shape
 
 REPORT = "quantization_report.json"
-MAX_SHARD = "5GB"
+SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
+MAX_SHARD = "5GB"  # of a transformers model's float tensors
+_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")  # of a QuantLinear, in memory and on disk
 _CHECKED_ROWS = 32  # output channels of every layer that are decoded again from the file
+_COMPARED = 2**26  # bytes of a tensor that are compared at a time
 
 
 def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
@@ -97,9 +100,9 @@ def export_model(
     """Writes a quantized model as a GPTQ checkpoint.
 
     A transformers model becomes what `save_pretrained` writes (config.json with a ``quantization_config``,
-    generation_config.json, safetensors in shards of at most 5 GB); any other module becomes one
-    model.safetensors and a config.json of our own. quantize_config.json (AutoGPTQ's file), the report and the
-    tokenizer lie beside.
+    generation_config.json, safetensors); any other module becomes safetensors and a config.json of our own. Up to
+    1 GB of tensors are one model.safetensors, more are shards with an index. quantize_config.json (AutoGPTQ's file),
+    the report and the tokenizer lie beside.
 
     Args:
         model: With `QuantLinear` layers; not changed. Other tensors are stored in their dtypes, tied ones
@@ -118,35 +121,164 @@ def export_model(
         ExportError: Nothing is quantized, `config` is not what the model was quantized with, the folder
             cannot be used, or what was written does not read back as the model. The target is then as it was.
     """
-    directory = Path(directory).resolve()
-    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
-    if not layers:
-        raise ExportError(f"{type(model).__name__} has no QuantLinear: quantize it before exporting it")
-    _check_config(layers, config)
-    check_export_dir(directory, overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.partial"
-    staging.mkdir()
-    try:
-        description = client_config(model, layers, config)
-        state = _disk_state(model, layers, config)
-        if is_transformers(model):
-            _write_transformers(staging, model, state, description)
-        else:
-            _write_plain(staging, model, state, description)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        if report is not None:
-            (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
-        _write_quantize_config(staging, description, config)
-        _verify(staging, model, layers)
-        _flush(staging)
-        check_export_dir(directory, overwrite)  # again: much may have happened since
-        _move_into_place(staging, directory)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return directory
+    with Export(model, directory, config, overwrite=overwrite) as export:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                export.add(name, module)
+        return export.finish(model, report=report, tokenizer=tokenizer)
+
+
+class Export:
+    """`export_model` in steps: finished layers are written while others are still being quantized.
+
+    Every layer is given to `add` once, then the quantized model to `finish`. As a context manager it removes what
+    it wrote when it is left without `finish`, whatever the reason; the target is then as it was.
+
+    Args:
+        model: The model that will be exported, its layers quantized or not yet; only its names are used here.
+        directory, config, overwrite: See `export_model`.
+
+    Raises:
+        ExportError: The folder cannot be used (`check_export_dir`).
+    """
+
+    def __init__(
+        self, model: nn.Module, directory: str | Path, config: QuantizeConfig, *, overwrite: bool = False
+    ) -> None:
+        self._directory = Path(directory).resolve()
+        self._config = config
+        self._overwrite = overwrite
+        check_export_dir(self._directory, overwrite)
+        self._stored_names = _stored_names(model)
+        self._added: set[str] = set()
+        self._over = False
+        self._directory.parent.mkdir(parents=True, exist_ok=True)
+        self._staging = self._directory.parent / f".{self._directory.name}.{uuid.uuid4().hex[:8]}.partial"
+        self._staging.mkdir()
+        self._writer = ShardWriter(self._staging, SHARD)
+
+    def add(self, name: str, layer: QuantLinear) -> None:
+        """Takes a finished layer, which is written in the background. Returns without waiting for its device; waits
+        only while two shards (`SHARD`) are not on disk yet.
+
+        Args:
+            name: Its name in the model; of a shared layer, the one to store it under.
+            layer: On any device. On a CPU its tensors are kept, not copied: they must not change any more.
+
+        Raises:
+            ExportError: The name is no linear layer of the model or was added before, the layer is not what the
+                config says, or writing an earlier layer failed.
+        """
+        self._check_open()
+        if name in self._added:
+            raise ExportError(f"{name} was added to the export before: add every layer once")
+        stored = self._stored_names.get(name)
+        if stored is None:
+            raise ExportError(
+                f"{name} cannot be exported: it is no linear layer of the model, or one that transformers stores in "
+                "another arrangement, which packed weights cannot follow. Name such a layer in modules_to_not_convert"
+            )
+        _check_config({name: layer}, self._config)
+        bits, out_features, checkpoint_format = layer.bits, layer.out_features, self._config.checkpoint_format
+
+        def with_disk_zeros(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            key = f"{stored}.qzeros"
+            try:
+                return {**tensors, key: zeros_to_disk(tensors[key], bits, out_features, checkpoint_format)}
+            except ValueError as error:
+                raise ExportError(f"{name}: {error}") from error
+
+        tensors = {suffix: getattr(layer, suffix) for suffix in _TENSORS}
+        self._writer.add({f"{stored}.{s}": t.detach() for s, t in tensors.items() if t is not None}, with_disk_zeros)
+        self._added.add(name)
+
+    def written(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of an added layer mapped from its file, or None while they are not on disk.
+
+        A layer on the CPU that takes these in place of its own needs no memory for them. They stay valid after
+        `finish`, and after `abort` too.
+
+        Returns:
+            qweight, scales, g_idx and, where there is one, bias, as `QuantLinear` describes them. Not qzeros: the
+            file's may be less one; the layer keeps its own.
+        """
+        stored = self._stored_names[name]
+        tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in _TENSORS if suffix != "qzeros"}
+        return {suffix: t for suffix, t in tensors.items() if t is not None} or None
+
+    def finish(self, model: nn.Module, *, report: QuantizeReport | None = None, tokenizer: Any = None) -> Path:
+        """Writes everything else, proves that the files hold the model, and puts the folder in its place.
+
+        Args:
+            model: The quantized model, with the layers that were added; not changed.
+            report, tokenizer: See `export_model`.
+
+        Returns:
+            The folder, absolute.
+
+        Raises:
+            ExportError: The model's layers are not those added, a file could not be written, or what was written
+                does not read back as the model. The target is then as it was.
+        """
+        self._check_open()
+        try:
+            layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
+            self._check_layers(model, layers)
+            _check_config(layers, self._config)
+            description = client_config(model, layers, self._config)
+            floats = _float_state(model, layers)
+            if is_transformers(model):
+                files = _write_transformers(self._staging, model, floats, description)
+                self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
+            else:
+                _write_plain_config(self._staging, model, description)
+                for name, tensor in _once(floats).items():
+                    self._writer.add({name: tensor})
+                self._writer.finish()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(self._staging)
+            if report is not None:
+                (self._staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+            _write_quantize_config(self._staging, description, self._config)
+            _verify(self._staging, model, layers)
+            _flush(self._staging)
+            check_export_dir(self._directory, self._overwrite)  # again: much may have happened since
+            _move_into_place(self._staging, self._directory)
+            self._over = True
+        except BaseException:
+            self.abort()
+            raise
+        return self._directory
+
+    def abort(self) -> None:
+        """Gives up: removes everything written so far. Nothing happens to an export that is finished."""
+        if not self._over:
+            self._over = True
+            self._writer.abort()
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+    def __enter__(self) -> Export:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def _check_open(self) -> None:
+        if self._over:
+            raise ExportError(f"the export to {self._directory} is finished or given up: make another Export")
+
+    def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
+        if not layers:
+            raise ExportError(f"{type(model).__name__} has no QuantLinear: quantize it before exporting it")
+        there = {layers[name] for name in self._added if name in layers}
+        lacking = [name for name, layer in layers.items() if layer not in there]
+        if lacking:
+            raise ExportError(
+                f"{some(lacking)} were not added to the export: add every quantized layer before `finish`"
+            )
+        gone = sorted(self._added - set(layers))
+        if gone:
+            raise ExportError(f"{some(gone)} were added to the export and are not quantized in the model: swap them in")
 
 
 # --- what the files say -------------------------------------------------------------------------------------
@@ -251,35 +383,49 @@ def _manifest(directory: Path) -> set[str] | None:
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def _disk_state(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> dict[str, Tensor]:
-    """The state dict with zeros as the file holds them."""
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+def _stored_names(model: Any) -> dict[str, str]:
+    """{name of a linear layer: its name in the checkpoint}, by transformers' own rules for `save_pretrained`.
+
+    A layer whose weight those rules would split, join or permute is left out.
+    """
+    shapes = {
+        name: (module.out_features, module.in_features) if isinstance(module, QuantLinear) else linear_shape(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantLinear) or is_linear(module)
+    }
+    if not is_transformers(model):
+        return {name: name for name in shapes}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # All at once: some rules take effect only after they have seen another layer's name.
+    state = {f"{name}.qweight": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    names = {id(tensor): name for name, tensor in zip(shapes, state.values(), strict=True)}
+    reverted = revert_weight_conversion(model, dict(state))
+    return {names[id(t)]: key.removesuffix(".qweight") for key, t in reverted.items() if id(t) in names}
+
+
+def _float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The entries of the state dict that belong to no quantized layer."""
+    quantized = {f"{name}.{suffix}" for name in layers for suffix in _TENSORS}
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in quantized}
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ExportError(
                 f"{name} is a {type(value).__name__}: safetensors holds tensors only; remove the extra state"
             )
-        state[name] = value
-    converted: dict[int, Tensor] = {}  # a shared layer is converted once, so that its names still share one tensor
-    for name, layer in layers.items():
-        if id(layer) not in converted:
-            try:
-                converted[id(layer)] = zeros_to_disk(
-                    layer.qzeros, layer.bits, layer.out_features, config.checkpoint_format
-                )
-            except ValueError as error:
-                raise ExportError(f"{name}: {error}") from error
-        state[f"{name}.qzeros"] = converted[id(layer)]
     return state
 
 
-def _write_transformers(staging: Path, model: Any, state: dict[str, Tensor], description: dict[str, Any]) -> None:
+def _write_transformers(
+    staging: Path, model: Any, floats: dict[str, Tensor], description: dict[str, Any]
+) -> list[Path]:
+    """Everything `save_pretrained` writes; returns its safetensors files, whose index, if any, is not ours."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ExportError("the model carries PEFT adapters: merge them (merge_and_unload) before quantizing")
     original = model.config
     model.config = copy.deepcopy(original)  # save_pretrained writes dtype and architectures into it
     try:
-        detached = {name: tensor.detach() for name, tensor in state.items()}
+        detached = {name: tensor.detach() for name, tensor in floats.items()}
         model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD)
     finally:
         model.config = original
@@ -293,6 +439,7 @@ def _write_transformers(staging: Path, model: Any, state: dict[str, Tensor], des
             if "tie_word_embeddings" in part or part is config:
                 part["tie_word_embeddings"] = False
     _write_json(staging / CONFIG, config)
+    return sorted(staging.glob("model*.safetensors"))
 
 
 def _published_class(model: Any) -> type:
@@ -303,22 +450,25 @@ def _published_class(model: Any) -> type:
     return next(bases, type(model))
 
 
-def _write_plain(staging: Path, model: nn.Module, state: dict[str, Tensor], description: dict[str, Any]) -> None:
+def _write_plain_config(staging: Path, model: nn.Module, description: dict[str, Any]) -> None:
     kind = type(model)
     _write_json(
         staging / CONFIG,
         {"module_class": f"{kind.__module__}.{kind.__qualname__}", "quantization_config": description},
     )
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
+
+
+def _once(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor once, tied ones under their first name, none sharing memory with another."""
+    first: dict[int, str] = {}
     for name, tensor in state.items():
-        if id(tensor) in seen:
-            continue  # tied: stored under its first name
-        seen.add(id(tensor))
-        value = tensor.detach().cpu().contiguous()
+        first.setdefault(id(tensor), name)
+    tensors: dict[str, Tensor] = {}
+    for name in first.values():
+        value = state[name].detach()
         part_of_more = value.untyped_storage().nbytes() != value.numel() * value.element_size()
         tensors[name] = value.clone() if part_of_more else value
-    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+    return tensors
 
 
 # --- proof and placing --------------------------------------------------------------------------------------
@@ -345,13 +495,29 @@ def _verify(staging: Path, model: nn.Module, layers: dict[str, QuantLinear]) -> 
         layer = layers[name]
         for suffix in ("qweight", "scales", "g_idx", "bias"):
             ours = getattr(layer, suffix)
-            if ours is not None and not torch.equal(checkpoint.read(f"{stored_name}.{suffix}"), ours.cpu()):
+            if ours is not None and not _equal(checkpoint.read(f"{stored_name}.{suffix}"), ours):
                 raise ExportError(f"the export does not read back: {stored_name}.{suffix} differs from the model's")
         if not torch.equal(_decoded_rows(checkpoint, stored_name), _rows(layer)):
             raise ExportError(f"the export does not read back: {stored_name} decodes to other weights than the model's")
+        if not torch.equal(
+            _zeros(checkpoint, stored_name), unpack_zeros(layer.qzeros.cpu(), layer.bits, layer.out_features)
+        ):
+            raise ExportError(f"the export does not read back: {stored_name}.qzeros differs from the model's")
+    floats = set(checkpoint.float_names)
     for name, tensor in model.state_dict().items():
-        if name in checkpoint.float_names and not torch.equal(checkpoint.read(name), tensor.cpu()):
+        if name in floats and not _equal(checkpoint.read(name), tensor):
             raise ExportError(f"the export does not read back: {name} differs from the model's")
+
+
+def _equal(stored: Tensor, ours: Tensor) -> bool:
+    """torch.equal, on the device of `ours`, a piece at a time: needs little memory there and none here."""
+    if stored.shape != ours.shape:
+        return False
+    if not ours.numel():
+        return True
+    stored, ours = torch.atleast_1d(stored), torch.atleast_1d(ours)
+    rows = max(1, _COMPARED * ours.shape[0] // ours.nbytes)
+    return all(torch.equal(s.to(o.device), o) for s, o in zip(stored.split(rows), ours.split(rows), strict=True))
 
 
 def _rows(layer: QuantLinear) -> Tensor:
@@ -366,8 +532,9 @@ def _decoded_rows(checkpoint: Checkpoint, name: str) -> Tensor:
     """The same from the file, through single bits instead of `packing` and the kernels."""
     layer = checkpoint.layers[name]
     rows = min(_CHECKED_ROWS, layer.out_features)
+    words = -(-rows * layer.bits // 32)
     codes = _from_bits(checkpoint.read(f"{name}.qweight")[:, :rows].T, layer.bits)[:, : layer.in_features]
-    zeros = _from_bits(checkpoint.read(f"{name}.qzeros"), layer.bits)[:, :rows]
+    zeros = _from_bits(checkpoint.read(f"{name}.qzeros")[:, :words], layer.bits)[:, :rows]
     if checkpoint.checkpoint_format == "gptq":
         zeros = (zeros + 1) % 2**layer.bits
     scales = checkpoint.read(f"{name}.scales")[:, :rows].float()
@@ -376,11 +543,20 @@ def _decoded_rows(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def _from_bits(words: Tensor, bits: int) -> Tensor:
-    """int32 [n, w], a little-endian stream along each row, to int64 [n, w * 32 // bits]."""
-    single = (words.contiguous()[:, :, None] >> torch.arange(32)) & 1
+    """int32 [n, w], a little-endian stream along each row, to int32 [n, w * 32 // bits]."""
+    single = (words.contiguous().view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     stream = single.flatten(1)
     whole = stream.shape[1] // bits * bits
-    return (stream[:, :whole].unflatten(1, (-1, bits)) << torch.arange(bits)).sum(-1)
+    codes = stream[:, :whole].unflatten(1, (-1, bits)) << torch.arange(bits, dtype=torch.uint8)
+    return codes.sum(-1, dtype=torch.int32)
+
+
+def _zeros(checkpoint: Checkpoint, name: str) -> Tensor:
+    """All true zeros of a layer in the file, uint8 [G, out]."""
+    layer = checkpoint.layers[name]
+    stored = checkpoint.read(f"{name}.qzeros")
+    true = zeros_from_disk(stored, layer.bits, layer.out_features, checkpoint.checkpoint_format)
+    return unpack_zeros(true, layer.bits, layer.out_features)
 
 
 def _flush(staging: Path) -> None:

@@ -14,8 +14,8 @@ from gptq_plugin.errors import CalibrationError
 from gptq_plugin.pretrained import is_transformers
 
 
-def call(model: nn.Module, data: Any, *, every_logit: bool = False) -> Any:
-    """Calls the model as its users would, on its own device.
+def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torch.device | None = None) -> Any:
+    """Calls the model as its users would.
 
     A mapping is spread over the forward's keywords, without those it does not take; a tensor is passed as it
     is; of a tuple or list (inputs, targets, ...) the first element is passed. For transformers' models what
@@ -26,11 +26,16 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False) -> Any:
         model: Any module.
         data: The batch.
         every_logit: The output embedding is calibrated too, so it must see every position.
+        device: Where the batch goes; None is the device of the model's first parameter.
 
     Raises:
         CalibrationError: The batch does not fit the forward's signature.
     """
-    data = to_device(data, model)
+    if device is None:
+        parameter = next(model.parameters(), None)
+        device = parameter.device if parameter is not None else None
+    if device is not None:
+        data = to_device(data, device)
     signature = inspect.signature(model.forward)
     if isinstance(data, Mapping):
         if fits(model, data):
@@ -57,12 +62,8 @@ def fits(model: nn.Module, data: Mapping[str, Any]) -> bool:
     return bool(set(keywords) & set(data)) and _binds(signature, **keywords)
 
 
-def to_device(data: Any, model: nn.Module) -> Any:
-    """The batch with its tensors on the model's device."""
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        return data
-    device = parameter.device
+def to_device(data: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device."""
 
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value

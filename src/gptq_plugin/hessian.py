@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from gptq_plugin.precision import full_precision
+
+# The sum is symmetric, so only a staircase of strips is computed: each row's columns up to the end of its strip.
+# A narrow strip wastes little above the diagonal, a wide one keeps the product efficient.
+_STRIP = {"cuda": 1024, "cpu": 256}
 
 
 class Hessian:
@@ -17,22 +23,43 @@ class Hessian:
         dtype: Precision of the sum, float32 or float64.
 
     Attributes:
-        sum: [in, in], Σ x xᵀ.
-        tokens: int64 [], rows counted so far; a tensor, so that it is reduced over ranks like `sum`.
+        sum: [in, in], Σ x xᵀ, complete on and below the diagonal.
+        tokens: Rows counted so far.
     """
 
     def __init__(self, in_features: int, device: torch.device | str, dtype: torch.dtype = torch.float32):
         self.sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Counts every row of x, [tokens, in]; the product is taken in the sum's precision."""
+        """Counts every row of x, [tokens, in].
+
+        16-bit inputs on a GPU are multiplied as they are: their products are exact in the tensor cores' float32.
+        All others are multiplied in the sum's precision, float32 without TF32.
+        """
         # The caller may stand inside the model's own autocast.
         with full_precision(x.device):
-            rows = x.detach().to(self.sum.dtype)
-            self.sum.addmm_(rows.T, rows)
+            x = x.detach()
+            as_they_are = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and self.sum.dtype == torch.float32
+            rows = x if as_they_are else x.to(self.sum.dtype)
+            for start, stop in self._strips():
+                strip = self.sum[start:stop, :stop]
+                left, right = rows[:, start:stop].T, rows[:, :stop]
+                if as_they_are:
+                    torch.addmm(strip, left, right, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
+                else:
+                    strip.addmm_(left, right)
             self.tokens += rows.shape[0]
 
     def mean(self) -> Tensor:
-        """Mean over tokens of x xᵀ, [in, in]; zeros when nothing was counted."""
-        return self.sum / self.tokens.clamp(min=1)
+        """Mean over tokens of x xᵀ, [in, in], symmetric; zeros when nothing was counted."""
+        mean = self.sum / max(1, self.tokens)
+        for start, stop in self._strips():
+            mean[start:stop, stop:] = mean[stop:, start:stop].T
+        return mean
+
+    def _strips(self) -> Iterator[tuple[int, int]]:
+        n = len(self.sum)
+        width = _STRIP.get(self.sum.device.type, n)
+        for start in range(0, n, width):
+            yield start, min(start + width, n)

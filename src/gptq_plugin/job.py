@@ -1,13 +1,14 @@
 """One quantization on its way through the model: Hessian → solve → the quantized weight in the layer's place.
 
-Until the job is done the model's own modules stay where they are and only point to other parameters, so a
-failure anywhere gives the float model back.
+The model's own modules and parameters stay what they are: while the batches walk, modules point to other tensors
+(`weights.py`), and the finished layers are kept aside. So a failure anywhere leaves the float model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -18,16 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin import distributed, lockstep
+from gptq_plugin import distributed, lockstep, memory
+from gptq_plugin.activations import Activations
 from gptq_plugin.calibration import Batch, Calibration, masks_in
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, TargetError
+from gptq_plugin.export import Export
 from gptq_plugin.hessian import Hessian
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.report import ModuleReport, QuantizeReport
+from gptq_plugin.results import Results
 from gptq_plugin.solver import solve
 from gptq_plugin.targets import Skipped, Target, linear_shape
+from gptq_plugin.weights import Weights
+
+log = logging.getLogger(__name__)
 
 ModelForward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, str], None]
@@ -35,48 +42,30 @@ Progress = Callable[[int, int, str], None]
 _running: ContextVar[int | None] = ContextVar("number of the calibration batch that runs on this thread", default=None)
 
 
-class Weights:
-    """The float parameters the layers had, until it is sure that they are no longer needed."""
-
-    def __init__(self) -> None:
-        self._saved: list[tuple[Target, nn.Parameter]] = []
-        self._kept = False
-
-    def replace(self, target: Target, value: Tensor) -> None:
-        """Gives the layer another weight, [out, in], and remembers its own parameter."""
-        self._saved.append((target, target.parameter))
-        target.set_parameter(target.with_weight(value))
-
-    def keep(self) -> None:
-        """The change stands: leaving the context no longer undoes it."""
-        self._kept = True
-
-    def restore(self) -> None:
-        while self._saved:
-            target, parameter = self._saved.pop()
-            target.set_parameter(parameter)
-
-    def __enter__(self) -> Weights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._kept:
-            self.restore()
-
-
 @dataclass
 class Job:
-    """One quantization: what is asked, and what has been found so far."""
+    """One quantization: what is asked, and what has been found so far.
+
+    Args:
+        config, model, targets, skipped, calibration: What is quantized, and with what.
+        device: Where the batches run and the layers are solved.
+        forward: How a batch is run.
+        progress: Called as progress(layers done, layers in all, what is being done).
+        offload_weights, offload_activations: See `memory.place`.
+        export: Where finished layers are written as they come.
+    """
 
     config: QuantizeConfig
     model: nn.Module
     targets: list[Target]
     skipped: list[Skipped]
     calibration: Calibration
+    device: torch.device
     forward: ModelForward
-    weights: Weights
     progress: Progress
-    layers: dict[str, QuantLinear] = field(default_factory=dict)
+    offload_weights: bool | None = None
+    offload_activations: bool | None = None
+    export: Export | None = None
     reports: dict[str, ModuleReport] = field(default_factory=dict)
     hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
     remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
@@ -84,27 +73,37 @@ class Job:
     solving: float = 0.0
     samples: int = 0
 
-    def run(self) -> QuantizeReport:
+    def __post_init__(self) -> None:
+        self.activations = Activations(self.device, None)
+        self._by_name = {target.name: target for target in self.targets}
+
+    def run(self) -> tuple[dict[str, QuantLinear], QuantizeReport]:
+        """The finished layers, on the model's device, and what happened to all of them."""
         started = time.perf_counter()
         self.samples = self._count_samples()
-        by_name = {target.name: target for target in self.targets}
         modules = {target.name: target.module for target in self.targets}
         forwards = [self._forward(number, batch) for number, batch in enumerate(self.calibration.batches)]
         notes = lockstep.Walk()
-        device = self.targets[0].weight.device
-        with self._watching_masks():
+        home = self.targets[0].weight.device
+        self.results = Results(home, self.export)
+        with contextlib.closing(self.results), self._weights() as self.weights, self._watching_masks():
             groups = self._plan(modules, forwards)
+            planned = time.perf_counter() - started
             for stop in lockstep.walk(
                 groups,
                 modules,
                 forwards,
                 self._observe,
-                lambda position: distributed.minimum(position, device),
+                lambda position: distributed.minimum(position, self.device),
                 notes,
+                self._waiting,
             ):
-                self._quantize_group([by_name[name] for name in stop.group.names], stop)
-        self._report_unreached(by_name)
-        return self._report(notes, time.perf_counter() - started)
+                self.results.settle()
+                self._quantize_group([self._by_name[name] for name in stop.group.names], stop)
+            self.results.settle(wait=True)
+        self._report_unreached()
+        seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - self.solving}
+        return self.results.layers, self._report(notes, {**seconds, "solve": self.solving})
 
     def rehearse(self, whole: bool) -> None:
         """One batch of each rank through the model, layer by layer, with nothing quantized."""
@@ -123,7 +122,7 @@ class Job:
                 raise CalibrationError(_not_finite(group.names[0], f"calibration batch {number}"))
             reached.add(group.names[0])
 
-        with self._watching_masks():
+        with self._weights(), self._watching_masks():
             for batch in self.calibration.batches[:1]:
                 for _ in lockstep.walk(groups, modules, [self._forward(0, batch)], observe):
                     pass
@@ -140,9 +139,29 @@ class Job:
     def _forward(self, number: int, batch: Batch) -> lockstep.Forward:
         def run() -> Any:
             _running.set(number)  # each forward has context variables of its own
-            return self.forward(self.model, batch.data)
+            with self.activations.running(number):
+                return self.forward(self.model, batch.data)
 
         return run
+
+    @contextlib.contextmanager
+    def _waiting(self, number: int, name: str) -> Iterator[None]:
+        """A batch waits at a layer; when it goes on, others may have sent the layer's weights home meanwhile."""
+        with self.activations.waiting(number):
+            yield
+        self.weights.present(self._by_name[name])
+
+    def _weights(self) -> Weights:
+        """For the first forward, half of what is free is for the weights; then `_plan` knows what else needs room."""
+        free = memory.free_bytes(self.device)
+        capacity = memory.EVERYTHING if free is None or self.offload_weights is False else free // 2
+        return Weights(
+            self.model,
+            self.device,
+            stream=memory.bytes_away(self.model, self.device) > 0 or bool(self.offload_weights),
+            capacity=capacity,
+            unit_bytes=memory.unit_bytes(self.model, free),
+        )
 
     @contextlib.contextmanager
     def _watching_masks(self) -> Iterator[None]:
@@ -164,32 +183,50 @@ class Job:
                 handle.remove()
 
     def _plan(self, modules: dict[str, nn.Module], forwards: list[lockstep.Forward]) -> list[lockstep.Group]:
-        """Rank by rank the models are the same, so the first rank that has a batch plans for all."""
-        plans = distributed.gather_objects(lockstep.plan(modules, forwards[0]) if forwards else None)
-        groups: list[lockstep.Group] = next(p for p in plans if p is not None)
+        """The groups, from one forward, which also shows what has to be where in the walk.
+
+        Rank by rank the models are the same, so the first rank that has a batch plans for all.
+        """
+        free, measured = memory.free_bytes(self.device), memory.Peak(self.device)
+        plan = lockstep.plan(modules, forwards[0], self._waiting) if forwards else None
+        share = self.calibration.samples / self.calibration.batches[0].samples if forwards else 0
+        placement = memory.place(
+            self.device,
+            free,
+            memory.Needs(
+                weights=self.weights.total,
+                fixed=memory.fixed_bytes(self.targets, self.device, len(forwards)),
+                solver=memory.solver_bytes(self.targets),
+                forward=measured.bytes() - self.weights.bytes,
+                activations=int(self.activations.peak * share),
+            ),
+            self.weights.few,
+            self.offload_weights,
+            self.offload_activations,
+        )
+        log.log(logging.INFO if self.device.type == "cuda" or placement.limited else logging.DEBUG, placement.said)
+        self.weights.capacity = placement.weights
+        self.activations = Activations(self.device, placement.activations)
+        groups: list[lockstep.Group] = next(p for p in distributed.gather_objects(plan) if p is not None)
         return groups
 
     def _observe(self, group: lockstep.Group, number: int, x: Tensor) -> None:
-        hessian = self._hessian(group, x.device)
-        rows, remark = self.calibration.batches[number].counted(x, self.masks.get(number))
-        if remark is not None:
-            self.remarks[group.names[0]][remark] += 1
-        if rows is not None:
-            hessian.add(rows)
+        with self.activations.untracked():
+            hessian = self._hessian(group)
+            rows, remark = self.calibration.batches[number].counted(x, self.masks.get(number))
+            if remark is not None:
+                self.remarks[group.names[0]][remark] += 1
+            if rows is not None:
+                hessian.add(rows)
 
-    def _hessian(self, group: lockstep.Group, device: torch.device) -> Hessian:
+    def _hessian(self, group: lockstep.Group) -> Hessian:
         if group.names not in self.hessians:
             module = next(t for t in self.targets if t.name == group.names[0])
-            self.hessians[group.names] = Hessian(module.weight.shape[1], device)
+            self.hessians[group.names] = Hessian(module.weight.shape[1], self.device)
         return self.hessians[group.names]
 
     def _quantize_group(self, members: list[Target], stop: lockstep.Stop) -> None:
-        hessian = self._hessian(stop.group, members[0].weight.device)
-        self.hessians.pop(stop.group.names)
-        distributed.sum_(hessian.sum)
-        distributed.sum_(hessian.tokens)
-        mean, tokens = hessian.mean(), int(hessian.tokens)
-        self._check_finite(members, stop, mean)
+        mean, tokens = self._mean(stop.group)
         if not self.reports:
             self._check_enough(tokens)
         # Layers of one configuration are one matrix to the solver: their rows do not know each other.
@@ -198,45 +235,63 @@ class Job:
             alike[repr(target.config)].append(target)
         remarks = self.remarks.pop(stop.group.names[0], {})
         for same in alike.values():
-            self._solve(same, mean, tokens, remarks)
+            self._solve(same, mean, tokens, remarks, stop)
 
-    def _solve(self, same: list[Target], mean: Tensor, tokens: int, remarks: dict[str, int]) -> None:
+    def _mean(self, group: lockstep.Group) -> tuple[Tensor, int]:
+        """The group's Hessian over all ranks, and the tokens in it; the sum goes, it is as large as the mean."""
+        hessian = self._hessian(group)
+        del self.hessians[group.names]
+        distributed.sum_(hessian.sum)
+        hessian.tokens = distributed.total(hessian.tokens, self.device)
+        return hessian.mean(), hessian.tokens
+
+    def _solve(
+        self, same: list[Target], mean: Tensor, tokens: int, remarks: dict[str, int], stop: lockstep.Stop
+    ) -> None:
         names = ", ".join(target.name for target in same)
         started = time.perf_counter()
+        weights = [self.weights.present(target) for target in same]
         try:
-            solution = solve(torch.cat([target.weight for target in same]), mean, same[0].config)
+            solution = solve(weights[0] if len(weights) == 1 else torch.cat(weights), mean, same[0].config)
         except ValueError as error:
+            self._check_finite(same, stop, mean)
             raise TargetError(f"{names}: {error}") from error
+        del weights
         w = solution.weight
         for tensor in (w.codes, w.scales, w.zeros, w.g_idx):
             distributed.from_first(tensor)
         deviations = solution.deviations + tuple(f"{remark} ({n} batches)" for remark, n in remarks.items())
         if 0 < tokens < mean.shape[0]:
             deviations += (f"only {tokens} calibration tokens for {mean.shape[0]} inputs: the Hessian is singular",)
-        start, rows = 0, sum(target.weight.shape[0] for target in same)
-        for target in same:
-            stop = start + target.weight.shape[0]
-            weight = solution.weight.rows(start, stop)
-            self.weights.replace(target, weight.dequantize(target.weight.dtype))
-            self.layers[target.name] = QuantLinear.from_quantized(weight, target.bias)
+        rows = [target.weight.shape[0] for target in same]
+        sums = [torch.stack([part.sum() for part in loss.split(rows)]) for loss in (solution.loss, solution.rtn_loss)]
+        start = 0
+        for target, count, loss, rtn_loss in zip(same, rows, *torch.stack(sums).tolist(), strict=True):
+            layer = QuantLinear.from_quantized(w.rows(start, start + count), target.bias)
+            self.weights.quantize(target, layer)
+            self.results.add(target.name, layer)
             self.reports[target.name] = module_report(
                 target,
                 method=solution.method,
-                loss=float(solution.loss[start:stop].sum()),
-                rtn_loss=float(solution.rtn_loss[start:stop].sum()),
+                loss=loss,
+                rtn_loss=rtn_loss,
                 tokens=tokens,
                 damp_percent=solution.damp_percent,
-                seconds=(time.perf_counter() - started) * target.weight.shape[0] / rows,
+                seconds=(time.perf_counter() - started) * count / sum(rows),
                 deviations=deviations,
             )
-            start = stop
+            start += count
         self.solving += time.perf_counter() - started
         self.progress(len(self.reports), len(self.targets), names)
 
     def _check_finite(self, members: list[Target], stop: lockstep.Stop, mean: Tensor) -> None:
         if torch.isfinite(mean).all():
             return
-        guilty = [number for number, x in stop.inputs.items() if not torch.isfinite(x).all()]
+        guilty = []
+        for number, x in stop.inputs.items():
+            with self.activations.on_device(number):
+                if not torch.isfinite(x).all():
+                    guilty.append(number)
         where = f"calibration batches {guilty}" if guilty else "another rank's calibration batches"
         raise CalibrationError(_not_finite(members[0].name, where))
 
@@ -249,9 +304,9 @@ class Job:
                 f"(nsamples is {self.config.nsamples}) or longer ones (model_seqlen is {self.config.model_seqlen})"
             )
 
-    def _report_unreached(self, by_name: dict[str, Target]) -> None:
-        unreached = [target for name, target in by_name.items() if name not in self.reports]
-        if len(unreached) == len(by_name):
+    def _report_unreached(self) -> None:
+        unreached = [target for name, target in self._by_name.items() if name not in self.reports]
+        if len(unreached) == len(self.targets):
             raise CalibrationError(self._unreached())
         for target in unreached:
             reason = "never called in calibration: left float"
@@ -263,7 +318,7 @@ class Job:
             f"{self.targets[0].name}: the forward runs other modules than {type(self.model).__name__}'s"
         )
 
-    def _report(self, notes: lockstep.Walk, seconds: float) -> QuantizeReport:
+    def _report(self, notes: lockstep.Walk, seconds: dict[str, float]) -> QuantizeReport:
         late: dict[str, int] = defaultdict(int)
         for one in distributed.gather_objects(notes.late):
             for name, calls in one.items():
@@ -283,7 +338,7 @@ class Job:
             reports + float_reports(self.skipped),
             samples=self.samples,
             tokens=max(report.tokens for report in reports),
-            seconds={"calibrate": seconds - self.solving, "solve": self.solving},
+            seconds=seconds,
             deviations=deviations,
         )
 

@@ -22,6 +22,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 Forward = Callable[[], Any]
+Waiting = Callable[[int, str], AbstractContextManager[object]]
 END = 2**31 - 1  # the position of a batch (or rank) that has finished
 
 
@@ -52,7 +54,7 @@ class Stop:
 
     Attributes:
         group: The group to quantize before going on.
-        inputs: By batch number, the input of those that wait here, [..., in].
+        inputs: By batch number, the input of those that wait here, [..., in]. Empty once the walk goes on.
     """
 
     group: Group
@@ -70,11 +72,17 @@ class Walk:
     late: dict[str, int] = field(default_factory=dict)
 
 
-def plan(layers: Mapping[str, nn.Module], forward: Forward) -> list[Group]:
+def plan(layers: Mapping[str, nn.Module], forward: Forward, waiting: Waiting | None = None) -> list[Group]:
     """Runs one forward and groups `layers` by the inputs they read, in the order they are called.
 
     Layers the forward does not call follow the registered layer before them, in groups of their own:
     another batch may call them.
+
+    Args:
+        layers: The layers by name.
+        forward: One batch's forward; runs as in `walk`.
+        waiting: As in `walk`, entered as waiting(0, layer) and left at once wherever the batch would wait, so that what
+            it holds there can be measured.
     """
     inputs: list[_Input] = []
     calls: dict[str, list[int]] = {}  # by layer, which of `inputs` it read, call by call
@@ -84,6 +92,8 @@ def plan(layers: Mapping[str, nn.Module], forward: Forward) -> list[Group]:
         if known is None:
             known = len(inputs)
             inputs.append(_Input(x))
+            with waiting(0, name) if waiting is not None else contextlib.nullcontext():
+                pass
         calls.setdefault(name, []).append(known)
 
     with _Hooks(layers, record):
@@ -111,6 +121,7 @@ def walk(
     observe: Callable[[Group, int, Tensor], None],
     agree: Callable[[int], int] = lambda position: position,
     notes: Walk | None = None,
+    waiting: Waiting | None = None,
 ) -> Iterator[Stop]:
     """Runs all forwards in lock-step and yields each group once, when it is ready to be quantized.
 
@@ -127,13 +138,16 @@ def walk(
         agree: Given this rank's next position in `groups` (END when it has finished), returns the next over
             all ranks. The only place where ranks meet, so all yield the same groups in the same order.
         notes: Filled with what deviates.
+        waiting: Given a batch's number and a layer's name, a context manager that is entered on the batch's thread
+            before it waits at the layer and left when it goes on through it. A batch that is cancelled leaves it
+            with an exception.
 
     Raises:
         Exception: Whatever a forward raised, with the number of its batch in a note.
     """
     notes = notes if notes is not None else Walk()
     steps = _Steps(groups, observe, notes)
-    batches = [_Batch(number, forward) for number, forward in enumerate(forwards)]
+    batches = [_Batch(number, forward, waiting) for number, forward in enumerate(forwards)]
     steps.owner = {batch.thread: batch for batch in batches}
     try:
         with _Hooks(layers, steps.arrive):
@@ -143,10 +157,14 @@ def walk(
                 position = agree(min((batch.position for batch in batches), default=END))
                 if position == END:
                     break
-                waiting = [batch for batch in batches if batch.position == position]
-                yield Stop(groups[position], {b.number: b.input for b in waiting if b.input is not None})
+                here = [batch for batch in batches if batch.position == position]
+                stop = Stop(groups[position], {b.number: b.input for b in here if b.input is not None})
+                try:
+                    yield stop
+                finally:
+                    stop.inputs.clear()  # the consumer may keep the stop, but not every batch's input
                 steps.done.add(position)
-                for batch in waiting:
+                for batch in here:
                     batch.resume()
             # Groups some batch called, but never as often as the planning batch did.
             for position, group in enumerate(groups):
@@ -185,7 +203,7 @@ class _Steps:
         self.observed.add(position)
         seen.append(_Input(x))
         if len(seen) == group.calls:
-            batch.wait_at(position, x)
+            batch.wait_at(position, name, x)
 
 
 class _Input:
@@ -235,8 +253,9 @@ class _Cancelled(BaseException):
 class _Batch:
     """A forward on a thread that runs only while `resume` waits for it."""
 
-    def __init__(self, number: int, forward: Forward):
+    def __init__(self, number: int, forward: Forward, waiting: Waiting | None = None):
         self.number = number
+        self._waiting = waiting
         self.position = -1  # of the group it waits at; END when it has finished
         self.input: Tensor | None = None
         self.seen: dict[int, list[_Input]] = {}
@@ -262,13 +281,14 @@ class _Batch:
             _add_note(error, f"raised in the forward of calibration batch {self.number}")
             raise error
 
-    def wait_at(self, position: int, x: Tensor) -> None:
+    def wait_at(self, position: int, name: str, x: Tensor) -> None:
         """Called on the batch's own thread: hands the baton back until the next `resume`."""
-        self.position, self.input = position, x
-        self._back.release()
-        self._go.acquire()
-        if self._cancelled:
-            raise _Cancelled
+        with self._waiting(self.number, name) if self._waiting is not None else contextlib.nullcontext():
+            self.position, self.input = position, x
+            self._back.release()
+            self._go.acquire()
+            if self._cancelled:
+                raise _Cancelled
 
     def cancel(self) -> None:
         """Ends the forward wherever it waits, and its thread."""
@@ -327,15 +347,15 @@ class _Hooks:
 
 
 def _as_the_caller(forward: Forward) -> Forward:
-    """The forward under no_grad and the caller's device and autocast, which a new thread does not inherit."""
-    current = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    """The forward under no_grad and the caller's device, stream and autocast, which a new thread does not inherit."""
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     default = torch.get_default_device()
     autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
 
     def run() -> Any:
         with contextlib.ExitStack() as stack:
-            if current is not None:
-                torch.cuda.set_device(current)
+            if stream is not None:
+                torch.cuda.set_stream(stream)  # and its device
             if default.type != "cpu":
                 stack.enter_context(default)
             for kind, dtype in autocast:

@@ -18,7 +18,7 @@ from gptq_plugin.kernels import reference
 from gptq_plugin.packing import pack_weight, pack_zeros, unpack_weight, unpack_zeros
 
 if TYPE_CHECKING:
-    from gptq_plugin.solver import QuantizedWeight
+    from gptq_plugin.grid import QuantizedWeight
 
 _PACKED = ("qweight", "qzeros", "scales", "g_idx")
 

@@ -1,7 +1,7 @@
 """QuantizeModule: the order of the steps.
 
 find targets → collect batches → the job: plan, then walk in lock-step, quantizing each layer → swap in
-QuantLinear → report.
+QuantLinear → report → export.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration import collect
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.export import client_config, export_model
-from gptq_plugin.forward import call
-from gptq_plugin.job import Job, ModelForward, Progress, Weights, float_reports, module_report
+from gptq_plugin.export import Export, client_config, export_model
+from gptq_plugin.forward import call, to_device
+from gptq_plugin.grid import round_to_nearest
+from gptq_plugin.job import Job, ModelForward, Progress, float_reports, module_report
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.report import ModuleReport, QuantizeReport
-from gptq_plugin.solver import round_to_nearest
 from gptq_plugin.targets import Skipped, Target, find_targets
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,11 @@ class QuantizeModule:
 
     Args:
         config: What to quantize and how; a QuantizeConfig, or nothing.
+        offload_weights: True copies the model's weights to the device block by block while it is quantized, so that a
+            model larger than the device's memory can be; False keeps all there. None decides from free memory. Only
+            for models that live elsewhere than the device: see `quantize`.
+        offload_activations: True keeps the activations of waiting calibration batches on the CPU, False on the device;
+            None keeps as many on the device as fit.
         **fields: QuantizeConfig's fields, instead of `config`: ``QuantizeModule(bits=3)``.
 
     Attributes:
@@ -46,7 +52,14 @@ class QuantizeModule:
         TypeError: Both `config` and fields are given.
     """
 
-    def __init__(self, config: QuantizeConfig | None = None, **fields: Any):
+    def __init__(
+        self,
+        config: QuantizeConfig | None = None,
+        *,
+        offload_weights: bool | None = None,
+        offload_activations: bool | None = None,
+        **fields: Any,
+    ):
         if config is not None and fields:
             raise TypeError(f"give a QuantizeConfig or its fields, not both: got {', '.join(fields)} beside config")
         self.config = config if config is not None else QuantizeConfig.from_dict(fields)
@@ -55,6 +68,11 @@ class QuantizeModule:
                 "true_sequential=False saves time in tools that would run the model once more for every layer. "
                 "Lock-step calibration gives true_sequential=True in one pass: leave the option out"
             )
+        for name, value in (("offload_weights", offload_weights), ("offload_activations", offload_activations)):
+            if value not in (True, False, None):
+                raise ValueError(f"{name} must be true, false or null (decide from free memory), got {value!r}")
+        self.offload_weights = offload_weights
+        self.offload_activations = offload_activations
         self.report: QuantizeReport | None = None
 
     def check(self, model: nn.Module) -> tuple[list[Target], list[Skipped]]:
@@ -71,8 +89,11 @@ class QuantizeModule:
         batches: Iterable[Any],
         *,
         forward: ModelForward | None = None,
-        tokenizer: Callable[..., Any] | None = None,
+        tokenizer: Any = None,
         nsamples: int | None = None,
+        device: torch.device | str | None = None,
+        export_dir: str | Path | None = None,
+        overwrite: bool = False,
         progress: Progress | None = None,
     ) -> QuantizeReport:
         """Replaces the model's linear layers by QuantLinear, calibrated on `batches`.
@@ -85,19 +106,34 @@ class QuantizeModule:
             batches: Texts (with `tokenizer`), token lists, or a dataloader's batches; see
                 `calibration.collect`.
             forward: How to run one batch, called as forward(model, batch); `forward.call` when None.
-            tokenizer: Called on texts.
+            tokenizer: Called on texts, and saved with the export.
             nsamples: Samples to use at most on this rank; `config.nsamples` shared over ranks when None.
+            device: Where to compute, when that is not where the model is: a model on the CPU (or mapped from its
+                files) may be larger than a GPU's memory. What is moved when is in the log; `offload_weights` and
+                `offload_activations` decide otherwise.
+            export_dir: Also export there, as `export` does; layers are written while others are being quantized.
+                On one rank only.
+            overwrite: As for `export`.
             progress: Called as progress(layers done, layers in all, what is being done).
 
         Raises:
             TargetError: Nothing to quantize, or a layer contradicts the configuration.
             CalibrationError: The data is empty, too short, does not fit the model, or gives NaN.
+            ExportError: `export_dir` cannot be written.
 
-        On any error the model is as it was before.
+        On any error the model is as it was before, and so is `export_dir`.
         """
-        with self._quantized(model, batches, forward, tokenizer, nsamples, progress):
-            assert self.report is not None
-            return self.report
+        options = {
+            "forward": forward,
+            "tokenizer": tokenizer,
+            "nsamples": nsamples,
+            "device": device,
+            "export_dir": export_dir,
+            "overwrite": overwrite,
+            "progress": progress,
+        }
+        with self.temporarily(model, batches, keep=True, **options) as report:
+            return report
 
     def rehearse(
         self,
@@ -119,27 +155,53 @@ class QuantizeModule:
         Raises:
             TargetError, CalibrationError: As `quantize`.
         """
-        with evaluating(model), Weights() as weights:
-            self._job(model, batches, forward, tokenizer, None, None, weights).rehearse(whole)
+        with evaluating(model):
+            self._job(model, batches, forward=forward, tokenizer=tokenizer).rehearse(whole)
 
     @contextlib.contextmanager
     def temporarily(
-        self, model: nn.Module, batches: Iterable[Any], *, keep: bool = False, **options: Any
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        keep: bool = False,
+        tokenizer: Any = None,
+        export_dir: str | Path | None = None,
+        overwrite: bool = False,
+        **options: Any,
     ) -> Iterator[QuantizeReport]:
         """Like `quantize`, for the length of a with block; afterwards the model is float again.
 
         With `keep` it stays quantized, unless the block raises. The float weights stay in memory meanwhile.
         """
-        defaults = {"forward": None, "tokenizer": None, "nsamples": None, "progress": None}
-        with self._quantized(model, batches, **{**defaults, **options}) as undo:
-            try:
-                assert self.report is not None
-                yield self.report
-            except BaseException:
-                undo()
-                raise
-            if not keep:
-                undo()
+        started = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            export = None
+            if export_dir is not None:
+                if distributed.active():
+                    raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
+                self.check(model)
+                export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite))
+            stack.enter_context(evaluating(model))
+            job = self._job(model, batches, tokenizer=tokenizer, export=export, **options)
+            layers, report = job.run()
+            floats = {target.name: target.module for target in job.targets if target.name in layers}
+            with _swapped(model, layers, floats, self.config) as keep_them:
+                report.seconds["total"] = time.perf_counter() - started
+                self.report = report
+                for deviation in report.all_deviations():
+                    log.warning("%s", deviation)
+                log.info("quantized in %.1f s\n%s", report.seconds["total"], report.table())
+                if export is not None:
+                    written = time.perf_counter()
+                    export.finish(model, report=report, tokenizer=tokenizer)
+                    report.seconds["export"] = time.perf_counter() - written
+                stack.close()  # the training flags, before anybody looks
+                for name, module in floats.items():
+                    layers[name].train(module.training)
+                yield report
+                if keep:
+                    keep_them()
 
     def round_to_nearest(self, model: nn.Module) -> QuantizeReport:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
@@ -170,60 +232,73 @@ class QuantizeModule:
         """
         return export_model(model, directory, self.config, report=self.report, tokenizer=tokenizer, overwrite=overwrite)
 
-    @contextlib.contextmanager
-    def _quantized(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        forward: ModelForward | None,
-        tokenizer: Callable[..., Any] | None,
-        nsamples: int | None,
-        progress: Progress | None,
-    ) -> Iterator[Callable[[], None]]:
-        """Quantizes; yields what undoes it; undoes it on an error before that."""
-        started = time.perf_counter()
-        with evaluating(model), Weights() as weights:
-            job = self._job(model, data, forward, tokenizer, nsamples, progress, weights)
-            report = job.run()
-            swapped = {target.name: target.module for target in job.targets if target.name in job.layers}
-            swap(model, job.layers)
-            try:
-                _describe(model, job.layers, self.config)
-            except BaseException:
-                swap(model, swapped)
-                raise
-            weights.keep()
-        for name, module in swapped.items():
-            job.layers[name].train(module.training)
-        report.seconds["total"] = time.perf_counter() - started
-        self.report = report
-        for deviation in report.all_deviations():
-            log.warning("%s", deviation)
-        log.info("quantized in %.1f s\n%s", report.seconds["total"], report.table())
-
-        def undo() -> None:
-            swap(model, swapped)
-            weights.restore()
-            _describe(model, {}, self.config)
-
-        yield undo
-
     def _job(
         self,
         model: nn.Module,
         data: Iterable[Any],
-        forward: ModelForward | None,
-        tokenizer: Callable[..., Any] | None,
-        nsamples: int | None,
-        progress: Progress | None,
-        weights: Weights,
+        *,
+        forward: ModelForward | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+        nsamples: int | None = None,
+        device: torch.device | str | None = None,
+        progress: Progress | None = None,
+        export: Export | None = None,
     ) -> Job:
         targets, skipped = self.check(model)
         limit = share(self.config.nsamples) if nsamples is None else nsamples
         calibration = collect(data, self.config, tokenizer, limit)
-        every_logit = self.config.lm_head
-        run = forward or (lambda model, batch: call(model, batch, every_logit=every_logit))
-        return Job(self.config, model, targets, skipped, calibration, run, weights, progress or _quiet)
+        home = targets[0].weight.device
+        where = _numbered(torch.device(device)) if device is not None else home
+        if self.offload_weights and where.type == home.type == "cuda":
+            raise ValueError(
+                f"offload_weights=True streams a model from the CPU, and this one is on {home}: call model.to('cpu') "
+                f"first, and give quantize(..., device={str(where)!r})"
+            )
+
+        def run(model: nn.Module, batch: Any) -> Any:
+            if forward is None:
+                return call(model, batch, every_logit=self.config.lm_head, device=where)
+            return forward(model, batch if device is None else to_device(batch, where))
+
+        return Job(
+            self.config,
+            model,
+            targets,
+            skipped,
+            calibration,
+            where,
+            run,
+            progress or _quiet,
+            self.offload_weights,
+            self.offload_activations,
+            export,
+        )
+
+
+@contextlib.contextmanager
+def _swapped(
+    model: nn.Module, layers: dict[str, QuantLinear], floats: dict[str, nn.Module], config: QuantizeConfig
+) -> Iterator[Callable[[], None]]:
+    """The quantized layers in the model's tree; afterwards the float ones, unless what it yields was called."""
+    kept = False
+
+    def keep() -> None:
+        nonlocal kept
+        kept = True
+
+    try:
+        swap(model, layers)
+        _describe(model, layers, config)
+        yield keep
+    finally:
+        if not kept:
+            swap(model, floats)
+            _describe(model, {}, config)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A GPU with its index, as tensors name theirs."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def share(total: int) -> int:

@@ -1,77 +1,52 @@
-"""The solver: one weight matrix and its Hessian in, integers and scales out. Tensors only.
+"""The solver: a weight matrix and its Hessian in, integers and scales out. Tensors only.
 
 For a row w of a Linear and inputs x the rounding q minimises (w − q) H (w − q)ᵀ with H the mean of x xᵀ.
-With λ added to the diagonal and the columns permuted into the order they are visited, factor H = A·D·Aᵀ
-(A unit upper triangular). Then for every row, with e = w − q the error so far,
+With Λ added to the diagonal and the columns permuted into the order they are visited, factor H + Λ = A·D·Aᵀ
+(A unit triangular, `factor.py`). Then for every row, with e = w − q the error so far,
 
-    t_j = w_j + Σ_{k<j} e_k·A_kj,    q_j = Round(t_j),    loss = Σ_j D_j·(t_j − q_j)²
+    t_j = w_j + Σ_{k before j} e_k·A_kj,    q_j = Round(t_j),    loss = Σ_j D_j·(t_j − q_j)² − Σ_j Λ_j·e_j²
 
 which is GPTQ (Frantar et al., arXiv:2210.17323, algorithm 1) written as Babai's nearest plane (Chen et al.,
 arXiv:2507.18553). It differs from the original implementation in three ways: A comes from one Cholesky
-factorisation of the flipped H instead of a factor of its inverse (a quarter of the flops, and more accurate
+factorisation of the reversed H instead of a factor of its inverse (a quarter of the flops, and more accurate
 in float32); errors are taken against the original weight, so nothing accumulates in it; and scales are
 rounded to the checkpoint's float16 before the codes are chosen, so the codes fit the scales that are stored.
 
-The loss is exact and rows are independent, so alternatives can be compared row by row: each row is solved with
-grids that cover several parts of its groups' range (`clip_ratios`) and keeps the best. Unlike the search for
-scales that nearest rounding likes best, it judges a grid by the error after compensation.
+The loss is exact and rows are independent, so alternatives can be compared row by row: each row may have grids that
+cover only a part of its groups' range (`clip_ratios`). A forecast picks the most promising alternatives of a row,
+these are solved, and the best solution is kept. The forecast knows what the search for scales that nearest rounding
+likes best does not: how much an error in each column matters in the end (D_j), and how far the errors before will
+have moved its target: if they are uniform within a step s, by s·√(Σ_k A_kj²/12).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.kernels import reference
-from gptq_plugin.precision import full_precision
+from gptq_plugin.factor import Factor, attempts, factorize
+from gptq_plugin.grid import (
+    SCALE_DTYPE,
+    QuantizedWeight,
+    grid,
+    group_width,
+    nearest_error,
+    refuse_bad_scales,
+    round_to_nearest,
+)
+from gptq_plugin.kernels import solver_loops
+from gptq_plugin.precision import full_precision, tf32
+from gptq_plugin.split import Split, add_product
 
-BLOCK = 128  # columns solved before their errors reach the rest through one matrix product
-SCALE_DTYPE = torch.float16  # what a checkpoint stores
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A quantized matrix: W[o, i] ≈ scales[g, o]·(codes[o, i] − zeros[g, o]) with g = g_idx[i].
-
-    Attributes:
-        codes: uint8 [out, in], columns in the layer's own order.
-        scales: float16 [G, out].
-        zeros: uint8 [G, out], true zeros (not v1's zeros minus one).
-        g_idx: int32 [in], the group of every input channel.
-        bits: Width of a code.
-        group_size: As configured: channels a group, or -1.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    g_idx: Tensor
-    bits: int
-    group_size: int
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix the codes stand for, [out, in]; the product is taken in float32 (or `dtype` if wider)."""
-        wide = torch.promote_types(dtype, torch.float32)
-        group = self.g_idx.long()
-        offset = self.codes.to(wide) - self.zeros.to(wide)[group].T
-        return (offset * self.scales.to(wide)[group].T).to(dtype)
-
-    def rows(self, start: int, stop: int) -> QuantizedWeight:
-        """The output rows start..stop, as a matrix of its own."""
-        return replace(
-            self,
-            codes=self.codes[start:stop],
-            scales=self.scales[:, start:stop].contiguous(),
-            zeros=self.zeros[:, start:stop].contiguous(),
-        )
-
-    def take(self, rows: Tensor) -> QuantizedWeight:
-        """The output rows with these numbers, int64 [n], as a matrix of its own."""
-        return replace(self, codes=self.codes[rows], scales=self.scales[:, rows], zeros=self.zeros[:, rows])
+BLOCK = 128  # columns solved in one launch, before a matrix product tells their errors to the rest of their span
+SPAN = 512  # columns whose errors reach the rest through one larger product
+_STRIP = 1024  # columns in one product of the losses
+CANDIDATES = 2  # alternatives of each row that are solved
 
 
 @dataclass(frozen=True)
@@ -100,208 +75,230 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
 
     Args:
         weight: [out, in], any floating dtype, finite.
-        hessian: [in, in], the mean over tokens of x xᵀ, float32 or float64, finite, on weight's device.
+        hessian: [in, in], the mean over tokens of x xᵀ, symmetric, float32 or float64, finite, on weight's device.
             Its dtype is the precision of the whole solve.
-        config: bits, group_size, sym, desc_act, static_groups, damping and checkpoint_format are read.
+        config: bits, group_size, sym, desc_act, static_groups, damping, clip_ratios and checkpoint_format are read.
 
     Raises:
         ValueError: The weight or the Hessian is not finite, or a scale exceeds float16.
     """
-    with full_precision(weight.device):
-        return _solve(weight, hessian, config)
+    return solve_batch(weight[None], hessian[None], config)[0]
 
 
-def _solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity")
-    if not torch.isfinite(hessian).all():
-        raise ValueError("the Hessian holds NaN or infinity")
-    weight = weight.detach().to(hessian.dtype)
-    nearest = round_to_nearest(weight, config)
-    rtn_loss = output_error(weight, nearest, hessian)
-    order = _visiting_order(hessian, config)
-    factor, damp_percent, deviations = _factorize(hessian[order][:, order], config)
-    if factor is None:
-        return Solution(nearest, rtn_loss, rtn_loss, "rtn", damp_percent, deviations)
-    quantized, loss = _best_rows(weight, hessian, factor, order, config)
-    return Solution(quantized, loss, rtn_loss, "gptq", damp_percent, deviations)
+def solve_batch(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> list[Solution]:
+    """`solve` for several matrices of one shape, each with a Hessian of its own, in the same launches.
+
+    Args:
+        weights: [B, out, in].
+        hessians: [B, in, in].
+        config: As for `solve`.
+    """
+    with full_precision(weights.device):
+        weights = weights.detach().to(hessians.dtype)
+        factor, good = factorize(hessians, config, hessians.dtype, config.damp_percent)
+        solutions = _solve(weights, factor, config, config.damp_percent, ())
+        finite = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1)
+        # Only here is the device waited for: with everything queued, it never waits for Python.
+        for number, (is_good, is_finite) in enumerate(torch.stack([good, finite], 1).tolist()):
+            if not is_finite:
+                raise ValueError("the Hessian holds NaN or infinity")
+            if not is_good:
+                solutions[number] = _try_harder(weights[number], hessians[number], config)
+        refuse_bad_scales(weights, torch.stack([solution.weight.scales for solution in solutions]))
+        return solutions
 
 
-@torch.no_grad()
-def round_to_nearest(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
-    """Every weight of [out, in] to the nearest point of its contiguous group's grid, without a Hessian."""
-    out_features, in_features = weight.shape
-    size = _group_width(in_features, config)
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    scales, zeros = _grid(wide.reshape(out_features, -1, size), config)  # [out, G]
-    codes = _round(wide.reshape(out_features, -1, size), scales[..., None], zeros[..., None], config.bits)
-    g_idx = torch.arange(in_features, device=weight.device, dtype=torch.int32) // size
-    return _assemble(codes.reshape(out_features, in_features), scales.T, zeros.T, g_idx, config)
-
-
-def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Tensor:
-    """(w − q) H (w − q)ᵀ for every row: [out], the mean over tokens of the squared output error."""
-    error = weight.to(hessian.dtype) - quantized.dequantize(hessian.dtype)
+def output_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """e H eᵀ for every row e = w − q of [out, in]: [out], the mean over tokens of the squared output error."""
     return ((error @ hessian) * error).sum(dim=1)
 
 
-def _group_width(in_features: int, config: QuantizeConfig) -> int:
-    return in_features if config.group_size == -1 else config.group_size
-
-
-def _visiting_order(hessian: Tensor, config: QuantizeConfig) -> Tensor:
-    if config.desc_act or config.static_groups:
-        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return torch.arange(hessian.shape[0], device=hessian.device)
-
-
-def _grid(values: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
-    """Scales (rounded to float16, in values' dtype) and zeros of the groups along the last dimension."""
-    top = 2**config.bits - 1
-    if config.sym:
-        scales = 2 * values.abs().amax(-1) / top
-        zeros = torch.full_like(scales, 2 ** (config.bits - 1))
-    else:
-        low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-        if config.checkpoint_format == "gptq":
-            # v1 stores z − 1, and clients disagree about z = 0: widen the grid until z is at least 1.
-            low = torch.minimum(low, -high / (top - 1))
-        scales = (high - low) / top
-        zeros = torch.round(-low / torch.where(scales > 0, scales, 1)).clamp(0, top)
-    scales = torch.where(scales > 0, scales, 1)  # a group of zeros: any scale will do
-    largest = torch.finfo(SCALE_DTYPE).max
-    if (scales > largest).any():
-        raise ValueError(f"a weight needs a scale of {scales.max().item():.3g}, above float16's {largest:.0f}")
-    scales = scales.clamp(min=2.0**-24)  # float16's smallest positive number, so that no scale rounds to zero
-    return scales.to(SCALE_DTYPE).to(values.dtype), zeros
-
-
-def _round(values: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    return torch.round(values / scales + zeros).clamp_(0, 2**bits - 1)
-
-
-def _factorize(hessian: Tensor, config: QuantizeConfig) -> tuple[Tensor | None, float, tuple[str, ...]]:
-    """A of H + λI = A·D·Aᵀ, the damping used, and what had to be done to get it; None where nothing helped."""
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    if dead.all():
-        return None, config.damp_percent, ("no calibration input reached this layer: round-to-nearest",)
-    mean = diagonal[~dead].mean()
-    deviations: list[str] = []
-    for dtype, damp_percent in _attempts(hessian.dtype, config):
-        damped = hessian.to(dtype, copy=True)
-        # A dead input has no loss; a plain diagonal entry keeps the factor regular and rounds it to nearest.
-        damped.diagonal().add_(torch.where(dead, mean, damp_percent * mean).to(dtype))
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if info.item() == 0 and torch.isfinite(lower).all():
-            upper = lower.flip(0, 1)
-            if dtype != hessian.dtype:
-                deviations.append("Hessian factored in float64 after float32 failed")
+def _try_harder(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
+    """After the factor that was asked for could not be made: float64, more damping, and at last round-to-nearest."""
+    for dtype, damp_percent in islice(attempts(hessian.dtype, config), 1, None):
+        factor, good = factorize(hessian[None], config, dtype, damp_percent)
+        if good.item():
+            said = ["Hessian factored in float64 after float32 failed"] if dtype != hessian.dtype else []
             if damp_percent != config.damp_percent:
-                deviations.append(f"damp_percent raised from {config.damp_percent:g} to {damp_percent:g}")
-            factor = (upper / upper.diagonal()).to(hessian.dtype).contiguous()  # LAPACK's is column-major
-            return factor, damp_percent, tuple(deviations)
-    return None, damp_percent, (f"no Cholesky factor up to damp_percent {damp_percent:g}: round-to-nearest",)
-
-
-def _attempts(dtype: torch.dtype, config: QuantizeConfig) -> Iterator[tuple[torch.dtype, float]]:
-    """What was asked; the same in float64; then float64 with ever more damping."""
-    yield dtype, config.damp_percent
-    if dtype != torch.float64:
-        yield torch.float64, config.damp_percent
-    step = config.damp_auto_increment
-    while step > 0 and config.damp_percent + step < 1:
-        yield torch.float64, config.damp_percent + step
-        step *= 10
-
-
-def _blocks(in_features: int, config: QuantizeConfig) -> Iterator[tuple[int, int]]:
-    """Ranges of columns of at most BLOCK; where scales wait for their group, none crosses a group's start."""
-    span = in_features if config.static_groups else _group_width(in_features, config)
-    for begin in range(0, in_features, span):
-        for start in range(begin, begin + span, BLOCK):
-            yield start, min(start + BLOCK, begin + span)
-
-
-def _best_rows(
-    weight: Tensor, hessian: Tensor, factor: Tensor, order: Tensor, config: QuantizeConfig
-) -> tuple[QuantizedWeight, Tensor]:
-    """Solves every row once for each of `clip_ratios` and keeps the solution with the least output error.
-
-    Rows do not know each other, so all alternatives are one solve of a taller matrix, and the choice is exact.
-    """
-    rows, ratios = weight.shape[0], config.clip_ratios
-    span = torch.tensor(ratios, dtype=weight.dtype, device=weight.device).repeat_interleave(rows)
-    stacked = weight.repeat(len(ratios), 1)
-    quantized = _visit_columns(stacked, factor, order, span, config)
-    loss = output_error(stacked, quantized, hessian).reshape(len(ratios), rows)
-    least, which = loss.min(dim=0)
-    return quantized.take(which * rows + torch.arange(rows, device=weight.device)), least
-
-
-def _visit_columns(
-    weight: Tensor, factor: Tensor, order: Tensor, span: Tensor, config: QuantizeConfig
-) -> QuantizedWeight:
-    """The recursion at the top of this file. Everything is kept as [in, out], so that a column is contiguous.
-
-    `span` [out] is the part of a group's range that a row's grid covers.
-    """
-    out_features, in_features = weight.shape
-    size = _group_width(in_features, config)
-    groups = in_features // size
-    w = weight.T[order].contiguous()
-    error = torch.zeros_like(w)
-    codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(groups, out_features, dtype=w.dtype, device=w.device)
-    zeros = torch.empty_like(scales)
-    if config.static_groups:
-        s, z = _grid(weight.reshape(out_features, groups, size) * span[:, None, None], config)
-        scales.copy_(s.T)
-        zeros.copy_(z.T)
-        group_of = order // size
+                said.append(f"damp_percent raised from {config.damp_percent:g} to {damp_percent:g}")
+            return _solve(weight[None], factor, config, damp_percent, tuple(said))[0]
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the Hessian holds NaN or infinity")
+    if (hessian.diagonal() > 0).any():
+        *_, (_, damp_percent) = attempts(hessian.dtype, config)
+        why = f"no Cholesky factor up to damp_percent {damp_percent:g}"
     else:
-        group_of = torch.arange(in_features, device=w.device) // size
-    solve_block = _block_solver(w)
-    for start, stop in _blocks(in_features, config):
-        if not config.static_groups and start % size == 0:
-            moved = w[start : start + size] + _compensation(factor, error, start, start + size)
-            scales[start // size], zeros[start // size] = _grid(moved.T * span[:, None], config)
-        target = torch.addmm(w[start:stop], factor[:start, start:stop].T, error[:start])
-        grid = group_of[start:stop]
-        codes[start:stop], error[start:stop] = solve_block(
-            target, w[start:stop], factor[start:stop, start:stop], scales[grid], zeros[grid], config.bits
+        damp_percent, why = config.damp_percent, "no calibration input reached this layer"
+    nearest = round_to_nearest(weight, config)
+    loss = output_error(weight - nearest.dequantize(weight.dtype), hessian)
+    return Solution(nearest, loss, loss, "rtn", damp_percent, (f"{why}: round-to-nearest",))
+
+
+def _solve(
+    weights: Tensor, factor: Factor, config: QuantizeConfig, damp_percent: float, deviations: tuple[str, ...]
+) -> list[Solution]:
+    columns = _Columns(weights, factor, config)
+    columns.visit()
+    g_idx = columns.g_idx()
+    solutions = []
+    for number, weight in enumerate(weights):
+        quantized = QuantizedWeight(
+            codes=columns.codes[number].T,
+            scales=columns.scales[number].to(SCALE_DTYPE),
+            zeros=columns.zeros[number].to(torch.uint8),
+            g_idx=g_idx[number],
+            bits=config.bits,
+            group_size=config.group_size,
         )
-    natural = torch.empty_like(codes)
-    natural[order] = codes
-    g_idx = torch.empty(in_features, dtype=torch.int32, device=w.device)
-    g_idx[order] = group_of.int()
-    return _assemble(natural.T, scales, zeros, g_idx, config)
+        rtn_loss = _loss(nearest_error(weight, config), factor, number)
+        solutions.append(
+            Solution(quantized, columns.loss[number].clamp(min=0), rtn_loss, "gptq", damp_percent, deviations)
+        )
+    return solutions
 
 
-def _block_solver(weight: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    if weight.is_cuda and weight.dtype == torch.float32:
-        from gptq_plugin.kernels import solve as triton_solve  # imported here: needs Triton
+def _loss(error: Tensor, factor: Factor, number: int) -> Tensor:
+    """`output_error` through the factor: half the flops, and a sum of squares as long as there is no damping.
 
-        return triton_solve.solve_block
-    return reference.solve_block
-
-
-def _compensation(factor: Tensor, error: Tensor, start: int, stop: int) -> Tensor:
-    """How far the best float weights of the columns start..stop have moved, given the errors before them.
-
-    It is the recursion without rounding: d_j = Σ_{k<start} e_k·A_kj − Σ_{start≤k<j} d_k·A_kj. [stop−start, out].
+    On a GPU it may use TF32: its rounding, 2^-11 of each factor, moves the sum of thousands of squares by less than
+    0.1 %, and round-to-nearest's loss is there to be looked at, nothing is decided by it.
     """
-    pushed = factor[:start, start:stop].T @ error[:start]
-    inner = factor[start:stop, start:stop].T
-    return torch.linalg.solve_triangular(inner, pushed, upper=False, unitriangular=True)
+    e = error[:, factor.order[number]]
+    loss = -(e.square() @ factor.damping[number])
+    with tf32(e.device):
+        for start in range(0, e.shape[1], _STRIP):
+            moved = e[:, start:] @ factor.rows[number, start : start + _STRIP, start:].T
+            loss += moved.square_() @ factor.gain[number, start : start + _STRIP]
+    return loss.clamp_(min=0)
 
 
-def _assemble(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, config: QuantizeConfig) -> QuantizedWeight:
-    return QuantizedWeight(
-        codes=codes.to(torch.uint8).contiguous(),
-        scales=scales.to(SCALE_DTYPE).contiguous(),
-        zeros=zeros.to(torch.uint8).contiguous(),
-        g_idx=g_idx,
-        bits=config.bits,
-        group_size=config.group_size,
-    )
+class _Columns:
+    """The recursion at the top of this file, for B matrices with A alternatives of each row, from the last position
+    to the first. Everything is kept as [B, in, A·out], so that a column is contiguous.
+    """
+
+    def __init__(self, weights: Tensor, factor: Factor, config: QuantizeConfig):
+        batch, self.rows, n = weights.shape
+        self.factor, self.config = factor, config
+        self.size = group_width(n, config)
+        self.weight = weights.mT.contiguous()  # [B, in, out]
+        self.channel = factor.order.int().contiguous()
+        # A group is a run of input channels, or of columns in the order they are visited.
+        grouped = weights
+        if not config.static_groups:
+            grouped = torch.stack([w[:, order.flip(0)] for w, order in zip(weights, factor.order, strict=True)])
+        self.span = torch.stack([self._candidates(grouped[b], b) for b in range(batch)])  # [B, A, out]
+        width, groups = self.span.shape[1] * self.rows, n // self.size
+        self.pushed = weights.new_zeros(batch, n, width)  # what errors push to each position, [B, in, A·out]
+        self.codes = torch.empty(batch, n, width, dtype=torch.uint8, device=weights.device)  # by channel
+        self.loss = weights.new_zeros(batch, width)
+        if config.static_groups:
+            scales, zeros = zip(
+                *(_grids(grouped[b], self.span[b], self.size, config) for b in range(batch)), strict=True
+            )
+            self.scales, self.zeros = (torch.stack(t).flatten(1, 2).mT.contiguous() for t in (scales, zeros))
+            self.group = factor.order // self.size
+        else:
+            self.scales = weights.new_ones(batch, groups, width)
+            self.zeros = torch.zeros_like(self.scales)
+            self.group = (torch.arange(n - 1, -1, -1, device=weights.device) // self.size).expand(batch, n)
+        self.group = self.group.int().contiguous()
+
+    def visit(self) -> None:
+        """Fills codes and loss, then keeps each row's best alternative."""
+        for start, stop in self._spans():
+            if not self.config.static_groups:
+                self._set_grid(start, stop)
+            self._push(start, stop, self._visit_span(start, stop))
+        self._keep_best()
+
+    def g_idx(self) -> Tensor:
+        """The group of every channel, int32 [B, in]."""
+        return torch.empty_like(self.group).scatter_(1, self.factor.order, self.group)
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """Ranges of positions from the end; a group each, where its scales depend on the errors before it."""
+        width = SPAN if self.config.static_groups else self.size
+        for stop in range(self.weight.shape[1], 0, -width):
+            yield max(stop - width, 0), stop
+
+    def _visit_span(self, first: int, last: int) -> Tensor:
+        """The errors of the positions first..last, [B, ., A·out]."""
+        pushed, rows = self.pushed[:, first:last], self.factor.rows
+        errors, solve_block = torch.empty_like(pushed), solver_loops(self.weight).solve_block
+        for stop in range(last, first, -BLOCK):
+            start = max(stop - BLOCK, first)
+            here, after = slice(start - first, stop - first), slice(stop - first, None)
+            solve_block(
+                torch.baddbmm(pushed[:, here], rows[:, start:stop, stop:last], errors[:, after]),
+                self.weight,
+                rows[:, start:stop, start:stop],
+                self.scales,
+                self.zeros,
+                self.group[:, start:stop],
+                self.channel[:, start:stop],
+                self.factor.gain[:, start:stop],
+                self.factor.damping[:, start:stop],
+                self.codes,
+                errors[:, here],
+                self.loss,
+                self.config.bits,
+            )
+        return errors
+
+    def _push(self, start: int, stop: int, errors: Tensor) -> None:
+        """Tells the errors of the positions start..stop to all positions before."""
+        if start == 0:
+            return
+        pushed, rows = self.pushed[:, :start], self.factor.rows[:, :start, start:stop]
+        if rows.is_cuda and rows.dtype == torch.float32:
+            add_product(pushed, Split.of(rows), Split.of(errors))
+        else:
+            torch.baddbmm(pushed, rows, errors, out=pushed)
+
+    def _candidates(self, weight: Tensor, number: int) -> Tensor:
+        """The parts of the range whose grids promise each row the least loss: [A, out]."""
+        widest_first = sorted(self.config.clip_ratios, reverse=True)
+        ratios = torch.tensor(widest_first, dtype=weight.dtype, device=weight.device)
+        spans = ratios[:, None].expand(-1, self.rows)
+        if len(ratios) <= CANDIDATES:
+            return spans
+        scales, zeros = _grids(weight, spans, self.size, self.config)
+        spread = (torch.linalg.vector_norm(self.factor.rows[number], dim=1).square() - 1).clamp(min=0).div(12).sqrt()
+        gain = self.factor.gain[number]
+        if self.config.static_groups:
+            back = self.factor.order[number].argsort()
+            spread, gain = spread[back], gain[back]
+        else:
+            spread, gain = spread.flip(0), gain.flip(0)
+        expected = solver_loops(weight).clipping_errors(weight, scales, zeros, spread, gain, self.config.bits)
+        return spans.gather(0, expected.topk(CANDIDATES, dim=0, largest=False).indices)
+
+    def _set_grid(self, start: int, stop: int) -> None:
+        """The grids of the group at positions start..stop, from the weights as they have moved.
+
+        Given the errors before, the best float weights solve the recursion without rounding:
+        d_j = Σ_{k ≥ stop} e_k·A_kj − Σ_{j < k < stop} d_k·A_kj.
+        """
+        inner, pushed = self.factor.rows[:, start:stop, start:stop], self.pushed[:, start:stop]
+        moved = torch.linalg.solve_triangular(inner, pushed, upper=True, unitriangular=True)
+        channels = self.factor.order[:, start:stop, None].expand(-1, -1, self.rows)
+        moved = moved.unflatten(2, (-1, self.rows)) + self.weight.gather(1, channels)[:, :, None]
+        scales, zeros = grid((moved * self.span[:, None]).movedim(1, -1), self.config)
+        group = (self.weight.shape[1] - stop) // self.size
+        self.scales[:, group], self.zeros[:, group] = scales.flatten(1), zeros.flatten(1)
+
+    def _keep_best(self) -> None:
+        self.loss, best = self.loss.unflatten(1, (-1, self.rows)).min(1)
+
+        def kept(values: Tensor) -> Tensor:
+            wide = values.unflatten(2, (-1, self.rows))
+            return wide.gather(2, best[:, None, None].expand(-1, values.shape[1], -1, -1)).squeeze(2)
+
+        self.scales, self.zeros, self.codes = kept(self.scales), kept(self.zeros), kept(self.codes)
+
+
+def _grids(weight: Tensor, spans: Tensor, size: int, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [A, out, G] of a weight [out, in] whose alternatives cover `spans` [A, out] of the range."""
+    low, high = weight.unflatten(1, (-1, size)).aminmax(dim=-1)  # a grid depends on a group's ends only
+    return grid(torch.stack([low, high], -1) * spans[:, :, None, None], config)

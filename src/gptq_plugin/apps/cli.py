@@ -27,6 +27,7 @@ from gptq_plugin.apps.language_model import LanguageModel, SaveFloat
 from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weights_size
 from gptq_plugin.callback import GPTQCallback
 from gptq_plugin.export import check_export_dir
+from gptq_plugin.memory import fits
 from gptq_plugin.progress import tqdm_progress
 from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.report import QuantizeReport
@@ -58,8 +59,9 @@ def finetune(cfg: DictConfig) -> float | None:
         return None
     clock.move(gptq.report.seconds["total"], "train", "quantize")
     clock.move(save_float.seconds, "train", "save float")
-    model.to(trainer.strategy.root_device)
-    return _finish(cfg, clock, run_dir, data, model, gptq.quantizer, gptq.report, gptq.export_dir)
+    device = trainer.strategy.root_device
+    model.to(device)
+    return _finish(cfg, clock, run_dir, data, model, gptq.quantizer, gptq.report, gptq.export_dir, device)
 
 
 @hydra.main(version_base="1.3", config_path=_CONF, config_name="quantize")
@@ -71,15 +73,26 @@ def quantize(cfg: DictConfig) -> float | None:
     with clock("prepare"):
         quantizer: QuantizeModule = _instantiate(cfg.quantizer)
         data, model = _data_and_model(cfg)
-        model.to(_device(cfg.device))
+        device = _device(cfg.device)
+        if not quantizer.offload_weights and fits(model, device):
+            model.to(device)  # else it is streamed from where it is
         rows = data.calibration(quantizer.config.nsamples)
     with (
         clock("quantize"),
         tqdm_progress() as progress,
-        quantizer.temporarily(model.network, rows, progress=progress) as report,
+        quantizer.temporarily(
+            model.network,
+            rows,
+            tokenizer=model.tokenizer,
+            device=device,
+            export_dir=export_dir,
+            overwrite=cfg.overwrite,
+            progress=progress,
+        ) as report,
     ):
-        quantizer.export(model.network, export_dir, tokenizer=model.tokenizer, overwrite=cfg.overwrite)
-    return _finish(cfg, clock, run_dir, data, model, quantizer, report, export_dir)
+        pass
+    clock.move(report.seconds["export"], "quantize", "export")
+    return _finish(cfg, clock, run_dir, data, model, quantizer, report, export_dir, device)
 
 
 def _start(cfg: DictConfig) -> Path:
@@ -113,7 +126,9 @@ def _gptq_callback(callbacks: list[Any]) -> GPTQCallback:
 
 
 def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def _finish(
@@ -125,6 +140,7 @@ def _finish(
     quantizer: QuantizeModule,
     report: QuantizeReport,
     export_dir: Path | None,
+    device: torch.device,
 ) -> float | None:
     """Compares float, round-to-nearest (in place: the float weights end here) and what the files hold."""
     assert export_dir is not None
@@ -141,15 +157,16 @@ def _finish(
     if cfg.evaluate:
         windows = data.validation
         summary.windows = (windows.shape[0], windows.shape[1])
-        with clock("evaluate float"):
-            summary.nll["float"] = mean_nll(model.network, windows, cfg.eval_batch_size)
-        with clock("evaluate RTN"):
-            quantizer.round_to_nearest(model.network)
-            summary.nll["rtn"] = mean_nll(model.network, windows, cfg.eval_batch_size)
+        if model.device.type == device.type:
+            with clock("evaluate float"):
+                summary.nll["float"] = mean_nll(model.network, windows, cfg.eval_batch_size)
+            with clock("evaluate RTN"):
+                quantizer.round_to_nearest(model.network)
+                summary.nll["rtn"] = mean_nll(model.network, windows, cfg.eval_batch_size)
+        else:
+            summary.deviations.append(f"the float model is not on {device}, so only its export is evaluated")
         with clock("reload, evaluate, generate"):
-            result = evaluate_export(
-                export_dir, run_dir, windows, batch_size=cfg.eval_batch_size, device=str(model.device)
-            )
+            result = evaluate_export(export_dir, run_dir, windows, batch_size=cfg.eval_batch_size, device=str(device))
         summary.nll["gptq"] = result["nll"]
         summary.prompt, summary.text = result["prompt"], result["text"]
     summary.files = _files(run_dir, export_dir)

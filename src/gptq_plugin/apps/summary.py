@@ -165,7 +165,7 @@ def files_size(directory: Path) -> int:
 def _figures(nll: dict[str, float], key: str) -> tuple[str, str, str]:
     if key not in nll:
         return "", "", ""
-    above = "" if key == "float" else f"{nll[key] - nll['float']:+.5f}"
+    above = f"{nll[key] - nll['float']:+.5f}" if "float" in nll and key != "float" else ""
     return _perplexity(nll[key]), f"{nll[key]:.5f}", above
 
 

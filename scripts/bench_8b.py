@@ -1,0 +1,261 @@
+"""An 8B model in seconds: what a Llama-3-8B-shaped model takes on one GPU, part by part.
+
+    python scripts/bench_8b.py block    # one block: where each millisecond goes, the floor, the peers' figures
+    python scripts/bench_8b.py model    # load to export of the whole model, in memory modes (a), (b) and (c)
+    python scripts/bench_8b.py growth   # seconds against tokens, width and layers, and a fit to the cost model
+    python scripts/bench_8b.py codes    # how many codes differ from the same solver's in float64, and by what loss
+
+Random weights: time does not depend on them. 128 samples of 2048 tokens, 4 bits, group 128, static act-order. Peers'
+figures are those of shared/notes/performance.md (same GPU, same block).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, solver
+from gptq_plugin.factor import factorize
+from gptq_plugin.grid import nearest_error
+from gptq_plugin.hessian import Hessian
+
+PEERS = {"GPTQModel 7.7": 17.5, "llm-compressor 0.14": 7.39, "a rough prototype": 0.64}
+BF16, FP32 = 680e12, 51e12  # flops a second of this GPU's library products (shared/notes/performance.md)
+SAMPLES, LENGTH, BATCH = 128, 2048, 8
+PLAIN = {"clip_ratios": (1.0,)}
+GIB = 2**30
+
+
+def llama(layers: int, hidden: int = 4096, device: str = "cuda", vocab: int = 2048) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 512,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+def samples(count: int = SAMPLES, vocab: int = 2048) -> list[Tensor]:
+    return list(torch.randint(0, vocab, (count, LENGTH), generator=torch.Generator().manual_seed(0)))
+
+
+def seconds(call: Callable[[], object], repeats: int = 3) -> float:
+    call()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / repeats
+
+
+def quantize(model: torch.nn.Module, rows: list[Tensor], **options: Any) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    QuantizeModule(QuantizeConfig(nsamples=len(rows), batch_size=BATCH, **options)).quantize(model, rows)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def clear() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def block() -> None:
+    shapes = {"q, k, v": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
+    tokens, weights = SAMPLES * LENGTH, sum(rows * n for rows, n in shapes.values())
+    quantize(llama(2), samples(16))  # compiles the kernels
+    for label, options in (("clip_ratios=[1.0]", PLAIN), ("default", {})):
+        times = {}
+        for layers in (4, 8):
+            clear()
+            times[layers] = quantize(llama(layers), samples(), **options)
+            peak = torch.cuda.max_memory_allocated() / GIB
+        print(f"{label}: {times[8] / 8:.3f} s a block ({(times[8] - times[4]) / 4:.3f} without what a run costs once)")
+        print(f"  8 blocks: {times[8]:.2f} s, peak {peak:.1f} GiB")
+        for name, peer in PEERS.items():
+            print(f"  {name}: {peer} s, {peer / (times[8] / 8):.1f} times as long")
+    clear()
+    parts: dict[str, float] = {}
+    model = llama(4)
+    rows = torch.stack(samples()).cuda().split(BATCH)
+
+    @torch.no_grad()
+    def forward() -> None:
+        for ids in rows:
+            model.model(input_ids=ids, use_cache=False)
+
+    parts["forward"] = seconds(forward) / 4
+    model.to("meta")
+    for n, times_used in ((4096, 3), (14336, 1)):
+        x, hessian = torch.randn(BATCH * LENGTH, n, device="cuda", dtype=torch.bfloat16), Hessian(n, "cuda")
+        parts[f"Hessian {n}"] = seconds(lambda: hessian.add(x)) * SAMPLES / BATCH * times_used  # noqa: B023
+    for label, config in (("plain", QuantizeConfig(**PLAIN)), ("default", QuantizeConfig())):
+        for name, (count, n) in shapes.items():
+            clear()
+            x = torch.randn(2 * n, n, device="cuda") * torch.logspace(-1, 1, n, device="cuda")
+            mean, weight = x.T @ x / len(x), torch.randn(count, n, device="cuda", dtype=torch.bfloat16) * 0.02
+            wide = weight.float()
+            factor, _ = factorize(mean[None], config, torch.float32, config.damp_percent)
+            parts[f"{label} {name}: factor"] = seconds(
+                lambda: factorize(mean[None], config, torch.float32, 0.01)  # noqa: B023
+            )
+            parts[f"{label} {name}: columns"] = seconds(
+                lambda: solver._Columns(wide[None], factor, config).visit()  # noqa: B023
+            )
+            parts[f"{label} {name}: RTN's loss"] = seconds(
+                lambda: solver._loss(nearest_error(wide, config), factor, 0)  # noqa: B023
+            )
+            parts[f"{label} {name}: all"] = seconds(lambda: solver.solve(weight, mean, config))  # noqa: B023
+            found = solver.solve(weight, mean, config).weight
+            parts[f"{label} {name}: pack"] = seconds(
+                lambda: QuantLinear.from_quantized(found).dequantize(torch.bfloat16)  # noqa: B023
+            )
+    print("one part at a time, milliseconds:")
+    for name, value in parts.items():
+        print(f"  {name}: {value * 1e3:.1f}")
+    half = {n: n * n * tokens for n in (4096, 14336)}
+    floor = {
+        "forward": 2 * weights * tokens / BF16,
+        "Hessians, half of each": (3 * half[4096] + half[14336]) / BF16,
+        "factors": sum(n**3 / 3 for _, n in shapes.values()) / FP32,
+        "columns": sum(count * n * n for count, n in shapes.values()) / FP32,
+    }
+    print("floor, milliseconds: " + ", ".join(f"{k} {v * 1e3:.0f}" for k, v in floor.items()), end="")
+    print(f"; together {sum(floor.values()):.3f} s")
+
+
+def model_run(folder: Path, limit: float | None, target: Path) -> float:
+    """Load to export in this process; prints each phase."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else limit * GIB / total)
+    clear()
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    loaded = time.perf_counter()
+    quantizer = QuantizeModule(nsamples=SAMPLES, batch_size=BATCH)
+    report = quantizer.quantize(model, samples(vocab=128256), device="cuda", export_dir=target, overwrite=True)
+    done = time.perf_counter()
+    phases = {"load": loaded - started, **report.seconds}
+    print(f"limit {limit or total / GIB:.0f} GiB: {done - started:.1f} s, " + ", ".join(
+        f"{name} {value:.1f}" for name, value in phases.items()
+    ))  # fmt: skip
+    print(f"  peak on the device {torch.cuda.max_memory_reserved() / GIB:.1f} GiB")
+    print(f"  {sum(file.stat().st_size for file in target.glob('*.safetensors')) / 1e9:.2f} GB written", flush=True)
+    return report.seconds["total"]
+
+
+def whole() -> None:
+    quantize(llama(2), samples(16))  # compiles the kernels
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # as a model whose files are in the page cache
+    with tempfile.TemporaryDirectory(dir=memory) as source, tempfile.TemporaryDirectory() as place:
+        folder, target = Path(source, "float"), Path(place, "quantized")
+        model = llama(32, vocab=128256)
+        model.save_pretrained(folder, max_shard_size="5GB")
+        del model
+        times = {}
+        for mode, limit in (("a", None), ("b", 24.0), ("c", 12.0)):
+            print(f"mode ({mode})")
+            try:
+                times[mode] = model_run(folder, limit, target)
+            except torch.OutOfMemoryError as error:
+                print(f"  out of memory: {error}")
+            else:
+                print(f"  {times[mode] / times['a']:.2f} times mode (a), without load and export", flush=True)
+            clear()
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def growth() -> None:
+    quantize(llama(2), samples(16))
+    runs: list[tuple[str, int, int, int]] = []
+    runs += [("tokens", n, 4096, 2) for n in (16, 32, 64, 128, 256, 512)]
+    runs += [("width", 128, hidden, 2) for hidden in (1024, 2048, 4096, 8192)]
+    runs += [("layers", 64, 2048, layers) for layers in (2, 4, 8, 16)]
+    rows, measured = [], []
+    for _, count, hidden, layers in runs:
+        model = llama(layers, hidden)
+        clear()
+        measured.append(quantize(model, samples(count)))
+        del model
+        rows.append(cost(count * LENGTH, hidden, layers))
+    # Relative errors count: a run of 20 s is not to drown one of 0.2 s.
+    weights = 1 / torch.tensor(measured, dtype=torch.float64)
+    matrix = torch.tensor(rows, dtype=torch.float64) * weights[:, None]
+    rates = torch.linalg.lstsq(matrix, torch.ones(len(runs), 1, dtype=torch.float64)).solution.flatten()
+    print("seconds = {:.3g}·(forward + Hessian flops) + {:.3g}·(factor + column flops) + {:.3g}·columns".format(*rates))
+    print(f"that is {1e-12 / rates[0]:.0f} and {1e-12 / rates[1]:.0f} Tflop/s")
+    print("| grows | tokens | width | layers | seconds | model |\n|---|---|---|---|---|---|")
+    for (what, count, hidden, layers), found, row in zip(runs, measured, rows, strict=True):
+        model = float(torch.tensor(row, dtype=torch.float64) @ rates)
+        print(f"| {what} | {count * LENGTH} | {hidden} | {layers} | {found:.2f} | {model:.2f} |")
+
+
+def codes() -> None:
+    """Inputs as a network's: strongly correlated, and of very different sizes."""
+    config = QuantizeConfig()
+    print("| out x in | clip ratios | codes that differ | loss / loss in float64 - 1 | rows with a difference |")
+    print("|---|---|---|---|---|")
+    for rows, n in ((1024, 4096), (1024, 14336)):
+        torch.manual_seed(0)
+        mix = torch.randn(n, n // 8, device="cuda") @ torch.randn(n // 8, n, device="cuda") / n + torch.eye(
+            n, device="cuda"
+        )
+        hessian = Hessian(n, "cuda")
+        for _ in range(4):
+            x = torch.randn(n, n, device="cuda") @ mix * torch.logspace(-1, 1, n, device="cuda")
+            hessian.add(x.bfloat16())
+        mean, weight = hessian.mean(), torch.randn(rows, n, device="cuda") * 0.02
+        for ratios in ((1.0,), config.clip_ratios):
+            asked = QuantizeConfig(clip_ratios=ratios)
+            exact, found = solver.solve(weight, mean.double(), asked), solver.solve(weight, mean, asked)
+            other = exact.weight.codes != found.weight.codes
+            loss = float(found.loss.double().sum() / exact.loss.sum()) - 1
+            print(
+                f"| {rows} x {n} | {len(ratios)} | {float(other.double().mean()):.2e} | {loss:.1e} | "
+                f"{float(other.any(1).double().mean()):.3f} |",
+                flush=True,
+            )
+
+
+def cost(tokens: int, hidden: int, layers: int) -> tuple[float, float, float]:
+    """Flops of the tensor cores, flops in float32, and columns visited one after the other."""
+    h, f = hidden, hidden * 7 // 2
+    groups = ((1.5 * h, h), (h, h), (2 * f, h), (h, f))  # (rows, inputs)
+    products = sum(2 * rows * n * tokens + n * n * tokens for rows, n in groups)
+    solve = sum(n**3 / 3 + 2 * rows * n * n for rows, n in groups)  # two candidates of every row
+    return layers * products, layers * solve, layers * sum(n for _, n in groups)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("block", "model", "growth", "codes"))
+    what = parser.parse_args().what
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("gptq_plugin.job").setLevel(logging.INFO)  # says what stays on the device
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    {"block": block, "model": whole, "growth": growth, "codes": codes}[what]()
+
+
+if __name__ == "__main__":
+    main()

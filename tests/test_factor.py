@@ -1,0 +1,111 @@
+"""The factor of a damped Hessian: what it multiplies back to, in blocks and in one go, and 3xTF32 products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_plugin import factor as factoring
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.factor import attempts, factorize
+from gptq_plugin.precision import full_precision
+from gptq_plugin.split import Split, add_product
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+
+
+def hessians(batch, n, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 3 * n, n, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, n)
+    return (x.mT @ x / (3 * n)).to(dtype)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_the_factor_multiplies_back_to_the_damped_hessian_in_visiting_order(act_order):
+    h = hessians(2, 40)
+    h[1, 7] = h[1, :, 7] = 0  # never an input
+    factor, good = factorize(h, QuantizeConfig(static_groups=act_order), torch.float64, 0.02)
+    assert good.tolist() == [True, True]
+    for b in range(2):
+        order = factor.order[b]
+        diagonal = h[b].diagonal()
+        assert sorted(order.tolist()) == list(range(40))
+        assert torch.equal(order, torch.arange(39, -1, -1)) or act_order
+        assert not act_order or torch.equal(diagonal[order], diagonal.sort().values)
+        live = diagonal > 0
+        added = torch.where(live, 0.02 * diagonal[live].mean(), diagonal[live].mean())
+        torch.testing.assert_close(factor.damping[b], added[order])
+        a = factor.rows[b].T  # unit lower triangular
+        assert torch.equal(a.diagonal(), torch.ones(40, dtype=torch.float64)) and torch.equal(a, a.tril())
+        product = a @ torch.diag(factor.gain[b]) @ a.T
+        torch.testing.assert_close(product, h[b][order][:, order] + torch.diag(added[order]))
+
+
+def test_the_hessians_are_not_changed_and_one_that_cannot_be_factored_is_told_from_the_others():
+    h = hessians(3, 16)
+    h[1, 0, 1] = h[1, 1, 0] = 1e6
+    before = h.clone()
+    _, good = factorize(h, QuantizeConfig(), torch.float64, 0.01)
+    assert good.tolist() == [True, False, True]
+    assert torch.equal(h, before)
+
+
+@devices
+@pytest.mark.parametrize(("n", "panel"), [(64, 16), (70, 16), (33, 32), (129, 32), (16, 16)])
+def test_in_blocks_as_in_one_go(n, panel, device):
+    h = hessians(2, n, torch.float32).to(device)
+    wanted = torch.linalg.cholesky(h.double()).mT
+    with full_precision(h.device):
+        failed = factoring._blocked_cholesky(h, panel)
+    assert failed.tolist() == [False, False]
+    torch.testing.assert_close(h.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    assert torch.equal(h, h.triu())
+
+
+@pytest.mark.parametrize("where", [0, 20, 47])
+def test_in_blocks_too_an_indefinite_matrix_is_told(where):
+    h = hessians(2, 48, torch.float32)
+    h[1, where, where] = -1
+    with full_precision(h.device):
+        assert factoring._blocked_cholesky(h, 16).tolist() == [False, True]
+
+
+def test_attempts_go_from_what_was_asked_over_float64_to_more_damping():
+    config = QuantizeConfig(damp_percent=0.01, damp_auto_increment=0.02)
+    asked, *others = attempts(torch.float32, config)
+    assert asked == (torch.float32, 0.01) and others[0] == (torch.float64, 0.01)
+    assert [round(damp, 6) for _, damp in others[1:]] == [0.03, 0.21]
+    assert list(attempts(torch.float64, QuantizeConfig(damp_auto_increment=0))) == [(torch.float64, 0.01)]
+
+
+def test_a_split_number_is_a_tf32_number_and_an_exact_rest():
+    x = torch.cat([torch.randn(1000) * torch.logspace(-20, 20, 1000), torch.tensor([0.0, 1.0, -3.0])])
+    split = Split.of(x)
+    assert torch.equal(split.high + split.low, x)
+    assert (split.high.view(torch.int32) & 0x1FFF == 0).all()
+    assert (split.low.abs() <= x.abs() * 2**-11).all()
+
+
+@devices
+def test_a_product_of_splits_is_as_accurate_as_float32(device):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, *shape, generator=generator).to(device) for shape in ((64, 4096), (4096, 96)))
+    start = torch.randn(2, 64, 96, generator=generator).to(device)
+    wanted = start.double() - 2 * a.double() @ b.double()
+    with full_precision(a.device):
+        out = start.clone()
+        add_product(out, Split.of(a), Split.of(b), alpha=-2)
+        single = start - 2 * a @ b
+    error, usual = ((t.double() - wanted).norm() / wanted.norm() for t in (out, single))
+    assert error < 3 * usual + 1e-6 < 2e-5  # TF32 alone: about 3e-4
+
+
+@devices
+def test_a_split_takes_rows_and_gives_them_back(device):
+    x = torch.randn(2, 6, 5, device=device)
+    split = Split.empty(x, 2, 10, 5)
+    split.put(3, x)
+    part = split.rows(3, 9)
+    assert torch.equal(part.high + part.low, x)
+    assert torch.equal((part.mT.columns(2).high + part.mT.columns(2).low), x.mT[..., 2:])
