@@ -257,8 +257,11 @@ def test_rules_for_modules_can_be_given_on_the_command_line():
 def test_the_default_quantizer_is_the_configurations_defaults():
     with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
         cfg = compose("quantize", ["quantizer.model_seqlen=2048"])
-    assert instantiate(cfg.quantizer, _convert_="all").config == QuantizeConfig()
-    assert set(cfg.quantizer) - {"_target_"} == {field.name for field in dataclasses.fields(QuantizeConfig)}
+    quantizer = instantiate(cfg.quantizer, _convert_="all")
+    assert quantizer.config == QuantizeConfig()
+    assert quantizer.offload_weights is None and quantizer.offload_activations is None
+    fields = {field.name for field in dataclasses.fields(QuantizeConfig)}
+    assert set(cfg.quantizer) - {"_target_"} == fields | {"offload_weights", "offload_activations"}
 
 
 def test_mean_nll_is_the_mean_over_every_predicted_token():

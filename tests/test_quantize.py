@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
-from gptq_plugin.errors import CalibrationError, TargetError
+from gptq_plugin.errors import CalibrationError, ExportError, TargetError
 from gptq_plugin.forward import call
 from gptq_plugin.hessian import Hessian
 from gptq_plugin.solver import solve
@@ -408,6 +411,111 @@ def test_the_same_data_gives_the_same_codes():
     for model in models:
         QuantizeModule(**SMALL).quantize(model, tokens())
     assert unchanged(models[1], state(models[0]))
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+
+
+def wide_batches():
+    """Batches whose activations are large enough to be worth moving (1 MiB)."""
+    return tokens(48, length=256)
+
+
+@pytest.mark.parametrize("activations", [True, None])
+@pytest.mark.parametrize("weights", [True, None])
+def test_what_is_kept_where_changes_no_code(weights, activations, caplog):
+    plain, offloaded = llama(**WIDE), llama(**WIDE)
+    options = {"group_size": 32, "nsamples": 48, "batch_size": 24}
+    QuantizeModule(**options).quantize(plain, wide_batches())
+    quantizer = QuantizeModule(**options, offload_weights=weights, offload_activations=activations)
+    with caplog.at_level(logging.INFO, logger="gptq_plugin.job"):
+        quantizer.quantize(offloaded, wide_batches())
+    assert unchanged(offloaded, state(plain))
+    said = "".join(record.message for record in caplog.records)
+    assert ("weights streamed block by block" in said) == bool(weights)
+    assert ("activations beyond 0.0 GiB on the CPU" in said) == bool(activations)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_streamed_models_own_weights_are_the_same_objects_afterwards(fails):
+    model = llama(**WIDE)
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    quantizer = QuantizeModule(group_size=32, nsamples=48, offload_weights=True, offload_activations=True)
+    batches = wide_batches()
+    if fails:
+        model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantizer.quantize(model, batches)
+    else:
+        with quantizer.temporarily(model, batches):
+            assert len(quantized(model)) == 21
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, (p, _) in before.items()}
+    assert all(torch.equal(parameter, value) for parameter, value in before.values())
+
+
+def test_an_export_can_be_written_while_the_model_is_quantized(tmp_path):
+    together, afterwards = llama(), llama()
+    quantizer = QuantizeModule(**SMALL)
+    report = quantizer.quantize(together, tokens(), export_dir=tmp_path / "together")
+    assert report.seconds["export"] > 0
+    quantizer.quantize(afterwards, tokens())
+    quantizer.export(afterwards, tmp_path / "afterwards")
+    one, other = (load_quantized(tmp_path / name) for name in ("together", "afterwards"))
+    assert unchanged(one, state(other)) and quantized(one) == quantized(together)
+    for name in ("config.json", "quantize_config.json"):
+        assert (tmp_path / "together" / name).read_text() == (tmp_path / "afterwards" / name).read_text()
+    with pytest.raises(ExportError, match="earlier export"):
+        quantizer.quantize(llama(), tokens(), export_dir=tmp_path / "together")
+
+
+def test_a_failure_leaves_neither_a_folder_nor_a_changed_model(tmp_path):
+    model = llama()
+    before = state(model)
+    model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        QuantizeModule(**SMALL).quantize(model, tokens(), export_dir=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [] and unchanged(model, before) and not quantized(model)
+
+
+@pytest.mark.parametrize("option", ["offload_weights", "offload_activations"])
+def test_an_offload_option_that_is_neither_true_false_nor_null_is_refused(option):
+    with pytest.raises(ValueError, match=f"{option} must be true, false or null"):
+        QuantizeModule(**{option: "cpu"})
+
+
+GROWTH = r"""
+import re, sys
+from pathlib import Path
+import torch, transformers
+from gptq_plugin import QuantizeModule, export, memory
+
+export.SHARD = memory._LARGEST_UNIT = 4 * 10**6  # what is in memory at a time
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+held = []
+
+def watch(*_):
+    held.append(int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
+
+quantizer = QuantizeModule(bits=8, nsamples=8, offload_weights=True, clip_ratios=[1.0])
+quantizer.quantize(model, list(torch.randint(0, 256, (8, 72))), export_dir=sys.argv[2], progress=watch)
+last = held[-len(held) // 4 :]
+print(sum(last) / len(last))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_the_memory_of_a_model_mapped_from_its_files_does_not_grow_with_its_size(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 256, "num_attention_heads": 8}
+    used = {}
+    for layers in (4, 16):
+        folder, out = tmp_path / f"{layers}", tmp_path / f"{layers}-quantized"
+        llama(torch.bfloat16, **{**sizes, "num_hidden_layers": layers}).save_pretrained(folder)
+        command = [sys.executable, "-c", GROWTH, str(folder), str(out)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+        used[layers] = float(run.stdout.split()[0]) / 1e3
+    packed = 12 * 2.9  # MB: 12 layers of 2.9 million weights at 8 bits; their float weights are twice that
+    assert used[16] - used[4] < 0.75 * packed  # about half is the allocator's; keeping the layers takes all of it
 
 
 @pytest.mark.gpu

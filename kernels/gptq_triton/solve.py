@@ -4,7 +4,7 @@
 other. It goes from the last column to the first in chunks. What the columns after a chunk push to it is one small
 product; inside, a column is rounded and its error pushed to those left, all in registers.
 
-`clipping_errors` reads a weight once for all the grids it is rounded to; `permuted` reorders a matrix's rows and columns.
+`clipping_errors` reads a weight once for all the grids it is rounded to. `permuted` reorders rows and columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ except ImportError as error:
         "to the CPU"
     ) from error
 
-_ROWS = 16  # rows a program; few, so that a narrow layer still fills the GPU
+_ROWS = 32  # rows a program: the fastest of 16, 32 and 64 with 1, 2 and 4 warps, for 4096 to 57344 rows on an H200
 _WARPS = 1
 _CHUNK = 16  # columns in registers at a time
 _MAX_COLUMNS = 128

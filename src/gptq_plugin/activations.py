@@ -57,6 +57,7 @@ class Activations:
         # restored from a stack on the mode. With a mode for each thread it would be left wrong when they end in turn.
         self._mode = _Mode(self)
         self._tracked: dict[int, dict[int, _Tracked]] = {}  # by batch and address of the storage object
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._away: dict[int, _Tracked] = {}  # of all batches, those whose bytes are on the host
         self._resident: dict[int, int] = {}  # bytes on the device, by waiting batch
         self._live: dict[int, int] = {}  # bytes on device and host, by waiting batch
@@ -145,7 +146,7 @@ class Activations:
 
     def _send(self, tracked: _Tracked) -> None:
         with self.untracked():
-            tracked.save()
+            tracked.save(self._stream)
         self._away[tracked.key] = tracked
         self.moved += tracked.bytes()
 
@@ -216,6 +217,7 @@ class _Tracked:
         self.owner = owner
         self.host: Tensor | None = None
         self.shared = False  # read by another batch
+        self._saved: torch.cuda.Event | None = None
         self._ref = StorageWeakRef(storage)
 
     def storage(self) -> UntypedStorage | None:
@@ -239,21 +241,32 @@ class _Tracked:
             return False
         return storage.device.type != "cpu" or not storage.is_shared()  # is_shared() is true of all CUDA storages
 
-    def save(self) -> None:
-        """Copies the bytes to the host and gives the memory back to the device."""
+    def save(self, stream: torch.cuda.Stream | None) -> None:
+        """Copies the bytes to the host and gives the memory back to the device; on a GPU on a stream of their own, so
+        that other batches run meanwhile."""
         storage = self.storage()
         if storage is None:
             return
-        pinned = storage.device.type == "cuda"
-        self.host = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        self.host.copy_(_bytes(storage), non_blocking=True)
-        storage.resize_(0)  # on a GPU the memory is used again only by what comes later on this stream
+        source = _bytes(storage)
+        self.host = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu", pin_memory=stream is not None)
+        if stream is None:
+            self.host.copy_(source)
+        else:
+            stream.wait_stream(torch.cuda.current_stream(source.device))
+            with torch.cuda.stream(stream):
+                self.host.copy_(source, non_blocking=True)
+            source.record_stream(stream)  # its memory is used again only after that
+            self._saved = stream.record_event()
+        del source
+        storage.resize_(0)
 
     def fill(self) -> None:
         """Takes memory on the device and copies the bytes back."""
         storage = self.storage()
         if storage is None or self.host is None:
             return
+        if self._saved is not None:
+            self._saved.wait(torch.cuda.current_stream(storage.device))
         storage.resize_(self.host.nbytes)
         _bytes(storage).copy_(self.host, non_blocking=True)
 

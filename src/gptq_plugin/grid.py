@@ -61,7 +61,7 @@ def group_width(in_features: int, config: QuantizeConfig) -> int:
 def grid(values: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
     """The grids of groups of weights that lie along the last dimension.
 
-    A scale that float16 cannot hold, or that comes from NaN, is not finite; `refuse_bad_scales` says so.
+    A scale that float16 cannot hold, or that comes from NaN, is not finite; `why_no_scale` says which.
 
     Args:
         values: [..., g], float32 or float64.
@@ -85,16 +85,13 @@ def grid(values: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
     return scales.clamp(min=_SMALLEST_SCALE).to(SCALE_DTYPE).to(values.dtype), zeros
 
 
-def refuse_bad_scales(weight: Tensor, scales: Tensor) -> None:
-    """Raises ValueError, with the reason, unless all scales are finite. Waits for the device."""
-    if torch.isfinite(scales).all():
-        return
+def why_no_scale(weight: Tensor) -> str:
+    """What is wrong with a weight for which `grid` gave a scale that is not finite."""
     if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity")
-    largest = weight.abs().max().item()
-    raise ValueError(
-        f"a weight of {largest:.3g} needs a scale above float16's {torch.finfo(SCALE_DTYPE).max:.0f}, which is what "
-        "a checkpoint stores"
+        return "the weight holds NaN or infinity"
+    return (
+        f"a weight of {weight.abs().max().item():.3g} needs a scale above float16's "
+        f"{torch.finfo(SCALE_DTYPE).max:.0f}, which is what a checkpoint stores"
     )
 
 
@@ -108,7 +105,8 @@ def round_to_nearest(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
     size = group_width(weight.shape[1], config)
     groups = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, size))
     scales, zeros = grid(groups, config)  # [out, G]
-    refuse_bad_scales(weight, scales)
+    if not torch.isfinite(scales).all():
+        raise ValueError(why_no_scale(weight))
     return QuantizedWeight(
         codes=_codes(groups, scales[..., None], zeros[..., None], config).flatten(1).to(torch.uint8),
         scales=scales.T.to(SCALE_DTYPE).contiguous(),

@@ -154,14 +154,16 @@ class Job:
     def _weights(self) -> Weights:
         """For the first forward, half of what is free is for the weights; then `_plan` knows what else needs room."""
         free = memory.free_bytes(self.device)
-        capacity = memory.EVERYTHING if free is None or self.offload_weights is False else free // 2
-        return Weights(
+        weights = Weights(
             self.model,
             self.device,
             stream=memory.bytes_away(self.model, self.device) > 0 or bool(self.offload_weights),
-            capacity=capacity,
+            capacity=memory.EVERYTHING if free is None or self.offload_weights is False else free // 2,
             unit_bytes=memory.unit_bytes(self.model, free),
         )
+        if self.offload_weights:
+            weights.capacity = weights.few
+        return weights
 
     @contextlib.contextmanager
     def _watching_masks(self) -> Iterator[None]:

@@ -176,5 +176,6 @@ def fixed_bytes(targets: Sequence[Target], device: torch.device, batches: int) -
 
 
 def unit_bytes(model: nn.Module, free: int | None) -> int:
-    """Size up to which a module's weights are brought to the device as a whole."""
-    return _LARGEST_UNIT if free is None else min(_LARGEST_UNIT, free // 8)
+    """Size up to which a module's weights are brought to the device as a whole: a small part of both."""
+    whole = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    return min(_LARGEST_UNIT, whole // 8, _LARGEST_UNIT if free is None else free // 8)

@@ -28,12 +28,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         int32 [ceil(n * bits / 32), m], contiguous.
 
     Raises:
-        ValueError: Another dtype or number of dimensions, or a code that does not fit.
+        ValueError: Another dtype or number of dimensions, or a code that does not fit; on a GPU codes are not looked
+            at, since that would wait for it.
     """
     period, period_words = stream_period(bits)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise ValueError(f"codes must be uint8 with two dimensions, got {codes.dtype} {list(codes.shape)}")
-    if codes.numel() and int(codes.max()) >= 2**bits:
+    if codes.numel() and not codes.is_cuda and int(codes.max()) >= 2**bits:
         raise ValueError(f"a code of {int(codes.max())} does not fit in {bits} bits")
     n, columns = codes.shape
     blocks = -(-n // period)

@@ -36,8 +36,8 @@ from gptq_plugin.grid import (
     grid,
     group_width,
     nearest_error,
-    refuse_bad_scales,
     round_to_nearest,
+    why_no_scale,
 )
 from gptq_plugin.kernels import solver_loops
 from gptq_plugin.precision import full_precision, tf32
@@ -98,13 +98,16 @@ def solve_batch(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> li
         factor, good = factorize(hessians, config, hessians.dtype, config.damp_percent)
         solutions = _solve(weights, factor, config, config.damp_percent, ())
         finite = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1)
+        scales = torch.stack([torch.isfinite(solution.weight.scales).all() for solution in solutions])
         # Only here is the device waited for: with everything queued, it never waits for Python.
-        for number, (is_good, is_finite) in enumerate(torch.stack([good, finite], 1).tolist()):
+        verdicts = torch.stack([good, finite, scales], 1).tolist()
+        for number, (is_good, is_finite, has_scales) in enumerate(verdicts):
             if not is_finite:
                 raise ValueError("the Hessian holds NaN or infinity")
             if not is_good:
                 solutions[number] = _try_harder(weights[number], hessians[number], config)
-        refuse_bad_scales(weights, torch.stack([solution.weight.scales for solution in solutions]))
+            elif not has_scales:
+                raise ValueError(why_no_scale(weights[number]))
         return solutions
 
 
@@ -121,7 +124,10 @@ def _try_harder(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solu
             said = ["Hessian factored in float64 after float32 failed"] if dtype != hessian.dtype else []
             if damp_percent != config.damp_percent:
                 said.append(f"damp_percent raised from {config.damp_percent:g} to {damp_percent:g}")
-            return _solve(weight[None], factor, config, damp_percent, tuple(said))[0]
+            solution = _solve(weight[None], factor, config, damp_percent, tuple(said))[0]
+            if not torch.isfinite(solution.weight.scales).all():
+                raise ValueError(why_no_scale(weight))
+            return solution
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian holds NaN or infinity")
     if (hessian.diagonal() > 0).any():

@@ -3,6 +3,9 @@
 A float32 number is the sum of a TF32 number and a remainder. Of the four products of two such sums the one of the
 remainders, 2^-22 of the whole, is left out (the scheme known as 3xTF32: Ootomo and Yokota, arXiv:2203.03341). Three
 products on the tensor cores take less time than one on the float32 units as soon as they are large enough.
+
+Tensor cores cut off what they add up instead of rounding it, so the error grows with the inner dimension: 1e-5 of the
+result at 4096 (measured; float32 units: 1e-6). Products here are at most 1024 deep and are added up in float32.
 """
 
 from __future__ import annotations
@@ -34,22 +37,9 @@ class Split:
         high = x.contiguous().view(torch.int32).add(1 << 12).bitwise_and_(-1 << 13).view(torch.float32)
         return cls(high, x - high)
 
-    @classmethod
-    def empty(cls, like: Tensor, *shape: int) -> Split:
-        return cls(like.new_empty(shape), like.new_empty(shape))
-
     def columns(self, start: int | None, stop: int | None = None) -> Split:
         """The last dimension's start..stop."""
         return Split(self.high[..., start:stop], self.low[..., start:stop])
-
-    def rows(self, start: int | None, stop: int | None = None) -> Split:
-        """The last but one dimension's start..stop."""
-        return Split(self.high[..., start:stop, :], self.low[..., start:stop, :])
-
-    def put(self, start: int, x: Tensor) -> None:
-        """Writes x at rows start, ... of the last but one dimension."""
-        part, stop = Split.of(x), start + x.shape[-2]
-        self.high[..., start:stop, :], self.low[..., start:stop, :] = part.high, part.low
 
     @property
     def mT(self) -> Split:

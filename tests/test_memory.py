@@ -1,0 +1,90 @@
+"""What stays on the device, decided from what is free there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_plugin import QuantizeConfig, memory
+from gptq_plugin.memory import EVERYTHING, Needs
+from gptq_plugin.targets import find_targets
+
+GIB = 2**30
+CUDA = torch.device("cuda", 0)
+LLAMA_8B = Needs(weights=15 * GIB, fixed=GIB // 2, solver=5 * GIB, forward=3 * GIB, activations=15 * GIB)
+AT_HOME = Needs(weights=0, fixed=4 * GIB, solver=5 * GIB, forward=3 * GIB, activations=15 * GIB)
+FEW = 2 * GIB
+
+
+def place(free, needs=LLAMA_8B, weights=None, activations=None):
+    return memory.place(CUDA, None if free is None else free * GIB, needs, FEW, weights, activations)
+
+
+def test_what_fits_stays():
+    for placement in (place(80), place(None)):
+        assert placement.weights == EVERYTHING and placement.activations is None
+        assert not placement.limited and "streamed" not in placement.said
+
+
+def test_weights_go_first_and_then_as_much_of_the_activations_as_must():
+    b = place(32)
+    assert b.streamed and b.activations is None and FEW <= b.weights < LLAMA_8B.weights
+    both = place(24)
+    assert both.streamed and both.weights == FEW and 0 < both.activations < LLAMA_8B.activations
+    small = place(8)
+    assert small.streamed and small.weights == FEW and small.activations == 0
+    assert "streamed block by block" in small.said and "8.0 GiB free" in small.said
+
+
+@pytest.mark.parametrize("free", [12, 24, 32, 48, 80])
+def test_what_is_planned_leaves_room_for_the_rest(free):
+    placement = place(free)
+    planned = min(placement.weights, LLAMA_8B.weights) + (
+        LLAMA_8B.activations if placement.activations is None else placement.activations
+    )
+    rest = LLAMA_8B.fixed + LLAMA_8B.solver
+    assert planned + rest <= 0.75 * free * GIB or planned == FEW  # less than a few blocks is not possible
+
+
+def test_a_model_that_is_on_the_device_is_never_streamed_and_not_held_twice():
+    for free in (80, 16):
+        placement = place(free, AT_HOME)
+        assert not placement.streamed and placement.weights == 4 * GIB and "weights stay there" in placement.said
+    assert place(80, AT_HOME).activations is None and place(16, AT_HOME).activations < AT_HOME.activations
+
+
+def test_what_is_asked_for_is_done():
+    assert place(80, weights=True).weights == FEW and place(80, weights=True).activations is None
+    assert place(80, activations=True).activations == 0 and place(80, activations=True).weights == EVERYTHING
+    neither = place(8, weights=False, activations=False)
+    assert neither.weights == EVERYTHING and neither.activations is None and not neither.limited
+
+
+def test_a_cpu_has_no_limit_and_the_solver_needs_most_where_most_is_solved_together():
+    assert memory.free_bytes(torch.device("cpu")) is None
+    model = nn.ModuleDict(
+        {"a": nn.Linear(64, 32), "b": nn.Linear(64, 96), "c": nn.ModuleDict({"d": nn.Linear(64, 32)})}
+    )
+    targets, _ = find_targets(model, QuantizeConfig(group_size=32))
+    one, _ = find_targets(model["c"], QuantizeConfig(group_size=32))
+    n = 64 * 64 * 12
+    assert memory.solver_bytes(targets) == n + 64 * 128 * 40 and memory.solver_bytes(one) == n + 64 * 32 * 40
+    assert memory.fixed_bytes(one, torch.device("cpu"), 8) == 64 * 32 // 2
+    assert memory.bytes_away(model, torch.device("cpu")) == 0 and memory.fits(model, torch.device("cpu"))
+    assert memory.bytes_away(model, CUDA) == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_free_memory_is_within_the_processs_share():
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.25)
+    try:
+        before = memory.free_bytes(CUDA)
+        held = torch.empty(GIB, dtype=torch.uint8, device=CUDA)
+        assert before <= total // 4 and before - memory.free_bytes(CUDA) >= GIB
+        del held
+        assert memory.free_bytes(CUDA) == before  # what the allocator keeps is free for us
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
