@@ -187,27 +187,24 @@ def whole() -> None:
 
 
 def growth() -> None:
-    quantize(llama(2), samples(16))
     runs: list[tuple[str, int, int, int]] = []
     runs += [("tokens", n, 4096, 2) for n in (16, 32, 64, 128, 256, 512)]
     runs += [("width", 128, hidden, 2) for hidden in (1024, 2048, 4096, 8192)]
     runs += [("layers", 64, 2048, layers) for layers in (2, 4, 8, 16)]
-    rows, measured = [], []
+    for hidden in sorted({hidden for _, _, hidden, _ in runs}):
+        quantize(llama(1, hidden), samples(16))  # compiles the kernels for its sizes
+    measured = []
     for _, count, hidden, layers in runs:
-        model = llama(layers, hidden)
         clear()
-        measured.append(quantize(model, samples(count)))
-        del model
-        rows.append(cost(count * LENGTH, hidden, layers))
-    # Relative errors count: a run of 20 s is not to drown one of 0.2 s.
-    weights = 1 / torch.tensor(measured, dtype=torch.float64)
-    matrix = torch.tensor(rows, dtype=torch.float64) * weights[:, None]
-    rates = torch.linalg.lstsq(matrix, torch.ones(len(runs), 1, dtype=torch.float64)).solution.flatten()
-    print("seconds = {:.3g}·(forward + Hessian flops) + {:.3g}·(factor + column flops) + {:.3g}·columns".format(*rates))
-    print(f"that is {1e-12 / rates[0]:.0f} and {1e-12 / rates[1]:.0f} Tflop/s")
+        measured.append(quantize(llama(layers, hidden), samples(count)))
+    # Relative errors count, or a run of 7 s would drown one of 0.6 s; columns of one size keep the solution stable.
+    rows = torch.tensor([cost(count * LENGTH, *shape) for _, count, *shape in runs], dtype=torch.float64)
+    weighted = rows / torch.tensor(measured, dtype=torch.float64)[:, None]
+    size = weighted.norm(dim=0)
+    rates = torch.linalg.lstsq(weighted / size, weighted.new_ones(len(runs), 1)).solution.flatten() / size
+    print("seconds = {:.2f} + {:.3g}·flops of forward and Hessians + {:.3g}·activations".format(*rates.tolist()))
     print("| grows | tokens | width | layers | seconds | model |\n|---|---|---|---|---|---|")
-    for (what, count, hidden, layers), found, row in zip(runs, measured, rows, strict=True):
-        model = float(torch.tensor(row, dtype=torch.float64) @ rates)
+    for (what, count, hidden, layers), found, model in zip(runs, measured, (rows @ rates).tolist(), strict=True):
         print(f"| {what} | {count * LENGTH} | {hidden} | {layers} | {found:.2f} | {model:.2f} |")
 
 
@@ -239,12 +236,10 @@ def codes() -> None:
 
 
 def cost(tokens: int, hidden: int, layers: int) -> tuple[float, float, float]:
-    """Flops of the tensor cores, flops in float32, and columns visited one after the other."""
+    """A run; flops on tensor cores; activations at a layer's input. Solving is less than a fifth at these sizes."""
     h, f = hidden, hidden * 7 // 2
     groups = ((1.5 * h, h), (h, h), (2 * f, h), (h, f))  # (rows, inputs)
-    products = sum(2 * rows * n * tokens + n * n * tokens for rows, n in groups)
-    solve = sum(n**3 / 3 + 2 * rows * n * n for rows, n in groups)  # two candidates of every row
-    return layers * products, layers * solve, layers * sum(n for _, n in groups)
+    return 1.0, layers * sum(2 * rows * n * tokens + n * n * tokens for rows, n in groups), layers * tokens * hidden
 
 
 def main() -> None:

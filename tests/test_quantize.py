@@ -539,3 +539,24 @@ def test_a_model_on_a_gpu_is_quantized_there_to_the_cpus_codes(dtype, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(reloaded(input_ids=ids).logits, on_gpu(input_ids=ids).logits)
     assert reloaded.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", [True, None])
+def test_a_model_on_the_cpu_is_quantized_on_a_gpu_and_stays_where_it_is(offload, tmp_path):
+    there, here = llama(torch.bfloat16, **WIDE).cuda(), llama(torch.bfloat16, **WIDE)
+    options = {"group_size": 32, "nsamples": 48, "batch_size": 24}
+    QuantizeModule(**options).quantize(there, wide_batches())
+    quantizer = QuantizeModule(**options, offload_weights=offload, offload_activations=offload)
+    quantizer.quantize(here, wide_batches(), device="cuda", export_dir=tmp_path / "out")
+    assert {tensor.device.type for tensor in here.state_dict().values()} == {"cpu"}
+    assert unchanged(here, {name: tensor.cpu() for name, tensor in there.state_dict().items()})
+    assert unchanged(load_quantized(tmp_path / "out"), state(here))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_that_are_on_the_gpu_cannot_be_streamed_to_it():
+    with pytest.raises(ValueError, match=r"call model.to\('cpu'\) first"):
+        QuantizeModule(**SMALL, offload_weights=True).quantize(llama().cuda(), tokens())
