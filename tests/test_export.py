@@ -364,7 +364,7 @@ def test_adding_a_layer_twice_or_one_that_the_model_has_not_is_refused(rtn: Rtn,
         export.add("inner.0", model.inner[0])
         with pytest.raises(ExportError, match=r"inner\.0 was added to the export before"):
             export.add("inner.0", model.inner[0])
-        with pytest.raises(ExportError, match="other cannot be exported: it is no linear layer"):
+        with pytest.raises(ExportError, match="other cannot be exported: no linear layer"):
             export.add("other", model.inner[0])
 
 

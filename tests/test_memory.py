@@ -57,6 +57,8 @@ def test_a_model_that_is_on_the_device_is_never_streamed_and_not_held_twice():
 def test_what_is_asked_for_is_done():
     assert place(80, weights=True).weights == FEW and place(80, weights=True).activations is None
     assert place(80, activations=True).activations == 0 and place(80, activations=True).weights == EVERYTHING
+    nothing = Needs(weights=0, fixed=0, solver=0, forward=0, activations=0)  # small batches are not seen in the plan
+    assert memory.place(CUDA, GIB, nothing, 0, None, True).activations == 0
     neither = place(8, weights=False, activations=False)
     assert neither.weights == EVERYTHING and neither.activations is None and not neither.limited
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel
 
-from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, export, load_quantized
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
 from gptq_plugin.forward import call
 from gptq_plugin.hessian import Hessian
@@ -475,6 +475,34 @@ def test_a_failure_leaves_neither_a_folder_nor_a_changed_model(tmp_path):
     with pytest.raises(ZeroDivisionError):
         QuantizeModule(**SMALL).quantize(model, tokens(), export_dir=tmp_path / "out")
     assert list(tmp_path.iterdir()) == [] and unchanged(model, before) and not quantized(model)
+
+
+def test_what_activations_need_is_judged_by_the_largest_batch(caplog):
+    """Were it the first, a short text at the front would promise that everything fits."""
+    batches = [{"input_ids": torch.randint(0, 64, (rows, 256))} for rows in (2, 24, 24)]
+    for order in (batches, batches[::-1]):
+        quantizer = QuantizeModule(group_size=32, nsamples=50, offload_activations=True)
+        with caplog.at_level(logging.INFO, logger="gptq_plugin.job"):
+            quantizer.quantize(llama(**WIDE), order)
+    first, second = (r.message for r in caplog.records if r.message.startswith("memory on"))
+    assert first == second and "(0.0 GiB)" in first  # tens of megabytes
+
+
+def test_layers_on_several_devices_are_refused_with_what_to_do():
+    model = llama()
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(TargetError, match=r"on several devices \(.*on cpu.*on meta\): move the model to one"):
+        QuantizeModule(**SMALL).quantize(model, tokens())
+
+
+def test_a_layer_that_cannot_be_exported_is_refused_before_anything_is_solved(tmp_path, monkeypatch):
+    model, solved = llama(), []
+    monkeypatch.setattr(export, "_stored_names", lambda model: {"model.layers.0.mlp.up_proj": "somewhere"})
+    with pytest.raises(ExportError, match=r"q_proj.* cannot be exported.*modules_to_not_convert"):
+        QuantizeModule(**SMALL).quantize(
+            model, tokens(), export_dir=tmp_path / "out", progress=lambda *_: solved.append(1)
+        )
+    assert not solved and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("option", ["offload_weights", "offload_activations"])

@@ -57,8 +57,8 @@ class Characters:
         (directory / "tokenizer.json").write_text("{}")
 
 
-def test_the_two_python_snippets_run(tmp_path, monkeypatch):
-    training, plain = snippets()
+def test_the_python_snippets_run(tmp_path, monkeypatch):
+    training, plain, streamed = snippets()
     monkeypatch.chdir(tmp_path)
     names = {"tokenizer": Characters(), "lightning_module": FineTune(), "datamodule": Data()}
     short = training.replace("Trainer(", 'Trainer(max_epochs=1, accelerator="cpu", logger=False, ', 1)
@@ -70,6 +70,13 @@ def test_the_two_python_snippets_run(tmp_path, monkeypatch):
     exec(compile(plain.replace('"out"', '"out2"'), "README.md", "exec"), second)
     assert (tmp_path / "out2" / "model.safetensors").exists()
     assert len(second["report"].quantized) == 7
+
+    llama().save_pretrained("float")
+    texts = ["some text", "more text"]
+    third = {"quantizer": names["quantizer"], "path": "float", "tokenizer": Characters(), "batches": texts}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    exec(compile(streamed.replace('"out"', '"out3"').replace('"cuda"', repr(device)), "README.md", "exec"), third)
+    assert (tmp_path / "out3" / "model.safetensors").exists() and third["model"].device.type == "cpu"
 
 
 @pytest.mark.slow

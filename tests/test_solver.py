@@ -312,6 +312,21 @@ def test_a_scale_beyond_float16_is_refused():
         solve(weight * 1e8, hessian, plain(group_size=32))
 
 
+def test_an_outlier_is_refused_and_not_clipped_away_though_a_narrower_grid_could_be_stored():
+    weight, hessian = correlated(rows=4, n=64)
+    weight[0, 0] = 6e5
+    for ratios in ((1.0,), QuantizeConfig().clip_ratios):
+        with pytest.raises(ValueError, match="a weight of 6e\\+05 needs a scale above float16's 65504"):
+            solve(weight, hessian, plain(group_size=32, clip_ratios=ratios))
+    assert solve(weight, hessian, plain(group_size=32, clip_ratios=(0.5,))).method == "gptq"  # as it was asked
+
+
+def test_codes_can_be_sent_between_ranks_as_they_lie():
+    weight, hessian = correlated(rows=4, n=64)
+    codes = solve(weight, hessian, plain(group_size=32)).weight.codes
+    assert codes.is_contiguous() or codes.mT.is_contiguous()  # NCCL takes no other; see distributed.from_first
+
+
 def test_a_16_bit_weight_is_solved_in_the_hessians_precision():
     weight, hessian = correlated(rows=4, n=64)
     config = plain(group_size=32)

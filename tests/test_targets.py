@@ -58,7 +58,7 @@ def test_conv1d_is_a_target_with_its_weight_seen_as_linears():
     attn = next(target for target in targets if target.name.endswith("c_attn"))
     assert isinstance(attn.module, Conv1D) and attn.weight.shape == (192, 64)
     value = torch.randn(192, 64)
-    attn.set_parameter(attn.with_weight(value))
+    attn.module.weight = attn.with_weight(value)
     x = torch.randn(3, 64)
     torch.testing.assert_close(attn.module(x), x @ value.T + attn.module.bias)
 

@@ -71,7 +71,7 @@ def quantized(model, layers):
     model = copy.deepcopy(model)
     for name, target in by_name(model).items():
         if name in layers:
-            target.set_parameter(target.with_weight(layers[name].dequantize()))
+            target.module.weight = target.with_weight(layers[name].dequantize())
     return model
 
 

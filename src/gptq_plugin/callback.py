@@ -100,6 +100,11 @@ class GPTQCallback(pl.Callback):
         if stage != "fit" or _is_dev_run(trainer):
             return
         _check_strategy(trainer, self.swap)
+        if self.quantizer.offload_weights and trainer.strategy.root_device.type == "cuda":
+            raise ValueError(
+                "offload_weights=True streams a model from the CPU, and training has it on the GPU: leave the option "
+                "out, or save a checkpoint and run gptq-quantize on it"
+            )
         _check_other_callbacks(trainer, self)
         if self.export_dir is not None:
             _check_own_folders(trainer, self.export_dir)

@@ -47,9 +47,9 @@ def total(value: int, device: torch.device) -> int:
 
 
 def from_first(tensor: Tensor) -> None:
-    """Overwrites the tensor with rank 0's, in place on every rank."""
+    """Overwrites the tensor with rank 0's, in place on every rank; it is contiguous, or the transpose of what is."""
     if active():
-        dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor if tensor.is_contiguous() else tensor.mT, src=0)  # NCCL takes contiguous ones only
 
 
 def object_from_first(value: Any) -> Any:

@@ -172,12 +172,8 @@ class Export:
         self._check_open()
         if name in self._added:
             raise ExportError(f"{name} was added to the export before: add every layer once")
-        stored = self._stored_names.get(name)
-        if stored is None:
-            raise ExportError(
-                f"{name} cannot be exported: it is no linear layer of the model, or one that transformers stores in "
-                "another arrangement, which packed weights cannot follow. Name such a layer in modules_to_not_convert"
-            )
+        self.check([name])
+        stored = self._stored_names[name]
         _check_config({name: layer}, self._config)
         bits, out_features, checkpoint_format = layer.bits, layer.out_features, self._config.checkpoint_format
 
@@ -192,11 +188,24 @@ class Export:
         self._writer.add({f"{stored}.{s}": t.detach() for s, t in tensors.items() if t is not None}, with_disk_zeros)
         self._added.add(name)
 
+    def check(self, names: Iterable[str]) -> None:
+        """Says now whether layers of these names could be added.
+
+        Raises:
+            ExportError: A name is no linear layer of the model, or one that cannot be stored.
+        """
+        impossible = [name for name in names if name not in self._stored_names]
+        if impossible:
+            raise ExportError(
+                f"{some(impossible)} cannot be exported: no linear layer of the model, or one that transformers stores "
+                "in another arrangement, which packed weights cannot follow. Name such layers in modules_to_not_convert"
+            )
+
     def written(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of an added layer mapped from its file, or None while they are not on disk.
 
         A layer on the CPU that takes these in place of its own needs no memory for them. They stay valid after
-        `finish`, and after `abort` too.
+        `finish`, after `abort` and after the files are removed or replaced, but not if somebody writes into the files.
 
         Returns:
             qweight, scales, g_idx and, where there is one, bias, as `QuantLinear` describes them. Not qzeros: the

@@ -157,7 +157,7 @@ class Job:
         weights = Weights(
             self.model,
             self.device,
-            stream=memory.bytes_away(self.model, self.device) > 0 or bool(self.offload_weights),
+            stream=self.targets[0].weight.device != self.device or bool(self.offload_weights),
             capacity=memory.EVERYTHING if free is None or self.offload_weights is False else free // 2,
             unit_bytes=memory.unit_bytes(self.model, free),
         )
@@ -185,13 +185,17 @@ class Job:
                 handle.remove()
 
     def _plan(self, modules: dict[str, nn.Module], forwards: list[lockstep.Forward]) -> list[lockstep.Group]:
-        """The groups, from one forward, which also shows what has to be where in the walk.
+        """The groups, from the forward of the largest batch, which also shows what has to be where in the walk.
 
         Rank by rank the models are the same, so the first rank that has a batch plans for all.
         """
         free, measured = memory.free_bytes(self.device), memory.Peak(self.device)
-        plan = lockstep.plan(modules, forwards[0], self._waiting) if forwards else None
-        share = self.calibration.samples / self.calibration.batches[0].samples if forwards else 0
+        plan, share = None, 0.0
+        if forwards:
+            sizes = self._sizes()
+            largest = sizes.index(max(sizes))
+            plan = lockstep.plan(modules, forwards[largest], self._waiting, largest)
+            share = sum(sizes) / max(1, sizes[largest])
         placement = memory.place(
             self.device,
             free,
@@ -211,6 +215,12 @@ class Job:
         self.activations = Activations(self.device, placement.activations)
         groups: list[lockstep.Group] = next(p for p in distributed.gather_objects(plan) if p is not None)
         return groups
+
+    def _sizes(self) -> list[int]:
+        """What the batches' activations are proportional to: tokens, or samples where tokens are not known."""
+        tokens = [batch.tokens for batch in self.calibration.batches]
+        known = [count for count in tokens if count is not None]
+        return known if len(known) == len(tokens) else [batch.samples for batch in self.calibration.batches]
 
     def _observe(self, group: lockstep.Group, number: int, x: Tensor) -> None:
         with self.activations.untracked():

@@ -72,7 +72,9 @@ class Walk:
     late: dict[str, int] = field(default_factory=dict)
 
 
-def plan(layers: Mapping[str, nn.Module], forward: Forward, waiting: Waiting | None = None) -> list[Group]:
+def plan(
+    layers: Mapping[str, nn.Module], forward: Forward, waiting: Waiting | None = None, number: int = 0
+) -> list[Group]:
     """Runs one forward and groups `layers` by the inputs they read, in the order they are called.
 
     Layers the forward does not call follow the registered layer before them, in groups of their own:
@@ -81,8 +83,9 @@ def plan(layers: Mapping[str, nn.Module], forward: Forward, waiting: Waiting | N
     Args:
         layers: The layers by name.
         forward: One batch's forward; runs as in `walk`.
-        waiting: As in `walk`, entered as waiting(0, layer) and left at once wherever the batch would wait, so that what
-            it holds there can be measured.
+        waiting: As in `walk`, entered as waiting(number, layer) and left at once wherever the batch would wait, so
+            that what it holds there can be measured.
+        number: Of the batch.
     """
     inputs: list[_Input] = []
     calls: dict[str, list[int]] = {}  # by layer, which of `inputs` it read, call by call
@@ -92,12 +95,12 @@ def plan(layers: Mapping[str, nn.Module], forward: Forward, waiting: Waiting | N
         if known is None:
             known = len(inputs)
             inputs.append(_Input(x))
-            with waiting(0, name) if waiting is not None else contextlib.nullcontext():
+            with waiting(number, name) if waiting is not None else contextlib.nullcontext():
                 pass
         calls.setdefault(name, []).append(known)
 
     with _Hooks(layers, record):
-        _Batch(0, forward).resume()
+        _Batch(number, forward).resume()
     together: dict[tuple[int, ...], list[str]] = {}
     for name, read in calls.items():
         together.setdefault(tuple(read), []).append(name)
@@ -125,8 +128,8 @@ def walk(
 ) -> Iterator[Stop]:
     """Runs all forwards in lock-step and yields each group once, when it is ready to be quantized.
 
-    Between two yields the consumer changes the layers' weights in place; the suspended batches go on through
-    the new ones. Closing the iterator, or an exception anywhere, ends all batches and removes all hooks.
+    Between two yields the consumer points the layers to other weights; the suspended batches go on through those.
+    Closing the iterator, or an exception anywhere, ends all batches and removes all hooks.
 
     Args:
         groups: From `plan`; the same on every rank.

@@ -103,7 +103,8 @@ def place(
         weights = few if offload_weights else EVERYTHING
     if offload_activations is not None:
         activations = 0 if offload_activations else EVERYTHING
-    all_weights, all_activations = weights >= needs.weights, activations >= needs.activations
+    all_weights = weights >= needs.weights
+    all_activations = activations >= needs.activations and offload_activations is not True
     if not needs.weights:
         weights = _OVERLAYS
     parts = [
@@ -156,7 +157,7 @@ def fits(model: nn.Module, device: torch.device) -> bool:
 
 def bytes_away(model: nn.Module, device: torch.device) -> int:
     """Bytes of parameters and buffers that are not on the device, each tensor once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.device.type != device.type}
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.device != device}
     return sum(t.nbytes for t in tensors.values())
 
 
@@ -171,7 +172,7 @@ def solver_bytes(targets: Sequence[Target]) -> int:
 
 def fixed_bytes(targets: Sequence[Target], device: torch.device, batches: int) -> int:
     """See `Needs.fixed`: the codes, to which scales and zeros add little, and workspaces."""
-    codes = sum(t.weight.numel() * t.config.bits // 8 for t in targets if t.weight.device.type == device.type)
+    codes = sum(t.weight.numel() * t.config.bits // 8 for t in targets if t.weight.device == device)
     return codes + (batches * _BYTES_THREAD if device.type == "cuda" else 0)
 
 

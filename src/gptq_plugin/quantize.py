@@ -19,6 +19,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration import collect
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export import Export, client_config, export_model
 from gptq_plugin.forward import call, to_device
 from gptq_plugin.grid import round_to_nearest
@@ -69,7 +70,7 @@ class QuantizeModule:
                 "Lock-step calibration gives true_sequential=True in one pass: leave the option out"
             )
         for name, value in (("offload_weights", offload_weights), ("offload_activations", offload_activations)):
-            if value not in (True, False, None):
+            if not (value is None or isinstance(value, bool)):
                 raise ValueError(f"{name} must be true, false or null (decide from free memory), got {value!r}")
         self.offload_weights = offload_weights
         self.offload_activations = offload_activations
@@ -112,7 +113,8 @@ class QuantizeModule:
                 files) may be larger than a GPU's memory. What is moved when is in the log; `offload_weights` and
                 `offload_activations` decide otherwise.
             export_dir: Also export there, as `export` does; layers are written while others are being quantized.
-                On one rank only.
+                On one rank only. Layers on the CPU then are mappings of those files: delete or replace the folder as
+                you like, but do not write into its files while the model is in use.
             overwrite: As for `export`.
             progress: Called as progress(layers done, layers in all, what is being done).
 
@@ -180,8 +182,8 @@ class QuantizeModule:
             if export_dir is not None:
                 if distributed.active():
                     raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
-                self.check(model)
                 export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite))
+                export.check(target.name for target in self.check(model)[0])
             stack.enter_context(evaluating(model))
             job = self._job(model, batches, tokenizer=tokenizer, export=export, **options)
             layers, report = job.run()
@@ -247,6 +249,12 @@ class QuantizeModule:
         targets, skipped = self.check(model)
         limit = share(self.config.nsamples) if nsamples is None else nsamples
         calibration = collect(data, self.config, tokenizer, limit)
+        devices = {str(target.weight.device): target.name for target in targets}
+        if len(devices) > 1:
+            raise TargetError(
+                f"the layers to quantize are on several devices ({some([f'{n} on {d}' for d, n in devices.items()])}): "
+                "move the model to one, or load it on the CPU and give quantize(..., device='cuda')"
+            )
         home = targets[0].weight.device
         where = _numbered(torch.device(device)) if device is not None else home
         if self.offload_weights and where.type == home.type == "cuda":

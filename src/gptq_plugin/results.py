@@ -40,7 +40,7 @@ class Results:
         """
         self.layers[name] = layer
         tensors = {key: value.detach() for key, value in layer.named_buffers()}
-        if layer.qweight.device.type == self._device.type:
+        if layer.qweight.device == self._device:
             self._export_layer(name)
             return
         done = torch.cuda.current_stream(layer.qweight.device).record_event() if layer.qweight.is_cuda else None

@@ -96,9 +96,8 @@ def solve_batch(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> li
     with full_precision(weights.device):
         weights = weights.detach().to(hessians.dtype)
         factor, good = factorize(hessians, config, hessians.dtype, config.damp_percent)
-        solutions = _solve(weights, factor, config, config.damp_percent, ())
+        solutions, scales = _solve(weights, factor, config, config.damp_percent, ())
         finite = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1)
-        scales = torch.stack([torch.isfinite(solution.weight.scales).all() for solution in solutions])
         # Only here is the device waited for: with everything queued, it never waits for Python.
         verdicts = torch.stack([good, finite, scales], 1).tolist()
         for number, (is_good, is_finite, has_scales) in enumerate(verdicts):
@@ -124,8 +123,8 @@ def _try_harder(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solu
             said = ["Hessian factored in float64 after float32 failed"] if dtype != hessian.dtype else []
             if damp_percent != config.damp_percent:
                 said.append(f"damp_percent raised from {config.damp_percent:g} to {damp_percent:g}")
-            solution = _solve(weight[None], factor, config, damp_percent, tuple(said))[0]
-            if not torch.isfinite(solution.weight.scales).all():
+            (solution,), scales = _solve(weight[None], factor, config, damp_percent, tuple(said))
+            if not scales.item():
                 raise ValueError(why_no_scale(weight))
             return solution
     if not torch.isfinite(hessian).all():
@@ -142,7 +141,8 @@ def _try_harder(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solu
 
 def _solve(
     weights: Tensor, factor: Factor, config: QuantizeConfig, damp_percent: float, deviations: tuple[str, ...]
-) -> list[Solution]:
+) -> tuple[list[Solution], Tensor]:
+    """The solutions, and bool [B], whether all their scales fit."""
     columns = _Columns(weights, factor, config)
     columns.visit()
     g_idx = columns.g_idx()
@@ -160,7 +160,7 @@ def _solve(
         solutions.append(
             Solution(quantized, columns.loss[number].clamp(min=0), rtn_loss, "gptq", damp_percent, deviations)
         )
-    return solutions
+    return solutions, columns.fits
 
 
 def _loss(error: Tensor, factor: Factor, number: int) -> Tensor:
@@ -193,6 +193,7 @@ class _Columns:
         grouped = weights
         if not config.static_groups:
             grouped = torch.stack([w[:, order.flip(0)] for w, order in zip(weights, factor.order, strict=True)])
+        self.fits = torch.ones(batch, dtype=torch.bool, device=weights.device)  # whether float16 holds all scales
         self.span = torch.stack([self._candidates(grouped[b], b) for b in range(batch)])  # [B, A, out]
         width, groups = self.span.shape[1] * self.rows, n // self.size
         self.pushed = weights.new_zeros(batch, n, width)  # what errors push to each position, [B, in, A·out]
@@ -216,6 +217,7 @@ class _Columns:
             if not self.config.static_groups:
                 self._set_grid(start, stop)
             self._push(start, stop, self._visit_span(start, stop))
+        self.fits &= torch.isfinite(self.scales).flatten(1).all(1)
         self._keep_best()
 
     def g_idx(self) -> Tensor:
@@ -270,6 +272,7 @@ class _Columns:
         if len(ratios) <= CANDIDATES:
             return spans
         scales, zeros = _grids(weight, spans, self.size, self.config)
+        self.fits[number] = torch.isfinite(scales).all()  # no outlier is clipped because its grid cannot be stored
         spread = (torch.linalg.vector_norm(self.factor.rows[number], dim=1).square() - 1).clamp(min=0).div(12).sqrt()
         gain = self.factor.gain[number]
         if self.config.static_groups:

@@ -32,10 +32,6 @@ class Target:
         """The module's own parameter, in its own layout."""
         return self.module.weight  # type: ignore[return-value]
 
-    def set_parameter(self, value: nn.Parameter) -> None:
-        """Gives the module this parameter; a module whose weight was tied to it keeps the old one."""
-        self.module.weight = value
-
     @property
     def weight(self) -> Tensor:
         """The weight as Linear has it, [out, in]; a view of Conv1D's [in, out]."""
