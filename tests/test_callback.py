@@ -517,6 +517,16 @@ def test_a_launcher_whose_modules_do_not_come_back_is_refused(tmp_path):
     assert "training began" not in str(caught.value)
 
 
+def test_weights_that_training_has_on_a_gpu_are_not_streamed_to_it_and_that_is_said_before_training(monkeypatch):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    callback = GPTQCallback(QuantizeModule(**SMALL, offload_weights=True))
+    trainer.callbacks.append(callback)
+    callback.setup(trainer, Holds(), "fit")  # on a CPU it only copies
+    monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="leave the option out, or save a checkpoint and run gptq-quantize"):
+        callback.setup(trainer, Holds(), "fit")
+
+
 def test_arguments_that_contradict_are_refused():
     with pytest.raises(ValueError, match="nothing of the quantization would remain"):
         GPTQCallback(QuantizeModule(), swap=False)
