@@ -233,8 +233,8 @@ class Job:
 
     def _hessian(self, group: lockstep.Group) -> Hessian:
         if group.names not in self.hessians:
-            module = next(t for t in self.targets if t.name == group.names[0])
-            self.hessians[group.names] = Hessian(module.weight.shape[1], self.device)
+            in_features = self._by_name[group.names[0]].weight.shape[1]
+            self.hessians[group.names] = Hessian(in_features, self.device)
         return self.hessians[group.names]
 
     def _quantize_group(self, members: list[Target], stop: lockstep.Stop) -> None:

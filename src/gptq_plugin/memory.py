@@ -8,7 +8,7 @@ are needed, ahead of time, which costs little. Activations beyond what then fits
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,8 +157,7 @@ def fits(model: nn.Module, device: torch.device) -> bool:
 
 def bytes_away(model: nn.Module, device: torch.device) -> int:
     """Bytes of parameters and buffers that are not on the device, each tensor once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.device != device}
-    return sum(t.nbytes for t in tensors.values())
+    return sum(t.nbytes for t in _tensors(model) if t.device != device)
 
 
 def solver_bytes(targets: Sequence[Target]) -> int:
@@ -178,5 +177,16 @@ def fixed_bytes(targets: Sequence[Target], device: torch.device, batches: int) -
 
 def unit_bytes(model: nn.Module, free: int | None) -> int:
     """Size up to which a module's weights are brought to the device as a whole: a small part of both."""
-    whole = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    whole = sum(t.nbytes for t in _tensors(model))
     return min(_LARGEST_UNIT, whole // 8, _LARGEST_UNIT if free is None else free // 8)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """A GPU with its index, as tensors name theirs; others as they are."""
+    no_index = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if no_index else device
+
+
+def _tensors(model: nn.Module) -> Iterable[torch.Tensor]:
+    """Parameters and buffers, each once however often it is used."""
+    return {id(t): t for t in (*model.parameters(), *model.buffers())}.values()

@@ -24,6 +24,7 @@ from gptq_plugin.export import Export, client_config, export_model
 from gptq_plugin.forward import call, to_device
 from gptq_plugin.grid import round_to_nearest
 from gptq_plugin.job import Job, ModelForward, Progress, float_reports, module_report
+from gptq_plugin.memory import numbered
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.report import ModuleReport, QuantizeReport
@@ -183,9 +184,10 @@ class QuantizeModule:
                 if distributed.active():
                     raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
                 export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite))
-                export.check(target.name for target in self.check(model)[0])
             stack.enter_context(evaluating(model))
             job = self._job(model, batches, tokenizer=tokenizer, export=export, **options)
+            if export is not None:
+                export.check(target.name for target in job.targets)
             layers, report = job.run()
             floats = {target.name: target.module for target in job.targets if target.name in layers}
             with _swapped(model, layers, floats, self.config) as keep_them:
@@ -256,7 +258,7 @@ class QuantizeModule:
                 "move the model to one, or load it on the CPU and give quantize(..., device='cuda')"
             )
         home = targets[0].weight.device
-        where = _numbered(torch.device(device)) if device is not None else home
+        where = numbered(torch.device(device)) if device is not None else home
         if self.offload_weights and where.type == home.type == "cuda":
             raise ValueError(
                 f"offload_weights=True streams a model from the CPU, and this one is on {home}: call model.to('cpu') "
@@ -302,11 +304,6 @@ def _swapped(
         if not kept:
             swap(model, floats)
             _describe(model, {}, config)
-
-
-def _numbered(device: torch.device) -> torch.device:
-    """A GPU with its index, as tensors name theirs."""
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def share(total: int) -> int:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.errors import TargetError, some
+from gptq_plugin.memory import numbered
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.targets import Target
 
@@ -66,11 +67,9 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, stream: bool, capacity: int, unit_bytes: int) -> None:
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())  # as tensors give theirs
         self.bytes_brought = 0
         self.bytes = 0
-        self._device = device
+        self._device = device = numbered(device)
         self._stream = stream
         self._capacity = capacity
         self._quantized: dict[nn.Module, tuple[Target, QuantLinear]] = {}

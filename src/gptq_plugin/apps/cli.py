@@ -27,7 +27,7 @@ from gptq_plugin.apps.language_model import LanguageModel, SaveFloat
 from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weights_size
 from gptq_plugin.callback import GPTQCallback
 from gptq_plugin.export import check_export_dir
-from gptq_plugin.memory import fits
+from gptq_plugin.memory import fits, numbered
 from gptq_plugin.progress import tqdm_progress
 from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.report import QuantizeReport
@@ -128,7 +128,7 @@ def _gptq_callback(callbacks: list[Any]) -> GPTQCallback:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    return numbered(torch.device(name))
 
 
 def _finish(
