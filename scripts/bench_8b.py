@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, solver
 from gptq_plugin.factor import factorize
-from gptq_plugin.grid import nearest_error
 from gptq_plugin.hessian import Hessian
 
 PEERS = {"GPTQModel 7.7": 17.5, "llm-compressor 0.14": 7.39, "a rough prototype": 0.64}
@@ -124,7 +123,7 @@ def block() -> None:
                 lambda: solver._Columns(wide[None], factor, config).visit()  # noqa: B023
             )
             parts[f"{label} {name}: RTN's loss"] = seconds(
-                lambda: solver._loss(nearest_error(wide, config), factor, 0)  # noqa: B023
+                lambda: solver.rounding_loss(wide, mean, config)  # noqa: B023
             )
             parts[f"{label} {name}: all"] = seconds(lambda: solver.solve(weight, mean, config))  # noqa: B023
             found = solver.solve(weight, mean, config).weight

@@ -1,4 +1,4 @@
-"""The factor of a damped Hessian: what it multiplies back to, in blocks and in one go, and 3xTF32 products."""
+"""The factor of a damped Hessian: what it multiplies back to, in blocks and in one go; products of split numbers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gptq_plugin import factor as factoring
+from gptq_plugin import split
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.factor import attempts, factorize
 from gptq_plugin.precision import full_precision
-from gptq_plugin.split import Split, add_product
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -55,6 +55,7 @@ def test_the_hessians_are_not_changed_and_one_that_cannot_be_factored_is_told_fr
 @pytest.mark.parametrize(("n", "panel"), [(64, 16), (70, 16), (33, 32), (129, 32), (16, 16)])
 def test_in_blocks_as_in_one_go(n, panel, device):
     h = hessians(2, n, torch.float32).to(device)
+    h /= h.amax()  # as `factorize` has it: a diagonal of at most 4
     wanted = torch.linalg.cholesky(h.double()).mT
     with full_precision(h.device):
         failed = factoring._blocked_cholesky(h, panel)
@@ -79,21 +80,39 @@ def test_attempts_go_from_what_was_asked_over_float64_to_more_damping():
     assert list(attempts(torch.float64, QuantizeConfig(damp_auto_increment=0))) == [(torch.float64, 0.01)]
 
 
-def test_a_split_number_is_a_tf32_number_and_an_exact_rest():
-    x = torch.cat([torch.randn(1000) * torch.logspace(-20, 20, 1000), torch.tensor([0.0, 1.0, -3.0])])
-    split = Split.of(x)
-    assert torch.equal(split.high + split.low, x)
-    assert (split.high.view(torch.int32) & 0x1FFF == 0).all()
-    assert (split.low.abs() <= x.abs() * 2**-11).all()
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1.0, 1e8, 1e30])
+def test_the_size_of_a_hessian_does_not_matter(size):
+    h = hessians(1, 48, torch.float32)
+    plain, _ = factorize(h, QuantizeConfig(), torch.float32, 0.01)
+    scaled, good = factorize(h * size, QuantizeConfig(), torch.float32, 0.01)
+    assert good.all()
+    torch.testing.assert_close(scaled.rows, plain.rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scaled.gain / size, plain.gain, rtol=1e-4, atol=0)
 
 
 @devices
-def test_a_product_of_splits_is_nearly_as_accurate_as_float32(device):
+def test_products_of_split_numbers_are_nearly_as_accurate_as_float32s(device):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, *shape, generator=generator).to(device) for shape in ((64, 512), (512, 96)))
     start = torch.randn(2, 64, 96, generator=generator).to(device)
     wanted = start.double() - 2 * a.double() @ b.double()
     with full_precision(a.device):
         out = start.clone()
-        add_product(out, Split.of(a), Split.of(b), alpha=-2)
-    assert (out.double() - wanted).norm() / wanted.norm() < 5e-6  # TF32 alone: about 3e-4
+        split.add_product(out, split.left(a, 16.0), split.right(b, 4096.0), alpha=-2 / 65536)
+        assert (out.double() - wanted).norm() / wanted.norm() < 5e-6  # TF32 alone: about 3e-4
+        transposed, same = split.both(b, 4096.0)
+        gram = torch.zeros(2, 96, 96, device=device)
+        split.add_product(gram, transposed, same, alpha=4096.0**-2)
+    wanted = b.double().mT @ b.double()
+    assert (gram.double() - wanted).norm() / wanted.norm() < 5e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_factor_too_large_for_split_products_is_told_on_a_gpu():
+    h = torch.eye(32, device="cuda")[None].clone()
+    h[0, 31, 31] = 1e12  # without damping an error there would be pushed on a million times as large
+    h[0, 31, 0] = h[0, 0, 31] = 9e5
+    assert not factorize(h, QuantizeConfig(), torch.float32, 0.0)[1].item()
+    assert factorize(h.cpu(), QuantizeConfig(), torch.float32, 0.0)[1].item()
+    assert factorize(h, QuantizeConfig(), torch.float32, 0.01)[1].item()

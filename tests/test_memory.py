@@ -12,8 +12,8 @@ from gptq_plugin.targets import find_targets
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)
-LLAMA_8B = Needs(weights=15 * GIB, fixed=GIB // 2, solver=5 * GIB, forward=3 * GIB, activations=15 * GIB)
-AT_HOME = Needs(weights=0, fixed=4 * GIB, solver=5 * GIB, forward=3 * GIB, activations=15 * GIB)
+LLAMA_8B = Needs(weights=15 * GIB, fixed=GIB // 2, solver=5 * GIB, forward=3 * GIB, activations=15 * GIB, batch=GIB)
+AT_HOME = Needs(weights=0, fixed=4 * GIB, solver=5 * GIB, forward=3 * GIB, activations=15 * GIB, batch=GIB)
 FEW = 2 * GIB
 
 
@@ -35,6 +35,7 @@ def test_weights_go_first_and_then_as_much_of_the_activations_as_must():
     small = place(8)
     assert small.streamed and small.weights == FEW and small.activations == 0
     assert "streamed block by block" in small.said and "8.0 GiB free" in small.said
+    assert b.ahead and both.ahead and not small.ahead  # a batch comes back early only where there is room for two
 
 
 @pytest.mark.parametrize("free", [12, 24, 32, 48, 80])
@@ -57,7 +58,9 @@ def test_a_model_that_is_on_the_device_is_never_streamed_and_not_held_twice():
 def test_what_is_asked_for_is_done():
     assert place(80, weights=True).weights == FEW and place(80, weights=True).activations is None
     assert place(80, activations=True).activations == 0 and place(80, activations=True).weights == EVERYTHING
-    nothing = Needs(weights=0, fixed=0, solver=0, forward=0, activations=0)  # small batches are not seen in the plan
+    nothing = Needs(
+        weights=0, fixed=0, solver=0, forward=0, activations=0, batch=0
+    )  # small batches are not seen in the plan
     assert memory.place(CUDA, GIB, nothing, 0, None, True).activations == 0
     neither = place(8, weights=False, activations=False)
     assert neither.weights == EVERYTHING and neither.activations is None and not neither.limited

@@ -16,9 +16,18 @@ from . import reference
 
 
 def solver_loops(x: Tensor) -> ModuleType:
-    """Where `solve_block`, `clipping_errors` and `permuted` are for tensors like x: in Triton for float32 on a GPU."""
+    """Where `solve_span` is for tensors like x: in Triton for float32 on a GPU."""
     if x.is_cuda and x.dtype == torch.float32:
         from . import solve  # imported here: needs Triton
 
         return solve
+    return reference
+
+
+def solver_passes(x: Tensor) -> ModuleType:
+    """Where `permuted`, `split`, `clipping_errors` and `nearest_errors` are for tensors like x, likewise."""
+    if x.is_cuda and x.dtype == torch.float32:
+        from . import passes  # imported here: needs Triton
+
+        return passes
     return reference

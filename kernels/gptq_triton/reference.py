@@ -16,6 +16,7 @@ is rounded once, to the dtype it is wanted in.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -26,6 +27,9 @@ BITS = (2, 3, 4, 8)
 
 # Codes expanded at a time: a tile stays in a CPU's cache, a whole layer would spend its time on page faults.
 _TILE = 2**20
+
+# Columns solved one by one before a matrix product tells their errors to those before them.
+_BLOCK = 128
 
 
 def stream_period(bits: int) -> tuple[int, int]:
@@ -212,7 +216,7 @@ def _expand(words: Tensor, bits: int, n: int) -> Tensor:
     return codes.reshape(-1, columns)[:n]
 
 
-def solve_block(
+def solve_span(
     pushed: Tensor,
     weight: Tensor,
     factor: Tensor,
@@ -229,8 +233,8 @@ def solve_block(
 ) -> None:
     """GPTQ's recursion over some columns, the last one first, for all rows of B matrices at once.
 
-    Column j's target is its weight, plus what columns outside the block push to it, plus what the columns after
-    it in the block do: t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to the grid of its group.
+    Column j's target is its weight, plus what columns outside the span push to it, plus what the columns after
+    it in the span do: t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to the grid of its group.
 
     Args:
         pushed: [B, columns, A·rows].
@@ -246,11 +250,15 @@ def solve_block(
         loss: [B, A·rows]; added to.
         bits: Width of a code.
     """
-    alternatives = pushed.shape[2] // weight.shape[2]
-    for b in range(len(pushed)):
-        for j in range(pushed.shape[1] - 1, -1, -1):
+    batch, columns, width = pushed.shape
+    alternatives = width // weight.shape[2]
+    for stop in range(columns, 0, -_BLOCK):
+        start = max(stop - _BLOCK, 0)
+        # What the block's columns are told by those after it, in one product.
+        told = torch.baddbmm(pushed[:, start:stop], factor[:, start:stop, stop:], errors[:, stop:])
+        for b, j in itertools.product(range(batch), range(stop - 1, start - 1, -1)):
             w = weight[b, channel[b, j]].repeat(alternatives)
-            t = w + pushed[b, j] + errors[b, j + 1 :].T @ factor[b, j, j + 1 :]
+            t = w + told[b, j - start] + errors[b, j + 1 : stop].T @ factor[b, j, j + 1 : stop]
             scale, zero = scales[b, group[b, j]], zeros[b, group[b, j]]
             q = torch.round(t / scale + zero).clamp_(0, 2**bits - 1)
             rounded = scale * (q - zero)
@@ -287,6 +295,51 @@ def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tenso
     return total / 2
 
 
-def permuted(matrices: Tensor, order: Tensor) -> Tensor:
-    """matrix[order][:, order] of each: [B, n, n], contiguous, and int64 [B, n]."""
-    return torch.stack([matrix[which][:, which] for matrix, which in zip(matrices, order, strict=True)])
+def nearest_errors(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """What rounding every weight to the nearest point of its grid takes from it, w − q.
+
+    Args:
+        weight: [rows, in], groups contiguous.
+        scales, zeros: [rows, G], the grids.
+        bits: Width of a code.
+        dtype: Of the result.
+
+    Returns:
+        [rows, in].
+    """
+    groups, scale, zero = weight.unflatten(1, (scales.shape[1], -1)), scales[:, :, None], zeros[:, :, None]
+    codes = (groups / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
+    return torch.sub(groups, codes.sub_(zero).mul_(scale), out=codes).flatten(1).to(dtype)
+
+
+def permuted(matrices: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """factor · matrix[order][:, order] of each.
+
+    Args:
+        matrices: [B, n, n].
+        order: int64 [B, n].
+        factors: [B], in the matrices' dtype.
+
+    Returns:
+        [B, n, n], contiguous.
+    """
+    chosen = [matrix[which][:, which] for matrix, which in zip(matrices, order, strict=True)]
+    return torch.stack(chosen).mul_(factors[:, None, None])
+
+
+def split(x: Tensor, scale: float, pieces: str, dim: int) -> Tensor:
+    """x · scale as a sum of two float16 numbers, high and low, laid one after the other along a dimension.
+
+    Args:
+        x: [B, rows, columns]; x · scale must be below 65504 in size.
+        scale: A power of two.
+        pieces: What lies behind each other: "h" for the high part, "l" for the low one, such as "hlh".
+        dim: 1 or 2, the dimension that becomes len(pieces) times as long.
+
+    Returns:
+        float16, contiguous.
+    """
+    value = x * scale
+    high = value.half()
+    parts = {"h": high, "l": (value - high).half()}
+    return torch.cat([parts[piece] for piece in pieces], dim)

@@ -1,10 +1,8 @@
-"""The solver's loops in Triton, one launch each; `reference` defines them.
+"""GPTQ's recursion over a span of columns in Triton, a launch for every 128 of them; `reference` defines it.
 
-`solve_block` is GPTQ's recursion over a block of columns, for some of the rows in each program: rows do not know each
-other. It goes from the last column to the first in chunks. What the columns after a chunk push to it is one small
-product; inside, a column is rounded and its error pushed to those left, all in registers.
-
-`clipping_errors` reads a weight once for all the grids it is rounded to. `permuted` reorders rows and columns.
+Each program takes some of the rows: they do not know each other. It goes from the last column to the first in chunks.
+What the columns after a chunk push to it is one small product; inside, a column is rounded and its error pushed to
+those left, all in registers.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ except ImportError as error:
 _ROWS = 32  # rows a program: the fastest of 16, 32 and 64 with 1, 2 and 4 warps, for 4096 to 57344 rows on an H200
 _WARPS = 1
 _CHUNK = 16  # columns in registers at a time
-_MAX_COLUMNS = 128
+BLOCK = 128  # columns a launch
 
 
 @triton.jit
@@ -92,7 +90,7 @@ def _solve_block_kernel(
     tl.store(loss + r, tl.load(loss + r, mask=inside, other=0.0) + total, mask=inside)
 
 
-def solve_block(
+def solve_span(
     pushed: Tensor,
     weight: Tensor,
     factor: Tensor,
@@ -107,11 +105,12 @@ def solve_block(
     loss: Tensor,
     bits: int,
 ) -> None:
-    """`reference.solve_block` on a GPU.
+    """`reference.solve_span` on a GPU: a launch for every 128 columns, and a product before it that tells them the
+    errors of those after them.
 
     Args:
         weight, scales, zeros, codes, loss: As there, contiguous; floats are float32.
-        pushed, errors: As there, float32; the columns of each matrix are contiguous, one after the other. At most 128.
+        pushed, errors: As there, float32; the columns of each matrix are contiguous, one after the other.
         factor: As there, float32; its last stride is 1.
         group, channel: As there; the same strides, 1 the last.
         gain, damping: As there; the same strides, 1 the last.
@@ -122,8 +121,6 @@ def solve_block(
     """
     batch, columns, width = pushed.shape
     (_, n, rows), groups = weight.shape, scales.shape[1]
-    if columns > _MAX_COLUMNS:
-        raise ValueError(f"a block has at most {_MAX_COLUMNS} columns, got {columns}")
     whole, column = (n * width, width, 1), (gain.stride(0), 1)
     for name, tensor, shape, dtype, strides in (
         ("pushed", pushed, (batch, columns, width), torch.float32, (pushed.stride(0), width, 1)),
@@ -148,102 +145,17 @@ def solve_block(
             )
     if width % max(1, rows):
         raise ValueError(f"{width} is no multiple of the {rows} rows")
-    if width and columns:
+    if not width:
+        return
+    for stop in range(columns, 0, -BLOCK):
+        start = max(stop - BLOCK, 0)
+        here, told = slice(start, stop), pushed[:, start:stop]
+        if stop < columns:
+            told = torch.baddbmm(told, factor[:, here, stop:], errors[:, stop:])
         _solve_block_kernel[(triton.cdiv(width, _ROWS), batch)](
-            pushed, weight, factor, scales, zeros, group, channel, gain, damping, codes, errors, loss,
-            columns, width, rows, groups, n,
-            factor.stride(0), factor.stride(1), gain.stride(0), channel.stride(0), errors.stride(0), pushed.stride(0),
+            told, weight, factor[:, here, here], scales, zeros, group[:, here], channel[:, here],
+            gain[:, here], damping[:, here], codes, errors[:, here], loss,
+            stop - start, width, rows, groups, n,
+            factor.stride(0), factor.stride(1), gain.stride(0), channel.stride(0), errors.stride(0), told.stride(0),
             TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, num_warps=_WARPS,
         )  # fmt: skip
-
-
-@triton.jit
-def _permuted_kernel(matrices, order, out, n, COLUMNS: tl.constexpr):
-    row, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    order += b * n
-    source = matrices + (b * n + tl.load(order + row)) * n
-    target = out + (b * n + row) * n
-    for first in range(0, n, COLUMNS):
-        c = first + tl.arange(0, COLUMNS)
-        there = c < n
-        tl.store(target + c, tl.load(source + tl.load(order + c, mask=there, other=0), mask=there), mask=there)
-
-
-def permuted(matrices: Tensor, order: Tensor) -> Tensor:
-    """`reference.permuted` on a GPU, in one pass.
-
-    Raises:
-        ValueError: Shapes that do not belong together.
-    """
-    batch, n, columns = matrices.shape
-    if columns != n or order.shape != (batch, n):
-        raise ValueError(f"need [B, n, n] and [B, n], got {list(matrices.shape)} and {list(order.shape)}")
-    matrices, order = matrices.contiguous(), order.contiguous()
-    out = torch.empty_like(matrices)
-    if out.numel():
-        _permuted_kernel[(n, batch)](matrices, order, out, n, COLUMNS=1024)
-    return out
-
-
-_SCORED_ROWS = 16
-_SCORED_COLUMNS = 128
-
-
-@triton.jit
-def _clipping_errors_kernel(
-    weight, scales, zeros, spread, gain, parts, alternatives, rows, groups, size,
-    TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    g = tl.program_id(1)
-    inside = r < rows
-    row_weight = weight + (r * groups + g)[:, None] * size
-    step = tl.load(scales + r * groups + g, mask=inside, other=1.0)
-    for a in range(alternatives):
-        at = (a * rows + r) * groups + g
-        scale = tl.load(scales + at, mask=inside, other=1.0)
-        zero = tl.load(zeros + at, mask=inside, other=0.0)
-        total = tl.zeros([ROWS], dtype=tl.float32)
-        for first in range(0, size, COLUMNS):
-            c = first + tl.arange(0, COLUMNS)
-            there = c < size
-            w = tl.load(row_weight + c[None, :], mask=inside[:, None] & there[None, :], other=0.0)
-            moved = tl.load(spread + g * size + c, mask=there, other=0.0)[None, :] * step[:, None]
-            high = w + moved
-            low = w - moved
-            q = tl.minimum(tl.maximum(high / scale[:, None] + zero[:, None], 0.0), TOP)
-            high -= scale[:, None] * ((q + 12582912.0) - 12582912.0 - zero[:, None])
-            q = tl.minimum(tl.maximum(low / scale[:, None] + zero[:, None], 0.0), TOP)
-            low -= scale[:, None] * ((q + 12582912.0) - 12582912.0 - zero[:, None])
-            total += tl.sum((high * high + low * low) * tl.load(gain + g * size + c, mask=there, other=0.0)[None, :], 1)
-        tl.store(parts + at, total / 2, mask=inside)
-
-
-def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:
-    """`reference.clipping_errors` on a GPU: float32, contiguous.
-
-    Raises:
-        ValueError: A dtype, shape or stride that the kernel does not take.
-    """
-    (rows, n), (alternatives, _, groups) = weight.shape, scales.shape
-    for name, tensor, shape in (
-        ("weight", weight, (rows, n)),
-        ("scales", scales, (alternatives, rows, groups)),
-        ("zeros", zeros, (alternatives, rows, groups)),
-        ("spread", spread, (n,)),
-        ("gain", gain, (n,)),
-    ):
-        if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-            )
-    if not groups or n % groups:
-        raise ValueError(f"{groups} groups do not divide {n} columns")
-    parts = torch.empty_like(scales)
-    size = n // groups
-    _clipping_errors_kernel[(triton.cdiv(rows, _SCORED_ROWS), groups)](
-        weight, scales, zeros, spread, gain, parts, alternatives, rows, groups, size,
-        TOP=float(2**bits - 1), ROWS=_SCORED_ROWS,
-        COLUMNS=min(_SCORED_COLUMNS, max(16, triton.next_power_of_2(size))),
-    )  # fmt: skip
-    return parts.sum(-1)

@@ -6,8 +6,9 @@ the batch's thread sees every tensor an operation creates and remembers its stor
 many of the storages still alive as the budget demands are copied to the host (pinned, if the device is a GPU) and
 resized to zero bytes; before it goes on they get their size and bytes back. Tensors, views and versions do not notice.
 
-All copies are on the current stream of the thread that waits, in order with the kernels before and after them and
-with the freeing of the memory.
+Memory is taken and given back in the order of the current stream of the thread that waits. On a GPU the copies
+themselves are on two streams of their own, so that they overlap with other batches' kernels: to the host when a batch
+starts to wait, and back while the batch before it runs.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Activations:
         device: Where the batches run. Storages elsewhere are left alone.
         budget: Bytes the suspended batches may keep on the device; None: all. Storages below `smallest` bytes, those
             that cannot be resized (foreign memory, shared memory) and those another batch has read stay in any case.
+        ahead: On a GPU, whether the bytes of the batch that has waited longest come back while another runs; they are
+            within the budget, as far as they fit.
         smallest: Storages with fewer bytes are not tracked at all.
 
     Attributes:
@@ -46,7 +49,7 @@ class Activations:
         moved: Bytes copied to the host in total.
     """
 
-    def __init__(self, device: torch.device, budget: int | None, *, smallest: int = 2**20):
+    def __init__(self, device: torch.device, budget: int | None, *, ahead: bool = True, smallest: int = 2**20):
         self.device = torch.empty(0, device=device).device  # with its index, as tensors have it
         self.budget = budget
         self.peak = 0
@@ -57,9 +60,11 @@ class Activations:
         # restored from a stack on the mode. With a mode for each thread it would be left wrong when they end in turn.
         self._mode = _Mode(self)
         self._tracked: dict[int, dict[int, _Tracked]] = {}  # by batch and address of the storage object
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        is_gpu = device.type == "cuda"
+        self._out = torch.cuda.Stream(device) if is_gpu else None  # carries bytes to the host
+        self._back = torch.cuda.Stream(device) if is_gpu and ahead else None
         self._away: dict[int, _Tracked] = {}  # of all batches, those whose bytes are on the host
-        self._resident: dict[int, int] = {}  # bytes on the device, by waiting batch
+        self._resident: dict[int, int] = {}  # bytes on the device, by waiting batch; who waits longest comes first
         self._live: dict[int, int] = {}  # bytes on device and host, by waiting batch
 
     @contextlib.contextmanager
@@ -93,10 +98,15 @@ class Activations:
         self._suspend(number)
         try:
             yield
+        except BaseException:
+            for tracked in self._hosted(number):
+                tracked.arrive()  # its memory may be freed now, which must not be while it is written to
+            raise
         finally:
             del self._resident[number], self._live[number]
         for tracked in self._hosted(number):
             self._bring(tracked)
+        self._fetch_next()
 
     @contextlib.contextmanager
     def on_device(self, number: int) -> Iterator[None]:
@@ -144,9 +154,20 @@ class Activations:
     def _hosted(self, number: int) -> list[_Tracked]:
         return [tracked for tracked in self._tracked.get(number, {}).values() if tracked.host is not None]
 
+    def _fetch_next(self) -> None:
+        """Starts to bring back what the batch that has waited longest has on the host."""
+        if self._back is None or not self._resident:
+            return
+        number = next(iter(self._resident))
+        with self.untracked():
+            for tracked in self._hosted(number):
+                if tracked.is_empty():
+                    tracked.fetch(self._back)
+                    self._resident[number] += tracked.bytes()
+
     def _send(self, tracked: _Tracked) -> None:
         with self.untracked():
-            tracked.save(self._stream)
+            tracked.save(self._out)
         self._away[tracked.key] = tracked
         self.moved += tracked.bytes()
 
@@ -162,11 +183,12 @@ class Activations:
             return
         for tensor in _tensors(*values):
             tracked = self._away.get(_key(tensor))
-            if tracked is not None and tracked.is_empty():
-                self._bring(tracked)
-                tracked.shared = True
-                if tracked.owner in self._resident:
-                    self._resident[tracked.owner] += tracked.bytes()
+            if tracked is None or not (tracked.is_empty() or tracked.is_coming()):
+                continue
+            if tracked.owner in self._resident and tracked.is_empty():
+                self._resident[tracked.owner] += tracked.bytes()
+            self._bring(tracked)
+            tracked.shared = True
 
     def _created(self, number: int, out: Any, *inputs: Any) -> None:
         """An operation returned `out`: what does not share memory with its inputs is the batch's."""
@@ -218,6 +240,7 @@ class _Tracked:
         self.host: Tensor | None = None
         self.shared = False  # read by another batch
         self._saved: torch.cuda.Event | None = None
+        self._coming: torch.cuda.Event | None = None
         self._ref = StorageWeakRef(storage)
 
     def storage(self) -> UntypedStorage | None:
@@ -234,6 +257,10 @@ class _Tracked:
         """Whether the bytes are on the host only; False while they are being copied."""
         storage = self.storage()
         return storage is not None and storage.nbytes() == 0
+
+    def is_coming(self) -> bool:
+        """Whether the bytes are on their way back, ahead of their use."""
+        return self._coming is not None
 
     def can_move(self) -> bool:
         storage = self.storage()
@@ -265,10 +292,32 @@ class _Tracked:
         storage = self.storage()
         if storage is None or self.host is None:
             return
+        if self._coming is not None:
+            self.arrive()
+            return
         if self._saved is not None:
             self._saved.wait(torch.cuda.current_stream(storage.device))
         storage.resize_(self.host.nbytes)
         _bytes(storage).copy_(self.host, non_blocking=True)
+
+    def fetch(self, stream: torch.cuda.Stream) -> None:
+        """Starts `fill` on another stream; the bytes can be used after `arrive`."""
+        storage = self.storage()
+        if storage is None or self.host is None:
+            return
+        storage.resize_(self.host.nbytes)  # belongs to the current stream, which may be using it for something else yet
+        stream.wait_stream(torch.cuda.current_stream(storage.device))
+        if self._saved is not None:
+            self._saved.wait(stream)
+        with torch.cuda.stream(stream):
+            _bytes(storage).copy_(self.host, non_blocking=True)
+        self._coming = stream.record_event()
+
+    def arrive(self) -> None:
+        """Has the current stream wait for what `fetch` started."""
+        if self._coming is not None:
+            self._coming.wait(torch.cuda.current_stream(self._coming.device))
+            self._coming = None
 
     def empty(self) -> None:
         """After `fill`, when the bytes on the host are still the batch's."""

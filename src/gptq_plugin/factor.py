@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq_plugin import split
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.kernels import solver_loops
-from gptq_plugin.split import Split, add_product
+from gptq_plugin.kernels import solver_passes
 
 _PANEL = 1024  # columns the library factors at once
+_SCALE = 2.0**12  # of the factor of a matrix whose diagonal is at most 4, for `split`
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def factorize(
         damp_percent: Share of the mean of the (live) diagonal that is added to it.
 
     Returns:
-        The factors, and bool [B], whether each could be made: where not, it is not finite.
+        The factors, and bool [B], whether each could be made and, on a GPU, has no entry too large for `split`: where
+        not, it is not to be used.
     """
     batch, n, _ = hessians.shape
     diagonal = hessians.diagonal(dim1=1, dim2=2)
@@ -62,14 +64,20 @@ def factorize(
         order = torch.argsort(diagonal, descending=True, stable=True).flip(1)
     else:
         order = torch.arange(n - 1, -1, -1, device=hessians.device).expand(batch, n)
+    # A power of four brings the largest entry near 1: exact, and so is its root in the factor.
+    unit = torch.ldexp(torch.ones_like(mean), -2 * (torch.frexp(diagonal.amax(1, keepdim=True)).exponent // 2))
     damping = damping.gather(1, order)
-    permuted = solver_loops(hessians).permuted(hessians, order).to(dtype)
-    permuted.diagonal(dim1=1, dim2=2).add_(damping.to(dtype))
+    permuted = solver_passes(hessians).permuted(hessians, order, unit.squeeze(1)).to(dtype)
+    permuted.diagonal(dim1=1, dim2=2).add_((damping * unit).to(dtype))
     failed = _cholesky(permuted)
     scale = permuted.diagonal(dim1=1, dim2=2).clone()
     permuted /= scale[:, :, None]
-    factor = Factor(order, permuted.to(hessians.dtype), scale.square().to(hessians.dtype), damping)
-    return factor, ~failed & torch.isfinite(factor.gain).all(1)
+    factor = Factor(order, permuted.to(hessians.dtype), (scale.square() / unit).to(hessians.dtype), damping)
+    good = ~failed & torch.isfinite(factor.gain).all(1)
+    if split.serves(hessians):
+        low, high = factor.rows.flatten(1).aminmax(dim=1)
+        good &= (low >= -split.LARGEST) & (high <= split.LARGEST)
+    return factor, good
 
 
 def _cholesky(matrices: Tensor) -> Tensor:
@@ -78,13 +86,14 @@ def _cholesky(matrices: Tensor) -> Tensor:
     Returns:
         bool [B], whether that failed; the factor is garbage then.
     """
-    if matrices.is_cuda and matrices.dtype == torch.float32 and matrices.shape[1] > 4 * _PANEL:
+    if split.serves(matrices) and matrices.shape[1] > 4 * _PANEL:
         return _blocked_cholesky(matrices, _PANEL)
     return _library_cholesky(matrices)
 
 
 def _blocked_cholesky(matrices: Tensor, panel: int) -> Tensor:
-    """`_cholesky` of large float32 matrices, with the large products on tensor cores at float32's accuracy (`split`).
+    """`_cholesky` of large float32 matrices with a diagonal of at most 4, with the large products on tensor cores at
+    float32's accuracy (`split`).
 
     A library's does them on the float32 units, and spends half of its time on narrow panels.
     """
@@ -96,12 +105,12 @@ def _blocked_cholesky(matrices: Tensor, panel: int) -> Tensor:
         failed |= _library_cholesky(corner)
         matrices[:, start:stop, start:stop] = corner
         matrices[:, stop:, start:stop] = 0
-        side = torch.linalg.solve_triangular(corner.mT, matrices[:, start:stop, stop:], upper=False)
-        matrices[:, start:stop, stop:] = side
-        pushed = Split.of(side)
+        side = matrices[:, start:stop, stop:]
+        side.copy_(torch.linalg.solve_triangular(corner.mT, side, upper=False))
+        below, beside = split.both(side, _SCALE)
         for row in range(stop, n, 2 * panel):  # what lies below the diagonal is not needed
-            below = pushed.columns(row - stop, row - stop + 2 * panel).mT
-            add_product(matrices[:, row : row + 2 * panel, row:], below, pushed.columns(row - stop), alpha=-1)
+            strip, first = matrices[:, row : row + 2 * panel, row:], row - stop
+            split.add_product(strip, below[:, first : first + 2 * panel], beside[:, :, first:], alpha=-(_SCALE**-2))
     return failed
 
 

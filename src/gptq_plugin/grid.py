@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.kernels import solver_passes
 
 SCALE_DTYPE = torch.float16  # what a checkpoint stores
 _SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
@@ -117,12 +118,26 @@ def round_to_nearest(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
     )
 
 
-def nearest_error(weight: Tensor, config: QuantizeConfig) -> Tensor:
-    """weight − its nearest rounding, [out, in] in weight's dtype; not finite where `round_to_nearest` raises."""
-    groups = weight.unflatten(1, (-1, group_width(weight.shape[1], config)))
-    scales, zeros = (t[..., None] for t in grid(groups, config))
-    codes = _codes(groups, scales, zeros, config)
-    return torch.sub(groups, codes.sub_(zeros).mul_(scales), out=codes).flatten(1)
+def grids(weight: Tensor, spans: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
+    """The grids of a weight's contiguous groups in A alternatives, each with a part of every row's range.
+
+    Args:
+        weight: [out, in], float32 or float64.
+        spans: [A, out], the parts.
+        config: As for `grid`, and group_size.
+
+    Returns:
+        Scales and zeros [A, out, G], as from `grid`.
+    """
+    # A grid depends on a group's ends only.
+    low, high = weight.unflatten(1, (-1, group_width(weight.shape[1], config))).aminmax(dim=-1)
+    return grid(torch.stack([low, high], -1) * spans[:, :, None, None], config)
+
+
+def nearest_errors(weight: Tensor, config: QuantizeConfig, dtype: torch.dtype) -> Tensor:
+    """weight − its nearest rounding, [out, in] in `dtype`; not finite where `round_to_nearest` raises."""
+    scales, zeros = grids(weight, weight.new_ones(1, len(weight)), config)
+    return solver_passes(weight).nearest_errors(weight.contiguous(), scales[0], zeros[0], config.bits, dtype)
 
 
 def _codes(groups: Tensor, scales: Tensor, zeros: Tensor, config: QuantizeConfig) -> Tensor:

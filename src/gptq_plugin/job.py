@@ -32,6 +32,7 @@ from gptq_plugin.report import ModuleReport, QuantizeReport
 from gptq_plugin.results import Results
 from gptq_plugin.solver import solve
 from gptq_plugin.targets import Skipped, Target, linear_shape
+from gptq_plugin.timing import Fetched, Stopwatch
 from gptq_plugin.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,43 @@ ModelForward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, str], None]
 
 _running: ContextVar[int | None] = ContextVar("number of the calibration batch that runs on this thread", default=None)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What there is to say of a layer, before the device got to it: nothing of this is looked at during the walk.
+
+    Attributes:
+        target: The layer.
+        losses: [2, layers], theirs and round-to-nearest's, summed over rows.
+        number: Of the layer among them.
+        share: Of the time.
+        stopwatch: Of all.
+        method, damp_percent, tokens, deviations: As in the report.
+    """
+
+    target: Target
+    losses: Fetched
+    number: int
+    share: float
+    stopwatch: Stopwatch
+    method: str
+    damp_percent: float
+    tokens: int
+    deviations: tuple[str, ...]
+
+    def report(self) -> ModuleReport:
+        loss, rtn_loss = (of_all[self.number] for of_all in self.losses.get())
+        return module_report(
+            self.target,
+            method=self.method,
+            loss=loss,
+            rtn_loss=rtn_loss,
+            tokens=self.tokens,
+            damp_percent=self.damp_percent,
+            seconds=self.stopwatch.seconds() * self.share,
+            deviations=self.deviations,
+        )
 
 
 @dataclass
@@ -66,11 +104,11 @@ class Job:
     offload_weights: bool | None = None
     offload_activations: bool | None = None
     export: Export | None = None
-    reports: dict[str, ModuleReport] = field(default_factory=dict)
+    solved: dict[str, _Solved] = field(default_factory=dict)
     hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
     remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
     masks: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    solving: float = 0.0
+    stopwatches: list[Stopwatch] = field(default_factory=list)
     samples: int = 0
 
     def __post_init__(self) -> None:
@@ -101,9 +139,10 @@ class Job:
                 self.results.settle()
                 self._quantize_group([self._by_name[name] for name in stop.group.names], stop)
             self.results.settle(wait=True)
-        self._report_unreached()
-        seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - self.solving}
-        return self.results.layers, self._report(notes, {**seconds, "solve": self.solving})
+        reports = self._reports()
+        solving = sum(stopwatch.seconds() for stopwatch in self.stopwatches)
+        seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
+        return self.results.layers, self._report(reports, notes, seconds)
 
     def rehearse(self, whole: bool) -> None:
         """One batch of each rank through the model, layer by layer, with nothing quantized."""
@@ -205,6 +244,7 @@ class Job:
                 solver=memory.solver_bytes(self.targets),
                 forward=measured.bytes() - self.weights.bytes,
                 activations=int(self.activations.peak * share),
+                batch=self.activations.peak,
             ),
             self.weights.few,
             self.offload_weights,
@@ -212,7 +252,7 @@ class Job:
         )
         log.log(logging.INFO if self.device.type == "cuda" or placement.limited else logging.DEBUG, placement.said)
         self.weights.capacity = placement.weights
-        self.activations = Activations(self.device, placement.activations)
+        self.activations = Activations(self.device, placement.activations, ahead=placement.ahead)
         groups: list[lockstep.Group] = next(p for p in distributed.gather_objects(plan) if p is not None)
         return groups
 
@@ -239,7 +279,7 @@ class Job:
 
     def _quantize_group(self, members: list[Target], stop: lockstep.Stop) -> None:
         mean, tokens = self._mean(stop.group)
-        if not self.reports:
+        if not self.solved:
             self._check_enough(tokens)
         # Layers of one configuration are one matrix to the solver: their rows do not know each other.
         alike: dict[str, list[Target]] = defaultdict(list)
@@ -261,7 +301,7 @@ class Job:
         self, same: list[Target], mean: Tensor, tokens: int, remarks: dict[str, int], stop: lockstep.Stop
     ) -> None:
         names = ", ".join(target.name for target in same)
-        started = time.perf_counter()
+        stopwatch = Stopwatch(self.device)
         weights = [self.weights.present(target) for target in same]
         try:
             solution = solve(weights[0] if len(weights) == 1 else torch.cat(weights), mean, same[0].config)
@@ -277,24 +317,27 @@ class Job:
             deviations += (f"only {tokens} calibration tokens for {mean.shape[0]} inputs: the Hessian is singular",)
         rows = [target.weight.shape[0] for target in same]
         sums = [torch.stack([part.sum() for part in loss.split(rows)]) for loss in (solution.loss, solution.rtn_loss)]
+        losses = Fetched(torch.stack(sums))
         start = 0
-        for target, count, loss, rtn_loss in zip(same, rows, *torch.stack(sums).tolist(), strict=True):
+        for number, (target, count) in enumerate(zip(same, rows, strict=True)):
             layer = QuantLinear.from_quantized(w.rows(start, start + count), target.bias)
             self.weights.quantize(target, layer)
             self.results.add(target.name, layer)
-            self.reports[target.name] = module_report(
+            self.solved[target.name] = _Solved(
                 target,
+                losses,
+                number,
+                share=count / sum(rows),
+                stopwatch=stopwatch,
                 method=solution.method,
-                loss=loss,
-                rtn_loss=rtn_loss,
-                tokens=tokens,
                 damp_percent=solution.damp_percent,
-                seconds=(time.perf_counter() - started) * count / sum(rows),
+                tokens=tokens,
                 deviations=deviations,
             )
             start += count
-        self.solving += time.perf_counter() - started
-        self.progress(len(self.reports), len(self.targets), names)
+        stopwatch.stop()
+        self.stopwatches.append(stopwatch)
+        self.progress(len(self.solved), len(self.targets), names)
 
     def _check_finite(self, members: list[Target], stop: lockstep.Stop, mean: Tensor) -> None:
         if torch.isfinite(mean).all():
@@ -316,13 +359,17 @@ class Job:
                 f"(nsamples is {self.config.nsamples}) or longer ones (model_seqlen is {self.config.model_seqlen})"
             )
 
-    def _report_unreached(self) -> None:
-        unreached = [target for name, target in self._by_name.items() if name not in self.reports]
-        if len(unreached) == len(self.targets):
+    def _reports(self) -> list[ModuleReport]:
+        """Of all targets, in their order."""
+        if not self.solved:
             raise CalibrationError(self._unreached())
-        for target in unreached:
-            reason = "never called in calibration: left float"
-            self.reports[target.name] = module_report(target, method="float", reason=reason, deviations=(reason,))
+        reason = "never called in calibration: left float"
+        return [
+            self.solved[target.name].report()
+            if target.name in self.solved
+            else module_report(target, method="float", reason=reason, deviations=(reason,))
+            for target in self.targets
+        ]
 
     def _unreached(self) -> str:
         return (
@@ -330,7 +377,7 @@ class Job:
             f"{self.targets[0].name}: the forward runs other modules than {type(self.model).__name__}'s"
         )
 
-    def _report(self, notes: lockstep.Walk, seconds: dict[str, float]) -> QuantizeReport:
+    def _report(self, reports: list[ModuleReport], notes: lockstep.Walk, seconds: dict[str, float]) -> QuantizeReport:
         late: dict[str, int] = defaultdict(int)
         for one in distributed.gather_objects(notes.late):
             for name, calls in one.items():
@@ -344,7 +391,6 @@ class Job:
             f"{name}: {calls} calls came after it was quantized; their inputs are not in its Hessian"
             for name, calls in late.items()
         ]
-        reports = [self.reports[target.name] for target in self.targets]
         return QuantizeReport(
             self.config,
             reports + float_reports(self.skipped),

@@ -37,12 +37,14 @@ class Placement:
         weights: Bytes of weights that modules run with and do not own there.
         activations: Bytes that suspended batches may keep there; None is all of them.
         streamed: Whether blocks of the model come and go.
+        ahead: Whether there is room to bring a batch's activations back from the host while another runs.
         said: What was decided and why, for the log.
     """
 
     weights: int
     activations: int | None
     streamed: bool
+    ahead: bool
     said: str
 
     @property
@@ -61,6 +63,7 @@ class Needs:
         solver: Its tensors.
         forward: The most one batch's forward takes beside the weights.
         activations: What all batches hold while they wait, at the layer where that is most.
+        batch: The same for the largest batch alone.
     """
 
     weights: int
@@ -68,6 +71,7 @@ class Needs:
     solver: int
     forward: int
     activations: int
+    batch: int
 
 
 def place(
@@ -88,10 +92,12 @@ def place(
         offload_weights: True keeps only a few blocks there, False all; None decides.
         offload_activations: True moves all suspended activations to the host, False none; None decides.
     """
+    ahead = True
     if free is None:
         weights, activations = EVERYTHING, EVERYTHING
     else:
         room = int(free * _PLANNED) - needs.fixed - max(needs.solver, needs.forward)
+        ahead = few + needs.batch <= room
         if needs.weights + needs.activations <= room:
             weights, activations = EVERYTHING, EVERYTHING
         else:
@@ -118,6 +124,7 @@ def place(
         weights=EVERYTHING if all_weights and needs.weights else weights,
         activations=None if all_activations else activations,
         streamed=not all_weights,
+        ahead=ahead,
         said=f"memory on {device}: {'; '.join(parts)}{known}",
     )
 

@@ -22,14 +22,3 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-@contextlib.contextmanager
-def tf32(device: torch.device) -> Iterator[None]:
-    """Inside `full_precision`, lets a GPU multiply float32 at TF32's 10 bits for the length of the block."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")

@@ -132,7 +132,7 @@ class QuantLinear(nn.Module):
         if self.qweight.is_cuda and dtype != torch.float64:
             from gptq_plugin.kernels import matmul  # imported here: needs Triton
 
-            return matmul.dequantize(*packed, dtype, group_size=self._prepare().group_size)
+            return matmul.dequantize(*packed, dtype)  # to look at g_idx first would mean to wait for the device
         return reference.dequantize(*packed, dtype)
 
     def extra_repr(self) -> str:
