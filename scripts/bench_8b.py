@@ -15,9 +15,11 @@ import argparse
 import gc
 import logging
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +68,27 @@ def seconds(call: Callable[[], object], repeats: int = 3) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def quantize(model: torch.nn.Module, rows: list[Tensor], **options: Any) -> float:
+def quantize(
+    model: torch.nn.Module, rows: list[Tensor], progress: Callable[[int, int, str], None] | None = None, **options: Any
+) -> float:
     torch.cuda.synchronize()
     started = time.perf_counter()
-    QuantizeModule(QuantizeConfig(nsamples=len(rows), batch_size=BATCH, **options)).quantize(model, rows)
+    config = QuantizeConfig(**{"nsamples": len(rows), "batch_size": BATCH, **options})
+    QuantizeModule(config).quantize(model, rows, progress=progress)
     torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def blocks(layers: int, **options: Any) -> tuple[float, list[float]]:
+    """Seconds of a run, and of each of its blocks but the first, from one's last layer to the next one's."""
+    done: list[float] = []
+
+    def progress(_: int, __: int, what: str) -> None:
+        if "down_proj" in what:
+            done.append(time.perf_counter())
+
+    total = quantize(llama(layers), samples(), progress, **options)
+    return total, [after - before for before, after in pairwise(done)]
 
 
 def clear() -> None:
@@ -85,15 +102,17 @@ def block() -> None:
     tokens, weights = SAMPLES * LENGTH, sum(rows * n for rows, n in shapes.values())
     quantize(llama(2), samples(16))  # compiles the kernels
     for label, options in (("clip_ratios=[1.0]", PLAIN), ("default", {})):
-        times = {}
-        for layers in (4, 8):
+        for batch_size in (BATCH, 2 * BATCH):
             clear()
-            times[layers] = quantize(llama(layers), samples(), **options)
-            peak = torch.cuda.max_memory_allocated() / GIB
-        print(f"{label}: {times[8] / 8:.3f} s a block ({(times[8] - times[4]) / 4:.3f} without what a run costs once)")
-        print(f"  8 blocks: {times[8]:.2f} s, peak {peak:.1f} GiB")
-        for name, peer in PEERS.items():
-            print(f"  {name}: {peer} s, {peer / (times[8] / 8):.1f} times as long")
+            total, each = blocks(10, batch_size=batch_size, **options)
+            block = statistics.median(each)
+            print(
+                f"{label}, batch_size={batch_size}: {block:.3f} s a block ({min(each):.3f} to {max(each):.3f}), and "
+                f"{total - 10 * block:.2f} s once; peak {torch.cuda.max_memory_allocated() / GIB:.1f} GiB",
+                flush=True,
+            )
+            for name, peer in PEERS.items():
+                print(f"  {name}: {peer} s, {peer / block:.1f} times as long")
     clear()
     parts: dict[str, float] = {}
     model = llama(4)

@@ -41,7 +41,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if blocks * period != n:
         codes = torch.cat([codes, codes.new_zeros(blocks * period - n, columns)])
     codes = codes.reshape(blocks, period, columns)
-    if period_words == 1:
+    if period_words == 1 and codes.is_cuda:  # at once: a loop would keep a GPU waiting for Python
         shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)
         return (codes << shifts[:, None]).sum(1, dtype=torch.int32)  # bits do not overlap: a sum is an or
     words = torch.zeros(blocks, period_words, columns, dtype=torch.int32, device=codes.device)

@@ -94,7 +94,9 @@ class QuantLinear(nn.Module):
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16, device=device))
-        self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32, device=device) // channels)
+        # Made on the CPU: on the meta device, PyTorch's integer division takes milliseconds.
+        natural = torch.arange(in_features, dtype=torch.int32, device="cpu") // channels
+        self.register_buffer("g_idx", natural.to(device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
 
     @classmethod

@@ -43,7 +43,7 @@ from gptq_plugin.grid import (
 )
 from gptq_plugin.kernels import solver_loops, solver_passes
 from gptq_plugin.precision import full_precision
-from gptq_plugin.timing import Fetched
+from gptq_plugin.timing import Fetched, aside
 
 SPAN = 512  # columns whose errors reach the rest through one large product
 _STRIP = 1024  # columns in one product of a loss
@@ -98,13 +98,16 @@ def solve_batch(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> li
     """
     with full_precision(weights.device):
         weights = weights.detach().to(hessians.dtype)
+        with aside(weights.device) as join:
+            rtn_losses = [rounding_loss(w, h, config) for w, h in zip(weights, hessians, strict=True)]
         factor, good = factorize(hessians, config, hessians.dtype, config.damp_percent)
         columns = _Columns(weights, factor, config)
         finite = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1)
         # The device is waited for with everything queued, and for no more than the verdict needs.
         verdict = Fetched(torch.stack([good, finite, columns.fits], 1)) if config.static_groups else None
         columns.visit()
-        solutions = _solutions(weights, hessians, columns, config, config.damp_percent, ())
+        join()
+        solutions = _solutions(columns, rtn_losses, config.damp_percent, ())
         if verdict is None:  # the grids came with the columns
             verdict = Fetched(torch.stack([good, finite, columns.fits], 1))
         for number, (is_good, is_finite, has_scales) in enumerate(verdict.get()):
@@ -154,7 +157,7 @@ def _try_harder(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solu
             columns.visit()
             if not columns.fits.item():
                 raise ValueError(why_no_scale(weight))
-            return _solutions(weight[None], hessian[None], columns, config, damp_percent, tuple(said))[0]
+            return _solutions(columns, [rounding_loss(weight, hessian, config)], damp_percent, tuple(said))[0]
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian holds NaN or infinity")
     if (hessian.diagonal() > 0).any():
@@ -168,14 +171,9 @@ def _try_harder(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solu
 
 
 def _solutions(
-    weights: Tensor,
-    hessians: Tensor,
-    columns: _Columns,
-    config: QuantizeConfig,
-    damp_percent: float,
-    deviations: tuple[str, ...],
+    columns: _Columns, rtn_losses: list[Tensor], damp_percent: float, deviations: tuple[str, ...]
 ) -> list[Solution]:
-    g_idx = columns.g_idx()
+    config, g_idx = columns.config, columns.g_idx()
     return [
         Solution(
             weight=QuantizedWeight(
@@ -187,12 +185,12 @@ def _solutions(
                 group_size=config.group_size,
             ),
             loss=columns.loss[number].clamp(min=0),
-            rtn_loss=rounding_loss(weight, hessians[number], config),
+            rtn_loss=rtn_loss,
             method="gptq",
             damp_percent=damp_percent,
             deviations=deviations,
         )
-        for number, weight in enumerate(weights)
+        for number, rtn_loss in enumerate(rtn_losses)
     ]
 
 
@@ -324,6 +322,8 @@ class _Columns:
         self.scales[:, group], self.zeros[:, group] = (scales / unit).flatten(1), zeros.flatten(1)
 
     def _keep_best(self) -> None:
+        if self.loss.shape[1] == self.rows:
+            return
         self.loss, best = self.loss.unflatten(1, (-1, self.rows)).min(1)
 
         def kept(values: Tensor) -> Tensor:

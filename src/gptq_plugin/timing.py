@@ -1,8 +1,11 @@
-"""Figures a device will have once it gets there: values and times that are read without holding it up."""
+"""Values and times of a device that are read without holding it up, and work beside other work on it."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,3 +62,24 @@ class Stopwatch:
         mark = torch.cuda.Event(enable_timing=True)
         mark.record(torch.cuda.current_stream(self._device))
         return mark
+
+
+@contextlib.contextmanager
+def aside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Has what the block queues run beside what is queued after it: a GPU has room next to a chain of small kernels.
+
+    Yields:
+        To be called before the block's results are used, or what it read is freed or changed.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield lambda: current.wait_stream(side)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one a device: each keeps memory of its own
