@@ -11,6 +11,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,27 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration import refuse_single
-from gptq_plugin.errors import CalibrationError, ExportError, TargetError
+from gptq_plugin.adapters import has_adapters, merged_copy
+from gptq_plugin.calibration import collect, refuse_single
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CalibrationError, ExportError, QualityError, TargetError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, fits
+from gptq_plugin.gate import Escalation, QualityGate, output_noise
+from gptq_plugin.job import Progress
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
+from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.qlinear import swap as swap_modules
 from gptq_plugin.quantize import QuantizeModule, evaluating
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.sampling import calibration_batches
+from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
+from gptq_plugin.validation import can_validate, validate
 
 log = logging.getLogger(__name__)
+
+_NOISE = 16  # samples that show which layers are the noisiest
 
 
 class GPTQCallback(pl.Callback):
@@ -47,17 +58,28 @@ class GPTQCallback(pl.Callback):
     If quantization fails, the exception leaves `fit` with the trained weights in place and the checkpoints
     written.
 
+    PEFT adapters are merged on a copy, which is quantized and exported; the adapters and their base stay as they are.
+
     Args:
         quantizer: What to do.
         export_dir: Folder to write; None quantizes without export.
+        weights: Which weights: "last", what training ended with; "best", those of the best checkpoint of the first
+            ModelCheckpoint that monitors a metric; or the path of a checkpoint.
         tokenizer: Saved with the export, and used on `calibration` texts.
         calibration: Texts, token lists or batches (see `calibration.collect`), the same on every rank: each
             uses its part. None takes `config.nsamples` samples of the trainer's train dataloader, each once.
         module: Dotted name, inside the LightningModule, of the module to quantize, where the default is not
             the right one; "" is the LightningModule itself.
         swap: True leaves the module quantized, so that `trainer.test(model)` runs on it; False exports and
-            gives it its float weights back.
+            gives it its float weights back. None is True, but False for a module with PEFT adapters.
         overwrite: Replace an earlier export of ours in `export_dir`.
+        validate: Run the module's `validation_step` over the validation dataloader before and after, and log both.
+            None does so where there is one.
+        max_degradation: How far logged metrics may move: ``{"val_loss": 0.02}`` may rise by 0.02, ``"2%"`` by so much
+            of the float model's value; ``{"val_acc": -0.01}`` may fall by 0.01.
+        on_fail: When that does not hold: "raise" exports nothing and raises QualityError; "warn" says so and exports;
+            "escalate" quantizes again with more bits for the layers with the noisiest outputs, until it holds.
+        max_bits: The average bits a weight that "escalate" may not exceed; above them it raises.
 
     Attributes:
         report: What happened, after `fit`; None before.
@@ -73,12 +95,17 @@ class GPTQCallback(pl.Callback):
         tokenizer: Any = None,
         calibration: Iterable[Any] | None = None,
         module: str | None = None,
-        swap: bool = True,
+        weights: str | Path = "last",
+        swap: bool | None = None,
         overwrite: bool = False,
+        validate: bool | None = None,
+        max_degradation: Mapping[str, float | str] | None = None,
+        on_fail: str = "raise",
+        max_bits: float = 8.0,
     ):
         if not isinstance(quantizer, QuantizeModule):
             raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
-        if export_dir is None and not swap:
+        if export_dir is None and swap is False:
             raise ValueError("with swap=False and no export_dir nothing of the quantization would remain")
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
@@ -88,8 +115,13 @@ class GPTQCallback(pl.Callback):
             calibration = list(islice(calibration, quantizer.config.nsamples + 1))
         self.calibration = calibration
         self.module = module
+        self.weights = str(weights)
         self.swap = swap
         self.overwrite = overwrite
+        self.gate = QualityGate(max_degradation or {}, on_fail, max_bits)
+        if validate is False and self.gate.limits:
+            raise ValueError("max_degradation needs validation, and validate=False switches it off")
+        self.validate = validate
         self.report: QuantizeReport | None = None
 
     @property
@@ -99,30 +131,68 @@ class GPTQCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" or _is_dev_run(trainer):
             return
-        _check_strategy(trainer, self.swap)
+        if any(isinstance(layer, QuantLinear) for layer in pl_module.modules()):
+            raise TargetError(
+                f"{type(pl_module).__name__} is quantized, and quantized weights cannot be trained: build the module "
+                "anew, or load a float checkpoint into a new one "
+                f"({self._float_checkpoint() or 'MyModule.load_from_checkpoint(path)'})"
+            )
+        check_weights(trainer, self.weights)
+        _check_strategy(trainer, self.swap is not False)
         if self.quantizer.offload_weights and trainer.strategy.root_device.type == "cuda":
             raise ValueError(
                 "offload_weights=True streams a model from the CPU, and training has it on the GPU: leave the option "
                 "out, or save a checkpoint and run gptq-quantize on it"
             )
-        _check_other_callbacks(trainer, self)
+        _check_other_callbacks(trainer, pl_module, self)
         if self.export_dir is not None:
             _check_own_folders(trainer, self.export_dir)
             check_export_dir(self.export_dir, overwrite=self.overwrite)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _is_dev_run(trainer):
-            self.quantizer.check(self.module_to_quantize(pl_module))
+        if _is_dev_run(trainer):
+            return
+        module = self.module_to_quantize(pl_module)
+        if has_adapters(module):
+            if self.swap:
+                raise TargetError(
+                    "swap=True leaves the module quantized, and PEFT adapters stay as they are: leave swap out, and "
+                    "load the export with load_quantized"
+                )
+            if self.export_dir is None:
+                raise TargetError("a module with PEFT adapters is quantized on a copy: give an export_dir for it")
+            if module is pl_module:
+                raise TargetError(
+                    f"{type(pl_module).__name__} itself carries PEFT adapters, and a copy cannot stand in its place: "
+                    "hold the model in an attribute"
+                )
+            module = merged_copy(module)
+        with uncompiled(module):
+            self.quantizer.check(module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.gate.limits and trainer.sanity_checking:  # before training, if there is any
+            self.gate.check_names(trainer.callback_metrics)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One calibration batch runs now, so that data that does not fit is found before the training."""
         if _is_dev_run(trainer):
             return
+        if (self.gate.limits or self.validate) and not can_validate(trainer, pl_module):
+            raise ValueError(
+                "max_degradation and validate=True need a validation_step in the LightningModule and a validation "
+                "dataloader that is not switched off (limit_val_batches=0)"
+            )
         data, whole = self.calibration_data(trainer), self.calibration is not None
         if not whole and not isinstance(data, DataLoader):
             return  # a stream of the user's own is not read ahead of its training
-        module = self.module_to_quantize(pl_module)
-        with isolate_rng(), evaluating(pl_module), torch.compiler.set_stance("force_eager"):
+        with (
+            isolate_rng(),
+            uncompiled(pl_module),
+            _without_adapters(pl_module, self.module_to_quantize(pl_module)) as module,
+            evaluating(pl_module),
+            torch.compiler.set_stance("force_eager"),
+        ):
             self.quantizer.rehearse(
                 module,
                 data if whole else islice(data, 1),
@@ -135,25 +205,105 @@ class GPTQCallback(pl.Callback):
         if _is_dev_run(trainer):
             log.info("fast_dev_run: nothing is quantized or exported")
             return
-        module = self.module_to_quantize(pl_module)
         _free_training_state(trainer, pl_module)
         with (
+            weights_of(trainer, pl_module, self.weights) as keep_weights,
+            uncompiled(pl_module),
             _on_device(pl_module, trainer.strategy.root_device),
             evaluating(pl_module),
             torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
             progress_like(trainer) as progress,
         ):
-            quantized = self.quantizer.temporarily(
-                module,
-                self.calibration_data(trainer),
-                forward=self.calibration_forward(trainer, pl_module, module),
-                tokenizer=self.tokenizer,
-                progress=progress,
-                keep=self.swap,
-            )
-            with quantized as self.report:
-                self._export(module)
+            wanted = self.validate is not False and can_validate(trainer, pl_module)
+            before = validate(trainer, pl_module) if wanted else {}
+            swap = self.swaps(pl_module)
+            with _without_adapters(pl_module, self.module_to_quantize(pl_module)) as module:
+                self.report = self._quantize(trainer, pl_module, module, before, progress, swap)
+            if swap:
+                keep_weights()
         _log_to_loggers(trainer, self.report)
+
+    def _quantize(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        module: nn.Module,
+        before: Mapping[str, float],
+        progress: Progress | None,
+        swap: bool,
+    ) -> QuantizeReport:
+        """Until the result is good enough; exports it."""
+        forward = self.calibration_forward(trainer, pl_module, module)
+        floats = {target.name: target.module for target in self.quantizer.check(module)[0]}
+        quantizer, said = self.quantizer, ""
+        rounds: Iterator[tuple[QuantizeConfig, str]] = iter(())
+        while True:
+            failures: list[str] = []
+            try:
+                with quantizer.temporarily(
+                    module,
+                    self.calibration_data(trainer),
+                    forward=forward,
+                    tokenizer=self.tokenizer,
+                    progress=progress,
+                    keep=swap,
+                ) as report:
+                    report.float_checkpoint = self._float_checkpoint(trainer)
+                    report.deviations += [said] if said else []
+                    if before:
+                        after = validate(trainer, pl_module)
+                        report.metrics = {n: {"float": before[n], "gptq": after[n]} for n in before if n in after}
+                        failures = self.gate.failures(before, after)
+                    if failures and self.gate.on_fail == "escalate" and not said:
+                        samples = collect(self.calibration_data(trainer), self.quantizer.config, self.tokenizer, _NOISE)
+                        batches = [partial(forward, module, batch.data) for batch in samples.batches]
+                        noise = output_noise(module, {m.name: floats[m.name] for m in report.quantized}, batches)
+                        sizes = {m.name: m.weights for m in report.quantized}
+                        rounds = Escalation(self.quantizer.config, sizes, noise, self.gate.max_bits).rounds()
+                    if failures and self.gate.on_fail == "warn":
+                        report.deviations += failures
+                        for failure in failures:
+                            log.warning("not good enough, and exported as on_fail='warn' asks: %s", failure)
+                    elif failures:
+                        raise QualityError("; ".join(failures))
+                    self._export(module, quantizer)
+                    return report
+            except QualityError as error:
+                if not failures:
+                    raise
+                quantizer, said = self._escalate(rounds, failures, error)
+
+    def _escalate(
+        self, rounds: Iterator[tuple[QuantizeConfig, str]], failures: list[str], error: QualityError
+    ) -> tuple[QuantizeModule, str]:
+        """The next quantizer to try, and what is to be said of it."""
+        config, what = next(rounds, (None, ""))
+        if config is None:
+            advice = {
+                "escalate": f"at max_bits={self.gate.max_bits:g} there is nothing left to try",
+                "raise": "try more bits, a smaller group_size, or on_fail='escalate'",
+            }[self.gate.on_fail]
+            raise QualityError(
+                f"the quantized model is not good enough: {'; '.join(failures)}; {advice}. Nothing was exported, and "
+                "the module has its float weights"
+            ) from error
+        said = f"escalated, {what}: before, {'; '.join(failures)}"
+        log.warning("%s", said)
+        quantizer = QuantizeModule(
+            config,
+            offload_weights=self.quantizer.offload_weights,
+            offload_activations=self.quantizer.offload_activations,
+        )
+        return quantizer, said
+
+    def _float_checkpoint(self, trainer: pl.Trainer | None = None) -> str:
+        if trainer is not None:
+            return float_checkpoint(trainer, self.weights)
+        return self.report.float_checkpoint if self.report is not None else ""
+
+    def swaps(self, pl_module: pl.LightningModule) -> bool:
+        """Whether the module is left quantized."""
+        return not has_adapters(pl_module) if self.swap is None else self.swap
 
     def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:
         """The module `module` names, or the one transformers model inside, or the LightningModule.
@@ -224,14 +374,14 @@ class GPTQCallback(pl.Callback):
 
         return forward
 
-    def _export(self, module: nn.Module) -> None:
+    def _export(self, module: nn.Module, quantizer: QuantizeModule) -> None:
         """Rank 0 writes; the others learn whether it could."""
         if self.export_dir is None:
             return
         error: Exception | None = None
         if distributed.rank() == 0:
             try:
-                self._write(module, self.export_dir)
+                self._write(module, quantizer, self.export_dir)
             except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
                 error = caught
         message = distributed.object_from_first(None if error is None else f"{type(error).__name__}: {error}")
@@ -240,17 +390,17 @@ class GPTQCallback(pl.Callback):
         if message is not None:
             raise ExportError(f"rank 0 could not export: {message}")
 
-    def _write(self, module: nn.Module, directory: Path) -> None:
+    def _write(self, module: nn.Module, quantizer: QuantizeModule, directory: Path) -> None:
         try:
             check_export_dir(directory, overwrite=self.overwrite)
         except ExportError as error:
             # It was free when training began. Days of work are not thrown away over a name.
             directory = directory.with_name(f"{directory.name}-{uuid.uuid4().hex[:8]}")
             log.warning("%s: exporting to %s instead", error, directory)
-            assert self.quantizer.report is not None
-            self.quantizer.report.deviations.append(f"{error}: exported to {directory.name} instead")
+            assert quantizer.report is not None
+            quantizer.report.deviations.append(f"{error}: exported to {directory.name} instead")
             self.export_dir = directory
-        self.quantizer.export(module, directory, tokenizer=self.tokenizer, overwrite=self.overwrite)
+        quantizer.export(module, directory, tokenizer=self.tokenizer, overwrite=self.overwrite)
 
 
 def _defines_forward(module: nn.Module) -> bool:
@@ -275,9 +425,24 @@ def _check_strategy(trainer: pl.Trainer, swap: bool) -> None:
         )
 
 
-def _check_other_callbacks(trainer: pl.Trainer, callback: GPTQCallback) -> None:
+@contextlib.contextmanager
+def _without_adapters(pl_module: pl.LightningModule, module: nn.Module) -> Iterator[nn.Module]:
+    """The module to quantize: a copy with merged adapters, where it has any, which meanwhile stands in its place."""
+    if not has_adapters(module):
+        yield module
+        return
+    (name,) = [name for name, other in pl_module.named_modules() if other is module]
+    merged = merged_copy(module)
+    swap_modules(pl_module, {name: merged})
+    try:
+        yield merged
+    finally:
+        swap_modules(pl_module, {name: module})
+
+
+def _check_other_callbacks(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: GPTQCallback) -> None:
     before = trainer.callbacks[: trainer.callbacks.index(callback)]  # type: ignore[attr-defined]
-    if any(isinstance(other, GPTQCallback) and other.swap for other in before):
+    if any(isinstance(other, GPTQCallback) and other.swaps(pl_module) for other in before):
         raise ValueError(
             "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
             "quantize: give all but the last swap=False"
@@ -328,6 +493,9 @@ def _log_to_loggers(trainer: pl.Trainer, report: QuantizeReport) -> None:
             value = float(getattr(module, key))
             if math.isfinite(value):
                 metrics[f"gptq/{module.name}/{key}"] = value
+    for name, values in report.metrics.items():
+        metrics |= {f"gptq/{name}/{of}": value for of, value in values.items()}
+        metrics[f"gptq/{name}/difference"] = values["gptq"] - values["float"]
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
         logger.save()

@@ -126,10 +126,14 @@ class QuantizeConfig:
 
     def for_module(self, name: str) -> QuantizeConfig | None:
         """The configuration of one module after the `dynamic` rules, or None when a rule leaves it float."""
-        for pattern, overrides in self.dynamic.items():
-            if re.match(rule_regex(pattern), name):
-                return None if pattern.startswith("-:") else dataclasses.replace(self, **overrides, dynamic={})
-        return dataclasses.replace(self, dynamic={}) if self.dynamic else self
+        pattern, overrides = self.rule_for(name)
+        if pattern.startswith("-:"):
+            return None
+        return dataclasses.replace(self, **overrides, dynamic={}) if self.dynamic else self
+
+    def rule_for(self, name: str) -> tuple[str, Mapping[str, Any]]:
+        """The `dynamic` rule that counts for a module, the first whose pattern matches: ("", {}) when none does."""
+        return next((rule for rule in self.dynamic.items() if re.match(rule_regex(rule[0]), name)), ("", {}))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain fields, ready for YAML or JSON."""

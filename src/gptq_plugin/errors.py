@@ -21,6 +21,10 @@ class ExportError(ValueError):
     """The model or the folder cannot be exported to."""
 
 
+class QualityError(ValueError):
+    """The quantized model is further from the float one than was allowed."""
+
+
 def some(names: Iterable[str], most: int = 4) -> str:
     """The first names of a list that may be long, for a message."""
     listed = list(names)

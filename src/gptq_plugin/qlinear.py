@@ -183,9 +183,15 @@ class QuantLinear(nn.Module):
         self._prepared = None
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._prepared = None
+        if f"{prefix}weight" in state_dict and f"{prefix}qweight" not in state_dict:
+            errors: list[str] = args[-1]
+            errors.append(
+                f"{prefix.rstrip('.')} is quantized, and these are the weights of the float model: load them into a "
+                "module that was not quantized, such as MyModule.load_from_checkpoint(path) gives"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}  # copies and pickles derive it anew

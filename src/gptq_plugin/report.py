@@ -61,6 +61,7 @@ class QuantizeReport:
         seconds: Wall-clock seconds by phase.
         deviations: What differs from the request and belongs to no single module.
         calibration: Where the samples came from, in a few words; empty when nobody said.
+        float_checkpoint: Where training saved the float weights; empty when it did not.
         metrics: By name, such as ``val_loss``, what the user's own evaluation gave: ``{"float": 2.31, "gptq": 2.33}``.
     """
 
@@ -71,6 +72,7 @@ class QuantizeReport:
     seconds: dict[str, float] = field(default_factory=dict)
     deviations: list[str] = field(default_factory=list)
     calibration: str = ""
+    float_checkpoint: str = ""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -108,6 +110,7 @@ class QuantizeReport:
             "totals": self.totals(),
             "seconds": self.seconds,
             "calibration": self.calibration,
+            "float_checkpoint": self.float_checkpoint,
             "metrics": self.metrics,
             "deviations": self.deviations,
             "modules": [dataclasses.asdict(module) for module in self.modules],
