@@ -59,6 +59,15 @@ def merged_copy(model: nn.Module) -> nn.Module:
     return merged
 
 
+def import_peft() -> ModuleType:
+    """The library, for whoever reads adapters from disk; an ImportError says what to install."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"PEFT adapters need peft ({error}): pip install 'gptq-plugin[peft]'") from error
+    return peft
+
+
 def _peft(module: str) -> ModuleType | None:
     return sys.modules.get(f"peft.{module}")
 
