@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import itertools
 import json
 import math
+import pickle
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,14 +23,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
+from peft import LoraConfig, get_peft_model
+from torch.distributed import checkpoint as dcp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_plugin import QuantizeConfig, load_quantized
+from gptq_plugin.adapters import merged_copy
 from gptq_plugin.apps import cli, data
 from gptq_plugin.apps.errors import DataError
 from gptq_plugin.apps.evaluate import mean_nll
+from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import LanguageModel, pretrained, small_llama
-from gptq_plugin.apps.lightning_weights import load_lightning_weights
 from gptq_plugin.apps.summary import SUMMARY, Summary, sweep_table
 from gptq_plugin.errors import CheckpointError, ExportError, TargetError
 
@@ -211,20 +217,188 @@ def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(fine
     assert report["totals"]["samples"] == 16
 
 
-def test_a_lightning_checkpoint_brings_its_weights(tmp_path):
-    def model(seed):
-        torch.manual_seed(seed)
-        return small_llama(["some text to learn from"] * 9, vocab_size=300, hidden_size=32, num_hidden_layers=1)
+# --- gptq-quantize after a fine-tune ---
 
-    trained = model(1)
+LORA = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+WORDS = ["some text to learn from"] * 9
+
+
+def tiny(seed):
+    torch.manual_seed(seed)
+    return small_llama(WORDS, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a tiny base model, and the model."""
+    folder, model = tmp_path_factory.mktemp("base") / "base", tiny(1)
+    model.network.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder, model.network
+
+
+def save_checkpoint(module, path):
+    """As the Trainer writes one."""
     trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
-    trainer.strategy.connect(trained)
-    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    model(2).network.save_pretrained(tmp_path / "base")
-    trained.tokenizer.save_pretrained(tmp_path / "base")
-    loaded = pretrained([], name_or_path=str(tmp_path / "base"), checkpoint=str(tmp_path / "last.ckpt"))
-    for name, value in trained.network.state_dict().items():
-        assert torch.equal(loaded.network.state_dict()[name], value), name
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path, weights_only=True)
+    return path
+
+
+def save_sharded(module, folder):
+    """The folder ModelParallelStrategy writes: the distributed checkpoint and meta.pt beside it."""
+    state = {"state_dict": module.state_dict(), "optimizer_0": {"param_groups": [{"lr": 1e-3}]}}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    torch.save({"epoch": 1, "global_step": 7}, folder / "meta.pt")
+    return folder
+
+
+def same_weights(network, other):
+    state = other.state_dict()
+    assert state.keys() == network.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, save_sharded])
+def test_a_lightning_checkpoint_brings_its_weights(base, tmp_path, save):
+    trained = tiny(2)
+    ckpt = save(trained, tmp_path / "run.ckpt")
+    for weights in (True, False):
+        loaded = pretrained([], name_or_path=str(base[0]), weights=weights).network
+        assert not torch.equal(loaded.lm_head.weight, trained.network.lm_head.weight)
+        same_weights(fine_tuned(loaded, ckpt=ckpt), trained.network)
+
+
+def test_a_sharded_checkpoint_is_read_into_another_dtype(base, tmp_path):
+    trained = tiny(2)
+    folder = save_sharded(trained, tmp_path / "run.ckpt")
+    loaded = fine_tuned(pretrained([], name_or_path=str(base[0]), dtype="bfloat16").network, ckpt=folder)
+    same_weights(loaded, trained.network.to(torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_model_parallel_run_on_two_processes_is_read(base, tmp_path):
+    (tmp_path / "run.py").write_text(
+        textwrap.dedent("""
+        import sys
+        import torch
+        from lightning import LightningModule, Trainer
+        from lightning.pytorch.strategies import ModelParallelStrategy
+        from torch.distributed.fsdp import fully_shard
+        from torch.utils.data import DataLoader
+        from transformers import AutoModelForCausalLM
+
+        class Run(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.network = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+
+            def configure_model(self):
+                fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+
+            def training_step(self, batch, index):
+                return self.network(input_ids=batch, labels=batch).loss
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.5)
+
+            def on_train_end(self):
+                whole = {name: p.full_tensor() for name, p in self.network.named_parameters()}
+                if self.trainer.is_global_zero:
+                    torch.save(whole, "whole.pt")
+
+        trainer = Trainer(strategy=ModelParallelStrategy(data_parallel_size=2), accelerator="cpu", devices=2,
+                          max_steps=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        trainer.fit(Run(), DataLoader(torch.randint(0, 250, (8, 12)), batch_size=2))
+        trainer.save_checkpoint("run.ckpt")
+        """)
+    )
+    done = subprocess.run([sys.executable, "run.py", base[0]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run.ckpt" / ".metadata").is_file()
+    loaded = fine_tuned(pretrained([], name_or_path=str(base[0])).network, ckpt=tmp_path / "run.ckpt")
+    whole = torch.load(tmp_path / "whole.pt")
+    assert not torch.equal(whole["lm_head.weight" if "lm_head.weight" in whole else "model.embed_tokens.weight"],
+                           base[1].lm_head.weight)  # fmt: skip
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, whole[name]), name
+
+
+def test_an_adapter_is_merged_into_its_base(base, tmp_path):
+    adapted = get_peft_model(copy.deepcopy(base[1]), LoraConfig(**LORA))
+    adapted.save_pretrained(tmp_path / "adapter")
+    network = fine_tuned(pretrained([], name_or_path=str(base[0])).network, adapter=tmp_path / "adapter")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(network(ids).logits, adapted.eval()(ids).logits)
+        assert not torch.allclose(network(ids).logits, base[1].eval()(ids).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("save", [save_checkpoint, save_sharded])
+def test_a_checkpoint_with_adapters_takes_their_scaling_from_the_adapters_folder(base, tmp_path, save, own):
+    trained = tiny(2)
+    if own:  # transformers' own integration, without a wrapper
+        trained.network.add_adapter(LoraConfig(**LORA), adapter_name="default")
+    else:
+        trained.network = get_peft_model(trained.network, LoraConfig(**LORA))
+    ckpt = save(trained, tmp_path / "run.ckpt")
+    LoraConfig(**LORA).save_pretrained(tmp_path / "adapter")  # no weights: those are the checkpoint's
+    expected = merged_copy(trained.network)
+    network = fine_tuned(tiny(3).network, ckpt=ckpt, adapter=tmp_path / "adapter")
+    same_weights(network, expected)
+    with pytest.raises(CheckpointError, match=r"run\.ckpt was written with PEFT adapters.*Give adapter=FOLDER"):
+        fine_tuned(tiny(3).network, ckpt=ckpt)
+    LoraConfig(**{**LORA, "r": 3}).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="does not hold the weights of LlamaForCausalLM"):
+        fine_tuned(tiny(3).network, ckpt=ckpt, adapter=tmp_path / "adapter")
+    LoraConfig(**{**LORA, "target_modules": ["q_proj"]}).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"does not hold"):
+        fine_tuned(tiny(3).network, ckpt=ckpt, adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_on_top_of_a_plain_checkpoint_is_merged_into_the_checkpoints_weights(base, tmp_path):
+    trained = tiny(2)
+    ckpt = save_checkpoint(trained, tmp_path / "run.ckpt")
+    adapted = get_peft_model(trained.network, LoraConfig(**LORA))
+    adapted.save_pretrained(tmp_path / "adapter")
+    network = fine_tuned(tiny(3).network, ckpt=ckpt, adapter=tmp_path / "adapter")
+    same_weights(network, merged_copy(adapted))
+
+
+def test_a_second_adapter_in_a_checkpoint_is_not_dropped_in_silence(base, tmp_path):
+    trained = tiny(2)
+    trained.network = get_peft_model(trained.network, LoraConfig(**LORA))
+    trained.network.add_adapter("other", LoraConfig(**LORA))
+    ckpt = save_checkpoint(trained, tmp_path / "run.ckpt")
+    LoraConfig(**LORA).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"holds more than the weights.*lora_A\.other\.weight.*other adapters"):
+        fine_tuned(tiny(3).network, ckpt=ckpt, adapter=tmp_path / "adapter")
+
+
+def test_a_checkpoint_and_an_adapter_go_through_the_command(app, base, tmp_path):
+    trained = tiny(2)
+    trained.network = get_peft_model(trained.network, LoraConfig(**LORA))
+    ckpt = save_sharded(trained, tmp_path / "run.ckpt")
+    trained.network.save_pretrained(tmp_path / "adapter")
+    app(
+        "quantize",
+        f"model.name_or_path={base[0]}",
+        "model.weights=false",
+        f"ckpt={ckpt}",
+        f"adapter={tmp_path / 'adapter'}",
+        "data.seq_len=32",
+        "data.train_rows=16",
+        "evaluate=false",
+        "device=cpu",
+        "quantizer.bits=8",
+        "quantizer.group_size=32",
+    )
+    loaded, expected = load_quantized(tmp_path / "run" / "gptq"), merged_copy(trained.network)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        difference = (loaded(ids).logits - expected.eval()(ids).logits).abs().max()
+        assert difference < 0.1 * (expected(ids).logits - base[1].eval()(ids).logits).abs().max()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -232,14 +406,64 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     torch.save({"state_dict": {"net.weight": torch.zeros(2, 4), "net.bias": torch.zeros(2)}}, tmp_path / "other.ckpt")
     torch.save({"weights": 1}, tmp_path / "none.ckpt")
     (tmp_path / "broken.ckpt").write_bytes(b"not a checkpoint")
+    (tmp_path / "folder").mkdir()
+    save_sharded(torch.nn.Linear(4, 2), tmp_path / "sharded")
     with pytest.raises(CheckpointError, match="does not hold the weights of Linear"):
-        load_lightning_weights(network, tmp_path / "other.ckpt")
+        fine_tuned(network, ckpt=tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="has no state_dict"):
-        load_lightning_weights(network, tmp_path / "none.ckpt")
+        fine_tuned(network, ckpt=tmp_path / "none.ckpt")
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
-        load_lightning_weights(network, tmp_path / "broken.ckpt")
+        fine_tuned(network, ckpt=tmp_path / "broken.ckpt")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_lightning_weights(network, tmp_path / "nowhere.ckpt")
+        fine_tuned(network, ckpt=tmp_path / "nowhere.ckpt")
+    with pytest.raises(CheckpointError, match=r"folder without \.metadata"):
+        fine_tuned(network, ckpt=tmp_path / "folder")
+    with pytest.raises(CheckpointError, match="does not hold the weights of Linear"):
+        fine_tuned(network, ckpt=tmp_path / "sharded")
+
+
+def test_a_sharded_checkpoint_cut_off_is_refused(tmp_path):
+    folder = save_sharded(torch.nn.Linear(3, 2), tmp_path / "run.ckpt")
+    (folder / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot be read as a sharded checkpoint"):
+        fine_tuned(torch.nn.Linear(3, 2), ckpt=folder)
+
+
+def test_code_in_a_sharded_checkpoint_is_not_run(tmp_path):
+    folder = save_sharded(torch.nn.Linear(3, 2), tmp_path / "run.ckpt")
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(CheckpointError, match="its index names .*which is no part of one"):
+        fine_tuned(torch.nn.Linear(3, 2), ckpt=folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_that_is_none_or_another_models_is_refused(base, tmp_path):
+    network = pretrained([], name_or_path=str(base[0])).network
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"adapter=.*empty cannot be put on the model: .*adapter_config\.json"):
+        fine_tuned(network, adapter=tmp_path / "empty")
+    other = get_peft_model(copy.deepcopy(base[1]), LoraConfig(**LORA))
+    other.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"down_proj"', '"up_proj"'))
+    with pytest.raises(CheckpointError, match="cannot be put on the model: .*missing adapter keys"):
+        fine_tuned(network, adapter=tmp_path / "adapter")
+
+
+def test_without_peft_an_adapter_says_what_to_install(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"pip install 'gptq-plugin\[peft\]'"):
+        fine_tuned(copy.deepcopy(base[1]), adapter=tmp_path)
+
+
+def test_random_weights_are_not_quantized(app, base):
+    with pytest.raises(ValueError, match="model.weights=false leaves the model's weights random: give ckpt=PATH"):
+        app("quantize", f"model.name_or_path={base[0]}", "model.weights=false")
 
 
 # --- the pieces ---

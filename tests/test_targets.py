@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 import torch
 from torch import nn
@@ -130,18 +127,6 @@ def test_a_dynamic_rule_can_give_the_odd_layer_its_own_group_size():
 def test_a_model_without_targets_is_refused(model, message):
     with pytest.raises(TargetError, match=message):
         find_targets(model, CONFIG)
-
-
-def test_a_model_with_adapters_is_refused_with_the_remedy(monkeypatch):
-    class BaseTunerLayer:  # as peft's layers inherit it
-        pass
-
-    class Lora(nn.Linear, BaseTunerLayer):
-        pass
-
-    monkeypatch.setitem(sys.modules, "peft.tuners.tuners_utils", types.SimpleNamespace(BaseTunerLayer=BaseTunerLayer))
-    with pytest.raises(TargetError, match=r"^0 carry PEFT adapters.*merge_and_unload"):
-        find_targets(nn.Sequential(Lora(32, 32), nn.Linear(32, 32)), CONFIG)
 
 
 def test_a_lone_linear_is_refused_since_it_cannot_be_replaced():

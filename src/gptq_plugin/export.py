@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.adapters import has_adapters
 from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint, trivial_g_idx
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig, package_version
 from gptq_plugin.errors import CheckpointError, ExportError, some
@@ -429,8 +430,10 @@ def _write_transformers(
     staging: Path, model: Any, floats: dict[str, Tensor], description: dict[str, Any]
 ) -> list[Path]:
     """Everything `save_pretrained` writes; returns its safetensors files, whose index, if any, is not ours."""
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ExportError("the model carries PEFT adapters: merge them (merge_and_unload) before quantizing")
+    if has_adapters(model):
+        raise ExportError(
+            "the model carries PEFT adapters: quantize and export gptq_plugin.adapters.merged_copy(model) instead"
+        )
     original = model.config
     model.config = copy.deepcopy(original)  # save_pretrained writes dtype and architectures into it
     try:

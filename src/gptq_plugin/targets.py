@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from gptq_plugin.adapters import has_adapters
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.qlinear import QuantLinear
@@ -117,13 +118,11 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _refuse_adapters(model: nn.Module) -> None:
-    peft = sys.modules.get("peft.tuners.tuners_utils")  # without peft in the process there is no adapter
-    kind = getattr(peft, "BaseTunerLayer", None)
-    adapted = [name for name, module in model.named_modules() if kind is not None and isinstance(module, kind)]
-    if adapted:
+    if has_adapters(model):
         raise TargetError(
-            f"{some(adapted)} carry PEFT adapters, which would be quantized beside the weights they change. Merge "
-            "them first: quantize model.merge_and_unload(), or save that and run gptq-quantize on it"
+            f"{type(model).__name__} carries PEFT adapters, which would be quantized beside the weights they change. "
+            "Quantize gptq_plugin.adapters.merged_copy(model), a copy with the active ones merged, which leaves this "
+            "model as it is. GPTQCallback does that by itself, and gptq-quantize with adapter=FOLDER"
         )
 
 

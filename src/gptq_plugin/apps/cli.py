@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from gptq_plugin.apps.data import TextData
 from gptq_plugin.apps.documents import texts
 from gptq_plugin.apps.evaluate import evaluate_export, mean_nll
+from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import LanguageModel, SaveFloat
 from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weights_size
 from gptq_plugin.callback import GPTQCallback
@@ -66,13 +67,16 @@ def finetune(cfg: DictConfig) -> float | None:
 
 @hydra.main(version_base="1.3", config_path=_CONF, config_name="quantize")
 def quantize(cfg: DictConfig) -> float | None:
-    """Quantize a model as it is, export, reload, compare; returns the exported model's mean NLL."""
+    """Quantize a model as it is or was fine-tuned, export, reload, compare; returns the exported model's mean NLL."""
     clock, run_dir = Clock(), _start(cfg)
     export_dir = Path(cfg.export_dir)
     check_export_dir(export_dir, overwrite=cfg.overwrite)
+    if cfg.ckpt is None and cfg.model.get("weights") is False:
+        raise ValueError("model.weights=false leaves the model's weights random: give ckpt=PATH, where they are")
     with clock("prepare"):
         quantizer: QuantizeModule = _instantiate(cfg.quantizer)
         data, model = _data_and_model(cfg)
+        model.network = fine_tuned(model.network, ckpt=cfg.ckpt, adapter=cfg.adapter)
         device = _device(cfg.device)
         if not quantizer.offload_weights and fits(model, device):
             model.to(device)  # else it is streamed from where it is

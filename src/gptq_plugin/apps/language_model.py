@@ -16,9 +16,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gptq_plugin.apps.lightning_weights import load_lightning_weights
 from gptq_plugin.apps.tokenizer import train_tokenizer
 
 # Sizes in multiples of 128 fit every group size and every kernel.
@@ -161,7 +160,7 @@ def pretrained(
     *,
     name_or_path: str | None,
     dtype: str = "float32",
-    checkpoint: str | None = None,
+    weights: bool = True,
     trust_remote_code: bool = False,
     **training: Any,
 ) -> LanguageModel:
@@ -171,21 +170,23 @@ def pretrained(
         texts: Not read: a pretrained model brings its tokenizer.
         name_or_path: A local folder or a hub id.
         dtype: Of the weights in memory: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (as on disk).
-        checkpoint: A Lightning checkpoint of a fine-tune of this model, whose weights replace its own.
+        weights: Load its weights; False leaves them random, as its configuration says.
         trust_remote_code: Let the model's repository run its own code.
         **training: LanguageModel's learning_rate, warmup_steps, weight_decay.
 
     Raises:
         ValueError: No name_or_path, or a dtype that is none.
         OSError: transformers finds no model there; it says where it looked.
-        CheckpointError: The checkpoint holds other weights than the model's.
     """
     if name_or_path is None:
         raise ValueError("model=hf needs model.name_or_path=PATH_OR_HUB_ID: a folder with config.json, or a hub id")
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"model.dtype={dtype!r} is no dtype: choose float32, bfloat16, float16 or auto")
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    network = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
-    if checkpoint is not None:
-        load_lightning_weights(network, checkpoint)
+    if weights:
+        network = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    else:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        chosen = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        network = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
     return LanguageModel(network, tokenizer, **training)

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.apps.sharded_weights import INDEX, read_sharded, sharded_shapes
+from gptq_plugin.errors import CheckpointError, some
+
+# PEFT's own names of what it wraps.
+_ADAPTED = (".base_layer.", ".modules_to_save.", ".token_adapter.")
 
 
-def load_lightning_weights(network: nn.Module, checkpoint: str | Path) -> None:
-    """Loads the part of the checkpoint's state dict that is `network`, wherever the LightningModule held it.
+@dataclass(frozen=True)
+class LightningWeights:
+    """What lies in a checkpoint, before it is read.
+
+    Attributes:
+        path: The file or folder.
+        shapes: Its tensors: name -> shape.
+        read: Fills the given tensors, by name.
+    """
+
+    path: Path
+    shapes: Mapping[str, torch.Size]
+    read: Callable[[dict[str, Tensor]], None]
+
+    @property
+    def adapted(self) -> list[str]:
+        """Names that a model with PEFT adapters gave."""
+        return [key for key in self.shapes if any(part in key for part in _ADAPTED)]
+
+
+def open_lightning_weights(checkpoint: str | Path) -> LightningWeights:
+    """Opens a checkpoint without running code from it.
 
     Args:
-        network: The model, of the shapes that were trained.
-        checkpoint: A ``.ckpt`` file; read without running code from it.
+        checkpoint: A ``.ckpt`` file, or the folder of a sharded checkpoint (FSDPStrategy with
+            ``state_dict_type="sharded"``, ModelParallelStrategy), written by any number of processes.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: It is no Lightning checkpoint, or holds other weights than the network's.
+        FileNotFoundError: There is nothing.
+        CheckpointError: It is no Lightning checkpoint.
     """
     path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
@@ -31,20 +59,59 @@ def load_lightning_weights(network: nn.Module, checkpoint: str | Path) -> None:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} has no state_dict: it is no Lightning checkpoint")
-    prefix = _prefix(network, state, path)
-    network.load_state_dict({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+    def read(wanted: dict[str, Tensor]) -> None:
+        for key, tensor in wanted.items():
+            tensor.copy_(tensors[key])
+
+    return LightningWeights(path, {key: tensor.shape for key, tensor in tensors.items()}, read)
 
 
-def _prefix(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> str:
-    """What the LightningModule put before the network's own names, such as ``model.``."""
+def load_lightning_weights(network: nn.Module, weights: LightningWeights) -> None:
+    """Reads the part of the checkpoint that is `network`, wherever the LightningModule held it, into its tensors.
+
+    Raises:
+        CheckpointError: The checkpoint holds other weights than the network's.
+    """
     wanted = network.state_dict()
+    prefix = _prefix(network, wanted, weights)
+    weights.read({prefix + key: tensor for key, tensor in wanted.items()})
+
+
+def _open_folder(path: Path) -> LightningWeights:
+    if not (path / INDEX).is_file():
+        raise CheckpointError(f"{path} is a folder without {INDEX}: it is no sharded checkpoint")
+    try:
+        shapes = sharded_shapes(path)
+    except Exception as error:  # a broken pickle raises anything
+        raise CheckpointError(f"{path} cannot be read as a sharded checkpoint: {error}") from error
+
+    def read(wanted: dict[str, Tensor]) -> None:
+        try:
+            read_sharded(path, wanted)
+        except Exception as error:  # a shard that is cut off or missing, each in its own way
+            raise CheckpointError(f"{path} cannot be read as a sharded checkpoint: {error}") from error
+
+    return LightningWeights(path, shapes, read)
+
+
+def _prefix(network: nn.Module, wanted: Mapping[str, Tensor], weights: LightningWeights) -> str:
+    """What was put before the network's own names, such as ``model.``."""
+    shapes = weights.shapes
     first = next(iter(wanted))
-    candidates = [key[: -len(first)] for key in state if key == first or key.endswith(f".{first}")]
+    candidates = [key[: -len(first)] for key in shapes if key == first or key.endswith(f".{first}")]
     for prefix in candidates:
-        if all(prefix + key in state and state[prefix + key].shape == value.shape for key, value in wanted.items()):
+        if all(shapes.get(prefix + key) == value.shape for key, value in wanted.items()):
+            unread = [key for key in shapes if key.startswith(prefix) and key[len(prefix) :] not in wanted]
+            if unread:
+                raise CheckpointError(
+                    f"{weights.path} holds more than the weights of {type(network).__name__}: {some(unread)}. Is "
+                    "model.name_or_path the model that was fine-tuned, and were there other adapters?"
+                )
             return prefix
     raise CheckpointError(
-        f"{path} does not hold the weights of {type(network).__name__}: of its {len(wanted)} tensors, such "
+        f"{weights.path} does not hold the weights of {type(network).__name__}: of its {len(wanted)} tensors, such "
         f"as {first} {tuple(wanted[first].shape)}, some are missing or have other shapes. Is "
         "model.name_or_path the model that was fine-tuned?"
     )

@@ -1,0 +1,68 @@
+"""The folder of a sharded checkpoint, read in one process: PyTorch's distributed checkpoint, as Lightning writes it.
+
+Its index is a pickle, which PyTorch reads by running whatever it says; here it may only name what an index is made of.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+INDEX = ".metadata"
+
+_NAMES = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # its home in Python 3.13
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+def sharded_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The tensors in the folder: name -> shape.
+
+    Raises:
+        pickle.UnpicklingError: The index names something else than an index is made of.
+    """
+    entries = _Reader(folder).read_metadata().state_dict_metadata
+    return {key: entry.size for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def read_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills tensors of the stored shapes, of any floating dtype, by name; no process group is needed."""
+    dcp.load(dict(tensors), storage_reader=_Reader(folder), no_dist=True)
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / INDEX).open("rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of one")
