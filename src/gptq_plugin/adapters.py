@@ -53,10 +53,21 @@ def merged_copy(model: nn.Module) -> nn.Module:
     """
     _check_kinds(model)
     _check_layers(model)
-    merged = _unwrapped(_sharing_copy(model), "")
+    merged = _unwrapped(_sharing_copy(model), "", _merged)
     for _, part in transformers_models(merged):
         _settle_tie(part)
     return merged
+
+
+def base_copy(model: nn.Module) -> nn.Module:
+    """The copy without the adapters' changes, which takes no memory for weights: to look at layers before training.
+
+    Raises:
+        TargetError: As `merged_copy`, for what that could not merge.
+    """
+    _check_kinds(model)
+    _check_layers(model)
+    return _unwrapped(_sharing_copy(model), "", lambda layer, _: _base(layer))
 
 
 def import_peft() -> ModuleType:
@@ -145,19 +156,19 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _unwrapped(module: Any, name: str) -> nn.Module:
-    """The module with everything of PEFT's in it replaced by what it wraps, merged."""
+def _unwrapped(module: Any, name: str, merged: Callable[[Any, str], nn.Module]) -> nn.Module:
+    """The module with everything of PEFT's in it replaced by what it wraps, and its layers by merged(layer, name)."""
     if isinstance(module, _models()):
-        return _unwrapped(module.base_model, name)
+        return _unwrapped(module.base_model, name, merged)
     if isinstance(module, _tuners()):
-        return _unwrapped(module.model, name)
+        return _unwrapped(module.model, name, merged)
     if isinstance(module, _known(("utils.other", "ModulesToSaveWrapper"))):
-        return _unwrapped(_saved(module), name)
+        return _unwrapped(_saved(module), name, merged)
     if isinstance(module, _layers()):
-        return _merged(module, name)
+        return merged(module, name)
     for key, child in module._modules.items():
         if child is not None:
-            module._modules[key] = _unwrapped(child, f"{name}.{key}" if name else key)
+            module._modules[key] = _unwrapped(child, f"{name}.{key}" if name else key, merged)
     module.__dict__.pop("peft_config", None)
     module.__dict__.pop("_hf_peft_config_loaded", None)
     return module  # type: ignore[no-any-return]
@@ -175,7 +186,7 @@ def _saved(wrapper: Any) -> nn.Module:
 
 def _merged(layer: Any, name: str) -> nn.Module:
     """The layer's base, with the active adapters merged."""
-    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
+    base = _base(layer)
     dtypes = _dtypes(base)
     merge = not getattr(getattr(layer, "token_adapter", layer), "merged", False)
     if merge:
@@ -191,6 +202,10 @@ def _merged(layer: Any, name: str) -> nn.Module:
             raise TargetError(f"the adapters of {name} cannot be merged into its weights: {error}") from error
     _cast(base, lambda key, tensor: dtypes.get(key, tensor.dtype))
     return base  # type: ignore[no-any-return]
+
+
+def _base(layer: Any) -> Any:
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
 
 
 def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:

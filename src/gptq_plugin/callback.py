@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gptq_plugin import distributed
-from gptq_plugin.adapters import has_adapters, merged_copy
+from gptq_plugin.adapters import base_copy, has_adapters, merged_copy
 from gptq_plugin.calibration import collect, refuse_single
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, ExportError, QualityError, TargetError
@@ -166,7 +166,7 @@ class GPTQCallback(pl.Callback):
                     f"{type(pl_module).__name__} itself carries PEFT adapters, and a copy cannot stand in its place: "
                     "hold the model in an attribute"
                 )
-            module = merged_copy(module)
+            module = base_copy(module)
         with uncompiled(module):
             self.quantizer.check(module)
 
@@ -189,7 +189,7 @@ class GPTQCallback(pl.Callback):
         with (
             isolate_rng(),
             uncompiled(pl_module),
-            _without_adapters(pl_module, self.module_to_quantize(pl_module)) as module,
+            _without_adapters(pl_module, self.module_to_quantize(pl_module), base_copy) as module,
             evaluating(pl_module),
             torch.compiler.set_stance("force_eager"),
         ):
@@ -217,7 +217,7 @@ class GPTQCallback(pl.Callback):
             wanted = self.validate is not False and can_validate(trainer, pl_module)
             before = validate(trainer, pl_module) if wanted else {}
             swap = self.swaps(pl_module)
-            with _without_adapters(pl_module, self.module_to_quantize(pl_module)) as module:
+            with _without_adapters(pl_module, self.module_to_quantize(pl_module), merged_copy) as module:
                 self.report = self._quantize(trainer, pl_module, module, before, progress, swap)
             if swap:
                 keep_weights()
@@ -426,16 +426,18 @@ def _check_strategy(trainer: pl.Trainer, swap: bool) -> None:
 
 
 @contextlib.contextmanager
-def _without_adapters(pl_module: pl.LightningModule, module: nn.Module) -> Iterator[nn.Module]:
-    """The module to quantize: a copy with merged adapters, where it has any, which meanwhile stands in its place."""
+def _without_adapters(
+    pl_module: pl.LightningModule, module: nn.Module, copied: Callable[[nn.Module], nn.Module]
+) -> Iterator[nn.Module]:
+    """The module to quantize: where it has adapters, a copy without them, which meanwhile stands in its place."""
     if not has_adapters(module):
         yield module
         return
     (name,) = [name for name, other in pl_module.named_modules() if other is module]
-    merged = merged_copy(module)
-    swap_modules(pl_module, {name: merged})
+    plain = copied(module)
+    swap_modules(pl_module, {name: plain})
     try:
-        yield merged
+        yield plain
     finally:
         swap_modules(pl_module, {name: module})
 
