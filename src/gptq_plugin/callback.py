@@ -171,7 +171,8 @@ class GPTQCallback(pl.Callback):
             self.quantizer.check(module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.gate.limits and trainer.sanity_checking:  # before training, if there is any
+        """A metric that is not logged is found in the sanity check before training, or else in the first validation."""
+        if self.gate.limits and not _is_dev_run(trainer):
             self.gate.check_names(trainer.callback_metrics)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -216,6 +217,7 @@ class GPTQCallback(pl.Callback):
         ):
             wanted = self.validate is not False and can_validate(trainer, pl_module)
             before = validate(trainer, pl_module) if wanted else {}
+            self.gate.check_names(before)
             swap = self.swaps(pl_module)
             with _without_adapters(pl_module, self.module_to_quantize(pl_module), merged_copy) as module:
                 self.report = self._quantize(trainer, pl_module, module, before, progress, swap)
