@@ -51,10 +51,14 @@ def packed_bytes(module: ModuleReport) -> int:
     return 4 * (words + in_features) + 2 * groups * out_features
 
 
+def widths(report: QuantizeReport) -> list[int]:
+    """The bits of the quantized modules, each once, ascending."""
+    return sorted({module.bits for module in report.quantized if module.bits is not None})
+
+
 def bits_of(report: QuantizeReport) -> str:
-    """The widths of the quantized modules, such as ``4-bit`` or ``3/4-bit``."""
-    widths = sorted({module.bits for module in report.quantized if module.bits is not None})
-    return f"{'/'.join(map(str, widths))}-bit" if widths else "float"
+    """The same in words, such as ``4-bit`` or ``3/4-bit``."""
+    return f"{'/'.join(map(str, widths(report)))}-bit" if widths(report) else "float"
 
 
 def size(count: int) -> str:

@@ -24,7 +24,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
 p { margin: .25rem 0; }
 .soft { color: var(--soft); fill: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
 .tiles div { background: var(--box); border-radius: 6px; padding: .6rem .8rem; }
 .tiles b { display: block; font-size: 1.15rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--soft); font-size: .85rem; }
@@ -60,6 +60,7 @@ tr:hover td { background: var(--box); }
 .bars td:last-child { width: 100%; min-width: 6rem; }
 .bars table { width: 100%; }
 @media (max-width: 30rem) { th, td { padding: .3rem .25rem; } }
+@media print { .wide, .deviations ul { max-height: none; } }
 """
 
 _COLUMNS = (
