@@ -101,7 +101,7 @@ def test_the_card_of_a_transformers_model_is_read_by_the_hub_and_its_snippet_loa
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = llama("someone/tiny-llama")
-    folder = quantized(model, [{"input_ids": IDS}] * 4, tmp_path / "out", bits=4)
+    folder = quantized(model, [{"input_ids": IDS}] * 20, tmp_path / "out", bits=4)
     card = ModelCard.load(folder / "README.md")
     assert card.data.to_dict() == {
         "base_model": "someone/tiny-llama",
@@ -112,7 +112,7 @@ def test_the_card_of_a_transformers_model_is_read_by_the_hub_and_its_snippet_loa
         "metrics": ["val_loss"],
     }
     assert "# tiny-llama, 4-bit GPTQ" in card.content
-    assert "the run's train dataloader: 4 samples, 24 tokens." in card.content
+    assert "the run's train dataloader: 20 samples, 120 tokens." in card.content
     assert "| val_loss | GPTQ | 2.55 | +0.05 | +2.00 % |" in card.content
     assert "| `group_size` | `16` |" in card.content
     assert "mine holds an earlier export" in card.content and str(tmp_path) not in card.content
@@ -132,7 +132,7 @@ def test_the_card_of_a_transformers_model_is_read_by_the_hub_and_its_snippet_loa
 
 def test_a_plain_module_is_loaded_here_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model, x = Plain(), torch.randn(3, 5, 32)
+    model, x = Plain(), torch.randn(9, 7, 32)
     folder = quantized(model, [x], tmp_path / "out")
     card = (folder / "README.md").read_text()
     assert metadata(card)["library_name"] == "gptq_plugin" and "base_model" not in metadata(card)
@@ -198,8 +198,8 @@ def test_a_page_or_card_that_cannot_be_made_leaves_the_earlier_export(
 
 
 @pytest.mark.parametrize(
-    "name", ["/home/me/model", "./runs/model", "../a/b", "~/models/x", "runs/last/model", "C:\\models\\x", "gpt2", "", None]
-)  # fmt: skip
+    "name", ["/home/me/model", "./runs/model", "../a/b", "~/models/x", "runs/last/model", "C:\\models\\x", "gpt2", None]
+)
 def test_what_may_be_a_path_is_no_base_model(name: str | None) -> None:
     assert hub_id(name) is None
     facts = model_facts(llama(name))
@@ -293,9 +293,11 @@ def test_the_card_says_when_transformers_does_not_take_it() -> None:
 
 def test_texts_of_the_user_are_neither_markup_nor_metadata() -> None:
     hostile = "x: [y]|<b>\n---\ntags: *all* `code` __init__ # no"
-    report = report_of((4, 128), deviations=[hostile], calibration=hostile, metrics={hostile: {"float": 1.0, "é": 2.0}})
+    report = report_of(
+        (4, 128), tokens=9, deviations=[hostile], calibration=hostile, metrics={hostile: {"float": 1.0, "é": 2.0}}
+    )
     card = card_of(report, dynamic={"-:a|`b`": {}})
-    assert metadata(card)["metrics"] == [hostile]
+    assert metadata(card)["metrics"] == [" ".join(hostile.split())]
     assert ModelCard(card).data.tags == ["gptq", "4-bit", "quantized", "gptq_plugin"]
     body = card.split("---\n", 2)[2]
     shown = r"x: \[y\]\|&lt;b&gt; --- tags: \*all\* \`code\` \__init_\_ \# no"
@@ -306,8 +308,15 @@ def test_texts_of_the_user_are_neither_markup_nor_metadata() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/home/me/secret/out", "~/secret/out", "./secret/out", "file:///secret/out", "C:\\secret\\out", "\\\\host\\secret\\out"],
-)  # fmt: skip
+    [
+        "/me/secret/out",
+        "~/secret/out",
+        "./secret/out",
+        "file:///secret/out",
+        "C:\\secret\\out",
+        "\\\\host\\secret\\out",
+    ],
+)
 def test_paths_of_this_machine_are_cut_to_their_end(path: str) -> None:
     for said in (f"{path}: is taken", f"from '{path}'.", f"({path}) a/b and loss/RTN stay"):
         card = card_of(report_of((4, 128), deviations=[said], calibration=said, tokens=1))

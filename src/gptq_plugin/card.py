@@ -117,7 +117,7 @@ def _metadata(report: QuantizeReport, facts: ModelFacts) -> dict[str, Any]:
     """Keys of the hub; one whose value is unknown is left out."""
     base = {"base_model": facts.base_model, "base_model_relation": "quantized"} if facts.base_model else {}
     task = {"pipeline_tag": facts.pipeline_tag} if facts.pipeline_tag else {}
-    metrics = {"metrics": [str(metric) for metric in report.metrics]} if report.metrics else {}
+    metrics = {"metrics": [" ".join(metric.split()) for metric in report.metrics]} if report.metrics else {}
     return {
         **base,
         "library_name": QUANTIZER_NAME if facts.loader is None else "transformers",
