@@ -217,6 +217,8 @@ def _vllm(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts
     if facts.dtype not in (torch.float16, torch.bfloat16):
         option = " --dtype float16"
         notes.append(f"The float tensors are {_dtype(facts.dtype)}, which it refuses for GPTQ unless told otherwise.")
+    elif facts.dtype == torch.bfloat16:
+        notes.append("In bfloat16 it rounds the scales, which are float16; `--dtype float16` keeps them.")
     if 8 in bits:
         notes.append("8-bit layers need a GPU.")
     return f"{_snippet('vLLM', f'vllm serve .{option}', 'bash')}\n\n{' '.join(notes)}"
