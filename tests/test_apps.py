@@ -122,6 +122,7 @@ def test_finetune_measures_what_its_files_hold(finetuned):
     assert summary["gptq_bytes"] == (run / "gptq/model.safetensors").stat().st_size
     assert summary["gptq_bytes"] < summary["float_bytes"] / 2
     assert summary["text"]
+    assert summary["files"]["every layer"] == str((run / "gptq" / "report.html").resolve())
     assert all(seconds >= 0 for seconds in summary["seconds"].values())
 
 

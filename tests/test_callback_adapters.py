@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parent))
 from test_callback import SMALL, Holds, Is, fit, llama, quantized, token_loader
 

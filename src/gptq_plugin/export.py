@@ -25,19 +25,23 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.adapters import has_adapters
+from gptq_plugin.card import heading, model_card, model_facts
 from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint, trivial_g_idx
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig, package_version
 from gptq_plugin.errors import CheckpointError, ExportError, some
 from gptq_plugin.kernels import reference
 from gptq_plugin.load import renaming
 from gptq_plugin.packing import unpack_zeros, zeros_from_disk, zeros_to_disk
-from gptq_plugin.pretrained import is_transformers
+from gptq_plugin.page import report_page
+from gptq_plugin.pretrained import is_transformers, published_class
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.shards import ShardWriter
 from gptq_plugin.targets import is_linear, linear_shape
 
 REPORT = "quantization_report.json"
+PAGE = "report.html"
+CARD = "README.md"
 SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
 MAX_SHARD = "5GB"  # of a transformers model's float tensors
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")  # of a QuantLinear, in memory and on disk
@@ -103,7 +107,7 @@ def export_model(
     A transformers model becomes what `save_pretrained` writes (config.json with a ``quantization_config``,
     generation_config.json, safetensors); any other module becomes safetensors and a config.json of our own. Up to
     1 GB of tensors are one model.safetensors, more are shards with an index. quantize_config.json (AutoGPTQ's file),
-    the report and the tokenizer lie beside.
+    the report (for programs, as a page, and as a model card) and the tokenizer lie beside.
 
     Args:
         model: With `QuantLinear` layers; not changed. Other tensors are stored in their dtypes, tied ones
@@ -111,7 +115,7 @@ def export_model(
         directory: Must not exist or be empty; see `overwrite`. Its parents are created.
         config: What the model was quantized with. ``desc_act`` is written as true only when some group index
             needs it.
-        report: Stored as quantization_report.json.
+        report: Stored as quantization_report.json, report.html and README.md (a model card).
         tokenizer: Anything with `save_pretrained`.
         overwrite: Replace an earlier export of this package; nothing else is ever replaced.
 
@@ -248,7 +252,7 @@ class Export:
             if tokenizer is not None:
                 tokenizer.save_pretrained(self._staging)
             if report is not None:
-                (self._staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+                _write_report(self._staging, report, model, description)
             _write_quantize_config(self._staging, description, self._config)
             _verify(self._staging, model, layers)
             _flush(self._staging)
@@ -375,6 +379,15 @@ def _write_quantize_config(staging: Path, description: dict[str, Any], config: Q
     _write_json(staging / QUANTIZE_CONFIG, full)
 
 
+def _write_report(staging: Path, report: QuantizeReport, model: nn.Module, description: dict[str, Any]) -> None:
+    """The report for programs, for people and for the hub, whose README takes the place of a tokenizer's own."""
+    facts = model_facts(model)
+    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+    (staging / PAGE).write_text(report_page(report, heading(report, facts)), encoding="utf-8")
+    (staging / CARD).unlink(missing_ok=True)  # never through a link
+    (staging / CARD).write_text(model_card(report, description, facts), encoding="utf-8")
+
+
 def _files(directory: Path) -> list[str]:
     """Everything in the folder that is not itself a folder, by relative name."""
     paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -444,7 +457,7 @@ def _write_transformers(
     config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
     config["quantization_config"] = description
     if not getattr(original, "auto_map", None):  # models with code of their own say themselves what they are
-        config["architectures"] = [_published_class(model).__name__]
+        config["architectures"] = [(published_class(model) or type(model)).__name__]
     if description["lm_head"]:
         # A quantized head cannot share the embedding's float weight.
         for part in (config, config.get("text_config") or {}):
@@ -452,14 +465,6 @@ def _write_transformers(
                 part["tie_word_embeddings"] = False
     _write_json(staging / CONFIG, config)
     return sorted(staging.glob("model*.safetensors"))
-
-
-def _published_class(model: Any) -> type:
-    """The class loaders know the model by: a user's subclass (a LightningModule, say) is its transformers base."""
-    import transformers
-
-    bases = (kind for kind in type(model).__mro__ if getattr(transformers, kind.__name__, None) is kind)
-    return next(bases, type(model))
 
 
 def _write_plain_config(staging: Path, model: nn.Module, description: dict[str, Any]) -> None:

@@ -21,3 +21,14 @@ def transformers_models(root: nn.Module, prefix: str = "") -> Iterator[tuple[str
         return
     for name, child in root.named_children():
         yield from transformers_models(child, f"{prefix}.{name}" if prefix else name)
+
+
+def published_class(model: nn.Module) -> type | None:
+    """The class of transformers that a transformers model is, or that a user's subclass of it (a LightningModule, say)
+    comes from; None for an architecture that transformers does not have."""
+    library = sys.modules["transformers"]
+    for kind in type(model).__mro__:
+        if getattr(library, kind.__name__, None) is kind:
+            # What every model comes from, and the abstract bases of the families, are no architecture.
+            return None if kind.__name__.endswith("PreTrainedModel") else kind
+    return None

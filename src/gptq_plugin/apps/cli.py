@@ -184,7 +184,7 @@ def _files(run_dir: Path, export_dir: Path) -> dict[str, str]:
     places = {
         "GPTQ model": export_dir,
         "float model": run_dir / "float",
-        "every layer": export_dir / "quantization_report.json",
+        "every layer": export_dir / "report.html",
         "this table": run_dir / SUMMARY,
     }
     return {what: str(path.resolve()) for what, path in places.items() if path.exists() or path.name == SUMMARY}

@@ -1,0 +1,335 @@
+"""README.md of an export: metadata the hub reads, nothing private, and instructions that work."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
+from gptq_plugin.card import ModelFacts, hub_id, model_card, model_facts
+from gptq_plugin.errors import ExportError
+from gptq_plugin.export import check_export_dir
+from gptq_plugin.report import ModuleReport, QuantizeReport
+
+IDS = torch.tensor([[1, 17, 5, 42, 7, 8]])
+TASKLESS = ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", torch.float16)
+DESCRIPTION = {
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "desc_act": False,
+    "lm_head": False,
+    "checkpoint_format": "gptq",
+}
+
+
+def llama(name: str | None = None) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                                  num_attention_heads=2, num_key_value_heads=1, vocab_size=64)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if name is not None:
+        model.config._name_or_path = name
+    return model
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+class Tokenizer:
+    """Leaves a README of its own in the folder: a link to the user's."""
+
+    def __init__(self, readme: Path) -> None:
+        self.readme = readme
+
+    def save_pretrained(self, directory: Path) -> None:
+        (Path(directory) / "README.md").symlink_to(self.readme)
+
+
+def quantized(model: nn.Module, batches: Any, folder: Path, **options: Any) -> Path:
+    """A real export with metrics and a deviation."""
+    quantizer = QuantizeModule(**{"group_size": 16, **options})
+    report = quantizer.quantize(model, batches)
+    report.calibration = "the run's train dataloader"
+    report.metrics = {"val_loss": {"float": 2.5, "gptq": 2.55}}
+    report.deviations.append(f"{folder.parent}/mine holds an earlier export: exported to out instead")
+    return quantizer.export(model, folder)
+
+
+def card_of(report: QuantizeReport, facts: ModelFacts = TASKLESS, **description: Any) -> str:
+    return model_card(report, {**DESCRIPTION, **description}, facts)
+
+
+def report_of(*widths: tuple[int, int], **other: Any) -> QuantizeReport:
+    layers = [ModuleReport(f"layers.{i}", "gptq", b, g, (20, 128), 0.1, 0.2) for i, (b, g) in enumerate(widths)]
+    return QuantizeReport(QuantizeConfig(), layers, **other)
+
+
+def section(card: str, title: str) -> str:
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", card, flags=re.M | re.S)
+    assert found, f"no section {title}"
+    return found[1].strip()
+
+
+def snippet(card: str, title: str) -> str:
+    return re.search(r"```\w+\n(.*?)```", section(card, title), flags=re.S)[1].strip()
+
+
+def metadata(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+# --- real exports -------------------------------------------------------------------------------------------
+
+
+def test_the_card_of_a_transformers_model_is_read_by_the_hub_and_its_snippet_loads_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama("someone/tiny-llama")
+    folder = quantized(model, [{"input_ids": IDS}] * 20, tmp_path / "out", bits=4)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "someone/tiny-llama",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gptq", "4-bit", "quantized", "gptq_plugin"],
+        "metrics": ["val_loss"],
+    }
+    assert "# tiny-llama, 4-bit GPTQ" in card.content
+    assert "the run's train dataloader: 20 samples, 120 tokens." in card.content
+    assert "| val_loss | GPTQ | 2.55 | +0.05 | +2.00 % |" in card.content
+    assert "| `group_size` | `16` |" in card.content
+    assert "mine holds an earlier export" in card.content and str(tmp_path) not in card.content
+
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(snippet(card.content, "gptq_plugin"), names)
+    with torch.no_grad():
+        assert torch.equal(names["model"](input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert snippet(card.content, "transformers").endswith('model = AutoModelForCausalLM.from_pretrained(".")')
+    assert "pip install gptqmodel optimum" in card.content
+    assert snippet(card.content, "vLLM") == "vllm serve . --dtype float16"  # trained in float32
+
+    page = (folder / "report.html").read_text()
+    assert "<h1>tiny-llama, 4-bit GPTQ</h1>" in page and "model.layers.0.mlp.down_proj" in page
+
+
+def test_a_plain_module_is_loaded_here_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Plain(), torch.randn(9, 7, 32)
+    folder = quantized(model, [x], tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    assert metadata(card)["library_name"] == "gptq_plugin" and "base_model" not in metadata(card)
+    assert "transformers" not in card and "vllm" not in card.lower()
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"Plain": Plain}
+    exec(snippet(card, "gptq_plugin"), names)
+    assert isinstance(names["model"].up, QuantLinear) and torch.equal(names["model"](x), model(x))
+
+
+def test_a_readme_of_somebody_else_is_not_written_to(tmp_path: Path) -> None:
+    mine = tmp_path / "README.md"
+    mine.write_text("my own")
+    model = Plain()
+    quantizer = QuantizeModule(group_size=16)
+    quantizer.round_to_nearest(model)
+    folder = quantizer.export(model, tmp_path / "out", tokenizer=Tokenizer(mine))
+    assert mine.read_text() == "my own"
+    assert (folder / "README.md").read_text().startswith("---\n") and not (folder / "README.md").is_symlink()
+
+
+def test_an_export_from_before_there_were_pages_and_cards_is_replaced(tmp_path: Path) -> None:
+    model = Plain()
+    quantizer = QuantizeModule(group_size=16)
+    quantizer.round_to_nearest(model)
+    folder = quantizer.export(model, tmp_path / "out")
+    listed = json.loads((folder / "quantize_config.json").read_text())
+    for name in ("README.md", "report.html"):
+        listed["meta"]["gptq_plugin"]["files"].remove(name)
+        (folder / name).unlink()
+    (folder / "quantize_config.json").write_text(json.dumps(listed))
+    (folder / "README.md").write_text("written by the user since")
+    with pytest.raises(ExportError, match=r"did not write \(README\.md\)"):
+        check_export_dir(folder, overwrite=True)
+    (folder / "README.md").unlink()
+    for _ in range(2):
+        quantizer.export(model, tmp_path / "out", overwrite=True)
+        assert (folder / "README.md").exists() and (folder / "report.html").exists()
+    load_quantized(folder, model=Plain())
+
+
+@pytest.mark.parametrize("writes", ["report_page", "model_card"])
+def test_a_page_or_card_that_cannot_be_made_leaves_the_earlier_export(
+    writes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Plain()
+    quantizer = QuantizeModule(group_size=16)
+    quantizer.round_to_nearest(model)
+    folder = quantizer.export(model, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def fails(*_: Any) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(f"gptq_plugin.export.{writes}", fails)
+    with pytest.raises(OSError, match="no space left"):
+        quantizer.export(model, tmp_path / "out", overwrite=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- the base model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["/home/me/model", "./runs/model", "../a/b", "~/models/x", "runs/last/model", "C:\\models\\x", "gpt2", None]
+)
+def test_what_may_be_a_path_is_no_base_model(name: str | None) -> None:
+    assert hub_id(name) is None
+    facts = model_facts(llama(name))
+    assert facts.base_model is None
+    card = card_of(report_of((4, 128)), facts)
+    assert "base_model" not in metadata(card)
+    assert not name or name not in card
+
+
+def test_a_folder_that_looks_like_an_id_is_no_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    assert hub_id("runs/model") is None
+
+
+def test_the_task_and_the_loader_come_from_transformers_own_tables() -> None:
+    bert = BertForSequenceClassification(
+        BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    )
+    facts = model_facts(bert.to(torch.bfloat16))
+    assert (facts.pipeline_tag, facts.loader) == ("text-classification", "AutoModelForSequenceClassification")
+    assert facts.dtype == torch.bfloat16
+
+    class Mine(type(llama())):  # a user's subclass is what its base is
+        pass
+
+    assert model_facts(Mine(llama().config)).name == "LlamaForCausalLM"
+
+
+def test_a_model_with_code_of_its_own_is_loaded_here_only() -> None:
+    from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+    class Own(LlamaPreTrainedModel):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.linear = nn.Linear(8, 8)
+
+    facts = model_facts(Own(llama().config))
+    assert (facts.name, facts.loader) == ("Own", None)
+    assert "model=Own()" in snippet(card_of(report_of((4, 128)), facts), "gptq_plugin")
+
+
+# --- who takes what -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("widths", "description", "because"),
+    [
+        ([(4, 128)], {"sym": False}, "symmetric grids only"),
+        ([(4, 128)], {"dynamic": {"q": {"sym": False}}}, "symmetric grids only"),
+        ([(2, 128)], {"bits": 2}, "2 or 3 bits"),
+        ([(3, 128)], {"bits": 3}, "2 or 3 bits"),
+        ([(4, 128), (3, 128)], {}, "2 or 3 bits"),
+        ([(4, 128)], {"desc_act": True}, "desc_act=true"),
+        ([(4, 128)], {"lm_head": True}, "output embedding"),
+    ],
+)
+def test_the_card_says_when_vllm_does_not_take_it(
+    widths: list[tuple[int, int]], description: dict[str, Any], because: str
+) -> None:
+    said = section(card_of(report_of(*widths), **description), "vLLM")
+    assert said.startswith("vLLM does not take this checkpoint") and because in said and "```" not in said
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype", "command"),
+    [
+        ([(4, 128)], torch.float16, "vllm serve ."),
+        ([(4, 128), (8, 32)], torch.bfloat16, "vllm serve ."),
+        ([(8, -1)], torch.float32, "vllm serve . --dtype float16"),
+    ],
+)
+def test_the_card_says_how_vllm_takes_it(widths: list[tuple[int, int]], dtype: torch.dtype, command: str) -> None:
+    card = card_of(report_of(*widths), ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", dtype))
+    assert snippet(card, "vLLM") == command
+    assert ("8-bit layers need a GPU" in card) is (8 in dict(widths))
+    assert ("rounds the scales" in card) is (dtype == torch.bfloat16)
+
+
+def test_the_card_says_when_transformers_does_not_take_it() -> None:
+    for widths, description in (([(4, 128), (8, 128)], {}), ([(4, 32)], {}), ([(4, 128)], {"lm_head": True})):
+        said = section(card_of(report_of(*widths), **description), "transformers")
+        assert said.startswith("transformers does not load this checkpoint") and "```" not in said
+    whole_rows = snippet(card_of(report_of((4, -1)), group_size=-1), "transformers")
+    assert 'GPTQConfig(bits=4, backend="torch")' in whole_rows
+    compile(whole_rows, "README.md", "exec")
+
+
+# --- any text -----------------------------------------------------------------------------------------------
+
+
+def test_texts_of_the_user_are_neither_markup_nor_metadata() -> None:
+    hostile = "x: [y]|<b>\n---\ntags: *all* `code` __init__ # no"
+    report = report_of(
+        (4, 128), tokens=9, deviations=[hostile], calibration=hostile, metrics={hostile: {"float": 1.0, "é": 2.0}}
+    )
+    card = card_of(report, dynamic={"-:a|`b`": {}})
+    assert metadata(card)["metrics"] == [" ".join(hostile.split())]
+    assert ModelCard(card).data.tags == ["gptq", "4-bit", "quantized", "gptq_plugin"]
+    body = card.split("---\n", 2)[2]
+    shown = r"x: \[y\]\|&lt;b&gt; --- tags: \*all\* \`code\` \__init_\_ \# no"
+    assert body.count(shown) == 4 and "<b>" not in body
+    rows = [line for line in body.splitlines() if line.startswith("|") and "val" not in line]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) in (3, 6) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/me/secret/out",
+        "~/secret/out",
+        "./secret/out",
+        "file:///secret/out",
+        "C:\\secret\\out",
+        "\\\\host\\secret\\out",
+    ],
+)
+def test_paths_of_this_machine_are_cut_to_their_end(path: str) -> None:
+    for said in (f"{path}: is taken", f"from '{path}'.", f"({path}) a/b and loss/RTN stay"):
+        card = card_of(report_of((4, 128), deviations=[said], calibration=said, tokens=1))
+        assert "secret" not in card and card.count("out") >= 2
+        assert "a/b" not in said or "a/b and loss/RTN stay" in card
+
+
+def test_figures_that_are_unknown_are_blank() -> None:
+    layer = ModuleReport("a", "rtn", 4, 128, (20, 128))
+    report = QuantizeReport(QuantizeConfig(), [layer], metrics={"m": {"float": float("nan"), "gptq": 1.0}})
+    card = card_of(report)
+    assert not re.search(r"\bnan\b", card, re.IGNORECASE)
+    assert "| m | GPTQ | 1 |  |  |" in card
+    assert section(card, "Calibration") == "None: the weights were rounded to nearest."
+    assert section(card, "What differed from what was asked") == "Nothing."
