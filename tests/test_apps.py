@@ -246,12 +246,17 @@ def save_checkpoint(module, path):
     return path
 
 
-def save_sharded(module, folder):
+def save_sharded(module, folder, key="state_dict"):
     """The folder ModelParallelStrategy writes: the distributed checkpoint and meta.pt beside it."""
-    state = {"state_dict": module.state_dict(), "optimizer_0": {"param_groups": [{"lr": 1e-3}]}}
+    state = {key: module.state_dict(), "optimizer_0": {"param_groups": [{"lr": 1e-3}]}}
     dcp.save(state, checkpoint_id=folder, no_dist=True)
     torch.save({"epoch": 1, "global_step": 7}, folder / "meta.pt")
     return folder
+
+
+def save_fsdp(module, folder):
+    """The folder FSDPStrategy writes; read from its source, since it needs GPUs."""
+    return save_sharded(module, folder, key="model")
 
 
 def same_weights(network, other):
@@ -260,7 +265,7 @@ def same_weights(network, other):
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("save", [save_checkpoint, save_sharded])
+@pytest.mark.parametrize("save", [save_checkpoint, save_sharded, save_fsdp])
 def test_a_lightning_checkpoint_brings_its_weights(base, tmp_path, save):
     trained = tiny(2)
     ckpt = save(trained, tmp_path / "run.ckpt")
@@ -308,7 +313,7 @@ def test_the_folder_of_a_model_parallel_run_on_two_processes_is_read(base, tmp_p
                 if self.trainer.is_global_zero:
                     torch.save(whole, "whole.pt")
 
-        trainer = Trainer(strategy=ModelParallelStrategy(data_parallel_size=2), accelerator="cpu", devices=2,
+        trainer = Trainer(strategy=ModelParallelStrategy(2, 1), accelerator="cpu", devices=2,
                           max_steps=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
         trainer.fit(Run(), DataLoader(torch.randint(0, 250, (8, 12)), batch_size=2))
         trainer.save_checkpoint("run.ckpt")

@@ -104,10 +104,17 @@ def _check_kinds(model: nn.Module) -> None:
     for name, part in model.named_modules():
         if not isinstance(part, _models()):
             continue
-        kinds = {config.peft_type.value: config.is_prompt_learning for config in part.peft_config.values()}
-        if any(kinds.values()) or "XLORA" in kinds or not isinstance(part.base_model, _tuners()):
+        merges = isinstance(part.base_model, _tuners())
+        kinds = sorted(
+            {
+                config.peft_type.value
+                for config in part.peft_config.values()
+                if not merges or config.is_prompt_learning or config.peft_type.value == "XLORA"
+            }
+        )
+        if kinds:
             raise TargetError(
-                f"{name or type(part).__name__} has a {' and a '.join(sorted(kinds))} adapter, which is no change of "
+                f"{name or type(part).__name__} has an adapter of type {' and '.join(kinds)}, which is no change of "
                 "weights and cannot be merged into them. Quantize the base model alone (model.get_base_model()) and "
                 "load the adapter on the result, or train LoRA instead"
             )

@@ -91,7 +91,7 @@ def _open_folder(path: Path) -> LightningWeights:
         try:
             read_sharded(path, wanted)
         except Exception as error:  # a shard that is cut off or missing, each in its own way
-            raise CheckpointError(f"{path} cannot be read as a sharded checkpoint: {error}") from error
+            raise CheckpointError(f"{path} cannot be read as a sharded checkpoint: {error!r}") from error
 
     return LightningWeights(path, shapes, read)
 

@@ -6,12 +6,14 @@ Its index is a pickle, which PyTorch reads by running whatever it says; here it 
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 INDEX = ".metadata"
@@ -47,8 +49,17 @@ def sharded_shapes(folder: Path) -> dict[str, torch.Size]:
 
 
 def read_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills tensors of the stored shapes, of any floating dtype, by name; no process group is needed."""
-    dcp.load(dict(tensors), storage_reader=_Reader(folder), no_dist=True)
+    """Fills tensors of the stored shapes, of any floating dtype, by name; no process group is needed.
+
+    Raises:
+        Exception: A shard is missing, cut off, or broken, each in its own way.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+        try:
+            dcp.load(dict(tensors), storage_reader=_Reader(folder), no_dist=True)
+        except CheckpointException as error:  # a BaseException around what happened on each rank
+            raise error.failures[0][0] from error
 
 
 class _Reader(dcp.FileSystemReader):
