@@ -7,10 +7,11 @@ strategy is torn down, and the process group, both dataloaders and the loggers s
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration import refuse_single
+from gptq_plugin.batches import named
+from gptq_plugin.calibration import Sources, refuse_single
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, fits
@@ -33,7 +35,7 @@ from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
 from gptq_plugin.quantize import QuantizeModule, evaluating
 from gptq_plugin.report import QuantizeReport
-from gptq_plugin.sampling import calibration_batches
+from gptq_plugin.sampling import TRAIN, VALIDATION, dealt, sampled
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +53,14 @@ class GPTQCallback(pl.Callback):
         quantizer: What to do.
         export_dir: Folder to write; None quantizes without export.
         tokenizer: Saved with the export, and used on `calibration` texts.
-        calibration: Texts, token lists or batches (see `calibration.collect`), the same on every rank: each
-            uses its part. None takes `config.nsamples` samples of the trainer's train dataloader, each once.
+        calibration: ``"train"`` (as None) or ``"val"``: `config.nsamples` samples of the trainer's dataloaders, each
+            once; or a DataLoader, which is sampled like them; or texts, token lists or batches (see
+            `calibration.collect`), the same on every rank: each uses its part.
+        calibration_step: Runs a calibration batch, called as calibration_step(pl_module, batch); None leaves it to
+            the LightningModule's method `calibration_step(batch)`, if it has one.
+        mix: General text beside the run's own data: a DataLoader, or texts, token lists or batches, as above. Under
+            ``token_weighting="labels"`` every token of a text is its own label.
+        mix_fraction: The share of `config.nsamples` that comes from `mix`, at least one sample; 0 takes none.
         module: Dotted name, inside the LightningModule, of the module to quantize, where the default is not
             the right one; "" is the LightningModule itself.
         swap: True leaves the module quantized, so that `trainer.test(model)` runs on it; False exports and
@@ -61,8 +69,6 @@ class GPTQCallback(pl.Callback):
 
     Attributes:
         report: What happened, after `fit`; None before.
-
-    A LightningModule with a method `calibration_step(batch)` says with it how to run a calibration batch.
     """
 
     def __init__(
@@ -72,6 +78,9 @@ class GPTQCallback(pl.Callback):
         *,
         tokenizer: Any = None,
         calibration: Iterable[Any] | None = None,
+        calibration_step: Callable[[pl.LightningModule, Any], Any] | None = None,
+        mix: Iterable[Any] | None = None,
+        mix_fraction: float = 0.25,
         module: str | None = None,
         swap: bool = True,
         overwrite: bool = False,
@@ -83,10 +92,16 @@ class GPTQCallback(pl.Callback):
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
         self.tokenizer = tokenizer
-        refuse_single(calibration)
-        if calibration is not None and iter(calibration) is calibration:  # it can be read only once
-            calibration = list(islice(calibration, quantizer.config.nsamples + 1))
+        if calibration_step is not None and not callable(calibration_step):
+            raise TypeError(f"calibration_step must be callable, got {type(calibration_step).__name__}")
+        if calibration is None:
+            calibration = "train"
+        if not (isinstance(calibration, str) and calibration in ("train", "val")):
+            calibration = _kept(calibration, quantizer.config.nsamples)
         self.calibration = calibration
+        self.calibration_step = calibration_step
+        self.nsamples_of_mix = 0 if mix is None else _part(mix_fraction, quantizer.config.nsamples)
+        self.mix = _kept(mix, self.nsamples_of_mix) if mix is not None and self.nsamples_of_mix else None
         self.module = module
         self.swap = swap
         self.overwrite = overwrite
@@ -115,17 +130,20 @@ class GPTQCallback(pl.Callback):
             self.quantizer.check(self.module_to_quantize(pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One calibration batch runs now, so that data that does not fit is found before the training."""
+        """One calibration batch of every source runs now, so that data that does not fit is found before the training."""
         if _is_dev_run(trainer):
             return
-        data, whole = self.calibration_data(trainer), self.calibration is not None
-        if not whole and not isinstance(data, DataLoader):
+        with isolate_rng():  # a sampler may draw from the global generator
+            data = self.calibration_data(trainer)
+        whole = not (_is_sampled(self.calibration) or _is_sampled(self.mix))
+        first = data if whole else _beginning(data)
+        if first is None:
             return  # a stream of the user's own is not read ahead of its training
         module = self.module_to_quantize(pl_module)
         with isolate_rng(), evaluating(pl_module), torch.compiler.set_stance("force_eager"):
             self.quantizer.rehearse(
                 module,
-                data if whole else islice(data, 1),
+                first,
                 forward=self.calibration_forward(trainer, pl_module, module),
                 tokenizer=self.tokenizer,
                 whole=whole,
@@ -190,9 +208,18 @@ class GPTQCallback(pl.Callback):
 
     def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
         """What this rank calibrates on; override to choose other samples."""
-        if self.calibration is not None:
-            return islice(self.calibration, distributed.rank(), None, distributed.world_size())
-        return calibration_batches(trainer.train_dataloader, self.quantizer.config)
+        config, general = self.quantizer.config, self.nsamples_of_mix
+        sources, own = [], config.nsamples - general
+        if not _is_sampled(self.calibration):
+            sources.append(dealt(self.calibration, "the data given", nsamples=own))
+        else:
+            loaders, name = self._loaders(trainer)
+            sources += sampled(loaders, config, name, nsamples=own)
+        if isinstance(self.mix, DataLoader):
+            sources += sampled(self.mix, config, "the general dataloader", nsamples=general, first=own, is_general=True)
+        elif self.mix is not None:
+            sources.append(dealt(self.mix, "the general text", nsamples=general, first=own, is_general=True))
+        return Sources(tuple(sources))
 
     def calibration_forward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
@@ -201,28 +228,44 @@ class GPTQCallback(pl.Callback):
         through the first of these whose forward takes it: the module to quantize, the LightningModule, a
         transformers model inside it."""
         step = getattr(pl_module, "calibration_step", None)
+        if self.calibration_step is not None:
+            step = functools.partial(self.calibration_step, pl_module)
         inside = [model for _, model in transformers_models(pl_module)]
         runners = [m for m in (module, pl_module, *inside) if _defines_forward(m)]
         every_logit = self.quantizer.config.lm_head
 
         def forward(_: nn.Module, batch: Any) -> Any:
-            batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+            batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+            batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.forward_context():
                 if callable(step):
                     return step(batch)
                 if not runners:
                     raise CalibrationError(
                         f"{type(pl_module).__name__} has no forward: give it a method calibration_step(batch) that "
-                        "runs a training batch through the model"
+                        "runs a training batch through the model, or give GPTQCallback(calibration_step=...)"
                     )
-                # Only the LightningModule knows what a tuple means; the keys of a mapping say it themselves.
-                if not isinstance(batch, Mapping):
-                    return call(pl_module if pl_module in runners else runners[0], batch, every_logit=every_logit)
-                otherwise = pl_module if pl_module in runners else runners[0]
-                runner = next((m for m in runners if fits(m, batch)), otherwise)
+                # Only the LightningModule knows what a tuple means; the names of a mapping's parts say it themselves.
+                otherwise, parts = pl_module if pl_module in runners else runners[0], named(batch)
+                runner = otherwise if parts is None else next((m for m in runners if fits(m, parts)), otherwise)
                 return call(runner, batch, every_logit=every_logit)
 
         return forward
+
+    def _loaders(self, trainer: pl.Trainer) -> tuple[Any, str]:
+        """The dataloaders to draw samples from, and their name."""
+        if isinstance(self.calibration, DataLoader):
+            return self.calibration, "the dataloader given"
+        if self.calibration == "train":
+            return trainer.train_dataloader, TRAIN
+        if trainer.val_dataloaders is None:  # no validation has been due yet
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        if trainer.val_dataloaders is None:
+            raise CalibrationError(
+                "calibration='val' takes its samples from the validation dataloader, and the trainer has none: give it "
+                "one (with a validation_step, and limit_val_batches above 0), or GPTQCallback(calibration=LOADER)"
+            )
+        return trainer.val_dataloaders, VALIDATION
 
     def _export(self, module: nn.Module) -> None:
         """Rank 0 writes; the others learn whether it could."""
@@ -251,6 +294,37 @@ class GPTQCallback(pl.Callback):
             self.quantizer.report.deviations.append(f"{error}: exported to {directory.name} instead")
             self.export_dir = directory
         self.quantizer.export(module, directory, tokenizer=self.tokenizer, overwrite=self.overwrite)
+
+
+def _kept(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
+    """The data in a form that can be read twice."""
+    refuse_single(data)
+    if isinstance(data, DataLoader) or iter(data) is not data:
+        return data
+    return list(islice(data, nsamples + 1))
+
+
+def _is_sampled(data: Any) -> bool:
+    return isinstance(data, (str, DataLoader))
+
+
+def _beginning(data: Iterable[Any]) -> Iterable[Any] | None:
+    """The first batch of every source that can be read ahead; None without."""
+    if isinstance(data, Sources):
+        first = data.beginning()
+        return first if first.parts else None
+    return islice(data, 1) if isinstance(data, DataLoader) else None
+
+
+def _part(fraction: float, nsamples: int) -> int:
+    """How many of the samples that is: at least one, and not all."""
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
+        raise ValueError(
+            f"mix_fraction must be a number in [0, 1), got {fraction!r}; for no other data use calibration="
+        )
+    if fraction and nsamples < 2:
+        raise ValueError("nsamples=1 leaves nothing to mix: raise it, or leave mix out")
+    return min(max(1, round(fraction * nsamples)), nsamples - 1) if fraction else 0
 
 
 def _defines_forward(module: nn.Module) -> bool:
