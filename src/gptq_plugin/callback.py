@@ -130,7 +130,7 @@ class GPTQCallback(pl.Callback):
             self.quantizer.check(self.module_to_quantize(pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One calibration batch of every source runs now, so that data that does not fit is found before the training."""
+        """One calibration batch of every source runs now, so that what does not fit is found before training."""
         if _is_dev_run(trainer):
             return
         with isolate_rng():  # a sampler may draw from the global generator
