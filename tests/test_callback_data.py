@@ -67,8 +67,8 @@ def loader(count=16, low=1, **options):
 
 def padded(left):
     """Sequences of 4 to 11 tokens."""
-    ids, mask = rows(), torch.ones(16, 11, dtype=torch.long)
-    for number in range(16):
+    ids, mask = rows(32), torch.ones(32, 11, dtype=torch.long)
+    for number in range(32):
         mask[number, 4 + number % 8 :] = 0
     mask = mask.flip(1) if left else mask
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.where(mask == 1, -100)}
@@ -76,8 +76,8 @@ def padded(left):
 
 def packed():
     """Three documents a row; positions start again with each, and its first token is predicted by nothing."""
-    ids = rows()
-    position_ids = torch.cat([torch.arange(n) for n in (4, 5, 2)]).repeat(16, 1)
+    ids = rows(32)
+    position_ids = torch.cat([torch.arange(n) for n in (4, 5, 2)]).repeat(32, 1)
     return {"input_ids": ids, "position_ids": position_ids, "labels": ids.where(position_ids > 0, -100)}
 
 
@@ -149,7 +149,7 @@ def test_exactly_the_positions_that_count_enter_the_hessian_of_every_kind_of_bat
     kind, weighting, tmp_path, monkeypatch
 ):
     module_class, batch, make = KINDS[kind]
-    counts = batch.get("attention_mask", torch.ones(16, 11)).bool()
+    counts = batch.get("attention_mask", torch.ones(32, 11)).bool()
     if weighting == "labels":
         labelled = torch.zeros_like(counts)
         labelled[:, :-1] = batch["labels"][:, 1:] != -100
@@ -160,7 +160,7 @@ def test_exactly_the_positions_that_count_enter_the_hessian_of_every_kind_of_bat
     twin(**batch)
     kept = inputs[0][counts]
     monkeypatch.setattr(jobs, "solve", lambda *args: (hessians.append(args[1].clone()), solve(*args))[1])
-    callback = GPTQCallback(QuantizeModule(**SMALL, token_weighting=weighting))
+    callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": 32}, token_weighting=weighting))
     report = fit(module_class(), collated(batch, make), callback, tmp_path)
     assert {module.tokens for module in report.quantized} == {int(counts.sum())}
     torch.testing.assert_close(hessians[0], kept.T @ kept / len(kept), rtol=1e-4, atol=1e-6)
@@ -295,15 +295,14 @@ def test_texts_beside_texts_and_loaders_beside_loaders_may_be_mixed(tmp_path):
 
 
 def test_with_weighted_labels_every_token_of_general_text_counts(tmp_path):
-    quantizer = QuantizeModule(**SMALL, token_weighting="labels")
-    report = fit(
-        Holds(), collated(chat(), dict), GPTQCallback(quantizer, mix=["abcdefghij"] * 9, tokenizer=tokens_of), tmp_path
-    )  # fmt: skip
-    assert report.samples == 16 and report.calibration.endswith("4 samples of the general text")
-    chosen = GPTQCallback(quantizer, mix=[[1]])  # the same twelve of the run's own
-    chosen.mix = None
-    own = fit(Holds(), collated(chat(), dict), chosen, tmp_path)
-    assert report.tokens == own.tokens + 4 * 9
+    answers = {key: value[:1].repeat(40, 1) for key, value in chat().items()}  # one sample many times over
+    answers["labels"] = answers["input_ids"].where(torch.arange(11) == 2, -100)  # of which one position counts
+    callback = GPTQCallback(
+        QuantizeModule(**SMALL, token_weighting="labels"), mix=["abcdefghij" * 4] * 9, tokenizer=tokens_of
+    )
+    report = fit(Holds(), collated(answers, dict), callback, tmp_path)
+    assert report.calibration.endswith("4 samples of the general text")
+    assert report.tokens == 12 * 1 + 4 * 39  # nothing follows the last token
 
 
 def test_general_text_that_does_not_fit_is_refused_before_training(tmp_path):

@@ -198,7 +198,7 @@ def _collect(
         calibration.deviations.append(f"{count} calibration samples used: nsamples={limit} falls inside a batch")
     if dropped:
         calibration.deviations.append(f"{dropped} empty calibration samples dropped")
-    if more:
+    if more and not (source and source.is_general):  # of general data there may be any amount
         calibration.deviations.append(
             f"calibration stops at nsamples={limit}: {_left(data, dropped + len(samples) + len(calibration.batches))} "
             "given were not used"

@@ -258,7 +258,7 @@ class GPTQCallback(pl.Callback):
             return self.calibration, "the dataloader given"
         if self.calibration == "train":
             return trainer.train_dataloader, TRAIN
-        if trainer.val_dataloaders is None:  # no validation has been due yet
+        if trainer.val_dataloaders is None and trainer.enable_validation:  # none has been due yet
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         if trainer.val_dataloaders is None:
             raise CalibrationError(
