@@ -23,6 +23,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from gptq_plugin import distributed
@@ -35,7 +36,7 @@ from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
 from gptq_plugin.quantize import QuantizeModule, evaluating
 from gptq_plugin.report import QuantizeReport
-from gptq_plugin.sampling import TRAIN, VALIDATION, dealt, sampled
+from gptq_plugin.sampling import TRAIN, VALIDATION, dealt, sampled, single
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,9 @@ class GPTQCallback(pl.Callback):
             loaders, name = self._loaders(trainer)
             sources += sampled(loaders, config, name, nsamples=own)
         if isinstance(self.mix, DataLoader):
-            sources += sampled(self.mix, config, "the general dataloader", nsamples=general, first=own, is_general=True)
+            sources += sampled(
+                [self.mix], config, "the general dataloader", nsamples=general, first=own, is_general=True
+            )
         elif self.mix is not None:
             sources.append(dealt(self.mix, "the general text", nsamples=general, first=own, is_general=True))
         return Sources(tuple(sources))
@@ -252,12 +255,12 @@ class GPTQCallback(pl.Callback):
 
         return forward
 
-    def _loaders(self, trainer: pl.Trainer) -> tuple[Any, str]:
+    def _loaders(self, trainer: pl.Trainer) -> tuple[list[Any], str]:
         """The dataloaders to draw samples from, and their name."""
         if isinstance(self.calibration, DataLoader):
-            return self.calibration, "the dataloader given"
+            return [self.calibration], "the dataloader given"
         if self.calibration == "train":
-            return trainer.train_dataloader, TRAIN
+            return [single(trainer.train_dataloader)], TRAIN
         if trainer.val_dataloaders is None and trainer.enable_validation:  # none has been due yet
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         if trainer.val_dataloaders is None:
@@ -265,7 +268,7 @@ class GPTQCallback(pl.Callback):
                 "calibration='val' takes its samples from the validation dataloader, and the trainer has none: give it "
                 "one (with a validation_step, and limit_val_batches above 0), or GPTQCallback(calibration=LOADER)"
             )
-        return trainer.val_dataloaders, VALIDATION
+        return tree_leaves(trainer.val_dataloaders), VALIDATION
 
     def _export(self, module: nn.Module) -> None:
         """Rank 0 writes; the others learn whether it could."""

@@ -40,39 +40,51 @@ def calibration_batches(loader: Any, config: QuantizeConfig) -> Iterable[Any]:
     Raises:
         CalibrationError: There is no single train dataloader to take samples from.
     """
-    return sampled(loader, config, TRAIN, nsamples=config.nsamples)[0].data
+    return sampled([single(loader)], config, TRAIN, nsamples=config.nsamples)[0].data
+
+
+def single(loader: Any) -> Any:
+    """The train dataloader, where there is one.
+
+    Raises:
+        CalibrationError: There is none, or several, which training reads together.
+    """
+    if loader is None or isinstance(loader, (Mapping, list, tuple)):
+        raise CalibrationError(
+            f"calibration takes its samples from {TRAIN}, and there is none, or several: give "
+            "GPTQCallback(calibration=...) the texts or batches to use"
+        )
+    return loader
 
 
 def sampled(
-    loaders: Any, config: QuantizeConfig, name: str, *, nsamples: int, first: int = 0, is_general: bool = False
+    loaders: Sequence[Any],
+    config: QuantizeConfig,
+    name: str,
+    *,
+    nsamples: int,
+    first: int = 0,
+    is_general: bool = False,
 ) -> list[Source]:
     """This rank's share of `nsamples` samples of dataloaders, as `calibration_batches` takes them, a source for each.
 
     Args:
-        loaders: A dataloader, or a list of them (of validation), which are one population.
+        loaders: One, or several that are one population, as those of validation.
         config: batch_size and seed are read.
         name: Of the dataloaders.
         nsamples: Samples of all ranks.
         first: Samples that other sources deal to the ranks before.
         is_general: See Source.
-
-    Raises:
-        CalibrationError: There are no dataloaders, or several of training, which are read together.
     """
-    several = name != TRAIN and isinstance(loaders, (list, tuple))
-    if loaders is None or (isinstance(loaders, (Mapping, list, tuple)) and not (several and loaders)):
-        raise CalibrationError(
-            f"calibration takes its samples from {name}, and there is none, or several: give "
-            "GPTQCallback(calibration=...) the texts or batches to use"
-        )
-    loaders = list(loaders) if several else [loaders]
-    size = distributed.world_size()
     if not all(isinstance(loader, DataLoader) and not _is_stream(loader) for loader in loaders):
-        share = _turns(nsamples, first)
+        share, k = _turns(nsamples, first), len(loaders)
+        shares = [share * (number + 1) // k - share * number // k for number in range(k)]
         # A DataLoader can be started again, so it may be tried before training.
         return [
-            Source(loader, name, share, is_general, is_stream=not isinstance(loader, DataLoader)) for loader in loaders
+            Source(loader, name, share, is_general, is_stream=not isinstance(loader, DataLoader))
+            for loader, share in zip(loaders, shares, strict=True)
         ]
+    size = distributed.world_size()
     # A user's random sampler may draw other samples on every rank: all take rank 0's choice.
     choice, population = distributed.object_from_first(_choose(loaders, config.seed, nsamples))
     mine = choice[(distributed.rank() - first) % size :: size]
