@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -182,6 +183,27 @@ def test_two_processes_give_one_export_and_one_table(tmp_path):
     assert printed.count("round-to-nearest, 4 bits") == 1
     summary = json.loads((tmp_path / "run" / SUMMARY).read_text())
     assert summary["nll"]["gptq"] == pytest.approx(summary["nll"]["float"], abs=0.1)
+
+
+def test_finetune_mixes_general_text_into_the_runs_own_calibration(app, tmp_path):
+    (tmp_path / "own.txt").write_text("The statement is executed when the name is not bound. " * 400)
+    app(
+        "finetune",
+        *TINY,
+        "data=text",
+        f"data.path={tmp_path}/own.txt",
+        "quantizer.nsamples=20",
+        "evaluate=false",
+        "callbacks.gptq.calibration=val",
+        "callbacks.gptq.mix_fraction=0.4",
+        "callbacks.gptq.mix={_target_:gptq_plugin.apps.documents.passages,"
+        "documents:{_target_:gptq_plugin.apps.documents.builtin_documents}}",
+    )
+    report = json.loads((tmp_path / "run" / "gptq" / "quantization_report.json").read_text())
+    assert re.fullmatch(
+        r"\d+ samples of the validation dataloader's \d+ \(seed 0\); 8 samples of the general text",
+        report["calibration"],
+    )
 
 
 # --- gptq-quantize ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -9,6 +11,7 @@ from transformers import BatchEncoding
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin import hessian as hessians
+from gptq_plugin.batches import labels_in, named, samples_in, to_device
 from gptq_plugin.calibration import collect, ready_batch
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.hessian import Hessian
@@ -90,6 +93,37 @@ def test_empty_samples_are_dropped_and_reported():
 def test_data_of_the_wrong_kind_is_refused_with_the_remedy(data, message):
     with pytest.raises(CalibrationError, match=message):
         collect(data, CONFIG)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    image: dict
+
+
+def odd_batch():
+    ids = torch.zeros(3, 4, dtype=torch.long)
+    encoding = BatchEncoding({"pixels": torch.zeros(3, 2), "name": "cat"})
+    return Frozen(ids, ids + 1, {"views": [encoding, (torch.ones(3), 5)]})
+
+
+def test_a_batch_moves_to_a_device_however_it_is_nested_and_the_one_given_stays():
+    batch = odd_batch()
+    moved = to_device({"a": batch, "b": [batch.labels]}, torch.device("meta"))
+    assert isinstance(moved["a"], Frozen) and moved["a"].input_ids.is_meta and moved["b"][0].is_meta
+    encoding, (ones, five) = moved["a"].image["views"]
+    assert isinstance(encoding, BatchEncoding) and encoding.pixels.is_meta and encoding["name"] == "cat"
+    assert ones.is_meta and five == 5
+    assert not batch.input_ids.is_meta and not batch.image["views"][0].pixels.is_meta
+
+
+def test_labels_and_samples_are_found_however_deep_they_lie_but_not_guessed():
+    batch = odd_batch()
+    assert labels_in({"x": [{"y": batch}]}) is batch.labels and samples_in({"x": [{"y": batch}]}) == 3
+    assert labels_in({"chosen": batch, "rejected": batch}) is None  # which belongs to a call?
+    assert labels_in({"labels": torch.zeros(3)}) is None and labels_in((batch.labels,)) is None
+    assert named(batch)["image"] is batch.image and named((1, 2)) is None and named(torch.zeros(2)) is None
 
 
 def padded(left=False):

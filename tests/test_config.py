@@ -25,6 +25,7 @@ UNUSUAL = QuantizeConfig(
     nsamples=7,
     batch_size=2,
     seed=3,
+    token_weighting="labels",
     checkpoint_format="gptq_v2",
 )
 
@@ -48,6 +49,7 @@ UNUSUAL = QuantizeConfig(
         ("model_seqlen", "512", "model_seqlen"),
         ("batch_size", 0, "batch_size"),
         ("seed", 0.5, "seed"),
+        ("token_weighting", "label", "token_weighting must be one of 'all', 'labels'"),
         ("checkpoint_format", "gptq_p", "checkpoint_format must be one of 'gptq', 'gptq_v2'"),
         ("dynamic", {"(": {"bits": 8}}, "not a regular expression"),
         ("dynamic", {"-:x": {"bits": 8}}, "takes no overrides"),

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from gptq_plugin.apps import data
-from gptq_plugin.apps.documents import builtin_documents, file_documents, hub_documents, texts
+from gptq_plugin.apps.documents import builtin_documents, file_documents, hub_documents, passages, texts
 from gptq_plugin.apps.errors import DataError
 from gptq_plugin.apps.rows import cut_rows
 from gptq_plugin.apps.tokenizer import train_tokenizer
@@ -78,6 +78,15 @@ def test_a_local_folder_is_read_as_a_data_set_with_its_splits(tmp_path):
     assert list(texts(hub_documents(str(tmp_path), split="validation"))) == ["c"]
     with pytest.raises(DataError, match="could not read .* test: .*test"):
         hub_documents(str(tmp_path), split="test")
+
+
+def test_passages_are_pieces_of_one_length_in_an_order_of_the_seed():
+    documents = Dataset.from_dict({"text": ["a" * 25, None, "b" * 9, "", *[str(n) * 10 for n in range(8)]]})
+    pieces = list(passages(documents, characters=10, seed=3))
+    assert sorted(pieces) == sorted(["a" * 10, "a" * 10, "b" * 9, *[str(n) * 10 for n in range(8)]])
+    assert pieces == list(passages(documents, characters=10, seed=3)) != list(passages(documents, characters=10))
+    with pytest.raises(DataError, match="characters must be at least 1"):
+        list(passages(documents, characters=0))
 
 
 def test_a_missing_file_pattern_or_data_set_is_named(tmp_path):

@@ -2,19 +2,20 @@
 
 Texts and single token lists become rows without padding: samples of one length share a batch. Batches that
 come ready (a dataloader's) are left as they are; their attention mask says which positions are padding, and
-padding never enters a Hessian.
+padding never enters a Hessian. Data may come from several sources, each with a name for the report.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from gptq_plugin.batches import named, samples_in
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 
@@ -22,7 +23,7 @@ from gptq_plugin.errors import CalibrationError
 _TOKEN_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "labels"})
 # Masks over positions, in the order they are tried against a layer's input.
 _MASK_KEYS = ("attention_mask", "decoder_attention_mask")
-_IGNORED_LABEL = -100
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Batch:
         """Positions that count, where the data says so."""
         if self.masks:
             return int(self.masks[0].sum())
-        ids = self.data.get("input_ids") if isinstance(self.data, Mapping) else None
+        ids = (named(self.data) or {}).get("input_ids")
         return ids.numel() if isinstance(ids, Tensor) else None
 
     def counted(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, str | None]:
@@ -72,9 +73,9 @@ class Batch:
         if x.dim() == 2 and rows.shape[0] != self.samples:
             return (
                 None,
-                "inputs of padded batches left out: their rows cannot be matched to the attention mask",
+                "inputs left out: their rows cannot be matched to the attention mask or labels",
             )
-        return rows, "reads another sequence than the attention mask describes: all its positions counted"
+        return rows, "reads another sequence than the attention mask or labels describe: all its positions counted"
 
 
 @dataclass
@@ -84,14 +85,56 @@ class Calibration:
     Attributes:
         batches: In the order they will run.
         deviations: A sentence for everything that was dropped or is less than asked.
+        sources: Samples by the name of where they came from; empty when nobody said.
+        first_batches: Numbers of the batches that stand for all of their kind: the first of each source.
     """
 
     batches: list[Batch] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
+    sources: dict[str, int] = field(default_factory=dict)
+    first_batches: list[int] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
         return sum(batch.samples for batch in self.batches)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some calibration data, and where it comes from.
+
+    Attributes:
+        data: This rank's part, as for `collect`.
+        name: Where it comes from, to follow "12 samples of"; no path and no text.
+        nsamples: Samples to use at most on this rank.
+        is_general: Not the run's own data: of its texts and token samples without labels every token is its own label.
+        is_stream: Its first batch cannot be read ahead of the others.
+    """
+
+    data: Iterable[Any]
+    name: str
+    nsamples: int
+    is_general: bool = False
+    is_stream: bool = False
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Calibration data of several kinds, each collected for itself.
+
+    Attributes:
+        parts: As many, in the same order, on every rank.
+    """
+
+    parts: tuple[Source, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in self.parts:
+            yield from part.data
+
+    def beginning(self) -> Sources:
+        """The first batch of every source that can be read ahead."""
+        return Sources(tuple(replace(part, data=islice(part.data, 1)) for part in self.parts if not part.is_stream))
 
 
 def collect(
@@ -105,7 +148,7 @@ def collect(
     Args:
         data: An iterable of texts; of token samples (lists of ids, 1-D tensors, or dicts of them, as a
             tokenizer returns); or of ready batches (dicts, tensors, tuples of tensors, or anything the
-            model's forward takes). One kind only.
+            model's forward takes). One kind only, but for `Sources`.
         config: `model_seqlen` cuts token samples, `batch_size` stacks them.
         tokenizer: Needed for texts: called as tokenizer(text).
         nsamples: How many samples to use at most, from the first on; `config.nsamples` when None.
@@ -113,8 +156,20 @@ def collect(
     Raises:
         CalibrationError: `data` is a single text, texts come without a tokenizer, or kinds are mixed.
     """
+    if isinstance(data, Sources):
+        return _joined([(part, _collect(part.data, config, tokenizer, part.nsamples, part)) for part in data.parts])
+    return _collect(data, config, tokenizer, config.nsamples if nsamples is None else nsamples)
+
+
+def _collect(
+    data: Iterable[Any],
+    config: QuantizeConfig,
+    tokenizer: Callable[..., Any] | None,
+    limit: int,
+    source: Source | None = None,
+) -> Calibration:
     refuse_single(data)
-    limit = config.nsamples if nsamples is None else nsamples
+    labels_itself = source is not None and source.is_general and config.token_weighting == "labels"
     calibration = Calibration()
     samples: list[dict[str, Tensor]] = []
     dropped = count = 0
@@ -133,6 +188,8 @@ def collect(
         elif sample["input_ids"].numel() == 0:
             dropped += 1
         else:
+            if labels_itself:
+                sample.setdefault("labels", sample["input_ids"])
             samples.append({key: value[:, : config.model_seqlen] for key, value in sample.items()})
             count += 1
         if samples and calibration.batches:
@@ -141,13 +198,24 @@ def collect(
         calibration.deviations.append(f"{count} calibration samples used: nsamples={limit} falls inside a batch")
     if dropped:
         calibration.deviations.append(f"{dropped} empty calibration samples dropped")
-    if more:
+    if more and not (source and source.is_general):  # of general data there may be any amount
         calibration.deviations.append(
             f"calibration stops at nsamples={limit}: {_left(data, dropped + len(samples) + len(calibration.batches))} "
             "given were not used"
         )
     calibration.batches += _stack(samples, config.batch_size)
+    calibration.first_batches = [0] if calibration.batches else []
     return calibration
+
+
+def _joined(parts: list[tuple[Source, Calibration]]) -> Calibration:
+    joined = Calibration()
+    for source, part in parts:
+        joined.first_batches += [len(joined.batches) + number for number in part.first_batches]
+        joined.batches += part.batches
+        joined.deviations += part.deviations
+        joined.sources[source.name] = joined.sources.get(source.name, 0) + part.samples
+    return joined
 
 
 def refuse_single(data: Any) -> None:
@@ -164,8 +232,9 @@ def refuse_single(data: Any) -> None:
 
 def ready_batch(data: Any) -> Batch:
     """A batch that runs as it is."""
-    masks = masks_in(data) if isinstance(data, Mapping) else None
-    return Batch(data, masks or (), _samples_in(data))
+    parts = named(data)
+    masks = masks_in(parts) if parts is not None else None
+    return Batch(data, masks or (), samples_in(data))
 
 
 def masks_in(arguments: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
@@ -175,29 +244,18 @@ def masks_in(arguments: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
         bool [samples, positions] each; empty when none hides anything; None when there is no mask.
     """
     given = (arguments.get(key) for key in _MASK_KEYS)
-    masks = [mask.bool() for mask in given if _is_mask(mask)]
+    masks = [mask.bool() for mask in given if is_mask(mask)]
     if not masks:
         return None
     labels = arguments.get("labels")
-    if _is_mask(labels) and all(labels.shape != mask.shape for mask in masks):
-        masks.append(labels != _IGNORED_LABEL)  # an encoder-decoder's second sequence
+    if is_mask(labels) and all(labels.shape != mask.shape for mask in masks):
+        masks.append(labels != IGNORED_LABEL)  # an encoder-decoder's second sequence
     return () if all(bool(mask.all()) for mask in masks) else tuple(masks)
 
 
-def _is_mask(value: Any) -> TypeGuard[Tensor]:
+def is_mask(value: Any) -> TypeGuard[Tensor]:
+    """Whether it says something of every position: a tensor [samples, positions]."""
     return isinstance(value, Tensor) and value.dim() == 2
-
-
-def _samples_in(data: Any) -> int:
-    if isinstance(data, Tensor):
-        return data.shape[0] if data.dim() else 1
-    if isinstance(data, Mapping):
-        values: Iterable[Any] = data.values()
-    elif isinstance(data, (list, tuple)):
-        values = data
-    else:
-        values = vars(data).values() if hasattr(data, "__dict__") else ()
-    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()), 1)
 
 
 def _token_sample(item: Any, tokenizer: Callable[..., Any] | None) -> dict[str, Tensor] | None:

@@ -7,6 +7,7 @@ strategy is torn down, and the process group, both dataloaders and the loggers s
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import uuid
@@ -23,11 +24,13 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from gptq_plugin import distributed
 from gptq_plugin.adapters import base_copy, has_adapters, merged_copy
-from gptq_plugin.calibration import collect, refuse_single
+from gptq_plugin.batches import named
+from gptq_plugin.calibration import Sources, collect, refuse_single
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, ExportError, QualityError, TargetError
 from gptq_plugin.export import check_export_dir
@@ -40,13 +43,13 @@ from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.qlinear import swap as swap_modules
 from gptq_plugin.quantize import QuantizeModule, evaluating
 from gptq_plugin.report import QuantizeReport
-from gptq_plugin.sampling import calibration_batches
+from gptq_plugin.sampling import TRAIN, VALIDATION, dealt, sampled, single
 from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
 from gptq_plugin.validation import can_validate, validate
 
 log = logging.getLogger(__name__)
 
-_NOISE = 16  # samples that show which layers are the noisiest
+_NOISE = 2  # calibration batches that show which layers are the noisiest
 
 
 class GPTQCallback(pl.Callback):
@@ -66,8 +69,14 @@ class GPTQCallback(pl.Callback):
         weights: Which weights: "last", what training ended with; "best", those of the best checkpoint of the first
             ModelCheckpoint that monitors a metric; or the path of a checkpoint.
         tokenizer: Saved with the export, and used on `calibration` texts.
-        calibration: Texts, token lists or batches (see `calibration.collect`), the same on every rank: each
-            uses its part. None takes `config.nsamples` samples of the trainer's train dataloader, each once.
+        calibration: ``"train"`` (as None) or ``"val"``: `config.nsamples` samples of the trainer's dataloaders, each
+            once; or a DataLoader, which is sampled like them; or texts, token lists or batches (see
+            `calibration.collect`), the same on every rank: each uses its part.
+        calibration_step: Runs a calibration batch, called as calibration_step(pl_module, batch); None leaves it to
+            the LightningModule's method `calibration_step(batch)`, if it has one.
+        mix: General text beside the run's own data: a DataLoader, or texts, token lists or batches, as above. Under
+            ``token_weighting="labels"`` every token of a text is its own label.
+        mix_fraction: The share of `config.nsamples` that comes from `mix`, at least one sample; 0 takes none.
         module: Dotted name, inside the LightningModule, of the module to quantize, where the default is not
             the right one; "" is the LightningModule itself.
         swap: True leaves the module quantized, so that `trainer.test(model)` runs on it; False exports and
@@ -83,8 +92,6 @@ class GPTQCallback(pl.Callback):
 
     Attributes:
         report: What happened, after `fit`; None before.
-
-    A LightningModule with a method `calibration_step(batch)` says with it how to run a calibration batch.
     """
 
     def __init__(
@@ -94,6 +101,9 @@ class GPTQCallback(pl.Callback):
         *,
         tokenizer: Any = None,
         calibration: Iterable[Any] | None = None,
+        calibration_step: Callable[[pl.LightningModule, Any], Any] | None = None,
+        mix: Iterable[Any] | None = None,
+        mix_fraction: float = 0.25,
         module: str | None = None,
         weights: str | Path = "last",
         swap: bool | None = None,
@@ -110,10 +120,16 @@ class GPTQCallback(pl.Callback):
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
         self.tokenizer = tokenizer
-        refuse_single(calibration)
-        if calibration is not None and iter(calibration) is calibration:  # it can be read only once
-            calibration = list(islice(calibration, quantizer.config.nsamples + 1))
+        if calibration_step is not None and not callable(calibration_step):
+            raise TypeError(f"calibration_step must be callable, got {type(calibration_step).__name__}")
+        if calibration is None:
+            calibration = "train"
+        if not (isinstance(calibration, str) and calibration in ("train", "val")):
+            calibration = _kept(calibration, quantizer.config.nsamples)
         self.calibration = calibration
+        self.calibration_step = calibration_step
+        self.nsamples_of_mix = 0 if mix is None else _part(mix_fraction, quantizer.config.nsamples)
+        self.mix = _kept(mix, self.nsamples_of_mix) if mix is not None and self.nsamples_of_mix else None
         self.module = module
         self.weights = str(weights)
         self.swap = swap
@@ -176,7 +192,7 @@ class GPTQCallback(pl.Callback):
             self.gate.check_names(trainer.callback_metrics)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One calibration batch runs now, so that data that does not fit is found before the training."""
+        """One calibration batch of every source runs now, so that what does not fit is found before training."""
         if _is_dev_run(trainer):
             return
         if (self.gate.limits or self.validate) and not can_validate(trainer, pl_module):
@@ -184,8 +200,11 @@ class GPTQCallback(pl.Callback):
                 "max_degradation and validate=True need a validation_step in the LightningModule and a validation "
                 "dataloader that is not switched off (limit_val_batches=0)"
             )
-        data, whole = self.calibration_data(trainer), self.calibration is not None
-        if not whole and not isinstance(data, DataLoader):
+        with isolate_rng():  # a sampler may draw from the global generator
+            data = self.calibration_data(trainer)
+        whole = not (_is_sampled(self.calibration) or _is_sampled(self.mix))
+        first = data if whole else _beginning(data)
+        if first is None:
             return  # a stream of the user's own is not read ahead of its training
         with (
             isolate_rng(),
@@ -196,7 +215,7 @@ class GPTQCallback(pl.Callback):
         ):
             self.quantizer.rehearse(
                 module,
-                data if whole else islice(data, 1),
+                first,
                 forward=self.calibration_forward(trainer, pl_module, module),
                 tokenizer=self.tokenizer,
                 whole=whole,
@@ -257,8 +276,8 @@ class GPTQCallback(pl.Callback):
                         report.metrics = {n: {"float": before[n], "gptq": after[n]} for n in before if n in after}
                         failures = self.gate.failures(before, after)
                     if failures and self.gate.on_fail == "escalate" and not said:
-                        samples = collect(self.calibration_data(trainer), self.quantizer.config, self.tokenizer, _NOISE)
-                        batches = [partial(forward, module, batch.data) for batch in samples.batches]
+                        samples = collect(self.calibration_data(trainer), self.quantizer.config, self.tokenizer)
+                        batches = [partial(forward, module, batch.data) for batch in samples.batches[:_NOISE]]
                         noise = output_noise(module, {m.name: floats[m.name] for m in report.quantized}, batches)
                         sizes = {m.name: m.weights for m in report.quantized}
                         rounds = Escalation(self.quantizer.config, sizes, noise, self.gate.max_bits).rounds()
@@ -342,9 +361,20 @@ class GPTQCallback(pl.Callback):
 
     def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
         """What this rank calibrates on; override to choose other samples."""
-        if self.calibration is not None:
-            return islice(self.calibration, distributed.rank(), None, distributed.world_size())
-        return calibration_batches(trainer.train_dataloader, self.quantizer.config)
+        config, general = self.quantizer.config, self.nsamples_of_mix
+        sources, own = [], config.nsamples - general
+        if not _is_sampled(self.calibration):
+            sources.append(dealt(self.calibration, "the data given", nsamples=own))
+        else:
+            loaders, name = self._loaders(trainer)
+            sources += sampled(loaders, config, name, nsamples=own)
+        if isinstance(self.mix, DataLoader):
+            sources += sampled(
+                [self.mix], config, "the general dataloader", nsamples=general, first=own, is_general=True
+            )
+        elif self.mix is not None:
+            sources.append(dealt(self.mix, "the general text", nsamples=general, first=own, is_general=True))
+        return Sources(tuple(sources))
 
     def calibration_forward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
@@ -353,28 +383,44 @@ class GPTQCallback(pl.Callback):
         through the first of these whose forward takes it: the module to quantize, the LightningModule, a
         transformers model inside it."""
         step = getattr(pl_module, "calibration_step", None)
+        if self.calibration_step is not None:
+            step = functools.partial(self.calibration_step, pl_module)
         inside = [model for _, model in transformers_models(pl_module)]
         runners = [m for m in (module, pl_module, *inside) if _defines_forward(m)]
         every_logit = self.quantizer.config.lm_head
 
         def forward(_: nn.Module, batch: Any) -> Any:
-            batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+            batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+            batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.forward_context():
                 if callable(step):
                     return step(batch)
                 if not runners:
                     raise CalibrationError(
                         f"{type(pl_module).__name__} has no forward: give it a method calibration_step(batch) that "
-                        "runs a training batch through the model"
+                        "runs a training batch through the model, or give GPTQCallback(calibration_step=...)"
                     )
-                # Only the LightningModule knows what a tuple means; the keys of a mapping say it themselves.
-                if not isinstance(batch, Mapping):
-                    return call(pl_module if pl_module in runners else runners[0], batch, every_logit=every_logit)
-                otherwise = pl_module if pl_module in runners else runners[0]
-                runner = next((m for m in runners if fits(m, batch)), otherwise)
+                # Only the LightningModule knows what a tuple means; the names of a mapping's parts say it themselves.
+                otherwise, parts = pl_module if pl_module in runners else runners[0], named(batch)
+                runner = otherwise if parts is None else next((m for m in runners if fits(m, parts)), otherwise)
                 return call(runner, batch, every_logit=every_logit)
 
         return forward
+
+    def _loaders(self, trainer: pl.Trainer) -> tuple[list[Any], str]:
+        """The dataloaders to draw samples from, and their name."""
+        if isinstance(self.calibration, DataLoader):
+            return [self.calibration], "the dataloader given"
+        if self.calibration == "train":
+            return [single(trainer.train_dataloader)], TRAIN
+        if trainer.val_dataloaders is None and trainer.enable_validation:  # none has been due yet
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        if trainer.val_dataloaders is None:
+            raise CalibrationError(
+                "calibration='val' takes its samples from the validation dataloader, and the trainer has none: give it "
+                "one (with a validation_step, and limit_val_batches above 0), or GPTQCallback(calibration=LOADER)"
+            )
+        return tree_leaves(trainer.val_dataloaders), VALIDATION
 
     def _export(self, module: nn.Module, quantizer: QuantizeModule) -> None:
         """Rank 0 writes; the others learn whether it could."""
@@ -403,6 +449,37 @@ class GPTQCallback(pl.Callback):
             quantizer.report.deviations.append(f"{error}: exported to {directory.name} instead")
             self.export_dir = directory
         quantizer.export(module, directory, tokenizer=self.tokenizer, overwrite=self.overwrite)
+
+
+def _kept(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
+    """The data in a form that can be read twice."""
+    refuse_single(data)
+    if isinstance(data, DataLoader) or iter(data) is not data:
+        return data
+    return list(islice(data, nsamples + 1))
+
+
+def _is_sampled(data: Any) -> bool:
+    return isinstance(data, (str, DataLoader))
+
+
+def _beginning(data: Iterable[Any]) -> Iterable[Any] | None:
+    """The first batch of every source that can be read ahead; None without."""
+    if isinstance(data, Sources):
+        first = data.beginning()
+        return first if first.parts else None
+    return islice(data, 1) if isinstance(data, DataLoader) else None
+
+
+def _part(fraction: float, nsamples: int) -> int:
+    """How many of the samples that is: at least one, and not all."""
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
+        raise ValueError(
+            f"mix_fraction must be a number in [0, 1), got {fraction!r}; for no other data use calibration="
+        )
+    if fraction and nsamples < 2:
+        raise ValueError("nsamples=1 leaves nothing to mix: raise it, or leave mix out")
+    return min(max(1, round(fraction * nsamples)), nsamples - 1) if fraction else 0
 
 
 def _defines_forward(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import yaml
 
 BITS = (2, 3, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+TOKEN_WEIGHTINGS = ("all", "labels")
 QUANTIZER_NAME = "gptq_plugin"
 
 # What a `dynamic` rule may override for the modules it matches.
@@ -32,7 +33,15 @@ MODULE_FIELDS = (
     "clip_ratios",
 )
 # Fields other tools do not know; in quantize_config.json they live under `meta`, where no client trips over them.
-_META_FIELDS = ("clip_ratios", "modules_to_not_convert", "model_seqlen", "nsamples", "batch_size", "seed")
+_META_FIELDS = (
+    "clip_ratios",
+    "modules_to_not_convert",
+    "model_seqlen",
+    "nsamples",
+    "batch_size",
+    "seed",
+    "token_weighting",
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class QuantizeConfig:
         nsamples: Number of calibration samples over all ranks.
         batch_size: Calibration samples in one forward.
         seed: Seed of the choice of calibration samples.
+        token_weighting: Which positions of a calibration batch count: ``"all"`` but padding, or only those with
+            ``"labels"`` that enter the loss (not -100). A causal model's loss compares position i with label i + 1.
         checkpoint_format: ``"gptq"`` (v1, stores zeros minus one) or ``"gptq_v2"``.
 
     Raises:
@@ -97,6 +108,7 @@ class QuantizeConfig:
     nsamples: int = 128
     batch_size: int = 8
     seed: int = 0
+    token_weighting: str = "all"
     checkpoint_format: str = "gptq"
 
     def __post_init__(self) -> None:
@@ -105,6 +117,7 @@ class QuantizeConfig:
         object.__setattr__(self, "clip_ratios", tuple(self.clip_ratios or ()))
         object.__setattr__(self, "dynamic", {k: dict(v or {}) for k, v in (self.dynamic or {}).items()})
         _one_of("bits", self.bits, BITS)
+        _one_of("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
         _one_of("checkpoint_format", self.checkpoint_format, CHECKPOINT_FORMATS)
         for name in ("sym", "desc_act", "static_groups", "true_sequential", "lm_head"):
             _one_of(name, getattr(self, name), (True, False))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
+from gptq_plugin.batches import named, to_device
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.pretrained import is_transformers
 
@@ -17,8 +17,9 @@ from gptq_plugin.pretrained import is_transformers
 def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torch.device | None = None) -> Any:
     """Calls the model as its users would.
 
-    A mapping is spread over the forward's keywords, without those it does not take; a tensor is passed as it
-    is; of a tuple or list (inputs, targets, ...) the first element is passed. For transformers' models what
+    A mapping (or a dataclass, or a named tuple, by its fields) is spread over the forward's keywords, without those it
+    does not take, or else passed as it is, as a tensor is; of a tuple or list (inputs, targets, ...) the first element
+    is passed. For transformers' models what
     calibration does not need is left out: the cache, the loss of a decoder, and, unless `every_logit`, all
     logits but the last position's.
 
@@ -37,9 +38,10 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
     if device is not None:
         data = to_device(data, device)
     signature = inspect.signature(model.forward)
-    if isinstance(data, Mapping):
-        if fits(model, data):
-            return model(**_keywords(model, signature, data, every_logit))
+    parts = named(data)
+    if parts is not None:
+        if fits(model, parts):
+            return model(**_keywords(model, signature, parts, every_logit))
         if _binds(signature, data) and not is_transformers(model):
             return model(data)
     elif isinstance(data, (list, tuple)) and data:
@@ -62,21 +64,11 @@ def fits(model: nn.Module, data: Mapping[str, Any]) -> bool:
     return bool(set(keywords) & set(data)) and _binds(signature, **keywords)
 
 
-def to_device(data: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device."""
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(data, Mapping):  # BatchEncoding and the like are no pytrees
-        return {key: tree_map(move, value) for key, value in data.items()}
-    return tree_map(move, data)
-
-
 def describe(data: Any) -> str:
     """A batch in a few words, for an error."""
-    if isinstance(data, Mapping):
-        return "keys " + ", ".join(map(str, data))
+    parts = named(data)
+    if parts is not None:
+        return "keys " + ", ".join(map(str, parts))
     if isinstance(data, torch.Tensor):
         return f"tensor {tuple(data.shape)} {data.dtype}"
     return type(data).__name__

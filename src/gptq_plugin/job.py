@@ -7,13 +7,12 @@ The model's own modules and parameters stay what they are: while the batches wal
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 
 from gptq_plugin import distributed, lockstep, memory
 from gptq_plugin.activations import Activations
-from gptq_plugin.calibration import Batch, Calibration, masks_in
+from gptq_plugin.calibration import Batch, Calibration
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.export import Export
 from gptq_plugin.hessian import Hessian
-from gptq_plugin.pretrained import transformers_models
+from gptq_plugin.positions import Positions
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.report import ModuleReport, QuantizeReport
 from gptq_plugin.results import Results
@@ -39,8 +38,6 @@ log = logging.getLogger(__name__)
 
 ModelForward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, str], None]
-
-_running: ContextVar[int | None] = ContextVar("number of the calibration batch that runs on this thread", default=None)
 
 
 @dataclass(frozen=True)
@@ -107,12 +104,12 @@ class Job:
     solved: dict[str, _Solved] = field(default_factory=dict)
     hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
     remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
-    masks: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     stopwatches: list[Stopwatch] = field(default_factory=list)
     samples: int = 0
 
     def __post_init__(self) -> None:
         self.activations = Activations(self.device, None)
+        self.positions = Positions(self.model, self.calibration.batches, self.config.token_weighting)
         self._by_name = {target.name: target for target in self.targets}
 
     def run(self) -> tuple[dict[str, QuantLinear], QuantizeReport]:
@@ -124,7 +121,7 @@ class Job:
         notes = lockstep.Walk()
         home = self.targets[0].weight.device
         self.results = Results(home, self.export)
-        with contextlib.closing(self.results), self._weights() as self.weights, self._watching_masks():
+        with contextlib.closing(self.results), self._weights() as self.weights, self.positions.watching():
             groups = self._plan(modules, forwards)
             planned = time.perf_counter() - started
             for stop in lockstep.walk(
@@ -145,7 +142,7 @@ class Job:
         return self.results.layers, self._report(reports, notes, seconds)
 
     def rehearse(self, whole: bool) -> None:
-        """One batch of each rank through the model, layer by layer, with nothing quantized."""
+        """One batch of each source on each rank through the model, layer by layer, with nothing quantized."""
         self.samples = self._count_samples()
         known = [batch.tokens for batch in self.calibration.batches]
         totals = distributed.gather_objects(None if None in known else sum(n for n in known if n is not None))
@@ -155,16 +152,18 @@ class Job:
         groups = [lockstep.Group((name,)) for name in modules]
         reached: set[str] = set()
 
-        def observe(group: lockstep.Group, number: int, x: Tensor) -> None:
-            rows, _ = self.calibration.batches[number].counted(x, self.masks.get(number))
+        def observe(number: int, group: lockstep.Group, _alone: int, x: Tensor) -> None:
+            rows, _ = self.positions.rows(number, x)
             if rows is not None and not torch.isfinite(rows).all():
                 raise CalibrationError(_not_finite(group.names[0], f"calibration batch {number}"))
             reached.add(group.names[0])
 
-        with self._weights(), self._watching_masks():
-            for batch in self.calibration.batches[:1]:
-                for _ in lockstep.walk(groups, modules, [self._forward(0, batch)], observe):
+        with self._weights(), self.positions.watching():
+            for number in self.calibration.first_batches:
+                forward = self._forward(number, self.calibration.batches[number])
+                for _ in lockstep.walk(groups, modules, [forward], partial(observe, number)):
                     pass
+        self.positions.check()
         if not any(distributed.gather_objects(bool(reached))):
             raise CalibrationError(self._unreached())
 
@@ -177,7 +176,7 @@ class Job:
 
     def _forward(self, number: int, batch: Batch) -> lockstep.Forward:
         def run() -> Any:
-            _running.set(number)  # each forward has context variables of its own
+            self.positions.runs(number)
             with self.activations.running(number):
                 return self.forward(self.model, batch.data)
 
@@ -203,25 +202,6 @@ class Job:
         if self.offload_weights:
             weights.capacity = weights.few
         return weights
-
-    @contextlib.contextmanager
-    def _watching_masks(self) -> Iterator[None]:
-        """Takes each batch's masks from the call that reaches the model, however the user's batch is laid out."""
-
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            number = _running.get()
-            masks = masks_in({**kwargs, **inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments})
-            if number is not None and masks is not None:
-                self.masks[number] = masks
-
-        handles = [
-            model.register_forward_pre_hook(watch, with_kwargs=True) for _, model in transformers_models(self.model)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _plan(self, modules: dict[str, nn.Module], forwards: list[lockstep.Forward]) -> list[lockstep.Group]:
         """The groups, from the forward of the largest batch, which also shows what has to be where in the walk.
@@ -265,7 +245,7 @@ class Job:
     def _observe(self, group: lockstep.Group, number: int, x: Tensor) -> None:
         with self.activations.untracked():
             hessian = self._hessian(group)
-            rows, remark = self.calibration.batches[number].counted(x, self.masks.get(number))
+            rows, remark = self.positions.rows(number, x)
             if remark is not None:
                 self.remarks[group.names[0]][remark] += 1
             if rows is not None:
@@ -357,6 +337,7 @@ class Job:
                 f"the calibration set is too short: {tokens} tokens in {self.samples} samples, while even the "
                 f"narrowest layer has {least} inputs, so no Hessian would have full rank. Give more samples "
                 f"(nsamples is {self.config.nsamples}) or longer ones (model_seqlen is {self.config.model_seqlen})"
+                + (", or count all tokens: token_weighting is 'labels'" if self.config.token_weighting != "all" else "")
             )
 
     def _reports(self) -> list[ModuleReport]:
@@ -378,15 +359,13 @@ class Job:
         )
 
     def _report(self, reports: list[ModuleReport], notes: lockstep.Walk, seconds: dict[str, float]) -> QuantizeReport:
-        late: dict[str, int] = defaultdict(int)
-        for one in distributed.gather_objects(notes.late):
-            for name, calls in one.items():
-                late[name] += calls
+        late = _added_up(notes.late)
         deviations: list[str] = []
         for one in distributed.gather_objects(self.calibration.deviations):
             deviations += [deviation for deviation in one if deviation not in deviations]
         if self.samples < self.config.nsamples:
             deviations.append(f"{self.samples} calibration samples used, nsamples={self.config.nsamples} asked")
+        deviations += [f"{n} calibration batches {note}" for note, n in _added_up(self.positions.notes()).items() if n]
         deviations += [
             f"{name}: {calls} calls came after it was quantized; their inputs are not in its Hessian"
             for name, calls in late.items()
@@ -398,7 +377,17 @@ class Job:
             tokens=max(report.tokens for report in reports),
             seconds=seconds,
             deviations=deviations,
+            calibration="; ".join(f"{n} samples of {name}" for name, n in _added_up(self.calibration.sources).items()),
         )
+
+
+def _added_up(counts: dict[str, int]) -> dict[str, int]:
+    """The sums over all ranks."""
+    sums: dict[str, int] = defaultdict(int)
+    for one in distributed.gather_objects(counts):
+        for name, count in one.items():
+            sums[name] += count
+    return sums
 
 
 def _not_finite(layer: str, where: str) -> str:

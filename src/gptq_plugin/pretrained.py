@@ -14,6 +14,21 @@ def is_transformers(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, kind)
 
 
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether it is a transformers model that reads one sequence and writes another."""
+    return is_transformers(module) and bool(getattr(module.config, "is_encoder_decoder", False))
+
+
+def predicts_next(module: nn.Module) -> bool:
+    """Whether position i predicts label i + 1, because the model's own loss shifts the labels.
+
+    That is so for transformers' decoders that generate. Encoder-decoders shift their inputs instead, heads for masked
+    tokens or classes of tokens shift nothing, and a model without a head has no loss.
+    """
+    generates = is_transformers(module) and module.can_generate()  # type: ignore[operator]
+    return bool(generates) and not is_encoder_decoder(module)
+
+
 def transformers_models(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The outermost transformers models in a tree, with their dotted names."""
     if is_transformers(root):

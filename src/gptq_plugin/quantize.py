@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from gptq_plugin import distributed
+from gptq_plugin.batches import to_device
 from gptq_plugin.calibration import collect
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export import Export, client_config, export_model
-from gptq_plugin.forward import call, to_device
+from gptq_plugin.forward import call
 from gptq_plugin.grid import round_to_nearest
 from gptq_plugin.job import Job, ModelForward, Progress, float_reports, module_report
 from gptq_plugin.memory import numbered

@@ -7,7 +7,7 @@ source, memory-mapped from `datasets`' cache where it comes from files.
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, load_dataset
@@ -127,6 +127,22 @@ def texts(documents: Dataset) -> Iterable[str]:
     for rows in documents.iter(batch_size=64):
         for text in rows[TEXT]:
             yield text or ""
+
+
+def passages(documents: Dataset, characters: int = 2000, seed: int = 0) -> Iterator[str]:
+    """Pieces of documents drawn at random, read as they are asked for: general text to mix into calibration.
+
+    Args:
+        documents: From one of the functions above.
+        characters: Length of a piece; a document's last one is left out when shorter, unless it is the only one.
+        seed: Of the order of the documents.
+    """
+    if characters < 1:
+        raise DataError(f"characters must be at least 1, got {characters}")
+    for text in texts(documents.shuffle(seed=seed)):
+        for start in range(0, max(1, len(text) - characters + 1), characters):
+            if piece := text[start : start + characters].strip():
+                yield piece
 
 
 def _is_table(paragraph: str) -> bool:

@@ -1,0 +1,84 @@
+"""What a batch of the user's own making holds: its parts by name, its labels, its samples, its device."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+def named(data: Any) -> Mapping[str, Any] | None:
+    """The parts of a mapping, a dataclass or a named tuple by name; None when they have no names."""
+    if isinstance(data, Mapping):
+        return data
+    if _is_dataclass(data):
+        return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    return data._asdict() if isinstance(data, tuple) and hasattr(data, "_asdict") else None
+
+
+def labels_in(data: Any) -> Tensor | None:
+    """The labels of a batch's positions, int [samples, positions], however deep they lie; None without, or with
+    several: which of them belongs to a call cannot be told."""
+    found = [value for name, value in _leaves(data) if name == "labels" and is_token_labels(value)]
+    return found[0] if len(found) == 1 else None
+
+
+def is_token_labels(value: Any) -> bool:
+    """Whether it holds a class for every position: not one for a sample, and no regression's targets."""
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+def samples_in(data: Any) -> int:
+    """The first dimension of its first tensor; 1 when it holds none."""
+    if isinstance(data, Tensor):
+        return data.shape[0] if data.dim() else 1
+    return next((v.shape[0] for _, v in _leaves(data) if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device; the batch given stays as it is."""
+    if isinstance(data, Mapping):
+        if not isinstance(data, dict) and hasattr(data, "to"):  # a BatchEncoding, which moves itself in place
+            return copy.copy(data).to(device)
+        return {key: to_device(value, device) for key, value in data.items()}
+    if _is_dataclass(data):
+        moved = copy.copy(data)
+        for field in dataclasses.fields(data):
+            object.__setattr__(moved, field.name, to_device(getattr(data, field.name), device))  # it may be frozen
+        return moved
+
+    def move(value: Any) -> Any:
+        if _is_inner(value):
+            return to_device(value, device)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return tree_map(move, data, is_leaf=_is_inner)  # BatchEncoding and dataclasses are no pytrees
+
+
+def _is_inner(value: Any) -> bool:
+    return isinstance(value, Mapping) or _is_dataclass(value)
+
+
+def _is_dataclass(data: Any) -> bool:
+    return dataclasses.is_dataclass(data) and not isinstance(data, type)
+
+
+def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested mappings, dataclasses, tuples and objects, each with the name it has there."""
+    parts = named(data)
+    if parts is not None:
+        for key, value in parts.items():
+            yield from _leaves(value, str(key))
+    elif isinstance(data, (list, tuple)):
+        for value in data:
+            yield from _leaves(value)
+    elif not name and not isinstance(data, Tensor) and hasattr(data, "__dict__"):
+        for key, value in vars(data).items():  # an object of the user's own
+            yield from _leaves(value, key)
+    else:
+        yield name, data
