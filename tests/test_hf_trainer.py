@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, SubsetRandomSampler
 from transformers import (
@@ -131,10 +131,10 @@ def test_the_best_model_is_what_is_quantized(tmp_path):
     model = llama()
     trainer = train(
         model, [Watch(), GPTQTrainerCallback(QuantizeModule(**SMALL), tmp_path / "out", swap=False)], tmp_path,
-        max_steps=4, learning_rate=1.0, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1,
+        max_steps=4, greater_is_better=True, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1,
         load_best_model_at_end=True, trainer_options={"eval_dataset": Rows()},
     )  # fmt: skip
-    assert not trainer.state.best_model_checkpoint.endswith("-4")  # such a learning rate makes it worse
+    assert trainer.state.best_model_checkpoint.endswith("-1")  # of the highest loss, to tell it from the last
     best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
     weight = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(best[weight], trained[0][weight])
@@ -199,12 +199,12 @@ def test_a_subclass_with_a_loss_a_collator_and_columns_of_its_own_is_calibrated_
 def test_samples_a_samplers_subset_leaves_out_are_left_out(tmp_path):
     class Some(Trainer):
         def _get_train_sampler(self, train_dataset=None):
-            return SubsetRandomSampler([3, 5, 8])
+            return SubsetRandomSampler([3, 5, 8, 11, 17])
 
     data = Rows()
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL))
     train(llama(), [callback], tmp_path, data, kind=Some)
-    assert callback.report.samples == 3 and set(data.read) == {3, 5, 8}
+    assert callback.report.samples == 5 and set(data.read) == {3, 5, 8, 11, 17}
 
 
 class Stream(IterableDataset):
@@ -278,7 +278,8 @@ def test_sharded_parameters_are_refused_before_training_with_the_remedy(kind, tm
     class Sharded(Untrained):
         def _prepare_for_training(self, *args):
             values = super()._prepare_for_training(*args)
-            monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", type(AcceleratorState().distributed_type)(kind))  # fmt: skip  # noqa: E501
+            # accelerate would want two GPUs for it: its record of the kind is all that differs here
+            monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType(kind))
             return values
 
     with pytest.raises(NotImplementedError, match=f"{kind} shards them.*save the full model and run gptq-quantize"):
@@ -376,6 +377,7 @@ assert not any(key.endswith("qweight") for key in model.state_dict())
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_codes_of_one_count_each_sample_once_and_both_learn_of_a_failure(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     here = Path(__file__).parent
