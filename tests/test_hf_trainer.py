@@ -196,11 +196,14 @@ def test_a_subclass_with_a_loss_a_collator_and_columns_of_its_own_is_calibrated_
     assert callback.report.tokens == 17 * 11
 
 
-def test_samples_a_samplers_subset_leaves_out_are_left_out(tmp_path):
-    class Some(Trainer):
-        def _get_train_sampler(self, train_dataset=None):
-            return SubsetRandomSampler([3, 5, 8, 11, 17])
+class Some(Trainer):
+    """Draws 5 of the samples only."""
 
+    def _get_train_sampler(self, train_dataset=None):
+        return SubsetRandomSampler([3, 5, 8, 11, 17])
+
+
+def test_samples_a_samplers_subset_leaves_out_are_left_out(tmp_path):
     data = Rows()
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL))
     train(llama(), [callback], tmp_path, data, kind=Some)
@@ -357,13 +360,13 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from test_hf_trainer import Rows, SMALL, Stream, llama, train
+from test_hf_trainer import Rows, SMALL, Some, Stream, Trainer, llama, train
 from gptq_plugin import GPTQTrainerCallback, QuantizeModule
 out, rank = Path(sys.argv[2]), os.environ.get("RANK", "0")
-for name, data, samples in (("rows", Rows(), 17), ("stream", Stream(), 24)):
+for name, data, kind, samples in (("rows", Rows(), Trainer, 17), ("some", Rows(), Some, 17), ("stream", Stream(), Trainer, 24)):
     model = llama()
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL | {"nsamples": samples}), out / name)
-    train(model, [callback], out, data, learning_rate=0.0, per_device_train_batch_size=4)
+    train(model, [callback], out, data, kind, learning_rate=0.0, per_device_train_batch_size=4, max_steps=1)
     torch.save(model.state_dict(), out / f"{name}{rank}.pt")
     (out / f"{name}{rank}.json").write_text(callback.report.to_json())
 class Full:
@@ -387,7 +390,7 @@ def test_two_ranks_give_the_codes_of_one_count_each_sample_once_and_both_learn_o
         command = [sys.executable, *launcher, tmp_path / "rank.py", here, tmp_path / str(ranks)]
         done = subprocess.run(command, cwd=tmp_path, timeout=300, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    for name, samples in (("rows", 17), ("stream", 24)):
+    for name, samples in (("rows", 17), ("some", 5), ("stream", 24)):
         one, first, second = (torch.load(tmp_path / f) for f in (f"1/{name}0.pt", f"2/{name}0.pt", f"2/{name}1.pt"))
         assert all(torch.equal(first[key], second[key]) for key in one)
         codes = [key for key in one if key.endswith("qweight")]
