@@ -363,7 +363,8 @@ sys.path.insert(0, sys.argv[1])
 from test_hf_trainer import Rows, SMALL, Some, Stream, Trainer, llama, train
 from gptq_plugin import GPTQTrainerCallback, QuantizeModule
 out, rank = Path(sys.argv[2]), os.environ.get("RANK", "0")
-for name, data, kind, samples in (("rows", Rows(), Trainer, 17), ("some", Rows(), Some, 17), ("stream", Stream(), Trainer, 24)):
+runs = {"rows": (Rows(), Trainer, 17), "some": (Rows(), Some, 17), "stream": (Stream(), Trainer, 24)}
+for name, (data, kind, samples) in runs.items():
     model = llama()
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL | {"nsamples": samples}), out / name)
     train(model, [callback], out, data, kind, learning_rate=0.0, per_device_train_batch_size=4, max_steps=1)
