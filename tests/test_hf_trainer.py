@@ -338,7 +338,35 @@ def test_a_failure_leaves_the_trained_weights_the_checkpoint_and_no_folder(faili
         train(model, [callback], tmp_path, save_strategy="steps", save_steps=3)
     assert quantized(model) == [] and same(model, twin)
     assert (tmp_path / "run" / "checkpoint-3" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "trained-3").exists()  # the checkpoint holds them
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "plain"])
+def test_trained_weights_that_no_checkpoint_holds_are_saved_when_quantization_fails(kind, tmp_path):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, input_ids, labels):
+            return self.inner(input_ids=input_ids, labels=labels)
+
+    class Full(Tokenizer):
+        def save_pretrained(self, directory):
+            raise OSError("disk full")
+
+    new = llama if kind == "transformers" else lambda: Plain()
+    model, twin = new(), new()
+    train(twin, [], tmp_path)
+    with pytest.raises(OSError, match="disk full"):
+        train(model, [GPTQTrainerCallback(QuantizeModule(**SMALL), tmp_path / "out", tokenizer=Full())], tmp_path)
+    folder = tmp_path / "run" / "trained-3"
+    if kind == "transformers":
+        assert same(AutoModelForCausalLM.from_pretrained(folder), twin)
+    else:
+        model.load_state_dict(torch.load(folder / "pytorch_model.bin"))
+        assert same(model, twin)
 
 
 def test_a_folder_that_was_taken_during_training_costs_nothing(tmp_path):

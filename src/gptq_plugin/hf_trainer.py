@@ -29,6 +29,7 @@ from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, to_device
 from gptq_plugin.handover import export_from_first
 from gptq_plugin.job import ModelForward, Progress
+from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.progress import tqdm_progress
 from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.report import QuantizeReport
@@ -44,8 +45,8 @@ class GPTQTrainerCallback(TrainerCallback):
 
     With `load_best_model_at_end` that is the best model. What cannot work (no layer to quantize, a group size that
     does not divide, data that does not fit, an export folder that exists, sharded parameters) is refused before the
-    first training step. If quantization fails, the exception leaves `train` with the trained weights in place and
-    the checkpoints written.
+    first training step. If quantization fails, the exception leaves `train` with the trained weights in place; where
+    no checkpoint of the run holds them, they are saved to ``trained-STEP`` in its `output_dir`.
 
     Args:
         quantizer: What to do.
@@ -134,6 +135,7 @@ class GPTQTrainerCallback(TrainerCallback):
         model.zero_grad(set_to_none=True)
         optimizer.state.clear()
         with (
+            _weights_saved_on_failure(model, args, state),
             _random_numbers_kept(args.device),
             torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
             _progress(args, state) as progress,
@@ -233,6 +235,31 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         numpy.random.set_state(arrays)
+
+
+@contextlib.contextmanager
+def _weights_saved_on_failure(model: nn.Module, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+    """A script whose `train` raises does not reach its `save_model`, and the run may have saved no checkpoint."""
+    try:
+        yield
+    except Exception:
+        assert args.output_dir is not None  # TrainingArguments has set its default
+        output = Path(args.output_dir)
+        last = output / f"checkpoint-{state.global_step}"
+        held = last.exists() or (args.load_best_model_at_end and state.best_model_checkpoint is not None)
+        if state.is_world_process_zero and not held:
+            folder = output / f"trained-{state.global_step}"
+            log.error("quantization failed, and no checkpoint holds the trained weights: saving them to %s", folder)
+            _save(model, folder)
+        raise
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    if is_transformers(model):
+        model.save_pretrained(folder)  # type: ignore[operator]
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
 @contextlib.contextmanager
