@@ -120,7 +120,7 @@ heavy = {"torch", "lightning", "transformers", "datasets", "hydra", "triton", "y
 assert not heavy & {name.split(".")[0] for name in sys.modules}
 assert {name for name in sys.modules if name.startswith("gptq_plugin")} == {"gptq_plugin"}
 assert dict(os.environ) == before
-assert len(gptq_plugin.__all__) == 5 and set(gptq_plugin.__all__) <= set(dir(gptq_plugin))
+assert len(gptq_plugin.__all__) == 6 and set(gptq_plugin.__all__) <= set(dir(gptq_plugin))
 try:
     gptq_plugin.GPTQCalback
 except AttributeError as error:

@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import Trainer as HFTrainer
 
 from gptq_plugin import QuantLinear
 
@@ -58,7 +59,7 @@ class Characters:
 
 
 def test_the_python_snippets_run(tmp_path, monkeypatch):
-    training, plain, streamed = snippets()
+    training, plain, hf, streamed = snippets()
     monkeypatch.chdir(tmp_path)
     names = {"tokenizer": Characters(), "lightning_module": FineTune(), "datamodule": Data()}
     short = training.replace("Trainer(", 'Trainer(max_epochs=1, accelerator="cpu", logger=False, ', 1)
@@ -70,6 +71,12 @@ def test_the_python_snippets_run(tmp_path, monkeypatch):
     exec(compile(plain.replace('"out"', '"out2"'), "README.md", "exec"), second)
     assert (tmp_path / "out2" / "model.safetensors").exists()
     assert len(second["report"].quantized) == 7
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 128, (32, 16))]
+    arguments = TrainingArguments("run", use_cpu=True, max_steps=1, report_to=[], save_strategy="no")
+    trained = {"quantizer": names["quantizer"], "Trainer": HFTrainer, "args": arguments, "dataset": rows}
+    exec(compile(hf, "README.md", "exec"), {**trained, "model": llama()})
+    assert (tmp_path / "hf-out" / "model.safetensors").exists()
 
     llama().save_pretrained("float")
     texts = ["some text", "more text"]

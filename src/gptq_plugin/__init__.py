@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptq_plugin.callback import GPTQCallback
     from gptq_plugin.config import QuantizeConfig
+    from gptq_plugin.hf_trainer import GPTQTrainerCallback
     from gptq_plugin.load import load_quantized
     from gptq_plugin.qlinear import QuantLinear
     from gptq_plugin.quantize import QuantizeModule
 
-__all__ = ["GPTQCallback", "QuantLinear", "QuantizeConfig", "QuantizeModule", "load_quantized"]
+__all__ = ["GPTQCallback", "GPTQTrainerCallback", "QuantLinear", "QuantizeConfig", "QuantizeModule", "load_quantized"]
 
 _HOME = {
     "GPTQCallback": "callback",
+    "GPTQTrainerCallback": "hf_trainer",
     "QuantLinear": "qlinear",
     "QuantizeConfig": "config",
     "QuantizeModule": "quantize",

@@ -19,8 +19,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -37,6 +35,7 @@ from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, fits
 from gptq_plugin.gate import Escalation, QualityGate, output_noise
 from gptq_plugin.job import Progress
+from gptq_plugin.lightning_roots import either
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
 from gptq_plugin.qlinear import QuantLinear
@@ -483,7 +482,8 @@ def _part(fraction: float, nsamples: int) -> int:
 
 
 def _defines_forward(module: nn.Module) -> bool:
-    return not isinstance(module, pl.LightningModule) or is_overridden("forward", module)
+    root = next((kind for kind in either("LightningModule") if isinstance(module, kind)), None)
+    return root is None or is_overridden("forward", module, root)
 
 
 def _is_dev_run(trainer: pl.Trainer) -> bool:
@@ -492,12 +492,13 @@ def _is_dev_run(trainer: pl.Trainer) -> bool:
 
 def _check_strategy(trainer: pl.Trainer, swap: bool) -> None:
     strategy = trainer.strategy
-    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+    sharding = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+    if any(isinstance(strategy, either(f"strategies.{name}")) for name in sharding):
         raise NotImplementedError(
             f"GPTQCallback needs whole parameters on every rank, and {type(strategy).__name__} shards them. Train "
             "without the callback, save a full checkpoint and run gptq-quantize on it"
         )
-    if swap and isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if swap and isinstance(strategy.launcher, either("strategies.launchers._MultiProcessingLauncher")):
         raise ValueError(
             f"strategy {trainer.strategy.launcher._start_method!r} trains in processes whose modules do not come "  # type: ignore[union-attr]
             "back: the quantized layers would be lost. Use strategy='ddp', or swap=False with an export_dir"

@@ -1,0 +1,63 @@
+"""The export at the end of a training run: rank 0 writes, all ranks learn whether it could, and no name stops it."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gptq_plugin import distributed
+from gptq_plugin.errors import ExportError
+from gptq_plugin.export import check_export_dir
+from gptq_plugin.quantize import QuantizeModule
+
+log = logging.getLogger(__name__)
+
+
+def export_from_first(
+    quantizer: QuantizeModule, module: nn.Module, directory: Path, *, tokenizer: Any = None, overwrite: bool = False
+) -> Path:
+    """Exports on rank 0. In a process group every rank calls it.
+
+    Args:
+        quantizer: What quantized the module; its report is exported with it.
+        module: The quantized module.
+        directory: Where to; a folder beside it when somebody else took the name during training.
+        tokenizer, overwrite: As for `QuantizeModule.export`.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ExportError: Rank 0 could not write; what stopped it leaves rank 0 as it is.
+    """
+    error: Exception | None = None
+    if distributed.rank() == 0:
+        try:
+            directory = _free_name(quantizer, directory, overwrite)
+            quantizer.export(module, directory, tokenizer=tokenizer, overwrite=overwrite)
+        except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
+            error = caught
+    message, name = distributed.object_from_first(
+        (None if error is None else f"{type(error).__name__}: {error}", directory.name)
+    )
+    if error is not None:
+        raise error
+    if message is not None:
+        raise ExportError(f"rank 0 could not export: {message}")
+    return directory.with_name(name)
+
+
+def _free_name(quantizer: QuantizeModule, directory: Path, overwrite: bool) -> Path:
+    try:
+        check_export_dir(directory, overwrite=overwrite)
+    except ExportError as error:
+        # It was free when training began. Days of work are not thrown away over a name.
+        directory = directory.with_name(f"{directory.name}-{uuid.uuid4().hex[:8]}")
+        log.warning("%s: exporting to %s instead", error, directory)
+        assert quantizer.report is not None
+        quantizer.report.deviations.append(f"{error}: exported to {directory.name} instead")
+    return directory

@@ -1,0 +1,104 @@
+"""GPTQCallback in a trainer of the older import root, `pytorch_lightning`, whose classes are others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import lightning.pytorch as newer
+import pytest
+import pytorch_lightning as older  # comes with lightning
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear, load_quantized
+from gptq_plugin.errors import CalibrationError
+
+SMALL = {"group_size": 32, "nsamples": 16, "batch_size": 4}
+
+
+class Base(older.LightningModule):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Holds(Base):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                                 num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
+        )  # fmt: skip
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(**batch).loss
+        self.log("loss", loss)
+        return loss
+
+    test_step = training_step
+
+
+class NoForward(Base):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(64, 32)
+
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("training began")
+
+
+def loader():
+    ids = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
+    return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=8)
+
+
+def trainer(callback, tmp_path, root=older, **options):
+    values = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+              "enable_model_summary": False, "default_root_dir": tmp_path}  # fmt: skip
+    return root.Trainer(**{**values, **options}, callbacks=[callback])
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_its_trainer_fits_quantizes_exports_and_tests(swap, tmp_path):
+    module = Holds()
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", swap=swap)
+    fitted = trainer(callback, tmp_path)
+    fitted.fit(module, loader())
+    assert callback.report.samples == 16 and callback.report.tokens == 16 * 16
+    assert sum(isinstance(layer, QuantLinear) for layer in module.modules()) == (7 if swap else 0)
+    assert load_quantized(tmp_path / "out").generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)
+    assert fitted.test(module, loader(), verbose=False)[0]["loss"] > 0
+
+
+def test_a_module_without_a_forward_is_told_what_to_add(tmp_path):
+    batches = DataLoader([(torch.randn(64), torch.randn(32)) for _ in range(8)], batch_size=4)
+    with pytest.raises(CalibrationError, match=r"NoForward has no forward: give it a method calibration_step"):
+        trainer(GPTQCallback(QuantizeModule(**SMALL)), tmp_path).fit(NoForward(), batches)
+
+
+@pytest.mark.parametrize("root", [older, newer], ids=["older", "newer"])
+@pytest.mark.parametrize("name", ["ModelParallelStrategy", "FSDPStrategy"])
+def test_strategies_that_shard_are_refused_under_either_root(root, name, tmp_path):
+    callback = GPTQCallback(QuantizeModule(**SMALL))
+    sharded = trainer(callback, tmp_path, root)
+    sharded._accelerator_connector.strategy = getattr(root.strategies, name)()
+    with pytest.raises(NotImplementedError, match=f"{name} shards them"):
+        callback.setup(sharded, Holds(), "fit")
+
+
+@pytest.mark.parametrize("root", [older, newer], ids=["older", "newer"])
+def test_launchers_whose_modules_do_not_come_back_are_refused_under_either_root(root, tmp_path):
+    callback = GPTQCallback(QuantizeModule(**SMALL))
+    spawning = trainer(callback, tmp_path, root, devices=2, strategy="ddp_spawn")
+    spawning.strategy._configure_launcher()
+    with pytest.raises(ValueError, match="swap=False"):
+        callback.setup(spawning, Holds(), "fit")
+
+
+@pytest.mark.slow
+def test_the_older_root_is_not_imported_by_the_callback():
+    code = "import sys; from gptq_plugin import GPTQCallback; sys.exit('pytorch_lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
