@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import math
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -19,28 +18,27 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from gptq_plugin import distributed
 from gptq_plugin.adapters import base_copy, has_adapters, merged_copy
 from gptq_plugin.batches import named
 from gptq_plugin.calibration import Sources, collect, refuse_single
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.errors import CalibrationError, ExportError, QualityError, TargetError
+from gptq_plugin.errors import CalibrationError, QualityError, TargetError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, fits
 from gptq_plugin.gate import Escalation, QualityGate, output_noise
+from gptq_plugin.handover import check_own_folders, export_from_first
 from gptq_plugin.job import Progress
-from gptq_plugin.lightning_roots import either
+from gptq_plugin.lightning_roots import either, overrides
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
-from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.qlinear import swap as swap_modules
 from gptq_plugin.quantize import QuantizeModule, evaluating
+from gptq_plugin.refusals import refuse_adapters, refuse_quantized, refuse_strategy
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.sampling import TRAIN, VALIDATION, dealt, sampled, single
 from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
@@ -146,41 +144,25 @@ class GPTQCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" or _is_dev_run(trainer):
             return
-        if any(isinstance(layer, QuantLinear) for layer in pl_module.modules()):
-            raise TargetError(
-                f"{type(pl_module).__name__} is quantized, and quantized weights cannot be trained: build the module "
-                "anew, or load a float checkpoint into a new one "
-                f"({self._float_checkpoint() or 'MyModule.load_from_checkpoint(path)'})"
-            )
+        refuse_quantized(pl_module, self._float_checkpoint())
         check_weights(trainer, self.weights)
-        _check_strategy(trainer, self.swap is not False)
+        refuse_strategy(trainer, self.swaps(pl_module))
         if self.quantizer.offload_weights and trainer.strategy.root_device.type == "cuda":
             raise ValueError(
                 "offload_weights=True streams a model from the CPU, and training has it on the GPU: leave the option "
                 "out, or save a checkpoint and run gptq-quantize on it"
             )
-        _check_other_callbacks(trainer, pl_module, self)
+        self._check_others(trainer, pl_module)
         if self.export_dir is not None:
-            _check_own_folders(trainer, self.export_dir)
+            check_own_folders(self.export_dir, _run_folders(trainer))
             check_export_dir(self.export_dir, overwrite=self.overwrite)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
             return
         module = self.module_to_quantize(pl_module)
+        refuse_adapters(module, pl_module, self.swap, self.export_dir)
         if has_adapters(module):
-            if self.swap:
-                raise TargetError(
-                    "swap=True leaves the module quantized, and PEFT adapters stay as they are: leave swap out, and "
-                    "load the export with load_quantized"
-                )
-            if self.export_dir is None:
-                raise TargetError("a module with PEFT adapters is quantized on a copy: give an export_dir for it")
-            if module is pl_module:
-                raise TargetError(
-                    f"{type(pl_module).__name__} itself carries PEFT adapters, and a copy cannot stand in its place: "
-                    "hold the model in an attribute"
-                )
             module = base_copy(module)
         with uncompiled(module):
             self.quantizer.check(module)
@@ -286,7 +268,10 @@ class GPTQCallback(pl.Callback):
                             log.warning("not good enough, and exported as on_fail='warn' asks: %s", failure)
                     elif failures:
                         raise QualityError("; ".join(failures))
-                    self._export(module, quantizer)
+                    if self.export_dir is not None:
+                        self.export_dir = export_from_first(
+                            quantizer, module, self.export_dir, tokenizer=self.tokenizer, overwrite=self.overwrite
+                        )
                     return report
             except QualityError as error:
                 if not failures:
@@ -315,6 +300,14 @@ class GPTQCallback(pl.Callback):
             offload_activations=self.quantizer.offload_activations,
         )
         return quantizer, said
+
+    def _check_others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
+        if any(isinstance(other, GPTQCallback) and other.swaps(pl_module) for other in before):
+            raise ValueError(
+                "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
+                "quantize: give all but the last swap=False"
+            )
 
     def _float_checkpoint(self, trainer: pl.Trainer | None = None) -> str:
         if trainer is not None:
@@ -421,34 +414,6 @@ class GPTQCallback(pl.Callback):
             )
         return tree_leaves(trainer.val_dataloaders), VALIDATION
 
-    def _export(self, module: nn.Module, quantizer: QuantizeModule) -> None:
-        """Rank 0 writes; the others learn whether it could."""
-        if self.export_dir is None:
-            return
-        error: Exception | None = None
-        if distributed.rank() == 0:
-            try:
-                self._write(module, quantizer, self.export_dir)
-            except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
-                error = caught
-        message = distributed.object_from_first(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        if message is not None:
-            raise ExportError(f"rank 0 could not export: {message}")
-
-    def _write(self, module: nn.Module, quantizer: QuantizeModule, directory: Path) -> None:
-        try:
-            check_export_dir(directory, overwrite=self.overwrite)
-        except ExportError as error:
-            # It was free when training began. Days of work are not thrown away over a name.
-            directory = directory.with_name(f"{directory.name}-{uuid.uuid4().hex[:8]}")
-            log.warning("%s: exporting to %s instead", error, directory)
-            assert quantizer.report is not None
-            quantizer.report.deviations.append(f"{error}: exported to {directory.name} instead")
-            self.export_dir = directory
-        quantizer.export(module, directory, tokenizer=self.tokenizer, overwrite=self.overwrite)
-
 
 def _kept(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
     """The data in a form that can be read twice."""
@@ -482,27 +447,11 @@ def _part(fraction: float, nsamples: int) -> int:
 
 
 def _defines_forward(module: nn.Module) -> bool:
-    root = next((kind for kind in either("LightningModule") if isinstance(module, kind)), None)
-    return root is None or is_overridden("forward", module, root)
+    return not isinstance(module, either("LightningModule")) or overrides(module, "forward")
 
 
 def _is_dev_run(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))  # set by Lightning, but not declared
-
-
-def _check_strategy(trainer: pl.Trainer, swap: bool) -> None:
-    strategy = trainer.strategy
-    sharding = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-    if any(isinstance(strategy, either(f"strategies.{name}")) for name in sharding):
-        raise NotImplementedError(
-            f"GPTQCallback needs whole parameters on every rank, and {type(strategy).__name__} shards them. Train "
-            "without the callback, save a full checkpoint and run gptq-quantize on it"
-        )
-    if swap and isinstance(strategy.launcher, either("strategies.launchers._MultiProcessingLauncher")):
-        raise ValueError(
-            f"strategy {trainer.strategy.launcher._start_method!r} trains in processes whose modules do not come "  # type: ignore[union-attr]
-            "back: the quantized layers would be lost. Use strategy='ddp', or swap=False with an export_dir"
-        )
 
 
 @contextlib.contextmanager
@@ -522,27 +471,11 @@ def _without_adapters(
         swap_modules(pl_module, {name: module})
 
 
-def _check_other_callbacks(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: GPTQCallback) -> None:
-    before = trainer.callbacks[: trainer.callbacks.index(callback)]  # type: ignore[attr-defined]
-    if any(isinstance(other, GPTQCallback) and other.swaps(pl_module) for other in before):
-        raise ValueError(
-            "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
-            "quantize: give all but the last swap=False"
-        )
-
-
-def _check_own_folders(trainer: pl.Trainer, export_dir: Path) -> None:
-    """The export replaces its folder as a whole, so the run's own files must not lie in it."""
-    own = {"default_root_dir": trainer.default_root_dir, "the logger's folder": trainer.log_dir}
+def _run_folders(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
+    yield "default_root_dir", trainer.default_root_dir
+    yield "the logger's folder", trainer.log_dir
     for checkpoint in trainer.checkpoint_callbacks:
-        own["ModelCheckpoint's folder"] = getattr(checkpoint, "dirpath", None)
-    target = export_dir.resolve()
-    for what, folder in own.items():
-        if folder is not None and (target == Path(folder).resolve() or target in Path(folder).resolve().parents):
-            raise ExportError(
-                f"export_dir {export_dir} is or holds {what} ({folder}), where this run writes other files: choose "
-                "a folder beside or below it"
-            )
+        yield "ModelCheckpoint's folder", getattr(checkpoint, "dirpath", None)
 
 
 def _free_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

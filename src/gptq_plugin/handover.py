@@ -1,9 +1,13 @@
-"""The export at the end of a training run: rank 0 writes, all ranks learn whether it could, and no name stops it."""
+"""The export of a training run: checked before, and at the end written by rank 0, of which all ranks learn.
+
+No name stops it: the folder's may be taken while the run goes on.
+"""
 
 from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,25 @@ from gptq_plugin.export import check_export_dir
 from gptq_plugin.quantize import QuantizeModule
 
 log = logging.getLogger(__name__)
+
+
+def check_own_folders(export_dir: Path, own: Iterable[tuple[str, Any]]) -> None:
+    """The export replaces its folder as a whole, so a run's own files must not lie in it.
+
+    Args:
+        export_dir: Where the export goes.
+        own: What each of the run's folders is, and where; None is nowhere.
+
+    Raises:
+        ExportError: `export_dir` is one of them, or holds one.
+    """
+    target = export_dir.resolve()
+    for what, folder in own:
+        if folder is not None and (target == Path(folder).resolve() or target in Path(folder).resolve().parents):
+            raise ExportError(
+                f"export_dir {export_dir} is or holds {what} ({folder}), where this run writes other files: choose "
+                "a folder beside or below it"
+            )
 
 
 def export_from_first(

@@ -24,10 +24,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration import refuse_single
-from gptq_plugin.errors import ExportError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, to_device
-from gptq_plugin.handover import export_from_first
+from gptq_plugin.handover import check_own_folders, export_from_first
 from gptq_plugin.job import ModelForward, Progress
 from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.progress import tqdm_progress
@@ -112,7 +111,8 @@ class GPTQTrainerCallback(TrainerCallback):
                 "out, or save a checkpoint and run gptq-quantize on it"
             )
         if self.export_dir is not None:
-            _check_own_folders(args, self.export_dir)
+            own = [("output_dir", args.output_dir), ("logging_dir", getattr(args, "logging_dir", None))]
+            check_own_folders(self.export_dir, own)
             check_export_dir(self.export_dir, overwrite=self.overwrite)
         self.quantizer.check(model)
         whole = self.calibration is not None
@@ -200,18 +200,6 @@ def _check_whole(model: nn.Module) -> None:
             f"GPTQTrainerCallback needs whole parameters on every rank, and {kind if kind in _SHARDED else 'DTensor'} "
             "shards them. Train without the callback, save the full model and run gptq-quantize on it"
         )
-
-
-def _check_own_folders(args: TrainingArguments, export_dir: Path) -> None:
-    """The export replaces its folder as a whole, so the run's own files must not lie in it."""
-    target = export_dir.resolve()
-    own = {"output_dir": args.output_dir, "logging_dir": getattr(args, "logging_dir", None)}
-    for what, folder in own.items():
-        if folder is not None and (target == Path(folder).resolve() or target in Path(folder).resolve().parents):
-            raise ExportError(
-                f"export_dir {export_dir} is or holds {what} ({folder}), where this run writes other files: choose "
-                "a folder beside or below it"
-            )
 
 
 def _dealt(items: Iterable[Any]) -> Iterable[Any]:

@@ -8,8 +8,17 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
+
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 _ROOTS = ("lightning.pytorch", "pytorch_lightning")
+
+
+def overrides(pl_module: Any, hook: str) -> bool:
+    """Whether the module is a LightningModule of either root that has this method of its own."""
+    roots = [kind for kind in either("LightningModule") if isinstance(pl_module, kind)]
+    return bool(roots) and is_overridden(hook, pl_module, roots[0])
 
 
 def either(name: str) -> tuple[type, ...]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.lightning_roots import either
 
 
 def check_weights(trainer: pl.Trainer, weights: str) -> None:
@@ -69,7 +70,7 @@ def float_checkpoint(trainer: pl.Trainer, weights: str) -> str:
     """The checkpoint that was quantized, or training's last one; empty when there is none."""
     if weights != "last":
         return str(_path(trainer, weights))
-    saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    saved = _model_checkpoints(trainer)
     last = [c.last_model_path or ("" if c.monitor else c.best_model_path) for c in saved]
     return next((path for path in last if path), "")
 
@@ -102,9 +103,13 @@ def _path(trainer: pl.Trainer, weights: str) -> Path:
     return Path(best)
 
 
-def _monitoring(trainer: pl.Trainer) -> ModelCheckpoint | None:
-    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-    return found[0] if found else None
+def _monitoring(trainer: pl.Trainer) -> Any:
+    """The first ModelCheckpoint that has a metric to go by, or None."""
+    return next((c for c in _model_checkpoints(trainer) if c.monitor is not None), None)
+
+
+def _model_checkpoints(trainer: pl.Trainer) -> list[Any]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, either("callbacks.ModelCheckpoint"))]
 
 
 @contextlib.contextmanager

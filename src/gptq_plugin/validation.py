@@ -16,11 +16,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torchmetrics import Metric
 
 from gptq_plugin import distributed
+from gptq_plugin.lightning_roots import overrides
 from gptq_plugin.quantize import evaluating
 
 _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,7 +33,7 @@ _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
 
 def can_validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Whether there is a `validation_step` and a validation dataloader that is not switched off."""
-    return is_overridden("validation_step", pl_module) and bool(_loaders(trainer))
+    return overrides(pl_module, "validation_step") and bool(_loaders(trainer))
 
 
 def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
