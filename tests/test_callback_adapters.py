@@ -65,6 +65,23 @@ def test_several_callbacks_each_export_the_merged_model(tmp_path):
     assert [len(quantized(load_quantized(tmp_path / str(bits)))) for bits in (4, 3)] == [7, 7]
 
 
+def test_a_tie_that_the_adapters_broke_is_in_the_report(tmp_path):
+    class TiedHead(Holds):
+        def __init__(self):
+            super().__init__()
+            config = self.model.config
+            config.tie_word_embeddings = True
+            tied = type(self.model)(config)
+            options = {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": False}
+            self.model = peft.get_peft_model(tied, peft.LoraConfig(r=4, **options))
+
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")
+    fit(TiedHead(), token_loader(), [callback], tmp_path)
+    assert any("with tie_word_embeddings=false" in deviation for deviation in callback.report.deviations)
+    exported = load_quantized(tmp_path / "out")
+    assert not torch.equal(exported.lm_head.weight, exported.model.embed_tokens.weight)
+
+
 class NeverTrained:
     def training_step(self, batch, batch_idx):
         raise AssertionError("training began")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ _TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def test_every_example_is_run_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"plain_loop", "fabric", "hf_trainer", "lightning_callback"}
+    small = {"plain_loop", "fabric", "hf_trainer", "lightning_callback"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == small | {"own_data"}
 
 
 @pytest.mark.slow
@@ -42,3 +44,28 @@ def test_an_example_ends_with_an_export_that_loads(name, launcher, arguments, tm
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     assert len(layers) == 14 and {layer.bits for layer in layers} == {4}
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.slow
+def test_calibrating_on_the_runs_own_data_keeps_more_of_what_was_learned(shared, tmp_path):
+    """A code model learns English with LoRA: its own rows against the code it was trained on, at 4 and 3 bits."""
+    files = {
+        "model": "models/pycode-29m",
+        "train": "data/wikitext-2/test.txt",
+        "valid": "data/wikitext-2/valid.txt",
+        "generic": "data/pycode/calib.jsonl",
+    }
+    options = [part for name, file in files.items() for part in (f"--{name}", shared / file)]
+    options += ["--out", tmp_path, "--steps", "24", "--length", "128", "--samples", "16"]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "own_data.py", *options], capture_output=True, text=True, timeout=800, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "results.json").read_text())
+    learned = found["4-own"]["float"]
+    assert learned < found["before"] - 0.5
+    for bits in (4, 3):
+        own, generic = found[f"{bits}-own"]["gptq"], found[f"{bits}-generic"]["gptq"]
+        assert own < generic < found["before"], bits
+        assert len(load_quantized(tmp_path / f"{bits}-bits-own").model.layers) == 8
+    assert found["4-own"]["gptq"] < found["3-own"]["gptq"]

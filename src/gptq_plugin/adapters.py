@@ -59,6 +59,17 @@ def merged_copy(model: nn.Module) -> nn.Module:
     return merged
 
 
+def untied(model: nn.Module, merged: nn.Module) -> list[str]:
+    """What `merged_copy` had to change beside weights: a sentence where it undid a tie of the two embeddings."""
+    pairs = zip(transformers_models(model), transformers_models(merged), strict=False)
+    return [
+        f"{name or type(part).__name__}: the adapters changed one of two embeddings that shared a weight: the merged "
+        "model holds both, with tie_word_embeddings=false"
+        for (name, part), (_, copied) in pairs
+        if _ties(part) and not _ties(copied)
+    ]
+
+
 def base_copy(model: nn.Module) -> nn.Module:
     """The copy without the adapters' changes, which takes no memory for weights: to look at layers before training.
 
@@ -234,10 +245,15 @@ def _cast(module: nn.Module, dtype: Callable[[str, Tensor], torch.dtype], copy: 
                 tensors[key] = nn.Parameter(value, requires_grad=False) if is_parameter else value
 
 
+def _ties(model: Any) -> bool:
+    configs = [model.config, model.config.get_text_config()]
+    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
+
+
 def _settle_tie(model: Any) -> None:
     """Where the configuration ties the two embeddings and they are two by now: one again if equal, else untied."""
     configs = [model.config, model.config.get_text_config()]
-    if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
+    if not _ties(model):
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or head.weight is embedding.weight:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from gptq_plugin.adapters import base_copy, has_adapters, merged_copy
+from gptq_plugin.adapters import base_copy, has_adapters, merged_copy, untied
 from gptq_plugin.batches import named
 from gptq_plugin.calibration import Sources, collect, refuse_single
 from gptq_plugin.config import QuantizeConfig
@@ -219,8 +219,10 @@ class GPTQCallback(pl.Callback):
             before = validate(trainer, pl_module) if wanted else {}
             self.gate.check_names(before)
             swap = self.swaps(pl_module)
-            with _without_adapters(pl_module, self.module_to_quantize(pl_module), merged_copy) as module:
-                self.report = self._quantize(trainer, pl_module, module, before, progress, swap)
+            trained = self.module_to_quantize(pl_module)
+            with _without_adapters(pl_module, trained, merged_copy) as module:
+                notes = untied(trained, module)
+                self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes)
             if swap:
                 keep_weights()
         _log_to_loggers(trainer, self.report)
@@ -233,6 +235,7 @@ class GPTQCallback(pl.Callback):
         before: Mapping[str, float],
         progress: Progress | None,
         swap: bool,
+        notes: list[str],
     ) -> QuantizeReport:
         """Until the result is good enough; exports it."""
         forward = self.calibration_forward(trainer, pl_module, module)
@@ -251,7 +254,7 @@ class GPTQCallback(pl.Callback):
                     keep=swap,
                 ) as report:
                     report.float_checkpoint = self._float_checkpoint(trainer)
-                    report.deviations += [said] if said else []
+                    report.deviations += notes + ([said] if said else [])
                     if before:
                         after = validate(trainer, pl_module)
                         report.metrics = {n: {"float": before[n], "gptq": after[n]} for n in before if n in after}
