@@ -128,7 +128,8 @@ def _substitute(corner: Tensor, side: Tensor) -> None:
     width = min(_INVERTED, corner.shape[1])
     starts = range(0, corner.shape[1], width)
     triangles = torch.stack([corner[:, i : i + width, i : i + width].mT for i in starts], 1)
-    inverses = torch.linalg.solve_triangular(triangles, torch.eye(width).to(triangles), upper=False)
+    unit = torch.eye(width, dtype=corner.dtype, device=corner.device)  # made there: a copy would wait for the device
+    inverses = torch.linalg.solve_triangular(triangles, unit, upper=False)
     for number, start in enumerate(starts):
         here = side[:, start : start + width]
         if start:
