@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from gptq_plugin.batches import named, samples_in
 from gptq_plugin.config import QuantizeConfig
@@ -216,6 +217,18 @@ def _joined(parts: list[tuple[Source, Calibration]]) -> Calibration:
         joined.deviations += part.deviations
         joined.sources[source.name] = joined.sources.get(source.name, 0) + part.samples
     return joined
+
+
+def kept(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
+    """The data in a form that can be read twice: of what can be read once, as much as `nsamples` need.
+
+    Raises:
+        CalibrationError: As `refuse_single`.
+    """
+    refuse_single(data)
+    if isinstance(data, DataLoader) or iter(data) is not data:
+        return data
+    return list(islice(data, nsamples + 1))
 
 
 def refuse_single(data: Any) -> None:

@@ -20,12 +20,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from gptq_plugin.adapters import base_copy, has_adapters, merged_copy, untied
 from gptq_plugin.batches import named
-from gptq_plugin.calibration import Sources, collect, refuse_single
+from gptq_plugin.calibration import Sources, collect, kept
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, QualityError, TargetError
 from gptq_plugin.export import check_export_dir
@@ -42,7 +41,7 @@ from gptq_plugin.refusals import refuse_adapters, refuse_quantized, refuse_strat
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.sampling import TRAIN, VALIDATION, dealt, sampled, single
 from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
-from gptq_plugin.validation import can_validate, validate
+from gptq_plugin.validation import can_validate, validate, validation_loaders
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +121,11 @@ class GPTQCallback(pl.Callback):
         if calibration is None:
             calibration = "train"
         if not (isinstance(calibration, str) and calibration in ("train", "val")):
-            calibration = _kept(calibration, quantizer.config.nsamples)
+            calibration = kept(calibration, quantizer.config.nsamples)
         self.calibration = calibration
         self.calibration_step = calibration_step
         self.nsamples_of_mix = 0 if mix is None else _part(mix_fraction, quantizer.config.nsamples)
-        self.mix = _kept(mix, self.nsamples_of_mix) if mix is not None and self.nsamples_of_mix else None
+        self.mix = kept(mix, self.nsamples_of_mix) if mix is not None and self.nsamples_of_mix else None
         self.module = module
         self.weights = str(weights)
         self.swap = swap
@@ -408,22 +407,13 @@ class GPTQCallback(pl.Callback):
             return [self.calibration], "the dataloader given"
         if self.calibration == "train":
             return [single(trainer.train_dataloader)], TRAIN
-        if trainer.val_dataloaders is None and trainer.enable_validation:  # none has been due yet
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        if trainer.val_dataloaders is None:
+        loaders = validation_loaders(trainer)
+        if not loaders:
             raise CalibrationError(
                 "calibration='val' takes its samples from the validation dataloader, and the trainer has none: give it "
                 "one (with a validation_step, and limit_val_batches above 0), or GPTQCallback(calibration=LOADER)"
             )
-        return tree_leaves(trainer.val_dataloaders), VALIDATION
-
-
-def _kept(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
-    """The data in a form that can be read twice."""
-    refuse_single(data)
-    if isinstance(data, DataLoader) or iter(data) is not data:
-        return data
-    return list(islice(data, nsamples + 1))
+        return loaders, VALIDATION
 
 
 def _is_sampled(data: Any) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration import refuse_single
+from gptq_plugin.calibration import kept
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, to_device
 from gptq_plugin.handover import check_own_folders, export_from_first
@@ -85,10 +85,7 @@ class GPTQTrainerCallback(TrainerCallback):
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
         self.tokenizer = tokenizer
-        refuse_single(calibration)
-        if calibration is not None and iter(calibration) is calibration:  # it can be read only once
-            calibration = list(islice(calibration, quantizer.config.nsamples + 1))
-        self.calibration = calibration
+        self.calibration = None if calibration is None else kept(calibration, quantizer.config.nsamples)
         self.forward = forward
         self.swap = swap
         self.overwrite = overwrite

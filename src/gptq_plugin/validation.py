@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from gptq_plugin import distributed
@@ -33,7 +34,7 @@ _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
 
 def can_validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Whether there is a `validation_step` and a validation dataloader that is not switched off."""
-    return overrides(pl_module, "validation_step") and bool(_loaders(trainer))
+    return overrides(pl_module, "validation_step") and bool(validation_loaders(trainer))
 
 
 def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
@@ -46,7 +47,7 @@ def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, fl
         What was logged with `self.log` or `self.log_dict` for the epoch, by the name Lightning gives it.
     """
     logged = _Logged()
-    loaders = _loaders(trainer)
+    loaders = validation_loaders(trainer)
     with evaluating(pl_module), torch.no_grad(), logged.collecting(pl_module):
         pl_module.on_validation_epoch_start()
         for number, loader in enumerate(loaders):
@@ -159,18 +160,13 @@ class _Logged:
         return {name: entry.value(device) for name, entry in self._entries.items()}
 
 
-def _loaders(trainer: pl.Trainer) -> list[Any]:
+def validation_loaders(trainer: pl.Trainer) -> list[Any]:
     """The validation dataloaders of `fit`, none when validation is off."""
     if not trainer.enable_validation:
         return []
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.setup_data()  # does nothing after the first validation
-    loaders = trainer.val_dataloaders
-    if loaders is None:
-        return []
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # does nothing after the first validation
+    loaders: list[Any] = tree_leaves(trainer.val_dataloaders)
+    return [loader for loader in loaders if loader is not None]
 
 
 def _limit(trainer: pl.Trainer, loader: Any) -> int | None:
