@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
+from gptq_plugin import memory
 from gptq_plugin.adapters import base_copy, has_adapters, merged_copy, untied
 from gptq_plugin.batches import named
 from gptq_plugin.calibration import Sources, collect, kept
@@ -135,6 +136,7 @@ class GPTQCallback(pl.Callback):
             raise ValueError("max_degradation needs validation, and validate=False switches it off")
         self.validate = validate
         self.report: QuantizeReport | None = None
+        self._peak_of_training: int | None = None  # bytes on a GPU, which quantization is not to exceed
 
     @property
     def state_key(self) -> str:
@@ -201,6 +203,9 @@ class GPTQCallback(pl.Callback):
                 whole=whole,
             )
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._peak_of_training = memory.peak_bytes(trainer.strategy.root_device)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
             log.info("fast_dev_run: nothing is quantized or exported")
@@ -219,7 +224,7 @@ class GPTQCallback(pl.Callback):
             self.gate.check_names(before)
             swap = self.swaps(pl_module)
             trained = self.module_to_quantize(pl_module)
-            with _without_adapters(pl_module, trained, merged_copy) as module:
+            with _without_adapters(pl_module, trained, _merged_elsewhere) as module:
                 notes = untied(trained, module)
                 self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes)
             if swap:
@@ -251,6 +256,7 @@ class GPTQCallback(pl.Callback):
                     tokenizer=self.tokenizer,
                     progress=progress,
                     keep=swap,
+                    device_memory=self._peak_of_training,
                 ) as report:
                     report.float_checkpoint = self._float_checkpoint(trainer)
                     report.deviations += notes + ([said] if said else [])
@@ -462,6 +468,12 @@ def _without_adapters(
         yield plain
     finally:
         swap_modules(pl_module, {name: module})
+
+
+def _merged_elsewhere(module: nn.Module) -> nn.Module:
+    """A merged copy in the module's place on its device, which did not hold both in training: the module goes."""
+    device = next(module.parameters()).device
+    return merged_copy(module.to("cpu")).to(device)
 
 
 def _run_folders(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:

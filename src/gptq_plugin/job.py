@@ -87,6 +87,7 @@ class Job:
         forward: How a batch is run.
         progress: Called as progress(layers done, layers in all, what is being done).
         offload_weights, offload_activations: See `memory.place`.
+        device_memory: Bytes of tensors that may be on the device in all; None is all that fit.
         export: Where finished layers are written as they come.
     """
 
@@ -100,6 +101,7 @@ class Job:
     progress: Progress
     offload_weights: bool | None = None
     offload_activations: bool | None = None
+    device_memory: int | None = None
     export: Export | None = None
     solved: dict[str, _Solved] = field(default_factory=dict)
     hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
@@ -191,7 +193,7 @@ class Job:
 
     def _weights(self) -> Weights:
         """For the first forward, half of what is free is for the weights; then `_plan` knows what else needs room."""
-        free = memory.free_bytes(self.device)
+        free = memory.free_bytes(self.device, self.device_memory)
         weights = Weights(
             self.model,
             self.device,
@@ -208,7 +210,7 @@ class Job:
 
         Rank by rank the models are the same, so the first rank that has a batch plans for all.
         """
-        free, measured = memory.free_bytes(self.device), memory.Peak(self.device)
+        free, measured = memory.free_bytes(self.device, self.device_memory), memory.Peak(self.device)
         plan, share = None, 0.0
         if forwards:
             sizes = self._sizes()
@@ -363,6 +365,12 @@ class Job:
         deviations: list[str] = []
         for one in distributed.gather_objects(self.calibration.deviations):
             deviations += [deviation for deviation in one if deviation not in deviations]
+        peak = memory.peak_bytes(self.device)
+        if peak is not None and self.device_memory is not None and peak > self.device_memory:
+            deviations.append(
+                f"{peak / 2**20:.0f} MiB on {self.device} at the peak, where {self.device_memory / 2**20:.0f} were "
+                "allowed: as little as possible was kept there"
+            )
         if self.samples < self.config.nsamples:
             deviations.append(f"{self.samples} calibration samples used, nsamples={self.config.nsamples} asked")
         deviations += [f"{n} calibration batches {note}" for note, n in _added_up(self.positions.notes()).items() if n]

@@ -25,7 +25,7 @@ _OVERLAYS = 4 * _GIB
 # The solver's tensors: bytes for every entry of the Hessian (the sum, the mean or the factor, and pieces) and of the
 # weights solved together (in two layouts, what errors push to them for two candidates, and round-to-nearest's error).
 _BYTES_HESSIAN = 12
-_BYTES_WEIGHT = 40
+_BYTES_WEIGHT = 30
 _BYTES_THREAD = 33 * 2**20  # a CUDA library's workspace on each batch's thread
 
 
@@ -129,15 +129,25 @@ def place(
     )
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes this process can still take on the device; None where that is not limited (a CPU)."""
+def free_bytes(device: torch.device, most: int | None = None) -> int | None:
+    """Bytes this process can still take on the device; None where that is not limited (a CPU).
+
+    Args:
+        device: Whose memory.
+        most: Bytes of tensors that may be there in all; None is all that fit.
+    """
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     unused = torch.cuda.memory_reserved(device) - allocated  # taken from the GPU, and free for us
     allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
-    return min(free + unused, allowed)
+    return max(0, min(free + unused, allowed, allowed if most is None else most - allocated))
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most bytes of tensors that were on the device at a time so far; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 class Peak:

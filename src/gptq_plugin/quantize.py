@@ -95,6 +95,7 @@ class QuantizeModule:
         tokenizer: Any = None,
         nsamples: int | None = None,
         device: torch.device | str | None = None,
+        device_memory: int | None = None,
         export_dir: str | Path | None = None,
         overwrite: bool = False,
         progress: Progress | None = None,
@@ -114,6 +115,9 @@ class QuantizeModule:
             device: Where to compute, when that is not where the model is: a model on the CPU (or mapped from its
                 files) may be larger than a GPU's memory. What is moved when is in the log; `offload_weights` and
                 `offload_activations` decide otherwise.
+            device_memory: Bytes of tensors that may be on a GPU at a time, those that are there already included. What
+                waits is kept on the CPU as far as that needs; None uses what is free. Where even the least takes more,
+                the report says so.
             export_dir: Also export there, as `export` does; layers are written while others are being quantized.
                 On one rank only. Layers on the CPU then are mappings of those files: delete or replace the folder as
                 you like, but do not write into its files while the model is in use.
@@ -132,6 +136,7 @@ class QuantizeModule:
             "tokenizer": tokenizer,
             "nsamples": nsamples,
             "device": device,
+            "device_memory": device_memory,
             "export_dir": export_dir,
             "overwrite": overwrite,
             "progress": progress,
@@ -246,6 +251,7 @@ class QuantizeModule:
         tokenizer: Callable[..., Any] | None = None,
         nsamples: int | None = None,
         device: torch.device | str | None = None,
+        device_memory: int | None = None,
         progress: Progress | None = None,
         export: Export | None = None,
     ) -> Job:
@@ -282,6 +288,7 @@ class QuantizeModule:
             progress or _quiet,
             self.offload_weights,
             self.offload_activations,
+            device_memory,
             export,
         )
 
