@@ -56,10 +56,12 @@ def test_the_report_says_where_the_samples_come_from(tmp_path):
     assert callback.report.calibration == "3 samples of the data given"
 
 
-def test_val_draws_from_all_datasets_that_training_evaluates(tmp_path):
+@pytest.mark.parametrize("eval_steps", [1, 3])
+def test_val_draws_from_all_datasets_that_training_evaluates(eval_steps, tmp_path):
     callback = Seen(QuantizeModule(**SMALL), calibration="val")
     data = {"first": High(9, 32), "second": High(12, 48)}
-    trainer = train(llama(), [callback], tmp_path, Low(), trainer_options={"eval_dataset": data}, **EACH_STEP)
+    options = {**EACH_STEP, "eval_steps": eval_steps}
+    trainer = train(llama(), [callback], tmp_path, Low(), trainer_options={"eval_dataset": data}, **options)
     assert callback.report.calibration == "17 samples of the validation dataloader's 21 (seed 0)"
     samples = {tuple(row) for row in callback.rows}
     assert samples <= {tuple(row) for part in data.values() for row in part.ids.tolist()} and len(samples) >= 17

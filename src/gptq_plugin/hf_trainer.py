@@ -2,7 +2,7 @@
 
 The hook is `on_train_end`: the best model is loaded if the run asked for it, the process group is up, and
 `evaluate` and `save_model` still work afterwards. A Trainer tells its callbacks its train dataloader before training,
-but its evaluation dataloaders only when it evaluates.
+but an evaluation dataloader only when it evaluates.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class GPTQTrainerCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
-        """Refuses what cannot work; one calibration batch of every source runs, so that what does not fit is found."""
+        """Refuses what cannot work; one calibration batch of every source runs (of ``"val"``, in `on_evaluate`)."""
         model = training["model"]
         _check_whole(model)
         checkpoint = self.report.float_checkpoint if self.report is not None else ""
