@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
+from types import MethodType
 
 import peft
 import pytest
@@ -74,10 +76,17 @@ def test_the_merged_model_is_exported_and_the_trainer_saves_the_adapters_as_with
 
 
 class SFT(Trainer):
-    """As TRL's: wraps the model, prepares texts and collates them itself, and has a loss of its own."""
+    """As TRL's: prepares texts and collates them itself, has a loss and a forward of its own, wraps the model."""
 
     def __init__(self, model, args, peft_config=None, train_dataset=None, processing_class=None, **options):
         rows = [processing_class(text)["input_ids"] for text in train_dataset]
+        plain = model.forward
+
+        @functools.wraps(type(model).forward)
+        def forward(self, *args, counted=False, **kwargs):
+            return plain(*args, **kwargs)
+
+        model.forward = MethodType(forward, model)
         super().__init__(
             peft.get_peft_model(model, peft_config), args, train_dataset=rows, data_collator=self.collate,
             processing_class=processing_class, **options,
@@ -91,7 +100,7 @@ class SFT(Trainer):
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        out = model(**inputs, use_cache=False)
+        out = model(**inputs, counted=True)
         return (out.loss, out) if return_outputs else out.loss
 
 
