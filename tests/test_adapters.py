@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import MethodType
 
 import lightning.pytorch as pl
 import pytest
@@ -249,6 +250,41 @@ def test_embeddings_that_stay_equal_stay_tied(options, caplog):
     merged = merged_copy(adapted(lora(**options), model=llama(tie_word_embeddings=True)))
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.config.tie_word_embeddings is True and not caplog.records
+
+
+class Called:
+    """An object in the place of a method, as accelerate's for mixed precision."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["bound", "closure", "object", "both"])
+def test_a_forward_that_was_replaced_runs_in_the_copy_and_on_the_copy(kind):
+    model = adapted(lora())
+    inner, calls = model.get_base_model(), []
+    plain = inner.forward
+
+    def bound(self, *args, scale=1.0, **kwargs):
+        calls.append(self)
+        return type(self).forward(self, *args, **kwargs)
+
+    def closure(*args, **kwargs):  # holds the original, as TRL's
+        calls.append(plain.__self__)
+        return plain(*args, **kwargs)
+
+    kinds = {"bound": MethodType(bound, inner), "closure": closure, "object": Called(plain), "both": Called(closure)}
+    inner.forward = new = kinds[kind]
+    merged, ran = merged_copy(model), []
+    for name, part in (("original", inner), ("copy", merged)):
+        part.model.layers[1].mlp.register_forward_hook(lambda *_, name=name: ran.append(name))
+    torch.testing.assert_close(logits(merged), logits(model))
+    assert ran == ["copy", "original"]
+    assert [call is merged for call in calls] == ([] if kind == "object" else [True, False])
+    assert inner.forward is new
 
 
 def test_a_users_hooks_run_in_the_copy_and_are_never_copied():

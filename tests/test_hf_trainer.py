@@ -269,11 +269,12 @@ def test_a_hyperparameter_search_is_refused(tmp_path):
         train(llama(), [GPTQTrainerCallback(QuantizeModule(**SMALL))], tmp_path, kind=Search)
 
 
-def test_adapters_are_refused_before_training_with_the_remedy(tmp_path):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(TargetError, match="merge"):
-        train(model, [GPTQTrainerCallback(QuantizeModule(**SMALL))], tmp_path, kind=Untrained)
+def test_a_model_that_was_left_quantized_is_not_trained_again_and_the_float_checkpoint_is_named(tmp_path):
+    callback = GPTQTrainerCallback(QuantizeModule(**SMALL))
+    trainer = train(llama(), [callback], tmp_path, save_strategy="steps", save_steps=3)
+    assert callback.report.float_checkpoint == str(tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(TargetError, match=r"quantized weights cannot be trained: .* into a new one \(.*checkpoint-3\)"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
@@ -385,7 +386,7 @@ def test_a_folder_that_was_taken_during_training_costs_nothing(tmp_path):
 RANK = """
 import os, sys
 from pathlib import Path
-import torch
+import peft, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from test_hf_trainer import Rows, SMALL, Some, Stream, Trainer, llama, train
@@ -398,6 +399,15 @@ for name, (data, kind, samples) in runs.items():
     train(model, [callback], out, data, kind, learning_rate=0.0, per_device_train_batch_size=4, max_steps=1)
     torch.save(model.state_dict(), out / f"{name}{rank}.pt")
     (out / f"{name}{rank}.json").write_text(callback.report.to_json())
+config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+callback = GPTQTrainerCallback(
+    QuantizeModule(**SMALL), out / "adapters", calibration="val", mix=[[n, 5, 9] for n in range(40)]
+)
+train(
+    peft.get_peft_model(llama(), config), [callback], out, learning_rate=0.0, max_steps=1, eval_on_start=True,
+    trainer_options={"eval_dataset": {"a": Rows(), "b": Rows()}}, per_device_eval_batch_size=5,
+)
+(out / f"adapters{rank}.json").write_text(callback.report.to_json())
 class Full:
     def save_pretrained(self, directory):
         raise OSError("disk full")
@@ -430,5 +440,11 @@ def test_two_ranks_give_the_codes_of_one_count_each_sample_once_and_both_learn_o
             totals = json.loads((tmp_path / run).read_text())["totals"]
             assert (totals["samples"], totals["tokens"]) == (samples, samples * 16), run
         assert len(quantized(load_quantized(tmp_path / "2" / name))) == 7
+    exported = [load_quantized(tmp_path / ranks / "adapters").state_dict() for ranks in ("1", "2")]
+    for key in (key for key in exported[0] if key.endswith("qweight")):
+        assert (exported[0][key] == exported[1][key]).float().mean() > 0.97, key
+    for run in ("1/adapters0.json", "2/adapters0.json", "2/adapters1.json"):
+        totals = json.loads((tmp_path / run).read_text())["totals"]
+        assert (totals["samples"], totals["tokens"]) == (17, 13 * 16 + 4 * 3), run
     assert (tmp_path / "2" / "error0.txt").read_text() == "OSError: disk full"
     assert "rank 0 could not export: OSError: disk full" in (tmp_path / "2" / "error1.txt").read_text()

@@ -13,14 +13,19 @@ from torch.utils.data import (
 )
 
 from gptq_plugin import QuantizeConfig, distributed
-from gptq_plugin.sampling import calibration_batches
+from gptq_plugin.sampling import sampled
 
 DATA = list(range(33))
 
 
+def batches_of(loader, **fields):
+    config = QuantizeConfig(**{"nsamples": 1000, "batch_size": 4, **fields})
+    (source,) = sampled([loader], config, "the loader", nsamples=config.nsamples)
+    return source.data
+
+
 def drawn(loader, **fields):
-    batches = calibration_batches(loader, QuantizeConfig(**{"nsamples": 1000, "batch_size": 4, **fields}))
-    return [int(value) for batch in batches for value in batch]
+    return [int(value) for batch in batches_of(loader, **fields) for value in batch]
 
 
 def on_ranks(monkeypatch, size, loader, **fields):
@@ -100,10 +105,10 @@ def test_an_iterable_dataset_is_read_from_its_start():
             return iter(range(5))
 
     loader = DataLoader(Stream(), batch_size=2)
-    assert calibration_batches(loader, QuantizeConfig()) is loader
+    assert batches_of(loader) is loader
 
 
 def test_a_dataset_of_ready_batches_keeps_them():
     loader = DataLoader([torch.full((3,), i) for i in range(4)], batch_size=None)
-    batches = list(calibration_batches(loader, QuantizeConfig()))
+    batches = list(batches_of(loader))
     assert len(batches) == 4 and all(batch.shape == (3,) for batch in batches)

@@ -18,16 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .needs_triton import tl, triton
 from .reference import check_input, check_weight
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "quantized layers on a GPU need Triton, which is not installed: `pip install triton` (Linux), "
-        "or move the model to the CPU"
-    ) from error
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -7,14 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "quantizing on a GPU needs Triton, which is not installed: `pip install triton` (Linux), or move the model "
-        "to the CPU"
-    ) from error
+from .needs_triton import tl, triton
 
 _SCORED_ROWS = 16
 _SCORED_COLUMNS = 128

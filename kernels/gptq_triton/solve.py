@@ -10,14 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "quantizing on a GPU needs Triton, which is not installed: `pip install triton` (Linux), or move the model "
-        "to the CPU"
-    ) from error
+from .needs_triton import tl, triton
 
 _ROWS = 32  # rows a program: the fastest of 16, 32 and 64 with 1, 2 and 4 warps, for 4096 to 57344 rows on an H200
 _WARPS = 1

@@ -7,7 +7,6 @@ and the result is rounded once. Without peft in the process there are no adapter
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from collections.abc import Callable
@@ -17,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.copies import sharing_copy
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.precision import full_precision
 from gptq_plugin.pretrained import transformers_models
 
 log = logging.getLogger(__name__)
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -53,7 +51,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
     """
     _check_kinds(model)
     _check_layers(model)
-    merged = _unwrapped(_sharing_copy(model), "", _merged)
+    merged = _unwrapped(sharing_copy(model), "", _merged)
     for _, part in transformers_models(merged):
         _settle_tie(part)
     return merged
@@ -78,7 +76,7 @@ def base_copy(model: nn.Module) -> nn.Module:
     """
     _check_kinds(model)
     _check_layers(model)
-    return _unwrapped(_sharing_copy(model), "", lambda layer, _: _base(layer))
+    return _unwrapped(sharing_copy(model), "", lambda layer, _: _base(layer))
 
 
 def import_peft() -> ModuleType:
@@ -161,17 +159,6 @@ def _check_base(name: str, base: nn.Module) -> None:
 
 def _is_plain(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter and type(parameter.data) is Tensor
-
-
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy with modules, buffers and configuration of its own, and parameters in the same memory."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    for module in model.modules():
-        # A hook may belong to anything, a Trainer even: it is taken over as it is.
-        memo.update({id(hook): hook for kind in _HOOKS for hook in getattr(module, kind).values()})
-        if module._compiled_call_impl is not None:  # bound to the original
-            memo[id(module._compiled_call_impl)] = None
-    return copy.deepcopy(model, memo)
 
 
 def _unwrapped(module: Any, name: str, merged: Callable[[Any, str], nn.Module]) -> nn.Module:

@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader
 
 from gptq_plugin import memory
 from gptq_plugin.adapters import base_copy, has_adapters, merged_copy, untied
 from gptq_plugin.batches import named
-from gptq_plugin.calibration import Sources, collect, kept
+from gptq_plugin.calibration import collect
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, QualityError, TargetError
 from gptq_plugin.export import check_export_dir
@@ -38,9 +36,10 @@ from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
 from gptq_plugin.qlinear import swap as swap_modules
 from gptq_plugin.quantize import QuantizeModule, evaluating
-from gptq_plugin.refusals import refuse_adapters, refuse_quantized, refuse_strategy
+from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps
 from gptq_plugin.report import QuantizeReport
-from gptq_plugin.sampling import TRAIN, VALIDATION, dealt, sampled, single
+from gptq_plugin.run_data import RunData
+from gptq_plugin.strategies import refuse_strategy
 from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
 from gptq_plugin.validation import can_validate, validate, validation_loaders
 
@@ -110,23 +109,14 @@ class GPTQCallback(pl.Callback):
         on_fail: str = "raise",
         max_bits: float = 8.0,
     ):
-        if not isinstance(quantizer, QuantizeModule):
-            raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
-        if export_dir is None and swap is False:
-            raise ValueError("with swap=False and no export_dir nothing of the quantization would remain")
+        check_arguments(quantizer, export_dir, swap)
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
         self.tokenizer = tokenizer
         if calibration_step is not None and not callable(calibration_step):
             raise TypeError(f"calibration_step must be callable, got {type(calibration_step).__name__}")
-        if calibration is None:
-            calibration = "train"
-        if not (isinstance(calibration, str) and calibration in ("train", "val")):
-            calibration = kept(calibration, quantizer.config.nsamples)
-        self.calibration = calibration
         self.calibration_step = calibration_step
-        self.nsamples_of_mix = 0 if mix is None else _part(mix_fraction, quantizer.config.nsamples)
-        self.mix = kept(mix, self.nsamples_of_mix) if mix is not None and self.nsamples_of_mix else None
+        self.data = RunData(quantizer.config, calibration, mix, mix_fraction)
         self.module = module
         self.weights = str(weights)
         self.swap = swap
@@ -145,14 +135,10 @@ class GPTQCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" or _is_dev_run(trainer):
             return
-        refuse_quantized(pl_module, self._float_checkpoint())
+        refuse_quantized(pl_module, self._float_checkpoint() or "MyModule.load_from_checkpoint")
         check_weights(trainer, self.weights)
         refuse_strategy(trainer, self.swaps(pl_module))
-        if self.quantizer.offload_weights and trainer.strategy.root_device.type == "cuda":
-            raise ValueError(
-                "offload_weights=True streams a model from the CPU, and training has it on the GPU: leave the option "
-                "out, or save a checkpoint and run gptq-quantize on it"
-            )
+        refuse_offload(self.quantizer, trainer.strategy.root_device)
         self._check_others(trainer, pl_module)
         if self.export_dir is not None:
             check_own_folders(self.export_dir, _run_folders(trainer))
@@ -162,7 +148,7 @@ class GPTQCallback(pl.Callback):
         if _is_dev_run(trainer):
             return
         module = self.module_to_quantize(pl_module)
-        refuse_adapters(module, pl_module, self.swap, self.export_dir)
+        refuse_adapters(module, self.swap, self.export_dir, holder=pl_module)
         if has_adapters(module):
             module = base_copy(module)
         with uncompiled(module):
@@ -184,8 +170,7 @@ class GPTQCallback(pl.Callback):
             )
         with isolate_rng():  # a sampler may draw from the global generator
             data = self.calibration_data(trainer)
-        whole = not (_is_sampled(self.calibration) or _is_sampled(self.mix))
-        first = data if whole else _beginning(data)
+        first = self.data.beginning(data)
         if first is None:
             return  # a stream of the user's own is not read ahead of its training
         with (
@@ -200,7 +185,7 @@ class GPTQCallback(pl.Callback):
                 first,
                 forward=self.calibration_forward(trainer, pl_module, module),
                 tokenizer=self.tokenizer,
-                whole=whole,
+                whole=self.data.is_given,
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -324,7 +309,7 @@ class GPTQCallback(pl.Callback):
 
     def swaps(self, pl_module: pl.LightningModule) -> bool:
         """Whether the module is left quantized."""
-        return not has_adapters(pl_module) if self.swap is None else self.swap
+        return swaps(pl_module, self.swap)
 
     def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:
         """The module `module` names, or the one transformers model inside, or the LightningModule.
@@ -361,20 +346,7 @@ class GPTQCallback(pl.Callback):
 
     def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
         """What this rank calibrates on; override to choose other samples."""
-        config, general = self.quantizer.config, self.nsamples_of_mix
-        sources, own = [], config.nsamples - general
-        if not _is_sampled(self.calibration):
-            sources.append(dealt(self.calibration, "the data given", nsamples=own))
-        else:
-            loaders, name = self._loaders(trainer)
-            sources += sampled(loaders, config, name, nsamples=own)
-        if isinstance(self.mix, DataLoader):
-            sources += sampled(
-                [self.mix], config, "the general dataloader", nsamples=general, first=own, is_general=True
-            )
-        elif self.mix is not None:
-            sources.append(dealt(self.mix, "the general text", nsamples=general, first=own, is_general=True))
-        return Sources(tuple(sources))
+        return self.data.sources(trainer.train_dataloader, partial(_validation_loaders, trainer))
 
     def calibration_forward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
@@ -407,42 +379,15 @@ class GPTQCallback(pl.Callback):
 
         return forward
 
-    def _loaders(self, trainer: pl.Trainer) -> tuple[list[Any], str]:
-        """The dataloaders to draw samples from, and their name."""
-        if isinstance(self.calibration, DataLoader):
-            return [self.calibration], "the dataloader given"
-        if self.calibration == "train":
-            return [single(trainer.train_dataloader)], TRAIN
-        loaders = validation_loaders(trainer)
-        if not loaders:
-            raise CalibrationError(
-                "calibration='val' takes its samples from the validation dataloader, and the trainer has none: give it "
-                "one (with a validation_step, and limit_val_batches above 0), or GPTQCallback(calibration=LOADER)"
-            )
-        return loaders, VALIDATION
 
-
-def _is_sampled(data: Any) -> bool:
-    return isinstance(data, (str, DataLoader))
-
-
-def _beginning(data: Iterable[Any]) -> Iterable[Any] | None:
-    """The first batch of every source that can be read ahead; None without."""
-    if isinstance(data, Sources):
-        first = data.beginning()
-        return first if first.parts else None
-    return islice(data, 1) if isinstance(data, DataLoader) else None
-
-
-def _part(fraction: float, nsamples: int) -> int:
-    """How many of the samples that is: at least one, and not all."""
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
-        raise ValueError(
-            f"mix_fraction must be a number in [0, 1), got {fraction!r}; for no other data use calibration="
+def _validation_loaders(trainer: pl.Trainer) -> list[Any]:
+    loaders = validation_loaders(trainer)
+    if not loaders:
+        raise CalibrationError(
+            "calibration='val' takes its samples from the validation dataloader, and the trainer has none: give it "
+            "one (with a validation_step, and limit_val_batches above 0), or GPTQCallback(calibration=LOADER)"
         )
-    if fraction and nsamples < 2:
-        raise ValueError("nsamples=1 leaves nothing to mix: raise it, or leave mix out")
-    return min(max(1, round(fraction * nsamples)), nsamples - 1) if fraction else 0
+    return loaders
 
 
 def _defines_forward(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """GPTQTrainerCallback: the same as GPTQCallback for transformers.Trainer and what derives from it. No numerics.
 
 The hook is `on_train_end`: the best model is loaded if the run asked for it, the process group is up, and
-`evaluate` and `save_model` still work afterwards.
+`evaluate` and `save_model` still work afterwards. A Trainer tells its callbacks its train dataloader before training,
+but an evaluation dataloader only when it evaluates.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,20 @@ import numpy
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gptq_plugin import distributed
-from gptq_plugin.calibration import kept
+from gptq_plugin.accelerated import undivided
+from gptq_plugin.adapters import base_copy, has_adapters, merged_copy, untied
+from gptq_plugin.errors import CalibrationError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, to_device
 from gptq_plugin.handover import check_own_folders, export_from_first
 from gptq_plugin.job import ModelForward, Progress
-from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.progress import tqdm_progress
 from gptq_plugin.quantize import QuantizeModule
+from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps
 from gptq_plugin.report import QuantizeReport
-from gptq_plugin.sampling import calibration_batches
+from gptq_plugin.run_data import RunData
 
 log = logging.getLogger(__name__)
 
@@ -47,18 +47,24 @@ class GPTQTrainerCallback(TrainerCallback):
     first training step. If quantization fails, the exception leaves `train` with the trained weights in place; where
     no checkpoint of the run holds them, they are saved to ``trained-STEP`` in its `output_dir`.
 
+    PEFT adapters are merged on a copy, which is quantized and exported; the adapters and their base stay as they are.
+
     Args:
         quantizer: What to do.
         export_dir: Folder to write; None quantizes without export.
-        tokenizer: Saved with the export, and used on `calibration` texts; None is the trainer's
-            `processing_class`.
-        calibration: Texts, token lists or batches (see `calibration.collect`), the same on every rank: each
-            uses its part. None takes `config.nsamples` samples of the trainer's train dataset, each once, put
-            together by its collator.
-        forward: How to run one batch, called as forward(model, batch) with the batch on the model's device;
-            None calls the model with the batch's keys.
+        tokenizer: Saved with the export, and used on texts; None is the trainer's `processing_class`.
+        calibration: ``"train"`` (as None): `config.nsamples` samples of the trainer's train dataset, each once, put
+            together by its collator. ``"val"``: so many of the datasets of its last evaluation in training, whose
+            first one is when data that does not fit is found (``eval_on_start=True`` makes that before the first
+            step). A DataLoader is sampled like them (``trainer.get_eval_dataloader()`` is one); texts, token lists or
+            batches (see `calibration.collect`) are the same on every rank: each uses its part.
+        forward: How to run one batch, called as forward(model, batch) with the batch on the model's device, and the
+            merged copy of a model with adapters; None calls the model with the batch's keys.
+        mix: General text beside the run's own data: a DataLoader, or texts, token lists or batches, as above. Under
+            ``token_weighting="labels"`` every token of a text is its own label.
+        mix_fraction: The share of `config.nsamples` that comes from `mix`, at least one sample; 0 takes none.
         swap: True leaves the model quantized, so that `trainer.evaluate()` and `trainer.save_model()` use it;
-            False exports and gives it its float weights back.
+            False exports and gives it its float weights back. None is True, but False for a model with PEFT adapters.
         overwrite: Replace an earlier export of ours in `export_dir`.
 
     Attributes:
@@ -75,55 +81,61 @@ class GPTQTrainerCallback(TrainerCallback):
         tokenizer: Any = None,
         calibration: Iterable[Any] | None = None,
         forward: ModelForward | None = None,
-        swap: bool = True,
+        mix: Iterable[Any] | None = None,
+        mix_fraction: float = 0.25,
+        swap: bool | None = None,
         overwrite: bool = False,
     ):
-        if not isinstance(quantizer, QuantizeModule):
-            raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
-        if export_dir is None and not swap:
-            raise ValueError("with swap=False and no export_dir nothing of the quantization would remain")
+        check_arguments(quantizer, export_dir, swap)
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
         self.tokenizer = tokenizer
-        self.calibration = None if calibration is None else kept(calibration, quantizer.config.nsamples)
+        self.data = RunData(quantizer.config, undivided(calibration), undivided(mix), mix_fraction)
         self.forward = forward
         self.swap = swap
         self.overwrite = overwrite
         self.report: QuantizeReport | None = None
+        self._evaluations: _Evaluations | None = None  # of the training that is going on
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
-        """Refuses what cannot work; one calibration batch runs, so that data that does not fit is found now."""
+        """Refuses what cannot work; one calibration batch of every source runs (of ``"val"``, in `on_evaluate`)."""
         model = training["model"]
         _check_whole(model)
+        checkpoint = self.report.float_checkpoint if self.report is not None else ""
+        refuse_quantized(model, checkpoint or "from_pretrained")
         if state.is_hyper_param_search:
             raise ValueError(
                 "a hyperparameter search ends training many times, and every end would be quantized to the same "
                 "folder: search without the callback, and add it to the run with the parameters found"
             )
-        if self.quantizer.offload_weights and args.device.type == "cuda":
-            raise ValueError(
-                "offload_weights=True streams a model from the CPU, and training has it on the GPU: leave the option "
-                "out, or save a checkpoint and run gptq-quantize on it"
-            )
+        refuse_offload(self.quantizer, args.device)
+        refuse_adapters(model, self.swap, self.export_dir)
         if self.export_dir is not None:
             own = [("output_dir", args.output_dir), ("logging_dir", getattr(args, "logging_dir", None))]
             check_own_folders(self.export_dir, own)
             check_export_dir(self.export_dir, overwrite=self.overwrite)
-        self.quantizer.check(model)
-        whole = self.calibration is not None
-        with _random_numbers_kept(args.device), torch.compiler.set_stance("force_eager"):
-            if not whole and not isinstance(training["train_dataloader"], DataLoader):
-                return  # a stream of the user's own is not read ahead of its training
-            data = self.calibration_data(training["train_dataloader"])
-            self.quantizer.rehearse(
-                model,
-                data if whole else islice(data, 1),
-                forward=self.calibration_forward(args),
-                tokenizer=self._tokenizer(training),
-                whole=whole,
+        self.quantizer.check(_without_adapters(model, base_copy))
+        if self.data.calibration != "val":
+            self._rehearse(args, training)
+        elif args.eval_strategy == "no" and not args.eval_on_start:
+            raise CalibrationError(
+                "calibration='val' takes its samples from what the trainer evaluates in training, and it does not: "
+                "give it an eval_strategy, or trainer.add_callback(GPTQTrainerCallback(..., "
+                "calibration=trainer.get_eval_dataloader()))"
             )
+        self._evaluations = _Evaluations()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
+    ) -> None:
+        """``calibration="val"``: what is evaluated is known now, and the first time tried."""
+        if self.data.calibration != "val" or self._evaluations is None:
+            return
+        if self._evaluations.add(state.global_step, undivided(training["eval_dataloader"])):
+            with _weights_saved_on_failure(training["model"], args, state):
+                self._rehearse(args, training)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
@@ -137,36 +149,54 @@ class GPTQTrainerCallback(TrainerCallback):
             torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
             _progress(args, state) as progress,
         ):
+            module = _without_adapters(model, merged_copy)
             quantized = self.quantizer.temporarily(
-                model,
+                module,
                 self.calibration_data(training["train_dataloader"]),
                 forward=self.calibration_forward(args),
                 tokenizer=self._tokenizer(training),
                 progress=progress,
-                keep=self.swap,
+                keep=swaps(model, self.swap),
             )
             with quantized as self.report:
+                self.report.float_checkpoint = _checkpoint(args, state)
+                self.report.deviations += untied(model, module)
                 if self.export_dir is not None:
                     self.export_dir = export_from_first(
                         self.quantizer,
-                        model,
+                        module,
                         self.export_dir,
                         tokenizer=self._tokenizer(training),
                         overwrite=self.overwrite,
                     )
+        self._evaluations = None
         _forget_replaced(optimizer, model)
         state.log_history.append({**_finite(self.report), "step": state.global_step})
 
     def calibration_data(self, train_dataloader: Any) -> Iterable[Any]:
         """What this rank calibrates on; override to choose other samples."""
-        from accelerate.data_loader import DataLoaderDispatcher  # an extra; every Trainer needs it
+        return self.data.sources(undivided(train_dataloader), self._evaluation_dataloaders)
 
-        if self.calibration is not None:
-            return _dealt(self.calibration)
-        batches = calibration_batches(_undivided(train_dataloader), self.quantizer.config)
-        # A stream that rank 0 reads for all would be read whole by each of them.
-        dispatched = isinstance(train_dataloader, DataLoaderDispatcher)
-        return _dealt(batches) if dispatched and isinstance(train_dataloader.dataset, IterableDataset) else batches
+    def _evaluation_dataloaders(self) -> list[Any]:
+        if self._evaluations is None or not self._evaluations.loaders:
+            raise CalibrationError(
+                "calibration='val' takes its samples from what the trainer evaluates in training, and training ended "
+                "without an evaluation: give eval_on_start=True, or a smaller eval_delay"
+            )
+        return self._evaluations.loaders
+
+    def _rehearse(self, args: TrainingArguments, training: dict[str, Any]) -> None:
+        with _random_numbers_kept(args.device), torch.compiler.set_stance("force_eager"):
+            first = self.data.beginning(self.calibration_data(training["train_dataloader"]))
+            if first is None:
+                return  # a stream of the user's own is not read ahead of its training
+            self.quantizer.rehearse(
+                _without_adapters(training["model"], base_copy),
+                first,
+                forward=self.calibration_forward(args),
+                tokenizer=self._tokenizer(training),
+                whole=self.data.is_given,
+            )
 
     def calibration_forward(self, args: TrainingArguments) -> Callable[[nn.Module, Any], Any]:
         """How one batch is run: on the training's device, under its autocast, through `forward` or the model."""
@@ -199,15 +229,29 @@ def _check_whole(model: nn.Module) -> None:
         )
 
 
-def _dealt(items: Iterable[Any]) -> Iterable[Any]:
-    return islice(items, distributed.rank(), None, distributed.world_size())
+def _without_adapters(model: nn.Module, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return copied(model) if has_adapters(model) else model
 
 
-def _undivided(loader: Any) -> Any:
-    """The dataloader under accelerate's, whose batches are dealt to no rank yet (a stream's shards stay shards)."""
-    base = getattr(loader, "base_dataloader", loader)
-    inner = getattr(getattr(base, "batch_sampler", None), "batch_sampler", None)
-    return base if inner is None else DataLoader(base.dataset, batch_sampler=inner, collate_fn=base.collate_fn)
+class _Evaluations:
+    """The dataloaders of a Trainer's last evaluation: one for each dataset, and made anew for the next.
+
+    Attributes:
+        loaders: Those of the last step with an evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.loaders: list[Any] = []
+        self._first: int | None = None
+        self._last: int | None = None
+
+    def add(self, step: int, loader: Any) -> bool:
+        """Whether this is a part of the first evaluation, so that the loader is new in more than its object."""
+        if step != self._last:
+            self.loaders = []
+        self.loaders.append(loader)
+        self._first, self._last = step if self._first is None else self._first, step
+        return step == self._first
 
 
 @contextlib.contextmanager
@@ -228,19 +272,28 @@ def _weights_saved_on_failure(model: nn.Module, args: TrainingArguments, state: 
     try:
         yield
     except Exception:
-        assert args.output_dir is not None  # TrainingArguments has set its default
-        output = Path(args.output_dir)
-        last = output / f"checkpoint-{state.global_step}"
-        held = last.exists() or (args.load_best_model_at_end and state.best_model_checkpoint is not None)
-        if state.is_world_process_zero and not held:
-            folder = output / f"trained-{state.global_step}"
+        if state.is_world_process_zero and state.global_step and not _checkpoint(args, state):
+            folder = _output(args) / f"trained-{state.global_step}"
             log.error("quantization failed, and no checkpoint holds the trained weights: saving them to %s", folder)
             _save(model, folder)
         raise
 
 
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
+    """The run's checkpoint that holds the trained weights; empty without one."""
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        return state.best_model_checkpoint
+    last = _output(args) / f"checkpoint-{state.global_step}"
+    return str(last) if last.exists() else ""
+
+
+def _output(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # TrainingArguments has set its default
+    return Path(args.output_dir)
+
+
 def _save(model: nn.Module, folder: Path) -> None:
-    if is_transformers(model):
+    if hasattr(model, "save_pretrained"):  # of a model with adapters, these
         model.save_pretrained(folder)  # type: ignore[operator]
     else:
         folder.mkdir(parents=True, exist_ok=True)

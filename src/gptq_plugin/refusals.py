@@ -1,54 +1,65 @@
-"""What a Lightning run cannot end in, said before it begins."""
+"""What a training run cannot end in, said before it begins by either callback; nothing here imports a trainer."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from gptq_plugin.adapters import has_adapters
 from gptq_plugin.errors import TargetError
-from gptq_plugin.lightning_roots import either
 from gptq_plugin.qlinear import QuantLinear
-
-_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-
-
-def refuse_quantized(pl_module: pl.LightningModule, float_checkpoint: str) -> None:
-    """Raises TargetError for a module that was quantized already: it has nothing to train."""
-    if any(isinstance(layer, QuantLinear) for layer in pl_module.modules()):
-        raise TargetError(
-            f"{type(pl_module).__name__} is quantized, and quantized weights cannot be trained: build the module "
-            f"anew, or load a float checkpoint into a new one ({float_checkpoint or 'MyModule.load_from_checkpoint'})"
-        )
+from gptq_plugin.quantize import QuantizeModule
 
 
-def refuse_strategy(trainer: pl.Trainer, swap: bool) -> None:
-    """Raises for strategies that shard parameters, and for those whose processes take a swapped module with them.
+def check_arguments(quantizer: Any, export_dir: Any, swap: bool | None) -> None:
+    """Raises for arguments of a callback's constructor that are no quantizer, or would leave nothing behind."""
+    if not isinstance(quantizer, QuantizeModule):
+        raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
+    if export_dir is None and swap is False:
+        raise ValueError("with swap=False and no export_dir nothing of the quantization would remain")
 
-    Raises:
-        NotImplementedError: The strategy shards parameters.
-        ValueError: It trains in processes whose modules do not come back, and `swap` is true.
+
+def swaps(module: nn.Module, swap: bool | None) -> bool:
+    """Whether the module is left quantized: None leaves it so unless it has PEFT adapters."""
+    return not has_adapters(module) if swap is None else swap
+
+
+def refuse_quantized(module: nn.Module, source: str) -> None:
+    """Raises TargetError for a module that was quantized already: it has nothing to train.
+
+    Args:
+        module: To be trained.
+        source: Where float weights are, or what loads them.
     """
-    strategy = trainer.strategy
-    if any(isinstance(strategy, either(f"strategies.{name}")) for name in _SHARDING):
-        raise NotImplementedError(
-            f"GPTQCallback needs whole parameters on every rank, and {type(strategy).__name__} shards them. Train "
-            "without the callback, save a checkpoint and run gptq-quantize ckpt=... on it"
+    if any(isinstance(layer, QuantLinear) for layer in module.modules()):
+        raise TargetError(
+            f"{type(module).__name__} is quantized, and quantized weights cannot be trained: build the module "
+            f"anew, or load a float checkpoint into a new one ({source})"
         )
-    launcher = strategy.launcher
-    if swap and isinstance(launcher, either("strategies.launchers._MultiProcessingLauncher")):
+
+
+def refuse_offload(quantizer: QuantizeModule, device: torch.device) -> None:
+    """Raises ValueError where weights are to be streamed to the device that training has them on."""
+    if quantizer.offload_weights and device.type == "cuda":
         raise ValueError(
-            f"strategy {getattr(launcher, '_start_method', '')!r} trains in processes whose modules do not come back: "
-            "the quantized layers would be lost. Use strategy='ddp', or swap=False with an export_dir"
+            "offload_weights=True streams a model from the CPU, and training has it on the GPU: leave the option "
+            "out, or save a checkpoint and run gptq-quantize on it"
         )
 
 
 def refuse_adapters(
-    module: nn.Module, pl_module: pl.LightningModule, swap: bool | None, export_dir: Path | None
+    module: nn.Module, swap: bool | None, export_dir: Path | None, *, holder: nn.Module | None = None
 ) -> None:
-    """Raises TargetError for what cannot be done with a module that has PEFT adapters, which is quantized on a copy."""
+    """Raises TargetError for what cannot be done with a module that has PEFT adapters, which is quantized on a copy.
+
+    Args:
+        module: To be quantized.
+        swap, export_dir: The callback's.
+        holder: What runs the module, where the copy has to stand in its place.
+    """
     if not has_adapters(module):
         return
     if swap:
@@ -58,8 +69,8 @@ def refuse_adapters(
         )
     if export_dir is None:
         raise TargetError("a module with PEFT adapters is quantized on a copy: give an export_dir for it")
-    if module is pl_module:
+    if module is holder:
         raise TargetError(
-            f"{type(pl_module).__name__} itself carries PEFT adapters, and a copy cannot stand in its place: hold the "
+            f"{type(holder).__name__} itself carries PEFT adapters, and a copy cannot stand in its place: hold the "
             "model in an attribute"
         )

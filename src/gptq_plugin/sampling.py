@@ -25,24 +25,6 @@ TRAIN = "the train dataloader"
 VALIDATION = "the validation dataloader"
 
 
-def calibration_batches(loader: Any, config: QuantizeConfig) -> Iterable[Any]:
-    """Batches of a training dataloader's samples, put together by its own collator.
-
-    A map-style dataset is sampled anew: `config.nsamples` of the samples its sampler may draw, chosen by
-    `config.seed` and dealt to the ranks. So a distributed sampler's padding counts no sample twice, and the
-    choice does not depend on the number of ranks. Anything else (an iterable dataset, a combination of
-    loaders) is read from its start on each rank, which then must bring its own share.
-
-    Args:
-        loader: What `Trainer.train_dataloader` gives.
-        config: nsamples, batch_size and seed are read.
-
-    Raises:
-        CalibrationError: There is no single train dataloader to take samples from.
-    """
-    return sampled([single(loader)], config, TRAIN, nsamples=config.nsamples)[0].data
-
-
 def single(loader: Any) -> Any:
     """The train dataloader, where there is one.
 
@@ -51,8 +33,8 @@ def single(loader: Any) -> Any:
     """
     if loader is None or isinstance(loader, (Mapping, list, tuple)):
         raise CalibrationError(
-            f"calibration takes its samples from {TRAIN}, and there is none, or several: give "
-            "GPTQCallback(calibration=...) the texts or batches to use"
+            f"calibration takes its samples from {TRAIN}, and there is none, or several: give the callback "
+            "calibration=..., the texts or batches to use"
         )
     return loader
 
@@ -66,7 +48,12 @@ def sampled(
     first: int = 0,
     is_general: bool = False,
 ) -> list[Source]:
-    """This rank's share of `nsamples` samples of dataloaders, as `calibration_batches` takes them, a source for each.
+    """This rank's share of `nsamples` samples of dataloaders, put together by their own collators, a source for each.
+
+    Map-style datasets are sampled anew: of the samples their samplers may draw, some are chosen by `config.seed` and
+    dealt to the ranks. So a distributed sampler's padding counts no sample twice, and the choice does not depend on the
+    number of ranks. Anything else (an iterable dataset, a combination of loaders) is read from its start on each rank,
+    which then must bring its own share.
 
     Args:
         loaders: One, or several that are one population, as those of validation.

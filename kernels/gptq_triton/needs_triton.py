@@ -1,0 +1,14 @@
+"""Triton for the kernels' modules, or an ImportError that says what to do without it."""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        "quantizing, and running quantized layers, on a GPU needs Triton, which is not installed: `pip install triton` "
+        "(Linux), or move the model to the CPU"
+    ) from error
+
+__all__ = ["tl", "triton"]
