@@ -12,12 +12,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_callback import DDP, SMALL, Holds, fit, quantized, token_loader
 
-from gptq_plugin import GPTQCallback, QuantizeModule, load_quantized
+from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule, load_quantized
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -78,17 +78,48 @@ def test_the_weights_asked_for_are_quantized_at_every_precision_on_a_gpu(precisi
         assert off[0] < off[1], name
 
 
+def wide(adapters):
+    """Large enough for its weights and activations to be what takes the memory."""
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=4,
+                             num_attention_heads=8, num_key_value_heads=4, vocab_size=64)
+    )  # fmt: skip
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear")) if adapters else model
+
+
+def long_samples():
+    ids = torch.randint(0, 64, (64, 512), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_nor_does_it_under_a_transformers_trainer_and_the_model_is_back_on_the_gpu(adapters, tmp_path):
+    peaks = {}
+
+    class Watching(GPTQTrainerCallback):
+        def on_train_end(self, *arguments, **training):
+            peaks["training"] = torch.cuda.max_memory_allocated()
+            super().on_train_end(*arguments, **training)
+            peaks["quantization"] = torch.cuda.max_memory_allocated()
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    callback = Watching(QuantizeModule(nsamples=64), tmp_path / "out")
+    options = TrainingArguments(tmp_path / "run", max_steps=3, per_device_train_batch_size=8, report_to=[],
+                                save_strategy="no", disable_tqdm=True)  # fmt: skip
+    trainer = Trainer(wide(adapters), options, train_dataset=long_samples(), callbacks=[callback])
+    trainer.train()
+    assert peaks["quantization"] <= peaks["training"]
+    assert {parameter.device.type for parameter in trainer.model.parameters()} == {"cuda"}
+    print({name: f"{value / 2**20:.0f} MiB" for name, value in peaks.items()}, callback.report.seconds["total"])
+
+
 @pytest.mark.parametrize(("adapters", "weights"), [(False, "last"), (False, "best"), (True, "last")])
 def test_quantization_takes_no_more_of_a_gpu_than_training_did(adapters, weights, tmp_path):
     class Wide(Holds):
         def __init__(self):
             super().__init__()
-            self.model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=4,
-                                     num_attention_heads=8, num_key_value_heads=4, vocab_size=64)
-            )  # fmt: skip
-            if adapters:
-                self.model = peft.get_peft_model(self.model, peft.LoraConfig(r=4, target_modules="all-linear"))
+            self.model = wide(adapters)
 
     peaks = {}
 
@@ -102,8 +133,7 @@ def test_quantization_takes_no_more_of_a_gpu_than_training_did(adapters, weights
             super().on_fit_end(trainer, pl_module)
             peaks["quantization"] = torch.cuda.max_memory_allocated()  # its own look at the peak starts later
 
-    ids = torch.randint(0, 64, (64, 512), generator=torch.Generator().manual_seed(0))
-    loader = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=8)
+    loader = DataLoader(long_samples(), batch_size=8)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     callback = Watching(QuantizeModule(nsamples=64), tmp_path / "out", weights=weights)

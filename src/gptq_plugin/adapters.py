@@ -57,6 +57,16 @@ def merged_copy(model: nn.Module) -> nn.Module:
     return merged
 
 
+def merged_in_place(model: nn.Module) -> nn.Module:
+    """`merged_copy` on the model's device; the model goes to the CPU, since training did not have both there.
+
+    Raises:
+        TargetError: As `merged_copy`.
+    """
+    device = next(model.parameters()).device
+    return merged_copy(model.to("cpu")).to(device)
+
+
 def untied(model: nn.Module, merged: nn.Module) -> list[str]:
     """What `merged_copy` had to change beside weights: a sentence where it undid a tie of the two embeddings."""
     pairs = zip(transformers_models(model), transformers_models(merged), strict=False)

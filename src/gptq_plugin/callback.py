@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from gptq_plugin import memory
-from gptq_plugin.adapters import base_copy, has_adapters, merged_copy, untied
+from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untied
 from gptq_plugin.batches import named
 from gptq_plugin.calibration import collect
 from gptq_plugin.config import QuantizeConfig
@@ -209,7 +209,7 @@ class GPTQCallback(pl.Callback):
             self.gate.check_names(before)
             swap = self.swaps(pl_module)
             trained = self.module_to_quantize(pl_module)
-            with _without_adapters(pl_module, trained, _merged_elsewhere) as module:
+            with _without_adapters(pl_module, trained, merged_in_place) as module:
                 notes = untied(trained, module)
                 self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes)
             if swap:
@@ -413,12 +413,6 @@ def _without_adapters(
         yield plain
     finally:
         swap_modules(pl_module, {name: module})
-
-
-def _merged_elsewhere(module: nn.Module) -> nn.Module:
-    """A merged copy in the module's place on its device, which did not hold both in training: the module goes."""
-    device = next(module.parameters()).device
-    return merged_copy(module.to("cpu")).to(device)
 
 
 def _run_folders(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:

@@ -21,8 +21,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gptq_plugin import memory
 from gptq_plugin.accelerated import undivided
-from gptq_plugin.adapters import base_copy, has_adapters, merged_copy, untied
+from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untied
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, to_device
@@ -141,6 +142,7 @@ class GPTQTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
         model, optimizer = training["model"], training["optimizer"]
+        peak = memory.peak_bytes(args.device)
         model.zero_grad(set_to_none=True)
         optimizer.state.clear()
         with (
@@ -148,8 +150,9 @@ class GPTQTrainerCallback(TrainerCallback):
             _random_numbers_kept(args.device),
             torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
             _progress(args, state) as progress,
+            _back_afterwards(model, args.device),
         ):
-            module = _without_adapters(model, merged_copy)
+            module = _without_adapters(model, merged_in_place)
             quantized = self.quantizer.temporarily(
                 module,
                 self.calibration_data(training["train_dataloader"]),
@@ -157,6 +160,7 @@ class GPTQTrainerCallback(TrainerCallback):
                 tokenizer=self._tokenizer(training),
                 progress=progress,
                 keep=swaps(model, self.swap),
+                device_memory=peak,
             )
             with quantized as self.report:
                 self.report.float_checkpoint = _checkpoint(args, state)
@@ -252,6 +256,14 @@ class _Evaluations:
         self.loaders.append(loader)
         self._first, self._last = step if self._first is None else self._first, step
         return step == self._first
+
+
+@contextlib.contextmanager
+def _back_afterwards(model: nn.Module, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        model.to(device)
 
 
 @contextlib.contextmanager
