@@ -39,9 +39,12 @@ from gptq_plugin.quantize import QuantizeModule, evaluating
 from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.run_data import RunData
-from gptq_plugin.strategies import refuse_strategy
+from gptq_plugin.sharding import shards
+from gptq_plugin.strategies import refuse_for_shards, refuse_sharded_adapters, refuse_strategy
 from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
+from gptq_plugin.unsharded import refuse_unknown_sharding, unsharded
 from gptq_plugin.validation import can_validate, validate, validation_loaders
+from gptq_plugin.weights import brought
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +56,13 @@ class GPTQCallback(pl.Callback):
 
     What is quantized is the transformers model the LightningModule is, holds or contains; without one, the
     LightningModule itself. What cannot work (no layer to quantize, a group size that does not divide, an
-    export folder that exists, a strategy that shards parameters) is refused before the first training step.
-    If quantization fails, the exception leaves `fit` with the trained weights in place and the checkpoints
-    written.
+    export folder that exists) is refused before the first training step. If quantization fails, the exception leaves
+    `fit` with the trained weights in place and the checkpoints written.
 
     PEFT adapters are merged on a copy, which is quantized and exported; the adapters and their base stay as they are.
+
+    Under a strategy that shards parameters they are put together in files beside the export, and the module runs with
+    these, mapped, while it is tried before training and quantized after it; it stays sharded.
 
     Args:
         quantizer: What to do.
@@ -76,7 +81,8 @@ class GPTQCallback(pl.Callback):
         module: Dotted name, inside the LightningModule, of the module to quantize, where the default is not
             the right one; "" is the LightningModule itself.
         swap: True leaves the module quantized, so that `trainer.test(model)` runs on it; False exports and
-            gives it its float weights back. None is True, but False for a module with PEFT adapters.
+            gives it its float weights back. None is True, but False for a module with PEFT adapters, or one that the
+            strategy shards.
         overwrite: Replace an earlier export of ours in `export_dir`.
         validate: Run the module's `validation_step` over the validation dataloader before and after, and log both.
             None does so where there is one.
@@ -137,8 +143,10 @@ class GPTQCallback(pl.Callback):
             return
         refuse_quantized(pl_module, self._float_checkpoint() or "MyModule.load_from_checkpoint")
         check_weights(trainer, self.weights)
-        refuse_strategy(trainer, self.swaps(pl_module))
-        refuse_offload(self.quantizer, trainer.strategy.root_device)
+        refuse_for_shards(trainer, self.swap, self.export_dir, self.weights)
+        refuse_strategy(trainer, self.swaps(trainer, pl_module))
+        if not shards(trainer):
+            refuse_offload(self.quantizer, trainer.strategy.root_device)
         self._check_others(trainer, pl_module)
         if self.export_dir is not None:
             check_own_folders(self.export_dir, _run_folders(trainer))
@@ -146,6 +154,10 @@ class GPTQCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
+            return
+        if shards(trainer):  # layers are whole in `on_train_start`
+            refuse_sharded_adapters(trainer, pl_module)
+            refuse_unknown_sharding(pl_module)
             return
         module = self.module_to_quantize(pl_module)
         refuse_adapters(module, self.swap, self.export_dir, holder=pl_module)
@@ -171,22 +183,27 @@ class GPTQCallback(pl.Callback):
         with isolate_rng():  # a sampler may draw from the global generator
             data = self.calibration_data(trainer)
         first = self.data.beginning(data)
-        if first is None:
+        if first is None and not shards(trainer):
             return  # a stream of the user's own is not read ahead of its training
         with (
             isolate_rng(),
+            self._whole(trainer, pl_module),
             uncompiled(pl_module),
             _without_adapters(pl_module, self.module_to_quantize(pl_module), base_copy) as module,
             evaluating(pl_module),
             torch.compiler.set_stance("force_eager"),
         ):
-            self.quantizer.rehearse(
-                module,
-                first,
-                forward=self.calibration_forward(trainer, pl_module, module),
-                tokenizer=self.tokenizer,
-                whole=self.data.is_given,
-            )
+            if first is None:
+                self.quantizer.check(module)
+            else:
+                self.quantizer.rehearse(
+                    module,
+                    first,
+                    forward=self.calibration_forward(trainer, pl_module, module),
+                    tokenizer=self.tokenizer,
+                    device=trainer.strategy.root_device if shards(trainer) else None,
+                    whole=self.data.is_given,
+                )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak_of_training = memory.peak_bytes(trainer.strategy.root_device)
@@ -197,17 +214,18 @@ class GPTQCallback(pl.Callback):
             return
         _free_training_state(trainer, pl_module)
         with (
+            self._whole(trainer, pl_module),
             weights_of(trainer, pl_module, self.weights) as keep_weights,
             uncompiled(pl_module),
-            _on_device(pl_module, trainer.strategy.root_device),
+            _on_device(trainer, pl_module),
             evaluating(pl_module),
             torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
             progress_like(trainer) as progress,
         ):
             wanted = self.validate is not False and can_validate(trainer, pl_module)
-            before = validate(trainer, pl_module) if wanted else {}
+            before = self._validate(trainer, pl_module) if wanted else {}
             self.gate.check_names(before)
-            swap = self.swaps(pl_module)
+            swap = self.swaps(trainer, pl_module)
             trained = self.module_to_quantize(pl_module)
             with _without_adapters(pl_module, trained, merged_in_place) as module:
                 notes = untied(trained, module)
@@ -241,18 +259,20 @@ class GPTQCallback(pl.Callback):
                     tokenizer=self.tokenizer,
                     progress=progress,
                     keep=swap,
+                    device=trainer.strategy.root_device if shards(trainer) else None,
                     device_memory=self._peak_of_training,
                 ) as report:
                     report.float_checkpoint = self._float_checkpoint(trainer)
                     report.deviations += notes + ([said] if said else [])
                     if before:
-                        after = validate(trainer, pl_module)
+                        after = self._validate(trainer, pl_module)
                         report.metrics = {n: {"float": before[n], "gptq": after[n]} for n in before if n in after}
                         failures = self.gate.failures(before, after)
                     if failures and self.gate.on_fail == "escalate" and not said:
                         samples = collect(self.calibration_data(trainer), self.quantizer.config, self.tokenizer)
                         batches = [partial(forward, module, batch.data) for batch in samples.batches[:_NOISE]]
-                        noise = output_noise(module, {m.name: floats[m.name] for m in report.quantized}, batches)
+                        with _running(trainer, pl_module):
+                            noise = output_noise(module, {m.name: floats[m.name] for m in report.quantized}, batches)
                         sizes = {m.name: m.weights for m in report.quantized}
                         rounds = Escalation(self.quantizer.config, sizes, noise, self.gate.max_bits).rounds()
                     if failures and self.gate.on_fail == "warn":
@@ -270,6 +290,17 @@ class GPTQCallback(pl.Callback):
                 if not failures:
                     raise
                 quantizer, said = self._escalate(rounds, failures, error)
+
+    def _whole(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> contextlib.AbstractContextManager[None]:
+        """The module without the strategy's sharding, where there is any."""
+        if not shards(trainer):
+            return contextlib.nullcontext()
+        assert self.export_dir is not None
+        return unsharded(trainer, pl_module, self.export_dir)
+
+    def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        with _running(trainer, pl_module):
+            return validate(trainer, pl_module)
 
     def _escalate(
         self, rounds: Iterator[tuple[QuantizeConfig, str]], failures: list[str], error: QualityError
@@ -296,7 +327,7 @@ class GPTQCallback(pl.Callback):
 
     def _check_others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if any(isinstance(other, GPTQCallback) and other.swaps(pl_module) for other in before):
+        if any(isinstance(other, GPTQCallback) and other.swaps(trainer, pl_module) for other in before):
             raise ValueError(
                 "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
                 "quantize: give all but the last swap=False"
@@ -307,9 +338,9 @@ class GPTQCallback(pl.Callback):
             return float_checkpoint(trainer, self.weights)
         return self.report.float_checkpoint if self.report is not None else ""
 
-    def swaps(self, pl_module: pl.LightningModule) -> bool:
+    def swaps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether the module is left quantized."""
-        return swaps(pl_module, self.swap)
+        return not shards(trainer) and swaps(pl_module, self.swap)
 
     def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:
         """The module `module` names, or the one transformers model inside, or the LightningModule.
@@ -429,11 +460,19 @@ def _free_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     trainer.strategy.lr_scheduler_configs = []
 
 
+def _running(trainer: pl.Trainer, pl_module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Around forwards of the module on its training device, to which whole weights may have to come part by part."""
+    return brought(pl_module, trainer.strategy.root_device) if shards(trainer) else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def _on_device(pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
-    """Lightning has moved the module to the CPU by now; it goes back there afterwards."""
+def _on_device(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Lightning has moved the module to the CPU by now; it goes back there afterwards. A whole one stays there."""
+    if shards(trainer):
+        yield
+        return
     origin = pl_module.device
-    pl_module.to(device)
+    pl_module.to(trainer.strategy.root_device)
     try:
         yield
     finally:

@@ -151,6 +151,7 @@ class QuantizeModule:
         *,
         forward: ModelForward | None = None,
         tokenizer: Callable[..., Any] | None = None,
+        device: torch.device | str | None = None,
         whole: bool = True,
     ) -> None:
         """Refuses now what `quantize` would refuse for its data: one batch runs, and nothing changes.
@@ -158,14 +159,14 @@ class QuantizeModule:
         For the start of a long run that ends in `quantize`. In a process group every rank calls it.
 
         Args:
-            model, batches, forward, tokenizer: As for `quantize`.
+            model, batches, forward, tokenizer, device: As for `quantize`.
             whole: `batches` is all the calibration data there will be, so its length is judged too.
 
         Raises:
             TargetError, CalibrationError: As `quantize`.
         """
         with evaluating(model):
-            self._job(model, batches, forward=forward, tokenizer=tokenizer).rehearse(whole)
+            self._job(model, batches, forward=forward, tokenizer=tokenizer, device=device).rehearse(whole)
 
     @contextlib.contextmanager
     def temporarily(

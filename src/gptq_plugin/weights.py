@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin import memory
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.memory import numbered
 from gptq_plugin.qlinear import QuantLinear
@@ -236,6 +237,18 @@ class Weights:
 
     def _layer(self, slot: _Slot) -> tuple[Target, QuantLinear] | None:
         return self._quantized.get(slot.module) if slot.name == "weight" else None
+
+
+@contextlib.contextmanager
+def brought(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model runs on the device for the length of a with block, wherever its tensors are and however large it is."""
+    if device.type == "cpu":
+        yield
+        return
+    free = memory.free_bytes(device)
+    assert free is not None
+    with Weights(model, device, stream=True, capacity=free // 2, unit_bytes=memory.unit_bytes(model, free)):
+        yield
 
 
 class _Slot:

@@ -1,0 +1,124 @@
+"""How Lightning's sharding strategies keep parameters, and how each is had whole, one after the other: `Sharding`.
+
+ModelParallelStrategy leaves DTensors in the module (FSDP2, https://arxiv.org/abs/2411.00284, and tensor parallelism),
+FSDPStrategy wraps modules and keeps their parameters flat, DeepSpeed empties parameters and keeps parts beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from gptq_plugin.lightning_roots import either
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter is.
+
+    Attributes:
+        name: Dotted, in the sharded module; the same on every rank.
+        module: What holds it.
+        key: Its name there.
+    """
+
+    name: str
+    module: nn.Module
+    key: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter = self.module._parameters[self.key]
+        assert parameter is not None
+        return parameter
+
+
+class Sharding:
+    """DTensors, of `fully_shard` and `parallelize_module`; parameters that are none are whole on every rank.
+
+    Args:
+        root: What the strategy trains: the LightningModule, or what it wrapped around it.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    def settle(self) -> None:
+        """Has every module hold its parts again: the last forward leaves some modules with whole parameters."""
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its name, one at a time, in the same order on all ranks. Every rank has to read on to the
+        end, whatever happens to it: the others wait for its part.
+
+        A tensor is good until the next one is asked for.
+        """
+        for slot in slots:
+            yield slot.name, whole(slot.parameter)
+
+
+class _FlatParameters(Sharding):
+    """FullyShardedDataParallel's: one flat parameter a wrapped module, in which the module's own are views."""
+
+    def settle(self) -> None:
+        pass  # it does so itself at the end of every forward
+
+    def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
+        left = {slot.name: slot for slot in slots}
+        for unit in FullyShardedDataParallel.fsdp_modules(self.root):
+            nested = {m for u in FullyShardedDataParallel.fsdp_modules(unit) if u is not unit for m in u.modules()}
+            own = set(unit.modules()) - nested
+            with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+                for slot in [slot for slot in left.values() if slot.module in own]:
+                    yield slot.name, slot.parameter.detach()
+                    del left[slot.name]
+        yield from super().whole(list(left.values()))
+
+
+class _Partitions(Sharding):
+    """DeepSpeed's: with ZeRO-3 each parameter is empty but for the time it is gathered; else it is whole anyway."""
+
+    def settle(self) -> None:
+        pass  # it does so itself at the end of every forward
+
+    def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
+        import deepspeed
+
+        for slot in slots:
+            with deepspeed.zero.GatheredParameters([slot.parameter]):
+                yield slot.name, slot.parameter.detach()
+
+
+_KINDS: dict[str, type[Sharding]] = {
+    "ModelParallelStrategy": Sharding,
+    "FSDPStrategy": _FlatParameters,
+    "DeepSpeedStrategy": _Partitions,
+}
+
+
+def shards(trainer: pl.Trainer) -> bool:
+    """Whether the trainer's strategy keeps parameters in parts."""
+    return any(isinstance(trainer.strategy, either(f"strategies.{name}")) for name in _KINDS)
+
+
+def sharding_of(trainer: pl.Trainer) -> Sharding:
+    """How the strategy of a trainer that `shards` does it, once it has set its module up."""
+    kinds = (kind for name, kind in _KINDS.items() if isinstance(trainer.strategy, either(f"strategies.{name}")))
+    assert trainer.strategy.model is not None
+    return next(kinds)(trainer.strategy.model)
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor's full tensor, for which every rank has to ask; any other as it is."""
+    full: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach()  # type: ignore[no-any-return]
