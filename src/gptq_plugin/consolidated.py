@@ -11,6 +11,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
@@ -94,7 +95,8 @@ def _write(tensors: Iterable[tuple[str, Tensor]], folder: Path | None) -> str | 
     try:
         for name, tensor in tensors:
             if writer is not None and failure is None:
-                failure = _failure(lambda: writer.add({name: tensor}))  # noqa: B023 (called at once)
+                kept = tensor if tensor.is_cuda else tensor.clone()  # from a GPU the writer makes a copy of its own
+                failure = _failure(partial(writer.add, {name: kept}))
         if writer is not None and failure is None:
             failure = _failure(writer.finish)
     finally:

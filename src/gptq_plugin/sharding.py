@@ -21,7 +21,7 @@ from gptq_plugin.lightning_roots import either
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter is.
+    """Where a parameter or buffer is.
 
     Attributes:
         name: Dotted, in the sharded module; the same on every rank.
@@ -34,14 +34,17 @@ class Slot:
     key: str
 
     @property
-    def parameter(self) -> nn.Parameter:
-        parameter = self.module._parameters[self.key]
-        assert parameter is not None
-        return parameter
+    def tensor(self) -> Tensor:
+        """What this rank has of it."""
+        tensor = self.module._parameters.get(self.key)
+        if tensor is None:
+            tensor = self.module._buffers[self.key]
+        assert tensor is not None
+        return tensor
 
 
 class Sharding:
-    """DTensors, of `fully_shard` and `parallelize_module`; parameters that are none are whole on every rank.
+    """DTensors, of `fully_shard` and `parallelize_module`; tensors that are none are whole on every rank.
 
     Args:
         root: What the strategy trains: the LightningModule, or what it wrapped around it.
@@ -57,13 +60,13 @@ class Sharding:
                 module.reshard()
 
     def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by its name, one at a time, in the same order on all ranks. Every rank has to read on to the
-        end, whatever happens to it: the others wait for its part.
+        """Every tensor by its slot's name, one at a time, in the same order on all ranks. Every rank has to read on to
+        the end, whatever happens to it: the others wait for its part.
 
         A tensor is good until the next one is asked for.
         """
         for slot in slots:
-            yield slot.name, whole(slot.parameter)
+            yield slot.name, _whole(slot.tensor)
 
 
 class _FlatParameters(Sharding):
@@ -79,7 +82,7 @@ class _FlatParameters(Sharding):
             own = set(unit.modules()) - nested
             with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
                 for slot in [slot for slot in left.values() if slot.module in own]:
-                    yield slot.name, slot.parameter.detach()
+                    yield slot.name, slot.tensor.detach()
                     del left[slot.name]
         yield from super().whole(list(left.values()))
 
@@ -94,8 +97,8 @@ class _Partitions(Sharding):
         import deepspeed
 
         for slot in slots:
-            with deepspeed.zero.GatheredParameters([slot.parameter]):
-                yield slot.name, slot.parameter.detach()
+            with deepspeed.zero.GatheredParameters([slot.tensor]):
+                yield slot.name, slot.tensor.detach()
 
 
 _KINDS: dict[str, type[Sharding]] = {
@@ -118,7 +121,7 @@ def sharding_of(trainer: pl.Trainer) -> Sharding:
 
 
 @torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Tensor) -> Tensor:
     """A DTensor's full tensor, for which every rank has to ask; any other as it is."""
-    full: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach()  # type: ignore[no-any-return]
+    full: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return full  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
 """A module that its strategy shards, as if nobody had sharded it: `unsharded`.
 
-Nothing is copied or built anew. The modules stay who they are, so whatever refers to them keeps working; for a while
-their parameters are whole, mapped from files, and what sharding put around them is away: the hooks that gather and
-redistribute, FSDP2's classes, and wrappers.
+Nothing is copied or built anew. The modules stay who they are, so whatever refers to them keeps working. For a while
+their parameters and buffers are whole, mapped from files, and what sharding put around them is away: the hooks that
+gather and redistribute, FSDP2's classes, and wrappers.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from gptq_plugin import distributed
 from gptq_plugin.consolidated import consolidated
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.pretrained import transformers_models
-from gptq_plugin.sharding import Slot, sharding_of, whole
+from gptq_plugin.sharding import Slot, sharding_of
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LIBRARIES = ("torch.distributed.", "transformers.distributed.", "deepspeed.")
@@ -59,8 +58,8 @@ def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) 
     refuse_unknown_sharding(pl_module)
     sharding.settle()
     slots = list(_slots(pl_module))
-    first = {id(slot.parameter): slot for slot in reversed(slots)}  # tied ones under their first name
-    unique = [slot for slot in slots if first[id(slot.parameter)] is slot]
+    first = {id(slot.tensor): slot for slot in reversed(slots)}  # tied ones under their first name
+    unique = [slot for slot in slots if first[id(slot.tensor)] is slot]
     if len(set(distributed.gather_objects(_digest(unique)))) > 1:
         raise TargetError(
             f"the ranks have built {type(pl_module).__name__} with different parameters: configure_model must do the "
@@ -68,9 +67,8 @@ def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) 
         )
     node, local_rank = trainer.strategy.node_rank, trainer.strategy.local_rank  # type: ignore[attr-defined]
     with consolidated(sharding.whole(unique), beside, node=node, local_rank=local_rank) as tensors:
-        mapped = {slot.name: nn.Parameter(tensors[slot.name], requires_grad=False) for slot in unique}
-        new = {slot: mapped[first[id(slot.parameter)].name] for slot in slots}
-        with _pointed(new), _whole_buffers(pl_module), _bare(pl_module):
+        new = {slot: _like(slot.tensor, tensors[slot.name]) for slot in unique}
+        with _pointed({slot: new[first[id(slot.tensor)]] for slot in slots}), _bare(pl_module):
             yield
 
 
@@ -79,7 +77,7 @@ def refuse_unknown_sharding(pl_module: nn.Module) -> None:
     replaced = [
         name
         for name, module in pl_module.named_modules()
-        if _is_librarys(module.__dict__.get("forward")) or any("_flat_param" in key for key in module._parameters)
+        if _is_of_library(module.__dict__.get("forward")) or any("_flat_param" in key for key in module._parameters)
     ]
     if replaced:
         raise TargetError(
@@ -105,51 +103,38 @@ def _refuse_undone_tie(name: str, model: Any) -> None:
 
 def _slots(root: nn.Module) -> Iterator[Slot]:
     for name, module in root.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield Slot(f"{name}.{key}".lstrip("."), module, key)
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    yield Slot(f"{name}.{key}".lstrip("."), module, key)
 
 
 def _digest(slots: list[Slot]) -> str:
-    said = "\n".join(f"{slot.name} {slot.parameter.dtype}" for slot in slots)
+    said = "\n".join(f"{slot.name} {slot.tensor.dtype}" for slot in slots)
     return sha256(said.encode()).hexdigest()
 
 
+def _like(original: Tensor, whole: Tensor) -> Tensor:
+    return nn.Parameter(whole, requires_grad=False) if isinstance(original, nn.Parameter) else whole
+
+
 @contextlib.contextmanager
-def _pointed(parameters: Mapping[Slot, nn.Parameter]) -> Iterator[None]:
-    """Modules with other parameters."""
-    before = [(slot, slot.parameter) for slot in parameters]
+def _pointed(tensors: Mapping[Slot, Tensor]) -> Iterator[None]:
+    """Modules with other parameters and buffers."""
+    before = [(slot, slot.tensor) for slot in tensors]
     # DeepSpeed's dictionary gathers what it is asked for.
-    dictionaries = {slot.module: slot.module._parameters for slot in parameters}
+    dictionaries = {slot.module: slot.module._parameters for slot in tensors}
     try:
         for module, dictionary in dictionaries.items():
             module.__dict__["_parameters"] = dict(dictionary.items())
-        for slot, parameter in parameters.items():
-            setattr(slot.module, slot.key, parameter)  # recurrent layers keep a list of their own
+        for slot, tensor in tensors.items():
+            setattr(slot.module, slot.key, tensor)  # recurrent layers keep a list of their own
         yield
     finally:
-        for slot, parameter in before:
-            setattr(slot.module, slot.key, parameter)
+        for slot, tensor in before:
+            setattr(slot.module, slot.key, tensor)
         for module, dictionary in dictionaries.items():
             module.__dict__["_parameters"] = dictionary
-
-
-@contextlib.contextmanager
-def _whole_buffers(root: nn.Module) -> Iterator[None]:
-    """Modules with plain buffers in the place of those that `parallelize_module` distributed."""
-    distributed_ones = [
-        (module, key, buffer)
-        for module in root.modules()
-        for key, buffer in module._buffers.items()
-        if isinstance(buffer, DTensor)
-    ]
-    try:
-        for module, key, buffer in distributed_ones:
-            setattr(module, key, whole(buffer))
-        yield
-    finally:
-        for module, key, buffer in distributed_ones:
-            setattr(module, key, buffer)
 
 
 @contextlib.contextmanager
@@ -165,7 +150,7 @@ def _bare(root: nn.Module) -> Iterator[None]:
             if isinstance(module, FSDPModule):
                 object.__setattr__(module, "__class__", kind.__mro__[kind.__mro__.index(FSDPModule) + 1])
             for name, registered in hooks.items():
-                own = ((number, hook) for number, hook in registered.items() if not _is_librarys(hook))
+                own = ((number, hook) for number, hook in registered.items() if not _is_of_library(hook))
                 module.__dict__[name] = OrderedDict(own)
         for parent, name, child in wrapped:
             setattr(parent, name, _unwrapped(child))
@@ -183,7 +168,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module if inner is None else _unwrapped(inner)
 
 
-def _is_librarys(function: Any) -> bool:
+def _is_of_library(function: Any) -> bool:
     """Whether a hook, or what stands in the place of a forward, is of a library that shards."""
     while isinstance(function, partial):
         function = function.func

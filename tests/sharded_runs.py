@@ -1,0 +1,208 @@
+"""The runs of tests/test_sharded.py: each of two processes executes this file, and both train together."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear
+
+SMALL = {"group_size": 32, "nsamples": 15, "batch_size": 4}
+
+
+def llama(**options):
+    """A vocabulary that no even number of ranks divides."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 61}  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**sizes, **options}))
+
+
+def tokens():
+    ids = torch.randint(0, 61, (23, 11), generator=torch.Generator().manual_seed(0))
+    return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=4)
+
+
+def pairs():
+    g = torch.Generator().manual_seed(0)
+    return DataLoader([(torch.randn(64, generator=g), torch.randn(7, generator=g)) for _ in range(150)], batch_size=9)
+
+
+class Model(pl.LightningModule):
+    """A fine-tune whose weights stay what they were. What it shards is up to `plan`."""
+
+    def __init__(self, plan=None, **options):
+        super().__init__()
+        self.model = llama(**options)
+        self.temperature = nn.Parameter(torch.full((3,), 2.0))  # beside the model, and whole on every rank
+        self.plan = plan
+
+    def configure_model(self):
+        if self.plan is not None:
+            self.plan(self.model, self.device_mesh)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(**batch).loss * self.temperature.mean()
+        self.log("loss", loss)
+        return loss
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Plain(Model):
+    """No transformers model, batches of pairs, and a last layer of seven outputs, which stays float."""
+
+    def __init__(self, plan=None):
+        pl.LightningModule.__init__(self)
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.BatchNorm1d(64), nn.Linear(64, 7))
+        self.plan = plan
+
+    def forward(self, x):
+        return self.model(x)
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    validation_step = training_step
+
+
+def fsdp(model, mesh):
+    layers = [model[0], model[2], model[4]] if isinstance(model, nn.Sequential) else model.model.layers
+    for part in (*layers, model):
+        fully_shard(part, mesh=mesh["data_parallel"])
+
+
+def tensor_parallel(model, mesh):
+    mesh = mesh["tensor_parallel"]
+    if isinstance(model, nn.Sequential):
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        parallelize_module(model[4], mesh, ColwiseParallel(output_layouts=Replicate()))
+        return
+    halves = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, halves)
+    parallelize_module(model.model.embed_tokens, mesh, RowwiseParallel(input_layouts=Replicate()))
+    parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
+
+
+class FlatOnCPU(FSDPStrategy):
+    """Lightning wants a GPU for FSDPStrategy, and asks for exactly this class."""
+
+
+STRATEGIES = {
+    "plain": lambda: "auto",
+    "fsdp": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    "tp": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2),
+    "flat": lambda: FlatOnCPU(
+        auto_wrap_policy={LlamaDecoderLayer}, activation_checkpointing_policy={LlamaDecoderLayer}
+    ),
+}
+PLANS = {"fsdp": fsdp, "tp": tensor_parallel}
+
+
+class Watching(GPTQCallback):
+    """Keeps what the module was like when it had its last calibration data."""
+
+    seen: dict
+
+    def calibration_data(self, trainer):
+        module = trainer.lightning_module
+        self.seen = {
+            "kinds": sorted({type(p.data).__name__ for p in module.parameters()}),
+            "classes": sorted({type(m).__name__ for m in module.modules()}),
+            "mapped": all(in_file(p) for p in module.parameters()),
+            "copied": copied_bytes(),
+            "folders": len(list(self.export_dir.parent.glob(".*.unsharded"))),
+        }
+        return super().calibration_data(trainer)
+
+
+def in_file(tensor):
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return ".unsharded/" in line
+    return False
+
+
+def copied_bytes():
+    """Of the mapped files, what this process has in memory of its own."""
+    smaps = Path("/proc/self/smaps").read_text()
+    found = re.findall(r"\.unsharded/.*?^Private_Dirty: +(\d+) kB", smaps, re.MULTILINE | re.DOTALL)
+    return sum(map(int, found)) * 1024
+
+
+def run(name, strategy, module, data, out, **options):
+    """One fit; what is to be known of it, from each rank, in a file."""
+    validate = options.pop("validate", True)
+    callback = Watching(QuantizeModule(**SMALL | options.pop("config", {})), out / name / "export", **options)
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1 if strategy == "plain" else 2, logger=False,
+        strategy=STRATEGIES[strategy](), enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[callback], default_root_dir=out / name)  # fmt: skip
+    error = ""
+    try:
+        trainer.fit(module, data(), data() if validate else None)
+    except Exception as caught:  # noqa: BLE001
+        error = f"{type(caught).__name__}: {caught}"
+    said = {
+        "error": error,
+        "steps": trainer.global_step,
+        "seen": getattr(callback, "seen", None),
+        "samples": callback.report.samples if callback.report else None,
+        "metrics": callback.report.metrics if callback.report else None,
+        "quantized": [m.name for m in callback.report.quantized] if callback.report else [],
+        "left": sum(isinstance(m, QuantLinear) for m in module.modules()),
+        "kinds": sorted({type(p.data).__name__ for p in module.parameters()}),
+        "folders": len(list((out / name).glob(".*"))),
+    }
+    (out / name).mkdir(exist_ok=True, parents=True)
+    (out / name / f"rank{trainer.global_rank}.json").write_text(json.dumps(said))
+
+
+class NaN(Model):
+    """Its calibration breaks after training, on one rank."""
+
+    def calibration_step(self, batch):
+        broken = self.trainer.global_step > 0 and self.global_rank == 1
+        return self.model(inputs_embeds=torch.full((4, 11, 64), float("nan") if broken else 1.0))
+
+
+class LocalHeads(Model):
+    """What tutorials of tensor parallelism do to attention: with whole weights its output has another shape."""
+
+
+def unwritable(out, name):
+    (out / name).mkdir(parents=True)
+    (out / name / "export").parent.chmod(0o500)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    run("fsdp", "fsdp", Model(fsdp), tokens, out)
+    run("tp", "tp", Model(tensor_parallel), tokens, out)
+    run("plain-fsdp", "fsdp", Plain(fsdp), pairs, out)
+    run("plain-tp", "tp", Plain(tensor_parallel), pairs, out)
+    run("flat", "flat", Model(), tokens, out)
+    run("nan", "fsdp", NaN(fsdp), tokens, out, validate=False)
+    run("tied-fsdp", "fsdp", Model(fsdp, tie_word_embeddings=True), tokens, out)
+    run("tied-tp", "tp", Model(tensor_parallel, tie_word_embeddings=True), tokens, out)
