@@ -1,24 +1,30 @@
-"""The runs of tests/test_sharded.py: each of two processes executes this file, and both train together."""
+"""The runs of tests/test_sharded.py: each of two processes calls `main`, and both train together."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-import sys
+import resource
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 import torch
+from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear
+from gptq_plugin.consolidated import consolidated
 
 SMALL = {"group_size": 32, "nsamples": 15, "batch_size": 4}
 
@@ -71,7 +77,9 @@ class Plain(Model):
     def __init__(self, plan=None):
         pl.LightningModule.__init__(self)
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.BatchNorm1d(64), nn.Linear(64, 7))
+        self.model = nn.Sequential(
+            nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.BatchNorm1d(64), nn.Linear(64, 7)
+        )
         self.plan = plan
 
     def forward(self, x):
@@ -105,7 +113,12 @@ def tensor_parallel(model, mesh):
 
 
 class FlatOnCPU(FSDPStrategy):
-    """Lightning wants a GPU for FSDPStrategy, and asks for exactly this class."""
+    """On a CPU, where Lightning refuses exactly FSDPStrategy, and PyTorch wants to be told the device."""
+
+    def _setup_model(self, model):
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+        _setup_activation_checkpointing(wrapped, self._activation_checkpointing_kwargs)
+        return wrapped
 
 
 STRATEGIES = {
@@ -115,8 +128,8 @@ STRATEGIES = {
     "flat": lambda: FlatOnCPU(
         auto_wrap_policy={LlamaDecoderLayer}, activation_checkpointing_policy={LlamaDecoderLayer}
     ),
+    "flat-only": lambda: FlatOnCPU(use_orig_params=False),
 }
-PLANS = {"fsdp": fsdp, "tp": tensor_parallel}
 
 
 class Watching(GPTQCallback):
@@ -161,8 +174,14 @@ def run(name, strategy, module, data, out, **options):
     error = ""
     try:
         trainer.fit(module, data(), data() if validate else None)
-    except Exception as caught:  # noqa: BLE001
+    except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # what rank 0 removes last is gone
+    loss = None
+    if type(module) is Model and callback.report and strategy != "flat":
+        with torch.no_grad():  # collective, where the strategy shards
+            loss = float(module.model(**next(iter(tokens()))).loss)
     said = {
         "error": error,
         "steps": trainer.global_step,
@@ -173,6 +192,7 @@ def run(name, strategy, module, data, out, **options):
         "left": sum(isinstance(m, QuantLinear) for m in module.modules()),
         "kinds": sorted({type(p.data).__name__ for p in module.parameters()}),
         "folders": len(list((out / name).glob(".*"))),
+        "loss": loss,
     }
     (out / name).mkdir(exist_ok=True, parents=True)
     (out / name / f"rank{trainer.global_rank}.json").write_text(json.dumps(said))
@@ -186,23 +206,95 @@ class NaN(Model):
         return self.model(inputs_embeds=torch.full((4, 11, 64), float("nan") if broken else 1.0))
 
 
-class LocalHeads(Model):
-    """What tutorials of tensor parallelism do to attention: with whole weights its output has another shape."""
+class Heads(nn.Module):
+    """Attention whose number of heads is that of one rank, as tutorials of tensor parallelism have it."""
+
+    def __init__(self, rest):
+        super().__init__()
+        self.heads, self.rest = 4, rest
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, self.rest)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        return self.o(nn.functional.scaled_dot_product_attention(8 * q, 8 * k, v).transpose(1, 2).flatten(2))
 
 
-def unwritable(out, name):
-    (out / name).mkdir(parents=True)
-    (out / name / "export").parent.chmod(0o500)
+class LocalHeads(Plain):
+    def __init__(self, rest):
+        pl.LightningModule.__init__(self)
+        torch.manual_seed(0)
+        self.model = Heads(rest)
+
+    def configure_model(self):
+        columns = {name: ColwiseParallel() for name in "qkv"}
+        parallelize_module(self.model, self.device_mesh["tensor_parallel"], {**columns, "o": RowwiseParallel()})
+        self.model.heads //= 2
 
 
-if __name__ == "__main__":
+class FlatOnly(Model):
+    """Under FSDPStrategy(use_orig_params=False) only the flat parameters are any."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.trainer.model.parameters(), lr=0.0)
+
+
+def transformers_parallel(model, mesh):
+    styles = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise", "lm_head": "colwise_gather_output",
+              "embed_tokens": "embedding_rowwise"}  # fmt: skip
+    plan = {}
+    for name, _ in model.named_modules():
+        if name.rpartition(".")[2] in styles:
+            plan[name] = plan[f"{name}.weight"] = styles[name.rpartition(".")[2]]
+    apply_tensor_parallelism(model, mesh["tensor_parallel"], plan)
+
+
+@contextlib.contextmanager
+def small_files_on_rank_0():
+    """As on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if os.environ["RANK"] == "0":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def two_nodes(out):
+    """Two ranks that call themselves nodes; the second sees nothing of the first one's disk."""
+    rank = int(os.environ["RANK"])
+    tensors = [("a", torch.arange(5.0)), ("b", torch.ones(3, 7, dtype=torch.bfloat16).T)]
+    with pytest.MonkeyPatch.context() as patch:
+        seen = Path.is_dir
+        patch.setattr(Path, "is_dir", lambda path: seen(path) and path.parent.name != str(1 - rank))
+        with consolidated(tensors, out / "nodes" / str(rank) / "export", node=rank, local_rank=0) as mapped:
+            same = all(torch.equal(mapped[name], tensor) for name, tensor in tensors)
+            folders = len(os.listdir(out / "nodes" / str(rank)))
+    said = {"same": same, "folders": folders, "left": len(os.listdir(out / "nodes" / str(rank)))}
+    (out / "nodes" / f"rank{rank}.json").write_text(json.dumps(said))
+
+
+def sequences():
+    g = torch.Generator().manual_seed(0)
+    return DataLoader([(torch.randn(9, 64, generator=g), torch.randn(9, 64, generator=g)) for _ in range(20)])
+
+
+def main(out):
     torch.set_num_threads(1)
-    out = Path(sys.argv[1])
     run("fsdp", "fsdp", Model(fsdp), tokens, out)
     run("tp", "tp", Model(tensor_parallel), tokens, out)
-    run("plain-fsdp", "fsdp", Plain(fsdp), pairs, out)
-    run("plain-tp", "tp", Plain(tensor_parallel), pairs, out)
+    run("plain-fsdp", "fsdp", Plain(fsdp), pairs, out, config={"nsamples": 149})
+    run("plain-tp", "tp", Plain(tensor_parallel), pairs, out, config={"nsamples": 149})
     run("flat", "flat", Model(), tokens, out)
     run("nan", "fsdp", NaN(fsdp), tokens, out, validate=False)
     run("tied-fsdp", "fsdp", Model(fsdp, tie_word_embeddings=True), tokens, out)
     run("tied-tp", "tp", Model(tensor_parallel, tie_word_embeddings=True), tokens, out)
+    with small_files_on_rank_0():
+        run("full", "fsdp", Model(fsdp), tokens, out)
+    run("flat-only", "flat-only", FlatOnly(), tokens, out)
+    run("transformers", "tp", Model(transformers_parallel), tokens, out)
+    run("heads-fail", "tp", LocalHeads(16), sequences, out)
+    run("heads-differ", "tp", LocalHeads(-1), sequences, out)
+    two_nodes(out)

@@ -27,6 +27,7 @@ from gptq_plugin.calibration import collect
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, QualityError, TargetError
 from gptq_plugin.export import check_export_dir
+from gptq_plugin.faithful import Outputs, may_differ
 from gptq_plugin.forward import call, fits
 from gptq_plugin.gate import Escalation, QualityGate, output_noise
 from gptq_plugin.handover import check_own_folders, export_from_first
@@ -142,8 +143,8 @@ class GPTQCallback(pl.Callback):
         if stage != "fit" or _is_dev_run(trainer):
             return
         refuse_quantized(pl_module, self._float_checkpoint() or "MyModule.load_from_checkpoint")
-        check_weights(trainer, self.weights)
         refuse_for_shards(trainer, self.swap, self.export_dir, self.weights)
+        check_weights(trainer, self.weights)
         refuse_strategy(trainer, self.swaps(trainer, pl_module))
         if not shards(trainer):
             refuse_offload(self.quantizer, trainer.strategy.root_device)
@@ -185,17 +186,19 @@ class GPTQCallback(pl.Callback):
         first = self.data.beginning(data)
         if first is None and not shards(trainer):
             return  # a stream of the user's own is not read ahead of its training
-        with (
-            isolate_rng(),
-            self._whole(trainer, pl_module),
-            uncompiled(pl_module),
-            _without_adapters(pl_module, self.module_to_quantize(pl_module), base_copy) as module,
-            evaluating(pl_module),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            if first is None:
-                self.quantizer.check(module)
-            else:
+        with isolate_rng(), evaluating(pl_module), torch.compiler.set_stance("force_eager"):
+            outputs = self._parallel_outputs(trainer, pl_module)
+            with (
+                self._whole(trainer, pl_module),
+                uncompiled(pl_module),
+                _without_adapters(pl_module, self.module_to_quantize(pl_module), base_copy) as module,
+            ):
+                if outputs is not None:
+                    with _running(trainer, pl_module):
+                        outputs.check()
+                if first is None:
+                    self.quantizer.check(module)
+                    return
                 self.quantizer.rehearse(
                     module,
                     first,
@@ -297,6 +300,18 @@ class GPTQCallback(pl.Callback):
             return contextlib.nullcontext()
         assert self.export_dir is not None
         return unsharded(trainer, pl_module, self.export_dir)
+
+    def _parallel_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outputs | None:
+        """Of the module while it is sharded, where they may be others without that."""
+        if not shards(trainer):
+            return None
+        module = self.module_to_quantize(pl_module)
+        first = self.data.beginning(self.calibration_data(trainer))
+        if first is None or not may_differ(trainer, pl_module, module):
+            return None
+        batches = collect(first, self.quantizer.config, self.tokenizer).batches
+        run = partial(self.calibration_forward(trainer, pl_module, module), module)
+        return Outputs(run, batches[0].data if batches else None)
 
     def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         with _running(trainer, pl_module):

@@ -8,6 +8,7 @@ gather and redistribute, FSDP2's classes, and wrappers.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from gptq_plugin import distributed
 from gptq_plugin.consolidated import consolidated
-from gptq_plugin.errors import TargetError, some
+from gptq_plugin.errors import TargetError
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.sharding import Slot, sharding_of
 
@@ -74,17 +75,19 @@ def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) 
 
 def refuse_unknown_sharding(pl_module: nn.Module) -> None:
     """Raises TargetError for modules that were changed in ways `unsharded` does not undo."""
-    replaced = [
-        name
-        for name, module in pl_module.named_modules()
-        if _is_of_library(module.__dict__.get("forward")) or any("_flat_param" in key for key in module._parameters)
-    ]
-    if replaced:
-        raise TargetError(
-            f"{some(replaced)} were sharded by transformers' tp_plan, or by FSDPStrategy(use_orig_params=False), which "
-            "GPTQCallback cannot undo. Use fully_shard, parallelize_module, or use_orig_params=True, or train without "
-            "the callback and run gptq-quantize ckpt=... on what was saved"
-        )
+    for name, module in pl_module.named_modules():
+        name = name or type(module).__name__
+        if any("_flat_param" in key for key in module._parameters):
+            raise TargetError(
+                f"{name} has but a flat parameter, of which nobody can tell the layers' own: "
+                "FSDPStrategy(use_orig_params=True), the default, keeps them"
+            )
+        if "forward" in module.__dict__ and _original(module.__dict__["forward"]) is None:
+            raise TargetError(
+                f"{name} was sharded by a library that has put a forward of its own in the place of the module's "
+                f"({module.__dict__['forward'].__module__}). Use fully_shard or parallelize_module, or train without "
+                "the callback and run gptq-quantize ckpt=... on what was saved"
+            )
     for name, model in transformers_models(pl_module):
         _refuse_undone_tie(name or type(model).__name__, model)
 
@@ -142,8 +145,12 @@ def _bare(root: nn.Module) -> Iterator[None]:
     """Modules without the hooks, classes and wrappers that sharding gave them."""
     modules = list(root.modules())
     before = [(module, type(module), {kind: module.__dict__[kind] for kind in _HOOKS}) for module in modules]
+    forwards = {m: m.__dict__["forward"] for m in modules if _is_of_library(m.__dict__.get("forward"))}
     wrapped = [
-        (m, name, child) for m in modules for name, child in m.named_children() if _unwrapped(child) is not child
+        (parent, name, child)
+        for parent in modules
+        for name, child in parent.named_children()
+        if _unwrapped(child) is not child
     ]
     try:
         for module, kind, hooks in before:
@@ -152,12 +159,16 @@ def _bare(root: nn.Module) -> Iterator[None]:
             for name, registered in hooks.items():
                 own = ((number, hook) for number, hook in registered.items() if not _is_of_library(hook))
                 module.__dict__[name] = OrderedDict(own)
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = _original(forward)
         for parent, name, child in wrapped:
             setattr(parent, name, _unwrapped(child))
         yield
     finally:
         for parent, name, child in wrapped:
             setattr(parent, name, child)
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
         for module, kind, hooks in before:
             object.__setattr__(module, "__class__", kind)
             module.__dict__.update(hooks)
@@ -166,6 +177,13 @@ def _bare(root: nn.Module) -> Iterator[None]:
 def _unwrapped(module: nn.Module) -> nn.Module:
     inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
     return module if inner is None else _unwrapped(inner)
+
+
+def _original(forward: Any) -> Any:
+    """The forward that transformers' tensor parallelism put its own around; None where it cannot be told."""
+    while _is_of_library(forward):
+        forward = inspect.getclosurevars(forward).nonlocals.get("original_forward")
+    return forward
 
 
 def _is_of_library(function: Any) -> bool:
