@@ -137,6 +137,12 @@ class Watching(GPTQCallback):
 
     seen: dict
 
+    def _validate(self, trainer, pl_module):
+        layers = [layer for layer in pl_module.modules() if isinstance(layer, QuantLinear)]
+        if layers:
+            self.seen["layers mapped"] = sum(in_file(layer.qweight) and in_file(layer.scales) for layer in layers)
+        return super()._validate(trainer, pl_module)
+
     def calibration_data(self, trainer):
         module = trainer.lightning_module
         self.seen = {
@@ -269,8 +275,8 @@ def two_nodes(out):
     with pytest.MonkeyPatch.context() as patch:
         seen = Path.is_dir
         patch.setattr(Path, "is_dir", lambda path: seen(path) and path.parent.name != str(1 - rank))
-        with consolidated(tensors, out / "nodes" / str(rank) / "export", node=rank, local_rank=0) as mapped:
-            same = all(torch.equal(mapped[name], tensor) for name, tensor in tensors)
+        with consolidated(tensors, out / "nodes" / str(rank) / "export", node=rank, local_rank=0) as files:
+            same = all(torch.equal(files.tensors[name], tensor) for name, tensor in tensors)
             folders = len(os.listdir(out / "nodes" / str(rank)))
     said = {"same": same, "folders": folders, "left": len(os.listdir(out / "nodes" / str(rank)))}
     (out / "nodes" / f"rank{rank}.json").write_text(json.dumps(said))

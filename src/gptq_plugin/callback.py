@@ -25,6 +25,7 @@ from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untie
 from gptq_plugin.batches import named
 from gptq_plugin.calibration import collect
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.consolidated import Consolidated
 from gptq_plugin.errors import CalibrationError, QualityError, TargetError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.faithful import Outputs, may_differ
@@ -217,7 +218,7 @@ class GPTQCallback(pl.Callback):
             return
         _free_training_state(trainer, pl_module)
         with (
-            self._whole(trainer, pl_module),
+            self._whole(trainer, pl_module) as files,
             weights_of(trainer, pl_module, self.weights) as keep_weights,
             uncompiled(pl_module),
             _on_device(trainer, pl_module),
@@ -232,7 +233,7 @@ class GPTQCallback(pl.Callback):
             trained = self.module_to_quantize(pl_module)
             with _without_adapters(pl_module, trained, merged_in_place) as module:
                 notes = untied(trained, module)
-                self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes)
+                self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes, files)
             if swap:
                 keep_weights()
         _log_to_loggers(trainer, self.report)
@@ -246,6 +247,7 @@ class GPTQCallback(pl.Callback):
         progress: Progress | None,
         swap: bool,
         notes: list[str],
+        files: Consolidated | None,
     ) -> QuantizeReport:
         """Until the result is good enough; exports it."""
         forward = self.calibration_forward(trainer, pl_module, module)
@@ -264,6 +266,7 @@ class GPTQCallback(pl.Callback):
                     keep=swap,
                     device=trainer.strategy.root_device if shards(trainer) else None,
                     device_memory=self._peak_of_training,
+                    layers_in=None if files is None else files.layers(),
                 ) as report:
                     report.float_checkpoint = self._float_checkpoint(trainer)
                     report.deviations += notes + ([said] if said else [])
@@ -294,7 +297,9 @@ class GPTQCallback(pl.Callback):
                     raise
                 quantizer, said = self._escalate(rounds, failures, error)
 
-    def _whole(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> contextlib.AbstractContextManager[None]:
+    def _whole(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> contextlib.AbstractContextManager[Consolidated | None]:
         """The module without the strategy's sharding, where there is any."""
         if not shards(trainer):
             return contextlib.nullcontext()

@@ -11,6 +11,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +21,38 @@ from torch import Tensor
 from gptq_plugin import distributed
 from gptq_plugin.errors import ExportError
 from gptq_plugin.shards import ShardWriter
+from gptq_plugin.shared_layers import SharedLayers
 
 log = logging.getLogger(__name__)
 
 _SHARD = 2**28  # bytes; two of these, and a tensor, are in the writer's memory at a time
 
 
+@dataclass
+class Consolidated:
+    """What lies in the folder.
+
+    Attributes:
+        tensors: Name -> tensor on the CPU, mapped: not to be written to, and not to be used when the folder is gone.
+        folder: All ranks of a node see it.
+        writes: Whether it is this rank that writes there.
+    """
+
+    tensors: dict[str, Tensor]
+    folder: Path
+    writes: bool
+    _quantizations: int = 0
+
+    def layers(self) -> SharedLayers:
+        """Room for the layers of one more quantization. Every rank calls it."""
+        self._quantizations += 1
+        return SharedLayers(self.folder / f"layers-{self._quantizations}", self.writes)
+
+
 @contextlib.contextmanager
 def consolidated(
     tensors: Iterable[tuple[str, Tensor]], beside: Path, *, node: int, local_rank: int
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[Consolidated]:
     """Writes the tensors to a temporary folder, which is gone afterwards, and maps them from there.
 
     One rank writes; where nodes have no folder in common, one of each node. In a process group every rank calls it.
@@ -40,9 +63,6 @@ def consolidated(
         node: Number of this rank's node.
         local_rank: Number of this rank in it.
 
-    Yields:
-        Name -> tensor on the CPU, mapped: not to be written to, and not to be used after the context.
-
     Raises:
         ExportError: A rank that should write cannot, or one that should read. On every rank.
     """
@@ -52,7 +72,7 @@ def consolidated(
         mapped, failure = _map(folder)
         _raise_together(failure)
         # Its last steps are collective: when a writer leaves the block, nobody needs the files any more.
-        yield mapped
+        yield Consolidated(mapped, folder, writes)
 
 
 def _folder(beside: Path, node: int, local_rank: int, stack: contextlib.ExitStack) -> tuple[Path, bool]:

@@ -29,6 +29,7 @@ from gptq_plugin.memory import numbered
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.report import ModuleReport, QuantizeReport
+from gptq_plugin.shared_layers import SharedLayers
 from gptq_plugin.targets import Skipped, Target, find_targets
 
 log = logging.getLogger(__name__)
@@ -178,11 +179,13 @@ class QuantizeModule:
         tokenizer: Any = None,
         export_dir: str | Path | None = None,
         overwrite: bool = False,
+        layers_in: SharedLayers | None = None,
         **options: Any,
     ) -> Iterator[QuantizeReport]:
         """Like `quantize`, for the length of a with block; afterwards the model is float again.
 
-        With `keep` it stays quantized, unless the block raises. The float weights stay in memory meanwhile.
+        With `keep` it stays quantized, unless the block raises. The float weights stay in memory meanwhile. With
+        `layers_in` the layers of a model on the CPU lie there, for all ranks of a node.
         """
         started = time.perf_counter()
         with contextlib.ExitStack() as stack:
@@ -192,7 +195,7 @@ class QuantizeModule:
                     raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
                 export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite))
             stack.enter_context(evaluating(model))
-            job = self._job(model, batches, tokenizer=tokenizer, export=export, **options)
+            job = self._job(model, batches, tokenizer=tokenizer, layers_in=export or layers_in, **options)
             if export is not None:
                 export.check(target.name for target in job.targets)
             layers, report = job.run()
@@ -254,7 +257,7 @@ class QuantizeModule:
         device: torch.device | str | None = None,
         device_memory: int | None = None,
         progress: Progress | None = None,
-        export: Export | None = None,
+        layers_in: Any = None,
     ) -> Job:
         targets, skipped = self.check(model)
         limit = share(self.config.nsamples) if nsamples is None else nsamples
@@ -290,7 +293,7 @@ class QuantizeModule:
             self.offload_weights,
             self.offload_activations,
             device_memory,
-            export,
+            layers_in,
         )
 
 

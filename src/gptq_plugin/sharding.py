@@ -6,6 +6,7 @@ FSDPStrategy wraps modules and keeps their parameters flat, DeepSpeed empties pa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,11 +54,18 @@ class Sharding:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
 
-    def settle(self) -> None:
-        """Has every module hold its parts again: the last forward leaves some modules with whole parameters."""
+    @contextlib.contextmanager
+    def settled(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+        """Around everything else: every module holds its own parts, where training had them.
+
+        Args:
+            pl_module: The module.
+            device: Of training.
+        """
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()
+                module.reshard()  # the last forward leaves some modules with whole parameters
+        yield
 
     def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its slot's name, one at a time, in the same order on all ranks. Every rank has to read on to
@@ -72,8 +80,9 @@ class Sharding:
 class _FlatParameters(Sharding):
     """FullyShardedDataParallel's: one flat parameter a wrapped module, in which the module's own are views."""
 
-    def settle(self) -> None:
-        pass  # it does so itself at the end of every forward
+    @contextlib.contextmanager
+    def settled(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+        yield  # at the end of every forward they are
 
     def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
         left = {slot.name: slot for slot in slots}
@@ -90,8 +99,14 @@ class _FlatParameters(Sharding):
 class _Partitions(Sharding):
     """DeepSpeed's: with ZeRO-3 each parameter is empty but for the time it is gathered; else it is whole anyway."""
 
-    def settle(self) -> None:
-        pass  # it does so itself at the end of every forward
+    @contextlib.contextmanager
+    def settled(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+        origin = pl_module.device
+        pl_module.to(device)  # Lightning has moved what is no part of a parameter to the CPU
+        try:
+            yield
+        finally:
+            pl_module.to(origin)
 
     def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
         import deepspeed

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from gptq_plugin import distributed
-from gptq_plugin.consolidated import consolidated
+from gptq_plugin.consolidated import Consolidated, consolidated
 from gptq_plugin.errors import TargetError
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.sharding import Slot, sharding_of
@@ -40,7 +40,7 @@ _HOOKS = (
 
 
 @contextlib.contextmanager
-def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) -> Iterator[None]:
+def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) -> Iterator[Consolidated]:
     """The module whole and without its sharding for the length of a with block; afterwards as it was.
 
     In a process group every rank calls it, and ends with the same weights in the same memory as all ranks of its node.
@@ -55,22 +55,23 @@ def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) 
         TargetError: The module was sharded in a way that cannot be taken back.
         ExportError: The weights cannot be written or read there.
     """
-    sharding = sharding_of(trainer)
     refuse_unknown_sharding(pl_module)
-    sharding.settle()
-    slots = list(_slots(pl_module))
-    first = {id(slot.tensor): slot for slot in reversed(slots)}  # tied ones under their first name
-    unique = [slot for slot in slots if first[id(slot.tensor)] is slot]
-    if len(set(distributed.gather_objects(_digest(unique)))) > 1:
-        raise TargetError(
-            f"the ranks have built {type(pl_module).__name__} with different parameters: configure_model must do the "
-            "same on all of them"
-        )
-    node, local_rank = trainer.strategy.node_rank, trainer.strategy.local_rank  # type: ignore[attr-defined]
-    with consolidated(sharding.whole(unique), beside, node=node, local_rank=local_rank) as tensors:
-        new = {slot: _like(slot.tensor, tensors[slot.name]) for slot in unique}
-        with _pointed({slot: new[first[id(slot.tensor)]] for slot in slots}), _bare(pl_module):
-            yield
+    strategy: Any = trainer.strategy
+    sharding = sharding_of(trainer)
+    with sharding.settled(pl_module, strategy.root_device):
+        slots = list(_slots(pl_module))
+        first = {id(slot.tensor): slot for slot in reversed(slots)}  # tied ones under their first name
+        unique = [slot for slot in slots if first[id(slot.tensor)] is slot]
+        if len(set(distributed.gather_objects(_digest(unique)))) > 1:
+            raise TargetError(
+                f"the ranks have built {type(pl_module).__name__} with different parameters: configure_model must do "
+                "the same on all of them"
+            )
+        tensors = sharding.whole(unique)
+        with consolidated(tensors, beside, node=strategy.node_rank, local_rank=strategy.local_rank) as files:
+            new = {slot: _like(slot.tensor, files.tensors[slot.name]) for slot in unique}
+            with _pointed({slot: new[first[id(slot.tensor)]] for slot in slots}), _bare(pl_module):
+                yield files
 
 
 def refuse_unknown_sharding(pl_module: nn.Module) -> None:
