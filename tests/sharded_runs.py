@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -13,7 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate
@@ -121,6 +122,29 @@ class FlatOnCPU(FSDPStrategy):
         return wrapped
 
 
+class ZeroOnCPU(DeepSpeedStrategy):
+    """On a CPU, which DeepSpeed can use (DS_ACCELERATOR=cpu), and Lightning refuses."""
+
+    def __init__(self):
+        super().__init__(stage=3, process_group_backend="gloo")
+
+    def setup_environment(self):
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self):
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        import deepspeed
+
+        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small ones in parts too
+        place = argparse.Namespace(device_rank=0)
+        return deepspeed.initialize(
+            args=place, config=self.config, model=model, optimizer=optimizer, dist_init_required=False
+        )[:2]
+
+
 STRATEGIES = {
     "plain": lambda: "auto",
     "fsdp": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
@@ -128,6 +152,7 @@ STRATEGIES = {
     "flat": lambda: FlatOnCPU(
         auto_wrap_policy={LlamaDecoderLayer}, activation_checkpointing_policy={LlamaDecoderLayer}
     ),
+    "zero": ZeroOnCPU,
     "flat-only": lambda: FlatOnCPU(use_orig_params=False),
 }
 
@@ -285,6 +310,11 @@ def two_nodes(out):
 def sequences():
     g = torch.Generator().manual_seed(0)
     return DataLoader([(torch.randn(9, 64, generator=g), torch.randn(9, 64, generator=g)) for _ in range(20)])
+
+
+def zero(out):
+    torch.set_num_threads(1)
+    run("zero", "zero", Model(), tokens, out)
 
 
 def main(out):

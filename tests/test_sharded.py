@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -23,21 +24,19 @@ import sharded_runs as runs
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """A folder for each of the runs in sharded_runs.py."""
-    folder = tmp_path_factory.mktemp("sharded")
+def launch(function, folder, **environment):
+    """Calls a function of sharded_runs.py in two processes, with the folder; raises if one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-              "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                    "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}  # fmt: skip
     command = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import sharded_runs as runs; "
-    command += "runs.main(pathlib.Path(sys.argv[2]))"
+    command += f"runs.{function}(pathlib.Path(sys.argv[2]))"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", command, Path(__file__).parent, folder],
-            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
+            env={**os.environ, **environment, "RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in "01"
     ]
@@ -46,6 +45,13 @@ def out(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A folder for each of the runs in sharded_runs.py."""
+    folder = tmp_path_factory.mktemp("sharded")
+    launch("main", folder)
     return folder
 
 
@@ -161,6 +167,15 @@ def test_what_cannot_work_is_refused_before_training_on_every_rank(name, message
         assert one["steps"] == 0
         with pytest.raises(AssertionError, match=message):
             raise AssertionError(one["error"].replace("\n", " "))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed and a C++ compiler")
+def test_deepspeeds_parts_are_gathered_one_by_one(whole, tmp_path):
+    launch("zero", tmp_path, DS_ACCELERATOR="cpu")
+    test_the_export_is_that_of_the_whole_module("zero", "fsdp", tmp_path, whole)
+    test_calibration_runs_on_plain_modules_whose_weights_lie_in_files("zero", tmp_path)
+    for one in said(tmp_path, "zero"):
+        assert one["folders"] == 0 and one["loss"] > 0  # the hooks that gather in a forward are back
 
 
 def test_nodes_without_a_common_disk_write_a_copy_each(out):

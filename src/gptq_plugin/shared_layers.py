@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptq_plugin.errors import ExportError
 from gptq_plugin.qlinear import QuantLinear
 
 
@@ -28,12 +29,22 @@ class SharedLayers:
             folder.mkdir()
 
     def add(self, name: str, layer: QuantLinear) -> None:
-        """Takes a finished layer on the CPU."""
+        """Takes a finished layer on the CPU.
+
+        Raises:
+            ExportError: It cannot be written.
+        """
         self._files[name] = file = self._folder / f"{len(self._files)}.safetensors"
-        if self._writes:
-            partial = file.with_suffix(".partial")
+        if not self._writes:
+            return
+        partial = file.with_suffix(".partial")
+        try:
             save_file({key: tensor.contiguous() for key, tensor in layer.named_buffers()}, partial)
             os.replace(partial, file)  # nobody sees half of it
+        except (OSError, SafetensorError) as error:
+            raise ExportError(
+                f"{name} could not be written to {partial}: {error}. Make room there, or choose another export_dir"
+            ) from error
 
     def written(self, name: str) -> dict[str, Tensor] | None:
         """The layer's buffers, mapped, or None while the file is not there. They outlive it."""
