@@ -68,6 +68,10 @@ class Model(pl.LightningModule):
 
     validation_step = training_step
 
+    def on_validation_epoch_end(self):
+        layers = [layer for layer in self.modules() if isinstance(layer, QuantLinear)]
+        self.layers_mapped = sum(in_file(layer.qweight) and in_file(layer.scales) for layer in layers)
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
@@ -162,12 +166,6 @@ class Watching(GPTQCallback):
 
     seen: dict
 
-    def _validate(self, trainer, pl_module):
-        layers = [layer for layer in pl_module.modules() if isinstance(layer, QuantLinear)]
-        if layers:
-            self.seen["layers mapped"] = sum(in_file(layer.qweight) and in_file(layer.scales) for layer in layers)
-        return super()._validate(trainer, pl_module)
-
     def calibration_data(self, trainer):
         module = trainer.lightning_module
         self.seen = {
@@ -224,6 +222,7 @@ def run(name, strategy, module, data, out, **options):
         "kinds": sorted({type(p.data).__name__ for p in module.parameters()}),
         "folders": len(list((out / name).glob(".*"))),
         "loss": loss,
+        "layers mapped": getattr(module, "layers_mapped", None),
     }
     (out / name).mkdir(exist_ok=True, parents=True)
     (out / name / f"rank{trainer.global_rank}.json").write_text(json.dumps(said))

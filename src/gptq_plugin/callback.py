@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,14 +201,15 @@ class GPTQCallback(pl.Callback):
                 if first is None:
                     self.quantizer.check(module)
                     return
-                self.quantizer.rehearse(
-                    module,
-                    first,
-                    forward=self.calibration_forward(trainer, pl_module, module),
-                    tokenizer=self.tokenizer,
-                    device=trainer.strategy.root_device if shards(trainer) else None,
-                    whole=self.data.is_given,
-                )
+                with _running(trainer, pl_module, besides=module):
+                    self.quantizer.rehearse(
+                        module,
+                        first,
+                        forward=self.calibration_forward(trainer, pl_module, module),
+                        tokenizer=self.tokenizer,
+                        device=trainer.strategy.root_device if shards(trainer) else None,
+                        whole=self.data.is_given,
+                    )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak_of_training = memory.peak_bytes(trainer.strategy.root_device)
@@ -227,11 +229,15 @@ class GPTQCallback(pl.Callback):
             progress_like(trainer) as progress,
         ):
             wanted = self.validate is not False and can_validate(trainer, pl_module)
-            before = self._validate(trainer, pl_module) if wanted else {}
+            with _running(trainer, pl_module):
+                before = validate(trainer, pl_module) if wanted else {}
             self.gate.check_names(before)
             swap = self.swaps(trainer, pl_module)
             trained = self.module_to_quantize(pl_module)
-            with _without_adapters(pl_module, trained, merged_in_place) as module:
+            with (
+                _without_adapters(pl_module, trained, merged_in_place) as module,
+                _running(trainer, pl_module, besides=module),
+            ):
                 notes = untied(trained, module)
                 self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes, files)
             if swap:
@@ -271,13 +277,14 @@ class GPTQCallback(pl.Callback):
                     report.float_checkpoint = self._float_checkpoint(trainer)
                     report.deviations += notes + ([said] if said else [])
                     if before:
-                        after = self._validate(trainer, pl_module)
+                        with _running(trainer, module):
+                            after = validate(trainer, pl_module)
                         report.metrics = {n: {"float": before[n], "gptq": after[n]} for n in before if n in after}
                         failures = self.gate.failures(before, after)
                     if failures and self.gate.on_fail == "escalate" and not said:
                         samples = collect(self.calibration_data(trainer), self.quantizer.config, self.tokenizer)
                         batches = [partial(forward, module, batch.data) for batch in samples.batches[:_NOISE]]
-                        with _running(trainer, pl_module):
+                        with _running(trainer, module):
                             noise = output_noise(module, {m.name: floats[m.name] for m in report.quantized}, batches)
                         sizes = {m.name: m.weights for m in report.quantized}
                         rounds = Escalation(self.quantizer.config, sizes, noise, self.gate.max_bits).rounds()
@@ -302,7 +309,7 @@ class GPTQCallback(pl.Callback):
     ) -> contextlib.AbstractContextManager[Consolidated | None]:
         """The module without the strategy's sharding, where there is any."""
         if not shards(trainer):
-            return contextlib.nullcontext()
+            return nullcontext()
         assert self.export_dir is not None
         return unsharded(trainer, pl_module, self.export_dir)
 
@@ -317,10 +324,6 @@ class GPTQCallback(pl.Callback):
         batches = collect(first, self.quantizer.config, self.tokenizer).batches
         run = partial(self.calibration_forward(trainer, pl_module, module), module)
         return Outputs(run, batches[0].data if batches else None)
-
-    def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        with _running(trainer, pl_module):
-            return validate(trainer, pl_module)
 
     def _escalate(
         self, rounds: Iterator[tuple[QuantizeConfig, str]], failures: list[str], error: QualityError
@@ -480,9 +483,11 @@ def _free_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     trainer.strategy.lr_scheduler_configs = []
 
 
-def _running(trainer: pl.Trainer, pl_module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Around forwards of the module on its training device, to which whole weights may have to come part by part."""
-    return brought(pl_module, trainer.strategy.root_device) if shards(trainer) else contextlib.nullcontext()
+def _running(
+    trainer: pl.Trainer, model: nn.Module, *, besides: nn.Module | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """Around forwards of the model on the training device, to which whole weights have to come part by part."""
+    return brought(model, trainer.strategy.root_device, besides=besides) if shards(trainer) else nullcontext()
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from gptq_plugin.targets import Target
 
 _T = TypeVar("_T")
 _Copies = dict[int, Tensor]  # by the id of the tensor at home
+_LISTS = (nn.ParameterList, nn.ParameterDict)  # of parameters: never called
 
 
 class Weights:
@@ -240,14 +241,32 @@ class Weights:
 
 
 @contextlib.contextmanager
-def brought(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model runs on the device for the length of a with block, wherever its tensors are and however large it is."""
+def brought(model: nn.Module, device: torch.device, *, besides: nn.Module | None = None) -> Iterator[None]:
+    """The model's parts run on the device for the length of a with block, wherever their tensors are and however large
+    they are. What the model holds itself is there all the time: nobody may call it as a whole.
+
+    Args:
+        model: Any module.
+        device: A CPU changes nothing.
+        besides: Somewhere in the model: to be left alone, with all that is in it.
+    """
     if device.type == "cpu":
         yield
         return
+    around = [m for m in model.modules() if m is model or any(part is besides for part in list(m.modules())[1:])]
+    children = {} if besides is model else {child: None for m in around for child in m.children()}
+    held = [*around, *(child for child in children if isinstance(child, _LISTS))]
+    parts = [child for child in children if child is not besides and child not in held]
+    own = [_Slot(m, name, tensor) for m in held for name, tensor in _tensors(m).items() if tensor.device != device]
     free = memory.free_bytes(device)
-    assert free is not None
-    with Weights(model, device, stream=True, capacity=free // 2, unit_bytes=memory.unit_bytes(model, free)):
+    capacity = memory.EVERYTHING if free is None else free // 2 // max(1, len(parts))
+    with contextlib.ExitStack() as stack:
+        for slot in own:
+            stack.callback(slot.go_home)
+            slot.give(_alike({0: slot.home.to(device)}, {0: slot.home})[0])
+        for part in parts:
+            unit = memory.unit_bytes(part, free)
+            stack.enter_context(Weights(part, device, stream=True, capacity=capacity, unit_bytes=unit))
         yield
 
 
@@ -407,8 +426,7 @@ def _divide(model: nn.Module, unit_bytes: int) -> dict[nn.Module, tuple[_Unit, .
     def divide(module: nn.Module, around: dict[_Unit, None]) -> None:
         distinct = {id(tensor): tensor for part in module.modules() for tensor in _tensors(part).values()}
         is_whole = sum(tensor.nbytes for tensor in distinct.values()) <= unit_bytes
-        # Lists of parameters are never called.
-        lists = [child for child in module.children() if isinstance(child, (nn.ParameterList, nn.ParameterDict))]
+        lists = [child for child in module.children() if isinstance(child, _LISTS)]
         members = list(module.modules()) if is_whole else [module, *lists]
         new = [member for member in members if member not in owner]
         slots = [_Slot(member, name, tensor) for member in new for name, tensor in _tensors(member).items()]
