@@ -37,9 +37,8 @@ class Slot:
     @property
     def tensor(self) -> Tensor:
         """What this rank has of it."""
-        tensor = self.module._parameters.get(self.key)
-        if tensor is None:
-            tensor = self.module._buffers[self.key]
+        parameter = self.module._parameters.get(self.key)
+        tensor = self.module._buffers[self.key] if parameter is None else parameter
         assert tensor is not None
         return tensor
 
