@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from gptq_plugin import memory
+from gptq_plugin import distributed, memory
 from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untied
 from gptq_plugin.batches import named
 from gptq_plugin.calibration import collect
@@ -132,6 +132,7 @@ class GPTQCallback(pl.Callback):
     def state_key(self) -> str:
         return self._generate_state_key(export_dir=str(self.export_dir), module=self.module)
 
+    @distributed.ending_together()
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" or _is_dev_run(trainer):
             return
@@ -144,6 +145,7 @@ class GPTQCallback(pl.Callback):
             check_own_folders(self.export_dir, _run_folders(trainer))
             check_export_dir(self.export_dir, overwrite=self.overwrite)
 
+    @distributed.ending_together()
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
             return
@@ -159,6 +161,7 @@ class GPTQCallback(pl.Callback):
         if self.gate.limits and not _is_dev_run(trainer):
             self.gate.check_names(trainer.callback_metrics)
 
+    @distributed.ending_together()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One calibration batch of every source runs now, so that what does not fit is found before training."""
         if _is_dev_run(trainer):
@@ -191,6 +194,7 @@ class GPTQCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak_of_training = memory.peak_bytes(trainer.strategy.root_device)
 
+    @distributed.ending_together()
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
             log.info("fast_dev_run: nothing is quantized or exported")

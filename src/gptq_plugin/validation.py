@@ -65,7 +65,7 @@ def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, fl
                 pl_module.on_validation_batch_end(outputs, batch, batch_idx, *index)
         logged.about(None, "")
         pl_module.on_validation_epoch_end()
-    return logged.values(trainer.strategy.root_device)
+    return logged.values()
 
 
 @dataclass
@@ -84,7 +84,7 @@ class _Entry:
     weights: list[int] = field(default_factory=list)
     metric: Metric | None = None
 
-    def value(self, device: torch.device) -> float:
+    def value(self) -> float:
         if self.metric is not None:
             value = float(self.metric.compute())
             self.metric.reset()
@@ -93,7 +93,7 @@ class _Entry:
         if self.reduce in ("mean", torch.mean):
             weights = torch.tensor(self.weights, dtype=torch.float64)
             # Ranks' shares need not be of one size.
-            sums = torch.stack([(values * weights).sum(), weights.sum()]).to(device, torch.float32)
+            sums = torch.stack([(values * weights).sum(), weights.sum()])
             distributed.sum_(sums)
             return float(sums[0] / sums[1])
         function = _REDUCE[self.reduce] if isinstance(self.reduce, str) else self.reduce
@@ -156,8 +156,8 @@ class _Logged:
         for name, value in dictionary.items():
             self.log(name, value, *args, **kwargs)
 
-    def values(self, device: torch.device) -> dict[str, float]:
-        return {name: entry.value(device) for name, entry in self._entries.items()}
+    def values(self) -> dict[str, float]:
+        return {name: entry.value() for name, entry in self._entries.items()}
 
 
 def validation_loaders(trainer: pl.Trainer) -> list[Any]:
