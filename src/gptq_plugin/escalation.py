@@ -1,9 +1,9 @@
 """What to try when a quantized model is not good enough: `steps`, and which layers need it most: `output_noise`.
 
 There are two means. Smaller groups in the whole model keep one grid for all layers, which every client reads. More bits
-for the noisiest layers may cost less, but transformers does not read mixed grids (this package, GPTQModel and vLLM do).
-So at every width groups come first, then layers, a few at a time, until all have the next width, which is one grid
-again.
+for the noisiest layers may cost less, but mixed grids are read by this package and GPTQModel, not by transformers, and
+by vLLM only where layers that it fuses do not differ. So at every width groups come first, then layers, a few at a
+time, until all have the next width, which is one grid again.
 """
 
 from __future__ import annotations
