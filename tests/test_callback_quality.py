@@ -357,6 +357,7 @@ def test_a_limit_says_how_far_and_in_which_direction():
     assert Limit.parse("a", 0.02).excess(1.0, 1.01) <= 0 < Limit.parse("a", 0.02).excess(1.0, 1.03)
     assert Limit.parse("a", -0.02).excess(0.9, 0.89) <= 0 < Limit.parse("a", -0.02).excess(0.9, 0.87)
     assert Limit.parse("a", "2%").excess(-4.0, -3.95) <= 0 < Limit.parse("a", "2%").excess(-4.0, -3.9)
+    assert Limit.parse("a", 0.02).excess(1.0, 0.5) <= 0 and Limit.parse("a", -0.02).excess(0.9, 1.5) <= 0
     assert Limit.parse("a", 0.02).excess(1.0, float("nan")) > 0
     for wrong in (0, "0%", "much", None, True, float("nan")):
         with pytest.raises(ValueError, match=r"max_degradation\['a'\] must be a number or a percentage"):

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 sys.path.insert(0, str(Path(__file__).parent))
 from test_callback import Plain, fit, pair_loader
 
-from gptq_plugin.validation import can_validate, validate
+from gptq_plugin.validation import validate, validation_loaders
 
 HOOKS = ("on_validation_epoch_start", "on_validation_batch_start", "on_before_batch_transfer",
          "transfer_batch_to_device", "on_after_batch_transfer", "on_validation_batch_end",
@@ -169,7 +169,7 @@ def test_there_is_something_to_validate_only_with_a_step_and_a_dataloader(tmp_pa
         (Plain(), {}, False),
     ):
         trainer = fit(module, pair_loader(), [], tmp_path, **options)
-        assert can_validate(trainer, module) == expected
+        assert bool(validation_loaders(trainer)) == expected
 
 
 RANKS = """

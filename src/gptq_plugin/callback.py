@@ -41,7 +41,7 @@ from gptq_plugin.report import QuantizeReport
 from gptq_plugin.sampling import TRAIN, VALIDATION, dealt, sampled, single
 from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
 from gptq_plugin.until_good import UntilGood
-from gptq_plugin.validation import can_validate, validate, validation_loaders
+from gptq_plugin.validation import validate, validation_loaders
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class GPTQCallback(pl.Callback):
         """One calibration batch of every source runs now, so that what does not fit is found before training."""
         if _is_dev_run(trainer):
             return
-        if (self.gate.limits or self.validate) and not can_validate(trainer, pl_module):
+        if (self.gate.limits or self.validate) and not validation_loaders(trainer):
             raise ValueError(
                 "max_degradation and validate=True need a validation_step in the LightningModule and a validation "
                 "dataloader that is not switched off (limit_val_batches=0)"
@@ -214,7 +214,7 @@ class GPTQCallback(pl.Callback):
             torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
             progress_like(trainer) as progress,
         ):
-            wanted = self.validate is not False and can_validate(trainer, pl_module)
+            wanted = self.validate is not False and validation_loaders(trainer)
             before = validate(trainer, pl_module) if wanted else {}
             self.gate.check_names(before)
             swap = self.swaps(pl_module)

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from gptq_plugin import distributed
-from gptq_plugin.lightning_roots import overrides
 from gptq_plugin.quantize import evaluating
 
 _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,11 +28,6 @@ _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.max,
     "sum": torch.sum,
 }
-
-
-def can_validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Whether there is a `validation_step` and a validation dataloader that is not switched off."""
-    return overrides(pl_module, "validation_step") and bool(validation_loaders(trainer))
 
 
 def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
@@ -183,7 +177,7 @@ class _Logged:
 
 
 def validation_loaders(trainer: pl.Trainer) -> list[Any]:
-    """The validation dataloaders of `fit`, none when validation is off."""
+    """The validation dataloaders of `fit`; none when validation is off, or without a `validation_step`."""
     if not trainer.enable_validation:
         return []
     trainer.fit_loop.epoch_loop.val_loop.setup_data()  # does nothing after the first validation
