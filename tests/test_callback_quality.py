@@ -367,3 +367,17 @@ def test_a_limit_says_how_far_and_in_which_direction():
             QualityGate({}, **options)
     with pytest.raises(ValueError, match="validate=False switches it off"):
         GPTQCallback(QuantizeModule(), validate=False, max_degradation={"a": 1})
+
+
+def test_every_limit_that_does_not_hold_is_a_sentence_of_its_own_and_the_limit_itself_is_good():
+    gate = QualityGate({"loss": 0.5, "accuracy": -0.25, "perplexity": "50%"})
+    before = {"loss": 1.0, "accuracy": 0.75, "perplexity": 4.0}
+    assert gate.failures(before, {"loss": 1.5, "accuracy": 0.5, "perplexity": 6.0}) == []
+    assert gate.failures(before, {"loss": 2.0, "accuracy": 0.25, "perplexity": 7.0}) == [
+        "loss went from 1 to 2 (+1, +100.000%; +0.5 allowed)",
+        "accuracy went from 0.75 to 0.25 (-0.5, -66.667%; -0.25 allowed)",
+        "perplexity went from 4 to 7 (+3, +75.000%; +50.000% allowed)",
+    ]
+    assert QualityGate({"loss": 0.5}).failures({"loss": 0.0}, {"loss": 2.0}) == [
+        "loss went from 0 to 2 (+2; +0.5 allowed)"
+    ]
