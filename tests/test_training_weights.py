@@ -103,13 +103,15 @@ def test_a_checkpoint_is_loaded_as_lightning_loads_one(tmp_path, monkeypatch):
 
 
 def test_ranks_take_the_checkpoint_that_the_first_found_best(tmp_path, monkeypatch):
-    best = ModelCheckpoint(dirpath=tmp_path, monitor="epoch", mode="min", save_last=True)
-    trainer, module = trained(tmp_path, best)
-    last = torch.load(best.last_model_path, weights_only=False)["state_dict"]
-    monkeypatch.setattr(distributed, "object_from_first", lambda own: best.last_model_path)
+    best, latest = ModelCheckpoint(dirpath=tmp_path, monitor="epoch", mode="min"), ModelCheckpoint(tmp_path / "all")
+    trainer, module = trained(tmp_path, best, latest)
+    monkeypatch.setattr(distributed, "object_from_first", lambda own: latest.best_model_path)
     fresh = Normed()
     with weights_of(trainer, fresh, "best"):
-        assert same(state(fresh), last)
+        assert same(state(fresh), state(module))
+    monkeypatch.undo()
+    with weights_of(trainer, fresh, "best"):
+        assert not same(state(fresh), state(module))
 
 
 def test_what_cannot_be_found_is_said(tmp_path):
