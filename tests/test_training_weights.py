@@ -16,7 +16,7 @@ from test_callback import Plain, pair_loader
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.training_weights import check_weights, float_checkpoint, weights_of
+from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
 
 
 class Normed(Plain):
@@ -152,3 +152,15 @@ def test_the_float_checkpoint_is_the_one_that_holds_what_was_quantized(options, 
     if "monitor" in options:
         assert float_checkpoint(trainer, "best") == checkpoint.best_model_path != ""
     assert float_checkpoint(trainer, checkpoint.best_model_path) == checkpoint.best_model_path
+
+
+def test_compiled_modules_are_bare_for_the_block_and_compiled_again_even_after_an_error():
+    module = Normed()
+    bare, norm = module.net[2], module.norm
+    module.net[2], module.norm = torch.compile(bare, backend="eager"), torch.compile(norm, backend="eager")
+    compiled = module.net[2], module.norm
+    with pytest.raises(RuntimeError, match="in the block"), uncompiled(module):
+        assert module.net[2] is bare and module.norm is norm
+        assert not any("_orig_mod" in name for name, _ in module.named_modules())
+        raise RuntimeError("in the block")
+    assert (module.net[2], module.norm) == compiled
