@@ -93,8 +93,10 @@ def test_groups_that_do_not_divide_every_layer_are_not_tried():
 
 def test_a_layers_own_rules_are_kept_and_its_smaller_groups_too():
     model = layers(128, 128, 128)
-    config = QuantizeConfig(bits=3, dynamic={"b$": {"group_size": 32, "bits": 4, "sym": False}, "c$": {"sym": False}})
-    for step in steps(model, config, {"a": 0.1, "b": 0.4, "c": 0.3}):
+    config = QuantizeConfig(bits=3, dynamic={"[b]$": {"group_size": 32, "bits": 4, "sym": False}, "c$": {"sym": False}})
+    found = list(steps(model, config, {"a": 0.1, "b": 0.4, "c": 0.3}))
+    assert [grids(model, step.config)["b"][0] for step in found][:4] == [4, 4, 8, 8]  # groups of 64, of 32, then b
+    for step in found:
         assert grids(model, step.config)["b"][1] == 32
         assert not step.config.for_module("b").sym and not step.config.for_module("c").sym
         assert step.config.for_module("a").sym
