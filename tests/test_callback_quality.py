@@ -353,6 +353,13 @@ def test_a_metric_that_validation_does_not_log_is_refused_before_training(tmp_pa
         fit(NoValidation(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), max_degradation={"a": 1})], tmp_path)
 
 
+def test_a_metric_that_is_not_logged_is_said_at_the_end_of_a_run_that_never_validated(tmp_path):
+    module, callback = Validated(), GPTQCallback(QuantizeModule(**SMALL), max_degradation={"val_los": 0.1})
+    with pytest.raises(ValueError, match="max_degradation names val_los, and validation logs val_batches, val_loss"):
+        fit(module, None, [callback], tmp_path, num_sanity_val_steps=0, check_val_every_n_epoch=9)
+    assert quantized(module) == [] and module.trainer.global_step == 3
+
+
 def test_a_limit_says_how_far_and_in_which_direction():
     assert Limit.parse("a", 0.02).excess(1.0, 1.01) <= 0 < Limit.parse("a", 0.02).excess(1.0, 1.03)
     assert Limit.parse("a", -0.02).excess(0.9, 0.89) <= 0 < Limit.parse("a", -0.02).excess(0.9, 0.87)
