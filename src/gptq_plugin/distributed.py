@@ -93,7 +93,7 @@ def gather_rows(parts: Sequence[Tensor], rows: int) -> list[list[Tensor]]:
     """
     if not active():
         return [[part] for part in parts]
-    mine = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
+    mine = torch.cat([part.flatten().view(torch.uint8) for part in parts])
     _called("gather_rows", rows)
     everyones = [torch.empty_like(mine) for _ in range(world_size())]
     with _reaching():
