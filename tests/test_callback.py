@@ -575,9 +575,10 @@ class NoTraining(Holds):
 module = NoTraining()
 callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": samples}), out / "export")
 # One GPU is shared as two nodes would be that have one each.
-places = {"devices": ranks} if accelerator == "cpu" else {"devices": 1, "num_nodes": ranks}
-strategy = pl.strategies.DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
-trainer = pl.Trainer(max_epochs=1, accelerator=accelerator, **places, strategy=strategy, logger=False,
+places = {"devices": 1, "num_nodes": ranks} if accelerator == "shared gpu" else {"devices": ranks}
+backend = "nccl" if accelerator == "gpu" else "gloo"
+strategy = pl.strategies.DDPStrategy(process_group_backend=backend) if ranks > 1 else "auto"
+trainer = pl.Trainer(max_epochs=1, accelerator=accelerator.split()[-1], **places, strategy=strategy, logger=False,
     enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[callback])
 trainer.fit(module, token_loader())
 rank = trainer.global_rank

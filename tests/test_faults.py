@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Forks its ranks, since importing takes longer than a case.
-RUN = """
+# On CPUs it forks its ranks, since importing takes longer than a case.
+FAULTS = """
 import json, os, signal, sys, time
 from pathlib import Path
 import torch
@@ -48,7 +48,7 @@ def spoil(original):
 
 def inject(module, kind, phase):
     if phase == "calibration":
-        nan = lambda batch: module.model(inputs_embeds=torch.full((4, 16, 64), float("nan")))
+        nan = lambda batch: module.model(inputs_embeds=torch.full((4, 16, 64), float("nan"), device=module.device))
         module.fault = {"raise": fail("a bad sample"), "kill": die, "nan": nan}[kind]
     elif phase == "reduction" and kind == "nan":
         hessian.Hessian.over_ranks = spoil(hessian.Hessian.over_ranks)
@@ -71,32 +71,32 @@ class Inject(pl.Callback):
         if trainer.global_rank == (0 if self.phase == "export" else 1):  # only rank 0 writes
             inject(module, self.kind, self.phase)
 
-def run(rank, size, out, kind, phase):
-    module = Faulty()
-    callback = GPTQCallback(QuantizeModule(**SMALL), out / "export")
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=size, strategy="ddp", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
-        callbacks=[Inject(kind, phase), callback, ModelCheckpoint(out / "ckpt", save_last=True)])
-    trainer.fit(module, token_loader())
-
-out, size, results = Path(sys.argv[2]), int(sys.argv[3]), {}
-for number, case in enumerate(sys.argv[4:]):
-    started, children = time.time(), {}
+def run(rank, case, port):
     folder = out / case
-    folder.mkdir()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID=case)
+    try:
+        callback = GPTQCallback(QuantizeModule(**SMALL), folder / "export")
+        trainer = pl.Trainer(max_epochs=1, accelerator=accelerator, devices=size, strategy="ddp", logger=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+            callbacks=[Inject(*case.split("-")), callback, ModelCheckpoint(folder / "ckpt", save_last=True)])
+        trainer.fit(Faulty(), token_loader())
+    except BaseException as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        os._exit(1)
+    os._exit(0)
+
+out, size, accelerator, cases, results = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:], {}
+if accelerator == "gpu":  # which does not survive a fork: a case and a rank
+    run(int(cases[1]), cases[0], 29990)
+for number, case in enumerate(cases):
+    started, children = time.time(), {}
+    (out / case).mkdir()
     for rank in range(size):
         pid = os.fork()
-        if pid:
-            children[pid] = rank
-            continue
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29830 + number), RANK=str(rank),
-            LOCAL_RANK=str(rank), WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID=case)
-        try:
-            run(rank, size, folder, *case.split("-"))
-        except BaseException as error:
-            (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-            os._exit(1)
-        os._exit(0)
+        if not pid:
+            run(rank, case, 29830 + number)
+        children[pid] = rank
     ends = {}
     while children:
         pid, status = os.wait()
@@ -124,8 +124,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     out = tmp_path_factory.mktemp("faults")
-    (out / "run.py").write_text(RUN)
-    command = [sys.executable, out / "run.py", Path(__file__).parent, out, str(RANKS), *CASES]
+    (out / "run.py").write_text(FAULTS)
+    command = [sys.executable, out / "run.py", Path(__file__).parent, out, str(RANKS), "cpu", *CASES]
     subprocess.run(command, check=True, timeout=400, cwd=out)
     return out, json.loads((out / "results.json").read_text())
 
