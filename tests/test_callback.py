@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -564,42 +565,53 @@ def test_a_failure_leaves_the_trained_weights_the_checkpoint_and_no_folder(faili
 DDP = """
 import json, sys
 from pathlib import Path
-import lightning.pytorch as pl, torch, torch.distributed as dist
-torch.set_num_threads(1)
+import lightning.pytorch as pl, torch
 sys.path.insert(0, sys.argv[1])
 from test_callback import Holds, SMALL, token_loader
 from gptq_plugin import GPTQCallback, QuantizeModule
-out, devices, samples = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+out, devices = Path(sys.argv[2]), int(sys.argv[3])
+if devices > 1:
+    torch.set_num_threads(1)
 class NoTraining(Holds):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
-module = NoTraining()
-callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": samples}), out / "export")
-trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
-    logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
-    callbacks=[callback])
-trainer.fit(module, token_loader())
-rank = trainer.global_rank
-torch.save({k: v for k, v in module.state_dict().items()}, out / f"rank{rank}.pt")
-(out / f"rank{rank}.json").write_text(callback.report.to_json())
+for samples in sys.argv[4:]:
+    module, here = NoTraining(), out / samples / str(devices)
+    callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": int(samples)}), here / "export")
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
+        logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
+        callbacks=[callback])
+    trainer.fit(module, token_loader())
+    rank = trainer.global_rank
+    torch.save({k: v for k, v in module.state_dict().items()}, here / f"rank{rank}.pt")
+    (here / f"rank{rank}.json").write_text(callback.report.to_json())
 """
+
+SAMPLES = ["16", "17", "1000"]  # 17: a last batch of one sample on rank 0
+
+
+@pytest.fixture(scope="module")
+def on_one_and_on_two(tmp_path_factory):
+    """Runs with each number of samples, SAMPLES/RANKS/rank0.pt; the two processes are started once for all numbers."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "train.py").write_text(textwrap.dedent(DDP))
+    command = ["train.py", str(Path(__file__).parent), str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*command, "1", *SAMPLES])
+        patch.setattr(sys, "path", sys.path[:])
+        runpy.run_path(str(folder / "train.py"))
+    done = subprocess.run([sys.executable, *command, "2", *SAMPLES], capture_output=True, text=True, timeout=300,
+                          cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("samples", [16, 17, 1000])  # 17: a last batch of one sample on rank 0
-def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, tmp_path):
-    (tmp_path / "train.py").write_text(textwrap.dedent(DDP))
-    for devices in (1, 2):
-        out = tmp_path / str(devices)
-        out.mkdir()
-        subprocess.run(
-            [sys.executable, tmp_path / "train.py", Path(__file__).parent, out, str(devices), str(samples)],
-            check=True,
-            timeout=300,
-            cwd=tmp_path,
-        )
-    one = torch.load(tmp_path / "1" / "rank0.pt")
-    first, second = (torch.load(tmp_path / "2" / f"rank{rank}.pt") for rank in (0, 1))
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, on_one_and_on_two):
+    folder = on_one_and_on_two / samples
+    one = torch.load(folder / "1" / "rank0.pt")
+    first, second = (torch.load(folder / "2" / f"rank{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys() == one.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     codes = [key for key in one if key.endswith("qweight")]
@@ -607,11 +619,11 @@ def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, tmp
     for key in codes:  # another order of addition may flip a near tie
         assert (one[key] == first[key]).float().mean() > 0.97, key
     reports = [
-        json.loads((tmp_path / run).read_text())["totals"] for run in ("1/rank0.json", "2/rank0.json", "2/rank1.json")
+        json.loads((folder / run).read_text())["totals"] for run in ("1/rank0.json", "2/rank0.json", "2/rank1.json")
     ]
-    assert {report["samples"] for report in reports} == {min(samples, 24)}
-    assert {report["tokens"] for report in reports} == {min(samples, 24) * 16}
-    assert load_quantized(tmp_path / "2" / "export").generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)
+    assert {report["samples"] for report in reports} == {min(int(samples), 24)}
+    assert {report["tokens"] for report in reports} == {min(int(samples), 24) * 16}
+    assert load_quantized(folder / "2" / "export").generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)
 
 
 @pytest.mark.gpu
