@@ -75,6 +75,7 @@ def app(tmp_path):
         with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
             cfg = compose(name, [*overrides, f"hydra.runtime.output_dir={tmp_path}/run"], return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
+        (tmp_path / "run").mkdir(exist_ok=True)
         return getattr(cli, name)(cfg)
 
     yield run

@@ -540,6 +540,7 @@ print(sum(last) / len(last))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_the_memory_of_a_model_mapped_from_its_files_does_not_grow_with_its_size(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 256, "num_attention_heads": 8}
