@@ -527,14 +527,14 @@ import torch, transformers
 from gptq_plugin import QuantizeModule, export, memory
 
 export.SHARD = memory._LARGEST_UNIT = 4 * 10**6  # what is in memory at a time
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 held = []
 
 def watch(*_):
     held.append(int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
 
 quantizer = QuantizeModule(bits=8, nsamples=8, offload_weights=True, clip_ratios=[1.0])
-quantizer.quantize(model, list(torch.randint(0, 256, (8, 72))), export_dir=sys.argv[2], progress=watch)
+quantizer.quantize(model, list(torch.randint(0, 256, (8, 20))), export_dir=sys.argv[2], progress=watch)
 last = held[-len(held) // 4 :]
 print(sum(last) / len(last))
 """
@@ -545,15 +545,15 @@ print(sum(last) / len(last))
 def test_the_memory_of_a_model_mapped_from_its_files_does_not_grow_with_its_size(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 256, "num_attention_heads": 8}
     used = {}
-    for layers in (2, 10):
+    for layers in (4, 16):
         folder, out = tmp_path / f"{layers}", tmp_path / f"{layers}-quantized"
-        llama(**{**sizes, "num_hidden_layers": layers}).save_pretrained(folder)
+        llama(torch.bfloat16, **{**sizes, "num_hidden_layers": layers}).save_pretrained(folder)
         command = [sys.executable, "-c", GROWTH, str(folder), str(out)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr[-2000:]
         used[layers] = float(run.stdout.split()[0]) / 1e3
-    packed = 8 * 2.9  # MB: 8 layers of 2.9 million weights at 8 bits; their float weights are four times that
-    assert used[10] - used[2] < 0.75 * packed  # about half is the allocator's; keeping the layers takes all of it
+    packed = 12 * 2.9  # MB: 12 layers of 2.9 million weights at 8 bits; their float weights are twice that
+    assert used[16] - used[4] < 0.75 * packed  # about half is the allocator's; keeping the layers takes all of it
 
 
 @pytest.mark.gpu
