@@ -534,7 +534,7 @@ def watch(*_):
     held.append(int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
 
 quantizer = QuantizeModule(bits=8, nsamples=8, offload_weights=True, clip_ratios=[1.0])
-quantizer.quantize(model, list(torch.randint(0, 256, (8, 20))), export_dir=sys.argv[2], progress=watch)
+quantizer.quantize(model, list(torch.randint(0, 256, (8, 72))), export_dir=sys.argv[2], progress=watch)
 last = held[-len(held) // 4 :]
 print(sum(last) / len(last))
 """
