@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_callback import DDP, SMALL, Holds, fit, launch, quantized, token_loader
+from test_callback import DDP, SMALL, Holds, fit, quantized, token_loader
 from test_faults import FAULTS
 
 from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule, load_quantized
@@ -145,9 +145,9 @@ def test_quantization_takes_no_more_of_a_gpu_than_training_did(adapters, weights
     print({name: f"{value / 2**20:.0f} MiB" for name, value in peaks.items()}, callback.report.seconds["total"])
 
 
-def codes_are_those_of_one_rank(tmp_path):
-    one = torch.load(tmp_path / "1" / "rank0.pt", map_location="cpu")
-    first, second = (torch.load(tmp_path / "2" / f"rank{rank}.pt", map_location="cpu") for rank in (0, 1))
+def codes_are_those_of_one_rank(folder):
+    one = torch.load(folder / "1" / "rank0.pt", map_location="cpu")
+    first, second = (torch.load(folder / "2" / f"rank{rank}.pt", map_location="cpu") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
     codes = [key for key in one if key.endswith("qweight")]
     assert len(codes) == 7
@@ -155,25 +155,28 @@ def codes_are_those_of_one_rank(tmp_path):
     return all((one[key] == first[key]).float().mean() > 0.97 for key in codes)
 
 
+def command(folder, ranks, accelerator):
+    (folder / "script.py").write_text(DDP)
+    return [sys.executable, folder / "script.py", Path(__file__).parent, folder, str(ranks), accelerator, "24"]
+
+
 def test_two_processes_on_one_gpu_give_the_codes_of_one(tmp_path):
-    (tmp_path / "script.py").write_text(DDP)
     for ranks in (1, 2):
-        (out := tmp_path / str(ranks)).mkdir()
-        command = [sys.executable, tmp_path / "script.py", Path(__file__).parent, out, str(ranks), "24", "shared gpu"]
         places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "LOCAL_RANK": "0"} if ranks > 1 else {}
+        shared = command(tmp_path, ranks, "shared gpu")
         running = [
-            subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **places, "NODE_RANK": str(rank)})
+            subprocess.Popen(shared, cwd=tmp_path, env={**os.environ, **places, "NODE_RANK": str(rank)})
             for rank in range(ranks)
         ]
         assert [process.wait(timeout=300) for process in running] == [0] * ranks
-    assert codes_are_those_of_one_rank(tmp_path)
+    assert codes_are_those_of_one_rank(tmp_path / "24")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_the_codes_of_one(tmp_path):
     for ranks in (1, 2):
-        launch(DDP, tmp_path, ranks, "24", "gpu")
-    assert codes_are_those_of_one_rank(tmp_path)
+        subprocess.run(command(tmp_path, ranks, "gpu"), check=True, timeout=300, cwd=tmp_path)
+    assert codes_are_those_of_one_rank(tmp_path / "24")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
