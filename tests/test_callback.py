@@ -577,10 +577,10 @@ class NoTraining(Holds):
 # One GPU is shared as two nodes would be that have one each.
 places = {"devices": 1, "num_nodes": ranks} if accelerator == "shared gpu" else {"devices": ranks}
 backend = "nccl" if accelerator == "gpu" else "gloo"
-strategy = pl.strategies.DDPStrategy(process_group_backend=backend) if ranks > 1 else "auto"
 for samples in sys.argv[5:]:
     module, here = NoTraining(), out / samples / str(ranks)
     callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": int(samples)}), here / "export")
+    strategy = pl.strategies.DDPStrategy(process_group_backend=backend) if ranks > 1 else "auto"
     trainer = pl.Trainer(max_epochs=1, accelerator=accelerator.split()[-1], **places, strategy=strategy, logger=False,
         enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[callback])
     trainer.fit(module, token_loader())
