@@ -55,6 +55,13 @@ def failing(rank):
     time.sleep(0 if rank == 2 else 3)  # still there, but not for a second word
     return found
 
+def apart(rank):
+    def run():
+        with distributed.ending_together():  # in which the ranks do not meet
+            if rank == 1:
+                raise KeyError("lost")
+    return said(run)
+
 def busy(rank):
     # The others are where no meeting is: the rank that failed goes its way all the same.
     distributed._LAST_WORD = __import__("datetime").timedelta(seconds=1)
@@ -112,7 +119,7 @@ def branches(rank):
     return [tokens, [m.name for m in report.quantized], {k: v.sum().item() for k, v in model.state_dict().items()}]
 
 out, size = Path(sys.argv[1]), 3
-for number, scene in enumerate((meetings, astray, failing, busy, hessians, rows, branches)):
+for number, scene in enumerate((meetings, astray, failing, apart, busy, hessians, rows, branches)):
     children = []
     for rank in range(size):
         pid = os.fork()
@@ -160,7 +167,12 @@ def test_an_error_on_one_rank_is_raised_on_the_others_with_its_message(scenes):
 def test_a_rank_that_failed_does_not_wait_for_others_that_are_busy(scenes):
     (error, seconds), *others = scenes("busy")
     assert error == "KeyError: 'lost'" and 0.9 < seconds < 2.5
-    assert all(error is None for error, _ in others)
+    assert all("cannot reach the others: one was killed" in error for error, _ in others)
+
+
+def test_a_block_without_a_meeting_ends_on_all_ranks_or_on_none(scenes):
+    others = "RankError: rank 1 failed: KeyError: 'lost'"
+    assert scenes("apart") == [others, "KeyError: 'lost'", others]
 
 
 def test_hessians_add_up_though_half_of_each_travels_and_a_rank_has_no_tokens(scenes):

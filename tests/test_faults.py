@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callback import SMALL, Holds, token_loader
+import gptq_plugin.callback as training
 import gptq_plugin.export as exporting
 from gptq_plugin import GPTQCallback, QuantizeModule, dealing, hessian
 
@@ -36,7 +37,7 @@ class Faulty(Holds):
     fault = None
 
     def calibration_step(self, batch):
-        if self.fault is not None and self.trainer.global_step > 0:
+        if self.fault is not None:
             return self.fault(batch)
         return self.model(**batch)
 
@@ -50,6 +51,8 @@ def inject(module, kind, phase):
     if phase == "calibration":
         nan = lambda batch: module.model(inputs_embeds=torch.full((4, 16, 64), float("nan"), device=module.device))
         module.fault = {"raise": fail("a bad sample"), "kill": die, "nan": nan}[kind]
+    elif phase == "setup":
+        training.check_export_dir = fail("not on this node")
     elif phase == "reduction" and kind == "nan":
         hessian.Hessian.over_ranks = spoil(hessian.Hessian.over_ranks)
     elif phase == "reduction" and kind == "raise":
@@ -66,6 +69,10 @@ def inject(module, kind, phase):
 class Inject(pl.Callback):
     def __init__(self, kind, phase):
         self.kind, self.phase = kind, phase
+
+    def setup(self, trainer, module, stage):
+        if trainer.global_rank == 1 and self.phase in ("setup", "rehearsal"):
+            inject(module, self.kind, "calibration" if self.phase == "rehearsal" else "setup")
 
     def on_train_end(self, trainer, module):
         if trainer.global_rank == (0 if self.phase == "export" else 1):  # only rank 0 writes
@@ -107,6 +114,8 @@ for number, case in enumerate(cases):
 
 RANKS = 3
 CASES = {
+    "raise-setup": "MemoryError: not on this node",
+    "raise-rehearsal": "MemoryError: a bad sample",
     "raise-calibration": "MemoryError: a bad sample",
     "nan-calibration": "holds NaN or infinity in calibration batches [0, 1] (rank 1)",
     "kill-calibration": "cannot reach the others",
@@ -147,6 +156,9 @@ def test_all_ranks_end_with_the_cause_and_the_checkpoints_stay(case, outcomes):
         assert cause in message
         if kind == "raise":
             assert message == f"RankError: rank {faulty} failed: {own}"
+    if phase in ("setup", "rehearsal"):
+        assert not (out / case / "ckpt").exists()  # before training
+        return
     checkpoint = torch.load(out / case / "ckpt" / "last.ckpt", weights_only=False)
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
     assert not (out / case / "export").exists()
