@@ -145,11 +145,19 @@ def test_no_temporary_folder_is_left(name, out):
 
 
 def test_a_failure_after_training_leaves_the_module_as_training_had_it(out):
-    first, second = said(out, "nan")
-    assert "another rank's calibration batches" in first["error"] and "(rank 1)" in second["error"]
-    for one in (first, second):
+    for one in said(out, "nan"):
+        assert "NaN or infinity" in one["error"] and "(rank 1)" in one["error"]
         assert one["steps"] > 0 and one["kinds"] == ["DTensor", "Tensor"] and one["left"] == 0
     assert not (out / "nan" / "export").exists()
+
+
+def test_every_attempt_of_an_escalation_has_its_layers_in_files(out):
+    first, second = said(out, "never-good")
+    assert "QualityError" in first["error"] and "others tried within max_bits=5" in first["error"]
+    assert first["error"] == second["error"]
+    for one in (first, second):
+        assert one["layers mapped"] >= 13 and one["left"] == one["folders"] == 0
+    assert not (out / "never-good" / "export").exists()
 
 
 @pytest.mark.parametrize(

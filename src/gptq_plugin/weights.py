@@ -241,16 +241,16 @@ class Weights:
 
 
 @contextlib.contextmanager
-def brought(model: nn.Module, device: torch.device, *, besides: nn.Module | None = None) -> Iterator[None]:
+def brought(model: nn.Module, device: torch.device | None, *, besides: nn.Module | None = None) -> Iterator[None]:
     """The model's parts run on the device for the length of a with block, wherever their tensors are and however large
     they are. What the model holds itself is there all the time: nobody may call it as a whole.
 
     Args:
         model: Any module.
-        device: A CPU changes nothing.
+        device: None, or a CPU, changes nothing.
         besides: Somewhere in the model: to be left alone, with all that is in it.
     """
-    if device.type == "cpu":
+    if device is None or device.type == "cpu":
         yield
         return
     around = [m for m in model.modules() if m is model or any(part is besides for part in list(m.modules())[1:])]
@@ -259,14 +259,15 @@ def brought(model: nn.Module, device: torch.device, *, besides: nn.Module | None
     parts = [child for child in children if child is not besides and child not in held]
     own = [_Slot(m, name, tensor) for m in held for name, tensor in _tensors(m).items() if tensor.device != device]
     free = memory.free_bytes(device)
-    capacity = memory.EVERYTHING if free is None else free // 2 // max(1, len(parts))
     with contextlib.ExitStack() as stack:
         for slot in own:
             stack.callback(slot.go_home)
             slot.give(_alike({0: slot.home.to(device)}, {0: slot.home})[0])
-        for part in parts:
-            unit = memory.unit_bytes(part, free)
-            stack.enter_context(Weights(part, device, stream=True, capacity=capacity, unit_bytes=unit))
+        if parts:
+            capacity = memory.EVERYTHING if free is None else free // 2
+            together = nn.ModuleList(parts)
+            unit = memory.unit_bytes(together, free)
+            stack.enter_context(Weights(together, device, stream=True, capacity=capacity, unit_bytes=unit))
         yield
 
 
