@@ -324,7 +324,7 @@ def main(out):
     run("plain-tp", "tp", Plain(tensor_parallel), pairs, out, config={"nsamples": 149})
     run("flat", "flat", Model(), tokens, out)
     run("nan", "fsdp", NaN(fsdp), tokens, out, validate=False)
-    never = {"max_degradation": {"loss": -1e-6}, "on_fail": "escalate", "max_bits": 5.0}
+    never = {"max_degradation": {"loss": -1e-6}, "on_fail": "escalate", "max_bits": 6.0}
     run("never-good", "fsdp", Model(fsdp), tokens, out, **never)
     run("tied-fsdp", "fsdp", Model(fsdp, tie_word_embeddings=True), tokens, out)
     run("tied-tp", "tp", Model(tensor_parallel, tie_word_embeddings=True), tokens, out)

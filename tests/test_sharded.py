@@ -153,7 +153,7 @@ def test_a_failure_after_training_leaves_the_module_as_training_had_it(out):
 
 def test_every_attempt_of_an_escalation_has_its_layers_in_files(out):
     first, second = said(out, "never-good")
-    assert "QualityError" in first["error"] and "others tried within max_bits=5" in first["error"]
+    assert "QualityError" in first["error"] and "others tried within max_bits=6" in first["error"]
     assert first["error"] == second["error"]
     for one in (first, second):
         assert one["layers mapped"] >= 13 and one["left"] == one["folders"] == 0
