@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
@@ -98,10 +98,15 @@ class Plain(Model):
     validation_step = training_step
 
 
-def fsdp(model, mesh):
+def fsdp(model, mesh, **options):
     layers = [model[0], model[2], model[4]] if isinstance(model, nn.Sequential) else model.model.layers
     for part in (*layers, model):
-        fully_shard(part, mesh=mesh["data_parallel"])
+        fully_shard(part, mesh=mesh["data_parallel"], **options)
+
+
+def mixed(model, mesh):
+    """The forward computes in bfloat16; the parameters are float32."""
+    fsdp(model, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
 
 
 def tensor_parallel(model, mesh):
@@ -326,7 +331,7 @@ def main(out):
     run("nan", "fsdp", NaN(fsdp), tokens, out, validate=False)
     never = {"max_degradation": {"loss": -1e-6}, "on_fail": "escalate", "max_bits": 6.0}
     run("never-good", "fsdp", Model(fsdp), tokens, out, **never)
-    run("tied-fsdp", "fsdp", Model(fsdp, tie_word_embeddings=True), tokens, out)
+    run("tied-fsdp", "fsdp", Model(mixed, tie_word_embeddings=True), tokens, out)
     run("tied-tp", "tp", Model(tensor_parallel, tie_word_embeddings=True), tokens, out)
     with small_files_on_rank_0():
         run("full", "fsdp", Model(fsdp), tokens, out)
