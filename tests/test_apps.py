@@ -655,7 +655,7 @@ def test_a_failed_quantization_leaves_the_fine_tuned_model_and_says_where(app, t
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gptq_plugin.job, "solve", fails)
+    monkeypatch.setattr(gptq_plugin.job, "solve_shared", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         app("finetune", *TINY)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "float")

@@ -20,7 +20,7 @@ from test_callback import SMALL, Holds, fit, quantized, token_loader
 
 from gptq_plugin import GPTQCallback, QuantizeModule, load_quantized
 from gptq_plugin.errors import CheckpointError, QualityError, TargetError
-from gptq_plugin.gate import Escalation, Limit, QualityGate
+from gptq_plugin.gate import Limit, QualityGate
 from gptq_plugin.validation import validate
 
 UP = "model.layers.0.mlp.up_proj"
@@ -319,14 +319,22 @@ def test_escalate_gives_the_noisiest_layers_more_bits_until_the_gate_holds(tmp_p
     )
 
 
-def test_escalation_stops_at_its_limit_of_bits(tmp_path):
+def test_escalation_stops_at_its_limit_of_bits_and_gives_the_float_weights_back(tmp_path, caplog):
     both_ways = {"val_loss": 1e-9, "val_most": -1e-9}
-    callback = GPTQCallback(
-        QuantizeModule(**TWO_BITS), tmp_path / "out", max_degradation=both_ways, on_fail="escalate", max_bits=2.2
-    )
-    with pytest.raises(QualityError, match=r"at max_bits=2\.2 there is nothing left to try"):
-        fit(Validated(), None, [callback], tmp_path)
-    assert not (tmp_path / "out").exists()
+    for max_bits, said in ((2.5, "there is nothing else to try"), (2.8, "nor is any of the . others tried")):
+        module, twin = Validated(), Validated()
+        fit(twin, None, [], tmp_path)
+        callback = GPTQCallback(
+            QuantizeModule(**TWO_BITS), tmp_path / "out", max_degradation=both_ways, on_fail="escalate",
+            max_bits=max_bits,
+        )  # fmt: skip
+        with pytest.raises(QualityError, match=f"{said} within max_bits={max_bits}"):  # to begin with, they take 2.5625
+            fit(module, None, [callback], tmp_path)
+        assert not (tmp_path / "out").exists() and quantized(module) == []
+        assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values()))
+        tried = [float(line.split(", ")[-1].split()[0]) for line in caplog.text.split(" with scales and zeros")[:-1]]
+        assert bool(tried) == (max_bits > 2.5625) and all(2.5625 < bits <= max_bits for bits in tried)
+        caplog.clear()
 
 
 def test_a_metric_that_validation_does_not_log_is_refused_before_training(tmp_path):
@@ -345,30 +353,38 @@ def test_a_metric_that_validation_does_not_log_is_refused_before_training(tmp_pa
         fit(NoValidation(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), max_degradation={"a": 1})], tmp_path)
 
 
+def test_a_metric_that_is_not_logged_is_said_at_the_end_of_a_run_that_never_validated(tmp_path):
+    module, callback = Validated(), GPTQCallback(QuantizeModule(**SMALL), max_degradation={"val_los": 0.1})
+    with pytest.raises(ValueError, match="max_degradation names val_los, and validation logs val_batches, val_loss"):
+        fit(module, None, [callback], tmp_path, num_sanity_val_steps=0, check_val_every_n_epoch=9)
+    assert quantized(module) == [] and module.trainer.global_step == 3
+
+
 def test_a_limit_says_how_far_and_in_which_direction():
     assert Limit.parse("a", 0.02).excess(1.0, 1.01) <= 0 < Limit.parse("a", 0.02).excess(1.0, 1.03)
     assert Limit.parse("a", -0.02).excess(0.9, 0.89) <= 0 < Limit.parse("a", -0.02).excess(0.9, 0.87)
     assert Limit.parse("a", "2%").excess(-4.0, -3.95) <= 0 < Limit.parse("a", "2%").excess(-4.0, -3.9)
+    assert Limit.parse("a", 0.02).excess(1.0, 0.5) <= 0 and Limit.parse("a", -0.02).excess(0.9, 1.5) <= 0
     assert Limit.parse("a", 0.02).excess(1.0, float("nan")) > 0
     for wrong in (0, "0%", "much", None, True, float("nan")):
         with pytest.raises(ValueError, match=r"max_degradation\['a'\] must be a number or a percentage"):
             Limit.parse("a", wrong)
-    for options in ({"on_fail": "retry"}, {"max_bits": 9}, {"max_bits": 0}):
+    for options in ({"on_fail": "retry"}, {"max_bits": 0}, {"max_bits": float("nan")}, {"max_bits": "4"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             QualityGate({}, **options)
     with pytest.raises(ValueError, match="validate=False switches it off"):
         GPTQCallback(QuantizeModule(), validate=False, max_degradation={"a": 1})
 
 
-def test_escalation_raises_the_noisiest_first_and_keeps_a_layers_own_rules():
-    config = QuantizeModule(bits=3, dynamic={"b$": {"group_size": 32, "bits": 4}}).config
-    sizes = dict.fromkeys("abcd", 100)
-    rounds = list(Escalation(config, sizes, {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2}, max_bits=5.0).rounds())
-    widths = [{name: c.for_module(name).bits for name in sizes} for c, _ in rounds]
-    assert widths == [
-        {"a": 3, "b": 8, "c": 3, "d": 3},
-        {"a": 3, "b": 8, "c": 4, "d": 3},
-        {"a": 4, "b": 8, "c": 4, "d": 4},  # with c at 8 it would be 6 on average
+def test_every_limit_that_does_not_hold_is_a_sentence_of_its_own_and_the_limit_itself_is_good():
+    gate = QualityGate({"loss": 0.5, "accuracy": -0.25, "perplexity": "50%"})
+    before = {"loss": 1.0, "accuracy": 0.75, "perplexity": 4.0}
+    assert gate.failures(before, {"loss": 1.5, "accuracy": 0.5, "perplexity": 6.0}) == []
+    assert gate.failures(before, {"loss": 2.0, "accuracy": 0.25, "perplexity": 7.0}) == [
+        "loss went from 1 to 2 (+1, +100.000%; +0.5 allowed)",
+        "accuracy went from 0.75 to 0.25 (-0.5, -66.667%; -0.25 allowed)",
+        "perplexity went from 4 to 7 (+3, +75.000%; +50.000% allowed)",
     ]
-    assert all(c.for_module("b").group_size == 32 for c, _ in rounds)
-    assert rounds[0][1] == "1 of 4 layers with more bits, 4.25 on average"
+    assert QualityGate({"loss": 0.5}).failures({"loss": 0.0}, {"loss": 2.0}) == [
+        "loss went from 0 to 2 (+2; +0.5 allowed)"
+    ]

@@ -278,6 +278,7 @@ def test_the_card_says_how_vllm_takes_it(widths: list[tuple[int, int]], dtype: t
     assert snippet(card, "vLLM") == command
     assert ("8-bit layers need a GPU" in card) is (8 in dict(widths))
     assert ("rounds the scales" in card) is (dtype == torch.bfloat16)
+    assert ("Those that it fuses" in section(card, "vLLM")) is (len(widths) > 1)
 
 
 def test_the_card_says_when_transformers_does_not_take_it() -> None:

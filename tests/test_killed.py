@@ -41,8 +41,8 @@ def killed(module, name, after=0):
 class Kill(ModelCheckpoint):
     def on_train_end(self, trainer, pl_module):  # from here on the run's own work is done
         super().on_train_end(trainer, pl_module)
-        where = {"calibration": (lockstep, "walk", 0), "solve": (job, "solve", 3), "write": (export, "_verify", 0),
-                 "rename": (export, "_move_into_place", 0)}[phase]
+        where = {"calibration": (lockstep, "walk", 0), "solve": (job, "solve_shared", 3),
+                 "write": (export, "_verify", 0), "rename": (export, "_move_into_place", 0)}[phase]
         killed(*where)
 
 fit(Holds(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), out / "export", overwrite=True),

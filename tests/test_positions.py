@@ -48,13 +48,13 @@ def batches(count=6, positions=13, masked=5):
 def hessians(monkeypatch):
     """What every solve was given: [in, in] means, with the layers' names from the report's order."""
     seen = []
-    solve = jobs.solve
+    solve = jobs.solve_shared
 
     def watch(weight, hessian, config):
         seen.append(hessian.clone())
         return solve(weight, hessian, config)
 
-    monkeypatch.setattr(jobs, "solve", watch)
+    monkeypatch.setattr(jobs, "solve_shared", watch)
     return seen
 
 

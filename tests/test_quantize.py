@@ -349,7 +349,7 @@ def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeyp
         return failing
 
     if where == "solver":
-        monkeypatch.setattr(gptq_plugin.job, "solve", fail_at(4, gptq_plugin.job.solve))
+        monkeypatch.setattr(gptq_plugin.job, "solve_shared", fail_at(4, gptq_plugin.job.solve_shared))
     elif where == "client_config":
         monkeypatch.setattr(gptq_plugin.quantize, where, fail_at(1, gptq_plugin.quantize.client_config))
     elif where == "swap":

@@ -20,15 +20,13 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from gptq_plugin import memory
+from gptq_plugin import distributed, memory
 from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untied
 from gptq_plugin.batches import named
-from gptq_plugin.calibration import collect
-from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.errors import CalibrationError, QualityError, TargetError
+from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, fits
-from gptq_plugin.gate import Escalation, QualityGate, output_noise
+from gptq_plugin.gate import QualityGate
 from gptq_plugin.handover import check_own_folders, export_from_first
 from gptq_plugin.job import Progress
 from gptq_plugin.lightning_roots import either, overrides
@@ -41,11 +39,10 @@ from gptq_plugin.report import QuantizeReport
 from gptq_plugin.run_data import RunData
 from gptq_plugin.strategies import refuse_strategy
 from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
-from gptq_plugin.validation import can_validate, validate, validation_loaders
+from gptq_plugin.until_good import UntilGood
+from gptq_plugin.validation import validate, validation_loaders
 
 log = logging.getLogger(__name__)
-
-_NOISE = 2  # calibration batches that show which layers are the noisiest
 
 
 class GPTQCallback(pl.Callback):
@@ -83,8 +80,10 @@ class GPTQCallback(pl.Callback):
         max_degradation: How far logged metrics may move: ``{"val_loss": 0.02}`` may rise by 0.02, ``"2%"`` by so much
             of the float model's value; ``{"val_acc": -0.01}`` may fall by 0.01.
         on_fail: When that does not hold: "raise" exports nothing and raises QualityError; "warn" says so and exports;
-            "escalate" quantizes again with more bits for the layers with the noisiest outputs, until it holds.
-        max_bits: The average bits a weight that "escalate" may not exceed; above them it raises.
+            "escalate" quantizes again, in smaller groups and with more bits for the layers with the noisiest outputs,
+            until it holds.
+        max_bits: The average bits a weight, scales and zeros included, that "escalate" may not exceed: where nothing
+            within them is good enough, it raises. None sets no limit.
 
     Attributes:
         report: What happened, after `fit`; None before.
@@ -107,7 +106,7 @@ class GPTQCallback(pl.Callback):
         validate: bool | None = None,
         max_degradation: Mapping[str, float | str] | None = None,
         on_fail: str = "raise",
-        max_bits: float = 8.0,
+        max_bits: float | None = None,
     ):
         check_arguments(quantizer, export_dir, swap)
         self.quantizer = quantizer
@@ -132,6 +131,7 @@ class GPTQCallback(pl.Callback):
     def state_key(self) -> str:
         return self._generate_state_key(export_dir=str(self.export_dir), module=self.module)
 
+    @distributed.ending_together()
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" or _is_dev_run(trainer):
             return
@@ -144,6 +144,7 @@ class GPTQCallback(pl.Callback):
             check_own_folders(self.export_dir, _run_folders(trainer))
             check_export_dir(self.export_dir, overwrite=self.overwrite)
 
+    @distributed.ending_together()
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
             return
@@ -159,11 +160,12 @@ class GPTQCallback(pl.Callback):
         if self.gate.limits and not _is_dev_run(trainer):
             self.gate.check_names(trainer.callback_metrics)
 
+    @distributed.ending_together()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One calibration batch of every source runs now, so that what does not fit is found before training."""
         if _is_dev_run(trainer):
             return
-        if (self.gate.limits or self.validate) and not can_validate(trainer, pl_module):
+        if (self.gate.limits or self.validate) and not validation_loaders(trainer):
             raise ValueError(
                 "max_degradation and validate=True need a validation_step in the LightningModule and a validation "
                 "dataloader that is not switched off (limit_val_batches=0)"
@@ -191,6 +193,7 @@ class GPTQCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak_of_training = memory.peak_bytes(trainer.strategy.root_device)
 
+    @distributed.ending_together()
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
             log.info("fast_dev_run: nothing is quantized or exported")
@@ -204,7 +207,7 @@ class GPTQCallback(pl.Callback):
             torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
             progress_like(trainer) as progress,
         ):
-            wanted = self.validate is not False and can_validate(trainer, pl_module)
+            wanted = self.validate is not False and validation_loaders(trainer)
             before = validate(trainer, pl_module) if wanted else {}
             self.gate.check_names(before)
             swap = self.swaps(pl_module)
@@ -227,72 +230,28 @@ class GPTQCallback(pl.Callback):
         notes: list[str],
     ) -> QuantizeReport:
         """Until the result is good enough; exports it."""
-        forward = self.calibration_forward(trainer, pl_module, module)
-        floats = {target.name: target.module for target in self.quantizer.check(module)[0]}
-        quantizer, said = self.quantizer, ""
-        rounds: Iterator[tuple[QuantizeConfig, str]] = iter(())
-        while True:
-            failures: list[str] = []
-            try:
-                with quantizer.temporarily(
-                    module,
-                    self.calibration_data(trainer),
-                    forward=forward,
-                    tokenizer=self.tokenizer,
-                    progress=progress,
-                    keep=swap,
-                    device_memory=self._peak_of_training,
-                ) as report:
-                    report.float_checkpoint = self._float_checkpoint(trainer)
-                    report.deviations += notes + ([said] if said else [])
-                    if before:
-                        after = validate(trainer, pl_module)
-                        report.metrics = {n: {"float": before[n], "gptq": after[n]} for n in before if n in after}
-                        failures = self.gate.failures(before, after)
-                    if failures and self.gate.on_fail == "escalate" and not said:
-                        samples = collect(self.calibration_data(trainer), self.quantizer.config, self.tokenizer)
-                        batches = [partial(forward, module, batch.data) for batch in samples.batches[:_NOISE]]
-                        noise = output_noise(module, {m.name: floats[m.name] for m in report.quantized}, batches)
-                        sizes = {m.name: m.weights for m in report.quantized}
-                        rounds = Escalation(self.quantizer.config, sizes, noise, self.gate.max_bits).rounds()
-                    if failures and self.gate.on_fail == "warn":
-                        report.deviations += failures
-                        for failure in failures:
-                            log.warning("not good enough, and exported as on_fail='warn' asks: %s", failure)
-                    elif failures:
-                        raise QualityError("; ".join(failures))
-                    if self.export_dir is not None:
-                        self.export_dir = export_from_first(
-                            quantizer, module, self.export_dir, tokenizer=self.tokenizer, overwrite=self.overwrite
-                        )
-                    return report
-            except QualityError as error:
-                if not failures:
-                    raise
-                quantizer, said = self._escalate(rounds, failures, error)
 
-    def _escalate(
-        self, rounds: Iterator[tuple[QuantizeConfig, str]], failures: list[str], error: QualityError
-    ) -> tuple[QuantizeModule, str]:
-        """The next quantizer to try, and what is to be said of it."""
-        config, what = next(rounds, (None, ""))
-        if config is None:
-            advice = {
-                "escalate": f"at max_bits={self.gate.max_bits:g} there is nothing left to try",
-                "raise": "try more bits, a smaller group_size, or on_fail='escalate'",
-            }[self.gate.on_fail]
-            raise QualityError(
-                f"the quantized model is not good enough: {'; '.join(failures)}; {advice}. Nothing was exported, and "
-                "the module has its float weights"
-            ) from error
-        said = f"escalated, {what}: before, {'; '.join(failures)}"
-        log.warning("%s", said)
-        quantizer = QuantizeModule(
-            config,
-            offload_weights=self.quantizer.offload_weights,
-            offload_activations=self.quantizer.offload_activations,
-        )
-        return quantizer, said
+        def finish(quantizer: QuantizeModule, report: QuantizeReport) -> None:
+            report.float_checkpoint = self._float_checkpoint(trainer)
+            report.deviations += notes
+            if self.export_dir is not None:
+                self.export_dir = export_from_first(
+                    quantizer, module, self.export_dir, tokenizer=self.tokenizer, overwrite=self.overwrite
+                )
+
+        return UntilGood(
+            module,
+            self.gate,
+            before,
+            measure=partial(validate, trainer, pl_module),
+            data=partial(self.calibration_data, trainer),
+            finish=finish,
+            forward=self.calibration_forward(trainer, pl_module, module),
+            tokenizer=self.tokenizer,
+            progress=progress,
+            keep=swap,
+            device_memory=self._peak_of_training,
+        ).quantize(self.quantizer)
 
     def _check_others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]

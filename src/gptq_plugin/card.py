@@ -221,6 +221,11 @@ def _vllm(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts
         notes.append("In bfloat16 it rounds the scales, which are float16; `--dtype float16` keeps them.")
     if 8 in bits:
         notes.append("8-bit layers need a GPU.")
+    if len(_grids(report, description)) > 1:
+        notes.append(
+            "Layers differ in bits or group size here. Those that it fuses, such as q, k and v to `qkv_proj`, must not "
+            "differ, and their `dynamic` rule must match that name."
+        )
     return f"{_snippet('vLLM', f'vllm serve .{option}', 'bash')}\n\n{' '.join(notes)}"
 
 

@@ -21,6 +21,10 @@ class ExportError(ValueError):
     """The model or the folder cannot be exported to."""
 
 
+class RankError(RuntimeError):
+    """Another rank of the process group failed, was lost, or does something else."""
+
+
 class QualityError(ValueError):
     """The quantized model is further from the float one than was allowed."""
 

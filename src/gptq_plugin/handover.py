@@ -55,23 +55,13 @@ def export_from_first(
         The folder that was written.
 
     Raises:
-        ExportError: Rank 0 could not write; what stopped it leaves rank 0 as it is.
+        Exception: What stopped rank 0; RankError with its message on the others.
     """
-    error: Exception | None = None
-    if distributed.rank() == 0:
-        try:
+    with distributed.ending_together():
+        if distributed.rank() == 0:
             directory = _free_name(quantizer, directory, overwrite)
             quantizer.export(module, directory, tokenizer=tokenizer, overwrite=overwrite)
-        except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
-            error = caught
-    message, name = distributed.object_from_first(
-        (None if error is None else f"{type(error).__name__}: {error}", directory.name)
-    )
-    if error is not None:
-        raise error
-    if message is not None:
-        raise ExportError(f"rank 0 could not export: {message}")
-    return directory.with_name(name)
+        return directory.with_name(distributed.object_from_first(directory.name))
 
 
 def _free_name(quantizer: QuantizeModule, directory: Path, overwrite: bool) -> Path:

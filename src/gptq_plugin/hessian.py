@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gptq_plugin import distributed
 from gptq_plugin.precision import full_precision
 
 # The sum is symmetric, so only a staircase of strips is computed: each row's columns up to the end of its strip.
@@ -50,6 +51,16 @@ class Hessian:
                 else:
                     strip.addmm_(left, right)
             self.tokens += rows.shape[0]
+
+    def over_ranks(self) -> None:
+        """Adds up the sums and the tokens of all ranks, on every rank, in one message without the symmetric half."""
+        if not distributed.active():
+            return
+        strips = [self.sum[start:stop, :stop] for start, stop in self._strips()]
+        message = torch.cat([strip.flatten() for strip in strips])
+        self.tokens = distributed.sum_(message, self.tokens)
+        for strip, total in zip(strips, message.split([strip.numel() for strip in strips]), strict=True):
+            strip.copy_(total.view(strip.shape))
 
     def mean(self) -> Tensor:
         """Mean over tokens of x xᵀ, [in, in], symmetric; zeros when nothing was counted."""

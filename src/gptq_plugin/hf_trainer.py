@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gptq_plugin import memory
+from gptq_plugin import distributed, memory
 from gptq_plugin.accelerated import undivided
 from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untied
 from gptq_plugin.errors import CalibrationError
@@ -98,6 +98,7 @@ class GPTQTrainerCallback(TrainerCallback):
         self.report: QuantizeReport | None = None
         self._evaluations: _Evaluations | None = None  # of the training that is going on
 
+    @distributed.ending_together()
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
@@ -128,6 +129,7 @@ class GPTQTrainerCallback(TrainerCallback):
             )
         self._evaluations = _Evaluations()
 
+    @distributed.ending_together()
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
@@ -138,6 +140,7 @@ class GPTQTrainerCallback(TrainerCallback):
             with _weights_saved_on_failure(training["model"], args, state):
                 self._rehearse(args, training)
 
+    @distributed.ending_together()
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:

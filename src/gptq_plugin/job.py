@@ -22,6 +22,7 @@ from gptq_plugin import distributed, lockstep, memory
 from gptq_plugin.activations import Activations
 from gptq_plugin.calibration import Batch, Calibration
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.dealing import solve_shared
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.export import Export
 from gptq_plugin.hessian import Hessian
@@ -29,7 +30,6 @@ from gptq_plugin.positions import Positions
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.report import ModuleReport, QuantizeReport
 from gptq_plugin.results import Results
-from gptq_plugin.solver import solve
 from gptq_plugin.targets import Skipped, Target, linear_shape
 from gptq_plugin.timing import Fetched, Stopwatch
 from gptq_plugin.weights import Weights
@@ -131,7 +131,7 @@ class Job:
                 modules,
                 forwards,
                 self._observe,
-                lambda position: distributed.minimum(position, self.device),
+                distributed.minimum,
                 notes,
                 self._waiting,
             ):
@@ -157,7 +157,9 @@ class Job:
         def observe(number: int, group: lockstep.Group, _alone: int, x: Tensor) -> None:
             rows, _ = self.positions.rows(number, x)
             if rows is not None and not torch.isfinite(rows).all():
-                raise CalibrationError(_not_finite(group.names[0], f"calibration batch {number}"))
+                raise CalibrationError(
+                    _not_finite(group.names[0], f"calibration batch {number} (rank {distributed.rank()})")
+                )
             reached.add(group.names[0])
 
         with self._weights(), self.positions.watching():
@@ -275,8 +277,7 @@ class Job:
         """The group's Hessian over all ranks, and the tokens in it; the sum goes, it is as large as the mean."""
         hessian = self._hessian(group)
         del self.hessians[group.names]
-        distributed.sum_(hessian.sum)
-        hessian.tokens = distributed.total(hessian.tokens, self.device)
+        hessian.over_ranks()
         return hessian.mean(), hessian.tokens
 
     def _solve(
@@ -286,14 +287,12 @@ class Job:
         stopwatch = Stopwatch(self.device)
         weights = [self.weights.present(target) for target in same]
         try:
-            solution = solve(weights[0] if len(weights) == 1 else torch.cat(weights), mean, same[0].config)
+            solution = solve_shared(weights[0] if len(weights) == 1 else torch.cat(weights), mean, same[0].config)
         except ValueError as error:
             self._check_finite(same, stop, mean)
             raise TargetError(f"{names}: {error}") from error
         del weights
         w = solution.weight
-        for tensor in (w.codes, w.scales, w.zeros, w.g_idx):
-            distributed.from_first(tensor)
         deviations = solution.deviations + tuple(f"{remark} ({n} batches)" for remark, n in remarks.items())
         if 0 < tokens < mean.shape[0]:
             deviations += (f"only {tokens} calibration tokens for {mean.shape[0]} inputs: the Hessian is singular",)
@@ -329,8 +328,9 @@ class Job:
             with self.activations.on_device(number):
                 if not torch.isfinite(x).all():
                     guilty.append(number)
-        where = f"calibration batches {guilty}" if guilty else "another rank's calibration batches"
-        raise CalibrationError(_not_finite(members[0].name, where))
+        everyones = distributed.gather_objects(guilty)
+        where = [f"calibration batches {one} (rank {rank})" for rank, one in enumerate(everyones) if one]
+        raise CalibrationError(_not_finite(members[0].name, ", ".join(where) or "the sum over all batches"))
 
     def _check_enough(self, tokens: int) -> None:
         least = min(target.weight.shape[1] for target in self.targets)
@@ -400,8 +400,8 @@ def _added_up(counts: dict[str, int]) -> dict[str, int]:
 
 def _not_finite(layer: str, where: str) -> str:
     return (
-        f"the input of {layer} holds NaN or infinity in {where} (rank {distributed.rank()}). Look for broken samples, "
-        "or run the model in a wider dtype: float16 overflows at 65504"
+        f"the input of {layer} holds NaN or infinity in {where}. Look for broken samples, or run the model in a wider "
+        "dtype: float16 overflows at 65504"
     )
 
 

@@ -128,6 +128,7 @@ class QuantizeModule:
             TargetError: Nothing to quantize, or a layer contradicts the configuration.
             CalibrationError: The data is empty, too short, does not fit the model, or gives NaN.
             ExportError: `export_dir` cannot be written.
+            RankError: One of these, or any other error, ended another rank, or that was lost.
 
         On any error the model is as it was before, and so is `export_dir`.
         """
@@ -164,7 +165,7 @@ class QuantizeModule:
         Raises:
             TargetError, CalibrationError: As `quantize`.
         """
-        with evaluating(model):
+        with distributed.ending_together(), evaluating(model):
             self._job(model, batches, forward=forward, tokenizer=tokenizer).rehearse(whole)
 
     @contextlib.contextmanager
@@ -185,6 +186,7 @@ class QuantizeModule:
         """
         started = time.perf_counter()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(distributed.ending_together())
             export = None
             if export_dir is not None:
                 if distributed.active():

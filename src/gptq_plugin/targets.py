@@ -95,7 +95,7 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
             skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))
         else:
             target = Target(name, module, resolved)
-            reason = obstacles.get(module) or _unpackable(target)
+            reason = obstacles.get(module) or unpackable(tuple(target.weight.shape), resolved.bits)
             if reason is None:
                 targets.append(target)
             else:
@@ -173,13 +173,11 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _unpackable(target: Target) -> str | None:
-    out_features, in_features = target.weight.shape
-    for label, size in (("in_features", in_features), ("out_features", out_features)):
-        if size * target.config.bits % 32:
-            return (
-                f"{label} {size} at {target.config.bits} bits does not fill whole 32-bit words, which GPTQ clients need"
-            )
+def unpackable(shape: tuple[int, ...], bits: int) -> str | None:
+    """Why a weight [out, in] cannot be stored at that width; None when it can."""
+    for label, size in zip(("out_features", "in_features"), shape, strict=True):
+        if size * bits % 32:
+            return f"{label} {size} at {bits} bits does not fill whole 32-bit words, which GPTQ clients need"
     return None
 
 

@@ -67,12 +67,14 @@ def weights_of(trainer: pl.Trainer, pl_module: pl.LightningModule, weights: str)
 
 
 def float_checkpoint(trainer: pl.Trainer, weights: str) -> str:
-    """The checkpoint that was quantized, or training's last one; empty when there is none."""
+    """The checkpoint that was quantized, or one saved when training ended; empty when there is none.
+
+    A `last.ckpt` may be older: beside a metric, ModelCheckpoint writes it only when it saves another.
+    """
     if weights != "last":
         return str(_path(trainer, weights))
-    saved = _model_checkpoints(trainer)
-    last = [c.last_model_path or ("" if c.monitor else c.best_model_path) for c in saved]
-    return next((path for path in last if path), "")
+    saved = [c for c in _model_checkpoints(trainer) if c._last_global_step_saved == trainer.global_step]
+    return next((c._last_checkpoint_saved for c in saved), "")
 
 
 def _load(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:

@@ -21,20 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from gptq_plugin import distributed
-from gptq_plugin.lightning_roots import overrides
 from gptq_plugin.quantize import evaluating
 
 _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "min": torch.min,
     "max": torch.max,
     "sum": torch.sum,
-    "mean": torch.mean,
 }
-
-
-def can_validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Whether there is a `validation_step` and a validation dataloader that is not switched off."""
-    return overrides(pl_module, "validation_step") and bool(validation_loaders(trainer))
 
 
 def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
@@ -44,7 +37,8 @@ def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, fl
     process group every rank validates its share, and all return the same.
 
     Returns:
-        What was logged with `self.log` or `self.log_dict` for the epoch, by the name Lightning gives it.
+        What was logged with `self.log` or `self.log_dict` for the epoch, by the name Lightning gives it; where it was
+        logged on each step too, also with its suffix ``_epoch``.
     """
     logged = _Logged()
     loaders = validation_loaders(trainer)
@@ -65,7 +59,7 @@ def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, fl
                 pl_module.on_validation_batch_end(outputs, batch, batch_idx, *index)
         logged.about(None, "")
         pl_module.on_validation_epoch_end()
-    return logged.values(trainer.strategy.root_device)
+    return logged.values()
 
 
 @dataclass
@@ -74,30 +68,45 @@ class _Entry:
 
     Attributes:
         reduce: Lightning's `reduce_fx`.
+        names: Under which its value is returned.
         values: One a call.
         weights: Samples in each call's batch.
         metric: The torchmetrics object, where one was logged; it has its own sums.
     """
 
     reduce: str | Callable[[Tensor], Tensor]
+    names: list[str]
     values: list[Tensor] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
     metric: Metric | None = None
 
-    def value(self, device: torch.device) -> float:
+    def part(self) -> tuple[float, float]:
+        """This rank's value, and its weight."""
         if self.metric is not None:
-            value = float(self.metric.compute())
+            value = float(self.metric.compute())  # over all ranks
             self.metric.reset()
-            return value
+            return value, 1.0
         values = torch.stack(self.values).double()
-        if self.reduce in ("mean", torch.mean):
+        if self._averages:
             weights = torch.tensor(self.weights, dtype=torch.float64)
-            # Ranks' shares need not be of one size.
-            sums = torch.stack([(values * weights).sum(), weights.sum()]).to(device, torch.float32)
-            distributed.sum_(sums)
-            return float(sums[0] / sums[1])
-        function = _REDUCE[self.reduce] if isinstance(self.reduce, str) else self.reduce
-        return float(function(torch.tensor(distributed.gather_objects(float(function(values))))))
+            return float((values * weights).sum() / weights.sum()), float(weights.sum())
+        return float(self._function(values)), 1.0
+
+    def whole(self, parts: list[tuple[float, float]]) -> float:
+        """The value over the ranks whose parts these are; their shares need not be of one size."""
+        if self.metric is not None:
+            return parts[0][0]
+        if self._averages:
+            return sum(value * weight for value, weight in parts) / sum(weight for _, weight in parts)
+        return float(self._function(torch.tensor([value for value, _ in parts], dtype=torch.float64)))
+
+    @property
+    def _averages(self) -> bool:
+        return self.reduce in ("mean", torch.mean)
+
+    @property
+    def _function(self) -> Callable[[Tensor], Tensor]:
+        return _REDUCE[self.reduce] if isinstance(self.reduce, str) else self.reduce
 
 
 class _Logged:
@@ -137,13 +146,15 @@ class _Logged:
         *_: Any,
         batch_size: int | None = None,
         add_dataloader_idx: bool = True,
+        rank_zero_only: bool = False,
         **__: Any,
     ) -> None:
         """`LightningModule.log`: of its arguments, those that change the value of the epoch."""
-        if on_epoch is False:
+        if on_epoch is False or (rank_zero_only and distributed.rank() != 0):
             return
-        name = name + self._suffix if add_dataloader_idx else name
-        entry = self._entries.setdefault(name, _Entry(reduce_fx))
+        suffix = self._suffix if add_dataloader_idx else ""
+        names = [name + suffix] + ([f"{name}_epoch{suffix}"] if on_step else [])
+        entry = self._entries.setdefault(names[0], _Entry(reduce_fx, names))
         if isinstance(value, Metric):
             entry.metric = value
             return
@@ -156,12 +167,17 @@ class _Logged:
         for name, value in dictionary.items():
             self.log(name, value, *args, **kwargs)
 
-    def values(self, device: torch.device) -> dict[str, float]:
-        return {name: entry.value(device) for name, entry in self._entries.items()}
+    def values(self) -> dict[str, float]:
+        """What rank 0 logged, on every rank: over the ranks that logged it too."""
+        ranks = distributed.gather_objects({name: entry.part() for name, entry in self._entries.items()})
+        values: dict[str, float] = {}
+        for name, entry in self._entries.items():
+            values |= dict.fromkeys(entry.names, entry.whole([parts[name] for parts in ranks if name in parts]))
+        return dict(distributed.object_from_first(values))
 
 
 def validation_loaders(trainer: pl.Trainer) -> list[Any]:
-    """The validation dataloaders of `fit`, none when validation is off."""
+    """The validation dataloaders of `fit`; none when validation is off, or without a `validation_step`."""
     if not trainer.enable_validation:
         return []
     trainer.fit_loop.epoch_loop.val_loop.setup_data()  # does nothing after the first validation

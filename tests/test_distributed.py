@@ -1,0 +1,184 @@
+"""What ranks do together: meetings that say who failed or went astray, rows dealt, branches that only some take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gptq_plugin import QuantizeConfig, dealing, distributed
+from gptq_plugin.solver import solve
+
+# Every scene runs in a process group of its own, on forked ranks, and says what it found.
+SCENES = """
+import json, os, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import torch.distributed as dist
+from torch import nn
+from gptq_plugin import QuantizeConfig, QuantizeModule, distributed, dealing
+from gptq_plugin.errors import RankError
+from gptq_plugin.hessian import Hessian
+from gptq_plugin.solver import solve
+
+def said(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def meetings(rank):
+    tensor = torch.full((3,), float(rank))
+    count = distributed.sum_(tensor, rank)
+    parts = [torch.full((2, 3), rank, dtype=torch.float64), torch.full((2,), rank, dtype=torch.uint8)]
+    gathered = distributed.gather_rows(parts, 2)
+    return [
+        tensor.tolist(), count, distributed.minimum(5 - rank), distributed.object_from_first(f"rank {rank}"),
+        distributed.gather_objects(rank), [[one.tolist() for one in part] for part in gathered],
+    ]
+
+def astray(rank):
+    return said(lambda: distributed.minimum(3) if rank == 1 else distributed.sum_(torch.zeros(1)))
+
+def failing(rank):
+    def run():
+        with distributed.ending_together(), distributed.ending_together():
+            if rank == 2:
+                raise KeyError("lost")
+            distributed.minimum(0)
+    return said(run)
+
+def busy(rank):
+    # The others are where no meeting is: the rank that failed goes its way all the same.
+    distributed._LAST_WORD = __import__("datetime").timedelta(seconds=1)
+    distributed.minimum(0)
+    started = time.time()
+    def run():
+        with distributed.ending_together():
+            if rank == 0:
+                raise KeyError("lost")
+            time.sleep(3)
+    return [said(run), time.time() - started]
+
+def hessians(rank):
+    torch.manual_seed(0)
+    x = torch.randn(50, 300, dtype=torch.float64)
+    mine, whole = Hessian(300, "cpu", torch.float64), Hessian(300, "cpu", torch.float64)
+    whole.add(x)
+    mine.add([x[:20], x[20:20], x[20:]][rank])
+    mine.over_ranks()
+    return [mine.tokens, float((mine.mean() - whole.mean()).abs().max())]
+
+def rows(rank):
+    torch.manual_seed(0)
+    found = []
+    for out in (1, 2, 7, 9):
+        weight, x = torch.randn(out, 32, dtype=torch.float64), torch.randn(99, 32, dtype=torch.float64)
+        config = QuantizeConfig(group_size=16)
+        one, shared = (f(weight, x.T @ x / 99, config) for f in (solve, dealing.solve_shared))
+        pairs = [(one.loss, shared.loss), (one.rtn_loss, shared.rtn_loss)]
+        pairs += [(getattr(one.weight, n), getattr(shared.weight, n)) for n in ("codes", "scales", "zeros", "g_idx")]
+        found.append(all(a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b) for a, b in pairs))
+    return found
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.left, self.right, self.never, self.last = (nn.Linear(32, 32) for _ in range(5))
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.left(x) if x[0, 0] > 0 else self.right(x)
+        return self.last(x)
+
+def branches(rank):
+    # Each rank's samples take one branch only, and rank 2 has none.
+    model, x = Branches(), torch.randn(400, 1, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        left = model.first(x)[:, 0, 0] > 0
+    mine = [list(x[left]), list(x[~left]), []][rank]
+    quantizer = QuantizeModule(group_size=32, nsamples=400, batch_size=1)
+    report = quantizer.quantize(model, mine, nsamples=400)
+    alone = Branches()
+    tokens = {m.name: m.tokens for m in report.modules}
+    return [tokens, [m.name for m in report.quantized], {k: v.sum().item() for k, v in model.state_dict().items()}]
+
+out, size = Path(sys.argv[1]), 3
+for number, scene in enumerate((meetings, astray, failing, busy, hessians, rows, branches)):
+    children = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid:
+            children.append(pid)
+            continue
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{29860 + number}", rank=rank, world_size=size)
+        (out / f"{scene.__name__}{rank}.json").write_text(json.dumps(scene(rank)))
+        os._exit(0)
+    for pid in children:
+        os.waitpid(pid, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes")
+    (out / "run.py").write_text(SCENES)
+    subprocess.run([sys.executable, out / "run.py", out], check=True, timeout=300)
+    return lambda name: [json.loads((out / f"{name}{rank}.json").read_text()) for rank in range(3)]
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs os.fork")]
+
+
+def test_what_is_exchanged_is_the_same_on_every_rank(scenes):
+    for found in scenes("meetings"):
+        wide, narrow = [[[rank] * 3] * 2 for rank in range(3)], [[rank] * 2 for rank in range(3)]
+        assert found == [[3.0] * 3, 3, 3, "rank 0", [0, 1, 2], [wide, narrow]]
+
+
+def test_ranks_that_do_different_things_are_told_instead_of_waiting(scenes):
+    for found in scenes("astray"):
+        assert found.startswith(
+            "RankError: the ranks do not do the same (rank 0 to sum, rank 1 to minimum, rank 2 to sum)"
+        )
+
+
+def test_an_error_on_one_rank_is_raised_on_the_others_with_its_message(scenes):
+    assert scenes("failing") == ["RankError: rank 2 failed: KeyError: 'lost'"] * 2 + ["KeyError: 'lost'"]
+
+
+def test_a_rank_that_failed_does_not_wait_for_others_that_are_busy(scenes):
+    (error, seconds), *others = scenes("busy")
+    assert error == "KeyError: 'lost'" and 0.9 < seconds < 2.5
+    assert all(error is None for error, _ in others)
+
+
+def test_hessians_add_up_though_half_of_each_travels_and_a_rank_has_no_tokens(scenes):
+    for tokens, off in scenes("hessians"):
+        assert tokens == 50 and off < 1e-12
+
+
+def test_every_rank_gets_the_solution_of_all_rows_however_they_divide(scenes):
+    assert scenes("rows") == [[True] * 4] * 3
+
+
+def test_a_branch_that_only_one_ranks_samples_take_is_quantized_on_all(scenes):
+    first, *others = scenes("branches")
+    tokens, quantized, sums = first
+    assert quantized == ["first", "left", "right", "last"]
+    assert 32 <= tokens["left"] < 400 and tokens["left"] + tokens["right"] == tokens["first"] == tokens["last"] == 400
+    assert all(other == first for other in others) and "left.qweight" in sums and "never.weight" in sums
+
+
+def test_one_process_meets_nobody():
+    weight, x = torch.randn(5, 32), torch.randn(99, 32)
+    found = dealing.solve_shared(weight, x.T @ x / 99, QuantizeConfig(group_size=16))
+    assert torch.equal(found.weight.codes, solve(weight, x.T @ x / 99, QuantizeConfig(group_size=16)).weight.codes)
+    assert distributed.sum_(weight, 3) == 3 and distributed.minimum(7) == 7
+    with pytest.raises(KeyError), distributed.ending_together():
+        raise KeyError("as it is")
