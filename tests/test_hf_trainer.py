@@ -447,4 +447,4 @@ def test_two_ranks_give_the_codes_of_one_count_each_sample_once_and_both_learn_o
         totals = json.loads((tmp_path / run).read_text())["totals"]
         assert (totals["samples"], totals["tokens"]) == (17, 13 * 16 + 4 * 3), run
     assert (tmp_path / "2" / "error0.txt").read_text() == "OSError: disk full"
-    assert "rank 0 could not export: OSError: disk full" in (tmp_path / "2" / "error1.txt").read_text()
+    assert (tmp_path / "2" / "error1.txt").read_text() == "RankError: rank 0 failed: OSError: disk full"
