@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ import torch
 pytestmark = pytest.mark.slow
 
 SAMPLES, TOKENS = 33, 64
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # torch is imported once, and every rank is forked from there.
 SCRIPT = """
@@ -53,10 +55,22 @@ def quantize(name, rank, world, sharers, batch_size, seed=1):
         quantizer.export(network, folder / "export")
         torch.save([mean_nll(one, rows(16, 2)) for one in (model(), network)], folder / "nll.pt")
 
+def counting(collective, sizes):
+    "The collective, which notes the bytes this rank brings to it."
+    def counted(*arguments, **options):
+        sizes.append(max(a.nbytes for a in arguments if isinstance(a, torch.Tensor)))
+        return collective(*arguments, **options)
+    return counted
+
 def work(rank, world):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store{world}", rank=rank, world_size=world)
+    sums, gathered = [], []
+    originals = dist.all_reduce, dist.all_gather
+    dist.all_reduce, dist.all_gather = counting(dist.all_reduce, sums), counting(dist.all_gather, gathered)
     quantize("float32-", rank, world, world, batch_size=8)
+    dist.all_reduce, dist.all_gather = originals
+    torch.save((sums, gathered), out / f"float32-{world}" / f"bytes{rank}.pt")
     if world == 1:
         quantize("other-", rank, world, world, batch_size=8, seed=3)
     else:
@@ -147,3 +161,20 @@ def test_the_perplexity_is_that_of_one_rank_to_four_digits(name, ranks, runs):
     _, several = torch.load(runs / f"{name}-{ranks}" / "nll.pt")
     assert math.exp(several) == pytest.approx(math.exp(one), rel=5e-5)
     assert abs(one - float_nll) > 1e-3  # it would show if the layers were others
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_is_exchanged_is_what_the_model_of_the_cost_counts(ranks, runs):
+    place = importlib.util.spec_from_file_location("cost_of_ranks", REPOSITORY / "scripts" / "cost_of_ranks.py")
+    cost = importlib.util.module_from_spec(place)
+    sys.modules["cost_of_ranks"] = cost  # where its dataclasses look for themselves
+    place.loader.exec_module(cost)
+    groups = cost.Shape("of SCRIPT", 128, 192, 64).groups() * 2
+    for rank in range(ranks):
+        sums, gathered = torch.load(runs / f"float32-{ranks}" / f"bytes{rank}.pt")
+        assert sums == [cost.hessian_bytes(n) for n, _ in groups]
+        words = [size for size in gathered if size == 16]
+        assert [size for size in gathered if size != 16] == [
+            math.ceil(rows / ranks) * cost.row_bytes(n, group_size=64) for n, rows in groups
+        ]
+        assert len(words) <= cost.MEETINGS * len(groups) + 12  # and some at the start and the end
