@@ -34,7 +34,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Network:
-    """P ranks, and bytes a second that one of them sends over its slowest link."""
+    """P ranks in a ring, and bytes a second, each way, of the slowest link in it."""
 
     name: str
     ranks: int
@@ -80,8 +80,8 @@ def main() -> None:
     shapes = [Shape("Llama-3-8B", 4096, 14336, 1024), Shape("Llama-3-70B", 8192, 28672, 1024)]
     networks = [
         Network("8 H200, NVLink at 450 GB/s", 8, 450e9),
-        Network("16 nodes of 1 H200, 400 Gb/s", 16, 50e9),
-        Network("16 nodes of 8 H200, 400 Gb/s a GPU", 128, 50e9),
+        Network("16 nodes of 1 H200, 400 Gb/s a node", 16, 50e9),
+        Network("16 nodes of 8 H200, 400 Gb/s a node", 128, 50e9),
     ]
     for shape in shapes:
         sums, codes = (
@@ -90,12 +90,12 @@ def main() -> None:
         )
         shared, anew = compute(shape, shapes[0])
         print(f"\n{shape.name}, a block: Hessians {sums:.0f} MB, rows {codes:.0f} MB; one H200 {shared + anew:.0f} ms")
-        print(f"{'':36}{'shared':>9}{'anew':>7}{'sums':>7}{'rows':>7}{'words':>7}{'ms':>8}{'times':>7}")
+        print(f"{'':37}{'shared':>9}{'anew':>7}{'sums':>7}{'rows':>7}{'words':>7}{'ms':>8}{'times':>7}")
         for network in networks:
             parts = [shared / network.ranks, anew, *exchange(shape, network)]
             figures = "".join(f"{part:>7.1f}" for part in parts[1:])
             whole = sum(parts)
-            print(f"{network.name:36}{parts[0]:>9.1f}{figures}{whole:>8.1f}{(shared + anew) / whole:>7.1f}")
+            print(f"{network.name:37}{parts[0]:>9.1f}{figures}{whole:>8.1f}{(shared + anew) / whole:>7.1f}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ import torch
 
 from gptq_plugin import load_quantized
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("ip") is None or os.geteuid() != 0, reason="needs root and the command ip"),
+]
 
 FIT = """
 import sys
@@ -49,8 +52,6 @@ def ip(*arguments: str) -> None:
 @pytest.fixture
 def nodes() -> Iterator[list[tuple[str, str, str]]]:
     """Two namespaces joined by a cable: (namespace, interface, address) of each."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("needs root and the command ip")
     tag, net = uuid.uuid4().hex[:6], os.getpid() % 250 + 1
     both = [(f"gptq-{tag}-{n}", f"gptq{tag}{n}", f"10.77.{net}.{n + 1}") for n in range(2)]
     made: list[str] = []

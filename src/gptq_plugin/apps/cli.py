@@ -209,5 +209,5 @@ def _next_command(run_dir: Path) -> str:
     return shlex.join(["gptq-quantize", "-m", *overrides, "quantizer.bits=2,3,4,8"])
 
 
-if __name__ == "__main__":  # how a sweep starts those of its runs that need a process of their own
+if __name__ == "__main__":  # for torchrun, and for the runs of a sweep that need a process of their own
     finetune()
