@@ -4,8 +4,8 @@
         --valid ../shared/data/wikitext-2/valid.txt --generic ../shared/data/pycode/calib.jsonl --out runs/own_data
 
 One `Trainer.fit` with four callbacks: 4 and 3 bits, each from the training rows and from generic text, which here is
-what the base model was trained on. Every export is the merged, quantized model; the adapters stay float. The table
-says how much of what was learned each keeps, by the run's own validation loss.
+what the base model was trained on; both are drawn in the same way. Every export is the merged, quantized model; the
+adapters stay float. The table says how much of what was learned each keeps, by the run's own validation loss.
 """
 
 from __future__ import annotations
@@ -57,19 +57,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "train", "valid", "generic", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--length", type=int, default=256, help="tokens a row")
-    parser.add_argument("--samples", type=int, default=128, help="rows that calibrate, and at most that validate")
+    parser.add_argument("--steps", type=int, default=24, help="of 8 rows")
+    parser.add_argument("--length", type=int, default=128, help="tokens a row")
+    parser.add_argument("--samples", type=int, default=64, help="rows that calibrate, and at most that validate")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--seed", type=int, default=0, help="of the training and of the choice of calibration rows")
     args = parser.parse_args()
-    seed_everything(0)
+    seed_everything(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train = rows(args.train, tokenizer, args.length, 8 * args.steps)
     valid = rows(args.valid, tokenizer, args.length, args.samples)
-    generic = rows(args.generic, tokenizer, args.length, args.samples)
+    generic = DataLoader(rows(args.generic, tokenizer, args.length, len(train)), batch_size=8)
     callbacks = {}
-    for bits in (4, 3):
-        for source, data in (("own", None), ("generic", [row["input_ids"] for row in generic])):
-            quantizer = QuantizeModule(QuantizeConfig(bits=bits, group_size=128, nsamples=args.samples))
+    for bits in args.bits:
+        for source, data in (("own", None), ("generic", generic)):
+            config = QuantizeConfig(bits=bits, group_size=128, nsamples=args.samples, seed=args.seed)
+            quantizer = QuantizeModule(config)
             export = args.out / f"{bits}-bits-{source}"
             callbacks[bits, source] = GPTQCallback(quantizer, export, calibration=data, tokenizer=tokenizer)
     module = FineTune(str(args.model), rank=16)
@@ -88,7 +91,7 @@ def main() -> None:
     (before,) = trainer.validate(module, loaders[1], verbose=False)
     trainer.fit(module, *loaders)
     metrics = {key: callback.report.metrics["val_loss"] for key, callback in callbacks.items()}
-    learned = metrics[4, "own"]["float"]
+    learned = metrics[args.bits[0], "own"]["float"]
     print(f"validation loss before {before['val_loss']:.4f}, after {learned:.4f}")
     print("| bits | calibrated on | validation loss | above the fine-tuned model |\n|---|---|---|---|")
     for (bits, source), values in metrics.items():

@@ -12,6 +12,6 @@ if [ $# -eq 0 ]; then
     "$VENV/bin/mypy"
     # Two processes of one thread each: models this small gain nothing from threads, and lose where they wait for cores.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile
+    exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 fi
 exec "$VENV/bin/python" -m pytest "$@"

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin.adapters import merged_copy
-from gptq_plugin.apps import cli, data
+from gptq_plugin.apps import cli, data, evaluate
 from gptq_plugin.apps.errors import DataError
 from gptq_plugin.apps.evaluate import mean_nll
 from gptq_plugin.apps.fine_tuned import fine_tuned
@@ -75,6 +75,7 @@ def app(tmp_path):
         with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
             cfg = compose(name, [*overrides, f"hydra.runtime.output_dir={tmp_path}/run"], return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
+        (tmp_path / "run").mkdir(exist_ok=True)
         return getattr(cli, name)(cfg)
 
     yield run
@@ -153,18 +154,12 @@ def test_the_command_it_suggests_next_runs_and_puts_a_sweep_side_by_side(finetun
     assert losses[1] < losses[0] / 100
 
 
-def test_an_export_can_be_evaluated_on_files(finetuned, tmp_path):
+def test_an_export_can_be_evaluated_on_files(finetuned, tmp_path, capsys):
     run, _ = finetuned
     (tmp_path / "some.txt").write_text("The value of the expression is the object itself. " * 40)
-    done = subprocess.run(
-        [sys.executable, "-m", "gptq_plugin.apps.evaluate", run / "gptq"]
-        + ["--text", "some.txt", "--seq-len", "32", "--rows", "3", "--json", "result.json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "over 3 windows" in done.stdout
+    options = [f"--text={tmp_path}/some.txt", "--seq-len=32", "--rows=3", f"--json={tmp_path}/result.json"]
+    evaluate.main([f"{run}/gptq", *options])
+    assert "over 3 windows" in capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["windows"] == 3 and result["perplexity"] == pytest.approx(math.exp(result["nll"]))
 
@@ -209,14 +204,14 @@ def test_finetune_mixes_general_text_into_the_runs_own_calibration(app, tmp_path
 # --- gptq-quantize ---
 
 
-def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(finetuned, tmp_path):
+def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(finetuned, app, tmp_path):
     run, _ = finetuned
     sentences = [f"The statement number {i} is executed when the name {i % 9} is not bound." for i in range(150)]
     calibration, held_out = tmp_path / "calib.jsonl", tmp_path / "eval.jsonl"
     calibration.write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences[:100]))
     held_out.write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences[100:]))
-    succeeds(
-        "gptq-quantize",
+    app(
+        "quantize",
         f"model.name_or_path={run / 'float'}",
         "data=text",
         f"data.path={calibration}",
@@ -227,10 +222,8 @@ def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(fine
         "quantizer.nsamples=16",
         "quantizer=w3g128",
         "quantizer.group_size=64",
-        "export_dir=out",
-        "hydra.run.dir=run",
+        f"export_dir={tmp_path}/out",
         "device=cpu",
-        cwd=tmp_path,
     )
     summary = json.loads((tmp_path / "run" / SUMMARY).read_text())
     assert summary["windows"] == [5, 32] and summary["bits"] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -563,44 +564,56 @@ def test_a_failure_leaves_the_trained_weights_the_checkpoint_and_no_folder(faili
 DDP = """
 import json, sys
 from pathlib import Path
-import lightning.pytorch as pl, torch, torch.distributed as dist
-torch.set_num_threads(1)
+import lightning.pytorch as pl, torch
 sys.path.insert(0, sys.argv[1])
 from test_callback import Holds, SMALL, token_loader
 from gptq_plugin import GPTQCallback, QuantizeModule
-out, ranks, samples, accelerator = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+out, ranks, accelerator = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+if ranks > 1:
+    torch.set_num_threads(1)
 class NoTraining(Holds):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
-module = NoTraining()
-callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": samples}), out / "export")
 # One GPU is shared as two nodes would be that have one each.
-places = {"devices": ranks} if accelerator == "cpu" else {"devices": 1, "num_nodes": ranks}
-strategy = pl.strategies.DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
-trainer = pl.Trainer(max_epochs=1, accelerator=accelerator, **places, strategy=strategy, logger=False,
-    enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[callback])
-trainer.fit(module, token_loader())
-rank = trainer.global_rank
-torch.save({k: v for k, v in module.state_dict().items()}, out / f"rank{rank}.pt")
-(out / f"rank{rank}.json").write_text(callback.report.to_json())
+places = {"devices": 1, "num_nodes": ranks} if accelerator == "shared gpu" else {"devices": ranks}
+backend = "nccl" if accelerator == "gpu" else "gloo"
+for samples in sys.argv[5:]:
+    module, here = NoTraining(), out / samples / str(ranks)
+    callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": int(samples)}), here / "export")
+    strategy = pl.strategies.DDPStrategy(process_group_backend=backend) if ranks > 1 else "auto"
+    trainer = pl.Trainer(max_epochs=1, accelerator=accelerator.split()[-1], **places, strategy=strategy, logger=False,
+        enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[callback])
+    trainer.fit(module, token_loader())
+    rank = trainer.global_rank
+    torch.save({k: v for k, v in module.state_dict().items()}, here / f"rank{rank}.pt")
+    (here / f"rank{rank}.json").write_text(callback.report.to_json())
 """
 
+SAMPLES = ["16", "17", "1000"]  # 17: a last batch of one sample on rank 0
 
-def launch(script, folder, ranks, *arguments):
-    """Runs the script with an output folder, a number of ranks and arguments; raises if it fails."""
-    (folder / "script.py").write_text(script)
-    (folder / str(ranks)).mkdir()
-    command = [sys.executable, folder / "script.py", Path(__file__).parent, folder / str(ranks), str(ranks), *arguments]
-    subprocess.run(command, check=True, timeout=300, cwd=folder)
+
+@pytest.fixture(scope="module")
+def on_one_and_on_two(tmp_path_factory):
+    """Runs with each number of samples, SAMPLES/RANKS/rank0.pt; the two processes are started once for all numbers."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "train.py").write_text(DDP)
+    command = ["train.py", str(Path(__file__).parent), str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*command, "1", "cpu", *SAMPLES])
+        patch.setattr(sys, "path", sys.path[:])
+        runpy.run_path(str(folder / "train.py"))
+    done = subprocess.run([sys.executable, *command, "2", "cpu", *SAMPLES], capture_output=True, text=True, timeout=300,
+                          cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("samples", [16, 17, 1000])  # 17: a last batch of one sample on rank 0
-def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, tmp_path):
-    for ranks in (1, 2):
-        launch(DDP, tmp_path, ranks, str(samples), "cpu")
-    one = torch.load(tmp_path / "1" / "rank0.pt")
-    first, second = (torch.load(tmp_path / "2" / f"rank{rank}.pt") for rank in (0, 1))
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, on_one_and_on_two):
+    folder = on_one_and_on_two / samples
+    one = torch.load(folder / "1" / "rank0.pt")
+    first, second = (torch.load(folder / "2" / f"rank{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys() == one.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     codes = [key for key in one if key.endswith("qweight")]
@@ -608,8 +621,8 @@ def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, tmp
     for key in codes:  # another order of addition may flip a near tie
         assert (one[key] == first[key]).float().mean() > 0.97, key
     reports = [
-        json.loads((tmp_path / run).read_text())["totals"] for run in ("1/rank0.json", "2/rank0.json", "2/rank1.json")
+        json.loads((folder / run).read_text())["totals"] for run in ("1/rank0.json", "2/rank0.json", "2/rank1.json")
     ]
-    assert {report["samples"] for report in reports} == {min(samples, 24)}
-    assert {report["tokens"] for report in reports} == {min(samples, 24) * 16}
-    assert load_quantized(tmp_path / "2" / "export").generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)
+    assert {report["samples"] for report in reports} == {min(int(samples), 24)}
+    assert {report["tokens"] for report in reports} == {min(int(samples), 24) * 16}
+    assert load_quantized(folder / "2" / "export").generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)

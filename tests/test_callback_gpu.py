@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_callback import DDP, SMALL, Holds, fit, quantized, token_loader
+from test_faults import FAULTS
 
 from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule, load_quantized
 
@@ -144,21 +145,48 @@ def test_quantization_takes_no_more_of_a_gpu_than_training_did(adapters, weights
     print({name: f"{value / 2**20:.0f} MiB" for name, value in peaks.items()}, callback.report.seconds["total"])
 
 
-def test_two_processes_on_one_gpu_give_the_codes_of_one(tmp_path):
-    (tmp_path / "script.py").write_text(DDP)
-    for ranks in (1, 2):
-        (out := tmp_path / str(ranks)).mkdir()
-        command = [sys.executable, tmp_path / "script.py", Path(__file__).parent, out, str(ranks), "24", "gpu"]
-        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "LOCAL_RANK": "0"} if ranks > 1 else {}
-        running = [
-            subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **places, "NODE_RANK": str(rank)})
-            for rank in range(ranks)
-        ]
-        assert [process.wait(timeout=300) for process in running] == [0] * ranks
-    one = torch.load(tmp_path / "1" / "rank0.pt")
-    first, second = (torch.load(tmp_path / "2" / f"rank{rank}.pt") for rank in (0, 1))
+def codes_are_those_of_one_rank(folder):
+    one = torch.load(folder / "1" / "rank0.pt", map_location="cpu")
+    first, second = (torch.load(folder / "2" / f"rank{rank}.pt", map_location="cpu") for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
     codes = [key for key in one if key.endswith("qweight")]
     assert len(codes) == 7
-    for key in codes:  # another order of addition may flip a near tie
-        assert (one[key] == first[key]).float().mean() > 0.97, key
+    # Another order of addition may flip a near tie.
+    return all((one[key] == first[key]).float().mean() > 0.97 for key in codes)
+
+
+def command(folder, ranks, accelerator):
+    (folder / "script.py").write_text(DDP)
+    return [sys.executable, folder / "script.py", Path(__file__).parent, folder, str(ranks), accelerator, "24"]
+
+
+def test_two_processes_on_one_gpu_give_the_codes_of_one(tmp_path):
+    for ranks in (1, 2):
+        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "LOCAL_RANK": "0"} if ranks > 1 else {}
+        shared = command(tmp_path, ranks, "shared gpu")
+        running = [
+            subprocess.Popen(shared, cwd=tmp_path, env={**os.environ, **places, "NODE_RANK": str(rank)})
+            for rank in range(ranks)
+        ]
+        assert [process.wait(timeout=300) for process in running] == [0] * ranks
+    assert codes_are_those_of_one_rank(tmp_path / "24")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_codes_of_one(tmp_path):
+    for ranks in (1, 2):
+        subprocess.run(command(tmp_path, ranks, "gpu"), check=True, timeout=300, cwd=tmp_path)
+    assert codes_are_those_of_one_rank(tmp_path / "24")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("phase", ["calibration", "reduction", "solve", "export"])
+def test_an_error_on_one_gpu_ends_both_with_its_message(phase, tmp_path):
+    (tmp_path / "run.py").write_text(FAULTS)
+    (tmp_path / f"raise-{phase}").mkdir()
+    faulty = 0 if phase == "export" else 1
+    command = [sys.executable, tmp_path / "run.py", Path(__file__).parent, tmp_path, "2", "gpu", f"raise-{phase}"]
+    ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in ranks] == [1, 1]
+    own, other = ((tmp_path / f"raise-{phase}" / f"{rank}.txt").read_text() for rank in (faulty, 1 - faulty))
+    assert other == f"RankError: rank {faulty} failed: {own}"

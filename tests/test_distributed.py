@@ -50,6 +50,16 @@ def failing(rank):
             if rank == 2:
                 raise KeyError("lost")
             distributed.minimum(0)
+    started = time.time()
+    found = said(run), time.time() - started
+    time.sleep(0 if rank == 2 else 3)  # still there, but not for a second word
+    return found
+
+def apart(rank):
+    def run():
+        with distributed.ending_together():  # in which the ranks do not meet
+            if rank == 1:
+                raise KeyError("lost")
     return said(run)
 
 def busy(rank):
@@ -109,7 +119,7 @@ def branches(rank):
     return [tokens, [m.name for m in report.quantized], {k: v.sum().item() for k, v in model.state_dict().items()}]
 
 out, size = Path(sys.argv[1]), 3
-for number, scene in enumerate((meetings, astray, failing, busy, hessians, rows, branches)):
+for number, scene in enumerate((meetings, astray, failing, apart, busy, hessians, rows, branches)):
     children = []
     for rank in range(size):
         pid = os.fork()
@@ -149,13 +159,20 @@ def test_ranks_that_do_different_things_are_told_instead_of_waiting(scenes):
 
 
 def test_an_error_on_one_rank_is_raised_on_the_others_with_its_message(scenes):
-    assert scenes("failing") == ["RankError: rank 2 failed: KeyError: 'lost'"] * 2 + ["KeyError: 'lost'"]
+    said, seconds = zip(*scenes("failing"), strict=True)
+    assert said == (*["RankError: rank 2 failed: KeyError: 'lost'"] * 2, "KeyError: 'lost'")
+    assert max(seconds) < 2  # said once, however many blocks it leaves
 
 
 def test_a_rank_that_failed_does_not_wait_for_others_that_are_busy(scenes):
     (error, seconds), *others = scenes("busy")
     assert error == "KeyError: 'lost'" and 0.9 < seconds < 2.5
-    assert all(error is None for error, _ in others)
+    assert all("cannot reach the others: one was killed" in error for error, _ in others)
+
+
+def test_a_block_without_a_meeting_ends_on_all_ranks_or_on_none(scenes):
+    others = "RankError: rank 1 failed: KeyError: 'lost'"
+    assert scenes("apart") == [others, "KeyError: 'lost'", others]
 
 
 def test_hessians_add_up_though_half_of_each_travels_and_a_rank_has_no_tokens(scenes):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Forks its ranks, since importing takes longer than a case.
-RUN = """
+# On CPUs it forks its ranks, since importing takes longer than a case.
+FAULTS = """
 import json, os, signal, sys, time
 from pathlib import Path
 import torch
@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callback import SMALL, Holds, token_loader
+import gptq_plugin.callback as training
 import gptq_plugin.export as exporting
 from gptq_plugin import GPTQCallback, QuantizeModule, dealing, hessian
 
@@ -36,7 +37,7 @@ class Faulty(Holds):
     fault = None
 
     def calibration_step(self, batch):
-        if self.fault is not None and self.trainer.global_step > 0:
+        if self.fault is not None:
             return self.fault(batch)
         return self.model(**batch)
 
@@ -48,8 +49,10 @@ def spoil(original):
 
 def inject(module, kind, phase):
     if phase == "calibration":
-        nan = lambda batch: module.model(inputs_embeds=torch.full((4, 16, 64), float("nan")))
+        nan = lambda batch: module.model(inputs_embeds=torch.full((4, 16, 64), float("nan"), device=module.device))
         module.fault = {"raise": fail("a bad sample"), "kill": die, "nan": nan}[kind]
+    elif phase == "setup":
+        training.check_export_dir = fail("not on this node")
     elif phase == "reduction" and kind == "nan":
         hessian.Hessian.over_ranks = spoil(hessian.Hessian.over_ranks)
     elif phase == "reduction" and kind == "raise":
@@ -67,36 +70,40 @@ class Inject(pl.Callback):
     def __init__(self, kind, phase):
         self.kind, self.phase = kind, phase
 
+    def setup(self, trainer, module, stage):
+        if trainer.global_rank == 1 and self.phase in ("setup", "rehearsal"):
+            inject(module, self.kind, "calibration" if self.phase == "rehearsal" else "setup")
+
     def on_train_end(self, trainer, module):
         if trainer.global_rank == (0 if self.phase == "export" else 1):  # only rank 0 writes
             inject(module, self.kind, self.phase)
 
-def run(rank, size, out, kind, phase):
-    module = Faulty()
-    callback = GPTQCallback(QuantizeModule(**SMALL), out / "export")
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=size, strategy="ddp", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
-        callbacks=[Inject(kind, phase), callback, ModelCheckpoint(out / "ckpt", save_last=True)])
-    trainer.fit(module, token_loader())
-
-out, size, results = Path(sys.argv[2]), int(sys.argv[3]), {}
-for number, case in enumerate(sys.argv[4:]):
-    started, children = time.time(), {}
+def run(rank, case, port):
     folder = out / case
-    folder.mkdir()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID=case)
+    try:
+        callback = GPTQCallback(QuantizeModule(**SMALL), folder / "export")
+        trainer = pl.Trainer(max_epochs=1, accelerator=accelerator, devices=size, strategy="ddp", logger=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+            callbacks=[Inject(*case.split("-")), callback, ModelCheckpoint(folder / "ckpt", save_last=True)])
+        trainer.fit(Faulty(), token_loader())
+    except BaseException as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        os._exit(1)
+    os._exit(0)
+
+out, size, accelerator, cases, results = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:], {}
+if accelerator == "gpu":  # which does not survive a fork: a case and a rank
+    run(int(cases[1]), cases[0], 29990)
+for number, case in enumerate(cases):
+    started, children = time.time(), {}
+    (out / case).mkdir()
     for rank in range(size):
         pid = os.fork()
-        if pid:
-            children[pid] = rank
-            continue
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29830 + number), RANK=str(rank),
-            LOCAL_RANK=str(rank), WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID=case)
-        try:
-            run(rank, size, folder, *case.split("-"))
-        except BaseException as error:
-            (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-            os._exit(1)
-        os._exit(0)
+        if not pid:
+            run(rank, case, 29830 + number)
+        children[pid] = rank
     ends = {}
     while children:
         pid, status = os.wait()
@@ -107,6 +114,8 @@ for number, case in enumerate(sys.argv[4:]):
 
 RANKS = 3
 CASES = {
+    "raise-setup": "MemoryError: not on this node",
+    "raise-rehearsal": "MemoryError: a bad sample",
     "raise-calibration": "MemoryError: a bad sample",
     "nan-calibration": "holds NaN or infinity in calibration batches [0, 1] (rank 1)",
     "kill-calibration": "cannot reach the others",
@@ -124,8 +133,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     out = tmp_path_factory.mktemp("faults")
-    (out / "run.py").write_text(RUN)
-    command = [sys.executable, out / "run.py", Path(__file__).parent, out, str(RANKS), *CASES]
+    (out / "run.py").write_text(FAULTS)
+    command = [sys.executable, out / "run.py", Path(__file__).parent, out, str(RANKS), "cpu", *CASES]
     subprocess.run(command, check=True, timeout=400, cwd=out)
     return out, json.loads((out / "results.json").read_text())
 
@@ -147,6 +156,9 @@ def test_all_ranks_end_with_the_cause_and_the_checkpoints_stay(case, outcomes):
         assert cause in message
         if kind == "raise":
             assert message == f"RankError: rank {faulty} failed: {own}"
+    if phase in ("setup", "rehearsal"):
+        assert not (out / case / "ckpt").exists()  # before training
+        return
     checkpoint = torch.load(out / case / "ckpt" / "last.ckpt", weights_only=False)
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
     assert not (out / case / "export").exists()

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-out, phase = Path(sys.argv[2]), sys.argv[3]
 import gptq_plugin.export as export
 import gptq_plugin.job as job
 from gptq_plugin import GPTQCallback, QuantizeModule, lockstep
@@ -39,32 +38,56 @@ def killed(module, name, after=0):
     setattr(module, name, dies)
 
 class Kill(ModelCheckpoint):
+    def __init__(self, where, **options):
+        super().__init__(**options)
+        self.where = where
+
     def on_train_end(self, trainer, pl_module):  # from here on the run's own work is done
         super().on_train_end(trainer, pl_module)
-        where = {"calibration": (lockstep, "walk", 0), "solve": (job, "solve_shared", 3),
-                 "write": (export, "_verify", 0), "rename": (export, "_move_into_place", 0)}[phase]
-        killed(*where)
+        killed(*self.where)
 
-fit(Holds(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), out / "export", overwrite=True),
-    Kill(dirpath=out / "ckpt", save_last=True)], out / "run", enable_checkpointing=True)
+where = {"calibration": (lockstep, "walk", 0), "solve": (job, "solve_shared", 3),
+         "write": (export, "_verify", 0), "rename": (export, "_move_into_place", 0)}
+for phase in sys.argv[2:]:  # a process each: what takes long is the imports above
+    out, child = Path(phase), os.fork()
+    if child == 0:
+        fit(Holds(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), out / "export", overwrite=True),
+            Kill(where[phase], dirpath=out / "ckpt", save_last=True)], out / "run", enable_checkpointing=True)
+        os._exit(0)
+    (out / "exit").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
+
+PHASES = ["calibration", "solve", "write", "rename"]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder for each phase, in which a run was killed then, and the export that was there before it."""
+    folder, earlier = tmp_path_factory.mktemp("killed"), llama()
+    quantizer = QuantizeModule(**SMALL)
+    quantizer.quantize(earlier, list(torch.randint(0, 64, (16, 16))))
+    for phase in PHASES:
+        quantizer.export(earlier, folder / phase / "export")
+    before = {phase: _files(folder / phase / "export") for phase in PHASES}
+    (folder / "train.py").write_text(textwrap.dedent(RUN))
+    run = subprocess.run([sys.executable, "train.py", Path(__file__).parent, *PHASES], check=False,
+                         capture_output=True, text=True, timeout=300, cwd=folder)  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder, before
+
+
+def _files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["calibration", "solve", "write", "rename"])
-def test_a_kill_leaves_the_checkpoints_and_an_earlier_export_as_they_were(phase, tmp_path):
-    earlier = llama()
-    quantizer = QuantizeModule(**SMALL)
-    quantizer.quantize(earlier, list(torch.randint(0, 64, (16, 16))))
-    quantizer.export(earlier, tmp_path / "export")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
-    (tmp_path / "train.py").write_text(textwrap.dedent(RUN))
-    run = subprocess.run([sys.executable, tmp_path / "train.py", Path(__file__).parent, tmp_path, phase], check=False,
-                         capture_output=True, text=True, timeout=300, cwd=tmp_path)  # fmt: skip
-    assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
-    assert {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()} == before
-    assert load_quantized(tmp_path / "export") is not None
-    state = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=False)["state_dict"]
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_kill_leaves_the_checkpoints_and_an_earlier_export_as_they_were(phase, killed):
+    folder, before = killed[0] / phase, killed[1][phase]
+    assert int((folder / "exit").read_text()) == -signal.SIGKILL
+    assert _files(folder / "export") == before
+    assert load_quantized(folder / "export") is not None
+    state = torch.load(folder / "ckpt" / "last.ckpt", weights_only=False)["state_dict"]
     assert "model.model.layers.0.mlp.up_proj.weight" in state
-    left = [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+    left = [file for file in folder.iterdir() if file.name.startswith(".")]
     assert all(file.name.endswith(".partial") for file in left)  # hidden, and never under the export's name

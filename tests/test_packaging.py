@@ -107,7 +107,7 @@ def test_an_installed_wheel_works_from_another_folder(wheel, tmp_path):
 def test_the_editable_install_works_from_another_folder(tmp_path):
     printed = python(EVERYTHING, tmp_path)
     installed = distribution("gptq-plugin")
-    assert {entry.name for entry in installed.entry_points} == {"gptq-finetune", "gptq-quantize"}
+    assert {entry.name for entry in installed.entry_points} == {"gptq-finetune", "gptq-quantize", "gptq-plugin"}
     assert printed.strip()
 
 

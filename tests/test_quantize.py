@@ -421,16 +421,25 @@ def wide_batches():
     return tokens(48, length=256)
 
 
+WIDE_OPTIONS = {"group_size": 32, "nsamples": 48, "batch_size": 24}
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """What a WIDE model is after quantization without any offloading."""
+    plain = llama(**WIDE)
+    QuantizeModule(**WIDE_OPTIONS).quantize(plain, wide_batches())
+    return state(plain)
+
+
 @pytest.mark.parametrize("activations", [True, None])
 @pytest.mark.parametrize("weights", [True, None])
-def test_what_is_kept_where_changes_no_code(weights, activations, caplog):
-    plain, offloaded = llama(**WIDE), llama(**WIDE)
-    options = {"group_size": 32, "nsamples": 48, "batch_size": 24}
-    QuantizeModule(**options).quantize(plain, wide_batches())
-    quantizer = QuantizeModule(**options, offload_weights=weights, offload_activations=activations)
+def test_what_is_kept_where_changes_no_code(weights, activations, wide, caplog):
+    offloaded = llama(**WIDE)
+    quantizer = QuantizeModule(**WIDE_OPTIONS, offload_weights=weights, offload_activations=activations)
     with caplog.at_level(logging.INFO, logger="gptq_plugin.job"):
         quantizer.quantize(offloaded, wide_batches())
-    assert unchanged(offloaded, state(plain))
+    assert unchanged(offloaded, wide)
     said = "".join(record.message for record in caplog.records)
     assert ("weights streamed block by block" in said) == bool(weights)
     assert ("activations beyond 0.0 GiB on the CPU" in said) == bool(activations)
@@ -531,6 +540,7 @@ print(sum(last) / len(last))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_the_memory_of_a_model_mapped_from_its_files_does_not_grow_with_its_size(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 256, "num_attention_heads": 8}
@@ -574,9 +584,8 @@ def test_a_model_on_a_gpu_is_quantized_there_to_the_cpus_codes(dtype, tmp_path):
 @pytest.mark.parametrize("offload", [True, None])
 def test_a_model_on_the_cpu_is_quantized_on_a_gpu_and_stays_where_it_is(offload, tmp_path):
     there, here = llama(torch.bfloat16, **WIDE).cuda(), llama(torch.bfloat16, **WIDE)
-    options = {"group_size": 32, "nsamples": 48, "batch_size": 24}
-    QuantizeModule(**options).quantize(there, wide_batches())
-    quantizer = QuantizeModule(**options, offload_weights=offload, offload_activations=offload)
+    QuantizeModule(**WIDE_OPTIONS).quantize(there, wide_batches())
+    quantizer = QuantizeModule(**WIDE_OPTIONS, offload_weights=offload, offload_activations=offload)
     quantizer.quantize(here, wide_batches(), device="cuda", export_dir=tmp_path / "out")
     assert {tensor.device.type for tensor in here.state_dict().values()} == {"cpu"}
     assert unchanged(here, {name: tensor.cpu() for name, tensor in there.state_dict().items()})

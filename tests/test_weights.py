@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from gptq_plugin import QuantizeConfig, lockstep
 from gptq_plugin.errors import TargetError
 from gptq_plugin.grid import round_to_nearest
-from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.targets import find_targets
-from gptq_plugin.weights import Weights
+from gptq_plugin.weights import Weights, brought
 
 CPU = torch.device("cpu")
 CONFIG = QuantizeConfig(bits=2, group_size=32)
@@ -505,6 +505,45 @@ def test_weights_without_values_are_refused_by_name():
         TargetError, match=r"model.layers.1.self_attn.q_proj.weight, .* 5 more .*load the weights first"
     ):
         Weights(model, CPU, stream=True, capacity=0, unit_bytes=BLOCK)
+
+
+class Around(nn.Module):
+    """What a LightningModule is to its model: never called itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+        self.head = nn.Linear(64, 3)
+        self.factor = nn.Parameter(torch.full((3,), 2.0))
+        self.shifts = nn.ParameterList([nn.Parameter(torch.ones(3))])
+
+    def step(self, x):
+        return self.head(self.model(x)) * self.factor + self.shifts[0]
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_module_that_is_never_called_runs_elsewhere_with_all_it_holds(device):
+    around, device = Around(), torch.device(device)
+    if device.type == "cuda":  # on the meta device quantized layers cannot compute
+        swap(around.model, {name: rounded(target) for name, target in by_name(around.model).items()})
+    x = torch.randn(5, 64)
+    before, expected = slots(around), around.step(x)
+    with brought(around, device):
+        outputs = around.step(x.to(device))
+    assert outputs.device.type == device.type and slots(around) == before
+    if device.type == "cuda":
+        torch.testing.assert_close(outputs.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_brought_besides_a_part_leaves_it_alone():
+    around = Around()
+    with brought(around, torch.device("meta"), besides=around.model):
+        assert around.factor.is_meta and around.shifts[0].is_meta
+        assert around.head(torch.ones(64, device="meta")).is_meta
+        assert around.model(torch.ones(64)).device == CPU
+    with brought(around, torch.device("meta"), besides=around):
+        assert around.factor.is_meta and not around.head.weight.is_meta
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from torch import nn
 from gptq_plugin import distributed, memory
 from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untied
 from gptq_plugin.batches import named
+from gptq_plugin.calibration import collect
+from gptq_plugin.consolidated import Consolidated
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.export import check_export_dir
+from gptq_plugin.faithful import Outputs, may_differ
 from gptq_plugin.forward import call, fits
 from gptq_plugin.gate import QualityGate
 from gptq_plugin.handover import check_own_folders, export_from_first, from_first
@@ -37,10 +41,13 @@ from gptq_plugin.quantize import QuantizeModule, evaluating
 from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.run_data import RunData
-from gptq_plugin.strategies import refuse_strategy
+from gptq_plugin.sharding import shards
+from gptq_plugin.strategies import refuse_for_shards, refuse_sharded_adapters, refuse_strategy
 from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
+from gptq_plugin.unsharded import refuse_unknown_sharding, unsharded
 from gptq_plugin.until_good import UntilGood
 from gptq_plugin.validation import validate, validation_loaders
+from gptq_plugin.weights import brought
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +57,13 @@ class GPTQCallback(pl.Callback):
 
     What is quantized is the transformers model the LightningModule is, holds or contains; without one, the
     LightningModule itself. What cannot work (no layer to quantize, a group size that does not divide, an
-    export folder that exists, a strategy that shards parameters) is refused before the first training step.
-    If quantization fails, the exception leaves `fit` with the trained weights in place and the checkpoints
-    written.
+    export folder that exists) is refused before the first training step. If quantization fails, the exception leaves
+    `fit` with the trained weights in place and the checkpoints written.
 
     PEFT adapters are merged on a copy, which is quantized and exported; the adapters and their base stay as they are.
+
+    Under a strategy that shards parameters they are put together in files beside the export, and the module runs with
+    these, mapped, while it is tried before training and quantized after it; it stays sharded.
 
     Args:
         quantizer: What to do.
@@ -73,7 +82,8 @@ class GPTQCallback(pl.Callback):
         module: Dotted name, inside the LightningModule, of the module to quantize, where the default is not
             the right one; "" is the LightningModule itself.
         swap: True leaves the module quantized, so that `trainer.test(model)` runs on it; False exports and
-            gives it its float weights back. None is True, but False for a module with PEFT adapters.
+            gives it its float weights back. None is True, but False for a module with PEFT adapters, or one that the
+            strategy shards.
         overwrite: Replace an earlier export of ours in `export_dir`.
         validate: Run the module's `validation_step` over the validation dataloader before and after, and log both.
             None does so where there is one.
@@ -136,9 +146,11 @@ class GPTQCallback(pl.Callback):
         if stage != "fit" or _is_dev_run(trainer):
             return
         refuse_quantized(pl_module, self._float_checkpoint() or "MyModule.load_from_checkpoint")
+        refuse_for_shards(trainer, self.swap, self.export_dir, self.weights)
         check_weights(trainer, self.weights)
-        refuse_strategy(trainer, self.swaps(pl_module))
-        refuse_offload(self.quantizer, trainer.strategy.root_device)
+        refuse_strategy(trainer, self.swaps(trainer, pl_module))
+        if not shards(trainer):
+            refuse_offload(self.quantizer, trainer.strategy.root_device)
         self._check_others(trainer, pl_module)
         if self.export_dir is not None:
             self.export_dir = from_first(self.export_dir)
@@ -148,6 +160,10 @@ class GPTQCallback(pl.Callback):
     @distributed.ending_together()
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
+            return
+        if shards(trainer):  # layers are whole in `on_train_start`
+            refuse_sharded_adapters(trainer, pl_module)
+            refuse_unknown_sharding(pl_module)
             return
         module = self.module_to_quantize(pl_module)
         refuse_adapters(module, self.swap, self.export_dir, holder=pl_module)
@@ -174,22 +190,30 @@ class GPTQCallback(pl.Callback):
         with isolate_rng():  # a sampler may draw from the global generator
             data = self.calibration_data(trainer)
         first = self.data.beginning(data)
-        if first is None:
+        if first is None and not shards(trainer):
             return  # a stream of the user's own is not read ahead of its training
-        with (
-            isolate_rng(),
-            uncompiled(pl_module),
-            _without_adapters(pl_module, self.module_to_quantize(pl_module), base_copy) as module,
-            evaluating(pl_module),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            self.quantizer.rehearse(
-                module,
-                first,
-                forward=self.calibration_forward(trainer, pl_module, module),
-                tokenizer=self.tokenizer,
-                whole=self.data.is_given,
-            )
+        with isolate_rng(), evaluating(pl_module), torch.compiler.set_stance("force_eager"):
+            outputs = self._parallel_outputs(trainer, pl_module)
+            with (
+                self._whole(trainer, pl_module),
+                uncompiled(pl_module),
+                _without_adapters(pl_module, self.module_to_quantize(pl_module), base_copy) as module,
+            ):
+                if outputs is not None:
+                    with brought(pl_module, _elsewhere(trainer)):
+                        outputs.check()
+                if first is None:
+                    self.quantizer.check(module)
+                    return
+                with brought(pl_module, _elsewhere(trainer), besides=module):
+                    self.quantizer.rehearse(
+                        module,
+                        first,
+                        forward=self.calibration_forward(trainer, pl_module, module),
+                        tokenizer=self.tokenizer,
+                        device=_elsewhere(trainer),
+                        whole=self.data.is_given,
+                    )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak_of_training = memory.peak_bytes(trainer.strategy.root_device)
@@ -201,21 +225,26 @@ class GPTQCallback(pl.Callback):
             return
         _free_training_state(trainer, pl_module)
         with (
+            self._whole(trainer, pl_module) as files,
             weights_of(trainer, pl_module, self.weights) as keep_weights,
             uncompiled(pl_module),
-            _on_device(pl_module, trainer.strategy.root_device),
+            _on_device(trainer, pl_module),
             evaluating(pl_module),
             torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
             progress_like(trainer) as progress,
         ):
             wanted = self.validate is not False and validation_loaders(trainer)
-            before = validate(trainer, pl_module) if wanted else {}
+            with brought(pl_module, _elsewhere(trainer)):
+                before = validate(trainer, pl_module) if wanted else {}
             self.gate.check_names(before)
-            swap = self.swaps(pl_module)
+            swap = self.swaps(trainer, pl_module)
             trained = self.module_to_quantize(pl_module)
-            with _without_adapters(pl_module, trained, merged_in_place) as module:
+            with (
+                _without_adapters(pl_module, trained, merged_in_place) as module,
+                brought(pl_module, _elsewhere(trainer), besides=module),
+            ):
                 notes = untied(trained, module)
-                self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes)
+                self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes, files)
             if swap:
                 keep_weights()
         _log_to_loggers(trainer, self.report)
@@ -229,6 +258,7 @@ class GPTQCallback(pl.Callback):
         progress: Progress | None,
         swap: bool,
         notes: list[str],
+        files: Consolidated | None,
     ) -> QuantizeReport:
         """Until the result is good enough; exports it."""
 
@@ -251,12 +281,35 @@ class GPTQCallback(pl.Callback):
             tokenizer=self.tokenizer,
             progress=progress,
             keep=swap,
+            device=_elsewhere(trainer),
             device_memory=self._peak_of_training,
+            layers_in=None if files is None else files.layers,
         ).quantize(self.quantizer)
+
+    def _whole(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> contextlib.AbstractContextManager[Consolidated | None]:
+        """The module without the strategy's sharding, where there is any."""
+        if not shards(trainer):
+            return nullcontext()
+        assert self.export_dir is not None
+        return unsharded(trainer, pl_module, self.export_dir)
+
+    def _parallel_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outputs | None:
+        """Of the module while it is sharded, where they may be others without that."""
+        if not shards(trainer):
+            return None
+        module = self.module_to_quantize(pl_module)
+        first = self.data.beginning(self.calibration_data(trainer))
+        if first is None or not may_differ(trainer, pl_module, module):
+            return None
+        batches = collect(first, self.quantizer.config, self.tokenizer).batches
+        run = partial(self.calibration_forward(trainer, pl_module, module), module)
+        return Outputs(run, batches[0].data if batches else None)
 
     def _check_others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if any(isinstance(other, GPTQCallback) and other.swaps(pl_module) for other in before):
+        if any(isinstance(other, GPTQCallback) and other.swaps(trainer, pl_module) for other in before):
             raise ValueError(
                 "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
                 "quantize: give all but the last swap=False"
@@ -267,9 +320,9 @@ class GPTQCallback(pl.Callback):
             return float_checkpoint(trainer, self.weights)
         return self.report.float_checkpoint if self.report is not None else ""
 
-    def swaps(self, pl_module: pl.LightningModule) -> bool:
+    def swaps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether the module is left quantized."""
-        return swaps(pl_module, self.swap)
+        return not shards(trainer) and swaps(pl_module, self.swap)
 
     def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:
         """The module `module` names, or the one transformers model inside, or the LightningModule.
@@ -389,11 +442,19 @@ def _free_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     trainer.strategy.lr_scheduler_configs = []
 
 
+def _elsewhere(trainer: pl.Trainer) -> torch.device | None:
+    """Where forwards run, when the module is not there: whole weights come to the training device part by part."""
+    return trainer.strategy.root_device if shards(trainer) else None
+
+
 @contextlib.contextmanager
-def _on_device(pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
-    """Lightning has moved the module to the CPU by now; it goes back there afterwards."""
+def _on_device(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Lightning has moved the module to the CPU by now; it goes back there afterwards. A whole one stays there."""
+    if shards(trainer):
+        yield
+        return
     origin = pl_module.device
-    pl_module.to(device)
+    pl_module.to(trainer.strategy.root_device)
     try:
         yield
     finally:

@@ -46,13 +46,15 @@ def world_size() -> int:
 def ending_together() -> Iterator[None]:
     """What ends the block on one rank ends it on all: the others raise RankError with its message.
 
-    They do so at their next meeting. The rank that failed waits some seconds for that, then goes its way; the others
-    find it gone.
+    They do so at their next meeting, at the latest at the end of the block, which is one. The rank that failed waits
+    some seconds for that, then goes its way; the others find it gone.
     """
     global _depth
     _depth += 1
     try:
         yield
+        if _depth == 1 and active():
+            _called("the end")
     except Exception as error:
         if _depth == 1 and active() and not isinstance(error, RankError):
             with contextlib.suppress(RuntimeError):

@@ -29,6 +29,7 @@ from gptq_plugin.memory import numbered
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.report import ModuleReport, QuantizeReport
+from gptq_plugin.shared_layers import SharedLayers
 from gptq_plugin.targets import Skipped, Target, find_targets
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,7 @@ class QuantizeModule:
         *,
         forward: ModelForward | None = None,
         tokenizer: Callable[..., Any] | None = None,
+        device: torch.device | str | None = None,
         whole: bool = True,
     ) -> None:
         """Refuses now what `quantize` would refuse for its data: one batch runs, and nothing changes.
@@ -159,14 +161,14 @@ class QuantizeModule:
         For the start of a long run that ends in `quantize`. In a process group every rank calls it.
 
         Args:
-            model, batches, forward, tokenizer: As for `quantize`.
+            model, batches, forward, tokenizer, device: As for `quantize`.
             whole: `batches` is all the calibration data there will be, so its length is judged too.
 
         Raises:
             TargetError, CalibrationError: As `quantize`.
         """
         with distributed.ending_together(), evaluating(model):
-            self._job(model, batches, forward=forward, tokenizer=tokenizer).rehearse(whole)
+            self._job(model, batches, forward=forward, tokenizer=tokenizer, device=device).rehearse(whole)
 
     @contextlib.contextmanager
     def temporarily(
@@ -178,11 +180,13 @@ class QuantizeModule:
         tokenizer: Any = None,
         export_dir: str | Path | None = None,
         overwrite: bool = False,
+        layers_in: SharedLayers | None = None,
         **options: Any,
     ) -> Iterator[QuantizeReport]:
         """Like `quantize`, for the length of a with block; afterwards the model is float again.
 
-        With `keep` it stays quantized, unless the block raises. The float weights stay in memory meanwhile.
+        With `keep` it stays quantized, unless the block raises. The float weights stay in memory meanwhile. With
+        `layers_in` the layers of a model on the CPU lie there, for all ranks of a node.
         """
         started = time.perf_counter()
         with contextlib.ExitStack() as stack:
@@ -193,7 +197,7 @@ class QuantizeModule:
                     raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
                 export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite))
             stack.enter_context(evaluating(model))
-            job = self._job(model, batches, tokenizer=tokenizer, export=export, **options)
+            job = self._job(model, batches, tokenizer=tokenizer, layers_in=export or layers_in, **options)
             if export is not None:
                 export.check(target.name for target in job.targets)
             layers, report = job.run()
@@ -255,7 +259,7 @@ class QuantizeModule:
         device: torch.device | str | None = None,
         device_memory: int | None = None,
         progress: Progress | None = None,
-        export: Export | None = None,
+        layers_in: Any = None,
     ) -> Job:
         targets, skipped = self.check(model)
         limit = share(self.config.nsamples) if nsamples is None else nsamples
@@ -291,7 +295,7 @@ class QuantizeModule:
             self.offload_weights,
             self.offload_activations,
             device_memory,
-            export,
+            layers_in,
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from gptq_plugin.calibration import collect
@@ -18,6 +19,8 @@ from gptq_plugin.gate import QualityGate
 from gptq_plugin.job import ModelForward, Progress
 from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.report import QuantizeReport
+from gptq_plugin.shared_layers import SharedLayers
+from gptq_plugin.weights import brought
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,8 @@ class UntilGood:
         measure: Called on the quantized model: its metrics.
         data: Called for every attempt: the calibration data.
         finish: Called with the quantizer and the report of the result that is taken, while the model is quantized.
-        forward, tokenizer, progress, keep, device_memory: As for `QuantizeModule.temporarily`.
+        forward, tokenizer, progress, keep, device, device_memory: As for `QuantizeModule.temporarily`.
+        layers_in: Called for every attempt: its `layers_in`.
     """
 
     model: nn.Module
@@ -62,7 +66,9 @@ class UntilGood:
     tokenizer: Any = None
     progress: Progress | None = None
     keep: bool = False
+    device: torch.device | None = None
     device_memory: int | None = None
+    layers_in: Callable[[], SharedLayers] | None = None
 
     def quantize(self, quantizer: QuantizeModule) -> QuantizeReport:
         """The first result that is good enough. Its report says what was tried before it.
@@ -99,10 +105,13 @@ class UntilGood:
             tokenizer=self.tokenizer,
             progress=self.progress,
             keep=self.keep,
+            device=self.device,
             device_memory=self.device_memory,
+            layers_in=None if self.layers_in is None else self.layers_in(),
         ) as report:
             report.deviations += tried
-            after = self.measure() if self.before else {}
+            with brought(self.model, self.device):
+                after = self.measure() if self.before else {}
             report.metrics = {n: {"float": self.before[n], "gptq": after[n]} for n in self.before if n in after}
             failures = self.gate.failures(self.before, after)
             if failures and self.gate.on_fail == "warn":
@@ -119,11 +128,10 @@ class UntilGood:
         self, quantizer: QuantizeModule, report: QuantizeReport, floats: Mapping[str, nn.Module]
     ) -> dict[str, float]:
         batches = collect(self.data(), quantizer.config, self.tokenizer).batches[:_NOISE]
-        return output_noise(
-            self.model,
-            {module.name: floats[module.name] for module in report.quantized},
-            [partial(self.forward, self.model, batch.data) for batch in batches],
-        )
+        wanted = {module.name: floats[module.name] for module in report.quantized}
+        runs = [partial(self.forward, self.model, batch.data) for batch in batches]
+        with brought(self.model, self.device), brought(nn.ModuleList(wanted.values()), self.device):
+            return output_noise(self.model, wanted, runs)
 
     def _advice(self, tried: int) -> str:
         if self.gate.on_fail == "raise":

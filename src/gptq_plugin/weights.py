@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin import memory
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.memory import numbered
 from gptq_plugin.qlinear import QuantLinear
@@ -30,6 +31,7 @@ from gptq_plugin.targets import Target
 
 _T = TypeVar("_T")
 _Copies = dict[int, Tensor]  # by the id of the tensor at home
+_LISTS = (nn.ParameterList, nn.ParameterDict)  # of parameters: never called
 
 
 class Weights:
@@ -238,6 +240,37 @@ class Weights:
         return self._quantized.get(slot.module) if slot.name == "weight" else None
 
 
+@contextlib.contextmanager
+def brought(model: nn.Module, device: torch.device | None, *, besides: nn.Module | None = None) -> Iterator[None]:
+    """The model's parts run on the device for the length of a with block, wherever their tensors are and however large
+    they are. What the model holds itself is there all the time: nobody may call it as a whole.
+
+    Args:
+        model: Any module.
+        device: None, or a CPU, changes nothing.
+        besides: Somewhere in the model: to be left alone, with all that is in it.
+    """
+    if device is None or device.type == "cpu":
+        yield
+        return
+    around = [m for m in model.modules() if m is model or any(part is besides for part in list(m.modules())[1:])]
+    children = {} if besides is model else {child: None for m in around for child in m.children()}
+    held = [*around, *(child for child in children if isinstance(child, _LISTS))]
+    parts = [child for child in children if child is not besides and child not in held]
+    own = [_Slot(m, name, tensor) for m in held for name, tensor in _tensors(m).items() if tensor.device != device]
+    free = memory.free_bytes(device)
+    with contextlib.ExitStack() as stack:
+        for slot in own:
+            stack.callback(slot.go_home)
+            slot.give(_alike({0: slot.home.to(device)}, {0: slot.home})[0])
+        if parts:
+            capacity = memory.EVERYTHING if free is None else free // 2
+            together = nn.ModuleList(parts)
+            unit = memory.unit_bytes(together, free)
+            stack.enter_context(Weights(together, device, stream=True, capacity=capacity, unit_bytes=unit))
+        yield
+
+
 class _Slot:
     """A parameter or buffer of a module by its name: the tensor at home, and the one in its place."""
 
@@ -394,8 +427,7 @@ def _divide(model: nn.Module, unit_bytes: int) -> dict[nn.Module, tuple[_Unit, .
     def divide(module: nn.Module, around: dict[_Unit, None]) -> None:
         distinct = {id(tensor): tensor for part in module.modules() for tensor in _tensors(part).values()}
         is_whole = sum(tensor.nbytes for tensor in distinct.values()) <= unit_bytes
-        # Lists of parameters are never called.
-        lists = [child for child in module.children() if isinstance(child, (nn.ParameterList, nn.ParameterDict))]
+        lists = [child for child in module.children() if isinstance(child, _LISTS)]
         members = list(module.modules()) if is_whole else [module, *lists]
         new = [member for member in members if member not in owner]
         slots = [_Slot(member, name, tensor) for member in new for name, tensor in _tensors(member).items()]
