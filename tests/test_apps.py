@@ -165,18 +165,18 @@ def test_an_export_can_be_evaluated_on_files(finetuned, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_give_one_export_and_one_table(tmp_path):
+def test_two_processes_give_one_folder_one_export_and_one_table(tmp_path):
     printed = succeeds(
         "gptq-finetune",
         *TINY,
         "trainer.devices=2",
         "trainer.strategy=ddp",
         "trainer.accelerator=cpu",
-        "hydra.run.dir=run",
         cwd=tmp_path,
     )
     assert printed.count("round-to-nearest, 4 bits") == 1
-    summary = json.loads((tmp_path / "run" / SUMMARY).read_text())
+    (run,) = (tmp_path / "outputs" / "finetune").iterdir()  # named by the time, and both ranks'
+    summary = json.loads((run / SUMMARY).read_text())
     assert summary["nll"]["gptq"] == pytest.approx(summary["nll"]["float"], abs=0.1)
 
 

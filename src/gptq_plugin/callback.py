@@ -31,7 +31,7 @@ from gptq_plugin.export import check_export_dir
 from gptq_plugin.faithful import Outputs, may_differ
 from gptq_plugin.forward import call, fits
 from gptq_plugin.gate import QualityGate
-from gptq_plugin.handover import check_own_folders, export_from_first
+from gptq_plugin.handover import check_own_folders, export_from_first, from_first
 from gptq_plugin.job import Progress
 from gptq_plugin.lightning_roots import either, overrides
 from gptq_plugin.pretrained import transformers_models
@@ -153,6 +153,7 @@ class GPTQCallback(pl.Callback):
             refuse_offload(self.quantizer, trainer.strategy.root_device)
         self._check_others(trainer, pl_module)
         if self.export_dir is not None:
+            self.export_dir = from_first(self.export_dir)
             check_own_folders(self.export_dir, _run_folders(trainer))
             check_export_dir(self.export_dir, overwrite=self.overwrite)
 

@@ -21,6 +21,14 @@ from gptq_plugin.quantize import QuantizeModule
 log = logging.getLogger(__name__)
 
 
+def from_first(export_dir: Path) -> Path:
+    """Rank 0's folder, on every rank: a name made of the time is another one on each. Every rank calls it."""
+    if not distributed.active():
+        return export_dir
+    folder: Path = distributed.object_from_first(export_dir.absolute())
+    return folder
+
+
 def check_own_folders(export_dir: Path, own: Iterable[tuple[str, Any]]) -> None:
     """The export replaces its folder as a whole, so a run's own files must not lie in it.
 

@@ -27,7 +27,7 @@ from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untie
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, to_device
-from gptq_plugin.handover import check_own_folders, export_from_first
+from gptq_plugin.handover import check_own_folders, export_from_first, from_first
 from gptq_plugin.job import ModelForward, Progress
 from gptq_plugin.progress import tqdm_progress
 from gptq_plugin.quantize import QuantizeModule
@@ -115,6 +115,7 @@ class GPTQTrainerCallback(TrainerCallback):
         refuse_offload(self.quantizer, args.device)
         refuse_adapters(model, self.swap, self.export_dir)
         if self.export_dir is not None:
+            self.export_dir = from_first(self.export_dir)
             own = [("output_dir", args.output_dir), ("logging_dir", getattr(args, "logging_dir", None))]
             check_own_folders(self.export_dir, own)
             check_export_dir(self.export_dir, overwrite=self.overwrite)

@@ -15,7 +15,6 @@ import hydra
 import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from omegaconf import DictConfig
@@ -26,6 +25,7 @@ from gptq_plugin.apps.evaluate import evaluate_export, mean_nll
 from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import LanguageModel, SaveFloat
 from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weights_size
+from gptq_plugin.apps.sweeps import in_sweep, run_alone, runs_a_sweep, starts_ranks
 from gptq_plugin.callback import GPTQCallback
 from gptq_plugin.export import check_export_dir
 from gptq_plugin.memory import fits, numbered
@@ -43,12 +43,14 @@ def finetune(cfg: DictConfig) -> float | None:
     """Fine-tune, quantize, export, reload, compare; returns the exported model's mean NLL."""
     clock, run_dir = Clock(), _start(cfg)
     with clock("prepare"):
-        data, model = _data_and_model(cfg)
         callbacks = [_instantiate(node) for node in cfg.callbacks.values()]
         gptq = _gptq_callback(callbacks)
-        gptq.tokenizer = gptq.tokenizer or model.tokenizer
         save_float = SaveFloat(run_dir / "float" if cfg.save_float else None)
         trainer: Trainer = _instantiate(cfg.trainer, callbacks=[save_float, *callbacks])
+        if runs_a_sweep() and starts_ranks(trainer):
+            return run_alone(run_dir)
+        data, model = _data_and_model(cfg)
+        gptq.tokenizer = gptq.tokenizer or model.tokenizer
     with clock("train"):
         try:
             trainer.fit(model, data)
@@ -193,7 +195,7 @@ def _files(run_dir: Path, export_dir: Path) -> dict[str, str]:
 def _next_command(run_dir: Path) -> str:
     """The same data at every width, in one table; nothing while a sweep is running."""
     hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN:
+    if in_sweep():
         return ""
     overrides = [o for o in hydra_config.overrides.task if not o.startswith(("quantizer.bits=", "export_dir="))]
     float_dir = run_dir / "float"
@@ -205,3 +207,7 @@ def _next_command(run_dir: Path) -> str:
             o for o in overrides if not o.startswith("data=")
         ]
     return shlex.join(["gptq-quantize", "-m", *overrides, "quantizer.bits=2,3,4,8"])
+
+
+if __name__ == "__main__":  # for torchrun, and for the runs of a sweep that need a process of their own
+    finetune()

@@ -16,6 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from torch import nn
 
+from gptq_plugin import distributed
 from gptq_plugin.report import aligned
 
 SUMMARY = "summary.json"
@@ -119,10 +120,12 @@ class SweepTable(Callback):
     """Hydra callback: at the end of a multirun (``-m``), all its runs side by side in one table.
 
     It reads the runs' ``summary.json``, so it works with every launcher. The table is printed and written
-    to ``sweep.txt`` in the sweep's folder.
+    to ``sweep.txt`` in the sweep's folder; by one rank, where torchrun or SLURM started several.
     """
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if distributed.rank() > 0:
+            return
         directory = Path(config.hydra.sweep.dir)
         table = sweep_table(directory)
         if table:

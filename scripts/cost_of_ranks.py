@@ -1,0 +1,102 @@
+"""What several ranks cost and save: a model from volumes and rates, not a measurement.
+
+    python scripts/cost_of_ranks.py
+
+Counts the bytes of every collective of one block (`gptq_plugin.distributed`), and sets them beside the block's compute
+as one H200 was measured to do it (scripts/BENCHMARKS.md: Llama-3-8B's shapes, 262,144 tokens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+STRIP = 1024  # hessian._STRIP on a GPU
+MEETINGS = 3  # words a group: on which comes next, before the sum, and before the rows
+STEP = 50e-6  # seconds of one of the P - 1 steps in which a word goes round over TCP; assumed
+GROUP_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A block of a Llama: its width, that inside the MLP, and the rows of k and v."""
+
+    name: str
+    width: int
+    inner: int
+    kv: int
+
+    def groups(self) -> list[tuple[int, int]]:
+        """(inputs, rows) of the layers that share a Hessian: q k v, o, gate up, down."""
+        w, i = self.width, self.inner
+        return [(w, w + 2 * self.kv), (w, w), (w, 2 * i), (i, w)]
+
+
+@dataclass(frozen=True)
+class Network:
+    """P ranks in a ring, and bytes a second, each way, of the slowest link in it."""
+
+    name: str
+    ranks: int
+    rate: float
+
+
+# Milliseconds of a block of Llama-3-8B on one H200, by what they grow with (scripts/BENCHMARKS.md, default).
+FORWARD, HESSIANS, FACTORS, COLUMNS, PACKING = 240.0, 116.0, 29.8, 51.9, 2.2
+
+
+def hessian_bytes(n: int) -> int:
+    """float32, on and below the diagonal by strips."""
+    return sum(4 * (min(start + STRIP, n) - start) * min(start + STRIP, n) for start in range(0, n, STRIP))
+
+
+def row_bytes(n: int, group_size: int = GROUP_SIZE) -> int:
+    """A row's codes (uint8), scales (float16), zeros (uint8) and two losses (float32)."""
+    groups = n // group_size
+    return n + 2 * groups + groups + 8
+
+
+def exchange(shape: Shape, network: Network) -> tuple[float, float, float]:
+    """Milliseconds of a block's sums, rows and words; ring algorithms at the full rate of the link."""
+    p = network.ranks
+    sums = 2 * (p - 1) / p * sum(hessian_bytes(n) for n, _ in shape.groups()) / network.rate
+    rows = (p - 1) * sum(ceil(rows / p) * row_bytes(n) for n, rows in shape.groups()) / network.rate
+    words = MEETINGS * len(shape.groups()) * (p - 1) * STEP
+    return 1e3 * sums, 1e3 * rows, 1e3 * words
+
+
+def compute(shape: Shape, like: Shape) -> tuple[float, float]:
+    """Milliseconds of a block on one GPU: what the ranks share, and what each does anew; by operations from `like`."""
+
+    def grown(power_of_n: int, power_of_rows: int) -> float:
+        of, base = (sum(n**power_of_n * r**power_of_rows for n, r in one.groups()) for one in (shape, like))
+        return of / base
+
+    shared = FORWARD * grown(1, 1) + HESSIANS * grown(2, 0) + COLUMNS * grown(2, 1)
+    return shared, FACTORS * grown(3, 0) + PACKING * grown(1, 1)
+
+
+def main() -> None:
+    shapes = [Shape("Llama-3-8B", 4096, 14336, 1024), Shape("Llama-3-70B", 8192, 28672, 1024)]
+    networks = [
+        Network("8 H200, NVLink at 450 GB/s", 8, 450e9),
+        Network("16 nodes of 1 H200, 400 Gb/s a node", 16, 50e9),
+        Network("16 nodes of 8 H200, 400 Gb/s a node", 128, 50e9),
+    ]
+    for shape in shapes:
+        sums, codes = (
+            sum(of) / 1e6
+            for of in ([hessian_bytes(n) for n, _ in shape.groups()], [r * row_bytes(n) for n, r in shape.groups()])
+        )
+        shared, anew = compute(shape, shapes[0])
+        print(f"\n{shape.name}, a block: Hessians {sums:.0f} MB, rows {codes:.0f} MB; one H200 {shared + anew:.0f} ms")
+        print(f"{'':37}{'shared':>9}{'anew':>7}{'sums':>7}{'rows':>7}{'words':>7}{'ms':>8}{'times':>7}")
+        for network in networks:
+            parts = [shared / network.ranks, anew, *exchange(shape, network)]
+            figures = "".join(f"{part:>7.1f}" for part in parts[1:])
+            whole = sum(parts)
+            print(f"{network.name:37}{parts[0]:>9.1f}{figures}{whole:>8.1f}{(shared + anew) / whole:>7.1f}")
+
+
+if __name__ == "__main__":
+    main()

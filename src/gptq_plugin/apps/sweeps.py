@@ -1,0 +1,67 @@
+"""The runs of a sweep (``-m``) that train on several processes, each as a command of its own.
+
+Lightning starts the other ranks with the command line it finds. In a sweep that is the whole sweep's, so that every
+rank but the first would begin it anew, in a folder of another time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning import Trainer
+from omegaconf import OmegaConf
+
+from gptq_plugin.apps.summary import SUMMARY
+
+
+def runs_a_sweep() -> bool:
+    """Whether this process goes through a sweep's runs."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def in_sweep() -> bool:
+    """Whether this run is one of a sweep's, in whatever process: those have numbers."""
+    return not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def starts_ranks(trainer: Trainer) -> bool:
+    """Whether fitting starts the other ranks, by the command line of this process."""
+    launcher: Any = trainer.strategy.launcher
+    environment = getattr(launcher, "cluster_environment", None)
+    return trainer.num_devices > 1 and environment is not None and not environment.creates_processes_externally
+
+
+def run_alone(folder: Path) -> float | None:
+    """Runs this run of a sweep as a command of its own, in its folder; returns what the command's function returns.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    done = subprocess.run(_command(folder), cwd=HydraConfig.get().runtime.cwd, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the run in {folder} failed (exit status {done.returncode}): what stopped it is said above")
+    nll: dict[str, float] = json.loads((folder / SUMMARY).read_text())["nll"]
+    return nll.get("gptq")
+
+
+def _command(folder: Path) -> list[str]:
+    hydra = HydraConfig.get()
+    command = [sys.executable, "-m", "gptq_plugin.apps.cli"]
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            command.append(f"--config-dir={source.path}")
+    command.append(f"--config-name={hydra.job.config_name}")
+    command += [override for override in hydra.overrides.hydra if not override.startswith("hydra.mode=")]
+    return [
+        *command,
+        *hydra.overrides.task,
+        "hydra.mode=RUN",
+        f"hydra.run.dir='{folder}'",
+        f"hydra.job.num={hydra.job.num}",
+    ]
