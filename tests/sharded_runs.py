@@ -318,7 +318,8 @@ def memory(out):
     module, callback = Plain(fsdp), Memory()
     module.model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(20)))
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=STRATEGIES["fsdp"](), logger=False, max_steps=0,
-        enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback], default_root_dir=out / "memory")  # fmt: skip
+        enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback],
+        default_root_dir=out / "memory")  # fmt: skip
     trainer.fit(module, pairs())
     (out / "memory" / f"rank{trainer.global_rank}.json").write_text(json.dumps(callback.said))
 
