@@ -78,7 +78,7 @@ def main() -> None:
     module = FineTune(str(args.model), rank=16)
     trainer = Trainer(
         max_steps=args.steps,
-        val_check_interval=min(args.steps, max(1, len(train) // 8)),
+        val_check_interval=max(1, args.steps // 3),
         callbacks=list(callbacks.values()),
         default_root_dir=args.out / "run",
         logger=False,

@@ -387,7 +387,7 @@ class GPTQCallback(pl.Callback):
                 # Only the LightningModule knows what a tuple means; the names of a mapping's parts say it themselves.
                 otherwise, parts = pl_module if pl_module in runners else runners[0], named(batch)
                 runner = otherwise if parts is None else next((m for m in runners if fits(m, parts)), otherwise)
-                return call(runner, batch, every_logit=every_logit)
+                return call(runner, batch, every_logit=every_logit, device=_elsewhere(trainer))
 
         return forward
 
