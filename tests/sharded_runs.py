@@ -316,7 +316,7 @@ def own_memory():
 def memory(out):
     (out / "memory").mkdir(exist_ok=True)
     module, callback = Plain(fsdp), Memory()
-    module.model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(20)))
+    module.model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(32)))
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=STRATEGIES["fsdp"](), logger=False, max_steps=0,
         enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback],
         default_root_dir=out / "memory")  # fmt: skip

@@ -188,7 +188,7 @@ def test_deepspeeds_parts_are_gathered_one_by_one(whole, tmp_path):
 
 def test_a_ranks_own_memory_does_not_grow_by_the_model(out):
     for one in said(out, "memory"):
-        assert one["size"] > 80e6 and one["grown"] < one["size"] / 4
+        assert one["size"] > 130e6 and one["grown"] < one["size"] / 2  # what a few tensors leave in the heap
 
 
 def test_nodes_without_a_common_disk_write_a_copy_each(out):
