@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear
 from gptq_plugin.consolidated import consolidated
+from gptq_plugin.unsharded import unsharded
 
 SMALL = {"group_size": 32, "nsamples": 15, "batch_size": 4}
 
@@ -297,6 +298,32 @@ def small_files_on_rank_0():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+class Memory(pl.Callback):
+    """Has the module whole and reads every weight; measures what this process then has in memory of its own."""
+
+    def on_fit_start(self, trainer, pl_module):
+        before = own_memory()
+        with unsharded(trainer, pl_module, Path(trainer.default_root_dir) / "export"):
+            read = float(sum(parameter.sum() for parameter in pl_module.parameters()))
+            self.said = {"size": sum(p.nbytes for p in pl_module.parameters()), "grown": own_memory() - before}
+        assert read != 0
+
+
+def own_memory():
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def memory(out):
+    (out / "memory").mkdir(exist_ok=True)
+    module, callback = Plain(fsdp), Memory()
+    module.model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(32)))
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=STRATEGIES["fsdp"](), logger=False, max_steps=0,
+        enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback],
+        default_root_dir=out / "memory")  # fmt: skip
+    trainer.fit(module, pairs())
+    (out / "memory" / f"rank{trainer.global_rank}.json").write_text(json.dumps(callback.said))
+
+
 def two_nodes(out):
     """Two ranks that call themselves nodes; the second sees nothing of the first one's disk."""
     rank = int(os.environ["RANK"])
@@ -339,4 +366,5 @@ def main(out):
     run("transformers", "tp", Model(transformers_parallel), tokens, out)
     run("heads-fail", "tp", LocalHeads(16), sequences, out)
     run("heads-differ", "tp", LocalHeads(-1), sequences, out)
+    memory(out)
     two_nodes(out)

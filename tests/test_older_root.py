@@ -81,11 +81,11 @@ def test_a_module_without_a_forward_is_told_what_to_add(tmp_path):
 
 @pytest.mark.parametrize("root", [older, newer], ids=["older", "newer"])
 @pytest.mark.parametrize("name", ["ModelParallelStrategy", "FSDPStrategy"])
-def test_strategies_that_shard_are_refused_under_either_root(root, name, tmp_path):
-    callback = GPTQCallback(QuantizeModule(**SMALL))
+def test_strategies_that_shard_are_known_under_either_root(root, name, tmp_path):
+    callback = GPTQCallback(QuantizeModule(**SMALL), swap=True)
     sharded = trainer(callback, tmp_path, root)
     sharded._accelerator_connector.strategy = getattr(root.strategies, name)()
-    with pytest.raises(NotImplementedError, match=f"{name} shards them"):
+    with pytest.raises(ValueError, match=f"{name} keeps it in parts: leave swap out"):
         callback.setup(sharded, Holds(), "fit")
 
 

@@ -186,6 +186,11 @@ def test_deepspeeds_parts_are_gathered_one_by_one(whole, tmp_path):
         assert one["folders"] == 0 and one["loss"] > 0  # the hooks that gather in a forward are back
 
 
+def test_a_ranks_own_memory_does_not_grow_by_the_model(out):
+    for one in said(out, "memory"):
+        assert one["size"] > 130e6 and one["grown"] < one["size"] / 2  # what a few tensors leave in the heap
+
+
 def test_nodes_without_a_common_disk_write_a_copy_each(out):
     for one in said(out, "nodes"):
         assert one == {"same": True, "folders": 1, "left": 0}
