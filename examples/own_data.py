@@ -57,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "train", "valid", "generic", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=24, help="of 8 rows")
-    parser.add_argument("--length", type=int, default=128, help="tokens a row")
+    parser.add_argument("--steps", type=int, default=12, help="of 8 rows")
+    parser.add_argument("--length", type=int, default=64, help="tokens a row")
     parser.add_argument("--samples", type=int, default=64, help="rows that calibrate, and at most that validate")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--seed", type=int, default=0, help="of the training and of the choice of calibration rows")
