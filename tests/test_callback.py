@@ -103,6 +103,17 @@ class Plain(Base):
         return nn.functional.mse_loss(self(x), y)
 
 
+class Normed(Plain):
+    """With buffers that training changes, outside of the part that tests quantize."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(64)
+
+    def forward(self, x):
+        return self.net(self.norm(x))
+
+
 def pair_loader():
     g = torch.Generator().manual_seed(0)
     return DataLoader([(torch.randn(64, generator=g), torch.randn(32, generator=g)) for _ in range(128)], batch_size=8)
@@ -431,14 +442,6 @@ def test_a_last_batch_of_one_sample_is_a_batch_like_the_others(samples, tmp_path
 
 
 def test_modules_around_the_quantized_one_are_not_changed_by_calibration(tmp_path):
-    class Normed(Plain):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(64)
-
-        def forward(self, x):
-            return self.net(self.norm(x))
-
     module, twin = Normed(), Normed()
     fit(twin, pair_loader(), [], tmp_path)
     callback = GPTQCallback(QuantizeModule(**SMALL | {"nsamples": 128}), tmp_path / "o", module="net", swap=False)

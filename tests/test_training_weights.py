@@ -9,25 +9,18 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_callback import Plain, pair_loader
+from test_callback import Normed as WithBuffers
+from test_callback import pair_loader
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
 
 
-class Normed(Plain):
-    """With buffers that training changes, and a metric that is best after the first of its epochs."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(64)
-
-    def forward(self, x):
-        return self.net(self.norm(x))
+class Normed(WithBuffers):
+    """And with a metric that is best after the first of its epochs."""
 
     def on_train_epoch_end(self):
         self.log("epoch", float(self.current_epoch))

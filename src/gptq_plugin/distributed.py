@@ -186,6 +186,5 @@ def _word_group() -> Any:
     global _words
     world = dist.group.WORLD
     if _words is None or _words[0] is not world:
-        with _reaching():
-            _words = world, dist.new_group(backend="gloo")
+        _words = world, dist.new_group(backend="gloo")
     return _words[1]

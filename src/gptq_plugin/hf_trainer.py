@@ -130,7 +130,6 @@ class GPTQTrainerCallback(TrainerCallback):
             )
         self._evaluations = _Evaluations()
 
-    @distributed.ending_together()
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
@@ -138,7 +137,7 @@ class GPTQTrainerCallback(TrainerCallback):
         if self.data.calibration != "val" or self._evaluations is None:
             return
         if self._evaluations.add(state.global_step, undivided(training["eval_dataloader"])):
-            with _weights_saved_on_failure(training["model"], args, state):
+            with distributed.ending_together(), _weights_saved_on_failure(training["model"], args, state):
                 self._rehearse(args, training)
 
     @distributed.ending_together()
