@@ -74,7 +74,7 @@ class Model(pl.LightningModule):
         self.layers_mapped = sum(in_file(layer.qweight) and in_file(layer.scales) for layer in layers)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.0)
+        return torch.optim.SGD(self.parameters(), lr=0.0, foreach=False)  # of whole and sharded ones
 
 
 class Plain(Model):
@@ -164,6 +164,7 @@ STRATEGIES = {
     ),
     "zero": ZeroOnCPU,
     "flat-only": lambda: FlatOnCPU(use_orig_params=False),
+    "flat-gpu": lambda: FSDPStrategy(auto_wrap_policy={LlamaDecoderLayer}),
 }
 
 
@@ -201,9 +202,9 @@ def copied_bytes():
 
 def run(name, strategy, module, data, out, **options):
     """One fit; what is to be known of it, from each rank, in a file."""
-    validate = options.pop("validate", True)
+    validate, accelerator = options.pop("validate", True), options.pop("accelerator", "cpu")
     callback = Watching(QuantizeModule(**SMALL | options.pop("config", {})), out / name / "export", **options)
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1 if strategy == "plain" else 2, logger=False,
+    trainer = pl.Trainer(max_epochs=1, accelerator=accelerator, devices=1 if strategy == "plain" else 2, logger=False,
         strategy=STRATEGIES[strategy](), enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, callbacks=[callback], default_root_dir=out / name)  # fmt: skip
     error = ""
@@ -214,7 +215,7 @@ def run(name, strategy, module, data, out, **options):
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # what rank 0 removes last is gone
     loss = None
-    if type(module) is Model and callback.report and strategy != "flat":
+    if type(module) is Model and callback.report and "flat" not in strategy and accelerator == "cpu":
         with torch.no_grad():  # collective, where the strategy shards
             loss = float(module.model(**next(iter(tokens()))).loss)
     said = {
@@ -346,6 +347,11 @@ def sequences():
 def zero(out):
     torch.set_num_threads(1)
     run("zero", "zero", Model(), tokens, out)
+
+
+def gpus(out):
+    for name, plan in (("fsdp", fsdp), ("tp", tensor_parallel), ("flat-gpu", None)):
+        run(name, name, Model(plan), tokens, out, accelerator="gpu")
 
 
 def main(out):

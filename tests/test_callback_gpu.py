@@ -151,8 +151,9 @@ def codes_are_those_of_one_rank(folder):
     assert all(torch.equal(first[key], second[key]) for key in first)
     codes = [key for key in one if key.endswith("qweight")]
     assert len(codes) == 7
-    # Another order of addition may flip a near tie.
-    return all((one[key] == first[key]).float().mean() > 0.97 for key in codes)
+    same = [(one[key] == first[key]).float().mean().item() for key in codes]  # words of eight codes
+    print(f"words that are the same: {min(same):.5f}")
+    return min(same) > 0.99  # another order of addition may flip a near tie
 
 
 def command(folder, ranks, accelerator):

@@ -156,3 +156,10 @@ def test_a_sweep_ends_with_what_stopped_a_run(tmp_path, capfd):
     finally:
         HydraConfig.instance().cfg = None
     assert "bits must be one of 2, 3, 4, 8; got 5" in capfd.readouterr().err
+
+
+def test_gptq_quantize_refuses_more_than_one_process(tmp_path):
+    (tmp_path / "quantize.py").write_text("from gptq_plugin.apps.cli import quantize\nquantize()")
+    with pytest.raises(AssertionError, match="gptq-quantize is one process, and 2 were started: run it without"):
+        run("torchrun", tmp_path, tmp_path / "quantize.py", "model.name_or_path=nowhere", f"export_dir={tmp_path}/out")
+    assert not (tmp_path / "out").exists()

@@ -253,6 +253,7 @@ def brought(model: nn.Module, device: torch.device | None, *, besides: nn.Module
     if device is None or device.type == "cpu":
         yield
         return
+    device = memory.numbered(device)
     around = [m for m in model.modules() if m is model or any(part is besides for part in list(m.modules())[1:])]
     children = {} if besides is model else {child: None for m in around for child in m.children()}
     held = [*around, *(child for child in children if isinstance(child, _LISTS))]

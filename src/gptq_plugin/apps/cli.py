@@ -24,6 +24,7 @@ from gptq_plugin.apps.documents import texts
 from gptq_plugin.apps.evaluate import evaluate_export, mean_nll
 from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import LanguageModel, SaveFloat
+from gptq_plugin.apps.one_folder import launched
 from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weights_size
 from gptq_plugin.apps.sweeps import in_sweep, run_alone, runs_a_sweep, starts_ranks
 from gptq_plugin.callback import GPTQCallback
@@ -71,6 +72,11 @@ def finetune(cfg: DictConfig) -> float | None:
 def quantize(cfg: DictConfig) -> float | None:
     """Quantize a model as it is or was fine-tuned, export, reload, compare; returns the exported model's mean NLL."""
     clock, run_dir = Clock(), _start(cfg)
+    if launched() > 1:
+        raise ValueError(
+            f"gptq-quantize is one process, and {launched()} were started: run it without torchrun or srun (a model "
+            "larger than the GPU is streamed through it); to quantize on all ranks, do it at the end of gptq-finetune"
+        )
     export_dir = Path(cfg.export_dir)
     check_export_dir(export_dir, overwrite=cfg.overwrite)
     if cfg.ckpt is None and cfg.model.get("weights") is False:

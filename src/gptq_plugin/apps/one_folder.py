@@ -49,6 +49,12 @@ class OneFolder(Callback):
             ]  # fmt: skip
 
 
+def launched() -> int:
+    """How many processes this command was started in at once, by torchrun or SLURM."""
+    environment = _environment()
+    return environment.world_size() if environment else 1
+
+
 def _environment() -> ClusterEnvironment | None:
     """What started the ranks; None when nobody did, or Lightning itself, which hands its folder on."""
     for kind in (TorchElasticEnvironment, SLURMEnvironment):
