@@ -39,7 +39,7 @@ from gptq_plugin.errors import CheckpointError
 from gptq_plugin.load import fill, forget_quantization, in_memory, key_renaming, refuse, reserve
 
 
-class GPTQPluginConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class GPTQPluginConfig(QuantizationConfigMixin):
     """What transformers keeps in ``model.config.quantization_config``; it takes no options.
 
     Attributes:
@@ -49,14 +49,14 @@ class GPTQPluginConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, quant_method: str = QUANTIZER_NAME, description: dict[str, Any] | None = None) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.description = description
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.description or {"quant_method": self.quant_method})
 
 
-class GPTQPluginQuantizer(HfQuantizer):  # type: ignore[misc]
+class GPTQPluginQuantizer(HfQuantizer):
     """Puts `QuantLinear` layers into a model that transformers builds and otherwise loads.
 
     What it loads can be saved (`save_pretrained` writes gptq_v2) and trained with adapters: gradients flow through
