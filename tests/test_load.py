@@ -476,6 +476,15 @@ def test_descriptions_that_cannot_be_right_are_refused(case: str, tmp_path: Path
         assert needle in str(caught.value)
 
 
+def test_files_that_disagree_about_the_format_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "gptqmodel-w4g32", tmp_path / "x")
+    beside = tmp_path / "x" / "quantize_config.json"
+    content = json.loads(beside.read_text())
+    beside.write_text(json.dumps({**content, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}))
+    with pytest.raises(CheckpointError, match=r"config\.json says the format is 'gptq' and quantize_config\.json says"):
+        load_quantized(tmp_path / "x")
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere is not a folder"):
         load_quantized(tmp_path / "nowhere")
