@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
 
-from gptq_plugin import load_quantized
+from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.export import export_model
 from gptq_plugin.hf_quantizer import GPTQPluginConfig, quantized_config, register
 from gptq_plugin.qlinear import QuantLinear
 
@@ -143,6 +144,38 @@ def test_the_base_model_of_a_causal_one_loads_too() -> None:
     ids = torch.tensor([[5, 9, 17]])
     with torch.no_grad():
         assert torch.equal(base(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+
+
+def tiny_mixtral() -> Any:
+    """A model whose experts are joined into one tensor when loaded."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    return MixtralForCausalLM(
+        MixtralConfig(vocab_size=96, hidden_size=64, intermediate_size=48, num_hidden_layers=1, **heads)
+    )
+
+
+def tiny_llava() -> Any:
+    """A model whose tensors have other names on the hub than in memory."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    text = LlamaConfig(**sizes, vocab_size=96)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=90))
+
+
+@pytest.mark.parametrize("make", [tiny_mixtral, tiny_llava])
+def test_models_whose_tensors_transformers_renames_or_joins_load_too(make: Any, rtn: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = QuantizeConfig(group_size=16, checkpoint_format="gptq_v2")
+    model = rtn(make(), config)
+    export_model(model, tmp_path / "out", config)
+    again = type(model).from_pretrained(tmp_path / "out", config=quantized_config(tmp_path / "out"))
+    ids = torch.tensor([[5, 9, 17]])
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_gradients_reach_adapters_below_quantized_layers() -> None:

@@ -12,7 +12,8 @@ after everything has been compared by name and shape.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -305,7 +306,26 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
 
 def in_memory(checkpoint: Checkpoint) -> dict[str, Any]:
     """The quantization_config of a loaded model: true zeros, so what `save_pretrained` writes is gptq_v2."""
-    return {**checkpoint.quantization, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+    said = checkpoint.quantization
+    if said.get("quant_method") == "compressed-tensors":
+        said = _as_gptq(checkpoint)
+    return {**said, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+
+
+def _as_gptq(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A GPTQ description of a compressed-tensors checkpoint's layers: what most of them are, and rules for others."""
+    each = {
+        name: {"bits": x.bits, "group_size": x.group_size, "sym": x.sym, "desc_act": x.has_g_idx}
+        for name, x in checkpoint.layers.items()
+    }
+    most = dict(Counter(tuple(fields.items()) for fields in each.values()).most_common(1)[0][0])
+    floats = [name for name in checkpoint.quantization.get("ignore") or () if name != "lm_head"]
+    rules: dict[str, Any] = {
+        f"-:{name[3:] if name.startswith('re:') else re.escape(name) + '$'}": {} for name in floats
+    }
+    rules |= {f"{re.escape(name)}$": fields for name, fields in each.items() if fields != most}
+    lm_head = any(name.rpartition(".")[2] == "lm_head" for name in each)
+    return {"quant_method": "gptq", **most, "lm_head": lm_head, "dynamic": rules, "pack_dtype": "int32"}
 
 
 def _match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> dict[str, str]:
