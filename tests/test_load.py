@@ -248,26 +248,24 @@ def test_layers_on_two_gpus_get_their_inputs_there(device_map: Any) -> None:
 
 
 def test_a_hook_that_accelerate_put_on_a_place_moves_to_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    hooks = pytest.importorskip("accelerate.hooks")
-    seen = []
+    """As for several devices, on the one there is: transformers dispatches before the layers are in their places."""
+    accelerate = pytest.importorskip("accelerate")
+    fill = load.fill
 
-    class Hook(hooks.ModelHook):
-        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append(module)
-            return args, kwargs
+    def dispatch_and_fill(checkpoint: Any, model: Any, names: Any) -> None:
+        where = {"model": "cpu", DOWN: "cpu", "lm_head": "cpu"}
+        accelerate.dispatch_model(model, where, force_hooks=True)
+        assert model.get_submodule(DOWN)._hf_hook is not None
+        fill(checkpoint, model, names)
 
-    place_all = load.fill
-
-    def with_hook(checkpoint: Any, model: Any, names: Any) -> None:
-        hooks.add_hook_to_module(model.get_submodule(DOWN), Hook())
-        place_all(checkpoint, model, names)
-
-    monkeypatch.setattr(load, "fill", with_hook)
+    monkeypatch.setattr(load, "fill", dispatch_and_fill)
     model = load_quantized(FIXTURES / LLAMA, dtype=torch.float32)
+    layer = model.get_submodule(DOWN)
+    assert isinstance(layer, QuantLinear)
+    assert layer._hf_hook.execution_device == "cpu"
+    assert layer.forward.__wrapped__.__func__ is QuantLinear.forward
     reference = expected(LLAMA)
     torch.testing.assert_close(logits_of(model, reference), reference["logits"], atol=2e-4, rtol=0)
-    assert seen == [model.get_submodule(DOWN)]
-    assert isinstance(seen[0], QuantLinear)
 
 
 def test_loading_keeps_no_second_copy_of_the_weights_in_memory(tmp_path: Path) -> None:
