@@ -17,9 +17,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
 
 from gptq_plugin import QuantizeConfig, load_quantized
+from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.export import export_model
 from gptq_plugin.hf_quantizer import GPTQPluginConfig, quantized_config, register
+from gptq_plugin.load import Place
 from gptq_plugin.qlinear import QuantLinear
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -232,3 +234,10 @@ def test_offloading_is_refused_since_quantized_layers_would_not_be(tmp_path: Pat
     device_map = {"model": "cpu", "lm_head": "disk"}
     with pytest.raises(CheckpointError, match="quantized layers are not offloaded"):
         loaded(FIXTURES / LLAMA, device_map=device_map, offload_folder=tmp_path)
+
+
+def test_a_device_map_counts_what_the_quantized_layers_will_take() -> None:
+    checkpoint = Checkpoint.open(FIXTURES / LLAMA)
+    for name, layer in checkpoint.layers.items():
+        read = checkpoint.read_layer(name).buffers()
+        assert Place(layer).room.numel() == sum(buffer.numel() * buffer.element_size() for buffer in read)
