@@ -25,8 +25,7 @@ from gptq_plugin.load import Place
 from gptq_plugin.qlinear import QuantLinear
 
 FIXTURES = Path(__file__).parent / "fixtures"
-# AutoGPTQ's weights have a name that transformers does not look for.
-NAMES = sorted(p.parent.name for p in FIXTURES.glob("*/model.safetensors") if not p.parent.name.startswith("llmc"))
+NAMES = sorted(p.name for p in FIXTURES.iterdir() if p.is_dir() and not p.name.startswith("llmcompressor"))
 LLAMA = "gptqmodel-w4g32-v2"
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -116,8 +115,9 @@ def test_transformers_reports_no_missing_and_no_unexpected_tensors(caplog: pytes
     assert caplog.text == ""
 
 
-def test_save_pretrained_writes_a_gptq_v2_checkpoint_that_every_way_loads(tmp_path: Path) -> None:
-    name = "gptqmodel-w4g32-asym"  # v1 on disk, true zeros in memory
+@pytest.mark.parametrize("name", ["gptqmodel-w4g32-asym", "autogptq-w4g32-asym-desc-act"])
+def test_save_pretrained_writes_a_gptq_v2_checkpoint_that_every_way_loads(name: str, tmp_path: Path) -> None:
+    """v1 on disk, true zeros in memory."""
     model = loaded(FIXTURES / name, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]

@@ -33,7 +33,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin.checkpoint import INDEX, WEIGHTS, Checkpoint
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.load import fill, forget_quantization, in_memory, key_renaming, refuse, reserve
@@ -129,7 +129,18 @@ def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
     forget_quantization(config)
     config.quantization_config = {"quant_method": QUANTIZER_NAME}
+    weights = _weights_of_another_name(Path(name_or_path))
+    if weights is not None:
+        config.transformers_weights = weights
     return config
+
+
+def _weights_of_another_name(directory: Path) -> str | None:
+    """The weights' file where it is not called as transformers expects: AutoGPTQ put bits and group size into it."""
+    if not directory.is_dir() or (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
+        return None
+    found = list(directory.glob("*.safetensors.index.json")) or list(directory.glob("*.safetensors"))
+    return found[0].name if len(found) == 1 else None
 
 
 def _refuse_missing(checkpoint: Checkpoint, model: Any, stored: set[str]) -> None:
