@@ -287,6 +287,8 @@ def _description(directory: Path, model_config: dict[str, Any]) -> tuple[dict[st
     beside = directory / QUANTIZE_CONFIG
     if inside is not None:
         quantization, source = inside, directory / CONFIG
+        if isinstance(inside, dict) and inside.get("quant_method") != COMPRESSED and beside.is_file():
+            _refuse_two_formats(source, inside, beside, _read_json(beside))
     elif beside.is_file():
         quantization, source = {"quant_method": "gptq", **_read_json(beside)}, beside
     else:
@@ -298,6 +300,17 @@ def _description(directory: Path, model_config: dict[str, Any]) -> tuple[dict[st
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{source}: the quantization description must be an object, got {quantization!r}")
     return quantization, source
+
+
+def _refuse_two_formats(file: Path, inside: Mapping[str, Any], beside: Path, outside: Mapping[str, Any]) -> None:
+    """optimum 2.3.0's `GPTQQuantizer.save` writes v1 zeros, says so in quantize_config.json, and not in config.json."""
+    one, other = (said.get("checkpoint_format") or said.get("format") for said in (inside, outside))
+    if one and other and one != other:
+        raise CheckpointError(
+            f"{file} says the format is {one!r} and {beside.name} says {other!r}, and the zeros of one read as the "
+            "other are off by one. Correct the wrong one: symmetric zeros are stored as 2^(bits-1) - 1 in 'gptq' "
+            "(0x77777777 at 4 bits) and as 2^(bits-1) in 'gptq_v2' (0x88888888)"
+        )
 
 
 def _weight_files(directory: Path, quantization: Mapping[str, Any]) -> dict[Path, list[str]]:
