@@ -125,3 +125,26 @@ def _from_bits(words: Tensor, bits: int) -> Tensor:
     whole = stream.shape[1] // bits * bits
     codes = stream[:, :whole].unflatten(1, (-1, bits)) << torch.arange(bits, dtype=torch.uint8)
     return codes.sum(-1, dtype=torch.int32)
+
+
+def verify_same(source: Checkpoint, directory: Path) -> None:
+    """Compares the checkpoint in `directory` with `source`, whatever the format of either.
+
+    Raises:
+        ExportError: Something differs; the message names the tensor.
+    """
+    try:
+        copy = Checkpoint.open(directory)
+    except CheckpointError as error:
+        raise ExportError(f"the copy does not read back: {error}") from error
+    if copy.layers.keys() != source.layers.keys() or set(copy.float_names) != set(source.float_names):
+        raise ExportError("the copy does not read back: it has other layers or other tensors than its source")
+    for name, layer in source.layers.items():
+        ours, stored = source.read_tensors(name), copy.read_tensors(name)
+        differs = [suffix for suffix in ours if suffix not in stored or not _equal(stored[suffix], ours[suffix])]
+        rows = min(_CHECKED_ROWS, layer.out_features)
+        if differs or not torch.equal(decoded_rows(copy, name, rows), decoded_rows(source, name, rows)):
+            raise ExportError(f"the copy does not read back: {name} differs ({', '.join(differs) or 'its weights'})")
+    for name in source.float_names:
+        if not _equal(copy.read(name), source.read(name)):
+            raise ExportError(f"the copy does not read back: {name} differs")

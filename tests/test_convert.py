@@ -1,0 +1,135 @@
+"""Checkpoints from one format to another, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptq_plugin import export as export_module
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_export import tiny_llama
+
+from gptq_plugin import QuantizeConfig, load_quantized
+from gptq_plugin import convert as converting
+from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin.convert import convert
+from gptq_plugin.errors import CheckpointError, ExportError
+
+FIXTURES = Path(__file__).parent / "fixtures"
+IDS = torch.arange(3, 15)[None]
+
+
+def fixtures(*formats):
+    """Checkpoints of other tools with one of these formats."""
+    folders = sorted(file.parent for file in FIXTURES.glob("*/config.json"))
+    return [f.name for f in folders if _format(f) in formats]
+
+
+def _format(folder):
+    try:
+        return Checkpoint.open(folder).checkpoint_format
+    except CheckpointError:  # optimum's, which states two
+        return None
+
+
+def tensors(folder):
+    checkpoint = Checkpoint.open(folder)
+    read = {name: checkpoint.read_tensors(name) for name in checkpoint.layers}
+    floats = {name: {"": checkpoint.read(name)} for name in checkpoint.float_names}
+    return {f"{name} {suffix}": t for name, layer in {**read, **floats}.items() for suffix, t in layer.items()}
+
+
+def same(one, other):
+    one, other = tensors(one), tensors(other)
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one)
+
+
+def logits(folder):
+    with torch.no_grad():
+        return load_quantized(folder)(input_ids=IDS).logits
+
+
+def has_contiguous_groups(name):
+    checkpoint = Checkpoint.open(FIXTURES / name)
+    for layer in checkpoint.layers.values():
+        size = layer.group_size if layer.group_size > 0 else layer.in_features
+        natural = torch.arange(layer.in_features, dtype=torch.int32) // size
+        if not torch.equal(checkpoint.read_tensors(layer.name)["g_idx"], natural):
+            return False
+    return True
+
+
+CASES = [
+    *((name, to) for name in fixtures("compressed-tensors") for to in ("gptq", "gptq_v2")),
+    *((name, "gptq_v2") for name in fixtures("gptq")),
+    *((name, "gptq") for name in fixtures("gptq_v2")),
+    *((name, "compressed-tensors") for name in fixtures("gptq", "gptq_v2") if has_contiguous_groups(name)),
+]
+
+
+@pytest.mark.parametrize(("name", "checkpoint_format"), CASES)
+def test_another_tools_checkpoint_goes_there_and_back_bit_for_bit(name, checkpoint_format, tmp_path):
+    source = FIXTURES / name
+    before = Checkpoint.open(source).checkpoint_format
+    try:
+        there = convert(source, tmp_path / "there", checkpoint_format)
+    except ExportError as error:  # the only two that a format cannot hold
+        zero = checkpoint_format == "gptq" and "zeros are 0" in str(error)
+        assert zero or (checkpoint_format == "compressed-tensors" and "bits=8 and sym=False" in str(error))
+        assert not any(tmp_path.iterdir())
+        return
+    assert Checkpoint.open(there).checkpoint_format == checkpoint_format and same(there, source)
+    if name.endswith(("w4g32", "mixed-bits", "w8-channel")):
+        assert torch.equal(logits(there), logits(source))
+    if before != "compressed-tensors" or "8" not in name or "asym" not in name:
+        assert same(convert(there, tmp_path / "back", before), source)
+
+
+def test_groups_in_act_order_stay_in_gptq(tmp_path):
+    with pytest.raises(ExportError, match="no groups in act-order any more.*desc_act=False.*checkpoint_format='gptq'"):
+        convert(FIXTURES / "gptqmodel-w4g32-desc-act", tmp_path / "out", "compressed-tensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_layers_left_float_other_files_and_shards_come_along(tmp_path, rtn, monkeypatch):
+    monkeypatch.setattr(export_module, "SHARD", 20_000)
+    monkeypatch.setattr(converting, "SHARD", 20_000)
+    config = QuantizeConfig(
+        group_size=32, dynamic={r".*\.down_proj": {"bits": 8}, r"-:.*layers\.0.*q_proj": {}}, damp_percent=0.05
+    )
+    model = rtn(tiny_llama(tie_word_embeddings=True), config)
+    source = export_module.export_model(model, tmp_path / "source", config)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "code").mkdir()
+    (source / "code" / "more.py").write_text("pass")
+    there = convert(source, tmp_path / "there", "compressed-tensors")
+    assert same(there, source) and len(list(there.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(there), logits(source))
+    assert (there / "code" / "more.py").read_text() == "pass" and (there / "chat_template.jinja").exists()
+    description = json.loads((there / "config.json").read_text())["quantization_config"]
+    assert description["ignore"] == ["model.layers.0.self_attn.q_proj", "lm_head"]
+    back = convert(there, tmp_path / "back", "gptq")
+    assert same(back, source)
+    before, after = (json.loads((f / "config.json").read_text())["quantization_config"] for f in (source, back))
+    for key in ("bits", "group_size", "sym", "desc_act", "lm_head", "modules_in_block_to_quantize"):
+        assert before[key] == after[key], key
+    with pytest.raises(ExportError, match="overwrite=True"):
+        convert(there, back, "gptq_v2")
+    assert same(convert(there, back, "gptq_v2", overwrite=True), source)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path):
+    source = FIXTURES / "gptqmodel-w4g32"
+    with pytest.raises(ValueError, match="must be one of gptq, gptq_v2, compressed-tensors; got 'awq'"):
+        convert(source, tmp_path / "out", "awq")
+    with pytest.raises(ValueError, match="has checkpoint_format='gptq' already"):
+        convert(source, tmp_path / "out", "gptq")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        convert(tmp_path / "nowhere", tmp_path / "out", "gptq")
+    assert not any(tmp_path.iterdir())
