@@ -11,7 +11,7 @@ import pytest
 import torch
 from gptq_plugin.kernels.reference import unpack
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from gptq_plugin import load_quantized
 from gptq_plugin.checkpoint import Checkpoint
@@ -71,6 +71,16 @@ def test_save_pretrained_writes_them_as_gptq_v2(name: str, load: Any, tmp_path: 
     wanted, found = (Checkpoint.open(folder).layers for folder in (FIXTURES / name, tmp_path))
     assert {n: (x.bits, x.group_size, x.sym) for n, x in found.items()} == {
         n: (x.bits, x.group_size, x.sym) for n, x in wanted.items()
+    }
+
+
+def test_a_base_model_is_described_by_its_own_names() -> None:
+    folder = FIXTURES / "llmcompressor-mixed-bits"
+    model = AutoModel.from_pretrained(folder, config=quantized_config(folder))
+    rules = model.config.quantization_config.to_dict()["dynamic"]
+    assert rules == {
+        r"-:layers\.\d+\.self_attn\.q_proj$": {},
+        r"layers\.0\.mlp\.down_proj$": {"bits": 8, "group_size": -1, "sym": True},
     }
 
 

@@ -87,7 +87,6 @@ class GPTQPluginQuantizer(HfQuantizer):
             *(model._keys_to_ignore_on_load_unexpected or ()),
             *(f"^{re.escape(key)}$" for key in ours),
         }
-        self.quantization_config.description = in_memory(self._checkpoint)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if getattr(model, "_tp_size", None) is not None:
@@ -95,6 +94,7 @@ class GPTQPluginQuantizer(HfQuantizer):
                 f"{self._checkpoint.directory}: quantized layers are not divided by tp_plan; give device_map instead"
             )
         fill(self._checkpoint, model, self._names)
+        self.quantization_config.description = in_memory(self._checkpoint, model, self._names)
 
     def is_serializable(self) -> bool:
         return True

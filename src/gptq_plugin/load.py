@@ -1,4 +1,4 @@
-"""From a GPTQ checkpoint to a model that runs: `load_quantized`.
+"""From a quantized checkpoint to a model that runs: `load_quantized`.
 
 A transformers model is built by transformers' own `from_pretrained`, so that renamed weights, tied weights,
 rotary buffers, dtypes and the generation config come out as it makes them. Between building the (weightless)
@@ -23,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.checkpoint import CONFIG, Checkpoint
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.description import client_config
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.layouts import QuantizedLayer
 from gptq_plugin.qlinear import QuantLinear, swap
+from gptq_plugin.schemes import COMPRESSED
 from gptq_plugin.targets import is_linear, linear_shape
 
 
@@ -37,8 +40,8 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     model: nn.Module | None = None,
 ) -> Any:
-    """Loads a GPTQ checkpoint of this package, GPTQModel or AutoGPTQ with `QuantLinear` layers, in evaluation
-    mode.
+    """Loads a checkpoint of this package, GPTQModel, AutoGPTQ, optimum or llm-compressor (pack-quantized) with
+    `QuantLinear` layers, in evaluation mode.
 
     Args:
         directory: Folder with config.json, the safetensors files and (AutoGPTQ) quantize_config.json.
@@ -116,7 +119,7 @@ def _load_transformers(
     refuse(checkpoint, architecture.__name__, problems)
     fill(checkpoint, model, names)
     model.name_or_path = str(checkpoint.directory)
-    model.config.quantization_config = in_memory(checkpoint)
+    model.config.quantization_config = in_memory(checkpoint, model, names)
     return (model if device_map is not None else model.to(device)).eval()
 
 
@@ -305,28 +308,23 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
     swap(model, layers)
 
 
-def in_memory(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The quantization_config of a loaded model: true zeros, so what `save_pretrained` writes is gptq_v2."""
-    said = checkpoint.quantization
-    if said.get("quant_method") == "compressed-tensors":
-        said = _as_gptq(checkpoint)
-    return {**said, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]) -> dict[str, Any]:
+    """The quantization_config of a loaded model: true zeros, so what `save_pretrained` writes is gptq_v2.
 
-
-def _as_gptq(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A GPTQ description of a compressed-tensors checkpoint's layers: what most of them are, and rules for others."""
-    each = {
-        name: {"bits": x.bits, "group_size": x.group_size, "sym": x.sym, "desc_act": x.has_g_idx}
-        for name, x in checkpoint.layers.items()
-    }
-    most = dict(Counter(tuple(fields.items()) for fields in each.values()).most_common(1)[0][0])
-    floats = [name for name in checkpoint.quantization.get("ignore") or () if name != "lm_head"]
-    rules: dict[str, Any] = {
-        f"-:{name[3:] if name.startswith('re:') else re.escape(name) + '$'}": {} for name in floats
-    }
-    rules |= {f"{re.escape(name)}$": fields for name, fields in each.items() if fields != most}
-    lm_head = any(name.rpartition(".")[2] == "lm_head" for name in each)
-    return {"quant_method": "gptq", **most, "lm_head": lm_head, "dynamic": rules, "pack_dtype": "int32"}
+    Args:
+        checkpoint: What was loaded.
+        model: With its quantized layers.
+        names: What `reserve` returned.
+    """
+    if checkpoint.checkpoint_format != COMPRESSED:
+        return {**checkpoint.quantization, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+    kept = ("bits", "group_size", "sym")
+    fields = {name: tuple(getattr(checkpoint.layers[stored], key) for key in kept) for name, stored in names.items()}
+    most = Counter(fields.values()).most_common(1)[0][0]
+    bits, group_size, sym = most
+    rules = {f"{re.escape(name)}$": dict(zip(kept, own, strict=True)) for name, own in fields.items() if own != most}
+    config = QuantizeConfig(bits, group_size, sym, dynamic=rules, checkpoint_format="gptq_v2")
+    return client_config(model, {name: model.get_submodule(name) for name in names}, config)  # type: ignore[misc]
 
 
 def _match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> dict[str, str]:
