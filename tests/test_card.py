@@ -23,6 +23,7 @@ from gptq_plugin.report import ModuleReport, QuantizeReport
 IDS = torch.tensor([[1, 17, 5, 42, 7, 8]])
 TASKLESS = ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", torch.float16)
 DESCRIPTION = {
+    "quant_method": "gptq",
     "bits": 4,
     "group_size": 128,
     "sym": True,
@@ -334,3 +335,15 @@ def test_figures_that_are_unknown_are_blank() -> None:
     assert "| m | GPTQ | 1 |  |  |" in card
     assert section(card, "Calibration") == "None: the weights were rounded to nearest."
     assert section(card, "What differed from what was asked") == "Nothing."
+
+
+@pytest.mark.parametrize(("bits", "taken"), [(4, True), (3, False)])
+def test_the_card_of_compressed_tensors_says_who_takes_it(bits: int, taken: bool) -> None:
+    config = QuantizeConfig(bits=bits, sym=False, checkpoint_format="compressed-tensors")
+    facts = ModelFacts(name="LlamaForCausalLM", dtype=torch.float16, loader="AutoModelForCausalLM")
+    description = {"quant_method": "compressed-tensors", "config_groups": {}}
+    text = model_card(QuantizeReport(config), description, facts)
+    assert "pip install compressed-tensors" in text and "gptqmodel" not in text
+    assert f"| `bits` | `{bits}` |" in text and "| `checkpoint_format` | `compressed-tensors` |" in text
+    assert ("vllm serve ." in text) is taken
+    assert ("it does not read layers of 2 or 3 bits" in text) is not taken

@@ -19,6 +19,7 @@ from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.figures import bits_of, change, measured, packed_bytes, percent, size, value, widths
 from gptq_plugin.pretrained import is_transformers, published_class
 from gptq_plugin.report import QuantizeReport
+from gptq_plugin.schemes import COMPRESSED
 
 # Task of the hub: transformers' table of the classes that do it, and the class that loads any of them.
 _TASKS = {
@@ -87,9 +88,17 @@ def model_card(report: QuantizeReport, description: dict[str, Any], facts: Model
 
     Args:
         report: What was done.
-        description: The ``quantization_config`` of the export's config.json (`export.client_config`).
+        description: The ``quantization_config`` of the export's config.json (`description.client_config`).
         facts: What was quantized.
     """
+    if description["quant_method"] == COMPRESSED:  # in GPTQ's words, which are the table's
+        asked = report.config
+        description = {name: getattr(asked, name) for name in ("bits", "group_size", "sym")} | {
+            "desc_act": False,
+            "lm_head": asked.lm_head,
+            "checkpoint_format": COMPRESSED,
+            "dynamic": asked.dynamic,
+        }
     sections = [
         f"---\n{yaml.safe_dump(_metadata(report, facts), sort_keys=False, allow_unicode=True)}---",
         f"# {_text(heading(report, facts))}",
@@ -183,6 +192,10 @@ def _here(facts: ModelFacts) -> str:
 
 
 def _transformers(report: QuantizeReport, description: dict[str, Any], loader: str) -> str:
+    if description["checkpoint_format"] == COMPRESSED:
+        code = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained(".")'
+        needs = "It needs compressed-tensors (0.18 or newer for 3 bits): `pip install compressed-tensors`."
+        return f"{_snippet('transformers', code)}\n\n{needs}"
     refused = []
     if _grids(report, description) != {(description["bits"], description["group_size"])}:
         refused.append("it does not read layers of different bits or group sizes")
@@ -202,10 +215,11 @@ def _vllm(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts
     bits = {width for width, _ in _grids(report, description)}
     rules = description.get("dynamic", {}).values()
     refused = []
-    if not description["sym"] or any(rule.get("sym") is False for rule in rules):
+    compressed = description["checkpoint_format"] == COMPRESSED
+    if not compressed and (not description["sym"] or any(rule.get("sym") is False for rule in rules)):
         refused.append("it reads symmetric grids only (sym=true)")
     if bits & {2, 3}:
-        refused.append("it does not read GPTQ layers of 2 or 3 bits")
+        refused.append("it does not read layers of 2 or 3 bits")
     if description["desc_act"]:
         refused.append("desc_act=true, groups in order of activation, is not read on every device")
     if description["lm_head"]:

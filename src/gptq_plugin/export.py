@@ -30,6 +30,7 @@ from gptq_plugin.load import renaming
 from gptq_plugin.page import report_page
 from gptq_plugin.placing import Staging, files_in
 from gptq_plugin.pretrained import is_transformers, published_class
+from gptq_plugin.proof import Sample, same_outputs
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED
@@ -53,6 +54,7 @@ def export_model(
     report: QuantizeReport | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
+    sample: Sample | None = None,
 ) -> Path:
     """Writes a quantized model as a GPTQ checkpoint.
 
@@ -70,6 +72,7 @@ def export_model(
         report: Stored as quantization_report.json, report.html and README.md (a model card).
         tokenizer: Anything with `save_pretrained`.
         overwrite: Replace an earlier export of this package; nothing else is ever replaced.
+        sample: What the export must compute as the model does; see `proof.same_outputs`.
 
     Returns:
         The folder, absolute.
@@ -82,7 +85,7 @@ def export_model(
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear):
                 export.add(name, module)
-        return export.finish(model, report=report, tokenizer=tokenizer)
+        return export.finish(model, report=report, tokenizer=tokenizer, sample=sample)
 
 
 class Export:
@@ -170,19 +173,26 @@ class Export:
         tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in _TENSORS if suffix != "qzeros"}
         return {suffix: t for suffix, t in tensors.items() if t is not None} or None
 
-    def finish(self, model: nn.Module, *, report: QuantizeReport | None = None, tokenizer: Any = None) -> Path:
+    def finish(
+        self,
+        model: nn.Module,
+        *,
+        report: QuantizeReport | None = None,
+        tokenizer: Any = None,
+        sample: Sample | None = None,
+    ) -> Path:
         """Writes everything else, proves that the files hold the model, and puts the folder in its place.
 
         Args:
             model: The quantized model, with the layers that were added; not changed.
-            report, tokenizer: See `export_model`.
+            report, tokenizer, sample: See `export_model`.
 
         Returns:
             The folder, absolute.
 
         Raises:
             ExportError: The model's layers are not those added, a file could not be written, or what was written
-                does not read back as the model. The target is then as it was.
+                does not read back as the model, or computes something else. The target is then as it was.
         """
         self._check_open()
         try:
@@ -206,6 +216,7 @@ class Export:
                 _write_report(folder, report, model, description)
             write_quantize_config(folder, description, self._config)
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
+            same_outputs(model, folder, sample)
             self._staging.place()
             self._over = True
         except BaseException:

@@ -27,6 +27,7 @@ from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.export import Export
 from gptq_plugin.hessian import Hessian
 from gptq_plugin.positions import Positions
+from gptq_plugin.proof import Sample
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.report import ModuleReport, QuantizeReport
 from gptq_plugin.results import Results
@@ -142,6 +143,11 @@ class Job:
         solving = sum(stopwatch.seconds() for stopwatch in self.stopwatches)
         seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
         return self.results.layers, self._report(reports, notes, seconds)
+
+    def sample(self) -> Sample | None:
+        """A calibration sample of this rank, small enough to keep; None without any."""
+        batches = self.calibration.batches
+        return Sample.of(batches[0].data, self.forward, self.device) if batches else None
 
     def rehearse(self, whole: bool) -> None:
         """One batch of each source on each rank through the model, layer by layer, with nothing quantized."""

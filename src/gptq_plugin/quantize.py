@@ -29,6 +29,7 @@ from gptq_plugin.grid import round_to_nearest
 from gptq_plugin.job import Job, ModelForward, Progress, float_reports, module_report
 from gptq_plugin.memory import numbered
 from gptq_plugin.pretrained import transformers_models
+from gptq_plugin.proof import Sample
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.report import ModuleReport, QuantizeReport
 from gptq_plugin.shared_layers import SharedLayers
@@ -80,6 +81,7 @@ class QuantizeModule:
         self.offload_weights = offload_weights
         self.offload_activations = offload_activations
         self.report: QuantizeReport | None = None
+        self._sample: Sample | None = None  # of the calibration, for the export to prove itself with
 
     def check(self, model: nn.Module) -> tuple[list[Target], list[Skipped]]:
         """Refuses what cannot work before any work is done; returns what would be quantized and what not.
@@ -203,6 +205,7 @@ class QuantizeModule:
             if export is not None:
                 export.check(target.name for target in job.targets)
             layers, report = job.run()
+            self._sample = job.sample()
             floats = {target.name: target.module for target in job.targets if target.name in layers}
             with _swapped(model, layers, floats, self.config) as keep_them:
                 report.seconds["total"] = time.perf_counter() - started
@@ -212,7 +215,7 @@ class QuantizeModule:
                 log.info("quantized in %.1f s\n%s", report.seconds["total"], report.table())
                 if export is not None:
                     written = time.perf_counter()
-                    export.finish(model, report=report, tokenizer=tokenizer)
+                    export.finish(model, report=report, tokenizer=tokenizer, sample=self._sample)
                     report.seconds["export"] = time.perf_counter() - written
                 stack.close()  # the training flags, before anybody looks
                 for name, module in floats.items():
@@ -233,6 +236,7 @@ class QuantizeModule:
             modules.append(module_report(target, method="rtn"))
         swap(model, layers)
         _describe(model, layers, self.config)
+        self._sample = None
         self.report = QuantizeReport(self.config, modules + float_reports(skipped))
         self.report.seconds["round-to-nearest"] = time.perf_counter() - started
         return self.report
@@ -248,7 +252,15 @@ class QuantizeModule:
             tokenizer: Saved beside the model.
             overwrite: Replace an earlier export.
         """
-        return export_model(model, directory, self.config, report=self.report, tokenizer=tokenizer, overwrite=overwrite)
+        return export_model(
+            model,
+            directory,
+            self.config,
+            report=self.report,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            sample=self._sample,
+        )
 
     def _job(
         self,

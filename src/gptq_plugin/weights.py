@@ -241,7 +241,9 @@ class Weights:
 
 
 @contextlib.contextmanager
-def brought(model: nn.Module, device: torch.device | None, *, besides: nn.Module | None = None) -> Iterator[None]:
+def brought(
+    model: nn.Module, device: torch.device | None, *, besides: nn.Module | None = None, capacity: int | None = None
+) -> Iterator[None]:
     """The model's parts run on the device for the length of a with block, wherever their tensors are and however large
     they are. What the model holds itself is there all the time: nobody may call it as a whole.
 
@@ -249,6 +251,7 @@ def brought(model: nn.Module, device: torch.device | None, *, besides: nn.Module
         model: Any module.
         device: None, or a CPU, changes nothing.
         besides: Somewhere in the model: to be left alone, with all that is in it.
+        capacity: Bytes of weights to keep on the device; half of what is free there when None.
     """
     if device is None or device.type == "cpu":
         yield
@@ -265,7 +268,8 @@ def brought(model: nn.Module, device: torch.device | None, *, besides: nn.Module
             stack.callback(slot.go_home)
             slot.give(_alike({0: slot.home.to(device)}, {0: slot.home})[0])
         if parts:
-            capacity = memory.EVERYTHING if free is None else free // 2
+            if capacity is None:
+                capacity = memory.EVERYTHING if free is None else free // 2
             together = nn.ModuleList(parts)
             unit = memory.unit_bytes(together, free)
             stack.enter_context(Weights(together, device, stream=True, capacity=capacity, unit_bytes=unit))
