@@ -1,0 +1,160 @@
+"""What a checkpoint holds, or will hold, as far as a client cares: `Outline`. No weights, no opinions.
+
+Two makers, one for a checkpoint on disk and one for a model that is not quantized yet, so that what a client would
+refuse is known before the work begins (`clients` says what that is).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_plugin.checkpoint import Checkpoint, QuantizedLayer, module_rule, trivial_g_idx
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.pretrained import is_transformers
+from gptq_plugin.targets import find_targets, is_linear, linear_shape
+
+_HEADS = ("lm_head", "embed_out")  # names of output embeddings; in a block no layer is called so
+
+
+@dataclass(frozen=True)
+class LayerOutline:
+    """One quantized layer. `act_order`: its groups are not contiguous, so that it needs a g_idx."""
+
+    name: str
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    sym: bool
+    act_order: bool
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What there is in a checkpoint.
+
+    Attributes:
+        checkpoint_format: ``"gptq"``, ``"gptq_v2"`` or ``"compressed-tensors"``.
+        layers: The quantized layers.
+        floats: Names of the linear layers inside the blocks that are not quantized.
+        lm_head: The output embedding is quantized.
+        desc_act: What the description says of act-order, which some clients go by.
+        rules: The description's `dynamic` rules that change a grid, not those that leave layers float.
+        dtype: Of the float weights, and so of a server's activations.
+        model_type: transformers' name of the architecture; None for any other module.
+    """
+
+    checkpoint_format: str
+    layers: tuple[LayerOutline, ...]
+    floats: tuple[str, ...]
+    lm_head: bool
+    desc_act: bool
+    rules: Mapping[str, Mapping[str, Any]]
+    dtype: torch.dtype
+    model_type: str | None
+
+    @classmethod
+    def planned(cls, model: nn.Module, config: QuantizeConfig) -> Outline:
+        """What quantizing `model` by `config` and exporting it will give, under the model's names.
+
+        Raises:
+            TargetError: As `targets.find_targets`.
+        """
+        targets, _ = find_targets(model, config)
+        layers = []
+        for target in targets:
+            out_features, in_features = linear_shape(target.module)
+            own = target.config
+            several = own.group_size != -1 and own.group_size < in_features
+            act_order = own.desc_act and not own.static_groups and several
+            layers.append(
+                LayerOutline(target.name, own.bits, own.group_size, in_features, out_features, own.sym, act_order)
+            )
+        quantized = {target.name for target in targets}
+        floats = (name for name, module in model.named_modules() if is_linear(module) and name not in quantized)
+        head = model.get_output_embeddings() if is_transformers(model) else None  # type: ignore[operator]
+        return cls(
+            config.checkpoint_format,
+            tuple(sorted(layers, key=lambda layer: layer.name)),
+            _in_blocks(floats, quantized),
+            any(target.module is head for target in targets),
+            any(layer.act_order for layer in layers),
+            _grid_rules(config.dynamic),
+            _largest_dtype(model, quantized),
+            model.config.model_type if is_transformers(model) else None,  # type: ignore[union-attr]
+        )
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Outline:
+        """What `checkpoint` holds, under the names it has there; reads group indices, no weights."""
+        description = checkpoint.quantization
+        layers = tuple(_layer(checkpoint, layer) for _, layer in sorted(checkpoint.layers.items()))
+        matrices = (
+            name.removesuffix(".weight")
+            for name in checkpoint.float_names
+            if name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2
+        )
+        named = any(layer.name.rpartition(".")[2] in _HEADS for layer in layers)
+        return cls(
+            checkpoint.checkpoint_format,
+            layers,
+            _in_blocks(matrices, checkpoint.layers),
+            bool(description.get("lm_head")) or named,
+            _desc_act(description),
+            _grid_rules(description.get("dynamic") or {}),
+            checkpoint.float_dtype,
+            checkpoint.model_config.get("model_type"),
+        )
+
+
+def _layer(checkpoint: Checkpoint, layer: QuantizedLayer) -> LayerOutline:
+    act_order = False
+    if layer.has_g_idx:
+        suffix = "weight_g_idx" if checkpoint.checkpoint_format == "compressed-tensors" else "g_idx"
+        stored = checkpoint.read(f"{layer.name}.{suffix}")
+        act_order = not torch.equal(stored, trivial_g_idx(layer.in_features, layer.group_size))
+    sym = bool(getattr(layer, "sym", module_rule(checkpoint.quantization, layer.name).get("sym", True)))
+    return LayerOutline(
+        layer.name, layer.bits, layer.group_size, layer.in_features, layer.out_features, sym, act_order
+    )
+
+
+def _desc_act(description: Mapping[str, Any]) -> bool:
+    groups = (description.get("config_groups") or {}).values()
+    orders = [(group.get("weights") or {}).get("actorder") for group in groups]
+    return bool(description.get("desc_act")) or any(order in ("group", "dynamic", True) for order in orders)
+
+
+def _grid_rules(dynamic: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {pattern: dict(rule) for pattern, rule in dynamic.items() if not pattern.startswith("-:")}
+
+
+def _in_blocks(names: Iterable[str], quantized: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` that lie in a list of modules some of which are quantized, sorted."""
+    stacks = {_stack(name) for name in quantized}
+    return tuple(sorted(name for name in names if _stack(name) in stacks))
+
+
+def _stack(name: str) -> str:
+    """``"model.layers."`` of ``"model.layers.0.mlp.up_proj"``; where no number is, the module around it."""
+    numbered = re.match(r"(.*?\.|)\d+\.", name)
+    return numbered[1] if numbered else name.rpartition(".")[0]
+
+
+def _largest_dtype(model: nn.Module, quantized: set[str]) -> torch.dtype:
+    """As `Checkpoint.float_dtype` will be."""
+    tensors = [
+        tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)
+        and tensor.is_floating_point()
+        and name.rpartition(".")[0] not in quantized
+    ]
+    largest = max(tensors, key=lambda tensor: tensor.numel(), default=None)
+    return largest.dtype if largest is not None else torch.float16
