@@ -1,6 +1,6 @@
 """What a checkpoint holds, or will hold, as far as a client cares: `Outline`. No weights, no opinions.
 
-Two makers, one for a checkpoint on disk and one for a model that is not quantized yet, so that what a client would
+Two makers, one for a checkpoint on disk and one for a model, quantized or not yet, so that what a client would
 refuse is known before the work begins (`clients` says what that is).
 """
 
@@ -17,7 +17,8 @@ from torch import nn
 from gptq_plugin.checkpoint import Checkpoint, QuantizedLayer, module_rule, trivial_g_idx
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.pretrained import is_transformers
-from gptq_plugin.targets import find_targets, is_linear, linear_shape
+from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.targets import Target, find_targets, is_linear, linear_shape
 
 _HEADS = ("lm_head", "embed_out")  # names of output embeddings; in a block no layer is called so
 
@@ -60,33 +61,30 @@ class Outline:
     model_type: str | None
 
     @classmethod
-    def planned(cls, model: nn.Module, config: QuantizeConfig) -> Outline:
-        """What quantizing `model` by `config` and exporting it will give, under the model's names.
+    def of_model(cls, model: nn.Module, config: QuantizeConfig) -> Outline:
+        """What the export of `model` holds, under the model's names: of its quantized layers or, of a float model, of
+        those that quantizing it by `config` will give.
 
         Raises:
-            TargetError: As `targets.find_targets`.
+            TargetError: As `targets.find_targets`, for a float model.
         """
-        targets, _ = find_targets(model, config)
-        layers = []
-        for target in targets:
-            out_features, in_features = linear_shape(target.module)
-            own = target.config
-            several = own.group_size != -1 and own.group_size < in_features
-            act_order = own.desc_act and not own.static_groups and several
-            layers.append(
-                LayerOutline(target.name, own.bits, own.group_size, in_features, out_features, own.sym, act_order)
-            )
-        quantized = {target.name for target in targets}
-        floats = (name for name, module in model.named_modules() if is_linear(module) and name not in quantized)
+        quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        layers = (
+            [_quantized(name, module, config) for name, module in quantized.items()]
+            if quantized
+            else [_planned(target) for target in find_targets(model, config)[0]]
+        )
+        names = {layer.name for layer in layers}
+        floats = (name for name, module in model.named_modules() if is_linear(module) and name not in names)
         head = model.get_output_embeddings() if is_transformers(model) else None  # type: ignore[operator]
         return cls(
             config.checkpoint_format,
             tuple(sorted(layers, key=lambda layer: layer.name)),
-            _in_blocks(floats, quantized),
-            any(target.module is head for target in targets),
+            _in_blocks(floats, names),
+            any(model.get_submodule(name) is head for name in names),
             any(layer.act_order for layer in layers),
             _grid_rules(config.dynamic),
-            _largest_dtype(model, quantized),
+            _largest_dtype(model, names),
             model.config.model_type if is_transformers(model) else None,  # type: ignore[union-attr]
         )
 
@@ -113,6 +111,20 @@ class Outline:
         )
 
 
+def _planned(target: Target) -> LayerOutline:
+    own, (out_features, in_features) = target.config, linear_shape(target.module)
+    several = own.group_size != -1 and own.group_size < in_features
+    act_order = own.desc_act and not own.static_groups and several
+    return LayerOutline(target.name, own.bits, own.group_size, in_features, out_features, own.sym, act_order)
+
+
+def _quantized(name: str, layer: QuantLinear, config: QuantizeConfig) -> LayerOutline:
+    natural = trivial_g_idx(layer.in_features, layer.group_size, layer.g_idx.device)
+    sym = (config.for_module(name) or config).sym
+    act_order = not torch.equal(layer.g_idx, natural)
+    return LayerOutline(name, layer.bits, layer.group_size, layer.in_features, layer.out_features, sym, act_order)
+
+
 def _layer(checkpoint: Checkpoint, layer: QuantizedLayer) -> LayerOutline:
     act_order = False
     if layer.has_g_idx:
@@ -120,9 +132,7 @@ def _layer(checkpoint: Checkpoint, layer: QuantizedLayer) -> LayerOutline:
         stored = checkpoint.read(f"{layer.name}.{suffix}")
         act_order = not torch.equal(stored, trivial_g_idx(layer.in_features, layer.group_size))
     sym = bool(getattr(layer, "sym", module_rule(checkpoint.quantization, layer.name).get("sym", True)))
-    return LayerOutline(
-        layer.name, layer.bits, layer.group_size, layer.in_features, layer.out_features, sym, act_order
-    )
+    return LayerOutline(layer.name, layer.bits, layer.group_size, layer.in_features, layer.out_features, sym, act_order)
 
 
 def _desc_act(description: Mapping[str, Any]) -> bool:
@@ -152,9 +162,7 @@ def _largest_dtype(model: nn.Module, quantized: set[str]) -> torch.dtype:
     tensors = [
         tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor)
-        and tensor.is_floating_point()
-        and name.rpartition(".")[0] not in quantized
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and name.rpartition(".")[0] not in quantized
     ]
     largest = max(tensors, key=lambda tensor: tensor.numel(), default=None)
     return largest.dtype if largest is not None else torch.float16

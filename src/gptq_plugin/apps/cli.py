@@ -17,7 +17,7 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gptq_plugin.apps.data import TextData
 from gptq_plugin.apps.documents import texts
@@ -99,6 +99,7 @@ def quantize(cfg: DictConfig) -> float | None:
             device=device,
             export_dir=export_dir,
             overwrite=cfg.overwrite,
+            target=OmegaConf.to_object(cfg.target) if OmegaConf.is_config(cfg.target) else cfg.target,
             progress=progress,
         ) as report,
     ):
@@ -203,7 +204,9 @@ def _next_command(run_dir: Path) -> str:
     hydra_config = HydraConfig.get()
     if in_sweep():
         return ""
-    overrides = [o for o in hydra_config.overrides.task if not o.startswith(("quantizer.bits=", "export_dir="))]
+    overrides = [
+        o for o in hydra_config.overrides.task if not o.startswith(("quantizer.bits=", "export_dir=", "target="))
+    ]
     float_dir = run_dir / "float"
     if hydra_config.job.config_name == "finetune":
         if not float_dir.exists():
