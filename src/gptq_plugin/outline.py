@@ -85,7 +85,7 @@ class Outline:
             any(layer.act_order for layer in layers),
             _grid_rules(config.dynamic),
             _largest_dtype(model, names),
-            model.config.model_type if is_transformers(model) else None,  # type: ignore[union-attr]
+            _model_type(model),
         )
 
     @classmethod
@@ -155,6 +155,11 @@ def _stack(name: str) -> str:
     """``"model.layers."`` of ``"model.layers.0.mlp.up_proj"``; where no number is, the module around it."""
     numbered = re.match(r"(.*?\.|)\d+\.", name)
     return numbered[1] if numbered else name.rpartition(".")[0]
+
+
+def _model_type(model: nn.Module) -> str | None:
+    kind: str | None = model.config.model_type if is_transformers(model) else None  # type: ignore[union-attr, assignment]
+    return kind
 
 
 def _largest_dtype(model: nn.Module, quantized: set[str]) -> torch.dtype:

@@ -99,7 +99,7 @@ def quantize(cfg: DictConfig) -> float | None:
             device=device,
             export_dir=export_dir,
             overwrite=cfg.overwrite,
-            target=OmegaConf.to_object(cfg.target) if OmegaConf.is_config(cfg.target) else cfg.target,
+            target=_plain(cfg.target),
             progress=progress,
         ) as report,
     ):
@@ -119,6 +119,10 @@ def _start(cfg: DictConfig) -> Path:
 def _instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
     # _convert_="all": plain dicts and lists, so that no library meets OmegaConf's.
     return instantiate(node, *args, _convert_="all", **kwargs)
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
 
 
 def _data_and_model(cfg: DictConfig) -> tuple[TextData, LanguageModel]:
@@ -204,9 +208,8 @@ def _next_command(run_dir: Path) -> str:
     hydra_config = HydraConfig.get()
     if in_sweep():
         return ""
-    overrides = [
-        o for o in hydra_config.overrides.task if not o.startswith(("quantizer.bits=", "export_dir=", "target="))
-    ]
+    own = ("quantizer.bits=", "export_dir=", "target")  # no target takes every width
+    overrides = [o for o in hydra_config.overrides.task if not o.startswith(own)]
     float_dir = run_dir / "float"
     if hydra_config.job.config_name == "finetune":
         if not float_dir.exists():
