@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,11 +234,12 @@ def _layers(outline: Outline, wrong: Callable[[LayerOutline], bool], why: str) -
     if names:
         grids = sorted({(x.bits, x.group_size, x.sym) for x in outline.layers if wrong(x)})
         have = ", ".join(f"bits={b} group_size={g} sym={s}" for b, g, s in grids[:3])
-        yield f"{_named(names)} ({have}): {why}"
+        yield f"{_named(names, outline)} ({have}): {why}"
 
 
-def _named(names: Iterable[str]) -> str:
-    return some(names, 3)
+def _named(names: list[str], outline: Outline | None = None) -> str:
+    total = len(outline.layers) if outline is not None else 0
+    return f"all {total} layers" if len(names) == total > 1 else some(names, 3)
 
 
 def _act_order(outline: Outline) -> Iterator[str]:
@@ -247,7 +248,7 @@ def _act_order(outline: Outline) -> Iterator[str]:
     ordered = [x.name for x in outline.layers if x.act_order]
     if ordered:
         yield (
-            f"{_named(ordered)}: vllm refuses act-order with groups that are not contiguous: use static_groups=True "
+            f"{_named(ordered, outline)}: vllm refuses act-order with groups that are not contiguous: use static_groups=True "
             "with desc_act=False, static act-order, which needs no g_idx"
         )
     elif any(x.group_size != -1 for x in outline.layers):
@@ -261,7 +262,7 @@ def _marlin_groups(outline: Outline, client: str) -> Iterator[str]:
     for size, names in _by(outline, lambda x: x.group_size).items():
         if size not in _MARLIN_GROUPS:
             yield (
-                f"{_named(names)}: {client} takes group_size -1, 32, 64 and 128, not {size}: use "
+                f"{_named(names, outline)}: {client} takes group_size -1, 32, 64 and 128, not {size}: use "
                 f"{_nearest_group(outline, names, 1)}"
             )
 
@@ -270,7 +271,7 @@ def _torch_groups(outline: Outline, client: str) -> Iterator[str]:
     for (size, whole), names in _by(outline, lambda x: (x.group_size, x.group_size == x.in_features)).items():
         if size not in _TORCH_GROUPS and not whole:
             yield (
-                f"{_named(names)}: {client} takes group_size {', '.join(map(str, _TORCH_GROUPS))} or a layer's whole "
+                f"{_named(names, outline)}: {client} takes group_size {', '.join(map(str, _TORCH_GROUPS))} or a layer's whole "
                 f"input, not {size}: use {_nearest_group(outline, names, 1)}"
             )
 
@@ -279,7 +280,7 @@ def _ragged(outline: Outline, client: str) -> Iterator[str]:
     names = [x.name for x in outline.layers if x.group_size > 0 and x.in_features % x.group_size]
     if names:
         yield (
-            f"{_named(names)}: {client} leaves out a last group that is not full: use "
+            f"{_named(names, outline)}: {client} leaves out a last group that is not full: use "
             f"{_nearest_group(outline, names, 1)}"
         )
 
@@ -381,7 +382,7 @@ def _fused(outline: Outline, client: str) -> Iterator[str]:
     partly, mixed = [], []
     for set_ in _fused_sets(outline):
         if set_.layers and set_.floats:
-            partly.append(f"{_named(set_.floats)} (beside {_named(set_.names)})")
+            partly.append(f"{_named(list(set_.floats))} (beside {_named(set_.names)})")
         if len({(x.bits, x.group_size, x.sym) for x in set_.layers}) > 1:
             mixed.append(" and ".join(f"{x.name} (bits={x.bits}, group_size={x.group_size})" for x in set_.layers))
     if partly:

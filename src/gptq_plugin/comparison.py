@@ -152,8 +152,8 @@ def verdict(found: Comparison, bits: int) -> list[str]:
     """
     if found.correlation < _CORRELATION:
         return [
-            f"it does not hold the float model's weights (correlation below {_CORRELATION}): channels changed places, or "
-            "another model"
+            f"it does not hold the float model's weights (correlation below {_CORRELATION}): channels changed places, "
+            "or another model"
         ]
     wrong = []
     if abs(found.shift) > _SHIFT:

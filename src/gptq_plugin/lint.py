@@ -38,7 +38,7 @@ _HUGE = 1000.0  # a scale over the layer's median
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing about the checkpoint: an ``"error"`` (numbers are wrong, or it cannot load), ``"warning"`` or ``"note"``."""
+    """One thing about the checkpoint: an ``"error"`` (numbers are wrong, or it cannot load) or a ``"warning"``."""
 
     level: str
     message: str
@@ -146,8 +146,8 @@ def _contradictions(checkpoint: Checkpoint, beside: dict[str, Any]) -> Iterator[
     for key in ("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "lm_head"):
         if key in said and key in beside and said[key] != beside[key]:
             yield (
-                f"{CONFIG} says {key}={said[key]!r} and {QUANTIZE_CONFIG} says {beside[key]!r}: clients read one or the "
-                "other, so correct the wrong one"
+                f"{CONFIG} says {key}={said[key]!r} and {QUANTIZE_CONFIG} says {beside[key]!r}: clients read one or "
+                "the other, so correct the wrong one"
             )
 
 
@@ -155,8 +155,8 @@ def _tied_head(checkpoint: Checkpoint, outline: Outline) -> Iterator[str]:
     parts = (checkpoint.model_config, checkpoint.model_config.get("text_config") or {})
     if outline.lm_head and any(part.get("tie_word_embeddings") for part in parts):
         yield (
-            "the output embedding is quantized and config.json ties it to the float input embedding, which loaders then "
-            "take instead: set tie_word_embeddings to false"
+            "the output embedding is quantized and config.json ties it to the float input embedding, which loaders "
+            "then take instead: set tie_word_embeddings to false"
         )
 
 
@@ -305,8 +305,8 @@ def _zeros(outline: LayerOutline, zeros: Tensor, checkpoint_format: str) -> Iter
                 hint = ", as in a file of format gptq_v2 that says gptq (v1)"
             yield (
                 "error",
-                f"sym=True says that every zero is {middle}, and most others here are {value}{hint}: weights are off by "
-                "whole steps",
+                f"sym=True says that every zero is {middle}, and most others here are {value}{hint}: weights are off "
+                "by whole steps",
             )
     elif checkpoint_format == "gptq" and bool((zeros == 0).any()):
         yield "warning", "some zeros are 0, which format gptq (v1) stores as -1, and clients read differently"
@@ -354,6 +354,6 @@ def _codes(layer: QuantLinear, zeros: Tensor) -> Iterator[tuple[str, str]]:
     if layer.bits <= 4 and abs(mean) > _OFF_CENTER:
         yield (
             "warning",
-            f"codes average {mean:+.1f} from their zeros, where weights average to nearly nothing: zeros off by one look "
-            "so; compare with the float model (--float)",
+            f"codes average {mean:+.1f} from their zeros, where weights average to nearly nothing: zeros off by one "
+            "look so; compare with the float model (--float)",
         )
