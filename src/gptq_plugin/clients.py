@@ -248,8 +248,8 @@ def _act_order(outline: Outline) -> Iterator[str]:
     ordered = [x.name for x in outline.layers if x.act_order]
     if ordered:
         yield (
-            f"{_named(ordered, outline)}: vllm refuses act-order with groups that are not contiguous: use static_groups=True "
-            "with desc_act=False, static act-order, which needs no g_idx"
+            f"{_named(ordered, outline)}: vllm refuses act-order with groups that are not contiguous: use "
+            "static_groups=True with desc_act=False, static act-order, which needs no g_idx"
         )
     elif any(x.group_size != -1 for x in outline.layers):
         yield (
@@ -271,8 +271,8 @@ def _torch_groups(outline: Outline, client: str) -> Iterator[str]:
     for (size, whole), names in _by(outline, lambda x: (x.group_size, x.group_size == x.in_features)).items():
         if size not in _TORCH_GROUPS and not whole:
             yield (
-                f"{_named(names, outline)}: {client} takes group_size {', '.join(map(str, _TORCH_GROUPS))} or a layer's whole "
-                f"input, not {size}: use {_nearest_group(outline, names, 1)}"
+                f"{_named(names, outline)}: {client} takes group_size {', '.join(map(str, _TORCH_GROUPS))} or a layer's "
+                f"whole input, not {size}: use {_nearest_group(outline, names, 1)}"
             )
 
 

@@ -29,6 +29,7 @@ _CORRELATION = 0.4  # at least 0.74; channels moved: at most 0.03
 _SHIFT = 0.4  # at most 0.06; zeros off by one: at least 0.94
 _SHIFTED_GROUPS = 0.01  # none; zeros of a group off by one: that group
 _OFF_GRID = 0.01  # none; scales times 1.05: at least 0.08
+_ROUNDED = 0.05  # none; scales rounded to bfloat16: at least 0.09
 _GAIN = 1.02  # at most 1.000; scales times 1.05: at least 1.038 at 4 and 8 bits and 3 bits without clip_ratios
 _GAIN_LOW = 0.96  # at 4 and 8 bits at least 0.988; at 2 and 3 bits clipping takes up to 0.13
 _MISPLACED = 0.5  # at 3 bits and more at most 0.03; g_idx reversed: at least 0.82
@@ -48,6 +49,7 @@ class Comparison:
         gain: Σ W·Q / Σ W·W: at most about 1, since errors shrink a weight rather than stretch it; 5 % more where scales
             are 5 % too large.
         off_grid: Share of the groups whose step is not what quantizing W gives for any of `ratios`; NaN without these.
+        rounded: The same without room for a float model that was itself rounded to its dtype.
         misplaced: Share of the channels whose codes fit another group's grids better than their own, on some rows.
     """
 
@@ -58,6 +60,7 @@ class Comparison:
     shifted_groups: float
     gain: float
     off_grid: float
+    rounded: float
     misplaced: float
 
 
@@ -81,7 +84,7 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
     zeros = unpack_zeros(layer.qzeros, bits, layer.out_features)
     known = torch.tensor(list(ratios))
     sums = torch.zeros(7, dtype=torch.float64)
-    off_grid = []
+    off_grid, rounded = [], []
     rows = max(1, _PART // layer.in_features)
     for start in range(0, layer.out_features, rows):
         part = slice(start, start + rows)
@@ -110,9 +113,9 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
         if even and len(known):
             full, _ = grid(w[:, order].unflatten(1, (groups, -1)), config)
             nearest_ratio = ((scales / full)[..., None] / known - 1).abs().amin(-1)
-            # What rounding the weight to its dtype, and the scale to float16, may have moved.
-            slack = 1e-3 + torch.finfo(weight.dtype).eps / 2 + 2.0**-24 / full
-            off_grid.append((nearest_ratio > slack).flatten())
+            slack = 1e-3 + 2.0**-24 / full  # of a scale in float16, where that is tiny too
+            rounded.append((nearest_ratio > slack).flatten())
+            off_grid.append((nearest_ratio > slack + torch.finfo(weight.dtype).eps / 2).flatten())
     ww, wq, qq, ee, nn, shift, shifted = (float(value) for value in sums)
     nan = float("nan")
     return Comparison(
@@ -123,6 +126,7 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
         shifted_groups=shifted / (groups * layer.out_features),
         gain=wq / ww if ww else nan,
         off_grid=float(torch.cat(off_grid).float().mean()) if off_grid else nan,
+        rounded=float(torch.cat(rounded).float().mean()) if rounded else nan,
         misplaced=_misplaced(layer, zeros, weight),
     )
 
@@ -144,7 +148,7 @@ def _misplaced(layer: QuantLinear, zeros: Tensor, weight: Tensor) -> float:
     return float((errors.amin(0) < own).float().mean())
 
 
-def verdict(found: Comparison, bits: int) -> list[str]:
+def verdict(found: Comparison, bits: int, bfloat16_scales: bool = False) -> list[str]:
     """What is wrong with a layer, in sentences that name no layer; empty for one that only its quantizer changed.
 
     Not seen at 2 bits: scales a few per cent off where the grids' `ratios` are not known, and a wrong g_idx of a
@@ -164,6 +168,8 @@ def verdict(found: Comparison, bits: int) -> list[str]:
     if not math.isnan(found.off_grid):
         if found.off_grid > _OFF_GRID:
             wrong.append("scales are not those that quantizing the float weights gives: they were changed or rounded")
+        elif bfloat16_scales and found.rounded > _ROUNDED:
+            wrong.append("scales were rounded to bfloat16, which moved weights by up to 0.4 %")
     elif not wrong and (found.gain > _GAIN or (bits >= 4 and found.gain < _GAIN_LOW)):
         than = "larger" if found.gain > 1 else "smaller"
         wrong.append(f"weights are {than} than the float ones: scales were changed")

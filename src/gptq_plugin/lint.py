@@ -243,7 +243,9 @@ class _Judged:
         self._compared.append(outline.name)
         config, ratios = self._grid_of(outline)
         comparison = compare(layer, weight, config, ratios)
-        for message in verdict(comparison, outline.bits):
+        scales = self._checkpoint.tensors.get(f"{outline.name}.scales")
+        bfloat16 = scales is not None and scales.dtype == "BF16"
+        for message in verdict(comparison, outline.bits, bfloat16):
             self._say("error", message, outline.name)
 
     def report(self, found: Lint) -> None:
@@ -316,11 +318,10 @@ def _groups(outline: LayerOutline, layer: QuantLinear, desc_act: bool) -> Iterat
     counts = torch.bincount(layer.g_idx.long(), minlength=layer.scales.shape[0])
     natural = trivial_g_idx(outline.in_features, outline.group_size)
     if outline.act_order and not desc_act:
-        moved = int((layer.g_idx != natural).sum())
         yield (
             "error",
-            f"desc_act=false says that channel i is in group i // group_size, and g_idx says otherwise for {moved} of "
-            f"{len(natural)} channels: clients that read it (or do not) compute other weights",
+            "desc_act=false says that channel i is in group i // group_size, and g_idx says otherwise: clients that read "
+            "it compute other weights than those that do not",
         )
     elif not torch.equal(counts, torch.bincount(natural.long(), minlength=len(counts))):
         yield "error", "g_idx puts more channels into some groups than group_size says, and fewer into others"
