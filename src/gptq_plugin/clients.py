@@ -268,10 +268,11 @@ def _marlin_groups(outline: Outline, client: str) -> Iterator[str]:
 
 
 def _torch_groups(outline: Outline, client: str) -> Iterator[str]:
+    sizes = ", ".join(map(str, _TORCH_GROUPS))
     for (size, whole), names in _by(outline, lambda x: (x.group_size, x.group_size == x.in_features)).items():
         if size not in _TORCH_GROUPS and not whole:
             yield (
-                f"{_named(names, outline)}: {client} takes group_size {', '.join(map(str, _TORCH_GROUPS))} or a layer's "
+                f"{_named(names, outline)}: {client} takes group_size {sizes} or a layer's "
                 f"whole input, not {size}: use {_nearest_group(outline, names, 1)}"
             )
 

@@ -320,8 +320,8 @@ def _groups(outline: LayerOutline, layer: QuantLinear, desc_act: bool) -> Iterat
     if outline.act_order and not desc_act:
         yield (
             "error",
-            "desc_act=false says that channel i is in group i // group_size, and g_idx says otherwise: clients that read "
-            "it compute other weights than those that do not",
+            "desc_act=false says that channel i is in group i // group_size, and g_idx says otherwise: clients that "
+            "read it compute other weights than those that do not",
         )
     elif not torch.equal(counts, torch.bincount(natural.long(), minlength=len(counts))):
         yield "error", "g_idx puts more channels into some groups than group_size says, and fewer into others"
