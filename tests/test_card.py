@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSe
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.card import ModelFacts, hub_id, model_card, model_facts
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export import check_export_dir
+from gptq_plugin.placing import check_export_dir
 from gptq_plugin.report import ModuleReport, QuantizeReport
 
 IDS = torch.tensor([[1, 17, 5, 42, 7, 8]])

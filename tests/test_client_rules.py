@@ -71,8 +71,6 @@ REFUSED = [
     ("vllm", 4, {"group_size": 128}, ("o_proj", "group_size 128 does not divide the 64 inputs", "group_size=64")),
     ("vllm", 3, {}, ("o_proj", "among 3 ranks", "fewer ranks")),
     ("vllm", 1, {"lm_head": True}, ("output embedding", "lm_head=False")),
-    ("vllm", 1, {"dtype": torch.float32}, ("float32", "model.half()")),
-    ("vllm", 1, {"dtype": torch.float32, "model_type": "gemma3_text"}, ("float32", "bfloat16")),
     ("vllm", 1, {"model_type": "gemma3_text"}, ("float16 for gemma3_text", "torch.bfloat16")),
     ("vllm", 1, {"change": Q4}, ("q_proj (bits=8", "k_proj (bits=4", "one width")),
     ("vllm", 1, {"change": Q4, "checkpoint_format": CT}, ("q_proj (bits=8", "one width")),
@@ -92,7 +90,6 @@ REFUSED = [
     ("sglang", 1, {"leave": ("mlp.gate_proj",)}, ("gate_proj", "all or none")),
     ("sglang", 8, {"group_size": -1}, ("Marlin", "multiple of 64")),
     ("sglang", 1, {"lm_head": True}, ("output embedding",)),
-    ("sglang", 1, {"dtype": torch.float32}, ("float32",)),
     ("sglang", 1, {"group_size": 16}, ("not 16",)),
 ]
 
@@ -142,6 +139,7 @@ def test_what_a_client_asks_for_beside_the_checkpoint_is_said() -> None:
     assert "humming" in " ".join(conditions(outline(bits=3, checkpoint_format=CT), Target("vllm")))
     assert "CPU" in " ".join(conditions(outline(bits=8), Target("vllm")))
     assert "scales" in " ".join(conditions(outline(dtype=torch.bfloat16), Target("vllm")))
+    assert "float32 to bfloat16" in " ".join(conditions(outline(dtype=torch.float32), Target("vllm")))
 
 
 def test_a_module_that_is_no_transformers_model_is_for_no_client() -> None:
@@ -200,6 +198,7 @@ def make_llama(dtype: torch.dtype = torch.float16) -> Any:
         ({"modules_to_not_convert": ("v_proj", "layers.1.mlp.down_proj")}, False),
         ({"dynamic": {r".*down_proj": {"bits": 8, "group_size": 16, "sym": False}, "-:.*gate_proj": {}}}, False),
         ({"lm_head": True}, False),
+        ({"checkpoint_format": CT, "sym": False, "dynamic": {r".*down_proj": {"bits": 3}, "-:.*gate_proj": {}}}, False),
     ],
 )
 def test_what_is_planned_is_what_is_exported(
@@ -220,7 +219,7 @@ def test_an_export_for_a_client_that_would_not_take_it_is_refused_with_all_reaso
     quantized = rtn(make_llama(torch.float32), config)
     with pytest.raises(ExportError) as refused:
         export_model(quantized, tmp_path / "out", config, target="vllm")
-    for reason in ("vllm would not take", "4 and 8 bits only", "not 16", "float32"):
+    for reason in ("vllm would not take", "4 and 8 bits only", "not 16"):
         assert reason in str(refused.value)
     assert not list(tmp_path.iterdir())
     assert export_model(quantized, tmp_path / "out", config, target="gptqmodel").is_dir()
@@ -291,9 +290,9 @@ def test_transformers_trainer_s_callback_refuses_before_training(tmp_path: Path)
 
     rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(4)]
     arguments = TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
-    callback = GPTQTrainerCallback(QuantizeModule(group_size=32), tmp_path / "out", target="vllm")
+    callback = GPTQTrainerCallback(QuantizeModule(group_size=16), tmp_path / "out", target="vllm")
     trainer = Trainer(make_llama(torch.float32), arguments, train_dataset=rows, callbacks=[callback])
-    with pytest.raises(ExportError, match="float32"):
+    with pytest.raises(ExportError, match="not 16"):
         trainer.train()
     assert trainer.state.global_step == 0
     assert not (tmp_path / "out").exists()

@@ -50,7 +50,7 @@ UNUSUAL = QuantizeConfig(
         ("batch_size", 0, "batch_size"),
         ("seed", 0.5, "seed"),
         ("token_weighting", "label", "token_weighting must be one of 'all', 'labels'"),
-        ("checkpoint_format", "gptq_p", "checkpoint_format must be one of 'gptq', 'gptq_v2'"),
+        ("checkpoint_format", "gptq_p", "checkpoint_format must be one of 'gptq', 'gptq_v2', 'compressed-tensors'"),
         ("dynamic", {"(": {"bits": 8}}, "not a regular expression"),
         ("dynamic", {"-:x": {"bits": 8}}, "takes no overrides"),
         ("dynamic", {"x": {}}, "To leave modules float, write '-:x'"),

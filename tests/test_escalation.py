@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_callback import llama
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
+from gptq_plugin.description import client_config
 from gptq_plugin.errors import QualityError
 from gptq_plugin.escalation import output_noise, steps, stored_bits
-from gptq_plugin.export import client_config
 from gptq_plugin.figures import packed_bytes
 from gptq_plugin.forward import call
 from gptq_plugin.gate import QualityGate

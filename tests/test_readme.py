@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers import Trainer as HFTrainer
 
-from gptq_plugin import QuantLinear
+from gptq_plugin import QuantLinear, load_quantized
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -59,7 +59,7 @@ class Characters:
 
 
 def test_the_python_snippets_run(tmp_path, monkeypatch):
-    training, plain, hf, streamed = snippets()
+    training, plain, loading, hf, streamed = snippets()
     monkeypatch.chdir(tmp_path)
     names = {"tokenizer": Characters(), "lightning_module": FineTune(), "datamodule": Data()}
     short = training.replace("Trainer(", 'Trainer(max_epochs=1, accelerator="cpu", logger=False, ', 1)
@@ -72,6 +72,10 @@ def test_the_python_snippets_run(tmp_path, monkeypatch):
     assert (tmp_path / "out2" / "model.safetensors").exists()
     assert len(second["report"].quantized) == 7
 
+    third = {"load_quantized": load_quantized}
+    exec(compile(loading, "README.md", "exec"), third)
+    assert sum(isinstance(m, QuantLinear) for m in third["model"].modules()) == 7
+
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 128, (32, 16))]
     arguments = TrainingArguments("run", use_cpu=True, max_steps=1, report_to=[], save_strategy="no")
     trained = {"quantizer": names["quantizer"], "Trainer": HFTrainer, "args": arguments, "dataset": rows}
@@ -80,10 +84,10 @@ def test_the_python_snippets_run(tmp_path, monkeypatch):
 
     llama().save_pretrained("float")
     texts = ["some text", "more text"]
-    third = {"quantizer": names["quantizer"], "path": "float", "tokenizer": Characters(), "batches": texts}
+    last = {"quantizer": names["quantizer"], "path": "float", "tokenizer": Characters(), "batches": texts}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    exec(compile(streamed.replace('"out"', '"out3"').replace('"cuda"', repr(device)), "README.md", "exec"), third)
-    assert (tmp_path / "out3" / "model.safetensors").exists() and third["model"].device.type == "cpu"
+    exec(compile(streamed.replace('"out"', '"out3"').replace('"cuda"', repr(device)), "README.md", "exec"), last)
+    assert (tmp_path / "out3" / "model.safetensors").exists() and last["model"].device.type == "cpu"
 
 
 @pytest.mark.slow

@@ -1,13 +1,13 @@
-"""A GPTQ checkpoint on disk: what it says of itself, checked before a single weight is used.
+"""A quantized checkpoint on disk: what it says of itself, checked before a single weight is used.
 
 Reads the JSON files and the headers of the safetensors files (a few kilobytes, whatever the model's size) and
 the group indices, and proves that they agree: every quantized layer complete, of the shapes its bits and
 group size ask for, every group index in range. All complaints are collected, so that one error names
 everything that is wrong.
 
-Files of GPTQModel, AutoGPTQ (``quantize_config.json``, ``gptq_model-4bit-128g.safetensors``) and this package
-are read alike. Knows no model and no transformers; `load` puts models around it and `export` reads its own
-work back.
+Files of GPTQModel, AutoGPTQ (``quantize_config.json``, ``gptq_model-4bit-128g.safetensors``), llm-compressor
+(compressed-tensors) and this package are read alike; `layouts` and `schemes` know how they differ. Knows no model
+and no transformers; `load` puts models around it and `export` reads its own work back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +24,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptq_plugin.config import BITS, CHECKPOINT_FORMATS, rule_regex
 from gptq_plugin.errors import CheckpointError, some
-from gptq_plugin.kernels.reference import words_for
-from gptq_plugin.packing import zeros_from_disk
+from gptq_plugin.layouts import FLOAT, LAYOUTS, Layout, QuantizedLayer
 from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.schemes import COMPRESSED, checkpoint_format, scheme
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +35,7 @@ CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"  # the name AutoGPTQ gave it, read by every tool
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Only these mark a layer as quantized: `scales` and `bias` are names that float modules use too.
-_MARKS = ("qweight", "qzeros", "g_idx")
-_INT32, _HALF = "I32", "F16"
+_HALF = "F16"
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -52,20 +48,6 @@ class TensorEntry:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """One quantized Linear of the checkpoint, under the name it has there."""
-
-    name: str
-    bits: int
-    group_size: int
-    in_features: int
-    out_features: int
-    groups: int
-    has_g_idx: bool
-    has_bias: bool
-
-
 @dataclass
 class Checkpoint:
     """An opened and checked checkpoint.
@@ -73,9 +55,8 @@ class Checkpoint:
     Attributes:
         directory: Where it is.
         model_config: Content of ``config.json``; empty when there is none.
-        quantization: The GPTQ description: ``quantization_config`` of ``config.json``, else
-            ``quantize_config.json``.
-        checkpoint_format: ``"gptq"`` (v1) or ``"gptq_v2"``.
+        quantization: The description: ``quantization_config`` of ``config.json``, else ``quantize_config.json``.
+        checkpoint_format: ``"gptq"`` (v1), ``"gptq_v2"`` or ``"compressed-tensors"``.
         tensors: Every tensor in the files.
         layers: The quantized layers.
     """
@@ -101,16 +82,21 @@ class Checkpoint:
             raise CheckpointError(f"{directory} is not a folder: give the folder that holds {CONFIG} and the weights")
         model_config = _read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
         quantization, source = _description(directory, model_config)
-        checkpoint = cls(directory, model_config, quantization, _format(quantization, source), {})
+        checkpoint = cls(directory, model_config, quantization, checkpoint_format(quantization, source), {})
         for file, promised in _weight_files(directory, quantization).items():
             checkpoint._scan(file, promised)
         checkpoint._find_layers()
         return checkpoint
 
     @property
+    def layout(self) -> Layout:
+        """How the layers lie in the files."""
+        return LAYOUTS[self.checkpoint_format]
+
+    @property
     def float_names(self) -> list[str]:
         """The tensors that belong to no quantized layer."""
-        owned = {f"{name}.{suffix}" for name in self.layers for suffix in (*_MARKS, "scales", "bias")}
+        owned = {f"{name}.{suffix}" for name in self.layers for suffix in self.layout.suffixes}
         return [name for name in self.tensors if name not in owned]
 
     @property
@@ -140,7 +126,8 @@ class Checkpoint:
             device: Where the layer goes.
         """
         layer = self.layers[name]
-        bias = self.read(f"{name}.bias") if layer.has_bias else None
+        tensors = self.read_tensors(name)
+        bias = tensors.get("bias")
         dtype = dtype or (bias.dtype if bias is not None else torch.float16)
         module = QuantLinear(
             layer.in_features,
@@ -151,23 +138,13 @@ class Checkpoint:
             dtype=dtype,
             device=torch.device("meta"),
         )
-        stored = self.read(f"{name}.qzeros")
-        tensors: dict[str, Tensor | None] = {
-            "qweight": self.read(f"{name}.qweight"),
-            "qzeros": zeros_from_disk(stored, layer.bits, layer.out_features, self.checkpoint_format),
-            "scales": self.read(f"{name}.scales").to(torch.float16),
-            "g_idx": self._g_idx(layer),
-            "bias": bias.to(dtype) if bias is not None else None,
-        }
         for key, tensor in tensors.items():
-            if tensor is not None:
-                setattr(module, key, tensor.to(device).contiguous())
+            setattr(module, key, (tensor.to(dtype) if key == "bias" else tensor).to(device).contiguous())
         return module
 
-    def _g_idx(self, layer: QuantizedLayer) -> Tensor:
-        if layer.has_g_idx:
-            return self.read(f"{layer.name}.g_idx")
-        return trivial_g_idx(layer.in_features, layer.group_size)
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """The quantized layer's tensors as a QuantLinear holds them, on the CPU; a bias in its own dtype."""
+        return self.layout.from_file(lambda suffix: self.read(f"{name}.{suffix}"), self.layers[name])
 
     def _scan(self, file: Path, promised: Iterable[str]) -> None:
         """Opens one weights file and records its tensors."""
@@ -193,17 +170,16 @@ class Checkpoint:
             raise CheckpointError(f"{file} lacks {', '.join(missing)}, which {INDEX} says it holds: fetch it again")
 
     def _find_layers(self) -> None:
-        names = dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.rpartition(".")[2] in _MARKS)
+        layout = self.layout
+        names = dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.rpartition(".")[2] in layout.marks)
         if not names:
             raise CheckpointError(
-                f"{self.directory} describes GPTQ weights but holds no tensor named NAME.qweight; it has "
-                f"{some(self.tensors)}. If the model is not quantized, load it with transformers"
+                f"{self.directory} describes {self.checkpoint_format} weights but holds no tensor named "
+                f"NAME.{layout.codes}; it has {some(self.tensors)}. If the model is not quantized, load it with "
+                "transformers"
             )
         missing = [
-            f"{name}.{suffix}"
-            for name in names
-            for suffix in ("qweight", "qzeros", "scales")
-            if f"{name}.{suffix}" not in self.tensors
+            f"{name}.{suffix}" for name in names for suffix in layout.needed if f"{name}.{suffix}" not in self.tensors
         ]
         if missing:
             raise CheckpointError(
@@ -222,7 +198,7 @@ class Checkpoint:
                 "its source again"
             )
         derived = [layer.name for layer in self.layers.values() if not layer.has_g_idx]
-        if derived:
+        if derived and self.checkpoint_format != COMPRESSED:
             logger.warning(
                 "%s stores no g_idx for %s: input channel i is taken to be in group i // group_size",
                 self.directory,
@@ -231,142 +207,110 @@ class Checkpoint:
 
     def _layer(self, name: str, problems: list[str]) -> QuantizedLayer | None:
         """The layer, or None after saying in `problems` what does not fit."""
-        before = len(problems)
-        rule = module_rule(self.quantization, name)
-        bits, group_size = rule.get("bits"), rule.get("group_size", -1)
-        if bits not in BITS or isinstance(bits, bool):
-            problems.append(f"{name}: bits is {bits!r}; it must be one of {', '.join(map(str, BITS))}")
+        before, layout = len(problems), self.layout
+        try:
+            rule = scheme(self.quantization, name)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
             return None
-        if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1):
-            problems.append(f"{name}: group_size is {group_size!r}; it must be -1 or a positive integer")
-            return None
-        entries = {s: self.tensors.get(f"{name}.{s}") for s in ("qweight", "qzeros", "scales", "g_idx", "bias")}
-        for suffix, rank in (("qweight", 2), ("qzeros", 2), ("scales", 2), ("g_idx", 1), ("bias", 1)):
-            entry = entries[suffix]
-            if entry is None:
+        found = {s: self.tensors[f"{name}.{s}"] for s in layout.suffixes if f"{name}.{s}" in self.tensors}
+        kinds = layout.expected(1, 1, 1, rule.bits, rule.sym)
+        for suffix, entry in found.items():
+            if suffix not in kinds:
+                problems.append(f"{name}.{suffix} is there, and the description says sym=True ({entry.file.name})")
                 continue
-            floating = suffix in ("scales", "bias")
-            if (entry.dtype not in _FLOATS) if floating else entry.dtype != _INT32:
-                wanted = "floating point" if floating else _INT32
-                problems.append(f"{name}.{suffix} is {entry.dtype}, not {wanted} ({entry.file.name})")
-            elif len(entry.shape) != rank:
-                problems.append(f"{name}.{suffix} has shape {list(entry.shape)}, not {rank} dimensions")
+            kind, dimensions = kinds[suffix][0], len(kinds[suffix][1])
+            if (FLOAT if entry.dtype in _FLOATS else entry.dtype) != kind:
+                problems.append(f"{name}.{suffix} is {entry.dtype}, not {kind} ({entry.file.name})")
+            elif len(entry.shape) != dimensions:
+                problems.append(f"{name}.{suffix} has shape {list(entry.shape)}, not {dimensions} dimensions")
         if len(problems) > before:
             return None
-        qweight, qzeros, scales, g_idx, bias = entries.values()
-        assert qweight is not None and qzeros is not None and scales is not None
-        rows, out_features = qweight.shape
-        in_features = g_idx.shape[0] if g_idx is not None else rows * 32 // bits
-        groups = 1 if group_size == -1 else -(-in_features // group_size)
-        says = f"bits={bits}, group_size={group_size}"
-        expected = {
-            "qweight": (words_for(in_features, bits), out_features),
-            "qzeros": (groups, words_for(out_features, bits)),
-            "scales": (groups, out_features),
-            "bias": (out_features,),
-        }
-        for suffix, shape in expected.items():
-            entry = entries[suffix]
-            if entry is not None and entry.shape != shape:
+        shapes = {suffix: entry.shape for suffix, entry in found.items()}
+        in_features, out_features = layout.sizes(shapes, rule.bits, lambda suffix: self.read(f"{name}.{suffix}"))
+        groups = 1 if rule.group_size == -1 else -(-in_features // rule.group_size)
+        says = f"bits={rule.bits}, group_size={rule.group_size}"
+        expected = layout.expected(in_features, out_features, groups, rule.bits, rule.sym)
+        for suffix, (_, shape) in expected.items():
+            if suffix not in found:
+                if suffix not in (layout.g_idx, "bias"):
+                    problems.append(f"{name}.{suffix} is missing, and the description says sym=False")
+            elif found[suffix].shape != shape:
                 problems.append(
-                    f"{name}.{suffix} has shape {list(entry.shape)}; {says} with {in_features} inputs and "
-                    f"{out_features} outputs needs {list(shape)} ({entry.file.name})"
+                    f"{name}.{suffix} has shape {list(found[suffix].shape)}; {says} with {in_features} inputs and "
+                    f"{out_features} outputs needs {list(shape)} ({found[suffix].file.name})"
+                    + layout.hint(suffix, found[suffix].shape, in_features, rule.bits)
                 )
-        if g_idx is None and groups > 1 and rule.get("desc_act", False):
-            problems.append(f"{name}.g_idx is missing, and with desc_act=true the groups cannot be told without it")
+        has_g_idx = layout.g_idx in found
+        if not has_g_idx and groups > 1 and rule.desc_act:
+            problems.append(
+                f"{name}.{layout.g_idx} is missing, and with desc_act=true the groups cannot be told without it"
+            )
         if len(problems) == before:
-            self._check_values(name, groups, scales, g_idx, problems)
+            self._check_values(name, groups, problems)
         if len(problems) > before:
             return None
         return QuantizedLayer(
-            name, bits, group_size, in_features, out_features, groups, g_idx is not None, bias is not None
+            name,
+            rule.bits,
+            rule.group_size,
+            in_features,
+            out_features,
+            groups,
+            has_g_idx,
+            "bias" in found,
+            rule.sym,
+            rule.desc_act,
         )
 
-    def _check_values(
-        self, name: str, groups: int, scales: TensorEntry, g_idx: TensorEntry | None, problems: list[str]
-    ) -> None:
+    def _check_values(self, name: str, groups: int, problems: list[str]) -> None:
+        g_idx = self.tensors.get(f"{name}.{self.layout.g_idx}")
         if g_idx is not None:
-            low, high = (int(value) for value in self.read(f"{name}.g_idx").aminmax())
+            low, high = (int(value) for value in self.read(f"{name}.{self.layout.g_idx}").aminmax())
             if low < 0 or high >= groups:
                 problems.append(
-                    f"{name}.g_idx holds values from {low} to {high}; with {groups} groups they must lie in "
-                    f"0..{groups - 1} ({g_idx.file.name})"
+                    f"{name}.{self.layout.g_idx} holds values from {low} to {high}; with {groups} groups they must lie "
+                    f"in 0..{groups - 1} ({g_idx.file.name})"
                 )
-        stored = self.read(f"{name}.scales")
+        scales = f"{name}.{self.layout.scales}"
+        entry, stored = self.tensors[scales], self.read(scales)
         if not bool(stored.isfinite().all()):
-            problems.append(f"{name}.scales holds NaN or infinity ({scales.file.name})")
-        elif scales.dtype != _HALF and not torch.equal(stored.half().to(stored.dtype), stored):
-            problems.append(f"{name}.scales is {scales.dtype} with values float16 cannot hold ({scales.file.name})")
-
-
-def trivial_g_idx(in_features: int, group_size: int, device: torch.device | None = None) -> Tensor:
-    """int32 [in_features]: contiguous groups, i // group_size; all 0 for group_size -1."""
-    return torch.arange(in_features, dtype=torch.int32, device=device) // (
-        group_size if group_size > 0 else in_features
-    )
-
-
-def module_rule(quantization: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What the description says of one module: its fields, with the first matching `dynamic` rule on top."""
-    for pattern, overrides in (quantization.get("dynamic") or {}).items():
-        if re.match(rule_regex(pattern), name):
-            return {**quantization, **(overrides or {})}
-    return dict(quantization)
+            problems.append(f"{scales} holds NaN or infinity ({entry.file.name})")
+        elif entry.dtype != _HALF and not torch.equal(stored.half().to(stored.dtype), stored):
+            problems.append(f"{scales} is {entry.dtype} with values float16 cannot hold ({entry.file.name})")
 
 
 def _description(directory: Path, model_config: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """The GPTQ description and the file it comes from."""
+    """The description and the file it comes from."""
     text_config = model_config.get("text_config") or {}
     inside = model_config.get("quantization_config") or text_config.get("quantization_config")
     beside = directory / QUANTIZE_CONFIG
     if inside is not None:
         quantization, source = inside, directory / CONFIG
+        if isinstance(inside, dict) and inside.get("quant_method") != COMPRESSED and beside.is_file():
+            _refuse_two_formats(source, inside, beside, _read_json(beside))
     elif beside.is_file():
         quantization, source = {"quant_method": "gptq", **_read_json(beside)}, beside
     else:
         raise CheckpointError(
             f"{directory} has neither a quantization_config in {CONFIG} nor a {QUANTIZE_CONFIG}, so it is "
-            "no GPTQ "
+            "no quantized "
             "checkpoint. A float model is loaded with transformers"
         )
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{source}: the quantization description must be an object, got {quantization!r}")
-    method = quantization.get("quant_method", "gptq")
-    if method != "gptq":
-        raise CheckpointError(
-            f"{source}: quant_method is {method!r}; this package reads 'gptq'. Load such a checkpoint with transformers"
-        )
-    packing = quantization.get("pack_dtype", "int32")
-    if packing not in ("int32", "torch.int32"):
-        raise CheckpointError(f"{source}: pack_dtype is {packing!r}; this package reads int32 words")
-    if not isinstance(quantization.get("dynamic") or {}, dict):
-        raise CheckpointError(f"{source}: dynamic must map regular expressions to overrides")
-    for pattern in quantization.get("dynamic") or {}:
-        try:
-            re.compile(rule_regex(pattern))
-        except re.error as error:
-            raise CheckpointError(f"{source}: dynamic: {pattern!r} is not a regular expression: {error}") from error
     return quantization, source
 
 
-def _format(quantization: Mapping[str, Any], source: Path) -> str:
-    """v1 or v2. AutoGPTQ's files predate the key and are v1; `format` is GPTQModel's alias of it."""
-    said = [quantization[key] for key in ("checkpoint_format", "format") if quantization.get(key)]
-    if quantization.get("is_marlin_format"):
-        said.append("marlin")
-    if len(set(said)) > 1:
+def _refuse_two_formats(file: Path, inside: Mapping[str, Any], beside: Path, outside: Mapping[str, Any]) -> None:
+    """optimum 2.3.0's `GPTQQuantizer.save` writes v1 zeros, says so in quantize_config.json, and not in config.json."""
+    one, other = (said.get("checkpoint_format") or said.get("format") for said in (inside, outside))
+    if one and other and one != other:
         raise CheckpointError(
-            f"{source}: checkpoint_format and format disagree ({' and '.join(map(repr, said))}), and the "
-            "zeros of one "
-            "read as the other are off by one: correct the wrong one"
+            f"{file} says the format is {one!r} and {beside.name} says {other!r}, and the zeros of one read as the "
+            "other are off by one. Correct the wrong one: symmetric zeros are stored as 2^(bits-1) - 1 in 'gptq' "
+            "(0x77777777 at 4 bits) and as 2^(bits-1) in 'gptq_v2' (0x88888888)"
         )
-    stated: str = said[0] if said else "gptq"
-    if stated not in CHECKPOINT_FORMATS:
-        raise CheckpointError(
-            f"{source}: checkpoint_format is {stated!r}; this package reads "
-            f"{' and '.join(map(repr, CHECKPOINT_FORMATS))}"
-        )
-    return stated
 
 
 def _weight_files(directory: Path, quantization: Mapping[str, Any]) -> dict[Path, list[str]]:

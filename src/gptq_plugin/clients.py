@@ -22,6 +22,7 @@ import torch
 from gptq_plugin.config import rule_regex
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.outline import LayerOutline, Outline
+from gptq_plugin.schemes import COMPRESSED
 
 CLIENTS = ("vllm", "transformers", "sglang", "gptqmodel")
 
@@ -106,7 +107,7 @@ def problems(outline: Outline, target: Target) -> list[str]:
 
 def conditions(outline: Outline, target: Target) -> list[str]:
     """What a client that takes the checkpoint asks for beside it, or does otherwise on a CPU."""
-    compressed = outline.checkpoint_format == "compressed-tensors"
+    compressed = outline.checkpoint_format == COMPRESSED
     widths = {layer.bits for layer in outline.layers}
     found = []
     whole_rows = any(layer.group_size == -1 for layer in outline.layers)
@@ -117,6 +118,9 @@ def conditions(outline: Outline, target: Target) -> list[str]:
     if target.client in ("vllm", "sglang") and outline.dtype == torch.bfloat16:
         found.append("in bfloat16 it rounds the scales to 8 bits of mantissa; dtype=float16 keeps them")
     if target.client == "vllm":
+        if outline.dtype in (torch.float32, torch.float64):
+            # measured (dtype="auto", until its CPU kernel ran); an explicit dtype="float32" is refused.
+            found.append("it casts float32 to bfloat16, and rounds the scales so; dtype=float16 keeps them")
         if compressed and widths & {2, 3}:
             found.append("2 and 3 bits need the package humming, its only kernel for them (read, not run)")
         if widths - {4}:
@@ -131,7 +135,7 @@ def conditions(outline: Outline, target: Target) -> list[str]:
 
 
 def _vllm(outline: Outline, ranks: int) -> Iterator[str]:
-    compressed = outline.checkpoint_format == "compressed-tensors"
+    compressed = outline.checkpoint_format == COMPRESSED
     if not compressed:
         # measured on a CPU for 4 bits; read (auto_gptq.py, TYPE_MAP) for 8.
         yield from _layers(
@@ -162,13 +166,12 @@ def _vllm(outline: Outline, ranks: int) -> Iterator[str]:
     yield from _fused(outline, "vllm")
     yield from _parallel(outline, ranks, "vllm")
     yield from _head(outline, "vllm")  # measured (gptq); read for compressed-tensors, which has a path for it, not run
-    yield from _float32(outline, "vllm")
     if outline.model_type in _NO_FLOAT16 and outline.dtype == torch.float16:
         yield f"vllm refuses float16 for {outline.model_type}, which overflows in it: use model.to(torch.bfloat16)"
 
 
 def _transformers(outline: Outline, ranks: int) -> Iterator[str]:
-    if outline.checkpoint_format == "compressed-tensors":
+    if outline.checkpoint_format == COMPRESSED:
         return  # read (compressed-tensors 0.18 in llm-compressor 0.14): 1 to 8 bits, several groups of layers, g_idx
     # measured: one width for all, read from the description; else the shapes do not match.
     yield from _mixed(outline, "transformers reads one width and group size for all layers of a GPTQ checkpoint")
@@ -177,7 +180,7 @@ def _transformers(outline: Outline, ranks: int) -> Iterator[str]:
 
 
 def _gptqmodel(outline: Outline, ranks: int) -> Iterator[str]:
-    if outline.checkpoint_format == "compressed-tensors":
+    if outline.checkpoint_format == COMPRESSED:
         # read (quantization/config.py): no method of that name.
         yield "gptqmodel reads GPTQ, not compressed-tensors: use checkpoint_format='gptq_v2'"
         return
@@ -185,7 +188,7 @@ def _gptqmodel(outline: Outline, ranks: int) -> Iterator[str]:
 
 
 def _sglang(outline: Outline, ranks: int) -> Iterator[str]:
-    compressed = outline.checkpoint_format == "compressed-tensors"
+    compressed = outline.checkpoint_format == COMPRESSED
     yield from _layers(outline, lambda x: x.bits not in (4, 8), "sglang reads 4 and 8 bits only: use bits=4")
     if compressed:
         yield from _layers(
@@ -215,7 +218,6 @@ def _sglang(outline: Outline, ranks: int) -> Iterator[str]:
     yield from _fused(outline, "sglang")
     yield from _parallel(outline, ranks, "sglang")
     yield from _head(outline, "sglang")
-    yield from _float32(outline, "sglang")
 
 
 _RULES: dict[str, Callable[[Outline, int], Iterator[str]]] = {
@@ -296,17 +298,6 @@ def _mixed(outline: Outline, why: str) -> Iterator[str]:
 def _head(outline: Outline, client: str) -> Iterator[str]:
     if outline.lm_head:
         yield f"the output embedding is quantized, which {client} does not load: use lm_head=False"
-
-
-def _float32(outline: Outline, client: str) -> Iterator[str]:
-    """measured for vLLM; read for sglang (get_supported_act_dtypes)."""
-    if outline.dtype in (torch.float32, torch.float64):
-        kind = str(outline.dtype).removeprefix("torch.")
-        if outline.model_type in _NO_FLOAT16:
-            half = "model.to(torch.bfloat16)"
-        else:
-            half = "model.half(), or train in bf16-true"
-        yield f"the float weights are {kind}, and {client} runs quantized layers in float16 or bfloat16: use {half}"
 
 
 def _parallel(outline: Outline, ranks: int, client: str) -> Iterator[str]:

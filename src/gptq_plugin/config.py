@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 BITS = (2, 3, 4, 8)
-CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
 TOKEN_WEIGHTINGS = ("all", "labels")
 QUANTIZER_NAME = "gptq_plugin"
 
@@ -86,7 +86,8 @@ class QuantizeConfig:
         seed: Seed of the choice of calibration samples.
         token_weighting: Which positions of a calibration batch count: ``"all"`` but padding, or only those with
             ``"labels"`` that enter the loss (not -100). A causal model's loss compares position i with label i + 1.
-        checkpoint_format: ``"gptq"`` (v1, stores zeros minus one) or ``"gptq_v2"``.
+        checkpoint_format: ``"gptq"`` (v1, stores zeros minus one), ``"gptq_v2"`` or ``"compressed-tensors"``
+            (its pack-quantized, which vLLM also takes with asymmetric grids).
 
     Raises:
         ValueError: A field has a value that cannot work; the message names the field and the choices.
@@ -134,6 +135,8 @@ class QuantizeConfig:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if not _is_int(self.seed):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if self.checkpoint_format == "compressed-tensors":
+            _check_compressed(self)
         for pattern, overrides in self.dynamic.items():
             _check_rule(self, pattern, overrides)
 
@@ -250,6 +253,20 @@ def _check_rule(config: QuantizeConfig, pattern: str, overrides: Mapping[str, An
         dataclasses.replace(config, **overrides, dynamic={})
     except ValueError as error:
         raise ValueError(f"dynamic: {pattern!r}: {error}") from error
+
+
+def _check_compressed(config: QuantizeConfig) -> None:
+    """What no client would read."""
+    if config.desc_act and not config.static_groups:
+        raise ValueError(
+            "checkpoint_format='compressed-tensors' has no groups in act-order any more (desc_act=True, "
+            "static_groups=False): use desc_act=False, which is static act-order, or checkpoint_format='gptq'"
+        )
+    if config.bits == 8 and not config.sym:
+        raise ValueError(
+            "checkpoint_format='compressed-tensors' with bits=8 and sym=False is served by few GPUs, and reported to "
+            "fail: use sym=True, or checkpoint_format='gptq_v2'"
+        )
 
 
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.clients import Target
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export import check_export_dir
+from gptq_plugin.placing import check_export_dir
 from gptq_plugin.quantize import QuantizeModule
 
 log = logging.getLogger(__name__)

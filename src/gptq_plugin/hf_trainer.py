@@ -26,10 +26,10 @@ from gptq_plugin.accelerated import undivided
 from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untied
 from gptq_plugin.clients import Target
 from gptq_plugin.errors import CalibrationError
-from gptq_plugin.export import check_export_dir
 from gptq_plugin.forward import call, to_device
 from gptq_plugin.handover import check_own_folders, export_from_first, from_first
 from gptq_plugin.job import ModelForward, Progress
+from gptq_plugin.placing import check_export_dir
 from gptq_plugin.progress import tqdm_progress
 from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps

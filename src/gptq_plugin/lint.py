@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint, module_rule, trivial_g_idx
+from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
 from gptq_plugin.clients import CLIENTS, Target, conditions, problems
 from gptq_plugin.comparison import compare, verdict
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig, rule_regex
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.float_weights import FloatWeights
+from gptq_plugin.layouts import trivial_g_idx
 from gptq_plugin.outline import LayerOutline, Outline
 from gptq_plugin.packing import unpack_weight, unpack_zeros
 from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.schemes import COMPRESSED
 
 # Of |mean(code − zero)| of a layer, in steps: weights average to nearly nothing, and a zero that is off by one to 1. In
 # the quantizations of `comparison` it was at most 0.06 at 2 to 4 bits; at 8 bits, where steps are small, 0.48.
@@ -143,6 +145,8 @@ def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _contradictions(checkpoint: Checkpoint, beside: dict[str, Any]) -> Iterator[str]:
     said = checkpoint.quantization
+    if checkpoint.checkpoint_format == COMPRESSED:
+        return  # readers of one file do not read the other
     for key in ("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "lm_head"):
         if key in said and key in beside and said[key] != beside[key]:
             yield (
@@ -161,8 +165,7 @@ def _tied_head(checkpoint: Checkpoint, outline: Outline) -> Iterator[str]:
 
 
 def _scales_dtype(checkpoint: Checkpoint, found: Lint) -> None:
-    suffix = "weight_scale" if checkpoint.checkpoint_format == "compressed-tensors" else "scales"
-    kinds = Counter(checkpoint.tensors[f"{name}.{suffix}"].dtype for name in checkpoint.layers)
+    kinds = Counter(checkpoint.tensors[f"{name}.{checkpoint.layout.scales}"].dtype for name in checkpoint.layers)
     if kinds["BF16"]:
         found.add(
             "warning",
@@ -183,7 +186,7 @@ def _scales_dtype(checkpoint: Checkpoint, found: Lint) -> None:
 
 def _missing_g_idx(checkpoint: Checkpoint, outline: Outline, found: Lint) -> None:
     without = [name for name, layer in checkpoint.layers.items() if not layer.has_g_idx]
-    if without and outline.checkpoint_format != "compressed-tensors":
+    if without and outline.checkpoint_format != COMPRESSED:
         found.add(
             "warning",
             [
@@ -196,7 +199,7 @@ def _missing_g_idx(checkpoint: Checkpoint, outline: Outline, found: Lint) -> Non
 def _untold(checkpoint: Checkpoint, outline: Outline, target: Target) -> Iterator[str]:
     """What a client needs to find in the description of a GPTQ checkpoint (measured)."""
     said = checkpoint.quantization
-    if outline.checkpoint_format == "compressed-tensors":
+    if outline.checkpoint_format == COMPRESSED:
         return
     if target.client in ("vllm", "sglang"):
         missing = [key for key in ("bits", "group_size", "desc_act", "sym") if key not in said]
@@ -243,8 +246,8 @@ class _Judged:
         self._compared.append(outline.name)
         config, ratios = self._grid_of(outline)
         comparison = compare(layer, weight, config, ratios)
-        scales = self._checkpoint.tensors.get(f"{outline.name}.scales")
-        bfloat16 = scales is not None and scales.dtype == "BF16"
+        scales = self._checkpoint.tensors[f"{outline.name}.{self._checkpoint.layout.scales}"]
+        bfloat16 = scales.dtype == "BF16"
         for message in verdict(comparison, outline.bits, bfloat16):
             self._say("error", message, outline.name)
 
@@ -276,8 +279,7 @@ class _Judged:
     def _of_itself(self, outline: LayerOutline, layer: QuantLinear) -> Iterator[tuple[str, str]]:
         zeros = unpack_zeros(layer.qzeros, layer.bits, layer.out_features)
         yield from _zeros(outline, zeros, self._checkpoint.checkpoint_format)
-        said = module_rule(self._checkpoint.quantization, outline.name)
-        yield from _groups(outline, layer, bool(said.get("desc_act")))
+        yield from _groups(outline, layer, self._checkpoint.layers[outline.name].desc_act)
         yield from _scales(layer.scales)
         yield from _padding(layer)
         yield from _codes(layer, zeros)

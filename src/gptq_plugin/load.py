@@ -2,8 +2,9 @@
 
 A transformers model is built by transformers' own `from_pretrained`, so that renamed weights, tied weights,
 rotary buffers, dtypes and the generation config come out as it makes them. Between building the (weightless)
-model and loading it, every quantized Linear is replaced by an empty placeholder: no float weight is allocated
-for it and none is missed. The quantized layers are then read one by one and put in the placeholders' place.
+model and loading it, `reserve` replaces every quantized Linear by an empty placeholder of the layer's size: no float
+weight is allocated for it, none is missed, and a device map counts what the layer will take. `fill` then reads the
+quantized layers one by one, each onto its placeholder's device. `hf_quantizer` uses the same two.
 
 Any other model is built by the user; its Linears are replaced and its other tensors filled from the file,
 after everything has been compared by name and shape.
@@ -11,8 +12,10 @@ after everything has been compared by name and shape.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.checkpoint import CONFIG, Checkpoint
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.layouts import QuantizedLayer
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.targets import is_linear, linear_shape
 
@@ -29,6 +33,7 @@ def load_quantized(
     directory: str | Path,
     *,
     device: str | torch.device = "cpu",
+    device_map: str | Mapping[str, int | str | torch.device] | None = None,
     dtype: torch.dtype | None = None,
     model: nn.Module | None = None,
 ) -> Any:
@@ -37,7 +42,11 @@ def load_quantized(
 
     Args:
         directory: Folder with config.json, the safetensors files and (AutoGPTQ) quantize_config.json.
-        device: Where the model goes.
+        device: Where the model goes. Tensors are read from the files onto it one by one; a transformers model needs
+            accelerate for that, and without it passes through the CPU's memory.
+        device_map: Instead of `device`, as transformers and accelerate understand it: ``"auto"``, ``"balanced"``,
+            ``"sequential"`` or ``{module name: device}``. Needs accelerate. Quantized layers are not offloaded: a
+            map with both an accelerator and ``"cpu"`` or ``"disk"`` is refused. For transformers models only.
         dtype: Floating dtype of everything that is not quantized, and so of the computation; the checkpoint's
             own (usually float16 or bfloat16) when None. Scales stay float16.
         model: For an export of a plain nn.Module: the float model it was made from, freshly built. It is
@@ -51,7 +60,13 @@ def load_quantized(
     Raises:
         CheckpointError: The checkpoint is incomplete, corrupt, contradicts itself or does not fit the model.
             The message names every file, tensor and module; `model` is then as it was.
+        ValueError: `device_map` together with `device` or `model`.
     """
+    if device_map is not None and (model is not None or torch.device(device).type != "cpu"):
+        raise ValueError(
+            "device_map says where every module of a transformers model goes: give it without `device`, and place a "
+            "`model` of your own with `device`"
+        )
     checkpoint = Checkpoint.open(directory)
     if model is not None:
         return _load_into(checkpoint, model, torch.device(device), dtype)
@@ -63,39 +78,28 @@ def load_quantized(
             "model and call "
             "load_quantized(directory, model=it)"
         )
-    return _load_transformers(checkpoint, torch.device(device), dtype)
+    return _load_transformers(checkpoint, torch.device(device), device_map, dtype)
 
 
 # --- transformers -------------------------------------------------------------------------------------------
 
 
-class _Pending(nn.Module):
-    """Holds the place of a quantized layer while transformers loads the rest.
-
-    Some models' initialisation reaches for the weights of their children; what it finds here says that
-    there is nothing left to initialise.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        nothing = torch.empty(0)
-        nothing._is_hf_initialized = True  # type: ignore[attr-defined]
-        self.weight = self.bias = nothing
-
-
-def _load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _load_transformers(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    device_map: str | Mapping[str, Any] | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
     architecture, config = _architecture(checkpoint)
+    if device_map is None and device.type != "cpu" and find_spec("accelerate") is not None:
+        device_map = {"": device}
     names: dict[str, str] = {}  # module name -> name in the checkpoint
-
-    def reserve(model: nn.Module) -> None:
-        names.update(_match(checkpoint, model, renaming(model)))
-        swap(model, {name: _Pending() for name in names})
-
-    model, info = _with_hook(architecture, reserve).from_pretrained(
+    model, info = _with_hook(architecture, lambda model: names.update(reserve(checkpoint, model))).from_pretrained(
         None,
         config=config,
         state_dict={name: checkpoint.lazy(name) for name in checkpoint.float_names},
         dtype=dtype or getattr(config, "dtype", None) or checkpoint.float_dtype,
+        device_map=device_map,
         generation_config=_generation_config(checkpoint),
         ignore_mismatched_sizes=True,  # they are in `info`, all of them, and refused below
         output_loading_info=True,
@@ -109,16 +113,11 @@ def _load_transformers(checkpoint: Checkpoint, device: torch.device, dtype: torc
         f"{name} has shape {list(stored)}, the model needs {list(wanted)}"
         for name, stored, wanted in sorted(info["mismatched_keys"])
     ]
-    _refuse(checkpoint, architecture.__name__, problems)
-    float_dtype = model.dtype
-    swap(model, {name: checkpoint.read_layer(stored, dtype=float_dtype) for name, stored in names.items()})
+    refuse(checkpoint, architecture.__name__, problems)
+    fill(checkpoint, model, names)
     model.name_or_path = str(checkpoint.directory)
-    model.config.quantization_config = {
-        **checkpoint.quantization,
-        "checkpoint_format": "gptq_v2",
-        "format": "gptq_v2",
-    }
-    return model.to(device).eval()
+    model.config.quantization_config = in_memory(checkpoint)
+    return (model if device_map is not None else model.to(device)).eval()
 
 
 def _architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
@@ -140,11 +139,15 @@ def _architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
         raise CheckpointError(
             f"{file} is not a configuration of transformers {transformers.__version__}: {error}"
         ) from error
-    # The description would make transformers look for a GPTQ backend of its own.
+    forget_quantization(config)
+    return architecture, config
+
+
+def forget_quantization(config: Any) -> None:
+    """Takes the description away, which would make transformers look for a GPTQ backend of its own."""
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    return architecture, config
 
 
 def _generation_config(checkpoint: Checkpoint) -> Any:
@@ -171,17 +174,24 @@ def _with_hook(architecture: Any, hook: Callable[[nn.Module], None]) -> Any:
 
 def renaming(model: Any) -> Callable[[str], str]:
     """Checkpoint's module name -> the model's, by transformers' rules for the weights of that module."""
+    rename = key_renaming(model)
+    return lambda name: rename(f"{name}.weight")[0].removesuffix(".weight")
+
+
+def key_renaming(model: Any) -> Callable[[str], list[str]]:
+    """Checkpoint's tensor name -> the model's, by transformers' rules; several where one tensor fills several."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
     state = model.state_dict()
 
-    def rename(name: str) -> str:
-        key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
-        return key.removesuffix(".weight")
+    def rename(name: str) -> list[str]:
+        key, source = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        return [key] if source is None else [key.replace(targets[source][0], target) for target in targets[source]]
 
     return rename
 
@@ -215,16 +225,108 @@ def _load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, d
             problems.append(f"{present[0]} has shape {list(found)}, the model needs {list(wanted)}")
         sources[present[0]] = state[group[0]]
     problems += [f"{name} belongs to no module of the model" for name in sorted(stored)]
-    _refuse(checkpoint, type(model).__name__, problems)
-    layers = {name: checkpoint.read_layer(stored_name, dtype=dtype) for name, stored_name in names.items()}
+    refuse(checkpoint, type(model).__name__, problems)
+    layers = {name: checkpoint.read_layer(stored, dtype=dtype, device=device) for name, stored in names.items()}
     for name, tensor in sources.items():
         value = checkpoint.read(name)
-        tensor.data = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        tensor.data = value.to(device, dtype if value.is_floating_point() else None)
     swap(model, layers)
     return model.to(device).eval()
 
 
 # --- both ---------------------------------------------------------------------------------------------------
+
+
+class Place(nn.Module):
+    """Holds the place of a quantized layer while the rest of the model is loaded.
+
+    Some models' initialisation reaches for the weights of their children; what it finds here says that
+    there is nothing left to initialise.
+
+    Buffers:
+        room: uint8 [bytes of the layer], on the meta device until the loader puts it where the layer will go.
+    """
+
+    room: Tensor
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        nothing = torch.empty(0)
+        nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.weight = self.bias = nothing
+        meta = torch.device("meta")
+        empty = QuantLinear(layer.in_features, layer.out_features, layer.bits, layer.group_size, device=meta)
+        size = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())
+        self.register_buffer("room", torch.empty(size, dtype=torch.uint8, device=meta), persistent=False)
+
+
+def reserve(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+    """Puts a `Place` where each quantized layer will be, in a transformers model without weights.
+
+    Returns:
+        {module name: name in the checkpoint}.
+
+    Raises:
+        CheckpointError: The checkpoint's layers do not fit the model; it is then as it was.
+    """
+    names = _match(checkpoint, model, renaming(model))
+    swap(model, {name: Place(checkpoint.layers[stored]) for name, stored in names.items()})
+    return names
+
+
+def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
+    """Reads the quantized layers into their places, one by one, each straight onto its place's device.
+
+    Args:
+        checkpoint: Where they are read.
+        model: A transformers model in which `reserve` made the places, loaded and dispatched.
+        names: What `reserve` returned.
+
+    Raises:
+        CheckpointError: The model's device map offloads modules.
+    """
+    placed = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in placed or ("cpu" in placed and len(placed) > 1):
+        raise CheckpointError(
+            f"{checkpoint.directory}: the device map offloads modules ({', '.join(sorted(placed))}), and quantized "
+            "layers are not offloaded: give it devices whose memory holds the model, or device='cpu'"
+        )
+    layers: dict[str, nn.Module] = {}
+    for name, stored in names.items():
+        place = model.get_submodule(name)
+        device = place.room.device
+        place.room = None  # its memory is the layer's from here on
+        layers[name] = checkpoint.read_layer(stored, dtype=model.dtype, device=device)
+        hook = getattr(place, "_hf_hook", None)
+        if hook is not None:  # accelerate's, which brings inputs to the device
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(layers[name], hook)
+    swap(model, layers)
+
+
+def in_memory(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The quantization_config of a loaded model: true zeros, so what `save_pretrained` writes is gptq_v2."""
+    said = checkpoint.quantization
+    if said.get("quant_method") == "compressed-tensors":
+        said = _as_gptq(checkpoint)
+    return {**said, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+
+
+def _as_gptq(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A GPTQ description of a compressed-tensors checkpoint's layers: what most of them are, and rules for others."""
+    each = {
+        name: {"bits": x.bits, "group_size": x.group_size, "sym": x.sym, "desc_act": x.has_g_idx}
+        for name, x in checkpoint.layers.items()
+    }
+    most = dict(Counter(tuple(fields.items()) for fields in each.values()).most_common(1)[0][0])
+    floats = [name for name in checkpoint.quantization.get("ignore") or () if name != "lm_head"]
+    rules: dict[str, Any] = {
+        f"-:{name[3:] if name.startswith('re:') else re.escape(name) + '$'}": {} for name in floats
+    }
+    rules |= {f"{re.escape(name)}$": fields for name, fields in each.items() if fields != most}
+    lm_head = any(name.rpartition(".")[2] == "lm_head" for name in each)
+    return {"quant_method": "gptq", **most, "lm_head": lm_head, "dynamic": rules, "pack_dtype": "int32"}
 
 
 def _match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> dict[str, str]:
@@ -265,11 +367,12 @@ def _match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str
             )
         if all(modules[other] is not module for other in names):
             names[name] = stored
-    _refuse(checkpoint, type(model).__name__, problems)
+    refuse(checkpoint, type(model).__name__, problems)
     return names
 
 
-def _refuse(checkpoint: Checkpoint, model: str, problems: list[str]) -> None:
+def refuse(checkpoint: Checkpoint, model: str, problems: list[str]) -> None:
+    """Raises a CheckpointError that names all `problems`, if there are any."""
     if problems:
         raise CheckpointError(
             f"{checkpoint.directory} does not fit {model}:\n  " + "\n  ".join(problems) + "\n"

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_plugin.checkpoint import Checkpoint, QuantizedLayer, module_rule, trivial_g_idx
+from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.layouts import QuantizedLayer, trivial_g_idx
 from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.schemes import COMPRESSED
 from gptq_plugin.targets import Target, find_targets, is_linear, linear_shape
 
 _HEADS = ("lm_head", "embed_out")  # names of output embeddings; in a block no layer is called so
@@ -83,7 +85,7 @@ class Outline:
             _in_blocks(floats, names),
             any(model.get_submodule(name) is head for name in names),
             any(layer.act_order for layer in layers),
-            _grid_rules(config.dynamic),
+            _grid_rules(config.dynamic if config.checkpoint_format != COMPRESSED else {}),
             _largest_dtype(model, names),
             _model_type(model),
         )
@@ -104,7 +106,7 @@ class Outline:
             layers,
             _in_blocks(matrices, checkpoint.layers),
             bool(description.get("lm_head")) or named,
-            _desc_act(description),
+            any(layer.desc_act for layer in checkpoint.layers.values()),
             _grid_rules(description.get("dynamic") or {}),
             checkpoint.float_dtype,
             checkpoint.model_config.get("model_type"),
@@ -128,17 +130,11 @@ def _quantized(name: str, layer: QuantLinear, config: QuantizeConfig) -> LayerOu
 def _layer(checkpoint: Checkpoint, layer: QuantizedLayer) -> LayerOutline:
     act_order = False
     if layer.has_g_idx:
-        suffix = "weight_g_idx" if checkpoint.checkpoint_format == "compressed-tensors" else "g_idx"
-        stored = checkpoint.read(f"{layer.name}.{suffix}")
+        stored = checkpoint.read(f"{layer.name}.{checkpoint.layout.g_idx}")
         act_order = not torch.equal(stored, trivial_g_idx(layer.in_features, layer.group_size))
-    sym = bool(getattr(layer, "sym", module_rule(checkpoint.quantization, layer.name).get("sym", True)))
-    return LayerOutline(layer.name, layer.bits, layer.group_size, layer.in_features, layer.out_features, sym, act_order)
-
-
-def _desc_act(description: Mapping[str, Any]) -> bool:
-    groups = (description.get("config_groups") or {}).values()
-    orders = [(group.get("weights") or {}).get("actorder") for group in groups]
-    return bool(description.get("desc_act")) or any(order in ("group", "dynamic", True) for order in orders)
+    return LayerOutline(
+        layer.name, layer.bits, layer.group_size, layer.in_features, layer.out_features, layer.sym, act_order
+    )
 
 
 def _grid_rules(dynamic: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ QuantLinear → report → export.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,8 +23,9 @@ from gptq_plugin.calibration import collect
 from gptq_plugin.clients import Target as Client
 from gptq_plugin.clients import refuse
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.description import client_config
 from gptq_plugin.errors import TargetError, some
-from gptq_plugin.export import Export, client_config, export_model
+from gptq_plugin.export import Export, export_model
 from gptq_plugin.forward import call
 from gptq_plugin.grid import round_to_nearest
 from gptq_plugin.job import Job, ModelForward, Progress, float_reports, module_report
@@ -368,8 +370,8 @@ def _describe(model: nn.Module, layers: dict[str, QuantLinear], config: Quantize
         prefix = f"{name}." if name else ""
         within = {n.removeprefix(prefix): layer for n, layer in layers.items() if n.startswith(prefix)}
         if within:
-            description = client_config(inner, within, config)
-            inner.config.quantization_config = {**description, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+            in_memory = dataclasses.replace(config, checkpoint_format="gptq_v2")
+            inner.config.quantization_config = client_config(inner, within, in_memory)
         elif hasattr(inner.config, "quantization_config"):
             del inner.config.quantization_config
 

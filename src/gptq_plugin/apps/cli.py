@@ -28,8 +28,8 @@ from gptq_plugin.apps.one_folder import launched
 from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weights_size
 from gptq_plugin.apps.sweeps import in_sweep, run_alone, runs_a_sweep, starts_ranks
 from gptq_plugin.callback import GPTQCallback
-from gptq_plugin.export import check_export_dir
 from gptq_plugin.memory import fits, numbered
+from gptq_plugin.placing import check_export_dir
 from gptq_plugin.progress import tqdm_progress
 from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.report import QuantizeReport
