@@ -172,7 +172,7 @@ def _vllm(outline: Outline, ranks: int) -> Iterator[str]:
 
 def _transformers(outline: Outline, ranks: int) -> Iterator[str]:
     if outline.checkpoint_format == COMPRESSED:
-        return  # read (compressed-tensors 0.18 in llm-compressor 0.14): 1 to 8 bits, several groups of layers, g_idx
+        return  # measured at 4 and 3 bits (compressed-tensors of llm-compressor 0.14); read: several groups of layers, g_idx
     # measured: one width for all, read from the description; else the shapes do not match.
     yield from _mixed(outline, "transformers reads one width and group size for all layers of a GPTQ checkpoint")
     yield from _head(outline, "transformers")  # measured
@@ -181,7 +181,7 @@ def _transformers(outline: Outline, ranks: int) -> Iterator[str]:
 
 def _gptqmodel(outline: Outline, ranks: int) -> Iterator[str]:
     if outline.checkpoint_format == COMPRESSED:
-        # read (quantization/config.py): no method of that name.
+        # measured: "Unknown quantization method".
         yield "gptqmodel reads GPTQ, not compressed-tensors: use checkpoint_format='gptq_v2'"
         return
     yield from _torch_groups(outline, "gptqmodel")
