@@ -172,7 +172,8 @@ def _vllm(outline: Outline, ranks: int) -> Iterator[str]:
 
 def _transformers(outline: Outline, ranks: int) -> Iterator[str]:
     if outline.checkpoint_format == COMPRESSED:
-        return  # measured at 4 and 3 bits (compressed-tensors of llm-compressor 0.14); read: several groups of layers, g_idx
+        # measured at 4 and 3 bits, symmetric (in llm-compressor 0.14's environment); read: several groups, g_idx.
+        return
     # measured: one width for all, read from the description; else the shapes do not match.
     yield from _mixed(outline, "transformers reads one width and group size for all layers of a GPTQ checkpoint")
     yield from _head(outline, "transformers")  # measured
