@@ -17,6 +17,7 @@ from test_export import tiny_llama
 from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin import convert as converting
 from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin.command import main
 from gptq_plugin.convert import convert
 from gptq_plugin.errors import CheckpointError, ExportError
 
@@ -134,3 +135,16 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
         convert(tmp_path / "nowhere", tmp_path / "out", "gptq")
     assert not any(tmp_path.iterdir())
+
+
+def test_the_command_converts_and_says_where_the_result_is(tmp_path, capsys):
+    source, out = str(FIXTURES / "gptqmodel-w4g32"), str(tmp_path / "out")
+    assert main(["convert", source, out, "checkpoint_format=compressed-tensors"]) == 0
+    assert capsys.readouterr().out == f"{out} has checkpoint_format=compressed-tensors\n"
+    assert same(out, source)
+    assert main(["convert", source, out, "checkpoint_format=gptq_v2"]) == 1
+    assert "gptq-plugin convert:" in (said := capsys.readouterr().err) and "overwrite" in said
+    assert main(["convert", source, out, "checkpoint_format=gptq_v2", "--overwrite"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", source, out, "gptq"])
+    assert ended.value.code == 2 and "write checkpoint_format=FORMAT" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from gptq_plugin import distributed, memory
 from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untied
 from gptq_plugin.batches import named
 from gptq_plugin.calibration import collect
+from gptq_plugin.clients import Target
 from gptq_plugin.consolidated import Consolidated
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.faithful import Outputs, may_differ
@@ -85,6 +86,8 @@ class GPTQCallback(pl.Callback):
             gives it its float weights back. None is True, but False for a module with PEFT adapters, or one that the
             strategy shards.
         overwrite: Replace an earlier export of ours in `export_dir`.
+        target: The client that is to load the export ("vllm", "transformers", "sglang", "gptqmodel", or
+            ``{"client": "vllm", "tensor_parallel_size": 2}``): what it would not take is refused before training.
         validate: Run the module's `validation_step` over the validation dataloader before and after, and log both.
             None does so where there is one.
         max_degradation: How far logged metrics may move: ``{"val_loss": 0.02}`` may rise by 0.02, ``"2%"`` by so much
@@ -113,6 +116,7 @@ class GPTQCallback(pl.Callback):
         weights: str | Path = "last",
         swap: bool | None = None,
         overwrite: bool = False,
+        target: Target | str | Mapping[str, Any] | None = None,
         validate: bool | None = None,
         max_degradation: Mapping[str, float | str] | None = None,
         on_fail: str = "raise",
@@ -130,6 +134,7 @@ class GPTQCallback(pl.Callback):
         self.weights = str(weights)
         self.swap = swap
         self.overwrite = overwrite
+        self.target = Target.of(target)
         self.gate = QualityGate(max_degradation or {}, on_fail, max_bits)
         if validate is False and self.gate.limits:
             raise ValueError("max_degradation needs validation, and validate=False switches it off")
@@ -171,6 +176,7 @@ class GPTQCallback(pl.Callback):
             module = base_copy(module)
         with uncompiled(module):
             self.quantizer.check(module)
+            self.quantizer.check_target(module, self.target)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A metric that is not logged is found in the sanity check before training, or else in the first validation."""
@@ -202,6 +208,7 @@ class GPTQCallback(pl.Callback):
                 if outputs is not None:
                     with brought(pl_module, _elsewhere(trainer)):
                         outputs.check()
+                self.quantizer.check_target(module, self.target)
                 if first is None:
                     self.quantizer.check(module)
                     return
@@ -267,7 +274,12 @@ class GPTQCallback(pl.Callback):
             report.deviations += notes
             if self.export_dir is not None:
                 self.export_dir = export_from_first(
-                    quantizer, module, self.export_dir, tokenizer=self.tokenizer, overwrite=self.overwrite
+                    quantizer,
+                    module,
+                    self.export_dir,
+                    tokenizer=self.tokenizer,
+                    overwrite=self.overwrite,
+                    target=self.target,
                 )
 
         return UntilGood(
@@ -284,6 +296,7 @@ class GPTQCallback(pl.Callback):
             device=_elsewhere(trainer),
             device_memory=self._peak_of_training,
             layers_in=None if files is None else files.layers,
+            target=self.target,
         ).quantize(self.quantizer)
 
     def _whole(

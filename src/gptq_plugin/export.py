@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from gptq_plugin.adapters import has_adapters
 from gptq_plugin.card import heading, model_card, model_facts
 from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG
+from gptq_plugin.clients import Target, refuse
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.description import client_config
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.layouts import LAYOUTS
 from gptq_plugin.load import renaming
+from gptq_plugin.outline import Outline
 from gptq_plugin.page import report_page
 from gptq_plugin.placing import Staging, files_in
 from gptq_plugin.pretrained import is_transformers, published_class
@@ -55,6 +57,7 @@ def export_model(
     tokenizer: Any = None,
     overwrite: bool = False,
     sample: Sample | None = None,
+    target: Target | str | Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a quantized model as a GPTQ checkpoint.
 
@@ -73,15 +76,18 @@ def export_model(
         tokenizer: Anything with `save_pretrained`.
         overwrite: Replace an earlier export of this package; nothing else is ever replaced.
         sample: What the export must compute as the model does; see `proof.same_outputs`.
+        target: The client that is to load it ("vllm", "transformers", "sglang", "gptqmodel", or as `clients.Target.of`
+            takes it): what it would not take is refused.
 
     Returns:
         The folder, absolute.
 
     Raises:
         ExportError: Nothing is quantized, `config` is not what the model was quantized with, the folder
-            cannot be used, or what was written does not read back as the model. The target is then as it was.
+            cannot be used, `target` would not take it, or what was written does not read back as the model. The
+            folder is then as it was.
     """
-    with Export(model, directory, config, overwrite=overwrite) as export:
+    with Export(model, directory, config, overwrite=overwrite, target=target) as export:
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear):
                 export.add(name, module)
@@ -96,16 +102,25 @@ class Export:
 
     Args:
         model: The model that will be exported, its layers quantized or not yet; only its names are used here.
-        directory, config, overwrite: See `export_model`.
+        directory, config, overwrite, target: See `export_model`. What `target` would not take is refused now, for what
+            is planned, and in `finish`, for what there is.
 
     Raises:
-        ExportError: The folder cannot be used (`check_export_dir`).
+        ExportError: The folder cannot be used (`check_export_dir`), or `target` would not take the export.
     """
 
     def __init__(
-        self, model: nn.Module, directory: str | Path, config: QuantizeConfig, *, overwrite: bool = False
+        self,
+        model: nn.Module,
+        directory: str | Path,
+        config: QuantizeConfig,
+        *,
+        overwrite: bool = False,
+        target: Target | str | Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
+        self._target = Target.of(target)
+        self._refuse_target(model)
         self._stored_names = _stored_names(model)
         self._added: set[str] = set()
         self._over = False
@@ -199,6 +214,7 @@ class Export:
             layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
             self._check_layers(model, layers)
             _check_config(layers, self._config)
+            self._refuse_target(model)
             description = client_config(model, layers, self._config)
             floats = _float_state(model, layers)
             folder = self._staging.path
@@ -240,6 +256,10 @@ class Export:
     def _check_open(self) -> None:
         if self._over:
             raise ExportError(f"the export to {self._staging.directory} is finished or given up: make another Export")
+
+    def _refuse_target(self, model: nn.Module) -> None:
+        if self._target is not None:
+            refuse(Outline.of_model(model, self._config), self._target)
 
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         if not layers:

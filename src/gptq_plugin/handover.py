@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from gptq_plugin import distributed
+from gptq_plugin.clients import Target
 from gptq_plugin.errors import ExportError
 from gptq_plugin.placing import check_export_dir
 from gptq_plugin.quantize import QuantizeModule
@@ -49,7 +50,13 @@ def check_own_folders(export_dir: Path, own: Iterable[tuple[str, Any]]) -> None:
 
 
 def export_from_first(
-    quantizer: QuantizeModule, module: nn.Module, directory: Path, *, tokenizer: Any = None, overwrite: bool = False
+    quantizer: QuantizeModule,
+    module: nn.Module,
+    directory: Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    target: Target | str | Mapping[str, Any] | None = None,
 ) -> Path:
     """Exports on rank 0. In a process group every rank calls it.
 
@@ -57,7 +64,7 @@ def export_from_first(
         quantizer: What quantized the module; its report is exported with it.
         module: The quantized module.
         directory: Where to; a folder beside it when somebody else took the name during training.
-        tokenizer, overwrite: As for `QuantizeModule.export`.
+        tokenizer, overwrite, target: As for `QuantizeModule.export`.
 
     Returns:
         The folder that was written.
@@ -68,7 +75,7 @@ def export_from_first(
     with distributed.ending_together():
         if distributed.rank() == 0:
             directory = _free_name(quantizer, directory, overwrite)
-            quantizer.export(module, directory, tokenizer=tokenizer, overwrite=overwrite)
+            quantizer.export(module, directory, tokenizer=tokenizer, overwrite=overwrite, target=target)
         return directory.with_name(distributed.object_from_first(directory.name))
 
 

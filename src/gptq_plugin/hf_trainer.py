@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gptq_plugin import distributed, memory
 from gptq_plugin.accelerated import undivided
 from gptq_plugin.adapters import base_copy, has_adapters, merged_in_place, untied
+from gptq_plugin.clients import Target
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.forward import call, to_device
 from gptq_plugin.handover import check_own_folders, export_from_first, from_first
@@ -67,6 +68,8 @@ class GPTQTrainerCallback(TrainerCallback):
         swap: True leaves the model quantized, so that `trainer.evaluate()` and `trainer.save_model()` use it;
             False exports and gives it its float weights back. None is True, but False for a model with PEFT adapters.
         overwrite: Replace an earlier export of ours in `export_dir`.
+        target: The client that is to load the export ("vllm", "transformers", "sglang", "gptqmodel", or
+            ``{"client": "vllm", "tensor_parallel_size": 2}``): what it would not take is refused before training.
 
     Attributes:
         report: What happened, after `train`; None before.
@@ -86,6 +89,7 @@ class GPTQTrainerCallback(TrainerCallback):
         mix_fraction: float = 0.25,
         swap: bool | None = None,
         overwrite: bool = False,
+        target: Target | str | Mapping[str, Any] | None = None,
     ):
         check_arguments(quantizer, export_dir, swap)
         self.quantizer = quantizer
@@ -95,6 +99,7 @@ class GPTQTrainerCallback(TrainerCallback):
         self.forward = forward
         self.swap = swap
         self.overwrite = overwrite
+        self.target = Target.of(target)
         self.report: QuantizeReport | None = None
         self._evaluations: _Evaluations | None = None  # of the training that is going on
 
@@ -119,7 +124,9 @@ class GPTQTrainerCallback(TrainerCallback):
             own = [("output_dir", args.output_dir), ("logging_dir", getattr(args, "logging_dir", None))]
             check_own_folders(self.export_dir, own)
             check_export_dir(self.export_dir, overwrite=self.overwrite)
-        self.quantizer.check(_without_adapters(model, base_copy))
+        plain = _without_adapters(model, base_copy)
+        self.quantizer.check(plain)
+        self.quantizer.check_target(plain, self.target)
         if self.data.calibration != "val":
             self._rehearse(args, training)
         elif args.eval_strategy == "no" and not args.eval_on_start:
@@ -175,6 +182,7 @@ class GPTQTrainerCallback(TrainerCallback):
                         self.export_dir,
                         tokenizer=self._tokenizer(training),
                         overwrite=self.overwrite,
+                        target=self.target,
                     )
         self._evaluations = None
         _forget_replaced(optimizer, model)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.batches import to_device
 from gptq_plugin.calibration import collect
+from gptq_plugin.clients import Target as Client
+from gptq_plugin.clients import refuse
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.description import client_config
 from gptq_plugin.errors import TargetError, some
@@ -28,6 +30,7 @@ from gptq_plugin.forward import call
 from gptq_plugin.grid import round_to_nearest
 from gptq_plugin.job import Job, ModelForward, Progress, float_reports, module_report
 from gptq_plugin.memory import numbered
+from gptq_plugin.outline import Outline
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.proof import Sample
 from gptq_plugin.qlinear import QuantLinear, swap
@@ -91,6 +94,16 @@ class QuantizeModule:
         """
         return find_targets(model, self.config)
 
+    def check_target(self, model: nn.Module, target: Client | str | Mapping[str, Any] | None) -> None:
+        """Refuses now what a client would not take of the quantized model's export; None is no client.
+
+        Raises:
+            ExportError: With all its reasons, and what it takes instead.
+        """
+        client = Client.of(target)
+        if client is not None:
+            refuse(Outline.of_model(model, self.config), client)
+
     def quantize(
         self,
         model: nn.Module,
@@ -103,6 +116,7 @@ class QuantizeModule:
         device_memory: int | None = None,
         export_dir: str | Path | None = None,
         overwrite: bool = False,
+        target: Client | str | Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> QuantizeReport:
         """Replaces the model's linear layers by QuantLinear, calibrated on `batches`.
@@ -127,12 +141,14 @@ class QuantizeModule:
                 On one rank only. Layers on the CPU then are mappings of those files: delete or replace the folder as
                 you like, but do not write into its files while the model is in use.
             overwrite: As for `export`.
+            target: The client that is to load the export ("vllm", "transformers", "sglang", "gptqmodel", or as
+                `clients.Target.of` takes it): what it would not take is refused before the work begins.
             progress: Called as progress(layers done, layers in all, what is being done).
 
         Raises:
             TargetError: Nothing to quantize, or a layer contradicts the configuration.
             CalibrationError: The data is empty, too short, does not fit the model, or gives NaN.
-            ExportError: `export_dir` cannot be written.
+            ExportError: `export_dir` cannot be written, or `target` would not take the export.
             RankError: One of these, or any other error, ended another rank, or that was lost.
 
         On any error the model is as it was before, and so is `export_dir`.
@@ -145,6 +161,7 @@ class QuantizeModule:
             "device_memory": device_memory,
             "export_dir": export_dir,
             "overwrite": overwrite,
+            "target": target,
             "progress": progress,
         }
         with self.temporarily(model, batches, keep=True, **options) as report:
@@ -184,6 +201,7 @@ class QuantizeModule:
         tokenizer: Any = None,
         export_dir: str | Path | None = None,
         overwrite: bool = False,
+        target: Client | str | Mapping[str, Any] | None = None,
         layers_in: SharedLayers | None = None,
         **options: Any,
     ) -> Iterator[QuantizeReport]:
@@ -195,11 +213,12 @@ class QuantizeModule:
         started = time.perf_counter()
         with contextlib.ExitStack() as stack:
             stack.enter_context(distributed.ending_together())
+            self.check_target(model, target)
             export = None
             if export_dir is not None:
                 if distributed.active():
                     raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
-                export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite))
+                export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite, target=target))
             stack.enter_context(evaluating(model))
             job = self._job(model, batches, tokenizer=tokenizer, layers_in=export or layers_in, **options)
             if export is not None:
@@ -242,7 +261,13 @@ class QuantizeModule:
         return self.report
 
     def export(
-        self, model: nn.Module, directory: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+        self,
+        model: nn.Module,
+        directory: str | Path,
+        *,
+        tokenizer: Any = None,
+        overwrite: bool = False,
+        target: Client | str | Mapping[str, Any] | None = None,
     ) -> Path:
         """Writes the quantized model as a folder; see `export.export_model`. On rank 0 only.
 
@@ -251,6 +276,7 @@ class QuantizeModule:
             directory: Target folder; must not exist, or be empty, unless `overwrite` and it is an export.
             tokenizer: Saved beside the model.
             overwrite: Replace an earlier export.
+            target: As for `quantize`.
         """
         return export_model(
             model,
@@ -260,6 +286,7 @@ class QuantizeModule:
             tokenizer=tokenizer,
             overwrite=overwrite,
             sample=self._sample,
+            target=target,
         )
 
     def _job(

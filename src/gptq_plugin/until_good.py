@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from gptq_plugin.calibration import collect
+from gptq_plugin.clients import Target, problems
 from gptq_plugin.errors import QualityError
 from gptq_plugin.escalation import Step, output_noise, steps
 from gptq_plugin.gate import QualityGate
 from gptq_plugin.job import ModelForward, Progress
+from gptq_plugin.outline import Outline
 from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.shared_layers import SharedLayers
@@ -54,6 +56,7 @@ class UntilGood:
         finish: Called with the quantizer and the report of the result that is taken, while the model is quantized.
         forward, tokenizer, progress, keep, device, device_memory: As for `QuantizeModule.temporarily`.
         layers_in: Called for every attempt: its `layers_in`.
+        target: Who is to load the export; what it would not take is not tried.
     """
 
     model: nn.Module
@@ -69,6 +72,7 @@ class UntilGood:
     device: torch.device | None = None
     device_memory: int | None = None
     layers_in: Callable[[], SharedLayers] | None = None
+    target: Target | None = None
 
     def quantize(self, quantizer: QuantizeModule) -> QuantizeReport:
         """The first result that is good enough. Its report says what was tried before it.
@@ -86,7 +90,7 @@ class UntilGood:
             except _NotGoodEnough as failure:
                 if failure.noise is not None:
                     left = steps(self.model, quantizer.config, failure.noise)
-                step = next((step for step in left if self.gate.affords(step.bits)), None)
+                step = next((step for step in left if self._may_be_tried(step)), None)
                 if step is None:
                     raise QualityError(
                         f"the quantized model is not good enough: {failure}; {self._advice(len(tried))}. Nothing was "
@@ -124,6 +128,11 @@ class UntilGood:
             self.finish(quantizer, report)
             return report
 
+    def _may_be_tried(self, step: Step) -> bool:
+        if not self.gate.affords(step.bits):
+            return False
+        return self.target is None or not problems(Outline.of_model(self.model, step.config), self.target)
+
     def _noise(
         self, quantizer: QuantizeModule, report: QuantizeReport, floats: Mapping[str, nn.Module]
     ) -> dict[str, float]:
@@ -137,4 +146,5 @@ class UntilGood:
         if self.gate.on_fail == "raise":
             return "try more bits, a smaller group_size, or on_fail='escalate'"
         limit = "" if self.gate.max_bits is None else f" within max_bits={self.gate.max_bits:g}"
+        limit += "" if self.target is None else f" that {self.target} takes"
         return f"nor is any of the {tried} others tried{limit}" if tried else f"there is nothing else to try{limit}"

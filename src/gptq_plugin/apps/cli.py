@@ -17,7 +17,7 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gptq_plugin.apps.data import TextData
 from gptq_plugin.apps.documents import texts
@@ -99,6 +99,7 @@ def quantize(cfg: DictConfig) -> float | None:
             device=device,
             export_dir=export_dir,
             overwrite=cfg.overwrite,
+            target=_plain(cfg.target),
             progress=progress,
         ) as report,
     ):
@@ -118,6 +119,10 @@ def _start(cfg: DictConfig) -> Path:
 def _instantiate(node: Any, *args: Any, **kwargs: Any) -> Any:
     # _convert_="all": plain dicts and lists, so that no library meets OmegaConf's.
     return instantiate(node, *args, _convert_="all", **kwargs)
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
 
 
 def _data_and_model(cfg: DictConfig) -> tuple[TextData, LanguageModel]:
@@ -203,7 +208,8 @@ def _next_command(run_dir: Path) -> str:
     hydra_config = HydraConfig.get()
     if in_sweep():
         return ""
-    overrides = [o for o in hydra_config.overrides.task if not o.startswith(("quantizer.bits=", "export_dir="))]
+    own = ("quantizer.bits=", "export_dir=", "target")  # no target takes every width
+    overrides = [o for o in hydra_config.overrides.task if not o.startswith(own)]
     float_dir = run_dir / "float"
     if hydra_config.job.config_name == "finetune":
         if not float_dir.exists():

@@ -1,0 +1,321 @@
+"""What each client takes, and what is refused before a quantization for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin.clients import CLIENTS, Target, conditions, problems
+from gptq_plugin.errors import ExportError
+from gptq_plugin.escalation import steps
+from gptq_plugin.export import Export, export_model
+from gptq_plugin.outline import LayerOutline, Outline
+
+SHAPES = {  # [in, out]
+    "self_attn.q_proj": (256, 256),
+    "self_attn.k_proj": (256, 128),
+    "self_attn.v_proj": (256, 128),
+    "self_attn.o_proj": (256, 256),
+    "mlp.gate_proj": (256, 1024),
+    "mlp.up_proj": (256, 1024),
+    "mlp.down_proj": (1024, 256),
+}
+
+
+def outline(*, change: dict[str, dict[str, Any]] | None = None, leave: tuple[str, ...] = (), **fields: Any) -> Outline:
+    """A Llama's block at 4 bits, symmetric, groups of 128, in float16; `change` by layer ("" for all of them)."""
+    of_layer = {name: fields.pop(name) for name in ("bits", "group_size", "sym", "act_order") if name in fields}
+    layers = []
+    for name, (inputs, outputs) in SHAPES.items():
+        if name in leave:
+            continue
+        layer = LayerOutline(f"model.layers.0.{name}", 4, 128, inputs, outputs, True, False)
+        layers.append(dataclasses.replace(layer, **of_layer, **(change or {}).get(name, {})))
+    plain = Outline(
+        checkpoint_format="gptq",
+        layers=tuple(layers),
+        floats=tuple(f"model.layers.0.{name}" for name in leave),
+        lm_head=False,
+        desc_act=bool(of_layer.get("act_order")),
+        rules={},
+        dtype=torch.float16,
+        model_type="llama",
+    )
+    return dataclasses.replace(plain, **fields)
+
+
+Q4 = {"self_attn.q_proj": {"bits": 8}}
+QKV8 = {f"self_attn.{x}_proj": {"bits": 8} for x in "qkv"}
+DOWN8 = {"mlp.down_proj": {"bits": 8}}
+CT = "compressed-tensors"
+
+REFUSED = [
+    # client, ranks, the checkpoint, words of the sentence (which layer, why, what works instead)
+    ("vllm", 1, {"sym": False}, ("all 7 layers", "sym=True only", f"checkpoint_format='{CT}'")),
+    ("vllm", 1, {"sym": False, "bits": 8}, ("sym=True only", "use sym=True")),
+    ("vllm", 1, {"sym": False, "bits": 8, "checkpoint_format": CT}, ("asymmetric 8-bit", "use sym=True")),
+    ("vllm", 1, {"bits": 3}, ("4 and 8 bits only", f"checkpoint_format='{CT}'")),
+    ("vllm", 1, {"bits": 2}, ("4 and 8 bits only", "bits=4")),
+    ("vllm", 1, {"act_order": True}, ("not contiguous", "static_groups=True")),
+    ("vllm", 1, {"act_order": True, "checkpoint_format": CT}, ("not contiguous", "static_groups=True")),
+    ("vllm", 1, {"desc_act": True}, ("all groups are contiguous", "desc_act=false")),
+    ("vllm", 1, {"group_size": 16}, ("not 16", "group_size=128")),
+    ("vllm", 1, {"group_size": 48}, ("last group", "group_size=128")),
+    ("vllm", 4, {"group_size": 128}, ("o_proj", "group_size 128 does not divide the 64 inputs", "group_size=64")),
+    ("vllm", 3, {}, ("o_proj", "among 3 ranks", "fewer ranks")),
+    ("vllm", 1, {"lm_head": True}, ("output embedding", "lm_head=False")),
+    ("vllm", 1, {"model_type": "gemma3_text"}, ("float16 for gemma3_text", "torch.bfloat16")),
+    ("vllm", 1, {"change": Q4}, ("q_proj (bits=8", "k_proj (bits=4", "one width")),
+    ("vllm", 1, {"change": Q4, "checkpoint_format": CT}, ("q_proj (bits=8", "one width")),
+    ("vllm", 1, {"change": QKV8, "rules": {r".*\.[qkv]_proj$": {"bits": 8}}}, ("qkv_proj", "the same rule")),
+    ("vllm", 1, {"leave": ("self_attn.v_proj",)}, ("v_proj", "all or none", "modules_to_not_convert")),
+    ("transformers", 1, {"change": DOWN8}, ("one width", "down_proj", CT)),
+    ("transformers", 1, {"change": {"mlp.down_proj": {"group_size": 64}}}, ("one width and group size", "down_proj")),
+    ("transformers", 1, {"lm_head": True}, ("output embedding", "lm_head=False")),
+    ("transformers", 1, {"group_size": 8}, ("not 8", "group_size=128")),
+    ("gptqmodel", 1, {"checkpoint_format": CT}, ("not compressed-tensors", "'gptq_v2'")),
+    ("gptqmodel", 1, {"group_size": 8}, ("not 8", "group_size=128")),
+    ("sglang", 1, {"bits": 3}, ("4 and 8 bits only", "bits=4")),
+    ("sglang", 1, {"bits": 3, "checkpoint_format": CT}, ("4 and 8 bits only", "bits=4")),
+    ("sglang", 1, {"sym": False}, ("sym=True only", CT)),
+    ("sglang", 1, {"sym": False, "bits": 8, "checkpoint_format": CT}, ("asymmetric 8-bit", "sym=True")),
+    ("sglang", 1, {"leave": ("mlp.gate_proj", "mlp.up_proj")}, ("gate_proj", "do not match its name", CT)),
+    ("sglang", 1, {"leave": ("mlp.gate_proj",)}, ("gate_proj", "all or none")),
+    ("sglang", 8, {"group_size": -1}, ("Marlin", "multiple of 64")),
+    ("sglang", 1, {"lm_head": True}, ("output embedding",)),
+    ("sglang", 1, {"group_size": 16}, ("not 16",)),
+]
+
+
+@pytest.mark.parametrize("client,ranks,what,words", REFUSED)
+def test_a_client_s_limit_is_said_with_the_layer_the_reason_and_what_works(
+    client: str, ranks: int, what: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    found = problems(outline(**what), Target(client, ranks))
+    assert any(all(word in sentence for word in words) for sentence in found), found
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2", CT])
+def test_symmetric_4_bits_in_groups_of_128_are_taken_by_every_client(client: str, checkpoint_format: str) -> None:
+    found = problems(outline(checkpoint_format=checkpoint_format), Target(client))
+    assert not found or (client, checkpoint_format) == ("gptqmodel", CT)
+
+
+TAKEN = [
+    ("vllm", 1, {"bits": 8}),
+    ("vllm", 1, {"group_size": -1, "desc_act": True}),
+    ("vllm", 2, {"group_size": 128}),
+    ("vllm", 4, {"group_size": 64}),
+    ("vllm", 4, {"group_size": -1}),
+    ("vllm", 1, {"sym": False, "checkpoint_format": CT}),
+    ("vllm", 1, {"bits": 3, "checkpoint_format": CT}),
+    ("vllm", 1, {"change": DOWN8, "rules": {r".*down_proj$": {"bits": 8}}}),
+    ("vllm", 1, {"change": QKV8, "rules": {r".*\.self_attn\.(q|k|v|qkv)_proj$": {"bits": 8}}}),
+    ("vllm", 1, {"leave": ("mlp.gate_proj", "mlp.up_proj")}),
+    ("vllm", 1, {"dtype": torch.bfloat16, "model_type": "gemma3_text"}),
+    ("transformers", 1, {"bits": 3, "sym": False, "act_order": True, "group_size": 32}),
+    ("transformers", 1, {"change": DOWN8, "checkpoint_format": CT}),
+    ("gptqmodel", 1, {"change": DOWN8, "lm_head": True, "sym": False, "act_order": True}),
+    ("sglang", 1, {"act_order": True}),
+    ("sglang", 1, {"sym": False, "checkpoint_format": CT}),
+]
+
+
+@pytest.mark.parametrize("client,ranks,what", TAKEN)
+def test_what_a_client_takes_is_not_refused(client: str, ranks: int, what: dict[str, Any]) -> None:
+    assert not problems(outline(**what), Target(client, ranks))
+
+
+def test_what_a_client_asks_for_beside_the_checkpoint_is_said() -> None:
+    assert "backend='torch'" in " ".join(conditions(outline(group_size=-1), Target("transformers")))
+    assert "humming" in " ".join(conditions(outline(bits=3, checkpoint_format=CT), Target("vllm")))
+    assert "CPU" in " ".join(conditions(outline(bits=8), Target("vllm")))
+    assert "scales" in " ".join(conditions(outline(dtype=torch.bfloat16), Target("vllm")))
+    assert "float32 to bfloat16" in " ".join(conditions(outline(dtype=torch.float32), Target("vllm")))
+
+
+def test_a_module_that_is_no_transformers_model_is_for_no_client() -> None:
+    for client in CLIENTS:
+        (only,) = problems(outline(model_type=None), Target(client))
+        assert "load_quantized" in only
+
+
+def test_a_target_is_a_name_or_a_mapping_and_nothing_else() -> None:
+    assert Target.of(None) is None
+    assert Target.of("vllm") == Target("vllm", 1) == Target.of(Target("vllm"))
+    assert Target.of({"client": "sglang", "tensor_parallel_size": 2}) == Target("sglang", 2)
+    with pytest.raises(ValueError, match=r"'vllm', 'transformers', 'sglang', 'gptqmodel'; got 'vlm'"):
+        Target.of("vlm")
+    with pytest.raises(ValueError, match="tensor_parallel_size"):
+        Target.of({"client": "vllm", "tp": 2})
+    with pytest.raises(ValueError, match="positive integer"):
+        Target("vllm", 0)
+    with pytest.raises(ValueError, match="for vllm and sglang"):
+        Target("transformers", 2)
+    with pytest.raises(TypeError, match="int"):
+        Target.of(3)  # type: ignore[arg-type]
+
+
+# --- on real models -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama() -> Any:
+    return make_llama()
+
+
+def make_llama(dtype: torch.dtype = torch.float16) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize(
+    "options,permuted",
+    [
+        ({}, False),
+        ({"sym": False, "checkpoint_format": "gptq_v2", "bits": 8, "group_size": -1}, False),
+        ({"desc_act": True, "static_groups": False}, True),
+        ({"modules_to_not_convert": ("v_proj", "layers.1.mlp.down_proj")}, False),
+        ({"dynamic": {r".*down_proj": {"bits": 8, "group_size": 16, "sym": False}, "-:.*gate_proj": {}}}, False),
+        ({"lm_head": True}, False),
+        ({"checkpoint_format": CT, "sym": False, "dynamic": {r".*down_proj": {"bits": 3}, "-:.*gate_proj": {}}}, False),
+    ],
+)
+def test_what_is_planned_is_what_is_exported(
+    options: dict[str, Any], permuted: bool, llama: Any, rtn: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = QuantizeConfig(**{"group_size": 32, **options})
+    planned = Outline.of_model(llama, config)
+    quantized = rtn(llama, config, permuted)
+    assert Outline.of_model(quantized, config) == planned
+    exported = Checkpoint.open(export_model(quantized, tmp_path / "out", config))
+    assert Outline.of(exported) == planned
+
+
+def test_an_export_for_a_client_that_would_not_take_it_is_refused_with_all_reasons(
+    rtn: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = QuantizeConfig(bits=3, group_size=16)
+    quantized = rtn(make_llama(torch.float32), config)
+    with pytest.raises(ExportError) as refused:
+        export_model(quantized, tmp_path / "out", config, target="vllm")
+    for reason in ("vllm would not take", "4 and 8 bits only", "not 16"):
+        assert reason in str(refused.value)
+    assert not list(tmp_path.iterdir())
+    assert export_model(quantized, tmp_path / "out", config, target="gptqmodel").is_dir()
+
+
+def test_an_export_is_judged_again_by_the_layers_it_has(llama: Any, rtn: Callable[..., Any], tmp_path: Path) -> None:
+    """Groups that the plan called contiguous and that are not."""
+    config = QuantizeConfig(group_size=32)
+    with Export(llama, tmp_path / "out", config, target="vllm") as export:
+        quantized = rtn(llama, config, permuted=True)
+        for name, module in quantized.named_modules():
+            if hasattr(module, "qweight"):
+                export.add(name, module)
+        with pytest.raises(ExportError, match="not contiguous"):
+            export.finish(quantized)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantization_for_such_a_client_does_not_begin(llama: Any, tmp_path: Path) -> None:
+    def batches() -> Iterator[Any]:
+        raise AssertionError("no batch was to be asked for")
+        yield
+
+    quantizer = QuantizeModule(sym=False, group_size=32)
+    for export_dir in (None, tmp_path / "out"):
+        with pytest.raises(ExportError, match="sym=True only"):
+            quantizer.quantize(llama, batches(), export_dir=export_dir, target={"client": "vllm"})
+    assert not list(tmp_path.iterdir())
+    assert isinstance(llama.model.layers[0].mlp.up_proj, torch.nn.Linear)
+
+
+def test_a_model_is_quantized_and_exported_for_a_client_that_takes_it(llama: Any, tmp_path: Path) -> None:
+    quantizer = QuantizeModule(group_size=32, nsamples=2)
+    quantizer.quantize(llama, [list(range(40)), list(range(50))], export_dir=tmp_path / "out", target="vllm")
+    assert not problems(Outline.of(Checkpoint.open(tmp_path / "out")), Target("vllm"))
+
+
+def test_lightning_s_callback_refuses_before_training(tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+
+    from gptq_plugin import GPTQCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_llama(torch.bfloat16)
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            raise AssertionError("training was not to begin")
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    rows = [torch.arange(8) for _ in range(4)]
+    callback = GPTQCallback(QuantizeModule(sym=False, group_size=32), tmp_path / "out", target="vllm")
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False, max_steps=1, barebones=False
+    )
+    with pytest.raises(ExportError, match="sym=True only"):
+        trainer.fit(Module(), torch.utils.data.DataLoader(rows, batch_size=2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_transformers_trainer_s_callback_refuses_before_training(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from gptq_plugin import GPTQTrainerCallback
+
+    rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(4)]
+    arguments = TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+    callback = GPTQTrainerCallback(QuantizeModule(group_size=16), tmp_path / "out", target="vllm")
+    trainer = Trainer(make_llama(torch.float32), arguments, train_dataset=rows, callbacks=[callback])
+    with pytest.raises(ExportError, match="not 16"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_escalation_tries_only_what_the_client_takes(llama: Any) -> None:
+    from gptq_plugin.gate import QualityGate
+    from gptq_plugin.until_good import UntilGood
+
+    config = QuantizeConfig(group_size=-1)
+    noise = {layer.name: float(i) for i, layer in enumerate(Outline.of_model(llama, config).layers)}
+
+    def tried(target: Target | None) -> list[str]:
+        nothing: Any = None
+        until = UntilGood(
+            llama, QualityGate({}, "escalate", None), {}, nothing, nothing, nothing, nothing, target=target
+        )
+        return [step.what for step in steps(llama, config, noise) if until._may_be_tried(step)]
+
+    assert any("more bits" in what for what in tried(None))
+    for_transformers = tried(Target("transformers"))
+    assert for_transformers
+    mixed = [what for what in for_transformers if "more bits for" in what and "for 14 of 14" not in what]
+    assert not mixed
+    for_vllm = tried(Target("vllm"))
+    assert for_vllm and set(for_vllm) <= set(tried(None))
