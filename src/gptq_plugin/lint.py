@@ -165,6 +165,8 @@ def _tied_head(checkpoint: Checkpoint, outline: Outline) -> Iterator[str]:
 
 
 def _scales_dtype(checkpoint: Checkpoint, found: Lint) -> None:
+    if checkpoint.checkpoint_format == COMPRESSED:
+        return  # llm-compressor computes scales in the model's dtype and stores them so
     kinds = Counter(checkpoint.tensors[f"{name}.{checkpoint.layout.scales}"].dtype for name in checkpoint.layers)
     if kinds["BF16"]:
         found.add(
