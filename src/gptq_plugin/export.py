@@ -1,11 +1,11 @@
-"""From a quantized model to a folder that GPTQ clients load: `export_model`, or `Export` while layers still come.
+"""From a quantized model to a folder that clients load: `export_model`, or `Export` while layers still come.
 
 The folder is written beside its target under a hidden name, read back from disk and compared with the model
-by a decoder of its own, flushed, and only then renamed into place: whatever fails on the way, the target is
-as it was.
+(`verify`), loaded and run (`proof`), flushed, and only then renamed into place (`placing`): whatever fails on the way,
+the target is as it was.
 
 What each client needs to find is in `description.client_config`. Tensors keep their dtypes; choose the model's (vLLM
-wants float16 for GPTQ, takes bfloat16 with converted scales, and refuses float32).
+wants float16 for GPTQ, and rounds scales to bfloat16 in a bfloat16 model).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def export_model(
     sample: Sample | None = None,
     target: Target | str | Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a quantized model as a GPTQ checkpoint.
+    """Writes a quantized model as a checkpoint of the config's `checkpoint_format`.
 
     A transformers model becomes what `save_pretrained` writes (config.json with a ``quantization_config``,
     generation_config.json, safetensors); any other module becomes safetensors and a config.json of our own. Up to
