@@ -230,7 +230,7 @@ def _vllm(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts
     option = ""
     if facts.dtype not in (torch.float16, torch.bfloat16):
         option = " --dtype float16"
-        notes.append(f"The float tensors are {_dtype(facts.dtype)}, which it would turn into bfloat16, and the scales with them.")
+        notes.append(f"The float tensors are {_dtype(facts.dtype)}: it would turn them and the scales into bfloat16.")
     elif facts.dtype == torch.bfloat16:
         notes.append("In bfloat16 it rounds the scales, which are float16; `--dtype float16` keeps them.")
     if 8 in bits:
