@@ -116,3 +116,10 @@ def test_a_module_that_is_never_called_as_a_whole_is_exported_and_that_is_said(t
     with caplog.at_level(logging.WARNING):
         quantizer.export(model, tmp_path / "out")
     assert "no calibration sample went through the model as a whole" in caplog.text
+
+
+def test_a_model_in_training_mode_is_compared_without_its_dropout_and_stays_in_it(tmp_path, caplog):
+    quantizer, model = quantized_llama(attention_dropout=0.5)
+    model.train()
+    quantizer.export(model, tmp_path / "out")
+    assert "every time" not in caplog.text and all(module.training for module in model.modules())

@@ -29,7 +29,7 @@ from gptq_plugin.clients import Target
 from gptq_plugin.consolidated import Consolidated
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.faithful import Outputs, may_differ
-from gptq_plugin.forward import call, fits
+from gptq_plugin.forward import call, evaluating, fits
 from gptq_plugin.gate import QualityGate
 from gptq_plugin.handover import check_own_folders, export_from_first, from_first
 from gptq_plugin.job import Progress
@@ -38,7 +38,7 @@ from gptq_plugin.placing import check_export_dir
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
 from gptq_plugin.qlinear import swap as swap_modules
-from gptq_plugin.quantize import QuantizeModule, evaluating
+from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.run_data import RunData

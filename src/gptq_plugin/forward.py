@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +56,18 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
         "batches that do, or say how to run one: quantize(..., forward=lambda model, batch: ...), or a "
         "`calibration_step(batch)` method on the LightningModule"
     )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of the block; every module's own flag afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
 
 
 def fits(model: nn.Module, data: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from gptq_plugin.batches import named, samples_in
 from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.forward import evaluating
 from gptq_plugin.load import load_quantized
 from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.qlinear import QuantLinear
@@ -59,7 +60,7 @@ def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> No
     """Loads the export in `directory` and compares its outputs with the model's.
 
     Args:
-        model: The quantized model, in evaluation mode; not changed.
+        model: The quantized model; not changed.
         directory: Its export.
         sample: What to run; without one, or where it does not reach the model as a whole, a transformers model runs its
             `dummy_inputs`. What could not be compared is in the log.
@@ -67,6 +68,11 @@ def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> No
     Raises:
         ExportError: The export does not load, or computes something else.
     """
+    with torch.no_grad(), evaluating(model):
+        _same_outputs(model, directory, sample)
+
+
+def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> None:
     called = _called(model, sample) if sample is not None else None
     if called is None and is_transformers(model):
         called = _dummies(model)
@@ -81,14 +87,13 @@ def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> No
     if again is None:
         return
     args, kwargs = arguments
-    with torch.no_grad():
-        with _on(model, device):
-            repeated = _floats(model(*args, **kwargs))
-        if any(_difference(a, b) > _tolerance(a, b) for a, b in zip(repeated, expected, strict=True)):
-            log.warning("the export was not compared with the model, which computes something else every time")
-            return
-        with brought(again, device, capacity=0):
-            found = _floats(again(*args, **kwargs))
+    with _on(model, device):
+        repeated = _floats(model(*args, **kwargs))
+    if any(_difference(a, b) > _tolerance(a, b) for a, b in zip(repeated, expected, strict=True)):
+        log.warning("the export was not compared with the model, which computes something else every time")
+        return
+    with brought(again, device, capacity=0):
+        found = _floats(again(*args, **kwargs))
     _compare(found, expected, "the export")
 
 
@@ -141,7 +146,7 @@ def _called(model: nn.Module, sample: Sample) -> Called | None:
         model.register_forward_hook(after, with_kwargs=True),
     ]
     try:
-        with torch.no_grad(), _on(model, sample.device):
+        with _on(model, sample.device):
             sample.forward(model, sample.batch)
     except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
         log.info("a calibration sample alone does not go through the model (%s)", error)
@@ -156,8 +161,7 @@ def _dummies(model: Any) -> Called | None:
     device = next(model.parameters()).device
     try:
         inputs = {name: value.to(device) for name, value in model.dummy_inputs.items()}
-        with torch.no_grad():
-            outputs = _floats(model(**inputs))
+        outputs = _floats(model(**inputs))
     except Exception as error:  # noqa: BLE001 - whatever a model does with inputs that are not for it
         log.info("the model does not run transformers' dummy inputs (%s)", error)
         return None

@@ -26,7 +26,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.description import client_config
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export import Export, export_model
-from gptq_plugin.forward import call
+from gptq_plugin.forward import call, evaluating
 from gptq_plugin.grid import round_to_nearest
 from gptq_plugin.job import Job, ModelForward, Progress, float_reports, module_report
 from gptq_plugin.memory import numbered
@@ -379,18 +379,6 @@ def _describe(model: nn.Module, layers: dict[str, QuantLinear], config: Quantize
             inner.config.quantization_config = client_config(inner, within, in_memory)
         elif hasattr(inner.config, "quantization_config"):
             del inner.config.quantization_config
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of the block; every module's own flag afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 def _quiet(done: int, total: int, what: str) -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from gptq_plugin import distributed
-from gptq_plugin.quantize import evaluating
+from gptq_plugin.forward import evaluating
 
 _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "min": torch.min,
