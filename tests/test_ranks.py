@@ -50,7 +50,8 @@ def quantize(name, rank, world, sharers, batch_size, seed=1):
     folder = out / f"{name}{world}"
     folder.mkdir(exist_ok=True)
     totals = {"samples": report.samples, "tokens": report.tokens, "deviations": list(report.all_deviations())}
-    torch.save({"state": network.state_dict(), "totals": totals}, folder / f"rank{rank}.pt")
+    origin = (report.calibration_sha256, report.run_id)
+    torch.save({"state": network.state_dict(), "totals": totals, "origin": origin}, folder / f"rank{rank}.pt")
     if rank == 0:
         quantizer.export(network, folder / "export")
         torch.save([mean_nll(one, rows(16, 2)) for one in (model(), network)], folder / "nll.pt")
@@ -123,6 +124,8 @@ def test_every_rank_ends_with_the_same_layers_and_counts_every_sample_once(name,
         saved = torch.load(run / f"rank{rank}.pt")
         assert all(torch.equal(first[key], saved["state"][key]) for key in first), rank
         assert saved["totals"] == {"samples": SAMPLES, "tokens": SAMPLES * TOKENS, "deviations": []}
+        assert saved["origin"][0] == torch.load(runs / "float32-1" / "rank0.pt")["origin"][0]
+        assert saved["origin"][1] == torch.load(run / "rank0.pt")["origin"][1]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+_ALL = 2**256  # SHA-256 digests are numbers below it
 
 
 def named(data: Any) -> Mapping[str, Any] | None:
@@ -40,6 +43,33 @@ def samples_in(data: Any) -> int:
     return next((v.shape[0] for _, v in _leaves(data) if isinstance(v, Tensor) and v.dim()), 1)
 
 
+def digest(data: Any) -> int:
+    """SHA-256 of its samples, added up modulo 2^256: batches add up to the same number in any order and division.
+
+    A sample is its part of every tensor of the batch: name, dtype, shape and bytes. Positions that an
+    ``attention_mask`` hides are no part of it, so that padding does not count. A batch with a tensor that is not
+    divided into samples (another first dimension, or none) is one sample, and so is one without tensors.
+    """
+    leaves = sorted(_leaves(data), key=lambda leaf: leaf[0])
+    tensors = [(name, _on_cpu(value)) for name, value in leaves if isinstance(value, Tensor)]
+    samples = samples_in(data)
+    if not tensors:
+        plain = [(name, value) for name, value in leaves if isinstance(value, (str, int, float, bool))]
+        return _sha256([repr(plain).encode()])
+    if any(value.dim() == 0 or value.shape[0] != samples for _, value in tensors):
+        return _sha256(_described(tensors))
+    mask = (named(data) or {}).get("attention_mask")
+    kept = _on_cpu(mask).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    total = 0
+    for row in range(samples):
+        parts = [(name, value[row]) for name, value in tensors]
+        if kept is not None:
+            own = kept[row]
+            parts = [(name, part[own] if part.shape[:1] == own.shape else part) for name, part in parts]
+        total += _sha256(_described(parts))
+    return total % _ALL
+
+
 def to_device(data: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device; the batch given stays as it is."""
     if isinstance(data, Mapping):
@@ -58,6 +88,24 @@ def to_device(data: Any, device: torch.device) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
     return tree_map(move, data, is_leaf=_is_inner)  # BatchEncoding and dataclasses are no pytrees
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    value = value.detach()
+    return (value if value.layout is torch.strided else value.to_dense()).cpu()
+
+
+def _described(tensors: list[tuple[str, Tensor]]) -> Iterator[bytes]:
+    for name, value in tensors:
+        yield f"{name} {value.dtype} {list(value.shape)} ".encode()
+        yield value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _sha256(parts: Iterable[bytes]) -> int:
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    return int.from_bytes(hashed.digest(), "big")
 
 
 def _is_inner(value: Any) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gptq_plugin.batches import named, samples_in
+from gptq_plugin.batches import digest, named, samples_in
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 
@@ -98,6 +98,11 @@ class Calibration:
     @property
     def samples(self) -> int:
         return sum(batch.samples for batch in self.batches)
+
+    @property
+    def digest(self) -> int:
+        """Of what the samples hold; see `batches.digest`. Those of several ranks add up."""
+        return sum(digest(batch.data) for batch in self.batches)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from gptq_plugin.lightning_roots import either, overrides
 from gptq_plugin.placing import check_export_dir
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
+from gptq_plugin.provenance import plain_name
 from gptq_plugin.qlinear import swap as swap_modules
 from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps
@@ -271,6 +272,7 @@ class GPTQCallback(pl.Callback):
 
         def finish(quantizer: QuantizeModule, report: QuantizeReport) -> None:
             report.float_checkpoint = self._float_checkpoint(trainer)
+            report.run_id = plain_name(getattr(trainer.logger, "version", None)) or report.run_id
             report.deviations += notes
             if self.export_dir is not None:
                 self.export_dir = export_from_first(

@@ -18,6 +18,7 @@ import yaml
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.figures import bits_of, change, measured, packed_bytes, percent, size, value, widths
 from gptq_plugin.pretrained import is_transformers, published_class
+from gptq_plugin.provenance import without_paths
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED
 
@@ -33,7 +34,6 @@ _TASKS = {
     "automatic-speech-recognition": ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq"),
 }
 _HUB_ID = re.compile(r"(?=.{3,96}$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_PATH = re.compile(r"(?:(?<=[\s'\"(=\[])|^)(?:file://)?(?:~|[A-Za-z]:|\.{1,2})?[/\\][^\s'\",;)\]]*[^\s'\",;)\].:]")
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _text(said: str) -> str:
     """Any text as Markdown that shows it: one line, nothing in it is markup, paths of this machine cut to their end."""
-    line = _PATH.sub(lambda path: re.split(r"[/\\]", path[0])[-1], " ".join(said.split()))
+    line = without_paths(" ".join(said.split()))
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
 

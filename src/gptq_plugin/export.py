@@ -33,6 +33,7 @@ from gptq_plugin.page import report_page
 from gptq_plugin.placing import Staging, files_in
 from gptq_plugin.pretrained import is_transformers, published_class
 from gptq_plugin.proof import Sample, same_outputs
+from gptq_plugin.provenance import provenance, published
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED
@@ -216,6 +217,9 @@ class Export:
             _check_config(layers, self._config)
             self._refuse_target(model)
             description = client_config(model, layers, self._config)
+            if report is not None:
+                description["meta"][QUANTIZER_NAME] = provenance(report)
+                report = published(report)
             floats = _float_state(model, layers)
             folder = self._staging.path
             if is_transformers(model):
@@ -297,8 +301,10 @@ def write_quantize_config(staging: Path, description: dict[str, Any], config: Qu
     It is written last, and the list is how a later export knows what it may replace.
     """
     full = {**config.to_quantize_config(), **description}
-    ours = {**config.to_quantize_config()["meta"], **description["meta"]}
-    ours[QUANTIZER_NAME] = {**ours[QUANTIZER_NAME], "files": sorted([*files_in(staging), QUANTIZE_CONFIG])}
+    ours = dict(description["meta"])
+    settings = config.to_quantize_config()["meta"][QUANTIZER_NAME]
+    listed = sorted([*files_in(staging), QUANTIZE_CONFIG])
+    ours[QUANTIZER_NAME] = {**settings, **ours.get(QUANTIZER_NAME, {}), "files": listed}
     full["meta"] = ours
     _write_json(staging / QUANTIZE_CONFIG, full)
 

@@ -31,6 +31,7 @@ from gptq_plugin.handover import check_own_folders, export_from_first, from_firs
 from gptq_plugin.job import ModelForward, Progress
 from gptq_plugin.placing import check_export_dir
 from gptq_plugin.progress import tqdm_progress
+from gptq_plugin.provenance import plain_name
 from gptq_plugin.quantize import QuantizeModule
 from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps
 from gptq_plugin.report import QuantizeReport
@@ -174,6 +175,8 @@ class GPTQTrainerCallback(TrainerCallback):
             )
             with quantized as self.report:
                 self.report.float_checkpoint = _checkpoint(args, state)
+                if args.run_name != args.output_dir:  # which some versions take for a name
+                    self.report.run_id = plain_name(args.run_name) or self.report.run_id
                 self.report.deviations += untied(model, module)
                 if self.export_dir is not None:
                     self.export_dir = export_from_first(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ class Job:
     remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
     stopwatches: list[Stopwatch] = field(default_factory=list)
     samples: int = 0
+    sha256: str = ""  # of what the samples of all ranks hold
+    run_id: str = ""
 
     def __post_init__(self) -> None:
         self.activations = Activations(self.device, None)
@@ -178,10 +181,12 @@ class Job:
             raise CalibrationError(self._unreached())
 
     def _count_samples(self) -> int:
-        counts = distributed.gather_objects(self.calibration.samples)
+        said = (self.calibration.samples, self.calibration.digest, uuid.uuid4().hex)
+        counts, digests, run_ids = zip(*distributed.gather_objects(said), strict=True)
         if not sum(counts):
             dropped = "; ".join(self.calibration.deviations)
             raise CalibrationError(f"the calibration set is empty{f': {dropped}' if dropped else ''}")
+        self.sha256, self.run_id = f"{sum(digests) % 2**256:064x}", run_ids[0]
         return sum(counts)
 
     def _forward(self, number: int, batch: Batch) -> lockstep.Forward:
@@ -392,6 +397,8 @@ class Job:
             seconds=seconds,
             deviations=deviations,
             calibration="; ".join(f"{n} samples of {name}" for name, n in _added_up(self.calibration.sources).items()),
+            calibration_sha256=self.sha256,
+            run_id=self.run_id,
         )
 
 

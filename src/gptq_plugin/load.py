@@ -39,6 +39,7 @@ def load_quantized(
     device_map: str | Mapping[str, int | str | torch.device] | None = None,
     dtype: torch.dtype | None = None,
     model: nn.Module | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Loads a checkpoint of this package, GPTQModel, AutoGPTQ, optimum or llm-compressor (pack-quantized) with
     `QuantLinear` layers, in evaluation mode.
@@ -54,6 +55,8 @@ def load_quantized(
             own (usually float16 or bfloat16) when None. Scales stay float16.
         model: For an export of a plain nn.Module: the float model it was made from, freshly built. It is
             changed in place and returned. Without it, config.json must name a transformers architecture.
+        trust_remote_code: Run the Python files in the folder, where config.json says (``auto_map``) that the model's
+            class is in them; without it such a folder is refused. For folders whose code you have read.
 
     Returns:
         The transformers model, ready for `generate`, or `model`. Its config describes what is in memory
@@ -81,7 +84,7 @@ def load_quantized(
             "model and call "
             "load_quantized(directory, model=it)"
         )
-    return _load_transformers(checkpoint, torch.device(device), device_map, dtype)
+    return _load_transformers(checkpoint, torch.device(device), device_map, dtype, trust_remote_code)
 
 
 # --- transformers -------------------------------------------------------------------------------------------
@@ -92,8 +95,9 @@ def _load_transformers(
     device: torch.device,
     device_map: str | Mapping[str, Any] | None,
     dtype: torch.dtype | None,
+    trust_remote_code: bool,
 ) -> nn.Module:
-    architecture, config = _architecture(checkpoint)
+    architecture, config = _architecture(checkpoint, trust_remote_code)
     if device_map is None and device.type != "cpu" and find_spec("accelerate") is not None:
         device_map = {"": device}
     names: dict[str, str] = {}  # module name -> name in the checkpoint
@@ -123,27 +127,46 @@ def _load_transformers(
     return (model if device_map is not None else model.to(device)).eval()
 
 
-def _architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """The transformers class and configuration that config.json names."""
+def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class and configuration that config.json names: transformers' own, or those of the folder's code."""
     import transformers
 
     file = checkpoint.directory / CONFIG
     name = checkpoint.model_config["architectures"][0]
-    architecture = getattr(transformers, name, None)
-    if architecture is None:
+    reference = _own_class(checkpoint, name)
+    architecture = getattr(transformers, name, None) if reference is None else None
+    if reference is not None and not trust_remote_code:
         raise CheckpointError(
-            f"{file}: transformers {transformers.__version__} has no architecture {name!r}: install a "
-            "version that has "
-            "it (models that bring their own code are not supported)"
+            f"{file} says that {name} is code in that folder ({reference}), which loading it would run: read it, then "
+            "give load_quantized(..., trust_remote_code=True)"
+        )
+    if reference is None and architecture is None:
+        raise CheckpointError(
+            f"{file}: transformers {transformers.__version__} has no architecture {name!r}: install a version that has "
+            "it. The folder brings no code for it: config.json names none in auto_map"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.directory)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.directory, trust_remote_code=trust_remote_code if reference is not None else False
+        )
+        if reference is not None:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            architecture = get_class_from_dynamic_module(reference, str(checkpoint.directory))
+    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
         raise CheckpointError(
             f"{file} is not a configuration of transformers {transformers.__version__}: {error}"
         ) from error
     forget_quantization(config)
     return architecture, config
+
+
+def _own_class(checkpoint: Checkpoint, name: str) -> str | None:
+    """Where in the folder's code a class is, as ``file.Class``; None when it is transformers' own."""
+    for reference in (checkpoint.model_config.get("auto_map") or {}).values():
+        if isinstance(reference, str) and reference.rpartition(".")[2] == name:
+            return reference
+    return None
 
 
 def forget_quantization(config: Any) -> None:

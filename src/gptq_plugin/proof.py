@@ -175,7 +175,7 @@ def _reload(model: nn.Module, directory: Path) -> nn.Module | None:
         except (TypeError, RuntimeError, NotImplementedError) as error:
             log.warning("the export was not run: %s cannot be copied (%s)", type(model).__name__, error)
             return None
-    again = load_quantized(directory)
+    again = load_quantized(directory, trust_remote_code=True)  # the code of the model that is in memory
     attention = getattr(model.config, "_attn_implementation", None)
     with contextlib.suppress(Exception):  # another implementation of it adds in another order: no more than that
         again.set_attn_implementation(attention)

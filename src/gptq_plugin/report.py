@@ -61,6 +61,8 @@ class QuantizeReport:
         seconds: Wall-clock seconds by phase.
         deviations: What differs from the request and belongs to no single module.
         calibration: Where the samples came from, in a few words; empty when nobody said.
+        calibration_sha256: Of what the samples hold, see `batches.digest`; empty without samples.
+        run_id: The training run's, where it has one; else a number of its own. Empty without calibration.
         float_checkpoint: Where training saved the float weights; empty when it did not.
         metrics: By name, such as ``val_loss``, what the user's own evaluation gave: ``{"float": 2.31, "gptq": 2.33}``.
     """
@@ -72,6 +74,8 @@ class QuantizeReport:
     seconds: dict[str, float] = field(default_factory=dict)
     deviations: list[str] = field(default_factory=list)
     calibration: str = ""
+    calibration_sha256: str = ""
+    run_id: str = ""
     float_checkpoint: str = ""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -110,6 +114,8 @@ class QuantizeReport:
             "totals": self.totals(),
             "seconds": self.seconds,
             "calibration": self.calibration,
+            "calibration_sha256": self.calibration_sha256,
+            "run_id": self.run_id,
             "float_checkpoint": self.float_checkpoint,
             "metrics": self.metrics,
             "deviations": self.deviations,
