@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,3 +76,14 @@ def rtn() -> Callable[..., nn.Module]:
         return model.eval()
 
     return quantize
+
+
+@pytest.fixture(scope="session")
+def same_but_for_the_run() -> Callable[[Path, Path], bool]:
+    """same_but_for_the_run(one, other): two JSON files are the same to the byte but for when and by which run they were
+    made (provenance.py)."""
+
+    def told(file: Path) -> str:
+        return re.sub(r'"(date|run_id)": "[^"]*"', "", file.read_text(encoding="utf-8"))
+
+    return lambda one, other: told(one) == told(other)
