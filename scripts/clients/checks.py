@@ -24,13 +24,16 @@ from safetensors.torch import load_file
 LIMIT = 150  # seconds for a folder
 
 
-def run(check: Callable[[Path], torch.Tensor], tolerance: float, packages: tuple[str, ...]) -> None:
+def run(
+    check: Callable[[Path], torch.Tensor], tolerance: float, packages: tuple[str, ...], note: str | None = None
+) -> None:
     """Checks the folders of the command line; the exit status is 0 when all passed, else 1.
 
     Args:
         check: Loads a folder with the client and returns its log-probabilities for TOKENS, [tokens, vocabulary].
         tolerance: Largest difference from the reference's that passes.
         packages: Whose versions are told.
+        note: What else must be said with the results.
     """
     passed = True
     for folder in map(Path, sys.argv[1:]):
@@ -44,6 +47,7 @@ def run(check: Callable[[Path], torch.Tensor], tolerance: float, packages: tuple
             **result,
             "tolerance": tolerance,
             "seconds": round(time.perf_counter() - started, 1),
+            "note": note,
             "versions": {package: _version(package) for package in packages},
         }
         passed &= bool(result["passed"])

@@ -26,7 +26,9 @@ def corrupt(folder: Path, out: Path, kind: str, layer: str = LAYER) -> str:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     tensors = load_file(folder / "model.safetensors")
     compressed = f"{layer}.weight_packed" in tensors
-    codes, scales, zeros = ("weight_packed", "weight_scale", "weight_zero_point") if compressed else ("qweight", "scales", "qzeros")
+    codes, scales, zeros = (
+        ("weight_packed", "weight_scale", "weight_zero_point") if compressed else ("qweight", "scales", "qzeros")
+    )
     name = f"{layer}.{ {'zeros': zeros, 'scales': scales}.get(kind, codes) }"
     tensor = tensors.pop(name)
     if kind == "zeros":  # a one to each of the eight codes of a word; the sum wraps as the words of the file do
