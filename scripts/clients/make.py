@@ -76,7 +76,8 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], Any], float]] = {
 def make(case: Case, out: Path) -> Path:
     """Quantizes and exports one case; returns its folder."""
     model = loud(case.architecture)
-    quantizer = QuantizeModule(QuantizeConfig(**case.config))
+    # Without the search for narrower grids, which takes most of the time and changes nothing in the files' form.
+    quantizer = QuantizeModule(QuantizeConfig(clip_ratios=(1.0,), **case.config))
     rows = torch.randint(8, VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(2))
     quantizer.quantize(model, rows.tolist())
     whole = gptq_plugin.export.SHARD

@@ -1,4 +1,4 @@
-"""reference.py FOLDER...: writes what a checkpoint means, FOLDER.reference.safetensors with "logits" [tokens, vocabulary].
+"""reference.py FOLDER...: what a checkpoint means, as FOLDER.reference.safetensors: "logits" [tokens, vocabulary].
 
 A reader of its own, in plain torch: it shares no code with gptq_plugin or with any client. It dequantizes GPTQ (v1, v2)
 and compressed-tensors (pack-quantized) into the float model of transformers, and runs it in float32 on TOKENS.
