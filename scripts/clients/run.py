@@ -49,7 +49,8 @@ def check(name: str, folders: list[Path], envs: Path, logs: Path) -> dict[str, R
             [str((envs / environment / "bin" / "python").absolute()), str(HERE / script), *map(str, folders)],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # Nothing of this project's environment reaches a client.
+            env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"},
             cwd=logs,
             check=False,
         )
