@@ -17,19 +17,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--client-env",
-        default=str(REPOSITORY.parent / "envs" / "gm"),
-        help="virtual environment with gptqmodel, optimum and transformers (see scripts/check_clients.sh)",
-    )
-    parser.addoption(
-        "--clients",
-        default=str(REPOSITORY.parent / "shared" / "clients"),
-        help="folder of the client checks (gptq_ref.py, check_transformers.py, check_gptqmodel.py)",
-    )
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -1,0 +1,37 @@
+"""check_transformers.py FOLDER...: transformers' own loading, GPTQ through optimum and GPTQModel's kernel in torch.
+
+float32. Loading must report no missing, unexpected or mismatched keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TORCHDYNAMO_DISABLE="1", GPTQMODEL_CPU_WORKERS="2")
+
+import torch
+import transformers
+from checks import run
+from reference import TOKENS
+
+
+def check(folder: Path) -> torch.Tensor:
+    """The log-probabilities of the model that `from_pretrained` makes."""
+    description = json.loads((folder / "config.json").read_text())["quantization_config"]
+    options = {}
+    if description["quant_method"] == "gptq":  # of these only the backend counts; the checkpoint says the rest
+        options["quantization_config"] = transformers.GPTQConfig(bits=4, backend="torch")
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found.get(kind):
+            raise ValueError(f"{kind}: {sorted(map(str, found[kind]))[:4]}")
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
+
+
+if __name__ == "__main__":
+    run(check, 0.03, ("transformers", "optimum", "gptqmodel", "compressed-tensors", "torch"))

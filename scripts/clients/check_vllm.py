@@ -1,0 +1,83 @@
+"""check_vllm.py FOLDER...: vLLM on a CPU, in float16: the log-probabilities it gives for a prompt.
+
+vLLM reads neither zeros nor g_idx of a GPTQ checkpoint: other clients judge these.
+
+Its matrix product for 4-bit weights is built for AVX-512 only. On another CPU `stand_in` takes its place: what vLLM
+loads, fuses and repacks is then checked, its product is not, and the result's "note" says so.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TORCHDYNAMO_DISABLE="1",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    DO_NOT_TRACK="1",
+)
+
+import torch
+from checks import run
+from reference import TOKENS
+from vllm import LLM, SamplingParams
+
+
+def stand_in(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    out: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    pack_factor: int,
+    isa: str,
+) -> None:
+    """vLLM's `cpu_gemm_wna16` in plain torch, for the layout that its CPUWNA16LinearKernel makes.
+
+    words: int32 [out / 16, in * 2]: of every block of 16 outputs, two words of eight codes for every input. zeros:
+    int32 [groups, out / 8]; without them the zero is 8.
+    """
+    codes = _nibbles(words.unflatten(1, (-1, 2)))  # [out / 16, in, 16]
+    codes = codes.permute(1, 0, 2).flatten(1)
+    repeats = len(codes) // len(scales)
+    zero = 8 if zeros is None else _nibbles(zeros).repeat_interleave(repeats, 0)
+    weight = (codes - zero) * scales.float().repeat_interleave(repeats, 0)
+    result = x.float() @ weight
+    out.copy_(result if bias is None else result + bias.float())
+
+
+def _nibbles(words: torch.Tensor) -> torch.Tensor:
+    return ((words[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15).flatten(-2)
+
+
+def check(folder: Path) -> torch.Tensor:
+    """The log-probabilities after each token of the prompt; those after the last one come with the answer."""
+    model = LLM(
+        model=str(folder), dtype="float16", enforce_eager=True, max_model_len=128, max_num_seqs=2, max_logprobs=-1
+    )
+    asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, logprobs=-1, detokenize=False)
+    answer = model.generate([{"prompt_token_ids": TOKENS}], asked)[0]
+    rows = [*answer.prompt_logprobs[1:], answer.outputs[0].logprobs[0]]
+    return torch.tensor([[row[token].logprob for token in range(len(row))] for row in rows])
+
+
+def main() -> None:
+    note = None
+    if not torch.cpu._is_avx512_supported():
+        library = torch.library.Library("_C", "FRAGMENT")
+        library.define(
+            "cpu_gemm_wna16(Tensor x, Tensor words, Tensor(a!) out, Tensor scales, Tensor? zeros, Tensor? bias, "
+            "int pack_factor, str isa) -> ()"
+        )
+        library.impl("cpu_gemm_wna16", stand_in, "CPU")
+        note = "this CPU has no AVX-512, which vLLM's product of 4-bit weights needs: a product in plain torch stood in"
+    run(check, 0.05, ("vllm-cpu", "transformers", "compressed-tensors", "torch"), note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What the checks of all clients share: `run` gives each folder a process of its own and prints a JSON line for it.
+
+The client is imported once, before the processes are forked, which saves its start; whatever ends one process, an
+abort in native code included, is that folder's result and no other's. Imports nothing but torch's side of the client's
+environment: none of this is gptq_plugin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from reference import reference_of
+from safetensors.torch import load_file
+
+LIMIT = 150  # seconds for a folder
+
+
+def run(
+    check: Callable[[Path], torch.Tensor], tolerance: float, packages: tuple[str, ...], note: str | None = None
+) -> None:
+    """Checks the folders of the command line; the exit status is 0 when all passed, else 1.
+
+    Args:
+        check: Loads a folder with the client and returns its log-probabilities for TOKENS, [tokens, vocabulary].
+        tolerance: Largest difference from the reference's that passes.
+        packages: Whose versions are told.
+        note: What else must be said with the results.
+    """
+    passed = True
+    for folder in map(Path, sys.argv[1:]):
+        started = time.perf_counter()
+        result = _in_a_process(lambda folder=folder: _compare(check(folder), folder, tolerance))
+        result = {
+            "folder": folder.name,
+            "passed": False,
+            "difference": None,
+            "error": None,
+            **result,
+            "tolerance": tolerance,
+            "seconds": round(time.perf_counter() - started, 1),
+            "note": note,
+            "versions": {package: _version(package) for package in packages},
+        }
+        passed &= bool(result["passed"])
+        print("\nRESULT " + json.dumps(result), flush=True)
+    os._exit(0 if passed else 1)  # clients leave threads behind
+
+
+def _compare(measured: torch.Tensor, folder: Path, tolerance: float) -> dict[str, object]:
+    expected = load_file(reference_of(folder))["logits"].float().log_softmax(-1)
+    measured = measured.float()
+    if measured.shape != expected.shape:
+        return {"error": f"log-probabilities {tuple(measured.shape)} instead of {tuple(expected.shape)}"}
+    difference = (measured - expected).abs().max().item()
+    return {"passed": difference <= tolerance, "difference": difference}  # NaN does not pass
+
+
+def _in_a_process(work: Callable[[], dict[str, object]]) -> dict[str, object]:
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        os.setsid()  # so that what it starts can be ended with it
+        signal.alarm(LIMIT)
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - whatever a client raises is its answer
+            traceback.print_exc()
+            result = {"error": _chain(error)}
+        os.write(writing, json.dumps(result).encode()[:60_000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if answer:
+        return dict(json.loads(answer))
+    return {"error": f"the process ended with status {os.waitstatus_to_exitcode(status)}"}
+
+
+def _chain(error: BaseException | None) -> str:
+    """An error and what caused it, outermost first."""
+    said = []
+    while error is not None and len(said) < 4:
+        said.append(f"{type(error).__name__}: {error}"[:3000])
+        error = error.__cause__ or error.__context__
+    return " <- ".join(said)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,129 @@
+"""reference.py FOLDER...: what a checkpoint means, as FOLDER.reference.safetensors: "logits" [tokens, vocabulary].
+
+A reader of its own, in plain torch: it shares no code with gptq_plugin or with any client. It dequantizes GPTQ (v1, v2)
+and compressed-tensors (pack-quantized) into the float model of transformers, and runs it in float32 on TOKENS.
+
+In all formats codes lie in one stream of bits, the lowest bits of the first int32 word first: the k-th code of b bits
+takes the bits k*b to (k+1)*b. GPTQ packs qweight [in * b / 32, out] along the inputs and qzeros [groups, out * b / 32]
+along the outputs; v1 stores a zero minus one. compressed-tensors stores both transposed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TOKENS = [1] + [(i * 97 + 13) % 500 + 8 for i in range(47)]
+
+
+def reference_of(folder: Path) -> Path:
+    """The file of a folder's reference, beside it."""
+    return folder.with_name(folder.name + ".reference.safetensors")
+
+
+def reference_logits(folder: Path) -> Tensor:
+    """What the checkpoint's model computes for TOKENS: float32 [tokens, vocabulary]."""
+    with torch.no_grad():
+        return float_model(folder)(input_ids=torch.tensor([TOKENS])).logits[0].float()
+
+
+def float_model(folder: Path) -> Any:
+    """The float32 model of a checkpoint's dequantized weights.
+
+    Raises:
+        ValueError: Tensors are missing, or the model has no place for some.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    state = float_state(folder)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Conv1D" and f"{name}.quantized" in state:  # GPT-2's keeps its weight [in, out]
+            state[f"{name}.quantized"] = state[f"{name}.quantized"].t().contiguous()
+    state = {name.replace(".quantized", ".weight"): tensor for name, tensor in state.items()}
+    found = model.load_state_dict(state, strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if set(found.missing_keys) - tied or found.unexpected_keys:
+        raise ValueError(f"{folder}: missing {found.missing_keys}, unexpected {found.unexpected_keys}")
+    return model
+
+
+def float_state(folder: Path) -> dict[str, Tensor]:
+    """All tensors in float32; the weight of a quantized layer, [out, in], is called NAME.quantized."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if name in tensors:
+                raise ValueError(f"{folder}: {name} is in two files")
+            tensors[name] = tensor
+    description = json.loads((folder / "config.json").read_text())["quantization_config"]
+    compressed = description["quant_method"] == "compressed-tensors"
+    read, mark = (_compressed, ".weight_packed") if compressed else (_gptq, ".qweight")
+    state: dict[str, Tensor] = {}
+    for layer in [name.removesuffix(mark) for name in tensors if name.endswith(mark)]:
+        state[f"{layer}.quantized"] = read(description, layer, tensors)
+    return {**state, **{name: tensor.float() for name, tensor in tensors.items()}}
+
+
+def _gptq(description: dict[str, Any], layer: str, tensors: dict[str, Tensor]) -> Tensor:
+    bits = description["bits"]
+    for pattern, rule in description.get("dynamic", {}).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), layer):
+            if pattern.startswith("-:"):
+                raise ValueError(f"{layer} is quantized, and the rule {pattern!r} leaves it float")
+            bits = rule.get("bits", bits)
+            break
+    group = tensors.pop(f"{layer}.g_idx").long()
+    scales = tensors.pop(f"{layer}.scales").float()
+    codes = codes_of(tensors.pop(f"{layer}.qweight"), bits, len(group))
+    zeros = codes_of(tensors.pop(f"{layer}.qzeros").t(), bits, scales.shape[1]).t()
+    if description["checkpoint_format"] == "gptq":
+        zeros = (zeros + 1) % 2**bits
+    return ((codes - zeros[group]) * scales[group]).t()
+
+
+def _compressed(description: dict[str, Any], layer: str, tensors: dict[str, Tensor]) -> Tensor:
+    schemes = description["config_groups"].values()
+    named = [scheme for scheme in schemes if layer in scheme["targets"]]
+    scheme = (named or [scheme for scheme in schemes if "Linear" in scheme["targets"]])[0]["weights"]
+    bits = scheme["num_bits"]
+    outputs, inputs = tensors.pop(f"{layer}.weight_shape").tolist()
+    scales = tensors.pop(f"{layer}.weight_scale").float()
+    size = inputs if scheme["strategy"] == "channel" else scheme["group_size"]
+    if scales.shape != (outputs, inputs // size):
+        raise ValueError(f"{layer}: scales {tuple(scales.shape)} for [{outputs}, {inputs}] in groups of {size}")
+    codes = codes_of(tensors.pop(f"{layer}.weight_packed").t(), bits, inputs).t()
+    if scheme["symmetric"]:
+        zeros = torch.full(scales.shape, 2 ** (bits - 1))
+    else:
+        zeros = codes_of(tensors.pop(f"{layer}.weight_zero_point"), bits, outputs)
+    return (codes - zeros.repeat_interleave(size, 1)) * scales.repeat_interleave(size, 1)
+
+
+def codes_of(words: Tensor, bits: int, count: int) -> Tensor:
+    """The codes packed along the first dimension: int32 [count * bits / 32, n] to int64 [count, n]."""
+    single = (words.long()[:, None] >> torch.arange(32)[:, None]) & 1  # [words, 32, n]
+    stream = single.flatten(0, 1)[: count * bits].unflatten(0, (count, bits))
+    return (stream << torch.arange(bits)[:, None]).sum(1)
+
+
+def main() -> None:
+    for folder in map(Path, sys.argv[1:]):
+        save_file({"logits": reference_logits(folder).contiguous()}, reference_of(folder))
+
+
+if __name__ == "__main__":
+    main()
