@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_clients import tokenizer
 from test_export import Plain, tiny_llama
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
@@ -24,6 +24,16 @@ from gptq_plugin.report import ModuleReport, QuantizeReport
 
 IDS = torch.randint(3, 60, (5, 21), generator=torch.Generator().manual_seed(0))
 SMALL = QuantizeConfig(group_size=32, nsamples=5, seed=7)
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(2048)}, unk_token="t0"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t3"
+    )
 
 
 def exported(folder, model=None, **options):

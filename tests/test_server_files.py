@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_clients import tokenizer
 from test_export import tiny_llama
+from test_provenance import tokenizer
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, export, load_quantized
 from gptq_plugin.errors import CheckpointError
