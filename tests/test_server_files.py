@@ -17,7 +17,7 @@ from test_export import tiny_llama
 from test_provenance import tokenizer
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, export, load_quantized
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, ExportError
 
 IDS = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
 SMALL = QuantizeConfig(group_size=32, nsamples=4)
@@ -166,3 +166,18 @@ def test_a_class_that_is_in_neither_transformers_nor_the_folder_is_refused(own_c
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="brings no code for it"):
         load_quantized(folder, trust_remote_code=True)
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_refused_before_the_work(tmp_path):
+    model, quantizer = tiny_llama(num_hidden_layers=1), QuantizeModule(SMALL)
+    model.generation_config.temperature = 0.6  # without do_sample
+    with pytest.raises(ExportError, match="(?s)generation_config cannot be saved.*do_sample"):
+        quantizer.quantize(model, list(IDS), export_dir=tmp_path / "out")
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear and not any(tmp_path.iterdir())
+
+
+def test_code_beside_a_class_that_transformers_has_is_neither_needed_nor_run(tmp_path):
+    model = tiny_llama(num_hidden_layers=1)
+    model.config.auto_map = {"AutoModelForCausalLM": "somebody/repo--modeling.LlamaForCausalLM"}
+    folder = exported(model, tmp_path / "out")
+    assert type(load_quantized(folder)).__module__.startswith("transformers.models")

@@ -35,7 +35,7 @@ from gptq_plugin.handover import check_own_folders, export_from_first, from_firs
 from gptq_plugin.job import Progress
 from gptq_plugin.lightning_roots import either, overrides
 from gptq_plugin.placing import check_export_dir
-from gptq_plugin.pretrained import transformers_models
+from gptq_plugin.pretrained import check_savable, transformers_models
 from gptq_plugin.progress import progress_like
 from gptq_plugin.provenance import plain_name
 from gptq_plugin.qlinear import swap as swap_modules
@@ -178,6 +178,8 @@ class GPTQCallback(pl.Callback):
         with uncompiled(module):
             self.quantizer.check(module)
             self.quantizer.check_target(module, self.target)
+            if self.export_dir is not None:
+                check_savable(module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A metric that is not logged is found in the sanity check before training, or else in the first validation."""
@@ -210,6 +212,8 @@ class GPTQCallback(pl.Callback):
                     with brought(pl_module, _elsewhere(trainer)):
                         outputs.check()
                 self.quantizer.check_target(module, self.target)
+                if self.export_dir is not None:
+                    check_savable(module)
                 if first is None:
                     self.quantizer.check(module)
                     return

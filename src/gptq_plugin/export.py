@@ -31,7 +31,7 @@ from gptq_plugin.load import renaming
 from gptq_plugin.outline import Outline
 from gptq_plugin.page import report_page
 from gptq_plugin.placing import Staging, files_in
-from gptq_plugin.pretrained import is_transformers, published_class
+from gptq_plugin.pretrained import check_savable, is_transformers, published_class
 from gptq_plugin.proof import Sample, same_outputs
 from gptq_plugin.provenance import provenance, published
 from gptq_plugin.qlinear import QuantLinear
@@ -122,6 +122,7 @@ class Export:
         self._config = config
         self._target = Target.of(target)
         self._refuse_target(model)
+        check_savable(model)
         self._stored_names = _stored_names(model)
         self._added: set[str] = set()
         self._over = False

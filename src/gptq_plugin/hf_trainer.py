@@ -30,6 +30,7 @@ from gptq_plugin.forward import call, to_device
 from gptq_plugin.handover import check_own_folders, export_from_first, from_first
 from gptq_plugin.job import ModelForward, Progress
 from gptq_plugin.placing import check_export_dir
+from gptq_plugin.pretrained import check_savable
 from gptq_plugin.progress import tqdm_progress
 from gptq_plugin.provenance import plain_name
 from gptq_plugin.quantize import QuantizeModule
@@ -128,6 +129,8 @@ class GPTQTrainerCallback(TrainerCallback):
         plain = _without_adapters(model, base_copy)
         self.quantizer.check(plain)
         self.quantizer.check_target(plain, self.target)
+        if self.export_dir is not None:
+            check_savable(plain)
         if self.data.calibration != "val":
             self._rehearse(args, training)
         elif args.eval_strategy == "no" and not args.eval_on_start:

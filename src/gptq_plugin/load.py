@@ -133,8 +133,8 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
 
     file = checkpoint.directory / CONFIG
     name = checkpoint.model_config["architectures"][0]
-    reference = _own_class(checkpoint, name)
-    architecture = getattr(transformers, name, None) if reference is None else None
+    architecture = getattr(transformers, name, None)
+    reference = _own_class(checkpoint, name) if architecture is None else None
     if reference is not None and not trust_remote_code:
         raise CheckpointError(
             f"{file} says that {name} is code in that folder ({reference}), which loading it would run: read it, then "

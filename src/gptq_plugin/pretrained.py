@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 
 from torch import nn
+
+from gptq_plugin.errors import ExportError
 
 
 def is_transformers(module: nn.Module) -> bool:
@@ -47,3 +50,25 @@ def published_class(model: nn.Module) -> type | None:
             # What every model comes from, and the abstract bases of the families, are no architecture.
             return None if kind.__name__.endswith("PreTrainedModel") else kind
     return None
+
+
+def check_savable(model: nn.Module) -> None:
+    """Says now whether a model's generation config can be saved; transformers refuses one that was changed and
+    contradicts itself, which would otherwise be found at the end.
+
+    Raises:
+        ExportError: It cannot; the message is transformers', which says what to change.
+    """
+    generation_config = getattr(model, "generation_config", None) if is_transformers(model) else None
+    if generation_config is None:
+        return
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            generation_config.save_pretrained(folder)
+    except ValueError as error:
+        raise ExportError(f"the model's generation_config cannot be saved, so the model could not: {error}") from error
+
+
+def has_own_code(model: nn.Module) -> bool:
+    """Whether a transformers model's class comes from code beside its weights (``trust_remote_code``)."""
+    return type(model).__module__.partition(".")[0] == "transformers_modules"

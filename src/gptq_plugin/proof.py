@@ -23,7 +23,7 @@ from gptq_plugin.batches import named, samples_in
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.forward import evaluating
 from gptq_plugin.load import load_quantized
-from gptq_plugin.pretrained import is_transformers
+from gptq_plugin.pretrained import has_own_code, is_transformers
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.weights import brought
 
@@ -175,7 +175,7 @@ def _reload(model: nn.Module, directory: Path) -> nn.Module | None:
         except (TypeError, RuntimeError, NotImplementedError) as error:
             log.warning("the export was not run: %s cannot be copied (%s)", type(model).__name__, error)
             return None
-    again = load_quantized(directory, trust_remote_code=True)  # the code of the model that is in memory
+    again = load_quantized(directory, trust_remote_code=has_own_code(model))  # which is running already
     attention = getattr(model.config, "_attn_implementation", None)
     with contextlib.suppress(Exception):  # another implementation of it adds in another order: no more than that
         again.set_attn_implementation(attention)
