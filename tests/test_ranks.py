@@ -147,13 +147,18 @@ def test_the_samples_decide_the_codes(runs):
     assert 0.5 < agreement(runs / "float32-1", runs / "other-1") < 0.95
 
 
+def lasting(file: Path) -> list[str]:
+    """The lines that say nothing of the single run."""
+    return [line for line in file.read_text().splitlines() if not line.lstrip().startswith(('"date"', '"run_id"'))]
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", ["float32", "one-empty"])
-def test_the_export_has_the_configuration_of_one_rank_byte_for_byte(name, ranks, runs):
+def test_the_export_has_the_configuration_of_one_rank_byte_for_byte_but_for_date_and_run(name, ranks, runs):
     one, several = runs / "float32-1" / "export", runs / f"{name}-{ranks}" / "export"
     assert {file.name for file in one.iterdir()} == {file.name for file in several.iterdir()}
     for file in ("config.json", "quantize_config.json", "generation_config.json"):
-        assert (one / file).read_bytes() == (several / file).read_bytes(), file
+        assert lasting(one / file) == lasting(several / file), file
     assert json.loads((one / "quantize_config.json").read_text())["bits"] == 4
 
 
