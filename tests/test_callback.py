@@ -239,9 +239,10 @@ def test_the_optimizer_is_freed_before_quantization(tmp_path):
 
 
 def test_losses_damping_tokens_seconds_and_totals_reach_the_logger(tmp_path):
-    logger = CSVLogger(tmp_path, name="log")
+    logger = CSVLogger(tmp_path, name="log", version="run-7")
     callback = GPTQCallback(QuantizeModule(**SMALL))
     fit(Holds(), token_loader(), [callback], tmp_path, logger=logger)
+    assert callback.report.run_id == "run-7"
     with open(Path(logger.log_dir) / "metrics.csv") as file:
         row = [r for r in csv.DictReader(file) if r.get("gptq/loss")][0]
     name = "model.layers.0.self_attn.q_proj"

@@ -87,8 +87,9 @@ class Tokenizer:
 def test_the_trained_model_is_quantized_and_exported_with_the_trainers_tokenizer(tmp_path):
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL), tmp_path / "out")
     model = llama()
-    trainer = train(model, [callback], tmp_path, trainer_options={"processing_class": Tokenizer()})
+    trainer = train(model, [callback], tmp_path, trainer_options={"processing_class": Tokenizer()}, run_name="run-7")
     assert len(quantized(model)) == 7 and len(callback.report.quantized) == 7
+    assert callback.report.run_id == "run-7"
     assert callback.report.samples == 17 and callback.report.tokens == 17 * 16
     assert (tmp_path / "out" / "tokenizer.json").exists()
     ids = torch.arange(12)[None]
