@@ -25,7 +25,11 @@ LIMIT = 150  # seconds for a folder
 
 
 def run(
-    check: Callable[[Path], torch.Tensor], tolerance: float, packages: tuple[str, ...], note: str | None = None
+    check: Callable[[Path], torch.Tensor],
+    tolerance: float,
+    packages: tuple[str, ...],
+    note: str | None = None,
+    fork: bool = False,
 ) -> None:
     """Checks the folders of the command line; the exit status is 0 when all passed, else 1.
 
