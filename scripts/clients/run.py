@@ -164,8 +164,12 @@ def unexpected(results: dict[str, dict[str, Result]]) -> list[str]:
     for spoiled in SPOILED:
         for client in spoiled.clients:
             result = results[lane(client, spoiled.name)].get(spoiled.name)
-            if result is None or result["passed"]:
-                wrong.append(f"{client}, {spoiled.name}: a spoiled layer passed, or gave no result")
+            # Wrong values must be seen as such, not hidden behind some other error.
+            told = None if result is None else result["error"]
+            seen = "missing" in (told or "") if spoiled.kind == "missing" else told is None
+            if result is None or result["passed"] or not seen:
+                how = "no result: see the log" if result is None else said(result)
+                wrong.append(f"{client}, {spoiled.name}: the check should fail on the spoiled layer; {how}")
     return wrong
 
 
@@ -198,7 +202,7 @@ def page(results: dict[str, dict[str, Result]], wrong: list[str]) -> str:
             told = ", ".join(f"{package} {v}" for package, v in result["versions"].items() if v != "none")
             versions.append(f"- {name} (environment `{environment}`): {told}; tolerance {result['tolerance']}")
             if result["note"]:
-                notes.append(f"- {name}: {result['note']}.")
+                notes.append(f"- \\* {name}: {result['note']}.")
     failed = ["", "**Not as expected:**", "", *(f"- {line[:300]}" for line in wrong)] if wrong else []
     return "\n".join(
         [
@@ -243,8 +247,9 @@ def cell(result: Result | None, reasons: dict[str, int]) -> str:
         first = re.sub(r"1 validation error for \w+\s+Value error, ", "", first).split(" [type=")[0]
         reason = " ".join(re.sub(r"/\S+/", "", first).split())[:240].replace("|", "\\|")
         return f"refuses [{reasons.setdefault(reason, len(reasons) + 1)}]"
-    figure = f"{result['difference']:.1g}"
-    return f"loads, {figure}" if result["passed"] else f"**differs, {figure}**"
+    figure = f"{result['difference']:.2g}"
+    star = "\\*" if result["note"] else ""
+    return f"loads{star}, {figure}" if result["passed"] else f"**differs, {figure}**"
 
 
 if __name__ == "__main__":
