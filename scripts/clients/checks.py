@@ -1,8 +1,8 @@
-"""What the checks of all clients share: `run` gives each folder a process of its own and prints a JSON line for it.
+"""What the checks of all clients share: `run` tries one folder after the other and prints a JSON line for each.
 
-The client is imported once, before the processes are forked, which saves its start; whatever ends one process, an
-abort in native code included, is that folder's result and no other's. Imports nothing but torch's side of the client's
-environment: none of this is gptq_plugin.
+A client is imported once. What ends the process, an abort in native code or a folder that takes longer than LIMIT,
+is that folder's result: `run.py` begins again with the next one. With `fork`, each folder has a process of its own,
+forked after the import. None of this is gptq_plugin, and nothing of it is imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ LIMIT = 150  # seconds for a folder
 
 
 def run(
-    check: Callable[[Path], torch.Tensor], tolerance: float, packages: tuple[str, ...], note: str | None = None
+    check: Callable[[Path], torch.Tensor],
+    tolerance: float,
+    packages: tuple[str, ...],
+    note: str | None = None,
+    fork: bool = False,
 ) -> None:
     """Checks the folders of the command line; the exit status is 0 when all passed, else 1.
 
@@ -34,11 +38,12 @@ def run(
         tolerance: Largest difference from the reference's that passes.
         packages: Whose versions are told.
         note: What else must be said with the results.
+        fork: A process for each folder, for a client that leaves state behind.
     """
     passed = True
     for folder in map(Path, sys.argv[1:]):
         started = time.perf_counter()
-        result = _in_a_process(lambda folder=folder: _compare(check(folder), folder, tolerance))
+        result = (_forked if fork else _tried)(lambda folder=folder: _compare(check(folder), folder, tolerance))
         result = {
             "folder": folder.name,
             "passed": False,
@@ -64,20 +69,24 @@ def _compare(measured: torch.Tensor, folder: Path, tolerance: float) -> dict[str
     return {"passed": difference <= tolerance, "difference": difference}  # NaN does not pass
 
 
-def _in_a_process(work: Callable[[], dict[str, object]]) -> dict[str, object]:
+def _tried(work: Callable[[], dict[str, object]]) -> dict[str, object]:
+    signal.alarm(LIMIT)  # ends the process
+    try:
+        return work()
+    except BaseException as error:  # noqa: BLE001 - whatever a client raises is its answer
+        traceback.print_exc()
+        return {"error": _chain(error)}
+    finally:
+        signal.alarm(0)
+
+
+def _forked(work: Callable[[], dict[str, object]]) -> dict[str, object]:
     reading, writing = os.pipe()
     sys.stdout.flush()
     child = os.fork()
     if not child:
         os.close(reading)
-        os.setsid()  # so that what it starts can be ended with it
-        signal.alarm(LIMIT)
-        try:
-            result = work()
-        except BaseException as error:  # noqa: BLE001 - whatever a client raises is its answer
-            traceback.print_exc()
-            result = {"error": _chain(error)}
-        os.write(writing, json.dumps(result).encode()[:60_000])
+        os.write(writing, json.dumps(_tried(work)).encode()[:60_000])
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
