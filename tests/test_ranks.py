@@ -147,11 +147,6 @@ def test_the_samples_decide_the_codes(runs):
     assert 0.5 < agreement(runs / "float32-1", runs / "other-1") < 0.95
 
 
-def lasting(file: Path) -> list[str]:
-    """The lines that say nothing of the single run."""
-    return [line for line in file.read_text().splitlines() if not line.lstrip().startswith(('"date"', '"run_id"'))]
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", ["float32", "one-empty"])
 def test_the_export_has_the_configuration_of_one_rank_byte_for_byte(name, ranks, runs, same_but_for_the_run):
