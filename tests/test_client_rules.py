@@ -80,6 +80,7 @@ REFUSED = [
     ("transformers", 1, {"change": {"mlp.down_proj": {"group_size": 64}}}, ("one width and group size", "down_proj")),
     ("transformers", 1, {"lm_head": True}, ("output embedding", "lm_head=False")),
     ("transformers", 1, {"group_size": 8}, ("not 8", "group_size=128")),
+    ("transformers", 1, {"model_type": "gpt2"}, ("layers of gpt2", "load_quantized")),
     ("gptqmodel", 1, {"checkpoint_format": CT}, ("not compressed-tensors", "'gptq_v2'")),
     ("gptqmodel", 1, {"group_size": 8}, ("not 8", "group_size=128")),
     ("sglang", 1, {"bits": 3}, ("4 and 8 bits only", "bits=4")),

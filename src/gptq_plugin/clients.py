@@ -172,12 +172,15 @@ def _vllm(outline: Outline, ranks: int) -> Iterator[str]:
 
 def _transformers(outline: Outline, ranks: int) -> Iterator[str]:
     if outline.checkpoint_format == COMPRESSED:
-        # measured at 4 and 3 bits, symmetric (in llm-compressor 0.14's environment); read: several groups, g_idx.
+        # measured (docs/clients.md): 3, 4 and 8 bits, asymmetric, a scale a row, several groups; read: g_idx.
         return
     # measured: one width for all, read from the description; else the shapes do not match.
     yield from _mixed(outline, "transformers reads one width and group size for all layers of a GPTQ checkpoint")
     yield from _head(outline, "transformers")  # measured
     yield from _torch_groups(outline, "transformers")
+    if outline.model_type == "gpt2":
+        # measured (docs/clients.md): 5.23 with GPTQModel 7.6 ends in "no attribute 'normal_'" when it initialises.
+        yield "transformers does not load GPTQ layers of gpt2: use load_quantized, or target='gptqmodel'"
 
 
 def _gptqmodel(outline: Outline, ranks: int) -> Iterator[str]:
