@@ -718,6 +718,21 @@ def test_a_tokenizer_that_fails_leaves_no_half_export(rtn: Rtn, tmp_path: Path) 
     assert model.config is original
 
 
+def test_what_a_killed_export_left_is_removed_by_the_next_and_a_running_one_is_not(rtn: Rtn, tmp_path: Path) -> None:
+    config, long_ago = QuantizeConfig(group_size=16), time.time() - 3600
+    killed, young, other = (tmp_path / f".{name}.partial" for name in ("out.11111111", "out.22222222", "o.11111111"))
+    for folder in (killed, young, other):
+        (folder / "inside").mkdir(parents=True)
+    model = rtn(Plain(), config)
+    with Export(model, tmp_path / "out", config):
+        (running,) = set(tmp_path.glob(".out.*")) - {killed, young}
+        for folder in (killed, other, running):
+            os.utime(folder, (long_ago, long_ago))
+        export_model(model, tmp_path / "out", config)
+        assert set(tmp_path.iterdir()) == {tmp_path / "out", young, other, running}
+    assert not running.exists()
+
+
 # --- plain modules that do not fit --------------------------------------------------------------------------
 
 

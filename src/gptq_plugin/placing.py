@@ -6,17 +6,26 @@ every export holds (quantize_config.json).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
+import glob
 import json
+import logging
 import os
 import shutil
 import stat
+import time
 import uuid
 from pathlib import Path
 
 from gptq_plugin.checkpoint import QUANTIZE_CONFIG
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import ExportError
+
+log = logging.getLogger(__name__)
+
+_YOUNG = 60  # seconds
 
 
 def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
@@ -77,8 +86,12 @@ class Staging:
         self._overwrite = overwrite
         check_export_dir(self.directory, overwrite)
         self.directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(self.directory)
         self.path = self.directory.parent / f".{self.directory.name}.{uuid.uuid4().hex[:8]}.partial"
         self.path.mkdir()
+        self._lock = os.open(self.path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers stay then
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def place(self) -> None:
         """Flushes all files to the disk, then puts the folder in its target's place.
@@ -94,11 +107,18 @@ class Staging:
             shutil.rmtree(self.path)  # the earlier export
         else:
             _step_aside(self.path, self.directory)
+        self._unlock()
         _sync(self.directory.parent)
 
     def remove(self) -> None:
         """Removes the folder, unless it is in its place."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
 
 def files_in(directory: Path) -> list[str]:
@@ -114,6 +134,21 @@ def _manifest(directory: Path) -> set[str] | None:
         return set(description["meta"][QUANTIZER_NAME]["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what killed exports to the same target left: hidden folders that no process holds a lock on."""
+    for folder in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < _YOUNG:
+                continue  # its lock may be about to be taken
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+                log.warning("removed %s, which an export that was killed had left", folder)
+            finally:
+                os.close(handle)
 
 
 def _flush(staging: Path) -> None:
