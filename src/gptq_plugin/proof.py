@@ -103,15 +103,15 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> N
 def _compare(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     if [t.shape for t in found] != [t.shape for t in expected]:
         raise ExportError(
-            f"the export computes something else than the model: outputs of {[list(t.shape) for t in found]}, the model's "
-            f"are {[list(t.shape) for t in expected]}"
+            f"the export computes something else than the model: outputs of {[list(t.shape) for t in found]}, the "
+            f"model's are {[list(t.shape) for t in expected]}"
         )
     for theirs, ours in zip(found, expected, strict=True):
         share = _difference(theirs, ours)
         if share > max(tolerance, _tolerance(theirs, ours)):
             raise ExportError(
-                f"the export computes something else than the model: an output differs by {share:.3g} of the largest. The "
-                "model in memory is not what its class and configuration say (was one of them changed by hand?)"
+                f"the export computes something else than the model: an output differs by {share:.3g} of the largest. "
+                "The model in memory is not what its class and configuration say (was one of them changed by hand?)"
             )
 
 
