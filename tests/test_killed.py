@@ -49,7 +49,7 @@ class Kill(ModelCheckpoint):
 
 where = {"calibration": (lockstep, "walk", 0), "solve": (job, "solve_shared", 3),
          "write": (export, "verify", 0), "rename": (placing, "_exchange", 0),
-         "removal": (placing.shutil, "rmtree", 0)}
+         "removal": (placing, "_remove_earlier", 0)}
 for phase in sys.argv[2:]:  # a process each: what takes long is the imports above
     out, child = Path(phase), os.fork()
     if child == 0:

@@ -104,7 +104,7 @@ class Staging:
         if not self.directory.exists():
             self.path.rename(self.directory)
         elif _exchange(self.path, self.directory):
-            shutil.rmtree(self.path)  # the earlier export
+            _remove_earlier(self.path)
         else:
             _step_aside(self.path, self.directory)
         self._unlock()
@@ -174,6 +174,10 @@ def _exchange(one: Path, other: Path) -> bool:
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _remove_earlier(folder: Path) -> None:
+    shutil.rmtree(folder)
 
 
 def _step_aside(staging: Path, directory: Path) -> None:
