@@ -35,12 +35,19 @@ from gptq_plugin.handover import check_own_folders, export_from_first, from_firs
 from gptq_plugin.job import Progress
 from gptq_plugin.lightning_roots import either, overrides
 from gptq_plugin.placing import check_export_dir
-from gptq_plugin.pretrained import check_savable, transformers_models
+from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.progress import progress_like
 from gptq_plugin.provenance import plain_name
 from gptq_plugin.qlinear import swap as swap_modules
 from gptq_plugin.quantize import QuantizeModule
-from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps
+from gptq_plugin.refusals import (
+    check_arguments,
+    refuse_adapters,
+    refuse_export,
+    refuse_offload,
+    refuse_quantized,
+    swaps,
+)
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.run_data import RunData
 from gptq_plugin.sharding import shards
@@ -177,9 +184,7 @@ class GPTQCallback(pl.Callback):
             module = base_copy(module)
         with uncompiled(module):
             self.quantizer.check(module)
-            self.quantizer.check_target(module, self.target)
-            if self.export_dir is not None:
-                check_savable(module)
+            refuse_export(self.quantizer, module, self.export_dir, self.target)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A metric that is not logged is found in the sanity check before training, or else in the first validation."""
@@ -211,9 +216,7 @@ class GPTQCallback(pl.Callback):
                 if outputs is not None:
                     with brought(pl_module, _elsewhere(trainer)):
                         outputs.check()
-                self.quantizer.check_target(module, self.target)
-                if self.export_dir is not None:
-                    check_savable(module)
+                refuse_export(self.quantizer, module, self.export_dir, self.target)
                 if first is None:
                     self.quantizer.check(module)
                     return

@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_plugin.errors import CheckpointError, some
-from gptq_plugin.layouts import FLOAT, LAYOUTS, Layout, QuantizedLayer
+from gptq_plugin.layouts import FLOAT, LAYOUTS, Layout, QuantizedLayer, contiguous
 from gptq_plugin.qlinear import QuantLinear
-from gptq_plugin.schemes import COMPRESSED, checkpoint_format, scheme
+from gptq_plugin.schemes import COMPRESSED, Scheme, checkpoint_format, scheme
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,12 @@ class Checkpoint:
     def read_tensors(self, name: str) -> dict[str, Tensor]:
         """The quantized layer's tensors as a QuantLinear holds them, on the CPU; a bias in its own dtype."""
         return self.layout.from_file(lambda suffix: self.read(f"{name}.{suffix}"), self.layers[name])
+
+    def scheme(self, name: str) -> Scheme:
+        """How a layer is quantized; `desc_act` only if its groups really are not contiguous."""
+        layer = self.layers[name]
+        act_order = layer.has_g_idx and not contiguous(self.read(f"{name}.{self.layout.g_idx}"), layer.group_size)
+        return Scheme(layer.bits, layer.group_size, layer.sym, act_order)
 
     def _scan(self, file: Path, promised: Iterable[str]) -> None:
         """Opens one weights file and records its tensors."""

@@ -6,20 +6,16 @@ is not quantized is copied as it is: tensors of any dtype, tokenizer, code, card
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
 from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig
-from gptq_plugin.description import Contents, describe
+from gptq_plugin.description import Contents, describe, most_and_others
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export import SHARD, write_quantize_config
-from gptq_plugin.layouts import LAYOUTS, trivial_g_idx
+from gptq_plugin.export import SHARD, write_json, write_quantize_config
+from gptq_plugin.layouts import LAYOUTS
 from gptq_plugin.placing import Staging
 from gptq_plugin.schemes import Scheme, ignored
 from gptq_plugin.shards import ShardWriter
@@ -51,7 +47,7 @@ def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, o
     checkpoint = Checkpoint.open(directory)
     if checkpoint.checkpoint_format == checkpoint_format:
         raise ValueError(f"{directory} has checkpoint_format={checkpoint_format!r} already: copy it")
-    schemes = {name: _scheme(checkpoint, name) for name in checkpoint.layers}
+    schemes = {name: checkpoint.scheme(name) for name in checkpoint.layers}
     try:
         config = _config(schemes, checkpoint_format)
     except ValueError as error:
@@ -72,8 +68,7 @@ def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, o
         whole = {key: value for key, value in checkpoint.model_config.items() if key != "quantization_config"}
         if isinstance(whole.get("text_config"), dict):
             whole["text_config"] = {k: v for k, v in whole["text_config"].items() if k != "quantization_config"}
-        content = json.dumps({**whole, "quantization_config": description}, indent=2) + "\n"
-        (staging.path / CONFIG).write_text(content, encoding="utf-8")
+        write_json(staging.path / CONFIG, {**whole, "quantization_config": description})
         write_quantize_config(staging.path, description, config)
         verify_same(checkpoint, staging.path)
         staging.place()
@@ -97,25 +92,9 @@ def _write(checkpoint: Checkpoint, schemes: dict[str, Scheme], checkpoint_format
     writer.finish()
 
 
-def _scheme(checkpoint: Checkpoint, name: str) -> Scheme:
-    """How a layer is quantized; its groups are in act-order only if they really are."""
-    layer = checkpoint.layers[name]
-    natural = trivial_g_idx(layer.in_features, layer.group_size)
-    act_order = layer.has_g_idx and not torch.equal(checkpoint.read_tensors(name)["g_idx"], natural)
-    return Scheme(layer.bits, layer.group_size, layer.sym, act_order)
-
-
 def _config(schemes: dict[str, Scheme], checkpoint_format: str) -> QuantizeConfig:
-    """What most layers are, and a `dynamic` rule for each of the others."""
-    (most, _), *_ = Counter(schemes.values()).most_common(1)
-    return QuantizeConfig(
-        **_fields(most),
-        checkpoint_format=checkpoint_format,
-        lm_head=_HEAD in schemes,
-        dynamic={
-            "^" + name.replace(".", r"\.") + "$": _fields(scheme) for name, scheme in schemes.items() if scheme != most
-        },
-    )
+    most, rules = most_and_others({name: _fields(scheme) for name, scheme in schemes.items()})
+    return QuantizeConfig(**most, checkpoint_format=checkpoint_format, lm_head=_HEAD in schemes, dynamic=rules)
 
 
 def _fields(scheme: Scheme) -> dict[str, Any]:

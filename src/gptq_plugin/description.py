@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig, package_version
-from gptq_plugin.layouts import trivial_g_idx
+from gptq_plugin.layouts import contiguous
 from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.schemes import COMPRESSED, PACKED, Scheme
@@ -45,14 +44,25 @@ def client_config(model: nn.Module, layers: Mapping[str, QuantLinear], config: Q
     head = model.get_output_embeddings() if is_transformers(model) else None  # type: ignore[operator]
     floats = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
     names = [name for name, module in model.named_modules() if head is not None and module is head]
-    schemes = {}
-    for name, layer in layers.items():
-        natural = trivial_g_idx(layer.in_features, layer.group_size, layer.g_idx.device)
-        # Not config.desc_act: vLLM goes by the flag, and static act-order leaves the groups contiguous.
-        desc_act = not torch.equal(layer.g_idx, natural)
-        sym = (config.for_module(name) or config).sym
-        schemes[name] = Scheme(layer.bits, layer.group_size, sym, desc_act)
+    schemes = {name: scheme_of(name, layer, config) for name, layer in layers.items()}
     return describe(Contents(schemes, floats, names[0] if names else None), config)
+
+
+def scheme_of(name: str, layer: QuantLinear, config: QuantizeConfig) -> Scheme:
+    """How a layer in memory is quantized.
+
+    Its desc_act is not config.desc_act: vLLM goes by the flag, and static act-order leaves the groups contiguous.
+    """
+    sym = (config.for_module(name) or config).sym
+    return Scheme(layer.bits, layer.group_size, sym, not contiguous(layer.g_idx, layer.group_size))
+
+
+def most_and_others(fields: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Fields of QuantizeConfig by layer, as a configuration says them: what most layers have, and a `dynamic` rule for
+    each of the others."""
+    (most, _), *_ = Counter(tuple(own.items()) for own in fields.values()).most_common(1)
+    rules = {f"{re.escape(name)}$": dict(own) for name, own in fields.items() if tuple(own.items()) != most}
+    return dict(most), rules
 
 
 def describe(contents: Contents, config: QuantizeConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from gptq_plugin.placing import Staging, files_in
 from gptq_plugin.pretrained import check_savable, is_transformers, published_class
 from gptq_plugin.proof import Sample, same_outputs
 from gptq_plugin.provenance import provenance, published
-from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.qlinear import TENSORS, QuantLinear
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED
 from gptq_plugin.shards import ShardWriter
@@ -46,7 +46,6 @@ PAGE = "report.html"
 CARD = "README.md"
 SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
 MAX_SHARD = "5GB"  # of a transformers model's float tensors
-_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")  # of a QuantLinear, in memory and on disk
 
 
 def export_model(
@@ -157,7 +156,7 @@ class Export:
                 raise ExportError(f"{name}: {error}") from error
             return {f"{stored}.{suffix}": tensor for suffix, tensor in on_file.items()}
 
-        tensors = {suffix: getattr(layer, suffix) for suffix in _TENSORS}
+        tensors = {suffix: getattr(layer, suffix) for suffix in TENSORS}
         self._writer.add({suffix: t.detach() for suffix, t in tensors.items() if t is not None}, as_stored)
         self._added.add(name)
 
@@ -187,7 +186,7 @@ class Export:
         if self._config.checkpoint_format == COMPRESSED:
             return None  # another orientation
         stored = self._stored_names[name]
-        tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in _TENSORS if suffix != "qzeros"}
+        tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in TENSORS if suffix != "qzeros"}
         return {suffix: t for suffix, t in tensors.items() if t is not None} or None
 
     def finish(
@@ -307,7 +306,7 @@ def write_quantize_config(staging: Path, description: dict[str, Any], config: Qu
     listed = sorted([*files_in(staging), QUANTIZE_CONFIG])
     ours[QUANTIZER_NAME] = {**settings, **ours.get(QUANTIZER_NAME, {}), "files": listed}
     full["meta"] = ours
-    _write_json(staging / QUANTIZE_CONFIG, full)
+    write_json(staging / QUANTIZE_CONFIG, full)
 
 
 def _write_report(staging: Path, report: QuantizeReport, model: nn.Module, description: dict[str, Any]) -> None:
@@ -345,7 +344,7 @@ def _stored_names(model: Any) -> dict[str, str]:
 
 def _float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
     """The entries of the state dict that belong to no quantized layer."""
-    quantized = {f"{name}.{suffix}" for name in layers for suffix in _TENSORS}
+    quantized = {f"{name}.{suffix}" for name in layers for suffix in TENSORS}
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in quantized}
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -379,13 +378,13 @@ def _write_transformers(
         for part in (config, config.get("text_config") or {}):
             if "tie_word_embeddings" in part or part is config:
                 part["tie_word_embeddings"] = False
-    _write_json(staging / CONFIG, config)
+    write_json(staging / CONFIG, config)
     return sorted(staging.glob("model*.safetensors"))
 
 
 def _write_plain_config(staging: Path, model: nn.Module, description: dict[str, Any]) -> None:
     kind = type(model)
-    _write_json(
+    write_json(
         staging / CONFIG,
         {"module_class": f"{kind.__module__}.{kind.__qualname__}", "quantization_config": description},
     )
@@ -404,5 +403,5 @@ def _once(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

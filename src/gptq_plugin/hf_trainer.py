@@ -30,11 +30,17 @@ from gptq_plugin.forward import call, to_device
 from gptq_plugin.handover import check_own_folders, export_from_first, from_first
 from gptq_plugin.job import ModelForward, Progress
 from gptq_plugin.placing import check_export_dir
-from gptq_plugin.pretrained import check_savable
 from gptq_plugin.progress import tqdm_progress
 from gptq_plugin.provenance import plain_name
 from gptq_plugin.quantize import QuantizeModule
-from gptq_plugin.refusals import check_arguments, refuse_adapters, refuse_offload, refuse_quantized, swaps
+from gptq_plugin.refusals import (
+    check_arguments,
+    refuse_adapters,
+    refuse_export,
+    refuse_offload,
+    refuse_quantized,
+    swaps,
+)
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.run_data import RunData
 
@@ -128,9 +134,7 @@ class GPTQTrainerCallback(TrainerCallback):
             check_export_dir(self.export_dir, overwrite=self.overwrite)
         plain = _without_adapters(model, base_copy)
         self.quantizer.check(plain)
-        self.quantizer.check_target(plain, self.target)
-        if self.export_dir is not None:
-            check_savable(plain)
+        refuse_export(self.quantizer, plain, self.export_dir, self.target)
         if self.data.calibration != "val":
             self._rehearse(args, training)
         elif args.eval_strategy == "no" and not args.eval_on_start:

@@ -121,7 +121,7 @@ class Job:
     def run(self) -> tuple[dict[str, QuantLinear], QuantizeReport]:
         """The finished layers, on the model's device, and what happened to all of them."""
         started = time.perf_counter()
-        self.samples = self._count_samples()
+        self.samples = self._count_samples(self.calibration.digest, uuid.uuid4().hex)
         modules = {target.name: target.module for target in self.targets}
         forwards = [self._forward(number, batch) for number, batch in enumerate(self.calibration.batches)]
         notes = lockstep.Walk()
@@ -180,9 +180,11 @@ class Job:
         if not any(distributed.gather_objects(bool(reached))):
             raise CalibrationError(self._unreached())
 
-    def _count_samples(self) -> int:
-        said = (self.calibration.samples, self.calibration.digest, uuid.uuid4().hex)
-        counts, digests, run_ids = zip(*distributed.gather_objects(said), strict=True)
+    def _count_samples(self, digest: int = 0, run_id: str = "") -> int:
+        """Those of all ranks; the same meeting adds up the ranks' digests and gives all the first one's run id."""
+        counts, digests, run_ids = zip(
+            *distributed.gather_objects((self.calibration.samples, digest, run_id)), strict=True
+        )
         if not sum(counts):
             dropped = "; ".join(self.calibration.deviations)
             raise CalibrationError(f"the calibration set is empty{f': {dropped}' if dropped else ''}")

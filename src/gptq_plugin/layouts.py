@@ -163,7 +163,7 @@ class CompressedTensors(Layout):
                 f"its {in_features} inputs are no multiple of its group size, which compressed-tensors asks for; "
                 "export with checkpoint_format='gptq'"
             )
-        if not torch.equal(tensors["g_idx"], trivial_g_idx(in_features, in_features // groups)):
+        if not contiguous(tensors["g_idx"], in_features // groups):
             raise ExportError(
                 "its groups are not contiguous (desc_act=True without static_groups), which compressed-tensors cannot "
                 "hold; export with checkpoint_format='gptq', or quantize with desc_act=False"
@@ -211,3 +211,8 @@ def trivial_g_idx(in_features: int, group_size: int, device: torch.device | None
     return torch.arange(in_features, dtype=torch.int32, device=device) // (
         group_size if group_size > 0 else in_features
     )
+
+
+def contiguous(g_idx: Tensor, group_size: int) -> bool:
+    """Whether input channel i is in group i // group_size, so that no client needs the g_idx."""
+    return torch.equal(g_idx, trivial_g_idx(len(g_idx), group_size, g_idx.device))

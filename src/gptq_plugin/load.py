@@ -12,8 +12,7 @@ after everything has been compared by name and shape.
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.checkpoint import CONFIG, Checkpoint
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.description import client_config
+from gptq_plugin.description import client_config, most_and_others
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.layouts import QuantizedLayer
 from gptq_plugin.qlinear import QuantLinear, swap
@@ -146,9 +145,7 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
             "it. The folder brings no code for it: config.json names none in auto_map"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            checkpoint.directory, trust_remote_code=trust_remote_code if reference is not None else False
-        )
+        config = transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=reference is not None)
         if reference is not None:
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -341,12 +338,11 @@ def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]
     """
     if checkpoint.checkpoint_format != COMPRESSED:
         return {**checkpoint.quantization, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
-    kept = ("bits", "group_size", "sym")
-    fields = {name: tuple(getattr(checkpoint.layers[stored], key) for key in kept) for name, stored in names.items()}
-    most = Counter(fields.values()).most_common(1)[0][0]
-    bits, group_size, sym = most
-    rules = {f"{re.escape(name)}$": dict(zip(kept, own, strict=True)) for name, own in fields.items() if own != most}
-    config = QuantizeConfig(bits, group_size, sym, dynamic=rules, checkpoint_format="gptq_v2")
+    layers = {name: checkpoint.layers[stored] for name, stored in names.items()}
+    most, rules = most_and_others(
+        {name: {"bits": x.bits, "group_size": x.group_size, "sym": x.sym} for name, x in layers.items()}
+    )
+    config = QuantizeConfig(**most, dynamic=rules, checkpoint_format="gptq_v2")
     return client_config(model, {name: model.get_submodule(name) for name in names}, config)  # type: ignore[misc]
 
 

@@ -16,10 +16,11 @@ from torch import nn
 
 from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.layouts import QuantizedLayer, trivial_g_idx
+from gptq_plugin.description import scheme_of
+from gptq_plugin.layouts import QuantizedLayer
 from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.qlinear import QuantLinear
-from gptq_plugin.schemes import COMPRESSED
+from gptq_plugin.schemes import COMPRESSED, Scheme
 from gptq_plugin.targets import Target, find_targets, is_linear, linear_shape
 
 _HEADS = ("lm_head", "embed_out")  # names of output embeddings; in a block no layer is called so
@@ -94,7 +95,7 @@ class Outline:
     def of(cls, checkpoint: Checkpoint) -> Outline:
         """What `checkpoint` holds, under the names it has there; reads group indices, no weights."""
         description = checkpoint.quantization
-        layers = tuple(_layer(checkpoint, layer) for _, layer in sorted(checkpoint.layers.items()))
+        layers = tuple(_outlined(n, layer, checkpoint.scheme(n)) for n, layer in sorted(checkpoint.layers.items()))
         matrices = (
             name.removesuffix(".weight")
             for name in checkpoint.float_names
@@ -121,19 +122,12 @@ def _planned(target: Target) -> LayerOutline:
 
 
 def _quantized(name: str, layer: QuantLinear, config: QuantizeConfig) -> LayerOutline:
-    natural = trivial_g_idx(layer.in_features, layer.group_size, layer.g_idx.device)
-    sym = (config.for_module(name) or config).sym
-    act_order = not torch.equal(layer.g_idx, natural)
-    return LayerOutline(name, layer.bits, layer.group_size, layer.in_features, layer.out_features, sym, act_order)
+    return _outlined(name, layer, scheme_of(name, layer, config))
 
 
-def _layer(checkpoint: Checkpoint, layer: QuantizedLayer) -> LayerOutline:
-    act_order = False
-    if layer.has_g_idx:
-        stored = checkpoint.read(f"{layer.name}.{checkpoint.layout.g_idx}")
-        act_order = not torch.equal(stored, trivial_g_idx(layer.in_features, layer.group_size))
+def _outlined(name: str, layer: QuantLinear | QuantizedLayer, scheme: Scheme) -> LayerOutline:
     return LayerOutline(
-        layer.name, layer.bits, layer.group_size, layer.in_features, layer.out_features, layer.sym, act_order
+        name, scheme.bits, scheme.group_size, layer.in_features, layer.out_features, scheme.sym, scheme.desc_act
     )
 
 

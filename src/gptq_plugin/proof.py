@@ -166,7 +166,7 @@ def _dummies(model: Any) -> tuple[Arguments, torch.device] | None:
 def _reload(model: nn.Module, directory: Path) -> nn.Module | None:
     if not is_transformers(model):
         try:
-            return load_quantized(directory, model=_skeleton(model)).eval()  # type: ignore[no-any-return]
+            return load_quantized(directory, model=_skeleton(model))  # type: ignore[no-any-return]
         except (TypeError, RuntimeError, NotImplementedError) as error:
             log.warning("the export was not run: %s cannot be copied (%s)", type(model).__name__, error)
             return None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gptq_plugin.grid import QuantizedWeight
 
 _PACKED = ("qweight", "qzeros", "scales", "g_idx")
+TENSORS = (*_PACKED, "bias")  # of a layer, in memory and in a GPTQ file
 
 # torch.ops.aten._weight_int4pack_mm_for_cpu: the groups it takes, and the most rows at which it still beats
 # dequantizing (its time grows with every row; scripts/bench_qlinear.py measures both).

@@ -213,9 +213,10 @@ class QuantizeModule:
         started = time.perf_counter()
         with contextlib.ExitStack() as stack:
             stack.enter_context(distributed.ending_together())
-            self.check_target(model, target)
             export = None
-            if export_dir is not None:
+            if export_dir is None:
+                self.check_target(model, target)
+            else:
                 if distributed.active():
                     raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
                 export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite, target=target))

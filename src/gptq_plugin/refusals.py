@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from gptq_plugin.adapters import has_adapters
+from gptq_plugin.clients import Target
 from gptq_plugin.errors import TargetError
+from gptq_plugin.pretrained import check_savable
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.quantize import QuantizeModule
 
@@ -39,6 +41,13 @@ def refuse_quantized(module: nn.Module, source: str) -> None:
             f"{type(module).__name__} is quantized, and quantized weights cannot be trained: build the module "
             f"anew, or load a float checkpoint into a new one ({source})"
         )
+
+
+def refuse_export(quantizer: QuantizeModule, module: nn.Module, export_dir: Path | None, target: Target | None) -> None:
+    """Raises ExportError where the quantized module could not be saved, or its client would not take it."""
+    quantizer.check_target(module, target)
+    if export_dir is not None:
+        check_savable(module)
 
 
 def refuse_offload(quantizer: QuantizeModule, device: torch.device) -> None:

@@ -16,10 +16,9 @@ from torch import Tensor
 from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels import reference
-from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.qlinear import TENSORS, QuantLinear
 from gptq_plugin.schemes import COMPRESSED
 
-_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")  # of a QuantLinear
 _CHECKED_ROWS = 32  # output channels of every layer that are decoded again from the file
 _COMPARED = 2**26  # bytes of a tensor that are compared at a time
 
@@ -41,10 +40,7 @@ def verify(
     Raises:
         ExportError: Something differs; the message names the tensor.
     """
-    try:
-        checkpoint = Checkpoint.open(directory)
-    except CheckpointError as error:
-        raise ExportError(f"the export does not read back: {error}") from error
+    checkpoint = _opened(directory, "export")
     stored_names = {name if name in layers else renamed(name): name for name in checkpoint.layers}
     found = {layers[name] for name in stored_names if name in layers}
     lost = [name for name, layer in layers.items() if layer not in found]
@@ -58,9 +54,16 @@ def verify(
             raise ExportError(f"the export does not read back: {name} differs from the model's")
 
 
+def _opened(directory: Path, what: str) -> Checkpoint:
+    try:
+        return Checkpoint.open(directory)
+    except CheckpointError as error:
+        raise ExportError(f"the {what} does not read back: {error}") from error
+
+
 def _verify_layer(checkpoint: Checkpoint, name: str, layer: QuantLinear) -> None:
     stored = checkpoint.read_tensors(name)
-    for suffix in _TENSORS:
+    for suffix in TENSORS:
         ours = getattr(layer, suffix)
         if (ours is None) != (suffix not in stored) or (ours is not None and not _equal(stored[suffix], ours)):
             raise ExportError(f"the export does not read back: {suffix} of {name} differs from the model's")
@@ -133,10 +136,7 @@ def verify_same(source: Checkpoint, directory: Path) -> None:
     Raises:
         ExportError: Something differs; the message names the tensor.
     """
-    try:
-        copy = Checkpoint.open(directory)
-    except CheckpointError as error:
-        raise ExportError(f"the copy does not read back: {error}") from error
+    copy = _opened(directory, "copy")
     if copy.layers.keys() != source.layers.keys() or set(copy.float_names) != set(source.float_names):
         raise ExportError("the copy does not read back: it has other layers or other tensors than its source")
     for name, layer in source.layers.items():
