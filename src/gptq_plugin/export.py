@@ -27,7 +27,6 @@ from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.description import client_config
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.layouts import LAYOUTS
-from gptq_plugin.load import renaming
 from gptq_plugin.outline import Outline
 from gptq_plugin.page import report_page
 from gptq_plugin.placing import Staging, files_in
@@ -38,6 +37,7 @@ from gptq_plugin.qlinear import TENSORS, QuantLinear
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED
 from gptq_plugin.shards import ShardWriter
+from gptq_plugin.stored_names import renaming, stored_names
 from gptq_plugin.targets import is_linear, linear_shape
 from gptq_plugin.verify import verify
 
@@ -321,25 +321,14 @@ def _write_report(staging: Path, report: QuantizeReport, model: nn.Module, descr
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def _stored_names(model: Any) -> dict[str, str]:
-    """{name of a linear layer: its name in the checkpoint}, by transformers' own rules for `save_pretrained`.
-
-    A layer whose weight those rules would split, join or permute is left out.
-    """
+def _stored_names(model: nn.Module) -> dict[str, str]:
+    """{name of a linear layer: its name in the checkpoint}, less those whose weights are stored in another arrangement."""
     shapes = {
         name: (module.out_features, module.in_features) if isinstance(module, QuantLinear) else linear_shape(module)
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QuantLinear) or is_linear(module)
     }
-    if not is_transformers(model):
-        return {name: name for name in shapes}
-    from transformers.core_model_loading import revert_weight_conversion
-
-    # All at once: some rules take effect only after they have seen another layer's name.
-    state = {f"{name}.qweight": torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    names = {id(tensor): name for name, tensor in zip(shapes, state.values(), strict=True)}
-    reverted = revert_weight_conversion(model, dict(state))
-    return {names[id(t)]: key.removesuffix(".qweight") for key, t in reverted.items() if id(t) in names}
+    return stored_names(model, shapes)
 
 
 def _float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:

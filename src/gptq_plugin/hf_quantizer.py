@@ -36,7 +36,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from gptq_plugin.checkpoint import INDEX, WEIGHTS, Checkpoint
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.load import fill, forget_quantization, in_memory, key_renaming, refuse, reserve
+from gptq_plugin.load import fill, forget_quantization, in_memory, refuse, reserve
 
 
 class GPTQPluginConfig(QuantizationConfigMixin):

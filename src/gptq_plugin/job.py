@@ -25,7 +25,9 @@ from gptq_plugin.calibration import Batch, Calibration
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.dealing import solve_shared
 from gptq_plugin.errors import CalibrationError, TargetError
+from gptq_plugin.experts import experts_of
 from gptq_plugin.export import Export
+from gptq_plugin.grid import round_to_nearest
 from gptq_plugin.hessian import Hessian
 from gptq_plugin.positions import Positions
 from gptq_plugin.proof import Sample
@@ -37,6 +39,8 @@ from gptq_plugin.timing import Fetched, Stopwatch
 from gptq_plugin.weights import Weights
 
 log = logging.getLogger(__name__)
+
+_IDLE = "an expert that no calibration token was routed to: rounded to nearest"
 
 ModelForward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, str], None]
@@ -141,8 +145,9 @@ class Job:
             ):
                 self.results.settle()
                 self._quantize_group([self._by_name[name] for name in stop.group.names], stop)
+            rounded = self._round_idle_experts()
             self.results.settle(wait=True)
-        reports = self._reports()
+        reports = self._reports(rounded)
         solving = sum(stopwatch.seconds() for stopwatch in self.stopwatches)
         seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
         return self.results.layers, self._report(reports, notes, seconds)
@@ -355,7 +360,20 @@ class Job:
                 + (", or count all tokens: token_weighting is 'labels'" if self.config.token_weighting != "all" else "")
             )
 
-    def _reports(self) -> list[ModuleReport]:
+    def _round_idle_experts(self) -> dict[str, ModuleReport]:
+        """Rounds to nearest what no token was routed to, where others of the same experts were reached: clients take
+        experts quantized alike or not at all."""
+        reached = {experts_of(name, one.target.module) for name, one in self.solved.items()} - {None}
+        rounded: dict[str, ModuleReport] = {}
+        for target in self.targets:
+            if target.name in self.solved or experts_of(target.name, target.module) not in reached:
+                continue
+            quantized = round_to_nearest(self.weights.present(target), target.config)
+            self.results.add(target.name, QuantLinear.from_quantized(quantized, target.bias))
+            rounded[target.name] = module_report(target, method="rtn", deviations=(_IDLE,))
+        return rounded
+
+    def _reports(self, rounded: dict[str, ModuleReport]) -> list[ModuleReport]:
         """Of all targets, in their order."""
         if not self.solved:
             raise CalibrationError(self._unreached())
@@ -363,7 +381,8 @@ class Job:
         return [
             self.solved[target.name].report()
             if target.name in self.solved
-            else module_report(target, method="float", reason=reason, deviations=(reason,))
+            else rounded.get(target.name)
+            or module_report(target, method="float", reason=reason, deviations=(reason,))
             for target in self.targets
         ]
 

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from gptq_plugin.checkpoint import CONFIG, Checkpoint
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.description import client_config, most_and_others
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.experts import place_experts, possible_experts
 from gptq_plugin.layouts import QuantizedLayer
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.schemes import COMPRESSED
+from gptq_plugin.stored_names import expert_parts, plain_renaming, renaming
 from gptq_plugin.targets import is_linear, linear_shape
 
 
@@ -195,34 +197,11 @@ def _with_hook(architecture: Any, hook: Callable[[nn.Module], None]) -> Any:
     return type(architecture.__name__, (architecture,), {"__init__": __init__, "__module__": architecture.__module__})
 
 
-def renaming(model: Any) -> Callable[[str], str]:
-    """Checkpoint's module name -> the model's, by transformers' rules for the weights of that module."""
-    rename = key_renaming(model)
-    return lambda name: rename(f"{name}.weight")[0].removesuffix(".weight")
-
-
-def key_renaming(model: Any) -> Callable[[str], list[str]]:
-    """Checkpoint's tensor name -> the model's, by transformers' rules; several where one tensor fills several."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
-    state = model.state_dict()
-
-    def rename(name: str) -> list[str]:
-        key, source = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        return [key] if source is None else [key.replace(targets[source][0], target) for target in targets[source]]
-
-    return rename
-
-
 # --- plain modules ------------------------------------------------------------------------------------------
 
 
 def _load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    take_apart(checkpoint, model, lambda name: name)
     names = _match(checkpoint, model, lambda name: name)
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced = {modules[name] for name in names}
@@ -292,9 +271,42 @@ def reserve(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     Raises:
         CheckpointError: The checkpoint's layers do not fit the model; it is then as it was.
     """
+    take_apart(checkpoint, model, plain_renaming(model))
     names = _match(checkpoint, model, renaming(model))
     swap(model, {name: Place(checkpoint.layers[stored]) for name, stored in names.items()})
     return names
+
+
+def take_apart(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> None:
+    """Makes a Linear of every expert's matrix that the model keeps in one parameter and the checkpoint quantized.
+
+    Raises:
+        CheckpointError: Some experts of a parameter are quantized and others are not, or they have other sizes.
+    """
+    quantized = {rename(name): layer for name, layer in checkpoint.layers.items()}
+    problems: dict[tuple[str, str], str] = {}
+    for stacks in possible_experts(model):
+        parts = expert_parts(model, stacks)
+        for experts in stacks:
+            key = experts.name, experts.parameter
+            named = {f"{experts.name}.{part.name}": part for own in parts[key] for part in own}
+            found = {name: quantized[name] for name in named if name in quantized}
+            rows = {name: part.rows.stop - part.rows.start for name, part in named.items()}
+            if not found:
+                continue
+            wrong = [n for n, x in found.items() if (x.out_features, x.in_features) != (rows[n], experts.in_features)]
+            lacking = [name for name in named if name not in found]
+            if wrong or lacking:
+                what = f"{some(lacking)} of its experts are not quantized" if lacking else f"{some(wrong)} has other sizes"
+                problems[key] = f"{experts.name}.{experts.parameter} {tuple(experts.whole.shape)}: {what}"
+                continue
+            problems.pop(key, None)
+            empty = [
+                [nn.Linear(experts.in_features, part.rows.stop - part.rows.start, bias=False, device="meta") for part in own]
+                for own in parts[key]
+            ]
+            place_experts(experts, parts[key], empty)
+    refuse(checkpoint, type(model).__name__, list(problems.values()))
 
 
 def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:

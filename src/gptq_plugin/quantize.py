@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,27 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.batches import to_device
-from gptq_plugin.calibration import collect
+from gptq_plugin.calibration import Calibration, collect
 from gptq_plugin.clients import Target as Client
 from gptq_plugin.clients import refuse
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.description import client_config
 from gptq_plugin.errors import TargetError, some
+from gptq_plugin.experts import learn_layouts, unfused
 from gptq_plugin.export import Export, export_model
 from gptq_plugin.forward import call, evaluating
 from gptq_plugin.grid import round_to_nearest
 from gptq_plugin.job import Job, ModelForward, Progress, float_reports, module_report
 from gptq_plugin.memory import numbered
 from gptq_plugin.outline import Outline
+from gptq_plugin.placing import check_export_dir
 from gptq_plugin.pretrained import transformers_models
 from gptq_plugin.proof import Sample
 from gptq_plugin.qlinear import QuantLinear, swap
 from gptq_plugin.report import ModuleReport, QuantizeReport
 from gptq_plugin.shared_layers import SharedLayers
 from gptq_plugin.targets import Skipped, Target, find_targets
+from gptq_plugin.weights import brought
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +96,8 @@ class QuantizeModule:
         Raises:
             TargetError: See `targets.find_targets`.
         """
-        return find_targets(model, self.config)
+        with unfused(model):
+            return find_targets(model, self.config)
 
     def check_target(self, model: nn.Module, target: Client | str | Mapping[str, Any] | None) -> None:
         """Refuses now what a client would not take of the quantized model's export; None is no client.
@@ -102,7 +107,8 @@ class QuantizeModule:
         """
         client = Client.of(target)
         if client is not None:
-            refuse(Outline.of_model(model, self.config), client)
+            with unfused(model):
+                refuse(Outline.of_model(model, self.config), client)
 
     def quantize(
         self,
@@ -189,7 +195,11 @@ class QuantizeModule:
             TargetError, CalibrationError: As `quantize`.
         """
         with distributed.ending_together(), evaluating(model):
-            self._job(model, batches, forward=forward, tokenizer=tokenizer, device=device).rehearse(whole)
+            run = self._run(forward, device)
+            calibration = self._collect(batches, tokenizer)
+            self._learn(model, calibration, run, device)
+            with unfused(model):
+                self._job(model, calibration, run, device=device).rehearse(whole)
 
     @contextlib.contextmanager
     def temporarily(
@@ -198,7 +208,10 @@ class QuantizeModule:
         batches: Iterable[Any],
         *,
         keep: bool = False,
+        forward: ModelForward | None = None,
         tokenizer: Any = None,
+        nsamples: int | None = None,
+        device: torch.device | str | None = None,
         export_dir: str | Path | None = None,
         overwrite: bool = False,
         target: Client | str | Mapping[str, Any] | None = None,
@@ -211,17 +224,22 @@ class QuantizeModule:
         `layers_in` the layers of a model on the CPU lie there, for all ranks of a node.
         """
         started = time.perf_counter()
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as around, contextlib.ExitStack() as stack:
             stack.enter_context(distributed.ending_together())
-            export = None
-            if export_dir is None:
-                self.check_target(model, target)
-            else:
+            if export_dir is not None:
                 if distributed.active():
                     raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
+                check_export_dir(export_dir, overwrite)
+            self.check_target(model, target)
+            run = self._run(forward, device)
+            calibration = self._collect(batches, tokenizer, nsamples)
+            self._learn(model, calibration, run, device)
+            around.enter_context(unfused(model))
+            export = None
+            if export_dir is not None:
                 export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite, target=target))
             stack.enter_context(evaluating(model))
-            job = self._job(model, batches, tokenizer=tokenizer, layers_in=export or layers_in, **options)
+            job = self._job(model, calibration, run, device=device, layers_in=export or layers_in, **options)
             if export is not None:
                 export.check(target.name for target in job.targets)
             layers, report = job.run()
@@ -246,15 +264,16 @@ class QuantizeModule:
 
     def round_to_nearest(self, model: nn.Module) -> QuantizeReport:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
-        targets, skipped = self.check(model)
         started = time.perf_counter()
         layers: dict[str, QuantLinear] = {}
         modules: list[ModuleReport] = []
-        for target in targets:
-            quantized = round_to_nearest(target.weight, target.config)
-            layers[target.name] = QuantLinear.from_quantized(quantized, target.bias)
-            modules.append(module_report(target, method="rtn"))
-        swap(model, layers)
+        with unfused(model):
+            targets, skipped = self.check(model)
+            for target in targets:
+                quantized = round_to_nearest(target.weight, target.config)
+                layers[target.name] = QuantLinear.from_quantized(quantized, target.bias)
+                modules.append(module_report(target, method="rtn"))
+            swap(model, layers)
         _describe(model, layers, self.config)
         self._sample = None
         self.report = QuantizeReport(self.config, modules + float_reports(skipped))
@@ -290,22 +309,41 @@ class QuantizeModule:
             target=target,
         )
 
+    def _run(self, forward: ModelForward | None, device: torch.device | str | None) -> ModelForward:
+        """How a batch is run, and brought to the device."""
+        where = None if device is None else numbered(torch.device(device))
+
+        def run(model: nn.Module, batch: Any) -> Any:
+            if forward is None:
+                return call(model, batch, every_logit=self.config.lm_head, device=where)
+            return forward(model, batch if where is None else to_device(batch, where))
+
+        return run
+
+    def _collect(self, data: Iterable[Any], tokenizer: Any, nsamples: int | None = None) -> Calibration:
+        return collect(data, self.config, tokenizer, share(self.config.nsamples) if nsamples is None else nsamples)
+
+    def _learn(
+        self, model: nn.Module, calibration: Calibration, run: ModelForward, device: torch.device | str | None
+    ) -> None:
+        """How experts' parameters are used that do not say it themselves. Ranks have the same model and run each its
+        own first batch."""
+        if calibration.batches:
+            with evaluating(model), brought(model, None if device is None else torch.device(device)), torch.no_grad():
+                learn_layouts(model, partial(run, model, calibration.batches[0].data))
+
     def _job(
         self,
         model: nn.Module,
-        data: Iterable[Any],
+        calibration: Calibration,
+        run: ModelForward,
         *,
-        forward: ModelForward | None = None,
-        tokenizer: Callable[..., Any] | None = None,
-        nsamples: int | None = None,
         device: torch.device | str | None = None,
         device_memory: int | None = None,
         progress: Progress | None = None,
         layers_in: Any = None,
     ) -> Job:
         targets, skipped = self.check(model)
-        limit = share(self.config.nsamples) if nsamples is None else nsamples
-        calibration = collect(data, self.config, tokenizer, limit)
         devices = {str(target.weight.device): target.name for target in targets}
         if len(devices) > 1:
             raise TargetError(
@@ -319,12 +357,6 @@ class QuantizeModule:
                 f"offload_weights=True streams a model from the CPU, and this one is on {home}: call model.to('cpu') "
                 f"first, and give quantize(..., device={str(where)!r})"
             )
-
-        def run(model: nn.Module, batch: Any) -> Any:
-            if forward is None:
-                return call(model, batch, every_logit=self.config.lm_head, device=where)
-            return forward(model, batch if device is None else to_device(batch, where))
-
         return Job(
             self.config,
             model,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gptq_plugin.adapters import has_adapters
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import TargetError, some
+from gptq_plugin.experts import ExpertLinear, experts_of, routers
 from gptq_plugin.qlinear import QuantLinear
 
 
@@ -64,9 +65,12 @@ class Skipped:
 def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target], list[Skipped]]:
     """The layers of `model` to quantize, in the order they are registered, and those left float.
 
+    Experts that the model keeps in one parameter are among them while `experts.unfused` has taken them apart.
+
     Raises:
         TargetError: No target; a rule or name that matches nothing; a group size that does not divide a
-            layer; a model that is quantized already. Every message names the modules and the choices.
+            layer; experts of one parameter that are to be different; a model that is quantized already. Every message
+            names the modules and the choices.
     """
     _refuse_adapters(model)
     if is_linear(model):
@@ -85,6 +89,7 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
     skipped: list[Skipped] = []
     head = _output_embedding(model)
     obstacles = _obstacles(model, head)
+    scorers = routers(model)
     for name, module in linears.items():
         resolved, is_head = config.for_module(name), module is head
         if resolved is None:
@@ -93,6 +98,9 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
             skipped.append(Skipped(name, module, "left float by `modules_to_not_convert`", asked=True))
         elif is_head and not config.lm_head:
             skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))
+        elif module in scorers and not _names_only(config.rule_for(name)[0], scorers, linears):
+            reason = "router of experts (a `dynamic` rule for routers alone quantizes it)"
+            skipped.append(Skipped(name, module, reason, asked=True))
         else:
             target = Target(name, module, resolved)
             reason = obstacles.get(module) or unpackable(tuple(target.weight.shape), resolved.bits)
@@ -103,6 +111,7 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
     if not targets:
         raise TargetError(_no_target(model, skipped))
     _check_group_sizes(targets)
+    _check_experts(targets, skipped)
     return targets, skipped
 
 
@@ -181,6 +190,12 @@ def unpackable(shape: tuple[int, ...], bits: int) -> str | None:
     return None
 
 
+def _names_only(pattern: str, modules: set[nn.Module], linears: dict[str, nn.Module]) -> bool:
+    """Whether a rule is meant for these modules: it matches no other."""
+    others = (name for name, module in linears.items() if module not in modules)
+    return bool(pattern) and not any(re.match(rule_regex(pattern), name) for name in others)
+
+
 def _check_patterns(config: QuantizeConfig, linears: dict[str, nn.Module]) -> None:
     for pattern in config.dynamic:
         if not any(re.match(rule_regex(pattern), name) for name in linears):
@@ -209,6 +224,29 @@ def _check_group_sizes(targets: list[Target]) -> None:
             for (in_features, size), names in wrong.items()
         ]
         raise TargetError("; ".join(lines) + ". For these layers alone, use a `dynamic` rule")
+
+
+def _check_experts(targets: list[Target], skipped: list[Skipped]) -> None:
+    """The model multiplies by one parameter for all experts, and clients' kernels by one matrix for all."""
+    grids: dict[str, dict[str, str]] = defaultdict(dict)  # by parameter, then grid: an expert
+    for target in targets:
+        if isinstance(target.module, ExpertLinear):
+            own = target.config
+            grids[target.module.parameter][f"bits={own.bits}, group_size={own.group_size}, sym={own.sym}"] = target.name
+    for skip in skipped:
+        if isinstance(skip.module, ExpertLinear):
+            grids[skip.module.parameter]["float"] = skip.name
+    wrong = {name: different for name, different in grids.items() if len(different) > 1}
+    if wrong:
+        lines = [
+            f"{name}: " + ", ".join(f"{grid} for {expert}" for grid, expert in different.items())
+            for name, different in wrong.items()
+        ]
+        raise TargetError(
+            "all experts whose weights the model keeps in one parameter are quantized alike or not at all: "
+            + "; ".join(lines)
+            + ". Write `dynamic` rules and modules_to_not_convert that match all of them"
+        )
 
 
 def _group_sizes(in_features: int) -> list[int]:

@@ -16,6 +16,7 @@ from gptq_plugin.calibration import collect
 from gptq_plugin.clients import Target, problems
 from gptq_plugin.errors import QualityError
 from gptq_plugin.escalation import Step, output_noise, steps
+from gptq_plugin.experts import unfused
 from gptq_plugin.gate import QualityGate
 from gptq_plugin.job import ModelForward, Progress
 from gptq_plugin.outline import Outline
@@ -80,6 +81,10 @@ class UntilGood:
         Raises:
             QualityError: None is; the model has its float weights.
         """
+        with unfused(self.model):
+            return self._quantize(quantizer)
+
+    def _quantize(self, quantizer: QuantizeModule) -> QuantizeReport:
         floats = {target.name: target.module for target in quantizer.check(self.model)[0]}
         attempt = quantizer
         tried: list[str] = []

@@ -1,0 +1,521 @@
+"""Experts that a model keeps in one parameter, [experts, ., .]: taken apart into one Linear each, and put together again.
+
+No model is named here. Such a parameter is found by its shape, and which of its sides are inputs by what the module
+says of itself (``is_transposed``, as transformers' experts do) or by a forward in which the parameter is watched. The
+module's own forward then runs on: where the parameter was stands an `ExpertWeights`, and multiplying by one of its
+entries calls that expert's Linear. So everything that holds for a Linear (hooks, Hessians, QuantLinear in its place)
+holds for an expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.stored_names import Part, expert_parts
+
+Layout = Literal["out, in", "in, out"]
+
+_LEAST = 8  # rows and columns of a matrix; what is smaller is no expert's
+
+# What forwards showed of classes that do not say it themselves: by parameter, its layout, or None where it is used in
+# some other way.
+_seen: WeakKeyDictionary[type, dict[str, Layout | None]] = WeakKeyDictionary()
+
+
+class ExpertLinear(nn.Linear):
+    """One expert's matrix: a Linear without a bias, whose weight is a view of the parameter that holds them all.
+
+    Args:
+        weight: [out, in].
+        parameter: The parameter's name in the model.
+    """
+
+    def __init__(self, weight: Tensor, parameter: str) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.parameter = parameter
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A parameter that holds the experts' matrices.
+
+    Attributes:
+        name: The module's.
+        module: What has the parameter.
+        parameter: The parameter's attribute.
+        layout: The sides of [experts, ., .].
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    layout: Layout
+
+    @property
+    def whole(self) -> Tensor:
+        return self.module.get_parameter(self.parameter)
+
+    @property
+    def in_features(self) -> int:
+        return self.whole.shape[2 if self.layout == "out, in" else 1]
+
+    def matrix(self, expert: int) -> Tensor:
+        """[out, in], a view."""
+        return _as_linear(self.whole.detach()[expert], self.layout)
+
+
+def find_experts(model: nn.Module) -> list[Experts]:
+    """The parameters of `model` that are known to hold experts' matrices, one for each."""
+    layouts = ((one, _layouts(*one[1:])) for one in _candidates(model))
+    return [Experts(*one, known[0]) for one, known in layouts if len(known) == 1]
+
+
+def possible_experts(model: nn.Module) -> Iterator[list[Experts]]:
+    """Those that are or, by their shape, might be such parameters; a second time by their other layout, where that is
+    not known. What has been taken apart meanwhile is not among them again."""
+    for number in range(2):
+        layouts = ((one, _layouts(*one[1:])) for one in _candidates(model))
+        yield [Experts(*one, possible[number]) for one, possible in layouts if number < len(possible)]
+
+
+def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
+    """Looks how modules that do not say it themselves use parameters [experts, ., .].
+
+    Args:
+        model: Any module; not changed.
+        run: Runs a forward of it. Not called where nothing is to be learned.
+    """
+    unknown = [
+        (module, parameter)
+        for _, module, parameter in _candidates(model)
+        if not _declares(module) and parameter not in _seen.get(type(module), {})
+    ]
+    if not unknown:
+        return
+    watched = [(module, parameter, _Watched(module.get_parameter(parameter))) for module, parameter in unknown]
+    with contextlib.ExitStack() as stack:
+        for module, parameter, stand_in in watched:
+            stack.callback(_replace(module, parameter, stand_in))
+        run()
+    for module, parameter, stand_in in watched:
+        if stand_in.uses:
+            use = next(iter(stand_in.uses)) if len(stand_in.uses) == 1 else None
+            _seen.setdefault(type(module), {})[parameter] = use
+
+
+@contextlib.contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Each expert a Linear of its own for the length of a with block; afterwards those that are float are together
+    again, as if nothing had been.
+
+    Quantized layers stay. A parameter is quantized for all its experts or for none: where only some are QuantLinear at
+    the end, they are lost.
+    """
+    with contextlib.ExitStack() as stack:
+        experts = find_experts(model)
+        parts = expert_parts(model, experts)
+        stack.enter_context(_plain_code([one.module for one in experts]))
+        for one in experts:
+            own = parts[one.name, one.parameter]
+            whole = f"{one.name}.{one.parameter}"
+            linears = [
+                [ExpertLinear(one.matrix(e)[part.rows], whole) for part in of_one] for e, of_one in enumerate(own)
+            ]
+            stack.callback(place_experts(one, own, linears))
+        yield
+
+
+@contextlib.contextmanager
+def _plain_code(modules: list[nn.Module]) -> Iterator[None]:
+    """transformers runs experts by fused kernels, and `place_experts` by the loop over them that their modules write
+    out. After the with block those whose experts are together again have the kernels again."""
+    configs = {id(config): config for module in modules if (config := _config(module)) is not None}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    try:
+        yield
+    finally:
+        apart = {id(_config(m)) for m in modules if any(isinstance(v, ExpertWeights) for v in m.__dict__.values())}
+        for key, config in configs.items():
+            if key not in apart:
+                config._experts_implementation = before[key]
+
+
+def _config(module: nn.Module) -> Any:
+    """What says how transformers runs the module's experts; None where nothing does."""
+    config = getattr(module, "config", None)
+    return config if getattr(config, "_experts_implementation", None) is not None else None
+
+
+def experts_of(name: str, module: nn.Module) -> str | None:
+    """The module that holds the experts, for a layer of one of them: taken out of a parameter, or in a list that is
+    called experts. None for any other layer."""
+    number = r"(.+?)\.\d+(?:\.\w+)?$" if isinstance(module, ExpertLinear) else r"(.*?\w*experts?)\.\d+(?:\.|$)"
+    found = re.match(number, name)
+    return found[1] if found else None
+
+
+def routers(model: nn.Module) -> set[nn.Module]:
+    """Linear layers that give each token's score for every expert: they stand beside the experts, have as many outputs,
+    and are no projection."""
+    modules = dict(model.named_modules())
+    counts: dict[str, int] = {}  # experts, by the module around them
+    for name, module in modules.items():
+        around, _, own = name.rpartition(".")
+        sizes = [len(value) for value in module.__dict__.values() if isinstance(value, ExpertWeights)]
+        if isinstance(module, nn.ModuleList) and "expert" in own:
+            sizes.append(len(module))
+        if sizes:
+            counts[around] = max(sizes)
+    return {
+        child
+        for around, count in counts.items()
+        for name, child in modules[around].named_modules()
+        if isinstance(child, nn.Linear) and child.out_features == count and not name.endswith("_proj")
+    }
+
+
+class ExpertWeights:
+    """Stands where the parameter [experts, ., .] was: `weights[i]` multiplies as expert i's Linear layers do.
+
+    Args:
+        module: The experts' module, whose children ``"0"``, ``"1"``, ... are them.
+        parts: Names of each expert's layers, whose outputs follow one another.
+        shape: The parameter's.
+        dtype: The parameter's.
+    """
+
+    _is_hf_initialized = True  # nothing here is for transformers to initialise
+
+    def __init__(self, module: nn.Module, parts: list[list[str]], shape: torch.Size, dtype: torch.dtype) -> None:
+        self._module = module
+        self._parts = parts
+        self.shape = shape
+        self.dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        first = self.layers(0)[0]
+        return next(tensor.device for tensor in (*first.parameters(), *first.buffers()))
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def layers(self, expert: int) -> list[nn.Module]:
+        return [self._module.get_submodule(name) for name in self._parts[expert]]
+
+    def multiply(self, expert: int, x: Tensor) -> Tensor:
+        outputs = [layer(x) for layer in self.layers(expert)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def otherwise(self, what: str) -> Any:
+        raise TypeError(
+            f"{type(self._module).__name__} uses its experts' weights in a way that quantized ones do not have "
+            f"({what}): name the module in modules_to_not_convert"
+        )
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, expert: Any) -> _One:
+        number = _index(expert)
+        return self.otherwise(f"index {expert!r}") if number is None else _One(self, number, "out, in")
+
+    def __iter__(self) -> Iterator[_One]:
+        return (self[expert] for expert in range(len(self)))
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        batched = _operands(function, _BATCHED, args, kwargs)
+        if batched is not None and isinstance(batched[1], cls) and isinstance(batched[0], Tensor):
+            x, weights = batched[0], batched[1]
+            return torch.stack([weights.multiply(expert, x[expert]) for expert in range(len(weights))])
+        return _first(cls, args, kwargs).otherwise(_name(function))
+
+
+class _One:
+    """One expert's matrix, as the forward has it after indexing, or that transposed."""
+
+    def __init__(self, weights: ExpertWeights | _Watched, expert: int, written: str) -> None:
+        self._weights = weights
+        self._expert = expert
+        self._turned = written != "out, in"
+
+    def _other(self) -> _One:
+        return _One(self._weights, self._expert, "out, in" if self._turned else "in, out")
+
+    @property
+    def T(self) -> _One:  # noqa: N802 (a tensor's name)
+        return self._other()
+
+    mT = T  # noqa: N815
+
+    def t(self) -> _One:
+        return self._other()
+
+    def transpose(self, *dims: int) -> _One:
+        return self._other()
+
+    def to(self, *args: Any, **kwargs: Any) -> _One:
+        return self
+
+    contiguous = to
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._weights.device
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        linear = _operands(function, (functional.linear,), args, kwargs)
+        product = _operands(function, _PRODUCTS, args, kwargs)
+        x, weight, *rest = linear or product or (None, None)
+        if isinstance(x, Tensor) and isinstance(weight, cls):
+            y = weight._multiply(x, "out, in" if linear is not None else "in, out")
+            return y if not rest or rest[0] is None else y + rest[0]
+
+        def real(value: Any) -> Any:
+            return value._really(_name(function)) if isinstance(value, cls) else value
+
+        return function(*map(real, args), **{key: real(value) for key, value in (kwargs or {}).items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._really(name), name)
+
+    def _really(self, what: str) -> Tensor:
+        matrix: Tensor = self._weights.otherwise(what)[self._expert]
+        return matrix.T if self._turned else matrix
+
+    def _multiply(self, x: Tensor, used_as: Layout) -> Tensor:
+        if isinstance(self._weights, _Watched):
+            turned = "in, out" if used_as == "out, in" else "out, in"
+            return self._weights.product(self._expert, x, turned if self._turned else used_as)
+        return self._weights.multiply(self._expert, x)
+
+
+class _Watched:
+    """Stands where a parameter is while it is learned how that is used; computes what the parameter would.
+
+    Attributes:
+        uses: The layouts it was used by; None for any other use.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._parameter = parameter
+        self.uses: set[Layout | None] = set()
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._parameter.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameter.device
+
+    def dim(self) -> int:
+        return self._parameter.dim()
+
+    def size(self, dim: int | None = None) -> Any:
+        return self._parameter.size() if dim is None else self._parameter.size(dim)
+
+    def product(self, expert: int, x: Tensor, used_as: Layout) -> Tensor:
+        self.uses.add(used_as)
+        return functional.linear(x, _as_linear(self._parameter[expert], used_as))
+
+    def __len__(self) -> int:
+        return len(self._parameter)
+
+    def __iter__(self) -> Iterator[_One]:
+        return (self[expert] for expert in range(len(self)))
+
+    def __getitem__(self, expert: Any) -> Any:
+        number = _index(expert)
+        return self.otherwise("an index")[expert] if number is None else _One(self, number, "out, in")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_parameter":
+            raise AttributeError(name)
+        return getattr(self.otherwise(name), name)
+
+    def otherwise(self, what: str) -> Tensor:
+        """The parameter itself, for a use that quantized experts do not have."""
+        self.uses.add(None)
+        return self._parameter
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        batched = _operands(function, _BATCHED, args, kwargs)
+        if batched is not None and isinstance(batched[1], cls):
+            batched[1].uses.add("in, out")
+            return torch.bmm(batched[0], batched[1]._parameter)
+
+        def real(value: Any) -> Any:
+            return value.otherwise(_name(function)) if isinstance(value, cls) else value
+
+        return function(*map(real, args), **{key: real(value) for key, value in (kwargs or {}).items()})
+
+
+_BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+
+
+def _operands(
+    function: Any, wanted: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> tuple[Any, ...] | None:
+    """What such a function is given, in its order; None for any other function."""
+    given = (*args, *(kwargs or {}).values())
+    return given if function in wanted and len(given) >= 2 else None
+
+
+def _first(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+    return next(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, kind))
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", str(function))
+
+
+def _index(expert: Any) -> int | None:
+    """The number of one expert; None for any other index."""
+    if isinstance(expert, Tensor):
+        return int(expert) if expert.numel() == 1 and expert.dtype in (torch.int64, torch.int32) else None
+    return expert if isinstance(expert, int) else None
+
+
+def _as_linear(matrix: Tensor, layout: Layout) -> Tensor:
+    return matrix if layout == "out, in" else matrix.T
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """By shape: floating-point parameters of three dimensions, in modules that are not PyTorch's own (a convolution's
+    weight has as many)."""
+    for name, module in model.named_modules():
+        for parameter in module._parameters:
+            if name and _is_stack(module, parameter):
+                yield name, module, parameter
+
+
+def _is_stack(module: nn.Module, parameter: str) -> bool:
+    value = module._parameters[parameter]
+    if value is None or value.dim() != 3 or not value.is_floating_point():
+        return False
+    own = type(module).__module__.partition(".")[0] != "torch"
+    return own and value.shape[0] > 1 and min(value.shape[1:]) >= _LEAST
+
+
+def _declares(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "is_transposed", None), bool)
+
+
+def _layouts(module: nn.Module, parameter: str) -> list[Layout]:
+    """One where it is known, two where it is not, none where it is known that there are no experts."""
+    if _declares(module):
+        return ["in, out" if module.is_transposed else "out, in"]
+    seen = _seen.get(type(module), {})
+    if parameter not in seen:
+        return ["out, in", "in, out"]
+    layout = seen[parameter]
+    return [] if layout is None else [layout]
+
+
+# --- taking apart -------------------------------------------------------------------------------------------
+
+
+def place_experts(experts: Experts, parts: list[list[Part]], layers: list[list[nn.Module]]) -> Callable[[], None]:
+    """Puts layers in place of the parameter.
+
+    Args:
+        experts: The parameter.
+        parts: By expert, the layers' names and rows.
+        layers: By expert, what to put there.
+
+    Returns:
+        What puts the parameter back, unless layers are quantized by then.
+    """
+    module, whole = experts.module, experts.whole
+    names = [[part.name for part in own] for own in parts]
+    for own_names, own in zip(names, layers, strict=True):
+        for name, layer in zip(own_names, own, strict=True):
+            _put(module, name, layer.train(module.training))
+    undo = _replace(module, experts.parameter, ExpertWeights(module, names, whole.shape, whole.dtype))
+    config = _config(module)
+    if config is not None:
+        config._experts_implementation = "eager"
+
+    def put_together() -> None:
+        there = [module.get_submodule(name) for own in names for name in own]
+        if any(isinstance(layer, QuantLinear) for layer in there):
+            return
+        for name in {name for own in names for name in own}:
+            _remove(module, name)
+        undo()
+
+    return put_together
+
+
+def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """`layer` under a dotted name below `module`."""
+    around, _, leaf = name.rpartition(".")
+    for part in around.split(".") if around else ():
+        if part not in module._modules:
+            module.add_module(part, nn.ModuleDict())
+        module = module.get_submodule(part)
+    module.add_module(leaf, layer)
+
+
+def _remove(module: nn.Module, name: str) -> None:
+    first, _, rest = name.partition(".")
+    if rest and first in module._modules:
+        _remove(module.get_submodule(first), rest)
+    if not rest or not module.get_submodule(first)._modules:
+        module._modules.pop(first, None)
+
+
+def _replace(module: nn.Module, name: str, stand_in: object) -> Callable[[], None]:
+    """An attribute in place of a parameter; returns what undoes it."""
+    order = list(module._parameters)
+    parameter = module._parameters.pop(name)
+    module.__dict__[name] = stand_in
+
+    def undo() -> None:
+        del module.__dict__[name]
+        module._parameters[name] = parameter
+        for later in order[order.index(name) + 1 :]:
+            if later in module._parameters:
+                module._parameters[later] = module._parameters.pop(later)
+
+    return undo
+
+
