@@ -63,20 +63,28 @@ class Batch:
         rows = x.reshape(-1, x.shape[-1])
         if not masks:
             return rows, None
-        for mask in masks:
-            mask = mask.to(x.device)
-            if x.shape[:-1] == mask.shape or (x.shape[0] == mask.shape[0] and rows.shape[0] == mask.numel()):
-                return rows[mask.reshape(-1)], None
-            if x.shape[:-1] == mask.T.shape:  # models that put the sequence first
-                return rows[mask.T.reshape(-1)], None
-            if x.dim() == 2 and rows.shape[0] == mask.numel():
-                return rows[mask.reshape(-1)], None
+        mask = self.mask_of(x, masks)
+        if mask is not None:
+            return rows[mask], None
         if x.dim() == 2 and rows.shape[0] != self.samples:
             return (
                 None,
                 "inputs left out: their rows cannot be matched to the attention mask or labels",
             )
         return rows, "reads another sequence than the attention mask or labels describe: all its positions counted"
+
+    def mask_of(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> Tensor | None:
+        """Which rows of [..., in] count, bool [rows], by the first mask that fits; None when none does."""
+        rows = x.shape[:-1].numel()
+        for mask in self.masks if masks is None else masks:
+            mask = mask.to(x.device)
+            if x.shape[:-1] == mask.shape or (x.shape[0] == mask.shape[0] and rows == mask.numel()):
+                return mask.reshape(-1)
+            if x.shape[:-1] == mask.T.shape:  # models that put the sequence first
+                return mask.T.reshape(-1)
+            if x.dim() == 2 and rows == mask.numel():
+                return mask.reshape(-1)
+        return None
 
 
 @dataclass

@@ -218,7 +218,7 @@ class GPTQCallback(pl.Callback):
                         outputs.check()
                 refuse_export(self.quantizer, module, self.export_dir, self.target)
                 if first is None:
-                    self.quantizer.check(module)
+                    self.quantizer.coverage(module)
                     return
                 with brought(pl_module, _elsewhere(trainer), besides=module):
                     self.quantizer.rehearse(

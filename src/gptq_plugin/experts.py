@@ -165,6 +165,11 @@ def experts_of(name: str, module: nn.Module) -> str | None:
     return found[1] if found else None
 
 
+def in_expert(experts: str, layer: str) -> str:
+    """A layer's name within its expert, the same for all: ``"w1"``."""
+    return layer[len(experts) + 1 :].partition(".")[2]
+
+
 def routers(model: nn.Module) -> set[nn.Module]:
     """Linear layers that give each token's score for every expert: they stand beside the experts, have as many outputs,
     and are no projection."""
@@ -260,10 +265,10 @@ class _One:
         return _One(self._weights, self._expert, "out, in" if self._turned else "in, out")
 
     @property
-    def T(self) -> _One:  # noqa: N802 (a tensor's name)
+    def T(self) -> _One:
         return self._other()
 
-    mT = T  # noqa: N815
+    mT = T
 
     def t(self) -> _One:
         return self._other()
@@ -415,6 +420,12 @@ def _as_linear(matrix: Tensor, layout: Layout) -> Tensor:
     return matrix if layout == "out, in" else matrix.T
 
 
+def expert_layouts(module: nn.Module, parameter: str) -> list[Layout] | None:
+    """The layouts that a parameter with the shape of experts' matrices may have: none where it is known to be something
+    else. None for a parameter of another shape."""
+    return _layouts(module, parameter) if _is_stack(module, parameter) else None
+
+
 # --- finding ------------------------------------------------------------------------------------------------
 
 
@@ -517,5 +528,3 @@ def _replace(module: nn.Module, name: str, stand_in: object) -> Callable[[], Non
                 module._parameters[later] = module._parameters.pop(later)
 
     return undo
-
-

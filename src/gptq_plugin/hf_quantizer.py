@@ -37,6 +37,7 @@ from gptq_plugin.checkpoint import INDEX, WEIGHTS, Checkpoint
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.load import fill, forget_quantization, in_memory, refuse, reserve
+from gptq_plugin.stored_names import key_renaming
 
 
 class GPTQPluginConfig(QuantizationConfigMixin):

@@ -7,6 +7,7 @@ The model's own modules and parameters stay what they are: while the batches wal
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 import uuid
@@ -25,9 +26,9 @@ from gptq_plugin.calibration import Batch, Calibration
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.dealing import solve_shared
 from gptq_plugin.errors import CalibrationError, TargetError
-from gptq_plugin.experts import experts_of
+from gptq_plugin.expert_hessians import Evidence, ExpertHessians
+from gptq_plugin.experts import experts_of, in_expert
 from gptq_plugin.export import Export
-from gptq_plugin.grid import round_to_nearest
 from gptq_plugin.hessian import Hessian
 from gptq_plugin.positions import Positions
 from gptq_plugin.proof import Sample
@@ -39,8 +40,6 @@ from gptq_plugin.timing import Fetched, Stopwatch
 from gptq_plugin.weights import Weights
 
 log = logging.getLogger(__name__)
-
-_IDLE = "an expert that no calibration token was routed to: rounded to nearest"
 
 ModelForward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, str], None]
@@ -112,6 +111,8 @@ class Job:
     solved: dict[str, _Solved] = field(default_factory=dict)
     hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
     remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
+    returned: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # calls after a layer was solved
+    read_tokens: set[str] = field(default_factory=set)  # experts' layers, see `positions.Rows`
     stopwatches: list[Stopwatch] = field(default_factory=list)
     samples: int = 0
     sha256: str = ""  # of what the samples of all ranks hold
@@ -120,7 +121,12 @@ class Job:
     def __post_init__(self) -> None:
         self.activations = Activations(self.device, None)
         self.positions = Positions(self.model, self.calibration.batches, self.config.token_weighting)
+        self.expert_hessians = ExpertHessians(self.device)
         self._by_name = {target.name: target for target in self.targets}
+        self._of_experts: dict[str | None, list[Target]] = defaultdict(list)
+        for target in self.targets:
+            self._of_experts[experts_of(target.name, target.module)].append(target)
+        self._experts: str | None = None  # those the walk is in
 
     def run(self) -> tuple[dict[str, QuantLinear], QuantizeReport]:
         """The finished layers, on the model's device, and what happened to all of them."""
@@ -131,7 +137,7 @@ class Job:
         notes = lockstep.Walk()
         home = self.targets[0].weight.device
         self.results = Results(home, self.export)
-        with contextlib.closing(self.results), self._weights() as self.weights, self.positions.watching():
+        with contextlib.closing(self.results), self._weights() as self.weights, self.positions.watching(self._entered):
             groups = self._plan(modules, forwards)
             planned = time.perf_counter() - started
             for stop in lockstep.walk(
@@ -145,9 +151,9 @@ class Job:
             ):
                 self.results.settle()
                 self._quantize_group([self._by_name[name] for name in stop.group.names], stop)
-            rounded = self._round_idle_experts()
+            self._leave_experts(None)
             self.results.settle(wait=True)
-        reports = self._reports(rounded)
+        reports = self._reports()
         solving = sum(stopwatch.seconds() for stopwatch in self.stopwatches)
         seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
         return self.results.layers, self._report(reports, notes, seconds)
@@ -169,7 +175,7 @@ class Job:
         reached: set[str] = set()
 
         def observe(number: int, group: lockstep.Group, _alone: int, x: Tensor) -> None:
-            rows, _ = self.positions.rows(number, x)
+            rows = self.positions.rows(number, group.names[0], x).counted
             if rows is not None and not torch.isfinite(rows).all():
                 raise CalibrationError(
                     _not_finite(group.names[0], f"calibration batch {number} (rank {distributed.rank()})")
@@ -266,12 +272,18 @@ class Job:
 
     def _observe(self, group: lockstep.Group, number: int, x: Tensor) -> None:
         with self.activations.untracked():
-            hessian = self._hessian(group)
-            rows, remark = self.positions.rows(number, x)
-            if remark is not None:
-                self.remarks[group.names[0]][remark] += 1
-            if rows is not None:
-                hessian.add(rows)
+            hessian, first = self._hessian(group), group.names[0]
+            rows = self.positions.rows(number, first, x)
+            if rows.remark is not None:
+                self.remarks[first][rows.remark] += 1
+            if rows.are_tokens:
+                self.read_tokens.add(first)
+            if rows.counted is not None:
+                hessian.add(rows.counted)
+
+    def _entered(self, experts: str, rows: Tensor) -> None:
+        with self.activations.untracked():
+            self.expert_hessians.entered(experts, rows)
 
     def _hessian(self, group: lockstep.Group) -> Hessian:
         if group.names not in self.hessians:
@@ -280,40 +292,53 @@ class Job:
         return self.hessians[group.names]
 
     def _quantize_group(self, members: list[Target], stop: lockstep.Stop) -> None:
-        mean, tokens = self._mean(stop.group)
+        members = [target for target in members if target.name not in self.solved]
+        if not members:  # a batch came back to experts that the walk had left
+            self.hessians.pop(stop.group.names, None)
+            self.returned[stop.group.names[0]] += len(stop.inputs)
+            return
+        self._leave_experts(experts_of(members[0].name, members[0].module))
+        evidence = self._evidence(members[0], stop.group)
         if not self.solved:
-            self._check_enough(tokens)
+            self._check_enough(evidence.tokens)
         # Layers of one configuration are one matrix to the solver: their rows do not know each other.
         alike: dict[str, list[Target]] = defaultdict(list)
         for target in members:
             alike[repr(target.config)].append(target)
         remarks = self.remarks.pop(stop.group.names[0], {})
         for same in alike.values():
-            self._solve(same, mean, tokens, remarks, stop)
+            self._solve(same, evidence, remarks, stop)
 
-    def _mean(self, group: lockstep.Group) -> tuple[Tensor, int]:
+    def _evidence(self, first: Target, group: lockstep.Group) -> Evidence:
         """The group's Hessian over all ranks, and the tokens in it; the sum goes, it is as large as the mean."""
         hessian = self._hessian(group)
         del self.hessians[group.names]
         hessian.over_ranks()
-        return hessian.mean(), hessian.tokens
+        experts = experts_of(first.name, first.module)
+        if experts is not None and hessian.tokens:
+            own = in_expert(experts, first.name)
+            reads = self.expert_hessians.reads_tokens(experts, own, first.name in self.read_tokens)
+            return self.expert_hessians.weighted(experts, reads, hessian)
+        tokens, width = hessian.tokens, len(hessian.sum)
+        few = f"only {tokens} calibration tokens for {width} inputs: the Hessian is singular"
+        return Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
 
-    def _solve(
-        self, same: list[Target], mean: Tensor, tokens: int, remarks: dict[str, int], stop: lockstep.Stop
-    ) -> None:
+    def _solve(self, same: list[Target], evidence: Evidence, remarks: dict[str, int], stop: lockstep.Stop) -> None:
         names = ", ".join(target.name for target in same)
         stopwatch = Stopwatch(self.device)
         weights = [self.weights.present(target) for target in same]
+        mean, config = evidence.mean, same[0].config
+        if evidence.damp_percent > config.damp_percent:
+            config = dataclasses.replace(config, damp_percent=evidence.damp_percent)
         try:
-            solution = solve_shared(weights[0] if len(weights) == 1 else torch.cat(weights), mean, same[0].config)
+            solution = solve_shared(weights[0] if len(weights) == 1 else torch.cat(weights), mean, config)
         except ValueError as error:
             self._check_finite(same, stop, mean)
             raise TargetError(f"{names}: {error}") from error
         del weights
         w = solution.weight
         deviations = solution.deviations + tuple(f"{remark} ({n} batches)" for remark, n in remarks.items())
-        if 0 < tokens < mean.shape[0]:
-            deviations += (f"only {tokens} calibration tokens for {mean.shape[0]} inputs: the Hessian is singular",)
+        deviations += evidence.deviations
         rows = [target.weight.shape[0] for target in same]
         sums = [torch.stack([part.sum() for part in loss.split(rows)]) for loss in (solution.loss, solution.rtn_loss)]
         losses = Fetched(torch.stack(sums))
@@ -330,7 +355,7 @@ class Job:
                 stopwatch=stopwatch,
                 method=solution.method,
                 damp_percent=solution.damp_percent,
-                tokens=tokens,
+                tokens=evidence.tokens,
                 deviations=deviations,
             )
             start += count
@@ -360,20 +385,23 @@ class Job:
                 + (", or count all tokens: token_weighting is 'labels'" if self.config.token_weighting != "all" else "")
             )
 
-    def _round_idle_experts(self) -> dict[str, ModuleReport]:
-        """Rounds to nearest what no token was routed to, where others of the same experts were reached: clients take
+    def _leave_experts(self, entered: str | None) -> None:
+        """The walk goes on to other layers: what no token of these experts reached is quantized too, since clients take
         experts quantized alike or not at all."""
-        reached = {experts_of(name, one.target.module) for name, one in self.solved.items()} - {None}
-        rounded: dict[str, ModuleReport] = {}
-        for target in self.targets:
-            if target.name in self.solved or experts_of(target.name, target.module) not in reached:
+        left, self._experts = self._experts, entered
+        if left is None or left == entered:
+            return
+        for target in self._of_experts[left]:
+            if target.name in self.solved:
                 continue
-            quantized = round_to_nearest(self.weights.present(target), target.config)
-            self.results.add(target.name, QuantLinear.from_quantized(quantized, target.bias))
-            rounded[target.name] = module_report(target, method="rtn", deviations=(_IDLE,))
-        return rounded
+            reads = self.expert_hessians.reads_tokens(left, in_expert(left, target.name), False)
+            weight = self.weights.present(target)
+            evidence = self.expert_hessians.weighted(left, reads, Hessian(weight.shape[1], self.device))
+            stop = lockstep.Stop(lockstep.Group((target.name,)), {})
+            self._solve([target], evidence, self.remarks.pop(target.name, {}), stop)
+        self.expert_hessians.leave(left)
 
-    def _reports(self, rounded: dict[str, ModuleReport]) -> list[ModuleReport]:
+    def _reports(self) -> list[ModuleReport]:
         """Of all targets, in their order."""
         if not self.solved:
             raise CalibrationError(self._unreached())
@@ -381,8 +409,7 @@ class Job:
         return [
             self.solved[target.name].report()
             if target.name in self.solved
-            else rounded.get(target.name)
-            or module_report(target, method="float", reason=reason, deviations=(reason,))
+            else module_report(target, method="float", reason=reason, deviations=(reason,))
             for target in self.targets
         ]
 
@@ -393,7 +420,7 @@ class Job:
         )
 
     def _report(self, reports: list[ModuleReport], notes: lockstep.Walk, seconds: dict[str, float]) -> QuantizeReport:
-        late = _added_up(notes.late)
+        late = _added_up({**notes.late, **self.returned})
         deviations: list[str] = []
         for one in distributed.gather_objects(self.calibration.deviations):
             deviations += [deviation for deviation in one if deviation not in deviations]
@@ -410,6 +437,14 @@ class Job:
             f"{name}: {calls} calls came after it was quantized; their inputs are not in its Hessian"
             for name, calls in late.items()
         ]
+        damped = [one for one in self.solved.values() if one.damp_percent > one.target.config.damp_percent]
+        few = [one for one in damped if experts_of(one.target.name, one.target.module) is not None]
+        if few:
+            most = max(one.damp_percent for one in few)
+            deviations.append(
+                f"{len(few)} layers of experts are damped more than damp_percent says, up to {most:.2g}, for the few "
+                "tokens that were routed to them"
+            )
         return QuantizeReport(
             self.config,
             reports + float_reports(self.skipped),

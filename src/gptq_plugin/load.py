@@ -297,12 +297,17 @@ def take_apart(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str],
             wrong = [n for n, x in found.items() if (x.out_features, x.in_features) != (rows[n], experts.in_features)]
             lacking = [name for name in named if name not in found]
             if wrong or lacking:
-                what = f"{some(lacking)} of its experts are not quantized" if lacking else f"{some(wrong)} has other sizes"
+                what = (
+                    f"{some(lacking)} of its experts are not quantized" if lacking else f"{some(wrong)} has other sizes"
+                )
                 problems[key] = f"{experts.name}.{experts.parameter} {tuple(experts.whole.shape)}: {what}"
                 continue
             problems.pop(key, None)
             empty = [
-                [nn.Linear(experts.in_features, part.rows.stop - part.rows.start, bias=False, device="meta") for part in own]
+                [
+                    nn.Linear(experts.in_features, part.rows.stop - part.rows.start, bias=False, device="meta")
+                    for part in own
+                ]
                 for own in parts[key]
             ]
             place_experts(experts, parts[key], empty)

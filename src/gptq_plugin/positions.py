@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,26 @@ from gptq_plugin.batches import is_token_labels, labels_in, named
 from gptq_plugin.calibration import IGNORED_LABEL, Batch, is_mask, masks_in
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.pretrained import is_encoder_decoder, predicts_next, transformers_models
+from gptq_plugin.routed import Routed
 
 _running: ContextVar[int | None] = ContextVar("number of the calibration batch that runs on this thread", default=None)
+
+
+_UNKNOWN_TOKENS = "gets rows that are no tokens of what its block got: all of them counted, padding too"
+
+
+class Rows(NamedTuple):
+    """Of a layer's input.
+
+    Attributes:
+        counted: [rows, in]; None when they cannot be told from padding.
+        remark: What is to be reported.
+        are_tokens: Of an expert's: they are tokens as its block got them, not what the expert made of them.
+    """
+
+    counted: Tensor | None
+    remark: str | None
+    are_tokens: bool = False
 
 
 class Positions:
@@ -42,10 +60,15 @@ class Positions:
         self._in_batch: set[int] = set()  # whose labels are the batch's
         self._without: set[int] = set()  # no position of which counts
         self._one_length: set[int] = set()
+        self._routed = Routed(model)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """While batches run."""
+    def watching(self, entered: Callable[[str, Tensor], None] = lambda experts, rows: None) -> Iterator[None]:
+        """While batches run.
+
+        Args:
+            entered: See `Routed.watching`.
+        """
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             number = _running.get()
@@ -57,7 +80,8 @@ class Positions:
             model.register_forward_pre_hook(watch, with_kwargs=True) for _, model in transformers_models(self._root)
         ]
         try:
-            yield
+            with self._routed.watching(_running.get, self._mask_of, entered):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -66,8 +90,8 @@ class Positions:
         """To be called on a batch's thread, which has context variables of its own, before its forward."""
         _running.set(number)
 
-    def rows(self, number: int, x: Tensor) -> tuple[Tensor | None, str | None]:
-        """The rows of a layer's input that count, and what is to be reported: `Batch.counted`.
+    def rows(self, number: int, layer: str, x: Tensor) -> Rows:
+        """The rows of a layer's input that count: `Batch.counted`. An expert's are those of the tokens routed to it.
 
         Raises:
             CalibrationError: Labels are to be counted, and there are none.
@@ -76,7 +100,21 @@ class Positions:
             models = [model for _, model in transformers_models(self._root)]
             model = models[0] if len(models) == 1 else self._root
             self._read(number, model, named(self._batches[number].data) or {})
-        return self._batches[number].counted(x, self._masks.get(number))
+        batch, masks = self._batches[number], self._masks.get(number)
+        if not self._routed.is_expert(layer):
+            return Rows(*batch.counted(x, masks))
+        rows = x.reshape(-1, x.shape[-1])
+        kept, are_tokens = self._routed.kept(number, layer, rows)
+        if kept is None:
+            kept = self._mask_of(number, rows)  # every token, with a weight that may be 0
+        return Rows(rows, _UNKNOWN_TOKENS) if kept is None else Rows(rows[kept], None, are_tokens)
+
+    def _mask_of(self, number: int, x: Tensor) -> Tensor | None:
+        batch = self._batches[number]
+        masks = self._masks.get(number, batch.masks)
+        if not masks:
+            return torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
+        return batch.mask_of(x, masks)
 
     def check(self) -> None:
         """Refuses batches without labels where others brought theirs.

@@ -24,6 +24,7 @@ from gptq_plugin.calibration import Calibration, collect
 from gptq_plugin.clients import Target as Client
 from gptq_plugin.clients import refuse
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.coverage import Coverage, coverage
 from gptq_plugin.description import client_config
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.experts import learn_layouts, unfused
@@ -98,6 +99,18 @@ class QuantizeModule:
         """
         with unfused(model):
             return find_targets(model, self.config)
+
+    def coverage(self, model: nn.Module) -> Coverage:
+        """What of the float model's parameters would be quantized and what not, and why; logs it, as a warning where
+        most of the export would be float.
+
+        Raises:
+            TargetError: See `targets.find_targets`.
+        """
+        with unfused(model):
+            found = coverage(model, *self.check(model))
+        log.log(logging.WARNING if found.mostly_float else logging.INFO, found.said())
+        return found
 
     def check_target(self, model: nn.Module, target: Client | str | Mapping[str, Any] | None) -> None:
         """Refuses now what a client would not take of the quantized model's export; None is no client.
@@ -200,6 +213,7 @@ class QuantizeModule:
             self._learn(model, calibration, run, device)
             with unfused(model):
                 self._job(model, calibration, run, device=device).rehearse(whole)
+                self.coverage(model)
 
     @contextlib.contextmanager
     def temporarily(
@@ -240,9 +254,11 @@ class QuantizeModule:
                 export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite, target=target))
             stack.enter_context(evaluating(model))
             job = self._job(model, calibration, run, device=device, layers_in=export or layers_in, **options)
+            planned = self.coverage(model)
             if export is not None:
                 export.check(target.name for target in job.targets)
             layers, report = job.run()
+            report.coverage = planned
             self._sample = job.sample()
             floats = {target.name: target.module for target in job.targets if target.name in layers}
             with _swapped(model, layers, floats, self.config) as keep_them:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.coverage import Coverage
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class QuantizeReport:
         calibration_sha256: Of what the samples hold, see `batches.digest`; empty without samples.
         run_id: The training run's, where it has one; else a number of its own. Empty without calibration.
         float_checkpoint: Where training saved the float weights; empty when it did not.
+        coverage: What of the model's parameters is quantized and what is not, as planned; None when nobody looked.
         metrics: By name, such as ``val_loss``, what the user's own evaluation gave: ``{"float": 2.31, "gptq": 2.33}``.
     """
 
@@ -77,6 +79,7 @@ class QuantizeReport:
     calibration_sha256: str = ""
     run_id: str = ""
     float_checkpoint: str = ""
+    coverage: Coverage | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -117,6 +120,7 @@ class QuantizeReport:
             "calibration_sha256": self.calibration_sha256,
             "run_id": self.run_id,
             "float_checkpoint": self.float_checkpoint,
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "metrics": self.metrics,
             "deviations": self.deviations,
             "modules": [dataclasses.asdict(module) for module in self.modules],
@@ -154,6 +158,7 @@ class QuantizeReport:
             f"{self.samples} samples, {self.tokens} tokens; loss {totals['loss']:.4g}{ratio}; "
             + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         )
+        lines += [self.coverage.said()] if self.coverage is not None else []
         lines += [f"! {deviation}" for deviation in self.all_deviations()]
         return "\n".join(lines)
 

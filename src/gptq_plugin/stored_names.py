@@ -168,7 +168,11 @@ def _stored_parts(model: Any, prefix: str, stacks: list[_Stack]) -> dict[tuple[s
         experts, rows = _sizes(stack)
         expert = row // rows
         name = re.search(rf"(?:^|\.)({expert}\.\w+)\.weight$", key)
-        if name is None or not torch.equal(numbers, torch.arange(first, last + 1, device="cpu")) or rows_of[last][1] // rows != expert:
+        if (
+            name is None
+            or not torch.equal(numbers, torch.arange(first, last + 1, device="cpu"))
+            or rows_of[last][1] // rows != expert
+        ):
             continue
         of_all = found.setdefault((stack.name, stack.parameter), [[] for _ in range(experts)])
         of_all[expert].append(Part(name[1], slice(row % rows, row % rows + len(numbers))))

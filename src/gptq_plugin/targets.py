@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gptq_plugin.adapters import has_adapters
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import TargetError, some
-from gptq_plugin.experts import ExpertLinear, experts_of, routers
+from gptq_plugin.experts import ExpertLinear, routers
 from gptq_plugin.qlinear import QuantLinear
 
 
