@@ -80,8 +80,8 @@ class Coverage:
             what = f" ({some(large)})" if large else ""
             parts.append(f"{_size(size)}, {size / total:.1%}: {reason}{what}")
         return (
-            f"{self.share:.1%} of the model's {_size(total)} stay float, which will be {self.exported_share:.1%} of the "
-            "export: " + "; ".join(parts)
+            f"{self.share:.1%} of the model's {_size(total)} stay float, which will be {self.exported_share:.1%} of "
+            "the export: " + "; ".join(parts)
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Experts that a model keeps in one parameter, [experts, ., .]: taken apart into one Linear each, and put together again.
+"""Experts that a model keeps in one parameter, [experts, ., .]: taken apart into one Linear each, and put together.
 
 No model is named here. Such a parameter is found by its shape, and which of its sides are inputs by what the module
 says of itself (``is_transposed``, as transformers' experts do) or by a forward in which the parameter is watched. The
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -316,7 +316,7 @@ class _One:
 
     def _multiply(self, x: Tensor, used_as: Layout) -> Tensor:
         if isinstance(self._weights, _Watched):
-            turned = "in, out" if used_as == "out, in" else "out, in"
+            turned: Layout = "in, out" if used_as == "out, in" else "out, in"
             return self._weights.product(self._expert, x, turned if self._turned else used_as)
         return self._weights.multiply(self._expert, x)
 
@@ -464,7 +464,7 @@ def _layouts(module: nn.Module, parameter: str) -> list[Layout]:
 # --- taking apart -------------------------------------------------------------------------------------------
 
 
-def place_experts(experts: Experts, parts: list[list[Part]], layers: list[list[nn.Module]]) -> Callable[[], None]:
+def place_experts(experts: Experts, parts: list[list[Part]], layers: Sequence[Sequence[nn.Module]]) -> Callable[[], None]:
     """Puts layers in place of the parameter.
 
     Args:

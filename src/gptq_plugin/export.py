@@ -321,7 +321,7 @@ def _write_report(staging: Path, report: QuantizeReport, model: nn.Module, descr
 
 
 def _stored_names(model: nn.Module) -> dict[str, str]:
-    """{name of a linear layer: its name in the checkpoint}, less those whose weights are stored in another arrangement."""
+    """{name of a linear layer: its name in the checkpoint}, less those whose weights are stored in another form."""
     shapes = {
         name: (module.out_features, module.in_features) if isinstance(module, QuantLinear) else linear_shape(module)
         for name, module in model.named_modules(remove_duplicate=False)

@@ -177,9 +177,9 @@ def _stored_parts(model: Any, prefix: str, stacks: list[_Stack]) -> dict[tuple[s
         of_all = found.setdefault((stack.name, stack.parameter), [[] for _ in range(experts)])
         of_all[expert].append(Part(name[1], slice(row % rows, row % rows + len(numbers))))
     return {
-        (stack.name, stack.parameter): [sorted(parts, key=lambda part: part.rows.start) for parts in of_all]
+        key: [sorted(parts, key=lambda part: part.rows.start) for parts in found[key]]
         for stack in stacks
-        if (of_all := found.get((stack.name, stack.parameter))) is not None and _whole(of_all, _sizes(stack)[1])
+        if (key := (stack.name, stack.parameter)) in found and _whole(found[key], _sizes(stack)[1])
     }
 
 
