@@ -48,8 +48,10 @@ def load_quantized(
         device: Where the model goes. Tensors are read from the files onto it one by one; a transformers model needs
             accelerate for that, and without it passes through the CPU's memory.
         device_map: Instead of `device`, as transformers and accelerate understand it: ``"auto"``, ``"balanced"``,
-            ``"sequential"`` or ``{module name: device}``. Needs accelerate. Quantized layers are not offloaded: a
-            map with both an accelerator and ``"cpu"`` or ``"disk"`` is refused. For transformers models only.
+            ``"sequential"`` or ``{module name: device}``, the longest name first. A quantized layer may be away from
+            its block; other parts of a block may not, in float models neither. Needs accelerate. Quantized layers are
+            not offloaded: a map with both an accelerator and ``"cpu"`` or ``"disk"`` is refused. For transformers
+            models only.
         dtype: Floating dtype of everything that is not quantized, and so of the computation; the checkpoint's
             own (usually float16 or bfloat16) when None. Scales stay float16.
         model: For an export of a plain nn.Module: the float model it was made from, freshly built. It is
@@ -321,9 +323,11 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
         place.room = None  # its memory is the layer's from here on
         layers[name] = checkpoint.read_layer(stored, dtype=model.dtype, device=device)
         hook = getattr(place, "_hf_hook", None)
-        if hook is not None:  # accelerate's, which brings inputs to the device
+        if hook is not None:  # accelerate's, which brings inputs to the device: the map names this layer
             from accelerate.hooks import add_hook_to_module
 
+            # Left where it is computed, the output would meet its block's tensors (a residual) on another device.
+            hook.io_same_device = True
             add_hook_to_module(layers[name], hook)
     swap(model, layers)
 
