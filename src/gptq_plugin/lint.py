@@ -2,7 +2,8 @@
 
 Without the float model a checkpoint is held to what it says of itself: sym=True means that every zero is 2^(bits-1),
 desc_act=false that channel i is in group i // group_size, padding is zero, and two descriptions say the same. With it,
-every layer is compared with the weight it was made from (`comparison`).
+every layer is compared with the weight it was made from (`comparison`), and every other tensor must be the float
+model's, or that one cast to the checkpoint's dtype.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ def lint(directory: str | Path, float_dir: str | Path | None = None, targets: It
     for layer in outline.layers:
         judged.layer(layer, checkpoint.read_layer(layer.name))
     judged.report(found)
+    if floats is not None:
+        _left_alone(checkpoint, floats, found)
     for target in targets if targets is not None else map(Target, CLIENTS):
         found.refusals[target] = [*problems(outline, target), *_untold(checkpoint, outline, target)]
         found.conditions[target] = conditions(outline, target)
@@ -123,8 +126,7 @@ def _facts(checkpoint: Checkpoint, outline: Outline) -> dict[str, str]:
         "model": str(architecture or checkpoint.model_config.get("module_class") or "unknown"),
         "layers": "; ".join(described),
         "left float": some(outline.floats) if outline.floats else "no linear layer inside the blocks",
-        "bytes": f"{total:,}, of which {float_bytes / total:.0%} are float weights in "
-        f"{str(outline.dtype).removeprefix('torch.')}",
+        "bytes": f"{total:,}, of which {float_bytes / total:.0%} are float weights in {_short(outline.dtype)}",
     }
 
 
@@ -220,6 +222,43 @@ def _untold(checkpoint: Checkpoint, outline: Outline, target: Target) -> Iterato
                 f'{some(untold)} are float and no `dynamic` rule ("-:REGEX": {{}}) says so, which gptqmodel goes by: '
                 "add one"
             )
+
+
+def _left_alone(checkpoint: Checkpoint, floats: FloatWeights, found: Lint) -> None:
+    """Embeddings, norms, biases, float layers: none of them is quantized, so each is the float model's, or its cast."""
+    biases = [f"{name}.bias" for name, layer in checkpoint.layers.items() if layer.has_bias]
+    same, alone = 0, []
+    cast: Counter[str] = Counter()
+    off: dict[str, float] = {}
+    for name in [*checkpoint.float_names, *biases]:
+        ours, theirs = checkpoint.read(name), floats.tensor(name)
+        if theirs is None or theirs.shape != ours.shape:
+            if name not in biases or ours.any():  # AutoGPTQ writes a bias of zeros where there is none
+                alone.append(name)
+            continue
+        if not torch.equal(theirs.to(ours.dtype), ours):
+            off[name] = float((ours.float() - theirs.float()).abs().max())
+            continue
+        same += 1
+        if theirs.dtype != ours.dtype:
+            cast[f"{_short(theirs.dtype)} to {_short(ours.dtype)}"] += 1
+    casts = "".join(f", {count} of them cast from {kinds}" for kinds, count in cast.items())
+    found.facts["compared"] += f"; {same} other tensors are equal{casts}"
+    if off:
+        worst = max(off, key=lambda name: off[name])
+        found.add(
+            "error",
+            [
+                f"{some(off)}: not quantized, and not the float model's values (the furthest is {worst}, by up to "
+                f"{off[worst]:.3g}): another model, or damage"
+            ],
+        )
+    if alone:
+        found.add("warning", [f"{some(alone)}: the float model has no tensor of that name and shape, so not compared"])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # --- what the layers hold -----------------------------------------------------------------------------------
