@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -280,6 +281,15 @@ def test_the_card_says_how_vllm_takes_it(widths: list[tuple[int, int]], dtype: t
     assert ("8-bit layers need a GPU" in card) is (8 in dict(widths))
     assert ("rounds the scales" in card) is (dtype == torch.bfloat16)
     assert ("Those that it fuses" in section(card, "vLLM")) is (len(widths) > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_card_does_not_advise_float16_where_activations_exceed_it(dtype: torch.dtype) -> None:
+    report, facts = report_of((4, 128)), ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", dtype)
+    report.modules[0] = dataclasses.replace(report.modules[0], max_output=7e4)
+    card = card_of(report, facts)
+    assert snippet(card, "vLLM") == "vllm serve ." and "--dtype" not in card
+    assert "float16 cannot hold what layers.0 compute" in section(card, "vLLM")
 
 
 def test_the_card_says_when_transformers_does_not_take_it() -> None:

@@ -55,6 +55,7 @@ Q4 = {"self_attn.q_proj": {"bits": 8}}
 QKV8 = {f"self_attn.{x}_proj": {"bits": 8} for x in "qkv"}
 DOWN8 = {"mlp.down_proj": {"bits": 8}}
 CT = "compressed-tensors"
+RANGES = {"model.layers.0.self_attn.q_proj": 65504.0, "model.layers.0.self_attn.v_proj": 66000.0}
 
 REFUSED = [
     # client, ranks, the checkpoint, words of the sentence (which layer, why, what works instead)
@@ -72,6 +73,7 @@ REFUSED = [
     ("vllm", 3, {}, ("o_proj", "among 3 ranks", "fewer ranks")),
     ("vllm", 1, {"lm_head": True}, ("output embedding", "lm_head=False")),
     ("vllm", 1, {"model_type": "gemma3_text"}, ("float16 for gemma3_text", "torch.bfloat16")),
+    *((client, 1, {"activations": RANGES}, ("v_proj: inputs", "reach 6.6e+04", "bfloat16")) for client in CLIENTS),
     ("vllm", 1, {"change": Q4}, ("q_proj (bits=8", "k_proj (bits=4", "one width")),
     ("vllm", 1, {"change": Q4, "checkpoint_format": CT}, ("q_proj (bits=8", "one width")),
     ("vllm", 1, {"change": QKV8, "rules": {r".*\.[qkv]_proj$": {"bits": 8}}}, ("qkv_proj", "the same rule")),
@@ -122,6 +124,7 @@ TAKEN = [
     ("vllm", 1, {"change": QKV8, "rules": {r".*\.self_attn\.(q|k|v|qkv)_proj$": {"bits": 8}}}),
     ("vllm", 1, {"leave": ("mlp.gate_proj", "mlp.up_proj")}),
     ("vllm", 1, {"dtype": torch.bfloat16, "model_type": "gemma3_text"}),
+    ("vllm", 1, {"dtype": torch.bfloat16, "activations": RANGES}),
     ("transformers", 1, {"bits": 3, "sym": False, "act_order": True, "group_size": 32}),
     ("transformers", 1, {"change": DOWN8, "checkpoint_format": CT}),
     ("gptqmodel", 1, {"change": DOWN8, "lm_head": True, "sym": False, "act_order": True}),

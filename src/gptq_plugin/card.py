@@ -16,9 +16,11 @@ import torch
 import yaml
 
 from gptq_plugin.config import QUANTIZER_NAME
+from gptq_plugin.errors import some
 from gptq_plugin.figures import bits_of, change, measured, packed_bytes, percent, size, value, widths
 from gptq_plugin.pretrained import is_transformers, published_class
 from gptq_plugin.provenance import without_paths
+from gptq_plugin.ranges import FLOAT16
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED
 
@@ -228,7 +230,11 @@ def _vllm(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts
         return f"### vLLM\n\nvLLM does not take this checkpoint: {'; '.join(refused)}."
     notes = ["Where vLLM knows this architecture."]
     option = ""
-    if facts.dtype not in (torch.float16, torch.bfloat16):
+    large = [module.name for module in report.quantized if module.largest > FLOAT16]
+    if facts.dtype != torch.float16 and large:
+        layers = _text(some(large))
+        notes.append(f"It runs in bfloat16, in which it rounds the scales; float16 cannot hold what {layers} compute.")
+    elif facts.dtype not in (torch.float16, torch.bfloat16):
         option = " --dtype float16"
         notes.append(f"The float tensors are {_dtype(facts.dtype)}: it would turn them and the scales into bfloat16.")
     elif facts.dtype == torch.bfloat16:

@@ -22,6 +22,7 @@ import torch
 from gptq_plugin.config import rule_regex
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.outline import LayerOutline, Outline
+from gptq_plugin.ranges import FLOAT16
 from gptq_plugin.schemes import COMPRESSED
 
 CLIENTS = ("vllm", "transformers", "sglang", "gptqmodel")
@@ -102,7 +103,7 @@ def problems(outline: Outline, target: Target) -> list[str]:
             f"{target.client} loads transformers models, and this is another nn.Module: load it with "
             "gptq_plugin.load_quantized(directory, model=...)"
         ]
-    return list(_RULES[target.client](outline, target.tensor_parallel_size))
+    return [*_RULES[target.client](outline, target.tensor_parallel_size), *_overflow(outline)]
 
 
 def conditions(outline: Outline, target: Target) -> list[str]:
@@ -302,6 +303,17 @@ def _mixed(outline: Outline, why: str) -> Iterator[str]:
 def _head(outline: Outline, client: str) -> Iterator[str]:
     if outline.lm_head:
         yield f"the output embedding is quantized, which {client} does not load: use lm_head=False"
+
+
+def _overflow(outline: Outline) -> Iterator[str]:
+    """All of them compute in the float weights' dtype, and what float16 cannot hold is infinite there."""
+    names = [name for name, largest in outline.activations.items() if largest > FLOAT16]
+    if names and outline.dtype == torch.float16:
+        largest = max(outline.activations.values())
+        yield (
+            f"{_named(names, outline)}: inputs or outputs reach {largest:.4g} in calibration, and float16, the model's "
+            f"dtype, ends at {FLOAT16:.0f}: call model.to(torch.bfloat16) and quantize again"
+        )
 
 
 def _parallel(outline: Outline, ranks: int, client: str) -> Iterator[str]:

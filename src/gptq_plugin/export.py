@@ -215,7 +215,7 @@ class Export:
             layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
             self._check_layers(model, layers)
             _check_config(layers, self._config)
-            self._refuse_target(model)
+            self._refuse_target(model, report)
             description = client_config(model, layers, self._config)
             if report is not None:
                 description["meta"][QUANTIZER_NAME] = provenance(report)
@@ -261,9 +261,9 @@ class Export:
         if self._over:
             raise ExportError(f"the export to {self._staging.directory} is finished or given up: make another Export")
 
-    def _refuse_target(self, model: nn.Module) -> None:
+    def _refuse_target(self, model: nn.Module, report: QuantizeReport | None = None) -> None:
         if self._target is not None:
-            refuse(Outline.of_model(model, self._config), self._target)
+            refuse(Outline.of_model(model, self._config, report), self._target)
 
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         if not layers:

@@ -30,6 +30,7 @@ from gptq_plugin.hessian import Hessian
 from gptq_plugin.positions import Positions
 from gptq_plugin.proof import Sample
 from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.ranges import Ranges, near_float16
 from gptq_plugin.report import ModuleReport, QuantizeReport
 from gptq_plugin.results import Results
 from gptq_plugin.targets import Skipped, Target, linear_shape
@@ -65,8 +66,9 @@ class _Solved:
     tokens: int
     deviations: tuple[str, ...]
 
-    def report(self) -> ModuleReport:
+    def report(self, max_input: float, max_output: float) -> ModuleReport:
         loss, rtn_loss = (of_all[self.number] for of_all in self.losses.get())
+        near = near_float16(max_input, max_output)
         return module_report(
             self.target,
             method=self.method,
@@ -75,7 +77,9 @@ class _Solved:
             tokens=self.tokens,
             damp_percent=self.damp_percent,
             seconds=self.stopwatch.seconds() * self.share,
-            deviations=self.deviations,
+            max_input=max_input,
+            max_output=max_output,
+            deviations=self.deviations if near is None else (*self.deviations, near),
         )
 
 
@@ -115,6 +119,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.activations = Activations(self.device, None)
+        self.ranges = Ranges()
         self.positions = Positions(self.model, self.calibration.batches, self.config.token_weighting)
         self._by_name = {target.name: target for target in self.targets}
 
@@ -130,17 +135,18 @@ class Job:
         with contextlib.closing(self.results), self._weights() as self.weights, self.positions.watching():
             groups = self._plan(modules, forwards)
             planned = time.perf_counter() - started
-            for stop in lockstep.walk(
-                groups,
-                modules,
-                forwards,
-                self._observe,
-                distributed.minimum,
-                notes,
-                self._waiting,
-            ):
-                self.results.settle()
-                self._quantize_group([self._by_name[name] for name in stop.group.names], stop)
+            with self.ranges.watching(modules):
+                for stop in lockstep.walk(
+                    groups,
+                    modules,
+                    forwards,
+                    self._observe,
+                    distributed.minimum,
+                    notes,
+                    self._waiting,
+                ):
+                    self.results.settle()
+                    self._quantize_group([self._by_name[name] for name in stop.group.names], stop)
             self.results.settle(wait=True)
         reports = self._reports()
         solving = sum(stopwatch.seconds() for stopwatch in self.stopwatches)
@@ -267,6 +273,7 @@ class Job:
                 self.remarks[group.names[0]][remark] += 1
             if rows is not None:
                 hessian.add(rows)
+            self.ranges.read(group.names, x)
 
     def _hessian(self, group: lockstep.Group) -> Hessian:
         if group.names not in self.hessians:
@@ -360,8 +367,9 @@ class Job:
         if not self.solved:
             raise CalibrationError(self._unreached())
         reason = "never called in calibration: left float"
+        ranges = self.ranges.over_ranks(self._by_name, self.device)
         return [
-            self.solved[target.name].report()
+            self.solved[target.name].report(*ranges[target.name])
             if target.name in self.solved
             else module_report(target, method="float", reason=reason, deviations=(reason,))
             for target in self.targets
