@@ -193,3 +193,14 @@ def test_paths_in_any_sentence_of_a_report_are_cut_to_their_end():
     short = published(QuantizeReport(SMALL, [module])).modules[0]
     assert (short.reason, short.deviations) == ("see a.txt", ("in b.txt.",))
     assert without_paths(r"C:\Users\me\x.ckpt and 'file:///x/y'") == "x.ckpt and 'y'"
+
+
+def test_paths_with_spaces_are_cut_to_their_end_too(tmp_path, monkeypatch):
+    home = tmp_path / "Jane M. Doe, at work"
+    (home / "my runs (old)").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    for path in (home, f"file://{home}", "~"):
+        said = without_paths(f"weights of {path}/my runs (old)/best one.ckpt, and {path}/gone for/good.txt: not used")
+        assert said == "weights of best one.ckpt, and good.txt: not used"
+    assert without_paths("of /Users/Jane Doe/other machine/x.txt or /a/b. Now") == "of x.txt or b. Now"
+    assert without_paths("1 / 2 and 3/4 at 5 tokens/s") == "1 / 2 and 3/4 at 5 tokens/s"
