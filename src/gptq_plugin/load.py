@@ -85,7 +85,24 @@ def load_quantized(
             "model and call "
             "load_quantized(directory, model=it)"
         )
-    return _load_transformers(checkpoint, torch.device(device), device_map, dtype, trust_remote_code)
+    architecture, config = _architecture(checkpoint, trust_remote_code)
+    return _load_transformers(checkpoint, architecture, config, torch.device(device), device_map, dtype)
+
+
+def load_as(directory: str | Path, architecture: Any, config_class: Any) -> Any:
+    """`load_quantized` on the CPU with classes that are in memory: the folder's copy of their code is not imported.
+
+    Args:
+        directory: The checkpoint.
+        architecture: The transformers model's class.
+        config_class: That of its configuration.
+
+    Raises:
+        CheckpointError: As `load_quantized`.
+    """
+    config = config_class.from_pretrained(directory)
+    forget_quantization(config)
+    return _load_transformers(Checkpoint.open(directory), architecture, config, torch.device("cpu"))
 
 
 # --- transformers -------------------------------------------------------------------------------------------
@@ -93,12 +110,12 @@ def load_quantized(
 
 def _load_transformers(
     checkpoint: Checkpoint,
+    architecture: Any,
+    config: Any,
     device: torch.device,
-    device_map: str | Mapping[str, Any] | None,
-    dtype: torch.dtype | None,
-    trust_remote_code: bool,
+    device_map: str | Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    architecture, config = _architecture(checkpoint, trust_remote_code)
     if device_map is None and device.type != "cpu" and find_spec("accelerate") is not None:
         device_map = {"": device}
     names: dict[str, str] = {}  # module name -> name in the checkpoint
