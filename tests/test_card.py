@@ -20,6 +20,7 @@ from gptq_plugin.card import ModelFacts, hub_id, model_card, model_facts
 from gptq_plugin.errors import ExportError
 from gptq_plugin.placing import check_export_dir
 from gptq_plugin.report import ModuleReport, QuantizeReport
+from gptq_plugin.schemes import COMPRESSED
 
 IDS = torch.tensor([[1, 17, 5, 42, 7, 8]])
 TASKLESS = ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", torch.float16)
@@ -296,6 +297,9 @@ def test_the_card_says_when_transformers_does_not_take_it() -> None:
     for widths, description in (([(4, 128), (8, 128)], {}), ([(4, 32)], {}), ([(4, 128)], {"lm_head": True})):
         said = section(card_of(report_of(*widths), **description), "transformers")
         assert said.startswith("transformers does not load this checkpoint") and "```" not in said
+    facts = ModelFacts("GPT2LMHeadModel", "AutoModelForCausalLM", torch.float16, model_type="gpt2")
+    for said in (card_of(report_of((4, 128)), facts), card_of(report_of((4, 128)), facts, quant_method=COMPRESSED)):
+        assert "no quantized form of Conv1D" in section(said, "transformers") and "vllm serve" in said
     whole_rows = snippet(card_of(report_of((4, -1)), group_size=-1), "transformers")
     assert 'GPTQConfig(bits=4, backend="torch")' in whole_rows
     compile(whole_rows, "README.md", "exec")

@@ -22,6 +22,7 @@ import torch
 from gptq_plugin.config import rule_regex
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.outline import LayerOutline, Outline
+from gptq_plugin.pretrained import CONV1D
 from gptq_plugin.ranges import FLOAT16
 from gptq_plugin.schemes import COMPRESSED
 
@@ -174,6 +175,13 @@ def _vllm(outline: Outline, ranks: int) -> Iterator[str]:
 def _transformers(outline: Outline, ranks: int) -> Iterator[str]:
     if outline.checkpoint_format == COMPRESSED:
         # measured (docs/clients.md): 3, 4 and 8 bits, asymmetric, a scale a row, several groups; read: g_idx.
+        if outline.model_type in CONV1D:
+            # measured (docs/clients.md): compressed-tensors prepares nn.Linear only (initialize.py), so that their
+            # weights are "missing" and stay random. vLLM, which builds linear layers of its own, loads them.
+            yield (
+                f"transformers loads compressed-tensors into nn.Linear only, and the layers of {outline.model_type} "
+                "are Conv1D, which would stay random: use load_quantized, or target='vllm'"
+            )
         return
     # measured: one width for all, read from the description; else the shapes do not match.
     yield from _mixed(outline, "transformers reads one width and group size for all layers of a GPTQ checkpoint")
