@@ -143,6 +143,21 @@ def test_other_contents_names_dtypes_or_shapes_have_another_hash(other):
     assert digest(other) != digest({"input_ids": IDS})
 
 
+def test_texts_and_numbers_count_and_lists_of_them_are_divided_as_the_tensors_are():
+    batch = {"input_ids": IDS, "text": list("abcde"), "spans": [[n, 7] for n in range(5)], "task": "qa", "weight": 2}
+
+    def rows(part):
+        lists = {key: batch[key][part] for key in ("input_ids", "text", "spans")}
+        return digest({**batch, **lists})
+
+    assert (rows(slice(0, 2)) + rows(slice(2, 5))) % 2**256 == digest(batch) != digest({"input_ids": IDS})
+    for other in ({"text": list("abcdf")}, {"spans": [[n, n] for n in range(5)]}, {"task": "chat"}, {"weight": 2.0}):
+        assert digest({**batch, **other}) != digest(batch)
+    alone = {"x": torch.tensor(1.0), "note": "one"}
+    assert digest(alone) == digest(dict(alone)) != digest({**alone, "note": "two"})
+    assert digest((IDS, ["a"] * 5)) != digest((IDS, ["b"] * 5))
+
+
 def test_a_batch_that_cannot_be_divided_is_one_sample():
     scalar = {"x": torch.ones(4, 3, dtype=torch.bfloat16), "scale": torch.tensor(2.0)}
     assert digest(scalar) == digest(dict(reversed(scalar.items()))) != digest({**scalar, "scale": torch.tensor(3.0)})

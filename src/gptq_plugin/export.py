@@ -234,7 +234,7 @@ class Export:
                 tokenizer.save_pretrained(folder)
             if report is not None:
                 _write_report(folder, report, model, description)
-            write_quantize_config(folder, description, self._config)
+            write_quantize_config(folder, description, self._config.to_quantize_config())
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
             same_outputs(model, folder, sample)
             self._staging.place()
@@ -294,19 +294,17 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
             )
 
 
-def write_quantize_config(staging: Path, description: dict[str, Any], config: QuantizeConfig) -> None:
-    """AutoGPTQ's file: the same description, everything needed to quantize so again, and the list of our
-    files.
+def write_quantize_config(staging: Path, description: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """AutoGPTQ's file: the same description, everything needed to quantize so again (`settings`, as
+    `QuantizeConfig.to_quantize_config` has it), and the list of our files.
 
     It is written last, and the list is how a later export knows what it may replace.
     """
-    full = {**config.to_quantize_config(), **description}
-    ours = dict(description["meta"])
-    settings = config.to_quantize_config()["meta"][QUANTIZER_NAME]
+    meta = {**settings["meta"], **description["meta"]}
     listed = sorted([*files_in(staging), QUANTIZE_CONFIG])
-    ours[QUANTIZER_NAME] = {**settings, **ours.get(QUANTIZER_NAME, {}), "files": listed}
-    full["meta"] = ours
-    write_json(staging / QUANTIZE_CONFIG, full)
+    ours = (part.get(QUANTIZER_NAME) or {} for part in (settings["meta"], description["meta"]))
+    meta[QUANTIZER_NAME] = {key: value for part in ours for key, value in part.items()} | {"files": listed}
+    write_json(staging / QUANTIZE_CONFIG, {**settings, **description, "meta": meta})
 
 
 def _write_report(staging: Path, report: QuantizeReport, model: nn.Module, description: dict[str, Any]) -> None:

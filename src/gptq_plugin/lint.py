@@ -8,7 +8,6 @@ model's, or that one cast to the checkpoint's dtype.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -23,7 +22,7 @@ from torch import Tensor
 from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
 from gptq_plugin.clients import CLIENTS, Target, conditions, problems
 from gptq_plugin.comparison import compare, verdict
-from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig, rule_regex
+from gptq_plugin.config import QuantizeConfig, own_config, rule_regex
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.float_weights import FloatWeights
 from gptq_plugin.layouts import trivial_g_idx
@@ -91,7 +90,7 @@ def lint(directory: str | Path, float_dir: str | Path | None = None, targets: It
         return found
     outline = Outline.of(checkpoint)
     found.facts = _facts(checkpoint, outline)
-    beside = _beside(checkpoint)
+    beside = checkpoint.quantize_config()
     found.add("error", _contradictions(checkpoint, beside))
     found.add("error", _tied_head(checkpoint, outline))
     _scales_dtype(checkpoint, found)
@@ -133,16 +132,6 @@ def _facts(checkpoint: Checkpoint, outline: Outline) -> dict[str, str]:
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
     digits = re.sub(r"\D.*", "", dtype.lstrip("BFIUOL")) or "8"  # safetensors' names: F16, BF16, I64, F8_E4M3, BOOL
     return math.prod(shape) * int(digits) // 8
-
-
-def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
-    """quantize_config.json, where there is one that can be read."""
-    file = checkpoint.directory / QUANTIZE_CONFIG
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _contradictions(checkpoint: Checkpoint, beside: dict[str, Any]) -> Iterator[str]:
@@ -270,7 +259,7 @@ class _Judged:
     def __init__(self, checkpoint: Checkpoint, beside: dict[str, Any], floats: FloatWeights | None) -> None:
         self._checkpoint = checkpoint
         self._floats = floats
-        self._config = _our_config(beside)
+        self._config = own_config(beside)
         self._names: dict[tuple[str, str], list[str]] = {}
         self._compared: list[str] = []
         self._alone: list[str] = []
@@ -324,17 +313,6 @@ class _Judged:
         yield from _scales(layer.scales)
         yield from _padding(layer)
         yield from _codes(layer, zeros)
-
-
-def _our_config(beside: dict[str, Any]) -> QuantizeConfig | None:
-    """How this package quantized the model, when it did."""
-    if not isinstance((beside.get("meta") or {}).get(QUANTIZER_NAME), dict):
-        return None
-    try:
-        config = QuantizeConfig.from_quantize_config(beside)
-    except (ValueError, TypeError):
-        return None
-    return config
 
 
 def _zeros(outline: LayerOutline, zeros: Tensor, checkpoint_format: str) -> Iterator[tuple[str, str]]:
