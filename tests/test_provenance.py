@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,24 +55,34 @@ def test_both_files_say_with_what_and_when_an_export_was_made(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     quantizer, folder = exported(tmp_path / "out")
     config, full = metas(folder)
-    said = config["gptq_plugin"]
+    said, run = config["gptq_plugin"], full["gptq_plugin"]
     assert config["quantizer"][0].startswith("gptq_plugin:")
-    assert said.items() <= full["gptq_plugin"].items() and full["gptq_plugin"]["files"]
+    assert said.items() <= run.items() and run["files"]
     assert {"gptq_plugin", "python", "torch", "transformers"} <= set(said["versions"])
-    assert said["date"].endswith("+00:00")
+    assert run["date"].endswith("+00:00") and "date" not in said
     assert (said["seed"], said["nsamples"], said["samples"], said["tokens"]) == (7, 5, 5, 105)
     assert said["calibration"] == {"sha256": quantizer.report.calibration_sha256}
-    assert said["run_id"] == quantizer.report.run_id and len(said["run_id"]) == 32
+    assert run["run_id"] == quantizer.report.run_id and len(run["run_id"]) == 32 and "run_id" not in said
     written = json.loads((folder / "quantization_report.json").read_text())
-    assert (written["calibration_sha256"], written["run_id"]) == (said["calibration"]["sha256"], said["run_id"])
+    assert (written["calibration_sha256"], written["run_id"]) == (said["calibration"]["sha256"], run["run_id"])
     assert "git" not in said and "metrics" not in said  # no repository, nothing measured
 
 
 def test_a_converted_export_keeps_where_it_comes_from(tmp_path):
-    said = metas(exported(tmp_path / "out")[1])[0]["gptq_plugin"]
+    before = [meta["gptq_plugin"] for meta in metas(exported(tmp_path / "out")[1])]
     convert(tmp_path / "out", tmp_path / "v2", "gptq_v2")
-    for meta in metas(tmp_path / "v2"):
-        assert (meta["gptq_plugin"]["date"], meta["gptq_plugin"]["seed"]) == (said["date"], 7)
+    assert [meta["gptq_plugin"] for meta in metas(tmp_path / "v2")] == before
+
+
+def test_two_runs_of_the_same_write_the_same_config_json(tmp_path, monkeypatch):
+    one = exported(tmp_path / "one")[1]
+    later = SimpleNamespace(now=lambda zone: datetime(2100, 1, 1, tzinfo=zone))
+    monkeypatch.setattr("gptq_plugin.provenance.datetime", later)
+    other = exported(tmp_path / "other")[1]
+    assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
+    (_, first), (_, second) = metas(one), metas(other)
+    differ = {key for key in first["gptq_plugin"] if first["gptq_plugin"][key] != second["gptq_plugin"][key]}
+    assert differ == {"date", "run_id"} and second["gptq_plugin"]["date"] == "2100-01-01T00:00:00+00:00"
 
 
 def test_metrics_that_are_no_numbers_stay_standard_json():

@@ -33,7 +33,7 @@ from gptq_plugin.page import report_page
 from gptq_plugin.placing import Staging, files_in
 from gptq_plugin.pretrained import check_savable, is_transformers, published_class
 from gptq_plugin.proof import Sample, same_outputs
-from gptq_plugin.provenance import provenance, published
+from gptq_plugin.provenance import occasion, provenance, published
 from gptq_plugin.qlinear import TENSORS, QuantLinear
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED
@@ -216,9 +216,10 @@ class Export:
             self._check_layers(model, layers)
             _check_config(layers, self._config)
             self._refuse_target(model, report)
-            description = client_config(model, layers, self._config)
+            description, settings = client_config(model, layers, self._config), self._config.to_quantize_config()
             if report is not None:
                 description["meta"][QUANTIZER_NAME] = provenance(report)
+                settings["meta"][QUANTIZER_NAME] |= occasion(report)  # not in config.json: two runs give the same
                 report = published(report)
             floats = _float_state(model, layers)
             folder = self._staging.path
@@ -234,7 +235,7 @@ class Export:
                 tokenizer.save_pretrained(folder)
             if report is not None:
                 _write_report(folder, report, model, description)
-            write_quantize_config(folder, description, self._config.to_quantize_config())
+            write_quantize_config(folder, description, settings)
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
             same_outputs(model, folder, sample)
             self._staging.place()

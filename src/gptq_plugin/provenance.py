@@ -30,24 +30,28 @@ _GIT_SECONDS = 5
 
 
 def provenance(report: QuantizeReport) -> dict[str, Any]:
-    """Plain values for JSON: versions, date (UTC), seed, nsamples, samples, tokens, calibration (description and
-    sha256), run_id, metrics and git (revision of the working directory's repository, and whether tracked files differ
-    from it). What is not known is left out."""
+    """Plain values for JSON: versions, seed, nsamples, samples, tokens, calibration (description and sha256), metrics
+    and git (revision of the working directory's repository, and whether tracked files differ from it). What is not
+    known is left out; nothing differs between two runs of the same."""
     plain = report.to_dict()
     calibration = {"description": without_paths(report.calibration), "sha256": report.calibration_sha256}
     known = {
         "versions": _versions(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": report.config.seed,
         "nsamples": report.config.nsamples,
         "samples": report.samples,
         "tokens": report.tokens,
         "calibration": {key: said for key, said in calibration.items() if said},
-        "run_id": report.run_id,
         "metrics": plain["metrics"],
         "git": _git(),
     }
     return {key: value for key, value in known.items() if value not in ("", None, {})}
+
+
+def occasion(report: QuantizeReport) -> dict[str, str]:
+    """What tells two runs of the same apart: date (UTC) and, where there is one, run_id."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"date": date} | ({"run_id": report.run_id} if report.run_id else {})
 
 
 def published(report: QuantizeReport) -> QuantizeReport:
