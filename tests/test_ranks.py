@@ -176,7 +176,8 @@ def test_what_is_exchanged_is_what_the_model_of_the_cost_counts(ranks, runs):
     groups = cost.Shape("of SCRIPT", 128, 192, 64).groups() * 2
     for rank in range(ranks):
         sums, gathered = torch.load(runs / f"float32-{ranks}" / f"bytes{rank}.pt")
-        assert sums == [cost.hessian_bytes(n) for n, _ in groups]
+        ranges = 14 * 2 * 4  # of every layer its largest input and output, once at the end
+        assert sums == [*(cost.hessian_bytes(n) for n, _ in groups), ranges]
         words = [size for size in gathered if size == 16]
         assert [size for size in gathered if size != 16] == [
             math.ceil(rows / ranks) * cost.row_bytes(n, group_size=64) for n, rows in groups
