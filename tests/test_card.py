@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from gptq_plugin.card import ModelFacts, hub_id, model_card, model_facts
 from gptq_plugin.errors import ExportError
 from gptq_plugin.placing import check_export_dir
 from gptq_plugin.report import ModuleReport, QuantizeReport
+from gptq_plugin.schemes import COMPRESSED
 
 IDS = torch.tensor([[1, 17, 5, 42, 7, 8]])
 TASKLESS = ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", torch.float16)
@@ -282,10 +284,22 @@ def test_the_card_says_how_vllm_takes_it(widths: list[tuple[int, int]], dtype: t
     assert ("Those that it fuses" in section(card, "vLLM")) is (len(widths) > 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_card_does_not_advise_float16_where_activations_exceed_it(dtype: torch.dtype) -> None:
+    report, facts = report_of((4, 128)), ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", dtype)
+    report.modules[0] = dataclasses.replace(report.modules[0], max_output=7e4)
+    card = card_of(report, facts)
+    assert snippet(card, "vLLM") == "vllm serve ." and "--dtype" not in card
+    assert "float16 cannot hold what layers.0 compute" in section(card, "vLLM")
+
+
 def test_the_card_says_when_transformers_does_not_take_it() -> None:
     for widths, description in (([(4, 128), (8, 128)], {}), ([(4, 32)], {}), ([(4, 128)], {"lm_head": True})):
         said = section(card_of(report_of(*widths), **description), "transformers")
         assert said.startswith("transformers does not load this checkpoint") and "```" not in said
+    facts = ModelFacts("GPT2LMHeadModel", "AutoModelForCausalLM", torch.float16, model_type="gpt2")
+    for said in (card_of(report_of((4, 128)), facts), card_of(report_of((4, 128)), facts, quant_method=COMPRESSED)):
+        assert "no quantized form of Conv1D" in section(said, "transformers") and "vllm serve" in said
     whole_rows = snippet(card_of(report_of((4, -1)), group_size=-1), "transformers")
     assert 'GPTQConfig(bits=4, backend="torch")' in whole_rows
     compile(whole_rows, "README.md", "exec")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.clients import CLIENTS, Target, conditions, problems
 from gptq_plugin.errors import ExportError
@@ -55,6 +55,7 @@ Q4 = {"self_attn.q_proj": {"bits": 8}}
 QKV8 = {f"self_attn.{x}_proj": {"bits": 8} for x in "qkv"}
 DOWN8 = {"mlp.down_proj": {"bits": 8}}
 CT = "compressed-tensors"
+RANGES = {"model.layers.0.self_attn.q_proj": 65504.0, "model.layers.0.self_attn.v_proj": 66000.0}
 
 REFUSED = [
     # client, ranks, the checkpoint, words of the sentence (which layer, why, what works instead)
@@ -72,6 +73,7 @@ REFUSED = [
     ("vllm", 3, {}, ("o_proj", "among 3 ranks", "fewer ranks")),
     ("vllm", 1, {"lm_head": True}, ("output embedding", "lm_head=False")),
     ("vllm", 1, {"model_type": "gemma3_text"}, ("float16 for gemma3_text", "torch.bfloat16")),
+    *((client, 1, {"activations": RANGES}, ("v_proj: inputs", "reach 6.6e+04", "bfloat16")) for client in CLIENTS),
     ("vllm", 1, {"change": Q4}, ("q_proj (bits=8", "k_proj (bits=4", "one width")),
     ("vllm", 1, {"change": Q4, "checkpoint_format": CT}, ("q_proj (bits=8", "one width")),
     ("vllm", 1, {"change": QKV8, "rules": {r".*\.[qkv]_proj$": {"bits": 8}}}, ("qkv_proj", "the same rule")),
@@ -81,6 +83,7 @@ REFUSED = [
     ("transformers", 1, {"lm_head": True}, ("output embedding", "lm_head=False")),
     ("transformers", 1, {"group_size": 8}, ("not 8", "group_size=128")),
     ("transformers", 1, {"model_type": "gpt2"}, ("layers of gpt2", "load_quantized")),
+    ("transformers", 1, {"model_type": "gpt2", "checkpoint_format": CT}, ("Conv1D", "random", "target='vllm'")),
     ("gptqmodel", 1, {"checkpoint_format": CT}, ("not compressed-tensors", "'gptq_v2'")),
     ("gptqmodel", 1, {"group_size": 8}, ("not 8", "group_size=128")),
     ("sglang", 1, {"bits": 3}, ("4 and 8 bits only", "bits=4")),
@@ -122,6 +125,8 @@ TAKEN = [
     ("vllm", 1, {"change": QKV8, "rules": {r".*\.self_attn\.(q|k|v|qkv)_proj$": {"bits": 8}}}),
     ("vllm", 1, {"leave": ("mlp.gate_proj", "mlp.up_proj")}),
     ("vllm", 1, {"dtype": torch.bfloat16, "model_type": "gemma3_text"}),
+    ("vllm", 1, {"checkpoint_format": CT, "model_type": "gpt2"}),
+    ("vllm", 1, {"dtype": torch.bfloat16, "activations": RANGES}),
     ("transformers", 1, {"bits": 3, "sym": False, "act_order": True, "group_size": 32}),
     ("transformers", 1, {"change": DOWN8, "checkpoint_format": CT}),
     ("gptqmodel", 1, {"change": DOWN8, "lm_head": True, "sym": False, "act_order": True}),
@@ -224,6 +229,21 @@ def test_an_export_for_a_client_that_would_not_take_it_is_refused_with_all_reaso
         assert reason in str(refused.value)
     assert not list(tmp_path.iterdir())
     assert export_model(quantized, tmp_path / "out", config, target="gptqmodel").is_dir()
+
+
+def test_conv1d_layers_as_compressed_tensors_are_for_vllm_and_not_for_transformers(
+    rtn: Callable[..., Any], tmp_path: Path
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=64)).eval()
+    quantizer = QuantizeModule(group_size=32, checkpoint_format=CT)
+    with pytest.raises(ExportError, match=r"layers of gpt2 are Conv1D.*target='vllm'"):
+        quantizer.check_target(model, "transformers")
+    folder = export_model(rtn(model, quantizer.config), tmp_path / "out", quantizer.config, target="vllm")
+    with torch.no_grad():
+        ids = torch.arange(32)[None]
+        assert torch.equal(load_quantized(folder)(ids).logits, model(ids).logits)
 
 
 def test_an_export_is_judged_again_by_the_layers_it_has(llama: Any, rtn: Callable[..., Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin import convert as converting
 from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.command import main
+from gptq_plugin.config import own_config
 from gptq_plugin.convert import convert
 from gptq_plugin.errors import CheckpointError, ExportError
 
@@ -124,6 +126,41 @@ def test_layers_left_float_other_files_and_shards_come_along(tmp_path, rtn, monk
     with pytest.raises(ExportError, match="overwrite=True"):
         convert(there, back, "gptq_v2")
     assert same(convert(there, back, "gptq_v2", overwrite=True), source)
+
+
+@pytest.mark.parametrize("to", ["gptq_v2", "compressed-tensors"])
+def test_how_we_quantized_it_is_said_afterwards_too(to, tmp_path, rtn):
+    config = QuantizeConfig(
+        group_size=32,
+        static_groups=False,
+        damp_percent=0.05,
+        clip_ratios=(1.0, 0.8),
+        nsamples=7,
+        seed=3,
+        dynamic={r".*\.down_proj": {"bits": 8, "clip_ratios": [0.9]}, "-:.*q_proj": {}},
+        modules_to_not_convert=("layers.0.mlp.up_proj",),
+    )
+    source = export_module.export_model(rtn(tiny_llama(), config), tmp_path / "source", config)
+    out = convert(source, tmp_path / "out", to)
+    for folder, form in ((out, to), (convert(out, tmp_path / "back", "gptq"), "gptq")):
+        content = Checkpoint.open(folder).quantize_config()
+        kept = own_config(content)
+        skipped = {rule: {} for rule in kept.dynamic if rule.startswith("-:")}
+        assert kept == dataclasses.replace(config, checkpoint_format=form, dynamic={**skipped, **config.dynamic})
+        assert sorted(content["meta"]["gptq_plugin"]["files"]) == sorted(file.name for file in folder.iterdir())
+
+
+def test_how_another_tool_quantized_it_is_said_as_it_says_it_and_not_as_ours(tmp_path):
+    source = FIXTURES / "gptqmodel-w4g32"
+    before = Checkpoint.open(source).quantize_config()
+    out = convert(source, tmp_path / "out", "gptq_v2")
+    for folder in (out, convert(out, tmp_path / "ct", "compressed-tensors")):
+        after = Checkpoint.open(folder).quantize_config()
+        assert own_config(after) is None and list(after["meta"]["gptq_plugin"]) == ["files"]
+        others = {key: value for key, value in before["meta"].items() if key != "quantizer"}
+        assert others and others.items() <= after["meta"].items()
+        for key in ("damp_percent", "damp_auto_increment", "static_groups", "true_sequential"):
+            assert after.get(key) == before.get(key)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path):

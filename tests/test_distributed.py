@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ from torch import nn
 from gptq_plugin import QuantizeConfig, QuantizeModule, distributed, dealing
 from gptq_plugin.errors import RankError
 from gptq_plugin.hessian import Hessian
+from gptq_plugin.ranges import Ranges
 from gptq_plugin.solver import solve
 
 def said(call):
@@ -83,6 +85,14 @@ def hessians(rank):
     mine.over_ranks()
     return [mine.tokens, float((mine.mean() - whole.mean()).abs().max())]
 
+def ranges(rank):
+    # Each rank sees one layer's largest values; nobody sees the third.
+    mine = Ranges()
+    mine.read(["a", "b"][rank % 2 :][:1], torch.tensor([[rank - 9.0]]))
+    if rank == 1:
+        mine.read(["a"], torch.tensor([[float("nan")]]))
+    return mine.over_ranks(["a", "b", "c"], torch.device("cpu"))
+
 def rows(rank):
     torch.manual_seed(0)
     found = []
@@ -119,7 +129,7 @@ def branches(rank):
     return [tokens, [m.name for m in report.quantized], {k: v.sum().item() for k, v in model.state_dict().items()}]
 
 out, size = Path(sys.argv[1]), 3
-for number, scene in enumerate((meetings, astray, failing, apart, busy, hessians, rows, branches)):
+for number, scene in enumerate((meetings, astray, failing, apart, busy, hessians, ranges, rows, branches)):
     children = []
     for rank in range(size):
         pid = os.fork()
@@ -178,6 +188,12 @@ def test_a_block_without_a_meeting_ends_on_all_ranks_or_on_none(scenes):
 def test_hessians_add_up_though_half_of_each_travels_and_a_rank_has_no_tokens(scenes):
     for tokens, off in scenes("hessians"):
         assert tokens == 50 and off < 1e-12
+
+
+def test_every_rank_knows_the_largest_values_of_all(scenes):
+    for found in scenes("ranges"):
+        assert [found[name][0] for name in "ab"] == [9, 8]
+        assert all(math.isnan(value) for value in (found["a"][1], *found["c"]))
 
 
 def test_every_rank_gets_the_solution_of_all_rows_however_they_divide(scenes):

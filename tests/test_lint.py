@@ -173,6 +173,7 @@ def test_a_sound_checkpoint_passes_alone_and_beside_its_float_model(
     found = lint(exported(case), float_dir)
     assert found.findings == []
     assert found.facts["compared"].startswith("7 layers")
+    assert found.facts["compared"].endswith("; 5 other tensors are equal")
     assert lint(exported(case)).findings == []
 
 
@@ -209,6 +210,46 @@ def test_damage_shows_beside_the_float_model_at_every_width(
     change, words = OF_THE_FLOAT_MODEL[damage]
     found = lint(damaged(case, change), float_dir)
     assert any(words in error for error in found.errors), found.findings
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"])
+def test_what_is_not_quantized_must_be_the_float_model_s(
+    name: str, damaged: Callable[..., Path], float_dir: Path
+) -> None:
+    out = damaged("4 bits symmetric", lambda tensors, bits: tensors[name][1:2].add_(0.5))
+    (error,) = lint(out, float_dir).errors
+    assert error.startswith(f"{name}: not quantized") and "by up to 0.5" in error
+    assert not lint(out).errors
+
+
+def test_what_is_not_quantized_may_be_cast_and_a_name_may_lack_the_base_model_s(
+    damaged: Callable[..., Path], float_dir: Path, tmp_path: Path
+) -> None:
+    """The float model is float32, with digits that bfloat16 has no room for, and saved without its head."""
+    whole = {key: t for file in float_dir.glob("*.safetensors") for key, t in load_file(file).items()}
+    norm = torch.rand(128) + 1 / 3
+    floats = {key.removeprefix("model."): t.float() for key, t in whole.items() if key != "lm_head.weight"}
+    save_file({**floats, "norm.weight": norm}, tmp_path / "model.safetensors")
+    out = damaged("4 bits symmetric", lambda tensors, bits: tensors.update({"model.norm.weight": norm.bfloat16()}))
+    found = lint(out, tmp_path)
+    assert not found.errors
+    assert found.facts["compared"].endswith("4 other tensors are equal, 4 of them cast from float32 to bfloat16")
+    assert "lm_head.weight: the float model has no tensor" in found.findings[0].message
+    save_file({**floats, "norm.weight": norm + 0.01}, tmp_path / "model.safetensors")
+    assert any(error.startswith("model.norm.weight: not quantized") for error in lint(out, tmp_path).errors)
+
+
+def test_biases_of_quantized_layers_are_compared_and_a_bias_of_zeros_may_be_nowhere(
+    damaged: Callable[..., Path], float_dir: Path, tmp_path: Path
+) -> None:
+    def bias(tensors: dict[str, torch.Tensor], bits: int, value: float = 0.0) -> None:
+        tensors[f"{LAYER}.bias"] = torch.full((160,), value, dtype=torch.float16)
+
+    out = damaged("4 bits symmetric", bias)
+    assert not lint(out, float_dir).findings
+    whole = {key: t for file in float_dir.glob("*.safetensors") for key, t in load_file(file).items()}
+    save_file({**whole, f"{LAYER}.bias": torch.ones(160)}, tmp_path / "model.safetensors")
+    assert [error.startswith(f"{LAYER}.bias: not quantized") for error in lint(out, tmp_path).errors] == [True]
 
 
 def test_scales_of_an_unknown_recipe_are_held_to_the_size_of_the_weights(
@@ -290,6 +331,7 @@ def test_a_float_model_without_its_layers_is_said_and_compares_nothing(
     found = lint(exported("4 bits symmetric"), tmp_path)
     assert found.facts["compared"].startswith("0 layers")
     assert "has no weight of that name and shape" in found.findings[0].message
+    assert "has no tensor of that name and shape" in found.findings[1].message
 
 
 def test_layers_left_float_must_be_told_as_each_client_reads_it(rtn: Callable[..., Any], tmp_path: Path) -> None:

@@ -234,6 +234,33 @@ def test_a_device_map_together_with_a_device_or_a_model_is_refused(options: dict
         load_quantized(FIXTURES / LLAMA, device_map="auto", **options)
 
 
+def test_a_layer_away_from_its_block_sends_its_output_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second device is "meta", from which nothing comes back, so that sending is noted and not done."""
+    accelerate = pytest.importorskip("accelerate")
+    fill, sent = load.fill, []
+
+    def dispatch_and_fill(checkpoint: Any, model: Any, names: Any) -> None:
+        accelerate.dispatch_model(model, {"model": "cpu", "lm_head": "cpu", DOWN: "meta"}, main_device="cpu")
+        del model.hf_device_map  # it would say that "cpu" and "meta" are offloading
+        fill(checkpoint, model, names)
+
+    def send(value: Any, device: Any, **options: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_meta or str(device) == "meta":
+            return accelerate.utils.send_to_device(value, device, **options)
+        sent.append(value.shape)
+        return torch.zeros(value.shape, dtype=value.dtype)
+
+    monkeypatch.setattr(load, "fill", dispatch_and_fill)
+    model = load_quantized(FIXTURES / LLAMA, device_map={"": "cpu"}, dtype=torch.float32)
+    assert model.get_submodule(DOWN).qweight.is_meta
+    assert not model.get_submodule(UP).qweight.is_meta
+    monkeypatch.setattr("accelerate.hooks.send_to_device", send)
+    monkeypatch.setattr(QuantLinear, "_product", lambda self, x: x.new_zeros(*x.shape[:-1], self.out_features))
+    with torch.no_grad():
+        model(torch.zeros(1, 5, dtype=torch.long))
+    assert sent == [(1, 5, model.config.hidden_size)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("device_map", ["balanced", {"model": 0, "lm_head": 1, DOWN: 1}])
@@ -263,6 +290,7 @@ def test_a_hook_that_accelerate_put_on_a_place_moves_to_the_layer(monkeypatch: p
     layer = model.get_submodule(DOWN)
     assert isinstance(layer, QuantLinear)
     assert layer._hf_hook.execution_device == "cpu"
+    assert layer._hf_hook.io_same_device  # the block adds its own tensors to the output
     assert layer.forward.__wrapped__.__func__ is QuantLinear.forward
     reference = expected(LLAMA)
     torch.testing.assert_close(logits_of(model, reference), reference["logits"], atol=2e-4, rtol=0)

@@ -13,7 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from test_export import Plain, tiny_gpt2, tiny_llama
 
-from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.errors import ExportError
 from gptq_plugin.proof import LENGTH, Sample, same_outputs
 
@@ -44,6 +44,22 @@ def test_one_calibration_sample_goes_through_the_model_and_the_export(checkpoint
         quantizer.export(model, tmp_path / "out")
     assert shapes == [(True, (1, LENGTH))] * 3 + [(False, (1, LENGTH))]
     assert "not run" not in caplog.text and "not compared" not in caplog.text
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_reload_shows_no_progress_bar_and_leaves_the_setting(shown, tmp_path, capfd):
+    from transformers.utils import logging as transformers_logging
+
+    quantizer, model = quantized_llama()
+    (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
+    try:
+        folder = quantizer.export(model, tmp_path / "out")
+        assert "Loading weights" not in capfd.readouterr().err
+        assert transformers_logging.is_progress_bar_enabled() is shown
+        load_quantized(folder)
+        assert ("Loading weights" in capfd.readouterr().err) is shown
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("when", ["export", "quantize"])

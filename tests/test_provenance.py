@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,24 +55,34 @@ def test_both_files_say_with_what_and_when_an_export_was_made(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     quantizer, folder = exported(tmp_path / "out")
     config, full = metas(folder)
-    said = config["gptq_plugin"]
+    said, run = config["gptq_plugin"], full["gptq_plugin"]
     assert config["quantizer"][0].startswith("gptq_plugin:")
-    assert said.items() <= full["gptq_plugin"].items() and full["gptq_plugin"]["files"]
+    assert said.items() <= run.items() and run["files"]
     assert {"gptq_plugin", "python", "torch", "transformers"} <= set(said["versions"])
-    assert said["date"].endswith("+00:00")
+    assert run["date"].endswith("+00:00") and "date" not in said
     assert (said["seed"], said["nsamples"], said["samples"], said["tokens"]) == (7, 5, 5, 105)
     assert said["calibration"] == {"sha256": quantizer.report.calibration_sha256}
-    assert said["run_id"] == quantizer.report.run_id and len(said["run_id"]) == 32
+    assert run["run_id"] == quantizer.report.run_id and len(run["run_id"]) == 32 and "run_id" not in said
     written = json.loads((folder / "quantization_report.json").read_text())
-    assert (written["calibration_sha256"], written["run_id"]) == (said["calibration"]["sha256"], said["run_id"])
+    assert (written["calibration_sha256"], written["run_id"]) == (said["calibration"]["sha256"], run["run_id"])
     assert "git" not in said and "metrics" not in said  # no repository, nothing measured
 
 
 def test_a_converted_export_keeps_where_it_comes_from(tmp_path):
-    said = metas(exported(tmp_path / "out")[1])[0]["gptq_plugin"]
+    before = [meta["gptq_plugin"] for meta in metas(exported(tmp_path / "out")[1])]
     convert(tmp_path / "out", tmp_path / "v2", "gptq_v2")
-    for meta in metas(tmp_path / "v2"):
-        assert (meta["gptq_plugin"]["date"], meta["gptq_plugin"]["seed"]) == (said["date"], 7)
+    assert [meta["gptq_plugin"] for meta in metas(tmp_path / "v2")] == before
+
+
+def test_two_runs_of_the_same_write_the_same_config_json(tmp_path, monkeypatch):
+    one = exported(tmp_path / "one")[1]
+    later = SimpleNamespace(now=lambda zone: datetime(2100, 1, 1, tzinfo=zone))
+    monkeypatch.setattr("gptq_plugin.provenance.datetime", later)
+    other = exported(tmp_path / "other")[1]
+    assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
+    (_, first), (_, second) = metas(one), metas(other)
+    differ = {key for key in first["gptq_plugin"] if first["gptq_plugin"][key] != second["gptq_plugin"][key]}
+    assert differ == {"date", "run_id"} and second["gptq_plugin"]["date"] == "2100-01-01T00:00:00+00:00"
 
 
 def test_metrics_that_are_no_numbers_stay_standard_json():
@@ -143,6 +154,21 @@ def test_other_contents_names_dtypes_or_shapes_have_another_hash(other):
     assert digest(other) != digest({"input_ids": IDS})
 
 
+def test_texts_and_numbers_count_and_lists_of_them_are_divided_as_the_tensors_are():
+    batch = {"input_ids": IDS, "text": list("abcde"), "spans": [[n, 7] for n in range(5)], "task": "qa", "weight": 2}
+
+    def rows(part):
+        lists = {key: batch[key][part] for key in ("input_ids", "text", "spans")}
+        return digest({**batch, **lists})
+
+    assert (rows(slice(0, 2)) + rows(slice(2, 5))) % 2**256 == digest(batch) != digest({"input_ids": IDS})
+    for other in ({"text": list("abcdf")}, {"spans": [[n, n] for n in range(5)]}, {"task": "chat"}, {"weight": 2.0}):
+        assert digest({**batch, **other}) != digest(batch)
+    alone = {"x": torch.tensor(1.0), "note": "one"}
+    assert digest(alone) == digest(dict(alone)) != digest({**alone, "note": "two"})
+    assert digest((IDS, ["a"] * 5)) != digest((IDS, ["b"] * 5))
+
+
 def test_a_batch_that_cannot_be_divided_is_one_sample():
     scalar = {"x": torch.ones(4, 3, dtype=torch.bfloat16), "scale": torch.tensor(2.0)}
     assert digest(scalar) == digest(dict(reversed(scalar.items()))) != digest({**scalar, "scale": torch.tensor(3.0)})
@@ -193,3 +219,14 @@ def test_paths_in_any_sentence_of_a_report_are_cut_to_their_end():
     short = published(QuantizeReport(SMALL, [module])).modules[0]
     assert (short.reason, short.deviations) == ("see a.txt", ("in b.txt.",))
     assert without_paths(r"C:\Users\me\x.ckpt and 'file:///x/y'") == "x.ckpt and 'y'"
+
+
+def test_paths_with_spaces_are_cut_to_their_end_too(tmp_path, monkeypatch):
+    home = tmp_path / "Jane M. Doe, at work"
+    (home / "my runs (old)").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    for path in (home, f"file://{home}", "~"):
+        said = without_paths(f"weights of {path}/my runs (old)/best one.ckpt, and {path}/gone for/good.txt: not used")
+        assert said == "weights of best one.ckpt, and good.txt: not used"
+    assert without_paths("of /Users/Jane Doe/other machine/x.txt or /a/b. Now") == "of x.txt or b. Now"
+    assert without_paths("1 / 2 and 3/4 at 5 tokens/s") == "1 / 2 and 3/4 at 5 tokens/s"

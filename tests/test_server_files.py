@@ -144,6 +144,9 @@ def test_the_code_of_a_model_comes_along(own_code):
         assert (folder / name).read_text() == text
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP and config["architectures"] == ["OwnForCausalLM"]
+    # The export's proof ran it, and imported nothing: all that is cached is what the model was loaded from.
+    cached = (folder.parent / "modules").rglob("modeling_own.py")
+    assert {file.parent.parent.name for file in cached} == {"own_hyphen_model"}
     again = load_quantized(folder, trust_remote_code=True)
     assert type(again).__name__ == "OwnForCausalLM"
     assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)

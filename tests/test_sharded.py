@@ -101,7 +101,7 @@ def test_the_export_is_that_of_the_whole_module(name, reference, out, whole):
         json.loads((folder / "export" / "config.json").read_text()) for folder in (out / name, whole / reference)
     ]
     for config in configs:
-        del config["quantization_config"]["meta"]  # when, by which run, with which metrics
+        del config["quantization_config"]["meta"]  # with which metrics
     assert configs[0] == configs[1]
     for one in said(out, name):
         assert one["error"] == "" and one["samples"] == (149 if "plain" in name else 15)

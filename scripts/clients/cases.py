@@ -73,6 +73,7 @@ CASES = [
     Case("ct-3-bit", {**COMPRESSED, "bits": 3}, _compressed(vllm=_CPU_BITS)),
     Case("ct-4-bit-left-float", {**COMPRESSED, **_LEFT_FLOAT}, _compressed()),
     Case("ct-4-bit-g128-and-g32", {**COMPRESSED, "dynamic": {r".*\.down_proj": {"group_size": 32}}}, _compressed()),
+    Case("ct-4-bit-gpt2", COMPRESSED, _compressed(transformers="missing_keys"), "gpt2"),
 ]
 
 

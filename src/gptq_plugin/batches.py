@@ -47,17 +47,16 @@ def digest(data: Any) -> int:
     """SHA-256 of its samples, added up modulo 2^256: batches add up to the same number in any order and division.
 
     A sample is its part of every tensor of the batch: name, dtype, shape and bytes. Positions that an
-    ``attention_mask`` hides are no part of it, so that padding does not count. A batch with a tensor that is not
-    divided into samples (another first dimension, or none) is one sample, and so is one without tensors.
+    ``attention_mask`` hides are no part of it, so that padding does not count. Of lists of texts and numbers, as many
+    as there are samples, each has its own; other texts and numbers belong to all of them. A batch with a tensor that is
+    not divided into samples (another first dimension, or none) is one sample, and so is one without tensors.
     """
     leaves = sorted(_leaves(data), key=lambda leaf: leaf[0])
     tensors = [(name, _on_cpu(value)) for name, value in leaves if isinstance(value, Tensor)]
+    plain = [(name, value) for name, value in leaves if _is_plain(value)]
     samples = samples_in(data)
-    if not tensors:
-        plain = [(name, value) for name, value in leaves if isinstance(value, (str, int, float, bool))]
-        return _sha256([repr(plain).encode()])
-    if any(value.dim() == 0 or value.shape[0] != samples for _, value in tensors):
-        return _sha256(_described(tensors))
+    if not tensors or any(value.dim() == 0 or value.shape[0] != samples for _, value in tensors):
+        return _sha256([*_described(tensors), *_said(plain)])
     mask = (named(data) or {}).get("attention_mask")
     kept = _on_cpu(mask).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     total = 0
@@ -66,7 +65,8 @@ def digest(data: Any) -> int:
         if kept is not None:
             own = kept[row]
             parts = [(name, part[own] if part.shape[:1] == own.shape else part) for name, part in parts]
-        total += _sha256(_described(parts))
+        of_all = [(name, value[row] if _has_length(value, samples) else value) for name, value in plain]
+        total += _sha256([*_described(parts), *_said(of_all)])
     return total % _ALL
 
 
@@ -101,6 +101,22 @@ def _described(tensors: list[tuple[str, Tensor]]) -> Iterator[bytes]:
         yield value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def _said(plain: list[tuple[str, Any]]) -> Iterator[bytes]:
+    if plain:
+        yield repr(plain).encode()
+
+
+def _is_plain(value: Any) -> bool:
+    """A text or a number, or a list of such."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (str, bytes, int, float))
+
+
+def _has_length(value: Any, length: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == length
+
+
 def _sha256(parts: Iterable[bytes]) -> int:
     hashed = hashlib.sha256()
     for part in parts:
@@ -122,7 +138,7 @@ def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if parts is not None:
         for key, value in parts.items():
             yield from _leaves(value, str(key))
-    elif isinstance(data, (list, tuple)):
+    elif isinstance(data, (list, tuple)) and not _is_plain(data):
         for value in data:
             yield from _leaves(value)
     elif not name and not isinstance(data, Tensor) and hasattr(data, "__dict__"):

@@ -16,9 +16,11 @@ import torch
 import yaml
 
 from gptq_plugin.config import QUANTIZER_NAME
+from gptq_plugin.errors import some
 from gptq_plugin.figures import bits_of, change, measured, packed_bytes, percent, size, value, widths
-from gptq_plugin.pretrained import is_transformers, published_class
+from gptq_plugin.pretrained import CONV1D, is_transformers, published_class
 from gptq_plugin.provenance import without_paths
+from gptq_plugin.ranges import FLOAT16
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED
 
@@ -46,6 +48,7 @@ class ModelFacts:
         dtype: Of its float tensors.
         base_model: Id on the Hugging Face hub of the model it was trained from, where that is known.
         pipeline_tag: The hub's name of its task, where that is known.
+        model_type: transformers' name of the architecture, where that has one.
     """
 
     name: str
@@ -53,6 +56,7 @@ class ModelFacts:
     dtype: torch.dtype = torch.float32
     base_model: str | None = None
     pipeline_tag: str | None = None
+    model_type: str | None = None
 
 
 def model_facts(model: Any) -> ModelFacts:
@@ -68,8 +72,8 @@ def model_facts(model: Any) -> ModelFacts:
 
     for task, (table, loader) in _TASKS.items():
         if kind.__name__ in getattr(modeling_auto, table, {}).values():
-            return ModelFacts(kind.__name__, loader, model.dtype, base_model, task)
-    return ModelFacts(kind.__name__, kind.__name__, model.dtype, base_model)
+            return ModelFacts(kind.__name__, loader, model.dtype, base_model, task, model.config.model_type)
+    return ModelFacts(kind.__name__, kind.__name__, model.dtype, base_model, model_type=model.config.model_type)
 
 
 def hub_id(name: str | None) -> str | None:
@@ -115,7 +119,7 @@ def model_card(report: QuantizeReport, description: dict[str, Any], facts: Model
         _here(facts),
     ]
     if facts.loader is not None:
-        sections += [_transformers(report, description, facts.loader), _vllm(report, description, facts)]
+        sections += [_transformers(report, description, facts, facts.loader), _vllm(report, description, facts)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -191,18 +195,21 @@ def _here(facts: ModelFacts) -> str:
     return _snippet(QUANTIZER_NAME, f"from {QUANTIZER_NAME} import load_quantized\n\nmodel = {call}{comment}")
 
 
-def _transformers(report: QuantizeReport, description: dict[str, Any], loader: str) -> str:
-    if description["checkpoint_format"] == COMPRESSED:
-        code = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained(".")'
-        needs = "It needs compressed-tensors (0.18 or newer for 3 bits): `pip install compressed-tensors`."
-        return f"{_snippet('transformers', code)}\n\n{needs}"
+def _transformers(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts, loader: str) -> str:
+    compressed = description["checkpoint_format"] == COMPRESSED
     refused = []
-    if _grids(report, description) != {(description["bits"], description["group_size"])}:
+    if facts.model_type in (CONV1D if compressed else ("gpt2",)):
+        refused.append("it has no quantized form of Conv1D, of which this model is made")
+    if not compressed and _grids(report, description) != {(description["bits"], description["group_size"])}:
         refused.append("it does not read layers of different bits or group sizes")
-    if description["lm_head"]:
+    if not compressed and description["lm_head"]:
         refused.append("it does not read a quantized output embedding")
     if refused:
         return f"### transformers\n\ntransformers does not load this checkpoint: {'; '.join(refused)}."
+    if compressed:
+        code = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained(".")'
+        needs = "It needs compressed-tensors (0.18 or newer for 3 bits): `pip install compressed-tensors`."
+        return f"{_snippet('transformers', code)}\n\n{needs}"
     names, option = loader, ""
     if description["group_size"] == -1:  # GPTQModel's own choice of kernel fails
         names = f"{loader}, GPTQConfig"
@@ -228,7 +235,11 @@ def _vllm(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts
         return f"### vLLM\n\nvLLM does not take this checkpoint: {'; '.join(refused)}."
     notes = ["Where vLLM knows this architecture."]
     option = ""
-    if facts.dtype not in (torch.float16, torch.bfloat16):
+    large = [module.name for module in report.quantized if module.largest > FLOAT16]
+    if facts.dtype != torch.float16 and large:
+        layers = _text(some(large))
+        notes.append(f"It runs in bfloat16, in which it rounds the scales; float16 cannot hold what {layers} compute.")
+    elif facts.dtype not in (torch.float16, torch.bfloat16):
         option = " --dtype float16"
         notes.append(f"The float tensors are {_dtype(facts.dtype)}: it would turn them and the scales into bfloat16.")
     elif facts.dtype == torch.bfloat16:

@@ -106,6 +106,13 @@ class Checkpoint:
         largest = max(entries, key=lambda entry: math.prod(entry.shape), default=None)
         return _FLOATS[largest.dtype] if largest is not None else torch.float16
 
+    def quantize_config(self) -> dict[str, Any]:
+        """quantize_config.json, where there is one that can be read; else empty."""
+        try:
+            return _read_json(self.directory / QUANTIZE_CONFIG)
+        except CheckpointError:
+            return {}
+
     def read(self, name: str) -> Tensor:
         """One tensor as stored, on the CPU."""
         tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(name)

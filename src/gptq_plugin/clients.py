@@ -22,6 +22,8 @@ import torch
 from gptq_plugin.config import rule_regex
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.outline import LayerOutline, Outline
+from gptq_plugin.pretrained import CONV1D
+from gptq_plugin.ranges import FLOAT16
 from gptq_plugin.schemes import COMPRESSED
 
 CLIENTS = ("vllm", "transformers", "sglang", "gptqmodel")
@@ -102,7 +104,7 @@ def problems(outline: Outline, target: Target) -> list[str]:
             f"{target.client} loads transformers models, and this is another nn.Module: load it with "
             "gptq_plugin.load_quantized(directory, model=...)"
         ]
-    return list(_RULES[target.client](outline, target.tensor_parallel_size))
+    return [*_RULES[target.client](outline, target.tensor_parallel_size), *_overflow(outline)]
 
 
 def conditions(outline: Outline, target: Target) -> list[str]:
@@ -173,6 +175,13 @@ def _vllm(outline: Outline, ranks: int) -> Iterator[str]:
 def _transformers(outline: Outline, ranks: int) -> Iterator[str]:
     if outline.checkpoint_format == COMPRESSED:
         # measured (docs/clients.md): 3, 4 and 8 bits, asymmetric, a scale a row, several groups; read: g_idx.
+        if outline.model_type in CONV1D:
+            # measured (docs/clients.md): compressed-tensors prepares nn.Linear only (initialize.py), so that their
+            # weights are "missing" and stay random. vLLM, which builds linear layers of its own, loads them.
+            yield (
+                f"transformers loads compressed-tensors into nn.Linear only, and the layers of {outline.model_type} "
+                "are Conv1D, which would stay random: use load_quantized, or target='vllm'"
+            )
         return
     # measured: one width for all, read from the description; else the shapes do not match.
     yield from _mixed(outline, "transformers reads one width and group size for all layers of a GPTQ checkpoint")
@@ -302,6 +311,17 @@ def _mixed(outline: Outline, why: str) -> Iterator[str]:
 def _head(outline: Outline, client: str) -> Iterator[str]:
     if outline.lm_head:
         yield f"the output embedding is quantized, which {client} does not load: use lm_head=False"
+
+
+def _overflow(outline: Outline) -> Iterator[str]:
+    """All of them compute in the float weights' dtype, and what float16 cannot hold is infinite there."""
+    names = [name for name, largest in outline.activations.items() if largest > FLOAT16]
+    if names and outline.dtype == torch.float16:
+        largest = max(outline.activations.values())
+        yield (
+            f"{_named(names, outline)}: inputs or outputs reach {largest:.4g} in calibration, and float16, the model's "
+            f"dtype, ends at {FLOAT16:.0f}: call model.to(torch.bfloat16) and quantize again"
+        )
 
 
 def _parallel(outline: Outline, ranks: int, client: str) -> Iterator[str]:

@@ -39,7 +39,7 @@ def _add_check(commands: Any) -> None:
     )
     parser.add_argument("directory", metavar="DIR", help="the checkpoint's folder")
     parser.add_argument(
-        "--float", metavar="DIR", dest="float_dir", help="the float model's folder, to compare every layer with"
+        "--float", metavar="DIR", dest="float_dir", help="the float model's folder, to compare everything with"
     )
     parser.add_argument(
         "--target",

@@ -221,6 +221,17 @@ class QuantizeConfig:
         return cls(**fields)
 
 
+def own_config(values: Mapping[str, Any]) -> QuantizeConfig | None:
+    """How this package quantized what ``quantize_config.json`` lies beside; None where it did not, or does not say."""
+    ours = (values.get("meta") or {}).get(QUANTIZER_NAME)
+    if not isinstance(ours, Mapping) or "clip_ratios" not in ours:
+        return None  # another tool's that was converted has no more than our list of files there
+    try:
+        return QuantizeConfig.from_quantize_config(values)
+    except (ValueError, TypeError):
+        return None
+
+
 def rule_regex(pattern: str) -> str:
     """The regular expression in a `dynamic` key, without GPTQModel's ``+:`` or ``-:`` prefix."""
     return pattern[2:] if pattern[:2] in ("+:", "-:") else pattern

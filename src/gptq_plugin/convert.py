@@ -6,12 +6,14 @@ is not quantized is copied as it is: tensors of any dtype, tokenizer, code, card
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
-from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig
+from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
 from gptq_plugin.description import Contents, describe, most_and_others
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import SHARD, write_json, write_quantize_config
@@ -22,6 +24,7 @@ from gptq_plugin.shards import ShardWriter
 from gptq_plugin.verify import verify_same
 
 _HEAD = "lm_head"
+_MADE = ("damp_percent", "damp_auto_increment", "static_groups", "true_sequential")  # no reader of layers needs these
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 
 
@@ -48,8 +51,9 @@ def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, o
     if checkpoint.checkpoint_format == checkpoint_format:
         raise ValueError(f"{directory} has checkpoint_format={checkpoint_format!r} already: copy it")
     schemes = {name: checkpoint.scheme(name) for name in checkpoint.layers}
+    said = checkpoint.quantize_config() or checkpoint.quantization
     try:
-        config = _config(schemes, checkpoint_format)
+        config = _config(schemes, said, checkpoint_format)
     except ValueError as error:
         raise ExportError(f"{directory} cannot be converted: {error}") from error
     description = describe(Contents(schemes, _float_linears(checkpoint), _HEAD), config)
@@ -69,7 +73,7 @@ def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, o
         if isinstance(whole.get("text_config"), dict):
             whole["text_config"] = {k: v for k, v in whole["text_config"].items() if k != "quantization_config"}
         write_json(staging.path / CONFIG, {**whole, "quantization_config": description})
-        write_quantize_config(staging.path, description, config)
+        write_quantize_config(staging.path, description, _settings(config, said))
         verify_same(checkpoint, staging.path)
         staging.place()
     except BaseException:
@@ -92,9 +96,25 @@ def _write(checkpoint: Checkpoint, schemes: dict[str, Scheme], checkpoint_format
     writer.finish()
 
 
-def _config(schemes: dict[str, Scheme], checkpoint_format: str) -> QuantizeConfig:
+def _config(schemes: dict[str, Scheme], said: Mapping[str, Any], checkpoint_format: str) -> QuantizeConfig:
+    """As we quantized it, where we did and that is what the layers are; else as the layers are."""
+    own = own_config(said)
+    if own is not None and all(_fits(own.for_module(name), scheme) for name, scheme in schemes.items()):
+        return dataclasses.replace(own, checkpoint_format=checkpoint_format)
     most, rules = most_and_others({name: _fields(scheme) for name, scheme in schemes.items()})
     return QuantizeConfig(**most, checkpoint_format=checkpoint_format, lm_head=_HEAD in schemes, dynamic=rules)
+
+
+def _fits(config: QuantizeConfig | None, scheme: Scheme) -> bool:
+    grid = (scheme.bits, scheme.group_size, scheme.sym)
+    return config is not None and (config.bits, config.group_size, config.sym) == grid
+
+
+def _settings(config: QuantizeConfig, said: Mapping[str, Any]) -> dict[str, Any]:
+    """quantize_config.json: how the layers are, from `config`, and how they were made, as far as the source says it."""
+    settings = {key: value for key, value in config.to_quantize_config().items() if key in said or key not in _MADE}
+    made = {key: said[key] for key in _MADE if key in said}
+    return {**settings, **made, "meta": said.get("meta") or {}}
 
 
 def _fields(scheme: Scheme) -> dict[str, Any]:

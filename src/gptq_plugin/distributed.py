@@ -78,6 +78,15 @@ def sum_(tensor: Tensor, count: int = 0) -> int:
     return sum(counts)
 
 
+def maximum_(tensor: Tensor) -> None:
+    """Element by element the largest value of all ranks, in place on every rank."""
+    if not active():
+        return
+    _called("maximum")
+    with _reaching():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_group(tensor))
+
+
 def minimum(value: int) -> int:
     """The smallest of all ranks' values."""
     return min(_called("minimum", value)) if active() else value

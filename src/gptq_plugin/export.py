@@ -31,7 +31,7 @@ from gptq_plugin.page import report_page
 from gptq_plugin.placing import Staging, files_in
 from gptq_plugin.pretrained import check_savable, is_transformers, published_class
 from gptq_plugin.proof import Sample, same_outputs
-from gptq_plugin.provenance import provenance, published
+from gptq_plugin.provenance import occasion, provenance, published
 from gptq_plugin.qlinear import TENSORS, QuantLinear
 from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED
@@ -214,10 +214,11 @@ class Export:
             layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
             self._check_layers(model, layers)
             _check_config(layers, self._config)
-            self._refuse_target(model)
-            description = client_config(model, layers, self._config)
+            self._refuse_target(model, report)
+            description, settings = client_config(model, layers, self._config), self._config.to_quantize_config()
             if report is not None:
                 description["meta"][QUANTIZER_NAME] = provenance(report)
+                settings["meta"][QUANTIZER_NAME] |= occasion(report)  # not in config.json: two runs give the same
                 report = published(report)
             floats = _float_state(model, layers)
             folder = self._staging.path
@@ -233,7 +234,7 @@ class Export:
                 tokenizer.save_pretrained(folder)
             if report is not None:
                 _write_report(folder, report, model, description)
-            write_quantize_config(folder, description, self._config)
+            write_quantize_config(folder, description, settings)
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
             same_outputs(model, folder, sample)
             self._staging.place()
@@ -260,9 +261,9 @@ class Export:
         if self._over:
             raise ExportError(f"the export to {self._staging.directory} is finished or given up: make another Export")
 
-    def _refuse_target(self, model: nn.Module) -> None:
+    def _refuse_target(self, model: nn.Module, report: QuantizeReport | None = None) -> None:
         if self._target is not None:
-            refuse(Outline.of_model(model, self._config), self._target)
+            refuse(Outline.of_model(model, self._config, report), self._target)
 
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         if not layers:
@@ -293,19 +294,17 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
             )
 
 
-def write_quantize_config(staging: Path, description: dict[str, Any], config: QuantizeConfig) -> None:
-    """AutoGPTQ's file: the same description, everything needed to quantize so again, and the list of our
-    files.
+def write_quantize_config(staging: Path, description: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """AutoGPTQ's file: the same description, everything needed to quantize so again (`settings`, as
+    `QuantizeConfig.to_quantize_config` has it), and the list of our files.
 
     It is written last, and the list is how a later export knows what it may replace.
     """
-    full = {**config.to_quantize_config(), **description}
-    ours = dict(description["meta"])
-    settings = config.to_quantize_config()["meta"][QUANTIZER_NAME]
+    meta = {**settings["meta"], **description["meta"]}
     listed = sorted([*files_in(staging), QUANTIZE_CONFIG])
-    ours[QUANTIZER_NAME] = {**settings, **ours.get(QUANTIZER_NAME, {}), "files": listed}
-    full["meta"] = ours
-    write_json(staging / QUANTIZE_CONFIG, full)
+    ours = (part.get(QUANTIZER_NAME) or {} for part in (settings["meta"], description["meta"]))
+    meta[QUANTIZER_NAME] = {key: value for part in ours for key, value in part.items()} | {"files": listed}
+    write_json(staging / QUANTIZE_CONFIG, {**settings, **description, "meta": meta})
 
 
 def _write_report(staging: Path, report: QuantizeReport, model: nn.Module, description: dict[str, Any]) -> None:

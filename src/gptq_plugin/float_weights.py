@@ -36,17 +36,20 @@ class FloatWeights:
         # transformers' families call Conv1D's transposed weight and Linear's alike: a matrix that is not square tells.
         self._transposed = False
 
-    def weight(self, layer: str, shape: tuple[int, int]) -> Tensor | None:
-        """The weight of the layer of that name, [out, in] = `shape`; None where there is none of that name and shape.
+    def tensor(self, wanted: str) -> Tensor | None:
+        """The tensor of that name; None where there is none.
 
         A base model's names lack the prefix that its other classes have (``model.``), or the other way round.
         """
-        wanted = f"{layer}.weight"
         names = [name for name in self._handles if name == wanted]
         names = names or [name for name in self._handles if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")]
-        if len(names) != 1:
+        return self._handles[names[0]].get_tensor(names[0]) if len(names) == 1 else None
+
+    def weight(self, layer: str, shape: tuple[int, int]) -> Tensor | None:
+        """The weight of the layer of that name, [out, in] = `shape`; None where there is none such."""
+        tensor = self.tensor(f"{layer}.weight")
+        if tensor is None:
             return None
-        tensor: Tensor = self._handles[names[0]].get_tensor(names[0])
         if tensor.shape == shape[::-1] and shape[0] != shape[1]:
             self._transposed = True
         if self._transposed:

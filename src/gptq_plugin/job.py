@@ -33,6 +33,7 @@ from gptq_plugin.hessian import Hessian
 from gptq_plugin.positions import Positions
 from gptq_plugin.proof import Sample
 from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.ranges import Ranges, near_float16
 from gptq_plugin.report import ModuleReport, QuantizeReport
 from gptq_plugin.results import Results
 from gptq_plugin.targets import Skipped, Target, linear_shape
@@ -68,8 +69,9 @@ class _Solved:
     tokens: int
     deviations: tuple[str, ...]
 
-    def report(self) -> ModuleReport:
+    def report(self, max_input: float, max_output: float) -> ModuleReport:
         loss, rtn_loss = (of_all[self.number] for of_all in self.losses.get())
+        near = near_float16(max_input, max_output)
         return module_report(
             self.target,
             method=self.method,
@@ -78,7 +80,9 @@ class _Solved:
             tokens=self.tokens,
             damp_percent=self.damp_percent,
             seconds=self.stopwatch.seconds() * self.share,
-            deviations=self.deviations,
+            max_input=max_input,
+            max_output=max_output,
+            deviations=self.deviations if near is None else (*self.deviations, near),
         )
 
 
@@ -120,6 +124,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.activations = Activations(self.device, None)
+        self.ranges = Ranges()
         self.positions = Positions(self.model, self.calibration.batches, self.config.token_weighting)
         self.expert_hessians = ExpertHessians(self.device)
         self._by_name = {target.name: target for target in self.targets}
@@ -140,18 +145,19 @@ class Job:
         with contextlib.closing(self.results), self._weights() as self.weights, self.positions.watching(self._entered):
             groups = self._plan(modules, forwards)
             planned = time.perf_counter() - started
-            for stop in lockstep.walk(
-                groups,
-                modules,
-                forwards,
-                self._observe,
-                distributed.minimum,
-                notes,
-                self._waiting,
-            ):
-                self.results.settle()
-                self._quantize_group([self._by_name[name] for name in stop.group.names], stop)
-            self._leave_experts(None)
+            with self.ranges.watching(modules):
+                for stop in lockstep.walk(
+                    groups,
+                    modules,
+                    forwards,
+                    self._observe,
+                    distributed.minimum,
+                    notes,
+                    self._waiting,
+                ):
+                    self.results.settle()
+                    self._quantize_group([self._by_name[name] for name in stop.group.names], stop)
+                self._leave_experts(None)
             self.results.settle(wait=True)
         reports = self._reports()
         solving = sum(stopwatch.seconds() for stopwatch in self.stopwatches)
@@ -280,6 +286,7 @@ class Job:
                 self.read_tokens.add(first)
             if rows.counted is not None:
                 hessian.add(rows.counted)
+            self.ranges.read(group.names, x)
 
     def _entered(self, experts: str, rows: Tensor) -> None:
         with self.activations.untracked():
@@ -406,8 +413,9 @@ class Job:
         if not self.solved:
             raise CalibrationError(self._unreached())
         reason = "never called in calibration: left float"
+        ranges = self.ranges.over_ranks(self._by_name, self.device)
         return [
-            self.solved[target.name].report()
+            self.solved[target.name].report(*ranges[target.name])
             if target.name in self.solved
             else module_report(target, method="float", reason=reason, deviations=(reason,))
             for target in self.targets

@@ -2,12 +2,12 @@
 
 Without the float model a checkpoint is held to what it says of itself: sym=True means that every zero is 2^(bits-1),
 desc_act=false that channel i is in group i // group_size, padding is zero, and two descriptions say the same. With it,
-every layer is compared with the weight it was made from (`comparison`).
+every layer is compared with the weight it was made from (`comparison`), and every other tensor must be the float
+model's, or that one cast to the checkpoint's dtype.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ from torch import Tensor
 from gptq_plugin.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
 from gptq_plugin.clients import CLIENTS, Target, conditions, problems
 from gptq_plugin.comparison import compare, verdict
-from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig, rule_regex
+from gptq_plugin.config import QuantizeConfig, own_config, rule_regex
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.float_weights import FloatWeights
 from gptq_plugin.layouts import trivial_g_idx
@@ -90,7 +90,7 @@ def lint(directory: str | Path, float_dir: str | Path | None = None, targets: It
         return found
     outline = Outline.of(checkpoint)
     found.facts = _facts(checkpoint, outline)
-    beside = _beside(checkpoint)
+    beside = checkpoint.quantize_config()
     found.add("error", _contradictions(checkpoint, beside))
     found.add("error", _tied_head(checkpoint, outline))
     _scales_dtype(checkpoint, found)
@@ -99,6 +99,8 @@ def lint(directory: str | Path, float_dir: str | Path | None = None, targets: It
     for layer in outline.layers:
         judged.layer(layer, checkpoint.read_layer(layer.name))
     judged.report(found)
+    if floats is not None:
+        _left_alone(checkpoint, floats, found)
     for target in targets if targets is not None else map(Target, CLIENTS):
         found.refusals[target] = [*problems(outline, target), *_untold(checkpoint, outline, target)]
         found.conditions[target] = conditions(outline, target)
@@ -123,24 +125,13 @@ def _facts(checkpoint: Checkpoint, outline: Outline) -> dict[str, str]:
         "model": str(architecture or checkpoint.model_config.get("module_class") or "unknown"),
         "layers": "; ".join(described),
         "left float": some(outline.floats) if outline.floats else "no linear layer inside the blocks",
-        "bytes": f"{total:,}, of which {float_bytes / total:.0%} are float weights in "
-        f"{str(outline.dtype).removeprefix('torch.')}",
+        "bytes": f"{total:,}, of which {float_bytes / total:.0%} are float weights in {_short(outline.dtype)}",
     }
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
     digits = re.sub(r"\D.*", "", dtype.lstrip("BFIUOL")) or "8"  # safetensors' names: F16, BF16, I64, F8_E4M3, BOOL
     return math.prod(shape) * int(digits) // 8
-
-
-def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
-    """quantize_config.json, where there is one that can be read."""
-    file = checkpoint.directory / QUANTIZE_CONFIG
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _contradictions(checkpoint: Checkpoint, beside: dict[str, Any]) -> Iterator[str]:
@@ -222,6 +213,43 @@ def _untold(checkpoint: Checkpoint, outline: Outline, target: Target) -> Iterato
             )
 
 
+def _left_alone(checkpoint: Checkpoint, floats: FloatWeights, found: Lint) -> None:
+    """Embeddings, norms, biases, float layers: none of them is quantized, so each is the float model's, or its cast."""
+    biases = [f"{name}.bias" for name, layer in checkpoint.layers.items() if layer.has_bias]
+    same, alone = 0, []
+    cast: Counter[str] = Counter()
+    off: dict[str, float] = {}
+    for name in [*checkpoint.float_names, *biases]:
+        ours, theirs = checkpoint.read(name), floats.tensor(name)
+        if theirs is None or theirs.shape != ours.shape:
+            if name not in biases or ours.any():  # AutoGPTQ writes a bias of zeros where there is none
+                alone.append(name)
+            continue
+        if not torch.equal(theirs.to(ours.dtype), ours):
+            off[name] = float((ours.float() - theirs.float()).abs().max())
+            continue
+        same += 1
+        if theirs.dtype != ours.dtype:
+            cast[f"{_short(theirs.dtype)} to {_short(ours.dtype)}"] += 1
+    casts = "".join(f", {count} of them cast from {kinds}" for kinds, count in cast.items())
+    found.facts["compared"] += f"; {same} other tensors are equal{casts}"
+    if off:
+        worst = max(off, key=lambda name: off[name])
+        found.add(
+            "error",
+            [
+                f"{some(off)}: not quantized, and not the float model's values (the furthest is {worst}, by up to "
+                f"{off[worst]:.3g}): another model, or damage"
+            ],
+        )
+    if alone:
+        found.add("warning", [f"{some(alone)}: the float model has no tensor of that name and shape, so not compared"])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 # --- what the layers hold -----------------------------------------------------------------------------------
 
 
@@ -231,7 +259,7 @@ class _Judged:
     def __init__(self, checkpoint: Checkpoint, beside: dict[str, Any], floats: FloatWeights | None) -> None:
         self._checkpoint = checkpoint
         self._floats = floats
-        self._config = _our_config(beside)
+        self._config = own_config(beside)
         self._names: dict[tuple[str, str], list[str]] = {}
         self._compared: list[str] = []
         self._alone: list[str] = []
@@ -285,17 +313,6 @@ class _Judged:
         yield from _scales(layer.scales)
         yield from _padding(layer)
         yield from _codes(layer, zeros)
-
-
-def _our_config(beside: dict[str, Any]) -> QuantizeConfig | None:
-    """How this package quantized the model, when it did."""
-    if not isinstance((beside.get("meta") or {}).get(QUANTIZER_NAME), dict):
-        return None
-    try:
-        config = QuantizeConfig.from_quantize_config(beside)
-    except (ValueError, TypeError):
-        return None
-    return config
 
 
 def _zeros(outline: LayerOutline, zeros: Tensor, checkpoint_format: str) -> Iterator[tuple[str, str]]:

@@ -50,8 +50,10 @@ def load_quantized(
         device: Where the model goes. Tensors are read from the files onto it one by one; a transformers model needs
             accelerate for that, and without it passes through the CPU's memory.
         device_map: Instead of `device`, as transformers and accelerate understand it: ``"auto"``, ``"balanced"``,
-            ``"sequential"`` or ``{module name: device}``. Needs accelerate. Quantized layers are not offloaded: a
-            map with both an accelerator and ``"cpu"`` or ``"disk"`` is refused. For transformers models only.
+            ``"sequential"`` or ``{module name: device}``, the longest name first. A quantized layer may be away from
+            its block; other parts of a block may not, in float models neither. Needs accelerate. Quantized layers are
+            not offloaded: a map with both an accelerator and ``"cpu"`` or ``"disk"`` is refused. For transformers
+            models only.
         dtype: Floating dtype of everything that is not quantized, and so of the computation; the checkpoint's
             own (usually float16 or bfloat16) when None. Scales stay float16.
         model: For an export of a plain nn.Module: the float model it was made from, freshly built. It is
@@ -85,7 +87,24 @@ def load_quantized(
             "model and call "
             "load_quantized(directory, model=it)"
         )
-    return _load_transformers(checkpoint, torch.device(device), device_map, dtype, trust_remote_code)
+    architecture, config = _architecture(checkpoint, trust_remote_code)
+    return _load_transformers(checkpoint, architecture, config, torch.device(device), device_map, dtype)
+
+
+def load_as(directory: str | Path, architecture: Any, config_class: Any) -> Any:
+    """`load_quantized` on the CPU with classes that are in memory: the folder's copy of their code is not imported.
+
+    Args:
+        directory: The checkpoint.
+        architecture: The transformers model's class.
+        config_class: That of its configuration.
+
+    Raises:
+        CheckpointError: As `load_quantized`.
+    """
+    config = config_class.from_pretrained(directory)
+    forget_quantization(config)
+    return _load_transformers(Checkpoint.open(directory), architecture, config, torch.device("cpu"))
 
 
 # --- transformers -------------------------------------------------------------------------------------------
@@ -93,12 +112,12 @@ def load_quantized(
 
 def _load_transformers(
     checkpoint: Checkpoint,
+    architecture: Any,
+    config: Any,
     device: torch.device,
-    device_map: str | Mapping[str, Any] | None,
-    dtype: torch.dtype | None,
-    trust_remote_code: bool,
+    device_map: str | Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    architecture, config = _architecture(checkpoint, trust_remote_code)
     if device_map is None and device.type != "cpu" and find_spec("accelerate") is not None:
         device_map = {"": device}
     names: dict[str, str] = {}  # module name -> name in the checkpoint
@@ -338,9 +357,11 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
         place.room = None  # its memory is the layer's from here on
         layers[name] = checkpoint.read_layer(stored, dtype=model.dtype, device=device)
         hook = getattr(place, "_hf_hook", None)
-        if hook is not None:  # accelerate's, which brings inputs to the device
+        if hook is not None:  # accelerate's, which brings inputs to the device: the map names this layer
             from accelerate.hooks import add_hook_to_module
 
+            # Left where it is computed, the output would meet its block's tensors (a residual) on another device.
+            hook.io_same_device = True
             add_hook_to_module(layers[name], hook)
     swap(model, layers)
 

@@ -6,9 +6,10 @@ refuse is known before the work begins (`clients` says what that is).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from gptq_plugin.description import scheme_of
 from gptq_plugin.layouts import QuantizedLayer
 from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.report import QuantizeReport
 from gptq_plugin.schemes import COMPRESSED, Scheme
 from gptq_plugin.targets import Target, find_targets, is_linear, linear_shape
 
@@ -52,6 +54,7 @@ class Outline:
         rules: The description's `dynamic` rules that change a grid, not those that leave layers float.
         dtype: Of the float weights, and so of a server's activations.
         model_type: transformers' name of the architecture; None for any other module.
+        activations: By layer, its largest absolute input or output, where calibration saw it.
     """
 
     checkpoint_format: str
@@ -62,11 +65,12 @@ class Outline:
     rules: Mapping[str, Mapping[str, Any]]
     dtype: torch.dtype
     model_type: str | None
+    activations: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_model(cls, model: nn.Module, config: QuantizeConfig) -> Outline:
+    def of_model(cls, model: nn.Module, config: QuantizeConfig, report: QuantizeReport | None = None) -> Outline:
         """What the export of `model` holds, under the model's names: of its quantized layers or, of a float model, of
-        those that quantizing it by `config` will give.
+        those that quantizing it by `config` will give. What activations there were is in `report`.
 
         Raises:
             TargetError: As `targets.find_targets`, for a float model.
@@ -89,6 +93,7 @@ class Outline:
             _grid_rules(config.dynamic if config.checkpoint_format != COMPRESSED else {}),
             _largest_dtype(model, names),
             _model_type(model),
+            {m.name: m.largest for m in report.quantized if not math.isnan(m.largest)} if report is not None else {},
         )
 
     @classmethod

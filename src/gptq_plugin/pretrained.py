@@ -10,6 +10,9 @@ from torch import nn
 
 from gptq_plugin.errors import ExportError
 
+# model_type of the architectures whose layers are transformers' Conv1D, which is no nn.Linear.
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+
 
 def is_transformers(module: nn.Module) -> bool:
     """Whether it is a transformers model; without transformers in the process there can be none."""

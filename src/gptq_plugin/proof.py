@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from gptq_plugin.batches import named, samples_in
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.forward import evaluating
-from gptq_plugin.load import load_quantized
+from gptq_plugin.load import load_as, load_quantized
 from gptq_plugin.pretrained import has_own_code, is_transformers
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.weights import brought
@@ -170,11 +170,28 @@ def _reload(model: nn.Module, directory: Path) -> nn.Module | None:
         except (TypeError, RuntimeError, NotImplementedError) as error:
             log.warning("the export was not run: %s cannot be copied (%s)", type(model).__name__, error)
             return None
-    again = load_quantized(directory, trust_remote_code=has_own_code(model))  # which is running already
+    with _without_progress_bar():
+        # Code that came with the weights is in this process: every import of a copy stays in transformers' cache.
+        own = has_own_code(model)
+        again = load_as(directory, type(model), type(model.config)) if own else load_quantized(directory)
     attention = getattr(model.config, "_attn_implementation", None)
     with contextlib.suppress(Exception):  # another implementation of it adds in another order: no more than that
         again.set_attn_implementation(attention)
     return again  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers draws none: nobody asked for this load."""
+    from transformers.utils import logging as said
+
+    shown = said.is_progress_bar_enabled()
+    said.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            said.enable_progress_bar()
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ Exports are published: no path, user or host name may enter one, neither here no
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import re
 import subprocess
@@ -19,31 +20,38 @@ from gptq_plugin.config import QUANTIZER_NAME, package_version
 from gptq_plugin.report import QuantizeReport
 
 _LIBRARIES = ("torch", "transformers", "lightning", "pytorch_lightning")  # named if they are in this process
-_PATH = re.compile(r"(?:(?<=[\s'\"(=\[])|^)(?:file://)?(?:~|[A-Za-z]:|\.{1,2})?[/\\][^\s'\",;)\]]*[^\s'\",;)\].:]")
+_START = r"(?:(?<=[\s'\"(=\[])|^)(?:file://)?(?:~|[A-Za-z]:|\.{1,2})?[/\\]"
+_PART = r"[^\s'\",;)\]]*"
+# A word behind a space is more of a path if there is a separator in it.
+_PATH = re.compile(rf"{_START}{_PART}(?: [^\s'\",;)\]/\\]+[/\\]{_PART})*(?<![\s'\",;)\].:/\\])")
 _PLAIN = re.compile(r"\w[\w.+-]{0,127}")
 _GIT = ("git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no")
 _GIT_SECONDS = 5
 
 
 def provenance(report: QuantizeReport) -> dict[str, Any]:
-    """Plain values for JSON: versions, date (UTC), seed, nsamples, samples, tokens, calibration (description and
-    sha256), run_id, metrics and git (revision of the working directory's repository, and whether tracked files differ
-    from it). What is not known is left out."""
+    """Plain values for JSON: versions, seed, nsamples, samples, tokens, calibration (description and sha256), metrics
+    and git (revision of the working directory's repository, and whether tracked files differ from it). What is not
+    known is left out; nothing differs between two runs of the same."""
     plain = report.to_dict()
     calibration = {"description": without_paths(report.calibration), "sha256": report.calibration_sha256}
     known = {
         "versions": _versions(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": report.config.seed,
         "nsamples": report.config.nsamples,
         "samples": report.samples,
         "tokens": report.tokens,
         "calibration": {key: said for key, said in calibration.items() if said},
-        "run_id": report.run_id,
         "metrics": plain["metrics"],
         "git": _git(),
     }
     return {key: value for key, value in known.items() if value not in ("", None, {})}
+
+
+def occasion(report: QuantizeReport) -> dict[str, str]:
+    """What tells two runs of the same apart: date (UTC) and, where there is one, run_id."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"date": date} | ({"run_id": report.run_id} if report.run_id else {})
 
 
 def published(report: QuantizeReport) -> QuantizeReport:
@@ -62,7 +70,17 @@ def published(report: QuantizeReport) -> QuantizeReport:
 
 def without_paths(text: str) -> str:
     """The text with paths of this machine cut to their last part."""
-    return _PATH.sub(lambda path: re.split(r"[/\\]", path[0])[-1], text)
+    return _PATH.sub(lambda path: re.split(r"[/\\]", path[0])[-1], _without_folders(text))
+
+
+def _without_folders(text: str) -> str:
+    """The text without the folders that its paths are in, as far as they exist here: their names may hold anything."""
+    for start in reversed([found.start() for found in re.finditer(_START, text)]):
+        for end in reversed([found.start() for found in re.finditer(r"[/\\]", text)]):
+            if end > start and os.path.isdir(os.path.expanduser(text[start:end].removeprefix("file://"))):
+                text = text[:start] + text[end:]
+                break
+    return text
 
 
 def plain_name(name: Any) -> str:

@@ -28,6 +28,8 @@ class ModuleReport:
         tokens: Calibration tokens in its Hessian, over all ranks.
         damp_percent: The damping that was used.
         seconds: Time to solve it; layers solved together share theirs by rows.
+        max_input: The largest absolute value it read in calibration, at any position, over all ranks; NaN when unknown.
+        max_output: The same of what it returned, quantized.
         reason: Why a float layer is float.
         deviations: A sentence for everything that differs from what was asked.
     """
@@ -42,12 +44,19 @@ class ModuleReport:
     tokens: int = 0
     damp_percent: float = math.nan
     seconds: float = 0.0
+    max_input: float = math.nan
+    max_output: float = math.nan
     reason: str = ""
     deviations: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def largest(self) -> float:
+        """The larger of `max_input` and `max_output`; NaN when neither is known."""
+        return max((x for x in (self.max_input, self.max_output) if not math.isnan(x)), default=math.nan)
 
 
 @dataclass

@@ -1,0 +1,114 @@
+"""The largest inputs and outputs of layers: measured in calibration, and said where float16 does not hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gptq_plugin import QuantizeModule
+from gptq_plugin.errors import ExportError
+from gptq_plugin.outline import Outline
+from gptq_plugin.ranges import Ranges
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def llama(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def rows(samples: int = 24) -> list[torch.Tensor]:
+    return list(torch.randint(0, 64, (samples, 16), generator=torch.Generator().manual_seed(0)))
+
+
+def largest_of(model: Any, batches: list[torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """What the quantized layers read and return when the model simply runs."""
+    found: dict[str, tuple[float, float]] = {}
+
+    def hook(name: str) -> Any:
+        def see(_: Any, args: Any, output: torch.Tensor) -> None:
+            now = float(args[0].abs().max()), float(output.abs().max())
+            found[name] = tuple(map(max, found.get(name, (0, 0)), now))
+
+        return see
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if hasattr(m, "qweight")]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch[None])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("weighting", ["all", "labels"])
+def test_the_report_has_the_largest_values_at_all_positions_whichever_of_them_count(weighting: str) -> None:
+    """With labels, only the last eight positions of each sample enter a Hessian."""
+    batches = [{"input_ids": row[None], "labels": torch.where(torch.arange(16) < 8, -100, row)[None]} for row in rows()]
+    model = llama()
+    report = QuantizeModule(group_size=32, nsamples=24, token_weighting=weighting).quantize(model, batches)
+    expected = largest_of(model, rows())
+    assert len(expected) == 14
+    for module in report.quantized:
+        assert (module.max_input, module.max_output) == pytest.approx(expected[module.name], rel=1e-4)
+        assert not any("float16" in deviation for deviation in module.deviations)
+    assert report.to_dict()["modules"][0]["max_input"] == pytest.approx(report.modules[0].max_input)
+
+
+def test_layers_near_float16_s_end_are_said(tmp_path: Path) -> None:
+    """Of a model in bfloat16: the down_proj of the last block reads 40000, and its outputs are small."""
+    model = llama(torch.bfloat16)
+    ordinary = QuantizeModule(group_size=32).quantize(llama(torch.bfloat16), rows())
+    factor = 40000 / next(m.max_input for m in ordinary.modules if m.name == DOWN)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= factor**0.5
+        model.model.layers[1].mlp.gate_proj.weight *= factor**0.5
+        model.model.layers[1].mlp.down_proj.weight *= 1e-4
+    report = QuantizeModule(group_size=32).quantize(model, rows())
+    said = {m.name: [d for d in m.deviations if "float16" in d] for m in report.modules}
+    module = next(m for m in report.modules if m.name == DOWN)
+    assert said[DOWN] == [
+        f"its inputs reach {module.max_input:.4g} in calibration, and float16 ends at 65504: have it run in bfloat16"
+    ]
+    assert module.max_input > 32752 > module.max_output
+
+
+def test_what_overflows_float16_is_refused_for_a_client_and_said_without_one(tmp_path: Path) -> None:
+    """The last layer's output: what follows a quantized layer's input that is infinite would be refused anyway."""
+    model = llama(torch.float16)
+    with torch.no_grad():
+        for proj in ("up_proj", "gate_proj"):
+            getattr(model.model.layers[1].mlp, proj).weight *= 100
+        model.model.layers[1].mlp.down_proj.weight *= 5e5
+    quantizer = QuantizeModule(group_size=32)
+    report = quantizer.quantize(model, rows())
+    module = next(m for m in report.modules if m.name == DOWN)
+    assert module.max_output == float("inf") and "outputs reach inf" in module.deviations[-1]
+    with pytest.raises(ExportError, match=rf"vllm would not take.*\n.*{DOWN}: inputs or outputs reach inf.*bfloat16"):
+        quantizer.export(model, tmp_path / "out", target="vllm")
+    assert not list(tmp_path.iterdir())
+    assert quantizer.export(model, tmp_path / "out").is_dir()
+    assert not Outline.of_model(model, quantizer.config).activations
+
+
+def test_a_layer_that_was_not_seen_and_values_that_are_no_numbers_have_no_range() -> None:
+    ranges, cpu = Ranges(), torch.device("cpu")
+    ranges.read(["a", "b"], torch.tensor([[1.0, -3.0]]))
+    ranges.read(["a"], torch.tensor([[float("nan"), 9.0]]))
+    ranges.read(["a"], torch.empty(0, 2))
+    linear = torch.nn.Linear(2, 2)
+    with ranges.watching({"b": linear}):
+        linear(torch.zeros(1, 2))
+    linear(torch.full((1, 2), 1e9))
+    found = ranges.over_ranks(["a", "b", "c"], cpu)
+    assert found["a"] == (3.0, pytest.approx(float("nan"), nan_ok=True))
+    assert found["b"] == (3.0, pytest.approx(float(linear.bias.detach().abs().max())))
+    assert all(value != value for value in found["c"])
