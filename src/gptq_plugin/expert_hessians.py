@@ -14,6 +14,7 @@ So
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +63,12 @@ class ExpertHessians:
             self._sums[experts] = Hessian(rows.shape[1], self._device)
         self._sums[experts].add(rows)
 
-    def reads_tokens(self, experts: str, layer: str, does: bool) -> bool:
-        """Whether layers of this name read tokens, as any rank saw it. The first time, all ranks meet."""
-        key = experts, layer
-        if key not in self._read_tokens:
-            self._read_tokens[key] = any(distributed.gather_objects(does))
-        return self._read_tokens[key]
+    def reads_tokens(self, experts: str, layers: Sequence[str], do: bool) -> bool:
+        """Whether layers of these names, which read the same, read tokens, as any rank saw it. The first time, all
+        ranks meet."""
+        if (experts, layers[0]) not in self._read_tokens:
+            self._read_tokens.update(dict.fromkeys(((experts, n) for n in layers), any(distributed.gather_objects(do))))
+        return self._read_tokens[experts, layers[0]]
 
     def weighted(self, experts: str, reads_tokens: bool, own: Hessian) -> Evidence:
         """What a layer of these experts is solved with. All ranks call it, with the sum over ranks."""

@@ -96,14 +96,13 @@ def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
         model: Any module; not changed.
         run: Runs a forward of it. Not called where nothing is to be learned.
     """
-    unknown = [
-        (module, parameter)
+    watched = [
+        (module, parameter, _Watched(module.get_parameter(parameter)))
         for _, module, parameter in _candidates(model)
-        if not _declares(module) and parameter not in _seen.get(type(module), {})
+        if not _declares(module)
     ]
-    if not unknown:
+    if not watched:
         return
-    watched = [(module, parameter, _Watched(module.get_parameter(parameter))) for module, parameter in unknown]
     with contextlib.ExitStack() as stack:
         for module, parameter, stand_in in watched:
             stack.callback(_replace(module, parameter, stand_in))
@@ -464,7 +463,9 @@ def _layouts(module: nn.Module, parameter: str) -> list[Layout]:
 # --- taking apart -------------------------------------------------------------------------------------------
 
 
-def place_experts(experts: Experts, parts: list[list[Part]], layers: Sequence[Sequence[nn.Module]]) -> Callable[[], None]:
+def place_experts(
+    experts: Experts, parts: list[list[Part]], layers: Sequence[Sequence[nn.Module]]
+) -> Callable[[], None]:
     """Puts layers in place of the parameter.
 
     Args:

@@ -323,8 +323,8 @@ class Job:
         hessian.over_ranks()
         experts = experts_of(first.name, first.module)
         if experts is not None and hessian.tokens:
-            own = in_expert(experts, first.name)
-            reads = self.expert_hessians.reads_tokens(experts, own, first.name in self.read_tokens)
+            layers = [in_expert(experts, name) for name in group.names]
+            reads = self.expert_hessians.reads_tokens(experts, layers, group.names[0] in self.read_tokens)
             return self.expert_hessians.weighted(experts, reads, hessian)
         tokens, width = hessian.tokens, len(hessian.sum)
         few = f"only {tokens} calibration tokens for {width} inputs: the Hessian is singular"
@@ -401,7 +401,7 @@ class Job:
         for target in self._of_experts[left]:
             if target.name in self.solved:
                 continue
-            reads = self.expert_hessians.reads_tokens(left, in_expert(left, target.name), False)
+            reads = self.expert_hessians.reads_tokens(left, [in_expert(left, target.name)], False)
             weight = self.weights.present(target)
             evidence = self.expert_hessians.weighted(left, reads, Hessian(weight.shape[1], self.device))
             stop = lockstep.Stop(lockstep.Group((target.name,)), {})

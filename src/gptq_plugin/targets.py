@@ -20,6 +20,8 @@ from gptq_plugin.errors import TargetError, some
 from gptq_plugin.experts import ExpertLinear, routers
 from gptq_plugin.qlinear import QuantLinear
 
+_ROUTER = "router of experts (a `dynamic` rule for routers alone quantizes it)"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -99,8 +101,7 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
         elif is_head and not config.lm_head:
             skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))
         elif module in scorers and not _names_only(config.rule_for(name)[0], scorers, linears):
-            reason = "router of experts (a `dynamic` rule for routers alone quantizes it)"
-            skipped.append(Skipped(name, module, reason, asked=True))
+            skipped.append(Skipped(name, module, _ROUTER, asked=True))
         else:
             target = Target(name, module, resolved)
             reason = obstacles.get(module) or unpackable(tuple(target.weight.shape), resolved.bits)
