@@ -66,6 +66,8 @@ CASES = [
     Case("4-bit-gemma3", {}, _gptq(vllm="float16"), "gemma3"),
     Case("4-bit-opt", {}, _gptq(), "opt"),
     Case("4-bit-gpt2", {}, _gptq(transformers="normal_"), "gpt2"),
+    Case("4-bit-mixtral", {}, _gptq(), "mixtral"),
+    Case("4-bit-qwen3-moe", {}, _gptq(), "qwen3_moe"),
     Case("ct-4-bit", COMPRESSED, {**_compressed(), "gptqmodel": "(?i)quant"}),
     Case("ct-4-bit-asym", {**COMPRESSED, "sym": False}, _compressed()),
     Case("ct-4-bit-channelwise", {**COMPRESSED, "group_size": -1}, _compressed()),
@@ -74,6 +76,8 @@ CASES = [
     Case("ct-4-bit-left-float", {**COMPRESSED, **_LEFT_FLOAT}, _compressed()),
     Case("ct-4-bit-g128-and-g32", {**COMPRESSED, "dynamic": {r".*\.down_proj": {"group_size": 32}}}, _compressed()),
     Case("ct-4-bit-gpt2", COMPRESSED, _compressed(transformers="missing_keys"), "gpt2"),
+    Case("ct-4-bit-mixtral", COMPRESSED, _compressed(), "mixtral"),
+    Case("ct-4-bit-qwen3-moe", COMPRESSED, _compressed(), "qwen3_moe"),
 ]
 
 

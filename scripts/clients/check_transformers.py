@@ -1,6 +1,6 @@
 """check_transformers.py FOLDER...: transformers' own loading, GPTQ through optimum and GPTQModel's kernel in torch.
 
-float32. Loading must report no missing, unexpected or mismatched keys.
+Computes in float32. Loading must report no missing, unexpected or mismatched keys.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from reference import TOKENS
 def check(folder: Path) -> torch.Tensor:
     """The log-probabilities of the model that `from_pretrained` makes."""
     description = json.loads((folder / "config.json").read_text())["quantization_config"]
-    options = {}
-    if description["quant_method"] == "gptq":  # of these only the backend counts; the checkpoint says the rest
-        options["quantization_config"] = transformers.GPTQConfig(bits=4, backend="torch")
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **options
-    )
+    if description["quant_method"] == "gptq":  # of the configuration only the backend counts; the checkpoint says the rest
+        options = {"dtype": torch.float32, "quantization_config": transformers.GPTQConfig(bits=4, backend="torch")}
+    else:  # loaded in another dtype than the file's, renamed tensors of a compressed checkpoint keep theirs (Mixtral)
+        options = {"dtype": "auto"}
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found.get(kind):
             raise ValueError(f"{kind}: {sorted(map(str, found[kind]))[:4]}")
     with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
+        torch.nn.Module.float(model.eval())  # what `model.float()` refuses for quantized models
+        return model(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
 
 
 if __name__ == "__main__":

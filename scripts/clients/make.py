@@ -63,6 +63,18 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], Any], float]] = {
         ),
         0.2,
     ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        lambda: transformers.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2),
+        0.5,
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        lambda: transformers.Qwen3MoeConfig(
+            **_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True
+        ),
+        0.5,
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         lambda: transformers.GPT2Config(
@@ -99,12 +111,12 @@ def loud(architecture: str) -> nn.Module:
             for kind, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 1 and kind == "bias":
                     parameter.copy_(0.1 * torch.randn(parameter.shape))
-                if parameter.ndim != 2 or (path.endswith("lm_head") and model.config.tie_word_embeddings):
+                if parameter.ndim < 2 or (path.endswith("lm_head") and model.config.tie_word_embeddings):
                     continue
                 if isinstance(module, nn.Embedding):
                     scale = embedding
                 else:
-                    scale = (3 if path.endswith("lm_head") else 1) * parameter.shape[0 if transposed else 1] ** -0.5
+                    scale = (3 if path.endswith("lm_head") else 1) * parameter.shape[-2 if transposed else -1] ** -0.5
                 parameter.copy_(scale * torch.randn(parameter.shape))
     return model.eval()
 

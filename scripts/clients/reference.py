@@ -48,17 +48,20 @@ def float_model(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    random = transformers.AutoModelForCausalLM.from_config(config)
     state = float_state(folder)
-    for name, module in model.named_modules():
+    for name, module in random.named_modules():
         if type(module).__name__ == "Conv1D" and f"{name}.quantized" in state:  # GPT-2's keeps its weight [in, out]
             state[f"{name}.quantized"] = state[f"{name}.quantized"].t().contiguous()
     state = {name.replace(".quantized", ".weight"): tensor for name, tensor in state.items()}
-    found = model.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if set(found.missing_keys) - tied or found.unexpected_keys:
-        raise ValueError(f"{folder}: missing {found.missing_keys}, unexpected {found.unexpected_keys}")
-    return model
+    # As transformers reads a float checkpoint: which names of experts fill which part of one parameter is its to say.
+    model, found = type(random).from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = [f"{kind.partition('_')[0]} {sorted(map(str, names))}" for kind, names in found.items() if names]
+    if wrong:
+        raise ValueError(f"{folder}: {', '.join(wrong)}")
+    return model.eval()
 
 
 def float_state(folder: Path) -> dict[str, Tensor]:
