@@ -1,8 +1,8 @@
 """Every model type of transformers that can be built: walked, quantized, exported, reloaded, compared.
 
-    python scripts/sweep_architectures.py                          # all, and docs/architectures.md
-    python scripts/sweep_architectures.py --types llama,bert       # some, printed only
-    python scripts/sweep_architectures.py --mappings ctc --out results.json
+python scripts/sweep_architectures.py                          # all, and docs/architectures.md
+python scripts/sweep_architectures.py --types llama,bert       # some, printed only
+python scripts/sweep_architectures.py --mappings ctc --out results.json
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ def batches_for(model: Any, sizes: tuple[int, ...] = (3, 2)) -> tuple[str, list[
         NoInputs: With what the forward said to the most promising layout, and to the last.
     """
     errors: list[str] = []
+    globals()["ERR"] = errors
     for label, media in _layouts(model):
         try:
             batches = [_fitting(model, media, n, LENGTH + 8 * i, seed=i) for i, n in enumerate(sizes)]
@@ -67,8 +68,8 @@ def _fitting(model: Any, media: dict[str, Any], samples: int, length: int, seed:
 def _layouts(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """(in words, {modality: how it is laid out}), in the order to try."""
     names = _names(model)
-    images = ["BCHW", "B1CHW", "B2CHW", "patches", "BPD", "BPC", "B1TCHW"] if _has(names, IMAGES) else []
-    sounds = ["BFT", "BTF", "BS", "B1S"] if _has(names, SOUNDS) else []
+    images = ["BCHW", "B1CHW", "B2CHW", "patches", "BPD", "BPC", "B1TCHW", "cameras"] if _has(names, IMAGES) else []
+    sounds = ["BFT", "BTF", "BS", "B1S", "BT4F"] if _has(names, SOUNDS) else []
     has_text = "input_ids" in names
     for image in images:
         for extras in (False, True):
@@ -77,6 +78,8 @@ def _layouts(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{'text, ' * has_text}audio", {"audio": sound}
     if has_text:
         yield "text", {}
+        if look(model.config, "num_codebooks"):
+            yield "text and codes", {"books": look(model.config, "num_codebooks") + 1}
     if "inputs" in names:
         yield "text", {"inputs": "ids"}
         for image in ("BCHW",):
@@ -125,13 +128,21 @@ class _Maker:
             if counts is None:
                 counts = {kind: self._count(kind, inputs) for kind in media if kind in ("image", "audio")}
             text = self._text(counts)
+            if "books" in media:
+                text = {"input_ids": self.ids(self.samples, self.length, media["books"])}
             inputs = {**text, **inputs} if media.get("inputs") != "ids" else {"inputs": text["input_ids"]}
         if self.config.is_encoder_decoder or "decoder_input_ids" in self.names:
             inputs["decoder_input_ids"] = self._decoder_ids()
         for name, value in self._more(inputs).items():
-            if name in self.names:
+            if name in self.names and (name not in ("state", "noise", "timestep") or self.needs(name)):
                 inputs.setdefault(name, value)
+        if "use_cache" in self.names:
+            inputs["use_cache"] = False
         return {name: value for name, value in inputs.items() if name in self.names or "kwargs" not in self.names}
+
+    def needs(self, name: str) -> bool:
+        parameter = inspect.signature(self.model.forward).parameters[name]
+        return parameter.default is inspect.Parameter.empty or self.config.model_type == "pi0"
 
     def ids(self, *shape: int) -> Tensor:
         return torch.tensor(self._plain_tokens())[torch.randint(0, len(self._plain_tokens()), shape)]
@@ -144,14 +155,16 @@ class _Maker:
                 if isinstance(value, PreTrainedConfig):
                     parts.append(value)
                 elif re.search("token|index|_id", name):
-                    special |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int)}
+                    special |= {
+                        v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int)
+                    }
         vocab = look(self.config.get_text_config(), "vocab_size", "src_vocab_size") or 100
         return [t for t in range(5, min(int(vocab), 200)) if t not in special]
 
     def _text(self, counts: dict[str, int]) -> Batch:
         ids = self.ids(self.samples, self.length)
         kinds = torch.zeros_like(ids)
-        for number, (kind, count) in enumerate(counts.items()):
+        for kind, count in counts.items():
             names = [f"{kind}_token_id", f"{kind}_token_index", f"{kind}_soft_token_id", f"{kind[:3]}_token_id"]
             token = look(self.config, *names, "im_patch_id", "patch_token_id")
             if token is None or not count:
@@ -185,7 +198,8 @@ class _Maker:
         return rows // self.samples
 
     def _decoder_ids(self) -> Tensor:
-        return self.ids(self.samples, 12)
+        channels = getattr(getattr(self.config, "decoder_config", None), "num_channels", None)
+        return self.ids(self.samples, 12, *([channels] if channels else []))
 
     # --- images --------------------------------------------------------------------------------------------
 
@@ -209,6 +223,7 @@ class _Maker:
             "patches": (b * grid * grid, channels * frames * patch * patch),
             "BPD": (b, grid * grid, channels * patch * patch + 2 * (name == "flattened_patches")),
             "B1TCHW": (b, 1, look(vision, "max_num_tiles") or 1, channels, size, size),
+            "cameras": (b, 1, channels, size, size),
             "BPC": (b * grid * grid, channels, patch, patch),
         }
         image: Batch = {name: torch.randn(shapes[layout])}
@@ -216,6 +231,8 @@ class _Maker:
             image[name][:, :, :2] = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)) + 1
         if layout in ("patches", "BPC"):
             image["image_grid_thw"] = torch.tensor([[1, grid, grid]] * b)
+        elif layout == "cameras":
+            image["pixel_attention_mask"] = torch.ones(b, 1, dtype=torch.bool)
         elif layout == "BPD":
             image["spatial_shapes"] = torch.tensor([[grid, grid]] * b)
             image["pixel_attention_mask"] = torch.ones(b, grid * grid, dtype=torch.long)
@@ -229,17 +246,19 @@ class _Maker:
     # --- sounds --------------------------------------------------------------------------------------------
 
     def _audio(self, layout: str) -> Batch:
-        config = next((c for c in (getattr(self.config, n, None) for n in ("audio_config", "encoder_config")) if c), None)
+        config = next(
+            (c for c in (getattr(self.config, n, None) for n in ("audio_config", "encoder_config")) if c), None
+        )
         config = config or self.config
-        mel = look(
-            config, "num_mel_bins", "n_mel_bins", "input_feat_size", "feature_size", "mel_bins", "input_feat_per_channel",
-            "feature_projection_input_dim", "input_dim",
-        ) or 80  # fmt: skip
-        time = 2 * (look(config, "max_source_positions") or 32)
+        bins = ("num_mel_bins", "n_mel_bins", "input_feat_size", "feature_size", "mel_bins", "input_feat_per_channel")
+        mel = look(config, *bins, "feature_projection_input_dim", "input_dim") or 80
+        positions = look(config, "max_source_positions")
+        time = 2 * positions if positions else 8 * self.length
         name = next((n for n in SOUNDS if n in self.names), "inputs")
         b = self.samples
         shapes: dict[str, tuple[int, ...]] = {
-            "BFT": (b, mel, time), "BTF": (b, time, mel), "BS": (b, 4000), "B1S": (b, 1, 4000)
+            "BFT": (b, mel, time), "BTF": (b, time, mel), "BS": (b, 4000), "B1S": (b, 1, 4000),
+            "BT4F": (b, time, 4 * mel),
         }  # fmt: skip
         audio: Batch = {name: torch.randn(shapes[layout])}
         mask = torch.ones(b, time, dtype=torch.long)

@@ -86,7 +86,7 @@ def _examine(mapping: str, kind: str, result: Result) -> None:
     if not result["repeatable"]:
         result["walk"] += " (a plain forward differs from itself)"
     result["stage"] = "quantize"
-    weights = {name: p for name, p in model.named_parameters()}
+    weights = dict(model.named_parameters())
     total = sum(p.numel() * p.element_size() for p in weights.values())
     quantizer = QuantizeModule(config)
     try:
@@ -141,7 +141,7 @@ def build(mapping: str, kind: str) -> Any:
         raise ValueError(f"{count / 1e6:.0f} million parameters, not tiny")
     with torch.no_grad():
         for p in model.parameters():
-            if not torch.isfinite(p).all() or p.numel() > 1 and p.min() == p.max():
+            if not torch.isfinite(p).all() or (p.numel() > 1 and p.min() == p.max()):
                 p.copy_((torch.nan_to_num(p, 0, 0, 0) + 0.02 * torch.randn_like(p)).to(p.dtype))
     return model.float()
 

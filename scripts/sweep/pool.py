@@ -26,7 +26,10 @@ class _Worker:
 
 
 def run(
-    work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], seconds: float, failed: Callable[[tuple[Any, ...], str], Any]
+    work: Callable[..., Any],
+    jobs: Sequence[tuple[Any, ...]],
+    seconds: float,
+    failed: Callable[[tuple[Any, ...], str], Any],
 ) -> Iterator[Any]:
     """What `work(*job)` returns, job by job; `failed(job, reason)` where it does not return.
 
