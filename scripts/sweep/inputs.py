@@ -270,9 +270,10 @@ class _Maker:
     def _more(self, inputs: Batch) -> Batch:
         """Inputs that few forwards need, by name."""
         ids, b = inputs.get("input_ids"), self.samples
+        steps = max(1, look(self.config, "chunk_size") or 8)
         more: Batch = {
             "state": torch.randn(b, look(self.config, "max_state_dim") or 8),
-            "noise": torch.randn(b, look(self.config, "chunk_size") or 8, look(self.config, "max_action_dim") or 8),
+            "noise": torch.randn(b, steps, look(self.config, "max_action_dim") or 8),
             "timestep": torch.rand(b),
         }
         if ids is not None:

@@ -40,7 +40,7 @@ def verdict(r: Result) -> str:
 
 def summary(results: list[Result]) -> str:
     """A Markdown table of totals, of those that were built in percent."""
-    rows = [("mapping", "types", "built", "run", "ok", "ok of those built")]
+    rows: list[tuple[str, ...]] = [("mapping", "types", "built", "run", "ok", "ok of those built")]
     mappings = list(dict.fromkeys(r["mapping"] for r in results))
     for mapping in [*mappings, "all"]:
         some = [r for r in results if mapping in (r["mapping"], "all")]

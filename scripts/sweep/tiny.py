@@ -145,7 +145,7 @@ def _layers(config: PreTrainedConfig) -> tuple[int, list[int]]:
     names = [f.name for f in dataclasses.fields(config)]
     for count in (c for c in COUNTS if c in names):
         n = vars(config).get(count)
-        lists = [v for v in (vars(config).get(name) for name in names) if _is_list(v) and len(v) == n]
+        lists: list[Any] = [v for v in (vars(config).get(name) for name in names) if _is_list(v) and len(v) == n]
         if isinstance(n, int) and n > 2 and lists:
             kinds: dict[str, int] = {}
             for i in range(n):
@@ -206,7 +206,7 @@ def _indices(values: Any, layers: int) -> list[int]:
 
 def _rope(rope: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     """Sections of a rotary embedding share half of a head between them."""
-    new = {k: _rope(v, config) if isinstance(v, dict) else v for k, v in rope.items()}
+    new: dict[str, Any] = {k: _rope(v, config) if isinstance(v, dict) else v for k, v in rope.items()}
     if "rope_type" in new and "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
         half = int(HEAD * new.get("partial_rotary_factor", 1.0)) // 2
         new["mrope_section"] = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
