@@ -145,7 +145,7 @@ def _layers(config: PreTrainedConfig) -> tuple[int, list[int]]:
     names = [f.name for f in dataclasses.fields(config)]
     for count in (c for c in COUNTS if c in names):
         n = vars(config).get(count)
-        lists: list[Any] = [v for v in (vars(config).get(name) for name in names) if _is_list(v) and len(v) == n]
+        lists: list[Any] = [v for v in map(vars(config).get, names) if isinstance(v, (list, tuple)) and len(v) == n]
         if isinstance(n, int) and n > 2 and lists:
             kinds: dict[str, int] = {}
             for i in range(n):
