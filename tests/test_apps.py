@@ -36,7 +36,7 @@ from gptq_plugin.apps.evaluate import mean_nll
 from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import LanguageModel, pretrained, small_llama
 from gptq_plugin.apps.summary import SUMMARY, Summary, sweep_table
-from gptq_plugin.errors import CheckpointError, ExportError, TargetError
+from gptq_plugin.errors import CheckpointError, ExportError
 
 TINY = [
     "model.vocab_size=384",
@@ -592,9 +592,6 @@ class TestRefusedBeforeTraining:
 
     def test_five_bits(self, app):
         refused(app, InstantiationException, "bits must be one of 2, 3, 4, 8; got 5", *TINY, "quantizer.bits=5")
-
-    def test_a_group_size_that_divides_no_layer(self, app):
-        refused(app, TargetError, "group_size 96 does not divide the 128 input", *TINY, "quantizer.group_size=96")
 
     def test_a_missing_file(self, app):
         missing = ["data=text", "data.path=/no/such/file.txt"]

@@ -354,13 +354,6 @@ class NothingToQuantize(Base):
 @pytest.mark.parametrize(
     ("module", "fields", "options", "error", "message"),
     [
-        (
-            Untrained,
-            {"group_size": 128},
-            {},
-            TargetError,
-            "group_size 128 does not divide the 64 input features",
-        ),
         (Untrained, {"dynamic": {"nothing": {"bits": 8}}}, {}, TargetError, "'nothing' matches none"),
         (
             Untrained,

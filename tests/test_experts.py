@@ -347,3 +347,28 @@ def test_experts_in_a_list_are_treated_alike() -> None:
     assert by_name["0.gate"].method == "float" and "router" in by_name["0.gate"].reason
     assert by_name["0.experts.7.0"].method == "gptq" and by_name["0.experts.7.0"].tokens == 0
     assert by_name["0.experts.7.2"].method == "rtn"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_experts_are_quantized_and_load_there(kind: str, tmp_path: Path) -> None:
+    network = model(kind).to("cuda", torch.bfloat16)
+    quantizer = QuantizeModule(CONFIG)
+    report = quantizer.quantize(network, batches())
+    assert all(module.method == "gptq" for module in report.quantized if module.tokens)
+    loaded = load_quantized(quantizer.export(network, tmp_path / "out"), device="cuda")
+    ids = rows(seed=9).cuda()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, network(ids).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [True, False])
+def test_experts_on_the_cpu_are_quantized_on_a_gpu_to_the_same_codes(offload: bool) -> None:
+    there, streamed = model("qwen3_moe"), model("qwen3_moe")
+    QuantizeModule(CONFIG).quantize(there.cuda(), batches())
+    QuantizeModule(CONFIG, offload_weights=offload).quantize(streamed, batches(), device="cuda")
+    assert all(tensor.device.type == "cpu" for tensor in streamed.state_dict().values())
+    for name, tensor in streamed.state_dict().items():
+        if name.endswith("qweight"):
+            assert torch.equal(tensor, there.state_dict()[name].cpu()), name

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from gptq_plugin import QuantizeConfig, load_quantized, placing, shards
+from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized, placing, shards
 from gptq_plugin import export as export_module
 from gptq_plugin import verify as verifying
 from gptq_plugin.checkpoint import Checkpoint
@@ -812,3 +814,23 @@ def test_a_checkpoint_reads_back_with_the_names_of_the_model(rtn: Rtn, tmp_path:
     model = rtn(tiny_llama(), config)
     checkpoint = Checkpoint.open(export_model(model, tmp_path / "out", config))
     assert set(checkpoint.layers) == {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2", "compressed-tensors"])
+def test_layers_with_smaller_groups_are_described_and_load(checkpoint_format, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=96, num_hidden_layers=2,
+                                         num_attention_heads=2, num_key_value_heads=1)).eval()  # fmt: skip
+    quantizer = QuantizeModule(bits=4, group_size=128, checkpoint_format=checkpoint_format)
+    ids = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
+    report = quantizer.quantize(model, [ids])
+    small = {module.name for module in report.quantized if module.group_size == 32}
+    assert small == {f"model.layers.{number}.mlp.down_proj" for number in (0, 1)}
+    assert sum("group_size 128 does not divide its 96 inputs" in d for d in report.all_deviations()) == 2
+    out = quantizer.export(model, tmp_path / "out")
+    assert torch.equal(load_quantized(out)(ids).logits, model(ids).logits)
+    if checkpoint_format == "gptq":
+        config = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert config["group_size"] == 128
+        rules = {pattern: rule for pattern, rule in config["dynamic"].items() if rule}
+        assert list(rules.values()) == [{"group_size": 32}] * 2
+        assert all(any(re.match(pattern, name) for pattern in rules) for name in small)

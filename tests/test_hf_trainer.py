@@ -241,7 +241,7 @@ class Untrained(Trainer):
 @pytest.mark.parametrize(
     ("fields", "options", "error", "message"),
     [
-        ({"group_size": 128}, {}, TargetError, "group_size 128 does not divide the 64 input features"),
+        ({"dynamic": {"nothing": {"bits": 8}}}, {}, TargetError, "'nothing' matches none"),
         ({}, {"calibration": []}, CalibrationError, "the calibration set is empty"),
         ({}, {"calibration": ["a text"]}, CalibrationError, "no tokenizer"),
         ({}, {"forward": lambda model, batch: None}, CalibrationError, "no calibration batch reached any of the 7"),

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 from gptq_plugin import QuantizeConfig
@@ -102,12 +111,20 @@ def test_a_regex_that_matches_nothing_is_refused_with_names_it_could_match():
         find_targets(llama(), QuantizeConfig(group_size=32, dynamic={"mlp": {"bits": 8}}))
 
 
-def test_a_group_size_that_does_not_divide_names_the_layers_and_the_choices():
-    with pytest.raises(TargetError) as caught:
-        find_targets(llama(), QuantizeConfig(group_size=64))
-    message = str(caught.value)
-    assert "group_size 64 does not divide the 96 input features of model.layers.0.mlp.down_proj" in message
-    assert "choose one of 16, 32, 48, 96 or -1" in message
+def test_a_layer_that_the_group_size_does_not_divide_gets_smaller_groups_and_says_so():
+    targets, _ = find_targets(llama(), QuantizeConfig(group_size=64))
+    odd = [target for target in targets if target.config.group_size != 64]
+    assert [target.name for target in odd] == [name for name in names(llama()) if name.endswith("down_proj")]
+    assert all(target.config.group_size == 32 for target in odd)
+    assert odd[0].deviations == ("group_size 64 does not divide its 96 inputs: 32 instead",)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "in_features", "fitted"),
+    [(128, 4096, 128), (128, 192, 64), (128, 96, 32), (96, 128, 64), (128, 80, -1), (32, 48, -1), (16, 48, 16)],
+)
+def test_smaller_groups_are_those_that_clients_take(group_size, in_features, fitted):
+    assert QuantizeConfig(group_size=group_size).group_size_for(in_features) == fitted
 
 
 def test_a_dynamic_rule_can_give_the_odd_layer_its_own_group_size():
@@ -138,3 +155,36 @@ def test_a_quantized_model_is_refused():
     model = nn.Sequential(nn.Linear(32, 32), QuantLinear(32, 32, 4, 32))
     with pytest.raises(TargetError, match="quantized already"):
         find_targets(model, CONFIG)
+
+
+def llava(**options):
+    text = llama().config
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=16, patch_size=8)  # fmt: skip
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **options))
+
+
+def test_of_a_model_that_writes_about_images_the_language_part_is_quantized():
+    model = llava()
+    assert {name.partition(".layers.")[0] for name in names(model)} == {"model.language_model"}
+    floats = reasons(model)
+    assert "outside the language model" in floats["model.multi_modal_projector.linear_1"]
+    assert "outside the language model" in floats["model.vision_tower.encoder.layers.0.self_attn.k_proj"]
+
+
+def test_its_tower_is_quantized_on_request():
+    config = QuantizeConfig(group_size=32, dynamic={r"model\.vision_tower\.": {"bits": 8}})
+    found = {target.name: target.config.bits for target in find_targets(llava(), config)[0]}
+    assert found["model.vision_tower.encoder.layers.0.self_attn.k_proj"] == 8
+    assert found["model.language_model.layers.0.self_attn.k_proj"] == 4
+    assert "model.multi_modal_projector.linear_1" not in found
+
+
+def test_a_rule_for_all_layers_does_not_reach_the_tower():
+    config = QuantizeConfig(group_size=32, dynamic={r".*self_attn": {"bits": 8}})
+    assert not any("vision" in name for name in names(llava(), config))
+
+
+def test_a_model_of_images_alone_is_quantized_whole():
+    model = CLIPVisionModel(llava().config.vision_config)
+    assert len(names(model)) == 2 * 6

@@ -151,6 +151,14 @@ class QuantizeConfig:
         """The `dynamic` rule that counts for a module, the first whose pattern matches: ("", {}) when none does."""
         return next((rule for rule in self.dynamic.items() if re.match(rule_regex(rule[0]), name)), ("", {}))
 
+    def group_size_for(self, in_features: int) -> int:
+        """The groups of a layer with so many inputs: `group_size` where that divides them; else the largest of 128, 64
+        and 32 below it that does, which are what clients' kernels take; else -1, one group."""
+        if self.group_size == -1 or in_features % self.group_size == 0:
+            return self.group_size
+        smaller = (size for size in (128, 64, 32) if size < self.group_size and in_features % size == 0)
+        return next(smaller, -1)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain fields, ready for YAML or JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -85,6 +85,7 @@ def _gptq(contents: Contents, config: QuantizeConfig) -> dict[str, Any]:
     layers, floats = contents.schemes, contents.floats
     dynamic = {
         **{rule: {} for rule in _skip_rules(floats, layers)},
+        **_other_groups(layers, config),
         **{k: dict(v) for k, v in config.dynamic.items()},
     }
     description: dict[str, Any] = {
@@ -140,6 +141,15 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         "group_size": None if channel else scheme.group_size,
         "dynamic": False,
         "actorder": None,
+    }
+
+
+def _other_groups(layers: Mapping[str, Scheme], config: QuantizeConfig) -> dict[str, dict[str, Any]]:
+    """A rule for each layer whose inputs `group_size` does not divide."""
+    return {
+        f"{re.escape(name)}$": {**config.rule_for(name)[1], "group_size": scheme.group_size}
+        for name, scheme in layers.items()
+        if scheme.group_size != (config.for_module(name) or config).group_size
     }
 
 

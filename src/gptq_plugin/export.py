@@ -285,7 +285,7 @@ class Export:
 def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> None:
     for name, layer in layers.items():
         asked = config.for_module(name)
-        if asked is None or (asked.bits, asked.group_size) != (layer.bits, layer.group_size):
+        if asked is None or (asked.bits, asked.group_size_for(layer.in_features)) != (layer.bits, layer.group_size):
             wanted = "leaves it float" if asked is None else f"says bits={asked.bits}, group_size={asked.group_size}"
             raise ExportError(
                 f"{name} is quantized with bits={layer.bits}, group_size={layer.group_size}, and the given "

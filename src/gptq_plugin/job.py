@@ -484,6 +484,7 @@ def _not_finite(layer: str, where: str) -> str:
 
 def module_report(target: Target, method: str, **values: Any) -> ModuleReport:
     is_float = method == "float"
+    values["deviations"] = (*(() if is_float else target.deviations), *values.get("deviations", ()))
     return ModuleReport(
         name=target.name,
         method=method,

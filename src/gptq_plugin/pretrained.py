@@ -31,8 +31,12 @@ def predicts_next(module: nn.Module) -> bool:
     That is so for transformers' decoders that generate. Encoder-decoders shift their inputs instead, heads for masked
     tokens or classes of tokens shift nothing, and a model without a head has no loss.
     """
-    generates = is_transformers(module) and module.can_generate()  # type: ignore[operator]
-    return bool(generates) and not is_encoder_decoder(module)
+    return generates(module) and not is_encoder_decoder(module)
+
+
+def generates(module: nn.Module) -> bool:
+    """Whether it is a transformers model that writes sequences."""
+    return is_transformers(module) and bool(module.can_generate())  # type: ignore[operator]
 
 
 def transformers_models(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -18,18 +19,22 @@ from gptq_plugin.adapters import has_adapters
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.experts import ExpertLinear, routers
+from gptq_plugin.pretrained import generates, is_transformers, transformers_models
 from gptq_plugin.qlinear import QuantLinear
 
 _ROUTER = "router of experts (a `dynamic` rule for routers alone quantizes it)"
 
+_OUTSIDE = "outside the language model (a `dynamic` rule for such layers alone quantizes them)"
+
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to quantize, with the configuration that holds for it."""
+    """A layer to quantize, with the configuration that holds for it, and how that deviates from what was asked."""
 
     name: str
     module: nn.Module
     config: QuantizeConfig
+    deviations: tuple[str, ...] = ()
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -70,9 +75,8 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
     Experts that the model keeps in one parameter are among them while `experts.unfused` has taken them apart.
 
     Raises:
-        TargetError: No target; a rule or name that matches nothing; a group size that does not divide a
-            layer; experts of one parameter that are to be different; a model that is quantized already. Every message
-            names the modules and the choices.
+        TargetError: No target; a rule or name that matches nothing; experts of one parameter that are to be different;
+            a model that is quantized already. Every message names the modules and the choices.
     """
     _refuse_adapters(model)
     if is_linear(model):
@@ -91,7 +95,7 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
     skipped: list[Skipped] = []
     head = _output_embedding(model)
     obstacles = _obstacles(model, head)
-    scorers = routers(model)
+    scorers, outside = routers(model), _outside_language(model, linears)
     for name, module in linears.items():
         resolved, is_head = config.for_module(name), module is head
         if resolved is None:
@@ -102,8 +106,10 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
             skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))
         elif module in scorers and not _names_only(config.rule_for(name)[0], scorers, linears):
             skipped.append(Skipped(name, module, _ROUTER, asked=True))
+        elif module in outside and not _names_only(config.rule_for(name)[0], outside, linears):
+            skipped.append(Skipped(name, module, _OUTSIDE, asked=True))
         else:
-            target = Target(name, module, resolved)
+            target = _fitted(Target(name, module, resolved))
             reason = obstacles.get(module) or unpackable(tuple(target.weight.shape), resolved.bits)
             if reason is None:
                 targets.append(target)
@@ -111,7 +117,6 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
                 skipped.append(Skipped(name, module, reason, asked=False))
     if not targets:
         raise TargetError(_no_target(model, skipped))
-    _check_group_sizes(targets)
     _check_experts(targets, skipped)
     return targets, skipped
 
@@ -156,6 +161,23 @@ def _obstacles(model: nn.Module, head: nn.Module | None) -> dict[nn.Module, str]
             others = [user for user in users[id(weight)] if user != f"{name}.weight"]
             reasons[module] = f"its weight is tied to {some(others)}"
     return reasons
+
+
+def _outside_language(model: nn.Module, linears: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """Of a model that writes text about images or sounds, what is not the part that writes: towers and projectors.
+
+    transformers says which configuration is the text's; the part is the model in it that is made from one like that.
+    """
+    outside: set[nn.Module] = set()
+    for prefix, whole in transformers_models(model):
+        text = whole.config.get_text_config()  # type: ignore[union-attr, operator]
+        if not generates(whole) or type(text) is type(whole.config):
+            continue
+        parts = [module for module in whole.modules() if is_transformers(module) and type(module.config) is type(text)]
+        inside = {module for part in parts for module in part.modules()}
+        own = {module for name, module in linears.items() if name.startswith(f"{prefix}." if prefix else "")}
+        outside |= own - inside if own & inside else set()
+    return outside
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -212,19 +234,14 @@ def _check_patterns(config: QuantizeConfig, linears: dict[str, nn.Module]) -> No
             )
 
 
-def _check_group_sizes(targets: list[Target]) -> None:
-    wrong: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for target in targets:
-        in_features, size = target.weight.shape[1], target.config.group_size
-        if size != -1 and in_features % size:
-            wrong[(in_features, size)].append(target.name)
-    if wrong:
-        lines = [
-            f"group_size {size} does not divide the {in_features} input features of {some(names)}: choose one of "
-            f"{', '.join(map(str, _group_sizes(in_features)))} or -1"
-            for (in_features, size), names in wrong.items()
-        ]
-        raise TargetError("; ".join(lines) + ". For these layers alone, use a `dynamic` rule")
+def _fitted(target: Target) -> Target:
+    """With groups that divide the layer's inputs."""
+    asked, in_features = target.config.group_size, target.weight.shape[1]
+    size = target.config.group_size_for(in_features)
+    if size == asked:
+        return target
+    said = f"group_size {asked} does not divide its {in_features} inputs: {size} instead"
+    return replace(target, config=replace(target.config, group_size=size), deviations=(said,))
 
 
 def _check_experts(targets: list[Target], skipped: list[Skipped]) -> None:
@@ -248,12 +265,6 @@ def _check_experts(targets: list[Target], skipped: list[Skipped]) -> None:
             + "; ".join(lines)
             + ". Write `dynamic` rules and modules_to_not_convert that match all of them"
         )
-
-
-def _group_sizes(in_features: int) -> list[int]:
-    return [size for size in range(16, min(in_features, 1024) + 1, 16) if in_features % size == 0] or [
-        size for size in range(1, in_features + 1) if in_features % size == 0
-    ]
 
 
 def _no_target(model: nn.Module, skipped: list[Skipped]) -> str:
