@@ -57,6 +57,22 @@ DOWN8 = {"mlp.down_proj": {"bits": 8}}
 CT = "compressed-tensors"
 RANGES = {"model.layers.0.self_attn.q_proj": 65504.0, "model.layers.0.self_attn.v_proj": 66000.0}
 
+EXPERTS = tuple(f"model.layers.0.mlp.experts.{e}.{x}_proj" for e in (0, 1) for x in ("gate", "up", "down"))
+MIXTRAL = tuple(f"model.layers.0.mlp.experts.{e}.w{x}" for e in (0, 1) for x in (1, 2, 3))
+FUSED = ("model.layers.0.mlp.experts.0.gate_up_proj", "model.layers.0.mlp.experts.0.down_proj")
+
+
+def experts(
+    names: tuple[str, ...] = EXPERTS, *, leave: tuple[str, ...] = (), change: dict[str, Any] | None = None, **own: Any
+) -> dict[str, Any]:
+    """A block of experts beside attention; `change` is of its last layer, `own` of all."""
+    layers = [LayerOutline(name, **{**GRID, **own}) for name in (*names, "model.layers.0.self_attn.o_proj")]
+    layers[-2] = dataclasses.replace(layers[-2], **(change or {}))
+    return {"layers": tuple(x for x in layers if x.name not in leave), "floats": leave}
+
+
+GRID = {"bits": 4, "group_size": 128, "in_features": 256, "out_features": 256, "sym": True, "act_order": False}
+
 REFUSED = [
     # client, ranks, the checkpoint, words of the sentence (which layer, why, what works instead)
     ("vllm", 1, {"sym": False}, ("all 7 layers", "sym=True only", f"checkpoint_format='{CT}'")),
@@ -86,6 +102,15 @@ REFUSED = [
     ("transformers", 1, {"model_type": "gpt2", "checkpoint_format": CT}, ("Conv1D", "random", "target='vllm'")),
     ("gptqmodel", 1, {"checkpoint_format": CT}, ("not compressed-tensors", "'gptq_v2'")),
     ("gptqmodel", 1, {"group_size": 8}, ("not 8", "group_size=128")),
+    ("transformers", 1, experts(), ("experts.0.gate_proj", "random values", CT, "modules_to_not_convert")),
+    ("transformers", 1, {**experts(sym=False), "checkpoint_format": CT}, ("no zeros of experts", "sym=True")),
+    ("transformers", 1, {**experts(leave=EXPERTS), "checkpoint_format": CT}, ("left float", "'gptq'")),
+    ("transformers", 1, {**experts(change={"bits": 8}), "checkpoint_format": CT}, ("one grid", "experts.1.down_proj")),
+    ("gptqmodel", 1, experts(MIXTRAL), ("experts.0.w1", "gate_proj, up_proj", "load_quantized")),
+    ("gptqmodel", 1, experts(FUSED), ("gate_up_proj", "modules_to_not_convert")),
+    ("vllm", 1, experts(FUSED), ("experts.0.gate_up_proj", "w1, w2, w3")),
+    ("vllm", 1, experts(change={"group_size": 64}), ("experts.1.down_proj (bits=4, group_size=64", "as one")),
+    ("vllm", 1, experts(leave=EXPERTS[2::3]), ("experts.0.down_proj (float)", "match all layers")),
     ("sglang", 1, {"bits": 3}, ("4 and 8 bits only", "bits=4")),
     ("sglang", 1, {"bits": 3, "checkpoint_format": CT}, ("4 and 8 bits only", "bits=4")),
     ("sglang", 1, {"sym": False}, ("sym=True only", CT)),
@@ -127,6 +152,13 @@ TAKEN = [
     ("vllm", 1, {"dtype": torch.bfloat16, "model_type": "gemma3_text"}),
     ("vllm", 1, {"checkpoint_format": CT, "model_type": "gpt2"}),
     ("vllm", 1, {"dtype": torch.bfloat16, "activations": RANGES}),
+    ("vllm", 1, experts()),
+    ("vllm", 1, experts(MIXTRAL)),
+    ("vllm", 1, experts(leave=EXPERTS)),
+    ("vllm", 1, {**experts(sym=False), "checkpoint_format": CT}),
+    ("gptqmodel", 1, experts()),
+    ("transformers", 1, experts(leave=EXPERTS)),
+    ("transformers", 1, {**experts(MIXTRAL), "checkpoint_format": CT}),
     ("transformers", 1, {"bits": 3, "sym": False, "act_order": True, "group_size": 32}),
     ("transformers", 1, {"change": DOWN8, "checkpoint_format": CT}),
     ("gptqmodel", 1, {"change": DOWN8, "lm_head": True, "sym": False, "act_order": True}),
@@ -145,6 +177,8 @@ def test_what_a_client_asks_for_beside_the_checkpoint_is_said() -> None:
     assert "humming" in " ".join(conditions(outline(bits=3, checkpoint_format=CT), Target("vllm")))
     assert "CPU" in " ".join(conditions(outline(bits=8), Target("vllm")))
     assert "scales" in " ".join(conditions(outline(dtype=torch.bfloat16), Target("vllm")))
+    assert "need AMX" in " ".join(conditions(outline(**experts()), Target("vllm")))
+    assert "experts" in " ".join(conditions(outline(**experts()), Target("sglang")))
     assert "float32 to bfloat16" in " ".join(conditions(outline(dtype=torch.float32), Target("vllm")))
 
 

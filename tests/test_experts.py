@@ -17,9 +17,11 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
+from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError, TargetError
 from gptq_plugin.experts import ExpertLinear, find_experts, learn_layouts, unfused
 from gptq_plugin.hf_quantizer import quantized_config
+from gptq_plugin.outline import Outline
 from gptq_plugin.qlinear import QuantLinear
 
 SIZES: dict[str, Any] = {
@@ -219,6 +221,88 @@ def test_experts_left_float_are_together_again_and_run_by_transformers_kernels(t
     assert isinstance(network.model.layers[0].mlp.experts.gate_up_proj, nn.Parameter)
     loaded = load_quantized(quantizer.export(network, tmp_path / "out"))
     assert torch.equal(logits(loaded), logits(network))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "compressed-tensors"])
+def test_an_export_while_quantizing_is_the_one_made_afterwards_where_experts_stay_float(
+    kind: str, checkpoint_format: str, tmp_path: Path
+) -> None:
+    descriptions = []
+    for way in ("while", "afterwards"):
+        network = model(kind)
+        quantizer = QuantizeModule(
+            bits=4, group_size=32, modules_to_not_convert=["experts"], checkpoint_format=checkpoint_format
+        )
+        quantizer.quantize(network, batches(), export_dir=tmp_path / way if way == "while" else None)
+        if way == "afterwards":
+            quantizer.export(network, tmp_path / way)
+        assert torch.equal(logits(load_quantized(tmp_path / way)), logits(network))
+        descriptions.append(description(tmp_path / way))
+        with safe_open(str(tmp_path / way / "model.safetensors"), "pt") as file:
+            descriptions[-1]["tensors"] = sorted(file.keys())
+    assert descriptions[0] == descriptions[1]
+
+
+def description(folder: Path) -> dict[str, Any]:
+    said: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return {key: value for key, value in said.items() if key != "meta"}
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "compressed-tensors"])
+def test_rules_for_the_models_names_hold_under_the_hubs(checkpoint_format: str, tmp_path: Path) -> None:
+    network = model("mixtral")
+    rule = {r"model\.layers\.\d+\.mlp\.experts\.": {"bits": 8}}
+    quantizer = QuantizeModule(bits=4, group_size=32, dynamic=rule, checkpoint_format=checkpoint_format)
+    quantizer.quantize(network, batches())
+    out = quantizer.export(network, tmp_path / "out")
+    assert torch.equal(logits(load_quantized(out)), logits(network))
+    said = description(out)
+    if checkpoint_format == "compressed-tensors":  # transformers takes the first group's grid for experts
+        assert said["config_groups"]["group_0"]["weights"]["num_bits"] == 8
+        return
+    for name in ("mlp.experts.0.w1", "block_sparse_moe.experts.3.w2", "block_sparse_moe.experts"):  # vLLM: the last
+        found = [rule for key, rule in said["dynamic"].items() if re.match(key, f"model.layers.1.{name}")]
+        assert found[0] == {"bits": 8}
+    assert not any(re.match(key, "model.layers.1.self_attn.q_proj") for key in said["dynamic"])
+
+
+def test_what_servers_make_of_experts_left_float_is_told_by_the_name_they_look_up(tmp_path: Path) -> None:
+    for kind, around in (("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp")):
+        for form in ("gptq", "compressed-tensors"):
+            network = model(kind)
+            quantizer = QuantizeModule(
+                bits=4, group_size=32, modules_to_not_convert=["experts"], checkpoint_format=form
+            )
+            quantizer.round_to_nearest(network)
+            said = description(quantizer.export(network, tmp_path / f"{kind}-{form}"))
+            if form == "gptq":
+                rules = [key.removeprefix("-:") for key in said["dynamic"] if key.startswith("-:")]
+                names = [f"{around}.experts", "mlp.experts.3.gate_proj"]
+            else:
+                rules = [re.escape(name) if "re:" not in name else name.removeprefix("re:") for name in said["ignore"]]
+                names = [f"{around}.gate", f"{around}.experts.0.w1"]
+            assert all(any(re.match(rule, f"model.layers.1.{name}") for rule in rules) for name in names)
+            assert not any(re.match(rule, "model.layers.1.self_attn.q_proj") for rule in rules)
+
+
+@pytest.mark.parametrize("left", [(), ("experts",)])
+def test_what_clients_are_asked_about_is_what_is_exported(left: tuple[str, ...], tmp_path: Path) -> None:
+    network = model("qwen3_moe")
+    quantizer = QuantizeModule(bits=4, group_size=32, modules_to_not_convert=left)
+    with unfused(network):
+        planned = Outline.of_model(network, quantizer.config)
+    quantizer.round_to_nearest(network)
+    assert Outline.of_model(network, quantizer.config) == planned
+    assert Outline.of(Checkpoint.open(quantizer.export(network, tmp_path / "out"))) == planned
+
+
+def test_routers_are_told_to_clients_that_would_quantize_them(tmp_path: Path) -> None:
+    network = model("mixtral")
+    quantizer = QuantizeModule(bits=4, group_size=32, checkpoint_format="compressed-tensors")
+    quantizer.round_to_nearest(network)
+    ignored = description(quantizer.export(network, tmp_path / "out"))["ignore"]
+    assert {f"model.layers.{n}.{around}.gate" for n in (0, 1) for around in ("mlp", "block_sparse_moe")} < set(ignored)
 
 
 def test_a_failure_leaves_the_experts_as_they_were() -> None:

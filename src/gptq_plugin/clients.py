@@ -21,6 +21,7 @@ import torch
 
 from gptq_plugin.config import rule_regex
 from gptq_plugin.errors import ExportError, some
+from gptq_plugin.experts import block_of_experts
 from gptq_plugin.outline import LayerOutline, Outline
 from gptq_plugin.pretrained import CONV1D
 from gptq_plugin.ranges import FLOAT16
@@ -38,6 +39,8 @@ _NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Under tensor parallelism these are cut along their inputs, all others along their outputs.
 _ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "fc2", "fc_out", "c_proj", "dense", "dense_4h_to_h", "wo", "w2")
+# An expert's layers as checkpoints name them; the second three are Mixtral's and its descendants'.
+_EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _REPEATED = ("k_proj", "v_proj")  # key and value heads are copied where there are fewer than ranks
 
 
@@ -119,6 +122,8 @@ def conditions(outline: Outline, target: Target) -> list[str]:
         found.append(f"needs the package{' compressed-tensors' if compressed else 's gptqmodel and optimum'}")
     if target.client in ("vllm", "sglang") and outline.dtype == torch.bfloat16:
         found.append("in bfloat16 it rounds the scales to 8 bits of mantissa; dtype=float16 keeps them")
+    if target.client == "sglang" and _experts(outline):
+        found.append("how it loads experts was neither run nor read")
     if target.client == "vllm":
         if outline.dtype in (torch.float32, torch.float64):
             # measured (dtype="auto", until its CPU kernel ran); an explicit dtype="float32" is refused.
@@ -127,6 +132,13 @@ def conditions(outline: Outline, target: Target) -> list[str]:
             found.append("2 and 3 bits need the package humming, its only kernel for them (read, not run)")
         if widths - {4}:
             found.append("on a CPU it takes 4 bits only")
+        if any(block.layers for block in _experts(outline)):
+            # read (cpu_moe.py, CPUExpertsInt4; docs/clients.md shows what it loads, with another product)
+            found.append(
+                "on a CPU experts need AMX"
+                + (", symmetric grids, and groups other than 32" if compressed else "")
+                + (", and zeros of gptq_v2 are read as v1's" if outline.checkpoint_format == "gptq_v2" else "")
+            )
         odd = [x.name for x in outline.layers if x.in_features % 32 or x.out_features % 32]
         if odd:
             found.append(f"on a CPU it takes multiples of 32 channels only, and {some(odd)} have others")
@@ -166,6 +178,9 @@ def _vllm(outline: Outline, ranks: int) -> Iterator[str]:
     yield from _marlin_groups(outline, "vllm")
     yield from _ragged(outline, "vllm")
     yield from _fused(outline, "vllm")
+    yield from _expert_names(outline, "vllm", _EXPERT_LAYERS)  # read: mixtral.py (w1), qwen3_moe.py
+    # read (compressed_tensors_moe.py; auto_gptq.py, get_moe_quant_method): one kernel for all three of all experts.
+    yield from _expert_grids(outline, "vllm computes all layers of experts as one, which are all quantized")
     yield from _parallel(outline, ranks, "vllm")
     yield from _head(outline, "vllm")  # measured (gptq); read for compressed-tensors, which has a path for it, not run
     if outline.model_type in _NO_FLOAT16 and outline.dtype == torch.float16:
@@ -182,7 +197,15 @@ def _transformers(outline: Outline, ranks: int) -> Iterator[str]:
                 f"transformers loads compressed-tensors into nn.Linear only, and the layers of {outline.model_type} "
                 "are Conv1D, which would stay random: use load_quantized, or target='vllm'"
             )
+        yield from _compressed_experts(outline)
         return
+    experts = [x.name for block in _experts(outline) for x in block.layers]
+    if experts:
+        # measured: it keeps them in one parameter, for which its GPTQ has no layer.
+        yield (
+            f"{_named(experts)}: transformers leaves quantized experts of a GPTQ checkpoint at random values: use "
+            "checkpoint_format='compressed-tensors', modules_to_not_convert=['experts'], or load_quantized"
+        )
     # measured: one width for all, read from the description; else the shapes do not match.
     yield from _mixed(outline, "transformers reads one width and group size for all layers of a GPTQ checkpoint")
     yield from _head(outline, "transformers")  # measured
@@ -197,6 +220,8 @@ def _gptqmodel(outline: Outline, ranks: int) -> Iterator[str]:
         # measured: "Unknown quantization method".
         yield "gptqmodel reads GPTQ, not compressed-tensors: use checkpoint_format='gptq_v2'"
         return
+    # measured (Mixtral: "Missing required quantized weights"): it looks for them under its own names.
+    yield from _expert_names(outline, "gptqmodel", _EXPERT_LAYERS[:3])
     yield from _torch_groups(outline, "gptqmodel")
 
 
@@ -424,6 +449,55 @@ def _fused_rules(outline: Outline) -> Iterator[str]:
         yield (
             f"{_named(lost)}: their `dynamic` rule does not match the fused layer's name (qkv_proj, gate_up_proj), "
             "which servers look up: add the same rule for that name, or use checkpoint_format='compressed-tensors'"
+        )
+
+
+def _experts(outline: Outline) -> list[_FusedSet]:
+    """The blocks of experts."""
+    layers: dict[str, list[LayerOutline]] = defaultdict(list)
+    floats: dict[str, list[str]] = defaultdict(list)
+    for layer in outline.layers:
+        layers[block_of_experts(layer.name) or ""].append(layer)
+    for name in outline.floats:
+        floats[block_of_experts(name) or ""].append(name)
+    return [_FusedSet(name, tuple(layers[name]), tuple(floats[name])) for name in sorted({*layers, *floats} - {""})]
+
+
+def _expert_names(outline: Outline, client: str, known: tuple[str, ...]) -> Iterator[str]:
+    names = [name for block in _experts(outline) for name in block.names if name.rpartition(".")[2] not in known]
+    if names:
+        yield (
+            f"{_named(names)}: {client} knows experts' layers as {', '.join(known)}: name them in "
+            "modules_to_not_convert, or use load_quantized"
+        )
+
+
+def _expert_grids(outline: Outline, why: str) -> Iterator[str]:
+    for block in _experts(outline):
+        grids = {(x.bits, x.group_size, x.sym): x.name for x in block.layers}
+        have = [f"{name} (bits={b}, group_size={g}, sym={s})" for (b, g, s), name in grids.items()]
+        have += [f"{name} (float)" for name in block.floats[:1]]
+        if block.layers and len(have) > 1:
+            yield (
+                f"{', '.join(have)}: {why} alike: write `dynamic` rules that match all layers of {block.name}, and "
+                f"{_nearest_group(outline, block.names, 1)} where one does not divide all inputs"
+            )
+
+
+def _compressed_experts(outline: Outline) -> Iterator[str]:
+    blocks = _experts(outline)
+    # read (get_experts_scheme): of several groups, one counts for all experts.
+    yield from _expert_grids(outline, "transformers takes one grid for all experts of a checkpoint, which must be")
+    asymmetric = [x.name for block in blocks for x in block.layers if not x.sym]
+    if asymmetric:
+        # measured: DecompressExperts has no place for zeros.
+        yield f"{_named(asymmetric)}: transformers reads no zeros of experts: use sym=True for them, or load_quantized"
+    floats = [name for block in blocks for name in block.floats if name.rpartition(".")[2] in _EXPERT_LAYERS]
+    if floats:
+        # measured: it looks for experts' packed weights alone.
+        yield (
+            f"{_named(floats)} left float: transformers leaves float experts of a compressed-tensors checkpoint at "
+            "random values: use checkpoint_format='gptq', or quantize them"
         )
 
 

@@ -114,14 +114,15 @@ def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def unfused(model: nn.Module) -> Iterator[None]:
+def unfused(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Each expert a Linear of its own for the length of a with block; afterwards those that are float are together
-    again, as if nothing had been.
+    again, as if nothing had been. What it yields puts them together before that.
 
     Quantized layers stay. A parameter is quantized for all its experts or for none: where only some are QuantLinear at
     the end, they are lost.
     """
     with contextlib.ExitStack() as stack:
+        together: list[Callable[[], None]] = []
         experts = find_experts(model)
         parts = expert_parts(model, experts)
         stack.enter_context(_plain_code([one.module for one in experts]))
@@ -131,8 +132,14 @@ def unfused(model: nn.Module) -> Iterator[None]:
             linears = [
                 [ExpertLinear(one.matrix(e)[part.rows], whole) for part in of_one] for e, of_one in enumerate(own)
             ]
-            stack.callback(place_experts(one, own, linears))
-        yield
+            together.append(place_experts(one, own, linears))
+            stack.callback(together[-1])
+
+        def join() -> None:
+            for put_together in together:
+                put_together()
+
+        yield join
 
 
 @contextlib.contextmanager
@@ -159,8 +166,13 @@ def _config(module: nn.Module) -> Any:
 def experts_of(name: str, module: nn.Module) -> str | None:
     """The module that holds the experts, for a layer of one of them: taken out of a parameter, or in a list that is
     called experts. None for any other layer."""
-    number = r"(.+?)\.\d+(?:\.\w+)?$" if isinstance(module, ExpertLinear) else r"(.*?\w*experts?)\.\d+(?:\.|$)"
-    found = re.match(number, name)
+    found = re.match(r"(.+?)\.\d+(?:\.\w+)?$", name) if isinstance(module, ExpertLinear) else None
+    return found[1] if found else block_of_experts(name)
+
+
+def block_of_experts(name: str) -> str | None:
+    """As `experts_of`, by the layer's name alone: ``"mlp.experts"`` of ``"mlp.experts.3.up_proj"``."""
+    found = re.match(r"(.*?\w*experts?)\.\d+(?:\.|$)", name)
     return found[1] if found else None
 
 
@@ -169,9 +181,9 @@ def in_expert(experts: str, layer: str) -> str:
     return layer[len(experts) + 1 :].partition(".")[2]
 
 
-def routers(model: nn.Module) -> set[nn.Module]:
-    """Linear layers that give each token's score for every expert: they stand beside the experts, have as many outputs,
-    and are no projection."""
+def routers(model: nn.Module) -> dict[str, nn.Module]:
+    """What gives each token's score for every expert, by name: modules beside the experts whose weight has as many rows
+    as there are experts, and that are no projection. Most are no Linear."""
     modules = dict(model.named_modules())
     counts: dict[str, int] = {}  # experts, by the module around them
     for name, module in modules.items():
@@ -182,11 +194,17 @@ def routers(model: nn.Module) -> set[nn.Module]:
         if sizes:
             counts[around] = max(sizes)
     return {
-        child
+        f"{around}.{name}" if around else name: child
         for around, count in counts.items()
         for name, child in modules[around].named_modules()
-        if isinstance(child, nn.Linear) and child.out_features == count and not name.endswith("_proj")
+        if _rows(child) == count and not name.endswith("_proj")
     }
+
+
+def _rows(module: nn.Module) -> int | None:
+    """Rows of a module's weight, where that is a matrix."""
+    weight = module._parameters.get("weight")
+    return weight.shape[0] if weight is not None and weight.dim() == 2 else None
 
 
 class ExpertWeights:
@@ -487,6 +505,8 @@ def place_experts(
         config._experts_implementation = "eager"
 
     def put_together() -> None:
+        if experts.parameter not in module.__dict__:
+            return
         there = [module.get_submodule(name) for own in names for name in own]
         if any(isinstance(layer, QuantLinear) for layer in there):
             return

@@ -18,6 +18,7 @@ from torch import nn
 from gptq_plugin.checkpoint import Checkpoint
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.description import scheme_of
+from gptq_plugin.experts import routers, unfused
 from gptq_plugin.layouts import QuantizedLayer
 from gptq_plugin.pretrained import is_transformers
 from gptq_plugin.qlinear import QuantLinear
@@ -82,7 +83,9 @@ class Outline:
             else [_planned(target) for target in find_targets(model, config)[0]]
         )
         names = {layer.name for layer in layers}
-        floats = (name for name, module in model.named_modules() if is_linear(module) and name not in names)
+        with unfused(model):  # experts that stay float
+            linears = [name for name, module in model.named_modules() if is_linear(module)]
+            floats = [name for name in dict.fromkeys([*linears, *routers(model)]) if name not in names]
         head = model.get_output_embeddings() if is_transformers(model) else None  # type: ignore[operator]
         return cls(
             config.checkpoint_format,

@@ -248,7 +248,7 @@ class QuantizeModule:
             run = self._run(forward, device)
             calibration = self._collect(batches, tokenizer, nsamples)
             self._learn(model, calibration, run, device)
-            around.enter_context(unfused(model))
+            put_together = around.enter_context(unfused(model))
             export = None
             if export_dir is not None:
                 export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite, target=target))
@@ -262,6 +262,7 @@ class QuantizeModule:
             self._sample = job.sample()
             floats = {target.name: target.module for target in job.targets if target.name in layers}
             with _swapped(model, layers, floats, self.config) as keep_them:
+                put_together()  # the experts that stay float
                 report.seconds["total"] = time.perf_counter() - started
                 self.report = report
                 for deviation in report.all_deviations():

@@ -95,7 +95,8 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
     skipped: list[Skipped] = []
     head = _output_embedding(model)
     obstacles = _obstacles(model, head)
-    scorers, outside = routers(model), _outside_language(model, linears)
+    scorers = {module for module in routers(model).values() if is_linear(module)}
+    outside = _outside_language(model, linears)
     for name, module in linears.items():
         resolved, is_head = config.for_module(name), module is head
         if resolved is None:
