@@ -46,6 +46,11 @@ _CPU_BITS = "Unsupported quantization config|weight_bits = uint8b128|Failed to f
 _ONE_WIDTH = "ignore_mismatched_sizes"
 _LEFT_FLOAT = {"modules_to_not_convert": ("self_attn.o_proj", "layers.1.mlp.down_proj")}
 _PART_FLOAT = {"modules_to_not_convert": ("self_attn.v_proj",)}  # vLLM computes q, k and v as one
+_EXPERTS_G32 = {"dynamic": {r".*\.experts\.": {"group_size": 32}}}
+_FLOAT_EXPERTS = {"modules_to_not_convert": ("experts",)}
+_EXPERTS = "missing_keys.*experts"
+_CPU_EXPERTS = "No WNA16 MoE backend"  # for the CPU's kernel alone
+_OTHER_NAMES = "Missing required quantized weights.*experts"
 
 CASES = [
     Case("4-bit", {}, _gptq()),
@@ -66,8 +71,10 @@ CASES = [
     Case("4-bit-gemma3", {}, _gptq(vllm="float16"), "gemma3"),
     Case("4-bit-opt", {}, _gptq(), "opt"),
     Case("4-bit-gpt2", {}, _gptq(transformers="normal_"), "gpt2"),
-    Case("4-bit-mixtral", {}, _gptq(), "mixtral"),
-    Case("4-bit-qwen3-moe", {}, _gptq(), "qwen3_moe"),
+    Case("4-bit-mixtral", {}, _gptq(transformers=_EXPERTS, gptqmodel=_OTHER_NAMES), "mixtral"),
+    Case("4-bit-mixtral-g32", _EXPERTS_G32, _gptq(transformers=_EXPERTS, gptqmodel=_OTHER_NAMES), "mixtral"),
+    Case("4-bit-qwen3-moe", {}, _gptq(transformers=_EXPERTS), "qwen3_moe"),
+    Case("4-bit-qwen3-moe-float", _FLOAT_EXPERTS, _gptq(), "qwen3_moe"),
     Case("ct-4-bit", COMPRESSED, {**_compressed(), "gptqmodel": "(?i)quant"}),
     Case("ct-4-bit-asym", {**COMPRESSED, "sym": False}, _compressed()),
     Case("ct-4-bit-channelwise", {**COMPRESSED, "group_size": -1}, _compressed()),
@@ -77,7 +84,15 @@ CASES = [
     Case("ct-4-bit-g128-and-g32", {**COMPRESSED, "dynamic": {r".*\.down_proj": {"group_size": 32}}}, _compressed()),
     Case("ct-4-bit-gpt2", COMPRESSED, _compressed(transformers="missing_keys"), "gpt2"),
     Case("ct-4-bit-mixtral", COMPRESSED, _compressed(), "mixtral"),
+    Case("ct-4-bit-mixtral-g32", {**COMPRESSED, **_EXPERTS_G32}, _compressed(vllm=_CPU_EXPERTS), "mixtral"),
     Case("ct-4-bit-qwen3-moe", COMPRESSED, _compressed(), "qwen3_moe"),
+    Case(
+        "ct-4-bit-qwen3-moe-asym",
+        {**COMPRESSED, "sym": False},
+        _compressed("conversion of the weights", _CPU_EXPERTS),
+        "qwen3_moe",
+    ),
+    Case("ct-4-bit-qwen3-moe-float", {**COMPRESSED, **_FLOAT_EXPERTS}, _compressed(transformers=_EXPERTS), "qwen3_moe"),
 ]
 
 

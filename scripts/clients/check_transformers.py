@@ -20,7 +20,9 @@ from reference import TOKENS
 def check(folder: Path) -> torch.Tensor:
     """The log-probabilities of the model that `from_pretrained` makes."""
     description = json.loads((folder / "config.json").read_text())["quantization_config"]
-    if description["quant_method"] == "gptq":  # of the configuration only the backend counts; the checkpoint says the rest
+    if (
+        description["quant_method"] == "gptq"
+    ):  # of the configuration only the backend counts; the checkpoint says the rest
         options = {"dtype": torch.float32, "quantization_config": transformers.GPTQConfig(bits=4, backend="torch")}
     else:  # loaded in another dtype than the file's, renamed tensors of a compressed checkpoint keep theirs (Mixtral)
         options = {"dtype": "auto"}

@@ -65,7 +65,9 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], Any], float]] = {
     ),
     "mixtral": (
         "MixtralForCausalLM",
-        lambda: transformers.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2),
+        lambda: transformers.MixtralConfig(
+            **{**_SIZES, "intermediate_size": 256}, num_local_experts=4, num_experts_per_tok=2
+        ),
         0.5,
     ),
     "qwen3_moe": (
