@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
     config = Qwen3MoeConfig(
         vocab_size=2048,
@@ -46,8 +47,8 @@ def main() -> None:
     products = 2 * hidden * (2 * heads + 2 * 4 * 128) + 8 * 3 * 2 * hidden * inner + 2 * heads * 2048
     hessians = 2 * hidden**2 + heads**2 + 8 * (hidden**2 + inner**2)  # half of 2 n d^2 each: they are symmetric
     floor = args.layers * 2048 * args.samples * (products + hessians) / BF16
-    for name, samples in (("kernels compiled", rows[:8]), ("measured", rows)):
-        quantizer = QuantizeModule(QuantizeConfig())
+    for name, samples in (("kernels compiled", rows[: args.batch_size]), ("measured", rows)):
+        quantizer = QuantizeModule(QuantizeConfig(batch_size=args.batch_size))
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
