@@ -13,7 +13,6 @@ import argparse
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
@@ -26,6 +25,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
     config = Qwen3MoeConfig(
         vocab_size=2048,
@@ -43,15 +43,12 @@ def main() -> None:
     with torch.device("cuda"):
         model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     rows = list(torch.randint(0, 2048, (args.samples, 2048), generator=torch.Generator().manual_seed(0)))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.config._experts_implementation = "eager"
-        model(torch.stack(rows[:1]).cuda(), use_cache=False, logits_to_keep=1)
-    tokens = 2048 * args.samples
-    hidden, inner = config.hidden_size, config.moe_intermediate_size
-    hessians = args.layers * tokens * (2 * hidden**2 + 4096**2 + 8 * (hidden**2 + inner**2))  # half of 2 n d^2 each
-    floor = (counter.get_total_flops() * args.samples + hessians) / BF16
-    for name, samples in (("kernels compiled", rows[:8]), ("measured", rows)):
-        quantizer = QuantizeModule(QuantizeConfig())
+    hidden, inner, heads = config.hidden_size, config.moe_intermediate_size, 32 * 128
+    products = 2 * hidden * (2 * heads + 2 * 4 * 128) + 8 * 3 * 2 * hidden * inner + 2 * heads * 2048
+    hessians = 2 * hidden**2 + heads**2 + 8 * (hidden**2 + inner**2)  # half of 2 n d^2 each: they are symmetric
+    floor = args.layers * 2048 * args.samples * (products + hessians) / BF16
+    for name, samples in (("kernels compiled", rows[: args.batch_size]), ("measured", rows)):
+        quantizer = QuantizeModule(QuantizeConfig(batch_size=args.batch_size))
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -62,7 +59,8 @@ def main() -> None:
     few = [module for module in report.quantized if module.tokens < module.shape[1]]
     parts = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
     print(f"{parts}; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    print(f"floor {floor / args.layers:.2f} s a block, {seconds / floor:.1f} times that; {len(few)} layers with few tokens")
+    print(f"floor {floor / args.layers:.2f} s a block, {seconds / floor:.1f} times that")
+    print(f"{len(few)} layers of experts with fewer tokens than inputs")
     print(f"loss {report.totals()['loss'] / report.totals()['rtn_loss']:.3f} of round-to-nearest's")
 
 

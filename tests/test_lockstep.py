@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -568,6 +569,22 @@ def test_a_stop_does_not_keep_the_inputs_alive(ends):
     gc.collect()
     assert not any(x() is not None for x in inputs) and first.inputs == {}
     steps.close()
+
+
+def test_a_thread_that_is_slow_to_end_is_waited_for_once(monkeypatch):
+    """It handed back for the last time when its forward ended: to wait for more of it would be for ever."""
+    run = lockstep._Batch._run
+
+    def slow(batch, forward):
+        run(batch, forward)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(lockstep._Batch, "_run", slow)
+    model = nn.Sequential(nn.Linear(4, 4))
+    walking = threading.Thread(target=walk, args=(model, [lambda: model(torch.ones(2, 4))]), daemon=True)
+    walking.start()
+    walking.join(20)
+    assert not walking.is_alive()
 
 
 @pytest.mark.gpu

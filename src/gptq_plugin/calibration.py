@@ -67,10 +67,7 @@ class Batch:
         if mask is not None:
             return rows[mask], None
         if x.dim() == 2 and rows.shape[0] != self.samples:
-            return (
-                None,
-                "inputs left out: their rows cannot be matched to the attention mask or labels",
-            )
+            return rows, "gets rows that cannot be matched to the attention mask or labels: all of them counted"
         return rows, "reads another sequence than the attention mask or labels describe: all its positions counted"
 
     def mask_of(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> Tensor | None:

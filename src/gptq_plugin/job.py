@@ -38,6 +38,7 @@ from gptq_plugin.report import ModuleReport, QuantizeReport
 from gptq_plugin.results import Results
 from gptq_plugin.targets import Skipped, Target, linear_shape
 from gptq_plugin.timing import Fetched, Stopwatch
+from gptq_plugin.weight_reads import WeightReads
 from gptq_plugin.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class Job:
     hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
     remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
     returned: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # calls after a layer was solved
+    read_elsewhere: set[str] = field(default_factory=set)  # layers whose weights the model reads by itself
     read_tokens: set[str] = field(default_factory=set)  # experts' layers, see `positions.Rows`
     stopwatches: list[Stopwatch] = field(default_factory=list)
     samples: int = 0
@@ -247,7 +249,13 @@ class Job:
         if forwards:
             sizes = self._sizes()
             largest = sizes.index(max(sizes))
-            plan = lockstep.plan(modules, forwards[largest], self._waiting, largest)
+            reads = WeightReads(modules)
+
+            def forward() -> Any:
+                with reads.watching():
+                    return forwards[largest]()
+
+            plan = lockstep.plan(modules, forward, self._waiting, largest)
             share = sum(sizes) / max(1, sizes[largest])
         placement = memory.place(
             self.device,
@@ -267,8 +275,16 @@ class Job:
         log.log(logging.INFO if self.device.type == "cuda" or placement.limited else logging.DEBUG, placement.said)
         self.weights.capacity = placement.weights
         self.activations = Activations(self.device, placement.activations, ahead=placement.ahead)
-        groups: list[lockstep.Group] = next(p for p in distributed.gather_objects(plan) if p is not None)
-        return groups
+        plans = distributed.gather_objects((plan, reads.names if plan is not None else set()))
+        self._leave_float(set().union(*(names for _, names in plans)), modules)
+        groups: list[lockstep.Group] = next(p for p, _ in plans if p is not None)
+        return [group for group in (_without(self.read_elsewhere, g) for g in groups) if group.names]
+
+    def _leave_float(self, names: set[str], modules: dict[str, nn.Module]) -> None:
+        """Layers whose weights the model reads by itself stay float: nobody waits there."""
+        self.read_elsewhere |= names
+        for name in names:
+            del modules[name]
 
     def _sizes(self) -> list[int]:
         """What the batches' activations are proportional to: tokens, or samples where tokens are not known."""
@@ -351,7 +367,7 @@ class Job:
         losses = Fetched(torch.stack(sums))
         start = 0
         for number, (target, count) in enumerate(zip(same, rows, strict=True)):
-            layer = QuantLinear.from_quantized(w.rows(start, start + count), target.bias)
+            layer = QuantLinear.from_quantized(w.rows(start, start + count), target.bias, target.parameter.dtype)
             self.weights.quantize(target, layer)
             self.results.add(target.name, layer)
             self.solved[target.name] = _Solved(
@@ -412,14 +428,17 @@ class Job:
         """Of all targets, in their order."""
         if not self.solved:
             raise CalibrationError(self._unreached())
-        reason = "never called in calibration: left float"
         ranges = self.ranges.over_ranks(self._by_name, self.device)
-        return [
-            self.solved[target.name].report(*ranges[target.name])
-            if target.name in self.solved
-            else module_report(target, method="float", reason=reason, deviations=(reason,))
-            for target in self.targets
-        ]
+        reports = []
+        for target in self.targets:
+            if target.name in self.solved:
+                reports.append(self.solved[target.name].report(*ranges[target.name]))
+                continue
+            read = target.name in self.read_elsewhere
+            reason = "the model reads its weight by itself" if read else "never called in calibration"
+            reason += ": left float"
+            reports.append(module_report(target, method="float", reason=reason, deviations=(reason,)))
+        return reports
 
     def _unreached(self) -> str:
         return (
@@ -464,6 +483,10 @@ class Job:
             calibration_sha256=self.sha256,
             run_id=self.run_id,
         )
+
+
+def _without(names: set[str], group: lockstep.Group) -> lockstep.Group:
+    return dataclasses.replace(group, names=tuple(name for name in group.names if name not in names))
 
 
 def _added_up(counts: dict[str, int]) -> dict[str, int]:

@@ -127,7 +127,7 @@ def _load_transformers(
         state_dict={name: checkpoint.lazy(name) for name in checkpoint.float_names},
         dtype=dtype or getattr(config, "dtype", None) or checkpoint.float_dtype,
         device_map=device_map,
-        generation_config=_generation_config(checkpoint),
+        generation_config=_generation_config(checkpoint, architecture),
         ignore_mismatched_sizes=True,  # they are in `info`, all of them, and refused below
         output_loading_info=True,
     )
@@ -194,14 +194,15 @@ def forget_quantization(config: Any) -> None:
             del part.quantization_config
 
 
-def _generation_config(checkpoint: Checkpoint) -> Any:
+def _generation_config(checkpoint: Checkpoint, architecture: Any) -> Any:
     import transformers
 
     file = checkpoint.directory / "generation_config.json"
     if not file.is_file():
         return None
     try:
-        return transformers.GenerationConfig.from_pretrained(checkpoint.directory)
+        kind = getattr(architecture, "generation_config_class", None) or transformers.GenerationConfig
+        return kind.from_pretrained(checkpoint.directory)
     except (ValueError, TypeError, OSError) as error:
         raise CheckpointError(f"{file} cannot be used: {error}. Correct it, or remove it") from error
 
@@ -261,8 +262,8 @@ def _load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, d
 class Place(nn.Module):
     """Holds the place of a quantized layer while the rest of the model is loaded.
 
-    Some models' initialisation reaches for the weights of their children; what it finds here says that
-    there is nothing left to initialise.
+    Some models' initialisation reaches for the weights of their children and for their sizes; what it finds here says
+    that there is nothing left to initialise.
 
     Buffers:
         room: uint8 [bytes of the layer], on the meta device until the loader puts it where the layer will go.
@@ -272,10 +273,12 @@ class Place(nn.Module):
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
-        nothing = torch.empty(0)
-        nothing._is_hf_initialized = True  # type: ignore[attr-defined]
-        self.weight = self.bias = nothing
         meta = torch.device("meta")
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = torch.empty(layer.out_features, layer.in_features, device=meta)
+        self.bias = torch.empty(layer.out_features, device=meta)
+        for nothing in (self.weight, self.bias):
+            nothing._is_hf_initialized = True  # type: ignore[attr-defined]
         empty = QuantLinear(layer.in_features, layer.out_features, layer.bits, layer.group_size, device=meta)
         size = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())
         self.register_buffer("room", torch.empty(size, dtype=torch.uint8, device=meta), persistent=False)

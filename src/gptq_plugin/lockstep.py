@@ -296,10 +296,11 @@ class _Batch:
     def cancel(self) -> None:
         """Ends the forward wherever it waits, and its thread."""
         self.input = None
-        if self.thread.ident is None or not self.thread.is_alive():
+        if self.thread.ident is None:
             return
-        self._cancelled = True
-        self._run_until_it_waits()
+        if self.position != END:  # else it hands nothing back any more, even if its thread is still alive
+            self._cancelled = True
+            self._run_until_it_waits()
         self.thread.join()
 
     def _run_until_it_waits(self) -> None:

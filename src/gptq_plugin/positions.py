@@ -16,7 +16,7 @@ from gptq_plugin.batches import is_token_labels, labels_in, named
 from gptq_plugin.calibration import IGNORED_LABEL, Batch, is_mask, masks_in
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.pretrained import is_encoder_decoder, predicts_next, transformers_models
-from gptq_plugin.routed import Routed
+from gptq_plugin.routed import EVERY_ROW, Mask, Routed
 
 _running: ContextVar[int | None] = ContextVar("number of the calibration batch that runs on this thread", default=None)
 
@@ -107,14 +107,14 @@ class Positions:
         kept, are_tokens = self._routed.kept(number, layer, rows)
         if kept is None:
             kept = self._mask_of(number, rows)  # every token, with a weight that may be 0
-        return Rows(rows, _UNKNOWN_TOKENS) if kept is None else Rows(rows[kept], None, are_tokens)
+        if isinstance(kept, Tensor):
+            return Rows(rows[kept], None, are_tokens)
+        return Rows(rows, _UNKNOWN_TOKENS if kept is None else None, are_tokens)
 
-    def _mask_of(self, number: int, x: Tensor) -> Tensor | None:
+    def _mask_of(self, number: int, x: Tensor) -> Mask:
         batch = self._batches[number]
         masks = self._masks.get(number, batch.masks)
-        if not masks:
-            return torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
-        return batch.mask_of(x, masks)
+        return batch.mask_of(x, masks) if masks else EVERY_ROW
 
     def check(self) -> None:
         """Refuses batches without labels where others brought theirs.

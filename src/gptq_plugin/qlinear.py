@@ -45,7 +45,7 @@ class QuantLinear(nn.Module):
         bits: Width of a code: 2, 3, 4 or 8.
         group_size: Input channels that share a scale and a zero, or -1 for all of them.
         bias: Whether there is a bias.
-        dtype: The bias's dtype.
+        dtype: The bias's dtype, and what `weight` says of its own.
         device: Where the buffers are made; they hold zeros until loaded.
 
     Buffers, with G groups:
@@ -59,7 +59,6 @@ class QuantLinear(nn.Module):
         ValueError: `bits` or `group_size` cannot work.
     """
 
-    weight: None = None  # some models (T5) look at a Linear's weight to choose a dtype; there is none
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
@@ -85,6 +84,7 @@ class QuantLinear(nn.Module):
         self.bits = bits
         self.group_size = group_size
         self._prepared: _Prepared | None = None
+        self._dtype = dtype
         channels = self._channels_per_group()
         groups = -(-in_features // channels)
         shapes = {
@@ -101,15 +101,19 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> QuantLinear:
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> QuantLinear:
         """Packs a solver's result, on its device; the layer shares no memory with it.
 
         Args:
             weight: Codes uint8 [out, in], scales float16 [G, out], zeros uint8 [G, out], g_idx int32 [in].
             bias: [out], kept in its dtype, or None.
+            dtype: Of the float layer; the bias's, or float32, when None.
         """
         out_features, in_features = weight.codes.shape
-        layer = cls(in_features, out_features, weight.bits, weight.group_size, device="meta")
+        dtype = dtype or (torch.float32 if bias is None else bias.dtype)
+        layer = cls(in_features, out_features, weight.bits, weight.group_size, dtype=dtype, device="meta")
         layer.qweight = pack_weight(weight.codes, weight.bits)
         layer.qzeros = pack_zeros(weight.zeros, weight.bits)
         layer.scales = weight.scales.detach().clone(memory_format=torch.contiguous_format)
@@ -117,6 +121,13 @@ class QuantLinear(nn.Module):
         layer.bias = None if bias is None else bias.detach().clone()
         reference.check_weight(layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bits)
         return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """For models that ask a Linear's weight for its dtype, device or shape: [out, in] of NaN, one number in memory.
+        See `dequantize` for the values."""
+        nothing = torch.full((), torch.nan, dtype=self._dtype, device=self.scales.device)
+        return nothing.expand(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in x's dtype, or autocast's where that is on.
@@ -182,6 +193,7 @@ class QuantLinear(nn.Module):
             if moved.dtype != original.dtype:
                 setattr(self, name, original.to(moved.device))
         self._prepared = None
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -288,7 +288,7 @@ class QuantizeModule:
             targets, skipped = self.check(model)
             for target in targets:
                 quantized = round_to_nearest(target.weight, target.config)
-                layers[target.name] = QuantLinear.from_quantized(quantized, target.bias)
+                layers[target.name] = QuantLinear.from_quantized(quantized, target.bias, target.parameter.dtype)
                 modules.append(module_report(target, method="rtn"))
             swap(model, layers)
         _describe(model, layers, self.config)

@@ -16,17 +16,32 @@ from torch import Tensor, nn
 
 from gptq_plugin.experts import experts_of
 
+
+class _EveryRow:
+    """In place of a mask that is all true."""
+
+
+EVERY_ROW = _EveryRow()
+_NOTHING = torch.empty(0, dtype=torch.int64)
+Mask = Tensor | _EveryRow | None
 _AROUND = 3  # modules around an expert whose inputs are looked at: the experts, their block, and what calls into that
 _AT_ONCE = 2**24  # numbers that are hashed at a time: eight bytes each while they are
 
 
 @dataclass
 class _Block:
-    """What went into the block of experts that a batch is in."""
+    """What went into the block of experts that a batch is in.
 
-    counted: Tensor  # hashes of the rows that count
+    Attributes:
+        everything: All its rows count.
+        counted, all: Hashes of the rows that count, and of all.
+        kept: By expert's number, which of its rows count.
+    """
+
+    everything: bool
+    counted: Tensor
     all: Tensor
-    kept: dict[str, Tensor] = field(default_factory=dict)  # by expert's number, which of its rows count
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Routed:
@@ -38,14 +53,20 @@ class Routed:
 
     def __init__(self, model: nn.Module) -> None:
         self._numbers: dict[str, str] = {}  # by expert's layer
+        self._kinds: dict[str, tuple[str, str]] = {}  # by expert's layer, the experts and its name in one
+        self._kinds_of: dict[str, set[tuple[str, str]]] = {}  # by experts
         self._around: dict[nn.Module, list[str]] = {}  # modules to look at, and the experts they hand their input to
         self._blocks: dict[int, _Block] = {}  # by batch
+        self._reads_tokens: dict[tuple[str, str], bool] = {}  # by experts and a layer's name in one, once it is known
         modules = dict(model.named_modules())
         names: set[str] = set()
         for name, module in modules.items():
             experts = experts_of(name, module)
             if experts is not None:
-                self._numbers[name] = name[len(experts) + 1 :].partition(".")[0]
+                number, _, own = name[len(experts) + 1 :].partition(".")
+                self._numbers[name] = number
+                self._kinds[name] = experts, own
+                self._kinds_of.setdefault(experts, set()).add((experts, own))
                 names.add(experts)
         for experts in sorted(names):
             source = experts
@@ -60,15 +81,15 @@ class Routed:
     def watching(
         self,
         running: Callable[[], int | None],
-        mask_of: Callable[[int, Tensor], Tensor | None],
+        mask_of: Callable[[int, Tensor], Mask],
         entered: Callable[[str, Tensor], None],
     ) -> Iterator[None]:
         """While batches run.
 
         Args:
             running: The number of the batch that runs on this thread.
-            mask_of: For a batch and a tensor [..., in], which of its rows count, bool [rows]; None where that cannot be
-                told.
+            mask_of: For a batch and a tensor [..., in], which of its rows count: bool [rows], or `EVERY_ROW`; None
+                where that cannot be told.
             entered: Called as (experts, rows) with the rows that count of what goes to the experts, [rows, in].
         """
 
@@ -77,10 +98,17 @@ class Routed:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
             if number is None or x is None:
                 return
-            rows = x.reshape(-1, x.shape[-1])
-            hashes, mask = _hashes(rows), mask_of(number, x)
-            if mask is not None:
-                self._blocks[number] = _Block(hashes[mask], hashes)
+            rows, mask = x.reshape(-1, x.shape[-1]), mask_of(number, x)
+            if mask is EVERY_ROW:
+                known = self._knows(self._around[module])
+                hashes = _NOTHING if known else _hashes(rows)
+                self._blocks[number] = _Block(True, hashes, hashes)
+                for experts in self._around[module]:
+                    entered(experts, rows)
+                return
+            hashes = _hashes(rows)
+            if isinstance(mask, Tensor):
+                self._blocks[number] = _Block(False, hashes[mask], hashes)
             else:
                 mask = self._among(number, hashes)
             if mask is not None:
@@ -98,7 +126,7 @@ class Routed:
     def is_expert(self, layer: str) -> bool:
         return layer in self._numbers
 
-    def kept(self, number: int, layer: str, rows: Tensor) -> tuple[Tensor | None, bool]:
+    def kept(self, number: int, layer: str, rows: Tensor) -> tuple[Mask, bool]:
         """Which rows of an expert's input count.
 
         Args:
@@ -107,18 +135,25 @@ class Routed:
             rows: [rows, in]
 
         Returns:
-            bool [rows], or None where the rows are neither tokens that went into the block nor what became of them; and
-            whether they are such tokens.
+            bool [rows] or `EVERY_ROW`, or None where the rows are neither tokens that went into the block nor what
+            became of them; and whether they are such tokens.
         """
-        block, expert = self._blocks.get(number), self._numbers[layer]
-        if block is None:
+        block, expert, kind = self._blocks.get(number), self._numbers[layer], self._kinds[layer]
+        if block is None or not len(rows):
             return None, False
+        if block.everything and kind in self._reads_tokens:
+            return EVERY_ROW, self._reads_tokens[kind]
         tokens = self._among(number, _hashes(rows))
+        self._reads_tokens[kind] = tokens is not None
         if tokens is not None:
             block.kept[expert] = tokens
             return tokens, True
         known = block.kept.get(expert)
         return (known if known is not None and len(known) == len(rows) else None), False
+
+    def _knows(self, names: list[str]) -> bool:
+        """Whether it is known of all layers of these experts what they read."""
+        return all(kind in self._reads_tokens for name in names for kind in self._kinds_of[name])
 
     def _among(self, number: int, hashes: Tensor) -> Tensor | None:
         """Which of these rows count, where all are rows of the block."""

@@ -97,7 +97,7 @@ def solve_batch(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> li
         config: As for `solve`.
     """
     with full_precision(weights.device):
-        weights = weights.detach().to(hessians.dtype)
+        weights = weights.detach().to(hessians.dtype).contiguous()  # Conv1D's, and some experts', are not
         with aside(weights.device) as join:
             rtn_losses = [rounding_loss(w, h, config) for w, h in zip(weights, hessians, strict=True)]
         factor, good = factorize(hessians, config, hessians.dtype, config.damp_percent)

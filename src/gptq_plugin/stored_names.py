@@ -46,7 +46,8 @@ class _Stack(Protocol):
 def stored_names(model: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     """{name of a linear layer: its name in the checkpoint}, by transformers' own rules for `save_pretrained`.
 
-    A layer whose weight those rules would split, join or permute is left out.
+    A layer whose weight those rules would split, join or permute has the model's own name: packed weights cannot
+    follow.
 
     Args:
         model: Any module.
@@ -60,7 +61,8 @@ def stored_names(model: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
     state = {f"{name}.qweight": torch.empty(shape, device="meta") for name, shape in shapes.items()}
     names = {id(tensor): name for name, tensor in zip(shapes, state.values(), strict=True)}
     reverted = revert_weight_conversion(model, dict(state))
-    return {names[id(t)]: key.removesuffix(".qweight") for key, t in reverted.items() if id(t) in names}
+    stored = {names[id(t)]: key.removesuffix(".qweight") for key, t in reverted.items() if id(t) in names}
+    return {name: stored.get(name, name) for name in shapes}
 
 
 def renaming(model: Any) -> Callable[[str], str]:

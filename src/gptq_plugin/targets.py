@@ -7,13 +7,17 @@ configuration is refused here, before any work.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gptq_plugin.adapters import has_adapters
 from gptq_plugin.config import QuantizeConfig, rule_regex
@@ -124,13 +128,28 @@ def find_targets(model: nn.Module, config: QuantizeConfig) -> tuple[list[Target]
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes x·Wᵀ + b with a weight of its own: Linear, such a subclass, or Conv1D."""
-    kind = type(module)
+    kind: Any = type(module)
     # transformers' Conv1D stores [in, out]; without transformers in the process there can be none.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     conv1d = getattr(pytorch_utils, "Conv1D", None)
     if conv1d is not None and kind is conv1d:
         return True
-    return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or _computes_linear(kind))
+
+
+@functools.cache
+def _computes_linear(kind: type[nn.Module]) -> bool:
+    """Whether a subclass with a forward of its own computes what Linear does: tried on a small one, with a Linear's
+    parameters and nothing else."""
+    layer = kind.__new__(kind)
+    nn.Linear.__init__(layer, 5, 3, device="cpu", dtype=torch.float64)  # type: ignore[arg-type]
+    with torch.no_grad():
+        x = torch.linspace(-1, 1, 40, dtype=torch.float64, device="cpu").reshape(2, 4, 5)
+        wanted = functional.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+        try:
+            return bool(torch.allclose(layer(x), wanted))
+        except Exception:  # noqa: BLE001 - it needs more
+            return False
 
 
 def _refuse_adapters(model: nn.Module) -> None:

@@ -123,7 +123,8 @@ def decoded_rows(checkpoint: Checkpoint, name: str, rows: int) -> Tensor:
 
 def _from_bits(words: Tensor, bits: int) -> Tensor:
     """int32 [n, w], a little-endian stream along each row, to int32 [n, w * 32 // bits]."""
-    single = (words.contiguous().view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    words = words.clone(memory_format=torch.contiguous_format)  # of one column, a view may pass for contiguous
+    single = (words.view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     stream = single.flatten(1)
     whole = stream.shape[1] // bits * bits
     codes = stream[:, :whole].unflatten(1, (-1, bits)) << torch.arange(bits, dtype=torch.uint8)

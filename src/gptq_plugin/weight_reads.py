@@ -1,0 +1,76 @@
+"""Which layers' weights a model reads by itself, beside or in place of calling the layer: those cannot be replaced.
+
+Mamba's fused kernels take the weights of projections, RWKV rescales some of its own: a layer that is called would look
+like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class WeightReads:
+    """Watches one forward.
+
+    Args:
+        layers: By name.
+
+    Attributes:
+        names: The layers whose weight was an argument of something that the layer itself did not call.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
+        self._called = threading.local()
+        self.names: set[str] = set()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """On the thread that runs the forward."""
+
+        def enter(module: nn.Module, *_: Any) -> None:
+            self._inside().append(module)
+
+        def leave(*_: Any) -> None:
+            self._inside().pop()
+
+        with contextlib.ExitStack() as stack:
+            for module in set(self._layers.values()):
+                # Before all other hooks, which may look at the weight too.
+                stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            stack.enter_context(_Arguments(self))
+            yield
+
+    def read(self, parameter: nn.Parameter) -> None:
+        """A function got this parameter."""
+        if any(parameter is one for module in self._inside() for one in module._parameters.values()):
+            return
+        for name, module in self._layers.items():
+            if module._parameters.get("weight") is parameter:
+                self.names.add(name)
+
+    def _inside(self) -> list[nn.Module]:
+        inside: list[nn.Module] = self._called.__dict__.setdefault("inside", [])
+        return inside
+
+
+class _Arguments(TorchFunctionMode):
+    def __init__(self, reads: WeightReads) -> None:
+        super().__init__()
+        self._reads = reads
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__name__", "") != "__get__":  # of a dtype or a shape, which a QuantLinear has too
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, nn.Parameter):
+                    self._reads.read(value)
+        return function(*args, **(kwargs or {}))
