@@ -18,7 +18,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Weights:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Weights:
-        self._handles += [module.register_forward_pre_hook(self._hook) for module in self._needs]
+        self._handles += [module.register_forward_pre_hook(self._hook, with_kwargs=True) for module in self._needs]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,8 +135,21 @@ class Weights:
     def _units(self) -> list[_Unit]:
         return list(dict.fromkeys(unit for units in self._needs.values() for unit in units))
 
-    def _hook(self, module: nn.Module, args: object) -> None:
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._use(module)
+        if self._device.type == "cpu":
+            return None
+        # Some models send an input to where a weight is, which they ask before the weight has been brought.
+        if not any(self._strays(value) for value in (*args, *kwargs.values())):
+            return None
+        moved = tuple(self._moved(value) for value in args)
+        return moved, {name: self._moved(value) for name, value in kwargs.items()}
+
+    def _strays(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.device.type == "cpu" and value.dim() > 0
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self._device) if self._strays(value) else value
 
     def _use(self, module: nn.Module) -> None:
         units = self._needs[module]
