@@ -62,9 +62,8 @@ def main() -> None:
     few = [module for module in report.quantized if module.tokens < module.shape[1]]
     parts = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
     print(f"{parts}; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    print(
-        f"floor {floor / args.layers:.2f} s a block, {seconds / floor:.1f} times that; {len(few)} layers with few tokens"
-    )
+    times = f"{seconds / floor:.1f} times that"
+    print(f"floor {floor / args.layers:.2f} s a block, {times}; {len(few)} layers with few tokens")
     print(f"loss {report.totals()['loss'] / report.totals()['rtn_loss']:.3f} of round-to-nearest's")
 
 

@@ -52,7 +52,7 @@ def build(mapping: str, kind: str) -> Any:
             if not torch.isfinite(p).all() or (p.numel() > 1 and p.min() == p.max()):
                 p.copy_((torch.nan_to_num(p, 0, 0, 0) + 0.02 * torch.randn_like(p)).to(p.dtype))
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_experts_implementation", None) is not None:
             config._experts_implementation = "eager"
     return model.float()

@@ -6,7 +6,6 @@ runs, those with most modalities first. Placeholders for images and sounds are a
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from typing import Any

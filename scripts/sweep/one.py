@@ -6,7 +6,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ def _examine(mapping: str, kind: str, result: Result) -> None:
     config = QuantizeConfig(group_size=32, nsamples=10**6)
     targets, skipped = QuantizeModule(config).check(model)
     tower = [s.name for s in skipped if s.reason.startswith("outside the language model")]
-    rule = rule_for(tower, [one.name for one in (*targets, *skipped) if one.name not in tower])
+    names = [*(target.name for target in targets), *(skip.name for skip in skipped)]
+    rule = rule_for(tower, [name for name in names if name not in tower])
     report = _quantized(model, batches, config, result, "")
     result |= figures(report)
     if tower and result["inputs"] != "text":
@@ -116,10 +117,10 @@ def figures(report: QuantizeReport) -> Result:
     total = report.coverage.quantized + sum(one.bytes for one in report.coverage.floats)
     told = {m.name for m in left}
     other = [one for one in report.coverage.floats if one.name.rpartition(".")[0] not in told]
-    odd: Counter[str] = Counter()
+    odd: dict[str, float] = defaultdict(float)
     for one in other:
         if len(one.shape) > 1 and one.reason not in ("embeddings", "convolutions"):
-            odd[one.reason] += one.bytes / total  # type: ignore[assignment]
+            odd[one.reason] += one.bytes / total
     return {
         "quantized": len(done),
         "float": dict(Counter(m.reason.split(" (")[0] for m in left)),
