@@ -54,6 +54,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granite_speech_encoder": {"context_size": 8, "max_pos_emb": 16},
     "gemma4_assistant": {"text_config": _gemma4_assistant_text},
     "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 2, "num_hidden_layers": 6},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "instructblip": {"image_token_index": 255},
     "instructblipvideo": {"image_token_index": 255, "video_token_index": 254},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
