@@ -100,8 +100,9 @@ class Maker:
         mask = torch.ones_like(ids)
         mask[0, -3:] = 0  # padding
         text = {"input_ids": ids, "attention_mask": mask}
-        if counts and "mm_token_type_ids" in self.names:
-            text["mm_token_type_ids"] = kinds
+        for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):
+            if counts and name in self.names:
+                text[name] = kinds
         if counts and "token_type_ids" in self.names:
             text["token_type_ids"] = (kinds == 1).long()
         return text
