@@ -109,7 +109,8 @@ class Maker:
 
     def _count(self, kind: str, inputs: Batch) -> int:
         """Features a sample, as the model's own get_image_features or get_audio_features gives them; 0 if unknown."""
-        method = getattr(self.model, f"get_{kind}_features", None)
+        name = f"get_{kind}_features"
+        method = next((getattr(m, name) for m in (self.model, self.model.base_model) if hasattr(m, name)), None)
         if method is None:
             return 0
         taken = set(inspect.signature(method).parameters)
