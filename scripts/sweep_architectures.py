@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from one import rows
+    from building import rows
     from table import line, page, summary
 
     types, mappings = (set(filter(None, given.split(","))) for given in (args.types, args.mappings))

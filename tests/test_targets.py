@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -178,6 +181,16 @@ def test_its_tower_is_quantized_on_request():
     assert found["model.vision_tower.encoder.layers.0.self_attn.k_proj"] == 8
     assert found["model.language_model.layers.0.self_attn.k_proj"] == 4
     assert "model.multi_modal_projector.linear_1" not in found
+
+
+def test_an_encoder_of_text_is_language_of_whatever_class():
+    encoder = BertConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    decoder = GPT2Config(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2)
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder))
+    assert {name.partition(".")[0] for name in names(model)} == {"encoder", "decoder"}
+    assert all("outside" not in reason for reason in reasons(model).values())
 
 
 def test_a_rule_for_all_layers_does_not_reach_the_tower():

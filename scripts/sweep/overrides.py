@@ -20,6 +20,7 @@ def _gemma4_assistant_text() -> Any:
 
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {64: 16}},
     "bamba": {"attn_layer_indices": [1]},
     "bit": {"num_groups": 8},
     "blip-2": {"image_token_index": 255},
@@ -54,10 +55,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granite_speech_encoder": {"context_size": 8, "max_pos_emb": 16},
     "gemma4_assistant": {"text_config": _gemma4_assistant_text},
     "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 2, "num_hidden_layers": 6},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "instructblip": {"image_token_index": 255},
     "instructblipvideo": {"image_token_index": 255, "video_token_index": 254},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
+    "llama4_vision_model": {"intermediate_size": 256},
     "mamba2": {"num_heads": 4, "n_groups": 1},
     "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     "musicgen_decoder": {"num_codebooks": 1},

@@ -120,9 +120,10 @@ def _shrunk(config: PreTrainedConfig, tokens: Tokens, more: dict[str, Any]) -> P
     layers = _layers(config)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        if field.name not in vars(config):
+        name = config.attribute_map.get(field.name, field.name)
+        if name not in vars(config):
             continue
-        value = vars(config)[field.name]
+        value = vars(config)[name]
         default = field.default if field.default is not dataclasses.MISSING else None
         if not field.init or field.name.startswith("_") or field.name in ("transformers_version", "model_type"):
             continue

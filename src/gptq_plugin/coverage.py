@@ -13,7 +13,7 @@ from torch import nn
 
 from gptq_plugin.errors import some
 from gptq_plugin.escalation import stored_bits
-from gptq_plugin.experts import expert_layouts
+from gptq_plugin.experts import expert_layouts, tied_parameters
 
 if TYPE_CHECKING:
     from gptq_plugin.targets import Skipped, Target
@@ -113,6 +113,7 @@ def coverage(model: nn.Module, targets: Iterable[Target], skipped: Iterable[Skip
         done.add(id(weight))
         quantized += weight.numel() * weight.element_size()
         packed += int(rows * columns * stored_bits(own.bits, own.group_size, columns) / 8)
+    tied = tied_parameters(model)
     floats = []
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module._parameters.items():
@@ -120,6 +121,8 @@ def coverage(model: nn.Module, targets: Iterable[Target], skipped: Iterable[Skip
                 continue
             done.add(id(parameter))
             reason = reasons.get(module) if parameter.dim() > 1 else None
+            if reason is None and id(parameter) in tied and expert_layouts(module, parameter_name):
+                reason = f"matrices of {type(module).__name__}, which several modules share"
             name = f"{module_name}.{parameter_name}" if module_name else parameter_name
             size = parameter.numel() * parameter.element_size()
             floats.append(

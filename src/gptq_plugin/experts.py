@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -443,15 +444,22 @@ def expert_layouts(module: nn.Module, parameter: str) -> list[Layout] | None:
     return _layouts(module, parameter) if _is_stack(module, parameter) else None
 
 
+def tied_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that are in several modules."""
+    users = Counter(id(value) for module in model.modules() for value in module._parameters.values())
+    return {one for one, count in users.items() if count > 1}
+
+
 # --- finding ------------------------------------------------------------------------------------------------
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """By shape: floating-point parameters of three dimensions, in modules that are not PyTorch's own (a convolution's
-    weight has as many)."""
+    weight has as many). None that several modules have: quantized, they could not stay one."""
+    tied = tied_parameters(model)
     for name, module in model.named_modules():
-        for parameter in module._parameters:
-            if name and _is_stack(module, parameter):
+        for parameter, value in module._parameters.items():
+            if name and _is_stack(module, parameter) and id(value) not in tied:
                 yield name, module, parameter
 
 

@@ -23,7 +23,7 @@ from gptq_plugin.adapters import has_adapters
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.experts import ExpertLinear, routers
-from gptq_plugin.pretrained import generates, is_transformers, transformers_models
+from gptq_plugin.pretrained import generates, is_encoder_decoder, is_transformers, transformers_models
 from gptq_plugin.qlinear import QuantLinear
 
 _ROUTER = "router of experts (a `dynamic` rule for routers alone quantizes it)"
@@ -187,17 +187,30 @@ def _outside_language(model: nn.Module, linears: Mapping[str, nn.Module]) -> set
     """Of a model that writes text about images or sounds, what is not the part that writes: towers and projectors.
 
     transformers says which configuration is the text's; the part is the model in it that is made from one like that.
+    Where an encoder reads for it, what reads tokens belongs to it too.
     """
     outside: set[nn.Module] = set()
     for prefix, whole in transformers_models(model):
         text = whole.config.get_text_config()  # type: ignore[union-attr, operator]
         if not generates(whole) or type(text) is type(whole.config):
             continue
-        parts = [module for module in whole.modules() if is_transformers(module) and type(module.config) is type(text)]
+        models = [module for module in whole.modules() if is_transformers(module)]
+        parts = [model for model in models if type(model.config) is type(text)]
+        parts += [model for model in models if is_encoder_decoder(whole) and _reads_tokens(model)]
         inside = {module for part in parts for module in part.modules()}
         own = {module for name, module in linears.items() if name.startswith(f"{prefix}." if prefix else "")}
         outside |= own - inside if own & inside else set()
     return outside
+
+
+def _reads_tokens(model: Any) -> bool:
+    """Whether a transformers model has token embeddings, and no part for anything else."""
+    if type(model.config.get_text_config()) is not type(model.config):
+        return False
+    try:
+        return isinstance(model.get_input_embeddings(), nn.Embedding)
+    except (NotImplementedError, AttributeError):
+        return False
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
