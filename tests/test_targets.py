@@ -201,3 +201,30 @@ def test_a_rule_for_all_layers_does_not_reach_the_tower():
 def test_a_model_of_images_alone_is_quantized_whole():
     model = CLIPVisionModel(llava().config.vision_config)
     assert len(names(model)) == 2 * 6
+
+
+class Wordy(nn.Linear):
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Scaled(nn.Linear):
+    """Computes what Linear does only as long as nobody has trained it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+def test_a_subclass_is_a_target_where_it_computes_what_linear_does():
+    model = nn.ModuleDict({"wordy": Wordy(32, 32), "doubled": Doubled(32, 32), "scaled": Scaled(32, 32)})
+    assert names(model) == ["wordy"]
