@@ -128,8 +128,28 @@ def branches(rank):
     tokens = {m.name: m.tokens for m in report.modules}
     return [tokens, [m.name for m in report.quantized], {k: v.sum().item() for k, v in model.state_dict().items()}]
 
+def experts(rank):
+    # The tokens of each rank go to experts of their own: 0 and 1, 2 and 3, and rank 2 has no samples. 4 and 5 get none.
+    from transformers import AutoConfig, AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "qwen3_moe", hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=64,
+        num_attention_heads=2, num_key_value_heads=1, num_experts=6, num_experts_per_tok=2,
+    )).eval()
+
+    def mine(router, args, outputs):
+        return tuple(y if y.is_floating_point() else 2 * rank + y % 2 for y in outputs)
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(mine)
+    samples = [] if rank == 2 else list(torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(rank)))
+    report = QuantizeModule(group_size=32, nsamples=8, batch_size=2).quantize(model, samples, nsamples=8)
+    experts = [m for m in report.modules if "layers.1.mlp.experts" in m.name]
+    found = {m.name.partition(".mlp.")[2]: (m.method, m.tokens) for m in experts}
+    return [found, {k: v.double().sum().item() for k, v in model.state_dict().items()}]
+
 out, size = Path(sys.argv[1]), 3
-for number, scene in enumerate((meetings, astray, failing, apart, busy, hessians, ranges, rows, branches)):
+for number, scene in enumerate((meetings, astray, failing, apart, busy, hessians, ranges, rows, branches, experts)):
     children = []
     for rank in range(size):
         pid = os.fork()
@@ -215,3 +235,15 @@ def test_one_process_meets_nobody():
     assert distributed.sum_(weight, 3) == 3 and distributed.minimum(7) == 7
     with pytest.raises(KeyError), distributed.ending_together():
         raise KeyError("as it is")
+
+
+def test_ranks_that_see_different_experts_end_with_the_same_layers(scenes):
+    first, *others = scenes("experts")
+    assert all(other == first for other in others)
+    layers, _ = first
+    assert len(layers) == 6 * 3
+    for number in range(6):
+        method, tokens = layers[f"experts.{number}.up_proj"]
+        assert method == "gptq" and (tokens > 0) == (number < 4)
+        method, _ = layers[f"experts.{number}.down_proj"]
+        assert method == ("gptq" if number < 4 else "rtn")
