@@ -20,19 +20,19 @@ from reference import TOKENS
 def check(folder: Path) -> torch.Tensor:
     """The log-probabilities of the model that `from_pretrained` makes."""
     description = json.loads((folder / "config.json").read_text())["quantization_config"]
-    if (
-        description["quant_method"] == "gptq"
-    ):  # of the configuration only the backend counts; the checkpoint says the rest
+    gptq = description["quant_method"] == "gptq"
+    if gptq:  # of the configuration only the backend counts; the checkpoint says the rest
         options = {"dtype": torch.float32, "quantization_config": transformers.GPTQConfig(bits=4, backend="torch")}
-    else:  # loaded in another dtype than the file's, renamed tensors of a compressed checkpoint keep theirs (Mixtral)
+    else:  # in another dtype than the file's, compressed-tensors leaves renamed tensors (Mixtral's routers) in theirs
         options = {"dtype": "auto"}
     model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found.get(kind):
             raise ValueError(f"{kind}: {sorted(map(str, found[kind]))[:4]}")
     with torch.no_grad():
-        torch.nn.Module.float(model.eval())  # what `model.float()` refuses for quantized models
-        return model(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
+        if not gptq:
+            torch.nn.Module.float(model)  # what `model.float()` refuses for quantized models
+        return model.eval()(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
 
 
 if __name__ == "__main__":
