@@ -22,7 +22,13 @@ def _gemma4_assistant_text() -> Any:
 def _gemma4_vision() -> Any:
     from transformers import Gemma4VisionConfig
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32, "patch_size": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "head_dim": 32,
+        "patch_size": 8,
+    }
     return Gemma4VisionConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, pooling_kernel_size=2)
 
 
@@ -75,6 +81,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "mimi": {"upsample_groups": 64, "num_filters": 8},
+    "mobilenet_v1": {"depth_multiplier": 0.25},
+    "mobilenet_v2": {"depth_multiplier": 0.35, "finegrained_output": False},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
     "nemotron_h_omni": {"video_temporal_patch_size": 2, "vision_config.video_temporal_patch_size": 2},
     "perceiver": {"d_latents": 64, "num_self_attends_per_block": 2, "num_latents": 16, "output_shape": (1, 4, 16, 16)},
