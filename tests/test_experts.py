@@ -197,7 +197,12 @@ def test_what_is_used_in_another_way_stays_float_and_is_named() -> None:
 
 
 def test_experts_that_several_modules_share_stay_float() -> None:
+    class Sharing(Experts):
+        pass
+
     network = nn.Sequential(Block("linear"), Block("linear"))
+    for block in network:
+        block.experts = Sharing("linear")
     network[1].experts.first = network[0].experts.first
     learn_layouts(network, lambda: network(torch.randn(8, 32)))
     assert [(one.name, one.parameter) for one in find_experts(network)] == [
@@ -205,7 +210,7 @@ def test_experts_that_several_modules_share_stay_float() -> None:
         ("1.experts", "second"),
     ]
     floats = {one.name: one.reason for one in QuantizeModule(CONFIG).coverage(network).floats}
-    assert floats["0.experts.first"] == "matrices of Experts, which several modules share"
+    assert floats["0.experts.first"] == "matrices of Sharing, which several modules share"
 
 
 def test_routers_stay_float_unless_a_rule_is_for_them_alone() -> None:

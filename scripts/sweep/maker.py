@@ -125,7 +125,7 @@ class Maker:
 
     def _decoder_ids(self) -> Tensor:
         channels = getattr(getattr(self.config, "decoder_config", None), "num_channels", None)
-        return self.ids(self.samples, 12, *([channels] if channels else []))
+        return self.ids(self.samples, 16, *([channels] if channels else []))
 
     # --- images --------------------------------------------------------------------------------------------
 

@@ -67,6 +67,8 @@ def _examine(mapping: str, kind: str, result: Result) -> None:
         asked = QuantizeConfig(group_size=32, nsamples=10**6, dynamic={rule: {"bits": 4}})
         report = _quantized(build(mapping, kind), batches, asked, result, "towers: ")
         result["with_towers"] = sum(m.method != "float" for m in report.modules)
+        if result["with_towers"] == result["quantized"]:
+            _note(result, "the towers were not called")
     result["stage"] = "ok"
 
 
@@ -107,14 +109,14 @@ def _quantized(model: Any, batches: list[Batch], config: QuantizeConfig, result:
 def _enough(
     quantizer: QuantizeModule, model: Any, batches: list[Batch], result: Result
 ) -> tuple[QuantizeReport, list[Batch]]:
-    """With as many samples as the narrowest layer has inputs, where a sample is one row."""
+    """With as many samples as the narrowest layer has inputs, where a sample is one row (or few)."""
     try:
         return quantizer.quantize(model, batches), batches
     except CalibrationError as error:
         if "too short" not in str(error):
             raise
     least = min(target.weight.shape[1] for target in quantizer.check(model)[0])
-    _note(result, "one row a sample")
+    _note(result, "with more samples")
     _, batches = batches_for(model, (least // 2, least - least // 2))
     return quantizer.quantize(model, batches), batches
 

@@ -19,6 +19,19 @@ def _gemma4_assistant_text() -> Any:
     )
 
 
+def _gemma4_vision() -> Any:
+    from transformers import Gemma4VisionConfig
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "head_dim": 32,
+        "patch_size": 8,
+    }
+    return Gemma4VisionConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, pooling_kernel_size=2)
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {64: 16}},
     "bamba": {"attn_layer_indices": [1]},
@@ -53,6 +66,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "4/8"},
     "granite_speech_plus_encoder": {"context_size": 8, "max_pos_emb": 16},
     "granite_speech_encoder": {"context_size": 8, "max_pos_emb": 16},
+    "gemma4": {"vision_config": _gemma4_vision},
     "gemma4_assistant": {"text_config": _gemma4_assistant_text},
     "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 2, "num_hidden_layers": 6},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
@@ -62,10 +76,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
     "llama4_vision_model": {"intermediate_size": 256},
     "mamba2": {"num_heads": 4, "n_groups": 1},
+    "mllama_vision_model": {"vision_output_dim": 192},
     "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "mimi": {"upsample_groups": 64, "num_filters": 8},
+    "mobilenet_v1": {"depth_multiplier": 0.25},
+    "mobilenet_v2": {"depth_multiplier": 0.35, "finegrained_output": False},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
     "nemotron_h_omni": {"video_temporal_patch_size": 2, "vision_config.video_temporal_patch_size": 2},
     "perceiver": {"d_latents": 64, "num_self_attends_per_block": 2, "num_latents": 16, "output_shape": (1, 4, 16, 16)},
