@@ -154,10 +154,10 @@ def test_masks_follow_models_that_put_the_sequence_first():
     assert torch.equal(rows, x[mask.T == 1])
 
 
-def test_rows_that_cannot_be_matched_to_the_mask_are_left_out_and_reported():
-    ids, mask = padded()
-    rows, remark = ready_batch({"input_ids": ids, "attention_mask": mask}).counted(torch.randn(7, 8))
-    assert rows is None and "cannot be matched" in remark
+def test_rows_that_cannot_be_matched_to_the_mask_all_count_and_that_is_reported():
+    (ids, mask), x = padded(), torch.randn(7, 8)
+    rows, remark = ready_batch({"input_ids": ids, "attention_mask": mask}).counted(x)
+    assert torch.equal(rows, x) and "cannot be matched" in remark
 
 
 def test_one_row_a_sample_and_another_sequence_count_whole():

@@ -342,16 +342,17 @@ def test_tensors_have_the_names_that_save_pretrained_gives_them(
     assert torch.equal(logits(load_quantized(folder)), logits(model))
 
 
-def test_a_layer_that_transformers_stores_joined_with_others_is_refused(rtn: Rtn, tmp_path: Path) -> None:
+def test_a_layer_that_transformers_stores_joined_with_others_keeps_its_own_name(rtn: Rtn, tmp_path: Path) -> None:
     from transformers import NomicBertConfig, NomicBertModel
 
     config = QuantizeConfig(group_size=32)
     model = NomicBertModel(
         NomicBertConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
     )
-    with pytest.raises(ExportError, match=r"q_proj cannot be exported.*modules_to_not_convert"):
-        export_model(rtn(model, config), tmp_path / "out", config)
-    assert not any(tmp_path.iterdir())
+    out = export_model(rtn(model, config), tmp_path / "out", config)
+    assert "layers.0.self_attn.q_proj" in Checkpoint.open(out).layers
+    ids = torch.arange(48).reshape(2, 24)
+    assert torch.equal(load_quantized(out)(ids).last_hidden_state, model.eval()(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, Plain])

@@ -49,7 +49,7 @@ class Batch:
         ids = (named(self.data) or {}).get("input_ids")
         return ids.numel() if isinstance(ids, Tensor) else None
 
-    def counted(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, str | None]:
+    def counted(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> tuple[Tensor, str | None]:
         """The rows of a layer's input that count, and a sentence where the masks could not be applied.
 
         Args:
@@ -57,7 +57,7 @@ class Batch:
             masks: Those the model was called with, where that is known; the batch's own when None.
 
         Returns:
-            [rows, in], or None when rows cannot be told from padding; and what is to be reported.
+            [rows, in], and what is to be reported.
         """
         masks = self.masks if masks is None else masks
         rows = x.reshape(-1, x.shape[-1])

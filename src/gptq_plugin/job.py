@@ -184,7 +184,7 @@ class Job:
 
         def observe(number: int, group: lockstep.Group, _alone: int, x: Tensor) -> None:
             rows = self.positions.rows(number, group.names[0], x).counted
-            if rows is not None and not torch.isfinite(rows).all():
+            if not torch.isfinite(rows).all():
                 raise CalibrationError(
                     _not_finite(group.names[0], f"calibration batch {number} (rank {distributed.rank()})")
                 )
@@ -249,7 +249,7 @@ class Job:
         if forwards:
             sizes = self._sizes()
             largest = sizes.index(max(sizes))
-            reads = WeightReads(modules)
+            reads = WeightReads(self.model, modules)
 
             def forward() -> Any:
                 with reads.watching():
@@ -300,8 +300,7 @@ class Job:
                 self.remarks[first][rows.remark] += 1
             if rows.are_tokens:
                 self.read_tokens.add(first)
-            if rows.counted is not None:
-                hessian.add(rows.counted)
+            hessian.add(rows.counted)
             self.ranges.read(group.names, x)
 
     def _entered(self, experts: str, rows: Tensor) -> None:

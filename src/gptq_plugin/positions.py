@@ -28,12 +28,12 @@ class Rows(NamedTuple):
     """Of a layer's input.
 
     Attributes:
-        counted: [rows, in]; None when they cannot be told from padding.
+        counted: [rows, in].
         remark: What is to be reported.
         are_tokens: Of an expert's: they are tokens as its block got them, not what the expert made of them.
     """
 
-    counted: Tensor | None
+    counted: Tensor
     remark: str | None
     are_tokens: bool = False
 

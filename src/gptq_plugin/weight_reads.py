@@ -19,13 +19,16 @@ class WeightReads:
     """Watches one forward.
 
     Args:
-        layers: By name.
+        model: What runs.
+        layers: Some of its modules, by name.
 
     Attributes:
-        names: The layers whose weight was an argument of something that the layer itself did not call.
+        names: The layers whose weight was an argument of something that no module called to which it belongs (a tied
+            weight belongs to several).
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._model = model
         self._layers = layers
         self._called = threading.local()
         self.names: set[str] = set()
@@ -41,7 +44,7 @@ class WeightReads:
             self._inside().pop()
 
         with contextlib.ExitStack() as stack:
-            for module in set(self._layers.values()):
+            for module in self._model.modules():
                 # Before all other hooks, which may look at the weight too.
                 stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)
