@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_callback import llama
@@ -16,6 +17,7 @@ from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quanti
 from gptq_plugin.description import client_config
 from gptq_plugin.errors import QualityError
 from gptq_plugin.escalation import output_noise, steps, stored_bits
+from gptq_plugin.experts import unfused
 from gptq_plugin.figures import packed_bytes
 from gptq_plugin.forward import call
 from gptq_plugin.gate import QualityGate
@@ -241,3 +243,22 @@ def test_a_quantizer_of_the_users_own_kind_is_used_for_every_attempt_and_keeps_i
     own = Own(config, offload_activations=False)
     report, _, _ = loop([1.3, 1.0], quantizer=own, on_fail="escalate")
     assert used[0] == own.config == config and used[-1] == report.config != config
+
+
+def test_experts_of_one_parameter_get_more_bits_together():
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    quantize = QuantizeConfig(bits=3, group_size=32)
+    with unfused(model):
+        names = [target.name for target in find_targets(model, quantize)[0]]
+        noise = {name: 1.0 + ("experts.1.w1" in name) for name in names}
+        for step in steps(model, quantize, noise):
+            given = {target.name: target.config.bits for target in find_targets(model, step.config)[0]}
+            for layer in (0, 1):
+                for parts in (("w1", "w3"), ("w2",)):
+                    experts = [f"model.layers.{layer}.mlp.experts.{e}.{part}" for e in range(3) for part in parts]
+                    assert len({given[name] for name in experts}) == 1
+    assert set(given.values()) == {8}

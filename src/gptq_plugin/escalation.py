@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.config import BITS, QuantizeConfig
 from gptq_plugin.errors import TargetError, some
+from gptq_plugin.experts import ExpertLinear
 from gptq_plugin.targets import Target, find_targets, unpackable
 
 GROUP_SIZES = (128, 64, 32)  # those for which servers have fast kernels
@@ -69,7 +70,8 @@ def steps(model: nn.Module, config: QuantizeConfig, noise: Mapping[str, float]) 
         noise: By quantized layer, the relative error of its output then.
     """
     targets = find_targets(model, config)[0]
-    ranked = sorted(noise, key=lambda name: noise[name], reverse=True)
+    together = _together(targets, noise)
+    ranked = [name for names in together for name in names]
     shapes = {target.name: tuple(target.weight.shape) for target in targets}
     first = {target.name: _Grid(target.config.bits, target.config.group_size) for target in targets}
 
@@ -91,15 +93,28 @@ def steps(model: nn.Module, config: QuantizeConfig, noise: Mapping[str, float]) 
             smaller = {name: dataclasses.replace(grid, group_size=_at_most(grid, size)) for name, grid in now.items()}
             if smaller != now and all(shapes[name][1] % grid.group_size == 0 for name, grid in smaller.items()):
                 yield step(smaller, size)
-        wider = {name: width for name in ranked if (width := _next_width(now[name].bits, shapes[name])) is not None}
+        wider = [
+            {name: width for name in names if (width := _next_width(now[name].bits, shapes[name])) is not None}
+            for names in together
+        ]
+        wider = [widths for widths in wider if widths]
         if not wider:
             return
         before = now
         for count in sorted({math.ceil(share * len(wider)) for share in _SHARES}):
-            now = before | {
-                name: dataclasses.replace(before[name], bits=width) for name, width in list(wider.items())[:count]
-            }
+            raised = {name: width for widths in wider[:count] for name, width in widths.items()}
+            now = before | {name: dataclasses.replace(before[name], bits=width) for name, width in raised.items()}
             yield step(now)
+
+
+def _together(targets: Sequence[Target], noise: Mapping[str, float]) -> list[list[str]]:
+    """Layers that get more bits together, the noisiest first: each by itself, but experts of one parameter."""
+    parameters: dict[str, list[str]] = defaultdict(list)
+    for target in targets:
+        if target.name in noise:
+            whole = target.module.parameter if isinstance(target.module, ExpertLinear) else target.name
+            parameters[whole].append(target.name)
+    return sorted(parameters.values(), key=lambda names: -sum(noise[name] for name in names) / len(names))
 
 
 def _at_most(grid: _Grid, size: int) -> int:
