@@ -16,8 +16,9 @@ on a CPU), calibrated on two made-up batches, quantized to 4 bits in groups of 3
 **ok**: the batches stopped at every layer with nothing quantized gave the outputs of a plain forward bit for bit, and
 the reloaded export gave those of the quantized model in memory, bit for bit where nothing else is said. Experts count
 as layers, each by itself. Of models about images or sounds only the language part is quantized, and then, in a second
-model, the rest as well, by a `dynamic` rule; **ok** is both. No checkpoint of these models was loaded, and sizes are
-not those of real ones: shares of bytes say which parts a model has, not how much of a real one they are.
+model, the rest as well, by a `dynamic` rule; **ok** is both. Where the batches held no more than text, towers were not
+tried. No checkpoint of these models was loaded, and sizes are not those of real ones: shares of bytes say which parts a
+model has, not how much of a real one they are.
 
 *quantized*: linear layers that were; *with towers*: those that were on request; *float*: those that were not, and what
 else but embeddings, convolutions and vectors, with its share of the bytes; *float bytes*: the share of the parameters'
