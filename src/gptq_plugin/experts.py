@@ -12,19 +12,16 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from gptq_plugin.expert_weights import ExpertWeights, Layout, WatchedWeights, as_linear
 from gptq_plugin.qlinear import QuantLinear
 from gptq_plugin.stored_names import Part, expert_parts
-
-Layout = Literal["out, in", "in, out"]
 
 _LEAST = 8  # rows and columns of a matrix; what is smaller is no expert's
 
@@ -73,7 +70,7 @@ class Experts:
 
     def matrix(self, expert: int) -> Tensor:
         """[out, in], a view."""
-        return _as_linear(self.whole.detach()[expert], self.layout)
+        return as_linear(self.whole.detach()[expert], self.layout)
 
 
 def find_experts(model: nn.Module) -> list[Experts]:
@@ -98,7 +95,7 @@ def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
         run: Runs a forward of it. Not called where nothing is to be learned.
     """
     watched = [
-        (module, parameter, _Watched(module.get_parameter(parameter)))
+        (module, parameter, WatchedWeights(module.get_parameter(parameter)))
         for _, module, parameter in _candidates(model)
         if not _declares(module)
     ]
@@ -206,236 +203,6 @@ def _rows(module: nn.Module) -> int | None:
     """Rows of a module's weight, where that is a matrix."""
     weight = module._parameters.get("weight")
     return weight.shape[0] if weight is not None and weight.dim() == 2 else None
-
-
-class ExpertWeights:
-    """Stands where the parameter [experts, ., .] was: `weights[i]` multiplies as expert i's Linear layers do.
-
-    Args:
-        module: The experts' module, whose children ``"0"``, ``"1"``, ... are them.
-        parts: Names of each expert's layers, whose outputs follow one another.
-        shape: The parameter's.
-        dtype: The parameter's.
-    """
-
-    _is_hf_initialized = True  # nothing here is for transformers to initialise
-
-    def __init__(self, module: nn.Module, parts: list[list[str]], shape: torch.Size, dtype: torch.dtype) -> None:
-        self._module = module
-        self._parts = parts
-        self.shape = shape
-        self.dtype = dtype
-
-    @property
-    def device(self) -> torch.device:
-        first = self.layers(0)[0]
-        return next(tensor.device for tensor in (*first.parameters(), *first.buffers()))
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def layers(self, expert: int) -> list[nn.Module]:
-        return [self._module.get_submodule(name) for name in self._parts[expert]]
-
-    def multiply(self, expert: int, x: Tensor) -> Tensor:
-        outputs = [layer(x) for layer in self.layers(expert)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-
-    def otherwise(self, what: str) -> Any:
-        raise TypeError(
-            f"{type(self._module).__name__} uses its experts' weights in a way that quantized ones do not have "
-            f"({what}): name the module in modules_to_not_convert"
-        )
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, expert: Any) -> _One:
-        number = _index(expert)
-        return self.otherwise(f"index {expert!r}") if number is None else _One(self, number, "out, in")
-
-    def __iter__(self) -> Iterator[_One]:
-        return (self[expert] for expert in range(len(self)))
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        batched = _operands(function, _BATCHED, args, kwargs)
-        if batched is not None and isinstance(batched[1], cls) and isinstance(batched[0], Tensor):
-            x, weights = batched[0], batched[1]
-            return torch.stack([weights.multiply(expert, x[expert]) for expert in range(len(weights))])
-        return _first(cls, args, kwargs).otherwise(_name(function))
-
-
-class _One:
-    """One expert's matrix, as the forward has it after indexing, or that transposed."""
-
-    def __init__(self, weights: ExpertWeights | _Watched, expert: int, written: str) -> None:
-        self._weights = weights
-        self._expert = expert
-        self._turned = written != "out, in"
-
-    def _other(self) -> _One:
-        return _One(self._weights, self._expert, "out, in" if self._turned else "in, out")
-
-    @property
-    def T(self) -> _One:
-        return self._other()
-
-    mT = T
-
-    def t(self) -> _One:
-        return self._other()
-
-    def transpose(self, *dims: int) -> _One:
-        return self._other()
-
-    def to(self, *args: Any, **kwargs: Any) -> _One:
-        return self
-
-    contiguous = to
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weights.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._weights.device
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        linear = _operands(function, (functional.linear,), args, kwargs)
-        product = _operands(function, _PRODUCTS, args, kwargs)
-        x, weight, *rest = linear or product or (None, None)
-        if isinstance(x, Tensor) and isinstance(weight, cls):
-            y = weight._multiply(x, "out, in" if linear is not None else "in, out")
-            return y if not rest or rest[0] is None else y + rest[0]
-
-        def real(value: Any) -> Any:
-            return value._really(_name(function)) if isinstance(value, cls) else value
-
-        return function(*map(real, args), **{key: real(value) for key, value in (kwargs or {}).items()})
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._really(name), name)
-
-    def _really(self, what: str) -> Tensor:
-        matrix: Tensor = self._weights.otherwise(what)[self._expert]
-        return matrix.T if self._turned else matrix
-
-    def _multiply(self, x: Tensor, used_as: Layout) -> Tensor:
-        if isinstance(self._weights, _Watched):
-            turned: Layout = "in, out" if used_as == "out, in" else "out, in"
-            return self._weights.product(self._expert, x, turned if self._turned else used_as)
-        return self._weights.multiply(self._expert, x)
-
-
-class _Watched:
-    """Stands where a parameter is while it is learned how that is used; computes what the parameter would.
-
-    Attributes:
-        uses: The layouts it was used by; None for any other use.
-    """
-
-    def __init__(self, parameter: Tensor) -> None:
-        self._parameter = parameter
-        self.uses: set[Layout | None] = set()
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._parameter.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._parameter.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._parameter.device
-
-    def dim(self) -> int:
-        return self._parameter.dim()
-
-    def size(self, dim: int | None = None) -> Any:
-        return self._parameter.size() if dim is None else self._parameter.size(dim)
-
-    def product(self, expert: int, x: Tensor, used_as: Layout) -> Tensor:
-        self.uses.add(used_as)
-        return functional.linear(x, _as_linear(self._parameter[expert], used_as))
-
-    def __len__(self) -> int:
-        return len(self._parameter)
-
-    def __iter__(self) -> Iterator[_One]:
-        return (self[expert] for expert in range(len(self)))
-
-    def __getitem__(self, expert: Any) -> Any:
-        number = _index(expert)
-        return self.otherwise("an index")[expert] if number is None else _One(self, number, "out, in")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_parameter":
-            raise AttributeError(name)
-        return getattr(self.otherwise(name), name)
-
-    def otherwise(self, what: str) -> Tensor:
-        """The parameter itself, for a use that quantized experts do not have."""
-        self.uses.add(None)
-        return self._parameter
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        batched = _operands(function, _BATCHED, args, kwargs)
-        if batched is not None and isinstance(batched[1], cls):
-            batched[1].uses.add("in, out")
-            return torch.bmm(batched[0], batched[1]._parameter)
-
-        def real(value: Any) -> Any:
-            return value.otherwise(_name(function)) if isinstance(value, cls) else value
-
-        return function(*map(real, args), **{key: real(value) for key, value in (kwargs or {}).items()})
-
-
-_BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-
-
-def _operands(
-    function: Any, wanted: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
-) -> tuple[Any, ...] | None:
-    """What such a function is given, in its order; None for any other function."""
-    given = (*args, *(kwargs or {}).values())
-    return given if function in wanted and len(given) >= 2 else None
-
-
-def _first(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
-    return next(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, kind))
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", str(function))
-
-
-def _index(expert: Any) -> int | None:
-    """The number of one expert; None for any other index."""
-    if isinstance(expert, Tensor):
-        return int(expert) if expert.numel() == 1 and expert.dtype in (torch.int64, torch.int32) else None
-    return expert if isinstance(expert, int) else None
-
-
-def _as_linear(matrix: Tensor, layout: Layout) -> Tensor:
-    return matrix if layout == "out, in" else matrix.T
 
 
 def expert_layouts(module: nn.Module, parameter: str) -> list[Layout] | None:
