@@ -835,3 +835,22 @@ def test_layers_with_smaller_groups_are_described_and_load(checkpoint_format, tm
         rules = {pattern: rule for pattern, rule in config["dynamic"].items() if rule}
         assert list(rules.values()) == [{"group_size": 32}]  # one for all blocks
         assert all(any(re.match(pattern, name) for pattern in rules) for name in small)
+
+
+def test_float_weights_that_cannot_be_stored_as_published_have_the_models_names(tmp_path, monkeypatch, caplog):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=1)).eval()  # fmt: skip
+    save = LlamaForCausalLM.save_pretrained
+
+    def joined(self, folder, save_original_format=True, **options):
+        if save_original_format:
+            raise ValueError("an expert lacks its other half")
+        save(self, folder, save_original_format=False, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", joined)
+    quantizer = QuantizeModule(bits=4, group_size=32)
+    ids = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
+    quantizer.quantize(model, [ids])
+    out = quantizer.export(model, tmp_path / "out")
+    assert "an expert lacks its other half" in caplog.text and "own names" in caplog.text
+    assert torch.equal(load_quantized(out)(ids).logits, model(ids).logits)

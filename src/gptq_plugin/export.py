@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from gptq_plugin.shards import ShardWriter
 from gptq_plugin.stored_names import renaming, stored_names
 from gptq_plugin.targets import is_linear, linear_shape
 from gptq_plugin.verify import verify
+
+log = logging.getLogger(__name__)
 
 REPORT = "quantization_report.json"
 PAGE = "report.html"
@@ -353,7 +356,15 @@ def _write_transformers(
     model.config = copy.deepcopy(original)  # save_pretrained writes dtype and architectures into it
     try:
         detached = {name: tensor.detach() for name, tensor in floats.items()}
-        model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD)
+        try:
+            model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD)
+        except ValueError as error:  # a rule joins weights of which some are quantized now
+            log.warning(
+                "the float weights have the model's own names, not those of its published checkpoints, which need "
+                "weights that are quantized (%s): other clients may not find them",
+                error,
+            )
+            model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD, save_original_format=False)
     finally:
         model.config = original
     config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
