@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,25 @@ def shared() -> Path:
     if not (folder / "models" / "pycode-29m").is_dir():
         pytest.skip(f"needs {folder} with models/ and data/ (see CONTRIBUTING.md)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def modules_cache() -> Callable[[Path], AbstractContextManager[None]]:
+    """modules_cache(folder), a context in which transformers keeps the code that comes with models there. Afterwards
+    the process has forgotten it: the next one's is another folder."""
+
+    @contextlib.contextmanager
+    def kept_in(folder: Path) -> Iterator[None]:
+        from transformers import dynamic_module_utils
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+            patch.setattr(sys, "path", list(sys.path))  # transformers appends the folder
+            yield
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    return kept_in
 
 
 @pytest.fixture(scope="session")

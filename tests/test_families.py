@@ -4,8 +4,8 @@ each keeps in other places than a Llama does."""
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,10 +349,8 @@ class OwnForCausalLM(PreTrainedModel):
 
 
 @pytest.fixture
-def own_code(tmp_path: Path) -> Iterator[Any]:
+def own_code(tmp_path: Path, modules_cache: Callable[[Path], AbstractContextManager[None]]) -> Iterator[Any]:
     """A model whose class lies in the folder it was loaded from."""
-    from transformers import dynamic_module_utils
-
     source = tmp_path / "own-model"
     source.mkdir()
     for name, code in CODE.items():
@@ -360,9 +358,7 @@ def own_code(tmp_path: Path) -> Iterator[Any]:
     auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-        patch.setattr(sys, "path", list(sys.path))  # transformers appends that folder
+    with modules_cache(tmp_path / "modules"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=True)
         torch.manual_seed(0)
         yield AutoModelForCausalLM.from_config(config, trust_remote_code=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +122,11 @@ AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM":
 
 
 @pytest.fixture(scope="module")
-def own_code(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def own_code(
+    tmp_path_factory: pytest.TempPathFactory, modules_cache: Callable[[Path], AbstractContextManager[None]]
+) -> Any:
     """(a quantized model whose class lies in the folder it was loaded from, its export)"""
-    from transformers import AutoModelForCausalLM, dynamic_module_utils
+    from transformers import AutoModelForCausalLM
 
     source = tmp_path_factory.mktemp("code") / "own-model"
     tiny_llama(num_hidden_layers=1).save_pretrained(source)
@@ -131,9 +135,7 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Any:
     config = json.loads((source / "config.json").read_text())
     config.update(model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=AUTO_MAP)
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(source.parent / "modules"))
-        patch.setattr(sys, "path", list(sys.path))  # transformers appends that folder
+    with modules_cache(source.parent / "modules"):
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
         yield model, exported(model, source.parent / "out")
 
