@@ -186,7 +186,7 @@ def test_a_forward_shows_how_a_module_uses_its_matrices(use: str, tmp_path: Path
     assert torch.equal(load_quantized(out, model=Block(use))(x), network(x))
 
 
-def test_what_is_used_in_another_way_stays_float_and_is_named() -> None:
+def test_what_is_used_in_another_way_stays_float_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     network = Block("einsum").eval()
     report = QuantizeModule(bits=4, group_size=32).quantize(network, [torch.randn(64, 32)])
@@ -194,6 +194,8 @@ def test_what_is_used_in_another_way_stays_float_and_is_named() -> None:
     assert report.coverage is not None and report.coverage.mostly_float
     assert "experts.first [3, 64, 32]" in report.coverage.said()
     assert "not used as one expert's each" in report.coverage.said()
+    said = [record.levelname for record in caplog.records if report.coverage.said() in record.message]
+    assert "WARNING" in said  # most of the export is float
 
 
 def test_experts_that_several_modules_share_stay_float() -> None:
@@ -466,9 +468,10 @@ def test_on_a_gpu_experts_are_quantized_and_load_there(kind: str, tmp_path: Path
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4_text", "jetmoe"])
 @pytest.mark.parametrize("offload", [True, False])
-def test_experts_on_the_cpu_are_quantized_on_a_gpu_to_the_same_codes(offload: bool) -> None:
-    there, streamed = model("qwen3_moe"), model("qwen3_moe")
+def test_experts_on_the_cpu_are_quantized_on_a_gpu_to_the_same_codes(kind: str, offload: bool) -> None:
+    there, streamed = model(kind), model(kind)
     QuantizeModule(CONFIG).quantize(there.cuda(), batches())
     QuantizeModule(CONFIG, offload_weights=offload).quantize(streamed, batches(), device="cuda")
     assert all(tensor.device.type == "cpu" for tensor in streamed.state_dict().values())

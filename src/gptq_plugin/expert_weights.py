@@ -17,7 +17,29 @@ from torch.nn import functional
 Layout = Literal["out, in", "in, out"]  # the sides of one expert's matrix
 
 
-class ExpertWeights:
+class _Experts:
+    """What both stand-ins are: a sequence of the experts' matrices."""
+
+    def product(self, expert: int, x: Tensor, used_as: Layout) -> Tensor:
+        """What multiplying x by one expert's matrix gives, where the code takes that to be of this layout."""
+        raise NotImplementedError
+
+    def otherwise(self, what: str) -> Any:
+        """For any other use."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, expert: Any) -> Any:
+        number = _index(expert)
+        return self.otherwise(f"an index {type(expert).__name__}")[expert] if number is None else _One(self, number)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[expert] for expert in range(len(self)))
+
+
+class ExpertWeights(_Experts):
     """Stands where the parameter [experts, ., .] was: `weights[i]` multiplies as expert i's Linear layers do.
 
     Args:
@@ -49,7 +71,7 @@ class ExpertWeights:
     def layers(self, expert: int) -> list[nn.Module]:
         return [self._module.get_submodule(name) for name in self._parts[expert]]
 
-    def multiply(self, expert: int, x: Tensor) -> Tensor:
+    def product(self, expert: int, x: Tensor, used_as: Layout) -> Tensor:
         outputs = [layer(x) for layer in self.layers(expert)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
@@ -62,13 +84,6 @@ class ExpertWeights:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, expert: Any) -> _One:
-        number = _index(expert)
-        return self.otherwise(f"index {expert!r}") if number is None else _One(self, number, "out, in")
-
-    def __iter__(self) -> Iterator[_One]:
-        return (self[expert] for expert in range(len(self)))
-
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -76,32 +91,23 @@ class ExpertWeights:
         batched = _operands(function, _BATCHED, args, kwargs)
         if batched is not None and isinstance(batched[1], cls) and isinstance(batched[0], Tensor):
             x, weights = batched[0], batched[1]
-            return torch.stack([weights.multiply(expert, x[expert]) for expert in range(len(weights))])
+            return torch.stack([weights.product(expert, x[expert], "in, out") for expert in range(len(weights))])
         return _first(cls, args, kwargs).otherwise(_name(function))
 
 
 class _One:
     """One expert's matrix, as the forward has it after indexing, or that transposed."""
 
-    def __init__(self, weights: ExpertWeights | WatchedWeights, expert: int, written: str) -> None:
+    def __init__(self, weights: Any, expert: int, turned: bool = False) -> None:
         self._weights = weights
         self._expert = expert
-        self._turned = written != "out, in"
-
-    def _other(self) -> _One:
-        return _One(self._weights, self._expert, "out, in" if self._turned else "in, out")
-
-    @property
-    def T(self) -> _One:
-        return self._other()
-
-    mT = T
-
-    def t(self) -> _One:
-        return self._other()
+        self._turned = turned
 
     def transpose(self, *dims: int) -> _One:
-        return self._other()
+        return _One(self._weights, self._expert, not self._turned)
+
+    t = transpose
+    T = mT = property(transpose)
 
     def to(self, *args: Any, **kwargs: Any) -> _One:
         return self
@@ -124,7 +130,8 @@ class _One:
         product = _operands(function, _PRODUCTS, args, kwargs)
         x, weight, *rest = linear or product or (None, None)
         if isinstance(x, Tensor) and isinstance(weight, cls):
-            y = weight._multiply(x, "out, in" if linear is not None else "in, out")
+            used_as: Layout = "out, in" if (linear is not None) != weight._turned else "in, out"
+            y = weight._weights.product(weight._expert, x, used_as)
             return y if not rest or rest[0] is None else y + rest[0]
 
         def real(value: Any) -> Any:
@@ -141,14 +148,8 @@ class _One:
         matrix: Tensor = self._weights.otherwise(what)[self._expert]
         return matrix.T if self._turned else matrix
 
-    def _multiply(self, x: Tensor, used_as: Layout) -> Tensor:
-        if isinstance(self._weights, WatchedWeights):
-            turned: Layout = "in, out" if used_as == "out, in" else "out, in"
-            return self._weights.product(self._expert, x, turned if self._turned else used_as)
-        return self._weights.multiply(self._expert, x)
 
-
-class WatchedWeights:
+class WatchedWeights(_Experts):
     """Stands where a parameter is while it is learned how that is used; computes what the parameter would.
 
     Attributes:
@@ -159,42 +160,17 @@ class WatchedWeights:
         self._parameter = parameter
         self.uses: set[Layout | None] = set()
 
-    @property
-    def shape(self) -> torch.Size:
-        return self._parameter.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._parameter.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._parameter.device
-
-    def dim(self) -> int:
-        return self._parameter.dim()
-
-    def size(self, dim: int | None = None) -> Any:
-        return self._parameter.size() if dim is None else self._parameter.size(dim)
-
     def product(self, expert: int, x: Tensor, used_as: Layout) -> Tensor:
         self.uses.add(used_as)
-        return functional.linear(x, as_linear(self._parameter[expert], used_as))
+        return functional.linear(x, as_linear(self._parameter[expert].to(x.device), used_as))
 
     def __len__(self) -> int:
         return len(self._parameter)
 
-    def __iter__(self) -> Iterator[_One]:
-        return (self[expert] for expert in range(len(self)))
-
-    def __getitem__(self, expert: Any) -> Any:
-        number = _index(expert)
-        return self.otherwise("an index")[expert] if number is None else _One(self, number, "out, in")
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_parameter":
             raise AttributeError(name)
-        return getattr(self.otherwise(name), name)
+        return getattr(self._parameter if name in _TOLD else self.otherwise(name), name)
 
     def otherwise(self, what: str) -> Tensor:
         """The parameter itself, for a use that quantized experts do not have."""
@@ -208,7 +184,7 @@ class WatchedWeights:
         batched = _operands(function, _BATCHED, args, kwargs)
         if batched is not None and isinstance(batched[1], cls):
             batched[1].uses.add("in, out")
-            return torch.bmm(batched[0], batched[1]._parameter)
+            return torch.bmm(batched[0], batched[1]._parameter.to(batched[0].device))
 
         def real(value: Any) -> Any:
             return value.otherwise(_name(function)) if isinstance(value, cls) else value
@@ -216,6 +192,7 @@ class WatchedWeights:
         return function(*map(real, args), **{key: real(value) for key, value in (kwargs or {}).items()})
 
 
+_TOLD = ("shape", "dtype", "device", "dim", "size")  # what `ExpertWeights` says of the parameter too
 _BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 

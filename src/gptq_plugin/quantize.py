@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +107,7 @@ class QuantizeModule:
             TargetError: See `targets.find_targets`.
         """
         with unfused(model):
-            found = coverage(model, *self.check(model))
-        log.log(logging.WARNING if found.mostly_float else logging.INFO, found.said())
-        return found
+            return _covered(model, *self.check(model))
 
     def check_target(self, model: nn.Module, target: Client | str | Mapping[str, Any] | None) -> None:
         """Refuses now what a client would not take of the quantized model's export; None is no client.
@@ -212,8 +209,9 @@ class QuantizeModule:
             calibration = self._collect(batches, tokenizer)
             self._learn(model, calibration, run, device)
             with unfused(model):
-                self._job(model, calibration, run, device=device).rehearse(whole)
-                self.coverage(model)
+                job = self._job(model, calibration, run, device=device)
+                job.rehearse(whole)
+                _covered(model, job.targets, job.skipped)
 
     @contextlib.contextmanager
     def temporarily(
@@ -254,7 +252,7 @@ class QuantizeModule:
                 export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite, target=target))
             stack.enter_context(evaluating(model))
             job = self._job(model, calibration, run, device=device, layers_in=export or layers_in, **options)
-            planned = self.coverage(model)
+            planned = _covered(model, job.targets, job.skipped)
             if export is not None:
                 export.check(target.name for target in job.targets)
             layers, report = job.run()
@@ -345,9 +343,13 @@ class QuantizeModule:
     ) -> None:
         """How experts' parameters are used that do not say it themselves. Ranks have the same model and run each its
         own first batch."""
-        if calibration.batches:
+
+        def first() -> None:
             with evaluating(model), brought(model, None if device is None else torch.device(device)), torch.no_grad():
-                learn_layouts(model, partial(run, model, calibration.batches[0].data))
+                run(model, calibration.batches[0].data)
+
+        if calibration.batches:
+            learn_layouts(model, first)
 
     def _job(
         self,
@@ -388,6 +390,12 @@ class QuantizeModule:
             device_memory,
             layers_in,
         )
+
+
+def _covered(model: nn.Module, targets: list[Target], skipped: list[Skipped]) -> Coverage:
+    found = coverage(model, targets, skipped)
+    log.log(logging.WARNING if found.mostly_float else logging.INFO, found.said())
+    return found
 
 
 @contextlib.contextmanager
