@@ -7,16 +7,15 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from gptq_plugin import figures
 from gptq_plugin.errors import some
 from gptq_plugin.escalation import stored_bits
 from gptq_plugin.experts import expert_layouts, tied_parameters
-
-if TYPE_CHECKING:
-    from gptq_plugin.targets import Skipped, Target
+from gptq_plugin.targets import Skipped, Target
 
 _LARGE = 0.01  # share of the model's bytes from which a parameter is named by itself
 _MOSTLY = 0.5  # of the export
@@ -78,10 +77,10 @@ class Coverage:
             size = sum(one.bytes for one in ones)
             large = [f"{one.name} {list(one.shape)}" for one in ones if one.bytes >= _LARGE * total]
             what = f" ({some(large)})" if large else ""
-            parts.append(f"{_size(size)}, {size / total:.1%}: {reason}{what}")
+            parts.append(f"{figures.size(size)}, {size / total:.1%}: {reason}{what}")
         return (
-            f"{self.share:.1%} of the model's {_size(total)} stay float, which will be {self.exported_share:.1%} of "
-            "the export: " + "; ".join(parts)
+            f"{self.share:.1%} of the model's {figures.size(total)} stay float, which will be "
+            f"{self.exported_share:.1%} of the export: " + "; ".join(parts)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,10 +148,3 @@ def _reason(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
             else f"matrices of {kind}, which are not used as one expert's each"
         )
     return f"parameters of {kind}, which is no Linear"
-
-
-def _size(size: int) -> str:
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if size >= 10**power:
-            return f"{size / 10**power:.3g} {unit}"
-    return f"{size} bytes"

@@ -7,10 +7,12 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.coverage import Coverage
+
+if TYPE_CHECKING:
+    from gptq_plugin.coverage import Coverage
 
 
 @dataclass(frozen=True)
