@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, solver
-from gptq_plugin.factor import factorize
-from gptq_plugin.hessian import Hessian
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
+from gptq_plugin.gptq import solver
+from gptq_plugin.gptq.factor import factorize
+from gptq_plugin.walk.hessian import Hessian
 
 PEERS = {"GPTQModel 7.7": 17.5, "llm-compressor 0.14": 7.39, "a rough prototype": 0.64}
 BF16, FP32 = 680e12, 51e12  # flops a second of this GPU's library products (shared/notes/performance.md)
@@ -265,7 +266,7 @@ def main() -> None:
     parser.add_argument("what", choices=("block", "model", "growth", "codes"))
     what = parser.parse_args().what
     logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("gptq_plugin.job").setLevel(logging.INFO)  # says what stays on the device
+    logging.getLogger("gptq_plugin.quantize.one_pass").setLevel(logging.INFO)  # says what stays on the device
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     {"block": block, "model": whole, "growth": growth, "codes": codes}[what]()
 

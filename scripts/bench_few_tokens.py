@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.expert_hessians import ExpertHessians
-from gptq_plugin.grid import round_to_nearest
-from gptq_plugin.hessian import Hessian
-from gptq_plugin.solver import solve
+from gptq_plugin.gptq.grid import round_to_nearest
+from gptq_plugin.gptq.solver import solve
+from gptq_plugin.walk.expert_hessians import ExpertHessians
+from gptq_plugin.walk.hessian import Hessian
 
 LAYERS, BITS, SHARES = (2, 5), (4, 3), (1 / 16, 1 / 4, 1, 4)
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from gptq_plugin.kernels import reference
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.layers.qlinear import QuantLinear
 
 BYTES_PER_SECOND = 4.3e12
 ROTATE_BYTES = 256 * 2**20

@@ -64,9 +64,9 @@ def rtn() -> Callable[..., nn.Module]:
 
     `permuted` puts input channels into groups at random, as the original act-order does.
     """
-    from gptq_plugin.qlinear import QuantLinear, swap
-    from gptq_plugin.solver import round_to_nearest
-    from gptq_plugin.targets import find_targets
+    from gptq_plugin.gptq.solver import round_to_nearest
+    from gptq_plugin.layers.qlinear import QuantLinear, swap
+    from gptq_plugin.model.targets import find_targets
 
     def quantize(model: nn.Module, config, permuted: bool = False) -> nn.Module:
         layers: dict[str, nn.Module] = {}

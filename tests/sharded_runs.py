@@ -25,8 +25,8 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear
-from gptq_plugin.consolidated import consolidated
-from gptq_plugin.unsharded import unsharded
+from gptq_plugin.lightning.consolidated import consolidated
+from gptq_plugin.lightning.unsharded import unsharded
 
 SMALL = {"group_size": 32, "nsamples": 15, "batch_size": 4}
 

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_plugin import lockstep
-from gptq_plugin.activations import Activations
-from gptq_plugin.targets import is_linear
+from gptq_plugin.memory.activations import Activations
+from gptq_plugin.model.targets import is_linear
+from gptq_plugin.walk import lockstep
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
 
 from gptq_plugin import QuantizeModule, load_quantized
-from gptq_plugin.adapters import has_adapters, merged_copy
 from gptq_plugin.errors import TargetError
+from gptq_plugin.model.adapters import has_adapters, merged_copy
 
 IDS = torch.randint(0, 96, (3, 11), generator=torch.Generator().manual_seed(3))
 ATTENTION = ["q_proj", "v_proj"]
@@ -328,7 +328,7 @@ def test_the_merged_model_is_quantized_exported_and_loaded(tied, tmp_path):
 def test_quantizing_in_place_is_refused_with_the_remedy():
     model = adapted(lora())
     for part in (model, model.get_base_model()):
-        with pytest.raises(TargetError, match=r"PEFT adapters.*gptq_plugin\.adapters\.merged_copy\(model\)"):
+        with pytest.raises(TargetError, match=r"PEFT adapters.*gptq_plugin\.merged_copy\(model\)"):
             QuantizeModule(group_size=32).quantize(part, [{"input_ids": IDS}])
 
 

@@ -29,14 +29,13 @@ from torch.distributed import checkpoint as dcp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_plugin import QuantizeConfig, load_quantized
-from gptq_plugin.adapters import merged_copy
 from gptq_plugin.apps import cli, data, evaluate
-from gptq_plugin.apps.errors import DataError
 from gptq_plugin.apps.evaluate import mean_nll
 from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import LanguageModel, pretrained, small_llama
 from gptq_plugin.apps.summary import SUMMARY, Summary, sweep_table
-from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.errors import CheckpointError, DataError, ExportError
+from gptq_plugin.model.adapters import merged_copy
 
 TINY = [
     "model.vocab_size=384",
@@ -640,12 +639,12 @@ def test_a_users_mistake_is_said_in_words_and_with_a_failing_exit(tmp_path):
 
 
 def test_a_failed_quantization_leaves_the_fine_tuned_model_and_says_where(app, tmp_path, monkeypatch, caplog):
-    import gptq_plugin.job
+    import gptq_plugin.quantize.one_pass
 
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gptq_plugin.job, "solve_shared", fails)
+    monkeypatch.setattr(gptq_plugin.quantize.one_pass, "solve_shared", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         app("finetune", *TINY)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "float")

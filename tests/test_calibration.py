@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin import hessian as hessians
-from gptq_plugin.batches import labels_in, named, samples_in, to_device
-from gptq_plugin.calibration import collect, ready_batch
+from gptq_plugin.calibration.batches import labels_in, named, samples_in, to_device
+from gptq_plugin.calibration.collect import collect, ready_batch
 from gptq_plugin.errors import CalibrationError
-from gptq_plugin.hessian import Hessian
+from gptq_plugin.walk import hessian as hessians
+from gptq_plugin.walk.hessian import Hessian
 
 CONFIG = QuantizeConfig(nsamples=8, batch_size=4, model_seqlen=6)
 

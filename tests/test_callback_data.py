@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
 
-import gptq_plugin.job as jobs
+import gptq_plugin.quantize.one_pass as jobs
 from gptq_plugin import GPTQCallback, QuantizeModule, distributed
 from gptq_plugin.errors import CalibrationError
 

@@ -20,8 +20,8 @@ from test_callback import SMALL, Holds, fit, quantized, token_loader
 
 from gptq_plugin import GPTQCallback, QuantizeModule, load_quantized
 from gptq_plugin.errors import CheckpointError, QualityError, TargetError
-from gptq_plugin.gate import Limit, QualityGate
-from gptq_plugin.validation import validate
+from gptq_plugin.lightning.validation import validate
+from gptq_plugin.training.quality_gate import Limit, QualityGate
 
 UP = "model.layers.0.mlp.up_proj"
 TWO_BITS = {**SMALL, "bits": 2, "clip_ratios": (1.0,)}

@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
-from gptq_plugin.card import ModelFacts, hub_id, model_card, model_facts
+from gptq_plugin.config import COMPRESSED
 from gptq_plugin.errors import ExportError
-from gptq_plugin.placing import check_export_dir
-from gptq_plugin.report import ModuleReport, QuantizeReport
-from gptq_plugin.schemes import COMPRESSED
+from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.report.model_card import ModelFacts, hub_id, model_card, model_facts
+from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
 IDS = torch.tensor([[1, 17, 5, 42, 7, 8]])
 TASKLESS = ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", torch.float16)
@@ -190,7 +190,7 @@ def test_a_page_or_card_that_cannot_be_made_leaves_the_earlier_export(
     def fails(*_: Any) -> str:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"gptq_plugin.export.{writes}", fails)
+    monkeypatch.setattr(f"gptq_plugin.export.export.{writes}", fails)
     with pytest.raises(OSError, match="no space left"):
         quantizer.export(model, tmp_path / "out", overwrite=True)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gptq_plugin import QuantizeConfig, load_quantized
-from gptq_plugin.export import export_model
+from gptq_plugin.export.export import export_model
 
 FORMATS = {
     "gptq": QuantizeConfig(bits=4, group_size=32, dynamic={r".*\.down_proj": {"bits": 3}}),

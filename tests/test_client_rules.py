@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
-from gptq_plugin.checkpoint import Checkpoint
-from gptq_plugin.clients import CLIENTS, Target, conditions, problems
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.clients.inventory import LayerOutline, Outline
+from gptq_plugin.clients.rules import CLIENTS, Target, conditions, problems
 from gptq_plugin.errors import ExportError
-from gptq_plugin.escalation import steps
-from gptq_plugin.export import Export, export_model
-from gptq_plugin.outline import LayerOutline, Outline
+from gptq_plugin.export.export import Export, export_model
+from gptq_plugin.training.escalation import steps
 
 SHAPES = {  # [in, out]
     "self_attn.q_proj": (256, 256),
@@ -354,8 +354,8 @@ def test_transformers_trainer_s_callback_refuses_before_training(tmp_path: Path)
 
 
 def test_escalation_tries_only_what_the_client_takes(llama: Any) -> None:
-    from gptq_plugin.gate import QualityGate
-    from gptq_plugin.until_good import UntilGood
+    from gptq_plugin.training.attempts import UntilGood
+    from gptq_plugin.training.quality_gate import QualityGate
 
     config = QuantizeConfig(group_size=-1)
     noise = {layer.name: float(i) for i, layer in enumerate(Outline.of_model(llama, config).layers)}

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq_plugin import export as export_module
+from gptq_plugin.export import export as export_module
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_export import tiny_llama
 
 from gptq_plugin import QuantizeConfig, load_quantized
-from gptq_plugin import convert as converting
-from gptq_plugin.checkpoint import Checkpoint
-from gptq_plugin.command import main
+from gptq_plugin.apps.command import main
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.config import own_config
-from gptq_plugin.convert import convert
 from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.export import convert as converting
+from gptq_plugin.export.convert import convert
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IDS = torch.arange(3, 15)[None]

@@ -10,9 +10,9 @@ from datasets import Dataset
 
 from gptq_plugin.apps import data
 from gptq_plugin.apps.documents import builtin_documents, file_documents, hub_documents, passages, texts
-from gptq_plugin.apps.errors import DataError
 from gptq_plugin.apps.rows import cut_rows
 from gptq_plugin.apps.tokenizer import train_tokenizer
+from gptq_plugin.errors import DataError
 
 PROSE = [
     "The quick brown fox jumps over the lazy dog. ",

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from gptq_plugin import QuantizeConfig, dealing, distributed
-from gptq_plugin.solver import solve
+from gptq_plugin import QuantizeConfig, distributed
+from gptq_plugin.gptq.solver import solve
+from gptq_plugin.quantize import solve_on_ranks as dealing
 
 # Every scene runs in a process group of its own, on forked ranks, and says what it found.
 SCENES = """
@@ -21,11 +22,12 @@ import torch
 torch.set_num_threads(1)
 import torch.distributed as dist
 from torch import nn
-from gptq_plugin import QuantizeConfig, QuantizeModule, distributed, dealing
+from gptq_plugin import QuantizeConfig, QuantizeModule, distributed
+from gptq_plugin.quantize import solve_on_ranks as dealing
 from gptq_plugin.errors import RankError
-from gptq_plugin.hessian import Hessian
-from gptq_plugin.ranges import Ranges
-from gptq_plugin.solver import solve
+from gptq_plugin.walk.hessian import Hessian
+from gptq_plugin.walk.ranges import Ranges
+from gptq_plugin.gptq.solver import solve
 
 def said(call):
     try:

@@ -14,15 +14,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_callback import llama
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
-from gptq_plugin.description import client_config
+from gptq_plugin.calibration.forward import call
+from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.errors import QualityError
-from gptq_plugin.escalation import output_noise, steps, stored_bits
-from gptq_plugin.experts import unfused
-from gptq_plugin.figures import packed_bytes
-from gptq_plugin.forward import call
-from gptq_plugin.gate import QualityGate
-from gptq_plugin.targets import find_targets
-from gptq_plugin.until_good import UntilGood
+from gptq_plugin.gptq.grid import stored_bits
+from gptq_plugin.model.experts import unfused
+from gptq_plugin.model.targets import find_targets
+from gptq_plugin.report.figures import packed_bytes
+from gptq_plugin.training.attempts import UntilGood
+from gptq_plugin.training.escalation import output_noise, steps
+from gptq_plugin.training.quality_gate import QualityGate
 
 
 def layers(*inputs: int, out: int = 32) -> nn.Module:

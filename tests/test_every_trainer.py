@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as older
 
 from gptq_plugin import GPTQCallback, QuantizeModule
-from gptq_plugin.every_trainer import in_every_trainer
+from gptq_plugin.lightning.every_trainer import in_every_trainer
 
 
 def callbacks_of(root, **options):

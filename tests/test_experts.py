@@ -17,12 +17,12 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
-from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.clients.inventory import Outline
 from gptq_plugin.errors import CheckpointError, TargetError
-from gptq_plugin.experts import ExpertLinear, find_experts, learn_layouts, unfused
-from gptq_plugin.hf_quantizer import quantized_config
-from gptq_plugin.outline import Outline
-from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.hf.quantizer import quantized_config
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.model.experts import ExpertLinear, find_experts, learn_layouts, unfused
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -380,8 +380,8 @@ def test_more_tokens_than_calibration_saw_lose_less_than_with_the_experts_tokens
             floats = {name: network.get_submodule(name).weight.detach().clone() for name in names}
         with pytest.MonkeyPatch.context() as patch:
             if method == "alone":
-                patch.setattr("gptq_plugin.expert_hessians.ExpertHessians.reads_tokens", lambda *_: False)
-                patch.setattr("gptq_plugin.expert_hessians._DAMPING", 0.0)
+                patch.setattr("gptq_plugin.walk.expert_hessians.ExpertHessians.reads_tokens", lambda *_: False)
+                patch.setattr("gptq_plugin.walk.expert_hessians._DAMPING", 0.0)
             QuantizeModule(QuantizeConfig(bits=3, group_size=32)).quantize(network, [rows(1, 70)])
         seen: dict[str, Tensor] = {}
         for name in names:

@@ -18,14 +18,16 @@ from safetensors import safe_open
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized, placing, shards
-from gptq_plugin import export as export_module
-from gptq_plugin import verify as verifying
-from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError, ExportError
-from gptq_plugin.export import Export, export_model
-from gptq_plugin.placing import check_export_dir
-from gptq_plugin.qlinear import QuantLinear, swap
+from gptq_plugin.export import export as export_module
+from gptq_plugin.export import shard_writer as shards
+from gptq_plugin.export import staging as placing
+from gptq_plugin.export import verify_files as verifying
+from gptq_plugin.export.export import Export, export_model
+from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.layers.qlinear import QuantLinear, swap
 
 IDS = torch.tensor([[1, 17, 5, 99, 42, 7, 8, 64]])
 Rtn = Callable[..., Any]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptq_plugin import factor as factoring
-from gptq_plugin import split
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.factor import attempts, factorize
-from gptq_plugin.precision import full_precision
+from gptq_plugin.device.precision import full_precision
+from gptq_plugin.gptq import factor as factoring
+from gptq_plugin.gptq import tensor_cores as split
+from gptq_plugin.gptq.factor import attempts, factorize
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])

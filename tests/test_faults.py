@@ -21,9 +21,11 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callback import SMALL, Holds, token_loader
-import gptq_plugin.callback as training
-import gptq_plugin.export as exporting
-from gptq_plugin import GPTQCallback, QuantizeModule, dealing, hessian
+import gptq_plugin.lightning.callback as training
+import gptq_plugin.export.export as exporting
+from gptq_plugin import GPTQCallback, QuantizeModule
+from gptq_plugin.quantize import solve_on_ranks as dealing
+from gptq_plugin.walk import hessian
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -17,12 +17,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
 
 from gptq_plugin import QuantizeConfig, load_quantized
-from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.load import Place
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.export import export_model
-from gptq_plugin.hf_quantizer import GPTQPluginConfig, quantized_config, register
-from gptq_plugin.load import Place
-from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.export.export import export_model
+from gptq_plugin.hf.quantizer import GPTQPluginConfig, quantized_config, register
+from gptq_plugin.layers.qlinear import QuantLinear
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(p.name for p in FIXTURES.iterdir() if p.is_dir() and not p.name.startswith("llmcompressor"))
@@ -79,9 +79,9 @@ def test_importing_registers_nothing_and_transformers_own_quantizers_stay(monkey
     mappings = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     for mapping in mappings:
         monkeypatch.delitem(mapping, "gptq_plugin", raising=False)
-    monkeypatch.delitem(sys.modules, "gptq_plugin.hf_quantizer")  # runpy runs it again, beside the one in use
+    monkeypatch.delitem(sys.modules, "gptq_plugin.hf.quantizer")  # runpy runs it again, beside the one in use
     before = [dict(mapping) for mapping in mappings]
-    module = runpy.run_module("gptq_plugin.hf_quantizer")
+    module = runpy.run_module("gptq_plugin.hf.quantizer")
     assert [dict(mapping) for mapping in mappings] == before
     module["register"]()
     module["register"]()

@@ -296,7 +296,7 @@ def test_parameters_that_are_sharded_tensors_are_refused(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from gptq_plugin.hf_trainer import _check_whole
+    from gptq_plugin.hf.trainer_callback import _check_whole
 
     AcceleratorState()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -17,7 +17,7 @@ import torch
 from gptq_plugin.kernels import reference
 from torch import Tensor
 
-from gptq_plugin import packing
+from gptq_plugin.layers import packing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -469,7 +469,7 @@ def test_tensors_on_a_cpu_are_sent_to_the_plain_definition():
 def test_the_package_imports_without_triton_and_the_kernel_says_what_to_install():
     code = (
         "import sys, torch; sys.modules['triton'] = None\n"
-        "import gptq_plugin.kernels.reference, gptq_plugin.qlinear\n"
+        "import gptq_plugin.kernels.reference, gptq_plugin.layers.qlinear\n"
         "try: import gptq_plugin.kernels.matmul\n"
         "except ImportError as error: print(error)"
     )

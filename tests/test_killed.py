@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-import gptq_plugin.export as export
-import gptq_plugin.job as job
-import gptq_plugin.placing as placing
-from gptq_plugin import GPTQCallback, QuantizeModule, lockstep
+import gptq_plugin.export.export as export
+import gptq_plugin.quantize.one_pass as job
+import gptq_plugin.export.staging as placing
+from gptq_plugin import GPTQCallback, QuantizeModule
+from gptq_plugin.walk import lockstep
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callback import SMALL, Holds, fit, token_loader
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
-from gptq_plugin.clients import Target
-from gptq_plugin.command import main
-from gptq_plugin.export import export_model
-from gptq_plugin.lint import lint
-from gptq_plugin.packing import pack_zeros, unpack_zeros
+from gptq_plugin.apps.command import main
+from gptq_plugin.check.lint import lint
+from gptq_plugin.clients.rules import Target
+from gptq_plugin.export.export import export_model
+from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
 
 LAYER = "model.layers.0.mlp.up_proj"
 WIDTHS = {
@@ -390,7 +390,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_and_a_wrong_call_another(
 
 def test_the_command_s_help_loads_no_torch() -> None:
     code = (
-        "import sys; from gptq_plugin.command import main\n"
+        "import sys; from gptq_plugin.apps.command import main\n"
         "try: main(['check', '--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'hydra'} & set(sys.modules)"
@@ -400,6 +400,7 @@ def test_the_command_s_help_loads_no_torch() -> None:
 
 
 def test_the_command_s_clients_are_those_there_are_rules_for() -> None:
-    from gptq_plugin import clients, command
+    from gptq_plugin.apps import command
+    from gptq_plugin.clients import rules as clients
 
     assert command._CLIENTS == clients.CLIENTS

@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptq_plugin import load, load_quantized
-from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin import load_quantized
+from gptq_plugin.checkpoint import load
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.packing import (
+from gptq_plugin.layers.packing import (
     pack_weight,
     pack_zeros,
     unpack_weight,
@@ -26,7 +27,7 @@ from gptq_plugin.packing import (
     zeros_from_disk,
     zeros_to_disk,
 )
-from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.layers.qlinear import QuantLinear
 
 FIXTURES = Path(__file__).parent / "fixtures"
 COMPRESSED = sorted(path.name for path in FIXTURES.glob("llmcompressor-*") if path.is_dir())
@@ -301,7 +302,8 @@ def test_loading_keeps_no_second_copy_of_the_weights_in_memory(tmp_path: Path) -
     write_large(tmp_path)
     script = f"""
 import threading, time
-from gptq_plugin import load, load_quantized
+from gptq_plugin import load_quantized
+from gptq_plugin.checkpoint import load
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024

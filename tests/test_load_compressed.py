@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from gptq_plugin import load_quantized
-from gptq_plugin.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.hf_quantizer import quantized_config
-from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.hf.quantizer import quantized_config
+from gptq_plugin.layers.qlinear import QuantLinear
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.name for path in FIXTURES.glob("llmcompressor-*") if path.is_dir())

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from gptq_plugin import lockstep
-from gptq_plugin.targets import is_linear
+from gptq_plugin.model.targets import is_linear
+from gptq_plugin.walk import lockstep
 
 
 def linears(model):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_plugin import QuantizeConfig, memory
-from gptq_plugin.memory import EVERYTHING, Needs
-from gptq_plugin.targets import find_targets
+from gptq_plugin import QuantizeConfig
+from gptq_plugin.device.memory import free_bytes
+from gptq_plugin.memory import placement as placing
+from gptq_plugin.memory.placement import EVERYTHING, Needs
+from gptq_plugin.model.targets import find_targets
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)
@@ -18,7 +20,7 @@ FEW = 2 * GIB
 
 
 def place(free, needs=LLAMA_8B, weights=None, activations=None):
-    return memory.place(CUDA, None if free is None else free * GIB, needs, FEW, weights, activations)
+    return placing.place(CUDA, None if free is None else free * GIB, needs, FEW, weights, activations)
 
 
 def test_what_fits_stays():
@@ -61,23 +63,23 @@ def test_what_is_asked_for_is_done():
     nothing = Needs(
         weights=0, fixed=0, solver=0, forward=0, activations=0, batch=0
     )  # small batches are not seen in the plan
-    assert memory.place(CUDA, GIB, nothing, 0, None, True).activations == 0
+    assert placing.place(CUDA, GIB, nothing, 0, None, True).activations == 0
     neither = place(8, weights=False, activations=False)
     assert neither.weights == EVERYTHING and neither.activations is None and not neither.limited
 
 
 def test_a_cpu_has_no_limit_and_the_solver_needs_most_where_most_is_solved_together():
-    assert memory.free_bytes(torch.device("cpu")) is None
+    assert free_bytes(torch.device("cpu")) is None
     model = nn.ModuleDict(
         {"a": nn.Linear(64, 32), "b": nn.Linear(64, 96), "c": nn.ModuleDict({"d": nn.Linear(64, 32)})}
     )
     targets, _ = find_targets(model, QuantizeConfig(group_size=32))
     one, _ = find_targets(model["c"], QuantizeConfig(group_size=32))
     n = 64 * 64 * 12
-    assert memory.solver_bytes(targets) == n + 64 * 128 * 30 and memory.solver_bytes(one) == n + 64 * 32 * 30
-    assert memory.fixed_bytes(one, torch.device("cpu"), 8) == 64 * 32 // 2
-    assert memory.bytes_away(model, torch.device("cpu")) == 0 and memory.fits(model, torch.device("cpu"))
-    assert memory.bytes_away(model, CUDA) == sum(p.nbytes for p in model.parameters())
+    assert placing.solver_bytes(targets) == n + 64 * 128 * 30 and placing.solver_bytes(one) == n + 64 * 32 * 30
+    assert placing.fixed_bytes(one, torch.device("cpu"), 8) == 64 * 32 // 2
+    assert placing.bytes_away(model, torch.device("cpu")) == 0 and placing.fits(model, torch.device("cpu"))
+    assert placing.bytes_away(model, CUDA) == sum(p.nbytes for p in model.parameters())
 
 
 @pytest.mark.gpu
@@ -86,10 +88,10 @@ def test_free_memory_is_within_the_processs_share():
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(0.25)
     try:
-        before = memory.free_bytes(CUDA)
+        before = free_bytes(CUDA)
         held = torch.empty(GIB, dtype=torch.uint8, device=CUDA)
-        assert before <= total // 4 and before - memory.free_bytes(CUDA) >= GIB
+        assert before <= total // 4 and before - free_bytes(CUDA) >= GIB
         del held
-        assert memory.free_bytes(CUDA) == before  # what the allocator keeps is free for us
+        assert free_bytes(CUDA) == before  # what the allocator keeps is free for us
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gptq_plugin.kernels import reference
 
-from gptq_plugin import packing
+from gptq_plugin.layers import packing
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
-from gptq_plugin.figures import packed_bytes, size
-from gptq_plugin.page import report_page
-from gptq_plugin.qlinear import QuantLinear
-from gptq_plugin.report import ModuleReport, QuantizeReport
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.report.figures import packed_bytes
+from gptq_plugin.report.html_page import report_page
+from gptq_plugin.report.numbers import size
+from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
 HOSTILE = "a<script>alert(1)</script>.\"'&.0"
 VOID = {"meta", "br", "hr", "img", "input", "link"}

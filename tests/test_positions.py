@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForTokenClassification
 
-import gptq_plugin.job as jobs
+import gptq_plugin.quantize.one_pass as jobs
 from gptq_plugin import QuantizeModule, QuantLinear
 from gptq_plugin.errors import CalibrationError
-from gptq_plugin.pretrained import predicts_next
+from gptq_plugin.model.hf_models import predicts_next
 
 SMALL = {"group_size": 32, "nsamples": 64, "batch_size": 4, "clip_ratios": (1.0,), "token_weighting": "labels"}
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}

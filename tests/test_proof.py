@@ -15,7 +15,7 @@ from test_export import Plain, tiny_gpt2, tiny_llama
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.errors import ExportError
-from gptq_plugin.proof import LENGTH, Sample, same_outputs
+from gptq_plugin.export.verify_outputs import LENGTH, Sample, same_outputs
 
 IDS = torch.randint(3, 60, (5, 100), generator=torch.Generator().manual_seed(0))
 SMALL = QuantizeConfig(group_size=32, nsamples=5, batch_size=5)
@@ -82,7 +82,7 @@ def test_a_model_changed_by_hand_is_not_exported_as_what_it_is_not(when, tmp_pat
 
 
 def test_a_change_that_the_export_does_not_say_is_found_without_calibration_too(rtn, tmp_path):
-    from gptq_plugin.export import export_model
+    from gptq_plugin.export.export import export_model
 
     model = rtn(tiny_gpt2(), QuantizeConfig(group_size=16))
     export_model(model, tmp_path / "out", QuantizeConfig(group_size=16))

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_export import Plain, tiny_llama
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
-from gptq_plugin.batches import digest
-from gptq_plugin.calibration import collect
-from gptq_plugin.convert import convert
-from gptq_plugin.provenance import plain_name, provenance, published, without_paths
-from gptq_plugin.report import ModuleReport, QuantizeReport
+from gptq_plugin.calibration.batches import digest
+from gptq_plugin.calibration.collect import collect
+from gptq_plugin.export.convert import convert
+from gptq_plugin.report.provenance import plain_name, provenance, published, without_paths
+from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
 IDS = torch.randint(3, 60, (5, 21), generator=torch.Generator().manual_seed(0))
 SMALL = QuantizeConfig(group_size=32, nsamples=5, seed=7)
@@ -77,7 +77,7 @@ def test_a_converted_export_keeps_where_it_comes_from(tmp_path):
 def test_two_runs_of_the_same_write_the_same_config_json(tmp_path, monkeypatch):
     one = exported(tmp_path / "one")[1]
     later = SimpleNamespace(now=lambda zone: datetime(2100, 1, 1, tzinfo=zone))
-    monkeypatch.setattr("gptq_plugin.provenance.datetime", later)
+    monkeypatch.setattr("gptq_plugin.report.provenance.datetime", later)
     other = exported(tmp_path / "other")[1]
     assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
     (_, first), (_, second) = metas(one), metas(other)

@@ -11,8 +11,8 @@ import torch
 from gptq_plugin.kernels import reference
 from torch import Tensor, nn
 
-from gptq_plugin import qlinear
-from gptq_plugin.qlinear import QuantLinear, swap
+from gptq_plugin.layers import qlinear
+from gptq_plugin.layers.qlinear import QuantLinear, swap
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Roundings of the output; for bfloat16 also those of the 4-bit kernel's scales.

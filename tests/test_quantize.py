@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel
 
-from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, export, load_quantized
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
+from gptq_plugin.calibration.forward import call
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
-from gptq_plugin.forward import call
-from gptq_plugin.hessian import Hessian
-from gptq_plugin.solver import solve
+from gptq_plugin.export import export
+from gptq_plugin.gptq.solver import solve
+from gptq_plugin.walk.hessian import Hessian
 
 SMALL = {"group_size": 32, "nsamples": 64}
 
@@ -332,8 +333,8 @@ def test_a_nan_weight_is_refused_by_name():
 
 @pytest.mark.parametrize("where", ["solver", "model", "swap", "client_config"])
 def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeypatch):
-    import gptq_plugin.job
-    import gptq_plugin.quantize
+    import gptq_plugin.quantize.module
+    import gptq_plugin.quantize.one_pass
 
     model = llama(tie_word_embeddings=True).train()
     before, parameters = state(model), dict(model.named_parameters())
@@ -349,11 +350,13 @@ def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeyp
         return failing
 
     if where == "solver":
-        monkeypatch.setattr(gptq_plugin.job, "solve_shared", fail_at(4, gptq_plugin.job.solve_shared))
+        monkeypatch.setattr(
+            gptq_plugin.quantize.one_pass, "solve_shared", fail_at(4, gptq_plugin.quantize.one_pass.solve_shared)
+        )
     elif where == "client_config":
-        monkeypatch.setattr(gptq_plugin.quantize, where, fail_at(1, gptq_plugin.quantize.client_config))
+        monkeypatch.setattr(gptq_plugin.quantize.module, where, fail_at(1, gptq_plugin.quantize.module.client_config))
     elif where == "swap":
-        monkeypatch.setattr(gptq_plugin.quantize, "swap", fail_at(1, gptq_plugin.quantize.swap))
+        monkeypatch.setattr(gptq_plugin.quantize.module, "swap", fail_at(1, gptq_plugin.quantize.module.swap))
     else:
         activation = model.model.layers[1].mlp.act_fn
         monkeypatch.setattr(activation, "forward", fail_at(3, activation.forward))
@@ -437,7 +440,7 @@ def wide():
 def test_what_is_kept_where_changes_no_code(weights, activations, wide, caplog):
     offloaded = llama(**WIDE)
     quantizer = QuantizeModule(**WIDE_OPTIONS, offload_weights=weights, offload_activations=activations)
-    with caplog.at_level(logging.INFO, logger="gptq_plugin.job"):
+    with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize.one_pass"):
         quantizer.quantize(offloaded, wide_batches())
     assert unchanged(offloaded, wide)
     said = "".join(record.message for record in caplog.records)
@@ -492,7 +495,7 @@ def test_what_activations_need_is_judged_by_the_largest_batch(caplog):
     batches = [{"input_ids": torch.randint(0, 64, (rows, 256))} for rows in (2, 24, 24)]
     for order in (batches, batches[::-1]):
         quantizer = QuantizeModule(group_size=32, nsamples=50, offload_activations=True)
-        with caplog.at_level(logging.INFO, logger="gptq_plugin.job"):
+        with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize.one_pass"):
             quantizer.quantize(llama(**WIDE), order)
     first, second = (r.message for r in caplog.records if r.message.startswith("memory on"))
     assert first == second and "(0.0 GiB)" in first  # tens of megabytes
@@ -525,7 +528,9 @@ GROWTH = r"""
 import re, sys
 from pathlib import Path
 import torch, transformers
-from gptq_plugin import QuantizeModule, export, memory
+from gptq_plugin import QuantizeModule
+from gptq_plugin.device import memory
+from gptq_plugin.export import export
 
 export.SHARD = memory._LARGEST_UNIT = 4 * 10**6  # what is in memory at a time
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)

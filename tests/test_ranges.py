@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeModule
+from gptq_plugin.clients.inventory import Outline
 from gptq_plugin.errors import ExportError
-from gptq_plugin.outline import Outline
-from gptq_plugin.ranges import Ranges
+from gptq_plugin.walk.ranges import Ranges
 
 DOWN = "model.layers.1.mlp.down_proj"
 

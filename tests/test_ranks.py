@@ -26,9 +26,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
-from gptq_plugin import QuantizeModule, job
+from gptq_plugin import QuantizeModule
+from gptq_plugin.quantize import one_pass as job
 from gptq_plugin.apps.evaluate import mean_nll
-from gptq_plugin.hessian import Hessian
+from gptq_plugin.walk.hessian import Hessian
 
 out, samples, tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 

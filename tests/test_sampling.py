@@ -13,7 +13,7 @@ from torch.utils.data import (
 )
 
 from gptq_plugin import QuantizeConfig, distributed
-from gptq_plugin.sampling import sampled
+from gptq_plugin.calibration.sampling import sampled
 
 DATA = list(range(33))
 

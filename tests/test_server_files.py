@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_export import tiny_llama
 from test_provenance import tokenizer
 
-from gptq_plugin import QuantizeConfig, QuantizeModule, export, load_quantized
+from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.export import export
 
 IDS = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
 SMALL = QuantizeConfig(group_size=32, nsamples=4)

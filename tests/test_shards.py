@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq_plugin import shards
 from gptq_plugin.errors import ExportError
-from gptq_plugin.shards import ShardWriter
+from gptq_plugin.export import shard_writer as shards
+from gptq_plugin.export.shard_writer import ShardWriter
 
 KB = 1000
 
@@ -187,7 +187,7 @@ def test_a_full_disk_is_said_with_the_file_and_the_room_it_needs(tmp_path: Path)
 import resource, torch
 from pathlib import Path
 from gptq_plugin.errors import ExportError
-from gptq_plugin.shards import ShardWriter
+from gptq_plugin.export.shard_writer import ShardWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 writer = ShardWriter(Path({str(tmp_path)!r}), 300_000)
 writer.add({{"x": torch.zeros(100_000)}})

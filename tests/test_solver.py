@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.grid import round_to_nearest
-from gptq_plugin.solver import output_error, solve, solve_batch
+from gptq_plugin.gptq.grid import round_to_nearest
+from gptq_plugin.gptq.solver import output_error, solve, solve_batch
 
 
 def plain(**fields):
@@ -367,7 +367,7 @@ def pycode_layers(shared):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_gpu_gives_the_papers_codes_even_where_the_trainer_allows_tf32(order):
-    from gptq_plugin.hessian import Hessian
+    from gptq_plugin.walk.hessian import Hessian
 
     weight, hessian = correlated(rows=96, n=512)
     x = (torch.randn(4096, 512, dtype=torch.float64) @ torch.linalg.cholesky(hessian).T).cuda()

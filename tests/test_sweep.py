@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptq_plugin import load_quantized
-from gptq_plugin.qlinear import QuantLinear
+from gptq_plugin.layers.qlinear import QuantLinear
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.errors import TargetError
-from gptq_plugin.qlinear import QuantLinear
-from gptq_plugin.targets import find_targets
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.model.targets import find_targets
 
 CONFIG = QuantizeConfig(group_size=32)
 

@@ -16,7 +16,7 @@ from test_callback import pair_loader
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.training_weights import check_weights, float_checkpoint, uncompiled, weights_of
+from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled, weights_of
 
 
 class Normed(WithBuffers):

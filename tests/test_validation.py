@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 sys.path.insert(0, str(Path(__file__).parent))
 from test_callback import Plain, fit, pair_loader
 
-from gptq_plugin.validation import validate, validation_loaders
+from gptq_plugin.lightning.validation import validate, validation_loaders
 
 HOOKS = ("on_validation_epoch_start", "on_validation_batch_start", "on_before_batch_transfer",
          "transfer_batch_to_device", "on_after_batch_transfer", "on_validation_batch_end",
@@ -208,7 +208,7 @@ try:
     said = "passed"
 except Exception as error:
     said = f"{type(error).__name__}: {error}"
-from gptq_plugin.validation import validate
+from gptq_plugin.lightning.validation import validate
 (out / f"rank{trainer.global_rank}.json").write_text(json.dumps([validate(trainer, module), said]))
 """
 

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from gptq_plugin import QuantizeConfig, lockstep
+from gptq_plugin import QuantizeConfig
 from gptq_plugin.errors import TargetError
-from gptq_plugin.grid import round_to_nearest
-from gptq_plugin.qlinear import QuantLinear, swap
-from gptq_plugin.targets import find_targets
-from gptq_plugin.weights import Weights, brought
+from gptq_plugin.gptq.grid import round_to_nearest
+from gptq_plugin.layers.qlinear import QuantLinear, swap
+from gptq_plugin.memory.weights import Weights, brought
+from gptq_plugin.model.targets import find_targets
+from gptq_plugin.walk import lockstep
 
 CPU = torch.device("cpu")
 CONFIG = QuantizeConfig(bits=2, group_size=32)

@@ -20,7 +20,7 @@ import transformers
 from cases import CASES, Case
 from torch import nn
 
-import gptq_plugin.export
+import gptq_plugin.export.export
 from gptq_plugin import QuantizeConfig, QuantizeModule
 
 VOCABULARY = 512
@@ -94,12 +94,12 @@ def make(case: Case, out: Path) -> Path:
     quantizer = QuantizeModule(QuantizeConfig(clip_ratios=(1.0,), **case.config))
     rows = torch.randint(8, VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(2))
     quantizer.quantize(model, rows.tolist())
-    whole = gptq_plugin.export.SHARD
+    whole = gptq_plugin.export.export.SHARD
     try:
-        gptq_plugin.export.SHARD = case.shard or whole
+        gptq_plugin.export.export.SHARD = case.shard or whole
         return quantizer.export(model, out / case.name, tokenizer=tokenizer())
     finally:
-        gptq_plugin.export.SHARD = whole
+        gptq_plugin.export.export.SHARD = whole
 
 
 def loud(architecture: str) -> nn.Module:

@@ -19,7 +19,7 @@ from running import difference, equal, outputs, walk
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.errors import CalibrationError
-from gptq_plugin.report import QuantizeReport
+from gptq_plugin.report.report import QuantizeReport
 
 Result = dict[str, Any]
 SHORT = {  # what a reason holds: how the table has it

@@ -11,10 +11,11 @@ import torch
 from maker import Batch
 from torch import Tensor, nn
 
-from gptq_plugin import QuantizeConfig, lockstep
-from gptq_plugin.experts import learn_layouts, unfused
-from gptq_plugin.forward import evaluating
-from gptq_plugin.targets import find_targets
+from gptq_plugin import QuantizeConfig
+from gptq_plugin.calibration.forward import evaluating
+from gptq_plugin.model.experts import learn_layouts, unfused
+from gptq_plugin.model.targets import find_targets
+from gptq_plugin.walk import lockstep
 
 
 def outputs(model: nn.Module, batches: list[Batch], seed: int = 0) -> list[Tensor]:

@@ -9,22 +9,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptq_plugin.callback import GPTQCallback
+    from gptq_plugin.checkpoint.load import load_quantized
     from gptq_plugin.config import QuantizeConfig
-    from gptq_plugin.hf_trainer import GPTQTrainerCallback
-    from gptq_plugin.load import load_quantized
-    from gptq_plugin.qlinear import QuantLinear
-    from gptq_plugin.quantize import QuantizeModule
+    from gptq_plugin.hf.quantizer import quantized_config
+    from gptq_plugin.hf.trainer_callback import GPTQTrainerCallback
+    from gptq_plugin.layers.qlinear import QuantLinear
+    from gptq_plugin.lightning.callback import GPTQCallback
+    from gptq_plugin.lightning.every_trainer import in_every_trainer
+    from gptq_plugin.model.adapters import merged_copy
+    from gptq_plugin.quantize.module import QuantizeModule
 
-__all__ = ["GPTQCallback", "GPTQTrainerCallback", "QuantLinear", "QuantizeConfig", "QuantizeModule", "load_quantized"]
+__all__ = [
+    "GPTQCallback",
+    "GPTQTrainerCallback",
+    "QuantLinear",
+    "QuantizeConfig",
+    "QuantizeModule",
+    "in_every_trainer",
+    "load_quantized",
+    "merged_copy",
+    "quantized_config",
+]
 
 _HOME = {
-    "GPTQCallback": "callback",
-    "GPTQTrainerCallback": "hf_trainer",
-    "QuantLinear": "qlinear",
+    "GPTQCallback": "lightning.callback",
+    "GPTQTrainerCallback": "hf.trainer_callback",
+    "QuantLinear": "layers.qlinear",
     "QuantizeConfig": "config",
-    "QuantizeModule": "quantize",
-    "load_quantized": "load",
+    "QuantizeModule": "quantize.module",
+    "in_every_trainer": "lightning.every_trainer",
+    "load_quantized": "checkpoint.load",
+    "merged_copy": "model.adapters",
+    "quantized_config": "hf.quantizer",
 }
 
 

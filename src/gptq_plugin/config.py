@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 BITS = (2, 3, 4, 8)
-CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "compressed-tensors")
+COMPRESSED = "compressed-tensors"
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2", COMPRESSED)
 TOKEN_WEIGHTINGS = ("all", "labels")
 QUANTIZER_NAME = "gptq_plugin"
 

@@ -25,6 +25,10 @@ class RankError(RuntimeError):
     """Another rank of the process group failed, was lost, or does something else."""
 
 
+class DataError(ValueError):
+    """The text to train, calibrate or evaluate on is missing, empty, too short, or has no such column."""
+
+
 class QualityError(ValueError):
     """The quantized model is further from the float one than was allowed."""
 

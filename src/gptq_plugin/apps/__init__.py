@@ -1,6 +1,4 @@
-"""The two Hydra applications: ``gptq-finetune`` and ``gptq-quantize``.
+"""The commands: `gptq-finetune` and `gptq-quantize` (Hydra) and `gptq-plugin` (argparse).
 
-In the order the data passes them: documents → tokenizer → rows → data → language_model → fine_tuned
-(lightning_weights, sharded_weights) → evaluate → summary → cli. Everything here is built on the library's public names
-and could be a user's own.
+Imports any folder; nothing imports it.
 """

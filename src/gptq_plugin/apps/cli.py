@@ -24,15 +24,16 @@ from gptq_plugin.apps.documents import texts
 from gptq_plugin.apps.evaluate import evaluate_export, mean_nll
 from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import LanguageModel, SaveFloat
-from gptq_plugin.apps.one_folder import launched
+from gptq_plugin.apps.run_folder import launched
 from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weights_size
 from gptq_plugin.apps.sweeps import in_sweep, run_alone, runs_a_sweep, starts_ranks
-from gptq_plugin.callback import GPTQCallback
-from gptq_plugin.memory import fits, numbered
-from gptq_plugin.placing import check_export_dir
-from gptq_plugin.progress import tqdm_progress
-from gptq_plugin.quantize import QuantizeModule
-from gptq_plugin.report import QuantizeReport
+from gptq_plugin.device.memory import numbered
+from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.lightning.callback import GPTQCallback
+from gptq_plugin.memory.placement import fits
+from gptq_plugin.quantize.module import QuantizeModule
+from gptq_plugin.report.report import QuantizeReport
+from gptq_plugin.training.progress import tqdm_progress
 
 log = logging.getLogger(__name__)
 

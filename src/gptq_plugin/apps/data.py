@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from gptq_plugin.apps.documents import TEXT, builtin_documents, file_documents, hub_documents, texts
-from gptq_plugin.apps.errors import DataError
 from gptq_plugin.apps.rows import cut_rows
+from gptq_plugin.errors import DataError
 
 
 class TextData(LightningDataModule):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from gptq_plugin.apps.errors import DataError
+from gptq_plugin.errors import DataError
 
 TEXT = "text"
 # How `datasets` reads a file, by its suffix; anything else is plain text, one document a file.

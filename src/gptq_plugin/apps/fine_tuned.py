@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from gptq_plugin.adapters import import_peft, merged_copy
 from gptq_plugin.apps.lightning_weights import load_lightning_weights, open_lightning_weights
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.model.adapters import import_peft, merged_copy
 
 
 def fine_tuned(network: nn.Module, *, ckpt: str | Path | None = None, adapter: str | Path | None = None) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_plugin.apps.errors import DataError
+from gptq_plugin.errors import DataError
 
 
 def cut_rows(

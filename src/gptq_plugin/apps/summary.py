@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.report import aligned
+from gptq_plugin.report.numbers import aligned
 
 SUMMARY = "summary.json"
 

@@ -1,0 +1,140 @@
+"""``gptq-plugin``, the command for checkpoints: no Hydra, and quick to say what it can do.
+
+Every subcommand is a function that adds its arguments and one that runs it; torch is imported when it runs. It only
+prints: `lint` finds.
+
+Exit status: 0; 1 when a checkpoint is wrong or a `--target` would not take it; 2 for a call that cannot be understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptq_plugin.check.lint import Lint
+
+_CLIENTS = ("vllm", "transformers", "sglang", "gptqmodel")  # `clients.CLIENTS`, which would import torch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line, that of the process when None; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="gptq-plugin", description="Check quantized checkpoints, and convert them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_check, _add_convert):
+        add(commands)
+    parsed = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = parsed.run
+    return run(parsed)
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="say what a GPTQ or compressed-tensors checkpoint is, what is wrong with it, and who takes it",
+        description="Checks a GPTQ or compressed-tensors checkpoint of any tool. Exit status 1: it is damaged, or a "
+        "--target would not take it.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="the checkpoint's folder")
+    parser.add_argument(
+        "--float", metavar="DIR", dest="float_dir", help="the float model's folder, to compare everything with"
+    )
+    parser.add_argument(
+        "--target",
+        metavar="CLIENT",
+        action="append",
+        choices=_CLIENTS,
+        help=f"a client that must take it: {', '.join(_CLIENTS)}; may be given several times",
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="GPUs that share each layer (vllm, sglang)",
+    )
+    parser.set_defaults(run=_check)
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from gptq_plugin.check.lint import lint
+    from gptq_plugin.clients.rules import Target
+    from gptq_plugin.errors import CheckpointError
+
+    def target(client: str) -> Target:
+        return Target(client, parsed.tensor_parallel_size if client in ("vllm", "sglang") else 1)
+
+    try:
+        found = lint(parsed.directory, parsed.float_dir, [target(client) for client in _CLIENTS])
+    except CheckpointError as error:
+        print(f"gptq-plugin check: {error}", file=sys.stderr)
+        return 1
+    _print(parsed.directory, found)
+    refused = [client for client in parsed.target or () if found.refusals.get(target(client))]
+    return int(bool(found.errors or refused))
+
+
+def _print(directory: str, found: Lint) -> None:
+    print(directory)
+    for heading, fact in found.facts.items():
+        print(f"  {heading + ':':12} {fact}")
+    for finding in found.findings:
+        print(f"{finding.level}: {finding.message}")
+    for target, refusals in found.refusals.items():
+        print(f"{target}: {'refuses it' if refusals else 'takes it'}")
+        for line in refusals or found.conditions[target]:
+            print(f"  - {line}")
+    warnings = sum(finding.level == "warning" for finding in found.findings)
+    print(f"{len(found.errors)} errors, {warnings} warnings")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="write a checkpoint in another format, bit for bit",
+        description="Writes a GPTQ or compressed-tensors checkpoint of any tool in another format: the same codes, "
+        "scales, zeros and groups.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="the checkpoint's folder")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument(
+        "checkpoint_format",
+        metavar="checkpoint_format=FORMAT",
+        type=_checkpoint_format,
+        help="gptq, gptq_v2 or compressed-tensors",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from gptq_plugin.errors import CheckpointError, ExportError
+    from gptq_plugin.export.convert import convert
+
+    try:
+        folder = convert(parsed.directory, parsed.out, parsed.checkpoint_format, overwrite=parsed.overwrite)
+    except (CheckpointError, ExportError, ValueError) as error:
+        print(f"gptq-plugin convert: {error}", file=sys.stderr)
+        return 1
+    print(f"{folder} has checkpoint_format={parsed.checkpoint_format}")
+    return 0
+
+
+def _checkpoint_format(text: str) -> str:
+    name, _, value = text.partition("=")
+    if name != "checkpoint_format" or not value:
+        raise argparse.ArgumentTypeError(f"write checkpoint_format=FORMAT, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,338 @@
+"""Calibration data: texts, tokens or a dataloader's batches, and which of their positions count.
+
+Texts and single token lists become rows without padding: samples of one length share a batch. Batches that
+come ready (a dataloader's) are left as they are; their attention mask says which positions are padding, and
+padding never enters a Hessian. Data may come from several sources, each with a name for the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gptq_plugin.calibration.batches import digest, named, samples_in
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CalibrationError
+
+# A mapping with no other keys is a token sample, which may be cut and stacked with others.
+_TOKEN_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "labels"})
+# Masks over positions, in the order they are tried against a layer's input.
+_MASK_KEYS = ("attention_mask", "decoder_attention_mask")
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward's worth of samples.
+
+    Attributes:
+        data: What the model's forward is given.
+        masks: bool [samples, positions] each, True where a position counts; empty when all do.
+        samples: How many samples it holds.
+    """
+
+    data: Any
+    masks: tuple[Tensor, ...] = ()
+    samples: int = 1
+
+    @property
+    def tokens(self) -> int | None:
+        """Positions that count, where the data says so."""
+        if self.masks:
+            return int(self.masks[0].sum())
+        ids = (named(self.data) or {}).get("input_ids")
+        return ids.numel() if isinstance(ids, Tensor) else None
+
+    def counted(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> tuple[Tensor, str | None]:
+        """The rows of a layer's input that count, and a sentence where the masks could not be applied.
+
+        Args:
+            x: [..., in], as the layer got it.
+            masks: Those the model was called with, where that is known; the batch's own when None.
+
+        Returns:
+            [rows, in], and what is to be reported.
+        """
+        masks = self.masks if masks is None else masks
+        rows = x.reshape(-1, x.shape[-1])
+        if not masks:
+            return rows, None
+        mask = self.mask_of(x, masks)
+        if mask is not None:
+            return rows[mask], None
+        if x.dim() == 2 and rows.shape[0] != self.samples:
+            return rows, "gets rows that cannot be matched to the attention mask or labels: all of them counted"
+        return rows, "reads another sequence than the attention mask or labels describe: all its positions counted"
+
+    def mask_of(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> Tensor | None:
+        """Which rows of [..., in] count, bool [rows], by the first mask that fits; None when none does."""
+        rows = x.shape[:-1].numel()
+        for mask in self.masks if masks is None else masks:
+            mask = mask.to(x.device)
+            if x.shape[:-1] == mask.shape or (x.shape[0] == mask.shape[0] and rows == mask.numel()):
+                return mask.reshape(-1)
+            if x.shape[:-1] == mask.T.shape:  # models that put the sequence first
+                return mask.T.reshape(-1)
+            if x.dim() == 2 and rows == mask.numel():
+                return mask.reshape(-1)
+        return None
+
+
+@dataclass
+class Calibration:
+    """What was made of the user's data.
+
+    Attributes:
+        batches: In the order they will run.
+        deviations: A sentence for everything that was dropped or is less than asked.
+        sources: Samples by the name of where they came from; empty when nobody said.
+        first_batches: Numbers of the batches that stand for all of their kind: the first of each source.
+    """
+
+    batches: list[Batch] = field(default_factory=list)
+    deviations: list[str] = field(default_factory=list)
+    sources: dict[str, int] = field(default_factory=dict)
+    first_batches: list[int] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return sum(batch.samples for batch in self.batches)
+
+    @property
+    def digest(self) -> int:
+        """Of what the samples hold; see `batches.digest`. Those of several ranks add up."""
+        return sum(digest(batch.data) for batch in self.batches)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some calibration data, and where it comes from.
+
+    Attributes:
+        data: This rank's part, as for `collect`.
+        name: Where it comes from, to follow "12 samples of"; no path and no text.
+        nsamples: Samples to use at most on this rank.
+        is_general: Not the run's own data: of its texts and token samples without labels every token is its own label.
+        is_stream: Its first batch cannot be read ahead of the others.
+    """
+
+    data: Iterable[Any]
+    name: str
+    nsamples: int
+    is_general: bool = False
+    is_stream: bool = False
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Calibration data of several kinds, each collected for itself.
+
+    Attributes:
+        parts: As many, in the same order, on every rank.
+    """
+
+    parts: tuple[Source, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in self.parts:
+            yield from part.data
+
+    def beginning(self) -> Sources:
+        """The first batch of every source that can be read ahead."""
+        return Sources(tuple(replace(part, data=islice(part.data, 1)) for part in self.parts if not part.is_stream))
+
+
+def collect(
+    data: Iterable[Any],
+    config: QuantizeConfig,
+    tokenizer: Callable[..., Any] | None = None,
+    nsamples: int | None = None,
+) -> Calibration:
+    """Turns what the user has into batches.
+
+    Args:
+        data: An iterable of texts; of token samples (lists of ids, 1-D tensors, or dicts of them, as a
+            tokenizer returns); or of ready batches (dicts, tensors, tuples of tensors, or anything the
+            model's forward takes). One kind only, but for `Sources`.
+        config: `model_seqlen` cuts token samples, `batch_size` stacks them.
+        tokenizer: Needed for texts: called as tokenizer(text).
+        nsamples: How many samples to use at most, from the first on; `config.nsamples` when None.
+
+    Raises:
+        CalibrationError: `data` is a single text, texts come without a tokenizer, or kinds are mixed.
+    """
+    if isinstance(data, Sources):
+        return _joined([(part, _collect(part.data, config, tokenizer, part.nsamples, part)) for part in data.parts])
+    return _collect(data, config, tokenizer, config.nsamples if nsamples is None else nsamples)
+
+
+def _collect(
+    data: Iterable[Any],
+    config: QuantizeConfig,
+    tokenizer: Callable[..., Any] | None,
+    limit: int,
+    source: Source | None = None,
+) -> Calibration:
+    refuse_single(data)
+    labels_itself = source is not None and source.is_general and config.token_weighting == "labels"
+    calibration = Calibration()
+    samples: list[dict[str, Tensor]] = []
+    dropped = count = 0
+    more = False
+    for item in data:
+        if count >= limit:
+            more = True
+            break
+        # After batches, a mapping is a batch too: a loader's last may hold a single sample.
+        is_batch = bool(calibration.batches) and isinstance(item, Mapping)
+        sample = None if is_batch else _token_sample(item, tokenizer)
+        if sample is None:
+            batch = ready_batch(item)
+            calibration.batches.append(batch)
+            count += batch.samples
+        elif sample["input_ids"].numel() == 0:
+            dropped += 1
+        else:
+            if labels_itself:
+                sample.setdefault("labels", sample["input_ids"])
+            samples.append({key: value[:, : config.model_seqlen] for key, value in sample.items()})
+            count += 1
+        if samples and calibration.batches:
+            raise CalibrationError("calibration data mixes single token samples with batches; give one kind")
+    if count > limit:
+        calibration.deviations.append(f"{count} calibration samples used: nsamples={limit} falls inside a batch")
+    if dropped:
+        calibration.deviations.append(f"{dropped} empty calibration samples dropped")
+    if more and not (source and source.is_general):  # of general data there may be any amount
+        calibration.deviations.append(
+            f"calibration stops at nsamples={limit}: {_left(data, dropped + len(samples) + len(calibration.batches))} "
+            "given were not used"
+        )
+    calibration.batches += _stack(samples, config.batch_size)
+    calibration.first_batches = [0] if calibration.batches else []
+    return calibration
+
+
+def _joined(parts: list[tuple[Source, Calibration]]) -> Calibration:
+    joined = Calibration()
+    for source, part in parts:
+        joined.first_batches += [len(joined.batches) + number for number in part.first_batches]
+        joined.batches += part.batches
+        joined.deviations += part.deviations
+        joined.sources[source.name] = joined.sources.get(source.name, 0) + part.samples
+    return joined
+
+
+def kept(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
+    """The data in a form that can be read twice: of what can be read once, as much as `nsamples` need.
+
+    Raises:
+        CalibrationError: As `refuse_single`.
+    """
+    refuse_single(data)
+    if isinstance(data, DataLoader) or iter(data) is not data:
+        return data
+    return list(islice(data, nsamples + 1))
+
+
+def refuse_single(data: Any) -> None:
+    """One text or one batch is iterable too, but not as calibration data: its characters or keys are no samples.
+
+    Raises:
+        CalibrationError: `data` is a text or a mapping.
+    """
+    if isinstance(data, (str, bytes)):
+        raise CalibrationError("calibration data is one text; give a list of texts: [text]")
+    if isinstance(data, Mapping):
+        raise CalibrationError("calibration data is one mapping; give a list of batches: [batch]")
+
+
+def ready_batch(data: Any) -> Batch:
+    """A batch that runs as it is."""
+    parts = named(data)
+    masks = masks_in(parts) if parts is not None else None
+    return Batch(data, masks or (), samples_in(data))
+
+
+def masks_in(arguments: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+    """What a model's keyword arguments say about which positions count.
+
+    Returns:
+        bool [samples, positions] each; empty when none hides anything; None when there is no mask.
+    """
+    given = (arguments.get(key) for key in _MASK_KEYS)
+    masks = [mask.bool() for mask in given if is_mask(mask)]
+    if not masks:
+        return None
+    labels = arguments.get("labels")
+    if is_mask(labels) and all(labels.shape != mask.shape for mask in masks):
+        masks.append(labels != IGNORED_LABEL)  # an encoder-decoder's second sequence
+    return () if all(bool(mask.all()) for mask in masks) else tuple(masks)
+
+
+def is_mask(value: Any) -> TypeGuard[Tensor]:
+    """Whether it says something of every position: a tensor [samples, positions]."""
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
+def _token_sample(item: Any, tokenizer: Callable[..., Any] | None) -> dict[str, Tensor] | None:
+    """The item as a dict of [1, positions] tensors, or None when it is a batch of the user's own making."""
+    if isinstance(item, str):
+        if tokenizer is None:
+            raise CalibrationError(
+                "calibration data holds texts, and there is no tokenizer to turn them into tokens: give tokenizer=..."
+            )
+        item = tokenizer(item)
+    if _is_token_list(item):
+        item = {"input_ids": item}
+    if not isinstance(item, Mapping) or "input_ids" not in item or not set(item) <= _TOKEN_KEYS:
+        return None
+    rows = {key: _as_row(value) for key, value in item.items()}
+    if any(row is None for row in rows.values()):
+        return None
+    return {key: row for key, row in rows.items() if row is not None}
+
+
+def _is_token_list(item: Any) -> bool:
+    if isinstance(item, Tensor):
+        return item.dim() == 1 and not item.is_floating_point() and item.dtype != torch.bool
+    return isinstance(item, (list, tuple)) and all(isinstance(token, int) for token in item)
+
+
+def _as_row(value: Any) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    if value.numel() == 0:
+        return value.reshape(1, 0).long()
+    if value.dim() == 1:
+        return value[None]
+    return value if value.dim() == 2 and value.shape[0] == 1 else None
+
+
+def _stack(samples: list[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]:
+    """Samples of one length and kind, `batch_size` at a time, so that none needs padding."""
+    alike: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
+    for sample in samples:
+        kind = tuple((key, sample[key].shape[1]) for key in sorted(sample))
+        alike.setdefault(kind, []).append(sample)
+    for same in alike.values():
+        rest = iter(same)
+        while chunk := list(islice(rest, batch_size)):
+            yield ready_batch({key: torch.cat([sample[key] for sample in chunk]) for key in chunk[0]})
+
+
+def _left(data: Iterable[Any], read: int) -> str:
+    try:
+        size = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return "more samples"
+    return f"{size - read} of {size}"

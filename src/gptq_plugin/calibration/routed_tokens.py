@@ -1,0 +1,172 @@
+"""Which tokens the rows are that an expert gets, so that padding can be told from text among them.
+
+A router hands each expert some rows of what the whole block got, in an order of its own. They are the same rows to the
+bit, so they are found again by a hash of their bits; what the expert makes of them further on has the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin.model.experts import experts_of
+
+
+class _EveryRow:
+    """In place of a mask that is all true."""
+
+
+EVERY_ROW = _EveryRow()
+_NOTHING = torch.empty(0, dtype=torch.int64)
+Mask = Tensor | _EveryRow | None
+_AROUND = 3  # modules around an expert whose inputs are looked at: the experts, their block, and what calls into that
+_AT_ONCE = 2**24  # numbers that are hashed at a time: eight bytes each while they are
+
+
+@dataclass
+class _Block:
+    """What went into the block of experts that a batch is in.
+
+    Attributes:
+        everything: All its rows count.
+        counted, all: Hashes of the rows that count, and of all.
+        kept: By expert's number, which of its rows count.
+    """
+
+    everything: bool
+    counted: Tensor
+    all: Tensor
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Routed:
+    """Finds the tokens that were routed to each expert.
+
+    Args:
+        model: With experts in it, or without.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._numbers: dict[str, str] = {}  # by expert's layer
+        self._kinds: dict[str, tuple[str, str]] = {}  # by expert's layer, the experts and its name in one
+        self._kinds_of: dict[str, set[tuple[str, str]]] = {}  # by experts
+        self._around: dict[nn.Module, list[str]] = {}  # modules to look at, and the experts they hand their input to
+        self._blocks: dict[int, _Block] = {}  # by batch
+        self._reads_tokens: dict[tuple[str, str], bool] = {}  # by experts and a layer's name in one, once it is known
+        modules = dict(model.named_modules())
+        names: set[str] = set()
+        for name, module in modules.items():
+            experts = experts_of(name, module)
+            if experts is not None:
+                number, _, own = name[len(experts) + 1 :].partition(".")
+                self._numbers[name] = number
+                self._kinds[name] = experts, own
+                self._kinds_of.setdefault(experts, set()).add((experts, own))
+                names.add(experts)
+        for experts in sorted(names):
+            source = experts
+            if isinstance(modules[experts], nn.ModuleList):  # which nobody calls
+                source = experts.rpartition(".")[0]
+            around = experts
+            for _ in range(_AROUND):
+                self._around.setdefault(modules[around], []).extend([experts] if around == source else [])
+                around = around.rpartition(".")[0]
+
+    @contextlib.contextmanager
+    def watching(
+        self,
+        running: Callable[[], int | None],
+        mask_of: Callable[[int, Tensor], Mask],
+        entered: Callable[[str, Tensor], None],
+    ) -> Iterator[None]:
+        """While batches run.
+
+        Args:
+            running: The number of the batch that runs on this thread.
+            mask_of: For a batch and a tensor [..., in], which of its rows count: bool [rows], or `EVERY_ROW`; None
+                where that cannot be told.
+            entered: Called as (experts, rows) with the rows that count of what goes to the experts, [rows, in].
+        """
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            number = running()
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+            if number is None or x is None:
+                return
+            rows, mask = x.reshape(-1, x.shape[-1]), mask_of(number, x)
+            if mask is EVERY_ROW:
+                known = self._knows(self._around[module])
+                hashes = _NOTHING if known else _hashes(rows)
+                self._blocks[number] = _Block(True, hashes, hashes)
+                for experts in self._around[module]:
+                    entered(experts, rows)
+                return
+            hashes = _hashes(rows)
+            if isinstance(mask, Tensor):
+                self._blocks[number] = _Block(False, hashes[mask], hashes)
+            else:
+                mask = self._among(number, hashes)
+            if mask is not None:
+                for experts in self._around[module]:
+                    entered(experts, rows[mask])
+
+        handles = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in self._around]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._blocks.clear()
+
+    def is_expert(self, layer: str) -> bool:
+        return layer in self._numbers
+
+    def kept(self, number: int, layer: str, rows: Tensor) -> tuple[Mask, bool]:
+        """Which rows of an expert's input count.
+
+        Args:
+            number: Of the batch.
+            layer: The expert's layer.
+            rows: [rows, in]
+
+        Returns:
+            bool [rows] or `EVERY_ROW`, or None where the rows are neither tokens that went into the block nor what
+            became of them; and whether they are such tokens.
+        """
+        block, expert, kind = self._blocks.get(number), self._numbers[layer], self._kinds[layer]
+        if block is None or not len(rows):
+            return None, False
+        if block.everything and kind in self._reads_tokens:
+            return EVERY_ROW, self._reads_tokens[kind]
+        tokens = self._among(number, _hashes(rows))
+        self._reads_tokens[kind] = tokens is not None
+        if tokens is not None:
+            block.kept[expert] = tokens
+            return tokens, True
+        known = block.kept.get(expert)
+        return (known if known is not None and len(known) == len(rows) else None), False
+
+    def _knows(self, names: list[str]) -> bool:
+        """Whether it is known of all layers of these experts what they read."""
+        return all(kind in self._reads_tokens for name in names for kind in self._kinds_of[name])
+
+    def _among(self, number: int, hashes: Tensor) -> Tensor | None:
+        """Which of these rows count, where all are rows of the block."""
+        block = self._blocks.get(number)
+        if block is None or not len(hashes) or not bool(torch.isin(hashes, block.all).all()):
+            return None
+        return torch.isin(hashes, block.counted)
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """int64 [rows], of the bits of each."""
+    bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
+    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=torch.Generator().manual_seed(0))
+    factors = factors.to(bits.device)
+    parts = bits.split(max(1, _AT_ONCE // max(1, bits.shape[1])))
+    return torch.cat([(part.long() * factors).sum(-1) for part in parts])

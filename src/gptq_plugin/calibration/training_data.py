@@ -1,0 +1,103 @@
+"""What a training run calibrates on: its own samples or data given, and general text beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from gptq_plugin.calibration.collect import Sources, kept
+from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, dealt, sampled, single
+from gptq_plugin.config import QuantizeConfig
+
+
+class RunData:
+    """What the options `calibration`, `mix` and `mix_fraction` of the training callbacks choose.
+
+    Args:
+        config: nsamples, batch_size and seed are read.
+        calibration: ``"train"`` (as None) or ``"val"``: samples of the run's dataloaders, each once; or a DataLoader,
+            which is sampled like them; or texts, token lists or batches (see `calibration.collect`), the same on every
+            rank: each uses its part.
+        mix: General text beside these: a DataLoader, or texts, token lists or batches, as above.
+        mix_fraction: The share of `config.nsamples` that comes from `mix`, at least one sample; 0 takes none.
+
+    Raises:
+        CalibrationError: What is given is one text or one batch.
+        ValueError: `mix_fraction` is out of range, or `config.nsamples` leaves nothing to mix.
+    """
+
+    def __init__(
+        self, config: QuantizeConfig, calibration: Iterable[Any] | None, mix: Iterable[Any] | None, mix_fraction: float
+    ):
+        if calibration is None:
+            calibration = "train"
+        if not (isinstance(calibration, str) and calibration in ("train", "val")):
+            calibration = kept(calibration, config.nsamples)
+        self.config = config
+        self.calibration = calibration
+        self.nsamples_of_mix = 0 if mix is None else _part(mix_fraction, config.nsamples)
+        self.mix = kept(mix, self.nsamples_of_mix) if mix is not None and self.nsamples_of_mix else None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether all of it is there before training, and nothing is to be sampled."""
+        return not (_is_sampled(self.calibration) or _is_sampled(self.mix))
+
+    def sources(self, train: Any, validation: Callable[[], Sequence[Any]]) -> Sources:
+        """This rank's share.
+
+        Args:
+            train: The run's train dataloader.
+            validation: Gives its validation dataloaders, one at least.
+
+        Raises:
+            CalibrationError: There is no single train dataloader to take samples from, and it is wanted.
+        """
+        general = self.nsamples_of_mix
+        own = self.config.nsamples - general
+        if self.calibration == "train":
+            sources = sampled([single(train)], self.config, TRAIN, nsamples=own)
+        elif self.calibration == "val":
+            sources = sampled(validation(), self.config, VALIDATION, nsamples=own)
+        elif isinstance(self.calibration, DataLoader):
+            sources = sampled([self.calibration], self.config, "the dataloader given", nsamples=own)
+        else:
+            sources = [dealt(self.calibration, "the data given", nsamples=own)]
+        if isinstance(self.mix, DataLoader):
+            sources += sampled(
+                [self.mix], self.config, "the general dataloader", nsamples=general, first=own, is_general=True
+            )
+        elif self.mix is not None:
+            sources.append(dealt(self.mix, "the general text", nsamples=general, first=own, is_general=True))
+        return Sources(tuple(sources))
+
+    def beginning(self, data: Iterable[Any]) -> Iterable[Any] | None:
+        """What of `sources` (or of data chosen otherwise) is to be tried before training.
+
+        Returns:
+            All that is given; of samples, the first batch of every source that can be read ahead; None without any.
+        """
+        if self.is_given:
+            return data
+        if isinstance(data, Sources):
+            first = data.beginning()
+            return first if first.parts else None
+        return islice(data, 1) if isinstance(data, DataLoader) else None
+
+
+def _is_sampled(data: Any) -> bool:
+    return isinstance(data, (str, DataLoader))
+
+
+def _part(fraction: float, nsamples: int) -> int:
+    """How many of the samples that is: at least one, and not all."""
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
+        raise ValueError(
+            f"mix_fraction must be a number in [0, 1), got {fraction!r}; for no other data use calibration="
+        )
+    if fraction and nsamples < 2:
+        raise ValueError("nsamples=1 leaves nothing to mix: raise it, or leave mix out")
+    return min(max(1, round(fraction * nsamples)), nsamples - 1) if fraction else 0

@@ -1,0 +1,4 @@
+"""Checkpoints on disk: their formats, their descriptions, and reading them into a model.
+
+Imports model, layers, gptq, config and errors; never calibration, report or memory.
+"""

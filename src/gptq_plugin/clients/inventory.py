@@ -1,0 +1,171 @@
+"""What a checkpoint holds, or will hold, as far as a client cares: `Outline`. No weights, no opinions.
+
+Two makers, one for a checkpoint on disk and one for a model, quantized or not yet, so that what a client would
+refuse is known before the work begins (`clients` says what that is).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.description import scheme_of
+from gptq_plugin.checkpoint.layouts import QuantizedLayer
+from gptq_plugin.checkpoint.schemes import Scheme
+from gptq_plugin.config import COMPRESSED, QuantizeConfig
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.model.experts import routers, unfused
+from gptq_plugin.model.hf_models import is_transformers
+from gptq_plugin.model.targets import Target, find_targets, is_linear, linear_shape
+from gptq_plugin.report.report import QuantizeReport
+
+_HEADS = ("lm_head", "embed_out")  # names of output embeddings; in a block no layer is called so
+
+
+@dataclass(frozen=True)
+class LayerOutline:
+    """One quantized layer. `act_order`: its groups are not contiguous, so that it needs a g_idx."""
+
+    name: str
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    sym: bool
+    act_order: bool
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What there is in a checkpoint.
+
+    Attributes:
+        checkpoint_format: ``"gptq"``, ``"gptq_v2"`` or ``"compressed-tensors"``.
+        layers: The quantized layers.
+        floats: Names of the linear layers inside the blocks that are not quantized.
+        lm_head: The output embedding is quantized.
+        desc_act: What the description says of act-order, which some clients go by.
+        rules: The description's `dynamic` rules that change a grid, not those that leave layers float.
+        dtype: Of the float weights, and so of a server's activations.
+        model_type: transformers' name of the architecture; None for any other module.
+        activations: By layer, its largest absolute input or output, where calibration saw it.
+    """
+
+    checkpoint_format: str
+    layers: tuple[LayerOutline, ...]
+    floats: tuple[str, ...]
+    lm_head: bool
+    desc_act: bool
+    rules: Mapping[str, Mapping[str, Any]]
+    dtype: torch.dtype
+    model_type: str | None
+    activations: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_model(cls, model: nn.Module, config: QuantizeConfig, report: QuantizeReport | None = None) -> Outline:
+        """What the export of `model` holds, under the model's names: of its quantized layers or, of a float model, of
+        those that quantizing it by `config` will give. What activations there were is in `report`.
+
+        Raises:
+            TargetError: As `targets.find_targets`, for a float model.
+        """
+        quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        layers = (
+            [_quantized(name, module, config) for name, module in quantized.items()]
+            if quantized
+            else [_planned(target) for target in find_targets(model, config)[0]]
+        )
+        names = {layer.name for layer in layers}
+        with unfused(model):  # experts that stay float
+            linears = [name for name, module in model.named_modules() if is_linear(module)]
+            floats = [name for name in dict.fromkeys([*linears, *routers(model)]) if name not in names]
+        head = model.get_output_embeddings() if is_transformers(model) else None  # type: ignore[operator]
+        return cls(
+            config.checkpoint_format,
+            tuple(sorted(layers, key=lambda layer: layer.name)),
+            _in_blocks(floats, names),
+            any(model.get_submodule(name) is head for name in names),
+            any(layer.act_order for layer in layers),
+            _grid_rules(config.dynamic if config.checkpoint_format != COMPRESSED else {}),
+            _largest_dtype(model, names),
+            _model_type(model),
+            {m.name: m.largest for m in report.quantized if not math.isnan(m.largest)} if report is not None else {},
+        )
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Outline:
+        """What `checkpoint` holds, under the names it has there; reads group indices, no weights."""
+        description = checkpoint.quantization
+        layers = tuple(_outlined(n, layer, checkpoint.scheme(n)) for n, layer in sorted(checkpoint.layers.items()))
+        matrices = (
+            name.removesuffix(".weight")
+            for name in checkpoint.float_names
+            if name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2
+        )
+        named = any(layer.name.rpartition(".")[2] in _HEADS for layer in layers)
+        return cls(
+            checkpoint.checkpoint_format,
+            layers,
+            _in_blocks(matrices, checkpoint.layers),
+            bool(description.get("lm_head")) or named,
+            any(layer.desc_act for layer in checkpoint.layers.values()),
+            _grid_rules(description.get("dynamic") or {}),
+            checkpoint.float_dtype,
+            checkpoint.model_config.get("model_type"),
+        )
+
+
+def _planned(target: Target) -> LayerOutline:
+    own, (out_features, in_features) = target.config, linear_shape(target.module)
+    several = own.group_size != -1 and own.group_size < in_features
+    act_order = own.desc_act and not own.static_groups and several
+    return LayerOutline(target.name, own.bits, own.group_size, in_features, out_features, own.sym, act_order)
+
+
+def _quantized(name: str, layer: QuantLinear, config: QuantizeConfig) -> LayerOutline:
+    return _outlined(name, layer, scheme_of(name, layer, config))
+
+
+def _outlined(name: str, layer: QuantLinear | QuantizedLayer, scheme: Scheme) -> LayerOutline:
+    return LayerOutline(
+        name, scheme.bits, scheme.group_size, layer.in_features, layer.out_features, scheme.sym, scheme.desc_act
+    )
+
+
+def _grid_rules(dynamic: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {pattern: dict(rule) for pattern, rule in dynamic.items() if not pattern.startswith("-:")}
+
+
+def _in_blocks(names: Iterable[str], quantized: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` that lie in a list of modules some of which are quantized, sorted."""
+    stacks = {_stack(name) for name in quantized}
+    return tuple(sorted(name for name in names if _stack(name) in stacks))
+
+
+def _stack(name: str) -> str:
+    """``"model.layers."`` of ``"model.layers.0.mlp.up_proj"``; where no number is, the module around it."""
+    numbered = re.match(r"(.*?\.|)\d+\.", name)
+    return numbered[1] if numbered else name.rpartition(".")[0]
+
+
+def _model_type(model: nn.Module) -> str | None:
+    kind: str | None = model.config.model_type if is_transformers(model) else None  # type: ignore[union-attr, assignment]
+    return kind
+
+
+def _largest_dtype(model: nn.Module, quantized: set[str]) -> torch.dtype:
+    """As `Checkpoint.float_dtype` will be."""
+    tensors = [
+        tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and name.rpartition(".")[0] not in quantized
+    ]
+    largest = max(tensors, key=lambda tensor: tensor.numel(), default=None)
+    return largest.dtype if largest is not None else torch.float16

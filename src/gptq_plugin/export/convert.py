@@ -1,0 +1,143 @@
+"""From one `checkpoint_format` to another: the same codes, scales, zeros and groups, bit for bit, in other files.
+
+No model is built. Tensors go from file to file one by one, so a checkpoint larger than memory is no trouble, and what
+is not quantized is copied as it is: tensors of any dtype, tokenizer, code, cards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
+from gptq_plugin.checkpoint.description import Contents, describe, most_and_others
+from gptq_plugin.checkpoint.layouts import LAYOUTS
+from gptq_plugin.checkpoint.schemes import Scheme, ignored
+from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
+from gptq_plugin.errors import ExportError
+from gptq_plugin.export.export import SHARD, write_json, write_quantize_config
+from gptq_plugin.export.shard_writer import ShardWriter
+from gptq_plugin.export.staging import Staging
+from gptq_plugin.export.verify_files import verify_same
+
+_HEAD = "lm_head"
+_MADE = ("damp_percent", "damp_auto_increment", "static_groups", "true_sequential")  # no reader of layers needs these
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+
+
+def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, overwrite: bool = False) -> Path:
+    """Writes a quantized checkpoint of any tool in another format.
+
+    Args:
+        directory: A GPTQ or compressed-tensors checkpoint (`load_quantized` says which).
+        out: As for `export_model`.
+        checkpoint_format: ``"gptq"``, ``"gptq_v2"`` or ``"compressed-tensors"``.
+        overwrite: Replace an earlier export in `out`.
+
+    Returns:
+        The folder that was written, absolute.
+
+    Raises:
+        CheckpointError: `directory` holds no checkpoint, or a damaged one.
+        ExportError: The format cannot hold it, or `out` cannot be used. Nothing is left there.
+        ValueError: There is no such format, or the checkpoint has it already.
+    """
+    if checkpoint_format not in CHECKPOINT_FORMATS:
+        raise ValueError(f"checkpoint_format must be one of {', '.join(CHECKPOINT_FORMATS)}; got {checkpoint_format!r}")
+    checkpoint = Checkpoint.open(directory)
+    if checkpoint.checkpoint_format == checkpoint_format:
+        raise ValueError(f"{directory} has checkpoint_format={checkpoint_format!r} already: copy it")
+    schemes = {name: checkpoint.scheme(name) for name in checkpoint.layers}
+    said = checkpoint.quantize_config() or checkpoint.quantization
+    try:
+        config = _config(schemes, said, checkpoint_format)
+    except ValueError as error:
+        raise ExportError(f"{directory} cannot be converted: {error}") from error
+    description = describe(Contents(schemes, _float_linears(checkpoint), _HEAD), config)
+    meta = checkpoint.quantization.get("meta") or {}
+    description["meta"] = {**meta, "quantizer": [*_listed(meta.get("quantizer")), *description["meta"]["quantizer"]]}
+    staging = Staging(out, overwrite)
+    writer = ShardWriter(staging.path, SHARD)
+    try:
+        shutil.copytree(
+            checkpoint.directory,
+            staging.path,
+            ignore=shutil.ignore_patterns(*_WEIGHTS, CONFIG, QUANTIZE_CONFIG, ".git", ".cache"),
+            dirs_exist_ok=True,
+        )
+        _write(checkpoint, schemes, checkpoint_format, writer)
+        whole = {key: value for key, value in checkpoint.model_config.items() if key != "quantization_config"}
+        if isinstance(whole.get("text_config"), dict):
+            whole["text_config"] = {k: v for k, v in whole["text_config"].items() if k != "quantization_config"}
+        write_json(staging.path / CONFIG, {**whole, "quantization_config": description})
+        write_quantize_config(staging.path, description, _settings(config, said))
+        verify_same(checkpoint, staging.path)
+        staging.place()
+    except BaseException:
+        writer.abort()
+        staging.remove()
+        raise
+    return staging.directory
+
+
+def _write(checkpoint: Checkpoint, schemes: dict[str, Scheme], checkpoint_format: str, writer: ShardWriter) -> None:
+    layout = LAYOUTS[checkpoint_format]
+    for name, scheme in schemes.items():
+        try:
+            stored = layout.to_file(checkpoint.read_tensors(name), scheme.bits, scheme.sym)
+        except ExportError as error:
+            raise ExportError(f"{name}: {error}") from error
+        writer.add({f"{name}.{suffix}": tensor for suffix, tensor in stored.items()})
+    for name in checkpoint.float_names:
+        writer.add({name: checkpoint.read(name)})
+    writer.finish()
+
+
+def _config(schemes: dict[str, Scheme], said: Mapping[str, Any], checkpoint_format: str) -> QuantizeConfig:
+    """As we quantized it, where we did and that is what the layers are; else as the layers are."""
+    own = own_config(said)
+    if own is not None and all(_fits(own.for_module(name), scheme) for name, scheme in schemes.items()):
+        return dataclasses.replace(own, checkpoint_format=checkpoint_format)
+    most, rules = most_and_others({name: _fields(scheme) for name, scheme in schemes.items()})
+    return QuantizeConfig(**most, checkpoint_format=checkpoint_format, lm_head=_HEAD in schemes, dynamic=rules)
+
+
+def _fits(config: QuantizeConfig | None, scheme: Scheme) -> bool:
+    grid = (scheme.bits, scheme.group_size, scheme.sym)
+    return config is not None and (config.bits, config.group_size, config.sym) == grid
+
+
+def _settings(config: QuantizeConfig, said: Mapping[str, Any]) -> dict[str, Any]:
+    """quantize_config.json: how the layers are, from `config`, and how they were made, as far as the source says it."""
+    settings = {key: value for key, value in config.to_quantize_config().items() if key in said or key not in _MADE}
+    made = {key: said[key] for key in _MADE if key in said}
+    return {**settings, **made, "meta": said.get("meta") or {}}
+
+
+def _fields(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.sym,
+        "desc_act": scheme.desc_act,
+        "static_groups": not scheme.desc_act,
+    }
+
+
+def _float_linears(checkpoint: Checkpoint) -> list[str]:
+    """Names of what may be linear layers left float: matrices in numbered blocks, and what is said to be ignored."""
+    names = []
+    for tensor in checkpoint.float_names:
+        name, _, suffix = tensor.rpartition(".")
+        matrix = suffix == "weight" and len(checkpoint.tensors[tensor].shape) == 2 and name != _HEAD
+        in_block = any(part.isdigit() for part in name.split("."))
+        if matrix and (in_block or ignored(checkpoint.quantization, name)):
+            names.append(name)
+    return names
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

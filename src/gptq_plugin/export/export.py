@@ -1,0 +1,404 @@
+"""From a quantized model to a folder that clients load: `export_model`, or `Export` while layers still come.
+
+The folder is written beside its target under a hidden name, read back from disk and compared with the model
+(`verify`), loaded and run (`proof`), flushed, and only then renamed into place (`placing`): whatever fails on the way,
+the target is as it was.
+
+What each client needs to find is in `description.client_config`. Tensors keep their dtypes; choose the model's (vLLM
+wants float16 for GPTQ, and rounds scales to bfloat16 in a bfloat16 model).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.description import client_config
+from gptq_plugin.checkpoint.layouts import LAYOUTS
+from gptq_plugin.clients.inventory import Outline
+from gptq_plugin.clients.rules import Target, refuse
+from gptq_plugin.config import COMPRESSED, QUANTIZER_NAME, QuantizeConfig
+from gptq_plugin.errors import ExportError, some
+from gptq_plugin.export.shard_writer import ShardWriter
+from gptq_plugin.export.staging import Staging, files_in
+from gptq_plugin.export.verify_files import verify
+from gptq_plugin.export.verify_outputs import Sample, same_outputs
+from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
+from gptq_plugin.model.adapters import has_adapters
+from gptq_plugin.model.hf_models import check_savable, is_transformers, published_class
+from gptq_plugin.model.stored_names import renaming, stored_names
+from gptq_plugin.model.targets import is_linear, linear_shape
+from gptq_plugin.report.html_page import report_page
+from gptq_plugin.report.model_card import heading, model_card, model_facts
+from gptq_plugin.report.provenance import occasion, provenance, published
+from gptq_plugin.report.report import QuantizeReport
+
+log = logging.getLogger(__name__)
+
+REPORT = "quantization_report.json"
+PAGE = "report.html"
+CARD = "README.md"
+SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
+MAX_SHARD = "5GB"  # of a transformers model's float tensors
+
+
+def export_model(
+    model: nn.Module,
+    directory: str | Path,
+    config: QuantizeConfig,
+    *,
+    report: QuantizeReport | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    sample: Sample | None = None,
+    target: Target | str | Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a quantized model as a checkpoint of the config's `checkpoint_format`.
+
+    A transformers model becomes what `save_pretrained` writes (config.json with a ``quantization_config``,
+    generation_config.json, safetensors); any other module becomes safetensors and a config.json of our own. Up to
+    1 GB of tensors are one model.safetensors, more are shards with an index. quantize_config.json (AutoGPTQ's file),
+    the report (for programs, as a page, and as a model card) and the tokenizer lie beside.
+
+    Args:
+        model: With `QuantLinear` layers; not changed. Other tensors are stored in their dtypes, tied ones
+            once.
+        directory: Must not exist or be empty; see `overwrite`. Its parents are created.
+        config: What the model was quantized with. ``desc_act`` is written as true only when some group index
+            needs it.
+        report: Stored as quantization_report.json, report.html and README.md (a model card).
+        tokenizer: Anything with `save_pretrained`.
+        overwrite: Replace an earlier export of this package; nothing else is ever replaced.
+        sample: What the export must compute as the model does; see `proof.same_outputs`.
+        target: The client that is to load it ("vllm", "transformers", "sglang", "gptqmodel", or as `clients.Target.of`
+            takes it): what it would not take is refused.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        ExportError: Nothing is quantized, `config` is not what the model was quantized with, the folder
+            cannot be used, `target` would not take it, or what was written does not read back as the model. The
+            folder is then as it was.
+    """
+    with Export(model, directory, config, overwrite=overwrite, target=target) as export:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                export.add(name, module)
+        return export.finish(model, report=report, tokenizer=tokenizer, sample=sample)
+
+
+class Export:
+    """`export_model` in steps: finished layers are written while others are still being quantized.
+
+    Every layer is given to `add` once, then the quantized model to `finish`. As a context manager it removes what
+    it wrote when it is left without `finish`, whatever the reason; the target is then as it was.
+
+    Args:
+        model: The model that will be exported, its layers quantized or not yet; only its names are used here.
+        directory, config, overwrite, target: See `export_model`. What `target` would not take is refused now, for what
+            is planned, and in `finish`, for what there is.
+
+    Raises:
+        ExportError: The folder cannot be used (`check_export_dir`), or `target` would not take the export.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directory: str | Path,
+        config: QuantizeConfig,
+        *,
+        overwrite: bool = False,
+        target: Target | str | Mapping[str, Any] | None = None,
+    ) -> None:
+        self._config = config
+        self._target = Target.of(target)
+        self._refuse_target(model)
+        check_savable(model)
+        self._stored_names = _stored_names(model)
+        self._added: set[str] = set()
+        self._over = False
+        self._staging = Staging(directory, overwrite)
+        self._writer = ShardWriter(self._staging.path, SHARD)
+
+    def add(self, name: str, layer: QuantLinear) -> None:
+        """Takes a finished layer, which is written in the background. Returns without waiting for its device; waits
+        only while two shards (`SHARD`) are not on disk yet.
+
+        Args:
+            name: Its name in the model; of a shared layer, the one to store it under.
+            layer: On any device. On a CPU its tensors are kept, not copied: they must not change any more.
+
+        Raises:
+            ExportError: The name is no linear layer of the model or was added before, the layer is not what the
+                config says, or writing an earlier layer failed.
+        """
+        self._check_open()
+        if name in self._added:
+            raise ExportError(f"{name} was added to the export before: add every layer once")
+        self.check([name])
+        stored = self._stored_names[name]
+        _check_config({name: layer}, self._config)
+        bits, sym = layer.bits, (self._config.for_module(name) or self._config).sym
+        layout = LAYOUTS[self._config.checkpoint_format]
+
+        def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            try:
+                on_file = layout.to_file(tensors, bits, sym)
+            except ExportError as error:
+                raise ExportError(f"{name}: {error}") from error
+            return {f"{stored}.{suffix}": tensor for suffix, tensor in on_file.items()}
+
+        tensors = {suffix: getattr(layer, suffix) for suffix in TENSORS}
+        self._writer.add({suffix: t.detach() for suffix, t in tensors.items() if t is not None}, as_stored)
+        self._added.add(name)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Says now whether layers of these names could be added.
+
+        Raises:
+            ExportError: A name is no linear layer of the model, or one that cannot be stored.
+        """
+        impossible = [name for name in names if name not in self._stored_names]
+        if impossible:
+            raise ExportError(
+                f"{some(impossible)} cannot be exported: no linear layer of the model, or one that transformers stores "
+                "in another arrangement, which packed weights cannot follow. Name such layers in modules_to_not_convert"
+            )
+
+    def written(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of an added layer mapped from its file, or None while they are not on disk.
+
+        A layer on the CPU that takes these in place of its own needs no memory for them. They stay valid after
+        `finish`, after `abort` and after the files are removed or replaced, but not if somebody writes into the files.
+
+        Returns:
+            qweight, scales, g_idx and, where there is one, bias, as `QuantLinear` describes them. Not qzeros: the
+            file's may be less one; the layer keeps its own.
+        """
+        if self._config.checkpoint_format == COMPRESSED:
+            return None  # another orientation
+        stored = self._stored_names[name]
+        tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in TENSORS if suffix != "qzeros"}
+        return {suffix: t for suffix, t in tensors.items() if t is not None} or None
+
+    def finish(
+        self,
+        model: nn.Module,
+        *,
+        report: QuantizeReport | None = None,
+        tokenizer: Any = None,
+        sample: Sample | None = None,
+    ) -> Path:
+        """Writes everything else, proves that the files hold the model, and puts the folder in its place.
+
+        Args:
+            model: The quantized model, with the layers that were added; not changed.
+            report, tokenizer, sample: See `export_model`.
+
+        Returns:
+            The folder, absolute.
+
+        Raises:
+            ExportError: The model's layers are not those added, a file could not be written, or what was written
+                does not read back as the model, or computes something else. The target is then as it was.
+        """
+        self._check_open()
+        try:
+            layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
+            self._check_layers(model, layers)
+            _check_config(layers, self._config)
+            self._refuse_target(model, report)
+            description, settings = client_config(model, layers, self._config), self._config.to_quantize_config()
+            if report is not None:
+                description["meta"][QUANTIZER_NAME] = provenance(report)
+                settings["meta"][QUANTIZER_NAME] |= occasion(report)  # not in config.json: two runs give the same
+                report = published(report)
+            floats = _float_state(model, layers)
+            folder = self._staging.path
+            if is_transformers(model):
+                files = _write_transformers(folder, model, floats, description)
+                self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
+            else:
+                _write_plain_config(folder, model, description)
+                for name, tensor in _once(floats).items():
+                    self._writer.add({name: tensor})
+                self._writer.finish()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            if report is not None:
+                _write_report(folder, report, model, description)
+            write_quantize_config(folder, description, settings)
+            verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
+            same_outputs(model, folder, sample)
+            self._staging.place()
+            self._over = True
+        except BaseException:
+            self.abort()
+            raise
+        return self._staging.directory
+
+    def abort(self) -> None:
+        """Gives up: removes everything written so far. Nothing happens to an export that is finished."""
+        if not self._over:
+            self._over = True
+            self._writer.abort()
+            self._staging.remove()
+
+    def __enter__(self) -> Export:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def _check_open(self) -> None:
+        if self._over:
+            raise ExportError(f"the export to {self._staging.directory} is finished or given up: make another Export")
+
+    def _refuse_target(self, model: nn.Module, report: QuantizeReport | None = None) -> None:
+        if self._target is not None:
+            refuse(Outline.of_model(model, self._config, report), self._target)
+
+    def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
+        if not layers:
+            raise ExportError(f"{type(model).__name__} has no QuantLinear: quantize it before exporting it")
+        there = {layers[name] for name in self._added if name in layers}
+        lacking = [name for name, layer in layers.items() if layer not in there]
+        if lacking:
+            raise ExportError(
+                f"{some(lacking)} were not added to the export: add every quantized layer before `finish`"
+            )
+        gone = sorted(self._added - set(layers))
+        if gone:
+            raise ExportError(f"{some(gone)} were added to the export and are not quantized in the model: swap them in")
+
+
+# --- what the files say -------------------------------------------------------------------------------------
+
+
+def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> None:
+    for name, layer in layers.items():
+        asked = config.for_module(name)
+        if asked is None or (asked.bits, asked.group_size_for(layer.in_features)) != (layer.bits, layer.group_size):
+            wanted = "leaves it float" if asked is None else f"says bits={asked.bits}, group_size={asked.group_size}"
+            raise ExportError(
+                f"{name} is quantized with bits={layer.bits}, group_size={layer.group_size}, and the given "
+                "config "
+                f"{wanted}: pass the config the model was quantized with"
+            )
+
+
+def write_quantize_config(staging: Path, description: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """AutoGPTQ's file: the same description, everything needed to quantize so again (`settings`, as
+    `QuantizeConfig.to_quantize_config` has it), and the list of our files.
+
+    It is written last, and the list is how a later export knows what it may replace.
+    """
+    meta = {**settings["meta"], **description["meta"]}
+    listed = sorted([*files_in(staging), QUANTIZE_CONFIG])
+    ours = (part.get(QUANTIZER_NAME) or {} for part in (settings["meta"], description["meta"]))
+    meta[QUANTIZER_NAME] = {key: value for part in ours for key, value in part.items()} | {"files": listed}
+    write_json(staging / QUANTIZE_CONFIG, {**settings, **description, "meta": meta})
+
+
+def _write_report(staging: Path, report: QuantizeReport, model: nn.Module, description: dict[str, Any]) -> None:
+    """The report for programs, for people and for the hub, whose README takes the place of a tokenizer's own."""
+    facts = model_facts(model)
+    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+    (staging / PAGE).write_text(report_page(report, heading(report, facts)), encoding="utf-8")
+    (staging / CARD).unlink(missing_ok=True)  # never through a link
+    (staging / CARD).write_text(model_card(report, description, facts), encoding="utf-8")
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+def _stored_names(model: nn.Module) -> dict[str, str]:
+    """{name of a linear layer: its name in the checkpoint}, less those whose weights are stored in another form."""
+    shapes = {
+        name: (module.out_features, module.in_features) if isinstance(module, QuantLinear) else linear_shape(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantLinear) or is_linear(module)
+    }
+    return stored_names(model, shapes)
+
+
+def _float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The entries of the state dict that belong to no quantized layer."""
+    quantized = {f"{name}.{suffix}" for name in layers for suffix in TENSORS}
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in quantized}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ExportError(
+                f"{name} is a {type(value).__name__}: safetensors holds tensors only; remove the extra state"
+            )
+    return state
+
+
+def _write_transformers(
+    staging: Path, model: Any, floats: dict[str, Tensor], description: dict[str, Any]
+) -> list[Path]:
+    """Everything `save_pretrained` writes; returns its safetensors files, whose index, if any, is not ours."""
+    if has_adapters(model):
+        raise ExportError(
+            "the model carries PEFT adapters: quantize and export gptq_plugin.merged_copy(model) instead"
+        )
+    original = model.config
+    model.config = copy.deepcopy(original)  # save_pretrained writes dtype and architectures into it
+    try:
+        detached = {name: tensor.detach() for name, tensor in floats.items()}
+        try:
+            model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD)
+        except ValueError as error:  # a rule joins weights of which some are quantized now
+            log.warning(
+                "the float weights have the model's own names, not those of its published checkpoints, which need "
+                "weights that are quantized (%s): other clients may not find them",
+                error,
+            )
+            model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD, save_original_format=False)
+    finally:
+        model.config = original
+    config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
+    config["quantization_config"] = description
+    if not getattr(original, "auto_map", None):  # models with code of their own say themselves what they are
+        config["architectures"] = [(published_class(model) or type(model)).__name__]
+    if isinstance(model.get_output_embeddings(), QuantLinear):
+        # A quantized head cannot share the embedding's float weight.
+        for part in (config, config.get("text_config") or {}):
+            if "tie_word_embeddings" in part or part is config:
+                part["tie_word_embeddings"] = False
+    write_json(staging / CONFIG, config)
+    return sorted(staging.glob("model*.safetensors"))
+
+
+def _write_plain_config(staging: Path, model: nn.Module, description: dict[str, Any]) -> None:
+    kind = type(model)
+    write_json(
+        staging / CONFIG,
+        {"module_class": f"{kind.__module__}.{kind.__qualname__}", "quantization_config": description},
+    )
+
+
+def _once(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor once, tied ones under their first name, none sharing memory with another."""
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    tensors: dict[str, Tensor] = {}
+    for name in first.values():
+        value = state[name].detach()
+        part_of_more = value.untyped_storage().nbytes() != value.numel() * value.element_size()
+        tensors[name] = value.clone() if part_of_more else value
+    return tensors
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

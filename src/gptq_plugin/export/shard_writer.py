@@ -1,0 +1,211 @@
+"""Tensors into safetensors files while other work goes on: `ShardWriter`.
+
+One thread gathers what it is given and writes a file, a shard, whenever enough has come together. What is in a
+shard can be read back at once, mapped from the file, so whoever gave it may let go of its own copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptq_plugin.checkpoint.checkpoint import INDEX, WEIGHTS
+from gptq_plugin.errors import ExportError
+
+Tensors = dict[str, Tensor]
+Prepare = Callable[[Tensors], Tensors]
+
+
+class ShardWriter:
+    """Writes tensors to safetensors files of one folder, on a thread of its own.
+
+    Not more than two shards and one `add` are held on the host at a time: `add` waits while there are. Whatever
+    fails on the thread is raised by the next `add`, or by `finish`. Called from one thread at a time.
+
+    Args:
+        directory: An existing folder; files named shard-*.safetensors there are this writer's.
+        shard_bytes: A shard is written as soon as it has this many bytes.
+    """
+
+    def __init__(self, directory: Path, shard_bytes: int) -> None:
+        self._directory = directory
+        self._shard_bytes = shard_bytes
+        self._worker = ThreadPoolExecutor(1, "shards")
+        self._changed = threading.Condition()
+        self._held = 0  # bytes given and not on disk yet
+        self._failure: BaseException | None = None
+        self._gathered: Tensors = {}  # the next shard
+        self._gathered_bytes = 0
+        self._files: list[Path] = []
+        self._written: dict[str, Any] = {}  # name -> safetensors' handle of the shard that holds it
+
+    def add(self, tensors: Tensors, prepare: Prepare | None = None) -> None:
+        """Takes tensors and returns; does not wait for their device.
+
+        Args:
+            tensors: Name -> tensor, which must keep its values until it is in a file; none may share memory. From
+                a GPU they are copied in the order of its current stream; on a CPU they are kept as they are.
+            prepare: What is to be written, made from `tensors` on the host; called on the writer's thread.
+
+        Raises:
+            ExportError: An earlier shard could not be written.
+        """
+        size = _size(tensors)
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._held < 2 * self._shard_bytes)
+            self._raise_failure()
+            self._held += size
+        host, copied = _to_host(tensors)
+        self._worker.submit(self._take, host, size, copied, prepare)
+
+    def read(self, name: str) -> Tensor | None:
+        """A tensor mapped from its shard, or None while it is in none. It outlives renaming and removal of the file."""
+        handle = self._written.get(name)
+        return None if handle is None else handle.get_tensor(name)
+
+    def finish(self, also: Sequence[Path] = (), **metadata: int) -> dict[str, list[str]]:
+        """Writes what is left and gives the files their names: model.safetensors when all fits in one shard, else
+        model-0000i-of-0000N.safetensors and an index.
+
+        Args:
+            also: Safetensors files that somebody else wrote into the folder; they become shards like the others.
+            metadata: For the index, beside ``total_size``.
+
+        Returns:
+            File name -> the tensors in it.
+
+        Raises:
+            ExportError: A shard could not be written.
+        """
+        self._worker.shutdown()
+        self._raise_failure()
+        if self._gathered:
+            also = self._merge(also)
+            self._write()
+        files = [*self._files, *also]
+        tensors, total = [_mapped(file) for file in files], len(files)
+        names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)] if total > 1 else [WEIGHTS]
+        for file, name in zip(files, names, strict=True):
+            file.rename(self._directory / name)
+        contents = {name: list(held) for name, held in zip(names, tensors, strict=True)}
+        if total > 1:
+            index = {
+                "metadata": {**metadata, "total_size": sum(map(_size, tensors))},
+                "weight_map": {tensor: name for name, held in contents.items() for tensor in held},
+            }
+            content = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self._directory / INDEX).write_text(content, encoding="utf-8")
+        return contents
+
+    def abort(self) -> None:
+        """Ends the thread, after the file it is writing; what is not written is let go. May be called at any time."""
+        self._fail(ExportError("the export was given up"))
+        self._worker.shutdown()
+
+    def _take(
+        self, tensors: Tensors, size: int, copied: list[torch.cuda.Event], prepare: Prepare | None
+    ) -> None:  # on the thread
+        if self._failure is not None:
+            return
+        try:
+            for event in copied:
+                event.synchronize()
+            if copied:  # pinned memory is slow to make: back to the pool at once, for the next `add`
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            self._gathered.update(tensors if prepare is None else prepare(tensors))
+            self._gathered_bytes += size
+            if self._gathered_bytes >= self._shard_bytes:
+                self._write()
+        except BaseException as error:  # noqa: BLE001 (it is raised on the caller's thread)
+            self._fail(error)
+
+    def _write(self) -> None:
+        file = self._directory / f"shard-{len(self._files) + 1:05d}.safetensors"
+        try:
+            save_file(self._gathered, file, metadata={"format": "pt"})
+            with file.open("rb") as written:
+                os.fsync(written.fileno())  # here, so that nobody has to wait for the disk in the end
+            handle = safe_open(str(file), framework="pt", device="cpu")
+        except (OSError, SafetensorError) as error:
+            raise ExportError(
+                f"{file} could not be written: {error}. Make room there (this file needs {_size(self._gathered)} "
+                "bytes), or choose another target, and export again"
+            ) from error
+        self._files.append(file)
+        self._written.update(dict.fromkeys(self._gathered, handle))
+        self._gathered = {}
+        with self._changed:
+            self._held -= self._gathered_bytes
+            self._gathered_bytes = 0
+            self._changed.notify_all()
+        _trim()
+
+    def _merge(self, also: Sequence[Path]) -> Sequence[Path]:
+        """Takes one small file's tensors into our only shard; returns the files that stay as they are."""
+        if self._files or len(also) != 1:
+            return also
+        tensors = _mapped(also[0])
+        if self._gathered_bytes + _size(tensors) >= self._shard_bytes:
+            return also
+        self._gathered.update(tensors)
+        also[0].unlink()  # what is mapped stays
+        return ()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._gathered = {}
+            self._changed.notify_all()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def _to_host(tensors: Tensors) -> tuple[Tensors, list[torch.cuda.Event]]:
+    """The tensors on the host, and the events after which those from a GPU have arrived there."""
+    host: Tensors = {}
+    streams = set()
+    for name, tensor in tensors.items():
+        if tensor.is_cuda:
+            stream = torch.cuda.current_stream(tensor.device)
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host[name] = pinned.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)  # its memory is not to be used again before it is copied
+            streams.add(stream)
+        else:
+            host[name] = tensor.cpu().contiguous()
+    events = []
+    for stream in streams:
+        events.append(torch.cuda.Event(blocking=True))
+        events[-1].record(stream)
+    return host, events
+
+
+def _trim() -> None:
+    """Has freed memory returned to the system. glibc keeps what tensors below 32 MB leave and, once small objects lie
+    between, hardly uses it again: a process that frees a layer for each one it makes would grow all the same."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
+
+
+def _mapped(file: Path) -> Tensors:
+    """Everything in the file, mapped: nothing is read until it is used."""
+    with safe_open(str(file), framework="pt", device="cpu") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (the handle is no mapping)
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,192 @@
+"""A folder that is there as a whole or not at all: `Staging` is filled beside its target and renamed into place.
+
+An earlier export may be replaced; nothing else ever is. What lies in a target is known from the list of files that
+every export holds (quantize_config.json).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import glob
+import json
+import logging
+import os
+import shutil
+import stat
+import time
+import uuid
+from pathlib import Path
+
+from gptq_plugin.checkpoint.checkpoint import QUANTIZE_CONFIG
+from gptq_plugin.config import QUANTIZER_NAME
+from gptq_plugin.errors import ExportError
+
+log = logging.getLogger(__name__)
+
+_YOUNG = 60  # seconds
+
+
+def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
+    """Says now, before any training or quantization, whether `export_model` could write to `directory`.
+
+    Args:
+        directory: The target folder.
+        overwrite: Whether an earlier export of this package may be replaced.
+
+    Raises:
+        ExportError: It is a file, is not ours, holds files this package did not write, is an export and
+            `overwrite` is false, or cannot be created. Nothing is created or deleted here.
+    """
+    directory = Path(directory).resolve()
+    parent = directory.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ExportError(
+            f"cannot create {directory}: {parent} is not a folder one may write to; choose another target"
+        )
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ExportError(f"{directory} is a file: choose a folder that does not exist yet")
+    present = set(files_in(directory))
+    if not present and not any(directory.iterdir()):
+        return
+    written = _manifest(directory)
+    if written is None:
+        raise ExportError(
+            f"{directory} exists, is not empty and is no export of {QUANTIZER_NAME}: choose another "
+            "folder, or move it away (it is never overwritten, whatever `overwrite` says)"
+        )
+    if not overwrite:
+        raise ExportError(f"{directory} holds an earlier export: pass overwrite=True to replace it, or choose another")
+    foreign = sorted(present - written)
+    if foreign:
+        raise ExportError(
+            f"{directory} holds files that {QUANTIZER_NAME} did not write ({', '.join(foreign[:4])}): move "
+            "them away first, replacing the export would delete them"
+        )
+
+
+class Staging:
+    """A new folder beside `directory`, under a hidden name, that `place` renames to it.
+
+    Args:
+        directory: The target; its parents are created.
+        overwrite: Replace an earlier export.
+
+    Raises:
+        ExportError: See `check_export_dir`.
+    """
+
+    def __init__(self, directory: str | Path, overwrite: bool = False) -> None:
+        self.directory = Path(directory).resolve()
+        self._overwrite = overwrite
+        check_export_dir(self.directory, overwrite)
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(self.directory)
+        self.path = self.directory.parent / f".{self.directory.name}.{uuid.uuid4().hex[:8]}.partial"
+        self.path.mkdir()
+        self._lock = os.open(self.path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers stay then
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def place(self) -> None:
+        """Flushes all files to the disk, then puts the folder in its target's place.
+
+        Raises:
+            ExportError: The target cannot be used any more.
+        """
+        _flush(self.path)
+        check_export_dir(self.directory, self._overwrite)  # again: much may have happened since
+        if not self.directory.exists():
+            self.path.rename(self.directory)
+        elif _exchange(self.path, self.directory):
+            _remove_earlier(self.path)
+        else:
+            _step_aside(self.path, self.directory)
+        self._unlock()
+        _sync(self.directory.parent)
+
+    def remove(self) -> None:
+        """Removes the folder, unless it is in its place."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def files_in(directory: Path) -> list[str]:
+    """Everything in the folder that is not itself a folder, by relative name."""
+    paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path.relative_to(directory).as_posix() for path in paths]
+
+
+def _manifest(directory: Path) -> set[str] | None:
+    """The files an earlier export wrote into `directory`, or None when it is no export of ours."""
+    try:
+        description = json.loads((directory / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
+        return set(description["meta"][QUANTIZER_NAME]["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what killed exports to the same target left: hidden folders that no process holds a lock on."""
+    for folder in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < _YOUNG:
+                continue  # its lock may be about to be taken
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+                log.warning("removed %s, which an export that was killed had left", folder)
+            finally:
+                os.close(handle)
+
+
+def _flush(staging: Path) -> None:
+    """Everything to the disk, with the permissions a new file has (safetensors makes its own private)."""
+    mode = stat.S_IMODE((staging / QUANTIZE_CONFIG).stat().st_mode)
+    for path in [*staging.rglob("*"), staging]:
+        if not path.is_dir():
+            path.chmod(mode)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges the names of two folders at once, so that a kill at any moment leaves a whole one under each; False
+    where the system or the file system cannot (Linux 3.15 and glibc 2.28 can, NFS cannot)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _remove_earlier(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def _step_aside(staging: Path, directory: Path) -> None:
+    """The same in two steps: the earlier export goes to another name, and comes back if the second step fails."""
+    aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.replaced"
+    directory.rename(aside)
+    try:
+        staging.rename(directory)
+    except BaseException:
+        aside.rename(directory)
+        raise
+    shutil.rmtree(aside)

@@ -1,0 +1,151 @@
+"""Proof that a folder holds a model: `verify` reads it anew and compares it with the model in memory.
+
+Every quantized tensor is compared after `layouts` has read it back, and some rows' weights are decoded here from
+single bits, by code that shares nothing with what wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.config import COMPRESSED
+from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.kernels import reference
+from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
+
+_CHECKED_ROWS = 32  # output channels of every layer that are decoded again from the file
+_COMPARED = 2**26  # bytes of a tensor that are compared at a time
+
+
+def verify(
+    directory: Path,
+    layers: Mapping[str, QuantLinear],
+    floats: Mapping[str, Tensor],
+    renamed: Callable[[str], str] = str,
+) -> None:
+    """Compares the checkpoint in `directory` with what it should hold.
+
+    Args:
+        directory: A checkpoint.
+        layers: Every quantized layer by its name in the model; a shared one may have several.
+        floats: Other tensors by name; those under names that the checkpoint does not have are not compared.
+        renamed: A layer's name in the checkpoint to its name in the model.
+
+    Raises:
+        ExportError: Something differs; the message names the tensor.
+    """
+    checkpoint = _opened(directory, "export")
+    stored_names = {name if name in layers else renamed(name): name for name in checkpoint.layers}
+    found = {layers[name] for name in stored_names if name in layers}
+    lost = [name for name, layer in layers.items() if layer not in found]
+    if lost or len(stored_names) != len(checkpoint.layers):
+        raise ExportError(f"the export does not read back: {', '.join(lost) or 'a layer'} is not in it")
+    for name, stored_name in stored_names.items():
+        _verify_layer(checkpoint, stored_name, layers[name])
+    there = set(checkpoint.float_names)
+    for name, tensor in floats.items():
+        if name in there and not _equal(checkpoint.read(name), tensor):
+            raise ExportError(f"the export does not read back: {name} differs from the model's")
+
+
+def _opened(directory: Path, what: str) -> Checkpoint:
+    try:
+        return Checkpoint.open(directory)
+    except CheckpointError as error:
+        raise ExportError(f"the {what} does not read back: {error}") from error
+
+
+def _verify_layer(checkpoint: Checkpoint, name: str, layer: QuantLinear) -> None:
+    stored = checkpoint.read_tensors(name)
+    for suffix in TENSORS:
+        ours = getattr(layer, suffix)
+        if (ours is None) != (suffix not in stored) or (ours is not None and not _equal(stored[suffix], ours)):
+            raise ExportError(f"the export does not read back: {suffix} of {name} differs from the model's")
+    if not torch.equal(decoded_rows(checkpoint, name, _CHECKED_ROWS), _rows(layer)):
+        raise ExportError(f"the export does not read back: {name} decodes to other weights than the model's")
+
+
+def _equal(stored: Tensor, ours: Tensor) -> bool:
+    """torch.equal, on the device of `ours`, a piece at a time: needs little memory there and none here."""
+    if stored.shape != ours.shape or stored.dtype != ours.dtype:
+        return False
+    if not ours.numel():
+        return True
+    stored, ours = torch.atleast_1d(stored), torch.atleast_1d(ours)
+    rows = max(1, _COMPARED * ours.shape[0] // ours.nbytes)
+    return all(torch.equal(s.to(o.device), o) for s, o in zip(stored.split(rows), ours.split(rows), strict=True))
+
+
+def _rows(layer: QuantLinear) -> Tensor:
+    """The first output channels' weights in memory, float32 [rows, in]."""
+    rows = min(_CHECKED_ROWS, layer.out_features)
+    words = reference.words_for(rows, layer.bits)
+    pieces = (layer.qweight[:, :rows], layer.qzeros[:, :words], layer.scales[:, :rows], layer.g_idx)
+    return reference.dequantize(*(piece.cpu() for piece in pieces), layer.bits, torch.float32)
+
+
+def decoded_rows(checkpoint: Checkpoint, name: str, rows: int) -> Tensor:
+    """A layer's first output channels from the file, float32 [rows, in], bit by bit: without `layouts`, `packing` and
+    the kernels."""
+    layer = checkpoint.layers[name]
+    rows = min(rows, layer.out_features)
+    words = -(-rows * layer.bits // 32)
+
+    def read(suffix: str) -> Any:
+        return checkpoint.read(f"{name}.{suffix}")
+
+    if checkpoint.checkpoint_format == COMPRESSED:
+        packed, scales, packed_zeros = read("weight_packed")[:rows], read("weight_scale")[:rows], None
+        if not layer.sym:
+            packed_zeros = read("weight_zero_point")[:words].T
+        group_of = read("weight_g_idx") if layer.has_g_idx else None
+    else:
+        packed, scales = read("qweight")[:, :rows].T, read("scales")[:, :rows].T
+        packed_zeros = read("qzeros")[:, :words]
+        group_of = read("g_idx") if layer.has_g_idx else None
+    codes = _from_bits(packed, layer.bits)[:, : layer.in_features]
+    if packed_zeros is None:
+        zeros = torch.full((scales.shape[1], rows), 2 ** (layer.bits - 1))
+    else:
+        zeros = _from_bits(packed_zeros, layer.bits)[:, :rows]
+    if checkpoint.checkpoint_format == "gptq":
+        zeros = (zeros + 1) % 2**layer.bits
+    size = layer.group_size if layer.group_size > 0 else layer.in_features
+    group = torch.arange(layer.in_features) // size if group_of is None else group_of.long()
+    return (codes - zeros.T[:, group]).float() * scales.float()[:, group]
+
+
+def _from_bits(words: Tensor, bits: int) -> Tensor:
+    """int32 [n, w], a little-endian stream along each row, to int32 [n, w * 32 // bits]."""
+    words = words.clone(memory_format=torch.contiguous_format)  # of one column, a view may pass for contiguous
+    single = (words.view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    stream = single.flatten(1)
+    whole = stream.shape[1] // bits * bits
+    codes = stream[:, :whole].unflatten(1, (-1, bits)) << torch.arange(bits, dtype=torch.uint8)
+    return codes.sum(-1, dtype=torch.int32)
+
+
+def verify_same(source: Checkpoint, directory: Path) -> None:
+    """Compares the checkpoint in `directory` with `source`, whatever the format of either.
+
+    Raises:
+        ExportError: Something differs; the message names the tensor.
+    """
+    copy = _opened(directory, "copy")
+    if copy.layers.keys() != source.layers.keys() or set(copy.float_names) != set(source.float_names):
+        raise ExportError("the copy does not read back: it has other layers or other tensors than its source")
+    for name, layer in source.layers.items():
+        ours, stored = source.read_tensors(name), copy.read_tensors(name)
+        differs = [suffix for suffix in ours if suffix not in stored or not _equal(stored[suffix], ours[suffix])]
+        rows = min(_CHECKED_ROWS, layer.out_features)
+        if differs or not torch.equal(decoded_rows(copy, name, rows), decoded_rows(source, name, rows)):
+            raise ExportError(f"the copy does not read back: {name} differs ({', '.join(differs) or 'its weights'})")
+    for name in source.float_names:
+        if not _equal(copy.read(name), source.read(name)):
+            raise ExportError(f"the copy does not read back: {name} differs")

@@ -1,0 +1,245 @@
+"""Whether an export computes what the model in memory computes: it is loaded again, and both run a calibration sample.
+
+That the files hold the model's tensors is `verify`'s to show; this shows that what is said beside them (architecture,
+tied weights, formats) makes the same model of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gptq_plugin.calibration.batches import named, samples_in
+from gptq_plugin.calibration.forward import evaluating
+from gptq_plugin.checkpoint.load import load_as, load_quantized
+from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.memory.weights import brought
+from gptq_plugin.model.hf_models import has_own_code, is_transformers
+
+log = logging.getLogger(__name__)
+
+LENGTH = 64  # tokens of a sample that are run
+# Largest difference over the largest output: the same kernels add in the same order, but a float32 part of a model of
+# 16 bits is loaded in 16, and a GPU need not add in one order.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCE_16_BITS = 5e-2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Something to run through a model.
+
+    Attributes:
+        batch: A calibration batch.
+        forward: Called as forward(model, batch).
+        device: Where it computes.
+    """
+
+    batch: Any
+    forward: Callable[[nn.Module, Any], Any]
+    device: torch.device
+
+    @classmethod
+    def of(cls, batch: Any, forward: Callable[[nn.Module, Any], Any], device: torch.device) -> Sample:
+        """The first sample of a batch, at most `LENGTH` tokens long, where that can be told; else the whole batch."""
+        return cls(_first(batch), forward, device)
+
+
+def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> None:
+    """Loads the export in `directory` and compares its outputs with the model's.
+
+    Args:
+        model: The quantized model; not changed.
+        directory: Its export.
+        sample: What to run; without one, or where it does not reach the model as a whole, a transformers model runs its
+            `dummy_inputs`. What could not be compared is in the log.
+
+    Raises:
+        ExportError: The export does not load, or computes something else.
+    """
+    with torch.no_grad(), evaluating(model):
+        _same_outputs(model, directory, sample)
+
+
+def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> None:
+    called = _called(model, sample) if sample is not None else None
+    if called is None and is_transformers(model):
+        called = _dummies(model)
+    if called is None:
+        log.warning("the export was not run: no calibration sample went through the model as a whole")
+        return
+    (args, kwargs), device = called
+    with _on(model, device):  # not what the sample's forward gave, which may run under autocast
+        expected, repeated = (_floats(model(*args, **kwargs)) for _ in range(2))
+    if not expected:
+        log.warning("the export was not compared with the model, whose outputs hold no floating-point tensors")
+        return
+    if any(_difference(a, b) > _tolerance(a, b) for a, b in zip(repeated, expected, strict=True)):
+        log.warning("the export was not compared with the model, which computes something else every time")
+        return
+    try:
+        again = _reload(model, directory)
+    except CheckpointError as error:
+        raise ExportError(f"the export does not load: {error}") from error
+    if again is None:
+        return
+    with brought(again, device, capacity=0):
+        found = _floats(again(*args, **kwargs))
+    replaced = "forward" in vars(model)  # as accelerate does it, to run the model under autocast
+    _compare(found, expected, _TOLERANCE_16_BITS if replaced else 0.0)
+
+
+def _compare(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        raise ExportError(
+            f"the export computes something else than the model: outputs of {[list(t.shape) for t in found]}, the "
+            f"model's are {[list(t.shape) for t in expected]}"
+        )
+    for theirs, ours in zip(found, expected, strict=True):
+        share = _difference(theirs, ours)
+        if share > max(tolerance, _tolerance(theirs, ours)):
+            raise ExportError(
+                f"the export computes something else than the model: an output differs by {share:.3g} of the largest. "
+                "The model in memory is not what its class and configuration say (was one of them changed by hand?)"
+            )
+
+
+def _tolerance(*tensors: Tensor) -> float:
+    return max(_TOLERANCE.get(tensor.dtype, _TOLERANCE_16_BITS) for tensor in tensors)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Largest difference over the largest value; infinite where they are not finite in the same places."""
+    one, other = one.double().cpu(), other.double().cpu()
+    finite = other.isfinite()
+    if not torch.equal(finite, one.isfinite()):
+        return math.inf
+    one, other = one[finite], other[finite]
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-30)) if len(other) else 0.0
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _called(model: nn.Module, sample: Sample) -> tuple[Arguments, torch.device] | None:
+    """The arguments of the first call of the model as a whole; None when there is none."""
+    seen: list[Arguments] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not seen:
+            seen.append(tree_map(_cloned, (args, kwargs)))  # the forward may write into them
+
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with _on(model, sample.device):
+            sample.forward(model, sample.batch)
+    except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
+        log.info("a calibration sample alone does not go through the model (%s)", error)
+        return None
+    finally:
+        handle.remove()
+    return (seen[0], sample.device) if seen else None
+
+
+def _dummies(model: Any) -> tuple[Arguments, torch.device] | None:
+    device = next(model.parameters()).device
+    try:
+        inputs = {name: value.to(device) for name, value in model.dummy_inputs.items()}
+        model(**inputs)
+    except Exception as error:  # noqa: BLE001 - whatever a model does with inputs that are not for it
+        log.info("the model does not run transformers' dummy inputs (%s)", error)
+        return None
+    return ((), inputs), device
+
+
+def _reload(model: nn.Module, directory: Path) -> nn.Module | None:
+    if not is_transformers(model):
+        try:
+            return load_quantized(directory, model=_skeleton(model))  # type: ignore[no-any-return]
+        except (TypeError, RuntimeError, NotImplementedError) as error:
+            log.warning("the export was not run: %s cannot be copied (%s)", type(model).__name__, error)
+            return None
+    with _without_progress_bar():
+        # Code that came with the weights is in this process: every import of a copy stays in transformers' cache.
+        own = has_own_code(model)
+        again = load_as(directory, type(model), type(model.config)) if own else load_quantized(directory)
+    attention = getattr(model.config, "_attn_implementation", None)
+    with contextlib.suppress(Exception):  # another implementation of it adds in another order: no more than that
+        again.set_attn_implementation(attention)
+    return again  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers draws none: nobody asked for this load."""
+    from transformers.utils import logging as said
+
+    shown = said.is_progress_bar_enabled()
+    said.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            said.enable_progress_bar()
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a plain module with empty Linears where it has quantized layers, for `load_quantized` to fill."""
+    memo: dict[int, Any] = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            bias = layer.bias is not None
+            memo[id(layer)] = nn.Linear(layer.in_features, layer.out_features, bias, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+@contextlib.contextmanager
+def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on the device: where it is, or brought there part by part."""
+    parameter = next((t for t in (*model.parameters(), *model.buffers())), None)
+    if parameter is None or parameter.device == device:
+        yield
+    else:
+        with brought(model, device, capacity=0):
+            yield
+
+
+def _first(batch: Any) -> Any:
+    parts, samples = named(batch), samples_in(batch)
+    ids = parts.get("input_ids") if parts is not None else None
+    length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != samples:
+            return value
+        value = value[:1]
+        return value[:, :LENGTH] if length is not None and value.dim() > 1 and value.shape[1] == length else value
+
+    if isinstance(batch, Tensor):
+        return cut(batch)
+    if type(batch) is dict or type(batch) in (list, tuple):
+        return tree_map(cut, batch)
+    return batch
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, in order; not what is kept for later calls (caches)."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _floats(part)]
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,149 @@
+"""The grids weights are rounded to, and a matrix on its grid.
+
+A group of weights shares a scale, stored in float16, and a zero: the points scale·(code − zero) of its grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.kernels import solver_passes
+
+SCALE_DTYPE = torch.float16  # what a checkpoint stores
+_SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A quantized matrix: W[o, i] ≈ scales[g, o]·(codes[o, i] − zeros[g, o]) with g = g_idx[i].
+
+    Attributes:
+        codes: uint8 [out, in], columns in the layer's own order.
+        scales: float16 [G, out].
+        zeros: uint8 [G, out], true zeros (not v1's zeros minus one).
+        g_idx: int32 [in], the group of every input channel.
+        bits: Width of a code.
+        group_size: As configured: channels a group, or -1.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+    bits: int
+    group_size: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix the codes stand for, [out, in]; the product is taken in float32 (or `dtype` if wider)."""
+        wide = torch.promote_types(dtype, torch.float32)
+        group = self.g_idx.long()
+        offset = self.codes.to(wide).sub_(self.zeros.to(wide)[group].T)
+        return offset.mul_(self.scales.to(wide)[group].T).to(dtype)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """The output rows start..stop, as a matrix of its own."""
+        return replace(
+            self,
+            codes=self.codes[start:stop],
+            scales=self.scales[:, start:stop].contiguous(),
+            zeros=self.zeros[:, start:stop].contiguous(),
+        )
+
+
+def stored_bits(bits: int, group_size: int, in_features: int) -> float:
+    """Bits a weight takes with its part of the group's float16 scale and of its zero, which is as wide as a code."""
+    return bits + (16 + bits) / (in_features if group_size == -1 else group_size)
+
+
+def group_width(in_features: int, config: QuantizeConfig) -> int:
+    """Input channels that share a scale."""
+    return in_features if config.group_size == -1 else config.group_size
+
+
+def grid(values: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
+    """The grids of groups of weights that lie along the last dimension.
+
+    A scale that float16 cannot hold, or that comes from NaN, is not finite; `why_no_scale` says which.
+
+    Args:
+        values: [..., g], float32 or float64.
+        config: bits, sym and checkpoint_format are read.
+
+    Returns:
+        Scales, rounded to float16, and zeros; both [...] in the values' dtype.
+    """
+    top = 2**config.bits - 1
+    if config.sym:
+        scales = 2 * values.abs().amax(-1) / top
+        zeros = torch.full_like(scales, 2 ** (config.bits - 1))
+    else:
+        low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+        if config.checkpoint_format == "gptq":
+            # v1 stores z − 1, and clients disagree about z = 0: widen the grid until z is at least 1.
+            low = torch.minimum(low, -high / (top - 1))
+        scales = (high - low) / top
+        zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(0, top)
+    scales = torch.where(scales == 0, 1, scales)  # a group of zeros: any scale will do
+    return scales.clamp(min=_SMALLEST_SCALE).to(SCALE_DTYPE).to(values.dtype), zeros
+
+
+def why_no_scale(weight: Tensor) -> str:
+    """What is wrong with a weight for which `grid` gave a scale that is not finite."""
+    if not torch.isfinite(weight).all():
+        return "the weight holds NaN or infinity"
+    return (
+        f"a weight of {weight.abs().max().item():.3g} needs a scale above float16's "
+        f"{torch.finfo(SCALE_DTYPE).max:.0f}, which is what a checkpoint stores"
+    )
+
+
+@torch.no_grad()
+def round_to_nearest(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
+    """Every weight of [out, in] to the nearest point of its contiguous group's grid, without a Hessian.
+
+    Raises:
+        ValueError: The weight is not finite, or a scale exceeds float16.
+    """
+    size = group_width(weight.shape[1], config)
+    groups = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, size))
+    scales, zeros = grid(groups, config)  # [out, G]
+    if not torch.isfinite(scales).all():
+        raise ValueError(why_no_scale(weight))
+    return QuantizedWeight(
+        codes=_codes(groups, scales[..., None], zeros[..., None], config).flatten(1).to(torch.uint8),
+        scales=scales.T.to(SCALE_DTYPE).contiguous(),
+        zeros=zeros.T.to(torch.uint8).contiguous(),
+        g_idx=torch.arange(weight.shape[1], device=weight.device, dtype=torch.int32) // size,
+        bits=config.bits,
+        group_size=config.group_size,
+    )
+
+
+def grids(weight: Tensor, spans: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
+    """The grids of a weight's contiguous groups in A alternatives, each with a part of every row's range.
+
+    Args:
+        weight: [out, in], float32 or float64.
+        spans: [A, out], the parts.
+        config: As for `grid`, and group_size.
+
+    Returns:
+        Scales and zeros [A, out, G], as from `grid`.
+    """
+    # A grid depends on a group's ends only.
+    low, high = weight.unflatten(1, (-1, group_width(weight.shape[1], config))).aminmax(dim=-1)
+    return grid(torch.stack([low, high], -1) * spans[:, :, None, None], config)
+
+
+def nearest_errors(weight: Tensor, config: QuantizeConfig, dtype: torch.dtype) -> Tensor:
+    """weight − its nearest rounding, [out, in] in `dtype`; not finite where `round_to_nearest` raises."""
+    scales, zeros = grids(weight, weight.new_ones(1, len(weight)), config)
+    return solver_passes(weight).nearest_errors(weight.contiguous(), scales[0], zeros[0], config.bits, dtype)
+
+
+def _codes(groups: Tensor, scales: Tensor, zeros: Tensor, config: QuantizeConfig) -> Tensor:
+    return (groups / scales).add_(zeros).round_().clamp_(0, 2**config.bits - 1)

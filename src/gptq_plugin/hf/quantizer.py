@@ -1,0 +1,170 @@
+"""Quantized checkpoints through transformers' own `from_pretrained`, with `QuantLinear` layers.
+
+    from transformers import AutoModelForCausalLM
+    from gptq_plugin import quantized_config
+
+    config = quantized_config("out")
+    model = AutoModelForCausalLM.from_pretrained("out", config=config, device_map="auto")
+
+transformers chooses its quantizer by `quant_method`, and has its own for ``"gptq"`` and ``"compressed-tensors"``
+(which need GPTQModel and optimum, or compressed-tensors). Those stay as they are: `quantized_config` names another
+method, ``"gptq_plugin"``, in the configuration it returns (not in the folder), and `register` adds that method by
+transformers' extension points, `register_quantizer` and `register_quantization_config`. A `quantization_config=`
+argument cannot do it: transformers refuses one whose class is not that of the method in config.json.
+
+The files are read by `checkpoint`, as `load_quantized` does, so that the same is understood and the same refused.
+transformers loads what is not quantized. Loading prints transformers' progress bar, and its report only when the files
+hold tensors that the model has no place for.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gptq_plugin.checkpoint.checkpoint import INDEX, WEIGHTS, Checkpoint
+from gptq_plugin.checkpoint.load import fill, forget_quantization, in_memory, refuse, reserve
+from gptq_plugin.config import QUANTIZER_NAME
+from gptq_plugin.errors import CheckpointError
+from gptq_plugin.model.stored_names import key_renaming
+
+
+class GPTQPluginConfig(QuantizationConfigMixin):
+    """What transformers keeps in ``model.config.quantization_config``; it takes no options.
+
+    Attributes:
+        quant_method: ``"gptq_plugin"``.
+        description: Once loaded, the quantization_config of the layers in memory, with ``quant_method="gptq"``: what
+            `save_pretrained` writes into config.json.
+    """
+
+    def __init__(self, quant_method: str = QUANTIZER_NAME, description: dict[str, Any] | None = None) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.description = description
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.description or {"quant_method": self.quant_method})
+
+
+class GPTQPluginQuantizer(HfQuantizer):
+    """Puts `QuantLinear` layers into a model that transformers builds and otherwise loads.
+
+    What it loads can be saved (`save_pretrained` writes gptq_v2) and trained with adapters: gradients flow through
+    the layers, not into their weights.
+    """
+
+    requires_calibration = True  # transformers refuses to quantize a float model with it
+
+    quantization_config: GPTQPluginConfig
+    _checkpoint: Checkpoint
+    _names: dict[str, str]  # module name -> name in the checkpoint
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files") or []
+        if not files:
+            raise CheckpointError(
+                "from_pretrained has no files to load: give the checkpoint's folder or name, not a state_dict"
+            )
+        self._checkpoint = Checkpoint.open(Path(files[0]).parent)
+        floats = set(self._checkpoint.float_names)
+        rename = key_renaming(model)
+        renamed = {name: rename(name) for name in self._checkpoint.tensors}
+        self._names = reserve(self._checkpoint, model)
+        _refuse_missing(self._checkpoint, model, {key for name in floats for key in (name, *renamed[name])})
+        # The others are read afterwards: transformers need not report that it has no place for them.
+        ours = {key for name in self._checkpoint.tensors if name not in floats for key in (name, *renamed[name])}
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *(f"^{re.escape(key)}$" for key in ours),
+        }
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if getattr(model, "_tp_size", None) is not None:
+            raise CheckpointError(
+                f"{self._checkpoint.directory}: quantized layers are not divided by tp_plan; give device_map instead"
+            )
+        fill(self._checkpoint, model, self._names)
+        self.quantization_config.description = in_memory(self._checkpoint, model, self._names)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Makes ``quant_method="gptq_plugin"`` known to transformers in this process; again does nothing.
+
+    Raises:
+        ValueError: Another package registered that name.
+    """
+    for mapping, add, ours in (
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, GPTQPluginConfig),
+        (AUTO_QUANTIZER_MAPPING, register_quantizer, GPTQPluginQuantizer),
+    ):
+        if mapping.get(QUANTIZER_NAME) is not ours:
+            add(QUANTIZER_NAME)(ours)
+
+
+def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
+    """The model's configuration, for ``from_pretrained(name_or_path, config=it)``; calls `register`.
+
+    Args:
+        name_or_path: A folder, or a name on the hub.
+        kwargs: Options of `AutoConfig.from_pretrained`, such as `revision`.
+    """
+    register()
+    config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
+    forget_quantization(config)
+    config.quantization_config = {"quant_method": QUANTIZER_NAME}
+    weights = _weights_of_another_name(Path(name_or_path))
+    if weights is not None:
+        config.transformers_weights = weights
+    return config
+
+
+def _weights_of_another_name(directory: Path) -> str | None:
+    """The weights' file where it is not called as transformers expects: AutoGPTQ put bits and group size into it."""
+    if not directory.is_dir() or (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
+        return None
+    found = list(directory.glob("*.safetensors.index.json")) or list(directory.glob("*.safetensors"))
+    return found[0].name if len(found) == 1 else None
+
+
+def _refuse_missing(checkpoint: Checkpoint, model: Any, stored: set[str]) -> None:
+    """transformers gives a parameter that no file holds random values, and a line in its report.
+
+    Args:
+        checkpoint: For the message.
+        model: After `reserve`, so without the weights of quantized layers.
+        stored: What the files hold of it, under the model's names.
+    """
+    state = model.state_dict(keep_vars=True)
+    filled = {id(state[name]) for name in stored & state.keys()}  # a shared module has several names
+    tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name
+        for name, tensor in state.items()
+        if id(tensor) not in filled
+        and not any(name in names and names & stored for names in tied)
+        and not any(pattern.search(name) for pattern in ignored)
+    ]
+    refuse(
+        checkpoint,
+        type(model).__name__,
+        [f"{name} is missing: there is neither it nor its quantized form" for name in missing],
+    )

@@ -1,0 +1,4 @@
+"""GPTQCallback, and everything that knows Lightning.
+
+Imports training, quantize and what is below them; never hf or apps.
+"""

@@ -1,0 +1,56 @@
+"""Lightning strategies at whose end GPTQCallback cannot quantize, or not with everything it offers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from torch import nn
+
+from gptq_plugin.errors import TargetError
+from gptq_plugin.lightning.roots import either
+from gptq_plugin.lightning.sharding import shards
+from gptq_plugin.model.adapters import has_adapters
+
+
+def refuse_strategy(trainer: pl.Trainer, swap: bool) -> None:
+    """Raises ValueError for strategies that train in processes whose modules do not come back, where `swap` is true."""
+    launcher = trainer.strategy.launcher
+    if swap and isinstance(launcher, either("strategies.launchers._MultiProcessingLauncher")):
+        raise ValueError(
+            f"strategy {getattr(launcher, '_start_method', '')!r} trains in processes whose modules do not come back: "
+            "the quantized layers would be lost. Use strategy='ddp', or swap=False with an export_dir"
+        )
+
+
+def refuse_for_shards(trainer: pl.Trainer, swap: bool | None, export_dir: Path | None, weights: str) -> None:
+    """Raises ValueError for what the callback cannot do where the strategy shards parameters.
+
+    Args:
+        trainer: Of any strategy.
+        swap, export_dir, weights: The callback's.
+    """
+    if not shards(trainer):
+        return
+    strategy = type(trainer.strategy).__name__
+    if swap:
+        raise ValueError(
+            f"swap=True leaves the module quantized, and {strategy} keeps it in parts: leave swap out, and load the "
+            "export with load_quantized"
+        )
+    if export_dir is None:
+        raise ValueError(f"under {strategy} the module keeps its float weights: give an export_dir")
+    if weights != "last":
+        raise ValueError(
+            f"weights={weights!r}: under {strategy} only what training ended with is quantized (weights='last'). Run "
+            "gptq-quantize ckpt=... on the checkpoint afterwards"
+        )
+
+
+def refuse_sharded_adapters(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Raises TargetError for PEFT adapters on parameters that are in parts."""
+    if shards(trainer) and has_adapters(module):
+        raise TargetError(
+            f"PEFT adapters are not merged under {type(trainer.strategy).__name__}: train without the callback, and "
+            "run gptq-quantize ckpt=... adapter=... on what was saved, or train with strategy='ddp'"
+        )

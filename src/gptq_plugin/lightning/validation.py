@@ -1,0 +1,193 @@
+"""The user's own validation metrics, outside of Lightning's loops: `validate`.
+
+At the end of `fit` a nested `trainer.validate` would tear the strategy down a second time, and `self.log` has no loop
+to report to. So this runs the LightningModule's `validation_step` over the validation dataloaders itself, and for that
+time collects what it logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
+
+from gptq_plugin import distributed
+from gptq_plugin.calibration.forward import evaluating
+
+_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "min": torch.min,
+    "max": torch.max,
+    "sum": torch.sum,
+}
+
+
+def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+    """Runs `validation_step` over the validation dataloaders, as `trainer.validate` would.
+
+    The LightningModule's own hooks around epochs and batches run, callbacks' do not. `limit_val_batches` holds. In a
+    process group every rank validates its share, and all return the same.
+
+    Returns:
+        What was logged with `self.log` or `self.log_dict` for the epoch, by the name Lightning gives it; where it was
+        logged on each step too, also with its suffix ``_epoch``.
+    """
+    logged = _Logged()
+    loaders = validation_loaders(trainer)
+    with evaluating(pl_module), torch.no_grad(), logged.collecting(pl_module):
+        pl_module.on_validation_epoch_start()
+        for number, loader in enumerate(loaders):
+            several = len(loaders) > 1
+            index = (number,) if several else ()
+            for batch_idx, batch in enumerate(islice(loader, _limit(trainer, loader))):
+                batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=number)
+                batch = trainer.precision_plugin.convert_input(
+                    trainer.strategy.batch_to_device(batch, dataloader_idx=number)
+                )
+                logged.about(batch, f"/dataloader_idx_{number}" if several else "")
+                pl_module.on_validation_batch_start(batch, batch_idx, *index)
+                with trainer.precision_plugin.val_step_context():
+                    outputs = pl_module.validation_step(batch, batch_idx, *index)
+                pl_module.on_validation_batch_end(outputs, batch, batch_idx, *index)
+        logged.about(None, "")
+        pl_module.on_validation_epoch_end()
+    return logged.values()
+
+
+@dataclass
+class _Entry:
+    """What was logged under one name.
+
+    Attributes:
+        reduce: Lightning's `reduce_fx`.
+        names: Under which its value is returned.
+        values: One a call.
+        weights: Samples in each call's batch.
+        metric: The torchmetrics object, where one was logged; it has its own sums.
+    """
+
+    reduce: str | Callable[[Tensor], Tensor]
+    names: list[str]
+    values: list[Tensor] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
+    metric: Metric | None = None
+
+    def part(self) -> tuple[float, float]:
+        """This rank's value, and its weight."""
+        if self.metric is not None:
+            value = float(self.metric.compute())  # over all ranks
+            self.metric.reset()
+            return value, 1.0
+        values = torch.stack(self.values).double()
+        if self._averages:
+            weights = torch.tensor(self.weights, dtype=torch.float64)
+            return float((values * weights).sum() / weights.sum()), float(weights.sum())
+        return float(self._function(values)), 1.0
+
+    def whole(self, parts: list[tuple[float, float]]) -> float:
+        """The value over the ranks whose parts these are; their shares need not be of one size."""
+        if self.metric is not None:
+            return parts[0][0]
+        if self._averages:
+            return sum(value * weight for value, weight in parts) / sum(weight for _, weight in parts)
+        return float(self._function(torch.tensor([value for value, _ in parts], dtype=torch.float64)))
+
+    @property
+    def _averages(self) -> bool:
+        return self.reduce in ("mean", torch.mean)
+
+    @property
+    def _function(self) -> Callable[[Tensor], Tensor]:
+        return _REDUCE[self.reduce] if isinstance(self.reduce, str) else self.reduce
+
+
+class _Logged:
+    """Takes the place of a LightningModule's `log`."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._batch: Any = None
+        self._suffix = ""
+
+    def about(self, batch: Any, suffix: str) -> None:
+        """What is logged from now on concerns this batch; its names get the suffix."""
+        self._batch, self._suffix = batch, suffix
+
+    @contextlib.contextmanager
+    def collecting(self, pl_module: pl.LightningModule) -> Iterator[None]:
+        replaced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
+        pl_module.__dict__["log"] = self.log
+        pl_module.__dict__["log_dict"] = self.log_dict
+        try:
+            yield
+        finally:
+            for name, before in replaced.items():
+                del pl_module.__dict__[name]
+                if before is not None:
+                    pl_module.__dict__[name] = before
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[[Any], Any] = "mean",
+        *_: Any,
+        batch_size: int | None = None,
+        add_dataloader_idx: bool = True,
+        rank_zero_only: bool = False,
+        **__: Any,
+    ) -> None:
+        """`LightningModule.log`: of its arguments, those that change the value of the epoch."""
+        if on_epoch is False or (rank_zero_only and distributed.rank() != 0):
+            return
+        suffix = self._suffix if add_dataloader_idx else ""
+        names = [name + suffix] + ([f"{name}_epoch{suffix}"] if on_step else [])
+        entry = self._entries.setdefault(names[0], _Entry(reduce_fx, names))
+        if isinstance(value, Metric):
+            entry.metric = value
+            return
+        entry.values.append(torch.as_tensor(value).detach().float().mean().cpu())
+        if batch_size is None:
+            batch_size = 1 if self._batch is None else extract_batch_size(self._batch)
+        entry.weights.append(batch_size)
+
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        for name, value in dictionary.items():
+            self.log(name, value, *args, **kwargs)
+
+    def values(self) -> dict[str, float]:
+        """What rank 0 logged, on every rank: over the ranks that logged it too."""
+        ranks = distributed.gather_objects({name: entry.part() for name, entry in self._entries.items()})
+        values: dict[str, float] = {}
+        for name, entry in self._entries.items():
+            values |= dict.fromkeys(entry.names, entry.whole([parts[name] for parts in ranks if name in parts]))
+        return dict(distributed.object_from_first(values))
+
+
+def validation_loaders(trainer: pl.Trainer) -> list[Any]:
+    """The validation dataloaders of `fit`; none when validation is off, or without a `validation_step`."""
+    if not trainer.enable_validation:
+        return []
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # does nothing after the first validation
+    loaders: list[Any] = tree_leaves(trainer.val_dataloaders)
+    return [loader for loader in loaders if loader is not None]
+
+
+def _limit(trainer: pl.Trainer, loader: Any) -> int | None:
+    """Batches to run of a dataloader; None: all."""
+    limit = trainer.limit_val_batches
+    if isinstance(limit, int):
+        return limit
+    return None if limit in (None, 1.0) else int(len(loader) * limit)

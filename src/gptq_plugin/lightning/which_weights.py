@@ -1,0 +1,132 @@
+"""Which of a run's weights are quantized: what training ended with, the best checkpoint's, or a given one's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from gptq_plugin import distributed
+from gptq_plugin.errors import CheckpointError
+from gptq_plugin.lightning.roots import either
+
+
+def check_weights(trainer: pl.Trainer, weights: str) -> None:
+    """Refuses before training what `weights_of` could not find afterwards.
+
+    Raises:
+        CheckpointError: "best" is asked for, and no ModelCheckpoint monitors anything.
+    """
+    if weights == "best" and _monitoring(trainer) is None:
+        raise CheckpointError(
+            "weights='best' quantizes the checkpoint that ModelCheckpoint found best, and none of this trainer's "
+            "monitors a metric: add ModelCheckpoint(monitor='val_loss'), or use weights='last'"
+        )
+
+
+@contextlib.contextmanager
+def weights_of(trainer: pl.Trainer, pl_module: pl.LightningModule, weights: str) -> Iterator[Callable[[], None]]:
+    """The module with these weights, for the length of a with block; afterwards with those it had.
+
+    Args:
+        trainer: After training.
+        pl_module: Its module, unwrapped, on the CPU or a device.
+        weights: "last" changes nothing; "best", or the path of a checkpoint.
+
+    Yields:
+        To be called when the weights are to stay.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it cannot be loaded into the module.
+    """
+    if weights == "last":
+        yield lambda: None
+        return
+    path = _path(trainer, weights)
+    tensors = {id(tensor): tensor for tensor in (*pl_module.parameters(), *pl_module.buffers())}
+    before = [(tensor, tensor.data) for tensor in tensors.values()]
+    kept = False
+
+    def keep() -> None:
+        nonlocal kept
+        kept = True
+
+    try:
+        for tensor, data in before:
+            tensor.data = data.clone()
+        _load(trainer, pl_module, path)
+        yield keep
+    finally:
+        if not kept:
+            for tensor, data in before:
+                tensor.data = data
+
+
+def float_checkpoint(trainer: pl.Trainer, weights: str) -> str:
+    """The checkpoint that was quantized, or one saved when training ended; empty when there is none.
+
+    A `last.ckpt` may be older: beside a metric, ModelCheckpoint writes it only when it saves another.
+    """
+    if weights != "last":
+        return str(_path(trainer, weights))
+    saved = [c for c in _model_checkpoints(trainer) if c._last_global_step_saved == trainer.global_step]
+    return next((c._last_checkpoint_saved for c in saved), "")
+
+
+def _load(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
+    """As `trainer.test(ckpt_path=...)` loads one."""
+    try:
+        checkpoint = trainer.strategy.load_checkpoint(path)
+        pl_module.on_load_checkpoint(checkpoint)
+        pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+    except Exception as error:
+        raise CheckpointError(
+            f"the weights of {path} cannot be loaded into {type(pl_module).__name__}: {error}"
+        ) from error
+
+
+def _path(trainer: pl.Trainer, weights: str) -> Path:
+    if weights != "best":
+        path = Path(weights).expanduser()
+        if not path.exists():
+            raise CheckpointError(f"weights={weights!r}: there is no such checkpoint")
+        return path
+    callback = _monitoring(trainer)
+    best = distributed.object_from_first(callback.best_model_path if callback is not None else "")
+    if not best:
+        raise CheckpointError(
+            "weights='best': ModelCheckpoint has saved no checkpoint, since its metric was never logged. The trained "
+            "weights are in the module and in the last checkpoint, which gptq-quantize takes"
+        )
+    return Path(best)
+
+
+def _monitoring(trainer: pl.Trainer) -> Any:
+    """The first ModelCheckpoint that has a metric to go by, or None."""
+    return next((c for c in _model_checkpoints(trainer) if c.monitor is not None), None)
+
+
+def _model_checkpoints(trainer: pl.Trainer) -> list[Any]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, either("callbacks.ModelCheckpoint"))]
+
+
+@contextlib.contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """The modules that `torch.compile` wrapped in their wrappers' place, so that layers have their own names."""
+    wrappers = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if hasattr(child, "_orig_mod")
+    ]
+    for parent, name, child in wrappers:
+        setattr(parent, name, child._orig_mod)
+    try:
+        yield
+    finally:
+        for parent, name, child in wrappers:
+            setattr(parent, name, child)

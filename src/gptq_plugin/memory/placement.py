@@ -1,0 +1,167 @@
+"""What stays on the device while a model is quantized, and what has to wait on the host: `Placement`.
+
+Three things want the device's memory: the weights of the modules in use, the activations of all calibration batches at
+one layer, and the solver. Where they do not fit together, weights go first: blocks of the model are copied in when they
+are needed, ahead of time, which costs little. Activations beyond what then fits move to the host between the layers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gptq_plugin.device.memory import free_bytes
+from gptq_plugin.model.targets import Target
+
+EVERYTHING = 2**63 - 1  # more bytes than anything has
+_GIB = 2**30
+_PLANNED = 0.75  # of the free memory; the allocator loses the rest in gaps between tensors of many sizes
+_LARGEST_UNIT = _GIB  # a transformer block of most models; larger modules come in parts
+# Of a model on the device, only the layers quantized last run with other weights than their own.
+_OVERLAYS = 4 * _GIB
+# The solver's tensors: bytes for every entry of the Hessian (the sum, the mean or the factor, and pieces) and of the
+# weights solved together (in two layouts, what errors push to them for two candidates, and round-to-nearest's error).
+_BYTES_HESSIAN = 12
+_BYTES_WEIGHT = 30
+_BYTES_THREAD = 33 * 2**20  # a CUDA library's workspace on each batch's thread
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How much may be on the device.
+
+    Attributes:
+        weights: Bytes of weights that modules run with and do not own there.
+        activations: Bytes that suspended batches may keep there; None is all of them.
+        streamed: Whether blocks of the model come and go.
+        ahead: Whether there is room to bring a batch's activations back from the host while another runs.
+        said: What was decided and why, for the log.
+    """
+
+    weights: int
+    activations: int | None
+    streamed: bool
+    ahead: bool
+    said: str
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything has to wait on the host."""
+        return self.streamed or self.activations is not None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a quantization wants to have on the device, in bytes.
+
+    Attributes:
+        weights: Of the model, where it has to be copied to the device.
+        fixed: The quantized layers, where they stay on the device, and what libraries keep there for each batch.
+        solver: Its tensors.
+        forward: The most one batch's forward takes beside the weights.
+        activations: What all batches hold while they wait, at the layer where that is most.
+        batch: The same for the largest batch alone.
+    """
+
+    weights: int
+    fixed: int
+    solver: int
+    forward: int
+    activations: int
+    batch: int
+
+
+def place(
+    device: torch.device,
+    free: int | None,
+    needs: Needs,
+    few: int,
+    offload_weights: bool | None,
+    offload_activations: bool | None,
+) -> Placement:
+    """Decides from free memory what stays on the device.
+
+    Args:
+        device: Where the batches run.
+        free: Bytes free there; None when there is no limit.
+        needs: What is wanted.
+        few: Bytes of weights that must fit: the block in use and its neighbours; see `weights.Weights`.
+        offload_weights: True keeps only a few blocks there, False all; None decides.
+        offload_activations: True moves all suspended activations to the host, False none; None decides.
+    """
+    ahead = True
+    if free is None:
+        weights, activations = EVERYTHING, EVERYTHING
+    else:
+        room = int(free * _PLANNED) - needs.fixed - max(needs.solver, needs.forward)
+        ahead = few + needs.batch <= room
+        if needs.weights + needs.activations <= room:
+            weights, activations = EVERYTHING, EVERYTHING
+        else:
+            weights = max(few, room - needs.activations)
+            activations = max(0, room - weights)
+            if activations >= needs.activations:
+                activations = EVERYTHING
+    if offload_weights is not None:
+        weights = few if offload_weights else EVERYTHING
+    if offload_activations is not None:
+        activations = 0 if offload_activations else EVERYTHING
+    all_weights = weights >= needs.weights
+    all_activations = activations >= needs.activations and offload_activations is not True
+    if not needs.weights:
+        weights = _OVERLAYS
+    parts = [
+        f"weights {'stay there' if not needs.weights else 'all there' if all_weights else 'streamed block by block'}"
+        + (f" ({needs.weights / _GIB:.1f} GiB)" if needs.weights else ""),
+        f"activations {'all there' if all_activations else f'beyond {activations / _GIB:.1f} GiB on the CPU'}"
+        f" ({needs.activations / _GIB:.1f} GiB)",
+    ]
+    known = "" if free is None else f", {free / _GIB:.1f} GiB free, the solver needs {needs.solver / _GIB:.1f}"
+    return Placement(
+        weights=EVERYTHING if all_weights and needs.weights else weights,
+        activations=None if all_activations else activations,
+        streamed=not all_weights,
+        ahead=ahead,
+        said=f"memory on {device}: {'; '.join(parts)}{known}",
+    )
+
+
+def fits(model: nn.Module, device: torch.device) -> bool:
+    """Whether the whole model can be moved to the device with room to quantize it there."""
+    free = free_bytes(device)
+    return free is None or bytes_away(model, device) <= free // 2
+
+
+def bytes_away(model: nn.Module, device: torch.device) -> int:
+    """Bytes of parameters and buffers that are not on the device, each tensor once."""
+    return sum(t.nbytes for t in _tensors(model) if t.device != device)
+
+
+def solver_bytes(targets: Sequence[Target]) -> int:
+    """What solving takes at most: layers of one parent that have the same inputs may be solved together."""
+    rows: dict[tuple[str, int], int] = defaultdict(int)
+    for target in targets:
+        out_features, in_features = target.weight.shape
+        rows[target.name.rpartition(".")[0], in_features] += out_features
+    return max(n * n * _BYTES_HESSIAN + n * out * _BYTES_WEIGHT for (_, n), out in rows.items())
+
+
+def fixed_bytes(targets: Sequence[Target], device: torch.device, batches: int) -> int:
+    """See `Needs.fixed`: the codes, to which scales and zeros add little, and workspaces."""
+    codes = sum(t.weight.numel() * t.config.bits // 8 for t in targets if t.weight.device == device)
+    return codes + (batches * _BYTES_THREAD if device.type == "cuda" else 0)
+
+
+def unit_bytes(model: nn.Module, free: int | None) -> int:
+    """Size up to which a module's weights are brought to the device as a whole: a small part of both."""
+    whole = sum(t.nbytes for t in _tensors(model))
+    return min(_LARGEST_UNIT, whole // 8, _LARGEST_UNIT if free is None else free // 8)
+
+
+def _tensors(model: nn.Module) -> Iterable[torch.Tensor]:
+    """Parameters and buffers, each once however often it is used."""
+    return {id(t): t for t in (*model.parameters(), *model.buffers())}.values()

@@ -1,0 +1,326 @@
+"""Experts that a model keeps in one parameter, [experts, ., .]: taken apart into one Linear each, and put together.
+
+No model is named here. Such a parameter is found by its shape, and which of its sides are inputs by what the module
+says of itself (``is_transposed``, as transformers' experts do) or by a forward in which the parameter is watched. The
+module's own forward then runs on: where the parameter was stands an `ExpertWeights`, and multiplying by one of its
+entries calls that expert's Linear. So everything that holds for a Linear (hooks, Hessians, QuantLinear in its place)
+holds for an expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.model.expert_weights import ExpertWeights, Layout, WatchedWeights, as_linear
+from gptq_plugin.model.stored_names import Part, expert_parts
+
+_LEAST = 8  # rows and columns of a matrix; what is smaller is no expert's
+
+# What forwards showed of classes that do not say it themselves: by parameter, its layout, or None where it is used in
+# some other way.
+_seen: WeakKeyDictionary[type, dict[str, Layout | None]] = WeakKeyDictionary()
+
+
+class ExpertLinear(nn.Linear):
+    """One expert's matrix: a Linear without a bias, whose weight is a view of the parameter that holds them all.
+
+    Args:
+        weight: [out, in].
+        parameter: The parameter's name in the model.
+    """
+
+    def __init__(self, weight: Tensor, parameter: str) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.parameter = parameter
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A parameter that holds the experts' matrices.
+
+    Attributes:
+        name: The module's.
+        module: What has the parameter.
+        parameter: The parameter's attribute.
+        layout: The sides of [experts, ., .].
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    layout: Layout
+
+    @property
+    def whole(self) -> Tensor:
+        return self.module.get_parameter(self.parameter)
+
+    @property
+    def in_features(self) -> int:
+        return self.whole.shape[2 if self.layout == "out, in" else 1]
+
+    def matrix(self, expert: int) -> Tensor:
+        """[out, in], a view."""
+        return as_linear(self.whole.detach()[expert], self.layout)
+
+
+def find_experts(model: nn.Module) -> list[Experts]:
+    """The parameters of `model` that are known to hold experts' matrices, one for each."""
+    layouts = ((one, _layouts(*one[1:])) for one in _candidates(model))
+    return [Experts(*one, known[0]) for one, known in layouts if len(known) == 1]
+
+
+def possible_experts(model: nn.Module) -> Iterator[list[Experts]]:
+    """Those that are or, by their shape, might be such parameters; a second time by their other layout, where that is
+    not known. What has been taken apart meanwhile is not among them again."""
+    for number in range(2):
+        layouts = ((one, _layouts(*one[1:])) for one in _candidates(model))
+        yield [Experts(*one, possible[number]) for one, possible in layouts if number < len(possible)]
+
+
+def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
+    """Looks how modules that do not say it themselves use parameters [experts, ., .].
+
+    Args:
+        model: Any module; not changed.
+        run: Runs a forward of it. Not called where nothing is to be learned.
+    """
+    watched = [
+        (module, parameter, WatchedWeights(module.get_parameter(parameter)))
+        for _, module, parameter in _candidates(model)
+        if not _declares(module)
+    ]
+    if not watched:
+        return
+    with contextlib.ExitStack() as stack:
+        for module, parameter, stand_in in watched:
+            stack.callback(_replace(module, parameter, stand_in))
+        run()
+    for module, parameter, stand_in in watched:
+        if stand_in.uses:
+            use = next(iter(stand_in.uses)) if len(stand_in.uses) == 1 else None
+            _seen.setdefault(type(module), {})[parameter] = use
+
+
+@contextlib.contextmanager
+def unfused(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Each expert a Linear of its own for the length of a with block; afterwards those that are float are together
+    again, as if nothing had been. What it yields puts them together before that.
+
+    Quantized layers stay. A parameter is quantized for all its experts or for none: where only some are QuantLinear at
+    the end, they are lost.
+    """
+    with contextlib.ExitStack() as stack:
+        together: list[Callable[[], None]] = []
+        experts = find_experts(model)
+        parts = expert_parts(model, experts)
+        stack.enter_context(_plain_code([one.module for one in experts]))
+        for one in experts:
+            own = parts[one.name, one.parameter]
+            whole = f"{one.name}.{one.parameter}"
+            linears = [
+                [ExpertLinear(one.matrix(e)[part.rows], whole) for part in of_one] for e, of_one in enumerate(own)
+            ]
+            together.append(place_experts(one, own, linears))
+            stack.callback(together[-1])
+
+        def join() -> None:
+            for put_together in together:
+                put_together()
+
+        yield join
+
+
+@contextlib.contextmanager
+def _plain_code(modules: list[nn.Module]) -> Iterator[None]:
+    """transformers runs experts by fused kernels, and `place_experts` by the loop over them that their modules write
+    out. After the with block those whose experts are together again have the kernels again."""
+    configs = {id(config): config for module in modules if (config := _config(module)) is not None}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    try:
+        yield
+    finally:
+        apart = {id(_config(m)) for m in modules if any(isinstance(v, ExpertWeights) for v in m.__dict__.values())}
+        for key, config in configs.items():
+            if key not in apart:
+                config._experts_implementation = before[key]
+
+
+def _config(module: nn.Module) -> Any:
+    """What says how transformers runs the module's experts; None where nothing does."""
+    config = getattr(module, "config", None)
+    return config if getattr(config, "_experts_implementation", None) is not None else None
+
+
+def experts_of(name: str, module: nn.Module) -> str | None:
+    """The module that holds the experts, for a layer of one of them: taken out of a parameter, or in a list that is
+    called experts. None for any other layer."""
+    found = re.match(r"(.+?)\.\d+(?:\.\w+)?$", name) if isinstance(module, ExpertLinear) else None
+    return found[1] if found else block_of_experts(name)
+
+
+def block_of_experts(name: str) -> str | None:
+    """As `experts_of`, by the layer's name alone: ``"mlp.experts"`` of ``"mlp.experts.3.up_proj"``."""
+    found = re.match(r"(.*?\w*experts?)\.\d+(?:\.|$)", name)
+    return found[1] if found else None
+
+
+def in_expert(experts: str, layer: str) -> str:
+    """A layer's name within its expert, the same for all: ``"w1"``."""
+    return layer[len(experts) + 1 :].partition(".")[2]
+
+
+def routers(model: nn.Module) -> dict[str, nn.Module]:
+    """What gives each token's score for every expert, by name: modules beside the experts whose weight has as many rows
+    as there are experts, and that are no projection. Most are no Linear."""
+    modules = dict(model.named_modules())
+    counts: dict[str, int] = {}  # experts, by the module around them
+    for name, module in modules.items():
+        around, _, own = name.rpartition(".")
+        sizes = [len(value) for value in module.__dict__.values() if isinstance(value, ExpertWeights)]
+        if isinstance(module, nn.ModuleList) and "expert" in own:
+            sizes.append(len(module))
+        if sizes:
+            counts[around] = max(sizes)
+    return {
+        f"{around}.{name}" if around else name: child
+        for around, count in counts.items()
+        for name, child in modules[around].named_modules()
+        if _rows(child) == count and not name.endswith("_proj")
+    }
+
+
+def _rows(module: nn.Module) -> int | None:
+    """Rows of a module's weight, where that is a matrix."""
+    weight = module._parameters.get("weight")
+    return weight.shape[0] if weight is not None and weight.dim() == 2 else None
+
+
+def expert_layouts(module: nn.Module, parameter: str) -> list[Layout] | None:
+    """The layouts that a parameter with the shape of experts' matrices may have: none where it is known to be something
+    else. None for a parameter of another shape."""
+    return _layouts(module, parameter) if _is_stack(module, parameter) else None
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that are in several modules."""
+    users = Counter(id(value) for module in model.modules() for value in module._parameters.values())
+    return {one for one, count in users.items() if count > 1}
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """By shape: floating-point parameters of three dimensions, in modules that are not PyTorch's own (a convolution's
+    weight has as many). None that several modules have: quantized, they could not stay one."""
+    tied = tied_parameters(model)
+    for name, module in model.named_modules():
+        for parameter, value in module._parameters.items():
+            if name and _is_stack(module, parameter) and id(value) not in tied:
+                yield name, module, parameter
+
+
+def _is_stack(module: nn.Module, parameter: str) -> bool:
+    value = module._parameters[parameter]
+    if value is None or value.dim() != 3 or not value.is_floating_point():
+        return False
+    own = type(module).__module__.partition(".")[0] != "torch"
+    return own and value.shape[0] > 1 and min(value.shape[1:]) >= _LEAST
+
+
+def _declares(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "is_transposed", None), bool)
+
+
+def _layouts(module: nn.Module, parameter: str) -> list[Layout]:
+    """One where it is known, two where it is not, none where it is known that there are no experts."""
+    if _declares(module):
+        return ["in, out" if module.is_transposed else "out, in"]
+    seen = _seen.get(type(module), {})
+    if parameter not in seen:
+        return ["out, in", "in, out"]
+    layout = seen[parameter]
+    return [] if layout is None else [layout]
+
+
+# --- taking apart -------------------------------------------------------------------------------------------
+
+
+def place_experts(
+    experts: Experts, parts: list[list[Part]], layers: Sequence[Sequence[nn.Module]]
+) -> Callable[[], None]:
+    """Puts layers in place of the parameter.
+
+    Args:
+        experts: The parameter.
+        parts: By expert, the layers' names and rows.
+        layers: By expert, what to put there.
+
+    Returns:
+        What puts the parameter back, unless layers are quantized by then.
+    """
+    module, whole = experts.module, experts.whole
+    names = [[part.name for part in own] for own in parts]
+    for own_names, own in zip(names, layers, strict=True):
+        for name, layer in zip(own_names, own, strict=True):
+            _put(module, name, layer.train(module.training))
+    undo = _replace(module, experts.parameter, ExpertWeights(module, names, whole.shape, whole.dtype))
+    config = _config(module)
+    if config is not None:
+        config._experts_implementation = "eager"
+
+    def put_together() -> None:
+        if experts.parameter not in module.__dict__:
+            return
+        there = [module.get_submodule(name) for own in names for name in own]
+        if any(isinstance(layer, QuantLinear) for layer in there):
+            return
+        for name in {name for own in names for name in own}:
+            _remove(module, name)
+        undo()
+
+    return put_together
+
+
+def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """`layer` under a dotted name below `module`."""
+    around, _, leaf = name.rpartition(".")
+    for part in around.split(".") if around else ():
+        if part not in module._modules:
+            module.add_module(part, nn.ModuleDict())
+        module = module.get_submodule(part)
+    module.add_module(leaf, layer)
+
+
+def _remove(module: nn.Module, name: str) -> None:
+    first, _, rest = name.partition(".")
+    if rest and first in module._modules:
+        _remove(module.get_submodule(first), rest)
+    if not rest or not module.get_submodule(first)._modules:
+        module._modules.pop(first, None)
+
+
+def _replace(module: nn.Module, name: str, stand_in: object) -> Callable[[], None]:
+    """An attribute in place of a parameter; returns what undoes it."""
+    order = list(module._parameters)
+    parameter = module._parameters.pop(name)
+    module.__dict__[name] = stand_in
+
+    def undo() -> None:
+        del module.__dict__[name]
+        module._parameters[name] = parameter
+        for later in order[order.index(name) + 1 :]:
+            if later in module._parameters:
+                module._parameters[later] = module._parameters.pop(later)
+
+    return undo

@@ -1,0 +1,195 @@
+"""Under which names transformers stores a model's weights, which need not be those of its modules.
+
+transformers renames, splits and joins weights between a checkpoint and the model, by tables of its own. Asking those
+tables, with small stand-ins for the weights, is all that happens here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin.model.hf_models import is_transformers, transformers_models
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix of one expert as a checkpoint names it: some of the rows of the one that the model has.
+
+    Attributes:
+        name: Below the experts' module, such as ``"3.w1"``.
+        rows: Output channels.
+    """
+
+    name: str
+    rows: slice
+
+
+class _Stack(Protocol):
+    """What is asked of `experts.Experts`, which knows more."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def parameter(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def whole(self) -> Tensor: ...
+
+
+def stored_names(model: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """{name of a linear layer: its name in the checkpoint}, by transformers' own rules for `save_pretrained`.
+
+    A layer whose weight those rules would split, join or permute has the model's own name: packed weights cannot
+    follow.
+
+    Args:
+        model: Any module.
+        shapes: By layer, (out_features, in_features).
+    """
+    if not is_transformers(model):
+        return {name: name for name in shapes}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # All at once: some rules take effect only after they have seen another layer's name.
+    state = {f"{name}.qweight": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    names = {id(tensor): name for name, tensor in zip(shapes, state.values(), strict=True)}
+    reverted = revert_weight_conversion(model, dict(state))
+    stored = {names[id(t)]: key.removesuffix(".qweight") for key, t in reverted.items() if id(t) in names}
+    return {name: stored.get(name, name) for name in shapes}
+
+
+def renaming(model: Any) -> Callable[[str], str]:
+    """Checkpoint's module name -> the model's, by transformers' rules for the weights of that module."""
+    rename = key_renaming(model)
+    return lambda name: rename(f"{name}.weight")[0].removesuffix(".weight")
+
+
+def plain_renaming(model: Any) -> Callable[[str], str]:
+    """As `renaming`, for modules that are not in the model yet: no rule that joins weights counts."""
+    rename = _Rules(model)
+    return lambda name: rename.plain(f"{name}.weight").removesuffix(".weight")
+
+
+def key_renaming(model: Any) -> Callable[[str], list[str]]:
+    """Checkpoint's tensor name -> the model's, by transformers' rules; several where one tensor fills several.
+
+    Where a rule would join a module's weight with others, and the model has that module by itself (one expert's, see
+    `experts`), it is that module's.
+    """
+    rules = _Rules(model)
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+
+    def rename(name: str) -> list[str]:
+        plain = rules.plain(name)
+        return [plain] if plain.rpartition(".")[0] in modules else rules.joined(name)
+
+    return rename
+
+
+class _Rules:
+    """transformers' table for a model, from its checkpoint's names to its own."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        rules = get_model_conversion_mapping(model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._model = model
+        self._state = model.state_dict()
+
+    def plain(self, name: str) -> str:
+        return self._renamed(name, [])[0]
+
+    def joined(self, name: str) -> list[str]:
+        key, source = self._renamed(name, self._converters)
+        if source is None:
+            return [key]
+        targets = next(rule.target_patterns for rule in self._converters if source in rule.source_patterns)
+        return [key.replace(targets[0], target) for target in targets]
+
+    def _renamed(self, name: str, converters: list[Any]) -> tuple[str, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        renamed: tuple[str, str | None] = rename_source_key(
+            name, self._renamings, converters, self._model.base_model_prefix, self._state
+        )
+        return renamed
+
+
+def expert_parts(root: nn.Module, stacks: Iterable[_Stack]) -> dict[tuple[str, str], list[list[Part]]]:
+    """How the experts' matrices are stored: by module and parameter, expert by expert, in the order of their rows.
+
+    Where a checkpoint stores every expert by itself, the parts have its names; one that is stored whole has one part an
+    expert, with the parameter's name (``"3.down_proj"``).
+
+    Args:
+        root: Any module.
+        stacks: Parameters of modules in it that hold experts' matrices.
+    """
+    found: dict[tuple[str, str], list[list[Part]]] = {}
+    inner = [(f"{name}." if name else "", model) for name, model in transformers_models(root)]
+    for stack in stacks:
+        experts, rows = _sizes(stack)
+        whole = "" if stack.parameter == "weight" else f".{stack.parameter}"
+        found[stack.name, stack.parameter] = [[Part(f"{e}{whole}", slice(0, rows))] for e in range(experts)]
+    for prefix, model in inner:
+        own = [stack for stack in stacks if stack.name.startswith(prefix)]
+        found.update(_stored_parts(model, prefix, own) if own else {})
+    return found
+
+
+def _stored_parts(model: Any, prefix: str, stacks: list[_Stack]) -> dict[tuple[str, str], list[list[Part]]]:
+    """Every entry of a stand-in is the number of its row, so that what comes out says which rows it holds."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state: dict[str, Tensor] = {}
+    rows_of: list[tuple[_Stack, int]] = []  # by row of all stand-ins' matrices
+    for stack in stacks:
+        experts, rows = _sizes(stack)
+        numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1).expand(-1, -1, 2) + len(rows_of)
+        state[f"{stack.name.removeprefix(prefix)}.{stack.parameter}"] = (
+            numbers if stack.layout == "out, in" else numbers.mT
+        )
+        rows_of += [(stack, row) for row in range(experts * rows)]
+    found: dict[tuple[str, str], list[list[Part]]] = {}
+    for key, tensor in revert_weight_conversion(model, state).items():
+        if tensor.dim() != 2:
+            continue
+        numbers = tensor[:, 0] if tensor.shape[1] == 2 else tensor[0]
+        first, last = int(numbers[0]), int(numbers[-1])
+        stack, row = rows_of[first]
+        experts, rows = _sizes(stack)
+        expert = row // rows
+        name = re.search(rf"(?:^|\.)({expert}\.\w+)\.weight$", key)
+        if (
+            name is None
+            or not torch.equal(numbers, torch.arange(first, last + 1, device="cpu"))
+            or rows_of[last][1] // rows != expert
+        ):
+            continue
+        of_all = found.setdefault((stack.name, stack.parameter), [[] for _ in range(experts)])
+        of_all[expert].append(Part(name[1], slice(row % rows, row % rows + len(numbers))))
+    return {
+        key: [sorted(parts, key=lambda part: part.rows.start) for parts in found[key]]
+        for stack in stacks
+        if (key := (stack.name, stack.parameter)) in found and _whole(found[key], _sizes(stack)[1])
+    }
+
+
+def _whole(of_all: list[list[Part]], rows: int) -> bool:
+    return all(sum(part.rows.stop - part.rows.start for part in parts) == rows for parts in of_all)
+
+
+def _sizes(stack: _Stack) -> tuple[int, int]:
+    """Experts, and rows of the matrix of each."""
+    experts, *sides = stack.whole.shape
+    return experts, sides[0] if stack.layout == "out, in" else sides[1]

@@ -1,0 +1,150 @@
+"""What stays float in a model that is quantized, and why: said before the work, so that nobody ships "4 bits" that are
+mostly 16."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gptq_plugin.errors import some
+from gptq_plugin.gptq.grid import stored_bits
+from gptq_plugin.model.experts import expert_layouts, tied_parameters
+from gptq_plugin.model.targets import Skipped, Target
+from gptq_plugin.report import numbers
+
+_LARGE = 0.01  # share of the model's bytes from which a parameter is named by itself
+_MOSTLY = 0.5  # of the export
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """A parameter that is not quantized.
+
+    Attributes:
+        name: Full dotted name.
+        shape: Its sizes.
+        bytes: Its size.
+        reason: Why it stays float.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What is quantized of a model's parameters, and what not.
+
+    Attributes:
+        floats: What is not, the largest first.
+        quantized: Bytes of the float weights that will be quantized.
+        packed: Bytes they will take then, scales and zeros included.
+    """
+
+    floats: Sequence[FloatWeight]
+    quantized: int
+    packed: int
+
+    @property
+    def share(self) -> float:
+        """Of the model's bytes, what stays float."""
+        return self._float / max(1, self._float + self.quantized)
+
+    @property
+    def exported_share(self) -> float:
+        """Of the export's bytes, what is float."""
+        return self._float / max(1, self._float + self.packed)
+
+    @property
+    def mostly_float(self) -> bool:
+        return self.exported_share > _MOSTLY
+
+    def said(self) -> str:
+        """In a sentence, with every large parameter."""
+        total = max(1, self._float + self.quantized)
+        by_reason: dict[str, list[FloatWeight]] = defaultdict(list)
+        for one in self.floats:
+            by_reason[one.reason].append(one)
+        parts = []
+        for reason, ones in sorted(by_reason.items(), key=lambda pair: -sum(one.bytes for one in pair[1])):
+            size = sum(one.bytes for one in ones)
+            large = [f"{one.name} {list(one.shape)}" for one in ones if one.bytes >= _LARGE * total]
+            what = f" ({some(large)})" if large else ""
+            parts.append(f"{numbers.size(size)}, {size / total:.1%}: {reason}{what}")
+        return (
+            f"{self.share:.1%} of the model's {numbers.size(total)} stay float, which will be "
+            f"{self.exported_share:.1%} of the export: " + "; ".join(parts)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "share_float": self.share,
+            "share_float_of_export": self.exported_share,
+            "floats": [dataclasses.asdict(one) for one in self.floats],
+        }
+
+    @property
+    def _float(self) -> int:
+        return sum(one.bytes for one in self.floats)
+
+
+def coverage(model: nn.Module, targets: Iterable[Target], skipped: Iterable[Skipped]) -> Coverage:
+    """What will be quantized of `model`, and what will not.
+
+    Args:
+        model: A float model.
+        targets, skipped: What `targets.find_targets` says of it.
+    """
+    reasons = {skip.module: skip.reason for skip in skipped}
+    quantized = packed = 0
+    done: set[int] = set()
+    for target in targets:
+        weight, own = target.parameter, target.config
+        rows, columns = target.weight.shape
+        done.add(id(weight))
+        quantized += weight.numel() * weight.element_size()
+        packed += int(rows * columns * stored_bits(own.bits, own.group_size, columns) / 8)
+    tied = tied_parameters(model)
+    floats = []
+    for module_name, module in model.named_modules():
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in done:
+                continue
+            done.add(id(parameter))
+            reason = reasons.get(module) if parameter.dim() > 1 else None
+            if reason is None and id(parameter) in tied and expert_layouts(module, parameter_name):
+                reason = f"matrices of {type(module).__name__}, which several modules share"
+            name = f"{module_name}.{parameter_name}" if module_name else parameter_name
+            size = parameter.numel() * parameter.element_size()
+            floats.append(
+                FloatWeight(name, tuple(parameter.shape), size, reason or _reason(module, parameter_name, parameter))
+            )
+    return Coverage(sorted(floats, key=lambda one: -one.bytes), quantized, packed)
+
+
+def _reason(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    kind = type(module).__name__
+    if parameter.dim() < 2:
+        return "norms, biases and other vectors"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolutions"
+    if isinstance(module, nn.Linear):
+        return f"layers of class {kind}, which computes something else than Linear"
+    layouts = expert_layouts(module, name)
+    if layouts is not None:
+        return (
+            f"matrices of {kind}, whose use a forward is to show"
+            if layouts
+            else f"matrices of {kind}, which are not used as one expert's each"
+        )
+    return f"parameters of {kind}, which is no Linear"

@@ -1,0 +1,61 @@
+"""A report's figures as people read them, for the page and the model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gptq_plugin.kernels.reference import words_for
+from gptq_plugin.report.report import ModuleReport, QuantizeReport
+
+MODELS = {"float": "float", "gptq": "GPTQ", "rtn": "round-to-nearest"}  # the keys of `report.metrics`, spelled out
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One value of one metric.
+
+    Attributes:
+        metric: Its name, such as ``val_loss``.
+        model: What was evaluated: a value of `MODELS`, or the report's own key.
+        value: What the evaluation gave; may be NaN.
+        change: From the float model; NaN for the float model itself and where there is none.
+        relative: `change` as a part of the float value's size; NaN too where that is 0.
+    """
+
+    metric: str
+    model: str
+    value: float
+    change: float = math.nan
+    relative: float = math.nan
+
+
+def measured(report: QuantizeReport) -> Iterator[Measured]:
+    """Every value of `report.metrics`, a metric's float value first."""
+    for metric, values in report.metrics.items():
+        before = values.get("float", math.nan)
+        for key in sorted(values, key=lambda key: key != "float"):
+            change = values[key] - before if key != "float" else math.nan
+            relative = change / abs(before) if before else math.nan
+            yield Measured(metric, MODELS.get(key, key), values[key], change, relative)
+
+
+def packed_bytes(module: ModuleReport) -> int:
+    """What a quantized layer takes: codes, zeros, scales (float16) and group indices; 0 for a float one."""
+    if module.bits is None or module.group_size is None:
+        return 0
+    out_features, in_features = module.shape
+    groups = 1 if module.group_size == -1 else -(-in_features // module.group_size)
+    words = words_for(in_features, module.bits) * out_features + groups * words_for(out_features, module.bits)
+    return 4 * (words + in_features) + 2 * groups * out_features
+
+
+def widths(report: QuantizeReport) -> list[int]:
+    """The bits of the quantized modules, each once, ascending."""
+    return sorted({module.bits for module in report.quantized if module.bits is not None})
+
+
+def bits_of(report: QuantizeReport) -> str:
+    """The same in words, such as ``4-bit`` or ``3/4-bit``."""
+    return f"{'/'.join(map(str, widths(report)))}-bit" if widths(report) else "float"

@@ -1,0 +1,290 @@
+"""README.md of an export: a Hugging Face model card that says what the folder is and how to load it.
+
+What GPTQ clients take is stated in `_transformers` and `_vllm`; the facts were measured, the notes on formats say how.
+The card is meant to be published: paths of this machine never enter it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gptq_plugin.config import COMPRESSED, QUANTIZER_NAME
+from gptq_plugin.device.precision import FLOAT16
+from gptq_plugin.errors import some
+from gptq_plugin.model.hf_models import CONV1D, is_transformers, published_class
+from gptq_plugin.report.figures import bits_of, measured, packed_bytes, widths
+from gptq_plugin.report.numbers import change, percent, size, value
+from gptq_plugin.report.provenance import without_paths
+from gptq_plugin.report.report import QuantizeReport
+
+# Task of the hub: transformers' table of the classes that do it, and the class that loads any of them.
+_TASKS = {
+    "text-generation": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
+    "image-text-to-text": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
+    "text-classification": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForSequenceClassification"),
+    "token-classification": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "AutoModelForTokenClassification"),
+    "question-answering": ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "AutoModelForQuestionAnswering"),
+    "fill-mask": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
+    "image-classification": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification"),
+    "automatic-speech-recognition": ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq"),
+}
+_HUB_ID = re.compile(r"(?=.{3,96}$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a card says of the model besides its quantization.
+
+    Attributes:
+        name: Of its class.
+        loader: The transformers class that loads it; None for a plain module or a class transformers does not have.
+        dtype: Of its float tensors.
+        base_model: Id on the Hugging Face hub of the model it was trained from, where that is known.
+        pipeline_tag: The hub's name of its task, where that is known.
+        model_type: transformers' name of the architecture, where that has one.
+    """
+
+    name: str
+    loader: str | None = None
+    dtype: torch.dtype = torch.float32
+    base_model: str | None = None
+    pipeline_tag: str | None = None
+    model_type: str | None = None
+
+
+def model_facts(model: Any) -> ModelFacts:
+    """The facts of a model in memory, as its export will show them."""
+    if not is_transformers(model):
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        return ModelFacts(type(model).__name__, dtype=dtype)
+    base_model = hub_id(getattr(model.config, "_name_or_path", None))
+    kind = published_class(model)
+    if kind is None or getattr(model.config, "auto_map", None):  # a class with code of its own
+        return ModelFacts(type(model).__name__, dtype=model.dtype, base_model=base_model)
+    from transformers.models.auto import modeling_auto
+
+    for task, (table, loader) in _TASKS.items():
+        if kind.__name__ in getattr(modeling_auto, table, {}).values():
+            return ModelFacts(kind.__name__, loader, model.dtype, base_model, task, model.config.model_type)
+    return ModelFacts(kind.__name__, kind.__name__, model.dtype, base_model, model_type=model.config.model_type)
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it is an id on the hub (``org/name``), None for anything that may be a path of this machine."""
+    return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def heading(report: QuantizeReport, facts: ModelFacts) -> str:
+    """What the export is called, on its card and its page."""
+    name = facts.base_model.rpartition("/")[2] if facts.base_model else facts.name
+    return f"{name}, {bits_of(report)} GPTQ"
+
+
+def model_card(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts) -> str:
+    """The text of README.md: YAML metadata, then Markdown.
+
+    Args:
+        report: What was done.
+        description: The ``quantization_config`` of the export's config.json (`description.client_config`).
+        facts: What was quantized.
+    """
+    if description["quant_method"] == COMPRESSED:  # in GPTQ's words, which are the table's
+        asked = report.config
+        description = {name: getattr(asked, name) for name in ("bits", "group_size", "sym")} | {
+            "desc_act": False,
+            "lm_head": asked.lm_head,
+            "checkpoint_format": COMPRESSED,
+            "dynamic": asked.dynamic,
+        }
+    sections = [
+        f"---\n{yaml.safe_dump(_metadata(report, facts), sort_keys=False, allow_unicode=True)}---",
+        f"# {_text(heading(report, facts))}",
+        _summary(report, facts),
+        "## Quantization",
+        _table(("option", "value"), _options(description, report)),
+        "## Calibration",
+        _calibration(report),
+        *_metrics(report),
+        "## What differed from what was asked",
+        _deviations(report),
+        "## How to load it",
+        "In this folder (`.`); elsewhere, put its path in place of the dot.",
+        _here(facts),
+    ]
+    if facts.loader is not None:
+        sections += [_transformers(report, description, facts, facts.loader), _vllm(report, description, facts)]
+    return "\n\n".join(sections) + "\n"
+
+
+# --- what it says -------------------------------------------------------------------------------------------
+
+
+def _metadata(report: QuantizeReport, facts: ModelFacts) -> dict[str, Any]:
+    """Keys of the hub; one whose value is unknown is left out."""
+    base = {"base_model": facts.base_model, "base_model_relation": "quantized"} if facts.base_model else {}
+    task = {"pipeline_tag": facts.pipeline_tag} if facts.pipeline_tag else {}
+    metrics = {"metrics": [" ".join(metric.split()) for metric in report.metrics]} if report.metrics else {}
+    return {
+        **base,
+        "library_name": QUANTIZER_NAME if facts.loader is None else "transformers",
+        **task,
+        "tags": ["gptq", *(f"{bits}-bit" for bits in widths(report)), "quantized", QUANTIZER_NAME],
+        **metrics,
+    }
+
+
+def _summary(report: QuantizeReport, facts: ModelFacts) -> str:
+    origin = f" It comes from [{facts.base_model}](https://hf.co/{facts.base_model})." if facts.base_model else ""
+    totals, weights = report.totals(), sum(module.weights for module in report.quantized)
+    ratio = totals["loss"] / totals["rtn_loss"] if totals["rtn_loss"] else float("nan")
+    compared = f" Their loss is {value(ratio, 3)} of round-to-nearest's." if value(ratio) else ""
+    return (
+        f"A `{facts.name}` whose linear layers were quantized with GPTQ by {QUANTIZER_NAME}.{origin} "
+        f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}. The "
+        f"quantized ones take {size(sum(map(packed_bytes, report.quantized)))}, in 16 bits they would take "
+        f"{size(2 * weights)}.{compared} `report.html` shows every layer."
+    )
+
+
+def _options(description: dict[str, Any], report: QuantizeReport) -> list[tuple[str, str]]:
+    names = ("bits", "group_size", "sym", "desc_act", "lm_head", "checkpoint_format", "dynamic")
+    options = [(f"`{name}`", _code(description[name])) for name in names if name in description]
+    asked = report.config
+    return [
+        *options,
+        ("`static_groups`", _code(asked.static_groups)),
+        ("`damp_percent`", _code(asked.damp_percent)),
+        ("`clip_ratios`", _code(list(asked.clip_ratios))),
+    ]
+
+
+def _calibration(report: QuantizeReport) -> str:
+    if not report.tokens:
+        return "None: the weights were rounded to nearest."
+    origin = f"{_text(report.calibration)}: " if report.calibration else ""
+    return f"{origin}{report.samples:,} samples, {report.tokens:,} tokens."
+
+
+def _metrics(report: QuantizeReport) -> list[str]:
+    rows = [
+        (_text(m.metric), _text(m.model), value(m.value, 5), change(m.change), percent(m.relative))
+        for m in measured(report)
+    ]
+    return ["## Before and after", _table(("metric", "model", "value", "change", "relative"), rows)] if rows else []
+
+
+def _deviations(report: QuantizeReport) -> str:
+    return "\n".join(f"- {_text(deviation)}" for deviation in report.all_deviations()) or "Nothing."
+
+
+# --- how to load it -----------------------------------------------------------------------------------------
+
+
+def _here(facts: ModelFacts) -> str:
+    if facts.loader is not None:
+        call, comment = 'load_quantized(".", device="cpu")', ""
+    else:
+        call, comment = f'load_quantized(".", model={facts.name}())', "  # built as it was for training"
+    return _snippet(QUANTIZER_NAME, f"from {QUANTIZER_NAME} import load_quantized\n\nmodel = {call}{comment}")
+
+
+def _transformers(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts, loader: str) -> str:
+    compressed = description["checkpoint_format"] == COMPRESSED
+    refused = []
+    if facts.model_type in (CONV1D if compressed else ("gpt2",)):
+        refused.append("it has no quantized form of Conv1D, of which this model is made")
+    if not compressed and _grids(report, description) != {(description["bits"], description["group_size"])}:
+        refused.append("it does not read layers of different bits or group sizes")
+    if not compressed and description["lm_head"]:
+        refused.append("it does not read a quantized output embedding")
+    if refused:
+        return f"### transformers\n\ntransformers does not load this checkpoint: {'; '.join(refused)}."
+    if compressed:
+        code = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained(".")'
+        needs = "It needs compressed-tensors (0.18 or newer for 3 bits): `pip install compressed-tensors`."
+        return f"{_snippet('transformers', code)}\n\n{needs}"
+    names, option = loader, ""
+    if description["group_size"] == -1:  # GPTQModel's own choice of kernel fails
+        names = f"{loader}, GPTQConfig"
+        option = f', quantization_config=GPTQConfig(bits={description["bits"]}, backend="torch")'
+    code = f'from transformers import {names}\n\nmodel = {loader}.from_pretrained("."{option})'
+    return f"{_snippet('transformers', code)}\n\nIt needs GPTQModel and Optimum: `pip install gptqmodel optimum`."
+
+
+def _vllm(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts) -> str:
+    bits = {width for width, _ in _grids(report, description)}
+    rules = description.get("dynamic", {}).values()
+    refused = []
+    compressed = description["checkpoint_format"] == COMPRESSED
+    if not compressed and (not description["sym"] or any(rule.get("sym") is False for rule in rules)):
+        refused.append("it reads symmetric grids only (sym=true)")
+    if bits & {2, 3}:
+        refused.append("it does not read layers of 2 or 3 bits")
+    if description["desc_act"]:
+        refused.append("desc_act=true, groups in order of activation, is not read on every device")
+    if description["lm_head"]:
+        refused.append("it does not read a quantized output embedding")
+    if refused:
+        return f"### vLLM\n\nvLLM does not take this checkpoint: {'; '.join(refused)}."
+    notes = ["Where vLLM knows this architecture."]
+    option = ""
+    large = [module.name for module in report.quantized if module.largest > FLOAT16]
+    if facts.dtype != torch.float16 and large:
+        layers = _text(some(large))
+        notes.append(f"It runs in bfloat16, in which it rounds the scales; float16 cannot hold what {layers} compute.")
+    elif facts.dtype not in (torch.float16, torch.bfloat16):
+        option = " --dtype float16"
+        notes.append(f"The float tensors are {_dtype(facts.dtype)}: it would turn them and the scales into bfloat16.")
+    elif facts.dtype == torch.bfloat16:
+        notes.append("In bfloat16 it rounds the scales, which are float16; `--dtype float16` keeps them.")
+    if 8 in bits:
+        notes.append("8-bit layers need a GPU.")
+    if len(_grids(report, description)) > 1:
+        notes.append(
+            "Layers differ in bits or group size here. Those that it fuses, such as q, k and v to `qkv_proj`, must not "
+            "differ, and their `dynamic` rule must match that name."
+        )
+    return f"{_snippet('vLLM', f'vllm serve .{option}', 'bash')}\n\n{' '.join(notes)}"
+
+
+def _grids(report: QuantizeReport, description: dict[str, Any]) -> set[tuple[int, int]]:
+    """(bits, group_size) of the quantized layers."""
+    found = {(m.bits, m.group_size) for m in report.quantized if m.bits is not None and m.group_size is not None}
+    return found or {(description["bits"], description["group_size"])}
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------
+
+
+def _snippet(title: str, code: str, language: str = "python") -> str:
+    return f"### {title}\n\n```{language}\n{code}\n```"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _text(said: str) -> str:
+    """Any text as Markdown that shows it: one line, nothing in it is markup, paths of this machine cut to their end."""
+    line = without_paths(" ".join(said.split()))
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+
+
+def _code(setting: Any) -> str:
+    """A value in backticks, for a table: a bar would end the cell even there, a backtick the code."""
+    text = str(setting).lower() if isinstance(setting, bool) else str(setting)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return fence + space + " ".join(text.split()).replace("|", "\\|") + space + fence
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

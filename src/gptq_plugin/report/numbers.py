@@ -1,0 +1,40 @@
+"""Numbers and tables as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def size(count: int) -> str:
+    """A number of bytes with a decimal unit."""
+    if count < 1000:
+        return f"{count} B"
+    power = min(3, int(math.log10(count)) // 3)
+    return f"{count / 1000**power:.3g} {('kB', 'MB', 'GB')[power - 1]}"
+
+
+def value(number: float, digits: int = 4) -> str:
+    """So many significant digits; blank when unknown (NaN)."""
+    return "" if math.isnan(number) else f"{number:.{digits}g}"
+
+
+def change(number: float) -> str:
+    """With its sign; blank when unknown."""
+    return "" if math.isnan(number) else f"{number:+.3g}"
+
+
+def percent(number: float) -> str:
+    """A part of the whole as a percentage with its sign; blank when unknown."""
+    return "" if math.isnan(number) else f"{100 * number:+.2f} %"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]:
+    """Rows as lines with columns one under the other: the first to the left, the others to the right if numeric."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [c.rjust(w) if numeric else c.ljust(w) for c, w in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -1,0 +1,215 @@
+"""What happened to every module, and why: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.report.coverage import Coverage
+from gptq_plugin.report.numbers import aligned
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One linear layer.
+
+    Attributes:
+        name: Full dotted name.
+        method: "gptq", "rtn" (round-to-nearest) or "float" (left alone).
+        bits: Width of its codes; None when float.
+        group_size: Channels a group, or -1; None when float.
+        shape: (out_features, in_features).
+        loss: Mean over tokens of the squared output error, summed over outputs; NaN when unknown.
+        rtn_loss: The same for round-to-nearest.
+        tokens: Calibration tokens in its Hessian, over all ranks.
+        damp_percent: The damping that was used.
+        seconds: Time to solve it; layers solved together share theirs by rows.
+        max_input: The largest absolute value it read in calibration, at any position, over all ranks; NaN when unknown.
+        max_output: The same of what it returned, quantized.
+        reason: Why a float layer is float.
+        deviations: A sentence for everything that differs from what was asked.
+    """
+
+    name: str
+    method: str
+    bits: int | None
+    group_size: int | None
+    shape: tuple[int, int]
+    loss: float = math.nan
+    rtn_loss: float = math.nan
+    tokens: int = 0
+    damp_percent: float = math.nan
+    seconds: float = 0.0
+    max_input: float = math.nan
+    max_output: float = math.nan
+    reason: str = ""
+    deviations: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def largest(self) -> float:
+        """The larger of `max_input` and `max_output`; NaN when neither is known."""
+        return max((x for x in (self.max_input, self.max_output) if not math.isnan(x)), default=math.nan)
+
+
+@dataclass
+class QuantizeReport:
+    """A whole model.
+
+    Attributes:
+        config: What was asked.
+        modules: Every linear layer, quantized or not.
+        samples: Calibration samples used, over all ranks.
+        tokens: Calibration tokens used, over all ranks: the most any layer saw.
+        seconds: Wall-clock seconds by phase.
+        deviations: What differs from the request and belongs to no single module.
+        calibration: Where the samples came from, in a few words; empty when nobody said.
+        calibration_sha256: Of what the samples hold, see `batches.digest`; empty without samples.
+        run_id: The training run's, where it has one; else a number of its own. Empty without calibration.
+        float_checkpoint: Where training saved the float weights; empty when it did not.
+        coverage: What of the model's parameters is quantized and what is not, as planned; None when nobody looked.
+        metrics: By name, such as ``val_loss``, what the user's own evaluation gave: ``{"float": 2.31, "gptq": 2.33}``.
+    """
+
+    config: QuantizeConfig
+    modules: list[ModuleReport] = field(default_factory=list)
+    samples: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    deviations: list[str] = field(default_factory=list)
+    calibration: str = ""
+    calibration_sha256: str = ""
+    run_id: str = ""
+    float_checkpoint: str = ""
+    coverage: Coverage | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> list[ModuleReport]:
+        return [module for module in self.modules if module.method != "float"]
+
+    def all_deviations(self) -> Iterator[str]:
+        """Every deviation as a sentence that names its module."""
+        yield from self.deviations
+        for module in self.modules:
+            for deviation in module.deviations:
+                yield f"{module.name}: {deviation}"
+
+    def totals(self) -> dict[str, float]:
+        """The figures a logger wants: losses, counts and seconds of the whole model."""
+        solved = [m for m in self.quantized if not math.isnan(m.loss)]
+        loss, rtn_loss = sum(m.loss for m in solved), sum(m.rtn_loss for m in solved)
+        return {
+            "modules": len(self.quantized),
+            "modules_float": len(self.modules) - len(self.quantized),
+            "modules_rtn": sum(m.method == "rtn" for m in self.modules),
+            "weights": sum(m.weights for m in self.quantized),
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "loss": loss,
+            "rtn_loss": rtn_loss,
+            "deviations": len(list(self.all_deviations())),
+            "seconds": self.seconds.get("total", sum(self.seconds.values())),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; a figure that is unknown (NaN) is None, so that the JSON is standard."""
+        values = {
+            "config": self.config.to_dict(),
+            "totals": self.totals(),
+            "seconds": self.seconds,
+            "calibration": self.calibration,
+            "calibration_sha256": self.calibration_sha256,
+            "run_id": self.run_id,
+            "float_checkpoint": self.float_checkpoint,
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
+            "metrics": self.metrics,
+            "deviations": self.deviations,
+            "modules": [dataclasses.asdict(module) for module in self.modules],
+        }
+        plain: dict[str, Any] = _without_nan(values)
+        return plain
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def table(self) -> str:
+        """One line a module, then the totals and every deviation."""
+        head = (
+            "module",
+            "method",
+            "bits",
+            "group",
+            "out x in",
+            "loss",
+            "RTN loss",
+            "loss/RTN",
+            "tokens",
+            "damp",
+            "s",
+        )
+        rows = [head] + [_row(module) for module in self.modules]
+        lines = [
+            line if module is None or not module.reason else f"{line}  {module.reason}"
+            for line, module in zip(aligned(rows), [None, *self.modules], strict=True)
+        ]
+        totals = self.totals()
+        ratio = f", {totals['loss'] / totals['rtn_loss']:.3f} of round-to-nearest's" if totals["rtn_loss"] else ""
+        lines.append(
+            f"{totals['modules']} modules quantized, {totals['modules_float']} left float; "
+            f"{self.samples} samples, {self.tokens} tokens; loss {totals['loss']:.4g}{ratio}; "
+            + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
+        )
+        lines += [self.coverage.said()] if self.coverage is not None else []
+        lines += [f"! {deviation}" for deviation in self.all_deviations()]
+        return "\n".join(lines)
+
+
+def _row(module: ModuleReport) -> tuple[str, ...]:
+    if module.method == "float":
+        return (
+            module.name,
+            "float",
+            "",
+            "",
+            f"{module.shape[0]} x {module.shape[1]}",
+            "",
+            "",
+            "",
+            "",
+            "",
+            "",
+        )
+    return (
+        module.name,
+        module.method,
+        str(module.bits),
+        str(module.group_size),
+        f"{module.shape[0]} x {module.shape[1]}",
+        _figure(module.loss),
+        _figure(module.rtn_loss),
+        _figure(module.loss / module.rtn_loss) if module.rtn_loss else "",
+        str(module.tokens),
+        _figure(module.damp_percent),
+        f"{module.seconds:.2f}",
+    )
+
+
+def _figure(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4g}"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
