@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+from paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

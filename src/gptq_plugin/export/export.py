@@ -348,9 +348,7 @@ def _write_transformers(
 ) -> list[Path]:
     """Everything `save_pretrained` writes; returns its safetensors files, whose index, if any, is not ours."""
     if has_adapters(model):
-        raise ExportError(
-            "the model carries PEFT adapters: quantize and export gptq_plugin.merged_copy(model) instead"
-        )
+        raise ExportError("the model carries PEFT adapters: quantize and export gptq_plugin.merged_copy(model) instead")
     original = model.config
     model.config = copy.deepcopy(original)  # save_pretrained writes dtype and architectures into it
     try:

@@ -1,0 +1,388 @@
+"""GPTQCallback: which weights it takes, what validation says of the result, and what happens when that is too bad."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from torch.optim.swa_utils import get_ema_avg_fn
+from torchmetrics import MeanMetric
+
+from gptq_plugin import GPTQCallback, QuantizeModule, load_quantized
+from gptq_plugin.errors import CheckpointError, QualityError, TargetError
+from gptq_plugin.lightning.validation import validate
+from gptq_plugin.training.quality_gate import Limit, QualityGate
+
+from lightning_runs import SMALL, Holds, fit, quantized, token_loader
+
+UP = "model.layers.0.mlp.up_proj"
+TWO_BITS = {**SMALL, "bits": 2, "clip_ratios": (1.0,)}
+
+
+class Validated(Holds):
+    """With a validation that logs in every way there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = MeanMetric()
+        self.seen = 0
+
+    def train_dataloader(self):
+        return token_loader()
+
+    def val_dataloader(self):
+        ids = torch.randint(0, 64, (13, 16), generator=torch.Generator().manual_seed(1))
+        return torch.utils.data.DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=5)
+
+    def validation_step(self, batch, batch_idx):
+        out = self.model(**batch)
+        self.mean.update(out.loss, len(batch["input_ids"]))
+        self.log("val_loss", out.loss)
+        self.log_dict({"val_metric": self.mean, "val_most": out.loss}, reduce_fx="max", on_step=False, on_epoch=True)
+        self.log("val_step_only", out.loss, on_step=True, on_epoch=False)
+        self.seen += 1
+
+    def on_validation_epoch_end(self):
+        self.log("val_batches", float(self.seen))
+        self.seen = 0
+
+
+class Falling(Validated):
+    """Its validation is best after the first epoch."""
+
+    def on_validation_epoch_end(self):
+        self.log("val_rank", float(self.current_epoch))
+
+
+def weight_of(module, name=UP):
+    return module.model.get_submodule(name).weight.detach().clone()
+
+
+def near(layer, weight):
+    return (layer.dequantize(torch.float32) - weight).abs().max() < 4 * layer.scales.float().max()
+
+
+def trained_twice(tmp_path, **options):
+    """A run of two epochs with the weights after each."""
+    after = []
+
+    class Recorder(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                after.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+    module = Falling()
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", monitor="val_rank", mode="min", save_last=True)
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", **options)
+    fit(module, None, [callback, Recorder(), checkpoint], tmp_path, max_epochs=2, enable_checkpointing=True)
+    return module, callback, after, checkpoint
+
+
+# --- which weights ---
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_the_best_checkpoint_is_quantized_and_the_module_has_its_weights_or_keeps_its_own(swap, tmp_path):
+    module, callback, (first, last), checkpoint = trained_twice(tmp_path, weights="best", swap=swap)
+    norm = "model.model.norm.weight"
+    exported = load_quantized(tmp_path / "out")
+    assert torch.equal(exported.model.norm.weight, first[norm]) and not torch.equal(first[norm], last[norm])
+    assert near(exported.get_submodule(UP), first[f"model.{UP}.weight"])
+    assert torch.equal(module.model.model.norm.weight, (first if swap else last)[norm])
+    assert bool(quantized(module)) == swap
+    if not swap:
+        assert all(torch.equal(p, last[n]) for n, p in module.named_parameters())
+    assert callback.report.float_checkpoint == checkpoint.best_model_path
+    assert json.loads((tmp_path / "out/quantization_report.json").read_text())["float_checkpoint"]
+
+
+def test_a_given_checkpoint_is_quantized_without_any_training(tmp_path):
+    torch.manual_seed(3)
+    source = Validated()
+    for parameter in source.parameters():
+        parameter.data += 0.01
+    trainer = fit(source, None, [], tmp_path, max_epochs=0)
+    trainer.save_checkpoint(tmp_path / "given.ckpt")
+    module = Validated()
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", weights=tmp_path / "given.ckpt")
+    fit(module, None, [callback], tmp_path, max_epochs=0)
+    assert len(quantized(module)) == 7 and callback.report.samples == 16
+    assert near(load_quantized(tmp_path / "out").get_submodule(UP), weight_of(source))
+    assert set(callback.report.metrics["val_loss"]) == {"float", "gptq"}
+
+
+def test_max_epochs_0_quantizes_the_model_as_it_is(tmp_path):
+    module, twin = Holds(), Holds()
+    fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL))], tmp_path, max_epochs=0)
+    assert near(module.model.get_submodule(UP), weight_of(twin))
+
+
+def test_a_checkpoint_that_cannot_be_had_is_said_and_the_weights_are_kept(tmp_path):
+    with pytest.raises(CheckpointError, match="none of this trainer's monitors a metric"):
+        fit(Validated(), None, [GPTQCallback(QuantizeModule(**SMALL), weights="best")], tmp_path)
+    module, twin = Holds(), Holds()
+    fit(twin, token_loader(), [], tmp_path)
+    torch.save({"state_dict": {"other": torch.ones(1)}}, tmp_path / "other.ckpt")
+    for path, message in (
+        (tmp_path / "none.ckpt", "no such checkpoint"),
+        (tmp_path / "other.ckpt", "cannot be loaded"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL), weights=path)], tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values()))
+        module = Holds()
+
+
+def test_an_exponential_average_of_the_weights_is_what_is_quantized(tmp_path):
+    def average():
+        return WeightAveraging(avg_fn=get_ema_avg_fn(0.5))
+
+    module, twin = Holds(), Holds()
+    fit(twin, token_loader(), [average()], tmp_path, max_epochs=2)
+    callbacks = [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False), average()]
+    fit(module, token_loader(), callbacks, tmp_path, max_epochs=2)
+    assert torch.equal(weight_of(module), weight_of(twin))
+    assert near(load_quantized(tmp_path / "o").get_submodule(UP), weight_of(twin))
+
+
+@pytest.mark.parametrize("what", ["module", "model", "layer", "in place"])
+def test_compiled_modules_are_quantized_under_their_own_names(what, tmp_path):
+    class Silent(Holds):
+        def training_step(self, batch, batch_idx):
+            return self.model(**batch).loss  # Lightning's own log cannot be compiled
+
+    given = module = Silent()
+    if what == "module":
+        given = torch.compile(module, backend="eager")
+    elif what == "model":
+        module.model = torch.compile(module.model, backend="eager")
+    elif what == "layer":
+        module.model.model.layers[0] = torch.compile(module.model.model.layers[0], backend="eager")
+    else:
+        module.model.compile(backend="eager")
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")
+    fit(given, token_loader(), [callback], tmp_path)
+    assert {m.name for m in callback.report.quantized} == set(quantized(load_quantized(tmp_path / "out")))
+    assert not any("_orig_mod" in m.name for m in callback.report.modules) and len(quantized(module)) == 7
+    ids = torch.arange(8)[None]
+    with torch.no_grad():  # the compiled module runs on the quantized layers
+        found, wanted = module.model(input_ids=ids).logits, load_quantized(tmp_path / "out")(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted)
+
+
+def test_overfitted_and_resumed_runs_are_quantized(tmp_path):
+    module = Holds()
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "a", swap=False)
+    trainer = fit(module, token_loader(), [callback], tmp_path, overfit_batches=1)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    torch.manual_seed(5)
+    again = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+                       enable_checkpointing=False, callbacks=[GPTQCallback(QuantizeModule(**SMALL))])  # fmt: skip
+    resumed = Holds()
+    again.fit(resumed, token_loader(), ckpt_path=tmp_path / "run.ckpt", weights_only=False)
+    assert again.current_epoch == 2 and len(quantized(resumed)) == 7
+
+
+def test_an_exception_in_training_quantizes_nothing(tmp_path):
+    class Breaks(Holds):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("a node is lost")
+
+    module, callback = Breaks(), GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")
+    with pytest.raises(RuntimeError, match="a node is lost"):
+        fit(module, token_loader(), [callback], tmp_path)
+    assert quantized(module) == [] and callback.report is None and not (tmp_path / "out").exists()
+
+
+def test_what_a_quantized_module_cannot_do_any_more_says_what_to_do(tmp_path):
+    module = Holds()
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    callback = GPTQCallback(QuantizeModule(**SMALL))
+    trainer = fit(module, token_loader(), [callback, checkpoint], tmp_path, enable_checkpointing=True)
+    assert trainer.test(module, token_loader(), verbose=False)
+    with pytest.raises(
+        RuntimeError, match="is quantized, and these are the weights of the float model: load them into"
+    ):
+        trainer.test(module, token_loader(), ckpt_path=str(tmp_path / "ckpt/last.ckpt"), verbose=False)
+    with pytest.raises(TargetError, match=r"quantized weights cannot be trained.*last\.ckpt"):
+        trainer.fit(module, token_loader())
+
+
+# --- validation ---
+
+
+def test_validation_gives_what_lightnings_own_gives(tmp_path):
+    module = Validated()
+    trainer = fit(module, None, [], tmp_path, limit_val_batches=2)
+    ours = validate(trainer, module)
+    theirs = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, limit_val_batches=2).validate(
+        module, verbose=False
+    )[0]
+    assert ours == pytest.approx(theirs) and ours["val_batches"] == 2
+    assert "val_step_only" not in ours and {"val_loss", "val_metric", "val_most"} <= set(ours)
+
+
+def test_several_validation_dataloaders_keep_lightnings_names(tmp_path):
+    class Two(Validated):
+        def val_dataloader(self):
+            return [super().val_dataloader(), token_loader()]
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("val_loss", self.model(**batch).loss)
+
+        def on_validation_epoch_end(self):
+            pass
+
+    module = Two()
+    trainer = fit(module, None, [], tmp_path)
+    ours = validate(trainer, module)
+    theirs = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(module, verbose=False)
+    assert ours == pytest.approx({k: v for one in theirs for k, v in one.items()})
+    assert set(ours) == {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"}
+
+
+def test_the_metric_before_and_after_is_in_the_report_and_the_log(tmp_path):
+    module, logger = Validated(), CSVLogger(tmp_path, name="log")
+    callback = GPTQCallback(QuantizeModule(**TWO_BITS))
+    trainer = fit(module, None, [callback], tmp_path, logger=logger)
+    found = callback.report.metrics["val_loss"]
+    assert found["float"] == pytest.approx(float(trainer.callback_metrics["val_loss"]), rel=1e-5)
+    again = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(module, verbose=False)
+    assert found["gptq"] == pytest.approx(again[0]["val_loss"], rel=1e-5) and found["gptq"] != found["float"]
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        row = [r for r in csv.DictReader(file) if r.get("gptq/val_loss/difference")][0]
+    assert float(row["gptq/val_loss/difference"]) == pytest.approx(found["gptq"] - found["float"], abs=1e-6)
+    assert not {"log", "log_dict"} & set(module.__dict__)
+
+
+def test_validate_false_and_modules_without_validation_measure_nothing(tmp_path):
+    for module, options in ((Validated(), {"validate": False}), (Holds(), {})):
+        callback = GPTQCallback(QuantizeModule(**SMALL), **options)
+        fit(module, None if module.__class__ is Validated else token_loader(), [callback], tmp_path)
+        assert callback.report.metrics == {}
+
+
+# --- the gate ---
+
+
+def test_a_result_that_is_too_bad_is_refused_and_nothing_is_lost(tmp_path):
+    module, twin = Validated(), Validated()
+    fit(twin, None, [], tmp_path)
+    callback = GPTQCallback(QuantizeModule(**TWO_BITS), tmp_path / "out", max_degradation={"val_loss": 1e-6})
+    with pytest.raises(QualityError, match=r"val_loss went from .* to .*0\.00|1e-06 allowed.*on_fail='escalate'"):
+        fit(module, None, [callback], tmp_path)
+    assert quantized(module) == [] and not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values()))
+
+
+def test_a_result_that_is_good_enough_passes(tmp_path):
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", max_degradation={"val_loss": "50%"})
+    fit(Validated(), None, [callback], tmp_path)
+    assert (tmp_path / "out").is_dir() and not any("val_loss" in d for d in callback.report.deviations)
+
+
+def test_warn_exports_and_says_so(tmp_path, caplog):
+    callback = GPTQCallback(
+        QuantizeModule(**TWO_BITS), tmp_path / "out", max_degradation={"val_loss": 1e-6}, on_fail="warn"
+    )
+    fit(Validated(), None, [callback], tmp_path)
+    assert any(d.startswith("val_loss went from") for d in callback.report.deviations)
+    assert "not good enough" in caplog.text and len(quantized(load_quantized(tmp_path / "out"))) == 7
+
+
+def test_escalate_gives_the_noisiest_layers_more_bits_until_the_gate_holds(tmp_path):
+    plain = GPTQCallback(QuantizeModule(**TWO_BITS), tmp_path / "plain", swap=False)
+    fit(Validated(), None, [plain], tmp_path)
+    change = plain.report.metrics["val_loss"]
+    allowed = 0.3 * abs(change["gptq"] - change["float"]) + 1e-9
+    worse = 1 if change["gptq"] > change["float"] else -1
+    callback = GPTQCallback(
+        QuantizeModule(**TWO_BITS), tmp_path / "out", max_degradation={"val_loss": worse * allowed}, on_fail="escalate"
+    )
+    module = Validated()
+    fit(module, None, [callback], tmp_path)
+    after = callback.report.metrics["val_loss"]
+    assert worse * (after["gptq"] - after["float"]) <= allowed
+    bits = {m.name: m.bits for m in callback.report.quantized}
+    assert set(bits.values()) - {2} and any("escalated" in d for d in callback.report.deviations)
+    loaded = load_quantized(tmp_path / "out")
+    assert (
+        {n: loaded.get_submodule(n).bits for n in bits} == bits == {n: module.model.get_submodule(n).bits for n in bits}
+    )
+
+
+def test_escalation_stops_at_its_limit_of_bits_and_gives_the_float_weights_back(tmp_path, caplog):
+    both_ways = {"val_loss": 1e-9, "val_most": -1e-9}
+    for max_bits, said in ((2.5, "there is nothing else to try"), (2.8, "nor is any of the . others tried")):
+        module, twin = Validated(), Validated()
+        fit(twin, None, [], tmp_path)
+        callback = GPTQCallback(
+            QuantizeModule(**TWO_BITS), tmp_path / "out", max_degradation=both_ways, on_fail="escalate",
+            max_bits=max_bits,
+        )  # fmt: skip
+        with pytest.raises(QualityError, match=f"{said} within max_bits={max_bits}"):  # to begin with, they take 2.5625
+            fit(module, None, [callback], tmp_path)
+        assert not (tmp_path / "out").exists() and quantized(module) == []
+        assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values()))
+        tried = [float(line.split(", ")[-1].split()[0]) for line in caplog.text.split(" with scales and zeros")[:-1]]
+        assert bool(tried) == (max_bits > 2.5625) and all(2.5625 < bits <= max_bits for bits in tried)
+        caplog.clear()
+
+
+def test_a_metric_that_validation_does_not_log_is_refused_before_training(tmp_path):
+    class Untrained(Validated):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training began")
+
+    callback = GPTQCallback(QuantizeModule(**SMALL), max_degradation={"val_los": 0.1})
+    with pytest.raises(ValueError, match="max_degradation names val_los, and validation logs val_batches, val_loss"):
+        fit(Untrained(), None, [callback], tmp_path)
+
+    class NoValidation(Untrained):
+        validation_step = pl.LightningModule.validation_step
+
+    with pytest.raises(ValueError, match="need a validation_step"):
+        fit(NoValidation(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), max_degradation={"a": 1})], tmp_path)
+
+
+def test_a_metric_that_is_not_logged_is_said_at_the_end_of_a_run_that_never_validated(tmp_path):
+    module, callback = Validated(), GPTQCallback(QuantizeModule(**SMALL), max_degradation={"val_los": 0.1})
+    with pytest.raises(ValueError, match="max_degradation names val_los, and validation logs val_batches, val_loss"):
+        fit(module, None, [callback], tmp_path, num_sanity_val_steps=0, check_val_every_n_epoch=9)
+    assert quantized(module) == [] and module.trainer.global_step == 3
+
+
+def test_a_limit_says_how_far_and_in_which_direction():
+    assert Limit.parse("a", 0.02).excess(1.0, 1.01) <= 0 < Limit.parse("a", 0.02).excess(1.0, 1.03)
+    assert Limit.parse("a", -0.02).excess(0.9, 0.89) <= 0 < Limit.parse("a", -0.02).excess(0.9, 0.87)
+    assert Limit.parse("a", "2%").excess(-4.0, -3.95) <= 0 < Limit.parse("a", "2%").excess(-4.0, -3.9)
+    assert Limit.parse("a", 0.02).excess(1.0, 0.5) <= 0 and Limit.parse("a", -0.02).excess(0.9, 1.5) <= 0
+    assert Limit.parse("a", 0.02).excess(1.0, float("nan")) > 0
+    for wrong in (0, "0%", "much", None, True, float("nan")):
+        with pytest.raises(ValueError, match=r"max_degradation\['a'\] must be a number or a percentage"):
+            Limit.parse("a", wrong)
+    for options in ({"on_fail": "retry"}, {"max_bits": 0}, {"max_bits": float("nan")}, {"max_bits": "4"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            QualityGate({}, **options)
+    with pytest.raises(ValueError, match="validate=False switches it off"):
+        GPTQCallback(QuantizeModule(), validate=False, max_degradation={"a": 1})
+
+
+def test_every_limit_that_does_not_hold_is_a_sentence_of_its_own_and_the_limit_itself_is_good():
+    gate = QualityGate({"loss": 0.5, "accuracy": -0.25, "perplexity": "50%"})
+    before = {"loss": 1.0, "accuracy": 0.75, "perplexity": 4.0}
+    assert gate.failures(before, {"loss": 1.5, "accuracy": 0.5, "perplexity": 6.0}) == []
+    assert gate.failures(before, {"loss": 2.0, "accuracy": 0.25, "perplexity": 7.0}) == [
+        "loss went from 1 to 2 (+1, +100.000%; +0.5 allowed)",
+        "accuracy went from 0.75 to 0.25 (-0.5, -66.667%; -0.25 allowed)",
+        "perplexity went from 4 to 7 (+3, +75.000%; +50.000% allowed)",
+    ]
+    assert QualityGate({"loss": 0.5}).failures({"loss": 0.0}, {"loss": 2.0}) == [
+        "loss went from 0 to 2 (+2; +0.5 allowed)"
+    ]

@@ -1,0 +1,200 @@
+"""The user's own validation outside of Lightning's loops: everything is as in `trainer.validate`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torchmetrics import MeanMetric
+
+from gptq_plugin.lightning.validation import validate, validation_loaders
+
+from lightning_runs import Plain, Validated, fit, pair_loader, rows
+from paths import SUPPORT
+
+HOOKS = ("on_validation_epoch_start", "on_validation_batch_start", "on_before_batch_transfer",
+         "transfer_batch_to_device", "on_after_batch_transfer", "on_validation_batch_end",
+         "on_validation_epoch_end")  # fmt: skip
+
+
+class Recording(Validated):
+    """Notes every hook, and in which state steps run."""
+
+    def __init__(self, loaders=1):
+        super().__init__(loaders)
+        self.events = []
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        x = batch[0]
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        state = (self.training, self.net.training, torch.is_grad_enabled(), torch.get_default_dtype(), autocast)
+        self.events.append(("step", tuple(x.shape), x.dtype, batch_idx, dataloader_idx, *state))
+        super().validation_step(batch, batch_idx)
+        return batch_idx
+
+
+def _noting(name):
+    def hook(self, *args, **kwargs):
+        plain = [a for a in (*args, *kwargs.values()) if isinstance(a, int)]
+        self.events.append((name, *plain))
+        return getattr(super(Recording, self), name)(*args, **kwargs)
+
+    return hook
+
+
+for _name in HOOKS:
+    setattr(Recording, _name, _noting(_name))
+
+
+def lightnings(module, **options):
+    """What Lightning's own validation leaves in `callback_metrics`, but for the values of single steps."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                         enable_model_summary=False, **options)  # fmt: skip
+    trainer.validate(module, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if "_step" not in name}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"limit_val_batches": 2}, {"limit_val_batches": 0.7}, {"precision": "bf16-mixed"}, {"precision": "bf16-true"}],
+)
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_every_hook_runs_in_the_order_and_state_that_lightning_runs_it_in(options, loaders, tmp_path):
+    module = Recording(loaders)
+    trainer = fit(module, None, [], tmp_path, **options)
+    module.train()
+    module.events.clear()
+    ours = validate(trainer, module)
+    events = list(module.events)
+    module.events.clear()
+    theirs = lightnings(module, **options)
+    assert events == module.events and len(events) > 8
+    assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == loaders
+    assert module.training and module.net.training
+
+
+def test_every_way_to_log_gives_lightnings_names_and_values(tmp_path):
+    class Logging(Validated):
+        def __init__(self):
+            super().__init__(loaders=2)
+            self.mean = MeanMetric()
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            error = self.error(batch)
+            self.log("mean", error)
+            self.log("weighted", error, batch_size=1 + batch_idx)
+            for how in ("min", "max", "sum"):
+                self.log(how, error, reduce_fx=how)
+            self.log_dict({"both": error, "other": 2 * error}, on_step=True, on_epoch=True)
+            self.log("no_step_value", error, on_step=True, on_epoch=False)
+            self.log(f"own_name_{dataloader_idx}", error, add_dataloader_idx=False)
+            self.mean.update(error, len(batch[0]))
+
+        def on_validation_epoch_end(self):
+            self.log("at_the_end", self.mean)
+            self.log("at_the_end_too", 3.0)
+
+    module = Logging()
+    trainer = fit(module, None, [], tmp_path)
+    ours = [validate(trainer, module) for _ in range(2)]  # nothing is left over from the first time
+    theirs = lightnings(module)
+    assert ours == [pytest.approx(theirs, rel=1e-5)] * 2
+    assert {"at_the_end", "own_name_1", "both/dataloader_idx_1", "both_epoch/dataloader_idx_0"} <= set(theirs)
+
+
+def test_a_log_of_the_users_own_is_back_afterwards_even_when_validation_fails(tmp_path):
+    class Failing(Validated):
+        fails = False
+
+        def validation_step(self, batch, batch_idx):
+            if self.fails:
+                raise RuntimeError("out of batches")
+            super().validation_step(batch, batch_idx)
+
+    module = Failing()
+    trainer = fit(module, None, [], tmp_path)
+    seen = []
+    own = module.__dict__["log"] = lambda name, value, **_: seen.append(name)
+    module.fails = True
+    with pytest.raises(RuntimeError, match="out of batches"):
+        validate(trainer, module)
+    assert module.log is own and "log_dict" not in module.__dict__
+    module.fails = False
+    assert set(validate(trainer, module)) == {"val_loss"} and seen == [] and module.log is own
+
+
+def test_there_is_something_to_validate_only_with_a_step_and_a_dataloader(tmp_path):
+    class NoStep(Validated):
+        validation_step = pl.LightningModule.validation_step
+
+    for module, options, expected in (
+        (Validated(), {}, True),
+        (Validated(), {"limit_val_batches": 0}, False),
+        (NoStep(), {}, False),
+        (Plain(), {}, False),
+    ):
+        trainer = fit(module, pair_loader(), [], tmp_path, **options)
+        assert bool(validation_loaders(trainer)) == expected
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+import lightning.pytorch as pl, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from lightning_runs import Validated, rows
+from gptq_plugin import GPTQCallback, QuantizeModule
+from torch.utils.data import DataLoader
+out = Path(sys.argv[2])
+class Uneven(Validated):
+    def val_dataloader(self):  # 8 samples on the first rank, 5 on the second
+        mine = rows(13)[:8] if self.global_rank == 0 else rows(13)[8:]
+        return DataLoader(mine, batch_size=3)
+    def validation_step(self, batch, batch_idx):
+        error = self.error(batch)
+        self.log("mean", error)
+        self.log("most", error, reduce_fx="max")
+        self.log("first", float(self.global_rank) + 1, rank_zero_only=True)
+        self.log(f"rank{self.global_rank}", error)
+    def on_validation_epoch_end(self):
+        self.times = getattr(self, "times", 0.0) + 1
+        self.log("times", self.times)  # no result is good enough
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+module = Uneven()
+callback = GPTQCallback(QuantizeModule(bits=2, group_size=32, nsamples=128), max_degradation={"times": 0.5},
+    on_fail="escalate", max_bits=3.0)
+trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+    enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[callback],
+    use_distributed_sampler=False)
+try:
+    trainer.fit(module)
+    said = "passed"
+except Exception as error:
+    said = f"{type(error).__name__}: {error}"
+from gptq_plugin.lightning.validation import validate
+(out / f"rank{trainer.global_rank}.json").write_text(json.dumps([validate(trainer, module), said]))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_validate_their_shares_and_agree_on_the_values_and_on_what_to_do(tmp_path):
+    (tmp_path / "train.py").write_text(textwrap.dedent(RANKS))
+    command = [sys.executable, tmp_path / "train.py", SUPPORT, tmp_path]
+    subprocess.run(command, check=True, timeout=200, cwd=tmp_path)
+    (first, said), (second, said_too) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and said == said_too
+    assert said.startswith("QualityError: the quantized model is not good enough: times went from")
+    assert set(first) == {"mean", "most", "first", "rank0", "times"} and first["first"] == 1.0
+    model, samples = Validated().eval(), rows(13)  # the float weights are back
+    with torch.no_grad():
+        errors = [float(model.error([part[None] for part in sample])) for sample in samples]
+    assert first["mean"] == pytest.approx(sum(errors) / 13, rel=1e-5)
+    batches = [errors[:3], errors[3:6], errors[6:8], errors[8:11], errors[11:]]
+    assert first["most"] == pytest.approx(max(sum(batch) / len(batch) for batch in batches), rel=1e-5)

@@ -1,0 +1,187 @@
+"""The answer does not depend on the number of ranks: 1, 2 and 4 processes calibrate on the same 33 samples."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from paths import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+SAMPLES, TOKENS = 33, 64
+
+# torch is imported once, and every rank is forked from there.
+SCRIPT = """
+import sys
+from functools import partial
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import LlamaConfig, LlamaForCausalLM
+from gptq_plugin import QuantizeModule
+from gptq_plugin.quantize import one_pass as job
+from gptq_plugin.apps.evaluate import mean_nll
+from gptq_plugin.walk.hessian import Hessian
+
+out, samples, tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.1)).eval()
+
+def rows(count, seed):
+    return torch.randint(0, 256, (count, tokens), generator=torch.Generator().manual_seed(seed))
+
+def quantize(name, rank, world, sharers, batch_size, seed=1):
+    "The first `sharers` of the ranks have the samples, in turn."
+    network = model()
+    mine = list(rows(samples, seed))[rank::sharers] if rank < sharers else []
+    quantizer = QuantizeModule(bits=4, group_size=64, nsamples=samples, batch_size=batch_size)
+    report = quantizer.quantize(network, mine, nsamples=samples)
+    folder = out / f"{name}{world}"
+    folder.mkdir(exist_ok=True)
+    totals = {"samples": report.samples, "tokens": report.tokens, "deviations": list(report.all_deviations())}
+    origin = (report.calibration_sha256, report.run_id)
+    torch.save({"state": network.state_dict(), "totals": totals, "origin": origin}, folder / f"rank{rank}.pt")
+    if rank == 0:
+        quantizer.export(network, folder / "export")
+        torch.save([mean_nll(one, rows(16, 2)) for one in (model(), network)], folder / "nll.pt")
+
+def counting(collective, sizes):
+    "The collective, which notes the bytes this rank brings to it."
+    def counted(*arguments, **options):
+        sizes.append(max(a.nbytes for a in arguments if isinstance(a, torch.Tensor)))
+        return collective(*arguments, **options)
+    return counted
+
+def work(rank, world):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store{world}", rank=rank, world_size=world)
+    sums, gathered = [], []
+    originals = dist.all_reduce, dist.all_gather
+    dist.all_reduce, dist.all_gather = counting(dist.all_reduce, sums), counting(dist.all_gather, gathered)
+    quantize("float32-", rank, world, world, batch_size=8)
+    dist.all_reduce, dist.all_gather = originals
+    torch.save((sums, gathered), out / f"float32-{world}" / f"bytes{rank}.pt")
+    if world == 1:
+        quantize("other-", rank, world, world, batch_size=8, seed=3)
+    else:
+        quantize("one-empty-", rank, world, world - 1, batch_size=8)
+    # Forwards of one sample each, so that the ranks' inputs are the same to the bit, and only their sums are not.
+    job.Hessian = partial(Hessian, dtype=torch.float64)
+    quantize("float64-", rank, world, world, batch_size=1)
+    dist.destroy_process_group()
+
+torch.set_num_threads(1)
+for world in (1, 2, 4):
+    mp.start_processes(work, (world,), nprocs=world, start_method="fork")
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of all runs: NAME-RANKS/, with each rank's state, and the export and losses of the first."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, folder / "script.py", folder, str(SAMPLES), str(TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def state(run: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return torch.load(run / f"rank{rank}.pt")["state"]
+
+
+def codes(run: Path) -> torch.Tensor:
+    """Of all layers, [weights]: a byte holds two of them."""
+    words = torch.cat([value.flatten() for name, value in state(run).items() if name.endswith("qweight")])
+    halves = words.view(torch.uint8)
+    return torch.stack([halves & 15, halves >> 4])
+
+
+def agreement(run: Path, other: Path) -> float:
+    """The share of weights that have the same code."""
+    return (codes(run) == codes(other)).double().mean().item()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["float32", "float64", "one-empty"])
+def test_every_rank_ends_with_the_same_layers_and_counts_every_sample_once(name, ranks, runs):
+    run = runs / f"{name}-{ranks}"
+    first = state(run)
+    assert sum(key.endswith("qweight") for key in first) == 14
+    for rank in range(ranks):
+        saved = torch.load(run / f"rank{rank}.pt")
+        assert all(torch.equal(first[key], saved["state"][key]) for key in first), rank
+        assert saved["totals"] == {"samples": SAMPLES, "tokens": SAMPLES * TOKENS, "deviations": []}
+        assert saved["origin"][0] == torch.load(runs / "float32-1" / "rank0.pt")["origin"][0]
+        assert saved["origin"][1] == torch.load(run / "rank0.pt")["origin"][1]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["float32", "one-empty"])
+def test_float32_sums_give_the_codes_of_one_rank_but_for_near_ties(name, ranks, runs):
+    assert agreement(runs / "float32-1", runs / f"{name}-{ranks}") >= 0.999
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_float64_sums_give_every_code_of_one_rank(ranks, runs):
+    one, several = state(runs / "float64-1"), state(runs / f"float64-{ranks}")
+    assert agreement(runs / "float64-1", runs / f"float64-{ranks}") == 1
+    assert all(torch.equal(one[key], several[key]) for key in one)
+
+
+def test_the_samples_decide_the_codes(runs):
+    """Else the tests above would hold of anything."""
+    assert agreement(runs / "float32-1", runs / "float64-1") > 0.999
+    assert 0.5 < agreement(runs / "float32-1", runs / "other-1") < 0.95
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["float32", "one-empty"])
+def test_the_export_has_the_configuration_of_one_rank_byte_for_byte(name, ranks, runs, same_but_for_the_run):
+    one, several = runs / "float32-1" / "export", runs / f"{name}-{ranks}" / "export"
+    assert {file.name for file in one.iterdir()} == {file.name for file in several.iterdir()}
+    for file in ("config.json", "generation_config.json"):
+        assert (one / file).read_bytes() == (several / file).read_bytes(), file
+    assert same_but_for_the_run(one / "quantize_config.json", several / "quantize_config.json")
+    assert json.loads((one / "quantize_config.json").read_text())["bits"] == 4
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["float32", "one-empty", "float64"])
+def test_the_perplexity_is_that_of_one_rank_to_four_digits(name, ranks, runs):
+    float_nll, one = torch.load(runs / "float32-1" / "nll.pt")
+    _, several = torch.load(runs / f"{name}-{ranks}" / "nll.pt")
+    assert math.exp(several) == pytest.approx(math.exp(one), rel=5e-5)
+    assert abs(one - float_nll) > 1e-3  # it would show if the layers were others
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_is_exchanged_is_what_the_model_of_the_cost_counts(ranks, runs):
+    place = importlib.util.spec_from_file_location("cost_of_ranks", REPOSITORY / "scripts" / "cost_of_ranks.py")
+    cost = importlib.util.module_from_spec(place)
+    sys.modules["cost_of_ranks"] = cost  # where its dataclasses look for themselves
+    place.loader.exec_module(cost)
+    groups = cost.Shape("of SCRIPT", 128, 192, 64).groups() * 2
+    for rank in range(ranks):
+        sums, gathered = torch.load(runs / f"float32-{ranks}" / f"bytes{rank}.pt")
+        ranges = 14 * 2 * 4  # of every layer its largest input and output, once at the end
+        assert sums == [*(cost.hessian_bytes(n) for n, _ in groups), ranges]
+        words = [size for size in gathered if size == 16]
+        assert [size for size in gathered if size != 16] == [
+            math.ceil(rows / ranks) * cost.row_bytes(n, group_size=64) for n, rows in groups
+        ]
+        assert len(words) <= cost.MEETINGS * len(groups) + 12  # and some at the start and the end

@@ -1,0 +1,261 @@
+"""What is tried when a quantized model is not good enough, in which order, and until when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
+from gptq_plugin.calibration.forward import call
+from gptq_plugin.checkpoint.description import client_config
+from gptq_plugin.errors import QualityError
+from gptq_plugin.gptq.grid import stored_bits
+from gptq_plugin.model.experts import unfused
+from gptq_plugin.model.targets import find_targets
+from gptq_plugin.report.figures import packed_bytes
+from gptq_plugin.training.attempts import UntilGood
+from gptq_plugin.training.escalation import output_noise, steps
+from gptq_plugin.training.quality_gate import QualityGate
+
+from lightning_runs import llama
+
+
+def layers(*inputs: int, out: int = 32) -> nn.Module:
+    """Linear layers named a, b, c, ... with so many inputs each."""
+    return nn.ModuleDict({name: nn.Linear(count, out) for name, count in zip("abcdefgh", inputs)})
+
+
+def grids(model: nn.Module, config: QuantizeConfig) -> dict[str, tuple[int, int]]:
+    return {target.name: (target.config.bits, target.config.group_size) for target in find_targets(model, config)[0]}
+
+
+def seen(model, config, noise, most=100.0):
+    """(grids, bits) of each step."""
+    return [(grids(model, step.config), step.bits) for step in steps(model, config, noise) if step.bits <= most]
+
+
+# --- the steps ---
+
+
+def test_at_every_width_the_whole_model_gets_smaller_groups_and_then_the_noisiest_layers_more_bits():
+    model, config = layers(256, 256, 256, 256), QuantizeConfig(bits=3)
+    noise = {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2}
+    found = seen(model, config, noise, most=4.7)
+    assert [grid for grid, _ in found] == [
+        dict.fromkeys("abcd", (3, 64)),
+        dict.fromkeys("abcd", (3, 32)),
+        {"a": (3, 128), "b": (4, 128), "c": (3, 128), "d": (3, 128)},
+        {"a": (3, 128), "b": (4, 128), "c": (4, 128), "d": (3, 128)},
+        dict.fromkeys("abcd", (4, 128)),
+        dict.fromkeys("abcd", (4, 64)),
+        dict.fromkeys("abcd", (4, 32)),
+    ]
+    three, four = 3 + 19 / 128, 4 + 20 / 128
+    expected = [3 + 19 / 64, 3 + 19 / 32, (3 * three + four) / 4, (three + four) / 2, four, 4 + 20 / 64, 4 + 20 / 32]
+    assert [bits for _, bits in found] == pytest.approx(expected)
+
+
+def test_a_step_says_what_it_does():
+    model, config = layers(256, 256, 256, 256), QuantizeConfig(bits=4)
+    said = [step.what for step in steps(model, config, {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2})]
+    assert said[0] == "groups of 64 or less in all layers, 4.31 bits a weight with scales and zeros"
+    assert said[2] == "more bits for 1 of 4 layers (b), 5.16 bits a weight with scales and zeros"
+    assert said[-1].startswith("more bits for 4 of 4 layers (b, c, d, a) and groups of 32 or less in all layers, 8.75")
+
+
+def test_large_layers_count_for_more_in_the_average():
+    model = layers(64, 192)
+    (_, bits), *_ = [s for s in seen(model, QuantizeConfig(group_size=64), {"a": 1.0, "b": 0.5}) if s[0]["a"][0] == 8]
+    assert bits == pytest.approx((8 + 24 / 64) / 4 + (4 + 20 / 64) * 3 / 4)
+
+
+def test_the_bits_of_a_weight_are_what_the_layer_keeps_but_for_its_group_index():
+    for bits, group_size in ((2, 32), (3, 64), (4, 128), (8, -1)):
+        linear = nn.Linear(256, 96)
+        model = nn.ModuleDict({"only": linear})
+        report = QuantizeModule(bits=bits, group_size=group_size).round_to_nearest(model)
+        layer = model["only"]
+        stored = sum(8 * part.numel() * part.element_size() for part in (layer.qweight, layer.qzeros, layer.scales))
+        assert stored_bits(bits, group_size, 256) == stored / (256 * 96)
+        assert packed_bytes(report.quantized[0]) == stored / 8 + 4 * 256
+
+
+def test_groups_that_do_not_divide_every_layer_are_not_tried():
+    noise = {"a": 0.1, "b": 0.2}
+    assert [{size for _, size in grid.values()} for grid, _ in seen(layers(576, 192), QuantizeConfig(
+        bits=8, group_size=-1), noise)] == [{64}, {32}]  # fmt: skip
+    assert not seen(layers(576, 80), QuantizeConfig(bits=8, group_size=-1), noise)
+    assert not seen(layers(576, 192), QuantizeConfig(bits=8, group_size=16), noise)
+
+
+def test_a_layers_own_rules_are_kept_and_its_smaller_groups_too():
+    model = layers(128, 128, 128)
+    config = QuantizeConfig(bits=3, dynamic={"[b]$": {"group_size": 32, "bits": 4, "sym": False}, "c$": {"sym": False}})
+    found = list(steps(model, config, {"a": 0.1, "b": 0.4, "c": 0.3}))
+    assert [grids(model, step.config)["b"][0] for step in found][:4] == [4, 4, 8, 8]  # groups of 64, of 32, then b
+    for step in found:
+        assert grids(model, step.config)["b"][1] == 32
+        assert not step.config.for_module("b").sym and not step.config.for_module("c").sym
+        assert step.config.for_module("a").sym
+
+
+def test_one_grid_for_all_layers_needs_no_rules_so_that_every_client_reads_it(rtn):
+    model = llama()
+    names = [target.name for target in find_targets(model, QuantizeConfig(group_size=32))[0]]
+    every = list(steps(model, QuantizeConfig(bits=3, group_size=-1), dict.fromkeys(names, 0.1)))
+    uniform = [step for step in every if len(set(grids(model, step.config).values())) == 1]
+    assert [grids(model, step.config)[names[0]] for step in uniform] == [(3, 32), (4, -1), (4, 32), (8, -1), (8, 32)]
+    for step in uniform[:3]:
+        quantized = rtn(llama(), step.config)
+        described = client_config(quantized, dict(_quantized(quantized)), step.config)
+        assert not any(rule for rule in described.get("dynamic", {}).values())
+        assert (described["bits"], described["group_size"]) == grids(model, step.config)[names[0]]
+
+
+def _quantized(model):
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantLinear)]
+
+
+def test_a_layer_skips_the_widths_it_cannot_be_packed_at():
+    model = nn.ModuleDict({"a": nn.Linear(64, 48), "b": nn.Linear(64, 64)})  # 48 rows of 3 bits fill no whole words
+    found = seen(model, QuantizeConfig(bits=2, group_size=32), {"a": 0.2, "b": 0.1})
+    assert [grid["a"][0] for grid, _ in found] == [4, 4, 8, 8, 8] and all(set(grid) == {"a", "b"} for grid, _ in found)
+    assert [grid["b"][0] for grid, _ in found] == [2, 3, 3, 4, 8]
+
+
+def test_layers_that_were_left_float_stay_so():
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(100, 72)})  # b is not packed at 3 bits, but at 8
+    config = QuantizeConfig(bits=3, group_size=32)
+    assert all(set(grids(model, step.config)) == {"a"} for step in steps(model, config, {"a": 0.1}))
+
+
+# --- which layers need it ---
+
+
+def test_the_noise_of_a_layer_is_that_of_its_output_on_what_it_reads():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32))
+    floats = {"0": model[0], "2": model[2]}
+    x = torch.randn(3, 64), torch.randn(5, 64)
+    QuantizeModule(bits=2, group_size=32).round_to_nearest(model)
+    noise = output_noise(model, floats, [lambda: model(x[0]), lambda: model(input=x[1])])
+    read = {"0": torch.cat(x), "2": model[1](model[0](torch.cat(x)))}
+    for name, layer in floats.items():
+        wanted = layer(read[name])
+        assert noise[name] == pytest.approx(float((model[int(name)](read[name]) - wanted).square().sum() /
+                                                  wanted.square().sum()), rel=1e-4)  # fmt: skip
+    assert not any(module._forward_hooks for module in model.modules())
+    assert output_noise(model, floats, []) == {"0": 0.0, "2": 0.0}
+
+
+# --- until it is good enough ---
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """loop(metrics, ...): the report, with the metric of each attempt given; and the model."""
+    ids = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
+
+    def quantize(metrics, quantizer=None, model=None, **gate):
+        model = llama() if model is None else model
+        quantizer = quantizer or QuantizeModule(group_size=-1, nsamples=16, batch_size=4)
+        values = iter(metrics)
+        finished = []
+        good = UntilGood(
+            model,
+            QualityGate({"loss": 0.1}, **gate),
+            before={"loss": 1.0},
+            measure=lambda: {"loss": next(values)},
+            data=lambda: [{"input_ids": row[None]} for row in ids],
+            finish=lambda used, report: finished.append(
+                used.export(model, tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+            ),
+            forward=call,
+            keep=True,
+        )
+        report = good.quantize(quantizer)
+        assert next(values, None) is None and len(finished) == 1
+        return report, model, finished[0]
+
+    return quantize
+
+
+def test_the_first_attempt_that_is_good_enough_is_kept_and_its_report_tells_of_the_others(loop, caplog):
+    report, model, folder = loop([1.3, 1.2, 1.05], on_fail="escalate")
+    groups, bits = report.deviations
+    assert groups.startswith("escalated, groups of 32 or less in all layers, ") and "loss went from 1 to 1.3" in groups
+    assert bits.startswith("escalated, more bits for 1 of 7 layers (") and "loss went from 1 to 1.2" in bits
+    assert groups in caplog.text and bits in caplog.text
+    assert report.metrics == {"loss": {"float": 1.0, "gptq": 1.05}}
+    raised = [module.name for module in report.quantized if module.bits == 8]
+    assert len(raised) == 1 and f"({raised[0]})" in bits
+    assert {name: layer.bits for name, layer in _quantized(model)} == {m.name: m.bits for m in report.quantized}
+    loaded = load_quantized(folder)
+    assert loaded.get_submodule(raised[0]).bits == 8 and len(_quantized(loaded)) == 7
+
+
+def test_smaller_groups_alone_leave_an_export_with_one_grid(loop):
+    report, model, folder = loop([1.3, 1.05], on_fail="escalate", max_bits=4.625)
+    assert report.config == QuantizeConfig(group_size=32, nsamples=16, batch_size=4)
+    assert {layer.group_size for _, layer in _quantized(load_quantized(folder))} == {32}
+    assert len(report.deviations) == 1
+
+
+def test_steps_above_the_limit_of_bits_are_left_out_and_cheaper_ones_after_them_tried(loop):
+    quantizer = QuantizeModule(bits=3, group_size=-1, nsamples=16, batch_size=4)
+    report, _, _ = loop([1.3, 1.05], quantizer, on_fail="escalate", max_bits=3.59)  # in groups of 32 it is 3.594
+    assert {m.group_size for m in report.quantized} == {-1} and {m.bits for m in report.quantized} == {3, 4}
+
+
+def test_a_metric_that_is_gone_or_not_a_number_is_not_good_enough(loop):
+    with pytest.raises(QualityError, match="loss went from 1 to nan.*on_fail='escalate'"):
+        loop([float("nan")])
+    with pytest.raises(QualityError, match="nothing else to try within max_bits=4"):
+        loop([float("nan")], on_fail="escalate", max_bits=4)
+    assert QualityGate({"loss": 0.1}).failures({"loss": 1.0}, {})
+
+
+def test_every_step_is_tried_before_it_is_given_up(loop):
+    model = llama()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    quantizer = QuantizeModule(bits=8, group_size=-1, nsamples=16, batch_size=4)
+    with pytest.raises(QualityError, match="nor is any of the 1 others tried. Nothing was exported"):
+        loop([2.0, 2.0], quantizer, model, on_fail="escalate")
+    assert _quantized(model) == [] and all(
+        torch.equal(state[name], value) for name, value in model.state_dict().items()
+    )
+
+
+def test_a_quantizer_of_the_users_own_kind_is_used_for_every_attempt_and_keeps_its_configuration(loop):
+    used = []
+
+    class Own(QuantizeModule):
+        def check(self, model):
+            used.append(self.config)
+            return super().check(model)
+
+    config = QuantizeConfig(group_size=-1, nsamples=16, batch_size=4)
+    own = Own(config, offload_activations=False)
+    report, _, _ = loop([1.3, 1.0], quantizer=own, on_fail="escalate")
+    assert used[0] == own.config == config and used[-1] == report.config != config
+
+
+def test_experts_of_one_parameter_get_more_bits_together():
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    quantize = QuantizeConfig(bits=3, group_size=32)
+    with unfused(model):
+        names = [target.name for target in find_targets(model, quantize)[0]]
+        noise = {name: 1.0 + ("experts.1.w1" in name) for name in names}
+        for step in steps(model, quantize, noise):
+            given = {target.name: target.config.bits for target in find_targets(model, step.config)[0]}
+            for layer in (0, 1):
+                for parts in (("w1", "w3"), ("w2",)):
+                    experts = [f"model.layers.{layer}.mlp.experts.{e}.{part}" for e in range(3) for part in parts]
+                    assert len({given[name] for name in experts}) == 1
+    assert set(given.values()) == {8}

@@ -1,0 +1,76 @@
+"""The examples, run as their first lines say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from gptq_plugin import QuantLinear, load_quantized
+
+from paths import EXAMPLES
+
+_TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def test_every_example_is_run_here():
+    small = {"plain_loop", "fabric", "hf_trainer", "lightning_callback"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == small | {"own_data"}
+
+
+def ends_with_an_export_that_loads(printed, out):
+    loss = re.search(r"4 bits, reloaded from \S+: loss (\d+\.\d+)", printed)
+    assert loss and float(loss[1]) < 5.5, printed  # 6.2 is a guess among 512 tokens
+    model = load_quantized(out)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert len(layers) == 14 and {layer.bits for layer in layers} == {4}
+    assert (out / "tokenizer.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain_loop", "lightning_callback", "hf_trainer", "fabric"])
+def test_an_example_ends_with_an_export_that_loads(name, tmp_path, monkeypatch, capsys):
+    """As a script, in this process: what the libraries take to be imported is not paid four times."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "out"])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    ends_with_an_export_that_loads(capsys.readouterr().out, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "launcher", "arguments"), [("hf_trainer", _TWO, []), ("fabric", [], ["2"])])
+def test_an_example_on_two_processes_ends_with_one_export_that_loads(name, launcher, arguments, tmp_path):
+    command = [sys.executable, *launcher, EXAMPLES / f"{name}.py", tmp_path / "out", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 bits, reloaded from") == 1
+    ends_with_an_export_that_loads(done.stdout, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_calibrating_on_the_runs_own_data_keeps_more_of_what_was_learned(shared, tmp_path):
+    """A code model learns English with LoRA: its own rows against the code it was trained on, as the example has it."""
+    files = {
+        "model": "models/pycode-29m",
+        "train": "data/wikitext-2/test.txt",
+        "valid": "data/wikitext-2/valid.txt",
+        "generic": "data/pycode/calib.jsonl",
+    }
+    options = [part for name, file in files.items() for part in (f"--{name}", shared / file)]
+    options += ["--out", tmp_path]
+    command = [sys.executable, EXAMPLES / "own_data.py", *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # another test has the other core
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "results.json").read_text())
+    learned = found["4-own"]["float"]
+    assert learned < found["before"] - 0.5
+    for bits in (4, 3):
+        own, generic = found[f"{bits}-own"]["gptq"], found[f"{bits}-generic"]["gptq"]
+        assert learned < own < generic < found["before"]
+    assert len(load_quantized(tmp_path / "3-bits-own").model.layers) == 8
