@@ -65,7 +65,7 @@ def rtn() -> Callable[..., nn.Module]:
     `permuted` puts input channels into groups at random, as the original act-order does.
     """
     from gptq_plugin.gptq.solver import round_to_nearest
-    from gptq_plugin.layers.qlinear import QuantLinear, swap
+    from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
     from gptq_plugin.model.targets import find_targets
 
     def quantize(model: nn.Module, config, permuted: bool = False) -> nn.Module:
@@ -81,7 +81,7 @@ def rtn() -> Callable[..., nn.Module]:
                 g_idx=quantized.g_idx[back].contiguous(),
             )
             layers[target.name] = QuantLinear.from_quantized(quantized, target.bias)
-        swap(model, layers)
+        swap_modules(model, layers)
         return model.eval()
 
     return quantize

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.apps.command import main
 from gptq_plugin.check.lint import lint
-from gptq_plugin.clients.rules import Target
+from gptq_plugin.clients.rules import Client
 from gptq_plugin.export.export import export_model
 from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
 
@@ -338,15 +338,15 @@ def test_layers_left_float_must_be_told_as_each_client_reads_it(rtn: Callable[..
     config = QuantizeConfig(group_size=32, modules_to_not_convert=("o_proj",))
     out = export_model(rtn(make_llama(), config), tmp_path / "out", config)
     told = lint(out)
-    assert not told.refusals[Target("transformers")] and not told.refusals[Target("gptqmodel")]
+    assert not told.refusals[Client("transformers")] and not told.refusals[Client("gptqmodel")]
     file = json.loads((out / "config.json").read_text())
     for key in ("dynamic", "modules_in_block_to_quantize", "sym"):
         del file["quantization_config"][key]
     (out / "config.json").write_text(json.dumps(file))
     untold = lint(out)
-    assert "modules_in_block_to_quantize" in untold.refusals[Target("transformers")][0]
-    assert "dynamic" in untold.refusals[Target("gptqmodel")][0]
-    assert any("lacks sym" in line for line in untold.refusals[Target("vllm")])
+    assert "modules_in_block_to_quantize" in untold.refusals[Client("transformers")][0]
+    assert "dynamic" in untold.refusals[Client("gptqmodel")][0]
+    assert any("lacks sym" in line for line in untold.refusals[Client("vllm")])
 
 
 def test_the_command_says_what_it_found_and_exits_by_it(

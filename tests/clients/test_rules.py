@@ -12,8 +12,8 @@ import torch
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.clients.inventory import LayerOutline, Outline
-from gptq_plugin.clients.rules import CLIENTS, Target, conditions, problems
+from gptq_plugin.clients.inventory import Inventory, LayerEntry
+from gptq_plugin.clients.rules import CLIENTS, Client, conditions, problems
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.export import Export, export_model
 from gptq_plugin.training.escalation import steps
@@ -29,16 +29,18 @@ SHAPES = {  # [in, out]
 }
 
 
-def outline(*, change: dict[str, dict[str, Any]] | None = None, leave: tuple[str, ...] = (), **fields: Any) -> Outline:
+def inventory(
+    *, change: dict[str, dict[str, Any]] | None = None, leave: tuple[str, ...] = (), **fields: Any
+) -> Inventory:
     """A Llama's block at 4 bits, symmetric, groups of 128, in float16; `change` by layer ("" for all of them)."""
     of_layer = {name: fields.pop(name) for name in ("bits", "group_size", "sym", "act_order") if name in fields}
     layers = []
     for name, (inputs, outputs) in SHAPES.items():
         if name in leave:
             continue
-        layer = LayerOutline(f"model.layers.0.{name}", 4, 128, inputs, outputs, True, False)
+        layer = LayerEntry(f"model.layers.0.{name}", 4, 128, inputs, outputs, True, False)
         layers.append(dataclasses.replace(layer, **of_layer, **(change or {}).get(name, {})))
-    plain = Outline(
+    plain = Inventory(
         checkpoint_format="gptq",
         layers=tuple(layers),
         floats=tuple(f"model.layers.0.{name}" for name in leave),
@@ -66,7 +68,7 @@ def experts(
     names: tuple[str, ...] = EXPERTS, *, leave: tuple[str, ...] = (), change: dict[str, Any] | None = None, **own: Any
 ) -> dict[str, Any]:
     """A block of experts beside attention; `change` is of its last layer, `own` of all."""
-    layers = [LayerOutline(name, **{**GRID, **own}) for name in (*names, "model.layers.0.self_attn.o_proj")]
+    layers = [LayerEntry(name, **{**GRID, **own}) for name in (*names, "model.layers.0.self_attn.o_proj")]
     layers[-2] = dataclasses.replace(layers[-2], **(change or {}))
     return {"layers": tuple(x for x in layers if x.name not in leave), "floats": leave}
 
@@ -127,14 +129,14 @@ REFUSED = [
 def test_a_client_s_limit_is_said_with_the_layer_the_reason_and_what_works(
     client: str, ranks: int, what: dict[str, Any], words: tuple[str, ...]
 ) -> None:
-    found = problems(outline(**what), Target(client, ranks))
+    found = problems(inventory(**what), Client(client, ranks))
     assert any(all(word in sentence for word in words) for sentence in found), found
 
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2", CT])
 def test_symmetric_4_bits_in_groups_of_128_are_taken_by_every_client(client: str, checkpoint_format: str) -> None:
-    found = problems(outline(checkpoint_format=checkpoint_format), Target(client))
+    found = problems(inventory(checkpoint_format=checkpoint_format), Client(client))
     assert not found or (client, checkpoint_format) == ("gptqmodel", CT)
 
 
@@ -169,39 +171,39 @@ TAKEN = [
 
 @pytest.mark.parametrize("client,ranks,what", TAKEN)
 def test_what_a_client_takes_is_not_refused(client: str, ranks: int, what: dict[str, Any]) -> None:
-    assert not problems(outline(**what), Target(client, ranks))
+    assert not problems(inventory(**what), Client(client, ranks))
 
 
 def test_what_a_client_asks_for_beside_the_checkpoint_is_said() -> None:
-    assert "backend='torch'" in " ".join(conditions(outline(group_size=-1), Target("transformers")))
-    assert "humming" in " ".join(conditions(outline(bits=3, checkpoint_format=CT), Target("vllm")))
-    assert "CPU" in " ".join(conditions(outline(bits=8), Target("vllm")))
-    assert "scales" in " ".join(conditions(outline(dtype=torch.bfloat16), Target("vllm")))
-    assert "need AMX" in " ".join(conditions(outline(**experts()), Target("vllm")))
-    assert "experts" in " ".join(conditions(outline(**experts()), Target("sglang")))
-    assert "float32 to bfloat16" in " ".join(conditions(outline(dtype=torch.float32), Target("vllm")))
+    assert "backend='torch'" in " ".join(conditions(inventory(group_size=-1), Client("transformers")))
+    assert "humming" in " ".join(conditions(inventory(bits=3, checkpoint_format=CT), Client("vllm")))
+    assert "CPU" in " ".join(conditions(inventory(bits=8), Client("vllm")))
+    assert "scales" in " ".join(conditions(inventory(dtype=torch.bfloat16), Client("vllm")))
+    assert "need AMX" in " ".join(conditions(inventory(**experts()), Client("vllm")))
+    assert "experts" in " ".join(conditions(inventory(**experts()), Client("sglang")))
+    assert "float32 to bfloat16" in " ".join(conditions(inventory(dtype=torch.float32), Client("vllm")))
 
 
 def test_a_module_that_is_no_transformers_model_is_for_no_client() -> None:
     for client in CLIENTS:
-        (only,) = problems(outline(model_type=None), Target(client))
+        (only,) = problems(inventory(model_type=None), Client(client))
         assert "load_quantized" in only
 
 
 def test_a_target_is_a_name_or_a_mapping_and_nothing_else() -> None:
-    assert Target.of(None) is None
-    assert Target.of("vllm") == Target("vllm", 1) == Target.of(Target("vllm"))
-    assert Target.of({"client": "sglang", "tensor_parallel_size": 2}) == Target("sglang", 2)
+    assert Client.of(None) is None
+    assert Client.of("vllm") == Client("vllm", 1) == Client.of(Client("vllm"))
+    assert Client.of({"client": "sglang", "tensor_parallel_size": 2}) == Client("sglang", 2)
     with pytest.raises(ValueError, match=r"'vllm', 'transformers', 'sglang', 'gptqmodel'; got 'vlm'"):
-        Target.of("vlm")
+        Client.of("vlm")
     with pytest.raises(ValueError, match="tensor_parallel_size"):
-        Target.of({"client": "vllm", "tp": 2})
+        Client.of({"client": "vllm", "tp": 2})
     with pytest.raises(ValueError, match="positive integer"):
-        Target("vllm", 0)
+        Client("vllm", 0)
     with pytest.raises(ValueError, match="for vllm and sglang"):
-        Target("transformers", 2)
+        Client("transformers", 2)
     with pytest.raises(TypeError, match="int"):
-        Target.of(3)  # type: ignore[arg-type]
+        Client.of(3)  # type: ignore[arg-type]
 
 
 # --- on real models -----------------------------------------------------------------------------------------
@@ -245,11 +247,11 @@ def test_what_is_planned_is_what_is_exported(
     options: dict[str, Any], permuted: bool, llama: Any, rtn: Callable[..., Any], tmp_path: Path
 ) -> None:
     config = QuantizeConfig(**{"group_size": 32, **options})
-    planned = Outline.of_model(llama, config)
+    planned = Inventory.of_model(llama, config)
     quantized = rtn(llama, config, permuted)
-    assert Outline.of_model(quantized, config) == planned
+    assert Inventory.of_model(quantized, config) == planned
     exported = Checkpoint.open(export_model(quantized, tmp_path / "out", config))
-    assert Outline.of(exported) == planned
+    assert Inventory.of(exported) == planned
 
 
 def test_an_export_for_a_client_that_would_not_take_it_is_refused_with_all_reasons(
@@ -309,7 +311,7 @@ def test_a_quantization_for_such_a_client_does_not_begin(llama: Any, tmp_path: P
 def test_a_model_is_quantized_and_exported_for_a_client_that_takes_it(llama: Any, tmp_path: Path) -> None:
     quantizer = QuantizeModule(group_size=32, nsamples=2)
     quantizer.quantize(llama, [list(range(40)), list(range(50))], export_dir=tmp_path / "out", target="vllm")
-    assert not problems(Outline.of(Checkpoint.open(tmp_path / "out")), Target("vllm"))
+    assert not problems(Inventory.of(Checkpoint.open(tmp_path / "out")), Client("vllm"))
 
 
 def test_lightning_s_callback_refuses_before_training(tmp_path: Path) -> None:
@@ -354,23 +356,23 @@ def test_transformers_trainer_s_callback_refuses_before_training(tmp_path: Path)
 
 
 def test_escalation_tries_only_what_the_client_takes(llama: Any) -> None:
-    from gptq_plugin.training.attempts import UntilGood
+    from gptq_plugin.training.attempts import Attempts
     from gptq_plugin.training.quality_gate import QualityGate
 
     config = QuantizeConfig(group_size=-1)
-    noise = {layer.name: float(i) for i, layer in enumerate(Outline.of_model(llama, config).layers)}
+    noise = {layer.name: float(i) for i, layer in enumerate(Inventory.of_model(llama, config).layers)}
 
-    def tried(target: Target | None) -> list[str]:
+    def tried(target: Client | None) -> list[str]:
         nothing: Any = None
-        until = UntilGood(
+        until = Attempts(
             llama, QualityGate({}, "escalate", None), {}, nothing, nothing, nothing, nothing, target=target
         )
         return [step.what for step in steps(llama, config, noise) if until._may_be_tried(step)]
 
     assert any("more bits" in what for what in tried(None))
-    for_transformers = tried(Target("transformers"))
+    for_transformers = tried(Client("transformers"))
     assert for_transformers
     mixed = [what for what in for_transformers if "more bits for" in what and "for 14 of 14" not in what]
     assert not mixed
-    for_vllm = tried(Target("vllm"))
+    for_vllm = tried(Client("vllm"))
     assert for_vllm and set(for_vllm) <= set(tried(None))

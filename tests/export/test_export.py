@@ -27,7 +27,7 @@ from gptq_plugin.export import staging as placing
 from gptq_plugin.export import verify_files as verifying
 from gptq_plugin.export.export import Export, export_model
 from gptq_plugin.export.staging import check_export_dir
-from gptq_plugin.layers.qlinear import QuantLinear, swap
+from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
 
 from models import Plain, tiny_gpt2, tiny_llama
 
@@ -269,7 +269,7 @@ def test_layers_added_before_the_others_are_quantized_give_the_files_of_one_expo
     with Export(model, tmp_path / "in steps", config) as export:
         for name, layer in quantized(done).items():
             export.add(name, layer)
-        swap(model, quantized(done))
+        swap_modules(model, quantized(done))
         folder = export.finish(model)
     assert folder == tmp_path / "in steps"
     assert files(folder) == files(wanted)
@@ -754,7 +754,7 @@ def test_a_wrong_checkpoint_is_noticed_by_the_comparison_these_tests_use(rtn: Rt
     layer = loaded.model.layers[0].mlp.up_proj
     swapped = copy.deepcopy(layer)
     swapped.qzeros = layer.qzeros + 0x11111111
-    swap(loaded, {"model.layers.0.mlp.up_proj": swapped})
+    swap_modules(loaded, {"model.layers.0.mlp.up_proj": swapped})
     assert not torch.equal(logits(loaded), logits(model))
 
 

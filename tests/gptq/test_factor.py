@@ -101,7 +101,7 @@ def test_products_of_split_numbers_are_nearly_as_accurate_as_float32s(device):
         out = start.clone()
         split.add_product(out, split.left(a, 16.0), split.right(b, 4096.0), alpha=-2 / 65536)
         assert (out.double() - wanted).norm() / wanted.norm() < 5e-6  # TF32 alone: about 3e-4
-        transposed, same = split.both(b, 4096.0)
+        transposed, same = split.halves(b, 4096.0)
         gram = torch.zeros(2, 96, 96, device=device)
         split.add_product(gram, transposed, same, alpha=4096.0**-2)
     wanted = b.double().mT @ b.double()

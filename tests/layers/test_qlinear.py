@@ -12,7 +12,7 @@ from gptq_plugin.kernels import reference
 from torch import Tensor, nn
 
 from gptq_plugin.layers import qlinear
-from gptq_plugin.layers.qlinear import QuantLinear, swap
+from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Roundings of the output; for bfloat16 also those of the 4-bit kernel's scales.
@@ -255,7 +255,7 @@ class Tied(nn.Module):
 def test_swap_replaces_a_shared_module_wherever_it_occurs_and_nothing_else():
     model, new = Tied(), nn.Linear(4, 4)
     relu, other = model.blocks[0][1], model.blocks[1][0]
-    swap(model, {"blocks.0.0": new})
+    swap_modules(model, {"blocks.0.0": new})
     assert model.first is new and model.blocks[0][0] is new
     assert model.blocks[0][1] is relu and model.blocks[1][0] is other
 
@@ -263,7 +263,7 @@ def test_swap_replaces_a_shared_module_wherever_it_occurs_and_nothing_else():
 def test_swap_may_wrap_what_it_replaces():
     model = Tied()
     old = model.first
-    swap(model, {"first": nn.Sequential(old, nn.Tanh())})
+    swap_modules(model, {"first": nn.Sequential(old, nn.Tanh())})
     assert model.first is model.blocks[0][0] and model.first[0] is old
 
 
@@ -271,17 +271,17 @@ def test_swap_refuses_an_unknown_name_before_it_changes_anything():
     model = Tied()
     first = model.first
     with pytest.raises(ValueError, match=r"no submodule 'blocks\.0\.7' to replace; did you mean 'blocks\.0"):
-        swap(model, {"first": nn.Linear(4, 4), "blocks.0.7": nn.Linear(4, 4)})
+        swap_modules(model, {"first": nn.Linear(4, 4), "blocks.0.7": nn.Linear(4, 4)})
     assert model.first is first
     with pytest.raises(ValueError, match="no submodule ''"):
-        swap(model, {"": nn.Linear(4, 4)})
+        swap_modules(model, {"": nn.Linear(4, 4)})
 
 
 def test_swap_refuses_two_replacements_of_one_module():
     model, new = Tied(), nn.Linear(4, 4)
-    swap(model, {"first": new, "blocks.0.0": new})
+    swap_modules(model, {"first": new, "blocks.0.0": new})
     with pytest.raises(ValueError, match=r"'blocks\.0\.0' is a shared module"):
-        swap(model, {"first": nn.Linear(4, 4), "blocks.0.0": nn.Linear(4, 4)})
+        swap_modules(model, {"first": nn.Linear(4, 4), "blocks.0.0": nn.Linear(4, 4)})
 
 
 @gpu

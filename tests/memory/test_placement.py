@@ -9,7 +9,7 @@ from torch import nn
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.device.memory import free_bytes
 from gptq_plugin.memory import placement as placing
-from gptq_plugin.memory.placement import EVERYTHING, Needs
+from gptq_plugin.memory.placement import UNLIMITED, Needs
 from gptq_plugin.model.targets import find_targets
 
 GIB = 2**30
@@ -25,8 +25,8 @@ def place(free, needs=LLAMA_8B, weights=None, activations=None):
 
 def test_what_fits_stays():
     for placement in (place(80), place(None)):
-        assert placement.weights == EVERYTHING and placement.activations is None
-        assert not placement.limited and "streamed" not in placement.said
+        assert placement.weights == UNLIMITED and placement.activations is None
+        assert not placement.limited and "streamed" not in placement.summary
 
 
 def test_weights_go_first_and_then_as_much_of_the_activations_as_must():
@@ -36,7 +36,7 @@ def test_weights_go_first_and_then_as_much_of_the_activations_as_must():
     assert both.streamed and both.weights == FEW and 0 < both.activations < LLAMA_8B.activations
     small = place(8)
     assert small.streamed and small.weights == FEW and small.activations == 0
-    assert "streamed block by block" in small.said and "8.0 GiB free" in small.said
+    assert "streamed block by block" in small.summary and "8.0 GiB free" in small.summary
     assert b.ahead and both.ahead and not small.ahead  # a batch comes back early only where there is room for two
 
 
@@ -53,19 +53,19 @@ def test_what_is_planned_leaves_room_for_the_rest(free):
 def test_a_model_that_is_on_the_device_is_never_streamed_and_not_held_twice():
     for free in (80, 16):
         placement = place(free, AT_HOME)
-        assert not placement.streamed and placement.weights == 4 * GIB and "weights stay there" in placement.said
+        assert not placement.streamed and placement.weights == 4 * GIB and "weights stay there" in placement.summary
     assert place(80, AT_HOME).activations is None and place(16, AT_HOME).activations < AT_HOME.activations
 
 
 def test_what_is_asked_for_is_done():
     assert place(80, weights=True).weights == FEW and place(80, weights=True).activations is None
-    assert place(80, activations=True).activations == 0 and place(80, activations=True).weights == EVERYTHING
+    assert place(80, activations=True).activations == 0 and place(80, activations=True).weights == UNLIMITED
     nothing = Needs(
         weights=0, fixed=0, solver=0, forward=0, activations=0, batch=0
     )  # small batches are not seen in the plan
     assert placing.place(CUDA, GIB, nothing, 0, None, True).activations == 0
     neither = place(8, weights=False, activations=False)
-    assert neither.weights == EVERYTHING and neither.activations is None and not neither.limited
+    assert neither.weights == UNLIMITED and neither.activations is None and not neither.limited
 
 
 def test_a_cpu_has_no_limit_and_the_solver_needs_most_where_most_is_solved_together():

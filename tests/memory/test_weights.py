@@ -17,14 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.errors import TargetError
 from gptq_plugin.gptq.grid import round_to_nearest
-from gptq_plugin.layers.qlinear import QuantLinear, swap
-from gptq_plugin.memory.weights import Weights, brought
+from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.memory.weights import Weights, streamed_to
 from gptq_plugin.model.targets import find_targets
 from gptq_plugin.walk import lockstep
 
 CPU = torch.device("cpu")
 CONFIG = QuantizeConfig(bits=2, group_size=32)
-EVERYTHING = 10**9
+UNLIMITED = 10**9
 IDS = torch.arange(12).reshape(2, 6)
 
 
@@ -171,8 +171,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("capacity", [0, 10_000, EVERYTHING])
-@pytest.mark.parametrize("unit_bytes", [0, 9_000, EVERYTHING])
+@pytest.mark.parametrize("capacity", [0, 10_000, UNLIMITED])
+@pytest.mark.parametrize("unit_bytes", [0, 9_000, UNLIMITED])
 @pytest.mark.parametrize("kind", MODELS)
 def test_outputs_are_bit_identical_and_every_tensor_is_back_afterwards(kind, unit_bytes, capacity, stream):
     torch.manual_seed(0)
@@ -218,15 +218,15 @@ def test_temporary_tensors_take_no_more_than_the_capacity_and_one_unit(capacity)
 def test_the_sizes_for_a_plan_are_those_of_a_pass_and_a_lower_capacity_holds_at_once():
     model = llama()
     homes = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    with Weights(model, CPU, stream=True, capacity=EVERYTHING, unit_bytes=BLOCK) as weights:
+    with Weights(model, CPU, stream=True, capacity=UNLIMITED, unit_bytes=BLOCK) as weights:
         plain = logits(model)
         assert weights.total == weights.bytes == weights.bytes_brought
-        assert 2 * BLOCK < weights.few <= 3 * BLOCK  # two of the blocks, and what is beside them
+        assert 2 * BLOCK < weights.min_resident_bytes <= 3 * BLOCK  # two of the blocks, and what is beside them
         weights.capacity = 2 * BLOCK
         assert BLOCK < temporary_bytes(model, homes) <= 2 * BLOCK
         assert torch.equal(logits(model), plain) and temporary_bytes(model, homes) <= 2 * BLOCK
     at_home = Weights(model, CPU, stream=False, capacity=0, unit_bytes=BLOCK)
-    assert at_home.total == at_home.few == 0
+    assert at_home.total == at_home.min_resident_bytes == 0
 
 
 def test_what_a_block_reads_from_its_parts_without_calling_them_is_there_too():
@@ -259,7 +259,7 @@ def test_recurrent_layers_run_with_the_copies():
     lstm, own = model[0], model[0].weight_ih_l0
     seen = []
     lstm.register_forward_hook(lambda *_: seen.append((lstm.weight_ih_l0, lstm._flat_weights[0])))
-    with Weights(model, CPU, stream=True, capacity=0, unit_bytes=EVERYTHING):
+    with Weights(model, CPU, stream=True, capacity=0, unit_bytes=UNLIMITED):
         model(torch.ones(3, 1, 8))
     assert seen[0][0] is seen[0][1] is not own and lstm._flat_weights[0] is own
 
@@ -268,10 +268,10 @@ def test_tied_weights_are_one_copy_within_a_unit_and_one_for_each_of_two_units()
     model = llama()
     embedding, head, seen = model.model.embed_tokens, model.lm_head, []
     model.lm_head.register_forward_hook(lambda *_: seen.append((embedding.weight, head.weight)))
-    with Weights(model, CPU, stream=True, capacity=EVERYTHING, unit_bytes=EVERYTHING) as weights:
+    with Weights(model, CPU, stream=True, capacity=UNLIMITED, unit_bytes=UNLIMITED) as weights:
         logits(model)
     assert seen[0][0] is seen[0][1] and weights.bytes == size(model)
-    with Weights(model, CPU, stream=True, capacity=EVERYTHING, unit_bytes=size(head)) as weights:
+    with Weights(model, CPU, stream=True, capacity=UNLIMITED, unit_bytes=size(head)) as weights:
         logits(model)
     assert seen[1][0] is not seen[1][1] and weights.bytes == size(model) + size(head)
     assert embedding.weight is head.weight
@@ -330,7 +330,7 @@ def test_conv1d_layers_are_given_in_their_own_layout():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("capacity", [0, BLOCK, EVERYTHING])
+@pytest.mark.parametrize("capacity", [0, BLOCK, UNLIMITED])
 def test_batches_in_lock_step_see_only_quantized_layers_before_them(capacity, stream):
     model = llama()
     targets = by_name(model)
@@ -461,7 +461,7 @@ def test_modes_of_a_batchs_thread_do_not_see_the_copies():
         module.register_forward_hook(
             lambda module, *_: used.update(p.data_ptr() for p in module.parameters(recurse=False))
         )
-    with Weights(model, CPU, stream=True, capacity=EVERYTHING, unit_bytes=BLOCK) as weights:
+    with Weights(model, CPU, stream=True, capacity=UNLIMITED, unit_bytes=BLOCK) as weights:
         weights.quantize(target, layer)
         with torch.device("meta"), Watch(), torch.inference_mode():
             model.model.layers[0](
@@ -527,10 +527,10 @@ class Around(nn.Module):
 def test_a_module_that_is_never_called_runs_elsewhere_with_all_it_holds(device):
     around, device = Around(), torch.device(device)
     if device.type == "cuda":  # on the meta device quantized layers cannot compute
-        swap(around.model, {name: rounded(target) for name, target in by_name(around.model).items()})
+        swap_modules(around.model, {name: rounded(target) for name, target in by_name(around.model).items()})
     x = torch.randn(5, 64)
     before, expected = slots(around), around.step(x)
-    with brought(around, device):
+    with streamed_to(around, device):
         outputs = around.step(x.to(device))
     assert outputs.device.type == device.type and slots(around) == before
     if device.type == "cuda":
@@ -539,16 +539,16 @@ def test_a_module_that_is_never_called_runs_elsewhere_with_all_it_holds(device):
 
 def test_what_is_brought_besides_a_part_leaves_it_alone():
     around = Around()
-    with brought(around, torch.device("meta"), besides=around.model):
+    with streamed_to(around, torch.device("meta"), besides=around.model):
         assert around.factor.is_meta and around.shifts[0].is_meta
         assert around.head(torch.ones(64, device="meta")).is_meta
         assert around.model(torch.ones(64)).device == CPU
-    with brought(around, torch.device("meta"), besides=around):
+    with streamed_to(around, torch.device("meta"), besides=around):
         assert around.factor.is_meta and not around.head.weight.is_meta
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("capacity", [0, 2 * BLOCK, EVERYTHING])
+@pytest.mark.parametrize("capacity", [0, 2 * BLOCK, UNLIMITED])
 @pytest.mark.parametrize("unit_bytes", [0, BLOCK])
 def test_a_model_on_the_cpu_runs_on_the_gpu_as_if_it_were_there(capacity, unit_bytes):
     model = llama()

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.clients.inventory import Outline
+from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.errors import CheckpointError, TargetError
 from gptq_plugin.hf.quantizer import quantized_config
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -192,9 +192,9 @@ def test_what_is_used_in_another_way_stays_float_and_is_named(caplog: pytest.Log
     report = QuantizeModule(bits=4, group_size=32).quantize(network, [torch.randn(64, 32)])
     assert [module.name for module in report.quantized] == ["before"]
     assert report.coverage is not None and report.coverage.mostly_float
-    assert "experts.first [3, 64, 32]" in report.coverage.said()
-    assert "not used as one expert's each" in report.coverage.said()
-    said = [record.levelname for record in caplog.records if report.coverage.said() in record.message]
+    assert "experts.first [3, 64, 32]" in report.coverage.summary()
+    assert "not used as one expert's each" in report.coverage.summary()
+    said = [record.levelname for record in caplog.records if report.coverage.summary() in record.message]
     assert "WARNING" in said  # most of the export is float
 
 
@@ -310,10 +310,10 @@ def test_what_clients_are_asked_about_is_what_is_exported(left: tuple[str, ...],
     network = model("qwen3_moe")
     quantizer = QuantizeModule(bits=4, group_size=32, modules_to_not_convert=left)
     with unfused(network):
-        planned = Outline.of_model(network, quantizer.config)
+        planned = Inventory.of_model(network, quantizer.config)
     quantizer.round_to_nearest(network)
-    assert Outline.of_model(network, quantizer.config) == planned
-    assert Outline.of(Checkpoint.open(quantizer.export(network, tmp_path / "out"))) == planned
+    assert Inventory.of_model(network, quantizer.config) == planned
+    assert Inventory.of(Checkpoint.open(quantizer.export(network, tmp_path / "out"))) == planned
 
 
 def test_routers_are_told_to_clients_that_would_quantize_them(tmp_path: Path) -> None:

@@ -356,7 +356,9 @@ def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeyp
     elif where == "client_config":
         monkeypatch.setattr(gptq_plugin.quantize.module, where, fail_at(1, gptq_plugin.quantize.module.client_config))
     elif where == "swap":
-        monkeypatch.setattr(gptq_plugin.quantize.module, "swap", fail_at(1, gptq_plugin.quantize.module.swap))
+        monkeypatch.setattr(
+            gptq_plugin.quantize.module, "swap_modules", fail_at(1, gptq_plugin.quantize.module.swap_modules)
+        )
     else:
         activation = model.model.layers[1].mlp.act_fn
         monkeypatch.setattr(activation, "forward", fail_at(3, activation.forward))

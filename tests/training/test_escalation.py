@@ -15,7 +15,7 @@ from gptq_plugin.gptq.grid import stored_bits
 from gptq_plugin.model.experts import unfused
 from gptq_plugin.model.targets import find_targets
 from gptq_plugin.report.figures import packed_bytes
-from gptq_plugin.training.attempts import UntilGood
+from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.escalation import output_noise, steps
 from gptq_plugin.training.quality_gate import QualityGate
 
@@ -163,7 +163,7 @@ def loop(tmp_path):
         quantizer = quantizer or QuantizeModule(group_size=-1, nsamples=16, batch_size=4)
         values = iter(metrics)
         finished = []
-        good = UntilGood(
+        good = Attempts(
             model,
             QualityGate({"loss": 0.1}, **gate),
             before={"loss": 1.0},

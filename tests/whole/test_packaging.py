@@ -13,7 +13,7 @@ import pytest
 
 from paths import REPOSITORY
 
-EVERYTHING = """
+UNLIMITED = """
 import gptq_plugin, sys
 from importlib.resources import files
 for name in gptq_plugin.__all__:
@@ -98,14 +98,14 @@ def test_an_installed_wheel_works_from_another_folder(wheel, tmp_path):
         check=True,
     )
     (tmp_path / "elsewhere").mkdir()
-    printed = python(EVERYTHING, tmp_path / "elsewhere", tmp_path / "site")
+    printed = python(UNLIMITED, tmp_path / "elsewhere", tmp_path / "site")
     assert all(place.startswith(str(tmp_path / "site")) for place in printed.split())
     assert (tmp_path / "site" / "bin" / "gptq-finetune").exists()
     assert (tmp_path / "site" / "bin" / "gptq-quantize").exists()
 
 
 def test_the_editable_install_works_from_another_folder(tmp_path):
-    printed = python(EVERYTHING, tmp_path)
+    printed = python(UNLIMITED, tmp_path)
     installed = distribution("gptq-plugin")
     assert {entry.name for entry in installed.entry_points} == {"gptq-finetune", "gptq-quantize", "gptq-plugin"}
     assert printed.strip()

@@ -60,11 +60,11 @@ def _add_check(commands: Any) -> None:
 
 def _check(parsed: argparse.Namespace) -> int:
     from gptq_plugin.check.lint import lint
-    from gptq_plugin.clients.rules import Target
+    from gptq_plugin.clients.rules import Client
     from gptq_plugin.errors import CheckpointError
 
-    def target(client: str) -> Target:
-        return Target(client, parsed.tensor_parallel_size if client in ("vllm", "sglang") else 1)
+    def target(client: str) -> Client:
+        return Client(client, parsed.tensor_parallel_size if client in ("vllm", "sglang") else 1)
 
     try:
         found = lint(parsed.directory, parsed.float_dir, [target(client) for client in _CLIENTS])

@@ -23,8 +23,8 @@ from gptq_plugin.check.comparison import compare, verdict
 from gptq_plugin.check.float_weights import FloatWeights
 from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
 from gptq_plugin.checkpoint.layouts import trivial_g_idx
-from gptq_plugin.clients.inventory import LayerOutline, Outline
-from gptq_plugin.clients.rules import CLIENTS, Target, conditions, problems
+from gptq_plugin.clients.inventory import Inventory, LayerEntry
+from gptq_plugin.clients.rules import CLIENTS, Client, conditions, problems
 from gptq_plugin.config import COMPRESSED, QuantizeConfig, own_config, rule_regex
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
@@ -58,8 +58,8 @@ class Lint:
 
     facts: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    refusals: dict[Target, list[str]] = field(default_factory=dict)
-    conditions: dict[Target, list[str]] = field(default_factory=dict)
+    refusals: dict[Client, list[str]] = field(default_factory=dict)
+    conditions: dict[Client, list[str]] = field(default_factory=dict)
 
     @property
     def errors(self) -> list[str]:
@@ -69,7 +69,7 @@ class Lint:
         self.findings += [Finding(level, message) for message in messages]
 
 
-def lint(directory: str | Path, float_dir: str | Path | None = None, targets: Iterable[Target] | None = None) -> Lint:
+def lint(directory: str | Path, float_dir: str | Path | None = None, targets: Iterable[Client] | None = None) -> Lint:
     """Checks a GPTQ or compressed-tensors checkpoint, a layer at a time.
 
     Args:
@@ -87,30 +87,30 @@ def lint(directory: str | Path, float_dir: str | Path | None = None, targets: It
     except CheckpointError as error:
         found.add("error", [str(error)])
         return found
-    outline = Outline.of(checkpoint)
-    found.facts = _facts(checkpoint, outline)
+    inventory = Inventory.of(checkpoint)
+    found.facts = _facts(checkpoint, inventory)
     beside = checkpoint.quantize_config()
     found.add("error", _contradictions(checkpoint, beside))
-    found.add("error", _tied_head(checkpoint, outline))
+    found.add("error", _tied_head(checkpoint, inventory))
     _scales_dtype(checkpoint, found)
-    _missing_g_idx(checkpoint, outline, found)
+    _missing_g_idx(checkpoint, inventory, found)
     judged = _Judged(checkpoint, beside, floats)
-    for layer in outline.layers:
+    for layer in inventory.layers:
         judged.layer(layer, checkpoint.read_layer(layer.name))
     judged.report(found)
     if floats is not None:
-        _left_alone(checkpoint, floats, found)
-    for target in targets if targets is not None else map(Target, CLIENTS):
-        found.refusals[target] = [*problems(outline, target), *_untold(checkpoint, outline, target)]
-        found.conditions[target] = conditions(outline, target)
+        _check_float_layers(checkpoint, floats, found)
+    for target in targets if targets is not None else map(Client, CLIENTS):
+        found.refusals[target] = [*problems(inventory, target), *_describe_gaps(checkpoint, inventory, target)]
+        found.conditions[target] = conditions(inventory, target)
     return found
 
 
 # --- what the files say -------------------------------------------------------------------------------------
 
 
-def _facts(checkpoint: Checkpoint, outline: Outline) -> dict[str, str]:
-    grids = Counter((x.bits, x.group_size, x.sym, x.act_order) for x in outline.layers)
+def _facts(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, str]:
+    grids = Counter((x.bits, x.group_size, x.sym, x.act_order) for x in inventory.layers)
     described = [
         f"{count} layers at {bits} bits, group_size={size}, {'symmetric' if sym else 'asymmetric'}"
         + (", act-order" if ordered else "")
@@ -123,8 +123,8 @@ def _facts(checkpoint: Checkpoint, outline: Outline) -> dict[str, str]:
         "format": checkpoint.checkpoint_format,
         "model": str(architecture or checkpoint.model_config.get("module_class") or "unknown"),
         "layers": "; ".join(described),
-        "left float": some(outline.floats) if outline.floats else "no linear layer inside the blocks",
-        "bytes": f"{total:,}, of which {float_bytes / total:.0%} are float weights in {_short(outline.dtype)}",
+        "left float": some(inventory.floats) if inventory.floats else "no linear layer inside the blocks",
+        "bytes": f"{total:,}, of which {float_bytes / total:.0%} are float weights in {_short(inventory.dtype)}",
     }
 
 
@@ -145,9 +145,9 @@ def _contradictions(checkpoint: Checkpoint, beside: dict[str, Any]) -> Iterator[
             )
 
 
-def _tied_head(checkpoint: Checkpoint, outline: Outline) -> Iterator[str]:
+def _tied_head(checkpoint: Checkpoint, inventory: Inventory) -> Iterator[str]:
     parts = (checkpoint.model_config, checkpoint.model_config.get("text_config") or {})
-    if outline.lm_head and any(part.get("tie_word_embeddings") for part in parts):
+    if inventory.lm_head and any(part.get("tie_word_embeddings") for part in parts):
         yield (
             "the output embedding is quantized and config.json ties it to the float input embedding, which loaders "
             "then take instead: set tie_word_embeddings to false"
@@ -176,9 +176,9 @@ def _scales_dtype(checkpoint: Checkpoint, found: Lint) -> None:
         )
 
 
-def _missing_g_idx(checkpoint: Checkpoint, outline: Outline, found: Lint) -> None:
+def _missing_g_idx(checkpoint: Checkpoint, inventory: Inventory, found: Lint) -> None:
     without = [name for name, layer in checkpoint.layers.items() if not layer.has_g_idx]
-    if without and outline.checkpoint_format != COMPRESSED:
+    if without and inventory.checkpoint_format != COMPRESSED:
         found.add(
             "warning",
             [
@@ -188,23 +188,23 @@ def _missing_g_idx(checkpoint: Checkpoint, outline: Outline, found: Lint) -> Non
         )
 
 
-def _untold(checkpoint: Checkpoint, outline: Outline, target: Target) -> Iterator[str]:
+def _describe_gaps(checkpoint: Checkpoint, inventory: Inventory, target: Client) -> Iterator[str]:
     """What a client needs to find in the description of a GPTQ checkpoint (measured)."""
     said = checkpoint.quantization
-    if outline.checkpoint_format == COMPRESSED:
+    if inventory.checkpoint_format == COMPRESSED:
         return
     if target.client in ("vllm", "sglang"):
         missing = [key for key in ("bits", "group_size", "desc_act", "sym") if key not in said]
         if missing:
             yield f"the description lacks {', '.join(missing)}, which {target.client} needs: add them to {CONFIG}"
-    if target.client == "transformers" and outline.floats and not said.get("modules_in_block_to_quantize"):
+    if target.client == "transformers" and inventory.floats and not said.get("modules_in_block_to_quantize"):
         yield (
-            f"{some(outline.floats)} are float and the description does not list the others in "
+            f"{some(inventory.floats)} are float and the description does not list the others in "
             "modules_in_block_to_quantize, which transformers goes by: add it"
         )
     if target.client == "gptqmodel":
         rules = [rule_regex(pattern) for pattern in said.get("dynamic") or {} if pattern.startswith("-:")]
-        untold = [name for name in outline.floats if not any(re.match(rule, name) for rule in rules)]
+        untold = [name for name in inventory.floats if not any(re.match(rule, name) for rule in rules)]
         if untold:
             yield (
                 f'{some(untold)} are float and no `dynamic` rule ("-:REGEX": {{}}) says so, which gptqmodel goes by: '
@@ -212,7 +212,7 @@ def _untold(checkpoint: Checkpoint, outline: Outline, target: Target) -> Iterato
             )
 
 
-def _left_alone(checkpoint: Checkpoint, floats: FloatWeights, found: Lint) -> None:
+def _check_float_layers(checkpoint: Checkpoint, floats: FloatWeights, found: Lint) -> None:
     """Embeddings, norms, biases, float layers: none of them is quantized, so each is the float model's, or its cast."""
     biases = [f"{name}.bias" for name, layer in checkpoint.layers.items() if layer.has_bias]
     same, alone = 0, []
@@ -263,22 +263,22 @@ class _Judged:
         self._compared: list[str] = []
         self._alone: list[str] = []
 
-    def layer(self, outline: LayerOutline, layer: QuantLinear) -> None:
-        for level, message in self._of_itself(outline, layer):
-            self._say(level, message, outline.name)
+    def layer(self, inventory: LayerEntry, layer: QuantLinear) -> None:
+        for level, message in self._of_itself(inventory, layer):
+            self._say(level, message, inventory.name)
         if self._floats is None:
             return
-        weight = self._floats.weight(outline.name, (outline.out_features, outline.in_features))
+        weight = self._floats.weight(inventory.name, (inventory.out_features, inventory.in_features))
         if weight is None:
-            self._alone.append(outline.name)
+            self._alone.append(inventory.name)
             return
-        self._compared.append(outline.name)
-        config, ratios = self._grid_of(outline)
+        self._compared.append(inventory.name)
+        config, ratios = self._grid_of(inventory)
         comparison = compare(layer, weight, config, ratios)
-        scales = self._checkpoint.tensors[f"{outline.name}.{self._checkpoint.layout.scales}"]
+        scales = self._checkpoint.tensors[f"{inventory.name}.{self._checkpoint.layout.scales}"]
         bfloat16 = scales.dtype == "BF16"
-        for message in verdict(comparison, outline.bits, bfloat16):
-            self._say("error", message, outline.name)
+        for message in verdict(comparison, inventory.bits, bfloat16):
+            self._say("error", message, inventory.name)
 
     def report(self, found: Lint) -> None:
         total = len(self._checkpoint.layers)
@@ -296,27 +296,27 @@ class _Judged:
     def _say(self, level: str, message: str, name: str) -> None:
         self._names.setdefault((level, message), []).append(name)
 
-    def _grid_of(self, outline: LayerOutline) -> tuple[QuantizeConfig, tuple[float, ...]]:
+    def _grid_of(self, inventory: LayerEntry) -> tuple[QuantizeConfig, tuple[float, ...]]:
         """The layer's grid; and the parts its groups' ranges may have, where the groups' steps come from the float
         weight: in our own checkpoints with static groups."""
-        ours = self._config.for_module(outline.name) if self._config is not None else None
+        ours = self._config.for_module(inventory.name) if self._config is not None else None
         if ours is not None and ours.static_groups:
             return ours, ours.clip_ratios
         v1 = self._checkpoint.checkpoint_format == "gptq"
-        return QuantizeConfig(bits=outline.bits, sym=outline.sym, checkpoint_format="gptq" if v1 else "gptq_v2"), ()
+        return QuantizeConfig(bits=inventory.bits, sym=inventory.sym, checkpoint_format="gptq" if v1 else "gptq_v2"), ()
 
-    def _of_itself(self, outline: LayerOutline, layer: QuantLinear) -> Iterator[tuple[str, str]]:
+    def _of_itself(self, inventory: LayerEntry, layer: QuantLinear) -> Iterator[tuple[str, str]]:
         zeros = unpack_zeros(layer.qzeros, layer.bits, layer.out_features)
-        yield from _zeros(outline, zeros, self._checkpoint.checkpoint_format)
-        yield from _groups(outline, layer, self._checkpoint.layers[outline.name].desc_act)
+        yield from _zeros(inventory, zeros, self._checkpoint.checkpoint_format)
+        yield from _groups(inventory, layer, self._checkpoint.layers[inventory.name].desc_act)
         yield from _scales(layer.scales)
         yield from _padding(layer)
         yield from _codes(layer, zeros)
 
 
-def _zeros(outline: LayerOutline, zeros: Tensor, checkpoint_format: str) -> Iterator[tuple[str, str]]:
-    middle = 2 ** (outline.bits - 1)
-    if outline.sym:
+def _zeros(inventory: LayerEntry, zeros: Tensor, checkpoint_format: str) -> Iterator[tuple[str, str]]:
+    middle = 2 ** (inventory.bits - 1)
+    if inventory.sym:
         wrong = zeros[zeros != middle]
         if len(wrong):
             value = int(wrong.mode().values)
@@ -334,10 +334,10 @@ def _zeros(outline: LayerOutline, zeros: Tensor, checkpoint_format: str) -> Iter
         yield "warning", "some zeros are 0, which format gptq (v1) stores as -1, and clients read differently"
 
 
-def _groups(outline: LayerOutline, layer: QuantLinear, desc_act: bool) -> Iterator[tuple[str, str]]:
+def _groups(inventory: LayerEntry, layer: QuantLinear, desc_act: bool) -> Iterator[tuple[str, str]]:
     counts = torch.bincount(layer.g_idx.long(), minlength=layer.scales.shape[0])
-    natural = trivial_g_idx(outline.in_features, outline.group_size)
-    if outline.act_order and not desc_act:
+    natural = trivial_g_idx(inventory.in_features, inventory.group_size)
+    if inventory.act_order and not desc_act:
         yield (
             "error",
             "desc_act=false says that channel i is in group i // group_size, and g_idx says otherwise: clients that "

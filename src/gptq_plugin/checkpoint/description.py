@@ -54,11 +54,11 @@ def client_config(model: nn.Module, layers: Mapping[str, QuantLinear], config: Q
         stored = stored_names(model, {name: _shape(module) for name, module in modules.items()})
     names = [name for name, module in model.named_modules() if head is not None and module is head]
 
-    def both(own: Iterable[str]) -> list[str]:
+    def under_both_names(own: Iterable[str]) -> list[str]:
         return list(dict.fromkeys(other for name in own for other in (name, stored.get(name, name))))
 
-    schemes = {n: scheme_of(name, layer, config) for name, layer in layers.items() for n in both([name])}
-    contents = Contents(schemes, both(floats), names[0] if names else None, both(scorers))
+    schemes = {n: scheme_of(name, layer, config) for name, layer in layers.items() for n in under_both_names([name])}
+    contents = Contents(schemes, under_both_names(floats), names[0] if names else None, under_both_names(scorers))
     return describe(contents, config)
 
 

@@ -26,7 +26,7 @@ from gptq_plugin.checkpoint.description import client_config, most_and_others
 from gptq_plugin.checkpoint.layouts import QuantizedLayer
 from gptq_plugin.config import COMPRESSED, QuantizeConfig
 from gptq_plugin.errors import CheckpointError, some
-from gptq_plugin.layers.qlinear import QuantLinear, swap
+from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
 from gptq_plugin.model.experts import place_experts, possible_experts
 from gptq_plugin.model.stored_names import expert_parts, plain_renaming, renaming
 from gptq_plugin.model.targets import is_linear, linear_shape
@@ -251,7 +251,7 @@ def _load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, d
     for name, tensor in sources.items():
         value = checkpoint.read(name)
         tensor.data = value.to(device, dtype if value.is_floating_point() else None)
-    swap(model, layers)
+    swap_modules(model, layers)
     return model.to(device).eval()
 
 
@@ -294,7 +294,7 @@ def reserve(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     """
     take_apart(checkpoint, model, plain_renaming(model))
     names = _match(checkpoint, model, renaming(model))
-    swap(model, {name: Place(checkpoint.layers[stored]) for name, stored in names.items()})
+    swap_modules(model, {name: Place(checkpoint.layers[stored]) for name, stored in names.items()})
     return names
 
 
@@ -365,7 +365,7 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
             # Left where it is computed, the output would meet its block's tensors (a residual) on another device.
             hook.io_same_device = True
             add_hook_to_module(layers[name], hook)
-    swap(model, layers)
+    swap_modules(model, layers)
 
 
 def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, or will hold, as far as a client cares: `Outline`. No weights, no opinions.
+"""What a checkpoint holds, or will hold, as far as a client cares: `Inventory`. No weights, no opinions.
 
 Two makers, one for a checkpoint on disk and one for a model, quantized or not yet, so that what a client would
 refuse is known before the work begins (`clients` says what that is).
@@ -30,7 +30,7 @@ _HEADS = ("lm_head", "embed_out")  # names of output embeddings; in a block no l
 
 
 @dataclass(frozen=True)
-class LayerOutline:
+class LayerEntry:
     """One quantized layer. `act_order`: its groups are not contiguous, so that it needs a g_idx."""
 
     name: str
@@ -43,7 +43,7 @@ class LayerOutline:
 
 
 @dataclass(frozen=True)
-class Outline:
+class Inventory:
     """What there is in a checkpoint.
 
     Attributes:
@@ -59,7 +59,7 @@ class Outline:
     """
 
     checkpoint_format: str
-    layers: tuple[LayerOutline, ...]
+    layers: tuple[LayerEntry, ...]
     floats: tuple[str, ...]
     lm_head: bool
     desc_act: bool
@@ -69,7 +69,7 @@ class Outline:
     activations: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_model(cls, model: nn.Module, config: QuantizeConfig, report: QuantizeReport | None = None) -> Outline:
+    def of_model(cls, model: nn.Module, config: QuantizeConfig, report: QuantizeReport | None = None) -> Inventory:
         """What the export of `model` holds, under the model's names: of its quantized layers or, of a float model, of
         those that quantizing it by `config` will give. What activations there were is in `report`.
 
@@ -100,10 +100,10 @@ class Outline:
         )
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Outline:
+    def of(cls, checkpoint: Checkpoint) -> Inventory:
         """What `checkpoint` holds, under the names it has there; reads group indices, no weights."""
         description = checkpoint.quantization
-        layers = tuple(_outlined(n, layer, checkpoint.scheme(n)) for n, layer in sorted(checkpoint.layers.items()))
+        layers = tuple(_entry(n, layer, checkpoint.scheme(n)) for n, layer in sorted(checkpoint.layers.items()))
         matrices = (
             name.removesuffix(".weight")
             for name in checkpoint.float_names
@@ -122,19 +122,19 @@ class Outline:
         )
 
 
-def _planned(target: Target) -> LayerOutline:
+def _planned(target: Target) -> LayerEntry:
     own, (out_features, in_features) = target.config, linear_shape(target.module)
     several = own.group_size != -1 and own.group_size < in_features
     act_order = own.desc_act and not own.static_groups and several
-    return LayerOutline(target.name, own.bits, own.group_size, in_features, out_features, own.sym, act_order)
+    return LayerEntry(target.name, own.bits, own.group_size, in_features, out_features, own.sym, act_order)
 
 
-def _quantized(name: str, layer: QuantLinear, config: QuantizeConfig) -> LayerOutline:
-    return _outlined(name, layer, scheme_of(name, layer, config))
+def _quantized(name: str, layer: QuantLinear, config: QuantizeConfig) -> LayerEntry:
+    return _entry(name, layer, scheme_of(name, layer, config))
 
 
-def _outlined(name: str, layer: QuantLinear | QuantizedLayer, scheme: Scheme) -> LayerOutline:
-    return LayerOutline(
+def _entry(name: str, layer: QuantLinear | QuantizedLayer, scheme: Scheme) -> LayerEntry:
+    return LayerEntry(
         name, scheme.bits, scheme.group_size, layer.in_features, layer.out_features, scheme.sym, scheme.desc_act
     )
 

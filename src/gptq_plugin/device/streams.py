@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Fetched:
+class AsyncRead:
     """A small tensor on its way to the host.
 
     Args:
@@ -65,7 +65,7 @@ class Stopwatch:
 
 
 @contextlib.contextmanager
-def aside(device: torch.device) -> Iterator[Callable[[], None]]:
+def on_side_stream(device: torch.device) -> Iterator[Callable[[], None]]:
     """Has what the block queues run beside what is queued after it: a GPU has room next to a chain of small kernels.
 
     Yields:

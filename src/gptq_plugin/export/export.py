@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.checkpoint.layouts import LAYOUTS
-from gptq_plugin.clients.inventory import Outline
-from gptq_plugin.clients.rules import Target, refuse
+from gptq_plugin.clients.inventory import Inventory
+from gptq_plugin.clients.rules import Client, refuse
 from gptq_plugin.config import COMPRESSED, QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.export.shard_writer import ShardWriter
@@ -58,7 +58,7 @@ def export_model(
     tokenizer: Any = None,
     overwrite: bool = False,
     sample: Sample | None = None,
-    target: Target | str | Mapping[str, Any] | None = None,
+    target: Client | str | Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a quantized model as a checkpoint of the config's `checkpoint_format`.
 
@@ -77,7 +77,7 @@ def export_model(
         tokenizer: Anything with `save_pretrained`.
         overwrite: Replace an earlier export of this package; nothing else is ever replaced.
         sample: What the export must compute as the model does; see `proof.same_outputs`.
-        target: The client that is to load it ("vllm", "transformers", "sglang", "gptqmodel", or as `clients.Target.of`
+        target: The client that is to load it ("vllm", "transformers", "sglang", "gptqmodel", or as `clients.Client.of`
             takes it): what it would not take is refused.
 
     Returns:
@@ -117,10 +117,10 @@ class Export:
         config: QuantizeConfig,
         *,
         overwrite: bool = False,
-        target: Target | str | Mapping[str, Any] | None = None,
+        target: Client | str | Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
-        self._target = Target.of(target)
+        self._target = Client.of(target)
         self._refuse_target(model)
         check_savable(model)
         self._stored_names = _stored_names(model)
@@ -265,7 +265,7 @@ class Export:
 
     def _refuse_target(self, model: nn.Module, report: QuantizeReport | None = None) -> None:
         if self._target is not None:
-            refuse(Outline.of_model(model, self._config, report), self._target)
+            refuse(Inventory.of_model(model, self._config, report), self._target)
 
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         if not layers:

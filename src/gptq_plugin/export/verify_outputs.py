@@ -24,7 +24,7 @@ from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.checkpoint.load import load_as, load_quantized
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.memory.weights import brought
+from gptq_plugin.memory.weights import streamed_to
 from gptq_plugin.model.hf_models import has_own_code, is_transformers
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> N
         raise ExportError(f"the export does not load: {error}") from error
     if again is None:
         return
-    with brought(again, device, capacity=0):
+    with streamed_to(again, device, capacity=0):
         found = _floats(again(*args, **kwargs))
     replaced = "forward" in vars(model)  # as accelerate does it, to run the model under autocast
     _compare(found, expected, _TOLERANCE_16_BITS if replaced else 0.0)
@@ -211,7 +211,7 @@ def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
     if parameter is None or parameter.device == device:
         yield
     else:
-        with brought(model, device, capacity=0):
+        with streamed_to(model, device, capacity=0):
             yield
 
 

@@ -112,7 +112,7 @@ def _blocked_cholesky(matrices: Tensor, panel: int) -> Tensor:
         matrices[:, stop:, start:stop] = 0
         side = matrices[:, start:stop, stop:]
         _substitute(corner, side)
-        below, beside = split.both(side, _SCALE)
+        below, beside = split.halves(side, _SCALE)
         for row in range(stop, n, 2 * panel):  # what lies below the diagonal is not needed
             strip, first = matrices[:, row : row + 2 * panel, row:], row - stop
             split.add_product(strip, below[:, first : first + 2 * panel], beside[:, :, first:], alpha=-(_SCALE**-2))

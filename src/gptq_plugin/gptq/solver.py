@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.precision import full_precision
-from gptq_plugin.device.streams import Fetched, aside
+from gptq_plugin.device.streams import AsyncRead, on_side_stream
 from gptq_plugin.gptq import tensor_cores as split
 from gptq_plugin.gptq.factor import Factor, attempts, factorize
 from gptq_plugin.gptq.grid import (
@@ -98,18 +98,18 @@ def solve_batch(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> li
     """
     with full_precision(weights.device):
         weights = weights.detach().to(hessians.dtype).contiguous()  # Conv1D's, and some experts', are not
-        with aside(weights.device) as join:
+        with on_side_stream(weights.device) as join:
             rtn_losses = [rounding_loss(w, h, config) for w, h in zip(weights, hessians, strict=True)]
         factor, good = factorize(hessians, config, hessians.dtype, config.damp_percent)
         columns = _Columns(weights, factor, config)
         finite = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1)
         # The device is waited for with everything queued, and for no more than the verdict needs.
-        verdict = Fetched(torch.stack([good, finite, columns.fits], 1)) if config.static_groups else None
+        verdict = AsyncRead(torch.stack([good, finite, columns.fits], 1)) if config.static_groups else None
         columns.visit()
         join()
         solutions = _solutions(columns, rtn_losses, config.damp_percent, ())
         if verdict is None:  # the grids came with the columns
-            verdict = Fetched(torch.stack([good, finite, columns.fits], 1))
+            verdict = AsyncRead(torch.stack([good, finite, columns.fits], 1))
         for number, (is_good, is_finite, has_scales) in enumerate(verdict.get()):
             if not is_finite:
                 raise ValueError("the Hessian holds NaN or infinity")

@@ -35,7 +35,7 @@ def right(x: Tensor, scale: float) -> Tensor:
     return solver_passes(x).split(x, scale, "hlh", 1)
 
 
-def both(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def halves(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """[B, k, n]: xᵀ as the left operand and x as the right one; they share memory."""
     k = x.shape[1]
     parts = solver_passes(x).split(x, scale, "hlhh", 1)

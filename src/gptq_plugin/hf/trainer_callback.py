@@ -24,23 +24,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gptq_plugin import distributed
 from gptq_plugin.calibration.forward import call, to_device
 from gptq_plugin.calibration.training_data import RunData
-from gptq_plugin.clients.rules import Target
+from gptq_plugin.clients.rules import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.hf.dataloaders import undivided
-from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, untied
+from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.one_pass import ModelForward, Progress
 from gptq_plugin.report.provenance import plain_name
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.preflight import (
     check_arguments,
+    leaves_quantized,
     refuse_adapters,
     refuse_export,
     refuse_offload,
     refuse_quantized,
-    swaps,
 )
 from gptq_plugin.training.progress import tqdm_progress
 from gptq_plugin.training.rank0_export import check_own_folders, export_from_first, from_first
@@ -98,7 +98,7 @@ class GPTQTrainerCallback(TrainerCallback):
         mix_fraction: float = 0.25,
         swap: bool | None = None,
         overwrite: bool = False,
-        target: Target | str | Mapping[str, Any] | None = None,
+        target: Client | str | Mapping[str, Any] | None = None,
     ):
         check_arguments(quantizer, export_dir, swap)
         self.quantizer = quantizer
@@ -108,7 +108,7 @@ class GPTQTrainerCallback(TrainerCallback):
         self.forward = forward
         self.swap = swap
         self.overwrite = overwrite
-        self.target = Target.of(target)
+        self.target = Client.of(target)
         self.report: QuantizeReport | None = None
         self._evaluations: _Evaluations | None = None  # of the training that is going on
 
@@ -178,14 +178,14 @@ class GPTQTrainerCallback(TrainerCallback):
                 forward=self.calibration_forward(args),
                 tokenizer=self._tokenizer(training),
                 progress=progress,
-                keep=swaps(model, self.swap),
+                keep=leaves_quantized(model, self.swap),
                 device_memory=peak,
             )
             with quantized as self.report:
                 self.report.float_checkpoint = _checkpoint(args, state)
                 if args.run_name != args.output_dir:  # which some versions take for a name
                     self.report.run_id = plain_name(args.run_name) or self.report.run_id
-                self.report.deviations += untied(model, module)
+                self.report.deviations += note_untied(model, module)
                 if self.export_dir is not None:
                     self.export_dir = export_from_first(
                         self.quantizer,

@@ -1,4 +1,4 @@
-"""QuantLinear, a linear layer whose weights stay quantized, and `swap`, which puts modules in others' place.
+"""QuantLinear, a linear layer whose weights stay quantized, and `swap_modules`, which puts modules in others' place.
 
 On CUDA a Triton kernel dequantizes and multiplies in one go. Elsewhere plain PyTorch does it tile by tile; on
 a CPU, bfloat16 inputs of few rows take PyTorch's own 4-bit kernel, which for one row beats a float layer.
@@ -271,7 +271,7 @@ class _Product(torch.autograd.Function):
         return grad @ ctx.layer.dequantize(grad.dtype), None
 
 
-def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     """Puts modules in place of others, wherever in the tree those occur: shared ones stay shared.
 
     Args:

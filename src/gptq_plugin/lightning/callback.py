@@ -26,34 +26,34 @@ from gptq_plugin.calibration.batches import named
 from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.forward import call, evaluating, fits
 from gptq_plugin.calibration.training_data import RunData
-from gptq_plugin.clients.rules import Target
+from gptq_plugin.clients.rules import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.export.staging import check_export_dir
-from gptq_plugin.layers.qlinear import swap as swap_modules
+from gptq_plugin.layers.qlinear import swap_modules
 from gptq_plugin.lightning.consolidated import Consolidated
 from gptq_plugin.lightning.parallel_check import Outputs, may_differ
-from gptq_plugin.lightning.roots import either, overrides
-from gptq_plugin.lightning.sharding import shards
+from gptq_plugin.lightning.roots import in_any_root, overrides
+from gptq_plugin.lightning.sharding import is_sharded
 from gptq_plugin.lightning.strategies import refuse_for_shards, refuse_sharded_adapters, refuse_strategy
 from gptq_plugin.lightning.unsharded import refuse_unknown_sharding, unsharded
 from gptq_plugin.lightning.validation import validate, validation_loaders
 from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled, weights_of
-from gptq_plugin.memory.weights import brought
-from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, untied
+from gptq_plugin.memory.weights import streamed_to
+from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.model.hf_models import transformers_models
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.one_pass import Progress
 from gptq_plugin.report.provenance import plain_name
 from gptq_plugin.report.report import QuantizeReport
-from gptq_plugin.training.attempts import UntilGood
+from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.preflight import (
     check_arguments,
+    leaves_quantized,
     refuse_adapters,
     refuse_export,
     refuse_offload,
     refuse_quantized,
-    swaps,
 )
 from gptq_plugin.training.progress import progress_like
 from gptq_plugin.training.quality_gate import QualityGate
@@ -125,7 +125,7 @@ class GPTQCallback(pl.Callback):
         weights: str | Path = "last",
         swap: bool | None = None,
         overwrite: bool = False,
-        target: Target | str | Mapping[str, Any] | None = None,
+        target: Client | str | Mapping[str, Any] | None = None,
         validate: bool | None = None,
         max_degradation: Mapping[str, float | str] | None = None,
         on_fail: str = "raise",
@@ -143,7 +143,7 @@ class GPTQCallback(pl.Callback):
         self.weights = str(weights)
         self.swap = swap
         self.overwrite = overwrite
-        self.target = Target.of(target)
+        self.target = Client.of(target)
         self.gate = QualityGate(max_degradation or {}, on_fail, max_bits)
         if validate is False and self.gate.limits:
             raise ValueError("max_degradation needs validation, and validate=False switches it off")
@@ -162,8 +162,8 @@ class GPTQCallback(pl.Callback):
         refuse_quantized(pl_module, self._float_checkpoint() or "MyModule.load_from_checkpoint")
         refuse_for_shards(trainer, self.swap, self.export_dir, self.weights)
         check_weights(trainer, self.weights)
-        refuse_strategy(trainer, self.swaps(trainer, pl_module))
-        if not shards(trainer):
+        refuse_strategy(trainer, self.leaves_quantized(trainer, pl_module))
+        if not is_sharded(trainer):
             refuse_offload(self.quantizer, trainer.strategy.root_device)
         self._check_others(trainer, pl_module)
         if self.export_dir is not None:
@@ -175,7 +175,7 @@ class GPTQCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_dev_run(trainer):
             return
-        if shards(trainer):  # layers are whole in `on_train_start`
+        if is_sharded(trainer):  # layers are whole in `on_train_start`
             refuse_sharded_adapters(trainer, pl_module)
             refuse_unknown_sharding(pl_module)
             return
@@ -205,7 +205,7 @@ class GPTQCallback(pl.Callback):
         with isolate_rng():  # a sampler may draw from the global generator
             data = self.calibration_data(trainer)
         first = self.data.beginning(data)
-        if first is None and not shards(trainer):
+        if first is None and not is_sharded(trainer):
             return  # a stream of the user's own is not read ahead of its training
         with isolate_rng(), evaluating(pl_module), torch.compiler.set_stance("force_eager"):
             outputs = self._parallel_outputs(trainer, pl_module)
@@ -215,13 +215,13 @@ class GPTQCallback(pl.Callback):
                 _without_adapters(pl_module, self.module_to_quantize(pl_module), base_copy) as module,
             ):
                 if outputs is not None:
-                    with brought(pl_module, _elsewhere(trainer)):
+                    with streamed_to(pl_module, _elsewhere(trainer)):
                         outputs.check()
                 refuse_export(self.quantizer, module, self.export_dir, self.target)
                 if first is None:
                     self.quantizer.coverage(module)
                     return
-                with brought(pl_module, _elsewhere(trainer), besides=module):
+                with streamed_to(pl_module, _elsewhere(trainer), besides=module):
                     self.quantizer.rehearse(
                         module,
                         first,
@@ -250,16 +250,16 @@ class GPTQCallback(pl.Callback):
             progress_like(trainer) as progress,
         ):
             wanted = self.validate is not False and validation_loaders(trainer)
-            with brought(pl_module, _elsewhere(trainer)):
+            with streamed_to(pl_module, _elsewhere(trainer)):
                 before = validate(trainer, pl_module) if wanted else {}
             self.gate.check_names(before)
-            swap = self.swaps(trainer, pl_module)
+            swap = self.leaves_quantized(trainer, pl_module)
             trained = self.module_to_quantize(pl_module)
             with (
                 _without_adapters(pl_module, trained, merged_in_place) as module,
-                brought(pl_module, _elsewhere(trainer), besides=module),
+                streamed_to(pl_module, _elsewhere(trainer), besides=module),
             ):
-                notes = untied(trained, module)
+                notes = note_untied(trained, module)
                 self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes, files)
             if swap:
                 keep_weights()
@@ -292,7 +292,7 @@ class GPTQCallback(pl.Callback):
                     target=self.target,
                 )
 
-        return UntilGood(
+        return Attempts(
             module,
             self.gate,
             before,
@@ -313,14 +313,14 @@ class GPTQCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> contextlib.AbstractContextManager[Consolidated | None]:
         """The module without the strategy's sharding, where there is any."""
-        if not shards(trainer):
+        if not is_sharded(trainer):
             return nullcontext()
         assert self.export_dir is not None
         return unsharded(trainer, pl_module, self.export_dir)
 
     def _parallel_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outputs | None:
         """Of the module while it is sharded, where they may be others without that."""
-        if not shards(trainer):
+        if not is_sharded(trainer):
             return None
         module = self.module_to_quantize(pl_module)
         first = self.data.beginning(self.calibration_data(trainer))
@@ -332,7 +332,7 @@ class GPTQCallback(pl.Callback):
 
     def _check_others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if any(isinstance(other, GPTQCallback) and other.swaps(trainer, pl_module) for other in before):
+        if any(isinstance(other, GPTQCallback) and other.leaves_quantized(trainer, pl_module) for other in before):
             raise ValueError(
                 "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
                 "quantize: give all but the last swap=False"
@@ -343,9 +343,9 @@ class GPTQCallback(pl.Callback):
             return float_checkpoint(trainer, self.weights)
         return self.report.float_checkpoint if self.report is not None else ""
 
-    def swaps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    def leaves_quantized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether the module is left quantized."""
-        return not shards(trainer) and swaps(pl_module, self.swap)
+        return not is_sharded(trainer) and leaves_quantized(pl_module, self.swap)
 
     def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:
         """The module `module` names, or the one transformers model inside, or the LightningModule.
@@ -427,7 +427,7 @@ def _validation_loaders(trainer: pl.Trainer) -> list[Any]:
 
 
 def _defines_forward(module: nn.Module) -> bool:
-    return not isinstance(module, either("LightningModule")) or overrides(module, "forward")
+    return not isinstance(module, in_any_root("LightningModule")) or overrides(module, "forward")
 
 
 def _is_dev_run(trainer: pl.Trainer) -> bool:
@@ -467,13 +467,13 @@ def _free_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
 
 def _elsewhere(trainer: pl.Trainer) -> torch.device | None:
     """Where forwards run, when the module is not there: whole weights come to the training device part by part."""
-    return trainer.strategy.root_device if shards(trainer) else None
+    return trainer.strategy.root_device if is_sharded(trainer) else None
 
 
 @contextlib.contextmanager
 def _on_device(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
     """Lightning has moved the module to the CPU by now; it goes back there afterwards. A whole one stays there."""
-    if shards(trainer):
+    if is_sharded(trainer):
         yield
         return
     origin = pl_module.device

@@ -17,11 +17,11 @@ _ROOTS = ("lightning.pytorch", "pytorch_lightning")
 
 def overrides(pl_module: Any, hook: str) -> bool:
     """Whether the module is a LightningModule of either root that has this method of its own."""
-    roots = [kind for kind in either("LightningModule") if isinstance(pl_module, kind)]
+    roots = [kind for kind in in_any_root("LightningModule") if isinstance(pl_module, kind)]
     return bool(roots) and is_overridden(hook, pl_module, roots[0])
 
 
-def either(name: str) -> tuple[type, ...]:
+def in_any_root(name: str) -> tuple[type, ...]:
     """The class in every root this process has imported; an object of another root cannot be in it.
 
     Args:

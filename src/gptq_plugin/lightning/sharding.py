@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from gptq_plugin.lightning.roots import either
+from gptq_plugin.lightning.roots import in_any_root
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sharding:
         self.root = root
 
     @contextlib.contextmanager
-    def settled(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+    def whole_on(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
         """Around everything else: every module holds its own parts, where training had them.
 
         Args:
@@ -80,7 +80,7 @@ class _FlatParameters(Sharding):
     """FullyShardedDataParallel's: one flat parameter a wrapped module, in which the module's own are views."""
 
     @contextlib.contextmanager
-    def settled(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+    def whole_on(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
         yield  # at the end of every forward they are
 
     def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
@@ -99,7 +99,7 @@ class _Partitions(Sharding):
     """DeepSpeed's: with ZeRO-3 each parameter is empty but for the time it is gathered; else it is whole anyway."""
 
     @contextlib.contextmanager
-    def settled(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+    def whole_on(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
         origin = pl_module.device
         pl_module.to(device)  # Lightning has moved what is no part of a parameter to the CPU
         try:
@@ -122,14 +122,14 @@ _KINDS: dict[str, type[Sharding]] = {
 }
 
 
-def shards(trainer: pl.Trainer) -> bool:
+def is_sharded(trainer: pl.Trainer) -> bool:
     """Whether the trainer's strategy keeps parameters in parts."""
-    return any(isinstance(trainer.strategy, either(f"strategies.{name}")) for name in _KINDS)
+    return any(isinstance(trainer.strategy, in_any_root(f"strategies.{name}")) for name in _KINDS)
 
 
 def sharding_of(trainer: pl.Trainer) -> Sharding:
     """How the strategy of a trainer that `shards` does it, once it has set its module up."""
-    kinds = (kind for name, kind in _KINDS.items() if isinstance(trainer.strategy, either(f"strategies.{name}")))
+    kinds = (kind for name, kind in _KINDS.items() if isinstance(trainer.strategy, in_any_root(f"strategies.{name}")))
     assert trainer.strategy.model is not None
     return next(kinds)(trainer.strategy.model)
 

@@ -8,15 +8,15 @@ import lightning.pytorch as pl
 from torch import nn
 
 from gptq_plugin.errors import TargetError
-from gptq_plugin.lightning.roots import either
-from gptq_plugin.lightning.sharding import shards
+from gptq_plugin.lightning.roots import in_any_root
+from gptq_plugin.lightning.sharding import is_sharded
 from gptq_plugin.model.adapters import has_adapters
 
 
 def refuse_strategy(trainer: pl.Trainer, swap: bool) -> None:
     """Raises ValueError for strategies that train in processes whose modules do not come back, where `swap` is true."""
     launcher = trainer.strategy.launcher
-    if swap and isinstance(launcher, either("strategies.launchers._MultiProcessingLauncher")):
+    if swap and isinstance(launcher, in_any_root("strategies.launchers._MultiProcessingLauncher")):
         raise ValueError(
             f"strategy {getattr(launcher, '_start_method', '')!r} trains in processes whose modules do not come back: "
             "the quantized layers would be lost. Use strategy='ddp', or swap=False with an export_dir"
@@ -30,7 +30,7 @@ def refuse_for_shards(trainer: pl.Trainer, swap: bool | None, export_dir: Path |
         trainer: Of any strategy.
         swap, export_dir, weights: The callback's.
     """
-    if not shards(trainer):
+    if not is_sharded(trainer):
         return
     strategy = type(trainer.strategy).__name__
     if swap:
@@ -49,7 +49,7 @@ def refuse_for_shards(trainer: pl.Trainer, swap: bool | None, export_dir: Path |
 
 def refuse_sharded_adapters(trainer: pl.Trainer, module: nn.Module) -> None:
     """Raises TargetError for PEFT adapters on parameters that are in parts."""
-    if shards(trainer) and has_adapters(module):
+    if is_sharded(trainer) and has_adapters(module):
         raise TargetError(
             f"PEFT adapters are not merged under {type(trainer.strategy).__name__}: train without the callback, and "
             "run gptq-quantize ckpt=... adapter=... on what was saved, or train with strategy='ddp'"

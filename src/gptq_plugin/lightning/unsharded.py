@@ -58,7 +58,7 @@ def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) 
     refuse_unknown_sharding(pl_module)
     strategy: Any = trainer.strategy
     sharding = sharding_of(trainer)
-    with sharding.settled(pl_module, strategy.root_device):
+    with sharding.whole_on(pl_module, strategy.root_device):
         slots = list(_slots(pl_module))
         first = {id(slot.tensor): slot for slot in reversed(slots)}  # tied ones under their first name
         unique = [slot for slot in slots if first[id(slot.tensor)] is slot]

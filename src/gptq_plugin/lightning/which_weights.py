@@ -12,7 +12,7 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.lightning.roots import either
+from gptq_plugin.lightning.roots import in_any_root
 
 
 def check_weights(trainer: pl.Trainer, weights: str) -> None:
@@ -111,7 +111,7 @@ def _monitoring(trainer: pl.Trainer) -> Any:
 
 
 def _model_checkpoints(trainer: pl.Trainer) -> list[Any]:
-    return [c for c in trainer.checkpoint_callbacks if isinstance(c, either("callbacks.ModelCheckpoint"))]
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, in_any_root("callbacks.ModelCheckpoint"))]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Finished layers on their way home: `Results`."""
+"""Finished layers on their way home: `FinishedLayers`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LayerStore(Protocol):
         """Its tensors, mapped from their file; None while they are not there."""
 
 
-class Results:
+class FinishedLayers:
     """Takes layers that were quantized on one device to the device their model lives on, in the background.
 
     With an export each layer is also handed to that, and a layer on the CPU lets go of its memory once it is in a
@@ -56,7 +56,7 @@ class Results:
         done = torch.cuda.current_stream(layer.qweight.device).record_event() if layer.qweight.is_cuda else None
         self._moving[name] = self._worker.submit(_move, tensors, self._device, done)
 
-    def settle(self, *, wait: bool = False) -> None:
+    def take_home(self, *, wait: bool = False) -> None:
         """Gives the layers the tensors that have arrived; with `wait`, all."""
         for name, moving in list(self._moving.items()):
             if wait or moving.done():

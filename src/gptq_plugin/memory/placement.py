@@ -17,7 +17,7 @@ from torch import nn
 from gptq_plugin.device.memory import free_bytes
 from gptq_plugin.model.targets import Target
 
-EVERYTHING = 2**63 - 1  # more bytes than anything has
+UNLIMITED = 2**63 - 1  # more bytes than anything has
 _GIB = 2**30
 _PLANNED = 0.75  # of the free memory; the allocator loses the rest in gaps between tensors of many sizes
 _LARGEST_UNIT = _GIB  # a transformer block of most models; larger modules come in parts
@@ -39,14 +39,14 @@ class Placement:
         activations: Bytes that suspended batches may keep there; None is all of them.
         streamed: Whether blocks of the model come and go.
         ahead: Whether there is room to bring a batch's activations back from the host while another runs.
-        said: What was decided and why, for the log.
+        summary: What was decided and why, for the log.
     """
 
     weights: int
     activations: int | None
     streamed: bool
     ahead: bool
-    said: str
+    summary: str
 
     @property
     def limited(self) -> bool:
@@ -95,21 +95,21 @@ def place(
     """
     ahead = True
     if free is None:
-        weights, activations = EVERYTHING, EVERYTHING
+        weights, activations = UNLIMITED, UNLIMITED
     else:
         room = int(free * _PLANNED) - needs.fixed - max(needs.solver, needs.forward)
         ahead = few + needs.batch <= room
         if needs.weights + needs.activations <= room:
-            weights, activations = EVERYTHING, EVERYTHING
+            weights, activations = UNLIMITED, UNLIMITED
         else:
             weights = max(few, room - needs.activations)
             activations = max(0, room - weights)
             if activations >= needs.activations:
-                activations = EVERYTHING
+                activations = UNLIMITED
     if offload_weights is not None:
-        weights = few if offload_weights else EVERYTHING
+        weights = few if offload_weights else UNLIMITED
     if offload_activations is not None:
-        activations = 0 if offload_activations else EVERYTHING
+        activations = 0 if offload_activations else UNLIMITED
     all_weights = weights >= needs.weights
     all_activations = activations >= needs.activations and offload_activations is not True
     if not needs.weights:
@@ -122,11 +122,11 @@ def place(
     ]
     known = "" if free is None else f", {free / _GIB:.1f} GiB free, the solver needs {needs.solver / _GIB:.1f}"
     return Placement(
-        weights=EVERYTHING if all_weights and needs.weights else weights,
+        weights=UNLIMITED if all_weights and needs.weights else weights,
         activations=None if all_activations else activations,
         streamed=not all_weights,
         ahead=ahead,
-        said=f"memory on {device}: {'; '.join(parts)}{known}",
+        summary=f"memory on {device}: {'; '.join(parts)}{known}",
     )
 
 

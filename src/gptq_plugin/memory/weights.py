@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gptq_plugin.device.memory import free_bytes, numbered
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.memory.placement import EVERYTHING, unit_bytes
+from gptq_plugin.memory.placement import UNLIMITED, unit_bytes
 from gptq_plugin.model.targets import Target
 
 _T = TypeVar("_T")
@@ -77,7 +77,7 @@ class Weights:
         self._quantized: dict[nn.Module, tuple[Target, QuantLinear]] = {}
         self._needs = _divide(model, unit_bytes)
         sizes = [self._size(unit) for unit in self._units()]
-        self.total, self.few = sum(sizes), max(sum(sizes[i : i + 3]) for i in range(max(1, len(sizes))))
+        self.total, self.min_resident_bytes = sum(sizes), max(sum(sizes[i : i + 3]) for i in range(max(1, len(sizes))))
         self._copier = _Copier(device)
         self._here: OrderedDict[_Unit, None] = OrderedDict()  # present or on their way, least recently used first
         self._held = 0  # bytes of all of them
@@ -254,7 +254,7 @@ class Weights:
 
 
 @contextlib.contextmanager
-def brought(
+def streamed_to(
     model: nn.Module, device: torch.device | None, *, besides: nn.Module | None = None, capacity: int | None = None
 ) -> Iterator[None]:
     """The model's parts run on the device for the length of a with block, wherever their tensors are and however large
@@ -282,7 +282,7 @@ def brought(
             slot.give(_alike({0: slot.home.to(device)}, {0: slot.home})[0])
         if parts:
             if capacity is None:
-                capacity = EVERYTHING if free is None else free // 2
+                capacity = UNLIMITED if free is None else free // 2
             together = nn.ModuleList(parts)
             unit = unit_bytes(together, free)
             stack.enter_context(Weights(together, device, stream=True, capacity=capacity, unit_bytes=unit))

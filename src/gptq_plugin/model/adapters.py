@@ -67,7 +67,7 @@ def merged_in_place(model: nn.Module) -> nn.Module:
     return merged_copy(model.to("cpu")).to(device)
 
 
-def untied(model: nn.Module, merged: nn.Module) -> list[str]:
+def note_untied(model: nn.Module, merged: nn.Module) -> list[str]:
     """What `merged_copy` had to change beside weights: a sentence where it undid a tie of the two embeddings."""
     pairs = zip(transformers_models(model), transformers_models(merged), strict=False)
     return [

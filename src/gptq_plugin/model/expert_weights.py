@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Layout = Literal["out, in", "in, out"]  # the sides of one expert's matrix
+MatrixLayout = Literal["out, in", "in, out"]  # the sides of one expert's matrix
 
 
 class _Experts:
     """What both stand-ins are: a sequence of the experts' matrices."""
 
-    def product(self, expert: int, x: Tensor, used_as: Layout) -> Tensor:
+    def product(self, expert: int, x: Tensor, used_as: MatrixLayout) -> Tensor:
         """What multiplying x by one expert's matrix gives, where the code takes that to be of this layout."""
         raise NotImplementedError
 
@@ -71,7 +71,7 @@ class ExpertWeights(_Experts):
     def layers(self, expert: int) -> list[nn.Module]:
         return [self._module.get_submodule(name) for name in self._parts[expert]]
 
-    def product(self, expert: int, x: Tensor, used_as: Layout) -> Tensor:
+    def product(self, expert: int, x: Tensor, used_as: MatrixLayout) -> Tensor:
         outputs = [layer(x) for layer in self.layers(expert)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
@@ -130,7 +130,7 @@ class _One:
         product = _operands(function, _PRODUCTS, args, kwargs)
         x, weight, *rest = linear or product or (None, None)
         if isinstance(x, Tensor) and isinstance(weight, cls):
-            used_as: Layout = "out, in" if (linear is not None) != weight._turned else "in, out"
+            used_as: MatrixLayout = "out, in" if (linear is not None) != weight._turned else "in, out"
             y = weight._weights.product(weight._expert, x, used_as)
             return y if not rest or rest[0] is None else y + rest[0]
 
@@ -158,9 +158,9 @@ class WatchedWeights(_Experts):
 
     def __init__(self, parameter: Tensor) -> None:
         self._parameter = parameter
-        self.uses: set[Layout | None] = set()
+        self.uses: set[MatrixLayout | None] = set()
 
-    def product(self, expert: int, x: Tensor, used_as: Layout) -> Tensor:
+    def product(self, expert: int, x: Tensor, used_as: MatrixLayout) -> Tensor:
         self.uses.add(used_as)
         return functional.linear(x, as_linear(self._parameter[expert].to(x.device), used_as))
 
@@ -220,5 +220,5 @@ def _index(expert: Any) -> int | None:
     return expert if isinstance(expert, int) else None
 
 
-def as_linear(matrix: Tensor, layout: Layout) -> Tensor:
+def as_linear(matrix: Tensor, layout: MatrixLayout) -> Tensor:
     return matrix if layout == "out, in" else matrix.T

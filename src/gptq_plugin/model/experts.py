@@ -20,14 +20,14 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.model.expert_weights import ExpertWeights, Layout, WatchedWeights, as_linear
+from gptq_plugin.model.expert_weights import ExpertWeights, MatrixLayout, WatchedWeights, as_linear
 from gptq_plugin.model.stored_names import Part, expert_parts
 
 _LEAST = 8  # rows and columns of a matrix; what is smaller is no expert's
 
 # What forwards showed of classes that do not say it themselves: by parameter, its layout, or None where it is used in
 # some other way.
-_seen: WeakKeyDictionary[type, dict[str, Layout | None]] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[type, dict[str, MatrixLayout | None]] = WeakKeyDictionary()
 
 
 class ExpertLinear(nn.Linear):
@@ -58,7 +58,7 @@ class Experts:
     name: str
     module: nn.Module
     parameter: str
-    layout: Layout
+    layout: MatrixLayout
 
     @property
     def whole(self) -> Tensor:
@@ -205,7 +205,7 @@ def _rows(module: nn.Module) -> int | None:
     return weight.shape[0] if weight is not None and weight.dim() == 2 else None
 
 
-def expert_layouts(module: nn.Module, parameter: str) -> list[Layout] | None:
+def expert_layouts(module: nn.Module, parameter: str) -> list[MatrixLayout] | None:
     """The layouts that a parameter with the shape of experts' matrices may have: none where it is known to be something
     else. None for a parameter of another shape."""
     return _layouts(module, parameter) if _is_stack(module, parameter) else None
@@ -242,7 +242,7 @@ def _declares(module: nn.Module) -> bool:
     return isinstance(getattr(module, "is_transposed", None), bool)
 
 
-def _layouts(module: nn.Module, parameter: str) -> list[Layout]:
+def _layouts(module: nn.Module, parameter: str) -> list[MatrixLayout]:
     """One where it is known, two where it is not, none where it is known that there are no experts."""
     if _declares(module):
         return ["in, out" if module.is_transposed else "out, in"]

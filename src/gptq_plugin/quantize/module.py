@@ -22,9 +22,8 @@ from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.collect import Calibration, collect
 from gptq_plugin.calibration.forward import call, evaluating
 from gptq_plugin.checkpoint.description import client_config
-from gptq_plugin.clients.inventory import Outline
-from gptq_plugin.clients.rules import Target as Client
-from gptq_plugin.clients.rules import refuse
+from gptq_plugin.clients.inventory import Inventory
+from gptq_plugin.clients.rules import Client, refuse
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import numbered
 from gptq_plugin.errors import TargetError, some
@@ -32,13 +31,13 @@ from gptq_plugin.export.export import Export, export_model
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.gptq.grid import round_to_nearest
-from gptq_plugin.layers.qlinear import QuantLinear, swap
+from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
 from gptq_plugin.memory.shared_layers import SharedLayers
-from gptq_plugin.memory.weights import brought
+from gptq_plugin.memory.weights import streamed_to
 from gptq_plugin.model.experts import learn_layouts, unfused
 from gptq_plugin.model.hf_models import transformers_models
 from gptq_plugin.model.targets import Skipped, Target, find_targets
-from gptq_plugin.quantize.one_pass import Job, ModelForward, Progress, float_reports, module_report
+from gptq_plugin.quantize.one_pass import ModelForward, OnePass, Progress, float_reports, module_report
 from gptq_plugin.report.coverage import Coverage, coverage
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
@@ -118,7 +117,7 @@ class QuantizeModule:
         client = Client.of(target)
         if client is not None:
             with unfused(model):
-                refuse(Outline.of_model(model, self.config), client)
+                refuse(Inventory.of_model(model, self.config), client)
 
     def quantize(
         self,
@@ -158,7 +157,7 @@ class QuantizeModule:
                 you like, but do not write into its files while the model is in use.
             overwrite: As for `export`.
             target: The client that is to load the export ("vllm", "transformers", "sglang", "gptqmodel", or as
-                `clients.Target.of` takes it): what it would not take is refused before the work begins.
+                `Client.of` takes it): what it would not take is refused before the work begins.
             progress: Called as progress(layers done, layers in all, what is being done).
 
         Raises:
@@ -289,7 +288,7 @@ class QuantizeModule:
                 quantized = round_to_nearest(target.weight, target.config)
                 layers[target.name] = QuantLinear.from_quantized(quantized, target.bias, target.parameter.dtype)
                 modules.append(module_report(target, method="rtn"))
-            swap(model, layers)
+            swap_modules(model, layers)
         _describe(model, layers, self.config)
         self._sample = None
         self.report = QuantizeReport(self.config, modules + float_reports(skipped))
@@ -346,7 +345,11 @@ class QuantizeModule:
         own first batch."""
 
         def first() -> None:
-            with evaluating(model), brought(model, None if device is None else torch.device(device)), torch.no_grad():
+            with (
+                evaluating(model),
+                streamed_to(model, None if device is None else torch.device(device)),
+                torch.no_grad(),
+            ):
                 run(model, calibration.batches[0].data)
 
         if calibration.batches:
@@ -362,7 +365,7 @@ class QuantizeModule:
         device_memory: int | None = None,
         progress: Progress | None = None,
         layers_in: Any = None,
-    ) -> Job:
+    ) -> OnePass:
         targets, skipped = self.check(model)
         devices = {str(target.weight.device): target.name for target in targets}
         if len(devices) > 1:
@@ -377,7 +380,7 @@ class QuantizeModule:
                 f"offload_weights=True streams a model from the CPU, and this one is on {home}: call model.to('cpu') "
                 f"first, and give quantize(..., device={str(where)!r})"
             )
-        return Job(
+        return OnePass(
             self.config,
             model,
             targets,
@@ -395,7 +398,7 @@ class QuantizeModule:
 
 def _covered(model: nn.Module, targets: list[Target], skipped: list[Skipped]) -> Coverage:
     found = coverage(model, targets, skipped)
-    log.log(logging.WARNING if found.mostly_float else logging.INFO, found.said())
+    log.log(logging.WARNING if found.mostly_float else logging.INFO, found.summary())
     return found
 
 
@@ -411,12 +414,12 @@ def _swapped(
         kept = True
 
     try:
-        swap(model, layers)
+        swap_modules(model, layers)
         _describe(model, layers, config)
         yield keep
     finally:
         if not kept:
-            swap(model, floats)
+            swap_modules(model, floats)
             _describe(model, {}, config)
 
 

@@ -25,12 +25,12 @@ from gptq_plugin.calibration.collect import Batch, Calibration
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import Peak, free_bytes, peak_bytes
-from gptq_plugin.device.streams import Fetched, Stopwatch
+from gptq_plugin.device.streams import AsyncRead, Stopwatch
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.activations import Activations
-from gptq_plugin.memory.finished_layers import LayerStore, Results
+from gptq_plugin.memory.finished_layers import FinishedLayers, LayerStore
 from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.experts import experts_of, in_expert
 from gptq_plugin.model.targets import Skipped, Target, linear_shape
@@ -62,7 +62,7 @@ class _Solved:
     """
 
     target: Target
-    losses: Fetched
+    losses: AsyncRead
     number: int
     share: float
     stopwatch: Stopwatch
@@ -89,7 +89,7 @@ class _Solved:
 
 
 @dataclass
-class Job:
+class OnePass:
     """One quantization: what is asked, and what has been found so far.
 
     Args:
@@ -144,7 +144,7 @@ class Job:
         forwards = [self._forward(number, batch) for number, batch in enumerate(self.calibration.batches)]
         notes = lockstep.Walk()
         home = self.targets[0].weight.device
-        self.results = Results(home, self.export)
+        self.results = FinishedLayers(home, self.export)
         with contextlib.closing(self.results), self._weights() as self.weights, self.positions.watching(self._entered):
             groups = self._plan(modules, forwards)
             planned = time.perf_counter() - started
@@ -158,10 +158,10 @@ class Job:
                     notes,
                     self._waiting,
                 ):
-                    self.results.settle()
+                    self.results.take_home()
                     self._quantize_group([self._by_name[name] for name in stop.group.names], stop)
                 self._leave_experts(None)
-            self.results.settle(wait=True)
+            self.results.take_home(wait=True)
         reports = self._reports()
         solving = sum(stopwatch.seconds() for stopwatch in self.stopwatches)
         seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
@@ -228,11 +228,11 @@ class Job:
             self.model,
             self.device,
             stream=self.targets[0].weight.device != self.device or bool(self.offload_weights),
-            capacity=placement.EVERYTHING if free is None or self.offload_weights is False else free // 2,
+            capacity=placement.UNLIMITED if free is None or self.offload_weights is False else free // 2,
             unit_bytes=placement.unit_bytes(self.model, free),
         )
         if self.offload_weights:
-            weights.capacity = weights.few
+            weights.capacity = weights.min_resident_bytes
         return weights
 
     def _plan(self, modules: dict[str, nn.Module], forwards: list[lockstep.Forward]) -> list[lockstep.Group]:
@@ -264,11 +264,11 @@ class Job:
                 activations=int(self.activations.peak * share),
                 batch=self.activations.peak,
             ),
-            self.weights.few,
+            self.weights.min_resident_bytes,
             self.offload_weights,
             self.offload_activations,
         )
-        log.log(logging.INFO if self.device.type == "cuda" or placed.limited else logging.DEBUG, placed.said)
+        log.log(logging.INFO if self.device.type == "cuda" or placed.limited else logging.DEBUG, placed.summary)
         self.weights.capacity = placed.weights
         self.activations = Activations(self.device, placed.activations, ahead=placed.ahead)
         plans = distributed.gather_objects((plan, reads.names if plan is not None else set()))
@@ -359,7 +359,7 @@ class Job:
         deviations += evidence.deviations
         rows = [target.weight.shape[0] for target in same]
         sums = [torch.stack([part.sum() for part in loss.split(rows)]) for loss in (solution.loss, solution.rtn_loss)]
-        losses = Fetched(torch.stack(sums))
+        losses = AsyncRead(torch.stack(sums))
         start = 0
         for number, (target, count) in enumerate(zip(same, rows, strict=True)):
             layer = QuantLinear.from_quantized(w.rows(start, start + count), target.bias, target.parameter.dtype)

@@ -66,7 +66,7 @@ class Coverage:
     def mostly_float(self) -> bool:
         return self.exported_share > _MOSTLY
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """In a sentence, with every large parameter."""
         total = max(1, self._float + self.quantized)
         by_reason: dict[str, list[FloatWeight]] = defaultdict(list)

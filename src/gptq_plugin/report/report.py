@@ -168,7 +168,7 @@ class QuantizeReport:
             f"{self.samples} samples, {self.tokens} tokens; loss {totals['loss']:.4g}{ratio}; "
             + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         )
-        lines += [self.coverage.said()] if self.coverage is not None else []
+        lines += [self.coverage.summary()] if self.coverage is not None else []
         lines += [f"! {deviation}" for deviation in self.all_deviations()]
         return "\n".join(lines)
 

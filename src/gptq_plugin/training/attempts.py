@@ -1,4 +1,4 @@
-"""Quantizes a model until it is good enough, or gives it back as it was: `UntilGood`. No Lightning."""
+"""Quantizes a model until it is good enough, or gives it back as it was: `Attempts`. No Lightning."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from gptq_plugin.calibration.collect import collect
-from gptq_plugin.clients.inventory import Outline
-from gptq_plugin.clients.rules import Target, problems
+from gptq_plugin.clients.inventory import Inventory
+from gptq_plugin.clients.rules import Client, problems
 from gptq_plugin.errors import QualityError
 from gptq_plugin.memory.shared_layers import SharedLayers
-from gptq_plugin.memory.weights import brought
+from gptq_plugin.memory.weights import streamed_to
 from gptq_plugin.model.experts import unfused
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.one_pass import ModelForward, Progress
@@ -43,7 +43,7 @@ class _NotGoodEnough(Exception):
 
 
 @dataclass(frozen=True)
-class UntilGood:
+class Attempts:
     """How a model is quantized, and judged.
 
     In a process group every rank makes the same calls, and is to measure the same.
@@ -73,7 +73,7 @@ class UntilGood:
     device: torch.device | None = None
     device_memory: int | None = None
     layers_in: Callable[[], SharedLayers] | None = None
-    target: Target | None = None
+    target: Client | None = None
 
     def quantize(self, quantizer: QuantizeModule) -> QuantizeReport:
         """The first result that is good enough. Its report says what was tried before it.
@@ -119,7 +119,7 @@ class UntilGood:
             layers_in=None if self.layers_in is None else self.layers_in(),
         ) as report:
             report.deviations += tried
-            with brought(self.model, self.device):
+            with streamed_to(self.model, self.device):
                 after = self.measure() if self.before else {}
             report.metrics = {n: {"float": self.before[n], "gptq": after[n]} for n in self.before if n in after}
             failures = self.gate.failures(self.before, after)
@@ -136,7 +136,7 @@ class UntilGood:
     def _may_be_tried(self, step: Step) -> bool:
         if not self.gate.affords(step.bits):
             return False
-        return self.target is None or not problems(Outline.of_model(self.model, step.config), self.target)
+        return self.target is None or not problems(Inventory.of_model(self.model, step.config), self.target)
 
     def _noise(
         self, quantizer: QuantizeModule, report: QuantizeReport, floats: Mapping[str, nn.Module]
@@ -144,7 +144,7 @@ class UntilGood:
         batches = collect(self.data(), quantizer.config, self.tokenizer).batches[:_NOISE]
         wanted = {module.name: floats[module.name] for module in report.quantized}
         runs = [partial(self.forward, self.model, batch.data) for batch in batches]
-        with brought(self.model, self.device), brought(nn.ModuleList(wanted.values()), self.device):
+        with streamed_to(self.model, self.device), streamed_to(nn.ModuleList(wanted.values()), self.device):
             return output_noise(self.model, wanted, runs)
 
     def _advice(self, tried: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_plugin.clients.rules import Target
+from gptq_plugin.clients.rules import Client
 from gptq_plugin.errors import TargetError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
@@ -24,7 +24,7 @@ def check_arguments(quantizer: Any, export_dir: Any, swap: bool | None) -> None:
         raise ValueError("with swap=False and no export_dir nothing of the quantization would remain")
 
 
-def swaps(module: nn.Module, swap: bool | None) -> bool:
+def leaves_quantized(module: nn.Module, swap: bool | None) -> bool:
     """Whether the module is left quantized: None leaves it so unless it has PEFT adapters."""
     return not has_adapters(module) if swap is None else swap
 
@@ -43,7 +43,7 @@ def refuse_quantized(module: nn.Module, source: str) -> None:
         )
 
 
-def refuse_export(quantizer: QuantizeModule, module: nn.Module, export_dir: Path | None, target: Target | None) -> None:
+def refuse_export(quantizer: QuantizeModule, module: nn.Module, export_dir: Path | None, target: Client | None) -> None:
     """Raises ExportError where the quantized module could not be saved, or its client would not take it."""
     quantizer.check_target(module, target)
     if export_dir is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.clients.rules import Target
+from gptq_plugin.clients.rules import Client
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.quantize.module import QuantizeModule
@@ -56,7 +56,7 @@ def export_from_first(
     *,
     tokenizer: Any = None,
     overwrite: bool = False,
-    target: Target | str | Mapping[str, Any] | None = None,
+    target: Client | str | Mapping[str, Any] | None = None,
 ) -> Path:
     """Exports on rank 0. In a process group every rank calls it.
 
