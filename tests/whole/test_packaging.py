@@ -120,13 +120,17 @@ heavy = {"torch", "lightning", "transformers", "datasets", "hydra", "triton", "y
 assert not heavy & {name.split(".")[0] for name in sys.modules}
 assert {name for name in sys.modules if name.startswith("gptq_plugin")} == {"gptq_plugin"}
 assert dict(os.environ) == before
-assert len(gptq_plugin.__all__) == 6 and set(gptq_plugin.__all__) <= set(dir(gptq_plugin))
+public = ["GPTQCallback", "GPTQTrainerCallback", "QuantLinear", "QuantizeConfig", "QuantizeModule", "in_every_trainer",
+          "load_quantized", "merged_copy", "quantized_config"]
+assert gptq_plugin.__all__ == public and set(public) <= set(dir(gptq_plugin))
 try:
     gptq_plugin.GPTQCalback
 except AttributeError as error:
     assert "GPTQCalback" in str(error)
 else:
     raise SystemExit("a misspelt name was found")
+for name in public:
+    assert getattr(gptq_plugin, name).__name__ == name
 """
     python(code, tmp_path)
 
