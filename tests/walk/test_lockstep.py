@@ -8,6 +8,7 @@ import gc
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -267,6 +268,62 @@ def test_a_batch_that_calls_a_layer_less_often_than_planned_is_counted_all_the_s
     _, order, counted = walk(model, [lambda n=n: model(torch.ones(n, 4)) for n in (3, 1, 2)])
     assert [group.names for group in order] == [("step",)]
     assert sorted(number for number, _ in counted["step"]) == [0, 0, 0, 1, 2, 2]
+
+
+class AsOftenAsAsked(nn.Module):
+    """Calls `step` as many times as `first` returns."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.first, self.step = nn.Linear(1, 1, bias=False), nn.Linear(4, 4)
+        nn.init.constant_(self.first.weight, times)
+
+    def forward(self, x):
+        for _ in range(int(self.first(torch.ones(1, 1)))):
+            x = self.step(x)
+        return x
+
+
+def test_a_layer_that_every_batch_calls_less_often_than_planned_comes_at_the_end():
+    model, x = AsOftenAsAsked(3), torch.ones(1, 4)
+
+    def fewer(stop):  # as quantized layers may send a token to other experts
+        if stop.group.names == ("first",):
+            nn.init.constant_(model.first.weight, 2)
+        else:
+            assert stop.inputs == {} and len(ended) == 3  # the planning forward, and both batches
+
+    ended = []
+
+    def call():
+        ended.append(model(x))
+        return ended[-1]
+
+    outputs, order, counted = walk(model, [call] * 2, change=fewer)
+    assert [(group.names, group.calls) for group in order] == [(("first",), 1), (("step",), 3)]
+    assert sorted(number for number, _ in counted["step"]) == [0, 0, 1, 1]
+    with torch.no_grad():
+        assert all(torch.equal(output, model.step(model.step(x))) for output in outputs)
+
+
+def test_ranks_yield_such_a_layer_together_though_only_one_of_them_called_it():
+    groups = [lockstep.Group(("first",)), lockstep.Group(("step",), calls=3), lockstep.Group(("never",))]
+    positions, meeting = [0, 0], threading.Barrier(2, timeout=20)
+
+    def rank(number, times):
+        def agree(position):
+            positions[number] = position
+            meeting.wait()
+            smallest = min(positions)
+            meeting.wait()
+            return smallest
+
+        model = AsOftenAsAsked(times)
+        steps = lockstep.walk(groups, linears(model), [lambda: model(torch.ones(1, 4))], lambda *_: None, agree)
+        return [stop.group.names for stop in steps]
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(rank, (0, 1), (0, 2))) == [[("first",), ("step",)]] * 2
 
 
 def test_a_call_after_the_layer_was_done_is_noted():
