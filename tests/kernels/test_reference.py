@@ -1,0 +1,120 @@
+"""The plain definitions against the formula in float64. Uninitialised outputs hold NaN (`conftest.poisoned`)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from gptq_plugin.kernels import reference
+
+from kernel_cases import CASES, DTYPES, Case, assert_product, make_block, make_grids, make_layer
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_plain_definition_is_the_formula(case, bits, dtype):
+    layer = make_layer(case, bits)
+    assert torch.equal(reference.dequantize(*layer.packed, dtype), layer.weight.to(dtype))
+    x, bias = torch.randn(3, case.n_in, dtype=dtype), torch.randn(case.n_out, dtype=dtype)
+    assert_product(reference.matmul(x, *layer.packed, bias), x, layer.weight, bias)
+    assert_product(reference.matmul(x, *layer.packed), x, layer.weight, None)
+
+
+@pytest.mark.parametrize("case", [Case(96, 70, 48), Case(99, 130, 11, act_order=True)], ids=str)
+def test_the_plain_definition_is_the_same_in_many_tiles(case, monkeypatch):
+    layer, x = make_layer(case, 3), torch.randn(4, case.n_in)
+    monkeypatch.setattr(reference, "_TILE", 7 * case.n_in)
+    assert torch.equal(reference.dequantize(*layer.packed, torch.float64), layer.weight)
+    assert_product(reference.matmul(x, *layer.packed), x, layer.weight, None)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_plain_block_is_the_recursion(bits):
+    block = make_block(9, 5, bits, dtype=torch.float64, batch=2, alternatives=3)
+    found = block.solve(reference.solve_span, bits)
+    for b, row in itertools.product(range(2), range(15)):
+        loss = block.loss[b, row]
+        for j in reversed(range(9)):
+            channel, group = block.channel[b, j], block.group[b, j]
+            w = block.weight[b, channel, row % 5]
+            scale, zero = block.scales[b, group, row], block.zeros[b, group, row]
+            t = w + block.pushed[b, j, row]
+            t = t + sum(found.errors[b, k, row] * block.factor[b, j, k] for k in range(j + 1, 9))
+            q = torch.round(t / scale + zero).clamp(0, 2**bits - 1)
+            assert found.codes[b, channel, row] == q
+            assert found.errors[b, j, row] == w - scale * (q - zero)
+            loss = loss + block.gain[b, j] * (t - scale * (q - zero)) ** 2
+            loss = loss - block.damping[b, j] * found.errors[b, j, row] ** 2
+        torch.testing.assert_close(found.loss[b, row], loss)
+
+
+def test_a_split_number_is_the_sum_of_two_float16_numbers():
+    x = torch.randn(1, 40, 50) * torch.logspace(-4, 0, 50)
+    parts = reference.split(x, 4096.0, "hl", dim=1)
+    assert parts.dtype == torch.float16 and parts.shape == (1, 80, 50)
+    high, low = parts[:, :40].double(), parts[:, 40:].double()
+    assert torch.equal(parts[:, :40], (x * 4096).half())
+    off = ((high + low) / 4096 - x.double()).abs()
+    assert (off <= (x.abs().double() * 2.0**-22).clamp(min=2.0**-37)).all()  # float16 alone: 2^-12
+
+
+def test_a_nearest_error_is_the_distance_to_the_nearest_point_of_the_grid():
+    weight = torch.linspace(-1.2, 1.2, 24, dtype=torch.float64).view(2, 12)
+    scales, zeros = torch.tensor([[0.1, 0.25], [0.3, 0.2]]).double(), torch.tensor([[4.0, 3.0], [8.0, 0.0]]).double()
+    found = reference.nearest_errors(weight, scales, zeros, 3, torch.float64)
+    for row, column in itertools.product(range(2), range(12)):
+        scale, zero = scales[row, column // 6], zeros[row, column // 6]
+        points = scale * (torch.arange(8) - zero)
+        off = weight[row, column] - points
+        assert found[row, column].abs() == pytest.approx(float(off.abs().min())) and found[row, column] in off
+
+
+def test_a_grids_cost_is_that_of_targets_a_spread_away_to_either_side():
+    grids = make_grids(3, 2, 5, 3, dtype=torch.float64)
+    found = reference.clipping_errors(**vars(grids), bits=3)
+    for a, row in itertools.product(range(4), range(3)):
+        cost = 0.0
+        for j in range(10):
+            scale, zero = grids.scales[a, row, j // 5], grids.zeros[a, row, j // 5]
+            for side in (-1, 1):
+                t = grids.weight[row, j] + side * grids.spread[j] * grids.scales[0, row, j // 5]
+                q = torch.round(t / scale + zero).clamp(0, 7)
+                cost += grids.gain[j] * (t - scale * (q - zero)) ** 2 / 2
+        torch.testing.assert_close(found[a, row], cost)
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        (0, lambda t: t.long(), r"qweight must be torch\.int32 \[16, 64\].*got torch\.int64"),
+        (0, lambda t: t[:-1], r"qweight must be .* for 128 inputs, 64 outputs, 4 groups and 4 bits"),
+        (1, lambda t: t[:, :-1], r"qzeros must be torch\.int32 \[4, 8\]"),
+        (1, lambda t: t[:-1], r"qzeros must be torch\.int32 \[4, 8\]"),
+        (2, lambda t: t.bfloat16(), r"scales must be torch\.float16 \[4, 64\].*got torch\.bfloat16"),
+        (3, lambda t: t.long(), r"g_idx must be torch\.int32 \[128\]"),
+        (2, lambda t: t[0], "scales must have two dimensions"),
+        (2, lambda t: t.to("meta"), "scales is on meta and qweight on cpu"),
+        (4, lambda bits: 5, "bits must be one of 2, 3, 4, 8; got 5"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(which, change, message):
+    packed = list(make_layer(Case(128, 64, 32), 4).packed)
+    packed[which] = change(packed[which])
+    with pytest.raises(ValueError, match=message):
+        reference.matmul(torch.zeros(1, 128), *packed)
+    with pytest.raises(ValueError, match=message):
+        reference.dequantize(*packed, torch.float32)
+
+
+def test_an_input_or_bias_that_does_not_fit_is_refused():
+    packed = make_layer(Case(128, 64, 32), 4).packed
+    with pytest.raises(ValueError, match="x must end in 128 input channels"):
+        reference.matmul(torch.zeros(1, 64), *packed)
+    with pytest.raises(ValueError, match=r"floating dtype, got torch\.int64"):
+        reference.matmul(torch.zeros(1, 128, dtype=torch.int64), *packed)
+    with pytest.raises(ValueError, match=r"bias must have shape \[64\]"):
+        reference.matmul(torch.zeros(1, 128), *packed, torch.zeros(1, 64))
+    with pytest.raises(ValueError, match="x is on meta, the weights on cpu"):
+        reference.matmul(torch.zeros(1, 128, device="meta"), *packed)

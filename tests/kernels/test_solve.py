@@ -1,0 +1,74 @@
+"""The Triton recursion over columns against the plain one in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gptq_plugin.kernels import reference
+
+from kernel_cases import Block, make_block, triton_device
+
+BLOCKS = [(128, 40, 1, 1), (16, 1, 1, 1), (48, 17, 2, 2), (7, 33, 1, 2), (1, 5, 3, 1), (300, 300, 2, 2)]
+
+
+@triton_device
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("columns", "rows", "batch", "alternatives"), BLOCKS)
+def test_the_triton_block_is_the_plain_one(columns, rows, batch, alternatives, bits, device):
+    from gptq_plugin.kernels import solve
+
+    if device == "cpu":  # the interpreter is slow
+        columns, rows = (131, 2) if columns > 200 else (min(columns, 32), min(rows, 20))
+    block = make_block(columns, rows, bits, device, batch=batch, alternatives=alternatives)
+    exact = Block(**{k: v.double() if v.is_floating_point() else v for k, v in vars(block).items()})
+    found, wanted = block.solve(solve.solve_span, bits), exact.solve(reference.solve_span, bits)
+    # A sum in float32 may fall on the other side of a near tie, and its row goes on from there.
+    same = (found.codes == wanted.codes).all(dim=1)  # channels of other blocks are as they were in both
+    assert same.double().mean() > 0.95
+    assert not found.errors.isnan().any()
+    together = same[:, None].expand_as(found.errors)
+    torch.testing.assert_close(found.errors[together].double(), wanted.errors[together], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.loss[same].double(), wanted.loss[same], atol=1e-4, rtol=1e-4)
+    for name in ("pushed", "weight", "factor", "scales", "zeros", "group", "channel", "gain", "damping"):
+        assert torch.equal(getattr(found, name), getattr(block, name))  # only outputs are written
+
+
+@triton_device
+def test_the_triton_block_writes_into_runs_of_columns_of_longer_matrices(device):
+    from gptq_plugin.kernels import solve
+
+    whole = make_block(40, 6, 4, device, batch=2)
+    columns, as_they_are = slice(8, 24), ("weight", "scales", "zeros", "codes", "loss")
+    part = Block(
+        **{n: v if n in as_they_are else v[:, columns] for n, v in vars(whole).items() if n != "factor"},
+        factor=whole.factor[:, columns, columns],
+    )
+    alone = Block(**{name: value.contiguous().clone() for name, value in vars(part).items()})
+    solve.solve_span(**vars(part), bits=4)
+    solve.solve_span(**vars(alone), bits=4)
+    for name in ("codes", "errors", "loss"):
+        assert torch.equal(getattr(part, name), getattr(alone, name))
+    outside = [*range(8), *range(24, 40)]
+    assert whole.errors[:, outside].isnan().all()
+    assert ((whole.codes != 255).all(2).sum(1) == 16).all()  # every column has its channel, and the others keep theirs
+
+
+@triton_device
+def test_the_triton_block_names_what_it_cannot_take(device):
+    from gptq_plugin.kernels import solve
+
+    block = make_block(16, 8, 4, device, batch=2)
+
+    def solving(**changes):
+        solve.solve_span(**{**vars(block), **changes}, bits=4)
+
+    with pytest.raises(ValueError, match=r"weight must be torch.float32 \[2, 19, 8\]"):
+        solving(weight=block.weight.double())
+    with pytest.raises(ValueError, match="scales must be"):
+        solving(scales=block.scales.mT.contiguous().mT)
+    with pytest.raises(ValueError, match=r"factor must be torch.float32 \[2, 16, 16\]"):
+        solving(factor=block.factor[:, :8])
+    with pytest.raises(ValueError, match=r"codes must be torch.uint8 \[2, 19, 8\] with strides"):
+        solving(codes=torch.empty(2, 24, 8, dtype=torch.uint8, device=device)[:, :19])
+    with pytest.raises(ValueError, match="group must be torch.int32"):
+        solving(group=torch.zeros(2, 40, dtype=torch.int32, device=device)[:, :16])
