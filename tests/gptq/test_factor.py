@@ -1,4 +1,4 @@
-"""The factor of a damped Hessian: what it multiplies back to, in blocks and in one go; products of split numbers."""
+"""The factor of a damped Hessian: what it multiplies back to, in blocks and in one go."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.gptq import factor as factoring
-from gptq_plugin.gptq import tensor_cores as split
 from gptq_plugin.gptq.factor import attempts, factorize
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -89,23 +88,6 @@ def test_the_size_of_a_hessian_does_not_matter(size):
     assert good.all()
     torch.testing.assert_close(scaled.rows, plain.rows, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scaled.gain / size, plain.gain, rtol=1e-4, atol=0)
-
-
-@devices
-def test_products_of_split_numbers_are_nearly_as_accurate_as_float32s(device):
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(2, *shape, generator=generator).to(device) for shape in ((64, 512), (512, 96)))
-    start = torch.randn(2, 64, 96, generator=generator).to(device)
-    wanted = start.double() - 2 * a.double() @ b.double()
-    with full_precision(a.device):
-        out = start.clone()
-        split.add_product(out, split.left(a, 16.0), split.right(b, 4096.0), alpha=-2 / 65536)
-        assert (out.double() - wanted).norm() / wanted.norm() < 5e-6  # TF32 alone: about 3e-4
-        transposed, same = split.halves(b, 4096.0)
-        gram = torch.zeros(2, 96, 96, device=device)
-        split.add_product(gram, transposed, same, alpha=4096.0**-2)
-    wanted = b.double().mT @ b.double()
-    assert (gram.double() - wanted).norm() / wanted.norm() < 5e-6
 
 
 @pytest.mark.gpu

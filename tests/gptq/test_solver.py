@@ -11,67 +11,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.gptq.solver import output_error, solve, solve_batch
 
-
-def plain(**fields):
-    """GPTQ as in the paper: the grid covers the whole range of its group."""
-    return QuantizeConfig(**{"clip_ratios": (1.0,), **fields})
-
-
-def plain_grid(columns, config):
-    """Scale and zero of one group [rows, g], as floats a float16 checkpoint can hold."""
-    top = 2**config.bits - 1
-    if config.sym:
-        scale = 2 * columns.abs().amax(1) / top
-        zero = torch.full_like(scale, 2 ** (config.bits - 1))
-    else:
-        low, high = columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0)
-        if config.checkpoint_format == "gptq":
-            low = torch.minimum(low, -high / (top - 1))
-        scale = (high - low) / top
-        zero = torch.round(-low / scale).clamp(0, top)
-    return scale.to(torch.float16).double(), zero
-
-
-def plain_gptq(weight, hessian, config):
-    """GPTQ as in arXiv:2210.17323: one column at a time, errors pushed forward through chol(H⁻¹). float64."""
-    w, h = weight.double().clone(), hessian.double().clone()
-    rows, n = w.shape
-    size = n if config.group_size == -1 else config.group_size
-    reorder = config.desc_act or config.static_groups
-    perm = torch.argsort(h.diagonal(), descending=True, stable=True) if reorder else torch.arange(n)
-    static = [plain_grid(w[:, g : g + size], config) for g in range(0, n, size)]
-    w, h = w[:, perm], h[perm][:, perm]
-    h.diagonal().add_(config.damp_percent * h.diagonal().mean())
-    inverse = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    codes, dequantized = torch.zeros_like(w), torch.zeros_like(w)
-    for j in range(n):
-        if config.static_groups:
-            scale, zero = static[int(perm[j]) // size]
-        elif j % size == 0:
-            scale, zero = plain_grid(w[:, j : j + size], config)
-        q = torch.round(w[:, j] / scale + zero).clamp(0, 2**config.bits - 1)
-        codes[:, j], dequantized[:, j] = q, scale * (q - zero)
-        error = (w[:, j] - dequantized[:, j]) / inverse[j, j]
-        w[:, j:] -= error[:, None] * inverse[j, j:]
-    back = torch.argsort(perm)
-    return codes[:, back].to(torch.uint8), dequantized[:, back]
-
-
-def correlated(rows, n, seed=0):
-    """A weight and the Hessian of inputs with strong correlations and very different scales."""
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(n, n, generator=g, dtype=torch.float64) / n**0.5 + torch.eye(n, dtype=torch.float64)
-    scales = torch.logspace(-1, 1, n, dtype=torch.float64)[torch.randperm(n, generator=g)]
-    x = torch.randn(4 * n, n, generator=g, dtype=torch.float64) @ mix * scales
-    return torch.randn(rows, n, generator=g, dtype=torch.float64) * 0.05, x.T @ x / len(x)
-
-
-ORDERS = {
-    "static act-order": {"desc_act": False, "static_groups": True},
-    "original act-order": {"desc_act": True, "static_groups": False},
-    "natural order": {"desc_act": False, "static_groups": False},
-    "AutoGPTQ's static act-order": {"desc_act": True, "static_groups": True},
-}
+from plain_gptq import ORDERS, correlated, plain, plain_gptq
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -231,14 +171,6 @@ def test_the_output_error_is_not_below_zero_and_of_16_bit_numbers_it_is_summed_i
     assert output_error(error.double(), -hessian.double()).tolist() == [0.0, 0.0]
 
 
-def test_round_to_nearest_takes_the_nearest_point_of_the_grid():
-    weight, _ = correlated(rows=8, n=64)
-    quantized = round_to_nearest(weight, plain(bits=4, group_size=16))
-    half = quantized.scales.double()[quantized.g_idx.long()].T / 2
-    error = (weight - quantized.dequantize(torch.float64)).abs()
-    assert bool((error <= half * 1.01).all())
-
-
 def test_dead_inputs_are_rounded_to_nearest_and_cost_nothing():
     weight, hessian = correlated(rows=8, n=64)
     dead = [3, 17, 40]
@@ -295,16 +227,6 @@ def test_a_hessian_without_factor_falls_back_to_rounding_loudly(increment):
     assert "no Cholesky factor" in solution.deviations[0]
     assert torch.equal(solution.weight.codes, round_to_nearest(weight, config).codes)
     torch.testing.assert_close(solution.loss, solution.rtn_loss)
-
-
-def test_asymmetric_zeros_stay_above_zero_in_the_v1_format():
-    weight = correlated(rows=8, n=64)[0].abs()  # all positive: the natural zero is 0
-    for checkpoint_format, least in (("gptq", 1), ("gptq_v2", 0)):
-        config = plain(bits=4, group_size=32, sym=False, checkpoint_format=checkpoint_format)
-        quantized = round_to_nearest(weight, config)
-        assert int(quantized.zeros.min()) == least
-        span = (quantized.dequantize(torch.float64) - weight).abs().max() / quantized.scales.max()
-        assert span <= 0.51
 
 
 def test_a_group_of_zeros_stays_zero_and_tiny_weights_keep_a_scale():

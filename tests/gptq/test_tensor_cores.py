@@ -1,0 +1,29 @@
+"""float32 products of numbers split into float16 parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_plugin.device.precision import full_precision
+from gptq_plugin.gptq import tensor_cores
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+
+
+@devices
+def test_products_of_split_numbers_are_nearly_as_accurate_as_float32s(device):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, *shape, generator=generator).to(device) for shape in ((64, 512), (512, 96)))
+    start = torch.randn(2, 64, 96, generator=generator).to(device)
+    wanted = start.double() - 2 * a.double() @ b.double()
+    with full_precision(a.device):
+        out = start.clone()
+        tensor_cores.add_product(out, tensor_cores.left(a, 16.0), tensor_cores.right(b, 4096.0), alpha=-2 / 65536)
+        assert (out.double() - wanted).norm() / wanted.norm() < 5e-6  # TF32 alone: about 3e-4
+        transposed, same = tensor_cores.halves(b, 4096.0)
+        gram = torch.zeros(2, 96, 96, device=device)
+        tensor_cores.add_product(gram, transposed, same, alpha=4096.0**-2)
+    wanted = b.double().mT @ b.double()
+    assert (gram.double() - wanted).norm() / wanted.norm() < 5e-6
