@@ -16,6 +16,7 @@ from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.model.experts import learn_layouts, unfused
 from gptq_plugin.model.targets import find_targets
 from gptq_plugin.walk import lockstep
+from gptq_plugin.walk.groups import find_groups
 
 
 def outputs(model: nn.Module, batches: list[Batch], seed: int = 0) -> list[Tensor]:
@@ -36,7 +37,7 @@ def walk(model: nn.Module, batches: list[Batch], config: QuantizeConfig) -> list
         learn_layouts(model, forwards[0])
         with unfused(model):
             modules = {target.name: target.module for target in find_targets(model, config)[0]}
-            groups = lockstep.plan(modules, forwards[0])
+            groups = find_groups(modules, forwards[0])
             found.clear()
             for _ in lockstep.walk(groups, modules, forwards, lambda group, number, x: None):
                 pass

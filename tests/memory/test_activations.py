@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_plugin.memory.activations import Activations
 from gptq_plugin.model.targets import is_linear
 from gptq_plugin.walk import lockstep
+from gptq_plugin.walk.groups import find_groups
 
 CPU = torch.device("cpu")
 
@@ -60,7 +61,7 @@ def walk(model, activations, calls, at_stop=None):
 
         return run
 
-    groups = lockstep.plan(layers, calls[0])
+    groups = find_groups(layers, calls[0])
     forwards = [forward(number) for number in range(len(calls))]
     steps = lockstep.walk(groups, layers, forwards, lambda *_: None, waiting=at_layers(activations))
     for stop in steps:
@@ -97,7 +98,7 @@ def measured(model, call):
             call()
 
     layers = {name: module for name, module in model.named_modules() if is_linear(module)}
-    lockstep.plan(layers, forward, at_layers(activations))
+    find_groups(layers, forward, at_layers(activations))
     return activations.peak
 
 
@@ -258,7 +259,7 @@ def cached(model, forward, activations, look):
     """A walk of three batches, the first of which makes the model's cache; their outputs."""
     model.steps, model.cache = forward, torch.arange(100.0)  # the planning forward finds one
     layers = {"a": model.a, "b": model.b}
-    groups = lockstep.plan(layers, lambda: model(X))
+    groups = find_groups(layers, lambda: model(X))
     model.cache, outputs = None, {}
 
     def call(number):
@@ -423,7 +424,7 @@ def test_flex_attention_runs_as_without_us():
 def cancelled_at(model, activations, calls, layer):
     """A walk that is closed at a layer."""
     layers = {"a": model.a, "b": model.b}
-    groups = lockstep.plan(layers, calls[0])
+    groups = find_groups(layers, calls[0])
 
     def forward(number):
         def run():

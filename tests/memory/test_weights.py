@@ -21,6 +21,7 @@ from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
 from gptq_plugin.memory.weights import Weights, streamed_to
 from gptq_plugin.model.targets import find_targets
 from gptq_plugin.walk import lockstep
+from gptq_plugin.walk.groups import find_groups
 
 CPU = torch.device("cpu")
 CONFIG = QuantizeConfig(bits=2, group_size=32)
@@ -356,7 +357,7 @@ def test_batches_in_lock_step_see_only_quantized_layers_before_them(capacity, st
             yield
             weights.present(targets[name])
 
-        groups = lockstep.plan(modules, forward(0))
+        groups = find_groups(modules, forward(0))
         forwards = [forward(n) for n in range(3)]
         for stop in lockstep.walk(groups, modules, forwards, lambda *_: None, waiting=waiting):
             for name in stop.group.names:

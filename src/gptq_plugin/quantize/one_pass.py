@@ -37,7 +37,9 @@ from gptq_plugin.model.targets import Skipped, Target, linear_shape
 from gptq_plugin.quantize.solve_on_ranks import solve_shared
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 from gptq_plugin.walk import lockstep
+from gptq_plugin.walk.batch_thread import Forward
 from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
+from gptq_plugin.walk.groups import Group, find_groups
 from gptq_plugin.walk.hessian import Hessian
 from gptq_plugin.walk.ranges import Ranges, near_float16
 from gptq_plugin.walk.weight_reads import WeightReads
@@ -142,7 +144,7 @@ class OnePass:
         self.samples = self._count_samples(self.calibration.digest, uuid.uuid4().hex)
         modules = {target.name: target.module for target in self.targets}
         forwards = [self._forward(number, batch) for number, batch in enumerate(self.calibration.batches)]
-        notes = lockstep.Walk()
+        notes = lockstep.Notes()
         home = self.targets[0].weight.device
         self.results = FinishedLayers(home, self.export)
         with contextlib.closing(self.results), self._weights() as self.weights, self.positions.watching(self._entered):
@@ -175,10 +177,10 @@ class OnePass:
         if whole and None not in totals:
             self._check_enough(sum(totals))
         modules = {target.name: target.module for target in self.targets}
-        groups = [lockstep.Group((name,)) for name in modules]
+        groups = [Group((name,)) for name in modules]
         reached: set[str] = set()
 
-        def observe(number: int, group: lockstep.Group, _alone: int, x: Tensor) -> None:
+        def observe(number: int, group: Group, _alone: int, x: Tensor) -> None:
             rows = self.positions.rows(number, group.names[0], x).counted
             if not torch.isfinite(rows).all():
                 raise CalibrationError(
@@ -206,7 +208,7 @@ class OnePass:
         self.sha256, self.run_id = f"{sum(digests) % 2**256:064x}", run_ids[0]
         return sum(counts)
 
-    def _forward(self, number: int, batch: Batch) -> lockstep.Forward:
+    def _forward(self, number: int, batch: Batch) -> Forward:
         def run() -> Any:
             self.positions.runs(number)
             with self.activations.running(number):
@@ -235,7 +237,7 @@ class OnePass:
             weights.capacity = weights.min_resident_bytes
         return weights
 
-    def _plan(self, modules: dict[str, nn.Module], forwards: list[lockstep.Forward]) -> list[lockstep.Group]:
+    def _plan(self, modules: dict[str, nn.Module], forwards: list[Forward]) -> list[Group]:
         """The groups, from the forward of the largest batch, which also shows what has to be where in the walk.
 
         Rank by rank the models are the same, so the first rank that has a batch plans for all.
@@ -251,7 +253,7 @@ class OnePass:
                 with reads.watching():
                     return forwards[largest]()
 
-            plan = lockstep.plan(modules, forward, self._waiting, largest)
+            plan = find_groups(modules, forward, self._waiting, largest)
             share = sum(sizes) / max(1, sizes[largest])
         placed = placement.place(
             self.device,
@@ -273,7 +275,7 @@ class OnePass:
         self.activations = Activations(self.device, placed.activations, ahead=placed.ahead)
         plans = distributed.gather_objects((plan, reads.names if plan is not None else set()))
         self._leave_float(set().union(*(names for _, names in plans)), modules)
-        groups: list[lockstep.Group] = next(p for p, _ in plans if p is not None)
+        groups: list[Group] = next(p for p, _ in plans if p is not None)
         return [group for group in (_without(self.read_elsewhere, g) for g in groups) if group.names]
 
     def _leave_float(self, names: set[str], modules: dict[str, nn.Module]) -> None:
@@ -288,7 +290,7 @@ class OnePass:
         known = [count for count in tokens if count is not None]
         return known if len(known) == len(tokens) else [batch.samples for batch in self.calibration.batches]
 
-    def _observe(self, group: lockstep.Group, number: int, x: Tensor) -> None:
+    def _observe(self, group: Group, number: int, x: Tensor) -> None:
         with self.activations.untracked():
             hessian, first = self._hessian(group), group.names[0]
             rows = self.positions.rows(number, first, x)
@@ -303,7 +305,7 @@ class OnePass:
         with self.activations.untracked():
             self.expert_hessians.entered(experts, rows)
 
-    def _hessian(self, group: lockstep.Group) -> Hessian:
+    def _hessian(self, group: Group) -> Hessian:
         if group.names not in self.hessians:
             in_features = self._by_name[group.names[0]].weight.shape[1]
             self.hessians[group.names] = Hessian(in_features, self.device)
@@ -327,7 +329,7 @@ class OnePass:
         for same in alike.values():
             self._solve(same, evidence, remarks, stop)
 
-    def _evidence(self, first: Target, group: lockstep.Group) -> Evidence:
+    def _evidence(self, first: Target, group: Group) -> Evidence:
         """The group's Hessian over all ranks, and the tokens in it; the sum goes, it is as large as the mean."""
         hessian = self._hessian(group)
         del self.hessians[group.names]
@@ -415,7 +417,7 @@ class OnePass:
             reads = self.expert_hessians.reads_tokens(left, [in_expert(left, target.name)], False)
             weight = self.weights.present(target)
             evidence = self.expert_hessians.weighted(left, reads, Hessian(weight.shape[1], self.device))
-            stop = lockstep.Stop(lockstep.Group((target.name,)), {})
+            stop = lockstep.Stop(Group((target.name,)), {})
             self._solve([target], evidence, self.remarks.pop(target.name, {}), stop)
         self.expert_hessians.leave(left)
 
@@ -441,7 +443,7 @@ class OnePass:
             f"{self.targets[0].name}: the forward runs other modules than {type(self.model).__name__}'s"
         )
 
-    def _report(self, reports: list[ModuleReport], notes: lockstep.Walk, seconds: dict[str, float]) -> QuantizeReport:
+    def _report(self, reports: list[ModuleReport], notes: lockstep.Notes, seconds: dict[str, float]) -> QuantizeReport:
         late = _added_up({**notes.late, **self.returned})
         deviations: list[str] = []
         for one in distributed.gather_objects(self.calibration.deviations):
@@ -480,7 +482,7 @@ class OnePass:
         )
 
 
-def _without(names: set[str], group: lockstep.Group) -> lockstep.Group:
+def _without(names: set[str], group: Group) -> Group:
     return dataclasses.replace(group, names=tuple(name for name in group.names if name not in names))
 
 

@@ -1,0 +1,50 @@
+"""The inputs of layers: hooks that see every call, and a weak memory of which tensor it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+
+@contextlib.contextmanager
+def watch_inputs(layers: Mapping[str, nn.Module], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls visit(name, input) before every forward of a layer while the context is open.
+
+    Args:
+        layers: The layers by name.
+        visit: Called on the thread of the forward. May suspend it.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            visit(name, args[0] if args else next(iter(kwargs.values())))
+
+        return before
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in layers.items():
+            hooks.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+        yield
+
+
+class SeenInput:
+    """A tensor a layer has read, remembered without keeping it alive.
+
+    Identity holds only while the tensor lives: one at a reused address is another input, and so is one that was changed
+    in place since.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._ref = TensorWeakRef(x)
+        self._version = _version(x)
+
+    def is_same(self, x: Tensor) -> bool:
+        return self._ref() is x and self._version == _version(x)
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version  # inference tensors have no version
