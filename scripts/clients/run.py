@@ -211,7 +211,7 @@ def page(results: dict[str, dict[str, Result]], wrong: list[str]) -> str:
             "Written by `scripts/check_clients.sh`; do not edit. Small random models (`scripts/clients/make.py`) are "
             "quantized, exported and loaded by each client on a CPU. A number is the largest difference of a "
             "log-probability from an independent reader's (`scripts/clients/reference.py`, float32). Numbers in "
-            "brackets are the refusals below. On GPUs clients take more, or less: `gptq_plugin/clients.py`.",
+            "brackets are the refusals below. On GPUs clients take more, or less: `gptq_plugin/clients/`.",
             "",
             *versions,
             *notes,

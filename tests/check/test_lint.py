@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.apps.command import main
 from gptq_plugin.check.lint import lint
-from gptq_plugin.clients.rules import Client
+from gptq_plugin.clients.client import Client
 from gptq_plugin.export.export import export_model
 from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
 
@@ -397,10 +397,3 @@ def test_the_command_s_help_loads_no_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--tensor-parallel-size" in ran.stdout
-
-
-def test_the_command_s_clients_are_those_there_are_rules_for() -> None:
-    from gptq_plugin.apps import command
-    from gptq_plugin.clients import rules as clients
-
-    assert command._CLIENTS == clients.CLIENTS

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gptq_plugin.clients.client import CLIENTS, Client, rules_of
+
 if TYPE_CHECKING:
     from gptq_plugin.check.lint import Lint
-
-_CLIENTS = ("vllm", "transformers", "sglang", "gptqmodel")  # `clients.CLIENTS`, which would import torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +45,8 @@ def _add_check(commands: Any) -> None:
         "--target",
         metavar="CLIENT",
         action="append",
-        choices=_CLIENTS,
-        help=f"a client that must take it: {', '.join(_CLIENTS)}; may be given several times",
+        choices=CLIENTS,
+        help=f"a client that must take it: {', '.join(CLIENTS)}; may be given several times",
     )
     parser.add_argument(
         "--tensor-parallel-size",
@@ -60,14 +60,13 @@ def _add_check(commands: Any) -> None:
 
 def _check(parsed: argparse.Namespace) -> int:
     from gptq_plugin.check.lint import lint
-    from gptq_plugin.clients.rules import Client
     from gptq_plugin.errors import CheckpointError
 
     def target(client: str) -> Client:
-        return Client(client, parsed.tensor_parallel_size if client in ("vllm", "sglang") else 1)
+        return Client(client, parsed.tensor_parallel_size if rules_of(client).tensor_parallel else 1)
 
     try:
-        found = lint(parsed.directory, parsed.float_dir, [target(client) for client in _CLIENTS])
+        found = lint(parsed.directory, parsed.float_dir, [target(client) for client in CLIENTS])
     except CheckpointError as error:
         print(f"gptq-plugin check: {error}", file=sys.stderr)
         return 1

@@ -23,9 +23,10 @@ from gptq_plugin.check.comparison import compare, verdict
 from gptq_plugin.check.float_weights import FloatWeights
 from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
 from gptq_plugin.checkpoint.layouts import trivial_g_idx
+from gptq_plugin.clients.client import CLIENTS, Client
 from gptq_plugin.clients.inventory import Inventory, LayerEntry
-from gptq_plugin.clients.rules import CLIENTS, Client, conditions, problems
-from gptq_plugin.config import COMPRESSED, QuantizeConfig, own_config, rule_regex
+from gptq_plugin.clients.rules import conditions, problems
+from gptq_plugin.config import COMPRESSED, QuantizeConfig, own_config
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -101,7 +102,10 @@ def lint(directory: str | Path, float_dir: str | Path | None = None, targets: It
     if floats is not None:
         _check_float_layers(checkpoint, floats, found)
     for target in targets if targets is not None else map(Client, CLIENTS):
-        found.refusals[target] = [*problems(inventory, target), *_describe_gaps(checkpoint, inventory, target)]
+        found.refusals[target] = [
+            *problems(inventory, target),
+            *target.rules.missing(inventory, checkpoint.quantization),
+        ]
         found.conditions[target] = conditions(inventory, target)
     return found
 
@@ -186,30 +190,6 @@ def _missing_g_idx(checkpoint: Checkpoint, inventory: Inventory, found: Lint) ->
                 "transformers reports missing keys"
             ],
         )
-
-
-def _describe_gaps(checkpoint: Checkpoint, inventory: Inventory, target: Client) -> Iterator[str]:
-    """What a client needs to find in the description of a GPTQ checkpoint (measured)."""
-    said = checkpoint.quantization
-    if inventory.checkpoint_format == COMPRESSED:
-        return
-    if target.client in ("vllm", "sglang"):
-        missing = [key for key in ("bits", "group_size", "desc_act", "sym") if key not in said]
-        if missing:
-            yield f"the description lacks {', '.join(missing)}, which {target.client} needs: add them to {CONFIG}"
-    if target.client == "transformers" and inventory.floats and not said.get("modules_in_block_to_quantize"):
-        yield (
-            f"{some(inventory.floats)} are float and the description does not list the others in "
-            "modules_in_block_to_quantize, which transformers goes by: add it"
-        )
-    if target.client == "gptqmodel":
-        rules = [rule_regex(pattern) for pattern in said.get("dynamic") or {} if pattern.startswith("-:")]
-        untold = [name for name in inventory.floats if not any(re.match(rule, name) for rule in rules)]
-        if untold:
-            yield (
-                f'{some(untold)} are float and no `dynamic` rule ("-:REGEX": {{}}) says so, which gptqmodel goes by: '
-                "add one"
-            )
 
 
 def _check_float_layers(checkpoint: Checkpoint, floats: FloatWeights, found: Lint) -> None:

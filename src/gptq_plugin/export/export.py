@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.checkpoint.layouts import LAYOUTS
+from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
-from gptq_plugin.clients.rules import Client, refuse
+from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import COMPRESSED, QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.export.shard_writer import ShardWriter

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gptq_plugin import distributed
 from gptq_plugin.calibration.forward import call, to_device
 from gptq_plugin.calibration.training_data import RunData
-from gptq_plugin.clients.rules import Client
+from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.export.staging import check_export_dir

@@ -26,7 +26,7 @@ from gptq_plugin.calibration.batches import named
 from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.forward import call, evaluating, fits
 from gptq_plugin.calibration.training_data import RunData
-from gptq_plugin.clients.rules import Client
+from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.export.staging import check_export_dir

@@ -22,8 +22,9 @@ from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.collect import Calibration, collect
 from gptq_plugin.calibration.forward import call, evaluating
 from gptq_plugin.checkpoint.description import client_config
+from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
-from gptq_plugin.clients.rules import Client, refuse
+from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import numbered
 from gptq_plugin.errors import TargetError, some

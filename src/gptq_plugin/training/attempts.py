@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from gptq_plugin.calibration.collect import collect
+from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
-from gptq_plugin.clients.rules import Client, problems
+from gptq_plugin.clients.rules import problems
 from gptq_plugin.errors import QualityError
 from gptq_plugin.memory.shared_layers import SharedLayers
 from gptq_plugin.memory.weights import streamed_to

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_plugin.clients.rules import Client
+from gptq_plugin.clients.client import Client
 from gptq_plugin.errors import TargetError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.clients.rules import Client
+from gptq_plugin.clients.client import Client
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.quantize.module import QuantizeModule
