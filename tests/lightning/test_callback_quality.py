@@ -330,7 +330,7 @@ def test_escalation_stops_at_its_limit_of_bits_and_gives_the_float_weights_back(
             fit(module, None, [callback], tmp_path)
         assert not (tmp_path / "out").exists() and quantized(module) == []
         assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), twin.state_dict().values()))
-        tried = [float(line.split(", ")[-1].split()[0]) for line in caplog.text.split(" with scales and zeros")[:-1]]
+        tried = [float(line.split(", ")[-1].split()[0]) for line in caplog.text.split(" bits per weight")[:-1]]
         assert bool(tried) == (max_bits > 2.5625) and all(2.5625 < bits <= max_bits for bits in tried)
         caplog.clear()
 

@@ -2,68 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 import torch
+from reports import Page, module, report
 from torch import nn
 
-from gptq_plugin import QuantizeConfig, QuantizeModule
-from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.report.figures import packed_bytes
+from gptq_plugin import QuantizeModule
 from gptq_plugin.report.html_page import report_page
 from gptq_plugin.report.numbers import size
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.report import ModuleReport
 
 HOSTILE = "a<script>alert(1)</script>.\"'&.0"
-VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-
-class Page(HTMLParser):
-    """The page's tags, balanced or it raises, and its texts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, Any]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open:
-            self.texts.append((self.open[-1], data))
-
-    def within(self, tag: str) -> list[str]:
-        return [text for inside, text in self.texts if inside == tag]
-
-    def marks(self, kind: str) -> list[dict[str, Any]]:
-        """The circles of a kind, without the legend's."""
-        return [attributes for tag, attributes in self.tags if tag == "circle" and attributes["class"] == kind][1:]
-
-
-def module(name: str, loss: float = 0.02, rtn_loss: float = 0.05, **other: Any) -> ModuleReport:
-    return ModuleReport(name, "gptq", 3, 16, (20, 48), loss, rtn_loss, 640, 0.01, 0.25, **other)
-
-
-def report(*modules: ModuleReport, **other: Any) -> QuantizeReport:
-    return QuantizeReport(QuantizeConfig(bits=3, group_size=16), list(modules), 40, 640, **other)
 
 
 @pytest.mark.parametrize("blocks", [1, 57])
@@ -103,25 +55,6 @@ def test_names_deviations_and_other_texts_are_shown_and_never_markup() -> None:
     assert page.within("h1") == [HOSTILE] and page.within("title")[0] == HOSTILE
     assert page.within("li") == [HOSTILE, f"{HOSTILE}: {HOSTILE}"]
     assert page.within("td").count(HOSTILE) == 7  # a name, a deviation, a reason, a metric twice, its model, a phase
-
-
-def test_the_chart_is_logarithmic_and_says_so() -> None:
-    page = Page(report_page(report(module("a", 0.001, 0.01), module("b", 0.1, 1.0)), "model"))
-    a, b = (float(mark["cx"].rstrip("%")) for mark in page.marks("gptq"))
-    rtn_a, rtn_b = (float(mark["cx"].rstrip("%")) for mark in page.marks("rtn"))
-    assert rtn_a - a == pytest.approx(b - rtn_a, abs=0.02) == pytest.approx(rtn_b - b, abs=0.02)
-    labels = [text for text in page.within("text") if re.fullmatch(r"[\d.]+", text)]
-    assert labels == ["0.001", "0.001", "0.01", "0.01", "0.1", "0.1", "1", "1"]
-    assert "loss (logarithmic)" in page.within("text")
-    assert "Loss of every module" in page.within("strong")
-
-
-@pytest.mark.parametrize("losses", [(1e-300, 1e300), (0.5, 0.5), (3e-7, 4e-7), (0.0, 0.1), (0.0, 0.0), (1.0, math.inf)])
-def test_any_losses_have_a_place_within_the_chart(losses: tuple[float, float]) -> None:
-    page = Page(report_page(report(module("a", *losses), module("b", *losses)), "model"))
-    places = [float(mark["cx"].rstrip("%")) for kind in ("gptq", "rtn") for mark in page.marks(kind)]
-    assert all(0 <= place <= 100 for place in places)
-    assert len([text for text in page.within("text") if re.fullmatch(r"[\d.·⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", text)]) < 40
 
 
 def test_figures_that_are_unknown_are_blank() -> None:
@@ -169,11 +102,8 @@ def test_a_layer_worse_than_round_to_nearest_stands_out() -> None:
 def test_the_size_of_the_quantized_weights_is_that_of_their_tensors(bits: int, group_size: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 64, bias=False))
-    quantizer = QuantizeModule(bits=bits, group_size=group_size)
-    result = quantizer.round_to_nearest(model)
-    layer = model[0]
-    assert isinstance(layer, QuantLinear)
-    stored = sum(t.nbytes for t in (layer.qweight, layer.qzeros, layer.scales, layer.g_idx))
-    assert packed_bytes(result.modules[0]) == stored
-    assert size(stored) in report_page(result, "model")
-    assert packed_bytes(dataclasses.replace(result.modules[0], method="float", bits=None, group_size=None)) == 0
+    result = QuantizeModule(bits=bits, group_size=group_size).round_to_nearest(model)
+    stored = sum(tensor.nbytes for tensor in (model[0].qweight, model[0].qzeros, model[0].scales))
+    page = Page(report_page(result, "model"))
+    assert page.within("b")[2] == size(stored)
+    assert f"{8 * stored / (96 * 64):.2f} bits per weight (scales and zeros included, g_idx not)" in page.within("span")

@@ -11,10 +11,8 @@ from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quanti
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.errors import QualityError
-from gptq_plugin.gptq.grid import stored_bits
 from gptq_plugin.model.experts import unfused
 from gptq_plugin.model.targets import find_targets
-from gptq_plugin.report.figures import packed_bytes
 from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.escalation import output_noise, steps
 from gptq_plugin.training.quality_gate import QualityGate
@@ -60,8 +58,8 @@ def test_at_every_width_the_whole_model_gets_smaller_groups_and_then_the_noisies
 def test_a_step_says_what_it_does():
     model, config = layers(256, 256, 256, 256), QuantizeConfig(bits=4)
     said = [step.what for step in steps(model, config, {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2})]
-    assert said[0] == "groups of 64 or less in all layers, 4.31 bits a weight with scales and zeros"
-    assert said[2] == "more bits for 1 of 4 layers (b), 5.16 bits a weight with scales and zeros"
+    assert said[0] == "groups of 64 or less in all layers, 4.31 bits per weight (scales and zeros included, g_idx not)"
+    assert said[2] == "more bits for 1 of 4 layers (b), 5.16 bits per weight (scales and zeros included, g_idx not)"
     assert said[-1].startswith("more bits for 4 of 4 layers (b, c, d, a) and groups of 32 or less in all layers, 8.75")
 
 
@@ -71,15 +69,13 @@ def test_large_layers_count_for_more_in_the_average():
     assert bits == pytest.approx((8 + 24 / 64) / 4 + (4 + 20 / 64) * 3 / 4)
 
 
-def test_the_bits_of_a_weight_are_what_the_layer_keeps_but_for_its_group_index():
-    for bits, group_size in ((2, 32), (3, 64), (4, 128), (8, -1)):
-        linear = nn.Linear(256, 96)
-        model = nn.ModuleDict({"only": linear})
-        report = QuantizeModule(bits=bits, group_size=group_size).round_to_nearest(model)
-        layer = model["only"]
-        stored = sum(8 * part.numel() * part.element_size() for part in (layer.qweight, layer.qzeros, layer.scales))
-        assert stored_bits(bits, group_size, 256) == stored / (256 * 96)
-        assert packed_bytes(report.quantized[0]) == stored / 8 + 4 * 256
+def test_a_steps_bits_per_weight_are_those_of_its_report():
+    """`tests/report/test_report.py` has the report's beside the bytes of the files."""
+    for options in ({"bits": 3}, {"bits": 3, "sym": False}, {"bits": 3, "checkpoint_format": "compressed-tensors"}):
+        model, config = layers(256, 64, out=96), QuantizeConfig(group_size=64, **options)
+        for step in steps(model, config, {"a": 0.2, "b": 0.1}):
+            report = QuantizeModule(step.config).round_to_nearest(layers(256, 64, out=96))
+            assert step.bits == report.bits_per_weight and f", {step.bits:.2f} bits per weight" in step.what
 
 
 def test_groups_that_do_not_divide_every_layer_are_not_tried():

@@ -19,19 +19,23 @@ with groups along it (``weight_g_idx``), which is read and not written.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import ExportError
+from gptq_plugin.gptq.grid import group_width
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros, zeros_from_disk, zeros_to_disk
 
 INT32, INT64, FLOAT = "I32", "I64", "floating point"  # safetensors' names; any floating dtype
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # suffix -> kind of dtype, shape
+_ITEM_BYTES = {INT32: 4, FLOAT: 2}  # as written: scales are float16
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class Layout(ABC):
     marks: tuple[str, ...]  # no float layer has a tensor of such a name
     needed: tuple[str, ...]  # tensors that every layer has
     suffixes: tuple[str, ...]  # all that a layer may have
-    codes: str  # suffixes of the codes and the scales
+    codes: str  # suffixes of the codes, the scales and the zeros
     scales: str
+    zeros: str
     g_idx: str
 
     @abstractmethod
@@ -87,6 +92,12 @@ class Layout(ABC):
     def from_file(self, read: Callable[[str], Tensor], layer: QuantizedLayer) -> dict[str, Tensor]:
         """The inverse: the tensors of a QuantLinear, from `read`, which gives those stored by their suffix."""
 
+    def stored_bytes(self, in_features: int, out_features: int, groups: int, bits: int, sym: bool) -> int:
+        """Bytes of the codes, scales and zeros that `to_file` gives; see `stored_bytes`."""
+        expected = self.expected(in_features, out_features, groups, bits, sym)
+        counted = (expected[suffix] for suffix in (self.codes, self.scales, self.zeros) if suffix in expected)
+        return sum(_ITEM_BYTES[kind] * math.prod(shape) for kind, shape in counted)
+
 
 class GPTQ(Layout):
     """``gptq`` and ``gptq_v2``."""
@@ -94,7 +105,7 @@ class GPTQ(Layout):
     marks = ("qweight", "qzeros", "g_idx")
     needed = ("qweight", "qzeros", "scales")
     suffixes = ("qweight", "qzeros", "scales", "g_idx", "bias")
-    codes, scales, g_idx = "qweight", "scales", "g_idx"
+    codes, scales, zeros, g_idx = "qweight", "scales", "qzeros", "g_idx"
 
     def __init__(self, checkpoint_format: str) -> None:
         self._format = checkpoint_format
@@ -132,7 +143,7 @@ class CompressedTensors(Layout):
     marks = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
     needed = ("weight_packed", "weight_scale", "weight_shape")
     suffixes = (*marks, "bias")
-    codes, scales, g_idx = "weight_packed", "weight_scale", "weight_g_idx"
+    codes, scales, zeros, g_idx = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]], bits: int, read: Callable[[str], Tensor]) -> tuple[int, int]:
         out_features, in_features = read("weight_shape").tolist()
@@ -199,6 +210,25 @@ LAYOUTS: dict[str, Layout] = {
     "gptq_v2": GPTQ("gptq_v2"),
     "compressed-tensors": CompressedTensors(),
 }
+
+
+def stored_bytes(shape: Sequence[int], config: QuantizeConfig) -> int:
+    """Bytes that a layer's quantized weight takes in an exported file: its codes, scales and zeros.
+
+    ``compressed-tensors`` stores no zeros of symmetric grids, and none are counted. Not counted either: the bias, which
+    stays float, and g_idx and ``weight_shape``, which are the same at all bits and groups. So the bits per weight of a
+    grid do not depend on the layer's shape: ``gptq`` takes 4 + (16 + 4) / 128 at 4 bits in groups of 128.
+
+    Every size of quantized layers comes from here: `max_bits`, escalation, coverage, the report's table, page and card.
+
+    Args:
+        shape: (out_features, in_features).
+        config: The layer's own: bits, group_size, sym and checkpoint_format are read.
+    """
+    out_features, in_features = shape
+    groups = -(-in_features // group_width(in_features, config))
+    layout = LAYOUTS[config.checkpoint_format]
+    return layout.stored_bytes(in_features, out_features, groups, config.bits, config.sym)
 
 
 def symmetric_zeros(bits: int, groups: int, out_features: int) -> Tensor:

@@ -54,11 +54,6 @@ class QuantizedWeight:
         )
 
 
-def stored_bits(bits: int, group_size: int, in_features: int) -> float:
-    """Bits a weight takes with its part of the group's float16 scale and of its zero, which is as wide as a code."""
-    return bits + (16 + bits) / (in_features if group_size == -1 else group_size)
-
-
 def group_width(in_features: int, config: QuantizeConfig) -> int:
     """Input channels that share a scale."""
     return in_features if config.group_size == -1 else config.group_size

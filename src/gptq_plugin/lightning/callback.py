@@ -104,8 +104,8 @@ class GPTQCallback(pl.Callback):
         on_fail: When that does not hold: "raise" exports nothing and raises QualityError; "warn" says so and exports;
             "escalate" quantizes again, in smaller groups and with more bits for the layers with the noisiest outputs,
             until it holds.
-        max_bits: The average bits a weight, scales and zeros included, that "escalate" may not exceed: where nothing
-            within them is good enough, it raises. None sets no limit.
+        max_bits: The average bits per weight (scales and zeros included, g_idx not) that "escalate" may not exceed:
+            where nothing within them is good enough, it raises. None sets no limit.
 
     Attributes:
         report: What happened, after `fit`; None before.

@@ -22,6 +22,7 @@ from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.collect import Calibration, collect
 from gptq_plugin.calibration.forward import call, evaluating
 from gptq_plugin.checkpoint.description import client_config
+from gptq_plugin.checkpoint.layouts import stored_bytes
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
@@ -398,7 +399,8 @@ class QuantizeModule:
 
 
 def _covered(model: nn.Module, targets: list[Target], skipped: list[Skipped]) -> Coverage:
-    found = coverage(model, targets, skipped)
+    packed = sum(stored_bytes(target.weight.shape, target.config) for target in targets)
+    found = coverage(model, targets, skipped, packed)
     log.log(logging.WARNING if found.mostly_float else logging.INFO, found.summary())
     return found
 

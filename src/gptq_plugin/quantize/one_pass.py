@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Batch, Calibration
 from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.checkpoint.layouts import stored_bytes
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import Peak, free_bytes, peak_bytes
 from gptq_plugin.device.streams import AsyncRead, Stopwatch
@@ -511,6 +512,7 @@ def module_report(target: Target, method: str, **values: Any) -> ModuleReport:
         bits=None if is_float else target.config.bits,
         group_size=None if is_float else target.config.group_size,
         shape=(target.weight.shape[0], target.weight.shape[1]),
+        stored_bytes=0 if is_float else stored_bytes(target.weight.shape, target.config),
         **values,
     )
 

@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from gptq_plugin.errors import some
-from gptq_plugin.gptq.grid import stored_bits
 from gptq_plugin.model.experts import expert_layouts, tied_parameters
 from gptq_plugin.model.targets import Skipped, Target
 from gptq_plugin.report import numbers
@@ -45,7 +44,7 @@ class Coverage:
     Attributes:
         floats: What is not, the largest first.
         quantized: Bytes of the float weights that will be quantized.
-        packed: Bytes they will take then, scales and zeros included.
+        packed: Bytes of their codes, scales and zeros in the export.
     """
 
     floats: Sequence[FloatWeight]
@@ -96,22 +95,20 @@ class Coverage:
         return sum(one.bytes for one in self.floats)
 
 
-def coverage(model: nn.Module, targets: Iterable[Target], skipped: Iterable[Skipped]) -> Coverage:
+def coverage(model: nn.Module, targets: Iterable[Target], skipped: Iterable[Skipped], packed: int) -> Coverage:
     """What will be quantized of `model`, and what will not.
 
     Args:
         model: A float model.
-        targets, skipped: What `targets.find_targets` says of it.
+        targets, skipped: As `targets.find_targets` gives them.
+        packed: Bytes of the targets' codes, scales and zeros in the export.
     """
     reasons = {skip.module: skip.reason for skip in skipped}
-    quantized = packed = 0
+    quantized = 0
     done: set[int] = set()
     for target in targets:
-        weight, own = target.parameter, target.config
-        rows, columns = target.weight.shape
-        done.add(id(weight))
-        quantized += weight.numel() * weight.element_size()
-        packed += int(rows * columns * stored_bits(own.bits, own.group_size, columns) / 8)
+        done.add(id(target.parameter))
+        quantized += target.parameter.nbytes
     tied = tied_parameters(model)
     floats = []
     for module_name, module in model.named_modules():

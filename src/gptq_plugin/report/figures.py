@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gptq_plugin.kernels.reference import words_for
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.report import QuantizeReport
 
 MODELS = {"float": "float", "gptq": "GPTQ", "rtn": "round-to-nearest"}  # the keys of `report.metrics`, spelled out
 
@@ -39,16 +38,6 @@ def measured(report: QuantizeReport) -> Iterator[Measured]:
             change = values[key] - before if key != "float" else math.nan
             relative = change / abs(before) if before else math.nan
             yield Measured(metric, MODELS.get(key, key), values[key], change, relative)
-
-
-def packed_bytes(module: ModuleReport) -> int:
-    """What a quantized layer takes: codes, zeros, scales (float16) and group indices; 0 for a float one."""
-    if module.bits is None or module.group_size is None:
-        return 0
-    out_features, in_features = module.shape
-    groups = 1 if module.group_size == -1 else -(-in_features // module.group_size)
-    words = words_for(in_features, module.bits) * out_features + groups * words_for(out_features, module.bits)
-    return 4 * (words + in_features) + 2 * groups * out_features
 
 
 def widths(report: QuantizeReport) -> list[int]:

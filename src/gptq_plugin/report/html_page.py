@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from gptq_plugin.report.chart import loss_chart
-from gptq_plugin.report.figures import bits_of, measured, packed_bytes
-from gptq_plugin.report.numbers import change, percent, size, value
+from gptq_plugin.report.figures import bits_of, measured
+from gptq_plugin.report.numbers import bits_per_weight, change, percent, size, value
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
 # Blue and orange of Okabe and Ito's palette, which people with any colour vision tell apart; round-to-nearest's mark
@@ -117,14 +117,13 @@ def _origin(report: QuantizeReport) -> str:
 
 
 def _tiles(report: QuantizeReport) -> str:
-    totals, weights = report.totals(), sum(m.weights for m in report.quantized)
-    packed, full = sum(map(packed_bytes, report.quantized)), 2 * weights
+    totals = report.totals()
     ratio = totals["loss"] / totals["rtn_loss"] if totals["rtn_loss"] else math.nan
     tiles = [
         *_before_after(report),
         (f"{totals['modules']}", f"modules quantized, {totals['modules_float']} left float"),
-        (bits_of(report), f"{8 * packed / weights:.3g} bits a weight, scales included" if weights else "nothing"),
-        (size(packed), f"quantized weights; {size(full)} in 16 bits"),
+        (bits_of(report), bits_per_weight(report.bits_per_weight) if report.weights else "nothing"),
+        (size(report.stored_bytes), f"quantized weights; {size(2 * report.weights)} in 16 bits"),
         (value(ratio, 3), "of round-to-nearest's loss"),
         (f"{report.samples:,}", f"calibration samples, {report.tokens:,} tokens"),
         (f"{totals['seconds']:.1f} s", "in all"),

@@ -19,8 +19,8 @@ from gptq_plugin.config import COMPRESSED, QUANTIZER_NAME
 from gptq_plugin.device.precision import FLOAT16
 from gptq_plugin.errors import some
 from gptq_plugin.model.hf_models import CONV1D, is_transformers, published_class
-from gptq_plugin.report.figures import bits_of, measured, packed_bytes, widths
-from gptq_plugin.report.numbers import change, percent, size, value
+from gptq_plugin.report.figures import bits_of, measured, widths
+from gptq_plugin.report.numbers import bits_per_weight, change, percent, size, value
 from gptq_plugin.report.provenance import without_paths
 from gptq_plugin.report.report import QuantizeReport
 
@@ -142,14 +142,14 @@ def _metadata(report: QuantizeReport, facts: ModelFacts) -> dict[str, Any]:
 
 def _summary(report: QuantizeReport, facts: ModelFacts) -> str:
     origin = f" It comes from [{facts.base_model}](https://hf.co/{facts.base_model})." if facts.base_model else ""
-    totals, weights = report.totals(), sum(module.weights for module in report.quantized)
+    totals = report.totals()
     ratio = totals["loss"] / totals["rtn_loss"] if totals["rtn_loss"] else float("nan")
     compared = f" Their loss is {value(ratio, 3)} of round-to-nearest's." if value(ratio) else ""
     return (
         f"A `{facts.name}` whose linear layers were quantized with GPTQ by {QUANTIZER_NAME}.{origin} "
         f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}. The "
-        f"quantized ones take {size(sum(map(packed_bytes, report.quantized)))}, in 16 bits they would take "
-        f"{size(2 * weights)}.{compared} `report.html` shows every layer."
+        f"quantized ones take {size(report.stored_bytes)}, {bits_per_weight(report.bits_per_weight)}; in 16 bits they "
+        f"would take {size(2 * report.weights)}.{compared} `report.html` shows every layer."
     )
 
 

@@ -14,6 +14,11 @@ def size(count: int) -> str:
     return f"{count / 1000**power:.3g} {('kB', 'MB', 'GB')[power - 1]}"
 
 
+def bits_per_weight(number: float) -> str:
+    """The size of quantized layers as an average, with what is counted (`checkpoint.layouts.stored_bytes`)."""
+    return f"{number:.2f} bits per weight (scales and zeros included, g_idx not)"
+
+
 def value(number: float, digits: int = 4) -> str:
     """So many significant digits; blank when unknown (NaN)."""
     return "" if math.isnan(number) else f"{number:.{digits}g}"

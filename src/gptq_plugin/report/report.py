@@ -11,7 +11,7 @@ from typing import Any
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.report.coverage import Coverage
-from gptq_plugin.report.numbers import aligned
+from gptq_plugin.report.numbers import aligned, bits_per_weight, size
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class ModuleReport:
         seconds: Time to solve it; layers solved together share theirs by rows.
         max_input: The largest absolute value it read in calibration, at any position, over all ranks; NaN when unknown.
         max_output: The same of what it returned, quantized.
+        stored_bytes: Of its codes, scales and zeros in the export (`checkpoint.layouts.stored_bytes`); 0 when float.
         reason: Why a float layer is float.
         deviations: A sentence for everything that differs from what was asked.
     """
@@ -47,6 +48,7 @@ class ModuleReport:
     seconds: float = 0.0
     max_input: float = math.nan
     max_output: float = math.nan
+    stored_bytes: int = 0
     reason: str = ""
     deviations: tuple[str, ...] = ()
 
@@ -96,6 +98,21 @@ class QuantizeReport:
     def quantized(self) -> list[ModuleReport]:
         return [module for module in self.modules if module.method != "float"]
 
+    @property
+    def weights(self) -> int:
+        """Number of quantized weights."""
+        return sum(module.weights for module in self.quantized)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the codes, scales and zeros in the export; see `checkpoint.layouts.stored_bytes`."""
+        return sum(module.stored_bytes for module in self.quantized)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`stored_bytes` as bits, averaged over the quantized weights; NaN without any."""
+        return 8 * self.stored_bytes / self.weights if self.weights else math.nan
+
     def all_deviations(self) -> Iterator[str]:
         """Every deviation as a sentence that names its module."""
         yield from self.deviations
@@ -111,7 +128,7 @@ class QuantizeReport:
             "modules": len(self.quantized),
             "modules_float": len(self.modules) - len(self.quantized),
             "modules_rtn": sum(m.method == "rtn" for m in self.modules),
-            "weights": sum(m.weights for m in self.quantized),
+            "weights": self.weights,
             "samples": self.samples,
             "tokens": self.tokens,
             "loss": loss,
@@ -165,7 +182,8 @@ class QuantizeReport:
         ratio = f", {totals['loss'] / totals['rtn_loss']:.3f} of round-to-nearest's" if totals["rtn_loss"] else ""
         lines.append(
             f"{totals['modules']} modules quantized, {totals['modules_float']} left float; "
-            f"{self.samples} samples, {self.tokens} tokens; loss {totals['loss']:.4g}{ratio}; "
+            + (f"{size(self.stored_bytes)}, {bits_per_weight(self.bits_per_weight)}; " if self.weights else "")
+            + f"{self.samples} samples, {self.tokens} tokens; loss {totals['loss']:.4g}{ratio}; "
             + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         )
         lines += [self.coverage.summary()] if self.coverage is not None else []

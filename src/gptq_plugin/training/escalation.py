@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin import distributed
+from gptq_plugin.checkpoint.layouts import stored_bytes
 from gptq_plugin.config import BITS, QuantizeConfig
 from gptq_plugin.errors import TargetError, some
-from gptq_plugin.gptq.grid import stored_bits
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.targets import Target, find_targets, unpackable
+from gptq_plugin.report.numbers import bits_per_weight
 
 GROUP_SIZES = (128, 64, 32)  # those for which servers have fast kernels
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the layers that get more bits, step by step
@@ -36,7 +37,7 @@ class Step:
 
     Attributes:
         config: The whole configuration.
-        bits: Average bits a weight of the quantized layers; see `stored_bits`.
+        bits: Average bits per weight of the quantized layers; see `stored_bytes`.
         what: How it differs from the first configuration, in words.
     """
 
@@ -69,18 +70,18 @@ def steps(model: nn.Module, config: QuantizeConfig, noise: Mapping[str, float]) 
     together = _together(targets, noise)
     ranked = [name for names in together for name in names]
     shapes = {target.name: tuple(target.weight.shape) for target in targets}
+    configs = {target.name: target.config for target in targets}
     first = {target.name: _Grid(target.config.bits, target.config.group_size) for target in targets}
 
     def step(grids: dict[str, _Grid], size: int | None = None) -> Step:
-        weights = {name: math.prod(shapes[name]) for name in ranked}
-        stored = sum(
-            stored_bits(grids[name].bits, grids[name].group_size, shapes[name][1]) * weights[name] for name in ranked
-        )
-        average = stored / sum(weights.values())
+        stored = [
+            stored_bytes(shapes[name], dataclasses.replace(configs[name], **vars(grids[name]))) for name in ranked
+        ]
+        average = 8 * sum(stored) / sum(math.prod(shapes[name]) for name in ranked)
         raised = [name for name in ranked if grids[name].bits != first[name].bits]
         means = [f"more bits for {len(raised)} of {len(ranked)} layers ({some(raised)})"] if raised else []
         means += [f"groups of {size} or less in all layers"] if size else []
-        what = f"{' and '.join(means)}, {average:.2f} bits a weight with scales and zeros"
+        what = f"{' and '.join(means)}, {bits_per_weight(average)}"
         return Step(_configured(model, config, grids), average, what)
 
     now = first

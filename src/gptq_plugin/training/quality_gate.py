@@ -50,7 +50,7 @@ class QualityGate:
     Args:
         max_degradation: By the name of a logged metric, what `Limit.parse` takes.
         on_fail: "raise" refuses the result, "warn" takes it, "escalate" tries others that take more memory.
-        max_bits: The average bits a weight those may take, scales and zeros included; None sets no limit.
+        max_bits: The average bits per weight those may take, scales and zeros included, g_idx not; None sets no limit.
 
     Raises:
         ValueError: A limit, `on_fail` or `max_bits` makes no sense.
