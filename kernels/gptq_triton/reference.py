@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 8)  # widths of a code
 
 # Codes expanded at a time: a tile stays in a CPU's cache, a whole layer would spend its time on page faults.
 _TILE = 2**20

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-BITS = (2, 3, 4, 8)
+from gptq_plugin.kernels.reference import BITS
+
 COMPRESSED = "compressed-tensors"
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2", COMPRESSED)
 TOKEN_WEIGHTINGS = ("all", "labels")
@@ -125,11 +126,11 @@ class QuantizeConfig:
             _one_of(name, getattr(self, name), (True, False))
         if not _is_int(self.group_size) or self.group_size == 0 or self.group_size < -1:
             raise ValueError(f"group_size must be -1 or a positive integer, got {self.group_size!r}")
-        if not _is_number(self.damp_percent) or not 0 <= self.damp_percent < 1:
+        if not is_number(self.damp_percent) or not 0 <= self.damp_percent < 1:
             raise ValueError(f"damp_percent must be a number in [0, 1), got {self.damp_percent!r}")
-        if not _is_number(self.damp_auto_increment) or not 0 <= self.damp_auto_increment < 1:
+        if not is_number(self.damp_auto_increment) or not 0 <= self.damp_auto_increment < 1:
             raise ValueError(f"damp_auto_increment must be a number in [0, 1), got {self.damp_auto_increment!r}")
-        if not self.clip_ratios or not all(_is_number(ratio) and 0 < ratio <= 1 for ratio in self.clip_ratios):
+        if not self.clip_ratios or not all(is_number(ratio) and 0 < ratio <= 1 for ratio in self.clip_ratios):
             raise ValueError(f"clip_ratios must be numbers in (0, 1], at least one; got {self.clip_ratios!r}")
         for name in ("model_seqlen", "nsamples", "batch_size"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
@@ -299,5 +300,6 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """True for an int or a float, NaN included; bool is neither."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

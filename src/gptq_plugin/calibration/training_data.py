@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from gptq_plugin.calibration.collect import Sources, kept
 from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, dealt, sampled, single
-from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.config import QuantizeConfig, is_number
 
 
 class RunData:
@@ -94,7 +94,7 @@ def _is_sampled(data: Any) -> bool:
 
 def _part(fraction: float, nsamples: int) -> int:
     """How many of the samples that is: at least one, and not all."""
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
+    if not is_number(fraction) or not 0 <= fraction < 1:
         raise ValueError(
             f"mix_fraction must be a number in [0, 1), got {fraction!r}; for no other data use calibration="
         )

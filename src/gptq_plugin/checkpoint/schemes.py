@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptq_plugin.config import BITS, CHECKPOINT_FORMATS, COMPRESSED, rule_regex
+from gptq_plugin.config import CHECKPOINT_FORMATS, COMPRESSED, rule_regex
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.kernels.reference import BITS
 
 PACKED = "pack-quantized"
 
@@ -74,7 +75,7 @@ def scheme(quantization: Mapping[str, Any], name: str) -> Scheme:
                 break
         bits, group_size = rule.get("bits"), rule.get("group_size", -1)
         sym, desc_act = rule.get("sym", True), rule.get("desc_act", False)
-    if bits not in BITS or isinstance(bits, bool):
+    if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits is {bits!r}; it must be one of {', '.join(map(str, BITS))}")
     if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1):
         raise ValueError(f"group_size is {group_size!r}; it must be -1 or a positive integer")

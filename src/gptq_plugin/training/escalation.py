@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from gptq_plugin import distributed
 from gptq_plugin.checkpoint.layouts import stored_bytes
-from gptq_plugin.config import BITS, QuantizeConfig
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
+from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.targets import Target, find_targets, unpackable
 from gptq_plugin.report.numbers import bits_per_weight

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gptq_plugin.config import is_number
+
 ON_FAIL = ("raise", "warn", "escalate")
 
 
@@ -61,7 +63,7 @@ class QualityGate:
     ) -> None:
         if on_fail not in ON_FAIL:
             raise ValueError(f"on_fail must be one of {', '.join(ON_FAIL)}, got {on_fail!r}")
-        if max_bits is not None and not (_is_number(max_bits) and max_bits > 0):
+        if max_bits is not None and not (is_number(max_bits) and max_bits > 0):
             raise ValueError(f"max_bits must be a number above 0, or None for no limit; got {max_bits!r}")
         self.limits = {metric: Limit.parse(metric, value) for metric, value in max_degradation.items()}
         self.on_fail = on_fail
@@ -91,7 +93,3 @@ class QualityGate:
                 change = f"{new - old:+.5g}" + (f", {(new - old) / abs(old):+.3%}" if old else "")
                 said.append(f"{metric} went from {old:.5g} to {new:.5g} ({change}; {allowed} allowed)")
         return said
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
