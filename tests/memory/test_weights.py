@@ -15,22 +15,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.errors import TargetError
-from gptq_plugin.gptq.grid import round_to_nearest
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
-from gptq_plugin.memory.weights import Weights, streamed_to
+from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.targets import find_targets
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import find_groups
+
+from module_tensors import held_tensors, rounded, size
 
 CPU = torch.device("cpu")
 CONFIG = QuantizeConfig(bits=2, group_size=32)
 UNLIMITED = 10**9
 IDS = torch.arange(12).reshape(2, 6)
-
-
-def size(module):
-    return sum(tensor.nbytes for tensor in {*module.parameters(), *module.buffers()})
 
 
 def llama(**options):
@@ -48,24 +43,10 @@ def logits(model, ids=IDS):
         return model(input_ids=ids, use_cache=False).logits
 
 
-def slots(model):
-    """Every parameter and buffer of every module: the object itself, whether it is persistent and wants a gradient."""
-    return {
-        (name, key): (id(tensor), tensor.requires_grad, key in module._non_persistent_buffers_set)
-        for name, module in model.named_modules()
-        for key, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
-
-
 def temporary_bytes(model, homes):
     """Counted at the modules: what they point to that is not their own."""
     now = {id(t): t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
     return sum(tensor.nbytes for key, tensor in now.items() if key not in homes)
-
-
-def rounded(target):
-    return QuantLinear.from_quantized(round_to_nearest(target.weight, target.config), target.bias)
 
 
 def quantized(model, layers):
@@ -179,17 +160,17 @@ def test_outputs_are_bit_identical_and_every_tensor_is_back_afterwards(kind, uni
     torch.manual_seed(0)
     make, run = MODELS[kind]
     model = make()
-    before, contents, plain = slots(model), copy.deepcopy(model.state_dict()), run(model)
+    before, contents, plain = held_tensors(model), copy.deepcopy(model.state_dict()), run(model)
     with Weights(model, CPU, stream=stream, capacity=capacity, unit_bytes=unit_bytes) as weights:
         assert all(torch.equal(run(model), plain) for _ in range(3))
-    assert slots(model) == before and not any(module._forward_pre_hooks for module in model.modules())
+    assert held_tensors(model) == before and not any(module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(value, contents[name]) for name, value in model.state_dict().items())
-    assert (weights.bytes_brought > 0) == (weights.bytes > 0) == stream
+    assert (weights.copied_bytes > 0) == (weights.peak_bytes > 0) == stream
 
 
 def test_every_tensor_is_back_after_an_error_in_the_middle_of_a_forward():
     model = llama()
-    before = slots(model)
+    before = held_tensors(model)
 
     def fail(*_):
         raise KeyError("solver")
@@ -199,7 +180,7 @@ def test_every_tensor_is_back_after_an_error_in_the_middle_of_a_forward():
     with pytest.raises(KeyError, match="solver"), weights:
         logits(model)
     handle.remove()
-    assert slots(model) == before and not any(module._forward_pre_hooks for module in model.modules())
+    assert held_tensors(model) == before and not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("capacity", [0, BLOCK, 2 * BLOCK + 1000])
@@ -213,7 +194,7 @@ def test_temporary_tensors_take_no_more_than_the_capacity_and_one_unit(capacity)
         for target in list(by_name(model).values())[::3]:
             logits(model)
             weights.quantize(target, rounded(target))
-    assert 0 < max(seen) <= weights.bytes <= max(capacity, BLOCK)
+    assert 0 < max(seen) <= weights.peak_bytes <= max(capacity, BLOCK)
 
 
 def test_the_sizes_for_a_plan_are_those_of_a_pass_and_a_lower_capacity_holds_at_once():
@@ -221,13 +202,13 @@ def test_the_sizes_for_a_plan_are_those_of_a_pass_and_a_lower_capacity_holds_at_
     homes = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     with Weights(model, CPU, stream=True, capacity=UNLIMITED, unit_bytes=BLOCK) as weights:
         plain = logits(model)
-        assert weights.total == weights.bytes == weights.bytes_brought
+        assert weights.total_bytes == weights.peak_bytes == weights.copied_bytes
         assert 2 * BLOCK < weights.min_resident_bytes <= 3 * BLOCK  # two of the blocks, and what is beside them
         weights.capacity = 2 * BLOCK
         assert BLOCK < temporary_bytes(model, homes) <= 2 * BLOCK
         assert torch.equal(logits(model), plain) and temporary_bytes(model, homes) <= 2 * BLOCK
     at_home = Weights(model, CPU, stream=False, capacity=0, unit_bytes=BLOCK)
-    assert at_home.total == at_home.min_resident_bytes == 0
+    assert at_home.total_bytes == at_home.min_resident_bytes == 0
 
 
 def test_what_a_block_reads_from_its_parts_without_calling_them_is_there_too():
@@ -271,10 +252,10 @@ def test_tied_weights_are_one_copy_within_a_unit_and_one_for_each_of_two_units()
     model.lm_head.register_forward_hook(lambda *_: seen.append((embedding.weight, head.weight)))
     with Weights(model, CPU, stream=True, capacity=UNLIMITED, unit_bytes=UNLIMITED) as weights:
         logits(model)
-    assert seen[0][0] is seen[0][1] and weights.bytes == size(model)
+    assert seen[0][0] is seen[0][1] and weights.peak_bytes == size(model)
     with Weights(model, CPU, stream=True, capacity=UNLIMITED, unit_bytes=size(head)) as weights:
         logits(model)
-    assert seen[1][0] is not seen[1][1] and weights.bytes == size(model) + size(head)
+    assert seen[1][0] is not seen[1][1] and weights.peak_bytes == size(model) + size(head)
     assert embedding.weight is head.weight
 
 
@@ -312,7 +293,7 @@ def test_overlays_of_a_model_on_the_device_stay_within_the_capacity():
             weights.present(target)
             weights.quantize(target, rounded(target))
             assert temporary_bytes(model, homes) <= largest
-        assert temporary_bytes(model, homes) == weights.bytes == largest and weights.bytes_brought == 0
+        assert temporary_bytes(model, homes) == weights.peak_bytes == largest and weights.copied_bytes == 0
 
 
 def test_conv1d_layers_are_given_in_their_own_layout():
@@ -340,7 +321,7 @@ def test_batches_in_lock_step_see_only_quantized_layers_before_them(capacity, st
     floats = {name: target.weight.clone() for name, target in targets.items()}
     expected = [logits(quantized(model, layers), ids) for ids in batches]
     outputs = [None] * len(batches)
-    before = slots(model)
+    before = held_tensors(model)
 
     def forward(number):
         def run():
@@ -364,7 +345,7 @@ def test_batches_in_lock_step_see_only_quantized_layers_before_them(capacity, st
                 assert torch.equal(weights.present(targets[name]), floats[name])
                 weights.quantize(targets[name], layers[name])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected))
-    assert slots(model) == before
+    assert held_tensors(model) == before
 
 
 def test_the_next_unit_is_copied_while_the_one_before_it_is_in_use():
@@ -376,12 +357,12 @@ def test_the_next_unit_is_copied_while_the_one_before_it_is_in_use():
             tensor.copied.clear()
         for number, target in enumerate(targets):
             assert not number or watched[number].copied.wait(10)  # before anybody asked for it
-            before = weights.bytes_brought
+            before = weights.copied_bytes
             weights.present(target)
-            assert weights.bytes_brought - before == unit * (number == 0)  # the first one alone is waited for
+            assert weights.copied_bytes - before == unit * (number == 0)  # the first one alone is waited for
             weights.quantize(target, rounded(target))
             model[number](torch.ones(1, 16))
-    assert weights.bytes == 2 * unit
+    assert weights.peak_bytes == 2 * unit
 
 
 def test_a_prefetch_does_not_take_the_room_of_what_other_batches_still_need():
@@ -391,12 +372,12 @@ def test_a_prefetch_does_not_take_the_room_of_what_other_batches_still_need():
         model(x)
         weights.quantize(targets[0], rounded(targets[0]))
         model[1](model[0](x))  # the first batch crosses into the next unit
-        before = weights.bytes_brought
+        before = weights.copied_bytes
         model[1](model[0](x))  # and so do the others
-        assert weights.bytes_brought == before
+        assert weights.copied_bytes == before
         weights.quantize(targets[1], rounded(targets[1]))
         model[1](x)
-        assert weights.bytes_brought == before + unit
+        assert weights.copied_bytes == before + unit
 
 
 def test_no_copy_lives_on_afterwards_not_even_of_a_unit_that_was_on_its_way():
@@ -428,12 +409,12 @@ def test_a_unit_on_its_way_makes_room_for_one_that_is_needed():
         model[0](torch.ones(1, 16))
         weights.present(targets[3])
         assert not any(result() is not None for result in watched[1].results)
-        assert torch.equal(weights.present(targets[1]), model[1].weight) and weights.bytes == 2 * unit
+        assert torch.equal(weights.present(targets[1]), model[1].weight) and weights.peak_bytes == 2 * unit
 
 
 def test_an_error_while_copying_in_the_background_is_raised_where_the_weights_are_needed():
     model, watched, targets = watched_layers(3)
-    before, unit = slots(model), size(model[0])
+    before, unit = held_tensors(model), size(model[0])
     with Weights(model, CPU, stream=True, capacity=2 * unit, unit_bytes=unit) as weights:
         model(torch.ones(1, 16))
         watched[1].fails = True
@@ -443,7 +424,7 @@ def test_an_error_while_copying_in_the_background_is_raised_where_the_weights_ar
             model[1](torch.ones(1, 16))
         watched[1].fails = False
         model[1](torch.ones(1, 16))  # a second try starts afresh
-    assert slots(model) == before
+    assert held_tensors(model) == before
 
 
 def test_modes_of_a_batchs_thread_do_not_see_the_copies():
@@ -500,54 +481,6 @@ def test_what_the_forward_assigns_or_writes_to_a_buffer_is_not_lost():
     assert model[0].read is read and float(model[0].assigned) == 3
 
 
-def test_weights_without_values_are_refused_by_name():
-    model = llama()
-    model.model.layers[1].to("meta")
-    with pytest.raises(
-        TargetError, match=r"model.layers.1.self_attn.q_proj.weight, .* 5 more .*load the weights first"
-    ):
-        Weights(model, CPU, stream=True, capacity=0, unit_bytes=BLOCK)
-
-
-class Around(nn.Module):
-    """What a LightningModule is to its model: never called itself."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
-        self.head = nn.Linear(64, 3)
-        self.factor = nn.Parameter(torch.full((3,), 2.0))
-        self.shifts = nn.ParameterList([nn.Parameter(torch.ones(3))])
-
-    def step(self, x):
-        return self.head(self.model(x)) * self.factor + self.shifts[0]
-
-
-@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_module_that_is_never_called_runs_elsewhere_with_all_it_holds(device):
-    around, device = Around(), torch.device(device)
-    if device.type == "cuda":  # on the meta device quantized layers cannot compute
-        swap_modules(around.model, {name: rounded(target) for name, target in by_name(around.model).items()})
-    x = torch.randn(5, 64)
-    before, expected = slots(around), around.step(x)
-    with streamed_to(around, device):
-        outputs = around.step(x.to(device))
-    assert outputs.device.type == device.type and slots(around) == before
-    if device.type == "cuda":
-        torch.testing.assert_close(outputs.cpu(), expected, atol=1e-3, rtol=1e-3)
-
-
-def test_what_is_brought_besides_a_part_leaves_it_alone():
-    around = Around()
-    with streamed_to(around, torch.device("meta"), besides=around.model):
-        assert around.factor.is_meta and around.shifts[0].is_meta
-        assert around.head(torch.ones(64, device="meta")).is_meta
-        assert around.model(torch.ones(64)).device == CPU
-    with streamed_to(around, torch.device("meta"), besides=around):
-        assert around.factor.is_meta and not around.head.weight.is_meta
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("capacity", [0, 2 * BLOCK, UNLIMITED])
 @pytest.mark.parametrize("unit_bytes", [0, BLOCK])
@@ -555,7 +488,7 @@ def test_a_model_on_the_cpu_runs_on_the_gpu_as_if_it_were_there(capacity, unit_b
     model = llama()
     targets = by_name(model)
     layers = {name: rounded(target) for name, target in targets.items()}  # they stay on the CPU
-    ids, before = IDS.cuda(), slots(model)
+    ids, before = IDS.cuda(), held_tensors(model)
     plain = logits(copy.deepcopy(model).cuda(), ids)
     expected = logits(quantized(model, layers).cuda(), ids)
     with Weights(model, torch.device("cuda"), stream=True, capacity=capacity, unit_bytes=unit_bytes) as weights:
@@ -564,7 +497,7 @@ def test_a_model_on_the_cpu_runs_on_the_gpu_as_if_it_were_there(capacity, unit_b
             assert weights.present(target).is_cuda
             weights.quantize(target, layers[name])
         assert all(torch.equal(logits(model, ids), expected) for _ in range(3))
-    assert slots(model) == before and all(not layer.qweight.is_cuda for layer in layers.values())
+    assert held_tensors(model) == before and all(not layer.qweight.is_cuda for layer in layers.values())
 
 
 @pytest.mark.gpu
@@ -599,7 +532,7 @@ def test_memory_on_the_gpu_stays_within_the_capacity_while_copies_are_ahead_of_t
             del y
             weights.capacity = 0
             weights.capacity = 4 * unit
-    assert weights.bytes == 4 * unit and weights.bytes_brought == 3 * 40 * unit
+    assert weights.peak_bytes == 4 * unit and weights.copied_bytes == 3 * 40 * unit
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
     assert all(layer.weight is home for layer, home in zip(model, homes))

@@ -24,7 +24,7 @@ from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.checkpoint.load import load_as, load_quantized
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.memory.weights import streamed_to
+from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.hf_models import has_own_code, is_transformers
 
 log = logging.getLogger(__name__)

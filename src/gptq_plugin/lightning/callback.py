@@ -39,7 +39,7 @@ from gptq_plugin.lightning.strategies import refuse_for_shards, refuse_sharded_a
 from gptq_plugin.lightning.unsharded import refuse_unknown_sharding, unsharded
 from gptq_plugin.lightning.validation import validate, validation_loaders
 from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled, weights_of
-from gptq_plugin.memory.weights import streamed_to
+from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.model.hf_models import transformers_models
 from gptq_plugin.quantize.module import QuantizeModule

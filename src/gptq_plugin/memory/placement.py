@@ -8,13 +8,14 @@ are needed, ahead of time, which costs little. Activations beyond what then fits
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from gptq_plugin.device.memory import free_bytes
+from gptq_plugin.memory.slots import distinct_tensors
 from gptq_plugin.model.targets import Target
 
 UNLIMITED = 2**63 - 1  # more bytes than anything has
@@ -138,7 +139,7 @@ def fits(model: nn.Module, device: torch.device) -> bool:
 
 def bytes_away(model: nn.Module, device: torch.device) -> int:
     """Bytes of parameters and buffers that are not on the device, each tensor once."""
-    return sum(t.nbytes for t in _tensors(model) if t.device != device)
+    return sum(tensor.nbytes for tensor in distinct_tensors(model) if tensor.device != device)
 
 
 def solver_bytes(targets: Sequence[Target]) -> int:
@@ -158,10 +159,5 @@ def fixed_bytes(targets: Sequence[Target], device: torch.device, batches: int) -
 
 def unit_bytes(model: nn.Module, free: int | None) -> int:
     """Size up to which a module's weights are brought to the device as a whole: a small part of both."""
-    whole = sum(t.nbytes for t in _tensors(model))
+    whole = sum(tensor.nbytes for tensor in distinct_tensors(model))
     return min(_LARGEST_UNIT, whole // 8, _LARGEST_UNIT if free is None else free // 8)
-
-
-def _tensors(model: nn.Module) -> Iterable[torch.Tensor]:
-    """Parameters and buffers, each once however often it is used."""
-    return {id(t): t for t in (*model.parameters(), *model.buffers())}.values()

@@ -35,7 +35,7 @@ from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
 from gptq_plugin.memory.shared_layers import SharedLayers
-from gptq_plugin.memory.weights import streamed_to
+from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import learn_layouts, unfused
 from gptq_plugin.model.hf_models import transformers_models
 from gptq_plugin.model.targets import Skipped, Target, find_targets

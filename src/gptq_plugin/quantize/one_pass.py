@@ -260,10 +260,10 @@ class OnePass:
             self.device,
             free,
             placement.Needs(
-                weights=self.weights.total,
+                weights=self.weights.total_bytes,
                 fixed=placement.fixed_bytes(self.targets, self.device, len(forwards)),
                 solver=placement.solver_bytes(self.targets),
-                forward=measured.bytes() - self.weights.bytes,
+                forward=measured.bytes() - self.weights.peak_bytes,
                 activations=int(self.activations.peak * share),
                 batch=self.activations.peak,
             ),

@@ -18,7 +18,7 @@ from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import problems
 from gptq_plugin.errors import QualityError
 from gptq_plugin.memory.shared_layers import SharedLayers
-from gptq_plugin.memory.weights import streamed_to
+from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import unfused
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.one_pass import ModelForward, Progress
