@@ -140,7 +140,7 @@ def block() -> None:
                 lambda: factorize(mean[None], config, torch.float32, 0.01)  # noqa: B023
             )
             parts[f"{label} {name}: columns"] = seconds(
-                lambda: solver._Columns(wide[None], factor, config).visit()  # noqa: B023
+                lambda: solver._Recursion(wide[None], factor, config).visit()  # noqa: B023
             )
             parts[f"{label} {name}: RTN's loss"] = seconds(
                 lambda: solver.rounding_loss(wide, mean, config)  # noqa: B023

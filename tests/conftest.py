@@ -90,7 +90,7 @@ def rtn() -> Callable[..., nn.Module]:
 @pytest.fixture(scope="session")
 def same_but_for_the_run() -> Callable[[Path, Path], bool]:
     """same_but_for_the_run(one, other): two quantize_config.json are the same to the byte but for when and by which run
-    they were made (`provenance.occasion`)."""
+    they were made (`provenance.run_stamp`)."""
 
     def told(file: Path) -> str:
         return re.sub(r'"(date|run_id)": "[^"]*"', "", file.read_text(encoding="utf-8"))

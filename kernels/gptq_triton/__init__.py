@@ -1,8 +1,7 @@
-"""The kernels, imported as `gptq_plugin.kernels`: a leaf that needs torch, and Triton only on a GPU.
+"""Kernels, imported as `gptq_plugin.kernels`. Needs torch, and Triton on a GPU only.
 
-Every operation has a readable definition in plain PyTorch in `reference`, which is also its CPU path and the
-oracle of its tests. The Triton modules are imported where they are called, so that this package imports on
-machines that have no Triton.
+`reference` defines every operation in plain PyTorch; it is also the CPU path and the oracle of the tests. Triton
+modules are imported where they are called, so that the package imports without Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from . import reference
 
 
 def solver_loops(x: Tensor) -> ModuleType:
-    """Where `solve_span` is for tensors like x: in Triton for float32 on a GPU."""
+    """The module with `solve_span` for tensors like x: Triton's for float32 on a GPU, else `reference`."""
     if x.is_cuda and x.dtype == torch.float32:
         from . import solve  # imported here: needs Triton
 
@@ -25,7 +24,7 @@ def solver_loops(x: Tensor) -> ModuleType:
 
 
 def solver_passes(x: Tensor) -> ModuleType:
-    """Where `permuted`, `split`, `clipping_errors` and `nearest_errors` are for tensors like x, likewise."""
+    """The module with `permute`, `split_to_float16`, `clipping_errors` and `nearest_errors`, chosen likewise."""
     if x.is_cuda and x.dtype == torch.float32:
         from . import passes  # imported here: needs Triton
 

@@ -1,12 +1,12 @@
 """x Wᵀ for quantized W on a GPU, in Triton; `reference` defines the tensors and the result.
 
-One kernel reads codes, zeros and scales, expands a [BLOCK_K, BLOCK_N] tile of weights in registers and feeds
-it to `tl.dot`, accumulating in float32. With many rows the arithmetic outweighs reading the weights, and W is
-written once to a scratch buffer for the vendor's matmul. A weight is exact in float32 and rounded once to x's
-dtype, as in `reference`, so the two differ in the order of additions only.
+One kernel reads codes, zeros and scales, expands a [BLOCK_K, BLOCK_N] tile of weights in registers and feeds it to
+`tl.dot`, accumulating in float32. For many rows, where arithmetic outweighs reading the weights, W is written once to
+a scratch buffer for the vendor's matmul. As in `reference`, a weight is exact in float32 and rounded once to x's dtype,
+so results differ only in the order of additions.
 
-Unlike the usual GPTQ kernels this one takes every combination: 2, 3, 4 and 8 bits, any group size, any g_idx,
-any number of rows, and sizes that fill neither a tile nor a word.
+Every combination works: 2, 3, 4 and 8 bits, any group size, any g_idx, any number of rows, and sizes that fill neither
+a tile nor a word.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,18 +23,18 @@ from .reference import check_input, check_weight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# From this many rows on, dequantize to scratch and multiply there (one pass over W is then the smaller part).
+# Rows from which W is dequantized to scratch and multiplied there: the pass over W is then the smaller part.
 SCRATCH_ROWS = 128
 
 
 @triton.jit
 def _load_codes(words, shift, step, mask, BITS: tl.constexpr):
-    """The code `shift` bits into the int32 at `words`; it may end in the word `step` further on."""
+    """The code `shift` bits into the int32 at `words`; it may end in the word `step` elements further on."""
     codes = tl.load(words, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
     if 32 % BITS != 0:
         spills = shift > 32 - BITS
         upper = tl.load(words + step, mask=mask & spills, other=0).to(tl.uint32, bitcast=True)
-        codes |= (upper << 1) << (31 - shift)  # in two steps, for a shift by 32 is undefined
+        codes |= (upper << 1) << (31 - shift)  # two steps: a shift by 32 is undefined
     return (codes & ((1 << BITS) - 1)).to(tl.int32)
 
 
@@ -52,15 +52,15 @@ def _load_weights(
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """float32 [BLOCK_K, len(n)]: the weights of input channels k0 and up, for outputs n.
+    """Weights of input channels k0 and up for outputs n, float32 [BLOCK_K, len(n)].
 
     GROUP > 0: the tile lies in one group, k0 // GROUP. GROUP == 0: each channel's group is read from g_idx.
-    Finite (not always zero) outside of the matrix; the caller masks x.
+    Outside of the matrix values are finite, not always zero; the caller masks x.
     """
     k = k0 + tl.arange(0, BLOCK_K)
     column = n[None, :]
     if 32 % BITS == 0:
-        # Each word is loaded once and spread over its codes.
+        # Load each word once and spread it over its codes.
         PER_WORD: tl.constexpr = 32 // BITS
         word = k0 // PER_WORD + tl.arange(0, BLOCK_K // PER_WORD)
         inside = (word < tl.cdiv(K, PER_WORD))[:, None] & (column < N)
@@ -129,27 +129,27 @@ def quant_matmul(
     *,
     group_size: int | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias, with float32 accumulation (float32 x is not rounded to TF32).
+    """x Wᵀ + bias, accumulated in float32; float32 x is not rounded to TF32.
 
-    All tensors are on one GPU; the weights' are contiguous. `in`, `out` and the number of rows need no
-    divisibility: a last word's unused bits are ignored.
+    All tensors are on one GPU; those of the weight are contiguous. Sizes are free: unused bits of a
+    last word are ignored.
 
     Args:
-        x: float16, bfloat16 or float32 [..., in]; copied if its rows are not contiguous.
+        x: float16, bfloat16 or float32 [..., in]; copied unless its rows are contiguous.
         qweight: int32 [ceil(in * bits / 32), out], codes packed along `in`.
         qzeros: int32 [G, ceil(out * bits / 32)], true zeros packed along `out`.
         scales: float16 [G, out].
-        g_idx: int32 [in], every value in [0, G): others read outside of `scales`.
+        g_idx: int32 [in], every value in [0, G); others read out of bounds.
         bits: Width of a code: 2, 3, 4 or 8.
         bias: [out], any floating dtype.
-        group_size: The caller's promise that g_idx[i] == i // group_size. Groups with a power of two of at
-            least 16 as a divisor are then read once a tile, and g_idx is not read. None: read g_idx.
+        group_size: Promises that g_idx[i] == i // group_size. Groups divisible by 16 are then read once a tile, and
+            g_idx is not read. None: read g_idx.
 
     Returns:
         [..., out] in x's dtype.
 
     Raises:
-        ValueError: An argument has another dtype, shape, device or stride; the message names it.
+        ValueError: An argument has the wrong dtype, shape, device or stride; the message names it.
     """
     check_weight(qweight, qzeros, scales, g_idx, bits)
     check_input(x, qweight, g_idx, bias)
@@ -162,10 +162,10 @@ def quant_matmul(
     else:
         y = rows.new_empty(len(rows), n_out)
         if y.numel():
-            # 128 bytes of a row of x, so that a float32 tile fits a small GPU's shared memory, too.
+            # 128 bytes of a row of x: a float32 tile then fits a small GPU's shared memory too.
             block_k, group = _tile_depth(n_in, group_size, 128 // x.element_size())
             block_m = min(64, max(16, triton.next_power_of_2(len(rows))))
-            # Few rows leave the GPU short of programs: narrower tiles make more of them.
+            # With few rows there are too few programs: narrower tiles make more.
             block_n = 32 if block_m == 16 else 64
             with _device(x):
                 _matmul_kernel[(triton.cdiv(n_out, block_n), triton.cdiv(len(rows), block_m))](
@@ -186,7 +186,7 @@ def dequantize(
     *,
     group_size: int | None = None,
 ) -> Tensor:
-    """The weights as floats; the arguments, and what they must be, are those of `quant_matmul`.
+    """Dequantizes the weight; arguments and errors are those of `quant_matmul`.
 
     Returns:
         [out, in] in `dtype` (float16, bfloat16 or float32): the transposed view of a contiguous [in, out].
@@ -206,12 +206,12 @@ def dequantize(
 
 
 def _tile_depth(n_in: int, group_size: int | None, deepest: int) -> tuple[int, int]:
-    """(BLOCK_K, GROUP) of the kernels: the deepest tile within a group, or GROUP 0 to read g_idx instead."""
+    """(BLOCK_K, GROUP) for the kernels: the deepest tile within a group, or GROUP 0 to read g_idx."""
     if group_size is None:
         return deepest, 0
     if group_size >= n_in:  # one group: no tile can leave it
         return deepest, n_in
-    divisor = group_size & -group_size  # the largest power of two that divides it
+    divisor = group_size & -group_size  # its largest power of two
     return (min(deepest, divisor), group_size) if divisor >= 16 else (deepest, 0)
 
 
@@ -229,5 +229,5 @@ def _check_launch(dtype: torch.dtype, **weight: Tensor) -> None:
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Makes the tensor's device current: Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,4 +1,7 @@
-"""Triton for the kernels' modules, or an ImportError that says what to do without it."""
+"""Imports Triton for the kernels, or raises an ImportError with the remedy.
+
+Tested by tests/kernels/test_needs_triton.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the solver does to whole matrices around the recursion, in Triton, one pass each; `reference` defines them."""
+"""The solver's passes over whole matrices around the recursion, in Triton; `reference` defines them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def _permuted_kernel(matrices, order, factors, out, n, COLUMNS: tl.constexpr):
         tl.store(target + c, value * factor, mask=there)
 
 
-def permuted(matrices: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """`reference.permuted` on a GPU: float32.
+def permute(matrices: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """`reference.permute` on a GPU, in float32.
 
     Raises:
-        ValueError: Shapes that do not belong together.
+        ValueError: The shapes do not match.
     """
     batch, n, columns = matrices.shape
     if columns != n or order.shape != (batch, n) or factors.shape != (batch,):
@@ -43,7 +43,7 @@ def permuted(matrices: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     matrices, order, factors = matrices.contiguous(), order.contiguous(), factors.contiguous()
     out = torch.empty_like(matrices)
     if out.numel():
-        # Few programs at a time, so that the cache keeps their rows, which are read here and there.
+        # Few programs at a time: their rows, which are gathered from, stay in the cache.
         _permuted_kernel[(n, batch)](matrices, order, factors, out, n, COLUMNS=4096, num_warps=16)
     return out
 
@@ -67,11 +67,11 @@ def _split_kernel(
             tl.store(target + piece * out_piece, high, mask=there)
 
 
-def split(x: Tensor, scale: float, pieces: str, dim: int) -> Tensor:
-    """`reference.split` on a GPU, in one pass; the last dimension of x is contiguous.
+def split_to_float16(x: Tensor, scale: float, pieces: str, dim: int) -> Tensor:
+    """`reference.split_to_float16` on a GPU, in one pass; the last dimension of x is contiguous.
 
     Raises:
-        ValueError: Another dtype or layout, or pieces of which not exactly one is low.
+        ValueError: Wrong dtype or layout, or not exactly one piece is "l".
     """
     if x.dtype != torch.float32 or x.dim() != 3 or (x.shape[2] > 1 and x.stride(2) != 1):
         raise ValueError(
@@ -124,10 +124,10 @@ def _clipping_errors_kernel(
 
 
 def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:
-    """`reference.clipping_errors` on a GPU: float32, contiguous.
+    """`reference.clipping_errors` on a GPU; all tensors float32 and contiguous.
 
     Raises:
-        ValueError: A dtype, shape or stride that the kernel does not take.
+        ValueError: Wrong dtype, shape or stride.
     """
     (rows, n), (alternatives, _, groups) = weight.shape, scales.shape
     _check(
@@ -168,10 +168,10 @@ def _nearest_errors_kernel(
 
 
 def nearest_errors(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """`reference.nearest_errors` on a GPU: float32, contiguous.
+    """`reference.nearest_errors` on a GPU; all tensors float32 and contiguous.
 
     Raises:
-        ValueError: A dtype, shape or stride that the kernel does not take.
+        ValueError: Wrong dtype, shape or stride.
     """
     (rows, n), groups = weight.shape, scales.shape[1]
     _check((("weight", weight, (rows, n)), ("scales", scales, (rows, groups)), ("zeros", zeros, (rows, groups))))

@@ -1,4 +1,4 @@
-"""Quantized weights in plain PyTorch: the definition, the path for CPUs, the oracle of the Triton kernels.
+"""Quantized weights in plain PyTorch: the definition, the CPU path, the oracle of the Triton kernels.
 
 The tensors of one layer with `in` inputs, `out` outputs and G groups, in memory::
 
@@ -9,9 +9,9 @@ The tensors of one layer with `in` inputs, `out` outputs and G groups, in memory
 
     W[o, i] = s[g_idx[i], o] * (q[i, o] - z[g_idx[i], o])
 
-In a stream, code k occupies bits [k * bits, (k + 1) * bits), the lowest bit of a word first; 3-bit codes may
-straddle two words. The product has at most 11 + 8 significant bits, so float32 holds it exactly and a weight
-is rounded once, to the dtype it is wanted in.
+In a stream, code k occupies bits [k * bits, (k + 1) * bits), the lowest bit of a word first; 3-bit codes may straddle
+two words. The product has at most 11 + 8 significant bits: float32 holds it exactly, and a weight is rounded once, to
+the requested dtype.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor
 
 BITS = (2, 3, 4, 8)  # widths of a code
 
-# Codes expanded at a time: a tile stays in a CPU's cache, a whole layer would spend its time on page faults.
+# Codes expanded at a time: a tile stays in the CPU's cache, a whole layer would be bound by page faults.
 _TILE = 2**20
 
-# Columns solved one by one before a matrix product tells their errors to those before them.
+# Columns solved one by one before a matrix product pushes their errors to the earlier ones.
 _BLOCK = 128
 
 
 def stream_period(bits: int) -> tuple[int, int]:
-    """(codes, words): after how many codes, and words, the bit stream is aligned to a word again."""
+    """(codes, words) after which the bit stream is aligned to a word again."""
     if bits not in BITS:
         raise ValueError(f"bits must be one of 2, 3, 4, 8; got {bits!r}")
     common = math.gcd(bits, 32)
@@ -41,7 +41,7 @@ def stream_period(bits: int) -> tuple[int, int]:
 
 
 def words_for(n: int, bits: int) -> int:
-    """How many int32 words hold n codes."""
+    """Number of int32 words that hold n codes."""
     return -(-n * bits // 32)
 
 
@@ -57,7 +57,7 @@ def unpack(words: Tensor, bits: int, n: int) -> Tensor:
         uint8 [n, m], contiguous.
 
     Raises:
-        ValueError: The dtype, the number of dimensions or the number of words is another.
+        ValueError: Wrong dtype, number of dimensions or number of words.
     """
     period, period_words = stream_period(bits)
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[0] != words_for(n, bits):
@@ -75,18 +75,18 @@ def unpack(words: Tensor, bits: int, n: int) -> Tensor:
 
 
 def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """The weights as floats.
+    """Dequantizes a weight.
 
     Args:
         qweight, qzeros, scales, g_idx: As in the module's docstring.
         bits: Width of a code: 2, 3, 4 or 8.
-        dtype: Any floating dtype; every weight is exact in float32 and rounded once to it.
+        dtype: Any floating dtype; weights are exact in float32 and rounded once to it.
 
     Returns:
         [out, in] in `dtype`: the transposed view of a contiguous [in, out].
 
     Raises:
-        ValueError: An argument has another dtype or shape than above; the message names it.
+        ValueError: An argument has the wrong dtype or shape; the message names it.
     """
     check_weight(qweight, qzeros, scales, g_idx, bits)
     weight = torch.empty(len(g_idx), qweight.shape[1], dtype=dtype, device=qweight.device)
@@ -104,7 +104,7 @@ def matmul(
     bits: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias, a tile of outputs at a time, with W rounded to x's dtype.
+    """Computes x Wᵀ + bias, a tile of outputs at a time, with W rounded to x's dtype.
 
     Args:
         x: Any floating dtype, [..., in].
@@ -116,7 +116,7 @@ def matmul(
         [..., out] in x's dtype.
 
     Raises:
-        ValueError: An argument has another dtype, shape or device; the message names it.
+        ValueError: An argument has the wrong dtype, shape or device; the message names it.
     """
     check_weight(qweight, qzeros, scales, g_idx, bits)
     check_input(x, qweight, g_idx, bias)
@@ -130,10 +130,9 @@ def matmul(
 
 
 def check_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> None:
-    """Raises ValueError, naming the tensor, where dtype, shape or device are not the docstring's above.
+    """Raises ValueError, naming the tensor, if dtype, shape or device differ from the module's docstring.
 
-    The values of g_idx are not looked at, which would cost a synchronisation: whoever reads them from a file
-    checks that they lie in [0, G).
+    Does not read the values of g_idx, which would synchronize: readers of files check that they lie in [0, G).
     """
     stream_period(bits)
     if qweight.dim() != 2 or scales.dim() != 2 or g_idx.dim() != 1:
@@ -172,12 +171,12 @@ def check_input(x: Tensor, qweight: Tensor, g_idx: Tensor, bias: Tensor | None) 
 
 
 def _tiles(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Iterator[tuple[slice, Tensor]]:
-    """(which outputs, their weights as float32 [in, len]), tile by tile."""
+    """Yields (outputs, their weights as float32 [in, len]), tile by tile."""
     n_in, n_out = len(g_idx), qweight.shape[1]
     groups = scales.shape[0]
     zeros = unpack(qzeros.t(), bits, n_out).t().float()
     scales = scales.float()
-    # Contiguous groups of one size broadcast over their channels; others are gathered, at twice the time.
+    # Contiguous groups of equal size broadcast over their channels; others are gathered, in twice the time.
     contiguous = groups > 0 and n_in % groups == 0
     if contiguous:
         channels = torch.arange(n_in, dtype=torch.int32, device=g_idx.device)
@@ -197,7 +196,7 @@ def _tiles(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits:
 
 
 def _expand(words: Tensor, bits: int, n: int) -> Tensor:
-    """The codes of `unpack` as int32, without its checks."""
+    """`unpack` to int32, without checks."""
     period, period_words = stream_period(bits)
     columns = words.shape[1]
     missing = -len(words) % period_words
@@ -206,9 +205,9 @@ def _expand(words: Tensor, bits: int, n: int) -> Tensor:
     words = words.reshape(len(words) // period_words, period_words, columns)
     bit = torch.arange(period, dtype=torch.int32, device=words.device) * bits
     shift = (bit % 32)[:, None]
-    # A word's codes share it by broadcasting; with several words to a period each code fetches its own.
+    # A word broadcasts to its codes; with several words in a period each code gathers its own.
     codes = (words if period_words == 1 else words[:, bit // 32]) >> shift
-    codes &= (1 << (32 - shift).clamp(max=bits)) - 1  # also drops the copies of the sign shifted in
+    codes &= (1 << (32 - shift).clamp(max=bits)) - 1  # also drops the sign bits shifted in
     for k in range(period):
         word, within = divmod(k * bits, 32)
         if within + bits > 32:
@@ -231,20 +230,20 @@ def solve_span(
     loss: Tensor,
     bits: int,
 ) -> None:
-    """GPTQ's recursion over some columns, the last one first, for all rows of B matrices at once.
+    """Runs GPTQ's recursion over some columns, the last one first, for all rows of B matrices at once.
 
-    Column j's target is its weight, plus what columns outside the span push to it, plus what the columns after
-    it in the span do: t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to the grid of its group.
+    Column j's target is its weight plus what is pushed to it from outside the span and from later columns of the span,
+    t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to the grid of its group.
 
     Args:
         pushed: [B, columns, A·rows].
-        weight: [B, n, rows], all of the weight; each of the A alternatives of a row has the same.
+        weight: [B, n, rows], the whole weight, shared by the A alternatives of a row.
         factor: [B, columns, columns], unit upper triangular.
         scales, zeros: [B, G, A·rows], the grids.
         group: int32 [B, columns], each column's grid.
         channel: int32 [B, columns], which of the n channels each column is.
-        gain, damping: [B, columns], what a column's squared deviation t − q adds to the loss, and what its squared
-            error w − q takes from it.
+        gain, damping: [B, columns], the factors with which a column's squared deviation t − q adds to the loss, and its
+            squared error w − q is subtracted.
         codes: uint8 [B, n, A·rows]; the columns' channels are written.
         errors: [B, columns, A·rows], weight − scale·(code − zero); written.
         loss: [B, A·rows]; added to.
@@ -254,11 +253,11 @@ def solve_span(
     alternatives = width // weight.shape[2]
     for stop in range(columns, 0, -_BLOCK):
         start = max(stop - _BLOCK, 0)
-        # What the block's columns are told by those after it, in one product.
-        told = torch.baddbmm(pushed[:, start:stop], factor[:, start:stop, stop:], errors[:, stop:])
+        # One product pushes the errors of later columns to the block.
+        offset = torch.baddbmm(pushed[:, start:stop], factor[:, start:stop, stop:], errors[:, stop:])
         for b, j in itertools.product(range(batch), range(stop - 1, start - 1, -1)):
             w = weight[b, channel[b, j]].repeat(alternatives)
-            t = w + told[b, j - start] + errors[b, j + 1 : stop].T @ factor[b, j, j + 1 : stop]
+            t = w + offset[b, j - start] + errors[b, j + 1 : stop].T @ factor[b, j, j + 1 : stop]
             scale, zero = scales[b, group[b, j]], zeros[b, group[b, j]]
             q = torch.round(t / scale + zero).clamp_(0, 2**bits - 1)
             rounded = scale * (q - zero)
@@ -267,10 +266,10 @@ def solve_span(
 
 
 def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:
-    """What rounding to each of A grids is expected to cost every row: Σ_j gain_j·E[(t_j − Round(t_j))²].
+    """Expected loss of every row on each of A grids, Σ_j gain_j·E[(t_j − Round(t_j))²].
 
-    GPTQ rounds a target t_j that has moved away from the weight; here it lies `spread` steps of the widest grid to
-    either side.
+    GPTQ rounds a target t_j that has moved away from the weight: here by `spread` steps of the widest grid, to either
+    side.
 
     Args:
         weight: [rows, in], groups contiguous.
@@ -296,7 +295,7 @@ def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tenso
 
 
 def nearest_errors(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """What rounding every weight to the nearest point of its grid takes from it, w − q.
+    """Errors w − q of rounding every weight to the nearest point of its grid.
 
     Args:
         weight: [rows, in], groups contiguous.
@@ -312,8 +311,8 @@ def nearest_errors(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, dty
     return torch.sub(groups, codes.sub_(zero).mul_(scale), out=codes).flatten(1).to(dtype)
 
 
-def permuted(matrices: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """factor · matrix[order][:, order] of each.
+def permute(matrices: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """Permutes rows and columns of each matrix and scales it: factor · matrix[order][:, order].
 
     Args:
         matrices: [B, n, n].
@@ -327,14 +326,14 @@ def permuted(matrices: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     return torch.stack(chosen).mul_(factors[:, None, None])
 
 
-def split(x: Tensor, scale: float, pieces: str, dim: int) -> Tensor:
-    """x · scale as a sum of two float16 numbers, high and low, laid one after the other along a dimension.
+def split_to_float16(x: Tensor, scale: float, pieces: str, dim: int) -> Tensor:
+    """Splits x · scale into a sum of two float16 numbers, high and low, concatenated along a dimension.
 
     Args:
-        x: [B, rows, columns]; x · scale must be below 65504 in size.
+        x: [B, rows, columns]; |x · scale| must be below 65504.
         scale: A power of two.
-        pieces: What lies behind each other: "h" for the high part, "l" for the low one, such as "hlh".
-        dim: 1 or 2, the dimension that becomes len(pieces) times as long.
+        pieces: The order of concatenation, "h" for the high part and "l" for the low one, such as "hlh".
+        dim: 1 or 2; becomes len(pieces) times as long.
 
     Returns:
         float16, contiguous.

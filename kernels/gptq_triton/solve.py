@@ -1,8 +1,8 @@
-"""GPTQ's recursion over a span of columns in Triton, a launch for every 128 of them; `reference` defines it.
+"""GPTQ's recursion over a span of columns in Triton, one launch for every 128; `reference` defines it.
 
-Each program takes some of the rows: they do not know each other. It goes from the last column to the first in chunks.
-What the columns after a chunk push to it is one small product; inside, a column is rounded and its error pushed to
-those left, all in registers.
+Rows are independent, and each program takes some. It visits the columns in chunks, from the last to the first. One
+small product gives what the columns after a chunk push to it; within the chunk each column is rounded and its error
+pushed to the remaining ones, all in registers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .needs_triton import tl, triton
 
-_ROWS = 32  # rows a program: the fastest of 16, 32 and 64 with 1, 2 and 4 warps, for 4096 to 57344 rows on an H200
+_ROWS = 32  # per program: fastest of 16, 32 and 64 with 1, 2 and 4 warps, for 4096 to 57344 rows on an H200
 _WARPS = 1
 _CHUNK = 16  # columns in registers at a time
-BLOCK = 128  # columns a launch
+BLOCK = 128  # columns per launch
 
 
 @triton.jit
@@ -98,8 +98,7 @@ def solve_span(
     loss: Tensor,
     bits: int,
 ) -> None:
-    """`reference.solve_span` on a GPU: a launch for every 128 columns, and a product before it that tells them the
-    errors of those after them.
+    """`reference.solve_span` on a GPU: for every 128 columns a product that pushes later errors to them, and a launch.
 
     Args:
         weight, scales, zeros, codes, loss: As there, contiguous; floats are float32.
@@ -110,7 +109,7 @@ def solve_span(
         bits: Width of a code.
 
     Raises:
-        ValueError: A dtype, shape or stride that the kernel does not take.
+        ValueError: Wrong dtype, shape or stride; the message names the tensor.
     """
     batch, columns, width = pushed.shape
     (_, n, rows), groups = weight.shape, scales.shape[1]
@@ -129,7 +128,7 @@ def solve_span(
         ("errors", errors, (batch, columns, width), torch.float32, (errors.stride(0), width, 1)),
         ("loss", loss, (batch, width), torch.float32, (width, 1)),
     ):
-        # The stride of a dimension of one element means nothing.
+        # The stride of a dimension of size 1 is arbitrary.
         laid = all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=False))
         if tensor.shape != shape or tensor.dtype != dtype or not laid:
             raise ValueError(
@@ -137,18 +136,18 @@ def solve_span(
                 f"{list(tensor.shape)} with strides {list(tensor.stride())}"
             )
     if width % max(1, rows):
-        raise ValueError(f"{width} is no multiple of the {rows} rows")
+        raise ValueError(f"pushed has {width} values per column, which is not a multiple of the weight's {rows} rows")
     if not width:
         return
     for stop in range(columns, 0, -BLOCK):
         start = max(stop - BLOCK, 0)
-        here, told = slice(start, stop), pushed[:, start:stop]
+        here, offset = slice(start, stop), pushed[:, start:stop]
         if stop < columns:
-            told = torch.baddbmm(told, factor[:, here, stop:], errors[:, stop:])
+            offset = torch.baddbmm(offset, factor[:, here, stop:], errors[:, stop:])
         _solve_block_kernel[(triton.cdiv(width, _ROWS), batch)](
-            told, weight, factor[:, here, here], scales, zeros, group[:, here], channel[:, here],
+            offset, weight, factor[:, here, here], scales, zeros, group[:, here], channel[:, here],
             gain[:, here], damping[:, here], codes, errors[:, here], loss,
             stop - start, width, rows, groups, n,
-            factor.stride(0), factor.stride(1), gain.stride(0), channel.stride(0), errors.stride(0), told.stride(0),
+            factor.stride(0), factor.stride(1), gain.stride(0), channel.stride(0), errors.stride(0), offset.stride(0),
             TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, num_warps=_WARPS,
         )  # fmt: skip

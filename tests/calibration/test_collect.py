@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.calibration.batches import labels_in, named, samples_in, to_device
+from gptq_plugin.calibration.batches import labels_of, named, sample_count, to_device
 from gptq_plugin.calibration.collect import collect, ready_batch
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.walk import hessian as hessians
@@ -120,9 +120,9 @@ def test_a_batch_moves_to_a_device_however_it_is_nested_and_the_one_given_stays(
 
 def test_labels_and_samples_are_found_however_deep_they_lie_but_not_guessed():
     batch = odd_batch()
-    assert labels_in({"x": [{"y": batch}]}) is batch.labels and samples_in({"x": [{"y": batch}]}) == 3
-    assert labels_in({"chosen": batch, "rejected": batch}) is None  # which belongs to a call?
-    assert labels_in({"labels": torch.zeros(3)}) is None and labels_in((batch.labels,)) is None
+    assert labels_of({"x": [{"y": batch}]}) is batch.labels and sample_count({"x": [{"y": batch}]}) == 3
+    assert labels_of({"chosen": batch, "rejected": batch}) is None  # which belongs to a call?
+    assert labels_of({"labels": torch.zeros(3)}) is None and labels_of((batch.labels,)) is None
     assert named(batch)["image"] is batch.image and named((1, 2)) is None and named(torch.zeros(2)) is None
 
 

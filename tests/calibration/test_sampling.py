@@ -13,14 +13,14 @@ from torch.utils.data import (
 )
 
 from gptq_plugin import QuantizeConfig, distributed
-from gptq_plugin.calibration.sampling import sampled
+from gptq_plugin.calibration.sampling import sample_loaders
 
 DATA = list(range(33))
 
 
 def batches_of(loader, **fields):
     config = QuantizeConfig(**{"nsamples": 1000, "batch_size": 4, **fields})
-    (source,) = sampled([loader], config, "the loader", nsamples=config.nsamples)
+    (source,) = sample_loaders([loader], config, "the loader", nsamples=config.nsamples)
     return source.data
 
 

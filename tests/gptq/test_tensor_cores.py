@@ -20,9 +20,11 @@ def test_products_of_split_numbers_are_nearly_as_accurate_as_float32s(device):
     wanted = start.double() - 2 * a.double() @ b.double()
     with full_precision(a.device):
         out = start.clone()
-        tensor_cores.add_product(out, tensor_cores.left(a, 16.0), tensor_cores.right(b, 4096.0), alpha=-2 / 65536)
+        tensor_cores.add_product(
+            out, tensor_cores.left_operand(a, 16.0), tensor_cores.right_operand(b, 4096.0), alpha=-2 / 65536
+        )
         assert (out.double() - wanted).norm() / wanted.norm() < 5e-6  # TF32 alone: about 3e-4
-        transposed, same = tensor_cores.halves(b, 4096.0)
+        transposed, same = tensor_cores.gram_operands(b, 4096.0)
         gram = torch.zeros(2, 96, 96, device=device)
         tensor_cores.add_product(gram, transposed, same, alpha=4096.0**-2)
     wanted = b.double().mT @ b.double()

@@ -18,9 +18,9 @@ def test_the_triton_permutation_is_the_plain_one(batch, n, device):
     order = torch.stack([torch.randperm(n) for _ in range(batch)]).to(device)
     factors = torch.arange(1.0, batch + 1, device=device) / 4
     for m in (matrices, matrices.mT):
-        assert torch.equal(passes.permuted(m, order, factors), reference.permuted(m, order, factors))
+        assert torch.equal(passes.permute(m, order, factors), reference.permute(m, order, factors))
     with pytest.raises(ValueError, match="need"):
-        passes.permuted(matrices, order[:, 1:], factors)
+        passes.permute(matrices, order[:, 1:], factors)
 
 
 @triton_device
@@ -30,7 +30,7 @@ def test_the_triton_split_is_the_plain_one(batch, rows, columns, pieces, dim, de
     from gptq_plugin.kernels import passes
 
     x = torch.randn(batch, rows, columns + 3, device=device)[..., 2:-1]  # rows of a larger matrix
-    assert torch.equal(passes.split(x, 64.0, pieces, dim), reference.split(x, 64.0, pieces, dim))
+    assert torch.equal(passes.split_to_float16(x, 64.0, pieces, dim), reference.split_to_float16(x, 64.0, pieces, dim))
 
 
 @triton_device
@@ -39,9 +39,9 @@ def test_the_triton_split_names_what_it_cannot_take(device):
 
     x = torch.randn(1, 4, 6, device=device)
     with pytest.raises(ValueError, match=r"x must be float32 \[B, rows, columns\] with contiguous rows"):
-        passes.split(x.mT, 1.0, "hlh", 1)
+        passes.split_to_float16(x.mT, 1.0, "hlh", 1)
     with pytest.raises(ValueError, match="one l"):
-        passes.split(x, 1.0, "hh", 1)
+        passes.split_to_float16(x, 1.0, "hh", 1)
 
 
 @triton_device

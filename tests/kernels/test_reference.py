@@ -52,7 +52,7 @@ def test_the_plain_block_is_the_recursion(bits):
 
 def test_a_split_number_is_the_sum_of_two_float16_numbers():
     x = torch.randn(1, 40, 50) * torch.logspace(-4, 0, 50)
-    parts = reference.split(x, 4096.0, "hl", dim=1)
+    parts = reference.split_to_float16(x, 4096.0, "hl", dim=1)
     assert parts.dtype == torch.float16 and parts.shape == (1, 80, 50)
     high, low = parts[:, :40].double(), parts[:, 40:].double()
     assert torch.equal(parts[:, :40], (x * 4096).half())

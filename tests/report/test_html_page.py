@@ -12,7 +12,7 @@ from torch import nn
 
 from gptq_plugin import QuantizeModule
 from gptq_plugin.report.html_page import report_page
-from gptq_plugin.report.numbers import size
+from gptq_plugin.report.numbers import format_bytes
 from gptq_plugin.report.report import ModuleReport
 
 HOSTILE = "a<script>alert(1)</script>.\"'&.0"
@@ -105,5 +105,5 @@ def test_the_size_of_the_quantized_weights_is_that_of_their_tensors(bits: int, g
     result = QuantizeModule(bits=bits, group_size=group_size).round_to_nearest(model)
     stored = sum(tensor.nbytes for tensor in (model[0].qweight, model[0].qzeros, model[0].scales))
     page = Page(report_page(result, "model"))
-    assert page.within("b")[2] == size(stored)
+    assert page.within("b")[2] == format_bytes(stored)
     assert f"{8 * stored / (96 * 64):.2f} bits per weight (scales and zeros included, g_idx not)" in page.within("span")

@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from gptq_plugin.report.numbers import aligned, bits_per_weight, change, percent, size, value
+from gptq_plugin.report.numbers import (
+    align,
+    format_bits_per_weight,
+    format_bytes,
+    format_change,
+    format_percent,
+    format_value,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,11 +29,11 @@ from gptq_plugin.report.numbers import aligned, bits_per_weight, change, percent
     ],
 )
 def test_a_number_of_bytes_has_three_digits_and_a_decimal_unit(count: int, written: str) -> None:
-    assert size(count) == written
+    assert format_bytes(count) == written
 
 
 def test_a_figure_has_so_many_significant_digits() -> None:
-    assert (value(0.0123456), value(1234567.0), value(2.0), value(0.0123456, 2)) == (
+    assert (format_value(0.0123456), format_value(1234567.0), format_value(2.0), format_value(0.0123456, 2)) == (
         "0.01235",
         "1.235e+06",
         "2",
@@ -35,20 +42,20 @@ def test_a_figure_has_so_many_significant_digits() -> None:
 
 
 def test_changes_have_their_sign() -> None:
-    assert (change(0.05), change(-1234.5), change(0.0)) == ("+0.05", "-1.23e+03", "+0")
-    assert (percent(0.02), percent(-0.12345), percent(0.0)) == ("+2.00 %", "-12.35 %", "+0.00 %")
+    assert (format_change(0.05), format_change(-1234.5), format_change(0.0)) == ("+0.05", "-1.23e+03", "+0")
+    assert (format_percent(0.02), format_percent(-0.12345), format_percent(0.0)) == ("+2.00 %", "-12.35 %", "+0.00 %")
 
 
 def test_unknown_figures_are_blank() -> None:
-    assert value(math.nan) == change(math.nan) == percent(math.nan) == ""
+    assert format_value(math.nan) == format_change(math.nan) == format_percent(math.nan) == ""
 
 
 def test_an_average_width_names_what_is_counted() -> None:
-    assert bits_per_weight(4.15625) == "4.16 bits per weight (scales and zeros included, g_idx not)"
+    assert format_bits_per_weight(4.15625) == "4.16 bits per weight (scales and zeros included, g_idx not)"
 
 
 def test_columns_of_numbers_are_flush_right_and_those_of_words_flush_left() -> None:
     rows = [("module", "loss", "s"), ("a", "0.25", "12"), ("layers.0", "", "1.5")]
-    assert aligned(rows) == ["module    loss    s", "a         0.25   12", "layers.0        1.5"]
-    assert aligned(rows, numeric=False) == ["module    loss  s", "a         0.25  12", "layers.0        1.5"]
-    assert aligned([]) == []
+    assert align(rows) == ["module    loss    s", "a         0.25   12", "layers.0        1.5"]
+    assert align(rows, numeric=False) == ["module    loss  s", "a         0.25  12", "layers.0        1.5"]
+    assert align([]) == []

@@ -15,7 +15,7 @@ from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.calibration.batches import digest
 from gptq_plugin.calibration.collect import collect
 from gptq_plugin.export.convert import convert
-from gptq_plugin.report.provenance import plain_name, provenance, published, without_paths
+from gptq_plugin.report.provenance import plain_name, provenance, publishable, strip_paths
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
 from models import Plain, tiny_llama, tokenizer
@@ -203,9 +203,9 @@ def test_no_file_of_a_plain_modules_export_says_where_it_was_made(tmp_path):
 
 def test_paths_in_any_sentence_of_a_report_are_cut_to_their_end():
     module = ModuleReport("a", "float", None, None, (1, 1), reason="see /home/me/a.txt", deviations=("in ~/b.txt.",))
-    short = published(QuantizeReport(SMALL, [module])).modules[0]
+    short = publishable(QuantizeReport(SMALL, [module])).modules[0]
     assert (short.reason, short.deviations) == ("see a.txt", ("in b.txt.",))
-    assert without_paths(r"C:\Users\me\x.ckpt and 'file:///x/y'") == "x.ckpt and 'y'"
+    assert strip_paths(r"C:\Users\me\x.ckpt and 'file:///x/y'") == "x.ckpt and 'y'"
 
 
 def test_paths_with_spaces_are_cut_to_their_end_too(tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def test_paths_with_spaces_are_cut_to_their_end_too(tmp_path, monkeypatch):
     (home / "my runs (old)").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     for path in (home, f"file://{home}", "~"):
-        said = without_paths(f"weights of {path}/my runs (old)/best one.ckpt, and {path}/gone for/good.txt: not used")
+        said = strip_paths(f"weights of {path}/my runs (old)/best one.ckpt, and {path}/gone for/good.txt: not used")
         assert said == "weights of best one.ckpt, and good.txt: not used"
-    assert without_paths("of /Users/Jane Doe/other machine/x.txt or /a/b. Now") == "of x.txt or b. Now"
-    assert without_paths("1 / 2 and 3/4 at 5 tokens/s") == "1 / 2 and 3/4 at 5 tokens/s"
+    assert strip_paths("of /Users/Jane Doe/other machine/x.txt or /a/b. Now") == "of x.txt or b. Now"
+    assert strip_paths("1 / 2 and 3/4 at 5 tokens/s") == "1 / 2 and 3/4 at 5 tokens/s"

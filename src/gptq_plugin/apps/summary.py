@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.report.numbers import aligned
+from gptq_plugin.report.numbers import align
 
 SUMMARY = "summary.json"
 
@@ -95,7 +95,7 @@ class Summary:
         rows = [("model", "perplexity", "mean NLL", "above float", "weights on disk")]
         for key, name in names.items():
             rows.append((name, *_figures(self.nll, key), sizes.get(key, "")))
-        lines = aligned(rows)
+        lines = align(rows)
         lines.insert(1, "-" * max(map(len, lines)))
         if self.float_dtype == "float32":
             lines.append(f"(At 16 bits the float weights would take {_megabytes(self.float_bytes // 2)}.)")
@@ -107,9 +107,9 @@ class Summary:
             lines.append(f"It continues  {_one_line(self.prompt)}")
             lines.append(f"with          {_one_line(self.text)}")
         lines.append("")
-        lines += aligned([("seconds", *self.seconds), ("", *(f"{s:.1f}" for s in self.seconds.values()))])
+        lines += align([("seconds", *self.seconds), ("", *(f"{s:.1f}" for s in self.seconds.values()))])
         lines.append("")
-        lines += aligned([(what, where) for what, where in self.files.items()], numeric=False)
+        lines += align([(what, where) for what, where in self.files.items()], numeric=False)
         lines += [f"! {deviation}" for deviation in self.deviations]
         if self.next_command:
             lines += ["", "Try next:", f"  {self.next_command}"]
@@ -148,7 +148,7 @@ def sweep_table(directory: Path) -> str:
     shared = set.intersection(*(set(row[1].split(", ")) for row in rows)) if len(rows) > 1 else set()
     rows = [(row[0], ", ".join(o for o in row[1].split(", ") if o not in shared), *row[2:]) for row in rows]
     head = ("run", "overrides", "float ppl", "RTN ppl", "GPTQ ppl", "above float", "weights on disk", "s")
-    lines = aligned([head, *rows])
+    lines = align([head, *rows])
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
 

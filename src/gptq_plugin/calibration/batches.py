@@ -24,7 +24,7 @@ def named(data: Any) -> Mapping[str, Any] | None:
     return data._asdict() if isinstance(data, tuple) and hasattr(data, "_asdict") else None
 
 
-def labels_in(data: Any) -> Tensor | None:
+def labels_of(data: Any) -> Tensor | None:
     """The labels of a batch's positions, int [samples, positions], however deep they lie; None without, or with
     several: which of them belongs to a call cannot be told."""
     found = [value for name, value in _leaves(data) if name == "labels" and is_token_labels(value)]
@@ -36,7 +36,7 @@ def is_token_labels(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
-def samples_in(data: Any) -> int:
+def sample_count(data: Any) -> int:
     """The first dimension of its first tensor; 1 when it holds none."""
     if isinstance(data, Tensor):
         return data.shape[0] if data.dim() else 1
@@ -54,7 +54,7 @@ def digest(data: Any) -> int:
     leaves = sorted(_leaves(data), key=lambda leaf: leaf[0])
     tensors = [(name, _on_cpu(value)) for name, value in leaves if isinstance(value, Tensor)]
     plain = [(name, value) for name, value in leaves if _is_plain(value)]
-    samples = samples_in(data)
+    samples = sample_count(data)
     if not tensors or any(value.dim() == 0 or value.shape[0] != samples for _, value in tensors):
         return _sha256([*_described(tensors), *_said(plain)])
     mask = (named(data) or {}).get("attention_mask")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gptq_plugin.calibration.batches import digest, named, samples_in
+from gptq_plugin.calibration.batches import digest, named, sample_count
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 
@@ -229,7 +229,7 @@ def _joined(parts: list[tuple[Source, Calibration]]) -> Calibration:
     return joined
 
 
-def kept(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
+def rereadable(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
     """The data in a form that can be read twice: of what can be read once, as much as `nsamples` need.
 
     Raises:
@@ -257,7 +257,7 @@ def ready_batch(data: Any) -> Batch:
     """A batch that runs as it is."""
     parts = named(data)
     masks = masks_in(parts) if parts is not None else None
-    return Batch(data, masks or (), samples_in(data))
+    return Batch(data, masks or (), sample_count(data))
 
 
 def masks_in(arguments: Mapping[str, Any]) -> tuple[Tensor, ...] | None:

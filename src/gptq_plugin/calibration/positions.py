@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gptq_plugin.calibration.batches import is_token_labels, labels_in, named
+from gptq_plugin.calibration.batches import is_token_labels, labels_of, named
 from gptq_plugin.calibration.collect import IGNORED_LABEL, Batch, is_mask, masks_in
-from gptq_plugin.calibration.routed_tokens import EVERY_ROW, Mask, Routed
+from gptq_plugin.calibration.routed_tokens import EVERY_ROW, Mask, RoutedTokens
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.hf_models import is_encoder_decoder, predicts_next, transformers_models
 
@@ -60,7 +60,7 @@ class Positions:
         self._in_batch: set[int] = set()  # whose labels are the batch's
         self._without: set[int] = set()  # no position of which counts
         self._one_length: set[int] = set()
-        self._routed = Routed(model)
+        self._routed = RoutedTokens(model)
 
     @contextlib.contextmanager
     def watching(self, entered: Callable[[str, Tensor], None] = lambda experts, rows: None) -> Iterator[None]:
@@ -123,7 +123,7 @@ class Positions:
             CalibrationError: There is such a batch.
         """
         for number, batch in enumerate(self._batches):
-            if self._in_batch and labels_in(batch.data) is None:
+            if self._in_batch and labels_of(batch.data) is None:
                 raise CalibrationError(_no_labels(number))
 
     def notes(self) -> dict[str, int]:
@@ -143,7 +143,7 @@ class Positions:
             return
         labels = arguments.get("labels")
         if not is_token_labels(labels):
-            labels = labels_in(self._batches[number].data)
+            labels = labels_of(self._batches[number].data)
             self._in_batch.add(number)
         if labels is None:
             raise CalibrationError(_no_labels(number))

@@ -44,7 +44,7 @@ class _Block:
     kept: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Routed:
+class RoutedTokens:
     """Finds the tokens that were routed to each expert.
 
     Args:

@@ -25,7 +25,7 @@ TRAIN = "the train dataloader"
 VALIDATION = "the validation dataloader"
 
 
-def single(loader: Any) -> Any:
+def require_single(loader: Any) -> Any:
     """The train dataloader, where there is one.
 
     Raises:
@@ -39,7 +39,7 @@ def single(loader: Any) -> Any:
     return loader
 
 
-def sampled(
+def sample_loaders(
     loaders: Sequence[Any],
     config: QuantizeConfig,
     name: str,
@@ -83,7 +83,7 @@ def sampled(
     return sources
 
 
-def dealt(data: Iterable[Any], name: str, *, nsamples: int, first: int = 0, is_general: bool = False) -> Source:
+def deal(data: Iterable[Any], name: str, *, nsamples: int, first: int = 0, is_general: bool = False) -> Source:
     """This rank's share of data that is the same on every rank: items in turn, `nsamples` samples over all ranks."""
     size = distributed.world_size()
     mine = islice(data, (distributed.rank() - first) % size, None, size)

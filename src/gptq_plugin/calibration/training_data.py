@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from gptq_plugin.calibration.collect import Sources, kept
-from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, dealt, sampled, single
+from gptq_plugin.calibration.collect import Sources, rereadable
+from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, deal, require_single, sample_loaders
 from gptq_plugin.config import QuantizeConfig, is_number
 
 
@@ -35,11 +35,11 @@ class RunData:
         if calibration is None:
             calibration = "train"
         if not (isinstance(calibration, str) and calibration in ("train", "val")):
-            calibration = kept(calibration, config.nsamples)
+            calibration = rereadable(calibration, config.nsamples)
         self.config = config
         self.calibration = calibration
         self.nsamples_of_mix = 0 if mix is None else _part(mix_fraction, config.nsamples)
-        self.mix = kept(mix, self.nsamples_of_mix) if mix is not None and self.nsamples_of_mix else None
+        self.mix = rereadable(mix, self.nsamples_of_mix) if mix is not None and self.nsamples_of_mix else None
 
     @property
     def is_given(self) -> bool:
@@ -59,19 +59,19 @@ class RunData:
         general = self.nsamples_of_mix
         own = self.config.nsamples - general
         if self.calibration == "train":
-            sources = sampled([single(train)], self.config, TRAIN, nsamples=own)
+            sources = sample_loaders([require_single(train)], self.config, TRAIN, nsamples=own)
         elif self.calibration == "val":
-            sources = sampled(validation(), self.config, VALIDATION, nsamples=own)
+            sources = sample_loaders(validation(), self.config, VALIDATION, nsamples=own)
         elif isinstance(self.calibration, DataLoader):
-            sources = sampled([self.calibration], self.config, "the dataloader given", nsamples=own)
+            sources = sample_loaders([self.calibration], self.config, "the dataloader given", nsamples=own)
         else:
-            sources = [dealt(self.calibration, "the data given", nsamples=own)]
+            sources = [deal(self.calibration, "the data given", nsamples=own)]
         if isinstance(self.mix, DataLoader):
-            sources += sampled(
+            sources += sample_loaders(
                 [self.mix], self.config, "the general dataloader", nsamples=general, first=own, is_general=True
             )
         elif self.mix is not None:
-            sources.append(dealt(self.mix, "the general text", nsamples=general, first=own, is_general=True))
+            sources.append(deal(self.mix, "the general text", nsamples=general, first=own, is_general=True))
         return Sources(tuple(sources))
 
     def beginning(self, data: Iterable[Any]) -> Iterable[Any] | None:

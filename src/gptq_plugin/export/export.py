@@ -38,7 +38,7 @@ from gptq_plugin.model.stored_names import renaming, stored_names
 from gptq_plugin.model.targets import is_linear, linear_shape
 from gptq_plugin.report.html_page import report_page
 from gptq_plugin.report.model_card import heading, model_card, model_facts
-from gptq_plugin.report.provenance import occasion, provenance, published
+from gptq_plugin.report.provenance import provenance, publishable, run_stamp
 from gptq_plugin.report.report import QuantizeReport
 
 log = logging.getLogger(__name__)
@@ -221,8 +221,8 @@ class Export:
             description, settings = client_config(model, layers, self._config), self._config.to_quantize_config()
             if report is not None:
                 description["meta"][QUANTIZER_NAME] = provenance(report)
-                settings["meta"][QUANTIZER_NAME] |= occasion(report)  # not in config.json: two runs give the same
-                report = published(report)
+                settings["meta"][QUANTIZER_NAME] |= run_stamp(report)  # not in config.json: two runs give the same
+                report = publishable(report)
             floats = _float_state(model, layers)
             folder = self._staging.path
             if is_transformers(model):

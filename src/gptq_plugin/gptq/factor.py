@@ -1,7 +1,7 @@
-"""H + Λ = A·D·Aᵀ: the factor of a Hessian that GPTQ's recursion runs through.
+"""H + Λ = A·D·Aᵀ: the factorization of a Hessian that GPTQ's recursion uses.
 
-One Cholesky factorization, in place, and no inverse. The columns a layer is solved in are counted from the end:
-position n − 1 is visited first, so the lower Cholesky factor of the permuted Hessian is A itself.
+One Cholesky factorization, in place, without an inverse. Positions are visited from the last, n − 1, to the first, so
+that A is the lower Cholesky factor of the permuted Hessian.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.gptq import tensor_cores as split
+from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.kernels import solver_passes
 
-_PANEL = 1024  # columns the library factors at once
-_INVERTED = 128  # of them, whose triangle is inverted for those beside it
-_SCALE = 2.0**12  # of the factor of a matrix whose diagonal is at most 4, for `split`
+_PANEL = 1024  # columns per call of the library's factorization
+_INVERTED = 128  # columns of a panel per inverted triangle
+_SCALE = 2.0**12  # in `tensor_cores`, of the factor of a matrix with a diagonal of at most 4
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Factor:
 
     Attributes:
         order: int64 [B, n], the input channel at each position; position n − 1 is visited first.
-        rows: [B, n, n], unit upper triangular; rows[j, k] = A_kj is what the error at k pushes to j.
-        gain: D [B, n], so that for a rounding error e of a row the damped loss is Σ_j gain_j·((rows @ e)_j)².
-        damping: Λ [B, n], what was added to the diagonal.
+        rows: [B, n, n], unit upper triangular; rows[j, k] = A_kj, the share of the error at k that is pushed to j.
+        gain: D [B, n]; the damped loss of a row's rounding error e is Σ_j gain_j·((rows @ e)_j)².
+        damping: Λ [B, n], added to the diagonal.
     """
 
     order: Tensor
@@ -41,20 +41,20 @@ class Factor:
 def factorize(
     hessians: Tensor, config: QuantizeConfig, dtype: torch.dtype, damp_percent: float
 ) -> tuple[Factor, Tensor]:
-    """Factors damped Hessians without waiting for the device.
+    """Factors damped Hessians without synchronizing with the device.
 
-    Inputs that never were anything but zero get a plain diagonal entry, so that the factor is regular and they are
+    Inputs that were always zero get the mean diagonal entry as damping: the factor stays regular, and their weights are
     rounded to nearest.
 
     Args:
         hessians: [B, n, n], symmetric.
-        config: Its order of columns is read.
-        dtype: What to factor in; the result has the Hessians' dtype.
-        damp_percent: Share of the mean of the (live) diagonal that is added to it.
+        config: desc_act and static_groups, which set the order of columns, are read.
+        dtype: The precision to factor in; the result has the Hessians' dtype.
+        damp_percent: Share of the mean of the nonzero diagonal that is added to the diagonal.
 
     Returns:
-        The factors, and bool [B], whether each could be made and, on a GPU, has no entry too large for `split`: where
-        not, it is not to be used.
+        The factors, and bool [B]: False where a factorization failed or, on a GPU, has an entry too large for
+        `tensor_cores`; that factor must not be used.
     """
     batch, n, _ = hessians.shape
     diagonal = hessians.diagonal(dim1=1, dim2=2)
@@ -65,42 +65,41 @@ def factorize(
         order = torch.argsort(diagonal, descending=True, stable=True).flip(1)
     else:
         order = torch.arange(n - 1, -1, -1, device=hessians.device).expand(batch, n)
-    # A power of four brings the largest entry near 1: exact, and so is its root in the factor.
+    # A power of four scales the largest entry to about 1; it and its root, in the factor, are exact.
     unit = torch.ldexp(torch.ones_like(mean), -2 * (torch.frexp(diagonal.amax(1, keepdim=True)).exponent // 2))
     damping = damping.gather(1, order)
-    permuted = solver_passes(hessians).permuted(hessians, order, unit.squeeze(1)).to(dtype)
+    permuted = solver_passes(hessians).permute(hessians, order, unit.squeeze(1)).to(dtype)
     permuted.diagonal(dim1=1, dim2=2).add_((damping * unit).to(dtype))
     failed = _cholesky(permuted)
     scale = permuted.diagonal(dim1=1, dim2=2).clone()
     permuted /= scale[:, :, None]
     factor = Factor(order, permuted.to(hessians.dtype), (scale.square() / unit).to(hessians.dtype), damping)
     good = ~failed & torch.isfinite(factor.gain).all(1)
-    if split.serves(hessians):
+    if tensor_cores.usable(hessians):
         low, high = factor.rows.flatten(1).aminmax(dim=1)
-        good &= (low >= -split.LARGEST) & (high <= split.LARGEST)
+        good &= (low >= -tensor_cores.LARGEST) & (high <= tensor_cores.LARGEST)
     return factor, good
 
 
 def _cholesky(matrices: Tensor) -> Tensor:
-    """Overwrites symmetric matrices [B, n, n] with their Cholesky factors, transposed: upper triangular.
+    """Overwrites symmetric matrices [B, n, n] with their transposed, upper triangular Cholesky factors.
 
     Returns:
-        bool [B], whether that failed; the factor is garbage then.
+        bool [B], True where that failed and the factor is garbage.
     """
-    if split.serves(matrices) and matrices.shape[1] > 4 * _PANEL:
+    if tensor_cores.usable(matrices) and matrices.shape[1] > 4 * _PANEL:
         return _blocked_cholesky(matrices, _PANEL)
     return _library_cholesky(matrices)
 
 
 def _blocked_cholesky(matrices: Tensor, panel: int) -> Tensor:
-    """`_cholesky` of large float32 matrices with a diagonal of at most 4, with the large products on tensor cores at
-    float32's accuracy (`split`).
+    """`_cholesky` of large float32 matrices with a diagonal of at most 4, its large products on tensor cores.
 
-    A library's does them on the float32 units, and spends half of its time on narrow panels.
+    A library computes them on the float32 units and spends half of its time on narrow panels.
 
     Args:
         matrices: As for `_cholesky`.
-        panel: Columns the library factors at once; a multiple of `_INVERTED`, or less.
+        panel: Columns per call of the library; a multiple of `_INVERTED`, or less.
     """
     n = matrices.shape[1]
     failed = torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
@@ -112,23 +111,24 @@ def _blocked_cholesky(matrices: Tensor, panel: int) -> Tensor:
         matrices[:, stop:, start:stop] = 0
         side = matrices[:, start:stop, stop:]
         _substitute(corner, side)
-        below, beside = split.halves(side, _SCALE)
-        for row in range(stop, n, 2 * panel):  # what lies below the diagonal is not needed
+        below, beside = tensor_cores.gram_operands(side, _SCALE)
+        for row in range(stop, n, 2 * panel):  # upper triangle only
             strip, first = matrices[:, row : row + 2 * panel, row:], row - stop
-            split.add_product(strip, below[:, first : first + 2 * panel], beside[:, :, first:], alpha=-(_SCALE**-2))
+            left, right = below[:, first : first + 2 * panel], beside[:, :, first:]
+            tensor_cores.add_product(strip, left, right, alpha=-(_SCALE**-2))
     return failed
 
 
 def _substitute(corner: Tensor, side: Tensor) -> None:
     """Overwrites side [B, k, m] with corner⁻ᵀ · side, for an upper triangular corner [B, k, k].
 
-    As products with the inverses of small triangles on the diagonal: a library's forward substitution goes row by row
-    and takes three times as long. So small, an inverse is as good as the substitution (MAGMA does the same).
+    Multiplies by inverses of small triangles on the diagonal: a library's forward substitution goes row by row and
+    takes three times as long. At this size an inverse is as accurate as the substitution (MAGMA does the same).
     """
     width = min(_INVERTED, corner.shape[1])
     starts = range(0, corner.shape[1], width)
     triangles = torch.stack([corner[:, i : i + width, i : i + width].mT for i in starts], 1)
-    unit = torch.eye(width, dtype=corner.dtype, device=corner.device)  # made there: a copy would wait for the device
+    unit = torch.eye(width, dtype=corner.dtype, device=corner.device)  # a copy would synchronize
     inverses = torch.linalg.solve_triangular(triangles, unit, upper=False)
     for number, start in enumerate(starts):
         here = side[:, start : start + width]
@@ -139,14 +139,14 @@ def _substitute(corner: Tensor, side: Tensor) -> None:
 
 
 def _library_cholesky(matrices: Tensor) -> Tensor:
-    lower = matrices.mT  # LAPACK is column-major: this way it works in place
+    lower = matrices.mT  # column-major, as LAPACK needs it to work in place
     failed = torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
     torch.linalg.cholesky_ex(lower, out=(lower, failed))
     return failed != 0
 
 
 def attempts(dtype: torch.dtype, config: QuantizeConfig) -> Iterator[tuple[torch.dtype, float]]:
-    """How to factor: as asked; the same in float64; then float64 with ever more damping."""
+    """Yields the (dtype, damp_percent) to try: as asked, the same in float64, then float64 with ever more damping."""
     yield dtype, config.damp_percent
     if dtype != torch.float64:
         yield torch.float64, config.damp_percent

@@ -1,6 +1,6 @@
-"""The grids weights are rounded to, and a matrix on its grid.
+"""The grids that weights are rounded to, and a matrix on its grid.
 
-A group of weights shares a scale, stored in float16, and a zero: the points scale·(code − zero) of its grid.
+A group of weights shares a scale, stored in float16, and a zero; its grid is the points scale·(code − zero).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.kernels import solver_passes
 
-SCALE_DTYPE = torch.float16  # what a checkpoint stores
+SCALE_DTYPE = torch.float16  # as checkpoints store scales
 _SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 
 
@@ -24,10 +24,10 @@ class QuantizedWeight:
     Attributes:
         codes: uint8 [out, in], columns in the layer's own order.
         scales: float16 [G, out].
-        zeros: uint8 [G, out], true zeros (not v1's zeros minus one).
+        zeros: uint8 [G, out], true zeros (v1 files store zeros minus one).
         g_idx: int32 [in], the group of every input channel.
         bits: Width of a code.
-        group_size: As configured: channels a group, or -1.
+        group_size: As configured: channels per group, or -1.
     """
 
     codes: Tensor
@@ -38,14 +38,14 @@ class QuantizedWeight:
     group_size: int
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix the codes stand for, [out, in]; the product is taken in float32 (or `dtype` if wider)."""
+        """The dequantized matrix, [out, in]; computed in float32, or in `dtype` if that is wider."""
         wide = torch.promote_types(dtype, torch.float32)
         group = self.g_idx.long()
         offset = self.codes.to(wide).sub_(self.zeros.to(wide)[group].T)
         return offset.mul_(self.scales.to(wide)[group].T).to(dtype)
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
-        """The output rows start..stop, as a matrix of its own."""
+        """Output rows start..stop as a separate matrix."""
         return replace(
             self,
             codes=self.codes[start:stop],
@@ -55,14 +55,14 @@ class QuantizedWeight:
 
 
 def group_width(in_features: int, config: QuantizeConfig) -> int:
-    """Input channels that share a scale."""
+    """Number of input channels that share a scale."""
     return in_features if config.group_size == -1 else config.group_size
 
 
 def grid(values: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
-    """The grids of groups of weights that lie along the last dimension.
+    """Fits a grid to each group of weights; groups lie along the last dimension.
 
-    A scale that float16 cannot hold, or that comes from NaN, is not finite; `why_no_scale` says which.
+    A scale that overflows float16 or comes from NaN is not finite; `explain_bad_scale` tells which.
 
     Args:
         values: [..., g], float32 or float64.
@@ -78,16 +78,16 @@ def grid(values: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
     else:
         low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
         if config.checkpoint_format == "gptq":
-            # v1 stores z − 1, and clients disagree about z = 0: widen the grid until z is at least 1.
+            # v1 stores z − 1, and clients read z = 0 differently: widen the grid until z is at least 1.
             low = torch.minimum(low, -high / (top - 1))
         scales = (high - low) / top
         zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(0, top)
-    scales = torch.where(scales == 0, 1, scales)  # a group of zeros: any scale will do
+    scales = torch.where(scales == 0, 1, scales)  # a group of zeros: any scale fits
     return scales.clamp(min=_SMALLEST_SCALE).to(SCALE_DTYPE).to(values.dtype), zeros
 
 
-def why_no_scale(weight: Tensor) -> str:
-    """What is wrong with a weight for which `grid` gave a scale that is not finite."""
+def explain_bad_scale(weight: Tensor) -> str:
+    """The reason why `grid` gave a weight a scale that is not finite."""
     if not torch.isfinite(weight).all():
         return "the weight holds NaN or infinity"
     return (
@@ -98,7 +98,7 @@ def why_no_scale(weight: Tensor) -> str:
 
 @torch.no_grad()
 def round_to_nearest(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
-    """Every weight of [out, in] to the nearest point of its contiguous group's grid, without a Hessian.
+    """Rounds every weight of [out, in] to the nearest point of its contiguous group's grid, without a Hessian.
 
     Raises:
         ValueError: The weight is not finite, or a scale exceeds float16.
@@ -107,7 +107,7 @@ def round_to_nearest(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
     groups = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, size))
     scales, zeros = grid(groups, config)  # [out, G]
     if not torch.isfinite(scales).all():
-        raise ValueError(why_no_scale(weight))
+        raise ValueError(explain_bad_scale(weight))
     return QuantizedWeight(
         codes=_codes(groups, scales[..., None], zeros[..., None], config).flatten(1).to(torch.uint8),
         scales=scales.T.to(SCALE_DTYPE).contiguous(),
@@ -119,23 +119,23 @@ def round_to_nearest(weight: Tensor, config: QuantizeConfig) -> QuantizedWeight:
 
 
 def grids(weight: Tensor, spans: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
-    """The grids of a weight's contiguous groups in A alternatives, each with a part of every row's range.
+    """Fits A alternative grids to each contiguous group of a weight, each covering a part of the group's range.
 
     Args:
         weight: [out, in], float32 or float64.
-        spans: [A, out], the parts.
-        config: As for `grid`, and group_size.
+        spans: [A, out], the covered part for each row.
+        config: As for `grid`; group_size too.
 
     Returns:
         Scales and zeros [A, out, G], as from `grid`.
     """
-    # A grid depends on a group's ends only.
+    # A grid depends only on its group's smallest and largest weight.
     low, high = weight.unflatten(1, (-1, group_width(weight.shape[1], config))).aminmax(dim=-1)
     return grid(torch.stack([low, high], -1) * spans[:, :, None, None], config)
 
 
 def nearest_errors(weight: Tensor, config: QuantizeConfig, dtype: torch.dtype) -> Tensor:
-    """weight − its nearest rounding, [out, in] in `dtype`; not finite where `round_to_nearest` raises."""
+    """Errors of `round_to_nearest`, weight − rounded, [out, in] in `dtype`; not finite where that raises."""
     scales, zeros = grids(weight, weight.new_ones(1, len(weight)), config)
     return solver_passes(weight).nearest_errors(weight.contiguous(), scales[0], zeros[0], config.bits, dtype)
 

@@ -1,22 +1,22 @@
-"""The solver: a weight matrix and its Hessian in, integers and scales out. Tensors only.
+"""The solver: from a weight matrix and its Hessian to codes and scales. Tensors only.
 
-For a row w of a Linear and inputs x the rounding q minimises (w − q) H (w − q)ᵀ with H the mean of x xᵀ.
-With Λ added to the diagonal and the columns permuted into the order they are visited, factor H + Λ = A·D·Aᵀ
-(A unit triangular, `factor.py`). Then for every row, with e = w − q the error so far,
+For a row w of a Linear with inputs x, the rounding q minimises (w − q) H (w − q)ᵀ, with H the mean of x xᵀ. Add Λ to
+the diagonal, permute the columns into the order they are visited, and factor H + Λ = A·D·Aᵀ (A unit triangular,
+`factor.py`). Then for every row, with e = w − q the error so far,
 
     t_j = w_j + Σ_{k before j} e_k·A_kj,    q_j = Round(t_j),    loss = Σ_j D_j·(t_j − q_j)² − Σ_j Λ_j·e_j²
 
 which is GPTQ (Frantar et al., arXiv:2210.17323, algorithm 1) written as Babai's nearest plane (Chen et al.,
-arXiv:2507.18553). It differs from the original implementation in three ways: A comes from one Cholesky
-factorisation of the reversed H instead of a factor of its inverse (a quarter of the flops, and more accurate
-in float32); errors are taken against the original weight, so nothing accumulates in it; and scales are
-rounded to the checkpoint's float16 before the codes are chosen, so the codes fit the scales that are stored.
+arXiv:2507.18553). It differs from the original implementation in three ways: A comes from one Cholesky factorization
+of the reversed H instead of a factor of its inverse (a quarter of the flops, and more accurate in float32); errors are
+taken against the original weight, so that rounding errors do not accumulate in it; and scales are rounded to the
+checkpoint's float16 before the codes are chosen, so that codes match the stored scales.
 
-The loss is exact and rows are independent, so alternatives can be compared row by row: each row may have grids that
-cover only a part of its groups' range (`clip_ratios`). A forecast picks the most promising alternatives of a row,
-these are solved, and the best solution is kept. The forecast knows what the search for scales that nearest rounding
-likes best does not: how much an error in each column matters in the end (D_j), and how far the errors before will
-have moved its target: if they are uniform within a step s, by s·√(Σ_k A_kj²/12).
+The loss is exact and rows are independent, so alternatives are compared row by row: a row's grids may cover only a part
+of its groups' range (`clip_ratios`). A forecast picks the most promising alternatives of a row; these are solved, and
+the best solution is kept. Unlike a search for the scales with the least nearest-rounding error, the forecast weighs
+each column by its share of the loss (D_j) and expects its target to be moved by earlier errors: if they are uniform
+within a step s, by s·√(Σ_k A_kj²/12).
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ from torch import Tensor
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.device.streams import AsyncRead, on_side_stream
-from gptq_plugin.gptq import tensor_cores as split
+from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.gptq.factor import Factor, attempts, factorize
 from gptq_plugin.gptq.grid import (
     SCALE_DTYPE,
     QuantizedWeight,
+    explain_bad_scale,
     grid,
     grids,
     group_width,
     nearest_errors,
     round_to_nearest,
-    why_no_scale,
 )
 from gptq_plugin.kernels import solver_loops, solver_passes
 
-SPAN = 512  # columns whose errors reach the rest through one large product
-_STRIP = 1024  # columns in one product of a loss
-_SCALE = 2.0**12  # of errors in units of their row, for `split`: they are below 4 (`_Columns`)
-_LEAST_UNIT = -17  # exponent: the range of 8 bits with float16's smallest scale
-CANDIDATES = 2  # alternatives of each row that are solved
+SPAN = 512  # columns whose errors are pushed to the others in one large product
+_STRIP = 1024  # columns per product of a loss
+_SCALE = 2.0**12  # in `tensor_cores`, of errors in units of their row: they are below 4 (`_Recursion`)
+_LEAST_UNIT = -17  # exponent of the range of 8 bits with float16's smallest scale
+CANDIDATES = 2  # alternatives solved for each row
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What the solver found, and how far from the request it had to go.
+    """A solved weight, and how the solve deviated from the request.
 
     Attributes:
         weight: The quantized matrix.
         loss: [out], mean over tokens of the squared output error of each row, without damping.
-        rtn_loss: [out], the same for round-to-nearest on the same kind of grid.
-        method: "gptq", or "rtn" where the Hessian could not be used.
-        damp_percent: The damping that was used.
-        deviations: A sentence for everything that differs from what was asked.
+        rtn_loss: [out], the same for round-to-nearest on the unclipped grid.
+        method: "gptq", or "rtn" if the Hessian was unusable.
+        damp_percent: The damping used.
+        deviations: A sentence for each difference from the request.
     """
 
     weight: QuantizedWeight
@@ -74,12 +74,12 @@ class Solution:
 
 
 def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
-    """GPTQ for one matrix, or for several that read the same input, stacked along their rows.
+    """Solves one matrix, or several that read the same input, stacked along their rows.
 
     Args:
         weight: [out, in], any floating dtype, finite.
         hessian: [in, in], the mean over tokens of x xᵀ, symmetric, float32 or float64, finite, on weight's device.
-            Its dtype is the precision of the whole solve.
+            Its dtype is the solve's precision.
         config: bits, group_size, sym, desc_act, static_groups, damping, clip_ratios and checkpoint_format are read.
 
     Raises:
@@ -89,7 +89,7 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
 
 
 def solve_batch(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> list[Solution]:
-    """`solve` for several matrices of one shape, each with a Hessian of its own, in the same launches.
+    """`solve` for several matrices of one shape, each with its own Hessian, in the same launches.
 
     Args:
         weights: [B, out, in].
@@ -97,33 +97,33 @@ def solve_batch(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> li
         config: As for `solve`.
     """
     with full_precision(weights.device):
-        weights = weights.detach().to(hessians.dtype).contiguous()  # Conv1D's, and some experts', are not
+        weights = weights.detach().to(hessians.dtype).contiguous()  # Conv1D's and some experts' are transposed
         with on_side_stream(weights.device) as join:
             rtn_losses = [rounding_loss(w, h, config) for w, h in zip(weights, hessians, strict=True)]
         factor, good = factorize(hessians, config, hessians.dtype, config.damp_percent)
-        columns = _Columns(weights, factor, config)
+        recursion = _Recursion(weights, factor, config)
         finite = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1)
-        # The device is waited for with everything queued, and for no more than the verdict needs.
-        verdict = AsyncRead(torch.stack([good, finite, columns.fits], 1)) if config.static_groups else None
-        columns.visit()
+        # Read the verdict after queueing all work, so that the wait is as short as it can be.
+        verdict = AsyncRead(torch.stack([good, finite, recursion.fits], 1)) if config.static_groups else None
+        recursion.visit()
         join()
-        solutions = _solutions(columns, rtn_losses, config.damp_percent, ())
-        if verdict is None:  # the grids came with the columns
-            verdict = AsyncRead(torch.stack([good, finite, columns.fits], 1))
+        solutions = _solutions(recursion, rtn_losses, config.damp_percent, ())
+        if verdict is None:  # grids are fitted along with the columns
+            verdict = AsyncRead(torch.stack([good, finite, recursion.fits], 1))
         for number, (is_good, is_finite, has_scales) in enumerate(verdict.get()):
             if not is_finite:
                 raise ValueError("the Hessian holds NaN or infinity")
             if not is_good:
-                solutions[number] = _try_harder(weights[number], hessians[number], config)
+                solutions[number] = _solve_with_fallbacks(weights[number], hessians[number], config)
             elif not has_scales:
-                raise ValueError(why_no_scale(weights[number]))
+                raise ValueError(explain_bad_scale(weights[number]))
         return solutions
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """e H eᵀ for every row e = w − q of [out, in]: [out], the mean over tokens of the squared output error.
+    """e H eᵀ for every row e = w − q of [out, in]: the mean over tokens of the squared output error, [out].
 
-    H is symmetric, so half of the product is enough. 16-bit errors give a float32 sum.
+    Computes half of the product, since H is symmetric. 16-bit errors are summed in float32.
     """
     loss = torch.zeros(len(error), dtype=torch.promote_types(error.dtype, torch.float32), device=error.device)
     for start in range(0, error.shape[1], _STRIP):
@@ -136,28 +136,28 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
 
 
 def rounding_loss(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Tensor:
-    """`output_error` of round-to-nearest: what GPTQ is compared with in the report, and decides nothing.
+    """`output_error` of round-to-nearest, the report's baseline; nothing depends on it.
 
-    On a GPU a float32 weight's is multiplied in bfloat16: each term is 2^-9 off at most, to either side, and of
-    thousands of rows and columns the sum stays within 0.1 %.
+    On a GPU float32 weights are multiplied in bfloat16: each term is off by at most 2^-9, to either side, so the sum
+    over thousands of rows and columns stays within 0.1 %.
     """
-    dtype = torch.bfloat16 if split.serves(weight) else weight.dtype
+    dtype = torch.bfloat16 if tensor_cores.usable(weight) else weight.dtype
     return output_error(nearest_errors(weight, config, dtype), hessian.to(dtype)).to(weight.dtype)
 
 
-def _try_harder(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
-    """After the factor that was asked for could not be made: float64, more damping, and at last round-to-nearest."""
+def _solve_with_fallbacks(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
+    """Solves after the requested factorization failed: in float64, with more damping, at last by round-to-nearest."""
     for dtype, damp_percent in islice(attempts(hessian.dtype, config), 1, None):
         factor, good = factorize(hessian[None], config, dtype, damp_percent)
         if good.item():
-            said = ["Hessian factored in float64 after float32 failed"] if dtype != hessian.dtype else []
+            deviations = ["Hessian factored in float64 after float32 failed"] if dtype != hessian.dtype else []
             if damp_percent != config.damp_percent:
-                said.append(f"damp_percent raised from {config.damp_percent:g} to {damp_percent:g}")
-            columns = _Columns(weight[None], factor, config)
-            columns.visit()
-            if not columns.fits.item():
-                raise ValueError(why_no_scale(weight))
-            return _solutions(columns, [rounding_loss(weight, hessian, config)], damp_percent, tuple(said))[0]
+                deviations.append(f"damp_percent raised from {config.damp_percent:g} to {damp_percent:g}")
+            recursion = _Recursion(weight[None], factor, config)
+            recursion.visit()
+            if not recursion.fits.item():
+                raise ValueError(explain_bad_scale(weight))
+            return _solutions(recursion, [rounding_loss(weight, hessian, config)], damp_percent, tuple(deviations))[0]
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian holds NaN or infinity")
     if (hessian.diagonal() > 0).any():
@@ -171,20 +171,20 @@ def _try_harder(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solu
 
 
 def _solutions(
-    columns: _Columns, rtn_losses: list[Tensor], damp_percent: float, deviations: tuple[str, ...]
+    recursion: _Recursion, rtn_losses: list[Tensor], damp_percent: float, deviations: tuple[str, ...]
 ) -> list[Solution]:
-    config, g_idx = columns.config, columns.g_idx()
+    config, g_idx = recursion.config, recursion.g_idx()
     return [
         Solution(
             weight=QuantizedWeight(
-                codes=columns.codes[number].T,
-                scales=columns.scales[number].to(SCALE_DTYPE),
-                zeros=columns.zeros[number].to(torch.uint8),
+                codes=recursion.codes[number].T,
+                scales=recursion.scales[number].to(SCALE_DTYPE),
+                zeros=recursion.zeros[number].to(torch.uint8),
                 g_idx=g_idx[number],
                 bits=config.bits,
                 group_size=config.group_size,
             ),
-            loss=columns.loss[number].clamp(min=0),
+            loss=recursion.loss[number].clamp(min=0),
             rtn_loss=rtn_loss,
             method="gptq",
             damp_percent=damp_percent,
@@ -194,12 +194,12 @@ def _solutions(
     ]
 
 
-class _Columns:
-    """The recursion at the top of this file, for B matrices with A alternatives of each row, from the last position
-    to the first. Everything is kept as [B, in, A·out], so that a column is contiguous.
+class _Recursion:
+    """The recursion of the module's docstring for B matrices with A alternatives of each row, from the last position to
+    the first. Tensors are [B, in, A·out], so that columns are contiguous.
 
-    A row is solved in a unit of its own, a power of two above its largest weight. That changes no result, and with
-    static groups no error w − q is above 4, since no grid reaches further than 4/3 of the largest weight.
+    Each row is solved in its own unit, a power of two above its largest weight. This does not change the result; with
+    static groups errors w − q stay below 4, since no grid extends beyond 4/3 of the largest weight.
     """
 
     def __init__(self, weights: Tensor, factor: Factor, config: QuantizeConfig):
@@ -211,14 +211,14 @@ class _Columns:
         self.weight = torch.empty_like(weights.mT, memory_format=torch.contiguous_format)  # [B, in, out]
         torch.div(weights.mT, self.unit[:, None], out=self.weight)
         self.channel = factor.order.int().contiguous()
-        # A group is a run of input channels, or of columns in the order they are visited.
+        # A group is a run of input channels or, without static groups, of columns in the order they are visited.
         grouped = weights
         if not config.static_groups:
             grouped = torch.stack([w[:, order.flip(0)] for w, order in zip(weights, factor.order, strict=True)])
-        self.fits = torch.ones(batch, dtype=torch.bool, device=weights.device)  # whether float16 holds all scales
+        self.fits = torch.ones(batch, dtype=torch.bool, device=weights.device)  # all scales are finite in float16
         self.span = torch.stack([self._candidates(grouped[b], b) for b in range(batch)])  # [B, A, out]
         width, groups = self.span.shape[1] * self.rows, n // self.size
-        self.pushed = weights.new_zeros(batch, n, width)  # what errors push to each position, [B, in, A·out]
+        self.pushed = weights.new_zeros(batch, n, width)  # by errors, to each position: [B, in, A·out]
         self.codes = torch.empty(batch, n, width, dtype=torch.uint8, device=weights.device)  # by channel
         self.loss = weights.new_zeros(batch, width)
         if config.static_groups:
@@ -234,7 +234,7 @@ class _Columns:
         self.group = self.group.int().contiguous()
 
     def visit(self) -> None:
-        """Fills codes and loss, then keeps each row's best alternative and takes its unit back."""
+        """Fills codes and loss, keeps each row's best alternative, and undoes the rows' units."""
         for start, stop in self._spans():
             if not self.config.static_groups:
                 self._set_grid(start, stop)
@@ -250,13 +250,13 @@ class _Columns:
         return torch.empty_like(self.group).scatter_(1, self.factor.order, self.group)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
-        """Ranges of positions from the end; a group each, where its scales depend on the errors before it."""
+        """Yields ranges of positions from the end: single groups if their scales depend on earlier errors."""
         width = SPAN if self.config.static_groups else self.size
         for stop in range(self.weight.shape[1], 0, -width):
             yield max(stop - width, 0), stop
 
     def _visit_span(self, first: int, last: int) -> Tensor:
-        """The errors of the positions first..last, [B, ., A·out]."""
+        """Solves positions first..last and returns their errors, [B, last − first, A·out]."""
         here, errors = slice(first, last), torch.empty_like(self.pushed[:, first:last])
         solver_loops(self.weight).solve_span(
             self.pushed[:, here],
@@ -276,26 +276,27 @@ class _Columns:
         return errors
 
     def _push(self, start: int, stop: int, errors: Tensor) -> None:
-        """Tells the errors of the positions start..stop to all positions before."""
+        """Pushes the errors of positions start..stop to all earlier positions."""
         if start == 0:
             return
         pushed, rows = self.pushed[:, :start], self.factor.rows[:, :start, start:stop]
-        if split.serves(rows) and self.config.static_groups:  # else nothing bounds the errors
-            split.add_product(pushed, split.left(rows, 1.0), split.right(errors, _SCALE), alpha=1 / _SCALE)
+        if tensor_cores.usable(rows) and self.config.static_groups:  # else errors are unbounded
+            left, right = tensor_cores.left_operand(rows, 1.0), tensor_cores.right_operand(errors, _SCALE)
+            tensor_cores.add_product(pushed, left, right, alpha=1 / _SCALE)
         else:
             torch.baddbmm(pushed, rows, errors, out=pushed)
 
     def _candidates(self, weight: Tensor, number: int) -> Tensor:
-        """The parts of the range whose grids promise each row the least loss: [A, out]."""
+        """The parts of the range whose grids have the least expected loss for each row, [A, out]."""
         widest_first = sorted(self.config.clip_ratios, reverse=True)
-        # Pinned, or the copy would wait for everything that is queued.
+        # Pinned: otherwise the copy would wait for all queued work.
         ratios = torch.tensor(widest_first, dtype=weight.dtype, pin_memory=weight.is_cuda)
         ratios = ratios.to(weight.device, non_blocking=True)
         spans = ratios[:, None].expand(-1, self.rows)
         if len(ratios) <= CANDIDATES:
             return spans
         scales, zeros = grids(weight, spans, self.config)
-        self.fits[number] = torch.isfinite(scales).all()  # no outlier is clipped because its grid cannot be stored
+        self.fits[number] = torch.isfinite(scales).all()  # never clip just to fit float16
         spread = (torch.linalg.vector_norm(self.factor.rows[number], dim=1).square() - 1).clamp(min=0).div(12).sqrt()
         gain = self.factor.gain[number]
         if self.config.static_groups:
@@ -307,9 +308,9 @@ class _Columns:
         return spans.gather(0, expected.topk(CANDIDATES, dim=0, largest=False).indices)
 
     def _set_grid(self, start: int, stop: int) -> None:
-        """The grids of the group at positions start..stop, from the weights as they have moved.
+        """Fits the grids of the group at positions start..stop to the weights as moved by earlier errors.
 
-        Given the errors before, the best float weights solve the recursion without rounding:
+        Given these errors, the best float weights solve the recursion without rounding:
         d_j = Σ_{k ≥ stop} e_k·A_kj − Σ_{j < k < stop} d_k·A_kj.
         """
         inner, pushed = self.factor.rows[:, start:stop, start:stop], self.pushed[:, start:stop]

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from gptq_plugin.report.numbers import value
+from gptq_plugin.report.numbers import format_value
 from gptq_plugin.report.report import ModuleReport
 
 _LABEL, _GAP, _AXIS = 18, 12, 22  # pixels: a band's label, the space below a band, the figures of an axis
@@ -101,10 +101,10 @@ def _marks(module: ModuleReport, scale: _Scale, y: float, pitch: float) -> Itera
     """A module: both losses and the line between them, with its figures as the tooltip."""
     radius = round(min(4.5, max(1.5, pitch * 0.42)), 2)
     y = round(y, 2)
-    gptq, text = scale.at(module.loss), f"{module.name}: {value(module.loss)}"
+    gptq, text = scale.at(module.loss), f"{module.name}: {format_value(module.loss)}"
     marks = f"<circle class='gptq' cx='{gptq}%' cy='{y}' r='{radius}'/>"
     if math.isfinite(module.rtn_loss):
-        rtn, text = scale.at(module.rtn_loss), f"{text}, round-to-nearest {value(module.rtn_loss)}"
+        rtn, text = scale.at(module.rtn_loss), f"{text}, round-to-nearest {format_value(module.rtn_loss)}"
         marks = (
             f"<line class='link' x1='{gptq}%' x2='{rtn}%' y1='{y}' y2='{y}'/>"
             f"<circle class='rtn' cx='{rtn}%' cy='{y}' r='{radius}'/>{marks}"

@@ -76,9 +76,9 @@ class Coverage:
             size = sum(one.bytes for one in ones)
             large = [f"{one.name} {list(one.shape)}" for one in ones if one.bytes >= _LARGE * total]
             what = f" ({some(large)})" if large else ""
-            parts.append(f"{numbers.size(size)}, {size / total:.1%}: {reason}{what}")
+            parts.append(f"{numbers.format_bytes(size)}, {size / total:.1%}: {reason}{what}")
         return (
-            f"{self.share:.1%} of the model's {numbers.size(total)} stay float, which will be "
+            f"{self.share:.1%} of the model's {numbers.format_bytes(total)} stay float, which will be "
             f"{self.exported_share:.1%} of the export: " + "; ".join(parts)
         )
 

@@ -12,7 +12,7 @@ MODELS = {"float": "float", "gptq": "GPTQ", "rtn": "round-to-nearest"}  # the ke
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricValue:
     """One value of one metric.
 
     Attributes:
@@ -20,7 +20,7 @@ class Measured:
         model: What was evaluated: a value of `MODELS`, or the report's own key.
         value: What the evaluation gave; may be NaN.
         change: From the float model; NaN for the float model itself and where there is none.
-        relative: `change` as a part of the float value's size; NaN too where that is 0.
+        relative: `format_change` as a part of the float value's size; NaN too where that is 0.
     """
 
     metric: str
@@ -30,21 +30,21 @@ class Measured:
     relative: float = math.nan
 
 
-def measured(report: QuantizeReport) -> Iterator[Measured]:
+def metric_values(report: QuantizeReport) -> Iterator[MetricValue]:
     """Every value of `report.metrics`, a metric's float value first."""
     for metric, values in report.metrics.items():
         before = values.get("float", math.nan)
         for key in sorted(values, key=lambda key: key != "float"):
             change = values[key] - before if key != "float" else math.nan
             relative = change / abs(before) if before else math.nan
-            yield Measured(metric, MODELS.get(key, key), values[key], change, relative)
+            yield MetricValue(metric, MODELS.get(key, key), values[key], change, relative)
 
 
-def widths(report: QuantizeReport) -> list[int]:
+def bit_widths(report: QuantizeReport) -> list[int]:
     """The bits of the quantized modules, each once, ascending."""
     return sorted({module.bits for module in report.quantized if module.bits is not None})
 
 
-def bits_of(report: QuantizeReport) -> str:
+def bits_label(report: QuantizeReport) -> str:
     """The same in words, such as ``4-bit`` or ``3/4-bit``."""
-    return f"{'/'.join(map(str, widths(report)))}-bit" if widths(report) else "float"
+    return f"{'/'.join(map(str, bit_widths(report)))}-bit" if bit_widths(report) else "float"

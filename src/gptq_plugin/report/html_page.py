@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from gptq_plugin.report.chart import loss_chart
-from gptq_plugin.report.figures import bits_of, measured
-from gptq_plugin.report.numbers import bits_per_weight, change, percent, size, value
+from gptq_plugin.report.figures import bits_label, metric_values
+from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes, format_change, format_percent, format_value
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
 # Blue and orange of Okabe and Ito's palette, which people with any colour vision tell apart; round-to-nearest's mark
@@ -122,9 +122,9 @@ def _tiles(report: QuantizeReport) -> str:
     tiles = [
         *_before_after(report),
         (f"{totals['modules']}", f"modules quantized, {totals['modules_float']} left float"),
-        (bits_of(report), bits_per_weight(report.bits_per_weight) if report.weights else "nothing"),
-        (size(report.stored_bytes), f"quantized weights; {size(2 * report.weights)} in 16 bits"),
-        (value(ratio, 3), "of round-to-nearest's loss"),
+        (bits_label(report), format_bits_per_weight(report.bits_per_weight) if report.weights else "nothing"),
+        (format_bytes(report.stored_bytes), f"quantized weights; {format_bytes(2 * report.weights)} in 16 bits"),
+        (format_value(ratio, 3), "of round-to-nearest's loss"),
         (f"{report.samples:,}", f"calibration samples, {report.tokens:,} tokens"),
         (f"{totals['seconds']:.1f} s", "in all"),
     ]
@@ -134,7 +134,7 @@ def _tiles(report: QuantizeReport) -> str:
 
 def _before_after(report: QuantizeReport) -> Iterator[tuple[str, str]]:
     for metric, values in report.metrics.items():
-        before, after = (value(values.get(key, math.nan)) for key in ("float", "gptq"))
+        before, after = (format_value(values.get(key, math.nan)) for key in ("float", "gptq"))
         if before and after:
             yield f"{before} → {after}", f"{metric}, float → GPTQ"
 
@@ -151,7 +151,10 @@ def _deviations(report: QuantizeReport) -> str:
 
 
 def _metrics(report: QuantizeReport) -> str:
-    rows = [(m.metric, m.model, value(m.value, 5), change(m.change), percent(m.relative)) for m in measured(report)]
+    rows = [
+        (m.metric, m.model, format_value(m.value, 5), format_change(m.change), format_percent(m.relative))
+        for m in metric_values(report)
+    ]
     if not rows:
         return ""
     head = ("metric", "model", "value", "change", "relative")
@@ -175,16 +178,16 @@ def _module(module: ModuleReport) -> list[str]:
             "" if module.bits is None else str(module.bits),
             "" if module.group_size is None else str(module.group_size),
             shape,
-            value(module.loss),
-            value(module.rtn_loss),
-            value(ratio),
+            format_value(module.loss),
+            format_value(module.rtn_loss),
+            format_value(ratio),
             f"{module.tokens:,}",
-            value(module.damp_percent),
+            format_value(module.damp_percent),
             f"{module.seconds:.2f}",
         ]
     )
     if ratio > 1:
-        cells[7] = f"<td class='worse'>{value(ratio)}</td>"
+        cells[7] = f"<td class='worse'>{format_value(ratio)}</td>"
     return [*cells, f"<td class='left said'>{escape(said)}</td>"]
 
 

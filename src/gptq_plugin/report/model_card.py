@@ -19,9 +19,9 @@ from gptq_plugin.config import COMPRESSED, QUANTIZER_NAME
 from gptq_plugin.device.precision import FLOAT16
 from gptq_plugin.errors import some
 from gptq_plugin.model.hf_models import CONV1D, is_transformers, published_class
-from gptq_plugin.report.figures import bits_of, measured, widths
-from gptq_plugin.report.numbers import bits_per_weight, change, percent, size, value
-from gptq_plugin.report.provenance import without_paths
+from gptq_plugin.report.figures import bit_widths, bits_label, metric_values
+from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes, format_change, format_percent, format_value
+from gptq_plugin.report.provenance import strip_paths
 from gptq_plugin.report.report import QuantizeReport
 
 # Task of the hub: transformers' table of the classes that do it, and the class that loads any of them.
@@ -84,7 +84,7 @@ def hub_id(name: str | None) -> str | None:
 def heading(report: QuantizeReport, facts: ModelFacts) -> str:
     """What the export is called, on its card and its page."""
     name = facts.base_model.rpartition("/")[2] if facts.base_model else facts.name
-    return f"{name}, {bits_of(report)} GPTQ"
+    return f"{name}, {bits_label(report)} GPTQ"
 
 
 def model_card(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts) -> str:
@@ -135,7 +135,7 @@ def _metadata(report: QuantizeReport, facts: ModelFacts) -> dict[str, Any]:
         **base,
         "library_name": QUANTIZER_NAME if facts.loader is None else "transformers",
         **task,
-        "tags": ["gptq", *(f"{bits}-bit" for bits in widths(report)), "quantized", QUANTIZER_NAME],
+        "tags": ["gptq", *(f"{bits}-bit" for bits in bit_widths(report)), "quantized", QUANTIZER_NAME],
         **metrics,
     }
 
@@ -144,12 +144,12 @@ def _summary(report: QuantizeReport, facts: ModelFacts) -> str:
     origin = f" It comes from [{facts.base_model}](https://hf.co/{facts.base_model})." if facts.base_model else ""
     totals = report.totals()
     ratio = totals["loss"] / totals["rtn_loss"] if totals["rtn_loss"] else float("nan")
-    compared = f" Their loss is {value(ratio, 3)} of round-to-nearest's." if value(ratio) else ""
+    compared = f" Their loss is {format_value(ratio, 3)} of round-to-nearest's." if format_value(ratio) else ""
     return (
         f"A `{facts.name}` whose linear layers were quantized with GPTQ by {QUANTIZER_NAME}.{origin} "
-        f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}. The "
-        f"quantized ones take {size(report.stored_bytes)}, {bits_per_weight(report.bits_per_weight)}; in 16 bits they "
-        f"would take {size(2 * report.weights)}.{compared} `report.html` shows every layer."
+        f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}. The quantized "
+        f"ones take {format_bytes(report.stored_bytes)}, {format_bits_per_weight(report.bits_per_weight)}; in 16 bits "
+        f"they would take {format_bytes(2 * report.weights)}.{compared} `report.html` shows every layer."
     )
 
 
@@ -174,8 +174,8 @@ def _calibration(report: QuantizeReport) -> str:
 
 def _metrics(report: QuantizeReport) -> list[str]:
     rows = [
-        (_text(m.metric), _text(m.model), value(m.value, 5), change(m.change), percent(m.relative))
-        for m in measured(report)
+        (_text(m.metric), _text(m.model), format_value(m.value, 5), format_change(m.change), format_percent(m.relative))
+        for m in metric_values(report)
     ]
     return ["## Before and after", _table(("metric", "model", "value", "change", "relative"), rows)] if rows else []
 
@@ -273,7 +273,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _text(said: str) -> str:
     """Any text as Markdown that shows it: one line, nothing in it is markup, paths of this machine cut to their end."""
-    line = without_paths(" ".join(said.split()))
+    line = strip_paths(" ".join(said.split()))
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes with a decimal unit."""
     if count < 1000:
         return f"{count} B"
@@ -14,27 +14,27 @@ def size(count: int) -> str:
     return f"{count / 1000**power:.3g} {('kB', 'MB', 'GB')[power - 1]}"
 
 
-def bits_per_weight(number: float) -> str:
+def format_bits_per_weight(number: float) -> str:
     """The size of quantized layers as an average, with what is counted (`checkpoint.layouts.stored_bytes`)."""
     return f"{number:.2f} bits per weight (scales and zeros included, g_idx not)"
 
 
-def value(number: float, digits: int = 4) -> str:
+def format_value(number: float, digits: int = 4) -> str:
     """So many significant digits; blank when unknown (NaN)."""
     return "" if math.isnan(number) else f"{number:.{digits}g}"
 
 
-def change(number: float) -> str:
+def format_change(number: float) -> str:
     """With its sign; blank when unknown."""
     return "" if math.isnan(number) else f"{number:+.3g}"
 
 
-def percent(number: float) -> str:
+def format_percent(number: float) -> str:
     """A part of the whole as a percentage with its sign; blank when unknown."""
     return "" if math.isnan(number) else f"{100 * number:+.2f} %"
 
 
-def aligned(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]:
+def align(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]:
     """Rows as lines with columns one under the other: the first to the left, the others to the right if numeric."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     lines = []

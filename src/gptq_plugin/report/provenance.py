@@ -34,7 +34,7 @@ def provenance(report: QuantizeReport) -> dict[str, Any]:
     and git (revision of the working directory's repository, and whether tracked files differ from it). What is not
     known is left out; nothing differs between two runs of the same."""
     plain = report.to_dict()
-    calibration = {"description": without_paths(report.calibration), "sha256": report.calibration_sha256}
+    calibration = {"description": strip_paths(report.calibration), "sha256": report.calibration_sha256}
     known = {
         "versions": _versions(),
         "seed": report.config.seed,
@@ -48,27 +48,27 @@ def provenance(report: QuantizeReport) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value not in ("", None, {})}
 
 
-def occasion(report: QuantizeReport) -> dict[str, str]:
+def run_stamp(report: QuantizeReport) -> dict[str, str]:
     """What tells two runs of the same apart: date (UTC) and, where there is one, run_id."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"date": date} | ({"run_id": report.run_id} if report.run_id else {})
 
 
-def published(report: QuantizeReport) -> QuantizeReport:
+def publishable(report: QuantizeReport) -> QuantizeReport:
     """The report as it lies in an export: of every path only its end is left."""
     return dataclasses.replace(
         report,
         modules=[
-            dataclasses.replace(m, reason=without_paths(m.reason), deviations=tuple(map(without_paths, m.deviations)))
+            dataclasses.replace(m, reason=strip_paths(m.reason), deviations=tuple(map(strip_paths, m.deviations)))
             for m in report.modules
         ],
-        deviations=[without_paths(deviation) for deviation in report.deviations],
-        calibration=without_paths(report.calibration),
+        deviations=[strip_paths(deviation) for deviation in report.deviations],
+        calibration=strip_paths(report.calibration),
         float_checkpoint=PurePath(report.float_checkpoint).name,
     )
 
 
-def without_paths(text: str) -> str:
+def strip_paths(text: str) -> str:
     """The text with paths of this machine cut to their last part."""
     return _PATH.sub(lambda path: re.split(r"[/\\]", path[0])[-1], _without_folders(text))
 

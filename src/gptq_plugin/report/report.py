@@ -11,7 +11,7 @@ from typing import Any
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.report.coverage import Coverage
-from gptq_plugin.report.numbers import aligned, bits_per_weight, size
+from gptq_plugin.report.numbers import align, format_bits_per_weight, format_bytes
 
 
 @dataclass(frozen=True)
@@ -176,13 +176,17 @@ class QuantizeReport:
         rows = [head] + [_row(module) for module in self.modules]
         lines = [
             line if module is None or not module.reason else f"{line}  {module.reason}"
-            for line, module in zip(aligned(rows), [None, *self.modules], strict=True)
+            for line, module in zip(align(rows), [None, *self.modules], strict=True)
         ]
         totals = self.totals()
         ratio = f", {totals['loss'] / totals['rtn_loss']:.3f} of round-to-nearest's" if totals["rtn_loss"] else ""
         lines.append(
             f"{totals['modules']} modules quantized, {totals['modules_float']} left float; "
-            + (f"{size(self.stored_bytes)}, {bits_per_weight(self.bits_per_weight)}; " if self.weights else "")
+            + (
+                f"{format_bytes(self.stored_bytes)}, {format_bits_per_weight(self.bits_per_weight)}; "
+                if self.weights
+                else ""
+            )
             + f"{self.samples} samples, {self.tokens} tokens; loss {totals['loss']:.4g}{ratio}; "
             + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         )

@@ -26,7 +26,7 @@ from gptq_plugin.errors import TargetError, some
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.targets import Target, find_targets, unpackable
-from gptq_plugin.report.numbers import bits_per_weight
+from gptq_plugin.report.numbers import format_bits_per_weight
 
 GROUP_SIZES = (128, 64, 32)  # those for which servers have fast kernels
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the layers that get more bits, step by step
@@ -82,7 +82,7 @@ def steps(model: nn.Module, config: QuantizeConfig, noise: Mapping[str, float]) 
         raised = [name for name in ranked if grids[name].bits != first[name].bits]
         means = [f"more bits for {len(raised)} of {len(ranked)} layers ({some(raised)})"] if raised else []
         means += [f"groups of {size} or less in all layers"] if size else []
-        what = f"{' and '.join(means)}, {bits_per_weight(average)}"
+        what = f"{' and '.join(means)}, {format_bits_per_weight(average)}"
         return Step(_configured(model, config, grids), average, what)
 
     now = first
