@@ -108,10 +108,10 @@ def test_every_parameter_that_stays_float_has_its_reason() -> None:
         "conv.weight": "convolutions",
         "norm.weight": "norms, biases and other vectors",
         "norm.bias": "norms, biases and other vectors",
-        "scaled.weight": "layers of class Scaled, which computes something else than Linear",
+        "scaled.weight": "layers of class Scaled, which does not compute what Linear does",
         "narrow.weight": skipped["narrow"],
         "asked.weight": skipped["asked"],
-        "pair.weight": "parameters of Bilinear, which is no Linear",
+        "pair.weight": "parameters of Bilinear, which is not a Linear",
     }
 
 

@@ -90,7 +90,7 @@ def test_deviations_come_before_the_tables_and_their_absence_is_said() -> None:
     )
     assert Page(said).within("li") == ["a sample was dropped", "a: damping raised"]
     assert said.index("a sample was dropped") < said.index("<table")
-    assert "Nothing differed from what was asked." in report_page(report(module("a")), "model")
+    assert "No differences from the request." in report_page(report(module("a")), "model")
 
 
 def test_a_layer_worse_than_round_to_nearest_stands_out() -> None:

@@ -1,8 +1,7 @@
-"""The chart of the page: the loss of every module, GPTQ's beside round-to-nearest's, as SVG within HTML.
+"""The page's chart: the loss of every module, GPTQ's beside round-to-nearest's, as SVG within HTML.
 
-One band for every kind of module (names that differ only in numbers), in it a line for every module, in the model's
-order. Horizontal positions are percentages and everything else is pixels, so that the chart fits a phone with its text
-at full size.
+Each kind of module (names that differ only in numbers) has a band with one line per module, in the model's order.
+Horizontal positions are percentages and all else is pixels, so that the chart fits a phone at full text size.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from html import escape
 from gptq_plugin.report.numbers import format_value
 from gptq_plugin.report.report import ModuleReport
 
-_LABEL, _GAP, _AXIS = 18, 12, 22  # pixels: a band's label, the space below a band, the figures of an axis
-_PITCH = 14  # pixels between the modules of a small band
-_SMALL, _LARGE = 140, 240  # pixels: bands grow with their modules up to one height, then slowly up to the other
-_LEFT, _RIGHT = 4.0, 96.0  # per cent of the width
+_LABEL, _GAP, _AXIS = 18, 12, 22  # pixels: a band's label, the space below a band, an axis's labels
+_PITCH = 14  # pixels between modules of a small band
+_SMALL, _LARGE = 140, 240  # pixels: heights up to which bands grow at full pitch, and at the reduced one
+_LEFT, _RIGHT = 4.0, 96.0  # percent of the width
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def loss_chart(modules: Sequence[ModuleReport]) -> str:
-    """The figure, or a sentence when there is no loss to draw.
+    """The figure, or a sentence if no loss is known.
 
     Args:
-        modules: Of a report. Those whose loss is unknown (NaN) are left out; a loss of 0 has no place on a logarithmic
-            axis and stands at its left end.
+        modules: A report's. Those with an unknown loss (NaN) are left out; a loss of 0, which a logarithmic axis cannot
+            show, stands at its left end.
     """
     known = [m for m in modules if math.isfinite(m.loss)]
     positive = [x for m in known for x in (m.loss, m.rtn_loss) if math.isfinite(x) and x > 0]
@@ -69,11 +68,11 @@ def loss_chart(modules: Sequence[ModuleReport]) -> str:
 
 
 class _Scale:
-    """Losses to per cent of the width, logarithmically."""
+    """Maps losses to percent of the width, logarithmically."""
 
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high = math.log10(low), math.log10(high)
-        if self.high - self.low < 0.2:  # a single loss, or nearly equal ones: no magnifying glass
+        if self.high - self.low < 0.2:  # do not magnify tiny differences
             middle = (self.low + self.high) / 2
             self.low, self.high = middle - 0.3, middle + 0.3
 
@@ -83,7 +82,7 @@ class _Scale:
         return round(_LEFT + (_RIGHT - _LEFT) * (math.log10(loss) - self.low) / (self.high - self.low), 2)
 
     def ticks(self) -> list[float]:
-        """Round losses within the range: powers of ten, with 2 and 5 between them where there are few."""
+        """Round losses within the range: powers of ten, with 2 and 5 between them if they are few."""
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         steps: tuple[int, ...] = (1, 2, 5) if self.high - self.low < 1.5 else (1,)
         every = max(1, math.ceil((self.high - self.low) / 7))
@@ -98,7 +97,7 @@ def _pitch(count: int) -> float:
 
 
 def _marks(module: ModuleReport, scale: _Scale, y: float, pitch: float) -> Iterator[str]:
-    """A module: both losses and the line between them, with its figures as the tooltip."""
+    """A module's marks: both losses and the line between them, with the figures as tooltip."""
     radius = round(min(4.5, max(1.5, pitch * 0.42)), 2)
     y = round(y, 2)
     gptq, text = scale.at(module.loss), f"{module.name}: {format_value(module.loss)}"
@@ -120,7 +119,7 @@ def _tick(x: float, label: str, bottom: int) -> Iterator[str]:
 
 
 def _number(tick: float) -> str:
-    """A tick's loss: 0.01, 500, 2·10⁻⁵."""
+    """Label of a tick: 0.01, 500, 2·10⁻⁵."""
     if 1e-3 <= tick < 1e5:
         return f"{tick:g}"
     mantissa, exponent = f"{tick:.0e}".split("e")

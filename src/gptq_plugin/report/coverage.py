@@ -1,5 +1,4 @@
-"""What stays float in a model that is quantized, and why: said before the work, so that nobody ships "4 bits" that are
-mostly 16."""
+"""The parameters of a model that stay float, and why: logged before the work, since "4 bits" may be mostly 16."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ from gptq_plugin.model.experts import expert_layouts, tied_parameters
 from gptq_plugin.model.targets import Skipped, Target
 from gptq_plugin.report import numbers
 
-_LARGE = 0.01  # share of the model's bytes from which a parameter is named by itself
-_MOSTLY = 0.5  # of the export
+_LARGE = 0.01  # share of the model's bytes from which a parameter is named
+_MOSTLY = 0.5  # share of the export's bytes
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class FloatWeight:
 
     Attributes:
         name: Full dotted name.
-        shape: Its sizes.
-        bytes: Its size.
+        shape: Its shape.
+        bytes: Its size in bytes.
         reason: Why it stays float.
     """
 
@@ -39,11 +38,11 @@ class FloatWeight:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What is quantized of a model's parameters, and what not.
+    """The division of a model's parameters into quantized and float ones.
 
     Attributes:
-        floats: What is not, the largest first.
-        quantized: Bytes of the float weights that will be quantized.
+        floats: The float ones, the largest first.
+        quantized: Bytes of the weights to quantize, while they are float.
         packed: Bytes of their codes, scales and zeros in the export.
     """
 
@@ -53,20 +52,21 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Of the model's bytes, what stays float."""
+        """Share of the model's bytes that stays float."""
         return self._float / max(1, self._float + self.quantized)
 
     @property
     def exported_share(self) -> float:
-        """Of the export's bytes, what is float."""
+        """Share of the export's bytes that is float, biases included and g_idx left out."""
         return self._float / max(1, self._float + self.packed)
 
     @property
     def mostly_float(self) -> bool:
+        """True if more than half of the export's bytes are float."""
         return self.exported_share > _MOSTLY
 
     def summary(self) -> str:
-        """In a sentence, with every large parameter."""
+        """A sentence with the shares, the reasons and the large parameters."""
         total = max(1, self._float + self.quantized)
         by_reason: dict[str, list[FloatWeight]] = defaultdict(list)
         for one in self.floats:
@@ -96,11 +96,11 @@ class Coverage:
 
 
 def coverage(model: nn.Module, targets: Iterable[Target], skipped: Iterable[Skipped], packed: int) -> Coverage:
-    """What will be quantized of `model`, and what will not.
+    """Divides the parameters of a float model into those to quantize and those that stay float.
 
     Args:
-        model: A float model.
-        targets, skipped: As `targets.find_targets` gives them.
+        model: The float model.
+        targets, skipped: The results of `targets.find_targets`.
         packed: Bytes of the targets' codes, scales and zeros in the export.
     """
     reasons = {skip.module: skip.reason for skip in skipped}
@@ -136,12 +136,12 @@ def _reason(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolutions"
     if isinstance(module, nn.Linear):
-        return f"layers of class {kind}, which computes something else than Linear"
+        return f"layers of class {kind}, which does not compute what Linear does"
     layouts = expert_layouts(module, name)
     if layouts is not None:
         return (
-            f"matrices of {kind}, whose use a forward is to show"
+            f"matrices of {kind}, whose layout is unknown before calibration"
             if layouts
             else f"matrices of {kind}, which are not used as one expert's each"
         )
-    return f"parameters of {kind}, which is no Linear"
+    return f"parameters of {kind}, which is not a Linear"

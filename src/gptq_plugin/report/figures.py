@@ -1,4 +1,4 @@
-"""A report's figures as people read them, for the page and the model card."""
+"""Figures of a report that the page and the model card share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gptq_plugin.report.report import QuantizeReport
 
-MODELS = {"float": "float", "gptq": "GPTQ", "rtn": "round-to-nearest"}  # the keys of `report.metrics`, spelled out
+MODELS = {"float": "float", "gptq": "GPTQ", "rtn": "round-to-nearest"}  # names of `report.metrics`' keys
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class MetricValue:
 
     Attributes:
         metric: Its name, such as ``val_loss``.
-        model: What was evaluated: a value of `MODELS`, or the report's own key.
-        value: What the evaluation gave; may be NaN.
-        change: From the float model; NaN for the float model itself and where there is none.
-        relative: `format_change` as a part of the float value's size; NaN too where that is 0.
+        model: The evaluated model: a value of `MODELS`, or the report's key.
+        value: The evaluation's result; may be NaN.
+        change: Difference from the float model's value; NaN for that model itself, and without one.
+        relative: `change` as a fraction of the float value's size; NaN if that is 0.
     """
 
     metric: str
@@ -31,7 +31,7 @@ class MetricValue:
 
 
 def metric_values(report: QuantizeReport) -> Iterator[MetricValue]:
-    """Every value of `report.metrics`, a metric's float value first."""
+    """Yields the values of `report.metrics`, each metric's float value first."""
     for metric, values in report.metrics.items():
         before = values.get("float", math.nan)
         for key in sorted(values, key=lambda key: key != "float"):
@@ -41,10 +41,10 @@ def metric_values(report: QuantizeReport) -> Iterator[MetricValue]:
 
 
 def bit_widths(report: QuantizeReport) -> list[int]:
-    """The bits of the quantized modules, each once, ascending."""
+    """Distinct bits of the quantized modules, ascending."""
     return sorted({module.bits for module in report.quantized if module.bits is not None})
 
 
 def bits_label(report: QuantizeReport) -> str:
-    """The same in words, such as ``4-bit`` or ``3/4-bit``."""
+    """`bit_widths` in words, such as ``4-bit`` or ``3/4-bit``."""
     return f"{'/'.join(map(str, bit_widths(report)))}-bit" if bit_widths(report) else "float"

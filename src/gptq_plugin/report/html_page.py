@@ -1,4 +1,4 @@
-"""report.html: a `QuantizeReport` as one page that needs nothing else, neither a network nor JavaScript."""
+"""report.html: a `QuantizeReport` as one self-contained page, without network or JavaScript."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from gptq_plugin.report.figures import bits_label, metric_values
 from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes, format_change, format_percent, format_value
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
-# Blue and orange of Okabe and Ito's palette, which people with any colour vision tell apart; round-to-nearest's mark
-# is hollow besides.
+# Blue and orange of Okabe and Ito's palette, distinct in any colour vision; round-to-nearest's mark is also hollow.
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --soft: #5d6670; --rule: #d8dde3; --box: #f4f6f8;
   --gptq: #0072b2; --rtn: #c25a00; --warn: #fff4e0; --warn-rule: #c25a00; }
@@ -54,7 +53,7 @@ th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--rule); text-align:
 th { color: var(--soft); font-weight: 600; background: var(--paper); }
 thead th { position: sticky; top: 0; }
 .left { text-align: left; }
-td.said { white-space: normal; min-width: 13rem; }
+td.remarks { white-space: normal; min-width: 13rem; }
 tr:hover td { background: var(--box); }
 .worse { color: var(--rtn); font-weight: 700; }
 .bar { display: block; height: .7rem; min-width: 1px; border-radius: 2px; background: var(--gptq); }
@@ -81,12 +80,12 @@ _COLUMNS = (
 
 
 def report_page(report: QuantizeReport, title: str) -> str:
-    """A complete HTML document: figures, metrics, the chart of losses, every module, times, deviations.
+    """A complete HTML document: figures, metrics, the chart of losses, all modules, times, deviations.
 
-    Names, deviations and every other text of the report are escaped. Figures that are unknown (NaN) are blank.
+    All texts of the report are escaped. Unknown figures (NaN) are blank.
 
     Args:
-        report: What to show.
+        report: The report to show.
         title: The heading, such as the model's name.
     """
     sections = [
@@ -126,7 +125,7 @@ def _tiles(report: QuantizeReport) -> str:
         (format_bytes(report.stored_bytes), f"quantized weights; {format_bytes(2 * report.weights)} in 16 bits"),
         (format_value(ratio, 3), "of round-to-nearest's loss"),
         (f"{report.samples:,}", f"calibration samples, {report.tokens:,} tokens"),
-        (f"{totals['seconds']:.1f} s", "in all"),
+        (f"{totals['seconds']:.1f} s", "total"),
     ]
     shown = [f"<div><b>{escape(figure)}</b><span>{escape(what)}</span></div>" for figure, what in tiles if figure]
     return f"<div class='tiles'>{''.join(shown)}</div>"
@@ -142,10 +141,10 @@ def _before_after(report: QuantizeReport) -> Iterator[tuple[str, str]]:
 def _deviations(report: QuantizeReport) -> str:
     deviations = list(report.all_deviations())
     if not deviations:
-        return "<p>Nothing differed from what was asked.</p>"
+        return "<p>No differences from the request.</p>"
     listed = "".join(f"<li>{escape(deviation)}</li>" for deviation in deviations)
     return (
-        f"<section class='deviations'><h2>What differed from what was asked ({len(deviations)})</h2>"
+        f"<section class='deviations'><h2>Differences from the request ({len(deviations)})</h2>"
         f"<ul>{listed}</ul></section>"
     )
 
@@ -166,10 +165,13 @@ def _modules(modules: Sequence[ModuleReport]) -> str:
 
 
 def _module(module: ModuleReport) -> list[str]:
-    said = "; ".join(filter(None, (module.reason, *module.deviations)))
+    remarks = "; ".join(filter(None, (module.reason, *module.deviations)))
     shape = f"{module.shape[0]} × {module.shape[1]}"
     if module.method == "float":
-        return [*_cells([module.name, "float", "", "", shape, *[""] * 6]), f"<td class='left said'>{escape(said)}</td>"]
+        return [
+            *_cells([module.name, "float", "", "", shape, *[""] * 6]),
+            f"<td class='left remarks'>{escape(remarks)}</td>",
+        ]
     ratio = module.loss / module.rtn_loss if module.rtn_loss else math.nan
     cells = _cells(
         [
@@ -188,7 +190,7 @@ def _module(module: ModuleReport) -> list[str]:
     )
     if ratio > 1:
         cells[7] = f"<td class='worse'>{format_value(ratio)}</td>"
-    return [*cells, f"<td class='left said'>{escape(said)}</td>"]
+    return [*cells, f"<td class='left remarks'>{escape(remarks)}</td>"]
 
 
 def _seconds(seconds: dict[str, float]) -> str:
@@ -204,14 +206,14 @@ def _seconds(seconds: dict[str, float]) -> str:
         for phase, spent in phases.items()
     ]
     if "total" in seconds:
-        rows.append([*_cells(["in all", f"{seconds['total']:.2f}"]), "<td></td>"])
+        rows.append([*_cells(["total", f"{seconds['total']:.2f}"]), "<td></td>"])
     return f"<h2>Seconds</h2><div class='wide free bars'>{_table(('phase', 'seconds', ''), rows)}</div>"
 
 
 def _config(report: QuantizeReport) -> str:
     rows = [_cells([name, str(setting)]) for name, setting in report.config.to_dict().items()]
     return (
-        "<h2>What was asked</h2><details><summary>Every option</summary>"
+        "<h2>Configuration</h2><details><summary>All options</summary>"
         f"<div class='wide free'>{_table(('option', 'value'), rows, text=(0, 1))}</div></details>"
     )
 
@@ -221,7 +223,7 @@ def _cells(texts: Iterable[str]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> str:
-    """A table of cells that are ``<td>`` elements already; the columns in `text` hold words, the others figures."""
+    """A table of ``<td>`` cells; the columns in `text` hold words, the others figures."""
     lines = [
         "".join(cell.replace("<td>", "<td class='left'>", 1) if n in text else cell for n, cell in enumerate(cells))
         for cells in rows

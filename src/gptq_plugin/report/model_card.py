@@ -1,7 +1,7 @@
-"""README.md of an export: a Hugging Face model card that says what the folder is and how to load it.
+"""README.md of an export: a Hugging Face model card that describes the folder and how to load it.
 
-What GPTQ clients take is stated in `_transformers` and `_vllm`; the facts were measured, the notes on formats say how.
-The card is meant to be published: paths of this machine never enter it.
+`_transformers` and `_vllm` state what these clients load; the facts were measured, as the notes on formats describe.
+Cards are published: no path of this machine enters one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes, for
 from gptq_plugin.report.provenance import strip_paths
 from gptq_plugin.report.report import QuantizeReport
 
-# Task of the hub: transformers' table of the classes that do it, and the class that loads any of them.
+# The hub's task: transformers' table of classes for it, and the auto class that loads them.
 _TASKS = {
     "text-generation": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
     "image-text-to-text": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
@@ -40,15 +40,15 @@ _HUB_ID = re.compile(r"(?=.{3,96}$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.AS
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a card says of the model besides its quantization.
+    """The model's part of a card, apart from its quantization.
 
     Attributes:
-        name: Of its class.
-        loader: The transformers class that loads it; None for a plain module or a class transformers does not have.
-        dtype: Of its float tensors.
-        base_model: Id on the Hugging Face hub of the model it was trained from, where that is known.
-        pipeline_tag: The hub's name of its task, where that is known.
-        model_type: transformers' name of the architecture, where that has one.
+        name: Its class.
+        loader: The transformers class that loads it; None for a plain module or a class unknown to transformers.
+        dtype: Dtype of its float tensors.
+        base_model: Hugging Face id of the model it was trained from, if known.
+        pipeline_tag: The hub's name of its task, if known.
+        model_type: transformers' name of the architecture, if it has one.
     """
 
     name: str
@@ -60,7 +60,7 @@ class ModelFacts:
 
 
 def model_facts(model: Any) -> ModelFacts:
-    """The facts of a model in memory, as its export will show them."""
+    """The facts of a model in memory, as its export shows them."""
     if not is_transformers(model):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return ModelFacts(type(model).__name__, dtype=dtype)
@@ -77,12 +77,12 @@ def model_facts(model: Any) -> ModelFacts:
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` if it is an id on the hub (``org/name``), None for anything that may be a path of this machine."""
+    """`name` if it is an id on the hub (``org/name``); None if it may be a path of this machine."""
     return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def heading(report: QuantizeReport, facts: ModelFacts) -> str:
-    """What the export is called, on its card and its page."""
+    """The export's title, on its card and its page."""
     name = facts.base_model.rpartition("/")[2] if facts.base_model else facts.name
     return f"{name}, {bits_label(report)} GPTQ"
 
@@ -91,11 +91,11 @@ def model_card(report: QuantizeReport, description: dict[str, Any], facts: Model
     """The text of README.md: YAML metadata, then Markdown.
 
     Args:
-        report: What was done.
+        report: The quantization's.
         description: The ``quantization_config`` of the export's config.json (`description.client_config`).
-        facts: What was quantized.
+        facts: The model's.
     """
-    if description["quant_method"] == COMPRESSED:  # in GPTQ's words, which are the table's
+    if description["quant_method"] == COMPRESSED:  # the table uses GPTQ's names
         asked = report.config
         description = {name: getattr(asked, name) for name in ("bits", "group_size", "sym")} | {
             "desc_act": False,
@@ -112,7 +112,7 @@ def model_card(report: QuantizeReport, description: dict[str, Any], facts: Model
         "## Calibration",
         _calibration(report),
         *_metrics(report),
-        "## What differed from what was asked",
+        "## Differences from the request",
         _deviations(report),
         "## How to load it",
         "In this folder (`.`); elsewhere, put its path in place of the dot.",
@@ -123,11 +123,11 @@ def model_card(report: QuantizeReport, description: dict[str, Any], facts: Model
     return "\n\n".join(sections) + "\n"
 
 
-# --- what it says -------------------------------------------------------------------------------------------
+# --- contents -----------------------------------------------------------------------------------------------
 
 
 def _metadata(report: QuantizeReport, facts: ModelFacts) -> dict[str, Any]:
-    """Keys of the hub; one whose value is unknown is left out."""
+    """The hub's keys; unknown values are left out."""
     base = {"base_model": facts.base_model, "base_model_relation": "quantized"} if facts.base_model else {}
     task = {"pipeline_tag": facts.pipeline_tag} if facts.pipeline_tag else {}
     metrics = {"metrics": [" ".join(metric.split()) for metric in report.metrics]} if report.metrics else {}
@@ -147,9 +147,9 @@ def _summary(report: QuantizeReport, facts: ModelFacts) -> str:
     compared = f" Their loss is {format_value(ratio, 3)} of round-to-nearest's." if format_value(ratio) else ""
     return (
         f"A `{facts.name}` whose linear layers were quantized with GPTQ by {QUANTIZER_NAME}.{origin} "
-        f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}. The quantized "
-        f"ones take {format_bytes(report.stored_bytes)}, {format_bits_per_weight(report.bits_per_weight)}; in 16 bits "
-        f"they would take {format_bytes(2 * report.weights)}.{compared} `report.html` shows every layer."
+        f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}. The "
+        f"quantized ones take {format_bytes(report.stored_bytes)}, {format_bits_per_weight(report.bits_per_weight)}; "
+        f"in 16 bits they would take {format_bytes(2 * report.weights)}.{compared} `report.html` shows every layer."
     )
 
 
@@ -199,7 +199,7 @@ def _transformers(report: QuantizeReport, description: dict[str, Any], facts: Mo
     compressed = description["checkpoint_format"] == COMPRESSED
     refused = []
     if facts.model_type in (CONV1D if compressed else ("gpt2",)):
-        refused.append("it has no quantized form of Conv1D, of which this model is made")
+        refused.append("it has no quantized Conv1D, which this model consists of")
     if not compressed and _grids(report, description) != {(description["bits"], description["group_size"])}:
         refused.append("it does not read layers of different bits or group sizes")
     if not compressed and description["lm_head"]:
@@ -211,7 +211,7 @@ def _transformers(report: QuantizeReport, description: dict[str, Any], facts: Mo
         needs = "It needs compressed-tensors (0.18 or newer for 3 bits): `pip install compressed-tensors`."
         return f"{_snippet('transformers', code)}\n\n{needs}"
     names, option = loader, ""
-    if description["group_size"] == -1:  # GPTQModel's own choice of kernel fails
+    if description["group_size"] == -1:  # the kernel that GPTQModel selects fails
         names = f"{loader}, GPTQConfig"
         option = f', quantization_config=GPTQConfig(bits={description["bits"]}, backend="torch")'
     code = f'from transformers import {names}\n\nmodel = {loader}.from_pretrained("."{option})'
@@ -232,24 +232,26 @@ def _vllm(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts
     if description["lm_head"]:
         refused.append("it does not read a quantized output embedding")
     if refused:
-        return f"### vLLM\n\nvLLM does not take this checkpoint: {'; '.join(refused)}."
-    notes = ["Where vLLM knows this architecture."]
+        return f"### vLLM\n\nvLLM does not load this checkpoint: {'; '.join(refused)}."
+    notes = ["If vLLM supports this architecture."]
     option = ""
     large = [module.name for module in report.quantized if module.largest > FLOAT16]
     if facts.dtype != torch.float16 and large:
         layers = _text(some(large))
-        notes.append(f"It runs in bfloat16, in which it rounds the scales; float16 cannot hold what {layers} compute.")
+        notes.append(f"It runs in bfloat16, which rounds the scales; in float16 {layers} would overflow.")
     elif facts.dtype not in (torch.float16, torch.bfloat16):
         option = " --dtype float16"
-        notes.append(f"The float tensors are {_dtype(facts.dtype)}: it would turn them and the scales into bfloat16.")
+        notes.append(
+            f"The float tensors are {_dtype(facts.dtype)}: by default it casts them and the scales to bfloat16."
+        )
     elif facts.dtype == torch.bfloat16:
         notes.append("In bfloat16 it rounds the scales, which are float16; `--dtype float16` keeps them.")
     if 8 in bits:
         notes.append("8-bit layers need a GPU.")
     if len(_grids(report, description)) > 1:
         notes.append(
-            "Layers differ in bits or group size here. Those that it fuses, such as q, k and v to `qkv_proj`, must not "
-            "differ, and their `dynamic` rule must match that name."
+            "Layers differ in bits or group size. Those it fuses, such as q, k and v to `qkv_proj`, must be alike, "
+            "and their `dynamic` rule must match the fused name."
         )
     return f"{_snippet('vLLM', f'vllm serve .{option}', 'bash')}\n\n{' '.join(notes)}"
 
@@ -271,15 +273,15 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def _text(said: str) -> str:
-    """Any text as Markdown that shows it: one line, nothing in it is markup, paths of this machine cut to their end."""
-    line = strip_paths(" ".join(said.split()))
+def _text(text: str) -> str:
+    """Escapes a text for Markdown, on one line, with paths of this machine cut to their last part."""
+    line = strip_paths(" ".join(text.split()))
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
 
 
 def _code(setting: Any) -> str:
-    """A value in backticks, for a table: a bar would end the cell even there, a backtick the code."""
+    """A value in backticks for a table, with bars and backticks, which would end the cell or the code, escaped."""
     text = str(setting).lower() if isinstance(setting, bool) else str(setting)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""

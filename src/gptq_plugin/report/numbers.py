@@ -1,4 +1,4 @@
-"""Numbers and tables as people read them."""
+"""Formats numbers and tables for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes with a decimal unit."""
+    """Three digits and a decimal unit: 123 kB."""
     if count < 1000:
         return f"{count} B"
     power = min(3, int(math.log10(count)) // 3)
@@ -20,22 +20,22 @@ def format_bits_per_weight(number: float) -> str:
 
 
 def format_value(number: float, digits: int = 4) -> str:
-    """So many significant digits; blank when unknown (NaN)."""
+    """`digits` significant digits; blank if unknown (NaN)."""
     return "" if math.isnan(number) else f"{number:.{digits}g}"
 
 
 def format_change(number: float) -> str:
-    """With its sign; blank when unknown."""
+    """With its sign; blank if unknown (NaN)."""
     return "" if math.isnan(number) else f"{number:+.3g}"
 
 
 def format_percent(number: float) -> str:
-    """A part of the whole as a percentage with its sign; blank when unknown."""
+    """A fraction as a percentage with its sign; blank if unknown (NaN)."""
     return "" if math.isnan(number) else f"{100 * number:+.2f} %"
 
 
 def align(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]:
-    """Rows as lines with columns one under the other: the first to the left, the others to the right if numeric."""
+    """Rows as lines of aligned columns: the first flush left, the others flush right if `numeric`."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     lines = []
     for first, *rest in rows:

@@ -1,6 +1,6 @@
-"""Where an export comes from, for its ``meta``; and nothing that says whose machine made it.
+"""Provenance of an export, for its ``meta``, without anything that identifies the machine.
 
-Exports are published: no path, user or host name may enter one, neither here nor in the report beside it.
+Exports are published: no path, user or host name may enter ``meta`` or the report beside it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from gptq_plugin.config import QUANTIZER_NAME, package_version
 from gptq_plugin.report.report import QuantizeReport
 
-_LIBRARIES = ("torch", "transformers", "lightning", "pytorch_lightning")  # named if they are in this process
+_LIBRARIES = ("torch", "transformers", "lightning", "pytorch_lightning")  # named if imported
 _START = r"(?:(?<=[\s'\"(=\[])|^)(?:file://)?(?:~|[A-Za-z]:|\.{1,2})?[/\\]"
 _PART = r"[^\s'\",;)\]]*"
-# A word behind a space is more of a path if there is a separator in it.
+# A word after a space continues a path if it holds a separator.
 _PATH = re.compile(rf"{_START}{_PART}(?: [^\s'\",;)\]/\\]+[/\\]{_PART})*(?<![\s'\",;)\].:/\\])")
 _PLAIN = re.compile(r"\w[\w.+-]{0,127}")
 _GIT = ("git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no")
@@ -31,8 +31,10 @@ _GIT_SECONDS = 5
 
 def provenance(report: QuantizeReport) -> dict[str, Any]:
     """Plain values for JSON: versions, seed, nsamples, samples, tokens, calibration (description and sha256), metrics
-    and git (revision of the working directory's repository, and whether tracked files differ from it). What is not
-    known is left out; nothing differs between two runs of the same."""
+    and git (revision of the working directory's repository, and whether tracked files differ from it).
+
+    Unknown values are left out. Repeating a run gives the same values.
+    """
     plain = report.to_dict()
     calibration = {"description": strip_paths(report.calibration), "sha256": report.calibration_sha256}
     known = {
@@ -41,7 +43,7 @@ def provenance(report: QuantizeReport) -> dict[str, Any]:
         "nsamples": report.config.nsamples,
         "samples": report.samples,
         "tokens": report.tokens,
-        "calibration": {key: said for key, said in calibration.items() if said},
+        "calibration": {key: text for key, text in calibration.items() if text},
         "metrics": plain["metrics"],
         "git": _git(),
     }
@@ -49,13 +51,13 @@ def provenance(report: QuantizeReport) -> dict[str, Any]:
 
 
 def run_stamp(report: QuantizeReport) -> dict[str, str]:
-    """What tells two runs of the same apart: date (UTC) and, where there is one, run_id."""
+    """Date (UTC) and run_id, if there is one: these differ between repeated runs."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"date": date} | ({"run_id": report.run_id} if report.run_id else {})
 
 
 def publishable(report: QuantizeReport) -> QuantizeReport:
-    """The report as it lies in an export: of every path only its end is left."""
+    """The report as exported, with every path cut to its last part."""
     return dataclasses.replace(
         report,
         modules=[
@@ -69,12 +71,12 @@ def publishable(report: QuantizeReport) -> QuantizeReport:
 
 
 def strip_paths(text: str) -> str:
-    """The text with paths of this machine cut to their last part."""
+    """Cuts paths of this machine to their last part."""
     return _PATH.sub(lambda path: re.split(r"[/\\]", path[0])[-1], _without_folders(text))
 
 
 def _without_folders(text: str) -> str:
-    """The text without the folders that its paths are in, as far as they exist here: their names may hold anything."""
+    """Removes folders that exist here from the paths in a text: their names may hold any character."""
     for start in reversed([found.start() for found in re.finditer(_START, text)]):
         for end in reversed([found.start() for found in re.finditer(r"[/\\]", text)]):
             if end > start and os.path.isdir(os.path.expanduser(text[start:end].removeprefix("file://"))):
@@ -84,7 +86,7 @@ def _without_folders(text: str) -> str:
 
 
 def plain_name(name: Any) -> str:
-    """A run's name, if it is one to publish: a text of letters, digits and ``_.+-``; else empty."""
+    """A run's name if it may be published, that is, consists of letters, digits and ``_.+-``; else empty."""
     return name if isinstance(name, str) and _PLAIN.fullmatch(name) else ""
 
 
@@ -100,11 +102,11 @@ def _versions() -> dict[str, str]:
 
 
 def _git() -> dict[str, Any] | None:
-    """None without git, or where the working directory is in no repository with a commit."""
+    """Revision and state of the working directory's repository; None without git, a repository or a commit."""
     try:
-        said = subprocess.run(_GIT, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True).stdout
+        status = subprocess.run(_GIT, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    revision = re.search(r"^# branch\.oid ([0-9a-f]+)$", said, re.MULTILINE)
-    dirty = any(line and not line.startswith("#") for line in said.splitlines())
+    revision = re.search(r"^# branch\.oid ([0-9a-f]+)$", status, re.MULTILINE)
+    dirty = any(line and not line.startswith("#") for line in status.splitlines())
     return {"revision": revision[1], "dirty": dirty} if revision else None

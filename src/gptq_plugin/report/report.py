@@ -1,4 +1,4 @@
-"""What happened to every module, and why: a table for people, JSON for programs."""
+"""The report of a quantization: a table for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class ModuleReport:
 
     Attributes:
         name: Full dotted name.
-        method: "gptq", "rtn" (round-to-nearest) or "float" (left alone).
-        bits: Width of its codes; None when float.
-        group_size: Channels a group, or -1; None when float.
+        method: "gptq", "rtn" (round-to-nearest) or "float" (not quantized).
+        bits: Width of its codes; None if float.
+        group_size: Channels per group, or -1; None if float.
         shape: (out_features, in_features).
-        loss: Mean over tokens of the squared output error, summed over outputs; NaN when unknown.
+        loss: Mean over tokens of the squared output error, summed over outputs; NaN if unknown.
         rtn_loss: The same for round-to-nearest.
         tokens: Calibration tokens in its Hessian, over all ranks.
-        damp_percent: The damping that was used.
-        seconds: Time to solve it; layers solved together share theirs by rows.
-        max_input: The largest absolute value it read in calibration, at any position, over all ranks; NaN when unknown.
-        max_output: The same of what it returned, quantized.
-        stored_bytes: Of its codes, scales and zeros in the export (`checkpoint.layouts.stored_bytes`); 0 when float.
-        reason: Why a float layer is float.
-        deviations: A sentence for everything that differs from what was asked.
+        damp_percent: The damping used.
+        seconds: Time to solve it; layers solved together share it in proportion to their rows.
+        max_input: Largest absolute input in calibration, at any position, over all ranks; NaN if unknown.
+        max_output: The same of the quantized layer's output.
+        stored_bytes: Bytes of its codes, scales and zeros in the export (`stored_bytes` of the layouts); 0 if float.
+        reason: Why it is float.
+        deviations: A sentence for each difference from the request.
     """
 
     name: str
@@ -58,27 +58,27 @@ class ModuleReport:
 
     @property
     def largest(self) -> float:
-        """The larger of `max_input` and `max_output`; NaN when neither is known."""
+        """The larger of `max_input` and `max_output`; NaN if neither is known."""
         return max((x for x in (self.max_input, self.max_output) if not math.isnan(x)), default=math.nan)
 
 
 @dataclass
 class QuantizeReport:
-    """A whole model.
+    """The record of a model's quantization.
 
     Attributes:
-        config: What was asked.
+        config: The request.
         modules: Every linear layer, quantized or not.
         samples: Calibration samples used, over all ranks.
-        tokens: Calibration tokens used, over all ranks: the most any layer saw.
+        tokens: Calibration tokens used, over all ranks: the largest number in any layer's Hessian.
         seconds: Wall-clock seconds by phase.
-        deviations: What differs from the request and belongs to no single module.
-        calibration: Where the samples came from, in a few words; empty when nobody said.
-        calibration_sha256: Of what the samples hold, see `batches.digest`; empty without samples.
-        run_id: The training run's, where it has one; else a number of its own. Empty without calibration.
-        float_checkpoint: Where training saved the float weights; empty when it did not.
-        coverage: What of the model's parameters is quantized and what is not, as planned; None when nobody looked.
-        metrics: By name, such as ``val_loss``, what the user's own evaluation gave: ``{"float": 2.31, "gptq": 2.33}``.
+        deviations: Differences from the request that concern no single module.
+        calibration: Source of the samples, in a few words; empty if unknown.
+        calibration_sha256: Digest of the samples (`batches.digest`); empty without samples.
+        run_id: The training run's id, else a random one. Empty without calibration.
+        float_checkpoint: Path of the float weights that training saved; empty if it did not.
+        coverage: The planned division into quantized and float parameters; None if not computed.
+        metrics: Results of the user's evaluation by metric, such as ``val_loss``: ``{"float": 2.31, "gptq": 2.33}``.
     """
 
     config: QuantizeConfig
@@ -114,14 +114,14 @@ class QuantizeReport:
         return 8 * self.stored_bytes / self.weights if self.weights else math.nan
 
     def all_deviations(self) -> Iterator[str]:
-        """Every deviation as a sentence that names its module."""
+        """Yields every deviation as a sentence that names its module."""
         yield from self.deviations
         for module in self.modules:
             for deviation in module.deviations:
                 yield f"{module.name}: {deviation}"
 
     def totals(self) -> dict[str, float]:
-        """The figures a logger wants: losses, counts and seconds of the whole model."""
+        """The whole model's losses, counts and seconds, for loggers."""
         solved = [m for m in self.quantized if not math.isnan(m.loss)]
         loss, rtn_loss = sum(m.loss for m in solved), sum(m.rtn_loss for m in solved)
         return {
@@ -138,7 +138,7 @@ class QuantizeReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; a figure that is unknown (NaN) is None, so that the JSON is standard."""
+        """Plain values; unknown figures (NaN) are None, so that the JSON is standard."""
         values = {
             "config": self.config.to_dict(),
             "totals": self.totals(),
@@ -159,7 +159,7 @@ class QuantizeReport:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def table(self) -> str:
-        """One line a module, then the totals and every deviation."""
+        """One line per module, then totals, coverage and deviations."""
         head = (
             "module",
             "method",
