@@ -140,7 +140,7 @@ def test_transformers_trainer_s_callback_refuses_before_training(tmp_path: Path)
 
 
 def test_escalation_tries_only_what_the_client_takes(llama: Any) -> None:
-    from gptq_plugin.training.attempts import Attempts
+    from gptq_plugin.training.attempts import Attempts, Quality
     from gptq_plugin.training.quality_gate import QualityGate
 
     config = QuantizeConfig(group_size=-1)
@@ -148,10 +148,8 @@ def test_escalation_tries_only_what_the_client_takes(llama: Any) -> None:
 
     def tried(target: Client | None) -> list[str]:
         nothing: Any = None
-        until = Attempts(
-            llama, QualityGate({}, "escalate", None), {}, nothing, nothing, nothing, nothing, target=target
-        )
-        return [step.what for step in steps(llama, config, noise) if until._may_be_tried(step)]
+        attempts = Attempts(llama, nothing, nothing, Quality(QualityGate({}, "escalate")), target=target)
+        return [step.what for step in steps(llama, config, noise) if attempts._is_allowed(step)]
 
     assert any("more bits" in what for what in tried(None))
     for_transformers = tried(Client("transformers"))

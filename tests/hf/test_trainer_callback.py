@@ -217,16 +217,16 @@ def test_parameters_that_are_sharded_tensors_are_refused(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from gptq_plugin.hf.trainer_callback import _check_whole
+    from gptq_plugin.hf.trainer_callback import _refuse_sharded
 
     AcceleratorState()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = llama()
-        _check_whole(model)
+        _refuse_sharded(model)
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(NotImplementedError, match="DTensor shards them"):
-            _check_whole(model)
+            _refuse_sharded(model)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -183,7 +183,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_runs import SMALL, Holds, token_loader
-import gptq_plugin.lightning.callback as training
+import gptq_plugin.training.callback_base as training
 import gptq_plugin.export.export as exporting
 from gptq_plugin import GPTQCallback, QuantizeModule
 from gptq_plugin.quantize import solve_on_ranks as dealing

@@ -7,15 +7,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
-from gptq_plugin.calibration.forward import call
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
 from gptq_plugin.checkpoint.description import client_config
-from gptq_plugin.errors import QualityError
 from gptq_plugin.model.experts import unfused
 from gptq_plugin.model.targets import find_targets
-from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.escalation import output_noise, steps
-from gptq_plugin.training.quality_gate import QualityGate
 
 from lightning_runs import llama
 
@@ -144,98 +140,6 @@ def test_the_noise_of_a_layer_is_that_of_its_output_on_what_it_reads():
                                                   wanted.square().sum()), rel=1e-4)  # fmt: skip
     assert not any(module._forward_hooks for module in model.modules())
     assert output_noise(model, floats, []) == {"0": 0.0, "2": 0.0}
-
-
-# --- until it is good enough ---
-
-
-@pytest.fixture
-def loop(tmp_path):
-    """loop(metrics, ...): the report, with the metric of each attempt given; and the model."""
-    ids = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
-
-    def quantize(metrics, quantizer=None, model=None, **gate):
-        model = llama() if model is None else model
-        quantizer = quantizer or QuantizeModule(group_size=-1, nsamples=16, batch_size=4)
-        values = iter(metrics)
-        finished = []
-        good = Attempts(
-            model,
-            QualityGate({"loss": 0.1}, **gate),
-            before={"loss": 1.0},
-            measure=lambda: {"loss": next(values)},
-            data=lambda: [{"input_ids": row[None]} for row in ids],
-            finish=lambda used, report: finished.append(
-                used.export(model, tmp_path / f"out{len(list(tmp_path.iterdir()))}")
-            ),
-            forward=call,
-            keep=True,
-        )
-        report = good.quantize(quantizer)
-        assert next(values, None) is None and len(finished) == 1
-        return report, model, finished[0]
-
-    return quantize
-
-
-def test_the_first_attempt_that_is_good_enough_is_kept_and_its_report_tells_of_the_others(loop, caplog):
-    report, model, folder = loop([1.3, 1.2, 1.05], on_fail="escalate")
-    groups, bits = report.deviations
-    assert groups.startswith("escalated, groups of 32 or less in all layers, ") and "loss went from 1 to 1.3" in groups
-    assert bits.startswith("escalated, more bits for 1 of 7 layers (") and "loss went from 1 to 1.2" in bits
-    assert groups in caplog.text and bits in caplog.text
-    assert report.metrics == {"loss": {"float": 1.0, "gptq": 1.05}}
-    raised = [module.name for module in report.quantized if module.bits == 8]
-    assert len(raised) == 1 and f"({raised[0]})" in bits
-    assert {name: layer.bits for name, layer in _quantized(model)} == {m.name: m.bits for m in report.quantized}
-    loaded = load_quantized(folder)
-    assert loaded.get_submodule(raised[0]).bits == 8 and len(_quantized(loaded)) == 7
-
-
-def test_smaller_groups_alone_leave_an_export_with_one_grid(loop):
-    report, model, folder = loop([1.3, 1.05], on_fail="escalate", max_bits=4.625)
-    assert report.config == QuantizeConfig(group_size=32, nsamples=16, batch_size=4)
-    assert {layer.group_size for _, layer in _quantized(load_quantized(folder))} == {32}
-    assert len(report.deviations) == 1
-
-
-def test_steps_above_the_limit_of_bits_are_left_out_and_cheaper_ones_after_them_tried(loop):
-    quantizer = QuantizeModule(bits=3, group_size=-1, nsamples=16, batch_size=4)
-    report, _, _ = loop([1.3, 1.05], quantizer, on_fail="escalate", max_bits=3.59)  # in groups of 32 it is 3.594
-    assert {m.group_size for m in report.quantized} == {-1} and {m.bits for m in report.quantized} == {3, 4}
-
-
-def test_a_metric_that_is_gone_or_not_a_number_is_not_good_enough(loop):
-    with pytest.raises(QualityError, match="loss went from 1 to nan.*on_fail='escalate'"):
-        loop([float("nan")])
-    with pytest.raises(QualityError, match="nothing else to try within max_bits=4"):
-        loop([float("nan")], on_fail="escalate", max_bits=4)
-    assert QualityGate({"loss": 0.1}).failures({"loss": 1.0}, {})
-
-
-def test_every_step_is_tried_before_it_is_given_up(loop):
-    model = llama()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    quantizer = QuantizeModule(bits=8, group_size=-1, nsamples=16, batch_size=4)
-    with pytest.raises(QualityError, match="nor is any of the 1 others tried. Nothing was exported"):
-        loop([2.0, 2.0], quantizer, model, on_fail="escalate")
-    assert _quantized(model) == [] and all(
-        torch.equal(state[name], value) for name, value in model.state_dict().items()
-    )
-
-
-def test_a_quantizer_of_the_users_own_kind_is_used_for_every_attempt_and_keeps_its_configuration(loop):
-    used = []
-
-    class Own(QuantizeModule):
-        def check(self, model):
-            used.append(self.config)
-            return super().check(model)
-
-    config = QuantizeConfig(group_size=-1, nsamples=16, batch_size=4)
-    own = Own(config, offload_activations=False)
-    report, _, _ = loop([1.3, 1.0], quantizer=own, on_fail="escalate")
-    assert used[0] == own.config == config and used[-1] == report.config != config
 
 
 def test_experts_of_one_parameter_get_more_bits_together():

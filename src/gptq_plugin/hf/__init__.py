@@ -1,4 +1,4 @@
-"""transformers' own extension points: its Trainer's callback and its quantizer.
+"""transformers' extension points: the Trainer's callback and the quantizer.
 
 Imports training, quantize and what is below them; never lightning or apps.
 """

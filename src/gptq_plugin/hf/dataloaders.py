@@ -1,4 +1,4 @@
-"""Accelerate's dataloaders as they were before it divided their batches among the ranks."""
+"""The Trainer's dataloaders, as calibration samples them: undivided, and those of its last evaluation."""
 
 from __future__ import annotations
 
@@ -12,21 +12,42 @@ from gptq_plugin import distributed
 
 
 def undivided(loader: Any) -> Any:
-    """The dataloader under accelerate's, whose samples are dealt to no rank yet; anything else as it is.
+    """Returns the DataLoader that accelerate wrapped, before its samples were split over ranks; else `loader` itself.
 
-    A stream stays divided: its shards are this rank's, and where rank 0 reads for all, batches are dealt in turn.
+    A stream stays divided: its shards are this rank's, and if rank 0 reads for all, batches are dealt in turn.
     """
     base = getattr(loader, "base_dataloader", loader)
     if base is loader:
         return loader
-    from accelerate.data_loader import DataLoaderDispatcher  # an extra, which made the loader
+    from accelerate.data_loader import DataLoaderDispatcher  # installed, since it made the loader
 
     if isinstance(base.dataset, IterableDataset):
-        # Without its dispatcher every rank would read such a stream whole.
+        # Without its dispatcher every rank would read all of such a stream.
         dispatched = isinstance(loader, DataLoaderDispatcher)
         return DataLoader(_Dealt(base), batch_size=None, collate_fn=_unchanged) if dispatched else base
     inner = getattr(base.batch_sampler, "batch_sampler", None)
     return base if inner is None else DataLoader(base.dataset, batch_sampler=inner, collate_fn=base.collate_fn)
+
+
+class Evaluations:
+    """Dataloaders of a Trainer's last evaluation: one per dataset, and new ones for every evaluation.
+
+    Attributes:
+        loaders: Those of the last step with an evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.loaders: list[Any] = []
+        self._first: int | None = None
+        self._last: int | None = None
+
+    def add(self, step: int, loader: Any) -> bool:
+        """Adds a dataloader; returns whether it belongs to the first evaluation, so that its data is new."""
+        if step != self._last:
+            self.loaders = []
+        self.loaders.append(loader)
+        self._first, self._last = step if self._first is None else self._first, step
+        return step == self._first
 
 
 class _Dealt(IterableDataset[Any]):

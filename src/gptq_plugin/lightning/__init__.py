@@ -1,4 +1,4 @@
-"""GPTQCallback, and everything that knows Lightning.
+"""GPTQCallback, and all modules that know Lightning.
 
 Imports training, quantize and what is below them; never hf or apps.
 """

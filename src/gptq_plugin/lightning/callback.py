@@ -6,109 +6,101 @@ strategy is torn down, and the process group, both dataloaders and the loggers s
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.batches import named
 from gptq_plugin.calibration.collect import collect
-from gptq_plugin.calibration.forward import call, evaluating, fits
-from gptq_plugin.calibration.training_data import RunData
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
-from gptq_plugin.errors import CalibrationError, TargetError
-from gptq_plugin.export.staging import check_export_dir
-from gptq_plugin.layers.qlinear import swap_modules
-from gptq_plugin.lightning.consolidated import Consolidated
-from gptq_plugin.lightning.parallel_check import Outputs, may_differ
-from gptq_plugin.lightning.roots import in_any_root, overrides
+from gptq_plugin.errors import CalibrationError
+from gptq_plugin.lightning.calibration_forward import forward_as_in_training
+from gptq_plugin.lightning.module_choice import choose_module
+from gptq_plugin.lightning.parallel_check import ParallelOutputs, may_differ
+from gptq_plugin.lightning.progress_bar import progress_like
 from gptq_plugin.lightning.sharding import is_sharded
 from gptq_plugin.lightning.strategies import refuse_for_shards, refuse_sharded_adapters, refuse_strategy
-from gptq_plugin.lightning.unsharded import refuse_unknown_sharding, unsharded
+from gptq_plugin.lightning.surroundings import (
+    evaluating_eagerly,
+    forward_device,
+    free_training_state,
+    is_dev_run,
+    run_folders,
+    trained,
+    whole,
+    without_adapters,
+)
+from gptq_plugin.lightning.unsharded import refuse_unknown_sharding
 from gptq_plugin.lightning.validation import validate, validation_loaders
-from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled, weights_of
+from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
-from gptq_plugin.model.hf_models import transformers_models
 from gptq_plugin.quantize.module import QuantizeModule
-from gptq_plugin.quantize.one_pass import Progress
-from gptq_plugin.report.provenance import plain_name
 from gptq_plugin.report.report import QuantizeReport
-from gptq_plugin.training.attempts import Attempts
-from gptq_plugin.training.preflight import (
-    check_arguments,
-    leaves_quantized,
-    refuse_adapters,
-    refuse_export,
-    refuse_offload,
-    refuse_quantized,
-)
-from gptq_plugin.training.progress import progress_like
+from gptq_plugin.training.attempts import Attempts, Quality
+from gptq_plugin.training.callback_base import CallbackBase, Origin
+from gptq_plugin.training.log_metrics import layer_metrics, quality_metrics, total_metrics
+from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 from gptq_plugin.training.quality_gate import QualityGate
-from gptq_plugin.training.rank0_export import check_own_folders, export_from_first, from_first
 
 log = logging.getLogger(__name__)
 
 
-class GPTQCallback(pl.Callback):
-    """Quantizes what training ended with, at the end of `Trainer.fit`, and exports it.
+class GPTQCallback(CallbackBase, pl.Callback):
+    """Quantizes the trained module at the end of `Trainer.fit`, and exports it.
 
-    What is quantized is the transformers model the LightningModule is, holds or contains; without one, the
-    LightningModule itself. What cannot work (no layer to quantize, a group size that does not divide, an
-    export folder that exists) is refused before the first training step. If quantization fails, the exception leaves
-    `fit` with the trained weights in place and the checkpoints written.
+    By default the transformers model that the LightningModule is, holds or contains is quantized; without one, the
+    LightningModule itself. A run that could not be quantized (no layer to quantize, a group size that does not divide,
+    an export folder that exists) is refused before the first training step. If quantization fails, the exception
+    leaves `fit` with the trained weights in place and the checkpoints written.
 
-    PEFT adapters are merged on a copy, which is quantized and exported; the adapters and their base stay as they are.
+    PEFT adapters are merged on a copy, which is quantized and exported; the adapters and their base do not change.
 
-    Under a strategy that shards parameters they are put together in files beside the export, and the module runs with
-    these, mapped, while it is tried before training and quantized after it; it stays sharded.
+    Under a strategy that shards parameters these are put together in files beside the export. The module runs on them,
+    memory-mapped, while it is tried before training and quantized after it; it stays sharded.
 
     Args:
-        quantizer: What to do.
+        quantizer: Quantizes; holds the configuration.
         export_dir: Folder to write; None quantizes without export.
-        weights: Which weights: "last", what training ended with; "best", those of the best checkpoint of the first
+        weights: Which weights: "last", those at the end of training; "best", those of the best checkpoint of the first
             ModelCheckpoint that monitors a metric; or the path of a checkpoint.
         tokenizer: Saved with the export, and used on `calibration` texts.
         calibration: ``"train"`` (as None) or ``"val"``: `config.nsamples` samples of the trainer's dataloaders, each
             once; or a DataLoader, which is sampled like them; or texts, token lists or batches (see
             `calibration.collect`), the same on every rank: each uses its part.
-        calibration_step: Runs a calibration batch, called as calibration_step(pl_module, batch); None leaves it to
-            the LightningModule's method `calibration_step(batch)`, if it has one.
+        calibration_step: Runs a calibration batch, called as calibration_step(pl_module, batch). If None, the
+            LightningModule's method `calibration_step(batch)` does, if it has one.
         mix: General text beside the run's own data: a DataLoader, or texts, token lists or batches, as above. Under
             ``token_weighting="labels"`` every token of a text is its own label.
         mix_fraction: The share of `config.nsamples` that comes from `mix`, at least one sample; 0 takes none.
-        module: Dotted name, inside the LightningModule, of the module to quantize, where the default is not
-            the right one; "" is the LightningModule itself.
+        module: Dotted name, inside the LightningModule, of the module to quantize, if the default is not the right
+            one; "" is the LightningModule itself.
         swap: True leaves the module quantized, so that `trainer.test(model)` runs on it; False exports and
             gives it its float weights back. None is True, but False for a module with PEFT adapters, or one that the
             strategy shards.
-        overwrite: Replace an earlier export of ours in `export_dir`.
+        overwrite: Replace an earlier export by this package in `export_dir`.
         target: The client that is to load the export ("vllm", "transformers", "sglang", "gptqmodel", or
-            ``{"client": "vllm", "tensor_parallel_size": 2}``): what it would not take is refused before training.
+            ``{"client": "vllm", "tensor_parallel_size": 2}``). If it would refuse the export, so does the callback,
+            before training.
         validate: Run the module's `validation_step` over the validation dataloader before and after, and log both.
-            None does so where there is one.
+            None does so if there is one.
         max_degradation: How far logged metrics may move: ``{"val_loss": 0.02}`` may rise by 0.02, ``"2%"`` by so much
             of the float model's value; ``{"val_acc": -0.01}`` may fall by 0.01.
-        on_fail: When that does not hold: "raise" exports nothing and raises QualityError; "warn" says so and exports;
-            "escalate" quantizes again, in smaller groups and with more bits for the layers with the noisiest outputs,
-            until it holds.
-        max_bits: The average bits per weight (scales and zeros included, g_idx not) that "escalate" may not exceed:
-            where nothing within them is good enough, it raises. None sets no limit.
+        on_fail: What to do when a metric moves further: "raise" exports nothing and raises QualityError; "warn" logs a
+            warning and exports; "escalate" quantizes again, in smaller groups and with more bits for the layers with
+            the noisiest outputs, until the limits hold.
+        max_bits: Average bits per weight (scales and zeros included, g_idx not) that "escalate" may not exceed: if
+            nothing within them is good enough, it raises. None sets no limit.
 
     Attributes:
-        report: What happened, after `fit`; None before.
+        report: Result of the last `fit`; None before.
     """
 
     def __init__(
@@ -131,25 +123,27 @@ class GPTQCallback(pl.Callback):
         on_fail: str = "raise",
         max_bits: float | None = None,
     ):
-        check_arguments(quantizer, export_dir, swap)
-        self.quantizer = quantizer
-        self.export_dir = Path(export_dir) if export_dir is not None else None
-        self.tokenizer = tokenizer
+        super().__init__(
+            quantizer,
+            export_dir,
+            tokenizer=tokenizer,
+            calibration=calibration,
+            mix=mix,
+            mix_fraction=mix_fraction,
+            swap=swap,
+            overwrite=overwrite,
+            target=target,
+        )
         if calibration_step is not None and not callable(calibration_step):
             raise TypeError(f"calibration_step must be callable, got {type(calibration_step).__name__}")
         self.calibration_step = calibration_step
-        self.data = RunData(quantizer.config, calibration, mix, mix_fraction)
         self.module = module
         self.weights = str(weights)
-        self.swap = swap
-        self.overwrite = overwrite
-        self.target = Client.of(target)
         self.gate = QualityGate(max_degradation or {}, on_fail, max_bits)
         if validate is False and self.gate.limits:
             raise ValueError("max_degradation needs validation, and validate=False switches it off")
         self.validate = validate
-        self.report: QuantizeReport | None = None
-        self._peak_of_training: int | None = None  # bytes on a GPU, which quantization is not to exceed
+        self._peak_of_training: int | None = None  # bytes on a GPU, which quantization must not exceed
 
     @property
     def state_key(self) -> str:
@@ -157,25 +151,23 @@ class GPTQCallback(pl.Callback):
 
     @distributed.ending_together()
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit" or _is_dev_run(trainer):
+        if stage != "fit" or is_dev_run(trainer):
             return
-        refuse_quantized(pl_module, self._float_checkpoint() or "MyModule.load_from_checkpoint")
+        earlier = self.report.float_checkpoint if self.report is not None else ""
+        refuse_quantized(pl_module, earlier or "MyModule.load_from_checkpoint")
         refuse_for_shards(trainer, self.swap, self.export_dir, self.weights)
         check_weights(trainer, self.weights)
         refuse_strategy(trainer, self.leaves_quantized(trainer, pl_module))
         if not is_sharded(trainer):
             refuse_offload(self.quantizer, trainer.strategy.root_device)
-        self._check_others(trainer, pl_module)
-        if self.export_dir is not None:
-            self.export_dir = from_first(self.export_dir)
-            check_own_folders(self.export_dir, _run_folders(trainer))
-            check_export_dir(self.export_dir, overwrite=self.overwrite)
+        self._refuse_after_swap(trainer, pl_module)
+        self.agree_on_export_dir(run_folders(trainer))
 
     @distributed.ending_together()
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _is_dev_run(trainer):
+        if is_dev_run(trainer):
             return
-        if is_sharded(trainer):  # layers are whole in `on_train_start`
+        if is_sharded(trainer):  # whole layers are checked in `on_train_start`
             refuse_sharded_adapters(trainer, pl_module)
             refuse_unknown_sharding(pl_module)
             return
@@ -184,18 +176,17 @@ class GPTQCallback(pl.Callback):
         if has_adapters(module):
             module = base_copy(module)
         with uncompiled(module):
-            self.quantizer.check(module)
-            refuse_export(self.quantizer, module, self.export_dir, self.target)
+            self.check_layers(module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A metric that is not logged is found in the sanity check before training, or else in the first validation."""
-        if self.gate.limits and not _is_dev_run(trainer):
+        """Finds a metric that is not logged in the sanity check before training, or else in the first validation."""
+        if self.gate.limits and not is_dev_run(trainer):
             self.gate.check_names(trainer.callback_metrics)
 
     @distributed.ending_together()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One calibration batch of every source runs now, so that what does not fit is found before training."""
-        if _is_dev_run(trainer):
+        """Runs one calibration batch of every source, so that data that does not fit is found before training."""
+        if is_dev_run(trainer):
             return
         if (self.gate.limits or self.validate) and not validation_loaders(trainer):
             raise ValueError(
@@ -206,120 +197,101 @@ class GPTQCallback(pl.Callback):
             data = self.calibration_data(trainer)
         first = self.data.beginning(data)
         if first is None and not is_sharded(trainer):
-            return  # a stream of the user's own is not read ahead of its training
-        with isolate_rng(), evaluating(pl_module), torch.compiler.set_stance("force_eager"):
+            return  # the user's stream is not read before training
+        with isolate_rng(), evaluating_eagerly(pl_module):
             outputs = self._parallel_outputs(trainer, pl_module)
-            with (
-                self._whole(trainer, pl_module),
-                uncompiled(pl_module),
-                _without_adapters(pl_module, self.module_to_quantize(pl_module), base_copy) as module,
-            ):
+            with whole(trainer, pl_module, self.export_dir), uncompiled(pl_module):
                 if outputs is not None:
-                    with streamed_to(pl_module, _elsewhere(trainer)):
+                    with streamed_to(pl_module, forward_device(trainer)):
                         outputs.check()
-                refuse_export(self.quantizer, module, self.export_dir, self.target)
-                if first is None:
-                    self.quantizer.coverage(module)
-                    return
-                with streamed_to(pl_module, _elsewhere(trainer), besides=module):
-                    self.quantizer.rehearse(
-                        module,
-                        first,
-                        forward=self.calibration_forward(trainer, pl_module, module),
-                        tokenizer=self.tokenizer,
-                        device=_elsewhere(trainer),
-                        whole=self.data.is_given,
-                    )
+                chosen = self.module_to_quantize(pl_module)
+                with without_adapters(trainer, pl_module, chosen, base_copy) as module:
+                    self._rehearse(trainer, pl_module, module, first)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak_of_training = memory.peak_bytes(trainer.strategy.root_device)
 
     @distributed.ending_together()
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _is_dev_run(trainer):
+        if is_dev_run(trainer):
             log.info("fast_dev_run: nothing is quantized or exported")
             return
-        _free_training_state(trainer, pl_module)
+        free_training_state(trainer, pl_module)
         with (
-            self._whole(trainer, pl_module) as files,
-            weights_of(trainer, pl_module, self.weights) as keep_weights,
-            uncompiled(pl_module),
-            _on_device(trainer, pl_module),
-            evaluating(pl_module),
-            torch.compiler.set_stance("force_eager"),  # hooks and threads are not for compiled code
+            trained(trainer, pl_module, self.weights, self.export_dir) as state,
             progress_like(trainer) as progress,
         ):
-            wanted = self.validate is not False and validation_loaders(trainer)
-            with streamed_to(pl_module, _elsewhere(trainer)):
-                before = validate(trainer, pl_module) if wanted else {}
-            self.gate.check_names(before)
+            quality = self._measure_float(trainer, pl_module)
             swap = self.leaves_quantized(trainer, pl_module)
-            trained = self.module_to_quantize(pl_module)
-            with (
-                _without_adapters(pl_module, trained, merged_in_place) as module,
-                streamed_to(pl_module, _elsewhere(trainer), besides=module),
-            ):
-                notes = note_untied(trained, module)
-                self.report = self._quantize(trainer, pl_module, module, before, progress, swap, notes, files)
-            if swap:
-                keep_weights()
-        _log_to_loggers(trainer, self.report)
-
-    def _quantize(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        module: nn.Module,
-        before: Mapping[str, float],
-        progress: Progress | None,
-        swap: bool,
-        notes: list[str],
-        files: Consolidated | None,
-    ) -> QuantizeReport:
-        """Until the result is good enough; exports it."""
-
-        def finish(quantizer: QuantizeModule, report: QuantizeReport) -> None:
-            report.float_checkpoint = self._float_checkpoint(trainer)
-            report.run_id = plain_name(getattr(trainer.logger, "version", None)) or report.run_id
-            report.deviations += notes
-            if self.export_dir is not None:
-                self.export_dir = export_from_first(
-                    quantizer,
+            chosen = self.module_to_quantize(pl_module)
+            with without_adapters(trainer, pl_module, chosen, merged_in_place) as module:
+                attempts = Attempts(
                     module,
-                    self.export_dir,
+                    data=partial(self.calibration_data, trainer),
+                    forward=self.calibration_forward(trainer, pl_module, module),
+                    quality=quality,
                     tokenizer=self.tokenizer,
-                    overwrite=self.overwrite,
+                    progress=progress,
+                    keep=swap,
+                    device=forward_device(trainer),
+                    device_memory=self._peak_of_training,
+                    layers_in=None if state.files is None else state.files.layers,
                     target=self.target,
                 )
+                origin = Origin(
+                    float_checkpoint(trainer, self.weights),
+                    getattr(trainer.logger, "version", None),
+                    note_untied(chosen, module),
+                )
+                report = self.quantize_and_export(attempts, origin)
+            if swap:
+                state.keep_weights()
+        _log(trainer, report)
 
-        return Attempts(
+    def leaves_quantized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Return whether the module stays quantized after `fit`."""
+        return not is_sharded(trainer) and leaves_quantized(pl_module, self.swap)
+
+    def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:
+        """Returns the module to quantize; override to choose another. See `choose_module`."""
+        return choose_module(pl_module, self.module)
+
+    def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
+        """Returns this rank's calibration data; override to choose other samples."""
+        return self.data.sources(trainer.train_dataloader, partial(_validation_loaders, trainer))
+
+    def calibration_forward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
+    ) -> Callable[[nn.Module, Any], Any]:
+        """Returns the function that runs a batch; override to run it otherwise. See `forward_as_in_training`."""
+        every_logit = self.quantizer.config.lm_head
+        return forward_as_in_training(trainer, pl_module, module, step=self.calibration_step, every_logit=every_logit)
+
+    def _rehearse(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module, first: Iterable[Any] | None
+    ) -> None:
+        self.check_export(module)
+        if first is None:
+            self.quantizer.coverage(module)
+            return
+        self.quantizer.rehearse(
             module,
-            self.gate,
-            before,
-            measure=partial(validate, trainer, pl_module),
-            data=partial(self.calibration_data, trainer),
-            finish=finish,
+            first,
             forward=self.calibration_forward(trainer, pl_module, module),
             tokenizer=self.tokenizer,
-            progress=progress,
-            keep=swap,
-            device=_elsewhere(trainer),
-            device_memory=self._peak_of_training,
-            layers_in=None if files is None else files.layers,
-            target=self.target,
-        ).quantize(self.quantizer)
+            device=forward_device(trainer),
+            whole=self.data.is_given,
+        )
 
-    def _whole(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> contextlib.AbstractContextManager[Consolidated | None]:
-        """The module without the strategy's sharding, where there is any."""
-        if not is_sharded(trainer):
-            return nullcontext()
-        assert self.export_dir is not None
-        return unsharded(trainer, pl_module, self.export_dir)
+    def _measure_float(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Quality:
+        wanted = self.validate is not False and validation_loaders(trainer)
+        with streamed_to(pl_module, forward_device(trainer)):
+            before = validate(trainer, pl_module) if wanted else {}
+        self.gate.check_names(before)
+        return Quality(self.gate, before, partial(validate, trainer, pl_module))
 
-    def _parallel_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outputs | None:
-        """Of the module while it is sharded, where they may be others without that."""
+    def _parallel_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ParallelOutputs | None:
+        """Outputs of the sharded module, if they may differ from those of the whole one."""
         if not is_sharded(trainer):
             return None
         module = self.module_to_quantize(pl_module)
@@ -328,92 +300,15 @@ class GPTQCallback(pl.Callback):
             return None
         batches = collect(first, self.quantizer.config, self.tokenizer).batches
         run = partial(self.calibration_forward(trainer, pl_module, module), module)
-        return Outputs(run, batches[0].data if batches else None)
+        return ParallelOutputs(run, batches[0].data if batches else None)
 
-    def _check_others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _refuse_after_swap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
         if any(isinstance(other, GPTQCallback) and other.leaves_quantized(trainer, pl_module) for other in before):
             raise ValueError(
                 "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
                 "quantize: give all but the last swap=False"
             )
-
-    def _float_checkpoint(self, trainer: pl.Trainer | None = None) -> str:
-        if trainer is not None:
-            return float_checkpoint(trainer, self.weights)
-        return self.report.float_checkpoint if self.report is not None else ""
-
-    def leaves_quantized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Whether the module is left quantized."""
-        return not is_sharded(trainer) and leaves_quantized(pl_module, self.swap)
-
-    def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:
-        """The module `module` names, or the one transformers model inside, or the LightningModule.
-
-        Raises:
-            TargetError: `module` is no submodule, or there are several transformers models to choose from.
-        """
-        if self.module is not None:
-            try:
-                return pl_module.get_submodule(self.module)
-            except AttributeError:
-                children = ", ".join(name for name, _ in pl_module.named_children())
-                raise TargetError(
-                    f"module={self.module!r} is no submodule of {type(pl_module).__name__}, which has {children}"
-                ) from None
-        models = dict(transformers_models(pl_module))
-        if len(models) > 1:
-            raise TargetError(
-                f"{type(pl_module).__name__} holds several transformers models ({', '.join(models)}): say which one "
-                "to quantize with module=..., or module='' for all of it"
-            )
-        for name, model in models.items():
-            outside = _parameters_outside(pl_module, model)
-            if outside:
-                log.warning(
-                    "only the transformers model %r is quantized and exported; %s of %s are outside it. For all of "
-                    "it, give module=''",
-                    name,
-                    ", ".join(outside[:4]),
-                    type(pl_module).__name__,
-                )
-            return model
-        return pl_module
-
-    def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
-        """What this rank calibrates on; override to choose other samples."""
-        return self.data.sources(trainer.train_dataloader, partial(_validation_loaders, trainer))
-
-    def calibration_forward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
-    ) -> Callable[[nn.Module, Any], Any]:
-        """How one batch is run: moved and cast as in training, then through `calibration_step`, or else
-        through the first of these whose forward takes it: the module to quantize, the LightningModule, a
-        transformers model inside it."""
-        step = getattr(pl_module, "calibration_step", None)
-        if self.calibration_step is not None:
-            step = functools.partial(self.calibration_step, pl_module)
-        inside = [model for _, model in transformers_models(pl_module)]
-        runners = [m for m in (module, pl_module, *inside) if _defines_forward(m)]
-        every_logit = self.quantizer.config.lm_head
-
-        def forward(_: nn.Module, batch: Any) -> Any:
-            batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-            batch = trainer.strategy.batch_to_device(batch)
-            with trainer.precision_plugin.forward_context():
-                if callable(step):
-                    return step(batch)
-                if not runners:
-                    raise CalibrationError(
-                        f"{type(pl_module).__name__} has no forward: give it a method calibration_step(batch) that "
-                        "runs a training batch through the model, or give GPTQCallback(calibration_step=...)"
-                    )
-                # Only the LightningModule knows what a tuple means; the names of a mapping's parts say it themselves.
-                otherwise, parts = pl_module if pl_module in runners else runners[0], named(batch)
-                runner = otherwise if parts is None else next((m for m in runners if fits(m, parts)), otherwise)
-                return call(runner, batch, every_logit=every_logit, device=_elsewhere(trainer))
-
-        return forward
 
 
 def _validation_loaders(trainer: pl.Trainer) -> list[Any]:
@@ -426,79 +321,8 @@ def _validation_loaders(trainer: pl.Trainer) -> list[Any]:
     return loaders
 
 
-def _defines_forward(module: nn.Module) -> bool:
-    return not isinstance(module, in_any_root("LightningModule")) or overrides(module, "forward")
-
-
-def _is_dev_run(trainer: pl.Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))  # set by Lightning, but not declared
-
-
-@contextlib.contextmanager
-def _without_adapters(
-    pl_module: pl.LightningModule, module: nn.Module, copied: Callable[[nn.Module], nn.Module]
-) -> Iterator[nn.Module]:
-    """The module to quantize: where it has adapters, a copy without them, which meanwhile stands in its place."""
-    if not has_adapters(module):
-        yield module
-        return
-    (name,) = [name for name, other in pl_module.named_modules() if other is module]
-    plain = copied(module)
-    swap_modules(pl_module, {name: plain})
-    try:
-        yield plain
-    finally:
-        swap_modules(pl_module, {name: module})
-
-
-def _run_folders(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
-    yield "default_root_dir", trainer.default_root_dir
-    yield "the logger's folder", trainer.log_dir
-    for checkpoint in trainer.checkpoint_callbacks:
-        yield "ModelCheckpoint's folder", getattr(checkpoint, "dirpath", None)
-
-
-def _free_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Gradients and optimizer state go before quantization needs the memory; the checkpoints hold them."""
-    pl_module.zero_grad(set_to_none=True)
-    trainer.strategy.optimizers = []
-    trainer.strategy.lr_scheduler_configs = []
-
-
-def _elsewhere(trainer: pl.Trainer) -> torch.device | None:
-    """Where forwards run, when the module is not there: whole weights come to the training device part by part."""
-    return trainer.strategy.root_device if is_sharded(trainer) else None
-
-
-@contextlib.contextmanager
-def _on_device(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Lightning has moved the module to the CPU by now; it goes back there afterwards. A whole one stays there."""
-    if is_sharded(trainer):
-        yield
-        return
-    origin = pl_module.device
-    pl_module.to(trainer.strategy.root_device)
-    try:
-        yield
-    finally:
-        pl_module.to(origin)
-
-
-def _parameters_outside(pl_module: nn.Module, model: nn.Module) -> list[str]:
-    inside = {id(parameter) for parameter in model.parameters()}
-    return [name for name, parameter in pl_module.named_parameters() if id(parameter) not in inside]
-
-
-def _log_to_loggers(trainer: pl.Trainer, report: QuantizeReport) -> None:
-    metrics: dict[str, float] = {f"gptq/{key}": value for key, value in report.totals().items()}
-    for module in report.quantized:
-        for key in ("loss", "rtn_loss", "damp_percent", "tokens", "seconds"):
-            value = float(getattr(module, key))
-            if math.isfinite(value):
-                metrics[f"gptq/{module.name}/{key}"] = value
-    for name, values in report.metrics.items():
-        metrics |= {f"gptq/{name}/{of}": value for of, value in values.items()}
-        metrics[f"gptq/{name}/difference"] = values["gptq"] - values["float"]
+def _log(trainer: pl.Trainer, report: QuantizeReport) -> None:
+    metrics = total_metrics(report) | layer_metrics(report) | quality_metrics(report)
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
         logger.save()

@@ -1,6 +1,6 @@
-"""A callback for trainers that somebody else's code builds, through Lightning's entry point for callbacks.
+"""Adds a callback to trainers built by other code, through Lightning's entry point for callbacks.
 
-Lightning asks `callbacks` for every Trainer it builds. Outside of an `in_every_trainer` block there are none.
+Lightning calls `callbacks` for every Trainer it builds. Outside an `in_every_trainer` block it returns none.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_asked_for: list[Callable[[], Any]] = []
+_makers: list[Callable[[], Any]] = []
 
 
 @contextlib.contextmanager
@@ -17,15 +17,15 @@ def in_every_trainer(make: Callable[[], Any]) -> Iterator[None]:
     """Adds a callback to each Trainer that is built in the block, of `lightning` and of `pytorch_lightning`.
 
     Args:
-        make: Called for each Trainer; returns a new callback.
+        make: Called once per Trainer; returns a new callback.
     """
-    _asked_for.append(make)
+    _makers.append(make)
     try:
         yield
     finally:
-        _asked_for.remove(make)
+        _makers.remove(make)
 
 
 def callbacks() -> list[Any]:
-    """What pyproject.toml names as the entry point: new callbacks for a Trainer, none unless asked for."""
-    return [make() for make in _asked_for]
+    """The entry point that pyproject.toml names: makes new callbacks for a Trainer."""
+    return [make() for make in _makers]

@@ -1,7 +1,7 @@
-"""Whether a module computes the same without its tensor parallelism: `Outputs`.
+"""Checks that the unsharded module reproduces its tensor-parallel outputs: `ParallelOutputs`.
 
-Beside `parallelize_module`, a `configure_model` may change modules by hand: numbers of heads become those of one rank.
-With whole weights such a module fails, or computes something else, and that is found before training.
+Besides `parallelize_module`, a `configure_model` may change modules by hand: numbers of heads become those of one rank.
+With whole weights such a module fails, or computes something else. The check finds that before training.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _REMEDY = (
 )
 
 
-class Outputs:
-    """What the module makes of one batch, the same on all ranks, while it is sharded. Every rank makes one.
+class ParallelOutputs:
+    """Outputs of the sharded module for one batch, the same on all ranks. Every rank makes one.
 
     Args:
         run: Runs a batch through the module.
-        batch: This rank's; rank 0's is taken. None, there, leaves nothing to compare.
+        batch: This rank's batch; rank 0's is used on all. If rank 0 has None, nothing is compared.
     """
 
     def __init__(self, run: Callable[[Any], Any], batch: Any) -> None:
@@ -41,10 +41,10 @@ class Outputs:
         self._sharded = self._outputs()
 
     def check(self) -> None:
-        """To be called while the module is whole.
+        """Runs the batch through the module, which must be whole by now, and compares.
 
         Raises:
-            TargetError: It fails, or its outputs are others.
+            TargetError: The module fails, or its outputs differ.
         """
         try:
             whole = self._outputs()
@@ -70,9 +70,9 @@ class Outputs:
 
 
 def may_differ(trainer: pl.Trainer, pl_module: nn.Module, module: nn.Module) -> bool:
-    """Whether the strategy runs modules in parallel, and `module` may be run now.
+    """Return whether the strategy runs modules in parallel, and `module` may be run now.
 
-    FSDP2 takes the first module that runs for the outermost, so one inside that must not.
+    FSDP2 takes the first module that runs for the outermost, so a module inside another FSDP2 module must not.
     """
     mesh = getattr(trainer.strategy, "_device_mesh", None)
     in_parallel = mesh is not None and mesh["tensor_parallel"].size() > 1

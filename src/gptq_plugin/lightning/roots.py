@@ -1,7 +1,7 @@
 """Lightning under its two import roots, `lightning.pytorch` and the older `pytorch_lightning`.
 
-A class of one is not a class of the other, though they are the same code. A trainer of either root calls the hooks of
-any callback, so GPTQCallback serves both, as long as nothing asks whether a strategy is of one root's classes.
+Their code is the same, but a class of one is not a class of the other. A trainer of either root calls the hooks of any
+callback, so GPTQCallback works in both, as long as it compares types through `in_any_root`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _ROOTS = ("lightning.pytorch", "pytorch_lightning")
 
 
 def overrides(pl_module: Any, hook: str) -> bool:
-    """Whether the module is a LightningModule of either root that has this method of its own."""
+    """Return whether the module is a LightningModule, of either root, that overrides this method."""
     roots = [kind for kind in in_any_root("LightningModule") if isinstance(pl_module, kind)]
     return bool(roots) and is_overridden(hook, pl_module, roots[0])
 
 
 def in_any_root(name: str) -> tuple[type, ...]:
-    """The class in every root this process has imported; an object of another root cannot be in it.
+    """Returns the class from every root that this process has imported; objects of another root cannot exist.
 
     Args:
         name: Dotted, below the root: ``"strategies.FSDPStrategy"``.

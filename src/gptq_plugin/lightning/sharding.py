@@ -1,4 +1,4 @@
-"""How Lightning's sharding strategies keep parameters, and how each is had whole, one after the other: `Sharding`.
+"""How each strategy shards parameters, and how to gather them one at a time: `Sharding`.
 
 ModelParallelStrategy leaves DTensors in the module (FSDP2, https://arxiv.org/abs/2411.00284, and tensor parallelism),
 FSDPStrategy wraps modules and keeps their parameters flat, DeepSpeed empties parameters and keeps parts beside them.
@@ -22,12 +22,12 @@ from gptq_plugin.lightning.roots import in_any_root
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter or buffer is.
+    """Place of a parameter or buffer.
 
     Attributes:
         name: Dotted, in the sharded module; the same on every rank.
-        module: What holds it.
-        key: Its name there.
+        module: Holds it.
+        key: Its name in `module`.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Slot:
 
     @property
     def tensor(self) -> Tensor:
-        """What this rank has of it."""
+        """This rank's part."""
         parameter = self.module._parameters.get(self.key)
         tensor = self.module._buffers[self.key] if parameter is None else parameter
         assert tensor is not None
@@ -44,21 +44,21 @@ class Slot:
 
 
 class Sharding:
-    """DTensors, of `fully_shard` and `parallelize_module`; tensors that are none are whole on every rank.
+    """DTensors of `fully_shard` and `parallelize_module`. Other tensors are whole on every rank.
 
     Args:
-        root: What the strategy trains: the LightningModule, or what it wrapped around it.
+        root: The module the strategy trains: the LightningModule, or its wrapper.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
 
     @contextlib.contextmanager
-    def whole_on(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
-        """Around everything else: every module holds its own parts, where training had them.
+    def resharded(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+        """Outermost context: every module holds its shards, on the training device.
 
         Args:
-            pl_module: The module.
+            pl_module: The LightningModule.
             device: Of training.
         """
         for module in self.root.modules():
@@ -66,24 +66,24 @@ class Sharding:
                 module.reshard()  # the last forward leaves some modules with whole parameters
         yield
 
-    def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by its slot's name, one at a time, in the same order on all ranks. Every rank has to read on to
-        the end, whatever happens to it: the others wait for its part.
+    def gather(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
+        """Yields the whole tensor of every slot with its name, in the same order on all ranks.
 
-        A tensor is good until the next one is asked for.
+        A tensor is valid until the next one is read. Gathering is collective, so every rank must read to the end, even
+        after an error of its own.
         """
         for slot in slots:
-            yield slot.name, _whole(slot.tensor)
+            yield slot.name, _gathered(slot.tensor)
 
 
 class _FlatParameters(Sharding):
-    """FullyShardedDataParallel's: one flat parameter a wrapped module, in which the module's own are views."""
+    """Parameters of FullyShardedDataParallel: one flat parameter a wrapped module, whose own parameters are views."""
 
     @contextlib.contextmanager
-    def whole_on(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
-        yield  # at the end of every forward they are
+    def resharded(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+        yield  # every forward ends so
 
-    def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
+    def gather(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
         left = {slot.name: slot for slot in slots}
         for unit in FullyShardedDataParallel.fsdp_modules(self.root):
             nested = {m for u in FullyShardedDataParallel.fsdp_modules(unit) if u is not unit for m in u.modules()}
@@ -92,22 +92,22 @@ class _FlatParameters(Sharding):
                 for slot in [slot for slot in left.values() if slot.module in own]:
                     yield slot.name, slot.tensor.detach()
                     del left[slot.name]
-        yield from super().whole(list(left.values()))
+        yield from super().gather(list(left.values()))
 
 
 class _Partitions(Sharding):
-    """DeepSpeed's: with ZeRO-3 each parameter is empty but for the time it is gathered; else it is whole anyway."""
+    """Parameters of DeepSpeed: under ZeRO-3 each is empty except while it is gathered; else it is always whole."""
 
     @contextlib.contextmanager
-    def whole_on(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
+    def resharded(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
         origin = pl_module.device
-        pl_module.to(device)  # Lightning has moved what is no part of a parameter to the CPU
+        pl_module.to(device)  # Lightning has moved all but the partitions to the CPU
         try:
             yield
         finally:
             pl_module.to(origin)
 
-    def whole(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
+    def gather(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
         import deepspeed
 
         for slot in slots:
@@ -123,19 +123,19 @@ _KINDS: dict[str, type[Sharding]] = {
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
-    """Whether the trainer's strategy keeps parameters in parts."""
+    """Return whether the trainer's strategy shards parameters."""
     return any(isinstance(trainer.strategy, in_any_root(f"strategies.{name}")) for name in _KINDS)
 
 
 def sharding_of(trainer: pl.Trainer) -> Sharding:
-    """How the strategy of a trainer that `shards` does it, once it has set its module up."""
+    """Returns how a trainer shards, if `is_sharded`, once its strategy has set up the module."""
     kinds = (kind for name, kind in _KINDS.items() if isinstance(trainer.strategy, in_any_root(f"strategies.{name}")))
     assert trainer.strategy.model is not None
     return next(kinds)(trainer.strategy.model)
 
 
 @torch.no_grad()
-def _whole(tensor: Tensor) -> Tensor:
-    """A DTensor's full tensor, for which every rank has to ask; any other as it is."""
+def _gathered(tensor: Tensor) -> Tensor:
+    """The full tensor of a DTensor, for which every rank has to ask; any other tensor unchanged."""
     full: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
     return full  # type: ignore[no-any-return]

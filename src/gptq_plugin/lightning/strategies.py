@@ -1,4 +1,4 @@
-"""Lightning strategies at whose end GPTQCallback cannot quantize, or not with everything it offers."""
+"""Refuses Lightning strategies the callback supports only in part, or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptq_plugin.model.adapters import has_adapters
 
 
 def refuse_strategy(trainer: pl.Trainer, swap: bool) -> None:
-    """Raises ValueError for strategies that train in processes whose modules do not come back, where `swap` is true."""
+    """Raises ValueError for `swap` under a strategy whose processes do not hand their modules back."""
     launcher = trainer.strategy.launcher
     if swap and isinstance(launcher, in_any_root("strategies.launchers._MultiProcessingLauncher")):
         raise ValueError(
@@ -24,11 +24,11 @@ def refuse_strategy(trainer: pl.Trainer, swap: bool) -> None:
 
 
 def refuse_for_shards(trainer: pl.Trainer, swap: bool | None, export_dir: Path | None, weights: str) -> None:
-    """Raises ValueError for what the callback cannot do where the strategy shards parameters.
+    """Raises ValueError for options that need a whole module, if the strategy shards parameters.
 
     Args:
-        trainer: Of any strategy.
-        swap, export_dir, weights: The callback's.
+        trainer: With any strategy.
+        swap, export_dir, weights: The callback's options.
     """
     if not is_sharded(trainer):
         return
@@ -42,13 +42,13 @@ def refuse_for_shards(trainer: pl.Trainer, swap: bool | None, export_dir: Path |
         raise ValueError(f"under {strategy} the module keeps its float weights: give an export_dir")
     if weights != "last":
         raise ValueError(
-            f"weights={weights!r}: under {strategy} only what training ended with is quantized (weights='last'). Run "
-            "gptq-quantize ckpt=... on the checkpoint afterwards"
+            f"weights={weights!r}: under {strategy} only the weights at the end of training are quantized "
+            "(weights='last'). Run gptq-quantize ckpt=... on the checkpoint afterwards"
         )
 
 
 def refuse_sharded_adapters(trainer: pl.Trainer, module: nn.Module) -> None:
-    """Raises TargetError for PEFT adapters on parameters that are in parts."""
+    """Raises TargetError for PEFT adapters on sharded parameters."""
     if is_sharded(trainer) and has_adapters(module):
         raise TargetError(
             f"PEFT adapters are not merged under {type(trainer.strategy).__name__}: train without the callback, and "

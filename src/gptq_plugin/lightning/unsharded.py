@@ -1,8 +1,7 @@
-"""A module that its strategy shards, as if nobody had sharded it: `unsharded`.
+"""Temporarily undoes a strategy's sharding of a module: `unsharded`.
 
-Nothing is copied or built anew. The modules stay who they are, so whatever refers to them keeps working. For a while
-their parameters and buffers are whole, mapped from files, and what sharding put around them is away: the hooks that
-gather and redistribute, FSDP2's classes, and wrappers.
+No module is copied or rebuilt, so references to them stay valid. Meanwhile their parameters and buffers are whole,
+mapped from files, and what sharding added is gone: the hooks that gather and redistribute, FSDP2's classes, wrappers.
 """
 
 from __future__ import annotations
@@ -41,24 +40,25 @@ _HOOKS = (
 
 @contextlib.contextmanager
 def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) -> Iterator[Consolidated]:
-    """The module whole and without its sharding for the length of a with block; afterwards as it was.
+    """Inside the block the module is whole and without its sharding; afterwards as before.
 
-    In a process group every rank calls it, and ends with the same weights in the same memory as all ranks of its node.
-    Forwards in the block are no collectives: each rank may run as many as it likes.
+    In a process group every rank calls it. All ranks of a node get the same weights in the same memory. Forwards in
+    the block are not collective: each rank may run any number of them.
 
     Args:
-        trainer: Of a strategy that shards, which has set the module up.
+        trainer: With a strategy that shards, and has set up the module.
         pl_module: Its module.
-        beside: Where the weights lie meanwhile: in a temporary folder beside this one.
+        beside: Sibling of the temporary folder that holds the weights meanwhile.
 
     Raises:
-        TargetError: The module was sharded in a way that cannot be taken back.
-        ExportError: The weights cannot be written or read there.
+        TargetError: The module was sharded in a way that cannot be undone.
+        ExportError: This rank cannot write or read the folder.
+        RankError: Another rank failed.
     """
     refuse_unknown_sharding(pl_module)
     strategy: Any = trainer.strategy
     sharding = sharding_of(trainer)
-    with sharding.whole_on(pl_module, strategy.root_device):
+    with sharding.resharded(pl_module, strategy.root_device):
         slots = list(_slots(pl_module))
         first = {id(slot.tensor): slot for slot in reversed(slots)}  # tied ones under their first name
         unique = [slot for slot in slots if first[id(slot.tensor)] is slot]
@@ -67,25 +67,25 @@ def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) 
                 f"the ranks have built {type(pl_module).__name__} with different parameters: configure_model must do "
                 "the same on all of them"
             )
-        tensors = sharding.whole(unique)
+        tensors = sharding.gather(unique)
         with consolidated(tensors, beside, node=strategy.node_rank, local_rank=strategy.local_rank) as files:
             new = {slot: _like(slot.tensor, files.tensors[slot.name]) for slot in unique}
-            with _pointed({slot: new[first[id(slot.tensor)]] for slot in slots}), _bare(pl_module):
+            with _holding({slot: new[first[id(slot.tensor)]] for slot in slots}), _stripped(pl_module):
                 yield files
 
 
 def refuse_unknown_sharding(pl_module: nn.Module) -> None:
-    """Raises TargetError for modules that were changed in ways `unsharded` does not undo."""
+    """Raises TargetError for modules that were changed in a way `unsharded` cannot undo."""
     for name, module in pl_module.named_modules():
         name = name or type(module).__name__
         if any("_flat_param" in key for key in module._parameters):
             raise TargetError(
-                f"{name} has but a flat parameter, of which nobody can tell the layers' own: "
-                "FSDPStrategy(use_orig_params=True), the default, keeps them"
+                f"{name} has one flat parameter, which cannot be divided into those of its layers: use "
+                "FSDPStrategy(use_orig_params=True), the default"
             )
         if "forward" in module.__dict__ and _original(module.__dict__["forward"]) is None:
             raise TargetError(
-                f"{name} was sharded by a library that has put a forward of its own in the place of the module's "
+                f"{name} was sharded by a library that has replaced its forward "
                 f"({module.__dict__['forward'].__module__}). Use fully_shard or parallelize_module, or train without "
                 "the callback and run gptq-quantize ckpt=... on what was saved"
             )
@@ -99,7 +99,7 @@ def _refuse_undone_tie(name: str, model: Any) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if ties and embedding is not None and head is not None and head.weight is not embedding.weight:
         raise TargetError(
-            f"{name} has tie_word_embeddings=true, and sharding it gave its two embeddings a parameter each, which are "
+            f"{name} has tie_word_embeddings=true, and sharding gave its two embeddings separate parameters, which are "
             "trained apart: build the model with tie_word_embeddings=False, or tie them again "
             "(head.weight = embedding.weight) after parallelize_module"
         )
@@ -114,8 +114,7 @@ def _slots(root: nn.Module) -> Iterator[Slot]:
 
 
 def _digest(slots: list[Slot]) -> str:
-    said = "\n".join(f"{slot.name} {slot.tensor.dtype}" for slot in slots)
-    return sha256(said.encode()).hexdigest()
+    return sha256("\n".join(f"{slot.name} {slot.tensor.dtype}" for slot in slots).encode()).hexdigest()
 
 
 def _like(original: Tensor, whole: Tensor) -> Tensor:
@@ -123,16 +122,16 @@ def _like(original: Tensor, whole: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _pointed(tensors: Mapping[Slot, Tensor]) -> Iterator[None]:
-    """Modules with other parameters and buffers."""
+def _holding(tensors: Mapping[Slot, Tensor]) -> Iterator[None]:
+    """Puts these parameters and buffers into their modules; restores the others afterwards."""
     before = [(slot, slot.tensor) for slot in tensors]
-    # DeepSpeed's dictionary gathers what it is asked for.
+    # DeepSpeed's dictionary gathers a parameter when it is read.
     dictionaries = {slot.module: slot.module._parameters for slot in tensors}
     try:
         for module, dictionary in dictionaries.items():
             module.__dict__["_parameters"] = dict(dictionary.items())
         for slot, tensor in tensors.items():
-            setattr(slot.module, slot.key, tensor)  # recurrent layers keep a list of their own
+            setattr(slot.module, slot.key, tensor)  # not into the dictionary: recurrent layers also keep a list
         yield
     finally:
         for slot, tensor in before:
@@ -142,8 +141,8 @@ def _pointed(tensors: Mapping[Slot, Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bare(root: nn.Module) -> Iterator[None]:
-    """Modules without the hooks, classes and wrappers that sharding gave them."""
+def _stripped(root: nn.Module) -> Iterator[None]:
+    """Takes away the hooks, classes and wrappers that sharding gave the modules; restores them afterwards."""
     modules = list(root.modules())
     before = [(module, type(module), {kind: module.__dict__[kind] for kind in _HOOKS}) for module in modules]
     forwards = {m: m.__dict__["forward"] for m in modules if _is_of_library(m.__dict__.get("forward"))}
@@ -181,14 +180,14 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _original(forward: Any) -> Any:
-    """The forward that transformers' tensor parallelism put its own around; None where it cannot be told."""
+    """The forward that transformers' tensor parallelism wrapped; None if it cannot be found."""
     while _is_of_library(forward):
         forward = inspect.getclosurevars(forward).nonlocals.get("original_forward")
     return forward
 
 
 def _is_of_library(function: Any) -> bool:
-    """Whether a hook, or what stands in the place of a forward, is of a library that shards."""
+    """Return whether a hook or a replaced forward belongs to a library that shards."""
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__module__", None)).startswith(_LIBRARIES)

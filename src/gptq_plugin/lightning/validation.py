@@ -1,8 +1,7 @@
-"""The user's own validation metrics, outside of Lightning's loops: `validate`.
+"""Measures the user's validation metrics outside Lightning's loops: `validate`.
 
 At the end of `fit` a nested `trainer.validate` would tear the strategy down a second time, and `self.log` has no loop
-to report to. So this runs the LightningModule's `validation_step` over the validation dataloaders itself, and for that
-time collects what it logs.
+to report to. So `validate` runs `validation_step` over the validation dataloaders by itself and collects what it logs.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
 def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
     """Runs `validation_step` over the validation dataloaders, as `trainer.validate` would.
 
-    The LightningModule's own hooks around epochs and batches run, callbacks' do not. `limit_val_batches` holds. In a
-    process group every rank validates its share, and all return the same.
+    Runs the LightningModule's hooks around epochs and batches, but not those of callbacks. Respects
+    `limit_val_batches`. In a process group every rank validates its share, and all return the same values.
 
     Returns:
-        What was logged with `self.log` or `self.log_dict` for the epoch, by the name Lightning gives it; where it was
-        logged on each step too, also with its suffix ``_epoch``.
+        Epoch values logged with `self.log` or `self.log_dict`, under Lightning's names; those that are also logged on
+        each step appear a second time, with the suffix ``_epoch``.
     """
     logged = _Logged()
     loaders = validation_loaders(trainer)
@@ -52,26 +51,26 @@ def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, fl
                 batch = trainer.precision_plugin.convert_input(
                     trainer.strategy.batch_to_device(batch, dataloader_idx=number)
                 )
-                logged.about(batch, f"/dataloader_idx_{number}" if several else "")
+                logged.set_batch(batch, f"/dataloader_idx_{number}" if several else "")
                 pl_module.on_validation_batch_start(batch, batch_idx, *index)
                 with trainer.precision_plugin.val_step_context():
                     outputs = pl_module.validation_step(batch, batch_idx, *index)
                 pl_module.on_validation_batch_end(outputs, batch, batch_idx, *index)
-        logged.about(None, "")
+        logged.set_batch(None, "")
         pl_module.on_validation_epoch_end()
     return logged.values()
 
 
 @dataclass
 class _Entry:
-    """What was logged under one name.
+    """Values logged under one name.
 
     Attributes:
         reduce: Lightning's `reduce_fx`.
-        names: Under which its value is returned.
-        values: One a call.
+        names: Names under which the reduced value is returned.
+        values: One per call.
         weights: Samples in each call's batch.
-        metric: The torchmetrics object, where one was logged; it has its own sums.
+        metric: The torchmetrics object, if one was logged; it accumulates by itself.
     """
 
     reduce: str | Callable[[Tensor], Tensor]
@@ -80,7 +79,7 @@ class _Entry:
     weights: list[int] = field(default_factory=list)
     metric: Metric | None = None
 
-    def part(self) -> tuple[float, float]:
+    def reduce_here(self) -> tuple[float, float]:
         """This rank's value, and its weight."""
         if self.metric is not None:
             value = float(self.metric.compute())  # over all ranks
@@ -92,8 +91,8 @@ class _Entry:
             return float((values * weights).sum() / weights.sum()), float(weights.sum())
         return float(self._function(values)), 1.0
 
-    def whole(self, parts: list[tuple[float, float]]) -> float:
-        """The value over the ranks whose parts these are; their shares need not be of one size."""
+    def reduce_over_ranks(self, parts: list[tuple[float, float]]) -> float:
+        """The value over all ranks, from each one's value and weight. Their shares may differ in size."""
         if self.metric is not None:
             return parts[0][0]
         if self._averages:
@@ -110,19 +109,20 @@ class _Entry:
 
 
 class _Logged:
-    """Takes the place of a LightningModule's `log`."""
+    """Replaces a LightningModule's `log` and `log_dict`, and collects their values."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._batch: Any = None
         self._suffix = ""
 
-    def about(self, batch: Any, suffix: str) -> None:
-        """What is logged from now on concerns this batch; its names get the suffix."""
+    def set_batch(self, batch: Any, suffix: str) -> None:
+        """Values logged from now on belong to this batch; their names get the suffix."""
         self._batch, self._suffix = batch, suffix
 
     @contextlib.contextmanager
     def collecting(self, pl_module: pl.LightningModule) -> Iterator[None]:
+        """Inside the block the module logs to this object."""
         replaced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
         pl_module.__dict__["log"] = self.log
         pl_module.__dict__["log_dict"] = self.log_dict
@@ -149,7 +149,7 @@ class _Logged:
         rank_zero_only: bool = False,
         **__: Any,
     ) -> None:
-        """`LightningModule.log`: of its arguments, those that change the value of the epoch."""
+        """`LightningModule.log`, with those of its arguments that affect the value of the epoch."""
         if on_epoch is False or (rank_zero_only and distributed.rank() != 0):
             return
         suffix = self._suffix if add_dataloader_idx else ""
@@ -168,16 +168,17 @@ class _Logged:
             self.log(name, value, *args, **kwargs)
 
     def values(self) -> dict[str, float]:
-        """What rank 0 logged, on every rank: over the ranks that logged it too."""
-        ranks = distributed.gather_objects({name: entry.part() for name, entry in self._entries.items()})
+        """The values that rank 0 logged, each reduced over the ranks that logged it. The same on every rank."""
+        ranks = distributed.gather_objects({name: entry.reduce_here() for name, entry in self._entries.items()})
         values: dict[str, float] = {}
         for name, entry in self._entries.items():
-            values |= dict.fromkeys(entry.names, entry.whole([parts[name] for parts in ranks if name in parts]))
+            value = entry.reduce_over_ranks([parts[name] for parts in ranks if name in parts])
+            values |= dict.fromkeys(entry.names, value)
         return dict(distributed.object_from_first(values))
 
 
 def validation_loaders(trainer: pl.Trainer) -> list[Any]:
-    """The validation dataloaders of `fit`; none when validation is off, or without a `validation_step`."""
+    """The validation dataloaders of `fit`; none if validation is off or there is no `validation_step`."""
     if not trainer.enable_validation:
         return []
     trainer.fit_loop.epoch_loop.val_loop.setup_data()  # does nothing after the first validation
@@ -186,7 +187,7 @@ def validation_loaders(trainer: pl.Trainer) -> list[Any]:
 
 
 def _limit(trainer: pl.Trainer, loader: Any) -> int | None:
-    """Batches to run of a dataloader; None: all."""
+    """Number of batches to run of a dataloader; None runs all."""
     limit = trainer.limit_val_batches
     if isinstance(limit, int):
         return limit

@@ -1,4 +1,4 @@
-"""Which of a run's weights are quantized: what training ended with, the best checkpoint's, or a given one's."""
+"""Chooses which of a run's weights are quantized: the last, those of the best checkpoint, or of a given one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gptq_plugin.lightning.roots import in_any_root
 
 
 def check_weights(trainer: pl.Trainer, weights: str) -> None:
-    """Refuses before training what `weights_of` could not find afterwards.
+    """Refuses weights that `weights_of` could not find after training.
 
     Raises:
-        CheckpointError: "best" is asked for, and no ModelCheckpoint monitors anything.
+        CheckpointError: `weights` is "best", and no ModelCheckpoint monitors a metric.
     """
     if weights == "best" and _monitoring(trainer) is None:
         raise CheckpointError(
@@ -30,15 +30,15 @@ def check_weights(trainer: pl.Trainer, weights: str) -> None:
 
 @contextlib.contextmanager
 def weights_of(trainer: pl.Trainer, pl_module: pl.LightningModule, weights: str) -> Iterator[Callable[[], None]]:
-    """The module with these weights, for the length of a with block; afterwards with those it had.
+    """Inside the block the module has these weights; afterwards those it had before.
 
     Args:
         trainer: After training.
-        pl_module: Its module, unwrapped, on the CPU or a device.
+        pl_module: Its module, unwrapped, on any device.
         weights: "last" changes nothing; "best", or the path of a checkpoint.
 
     Yields:
-        To be called when the weights are to stay.
+        A function that makes the weights stay after the block.
 
     Raises:
         CheckpointError: There is no such checkpoint, or it cannot be loaded into the module.
@@ -67,9 +67,9 @@ def weights_of(trainer: pl.Trainer, pl_module: pl.LightningModule, weights: str)
 
 
 def float_checkpoint(trainer: pl.Trainer, weights: str) -> str:
-    """The checkpoint that was quantized, or one saved when training ended; empty when there is none.
+    """Path of the checkpoint that was quantized, or of one saved when training ended; empty if there is none.
 
-    A `last.ckpt` may be older: beside a metric, ModelCheckpoint writes it only when it saves another.
+    A `last.ckpt` may be older: a ModelCheckpoint that monitors a metric writes it only when it saves another.
     """
     if weights != "last":
         return str(_path(trainer, weights))
@@ -78,7 +78,7 @@ def float_checkpoint(trainer: pl.Trainer, weights: str) -> str:
 
 
 def _load(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
-    """As `trainer.test(ckpt_path=...)` loads one."""
+    """Loads a checkpoint as `trainer.test(ckpt_path=...)` does."""
     try:
         checkpoint = trainer.strategy.load_checkpoint(path)
         pl_module.on_load_checkpoint(checkpoint)
@@ -106,7 +106,7 @@ def _path(trainer: pl.Trainer, weights: str) -> Path:
 
 
 def _monitoring(trainer: pl.Trainer) -> Any:
-    """The first ModelCheckpoint that has a metric to go by, or None."""
+    """The first ModelCheckpoint that monitors a metric, or None."""
     return next((c for c in _model_checkpoints(trainer) if c.monitor is not None), None)
 
 
@@ -116,7 +116,7 @@ def _model_checkpoints(trainer: pl.Trainer) -> list[Any]:
 
 @contextlib.contextmanager
 def uncompiled(module: nn.Module) -> Iterator[None]:
-    """The modules that `torch.compile` wrapped in their wrappers' place, so that layers have their own names."""
+    """Puts modules in place of their `torch.compile` wrappers, so that layers have their own names."""
     wrappers = [
         (parent, name, child)
         for parent in module.modules()

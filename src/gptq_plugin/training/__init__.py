@@ -1,4 +1,4 @@
-"""What the callbacks of both trainers share: checks before training, quality gate, escalation, export by rank 0.
+"""Shared by the callbacks of both trainers: checks before training, quality gate, escalation, the end of a run.
 
 Imports quantize and what is below it; never a trainer.
 """

@@ -1,11 +1,11 @@
-"""Quantizes a model until it is good enough, or gives it back as it was: `Attempts`. No Lightning."""
+"""`Attempts`: quantizes a model until it is good enough, or leaves it float."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,14 +28,31 @@ from gptq_plugin.training.quality_gate import QualityGate
 
 log = logging.getLogger(__name__)
 
-_NOISE = 2  # calibration batches that show which layers are the noisiest
+_NOISE_BATCHES = 2  # enough to rank layers by noise
+
+Finish = Callable[[QuantizeModule, QuantizeReport], None]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How quality is measured, and how good it has to be. By default nothing is measured and every result is taken.
+
+    Attributes:
+        gate: Limits, and what to do when one does not hold.
+        before: Metrics of the float model. If empty, the quantized model is not measured.
+        measure: Called without arguments while the model is quantized; returns its metrics.
+    """
+
+    gate: QualityGate = field(default_factory=lambda: QualityGate({}))
+    before: Mapping[str, float] = field(default_factory=dict)
+    measure: Callable[[], Mapping[str, float]] = dict
 
 
 class _NotGoodEnough(Exception):
-    """Makes an attempt give the float weights back.
+    """Ends an attempt, so that the model gets its float weights back.
 
     Attributes:
-        noise: By layer, where the gate escalates and this was the first attempt; else None.
+        noise: Relative output error by layer after the first attempt of an escalation; else None.
     """
 
     def __init__(self, failures: list[str], noise: Mapping[str, float] | None) -> None:
@@ -45,29 +62,23 @@ class _NotGoodEnough(Exception):
 
 @dataclass(frozen=True)
 class Attempts:
-    """How a model is quantized, and judged.
+    """How a model is quantized and judged.
 
-    In a process group every rank makes the same calls, and is to measure the same.
+    In a process group every rank makes the same calls, and has to measure the same metrics.
 
     Attributes:
         model: The float model.
-        gate: What is good enough, and what to do otherwise.
-        before: The float model's metrics; without any, nothing is measured and all is good.
-        measure: Called on the quantized model: its metrics.
-        data: Called for every attempt: the calibration data.
-        finish: Called with the quantizer and the report of the result that is taken, while the model is quantized.
+        data: Called once per attempt; returns the calibration data.
+        quality: What is good enough.
         forward, tokenizer, progress, keep, device, device_memory: As for `QuantizeModule.temporarily`.
-        layers_in: Called for every attempt: its `layers_in`.
-        target: Who is to load the export; what it would not take is not tried.
+        layers_in: Called once per attempt; returns the argument of that name.
+        target: Client of the export; configurations it would refuse are not tried.
     """
 
     model: nn.Module
-    gate: QualityGate
-    before: Mapping[str, float]
-    measure: Callable[[], Mapping[str, float]]
     data: Callable[[], Iterable[Any]]
-    finish: Callable[[QuantizeModule, QuantizeReport], None]
     forward: ModelForward
+    quality: Quality = field(default_factory=Quality)
     tokenizer: Any = None
     progress: Progress | None = None
     keep: bool = False
@@ -76,27 +87,36 @@ class Attempts:
     layers_in: Callable[[], SharedLayers] | None = None
     target: Client | None = None
 
-    def quantize(self, quantizer: QuantizeModule) -> QuantizeReport:
-        """The first result that is good enough. Its report says what was tried before it.
+    def quantize(self, quantizer: QuantizeModule, finish: Finish) -> QuantizeReport:
+        """Quantizes until the result is good enough, and reports what was tried before it.
+
+        Args:
+            quantizer: The first configuration to try.
+            finish: Called with the quantizer and the report of the accepted result, while the model is quantized.
 
         Raises:
-            QualityError: None is; the model has its float weights.
+            QualityError: No attempt is good enough; the model has its float weights.
         """
-        with unfused(self.model):
-            return self._quantize(quantizer)
+        with unfused(self.model) as fuse:
 
-    def _quantize(self, quantizer: QuantizeModule) -> QuantizeReport:
+            def finish_fused(attempt: QuantizeModule, report: QuantizeReport) -> None:
+                fuse()  # experts that stay float: exported as the model holds them
+                finish(attempt, report)
+
+            return self._until_good(quantizer, finish_fused)
+
+    def _until_good(self, quantizer: QuantizeModule, finish: Finish) -> QuantizeReport:
         floats = {target.name: target.module for target in quantizer.check(self.model)[0]}
         attempt = quantizer
         tried: list[str] = []
-        left: Iterator[Step] = iter(())
+        untried: Iterator[Step] = iter(())
         while True:
             try:
-                return self._attempt(attempt, floats, tried)
+                return self._attempt(attempt, floats, tried, finish)
             except _NotGoodEnough as failure:
                 if failure.noise is not None:
-                    left = steps(self.model, quantizer.config, failure.noise)
-                step = next((step for step in left if self._may_be_tried(step)), None)
+                    untried = steps(self.model, quantizer.config, failure.noise)
+                step = next((step for step in untried if self._is_allowed(step)), None)
                 if step is None:
                     raise QualityError(
                         f"the quantized model is not good enough: {failure}; {self._advice(len(tried))}. Nothing was "
@@ -107,7 +127,9 @@ class Attempts:
                 attempt = copy.copy(quantizer)
                 attempt.config = step.config
 
-    def _attempt(self, quantizer: QuantizeModule, floats: Mapping[str, nn.Module], tried: list[str]) -> QuantizeReport:
+    def _attempt(
+        self, quantizer: QuantizeModule, floats: Mapping[str, nn.Module], tried: list[str], finish: Finish
+    ) -> QuantizeReport:
         with quantizer.temporarily(
             self.model,
             self.data(),
@@ -120,37 +142,43 @@ class Attempts:
             layers_in=None if self.layers_in is None else self.layers_in(),
         ) as report:
             report.deviations += tried
-            with streamed_to(self.model, self.device):
-                after = self.measure() if self.before else {}
-            report.metrics = {n: {"float": self.before[n], "gptq": after[n]} for n in self.before if n in after}
-            failures = self.gate.failures(self.before, after)
-            if failures and self.gate.on_fail == "warn":
+            gate, failures = self.quality.gate, self._failures(report)
+            if failures and gate.on_fail == "warn":
                 report.deviations += failures
                 for failure in failures:
-                    log.warning("not good enough, and taken as on_fail='warn' asks: %s", failure)
+                    log.warning("not good enough, and accepted because of on_fail='warn': %s", failure)
             elif failures:
-                first = self.gate.on_fail == "escalate" and not tried
-                raise _NotGoodEnough(failures, self._noise(quantizer, report, floats) if first else None)
-            self.finish(quantizer, report)
+                is_first = gate.on_fail == "escalate" and not tried
+                raise _NotGoodEnough(failures, self._noise(quantizer, report, floats) if is_first else None)
+            finish(quantizer, report)
             return report
 
-    def _may_be_tried(self, step: Step) -> bool:
-        if not self.gate.affords(step.bits):
+    def _failures(self, report: QuantizeReport) -> list[str]:
+        """Measures the quantized model, notes the metrics in the report and returns the limits that do not hold."""
+        before = self.quality.before
+        with streamed_to(self.model, self.device):
+            after = self.quality.measure() if before else {}
+        report.metrics = {name: {"float": before[name], "gptq": after[name]} for name in before if name in after}
+        return self.quality.gate.failures(before, after)
+
+    def _is_allowed(self, step: Step) -> bool:
+        if not self.quality.gate.affords(step.bits):
             return False
         return self.target is None or not problems(Inventory.of_model(self.model, step.config), self.target)
 
     def _noise(
         self, quantizer: QuantizeModule, report: QuantizeReport, floats: Mapping[str, nn.Module]
     ) -> dict[str, float]:
-        batches = collect(self.data(), quantizer.config, self.tokenizer).batches[:_NOISE]
+        batches = collect(self.data(), quantizer.config, self.tokenizer).batches[:_NOISE_BATCHES]
         wanted = {module.name: floats[module.name] for module in report.quantized}
         runs = [partial(self.forward, self.model, batch.data) for batch in batches]
         with streamed_to(self.model, self.device), streamed_to(nn.ModuleList(wanted.values()), self.device):
             return output_noise(self.model, wanted, runs)
 
     def _advice(self, tried: int) -> str:
-        if self.gate.on_fail == "raise":
+        gate = self.quality.gate
+        if gate.on_fail == "raise":
             return "try more bits, a smaller group_size, or on_fail='escalate'"
-        limit = "" if self.gate.max_bits is None else f" within max_bits={self.gate.max_bits:g}"
+        limit = "" if gate.max_bits is None else f" within max_bits={gate.max_bits:g}"
         limit += "" if self.target is None else f" that {self.target} takes"
         return f"nor is any of the {tried} others tried{limit}" if tried else f"there is nothing else to try{limit}"

@@ -1,9 +1,8 @@
-"""What a training run cannot end in, said before it begins by either callback; nothing here imports a trainer."""
+"""Pre-flight checks of both callbacks: refuse before training what could not be quantized after it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,25 +15,17 @@ from gptq_plugin.model.hf_models import check_savable
 from gptq_plugin.quantize.module import QuantizeModule
 
 
-def check_arguments(quantizer: Any, export_dir: Any, swap: bool | None) -> None:
-    """Raises for arguments of a callback's constructor that are no quantizer, or would leave nothing behind."""
-    if not isinstance(quantizer, QuantizeModule):
-        raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
-    if export_dir is None and swap is False:
-        raise ValueError("with swap=False and no export_dir nothing of the quantization would remain")
-
-
 def leaves_quantized(module: nn.Module, swap: bool | None) -> bool:
-    """Whether the module is left quantized: None leaves it so unless it has PEFT adapters."""
+    """Return whether the module stays quantized: as `swap` asks; by default, unless it has PEFT adapters."""
     return not has_adapters(module) if swap is None else swap
 
 
 def refuse_quantized(module: nn.Module, source: str) -> None:
-    """Raises TargetError for a module that was quantized already: it has nothing to train.
+    """Raises TargetError if the module has quantized layers, which cannot be trained.
 
     Args:
         module: To be trained.
-        source: Where float weights are, or what loads them.
+        source: Path of the float weights, or the name of a method that loads them.
     """
     if any(isinstance(layer, QuantLinear) for layer in module.modules()):
         raise TargetError(
@@ -44,14 +35,14 @@ def refuse_quantized(module: nn.Module, source: str) -> None:
 
 
 def refuse_export(quantizer: QuantizeModule, module: nn.Module, export_dir: Path | None, target: Client | None) -> None:
-    """Raises ExportError where the quantized module could not be saved, or its client would not take it."""
+    """Raises ExportError if the quantized module could not be saved, or its client would refuse it."""
     quantizer.check_target(module, target)
     if export_dir is not None:
         check_savable(module)
 
 
 def refuse_offload(quantizer: QuantizeModule, device: torch.device) -> None:
-    """Raises ValueError where weights are to be streamed to the device that training has them on."""
+    """Raises ValueError if weights are to be streamed to the GPU on which training has them."""
     if quantizer.offload_weights and device.type == "cuda":
         raise ValueError(
             "offload_weights=True streams a model from the CPU, and training has it on the GPU: leave the option "
@@ -62,12 +53,12 @@ def refuse_offload(quantizer: QuantizeModule, device: torch.device) -> None:
 def refuse_adapters(
     module: nn.Module, swap: bool | None, export_dir: Path | None, *, holder: nn.Module | None = None
 ) -> None:
-    """Raises TargetError for what cannot be done with a module that has PEFT adapters, which is quantized on a copy.
+    """Raises TargetError for options that a module with PEFT adapters, which is quantized on a copy, cannot have.
 
     Args:
         module: To be quantized.
-        swap, export_dir: The callback's.
-        holder: What runs the module, where the copy has to stand in its place.
+        swap, export_dir: The callback's options.
+        holder: The module that runs it, if the copy has to stand in for it there.
     """
     if not has_adapters(module):
         return

@@ -1,4 +1,4 @@
-"""Is it good enough? `QualityGate` compares metrics before and after."""
+"""`QualityGate`: how far validation metrics may move from float to quantized."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ON_FAIL = ("raise", "warn", "escalate")
 
 @dataclass(frozen=True)
 class Limit:
-    """How far one metric may move.
+    """How far one metric may move in its worse direction.
 
     Attributes:
-        amount: The largest change that is still good, with the sign of the direction that is worse.
-        relative: Whether it is a share of the float model's value.
+        amount: Largest change that is still good; its sign is that of the worse direction.
+        relative: True if it is a share of the float model's value.
     """
 
     amount: float
@@ -26,7 +26,11 @@ class Limit:
 
     @classmethod
     def parse(cls, metric: str, value: Any) -> Limit:
-        """From 0.02 (absolute: the metric may rise by that), -0.01 (may fall) or "2%", "-1%" (relative)."""
+        """Reads 0.02 (absolute: the metric may rise by that), -0.01 (may fall), or "2%", "-1%" (relative).
+
+        Raises:
+            ValueError: The value is zero, not finite, or neither a number nor a percentage.
+        """
         relative = isinstance(value, str) and value.strip().endswith("%")
         try:
             amount = float(value.strip().removesuffix("%")) / 100 if relative else float(value)
@@ -40,7 +44,7 @@ class Limit:
         return cls(amount, relative)
 
     def excess(self, before: float, after: float) -> float:
-        """By how much the change is worse than allowed; not above zero when it is good. NaN is never good."""
+        """How much worse the change is than allowed: at most 0 if it is good, infinite if a value is NaN."""
         allowed = abs(self.amount) * (abs(before) if self.relative else 1)
         excess = math.copysign(1, self.amount) * (after - before) - allowed
         return math.inf if math.isnan(excess) else excess
@@ -50,12 +54,13 @@ class QualityGate:
     """How much worse than the float model a quantized one may be.
 
     Args:
-        max_degradation: By the name of a logged metric, what `Limit.parse` takes.
-        on_fail: "raise" refuses the result, "warn" takes it, "escalate" tries others that take more memory.
-        max_bits: The average bits per weight those may take, scales and zeros included, g_idx not; None sets no limit.
+        max_degradation: Limits by the name of a logged metric, each as `Limit.parse` takes it.
+        on_fail: "raise" refuses a result that is not good enough, "warn" accepts it, "escalate" tries configurations
+            that take more memory.
+        max_bits: Average bits per weight they may take, scales and zeros included, g_idx not; None sets no limit.
 
     Raises:
-        ValueError: A limit, `on_fail` or `max_bits` makes no sense.
+        ValueError: A limit, `on_fail` or `max_bits` is out of range.
     """
 
     def __init__(
@@ -70,7 +75,7 @@ class QualityGate:
         self.max_bits = max_bits
 
     def check_names(self, logged: Iterable[str]) -> None:
-        """Raises ValueError when validation logs no metric of a limit's name."""
+        """Raises ValueError if a limit's metric is not among the logged ones."""
         known = set(logged)
         missing = [metric for metric in self.limits if metric not in known]
         if missing:
@@ -80,16 +85,16 @@ class QualityGate:
             )
 
     def affords(self, bits: float) -> bool:
-        """Whether weights may take that many bits on average."""
+        """Return whether weights may take that many bits on average."""
         return self.max_bits is None or bits <= self.max_bits
 
     def failures(self, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-        """A sentence for every limit that does not hold."""
-        said = []
+        """Describes every limit that does not hold, a sentence each. A metric missing from `after` fails."""
+        failed = []
         for metric, limit in self.limits.items():
             old, new = before[metric], after.get(metric, math.nan)
             if limit.excess(old, new) > 0:
                 allowed = f"{limit.amount:+.3%}" if limit.relative else f"{limit.amount:+.5g}"
                 change = f"{new - old:+.5g}" + (f", {(new - old) / abs(old):+.3%}" if old else "")
-                said.append(f"{metric} went from {old:.5g} to {new:.5g} ({change}; {allowed} allowed)")
-        return said
+                failed.append(f"{metric} went from {old:.5g} to {new:.5g} ({change}; {allowed} allowed)")
+        return failed

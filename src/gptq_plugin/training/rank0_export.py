@@ -1,7 +1,4 @@
-"""The export of a training run: checked before, and at the end written by rank 0, of which all ranks learn.
-
-No name stops it: the folder's may be taken while the run goes on.
-"""
+"""Rank 0 exports and tells all ranks the folder. If the name was taken during training, a suffix is added."""
 
 from __future__ import annotations
 
@@ -22,34 +19,34 @@ from gptq_plugin.quantize.module import QuantizeModule
 log = logging.getLogger(__name__)
 
 
-def from_first(export_dir: Path) -> Path:
-    """Rank 0's folder, on every rank: a name made of the time is another one on each. Every rank calls it."""
+def rank0_folder(export_dir: Path) -> Path:
+    """Rank 0's folder, on every rank: a name made from the time differs between ranks. Every rank calls it."""
     if not distributed.active():
         return export_dir
     folder: Path = distributed.object_from_first(export_dir.absolute())
     return folder
 
 
-def check_own_folders(export_dir: Path, own: Iterable[tuple[str, Any]]) -> None:
-    """The export replaces its folder as a whole, so a run's own files must not lie in it.
+def refuse_run_folders(export_dir: Path, run_folders: Iterable[tuple[str, Any]]) -> None:
+    """Refuses an export folder that holds the run's own files: an export replaces its folder as a whole.
 
     Args:
-        export_dir: Where the export goes.
-        own: What each of the run's folders is, and where; None is nowhere.
+        export_dir: Folder of the export.
+        run_folders: Name and path of each folder the run writes to; a path of None is skipped.
 
     Raises:
-        ExportError: `export_dir` is one of them, or holds one.
+        ExportError: `export_dir` is one of them, or contains one.
     """
     target = export_dir.resolve()
-    for what, folder in own:
+    for name, folder in run_folders:
         if folder is not None and (target == Path(folder).resolve() or target in Path(folder).resolve().parents):
             raise ExportError(
-                f"export_dir {export_dir} is or holds {what} ({folder}), where this run writes other files: choose "
+                f"export_dir {export_dir} is or holds {name} ({folder}), where this run writes other files: choose "
                 "a folder beside or below it"
             )
 
 
-def export_from_first(
+def export_on_rank0(
     quantizer: QuantizeModule,
     module: nn.Module,
     directory: Path,
@@ -61,16 +58,16 @@ def export_from_first(
     """Exports on rank 0. In a process group every rank calls it.
 
     Args:
-        quantizer: What quantized the module; its report is exported with it.
+        quantizer: Quantized the module; its report is exported too.
         module: The quantized module.
-        directory: Where to; a folder beside it when somebody else took the name during training.
+        directory: Folder to write; if the name was taken during training, one beside it with a suffix.
         tokenizer, overwrite, target: As for `QuantizeModule.export`.
 
     Returns:
         The folder that was written.
 
     Raises:
-        Exception: What stopped rank 0; RankError with its message on the others.
+        Exception: What stopped rank 0; on the others RankError with its message.
     """
     with distributed.ending_together():
         if distributed.rank() == 0:
@@ -83,7 +80,7 @@ def _free_name(quantizer: QuantizeModule, directory: Path, overwrite: bool) -> P
     try:
         check_export_dir(directory, overwrite=overwrite)
     except ExportError as error:
-        # It was free when training began. Days of work are not thrown away over a name.
+        # The name was free when training began. Days of training are not lost over it.
         directory = directory.with_name(f"{directory.name}-{uuid.uuid4().hex[:8]}")
         log.warning("%s: exporting to %s instead", error, directory)
         assert quantizer.report is not None

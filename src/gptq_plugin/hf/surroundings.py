@@ -1,0 +1,94 @@
+"""The state of a Trainer and its model around quantization, as context managers, and the run's checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import torch
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from gptq_plugin.quantize.one_pass import Progress
+from gptq_plugin.training.progress import tqdm_progress
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def random_state_restored(device: torch.device) -> Iterator[None]:
+    """Restores all random generators after the block: datasets and collators in it do not change the training."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+
+
+@contextlib.contextmanager
+def back_on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Moves the model to the device after the block."""
+    try:
+        yield
+    finally:
+        model.to(device)
+
+
+@contextlib.contextmanager
+def weights_saved_on_failure(model: nn.Module, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+    """Saves the trained weights if the block raises and no checkpoint holds them.
+
+    A script whose `train` raises does not reach its `save_model`.
+    """
+    try:
+        yield
+    except Exception:
+        if state.is_world_process_zero and state.global_step and not float_checkpoint(args, state):
+            folder = _output_dir(args) / f"trained-{state.global_step}"
+            log.error("quantization failed, and no checkpoint holds the trained weights: saving them to %s", folder)
+            _save(model, folder)
+        raise
+
+
+@contextlib.contextmanager
+def progress_like(args: TrainingArguments, state: TrainerState) -> Iterator[Progress | None]:
+    """Shows a tqdm bar on rank 0; yields None if the trainer shows no bar."""
+    if args.disable_tqdm or not state.is_world_process_zero:
+        yield None
+    else:
+        with tqdm_progress() as progress:
+            yield progress
+
+
+def float_checkpoint(args: TrainingArguments, state: TrainerState) -> str:
+    """Path of the run's checkpoint that holds the trained weights; empty if there is none."""
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        return state.best_model_checkpoint
+    last = _output_dir(args) / f"checkpoint-{state.global_step}"
+    return str(last) if last.exists() else ""
+
+
+def drop_replaced_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Removes parameters from the optimizer that are no longer in the model, so that their memory is freed."""
+    left = {id(parameter) for parameter in model.parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) in left]
+
+
+def _output_dir(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # TrainingArguments has set its default
+    return Path(args.output_dir)
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    if hasattr(model, "save_pretrained"):  # saves only the adapters of a model with adapters
+        model.save_pretrained(folder)  # type: ignore[operator]
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")

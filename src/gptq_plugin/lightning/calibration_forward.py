@@ -1,0 +1,67 @@
+"""How a calibration batch is run: as the trainer would, through a `calibration_step` or the forward that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from gptq_plugin.calibration.batches import named
+from gptq_plugin.calibration.forward import call, fits
+from gptq_plugin.errors import CalibrationError
+from gptq_plugin.lightning.roots import in_any_root, overrides
+from gptq_plugin.lightning.surroundings import forward_device
+from gptq_plugin.model.hf_models import transformers_models
+
+
+def forward_as_in_training(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    module: nn.Module,
+    *,
+    step: Callable[[pl.LightningModule, Any], Any] | None = None,
+    every_logit: bool = False,
+) -> Callable[[nn.Module, Any], Any]:
+    """Returns a function that moves and casts a batch as in training and runs it.
+
+    It runs through the calibration step, if there is one, or else through the first of these whose forward takes the
+    batch: the module to quantize, the LightningModule, a transformers model inside it.
+
+    Args:
+        trainer: Provides precision and device.
+        pl_module: Prepares the batch; its method `calibration_step` is used if `step` is None.
+        module: To be quantized.
+        step: Called as step(pl_module, batch).
+        every_logit: See `forward.call`.
+
+    Raises:
+        CalibrationError: From the function, if there is neither a step nor a forward.
+    """
+    run_step = getattr(pl_module, "calibration_step", None) if step is None else partial(step, pl_module)
+    inside = [model for _, model in transformers_models(pl_module)]
+    runners = [m for m in (module, pl_module, *inside) if _defines_forward(m)]
+
+    def forward(_: nn.Module, batch: Any) -> Any:
+        batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+        batch = trainer.strategy.batch_to_device(batch)
+        with trainer.precision_plugin.forward_context():
+            if callable(run_step):
+                return run_step(batch)
+            if not runners:
+                raise CalibrationError(
+                    f"{type(pl_module).__name__} has no forward: give it a method calibration_step(batch) that "
+                    "runs a training batch through the model, or give GPTQCallback(calibration_step=...)"
+                )
+            # Only the LightningModule knows what a tuple's elements mean; a mapping names its parts.
+            default, parts = pl_module if pl_module in runners else runners[0], named(batch)
+            runner = default if parts is None else next((m for m in runners if fits(m, parts)), default)
+            return call(runner, batch, every_logit=every_logit, device=forward_device(trainer))
+
+    return forward
+
+
+def _defines_forward(module: nn.Module) -> bool:
+    return not isinstance(module, in_any_root("LightningModule")) or overrides(module, "forward")

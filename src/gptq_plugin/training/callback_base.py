@@ -1,0 +1,145 @@
+"""`CallbackBase`: the arguments both trainers' callbacks share, their checks, and the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gptq_plugin.calibration.training_data import RunData
+from gptq_plugin.clients.client import Client
+from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.quantize.module import QuantizeModule
+from gptq_plugin.report.provenance import plain_name
+from gptq_plugin.report.report import QuantizeReport
+from gptq_plugin.training.attempts import Attempts
+from gptq_plugin.training.preflight import refuse_export
+from gptq_plugin.training.rank0_export import export_on_rank0, rank0_folder, refuse_run_folders
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's weights come from, for the report.
+
+    Attributes:
+        float_checkpoint: The checkpoint that holds the float weights; empty if none does.
+        run_id: The run's name; ignored unless it may be published (see `plain_name`).
+        notes: Deviations to add to the report.
+    """
+
+    float_checkpoint: str
+    run_id: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    def note_in(self, report: QuantizeReport) -> None:
+        report.float_checkpoint = self.float_checkpoint
+        report.run_id = plain_name(self.run_id) or report.run_id
+        report.deviations += self.notes
+
+
+class CallbackBase:
+    """Base class of GPTQCallback and GPTQTrainerCallback.
+
+    Args:
+        quantizer, export_dir, tokenizer, calibration, mix, mix_fraction, swap, overwrite, target: As for the
+            callbacks, which document them.
+
+    Attributes:
+        data: Chooses the calibration data.
+        target: The client to export for, or None.
+        report: Result of the last run; None before.
+
+    Raises:
+        TypeError: `quantizer` is not a QuantizeModule.
+        ValueError: Nothing would remain of the quantization, or an option is out of range.
+        CalibrationError: `calibration` or `mix` is a single text or batch.
+    """
+
+    def __init__(
+        self,
+        quantizer: QuantizeModule,
+        export_dir: str | Path | None,
+        *,
+        tokenizer: Any,
+        calibration: Iterable[Any] | None,
+        mix: Iterable[Any] | None,
+        mix_fraction: float,
+        swap: bool | None,
+        overwrite: bool,
+        target: Client | str | Mapping[str, Any] | None,
+    ) -> None:
+        if not isinstance(quantizer, QuantizeModule):
+            raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
+        if export_dir is None and swap is False:
+            raise ValueError(
+                "with swap=False and no export_dir nothing of the quantization would remain: give an export_dir, or "
+                "leave swap out"
+            )
+        self.quantizer = quantizer
+        self.export_dir = Path(export_dir) if export_dir is not None else None
+        self.tokenizer = tokenizer
+        self.data = RunData(quantizer.config, calibration, mix, mix_fraction)
+        self.swap = swap
+        self.overwrite = overwrite
+        self.target = Client.of(target)
+        self.report: QuantizeReport | None = None
+
+    def agree_on_export_dir(self, run_folders: Iterable[tuple[str, Any]]) -> None:
+        """Takes rank 0's `export_dir` on every rank and refuses one that cannot be written. Every rank calls it.
+
+        Args:
+            run_folders: Name and path of each folder the run itself writes to; see `refuse_run_folders`.
+
+        Raises:
+            ExportError: The folder belongs to the run, or exists and must not be replaced.
+        """
+        if self.export_dir is not None:
+            self.export_dir = rank0_folder(self.export_dir)
+            refuse_run_folders(self.export_dir, run_folders)
+            check_export_dir(self.export_dir, overwrite=self.overwrite)
+
+    def check_layers(self, module: nn.Module) -> None:
+        """Refuses a module without layers to quantize, or one whose export could not be written or loaded.
+
+        Raises:
+            TargetError: See `QuantizeModule.check`.
+            ExportError: See `check_export`.
+        """
+        self.quantizer.check(module)
+        self.check_export(module)
+
+    def check_export(self, module: nn.Module) -> None:
+        """Raises ExportError if the quantized module could not be saved, or its client would refuse it."""
+        refuse_export(self.quantizer, module, self.export_dir, self.target)
+
+    def quantize_and_export(self, attempts: Attempts, origin: Origin) -> QuantizeReport:
+        """The end of a run: quantizes until the result is good enough, and exports it from rank 0.
+
+        Sets `report`, and `export_dir` to the folder that was written. Every rank calls it.
+
+        Args:
+            attempts: The model, and how to quantize and judge it.
+            origin: Where its weights come from.
+
+        Raises:
+            QualityError: No attempt is good enough.
+            Exception: What stopped the quantization or the export; the model has its float weights.
+        """
+
+        def finish(quantizer: QuantizeModule, report: QuantizeReport) -> None:
+            origin.note_in(report)
+            if self.export_dir is not None:
+                self.export_dir = export_on_rank0(
+                    quantizer,
+                    attempts.model,
+                    self.export_dir,
+                    tokenizer=attempts.tokenizer,
+                    overwrite=self.overwrite,
+                    target=self.target,
+                )
+
+        self.report = attempts.quantize(self.quantizer, finish)
+        return self.report
