@@ -8,6 +8,7 @@ import json
 import pytest
 
 from gptq_plugin import QuantizeConfig
+from gptq_plugin.config import is_number, own_config
 
 UNUSUAL = QuantizeConfig(
     bits=3,
@@ -113,7 +114,7 @@ def test_autogptqs_file_is_read_with_its_meaning_of_absent_fields():
 
 
 def test_a_file_without_bits_is_refused():
-    with pytest.raises(ValueError, match="must say `bits`"):
+    with pytest.raises(ValueError, match="needs `bits`"):
         QuantizeConfig.from_quantize_config({"quant_method": "awq", "w_bit": 4})
 
 
@@ -134,3 +135,53 @@ def test_rules_match_from_the_start_of_the_name():
     config = QuantizeConfig(dynamic={r"mlp": {"bits": 8}})
     rest = config.for_module("layers.0.mlp")
     assert rest is not None and rest.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("group_size", "in_features", "own"),
+    [(128, 256, 128), (96, 192, 96), (128, 192, 64), (128, 96, 32), (128, 72, -1), (32, 48, -1), (64, 128 * 3, 64)]
+    + [(-1, 72, -1), (256, 384, 128)],
+)
+def test_groups_that_do_not_divide_a_layer_become_the_next_smaller_that_clients_know(group_size, in_features, own):
+    assert QuantizeConfig(group_size=group_size).group_size_for(in_features) == own
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"desc_act": True, "static_groups": False}, "no longer supports groups in act-order"),
+        ({"bits": 8, "sym": False}, "bits=8 and sym=False runs on few GPUs"),
+    ],
+)
+def test_what_compressed_tensors_cannot_hold_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        QuantizeConfig(checkpoint_format="compressed-tensors", **options)
+    QuantizeConfig(checkpoint_format="gptq", **options)
+    for one in options:
+        kept = {name: value for name, value in options.items() if name != one}
+        assert QuantizeConfig(checkpoint_format="compressed-tensors", **kept).checkpoint_format == "compressed-tensors"
+
+
+def test_the_rule_of_a_module_is_the_first_that_matches():
+    config = QuantizeConfig(dynamic={"-:a": {}, "a|b": {"bits": 8}})
+    assert config.rule_for("a.b") == ("-:a", {}) and config.rule_for("b") == ("a|b", {"bits": 8})
+    assert config.rule_for("c.a") == ("", {}) and config.for_module("c.a") == dataclasses.replace(config, dynamic={})
+
+
+def test_only_a_file_of_this_package_tells_how_it_quantized():
+    written = UNUSUAL.to_quantize_config()
+    assert own_config(written) == UNUSUAL
+    converted = {"bits": 4, "meta": {"gptq_plugin": {"files": ["model.safetensors"]}}}
+    for values in ({"bits": 4}, {**written, "meta": None}, {**written, "meta": {"gptq_plugin": "1.0"}}, converted):
+        assert own_config(values) is None
+    assert own_config({**written, "bits": 5}) is None
+
+
+@pytest.mark.parametrize("value", [1, -2.5, float("nan")])
+def test_ints_and_floats_are_numbers(value):
+    assert is_number(value)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, (1,)])
+def test_anything_else_is_not(value):
+    assert not is_number(value)

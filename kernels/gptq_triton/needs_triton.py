@@ -1,7 +1,4 @@
-"""Imports Triton for the kernels, or raises an ImportError with the remedy.
-
-Tested by tests/kernels/test_needs_triton.py.
-"""
+"""Imports Triton for the kernels, or raises an ImportError with the remedy."""
 
 from __future__ import annotations
 

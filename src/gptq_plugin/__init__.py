@@ -1,6 +1,6 @@
 """GPTQ quantization for PyTorch models, at the end of a Lightning fine-tuning run or on its own.
 
-Importing this package does nothing but make the names below available; each is loaded at its first use.
+Importing this package loads nothing: each name below is imported at its first use.
 """
 
 from __future__ import annotations

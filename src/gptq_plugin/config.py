@@ -1,7 +1,7 @@
-"""QuantizeConfig: what to quantize and how, in the field names of AutoGPTQ and GPTQModel.
+"""QuantizeConfig: what to quantize and how, with the field names of AutoGPTQ and GPTQModel.
 
-A frozen dataclass that validates itself, so that a bad option is refused before anything is trained. It
-round-trips to plain dicts, to YAML and to ``quantize_config.json``.
+A frozen dataclass that validates itself, so that a bad option is refused before training. It converts to and from plain
+dicts, YAML and ``quantize_config.json``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHECKPOINT_FORMATS = ("gptq", "gptq_v2", COMPRESSED)
 TOKEN_WEIGHTINGS = ("all", "labels")
 QUANTIZER_NAME = "gptq_plugin"
 
-# What a `dynamic` rule may override for the modules it matches.
+# Fields that a `dynamic` rule may override for the modules it matches.
 MODULE_FIELDS = (
     "bits",
     "group_size",
@@ -34,7 +34,7 @@ MODULE_FIELDS = (
     "damp_auto_increment",
     "clip_ratios",
 )
-# Fields other tools do not know; in quantize_config.json they live under `meta`, where no client trips over them.
+# Fields unknown to other tools; quantize_config.json has them under `meta`, which clients ignore.
 _META_FIELDS = (
     "clip_ratios",
     "modules_to_not_convert",
@@ -56,43 +56,43 @@ class QuantizeConfig:
     desc_act  static_groups
     ========  =============  ==========================================================================
     False     True           Static act-order (default): columns are visited in descending order of
-                             diag(H), groups stay contiguous, nothing to pay at run time.
-    True      False          The original act-order: groups follow the visiting order, ``g_idx`` is
-                             written, and some servers (vLLM) refuse or slow down.
+                             diag(H); groups stay contiguous, so inference costs nothing extra.
+    True      False          The original act-order: groups follow the visiting order, inference needs
+                             ``g_idx``, and some servers (vLLM) refuse it or are slower.
     False     False          The original natural order; a group's scale is computed when it is reached.
     True      True           AutoGPTQ's spelling of static act-order: the same as the first row.
     ========  =============  ==========================================================================
 
     Args:
         bits: Width of a code: 2, 3, 4 or 8.
-        group_size: Input channels that share one scale and zero; any divisor of the layers' in_features,
-            or -1 for one group a row.
-        sym: Symmetric grid (the zero is fixed at 2^(bits-1)); False stores a zero for every group.
-        desc_act: Activation order with groups along that order (see above).
-        static_groups: Scales from the original, contiguous groups, fixed before the solve (see above).
-        damp_percent: Share of the mean of diag(H) added to diag(H), in [0, 1).
-        damp_auto_increment: Added to damp_percent when the Hessian has no Cholesky factor even in
-            float64, ten times more at each further try; 0 goes to round-to-nearest at once.
-        clip_ratios: Parts of a group's range its grid may cover. For every row the two that promise the least output
-            error are solved and the better one is kept; ``(1.0,)`` is plain GPTQ.
-        true_sequential: Each layer is calibrated on inputs that went through the quantized layers before
-            it. Lock-step calibration gives this in one pass; False is only read from other tools' files.
+        group_size: Input channels that share a scale and a zero: a divisor of the layers' in_features, or -1 for one
+            group per row.
+        sym: Symmetric grid, with the zero fixed at 2^(bits-1); False stores a zero for every group.
+        desc_act: Activation order, with groups along that order (see above).
+        static_groups: Scales of the original, contiguous groups, fixed before the solve (see above).
+        damp_percent: Share of the mean of diag(H) that is added to diag(H), in [0, 1).
+        damp_auto_increment: Added to damp_percent if the Hessian has no Cholesky factor even in float64, ten times as
+            much at each further attempt; 0 falls back to round-to-nearest at once.
+        clip_ratios: Parts of a group's range that its grid may cover. For each row the two with the least expected
+            output error are solved, and the better one is kept; ``(1.0,)`` is plain GPTQ.
+        true_sequential: Calibrate each layer on the outputs of the quantized layers before it. Lock-step calibration
+            does so in one pass; False only occurs in other tools' files.
         lm_head: Also quantize the output embedding.
-        dynamic: GPTQModel's per-module rules, tried in order, first match wins (``re.match`` on the full
-            name): ``{"regex": {"bits": 8}}`` overrides fields, ``{"-:regex": {}}`` leaves modules float.
-        modules_to_not_convert: Modules to leave float: a full dotted name, or a run of its components
-            (``"mlp.down_proj"`` means every module whose name contains that run).
-        model_seqlen: Tokens in a calibration sample made from text; longer token lists are cut to it.
+        dynamic: GPTQModel's per-module rules, tried in order; the first match wins (``re.match`` on the full name):
+            ``{"regex": {"bits": 8}}`` overrides fields, ``{"-:regex": {}}`` leaves modules float.
+        modules_to_not_convert: Modules to leave float: a full dotted name, or consecutive components of one
+            (``"mlp.down_proj"`` is every module whose name contains these).
+        model_seqlen: Tokens per calibration sample made from text; longer token lists are cut to it.
         nsamples: Number of calibration samples over all ranks.
-        batch_size: Calibration samples in one forward.
-        seed: Seed of the choice of calibration samples.
-        token_weighting: Which positions of a calibration batch count: ``"all"`` but padding, or only those with
-            ``"labels"`` that enter the loss (not -100). A causal model's loss compares position i with label i + 1.
-        checkpoint_format: ``"gptq"`` (v1, stores zeros minus one), ``"gptq_v2"`` or ``"compressed-tensors"``
-            (its pack-quantized, which vLLM also takes with asymmetric grids).
+        batch_size: Calibration samples per forward.
+        seed: Seed for choosing calibration samples.
+        token_weighting: Positions of a calibration batch that count: ``"all"`` except padding, or ``"labels"``, those
+            that enter the loss (label not -100). A causal model's loss compares position i with label i + 1.
+        checkpoint_format: ``"gptq"`` (v1, stores zeros minus one), ``"gptq_v2"`` or ``"compressed-tensors"`` (its
+            pack-quantized, which vLLM also loads with asymmetric grids).
 
     Raises:
-        ValueError: A field has a value that cannot work; the message names the field and the choices.
+        ValueError: A field has an invalid value; the message names the field and the choices.
     """
 
     bits: int = 4
@@ -115,7 +115,7 @@ class QuantizeConfig:
     checkpoint_format: str = "gptq"
 
     def __post_init__(self) -> None:
-        # YAML and JSON hand over lists and None for empty collections.
+        # YAML and JSON have lists, and None for empty collections.
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert or ()))
         object.__setattr__(self, "clip_ratios", tuple(self.clip_ratios or ()))
         object.__setattr__(self, "dynamic", {k: dict(v or {}) for k, v in (self.dynamic or {}).items()})
@@ -143,26 +143,26 @@ class QuantizeConfig:
             _check_rule(self, pattern, overrides)
 
     def for_module(self, name: str) -> QuantizeConfig | None:
-        """The configuration of one module after the `dynamic` rules, or None when a rule leaves it float."""
+        """The configuration of one module after the `dynamic` rules; None if a rule leaves it float."""
         pattern, overrides = self.rule_for(name)
         if pattern.startswith("-:"):
             return None
         return dataclasses.replace(self, **overrides, dynamic={}) if self.dynamic else self
 
     def rule_for(self, name: str) -> tuple[str, Mapping[str, Any]]:
-        """The `dynamic` rule that counts for a module, the first whose pattern matches: ("", {}) when none does."""
+        """The `dynamic` rule of a module, the first whose pattern matches; ("", {}) if none does."""
         return next((rule for rule in self.dynamic.items() if re.match(rule_regex(rule[0]), name)), ("", {}))
 
     def group_size_for(self, in_features: int) -> int:
-        """The groups of a layer with so many inputs: `group_size` where that divides them; else the largest of 128, 64
-        and 32 below it that does, which are what clients' kernels take; else -1, one group."""
+        """Group size of a layer with `in_features` inputs: `group_size` if it divides them; else the largest of 128, 64
+        and 32, the sizes of clients' kernels, that is smaller and does; else -1."""
         if self.group_size == -1 or in_features % self.group_size == 0:
             return self.group_size
         smaller = (size for size in (128, 64, 32) if size < self.group_size and in_features % size == 0)
         return next(smaller, -1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain fields, ready for YAML or JSON."""
+        """The fields as plain values for YAML or JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["dynamic"] = {k: dict(v) for k, v in self.dynamic.items()}
         values["clip_ratios"] = list(self.clip_ratios)
@@ -174,7 +174,7 @@ class QuantizeConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: An unknown option; the message names it and the nearest one that exists.
+            ValueError: An unknown option; the message names it and the most similar one.
         """
         known = [f.name for f in dataclasses.fields(cls)]
         for name in values:
@@ -185,7 +185,7 @@ class QuantizeConfig:
         return cls(**values)
 
     def to_yaml(self) -> str:
-        """The plain fields as YAML."""
+        """`to_dict` as YAML."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     @classmethod
@@ -194,13 +194,13 @@ class QuantizeConfig:
         return cls.from_dict(yaml.safe_load(text) or {})
 
     def to_quantize_config(self) -> dict[str, Any]:
-        """The content of ``quantize_config.json`` (AutoGPTQ's file, read by GPTQModel, vLLM and others).
+        """The content of ``quantize_config.json``, AutoGPTQ's file, which GPTQModel, vLLM and others read.
 
-        ``format`` repeats ``checkpoint_format`` because loaders read one or the other.
+        ``format`` repeats ``checkpoint_format``: loaders read either.
         """
         values = self.to_dict()
         meta = {name: values.pop(name) for name in _META_FIELDS}
-        if not self.damp_percent:  # GPTQModel and AutoGPTQ refuse a file that says 0
+        if not self.damp_percent:  # GPTQModel and AutoGPTQ refuse 0
             meta["damp_percent"] = values.pop("damp_percent")
         return {
             "quant_method": "gptq",
@@ -212,16 +212,16 @@ class QuantizeConfig:
 
     @classmethod
     def from_quantize_config(cls, values: Mapping[str, Any]) -> QuantizeConfig:
-        """Reads ``quantize_config.json`` or a ``quantization_config``: ours, GPTQModel's or AutoGPTQ's.
+        """Reads ``quantize_config.json`` or a ``quantization_config``, ours, GPTQModel's or AutoGPTQ's.
 
-        Fields this class does not have describe other tools and are left out; absent ones mean what those
-        tools mean by their absence (v1 format, no act-order, a symmetric grid).
+        Fields unknown to this class belong to other tools and are left out; absent ones have those tools' defaults (v1
+        format, no act-order, symmetric grid).
 
         Raises:
-            ValueError: `bits` is missing, or a field has a value that cannot work.
+            ValueError: `bits` is missing, or a field has an invalid value.
         """
         if "bits" not in values:
-            raise ValueError("a GPTQ configuration must say `bits`; this one has " + ", ".join(sorted(values)))
+            raise ValueError("a GPTQ configuration needs `bits`; this one has " + ", ".join(sorted(values)))
         known = {f.name for f in dataclasses.fields(cls)}
         ours = (values.get("meta") or {}).get(QUANTIZER_NAME)
         merged = {**values, **(ours if isinstance(ours, Mapping) else {})}
@@ -232,10 +232,11 @@ class QuantizeConfig:
 
 
 def own_config(values: Mapping[str, Any]) -> QuantizeConfig | None:
-    """How this package quantized what ``quantize_config.json`` lies beside; None where it did not, or does not say."""
+    """The configuration with which this package quantized, from ``quantize_config.json``; None if it did not, or the
+    file does not hold it."""
     ours = (values.get("meta") or {}).get(QUANTIZER_NAME)
     if not isinstance(ours, Mapping) or "clip_ratios" not in ours:
-        return None  # another tool's that was converted has no more than our list of files there
+        return None  # a converted checkpoint of another tool has only our list of files there
     try:
         return QuantizeConfig.from_quantize_config(values)
     except (ValueError, TypeError):
@@ -243,12 +244,12 @@ def own_config(values: Mapping[str, Any]) -> QuantizeConfig | None:
 
 
 def rule_regex(pattern: str) -> str:
-    """The regular expression in a `dynamic` key, without GPTQModel's ``+:`` or ``-:`` prefix."""
+    """The regular expression of a `dynamic` key, without GPTQModel's ``+:`` or ``-:`` prefix."""
     return pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
 
 
 def package_version() -> str:
-    """The installed version of this package, or ``"0+source"`` when it runs from a source tree."""
+    """The installed version of this package, or ``"0+source"`` in a source tree."""
     try:
         return version("gptq-plugin")
     except PackageNotFoundError:
@@ -277,21 +278,21 @@ def _check_rule(config: QuantizeConfig, pattern: str, overrides: Mapping[str, An
 
 
 def _check_compressed(config: QuantizeConfig) -> None:
-    """What no client would read."""
+    """Refuses combinations that no client reads."""
     if config.desc_act and not config.static_groups:
         raise ValueError(
-            "checkpoint_format='compressed-tensors' has no groups in act-order any more (desc_act=True, "
+            "checkpoint_format='compressed-tensors' no longer supports groups in act-order (desc_act=True, "
             "static_groups=False): use desc_act=False, which is static act-order, or checkpoint_format='gptq'"
         )
     if config.bits == 8 and not config.sym:
         raise ValueError(
-            "checkpoint_format='compressed-tensors' with bits=8 and sym=False is served by few GPUs, and reported to "
-            "fail: use sym=True, or checkpoint_format='gptq_v2'"
+            "checkpoint_format='compressed-tensors' with bits=8 and sym=False runs on few GPUs, and is reported to "
+            "fail there: use sym=True, or checkpoint_format='gptq_v2'"
         )
 
 
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    # `True == 1`: compare types too, so that bits=True or sym=1 do not slip through.
+    # Compare types too: True == 1, but bits=True and sym=1 are mistakes.
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 

@@ -1,4 +1,4 @@
-"""The errors users meet. Each message says what happened, in which module, and what to change."""
+"""Errors for users. Each message tells what happened, in which module, and what to change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class TargetError(ValueError):
 
 
 class CalibrationError(ValueError):
-    """The calibration set is empty, too short, of an unknown kind, or makes the model produce NaN."""
+    """Calibration data is missing, too short, of an unknown kind, or makes the model produce NaN."""
 
 
 class CheckpointError(ValueError):
@@ -18,23 +18,23 @@ class CheckpointError(ValueError):
 
 
 class ExportError(ValueError):
-    """The model or the folder cannot be exported to."""
+    """The model cannot be exported, or not to this folder."""
 
 
 class RankError(RuntimeError):
-    """Another rank of the process group failed, was lost, or does something else."""
+    """Another rank of the process group failed, was lost, or is out of step."""
 
 
 class DataError(ValueError):
-    """The text to train, calibrate or evaluate on is missing, empty, too short, or has no such column."""
+    """Text for training, calibration or evaluation is missing, empty or too short, or lacks the column."""
 
 
 class QualityError(ValueError):
-    """The quantized model is further from the float one than was allowed."""
+    """The quantized model is worse than the limits allow."""
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
-    """The first names of a list that may be long, for a message."""
+    """The first `most` names of a list, and the number of others, for a message."""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

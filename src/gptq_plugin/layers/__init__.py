@@ -1,4 +1,4 @@
-"""QuantLinear, and the packed words it computes with.
+"""QuantLinear and its packed words.
 
 Imports gptq, kernels and errors; never walk or model.
 """

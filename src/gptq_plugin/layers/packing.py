@@ -1,11 +1,11 @@
-"""Codes <-> int32 words, and the zeros of GPTQ's two file formats: all there is to the layout on disk.
+"""Packs codes into int32 words, and converts the zeros of GPTQ's two file formats.
 
-Words are one little-endian bit stream along the packed dimension: code k of width b occupies bits
-[k * b, (k + 1) * b). Every width shares that definition; 3-bit codes straddle words (32 codes in 3 words). A
-stream that does not fill its last word is padded with zero bits.
+Words form one little-endian bit stream along the packed dimension: code k of width b occupies bits
+[k * b, (k + 1) * b). This holds for every width; 3-bit codes straddle words (32 codes in 3 words). A last word that is
+not full is padded with zero bits.
 
-``gptq_v2`` stores the zeros as they are, ``gptq`` (v1, the first AutoGPTQ's) stores zero - 1. In memory this
-package keeps true zeros: the -1 exists on disk only, behind `zeros_to_disk` and `zeros_from_disk`.
+``gptq_v2`` stores true zeros, ``gptq`` (v1, the first AutoGPTQ's) stores zero - 1. In memory zeros are always true:
+only `zeros_to_disk` and `zeros_from_disk` deal with the -1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gptq_plugin.kernels.reference import stream_period, unpack, words_for
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Writes each column's codes into a bit stream; the inverse of `kernels.reference.unpack`.
+    """Packs each column's codes into a bit stream; the inverse of `kernels.reference.unpack`.
 
     Args:
         codes: uint8 [n, m], every code below 2^bits.
@@ -28,8 +28,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         int32 [ceil(n * bits / 32), m], contiguous.
 
     Raises:
-        ValueError: Another dtype or number of dimensions, or a code that does not fit; on a GPU codes are not looked
-            at, since that would wait for it.
+        ValueError: Wrong dtype or number of dimensions, or a code that does not fit; codes on a GPU are not checked,
+            which would synchronize.
     """
     period, period_words = stream_period(bits)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
@@ -41,9 +41,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if blocks * period != n:
         codes = torch.cat([codes, codes.new_zeros(blocks * period - n, columns)])
     codes = codes.reshape(blocks, period, columns)
-    if period_words == 1 and codes.is_cuda:  # at once: a loop would keep a GPU waiting for Python
+    if period_words == 1 and codes.is_cuda:  # a loop would keep the GPU waiting for Python
         shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)
-        return (codes << shifts[:, None]).sum(1, dtype=torch.int32)  # bits do not overlap: a sum is an or
+        return (codes << shifts[:, None]).sum(1, dtype=torch.int32)  # no bits overlap, so the sum is an or
     words = torch.zeros(blocks, period_words, columns, dtype=torch.int32, device=codes.device)
     for k in range(period):
         word, shift = divmod(k * bits, 32)
@@ -55,7 +55,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def pack_weight(codes: Tensor, bits: int) -> Tensor:
-    """Codes of a weight, uint8 [out, in], to `qweight`, int32 [ceil(in * bits / 32), out]."""
+    """Packs a weight's codes, uint8 [out, in], into `qweight`, int32 [ceil(in * bits / 32), out]."""
     return pack(codes.t().contiguous(), bits)
 
 
@@ -65,7 +65,7 @@ def unpack_weight(qweight: Tensor, bits: int, in_features: int) -> Tensor:
 
 
 def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
-    """Zeros, uint8 [G, out], to words, int32 [G, ceil(out * bits / 32)], as they are."""
+    """Packs true zeros, uint8 [G, out], into words, int32 [G, ceil(out * bits / 32)]."""
     return pack(zeros.t(), bits).t().contiguous()
 
 
@@ -75,20 +75,19 @@ def unpack_zeros(qzeros: Tensor, bits: int, out_features: int) -> Tensor:
 
 
 def zeros_to_disk(qzeros: Tensor, bits: int, out_features: int, checkpoint_format: str) -> Tensor:
-    """Packed true zeros to what a file of `checkpoint_format` holds.
+    """Converts packed true zeros to those stored in a file of `checkpoint_format`.
 
     Args:
         qzeros: int32 [G, ceil(out_features * bits / 32)], true zeros.
         bits: Width of a code: 2, 3, 4 or 8.
-        out_features: Zeros in a row.
+        out_features: Zeros per group.
         checkpoint_format: ``"gptq"`` (v1) or ``"gptq_v2"``.
 
     Returns:
         int32, the shape of `qzeros`.
 
     Raises:
-        ExportError: v1 cannot hold a zero of 0: what readers make of the -1 differs, and some corrupt its
-            neighbours.
+        ExportError: A zero is 0, which v1 cannot hold: readers treat the -1 differently, and some corrupt neighbours.
     """
     if not _stores_minus_one(checkpoint_format):
         return qzeros
@@ -97,7 +96,7 @@ def zeros_to_disk(qzeros: Tensor, bits: int, out_features: int, checkpoint_forma
     if empty:
         raise ExportError(
             f"{empty} of {zeros.numel()} zeros are 0, and checkpoint_format='gptq' (v1) stores zero - 1, "
-            "which tools read differently; export with checkpoint_format='gptq_v2' or quantize with sym=True"
+            "which tools read differently: export with checkpoint_format='gptq_v2' or quantize with sym=True"
         )
     return pack_zeros(zeros - 1, bits)
 

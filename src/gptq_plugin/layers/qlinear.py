@@ -1,7 +1,7 @@
-"""QuantLinear, a linear layer whose weights stay quantized, and `swap_modules`, which puts modules in others' place.
+"""QuantLinear, a linear layer whose weights stay quantized, and `swap_modules`, which replaces modules.
 
-On CUDA a Triton kernel dequantizes and multiplies in one go. Elsewhere plain PyTorch does it tile by tile; on
-a CPU, bfloat16 inputs of few rows take PyTorch's own 4-bit kernel, which for one row beats a float layer.
+On CUDA one Triton kernel dequantizes and multiplies. Elsewhere plain PyTorch does so tile by tile; on a CPU, bfloat16
+inputs of few rows use PyTorch's own 4-bit kernel, which for one row is faster than a float layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _PACKED = ("qweight", "qzeros", "scales", "g_idx")
 TENSORS = (*_PACKED, "bias")  # of a layer, in memory and in a GPTQ file
 
-# torch.ops.aten._weight_int4pack_mm_for_cpu: the groups it takes, and the most rows at which it still beats
+# torch.ops.aten._weight_int4pack_mm_for_cpu: the group sizes it takes, and the most rows at which it is faster than
 # dequantizing (its time grows with every row; scripts/bench_qlinear.py measures both).
 _INT4_GROUPS = (256, 128, 64, 32)
 _INT4_ROWS = 128
@@ -34,19 +34,18 @@ _State = tuple[tuple[Tensor, int], ...]
 class QuantLinear(nn.Module):
     """y = x Wᵀ + bias, with W[o, i] = scales[g_idx[i], o] * (q[i, o] - z[g_idx[i], o]).
 
-    The buffers have the names and layout of GPTQ checkpoints, except that `qzeros` always holds true zeros
-    (see `packing`). Casting the module (`.half()`, `.to(dtype)`) casts the bias only: codes are integers, and
-    scales stay the float16 of the file, so that W is the same at every dtype up to its last rounding.
-    Gradients flow to x, not to the weights.
+    Buffers have the names and layout of GPTQ checkpoints, except that `qzeros` always holds true zeros (see `packing`).
+    Casting the module (`.half()`, `.to(dtype)`) casts the bias only: codes are integers, and scales keep the file's
+    float16, so that W is the same at every dtype up to its final rounding. Gradients flow to x, not to the weights.
 
     Args:
         in_features: Channels of x.
         out_features: Channels of y.
         bits: Width of a code: 2, 3, 4 or 8.
-        group_size: Input channels that share a scale and a zero, or -1 for all of them.
-        bias: Whether there is a bias.
-        dtype: The bias's dtype, and what `weight` says of its own.
-        device: Where the buffers are made; they hold zeros until loaded.
+        group_size: Input channels that share a scale and a zero, or -1 for all.
+        bias: True for a layer with a bias.
+        dtype: Dtype of the bias and of the placeholder `weight`.
+        device: The buffers' device; they are zero until loaded.
 
     Buffers, with G groups:
         qweight: int32 [ceil(in_features * bits / 32), out_features]
@@ -56,7 +55,7 @@ class QuantLinear(nn.Module):
         bias: [out_features] in `dtype`, or None
 
     Raises:
-        ValueError: `bits` or `group_size` cannot work.
+        ValueError: `bits` or `group_size` is invalid.
     """
 
     qweight: Tensor
@@ -95,7 +94,7 @@ class QuantLinear(nn.Module):
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16, device=device))
-        # Made on the CPU: on the meta device, PyTorch's integer division takes milliseconds.
+        # On the CPU: on the meta device PyTorch's integer division takes milliseconds.
         natural = torch.arange(in_features, dtype=torch.int32, device="cpu") // channels
         self.register_buffer("g_idx", natural.to(device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
@@ -104,12 +103,12 @@ class QuantLinear(nn.Module):
     def from_quantized(
         cls, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> QuantLinear:
-        """Packs a solver's result, on its device; the layer shares no memory with it.
+        """Packs a solver's result on its device; the layer shares no memory with it.
 
         Args:
             weight: Codes uint8 [out, in], scales float16 [G, out], zeros uint8 [G, out], g_idx int32 [in].
             bias: [out], kept in its dtype, or None.
-            dtype: Of the float layer; the bias's, or float32, when None.
+            dtype: Dtype of the float layer; the bias's, or float32, if None.
         """
         out_features, in_features = weight.codes.shape
         dtype = dtype or (torch.float32 if bias is None else bias.dtype)
@@ -124,16 +123,16 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """For models that ask a Linear's weight for its dtype, device or shape: [out, in] of NaN, one number in memory.
-        See `dequantize` for the values."""
-        nothing = torch.full((), torch.nan, dtype=self._dtype, device=self.scales.device)
-        return nothing.expand(self.out_features, self.in_features)
+        """A placeholder, [out, in] of NaN, for models that read a weight's dtype, device or shape. It takes one number
+        in memory; `dequantize` gives the values."""
+        nan = torch.full((), torch.nan, dtype=self._dtype, device=self.scales.device)
+        return nan.expand(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in x's dtype, or autocast's where that is on.
+        """Maps [..., in_features] to [..., out_features], in x's dtype or, if autocast is on, in autocast's.
 
         Raises:
-            ValueError: x has another number of channels, is not floating, or lives on another device.
+            ValueError: x has the wrong number of channels, is not floating, or is on another device.
         """
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -141,12 +140,12 @@ class QuantLinear(nn.Module):
         return y
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W as [out_features, in_features] in `dtype`: exact in float32, else rounded once."""
+        """W as [out_features, in_features] in `dtype`: exact in float32, otherwise rounded once."""
         packed = (self.qweight, self.qzeros, self.scales, self.g_idx, self.bits)
         if self.qweight.is_cuda and dtype != torch.float64:
             from gptq_plugin.kernels import matmul  # imported here: needs Triton
 
-            return matmul.dequantize(*packed, dtype)  # to look at g_idx first would mean to wait for the device
+            return matmul.dequantize(*packed, dtype)  # reading g_idx first would synchronize
         return reference.dequantize(*packed, dtype)
 
     def extra_repr(self) -> str:
@@ -173,10 +172,10 @@ class QuantLinear(nn.Module):
         return reference.matmul(x, *packed, self.bias)
 
     def _prepare(self) -> _Prepared:
-        """What forward derives from the buffers, made anew when they are others than at the last call."""
+        """Derives what forward needs from the buffers; cached until a buffer changes."""
         state = tuple((t, -1 if t.is_inference() else t._version) for t in map(self.get_buffer, _PACKED))
         prepared = self._prepared
-        if prepared is None or not _same(prepared.state, state):
+        if prepared is None or not _unchanged(prepared.state, state):
             channels = self._channels_per_group()
             natural = torch.arange(self.in_features, dtype=torch.int32, device=self.g_idx.device) // channels
             group_size = channels if torch.equal(self.g_idx, natural) else None
@@ -203,18 +202,18 @@ class QuantLinear(nn.Module):
             errors: list[str] = args[-1]
             errors.append(
                 f"{prefix.rstrip('.')} is quantized, and these are the weights of the float model: load them into a "
-                "module that was not quantized, such as MyModule.load_from_checkpoint(path) gives"
+                "module that is not quantized, such as the one MyModule.load_from_checkpoint(path) returns"
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # copies and pickles derive it anew
+        return {**self.__dict__, "_prepared": None}  # copies and pickles derive it again
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    state: _State  # the buffers it was made from, and their versions
-    group_size: int | None  # channels in a group, or None when g_idx is not i // group_size
-    int4: _Int4 | None  # the layer for PyTorch's 4-bit CPU kernel, or None where that does not apply
+    state: _State  # the buffers it was derived from, with their versions
+    group_size: int | None  # channels per group; None unless g_idx[i] is i // group_size
+    int4: _Int4 | None  # the layer for PyTorch's 4-bit CPU kernel; None if that does not apply
 
 
 @dataclass(frozen=True)
@@ -227,13 +226,13 @@ class _Int4:
 
     @classmethod
     def repack(cls, layer: QuantLinear, group_size: int | None) -> _Int4 | None:
-        """None where the kernel does not apply: other widths, act-order, sizes and devices."""
+        """Repacks a layer; None if the kernel does not take its width, order, size or device."""
         n_in, n_out = layer.in_features, layer.out_features
         if layer.qweight.device.type != "cpu" or layer.bits != 4 or group_size is None:
             return None
         if n_out % 16 or n_in % group_size:
             return None
-        # A longer group is several of the kernel's with the same scale.
+        # A longer group becomes several of the kernel's with the same scale.
         finer = next((g for g in _INT4_GROUPS if group_size % g == 0), None)
         if finer is None:
             return None
@@ -254,12 +253,12 @@ class _Int4:
         return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _same(old: _State, new: _State) -> bool:
+def _unchanged(old: _State, new: _State) -> bool:
     return all(t is u and v == w for (t, v), (u, w) in zip(old, new, strict=True))
 
 
 class _Product(torch.autograd.Function):
-    """The product with a gradient for x: dL/dx = dL/dy W. W is dequantized again there, not kept."""
+    """The product, with a gradient for x: dL/dx = dL/dy W. Backward dequantizes W again instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
@@ -272,16 +271,15 @@ class _Product(torch.autograd.Function):
 
 
 def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    """Puts modules in place of others, wherever in the tree those occur: shared ones stay shared.
+    """Replaces modules everywhere they occur in the tree, so that shared modules stay shared.
 
     Args:
-        model: The root; it cannot itself be replaced.
-        replacements: Full dotted name -> the module to put there. Of a shared module any one name will do;
-            other names may only name the same replacement.
+        model: The root, which cannot be replaced itself.
+        replacements: Full dotted name -> replacement. One of a shared module's names is enough; others must agree.
 
     Raises:
-        ValueError: A name is not in the model, is empty, or asks for a second replacement of a shared module;
-            nothing has been replaced then.
+        ValueError: A name is empty, not in the model, or gives a shared module a second replacement; nothing has been
+            replaced then.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     new: dict[nn.Module, nn.Module] = {}
@@ -291,17 +289,20 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Non
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"the model has no submodule {name!r} to replace{hint}")
         if new.setdefault(modules[name], module) is not module:
-            raise ValueError(f"{name!r} is a shared module that is also replaced, by another one, under another name")
+            raise ValueError(
+                f"{name!r} is a shared module with a different replacement under another name: give one for both"
+            )
     for parent in list(modules.values()):
         for child_name, child in list(parent._modules.items()):
             if child in new:
                 setattr(parent, child_name, new[child])
         if isinstance(parent, nn.TransformerEncoderLayer):
-            _choose_path(parent)
+            _choose_fused_path(parent)
 
 
-def _choose_path(layer: nn.TransformerEncoderLayer) -> None:
-    """PyTorch's fused path reads the linears' weights; 0 keeps a layer off it, 1 and 2 are as its constructor says."""
+def _choose_fused_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Keeps a layer with QuantLinear off PyTorch's fused path, which reads the linears' weights: 0 disables it, 1
+    (relu) and 2 (gelu) are the constructor's values."""
     if any(isinstance(child, QuantLinear) for child in layer.children()):
         layer.activation_relu_or_gelu = 0
     elif layer.activation is nn.functional.relu or isinstance(layer.activation, nn.ReLU):
