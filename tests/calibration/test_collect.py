@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.calibration.batches import labels_of, named, sample_count, to_device
+from gptq_plugin.calibration.batches import fields_of, labels_of, sample_count, to_device
 from gptq_plugin.calibration.collect import collect, ready_batch
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.walk import hessian as hessians
@@ -123,7 +123,7 @@ def test_labels_and_samples_are_found_however_deep_they_lie_but_not_guessed():
     assert labels_of({"x": [{"y": batch}]}) is batch.labels and sample_count({"x": [{"y": batch}]}) == 3
     assert labels_of({"chosen": batch, "rejected": batch}) is None  # which belongs to a call?
     assert labels_of({"labels": torch.zeros(3)}) is None and labels_of((batch.labels,)) is None
-    assert named(batch)["image"] is batch.image and named((1, 2)) is None and named(torch.zeros(2)) is None
+    assert fields_of(batch)["image"] is batch.image and fields_of((1, 2)) is None and fields_of(torch.zeros(2)) is None
 
 
 def padded(left=False):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 _ALL = 2**256  # SHA-256 digests are numbers below it
 
 
-def named(data: Any) -> Mapping[str, Any] | None:
+def fields_of(data: Any) -> Mapping[str, Any] | None:
     """The parts of a mapping, a dataclass or a named tuple by name; None when they have no names."""
     if isinstance(data, Mapping):
         return data
@@ -57,7 +57,7 @@ def digest(data: Any) -> int:
     samples = sample_count(data)
     if not tensors or any(value.dim() == 0 or value.shape[0] != samples for _, value in tensors):
         return _sha256([*_described(tensors), *_said(plain)])
-    mask = (named(data) or {}).get("attention_mask")
+    mask = (fields_of(data) or {}).get("attention_mask")
     kept = _on_cpu(mask).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     total = 0
     for row in range(samples):
@@ -134,7 +134,7 @@ def _is_dataclass(data: Any) -> bool:
 
 def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Everything in nested mappings, dataclasses, tuples and objects, each with the name it has there."""
-    parts = named(data)
+    parts = fields_of(data)
     if parts is not None:
         for key, value in parts.items():
             yield from _leaves(value, str(key))

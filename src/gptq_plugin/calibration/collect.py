@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gptq_plugin.calibration.batches import digest, named, sample_count
+from gptq_plugin.calibration.batches import digest, fields_of, sample_count
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 
@@ -46,7 +46,7 @@ class Batch:
         """Positions that count, where the data says so."""
         if self.masks:
             return int(self.masks[0].sum())
-        ids = (named(self.data) or {}).get("input_ids")
+        ids = (fields_of(self.data) or {}).get("input_ids")
         return ids.numel() if isinstance(ids, Tensor) else None
 
     def counted(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> tuple[Tensor, str | None]:
@@ -143,7 +143,7 @@ class Sources:
         for part in self.parts:
             yield from part.data
 
-    def beginning(self) -> Sources:
+    def first_batches(self) -> Sources:
         """The first batch of every source that can be read ahead."""
         return Sources(tuple(replace(part, data=islice(part.data, 1)) for part in self.parts if not part.is_stream))
 
@@ -255,7 +255,7 @@ def refuse_single(data: Any) -> None:
 
 def ready_batch(data: Any) -> Batch:
     """A batch that runs as it is."""
-    parts = named(data)
+    parts = fields_of(data)
     masks = masks_in(parts) if parts is not None else None
     return Batch(data, masks or (), sample_count(data))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_plugin.calibration.batches import named, to_device
+from gptq_plugin.calibration.batches import fields_of, to_device
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.hf_models import is_transformers
 
@@ -39,9 +39,9 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
     if device is not None:
         data = to_device(data, device)
     signature = inspect.signature(model.forward)
-    parts = named(data)
+    parts = fields_of(data)
     if parts is not None:
-        if fits(model, parts):
+        if accepts(model, parts):
             return model(**_keywords(model, signature, parts, every_logit))
         if _binds(signature, data) and not is_transformers(model):
             return model(data)
@@ -70,7 +70,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def fits(model: nn.Module, data: Mapping[str, Any]) -> bool:
+def accepts(model: nn.Module, data: Mapping[str, Any]) -> bool:
     """Whether the model's forward takes the mapping's keys as keywords, at least those it needs."""
     signature = inspect.signature(model.forward)
     keywords = _keywords(model, signature, data, every_logit=False)
@@ -79,7 +79,7 @@ def fits(model: nn.Module, data: Mapping[str, Any]) -> bool:
 
 def describe(data: Any) -> str:
     """A batch in a few words, for an error."""
-    parts = named(data)
+    parts = fields_of(data)
     if parts is not None:
         return "keys " + ", ".join(map(str, parts))
     if isinstance(data, torch.Tensor):

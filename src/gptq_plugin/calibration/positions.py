@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gptq_plugin.calibration.batches import is_token_labels, labels_of, named
+from gptq_plugin.calibration.batches import fields_of, is_token_labels, labels_of
 from gptq_plugin.calibration.collect import IGNORED_LABEL, Batch, is_mask, masks_in
 from gptq_plugin.calibration.routed_tokens import EVERY_ROW, Mask, RoutedTokens
 from gptq_plugin.errors import CalibrationError
@@ -99,7 +99,7 @@ class Positions:
         if self._by_labels and number not in self._masks:  # no transformers model has been called yet
             models = [model for _, model in transformers_models(self._root)]
             model = models[0] if len(models) == 1 else self._root
-            self._read(number, model, named(self._batches[number].data) or {})
+            self._read(number, model, fields_of(self._batches[number].data) or {})
         batch, masks = self._batches[number], self._masks.get(number)
         if not self._routed.is_expert(layer):
             return Rows(*batch.counted(x, masks))

@@ -13,7 +13,7 @@ from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, deal, require_si
 from gptq_plugin.config import QuantizeConfig, is_number
 
 
-class RunData:
+class TrainingData:
     """What the options `calibration`, `mix` and `mix_fraction` of the training callbacks choose.
 
     Args:
@@ -74,7 +74,7 @@ class RunData:
             sources.append(deal(self.mix, "the general text", nsamples=general, first=own, is_general=True))
         return Sources(tuple(sources))
 
-    def beginning(self, data: Iterable[Any]) -> Iterable[Any] | None:
+    def rehearsal_data(self, data: Iterable[Any]) -> Iterable[Any] | None:
         """What of `sources` (or of data chosen otherwise) is to be tried before training.
 
         Returns:
@@ -83,7 +83,7 @@ class RunData:
         if self.is_given:
             return data
         if isinstance(data, Sources):
-            first = data.beginning()
+            first = data.first_batches()
             return first if first.parts else None
         return islice(data, 1) if isinstance(data, DataLoader) else None
 

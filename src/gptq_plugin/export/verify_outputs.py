@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gptq_plugin.calibration.batches import named, sample_count
+from gptq_plugin.calibration.batches import fields_of, sample_count
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.checkpoint.load import load_as, load_quantized
 from gptq_plugin.errors import CheckpointError, ExportError
@@ -216,7 +216,7 @@ def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _first(batch: Any) -> Any:
-    parts, samples = named(batch), sample_count(batch)
+    parts, samples = fields_of(batch), sample_count(batch)
     ids = parts.get("input_ids") if parts is not None else None
     length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
 

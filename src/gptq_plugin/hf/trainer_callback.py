@@ -205,7 +205,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
 
     def _rehearse(self, args: TrainingArguments, training: dict[str, Any]) -> None:
         with random_state_restored(args.device), torch.compiler.set_stance("force_eager"):
-            first = self.data.beginning(self.calibration_data(training["train_dataloader"]))
+            first = self.data.rehearsal_data(self.calibration_data(training["train_dataloader"]))
             if first is None:
                 return  # the user's stream is not read before training
             self.quantizer.rehearse(

@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from gptq_plugin.calibration.batches import named
-from gptq_plugin.calibration.forward import call, fits
+from gptq_plugin.calibration.batches import fields_of
+from gptq_plugin.calibration.forward import accepts, call
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.lightning.roots import in_any_root, overrides
 from gptq_plugin.lightning.surroundings import forward_device
@@ -56,8 +56,8 @@ def forward_as_in_training(
                     "runs a training batch through the model, or give GPTQCallback(calibration_step=...)"
                 )
             # Only the LightningModule knows what a tuple's elements mean; a mapping names its parts.
-            default, parts = pl_module if pl_module in runners else runners[0], named(batch)
-            runner = default if parts is None else next((m for m in runners if fits(m, parts)), default)
+            default, parts = pl_module if pl_module in runners else runners[0], fields_of(batch)
+            runner = default if parts is None else next((m for m in runners if accepts(m, parts)), default)
             return call(runner, batch, every_logit=every_logit, device=forward_device(trainer))
 
     return forward

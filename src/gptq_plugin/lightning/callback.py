@@ -195,7 +195,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
             )
         with isolate_rng():  # a sampler may draw from the global generator
             data = self.calibration_data(trainer)
-        first = self.data.beginning(data)
+        first = self.data.rehearsal_data(data)
         if first is None and not is_sharded(trainer):
             return  # the user's stream is not read before training
         with isolate_rng(), evaluating_eagerly(pl_module):
@@ -295,7 +295,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
         if not is_sharded(trainer):
             return None
         module = self.module_to_quantize(pl_module)
-        first = self.data.beginning(self.calibration_data(trainer))
+        first = self.data.rehearsal_data(self.calibration_data(trainer))
         if first is None or not may_differ(trainer, pl_module, module):
             return None
         batches = collect(first, self.quantizer.config, self.tokenizer).batches

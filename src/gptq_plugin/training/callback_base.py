@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq_plugin.calibration.training_data import RunData
+from gptq_plugin.calibration.training_data import TrainingData
 from gptq_plugin.clients.client import Client
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.quantize.module import QuantizeModule
@@ -81,7 +81,7 @@ class CallbackBase:
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
         self.tokenizer = tokenizer
-        self.data = RunData(quantizer.config, calibration, mix, mix_fraction)
+        self.data = TrainingData(quantizer.config, calibration, mix, mix_fraction)
         self.swap = swap
         self.overwrite = overwrite
         self.target = Client.of(target)
