@@ -18,7 +18,7 @@ from transformers.quantizers import auto
 
 from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.checkpoint.load import Place
+from gptq_plugin.checkpoint.reserve import Place
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.export.export import export_model
 from gptq_plugin.hf.quantizer import GPTQPluginConfig, quantized_config, register

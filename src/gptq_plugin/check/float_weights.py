@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptq_plugin.checkpoint.checkpoint import INDEX
+from gptq_plugin.checkpoint.files import INDEX
 from gptq_plugin.errors import CheckpointError
 
 

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from gptq_plugin.check.comparison import compare, verdict
 from gptq_plugin.check.float_weights import FloatWeights
-from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
-from gptq_plugin.checkpoint.layouts import trivial_g_idx
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.formats.format import trivial_g_idx
 from gptq_plugin.clients.client import CLIENTS, Client
 from gptq_plugin.clients.inventory import Inventory, LayerEntry
 from gptq_plugin.clients.rules import conditions, problems
-from gptq_plugin.config import COMPRESSED, QuantizeConfig, own_config
+from gptq_plugin.config import QuantizeConfig, own_config
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -94,7 +95,7 @@ def lint(directory: str | Path, float_dir: str | Path | None = None, targets: It
     found.add("error", _contradictions(checkpoint, beside))
     found.add("error", _tied_head(checkpoint, inventory))
     _scales_dtype(checkpoint, found)
-    _missing_g_idx(checkpoint, inventory, found)
+    _missing_g_idx(checkpoint, found)
     judged = _Judged(checkpoint, beside, floats)
     for layer in inventory.layers:
         judged.layer(layer, checkpoint.read_layer(layer.name))
@@ -139,9 +140,7 @@ def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def _contradictions(checkpoint: Checkpoint, beside: dict[str, Any]) -> Iterator[str]:
     said = checkpoint.quantization
-    if checkpoint.checkpoint_format == COMPRESSED:
-        return  # readers of one file do not read the other
-    for key in ("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "lm_head"):
+    for key in checkpoint.format.repeated:
         if key in said and key in beside and said[key] != beside[key]:
             yield (
                 f"{CONFIG} says {key}={said[key]!r} and {QUANTIZE_CONFIG} says {beside[key]!r}: clients read one or "
@@ -159,9 +158,9 @@ def _tied_head(checkpoint: Checkpoint, inventory: Inventory) -> Iterator[str]:
 
 
 def _scales_dtype(checkpoint: Checkpoint, found: Lint) -> None:
-    if checkpoint.checkpoint_format == COMPRESSED:
-        return  # llm-compressor computes scales in the model's dtype and stores them so
-    kinds = Counter(checkpoint.tensors[f"{name}.{checkpoint.layout.scales}"].dtype for name in checkpoint.layers)
+    if not checkpoint.format.float16_scales:
+        return
+    kinds = Counter(checkpoint.tensors[f"{name}.{checkpoint.format.scales}"].dtype for name in checkpoint.layers)
     if kinds["BF16"]:
         found.add(
             "warning",
@@ -180,9 +179,9 @@ def _scales_dtype(checkpoint: Checkpoint, found: Lint) -> None:
         )
 
 
-def _missing_g_idx(checkpoint: Checkpoint, inventory: Inventory, found: Lint) -> None:
+def _missing_g_idx(checkpoint: Checkpoint, found: Lint) -> None:
     without = [name for name, layer in checkpoint.layers.items() if not layer.has_g_idx]
-    if without and inventory.checkpoint_format != COMPRESSED:
+    if without and checkpoint.format.always_g_idx:
         found.add(
             "warning",
             [
@@ -255,7 +254,7 @@ class _Judged:
         self._compared.append(inventory.name)
         config, ratios = self._grid_of(inventory)
         comparison = compare(layer, weight, config, ratios)
-        scales = self._checkpoint.tensors[f"{inventory.name}.{self._checkpoint.layout.scales}"]
+        scales = self._checkpoint.tensors[f"{inventory.name}.{self._checkpoint.format.scales}"]
         bfloat16 = scales.dtype == "BF16"
         for message in verdict(comparison, inventory.bits, bfloat16):
             self._say("error", message, inventory.name)

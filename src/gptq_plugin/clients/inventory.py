@@ -17,9 +17,9 @@ from torch import nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.description import scheme_of
-from gptq_plugin.checkpoint.layouts import QuantizedLayer
-from gptq_plugin.checkpoint.schemes import Scheme
-from gptq_plugin.config import COMPRESSED, QuantizeConfig
+from gptq_plugin.checkpoint.formats.format import QuantizedLayer, Scheme
+from gptq_plugin.checkpoint.formats.registry import FORMATS
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.experts import routers, unfused
 from gptq_plugin.model.hf_models import is_transformers
@@ -93,7 +93,7 @@ class Inventory:
             _in_blocks(floats, names),
             any(model.get_submodule(name) is head for name in names),
             any(layer.act_order for layer in layers),
-            _grid_rules(config.dynamic if config.checkpoint_format != COMPRESSED else {}),
+            _grid_rules(config.dynamic if FORMATS[config.checkpoint_format].has_rules else {}),
             _largest_dtype(model, names),
             _model_type(model),
             {m.name: m.largest for m in report.quantized if not math.isnan(m.largest)} if report is not None else {},

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG, Checkpoint
-from gptq_plugin.checkpoint.description import Contents, describe, most_and_others
-from gptq_plugin.checkpoint.layouts import LAYOUTS
-from gptq_plugin.checkpoint.schemes import Scheme, ignored
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.description import describe, most_and_others
+from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG, write_json
+from gptq_plugin.checkpoint.formats.format import Contents, Scheme
+from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.export import SHARD, write_json, write_quantize_config
+from gptq_plugin.export.export import SHARD, write_quantize_config
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.verify_files import verify_same
@@ -84,7 +85,7 @@ def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, o
 
 
 def _write(checkpoint: Checkpoint, schemes: dict[str, Scheme], checkpoint_format: str, writer: ShardWriter) -> None:
-    layout = LAYOUTS[checkpoint_format]
+    layout = FORMATS[checkpoint_format]
     for name, scheme in schemes.items():
         try:
             stored = layout.to_file(checkpoint.read_tensors(name), scheme.bits, scheme.sym)
@@ -134,7 +135,7 @@ def _float_linears(checkpoint: Checkpoint) -> list[str]:
         name, _, suffix = tensor.rpartition(".")
         matrix = suffix == "weight" and len(checkpoint.tensors[tensor].shape) == 2 and name != _HEAD
         in_block = any(part.isdigit() for part in name.split("."))
-        if matrix and (in_block or ignored(checkpoint.quantization, name)):
+        if matrix and (in_block or checkpoint.format.leaves_float(checkpoint.quantization, name)):
             names.append(name)
     return names
 

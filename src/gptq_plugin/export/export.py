@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG
 from gptq_plugin.checkpoint.description import client_config
-from gptq_plugin.checkpoint.layouts import LAYOUTS
+from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG, write_json
+from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
-from gptq_plugin.config import COMPRESSED, QUANTIZER_NAME, QuantizeConfig
+from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.staging import Staging, files_in
@@ -121,6 +121,7 @@ class Export:
         target: Client | str | Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
+        self._format = FORMATS[config.checkpoint_format]
         self._target = Client.of(target)
         self._refuse_target(model)
         check_savable(model)
@@ -149,11 +150,10 @@ class Export:
         stored = self._stored_names[name]
         _check_config({name: layer}, self._config)
         bits, sym = layer.bits, (self._config.for_module(name) or self._config).sym
-        layout = LAYOUTS[self._config.checkpoint_format]
 
         def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             try:
-                on_file = layout.to_file(tensors, bits, sym)
+                on_file = self._format.to_file(tensors, bits, sym)
             except ExportError as error:
                 raise ExportError(f"{name}: {error}") from error
             return {f"{stored}.{suffix}": tensor for suffix, tensor in on_file.items()}
@@ -185,10 +185,8 @@ class Export:
             qweight, scales, g_idx and, where there is one, bias, as `QuantLinear` describes them. Not qzeros: the
             file's may be less one; the layer keeps its own.
         """
-        if self._config.checkpoint_format == COMPRESSED:
-            return None  # another orientation
         stored = self._stored_names[name]
-        tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in TENSORS if suffix != "qzeros"}
+        tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in self._format.in_memory}
         return {suffix: t for suffix, t in tensors.items() if t is not None} or None
 
     def finish(
@@ -397,7 +395,3 @@ def _once(state: dict[str, Tensor]) -> dict[str, Tensor]:
         part_of_more = value.untyped_storage().nbytes() != value.numel() * value.element_size()
         tensors[name] = value.clone() if part_of_more else value
     return tensors
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptq_plugin.checkpoint.checkpoint import INDEX, WEIGHTS
+from gptq_plugin.checkpoint.files import INDEX, WEIGHTS
 from gptq_plugin.errors import ExportError
 
 Tensors = dict[str, Tensor]

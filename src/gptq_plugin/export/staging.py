@@ -19,7 +19,7 @@ import time
 import uuid
 from pathlib import Path
 
-from gptq_plugin.checkpoint.checkpoint import QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import ExportError
 

@@ -1,6 +1,6 @@
 """Proof that a folder holds a model: `verify` reads it anew and compares it with the model in memory.
 
-Every quantized tensor is compared after `layouts` has read it back, and some rows' weights are decoded here from
+Every quantized tensor is compared after its format has read it back, and some rows' weights are decoded here from
 single bits, by code that shares nothing with what wrote them.
 """
 
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.config import COMPRESSED
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels import reference
 from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
@@ -91,34 +89,19 @@ def _rows(layer: QuantLinear) -> Tensor:
 
 
 def decoded_rows(checkpoint: Checkpoint, name: str, rows: int) -> Tensor:
-    """A layer's first output channels from the file, float32 [rows, in], bit by bit: without `layouts`, `packing` and
-    the kernels."""
+    """A layer's first output channels from the file, float32 [rows, in], bit by bit: without
+    `Format.from_file`, `packing` and the kernels."""
     layer = checkpoint.layers[name]
     rows = min(rows, layer.out_features)
-    words = -(-rows * layer.bits // 32)
-
-    def read(suffix: str) -> Any:
-        return checkpoint.read(f"{name}.{suffix}")
-
-    if checkpoint.checkpoint_format == COMPRESSED:
-        packed, scales, packed_zeros = read("weight_packed")[:rows], read("weight_scale")[:rows], None
-        if not layer.sym:
-            packed_zeros = read("weight_zero_point")[:words].T
-        group_of = read("weight_g_idx") if layer.has_g_idx else None
+    raw = checkpoint.format.first_rows(lambda suffix: checkpoint.read(f"{name}.{suffix}"), layer, rows)
+    codes = _from_bits(raw.codes, layer.bits)[:, : layer.in_features]
+    if raw.zeros is None:
+        zeros = torch.full((raw.scales.shape[1], rows), 2 ** (layer.bits - 1))
     else:
-        packed, scales = read("qweight")[:, :rows].T, read("scales")[:, :rows].T
-        packed_zeros = read("qzeros")[:, :words]
-        group_of = read("g_idx") if layer.has_g_idx else None
-    codes = _from_bits(packed, layer.bits)[:, : layer.in_features]
-    if packed_zeros is None:
-        zeros = torch.full((scales.shape[1], rows), 2 ** (layer.bits - 1))
-    else:
-        zeros = _from_bits(packed_zeros, layer.bits)[:, :rows]
-    if checkpoint.checkpoint_format == "gptq":
-        zeros = (zeros + 1) % 2**layer.bits
+        zeros = (_from_bits(raw.zeros, layer.bits)[:, :rows] + raw.less) % 2**layer.bits
     size = layer.group_size if layer.group_size > 0 else layer.in_features
-    group = torch.arange(layer.in_features) // size if group_of is None else group_of.long()
-    return (codes - zeros.T[:, group]).float() * scales.float()[:, group]
+    group = torch.arange(layer.in_features) // size if raw.group_of is None else raw.group_of.long()
+    return (codes - zeros.T[:, group]).float() * raw.scales.float()[:, group]
 
 
 def _from_bits(words: Tensor, bits: int) -> Tensor:

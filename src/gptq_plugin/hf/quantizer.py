@@ -33,8 +33,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gptq_plugin.checkpoint.checkpoint import INDEX, WEIGHTS, Checkpoint
-from gptq_plugin.checkpoint.load import fill, forget_quantization, in_memory, refuse, reserve
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.files import INDEX, WEIGHTS
+from gptq_plugin.checkpoint.load import forget_quantization
+from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.model.stored_names import key_renaming

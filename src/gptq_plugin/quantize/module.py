@@ -22,7 +22,7 @@ from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.collect import Calibration, collect
 from gptq_plugin.calibration.forward import call, evaluating
 from gptq_plugin.checkpoint.description import client_config
-from gptq_plugin.checkpoint.layouts import stored_bytes
+from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse

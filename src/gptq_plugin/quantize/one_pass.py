@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Batch, Calibration
 from gptq_plugin.calibration.positions import Positions
-from gptq_plugin.checkpoint.layouts import stored_bytes
+from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import Peak, free_bytes, peak_bytes
 from gptq_plugin.device.streams import AsyncRead, Stopwatch

@@ -15,7 +15,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_bits_per_weight(number: float) -> str:
-    """The size of quantized layers as an average, with what is counted (`checkpoint.layouts.stored_bytes`)."""
+    """The size of quantized layers as an average, with what is counted (`checkpoint.sizes.stored_bytes`)."""
     return f"{number:.2f} bits per weight (scales and zeros included, g_idx not)"
 
 

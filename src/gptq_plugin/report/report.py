@@ -31,7 +31,7 @@ class ModuleReport:
         seconds: Time to solve it; layers solved together share it in proportion to their rows.
         max_input: Largest absolute input in calibration, at any position, over all ranks; NaN if unknown.
         max_output: The same of the quantized layer's output.
-        stored_bytes: Bytes of its codes, scales and zeros in the export (`stored_bytes` of the layouts); 0 if float.
+        stored_bytes: Bytes of its codes, scales and zeros in the export (`checkpoint.sizes.stored_bytes`); 0 if float.
         reason: Why it is float.
         deviations: A sentence for each difference from the request.
     """
@@ -105,7 +105,7 @@ class QuantizeReport:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the codes, scales and zeros in the export; see `checkpoint.layouts.stored_bytes`."""
+        """Bytes of the codes, scales and zeros in the export; see `checkpoint.sizes.stored_bytes`."""
         return sum(module.stored_bytes for module in self.quantized)
 
     @property

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin import distributed
-from gptq_plugin.checkpoint.layouts import stored_bytes
+from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.kernels.reference import BITS

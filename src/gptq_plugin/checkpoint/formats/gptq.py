@@ -1,0 +1,222 @@
+"""GPTQ's two formats, ``gptq`` (v1, AutoGPTQ's) and ``gptq_v2`` (GPTQModel's), which differ in the zeros alone.
+
+With b bits and G groups, a layer NAME is stored in int32 words as
+
+- NAME.qweight [in·b/32, out],
+- NAME.qzeros [G, out·b/32]: in v1 less one, in v2 as they are,
+- NAME.scales [G, out],
+- NAME.g_idx [in], and a bias [out] where there is one.
+
+Codes and zeros are little-endian bit streams (`packing`). A description's own fields hold for every layer, with the
+first ``dynamic`` rule whose regular expression matches its name on top (GPTQModel).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.checkpoint.formats.format import (
+    FLOAT,
+    INT32,
+    Contents,
+    Format,
+    QuantizedLayer,
+    RawRows,
+    Read,
+    Scheme,
+    Shapes,
+    check_expressions,
+    trivial_g_idx,
+)
+from gptq_plugin.config import QuantizeConfig, rule_regex
+from gptq_plugin.errors import CheckpointError
+from gptq_plugin.kernels.reference import words_for
+from gptq_plugin.layers.packing import zeros_from_disk, zeros_to_disk
+
+
+class GPTQ(Format):
+    """``gptq`` or ``gptq_v2``.
+
+    Args:
+        name: The one.
+        less: What it subtracts from a zero before it stores it.
+    """
+
+    quant_method = "gptq"
+    marks = ("qweight", "qzeros", "g_idx")
+    needed = ("qweight", "qzeros", "scales")
+    suffixes = ("qweight", "qzeros", "scales", "g_idx", "bias")
+    codes, scales, zeros, g_idx = "qweight", "scales", "qzeros", "g_idx"
+    in_memory = ("qweight", "scales", "g_idx", "bias")
+    always_g_idx = float16_scales = has_rules = True
+    repeated = ("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "lm_head")
+
+    def __init__(self, name: str, less: int) -> None:
+        self.name = name
+        self._less = less
+
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]], bits: int, read: Read) -> tuple[int, int]:
+        rows, out_features = shapes["qweight"]
+        return (shapes["g_idx"][0] if "g_idx" in shapes else rows * 32 // bits), out_features
+
+    def expected(self, in_features: int, out_features: int, groups: int, bits: int, sym: bool) -> Shapes:
+        return {
+            "qweight": (INT32, (words_for(in_features, bits), out_features)),
+            "qzeros": (INT32, (groups, words_for(out_features, bits))),
+            "scales": (FLOAT, (groups, out_features)),
+            "g_idx": (INT32, (in_features,)),
+            "bias": (FLOAT, (out_features,)),
+        }
+
+    def to_file(self, tensors: Mapping[str, Tensor], bits: int, sym: bool) -> dict[str, Tensor]:
+        out_features = tensors["scales"].shape[1]
+        return {**tensors, "qzeros": zeros_to_disk(tensors["qzeros"], bits, out_features, self.name)}
+
+    def from_file(self, read: Read, layer: QuantizedLayer) -> dict[str, Tensor]:
+        return {
+            "qweight": read("qweight"),
+            "qzeros": zeros_from_disk(read("qzeros"), layer.bits, layer.out_features, self.name),
+            "scales": read("scales").to(torch.float16),
+            "g_idx": read("g_idx") if layer.has_g_idx else trivial_g_idx(layer.in_features, layer.group_size),
+            **({"bias": read("bias")} if layer.has_bias else {}),
+        }
+
+    def first_rows(self, read: Read, layer: QuantizedLayer, rows: int) -> RawRows:
+        words = -(-rows * layer.bits // 32)
+        return RawRows(
+            codes=read("qweight")[:, :rows].T,
+            scales=read("scales")[:, :rows].T,
+            zeros=read("qzeros")[:, :words],
+            less=self._less,
+            group_of=read("g_idx") if layer.has_g_idx else None,
+        )
+
+    def stated(self, quantization: Mapping[str, Any], source: Path) -> str:
+        """AutoGPTQ's files predate the key and are v1; `format` is GPTQModel's alias of it."""
+        packing = quantization.get("pack_dtype", "int32")
+        if packing not in ("int32", "torch.int32"):
+            raise CheckpointError(f"{source}: pack_dtype is {packing!r}; this package reads int32 words")
+        dynamic = quantization.get("dynamic") or {}
+        if not isinstance(dynamic, dict):
+            raise CheckpointError(f"{source}: dynamic must map regular expressions to overrides")
+        check_expressions((rule_regex(pattern) for pattern in dynamic), f"{source}: dynamic")
+        names = [quantization[key] for key in ("checkpoint_format", "format") if quantization.get(key)]
+        if quantization.get("is_marlin_format"):
+            names.append("marlin")
+        if len(set(names)) > 1:
+            raise CheckpointError(
+                f"{source}: checkpoint_format and format disagree ({' and '.join(map(repr, names))}), and the "
+                "zeros of one read as the other are off by one: correct the wrong one"
+            )
+        return names[0] if names else "gptq"
+
+    def contradiction(self, inside: Mapping[str, Any], beside: Mapping[str, Any]) -> str | None:
+        """optimum 2.3.0's `GPTQQuantizer.save` writes v1 zeros, and states v1 in quantize_config.json only."""
+        one, other = (content.get("checkpoint_format") or content.get("format") for content in (inside, beside))
+        if not one or not other or one == other:
+            return None
+        return (
+            f"says the format is {one!r} and quantize_config.json says {other!r}, and the zeros of one read as the "
+            "other are off by one. Correct the wrong one: symmetric zeros are stored as 2^(bits-1) - 1 in 'gptq' "
+            "(0x77777777 at 4 bits) and as 2^(bits-1) in 'gptq_v2' (0x88888888)"
+        )
+
+    def fields(self, quantization: Mapping[str, Any], name: str) -> Scheme:
+        rule: dict[str, Any] = dict(quantization)
+        for pattern, overrides in (quantization.get("dynamic") or {}).items():
+            if re.match(rule_regex(pattern), name):
+                rule.update(overrides or {})
+                break
+        return Scheme(
+            rule.get("bits"),  # type: ignore[arg-type]
+            rule.get("group_size", -1),
+            bool(rule.get("sym", True)),
+            bool(rule.get("desc_act", False)),
+        )
+
+    def describe(self, contents: Contents, config: QuantizeConfig) -> dict[str, Any]:
+        """Only keys that GPTQModel, transformers and vLLM all take.
+
+        Linears left float inside the blocks are told twice: GPTQModel wants ``dynamic`` rules, transformers a list of
+        those that are quantized.
+        """
+        layers, floats = contents.schemes, contents.floats
+        dynamic = {
+            **{f"-:{rule}": {} for rule in _patterns(floats, contents)},
+            **_exact_rules(contents, config),
+            **{k: dict(v) for k, v in config.dynamic.items()},
+        }
+        description: dict[str, Any] = {
+            "quant_method": self.quant_method,
+            "bits": config.bits,
+            "group_size": config.group_size,
+            "desc_act": any(scheme.desc_act for scheme in layers.values()),
+            "sym": config.sym,
+            "lm_head": contents.head in layers,
+            "checkpoint_format": self.name,
+            "format": self.name,
+            "pack_dtype": "int32",
+        }
+        if dynamic:
+            description["dynamic"] = dynamic
+        if floats:
+            description["modules_in_block_to_quantize"] = [_kept_suffixes(floats, layers)]
+        return description
+
+    def loaded(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
+        return {**quantization, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+
+
+FORMATS = (GPTQ("gptq", 1), GPTQ("gptq_v2", 0))
+
+
+def _exact_rules(contents: Contents, config: QuantizeConfig) -> dict[str, dict[str, Any]]:
+    """Exact rules for layers that the configuration's own rules describe wrongly: where `group_size` does not divide
+    their inputs, and under names that the user's rules do not know, such as that of a block of experts."""
+    unit_of = contents.units()
+    wrong: dict[tuple[tuple[str, Any], ...], list[str]] = defaultdict(list)
+    for name, scheme in contents.schemes.items():
+        own = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
+        different: dict[str, Any] = {}
+        for known_as in (name, unit_of[name]):
+            by_rules = config.for_module(known_as) or config
+            different.update({key: value for key, value in own.items() if value != getattr(by_rules, key)})
+        if different:
+            wrong[tuple({**config.rule_for(name)[1], **different}.items())].append(name)
+    return {rule: dict(fields) for fields, names in wrong.items() for rule in _patterns(names, contents)}
+
+
+def _patterns(names: list[str], contents: Contents) -> list[str]:
+    """Expressions that match `names` and no layers that are otherwise: one for all blocks where they are alike in all,
+    and one for all experts, which matches the name of what holds them too. vLLM looks that up."""
+    unit_of = contents.units()
+    kinds: dict[str, set[Scheme | None]] = defaultdict(set)
+    for name, unit in unit_of.items():
+        kinds[_any_number(unit)].add(contents.schemes.get(name))
+    found: dict[str, None] = {}
+    for name in names:
+        every_block = _any_number(unit_of[name])
+        pattern = every_block if len(kinds[every_block]) == 1 else re.escape(unit_of[name])
+        found[pattern + ("$" if unit_of[name] == name else r"(\..*)?$")] = None
+    return list(found)
+
+
+def _any_number(name: str) -> str:
+    """An expression for a name with any numbers in place of its own."""
+    return re.sub(r"(^|\\\.)\d+(?=\\\.|$)", r"\1\\d+", re.escape(name))
+
+
+def _kept_suffixes(floats: list[str], layers: Iterable[str]) -> list[str]:
+    """Ends of the quantized layers' names: the part below the block, unless a float layer shares it."""
+    suffixes: dict[str, None] = {}
+    for name in layers:
+        below = re.sub(r"^.*?\.\d+\.", "", name)
+        suffixes[name if any(other.endswith(below) for other in floats) else below] = None
+    return list(suffixes)

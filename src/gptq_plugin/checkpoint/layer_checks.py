@@ -1,0 +1,111 @@
+"""Compares a layer's tensors with its description: dtypes, shapes, group indices, scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from gptq_plugin.checkpoint.files import TensorEntry
+from gptq_plugin.checkpoint.formats.format import FLOAT, Format, QuantizedLayer, Read, Scheme
+
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_HALF = "F16"
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer's tensors in the files.
+
+    Attributes:
+        name: The layer's.
+        format: How it is stored.
+        entries: Its tensors, by suffix.
+        read: Reads one, by suffix.
+    """
+
+    name: str
+    format: Format
+    entries: Mapping[str, TensorEntry]
+    read: Read
+
+
+def described_layer(stored: StoredLayer, scheme: Scheme, problems: list[str]) -> QuantizedLayer | None:
+    """Returns the layer as the description and its tensors have it.
+
+    Args:
+        stored: Its tensors, all that the format needs among them.
+        scheme: Its description.
+        problems: Gets a sentence for everything that does not fit; the layer is then None.
+    """
+    found = list(_wrong_kinds(stored, scheme))
+    if found:
+        problems += found
+        return None
+    shapes = {suffix: entry.shape for suffix, entry in stored.entries.items()}
+    in_features, out_features = stored.format.sizes(shapes, scheme.bits, stored.read)
+    groups = 1 if scheme.group_size == -1 else -(-in_features // scheme.group_size)
+    layer = QuantizedLayer(
+        stored.name,
+        scheme.bits,
+        scheme.group_size,
+        in_features,
+        out_features,
+        groups,
+        stored.format.g_idx in stored.entries,
+        "bias" in stored.entries,
+        scheme.sym,
+        scheme.desc_act,
+    )
+    found = list(_wrong_shapes(stored, layer)) or list(_wrong_values(stored, groups))
+    problems += found
+    return None if found else layer
+
+
+def _wrong_kinds(stored: StoredLayer, scheme: Scheme) -> Iterator[str]:
+    kinds = stored.format.expected(1, 1, 1, scheme.bits, scheme.sym)
+    for suffix, entry in stored.entries.items():
+        if suffix not in kinds:
+            yield f"{stored.name}.{suffix} is there, and the description says sym=True ({entry.file.name})"
+            continue
+        kind, dimensions = kinds[suffix][0], len(kinds[suffix][1])
+        if (FLOAT if entry.dtype in FLOATS else entry.dtype) != kind:
+            yield f"{stored.name}.{suffix} is {entry.dtype}, not {kind} ({entry.file.name})"
+        elif len(entry.shape) != dimensions:
+            yield f"{stored.name}.{suffix} has shape {list(entry.shape)}, not {dimensions} dimensions"
+
+
+def _wrong_shapes(stored: StoredLayer, layer: QuantizedLayer) -> Iterator[str]:
+    name, layout = stored.name, stored.format
+    expected = layout.expected(layer.in_features, layer.out_features, layer.groups, layer.bits, layer.sym)
+    for suffix, (_, shape) in expected.items():
+        entry = stored.entries.get(suffix)
+        if entry is None:
+            if suffix not in (layout.g_idx, "bias"):
+                yield f"{name}.{suffix} is missing, and the description says sym=False"
+        elif entry.shape != shape:
+            yield (
+                f"{name}.{suffix} has shape {list(entry.shape)}; bits={layer.bits}, group_size={layer.group_size} with "
+                f"{layer.in_features} inputs and {layer.out_features} outputs needs {list(shape)} ({entry.file.name})"
+                + layout.hint(suffix, entry.shape, layer.in_features, layer.bits)
+            )
+    if not layer.has_g_idx and layer.groups > 1 and layer.desc_act:
+        yield f"{name}.{layout.g_idx} is missing, and with desc_act=true the groups cannot be told without it"
+
+
+def _wrong_values(stored: StoredLayer, groups: int) -> Iterator[str]:
+    g_idx, scales = (f"{stored.name}.{suffix}" for suffix in (stored.format.g_idx, stored.format.scales))
+    entry = stored.entries.get(stored.format.g_idx)
+    if entry is not None:
+        low, high = (int(value) for value in stored.read(stored.format.g_idx).aminmax())
+        if low < 0 or high >= groups:
+            yield (
+                f"{g_idx} holds values from {low} to {high}; with {groups} groups they must lie in 0..{groups - 1} "
+                f"({entry.file.name})"
+            )
+    entry, values = stored.entries[stored.format.scales], stored.read(stored.format.scales)
+    if not bool(values.isfinite().all()):
+        yield f"{scales} holds NaN or infinity ({entry.file.name})"
+    elif entry.dtype != _HALF and not torch.equal(values.half().to(values.dtype), values):
+        yield f"{scales} is {entry.dtype} with values float16 cannot hold ({entry.file.name})"

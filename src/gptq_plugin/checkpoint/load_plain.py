@@ -1,0 +1,48 @@
+"""Fills a plain module from a checkpoint: its Linears are replaced, its other tensors read from the files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.reserve import match, refuse, take_apart
+from gptq_plugin.layers.qlinear import swap_modules
+
+
+def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    take_apart(checkpoint, model, lambda name: name)
+    names = match(checkpoint, model, lambda name: name)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replaced = {modules[name] for name in names}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if modules[name.rpartition(".")[0]] not in replaced
+    }
+    stored = set(checkpoint.float_names)
+    aliases: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in state.items():
+        aliases[id(tensor)].append(name)
+    problems = []
+    sources: dict[str, Tensor] = {}  # name in the file -> the model's tensor
+    for group in aliases.values():
+        present = [name for name in group if name in stored]
+        stored.difference_update(present)
+        if not present:
+            problems.append(f"{' (tied to '.join(group)}{')' * (len(group) - 1)} is missing")
+            continue
+        wanted, found = tuple(state[group[0]].shape), checkpoint.tensors[present[0]].shape
+        if wanted != found:
+            problems.append(f"{present[0]} has shape {list(found)}, the model needs {list(wanted)}")
+        sources[present[0]] = state[group[0]]
+    problems += [f"{name} belongs to no module of the model" for name in sorted(stored)]
+    refuse(checkpoint, type(model).__name__, problems)
+    layers = {name: checkpoint.read_layer(stored, dtype=dtype, device=device) for name, stored in names.items()}
+    for name, tensor in sources.items():
+        value = checkpoint.read(name)
+        tensor.data = value.to(device, dtype if value.is_floating_point() else None)
+    swap_modules(model, layers)
+    return model.to(device).eval()
