@@ -68,21 +68,25 @@ class Holder(nn.Module):
         self.register_buffer("state", torch.zeros(2))
 
 
-@pytest.mark.parametrize("change", ["assigned", "written"])
+@pytest.mark.parametrize("change", ["assigned", "written", "none", "deleted"])
 def test_what_the_forward_does_to_a_buffer_is_not_undone(change):
     module = Holder()
     state, home = Substitution(slot(module, "state")), module.state
     state.put(torch.ones(2))
     if change == "assigned":
         module.state = torch.full((2,), 3.0)
-    else:
+    elif change == "written":
         module.state.add_(2)
-    now = module.state
+    elif change == "none":
+        module.state = None
+    else:
+        del module.state
+    now = getattr(module, "state", None)
     state.undo()
-    assert module.state is now is not home
+    assert getattr(module, "state", None) is now is not home
     assert state.is_of_forward  # so no other tensor takes its place
     state.move_to_home_device()
-    assert module.state is now  # it is there already
+    assert getattr(module, "state", None) is now  # it is there already, or nowhere
 
 
 def test_a_tensor_the_forward_assigned_elsewhere_comes_to_the_device_of_the_own_one():

@@ -85,7 +85,8 @@ class Substitution:
     @property
     def is_of_forward(self) -> bool:
         """True if the forward assigned the tensor there now, as rotary embeddings do: it is left alone then."""
-        return self._current is not self.home and self._current is not self._given
+        current = self._current
+        return current is None or (current is not self.home and current is not self._given)
 
     def put(self, tensor: Tensor) -> None:
         self.slot.put(tensor)
