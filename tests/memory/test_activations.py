@@ -99,7 +99,7 @@ def measured(model, call):
 
     layers = {name: module for name, module in model.named_modules() if is_linear(module)}
     find_groups(layers, forward, at_layers(activations))
-    return activations.peak
+    return activations.peak_bytes
 
 
 @pytest.mark.parametrize("share", [0, 0.5, None], ids=["nothing stays", "half stays", "everything stays"])
@@ -110,7 +110,7 @@ def test_a_llamas_outputs_are_bit_identical_whatever_the_budget(share):
     activations = Activations(CPU, budget, smallest=1)
     outputs = walk(model, activations, calls)
     assert all(torch.equal(a, b) for a, b in zip(outputs, plain))
-    assert (activations.moved > 0) == (share is not None)
+    assert (activations.moved_bytes > 0) == (share is not None)
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
@@ -134,8 +134,8 @@ def test_at_every_stop_what_is_on_the_device_is_within_the_budget(share):
         everything = max(everything, now + sum(x.nbytes for x in there if x.dtype == torch.uint8))
 
     walk(model, activations, calls, check)
-    assert stops == 13 and activations.peak == everything
-    assert most >= 0.8 * min(budget, activations.peak)  # the budget is used, too
+    assert stops == 13 and activations.peak_bytes == everything
+    assert most >= 0.8 * min(budget, activations.peak_bytes)  # the budget is used, too
 
 
 def test_the_batches_that_suspend_first_stay_and_the_smallest_storages_of_the_next_one():
@@ -181,22 +181,22 @@ def test_tensors_a_batch_has_freed_do_not_count():
     def forward(self, x):
         large = torch.ones(1000, 4)
         x = self.a(x) + large.sum()
-        running.append(activations.live(0))
+        running.append(activations.live_bytes(0))
         del large
-        running.append(activations.live(0))
+        running.append(activations.live_bytes(0))
         return self.b(x)
 
     activations = Activations(CPU, None, smallest=1)
     live, running = {}, []
 
     def look(stop):
-        live[stop.group.names] = [activations.live(number) for number in stop.inputs]
+        live[stop.group.names] = [activations.live_bytes(number) for number in stop.inputs]
 
     model = Steps(forward)
     walk(model, activations, [lambda: model(X)] * 2, look)
     assert live == {("a",): [16000] * 2, ("b",): [32] * 2}  # b: the sum; a's output has gone
     assert running[2:4] == [16032, 32]  # batch 0's, after the planning forward's
-    assert activations.peak == 32000 and activations.live(0) == 0
+    assert activations.peak_bytes == 32000 and activations.live_bytes(0) == 0
 
 
 def test_a_storage_at_the_address_of_one_that_died_is_another_one():
@@ -207,10 +207,12 @@ def test_a_storage_at_the_address_of_one_that_died_is_another_one():
 
     model = Steps(forward)
     activations = Activations(CPU, 0, smallest=1)
-    (output,) = walk(model, activations, [lambda: model(X)], lambda _: activations.live(0) in (4000, 4032) or 1 / 0)
+    (output,) = walk(
+        model, activations, [lambda: model(X)], lambda _: activations.live_bytes(0) in (4000, 4032) or 1 / 0
+    )
     with torch.no_grad():
         assert torch.equal(output, model(X))
-    assert 8000 <= activations.moved <= 8064
+    assert 8000 <= activations.moved_bytes <= 8064
 
 
 def test_views_of_one_storage_move_together_and_once():
@@ -225,7 +227,7 @@ def test_views_of_one_storage_move_together_and_once():
     model = Steps(forward)
     activations = Activations(CPU, 0, smallest=1)
     ((_, views),) = walk(model, activations, [lambda: model(X)])
-    assert activations.moved == 4000
+    assert activations.moved_bytes == 4000
     expected = torch.arange(1000.0) + 1
     assert all(torch.equal(view.sort().values if view.ndim == 1 else view, want) for view, want in zip(
         views, (*expected.chunk(2), expected.view(10, 100), expected.view(10, 100).t(), expected)))  # fmt: skip
@@ -252,7 +254,7 @@ def test_parameters_buffers_and_the_batchs_data_are_never_touched():
 
     walk(model, activations, [lambda: model(x)] * 2, look)
     assert len(stops) == 2
-    assert activations.moved == 2 * 32  # at b each batch holds a's output
+    assert activations.moved_bytes == 2 * 32  # at b each batch holds a's output
 
 
 def cached(model, forward, activations, look):
@@ -320,7 +322,7 @@ def test_a_cached_mask_that_has_come_back_counts_and_stays():
     # At a batch 0 has 600 bytes, so the mask goes; batch 1 brings it back, so its own 200 and batch 2's go. At b the
     # mask may not go, so each one's own do.
     assert hosted == [[200] * 2, [200] * 3]
-    assert activations.moved == 400 + 5 * 200
+    assert activations.moved_bytes == 400 + 5 * 200
 
 
 def test_the_consumer_can_read_a_waiting_batch_and_its_memory_goes_again():
@@ -387,7 +389,7 @@ def test_inference_tensors_and_tensors_with_gradients_move_as_well(mode):
     plain = model(X)
     activations = Activations(CPU, 0, smallest=1)
     outputs = walk(model, activations, [lambda: model(X)] * 2)
-    assert all(torch.equal(output, plain) for output in outputs) and activations.moved
+    assert all(torch.equal(output, plain) for output in outputs) and activations.moved_bytes
 
 
 def test_a_dispatch_mode_of_the_models_own_sees_what_it_would_see_without_us():
@@ -563,7 +565,7 @@ def test_on_a_gpu_the_memory_at_a_stop_is_bounded_and_outputs_are_bit_identical(
 
         outputs = walk(model, activations, calls, look)
         assert len(at_stops) == 6 and max(at_stops) <= budget + 2**20  # and the planning forward's crumbs
-        assert activations.moved > 0 and activations.peak >= 2 * (count - 1) * rows * width * 4
+        assert activations.moved_bytes > 0 and activations.peak_bytes >= 2 * (count - 1) * rows * width * 4
         assert all(torch.equal(a, b) for a, b in zip(outputs, plain))
         torch.cuda.synchronize()
 
@@ -575,4 +577,4 @@ def test_on_a_gpu_a_llamas_outputs_are_bit_identical():
     calls, plain = batches(model, device=device)
     activations = Activations(device, 4000, smallest=1)
     outputs = walk(model, activations, calls)
-    assert all(torch.equal(a, b) for a, b in zip(outputs, plain)) and activations.moved
+    assert all(torch.equal(a, b) for a, b in zip(outputs, plain)) and activations.moved_bytes

@@ -30,14 +30,14 @@ def test_what_fits_stays():
 
 
 def test_weights_go_first_and_then_as_much_of_the_activations_as_must():
-    b = place(32)
-    assert b.streamed and b.activations is None and FEW <= b.weights < LLAMA_8B.weights
+    roomy = place(32)
+    assert roomy.streamed and roomy.activations is None and FEW <= roomy.weights < LLAMA_8B.weights
     both = place(24)
     assert both.streamed and both.weights == FEW and 0 < both.activations < LLAMA_8B.activations
     small = place(8)
     assert small.streamed and small.weights == FEW and small.activations == 0
     assert "streamed block by block" in small.summary and "8.0 GiB free" in small.summary
-    assert b.ahead and both.ahead and not small.ahead  # a batch comes back early only where there is room for two
+    assert roomy.prefetch and both.prefetch and not small.prefetch  # only if there is room for two batches
 
 
 @pytest.mark.parametrize("free", [12, 24, 32, 48, 80])

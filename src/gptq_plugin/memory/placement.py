@@ -1,8 +1,8 @@
-"""What stays on the device while a model is quantized, and what has to wait on the host: `Placement`.
+"""Which tensors stay on the device while a model is quantized, and which wait on the host: `place`.
 
-Three things want the device's memory: the weights of the modules in use, the activations of all calibration batches at
-one layer, and the solver. Where they do not fit together, weights go first: blocks of the model are copied in when they
-are needed, ahead of time, which costs little. Activations beyond what then fits move to the host between the layers.
+Weights of the modules in use, activations of all calibration batches at one layer, and the solver share the device's
+memory. If they do not fit together, weights go first: blocks of the model are copied in shortly before they are needed,
+which costs little. Activations that still do not fit move to the host between the layers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gptq_plugin.device.memory import free_bytes
 from gptq_plugin.memory.slots import distinct_tensors
 from gptq_plugin.model.targets import Target
 
-UNLIMITED = 2**63 - 1  # more bytes than anything has
+UNLIMITED = 2**63 - 1  # more bytes than any device has
 _GIB = 2**30
-_PLANNED = 0.75  # of the free memory; the allocator loses the rest in gaps between tensors of many sizes
+_PLANNED = 0.75  # share of the free memory; the allocator loses the rest in gaps between tensors of many sizes
 _LARGEST_UNIT = _GIB  # a transformer block of most models; larger modules come in parts
-# Of a model on the device, only the layers quantized last run with other weights than their own.
+# If the model is on the device, only the layers quantized last run with weights other than their own.
 _OVERLAYS = 4 * _GIB
 # The solver's tensors: bytes for every entry of the Hessian (the sum, the mean or the factor, and pieces) and of the
-# weights solved together (in two layouts, what errors push to them for two candidates, and round-to-nearest's error).
+# weights solved together (in two layouts, the errors pushed to them for two candidates, and round-to-nearest's error).
 _BYTES_HESSIAN = 12
 _BYTES_WEIGHT = 30
 _BYTES_THREAD = 33 * 2**20  # a CUDA library's workspace on each batch's thread
@@ -38,33 +38,33 @@ class Placement:
     Attributes:
         weights: Bytes of weights that modules run with and do not own there.
         activations: Bytes that suspended batches may keep there; None is all of them.
-        streamed: Whether blocks of the model come and go.
-        ahead: Whether there is room to bring a batch's activations back from the host while another runs.
-        summary: What was decided and why, for the log.
+        streamed: True if blocks of the model come and go.
+        prefetch: True if a batch's activations have room to come back from the host while another batch runs.
+        summary: The decision and its reason, for the log.
     """
 
     weights: int
     activations: int | None
     streamed: bool
-    ahead: bool
+    prefetch: bool
     summary: str
 
     @property
     def limited(self) -> bool:
-        """Whether anything has to wait on the host."""
+        """True if anything has to wait on the host."""
         return self.streamed or self.activations is not None
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a quantization wants to have on the device, in bytes.
+    """Bytes that a quantization would like to have on the device.
 
     Attributes:
-        weights: Of the model, where it has to be copied to the device.
-        fixed: The quantized layers, where they stay on the device, and what libraries keep there for each batch.
-        solver: Its tensors.
-        forward: The most one batch's forward takes beside the weights.
-        activations: What all batches hold while they wait, at the layer where that is most.
+        weights: The model's, if it has to be copied to the device.
+        fixed: Quantized layers that stay on the device, and the workspaces that libraries keep there for each batch.
+        solver: The solver's tensors.
+        forward: The most that one batch's forward takes beside the weights.
+        activations: Held by all waiting batches, at the layer where that is most.
         batch: The same for the largest batch alone.
     """
 
@@ -80,7 +80,7 @@ def place(
     device: torch.device,
     free: int | None,
     needs: Needs,
-    few: int,
+    min_resident_bytes: int,
     offload_weights: bool | None,
     offload_activations: bool | None,
 ) -> Placement:
@@ -90,25 +90,25 @@ def place(
         device: Where the batches run.
         free: Bytes free there; None when there is no limit.
         needs: What is wanted.
-        few: Bytes of weights that must fit: the block in use and its neighbours; see `weights.Weights`.
+        min_resident_bytes: Bytes of weights that must fit: the block in use and its neighbours; see `weights.Weights`.
         offload_weights: True keeps only a few blocks there, False all; None decides.
         offload_activations: True moves all suspended activations to the host, False none; None decides.
     """
-    ahead = True
+    prefetch = True
     if free is None:
         weights, activations = UNLIMITED, UNLIMITED
     else:
         room = int(free * _PLANNED) - needs.fixed - max(needs.solver, needs.forward)
-        ahead = few + needs.batch <= room
+        prefetch = min_resident_bytes + needs.batch <= room
         if needs.weights + needs.activations <= room:
             weights, activations = UNLIMITED, UNLIMITED
         else:
-            weights = max(few, room - needs.activations)
+            weights = max(min_resident_bytes, room - needs.activations)
             activations = max(0, room - weights)
             if activations >= needs.activations:
                 activations = UNLIMITED
     if offload_weights is not None:
-        weights = few if offload_weights else UNLIMITED
+        weights = min_resident_bytes if offload_weights else UNLIMITED
     if offload_activations is not None:
         activations = 0 if offload_activations else UNLIMITED
     all_weights = weights >= needs.weights
@@ -126,13 +126,13 @@ def place(
         weights=UNLIMITED if all_weights and needs.weights else weights,
         activations=None if all_activations else activations,
         streamed=not all_weights,
-        ahead=ahead,
+        prefetch=prefetch,
         summary=f"memory on {device}: {'; '.join(parts)}{known}",
     )
 
 
 def fits(model: nn.Module, device: torch.device) -> bool:
-    """Whether the whole model can be moved to the device with room to quantize it there."""
+    """True if the whole model can be moved to the device with room to quantize it there."""
     free = free_bytes(device)
     return free is None or bytes_away(model, device) <= free // 2
 
@@ -143,7 +143,7 @@ def bytes_away(model: nn.Module, device: torch.device) -> int:
 
 
 def solver_bytes(targets: Sequence[Target]) -> int:
-    """What solving takes at most: layers of one parent that have the same inputs may be solved together."""
+    """The most bytes that solving takes: layers of one parent with equally many inputs may be solved together."""
     rows: dict[tuple[str, int], int] = defaultdict(int)
     for target in targets:
         out_features, in_features = target.weight.shape
@@ -152,12 +152,12 @@ def solver_bytes(targets: Sequence[Target]) -> int:
 
 
 def fixed_bytes(targets: Sequence[Target], device: torch.device, batches: int) -> int:
-    """See `Needs.fixed`: the codes, to which scales and zeros add little, and workspaces."""
+    """Bytes for `Needs.fixed`: codes (scales and zeros add little) and workspaces."""
     codes = sum(t.weight.numel() * t.config.bits // 8 for t in targets if t.weight.device == device)
     return codes + (batches * _BYTES_THREAD if device.type == "cuda" else 0)
 
 
 def unit_bytes(model: nn.Module, free: int | None) -> int:
-    """Size up to which a module's weights are brought to the device as a whole: a small part of both."""
+    """Size up to which a module's weights are brought as a whole: a small part of the model and of free memory."""
     whole = sum(tensor.nbytes for tensor in distinct_tensors(model))
     return min(_LARGEST_UNIT, whole // 8, _LARGEST_UNIT if free is None else free // 8)

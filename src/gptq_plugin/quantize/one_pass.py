@@ -264,8 +264,8 @@ class OnePass:
                 fixed=placement.fixed_bytes(self.targets, self.device, len(forwards)),
                 solver=placement.solver_bytes(self.targets),
                 forward=measured.bytes() - self.weights.peak_bytes,
-                activations=int(self.activations.peak * share),
-                batch=self.activations.peak,
+                activations=int(self.activations.peak_bytes * share),
+                batch=self.activations.peak_bytes,
             ),
             self.weights.min_resident_bytes,
             self.offload_weights,
@@ -273,7 +273,7 @@ class OnePass:
         )
         log.log(logging.INFO if self.device.type == "cuda" or placed.limited else logging.DEBUG, placed.summary)
         self.weights.capacity = placed.weights
-        self.activations = Activations(self.device, placed.activations, ahead=placed.ahead)
+        self.activations = Activations(self.device, placed.activations, prefetch=placed.prefetch)
         plans = distributed.gather_objects((plan, reads.names if plan is not None else set()))
         self._leave_float(set().union(*(names for _, names in plans)), modules)
         groups: list[Group] = next(p for p, _ in plans if p is not None)
