@@ -219,5 +219,6 @@ def test_a_layer_of_another_sequence_counts_whole_and_that_is_reported():
     report = QuantizeModule(**SMALL).quantize(Prefixed(), data)
     other = next(module for module in report.quantized if module.name == "other")
     assert (
-        other.tokens == 6 * 4 * 5 and "reads another sequence than the attention mask or labels" in other.deviations[0]
+        other.tokens == 6 * 4 * 5
+        and "reads a sequence that the attention mask or labels do not describe" in other.deviations[0]
     )

@@ -326,7 +326,7 @@ def test_a_fraction_that_is_none_is_refused(fraction):
 def test_one_general_text_alone_is_refused():
     with pytest.raises(CalibrationError, match="give a list of texts"):
         GPTQCallback(QuantizeModule(**SMALL), mix="a text")
-    with pytest.raises(ValueError, match="leaves nothing to mix"):
+    with pytest.raises(ValueError, match="cannot be mixed"):
         GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": 1}), mix=["a text"])
 
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
-from gptq_plugin.calibration.batches import digest
-from gptq_plugin.calibration.collect import collect
 from gptq_plugin.export.convert import convert
 from gptq_plugin.report.provenance import plain_name, provenance, publishable, strip_paths
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
@@ -104,64 +102,6 @@ def test_a_run_id_that_is_no_plain_name_is_not_taken(name):
 
 def test_a_run_id_that_is_a_plain_name_is_taken():
     assert plain_name("3fj2k9-x.1_b") == "3fj2k9-x.1_b"
-
-
-# --- the hash of the samples ---
-
-
-def test_the_hash_does_not_depend_on_order_division_or_batch_size():
-    rows = [row[: 21 - n % 2] for n, row in enumerate(IDS)]
-    whole = collect(rows, SMALL).digest
-    for size in (1, 2, 4):
-        shuffled = collect(rows[::-1], QuantizeConfig(nsamples=5, batch_size=size))
-        assert shuffled.digest % 2**256 == whole % 2**256
-    ranks = [collect(rows[rank::2], SMALL).digest for rank in range(2)]
-    assert sum(ranks) % 2**256 == whole % 2**256
-
-
-def test_padding_is_no_part_of_a_sample():
-    short = {"input_ids": IDS[:1, :9], "attention_mask": torch.ones(1, 9)}
-    for padding in ((0, 4), (4, 0)):
-        padded = {key: torch.nn.functional.pad(value, padding) for key, value in short.items()}
-        assert digest(padded) == digest(short)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"input_ids": IDS + 1},
-        {"input_ids": IDS.int()},
-        {"decoder_input_ids": IDS},
-        {"input_ids": IDS.reshape(5, 3, 7)},
-        {"input_ids": IDS, "labels": IDS},
-        {"input_ids": torch.cat([IDS, IDS[:1]])},
-    ],
-)
-def test_other_contents_names_dtypes_or_shapes_have_another_hash(other):
-    assert digest(other) != digest({"input_ids": IDS})
-
-
-def test_texts_and_numbers_count_and_lists_of_them_are_divided_as_the_tensors_are():
-    batch = {"input_ids": IDS, "text": list("abcde"), "spans": [[n, 7] for n in range(5)], "task": "qa", "weight": 2}
-
-    def rows(part):
-        lists = {key: batch[key][part] for key in ("input_ids", "text", "spans")}
-        return digest({**batch, **lists})
-
-    assert (rows(slice(0, 2)) + rows(slice(2, 5))) % 2**256 == digest(batch) != digest({"input_ids": IDS})
-    for other in ({"text": list("abcdf")}, {"spans": [[n, n] for n in range(5)]}, {"task": "chat"}, {"weight": 2.0}):
-        assert digest({**batch, **other}) != digest(batch)
-    alone = {"x": torch.tensor(1.0), "note": "one"}
-    assert digest(alone) == digest(dict(alone)) != digest({**alone, "note": "two"})
-    assert digest((IDS, ["a"] * 5)) != digest((IDS, ["b"] * 5))
-
-
-def test_a_batch_that_cannot_be_divided_is_one_sample():
-    scalar = {"x": torch.ones(4, 3, dtype=torch.bfloat16), "scale": torch.tensor(2.0)}
-    assert digest(scalar) == digest(dict(reversed(scalar.items()))) != digest({**scalar, "scale": torch.tensor(3.0)})
-    assert digest(["a text"]) != digest(["another"])
-    assert digest(SimpleNamespace(x=IDS)) == digest({"x": IDS})
-    assert digest(torch.ones(2, 2).to_sparse()) == digest(torch.ones(2, 2))
 
 
 # --- and nothing else ---

@@ -1,4 +1,4 @@
-"""Calibration data: from texts, tokens or dataloaders to batches, and which positions of them count.
+"""Calibration data: turns texts, tokens or dataloaders into batches, and finds the positions that count.
 
 Imports model, distributed, config and errors; never report, memory or checkpoint.
 """

@@ -1,4 +1,4 @@
-"""What a batch of the user's own making holds: its parts by name, its labels, its samples, its device."""
+"""Reads user-defined batches: fields by name, labels, number of samples, digest; and moves them to a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALL = 2**256  # SHA-256 digests are numbers below it
 
 
 def fields_of(data: Any) -> Mapping[str, Any] | None:
-    """The parts of a mapping, a dataclass or a named tuple by name; None when they have no names."""
+    """Fields of a mapping, dataclass or named tuple by name; None if data has no named fields."""
     if isinstance(data, Mapping):
         return data
     if _is_dataclass(data):
@@ -25,38 +25,38 @@ def fields_of(data: Any) -> Mapping[str, Any] | None:
 
 
 def labels_of(data: Any) -> Tensor | None:
-    """The labels of a batch's positions, int [samples, positions], however deep they lie; None without, or with
-    several: which of them belongs to a call cannot be told."""
+    """The labels of a batch's positions, int [samples, positions], at any depth; None if there are none, or several,
+    which cannot be matched to calls."""
     found = [value for name, value in _leaves(data) if name == "labels" and is_token_labels(value)]
     return found[0] if len(found) == 1 else None
 
 
 def is_token_labels(value: Any) -> bool:
-    """Whether it holds a class for every position: not one for a sample, and no regression's targets."""
+    """True for per-position class labels; False for per-sample labels and regression targets."""
     return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
 def sample_count(data: Any) -> int:
-    """The first dimension of its first tensor; 1 when it holds none."""
+    """The first dimension of the first tensor; 1 without one."""
     if isinstance(data, Tensor):
         return data.shape[0] if data.dim() else 1
     return next((v.shape[0] for _, v in _leaves(data) if isinstance(v, Tensor) and v.dim()), 1)
 
 
 def digest(data: Any) -> int:
-    """SHA-256 of its samples, added up modulo 2^256: batches add up to the same number in any order and division.
+    """Sum of its samples' SHA-256 modulo 2^256, so that the total does not depend on order or division into batches.
 
-    A sample is its part of every tensor of the batch: name, dtype, shape and bytes. Positions that an
-    ``attention_mask`` hides are no part of it, so that padding does not count. Of lists of texts and numbers, as many
-    as there are samples, each has its own; other texts and numbers belong to all of them. A batch with a tensor that is
-    not divided into samples (another first dimension, or none) is one sample, and so is one without tensors.
+    A sample is its part of every tensor of the batch: name, dtype, shape and bytes. Positions hidden by an
+    ``attention_mask`` are left out, so that padding does not matter. A list of texts or numbers with as many items as
+    samples is divided among them; other texts and numbers belong to every sample. A batch without tensors, or with one
+    that is not divided into samples (another first dimension, or none), is one sample.
     """
     leaves = sorted(_leaves(data), key=lambda leaf: leaf[0])
     tensors = [(name, _on_cpu(value)) for name, value in leaves if isinstance(value, Tensor)]
     plain = [(name, value) for name, value in leaves if _is_plain(value)]
     samples = sample_count(data)
     if not tensors or any(value.dim() == 0 or value.shape[0] != samples for _, value in tensors):
-        return _sha256([*_described(tensors), *_said(plain)])
+        return _sha256([*_encode_tensors(tensors), *_encode_plain(plain)])
     mask = (fields_of(data) or {}).get("attention_mask")
     kept = _on_cpu(mask).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     total = 0
@@ -66,20 +66,20 @@ def digest(data: Any) -> int:
             own = kept[row]
             parts = [(name, part[own] if part.shape[:1] == own.shape else part) for name, part in parts]
         of_all = [(name, value[row] if _has_length(value, samples) else value) for name, value in plain]
-        total += _sha256([*_described(parts), *_said(of_all)])
+        total += _sha256([*_encode_tensors(parts), *_encode_plain(of_all)])
     return total % _ALL
 
 
 def to_device(data: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device; the batch given stays as it is."""
+    """A copy of the batch with its tensors on the device."""
     if isinstance(data, Mapping):
-        if not isinstance(data, dict) and hasattr(data, "to"):  # a BatchEncoding, which moves itself in place
+        if not isinstance(data, dict) and hasattr(data, "to"):  # a BatchEncoding, which moves in place
             return copy.copy(data).to(device)
         return {key: to_device(value, device) for key, value in data.items()}
     if _is_dataclass(data):
         moved = copy.copy(data)
         for field in dataclasses.fields(data):
-            object.__setattr__(moved, field.name, to_device(getattr(data, field.name), device))  # it may be frozen
+            object.__setattr__(moved, field.name, to_device(getattr(data, field.name), device))  # may be frozen
         return moved
 
     def move(value: Any) -> Any:
@@ -87,7 +87,7 @@ def to_device(data: Any, device: torch.device) -> Any:
             return to_device(value, device)
         return value.to(device) if isinstance(value, Tensor) else value
 
-    return tree_map(move, data, is_leaf=_is_inner)  # BatchEncoding and dataclasses are no pytrees
+    return tree_map(move, data, is_leaf=_is_inner)  # BatchEncoding and dataclasses are not pytrees
 
 
 def _on_cpu(value: Tensor) -> Tensor:
@@ -95,19 +95,19 @@ def _on_cpu(value: Tensor) -> Tensor:
     return (value if value.layout is torch.strided else value.to_dense()).cpu()
 
 
-def _described(tensors: list[tuple[str, Tensor]]) -> Iterator[bytes]:
+def _encode_tensors(tensors: list[tuple[str, Tensor]]) -> Iterator[bytes]:
     for name, value in tensors:
         yield f"{name} {value.dtype} {list(value.shape)} ".encode()
         yield value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _said(plain: list[tuple[str, Any]]) -> Iterator[bytes]:
+def _encode_plain(plain: list[tuple[str, Any]]) -> Iterator[bytes]:
     if plain:
         yield repr(plain).encode()
 
 
 def _is_plain(value: Any) -> bool:
-    """A text or a number, or a list of such."""
+    """True for a text or a number, or a list of these."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return isinstance(value, (str, bytes, int, float))
@@ -133,7 +133,7 @@ def _is_dataclass(data: Any) -> bool:
 
 
 def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in nested mappings, dataclasses, tuples and objects, each with the name it has there."""
+    """Yields (name, value) of everything in nested mappings, dataclasses, tuples and objects."""
     parts = fields_of(data)
     if parts is not None:
         for key, value in parts.items():
@@ -142,7 +142,7 @@ def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         for value in data:
             yield from _leaves(value)
     elif not name and not isinstance(data, Tensor) and hasattr(data, "__dict__"):
-        for key, value in vars(data).items():  # an object of the user's own
+        for key, value in vars(data).items():  # a user-defined object
             yield from _leaves(value, key)
     else:
         yield name, data

@@ -1,8 +1,8 @@
-"""Calibration data: texts, tokens or a dataloader's batches, and which of their positions count.
+"""Turns texts, tokens or a dataloader's batches into calibration batches with masks of the positions that count.
 
-Texts and single token lists become rows without padding: samples of one length share a batch. Batches that
-come ready (a dataloader's) are left as they are; their attention mask says which positions are padding, and
-padding never enters a Hessian. Data may come from several sources, each with a name for the report.
+Texts and single token lists become rows without padding: samples of equal length share a batch. Ready batches (a
+dataloader's) are left unchanged; their attention mask marks padding, which never enters a Hessian. Data may come from
+several sources, each with a name for the report.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward's worth of samples.
+    """The samples of one forward.
 
     Attributes:
-        data: What the model's forward is given.
-        masks: bool [samples, positions] each, True where a position counts; empty when all do.
-        samples: How many samples it holds.
+        data: The forward's input.
+        masks: bool [samples, positions] each, True for positions that count; empty if all do.
+        samples: Number of samples.
     """
 
     data: Any
@@ -43,21 +43,21 @@ class Batch:
 
     @property
     def tokens(self) -> int | None:
-        """Positions that count, where the data says so."""
+        """Number of positions that count; None if unknown."""
         if self.masks:
             return int(self.masks[0].sum())
         ids = (fields_of(self.data) or {}).get("input_ids")
         return ids.numel() if isinstance(ids, Tensor) else None
 
     def counted(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> tuple[Tensor, str | None]:
-        """The rows of a layer's input that count, and a sentence where the masks could not be applied.
+        """Selects the rows of a layer's input that count.
 
         Args:
-            x: [..., in], as the layer got it.
-            masks: Those the model was called with, where that is known; the batch's own when None.
+            x: [..., in], the layer's input.
+            masks: The masks the model was called with; the batch's own if None.
 
         Returns:
-            [rows, in], and what is to be reported.
+            [rows, in], and a sentence for the report if no mask could be applied, else None.
         """
         masks = self.masks if masks is None else masks
         rows = x.reshape(-1, x.shape[-1])
@@ -68,16 +68,16 @@ class Batch:
             return rows[mask], None
         if x.dim() == 2 and rows.shape[0] != self.samples:
             return rows, "gets rows that cannot be matched to the attention mask or labels: all of them counted"
-        return rows, "reads another sequence than the attention mask or labels describe: all its positions counted"
+        return rows, "reads a sequence that the attention mask or labels do not describe: all its positions counted"
 
     def mask_of(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> Tensor | None:
-        """Which rows of [..., in] count, bool [rows], by the first mask that fits; None when none does."""
+        """The rows of x [..., in] that count, bool [rows], by the first mask of matching shape; None without one."""
         rows = x.shape[:-1].numel()
         for mask in self.masks if masks is None else masks:
             mask = mask.to(x.device)
             if x.shape[:-1] == mask.shape or (x.shape[0] == mask.shape[0] and rows == mask.numel()):
                 return mask.reshape(-1)
-            if x.shape[:-1] == mask.T.shape:  # models that put the sequence first
+            if x.shape[:-1] == mask.T.shape:  # sequence first
                 return mask.T.reshape(-1)
             if x.dim() == 2 and rows == mask.numel():
                 return mask.reshape(-1)
@@ -86,13 +86,13 @@ class Batch:
 
 @dataclass
 class Calibration:
-    """What was made of the user's data.
+    """Collected calibration data.
 
     Attributes:
-        batches: In the order they will run.
-        deviations: A sentence for everything that was dropped or is less than asked.
-        sources: Samples by the name of where they came from; empty when nobody said.
-        first_batches: Numbers of the batches that stand for all of their kind: the first of each source.
+        batches: In the order they run.
+        deviations: A sentence for each difference from the request, such as dropped samples.
+        sources: Number of samples by the name of their source; empty if unknown.
+        first_batches: Indices of each source's first batch, which represents the others.
     """
 
     batches: list[Batch] = field(default_factory=list)
@@ -106,20 +106,21 @@ class Calibration:
 
     @property
     def digest(self) -> int:
-        """Of what the samples hold; see `batches.digest`. Those of several ranks add up."""
+        """Sum of the batches' `batches.digest`; the sums of several ranks add up to that of all samples."""
         return sum(digest(batch.data) for batch in self.batches)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Some calibration data, and where it comes from.
+    """Calibration data and its origin.
 
     Attributes:
         data: This rank's part, as for `collect`.
-        name: Where it comes from, to follow "12 samples of"; no path and no text.
-        nsamples: Samples to use at most on this rank.
-        is_general: Not the run's own data: of its texts and token samples without labels every token is its own label.
-        is_stream: Its first batch cannot be read ahead of the others.
+        name: Its origin, to follow "12 samples of"; contains no path and no text.
+        nsamples: Largest number of samples to use on this rank.
+        is_general: Not the run's own data. In its texts and in token samples without labels, every token is its own
+            label.
+        is_stream: Its first batch cannot be read before the others.
     """
 
     data: Iterable[Any]
@@ -131,10 +132,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """Calibration data of several kinds, each collected for itself.
+    """Several sources, each collected separately.
 
     Attributes:
-        parts: As many, in the same order, on every rank.
+        parts: The same number, in the same order, on every rank.
     """
 
     parts: tuple[Source, ...]
@@ -144,7 +145,7 @@ class Sources:
             yield from part.data
 
     def first_batches(self) -> Sources:
-        """The first batch of every source that can be read ahead."""
+        """The first batch of every source that is not a stream."""
         return Sources(tuple(replace(part, data=islice(part.data, 1)) for part in self.parts if not part.is_stream))
 
 
@@ -154,21 +155,21 @@ def collect(
     tokenizer: Callable[..., Any] | None = None,
     nsamples: int | None = None,
 ) -> Calibration:
-    """Turns what the user has into batches.
+    """Turns the user's data into batches.
 
     Args:
-        data: An iterable of texts; of token samples (lists of ids, 1-D tensors, or dicts of them, as a
-            tokenizer returns); or of ready batches (dicts, tensors, tuples of tensors, or anything the
-            model's forward takes). One kind only, but for `Sources`.
-        config: `model_seqlen` cuts token samples, `batch_size` stacks them.
-        tokenizer: Needed for texts: called as tokenizer(text).
-        nsamples: How many samples to use at most, from the first on; `config.nsamples` when None.
+        data: An iterable of texts; of token samples (lists of ids, 1-D tensors, or dicts of them, as a tokenizer
+            returns); or of ready batches (dicts, tensors, tuples of tensors, or anything the model's forward takes). Of
+            one kind, except in `Sources`.
+        config: `model_seqlen` limits the length of token samples, `batch_size` the number in a batch.
+        tokenizer: Required for texts; called as tokenizer(text).
+        nsamples: Largest number of samples to use, from the first; `config.nsamples` if None.
 
     Raises:
         CalibrationError: `data` is a single text, texts come without a tokenizer, or kinds are mixed.
     """
     if isinstance(data, Sources):
-        return _joined([(part, _collect(part.data, config, tokenizer, part.nsamples, part)) for part in data.parts])
+        return _join([(part, _collect(part.data, config, tokenizer, part.nsamples, part)) for part in data.parts])
     return _collect(data, config, tokenizer, config.nsamples if nsamples is None else nsamples)
 
 
@@ -189,7 +190,7 @@ def _collect(
         if count >= limit:
             more = True
             break
-        # After batches, a mapping is a batch too: a loader's last may hold a single sample.
+        # After batches a mapping is a batch too: a loader's last batch may hold a single sample.
         is_batch = bool(calibration.batches) and isinstance(item, Mapping)
         sample = None if is_batch else _token_sample(item, tokenizer)
         if sample is None:
@@ -204,22 +205,20 @@ def _collect(
             samples.append({key: value[:, : config.model_seqlen] for key, value in sample.items()})
             count += 1
         if samples and calibration.batches:
-            raise CalibrationError("calibration data mixes single token samples with batches; give one kind")
+            raise CalibrationError("calibration data mixes single token samples with batches: give one kind")
     if count > limit:
         calibration.deviations.append(f"{count} calibration samples used: nsamples={limit} falls inside a batch")
     if dropped:
         calibration.deviations.append(f"{dropped} empty calibration samples dropped")
-    if more and not (source and source.is_general):  # of general data there may be any amount
-        calibration.deviations.append(
-            f"calibration stops at nsamples={limit}: {_left(data, dropped + len(samples) + len(calibration.batches))} "
-            "given were not used"
-        )
+    if more and not (source and source.is_general):  # general data is often endless
+        unused = _unused(data, dropped + len(samples) + len(calibration.batches))
+        calibration.deviations.append(f"calibration stops at nsamples={limit}: {unused} given were not used")
     calibration.batches += _stack(samples, config.batch_size)
     calibration.first_batches = [0] if calibration.batches else []
     return calibration
 
 
-def _joined(parts: list[tuple[Source, Calibration]]) -> Calibration:
+def _join(parts: list[tuple[Source, Calibration]]) -> Calibration:
     joined = Calibration()
     for source, part in parts:
         joined.first_batches += [len(joined.batches) + number for number in part.first_batches]
@@ -230,7 +229,7 @@ def _joined(parts: list[tuple[Source, Calibration]]) -> Calibration:
 
 
 def rereadable(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
-    """The data in a form that can be read twice: of what can be read once, as much as `nsamples` need.
+    """Data that can be read twice: an iterator is replaced by a list of the items that `nsamples` may need.
 
     Raises:
         CalibrationError: As `refuse_single`.
@@ -242,29 +241,29 @@ def rereadable(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
 
 
 def refuse_single(data: Any) -> None:
-    """One text or one batch is iterable too, but not as calibration data: its characters or keys are no samples.
+    """Refuses a single text or batch, whose characters or keys would be iterated over as samples.
 
     Raises:
         CalibrationError: `data` is a text or a mapping.
     """
     if isinstance(data, (str, bytes)):
-        raise CalibrationError("calibration data is one text; give a list of texts: [text]")
+        raise CalibrationError("calibration data is one text: give a list of texts, [text]")
     if isinstance(data, Mapping):
-        raise CalibrationError("calibration data is one mapping; give a list of batches: [batch]")
+        raise CalibrationError("calibration data is one mapping: give a list of batches, [batch]")
 
 
 def ready_batch(data: Any) -> Batch:
-    """A batch that runs as it is."""
+    """Wraps data that the forward takes unchanged."""
     parts = fields_of(data)
     masks = masks_in(parts) if parts is not None else None
     return Batch(data, masks or (), sample_count(data))
 
 
 def masks_in(arguments: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
-    """What a model's keyword arguments say about which positions count.
+    """Reads the masks of positions that count from a model's keyword arguments.
 
     Returns:
-        bool [samples, positions] each; empty when none hides anything; None when there is no mask.
+        bool [samples, positions] each; empty if all positions count; None if there is no mask.
     """
     given = (arguments.get(key) for key in _MASK_KEYS)
     masks = [mask.bool() for mask in given if is_mask(mask)]
@@ -277,16 +276,16 @@ def masks_in(arguments: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
 
 
 def is_mask(value: Any) -> TypeGuard[Tensor]:
-    """Whether it says something of every position: a tensor [samples, positions]."""
+    """True for a tensor [samples, positions]."""
     return isinstance(value, Tensor) and value.dim() == 2
 
 
 def _token_sample(item: Any, tokenizer: Callable[..., Any] | None) -> dict[str, Tensor] | None:
-    """The item as a dict of [1, positions] tensors, or None when it is a batch of the user's own making."""
+    """The item as a dict of [1, positions] tensors; None if it is a batch."""
     if isinstance(item, str):
         if tokenizer is None:
             raise CalibrationError(
-                "calibration data holds texts, and there is no tokenizer to turn them into tokens: give tokenizer=..."
+                "calibration data holds texts, and there is no tokenizer for them: give tokenizer=..."
             )
         item = tokenizer(item)
     if _is_token_list(item):
@@ -319,7 +318,7 @@ def _as_row(value: Any) -> Tensor | None:
 
 
 def _stack(samples: list[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]:
-    """Samples of one length and kind, `batch_size` at a time, so that none needs padding."""
+    """Yields batches of samples of equal keys and lengths, so that none needs padding."""
     alike: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
     for sample in samples:
         kind = tuple((key, sample[key].shape[1]) for key in sorted(sample))
@@ -330,7 +329,7 @@ def _stack(samples: list[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]
             yield ready_batch({key: torch.cat([sample[key] for sample in chunk]) for key in chunk[0]})
 
 
-def _left(data: Iterable[Any], read: int) -> str:
+def _unused(data: Iterable[Any], read: int) -> str:
     try:
         size = len(data)  # type: ignore[arg-type]
     except TypeError:

@@ -1,4 +1,4 @@
-"""How a calibration batch is put through a model whose forward we do not know."""
+"""Runs a batch through a model with an arbitrary forward."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from gptq_plugin.model.hf_models import is_transformers
 
 
 def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torch.device | None = None) -> Any:
-    """Calls the model as its users would.
+    """Calls the model on a batch.
 
-    A mapping (or a dataclass, or a named tuple, by its fields) is spread over the forward's keywords, without those it
-    does not take, or else passed as it is, as a tensor is; of a tuple or list (inputs, targets, ...) the first element
-    is passed. For transformers' models what
-    calibration does not need is left out: the cache, the loss of a decoder, and, unless `every_logit`, all
-    logits but the last position's.
+    Fields of a mapping, dataclass or named tuple are passed as the keywords that the forward accepts; if they do not
+    fit, the batch is passed whole, as a tensor is. Of a tuple or list (inputs, targets, ...) the first element is
+    passed. transformers' models compute no cache, no decoder loss and, unless `every_logit`, only the logits of the
+    last position.
 
     Args:
         model: Any module.
         data: The batch.
-        every_logit: The output embedding is calibrated too, so it must see every position.
-        device: Where the batch goes; None is the device of the model's first parameter.
+        every_logit: Compute all logits, since the output embedding is calibrated too.
+        device: The batch's destination; None for the device of the model's first parameter.
 
     Raises:
         CalibrationError: The batch does not fit the forward's signature.
@@ -46,21 +45,21 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
         if _binds(signature, data) and not is_transformers(model):
             return model(data)
     elif isinstance(data, (list, tuple)) and data:
-        # Of a transformers model's tuple, one element might be the attention mask: that must not be guessed.
+        # In a transformers model's tuple one element may be the attention mask: do not guess.
         if _binds(signature, data[0]) and not (is_transformers(model) and len(data) > 1):
             return model(data[0])
     elif _binds(signature, data):
         return model(data)
     raise CalibrationError(
         f"a calibration batch ({describe(data)}) does not fit {type(model).__name__}.forward{signature}. Give "
-        "batches that do, or say how to run one: quantize(..., forward=lambda model, batch: ...), or a "
+        "batches that do, or define how to run one: quantize(..., forward=lambda model, batch: ...), or a "
         "`calibration_step(batch)` method on the LightningModule"
     )
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of the block; every module's own flag afterwards."""
+    """Puts the model into evaluation mode inside the block; every module's flag is restored afterwards."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -71,14 +70,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def accepts(model: nn.Module, data: Mapping[str, Any]) -> bool:
-    """Whether the model's forward takes the mapping's keys as keywords, at least those it needs."""
+    """True if the model's forward accepts some of the mapping's keys as keywords, and all it requires."""
     signature = inspect.signature(model.forward)
     keywords = _keywords(model, signature, data, every_logit=False)
     return bool(set(keywords) & set(data)) and _binds(signature, **keywords)
 
 
 def describe(data: Any) -> str:
-    """A batch in a few words, for an error."""
+    """Describes a batch in a few words, for errors."""
     parts = fields_of(data)
     if parts is not None:
         return "keys " + ", ".join(map(str, parts))

@@ -1,4 +1,4 @@
-"""Which positions of a calibration batch enter a Hessian: all but padding, or only those that the loss counts."""
+"""Selects the positions of a calibration batch that enter a Hessian: all but padding, or those in the loss."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.hf_models import is_encoder_decoder, predicts_next, transformers_models
 
 _running: ContextVar[int | None] = ContextVar("number of the calibration batch that runs on this thread", default=None)
-
-
-_UNKNOWN_TOKENS = "gets rows that are no tokens of what its block got: all of them counted, padding too"
+_UNKNOWN_TOKENS = "gets rows that are not tokens of its block's input: all of them counted, padding included"
 
 
 class Rows(NamedTuple):
-    """Of a layer's input.
+    """The rows of a layer's input that count.
 
     Attributes:
         counted: [rows, in].
-        remark: What is to be reported.
-        are_tokens: Of an expert's: they are tokens as its block got them, not what the expert made of them.
+        remark: A sentence for the report, or None.
+        are_tokens: For a layer of an expert: the rows are tokens of the block's input, not the expert's intermediates.
     """
 
     counted: Tensor
@@ -39,16 +37,15 @@ class Rows(NamedTuple):
 
 
 class Positions:
-    """Takes each batch's masks from the call that reaches the transformers model, however the batch is laid out.
+    """Takes each batch's masks from the call of the transformers model, whatever the batch's layout.
 
-    With ``token_weighting="labels"`` the labels come from that call too, or, where the call has none (the loss of a
-    decoder is left out in calibration), from the batch. Label i + 1 belongs to position i where the model's own loss
-    shifts them (`pretrained.predicts_next`), label i everywhere else; the sequence an encoder reads has no labels,
-    so all of it but padding counts.
+    With ``token_weighting="labels"`` the labels come from that call too or, if it has none (calibration leaves out a
+    decoder's loss), from the batch. Label i + 1 belongs to position i if the model's loss shifts labels
+    (`hf_models.predicts_next`), else label i. An encoder's input has no labels: all of it but padding counts.
 
     Args:
-        model: What the batches run through.
-        batches: By number.
+        model: The model that the batches run through.
+        batches: The batches by number.
         token_weighting: As in QuantizeConfig.
     """
 
@@ -57,17 +54,17 @@ class Positions:
         self._batches = batches
         self._by_labels = token_weighting == "labels"
         self._masks: dict[int, tuple[Tensor, ...]] = {}
-        self._in_batch: set[int] = set()  # whose labels are the batch's
-        self._without: set[int] = set()  # no position of which counts
-        self._one_length: set[int] = set()
+        self._in_batch: set[int] = set()  # batches whose labels come from the batch
+        self._without: set[int] = set()  # batches without a position that counts
+        self._one_length: set[int] = set()  # batches with sources as long as their targets
         self._routed = RoutedTokens(model)
 
     @contextlib.contextmanager
     def watching(self, entered: Callable[[str, Tensor], None] = lambda experts, rows: None) -> Iterator[None]:
-        """While batches run.
+        """Reads masks while batches run inside the block.
 
         Args:
-            entered: See `Routed.watching`.
+            entered: See `RoutedTokens.watching`.
         """
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,14 +84,14 @@ class Positions:
                 handle.remove()
 
     def runs(self, number: int) -> None:
-        """To be called on a batch's thread, which has context variables of its own, before its forward."""
+        """Marks batch `number` as running on this thread; called before its forward."""
         _running.set(number)
 
     def rows(self, number: int, layer: str, x: Tensor) -> Rows:
-        """The rows of a layer's input that count: `Batch.counted`. An expert's are those of the tokens routed to it.
+        """The rows of a layer's input that count, by `Batch.counted`; an expert's, by the tokens routed to it.
 
         Raises:
-            CalibrationError: Labels are to be counted, and there are none.
+            CalibrationError: token_weighting is "labels", and the batch has none.
         """
         if self._by_labels and number not in self._masks:  # no transformers model has been called yet
             models = [model for _, model in transformers_models(self._root)]
@@ -117,21 +114,21 @@ class Positions:
         return batch.mask_of(x, masks) if masks else EVERY_ROW
 
     def check(self) -> None:
-        """Refuses batches without labels where others brought theirs.
+        """Refuses batches without labels if labels are read from batches.
 
         Raises:
-            CalibrationError: There is such a batch.
+            CalibrationError: A batch has no labels.
         """
         for number, batch in enumerate(self._batches):
             if self._in_batch and labels_of(batch.data) is None:
                 raise CalibrationError(_no_labels(number))
 
     def notes(self) -> dict[str, int]:
-        """Batches by what is to be said of them."""
+        """Number of batches for each remark."""
         notes = {
             "hold no label that counts (all are -100): none of their positions enters a Hessian": self._without,
-            "have sources as long as their targets, which only their shapes tell apart: "
-            "the sources' attention mask counts for both": self._one_length,
+            "have sources as long as their targets, which cannot be told apart by shape: "
+            "the sources' attention mask is used for both": self._one_length,
         }
         return {note: len(numbers) for note, numbers in notes.items()}
 
@@ -156,7 +153,7 @@ class Positions:
 
 
 def _counted_by_loss(model: nn.Module, arguments: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, ...]:
-    """bool [samples, positions] each: an encoder's sequence, if there is one, then that of the labels."""
+    """Masks of counted positions, bool [samples, positions] each: an encoder's, if there is one, then the labels'."""
     counts = labels != IGNORED_LABEL
     if predicts_next(model):
         counts = pad(counts[:, 1:], (0, 1), value=False)

@@ -1,7 +1,7 @@
-"""Which tokens the rows are that an expert gets, so that padding can be told from text among them.
+"""Maps an expert's input rows back to tokens, so that padding can be left out.
 
-A router hands each expert some rows of what the whole block got, in an order of its own. They are the same rows to the
-bit, so they are found again by a hash of their bits; what the expert makes of them further on has the same order.
+A router passes each expert some rows of the block's input, in its own order. The rows are bit-identical, so a hash of
+their bits identifies them; later layers of the expert keep their order.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from gptq_plugin.model.experts import experts_of
 
 
 class _EveryRow:
-    """In place of a mask that is all true."""
+    """Stands for a mask that is all true."""
 
 
 EVERY_ROW = _EveryRow()
 _NOTHING = torch.empty(0, dtype=torch.int64)
 Mask = Tensor | _EveryRow | None
-_AROUND = 3  # modules around an expert whose inputs are looked at: the experts, their block, and what calls into that
-_AT_ONCE = 2**24  # numbers that are hashed at a time: eight bytes each while they are
+_AROUND = 3  # modules around an expert whose inputs are hashed: the experts, their block, and the block's caller
+_AT_ONCE = 2**24  # elements hashed at a time, which take eight bytes each
 
 
 @dataclass
 class _Block:
-    """What went into the block of experts that a batch is in.
+    """The input of the block of experts that a batch is in.
 
     Attributes:
-        everything: All its rows count.
-        counted, all: Hashes of the rows that count, and of all.
-        kept: By expert's number, which of its rows count.
+        everything: All rows count.
+        counted, all: Hashes of the rows that count, and of all rows.
+        kept: By the expert's number, the mask of its rows that count.
     """
 
     everything: bool
@@ -45,19 +45,20 @@ class _Block:
 
 
 class RoutedTokens:
-    """Finds the tokens that were routed to each expert.
+    """Finds the tokens routed to each expert.
 
     Args:
-        model: With experts in it, or without.
+        model: A model with or without experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._numbers: dict[str, str] = {}  # by expert's layer
-        self._kinds: dict[str, tuple[str, str]] = {}  # by expert's layer, the experts and its name in one
+        # A kind is the name of the experts and a layer's name within one of them.
+        self._numbers: dict[str, str] = {}  # an expert's number by layer
+        self._kinds: dict[str, tuple[str, str]] = {}  # by layer
         self._kinds_of: dict[str, set[tuple[str, str]]] = {}  # by experts
-        self._around: dict[nn.Module, list[str]] = {}  # modules to look at, and the experts they hand their input to
+        self._around: dict[nn.Module, list[str]] = {}  # watched modules, with the experts they pass their input to
         self._blocks: dict[int, _Block] = {}  # by batch
-        self._reads_tokens: dict[tuple[str, str], bool] = {}  # by experts and a layer's name in one, once it is known
+        self._reads_tokens: dict[tuple[str, str], bool] = {}  # by kind, once known
         modules = dict(model.named_modules())
         names: set[str] = set()
         for name, module in modules.items():
@@ -70,7 +71,7 @@ class RoutedTokens:
                 names.add(experts)
         for experts in sorted(names):
             source = experts
-            if isinstance(modules[experts], nn.ModuleList):  # which nobody calls
+            if isinstance(modules[experts], nn.ModuleList):  # never called
                 source = experts.rpartition(".")[0]
             around = experts
             for _ in range(_AROUND):
@@ -84,13 +85,13 @@ class RoutedTokens:
         mask_of: Callable[[int, Tensor], Mask],
         entered: Callable[[str, Tensor], None],
     ) -> Iterator[None]:
-        """While batches run.
+        """Hashes the inputs of blocks while batches run.
 
         Args:
-            running: The number of the batch that runs on this thread.
-            mask_of: For a batch and a tensor [..., in], which of its rows count: bool [rows], or `EVERY_ROW`; None
-                where that cannot be told.
-            entered: Called as (experts, rows) with the rows that count of what goes to the experts, [rows, in].
+            running: Returns the number of the batch that runs on this thread.
+            mask_of: Called as (batch, tensor [..., in]); returns the mask of rows that count, bool [rows] or
+                `EVERY_ROW`, or None if unknown.
+            entered: Called as (experts, rows) with the rows of the experts' input that count, [rows, in].
         """
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -127,16 +128,16 @@ class RoutedTokens:
         return layer in self._numbers
 
     def kept(self, number: int, layer: str, rows: Tensor) -> tuple[Mask, bool]:
-        """Which rows of an expert's input count.
+        """The rows of an expert's input that count.
 
         Args:
-            number: Of the batch.
+            number: The batch's number.
             layer: The expert's layer.
-            rows: [rows, in]
+            rows: Its input, [rows, in].
 
         Returns:
-            bool [rows] or `EVERY_ROW`, or None where the rows are neither tokens that went into the block nor what
-            became of them; and whether they are such tokens.
+            bool [rows] or `EVERY_ROW`, or None if the rows are neither tokens of the block's input nor computed from
+            them; and True if they are such tokens.
         """
         block, expert, kind = self._blocks.get(number), self._numbers[layer], self._kinds[layer]
         if block is None or not len(rows):
@@ -152,11 +153,11 @@ class RoutedTokens:
         return (known if known is not None and len(known) == len(rows) else None), False
 
     def _knows(self, names: list[str]) -> bool:
-        """Whether it is known of all layers of these experts what they read."""
+        """True once it is known of all layers of these experts whether they read tokens."""
         return all(kind in self._reads_tokens for name in names for kind in self._kinds_of[name])
 
     def _among(self, number: int, hashes: Tensor) -> Tensor | None:
-        """Which of these rows count, where all are rows of the block."""
+        """The rows that count, bool [rows]; None unless all are rows of the block's input."""
         block = self._blocks.get(number)
         if block is None or not len(hashes) or not bool(torch.isin(hashes, block.all).all()):
             return None
@@ -164,7 +165,7 @@ class RoutedTokens:
 
 
 def _hashes(rows: Tensor) -> Tensor:
-    """int64 [rows], of the bits of each."""
+    """Hashes of the rows' bits, int64 [rows]."""
     bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
     factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=torch.Generator().manual_seed(0))
     factors = factors.to(bits.device)

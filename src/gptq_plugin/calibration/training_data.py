@@ -1,4 +1,4 @@
-"""What a training run calibrates on: its own samples or data given, and general text beside them."""
+"""A training run's calibration data: its own samples or given data, mixed with general text."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from gptq_plugin.config import QuantizeConfig, is_number
 
 
 class TrainingData:
-    """What the options `calibration`, `mix` and `mix_fraction` of the training callbacks choose.
+    """The data selected by the training callbacks' options `calibration`, `mix` and `mix_fraction`.
 
     Args:
         config: nsamples, batch_size and seed are read.
-        calibration: ``"train"`` (as None) or ``"val"``: samples of the run's dataloaders, each once; or a DataLoader,
-            which is sampled like them; or texts, token lists or batches (see `calibration.collect`), the same on every
-            rank: each uses its part.
-        mix: General text beside these: a DataLoader, or texts, token lists or batches, as above.
-        mix_fraction: The share of `config.nsamples` that comes from `mix`, at least one sample; 0 takes none.
+        calibration: ``"train"`` (same as None) or ``"val"``, samples of the run's dataloaders, each once; a DataLoader,
+            sampled likewise; or texts, token lists or batches (see `calibration.collect`), the same on every rank,
+            which uses its part.
+        mix: General text: a DataLoader, or texts, token lists or batches, as above.
+        mix_fraction: Share of `config.nsamples` taken from `mix`, at least one sample; 0 for none.
 
     Raises:
-        CalibrationError: What is given is one text or one batch.
-        ValueError: `mix_fraction` is out of range, or `config.nsamples` leaves nothing to mix.
+        CalibrationError: `calibration` or `mix` is a single text or batch.
+        ValueError: `mix_fraction` is out of range, or `config.nsamples` is too small to mix.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class TrainingData:
 
     @property
     def is_given(self) -> bool:
-        """Whether all of it is there before training, and nothing is to be sampled."""
+        """True if all data is given before training, so that nothing is sampled."""
         return not (_is_sampled(self.calibration) or _is_sampled(self.mix))
 
     def sources(self, train: Any, validation: Callable[[], Sequence[Any]]) -> Sources:
-        """This rank's share.
+        """This rank's share of the data.
 
         Args:
             train: The run's train dataloader.
-            validation: Gives its validation dataloaders, one at least.
+            validation: Returns its validation dataloaders, at least one.
 
         Raises:
-            CalibrationError: There is no single train dataloader to take samples from, and it is wanted.
+            CalibrationError: `calibration` is "train", and there is not exactly one train dataloader.
         """
         general = self.nsamples_of_mix
         own = self.config.nsamples - general
@@ -75,10 +75,14 @@ class TrainingData:
         return Sources(tuple(sources))
 
     def rehearsal_data(self, data: Iterable[Any]) -> Iterable[Any] | None:
-        """What of `sources` (or of data chosen otherwise) is to be tried before training.
+        """The part of the data to try before training.
+
+        Args:
+            data: The result of `sources`, or other data.
 
         Returns:
-            All that is given; of samples, the first batch of every source that can be read ahead; None without any.
+            All data that is given; of sampled data the first batch of every source that is not a stream; None without
+            one.
         """
         if self.is_given:
             return data
@@ -93,11 +97,11 @@ def _is_sampled(data: Any) -> bool:
 
 
 def _part(fraction: float, nsamples: int) -> int:
-    """How many of the samples that is: at least one, and not all."""
+    """Number of samples to take from `mix`: at least one, and not all."""
     if not is_number(fraction) or not 0 <= fraction < 1:
         raise ValueError(
-            f"mix_fraction must be a number in [0, 1), got {fraction!r}; for no other data use calibration="
+            f"mix_fraction must be a number in [0, 1), got {fraction!r}; to use only other data, give calibration="
         )
     if fraction and nsamples < 2:
-        raise ValueError("nsamples=1 leaves nothing to mix: raise it, or leave mix out")
+        raise ValueError("nsamples=1 cannot be mixed: raise nsamples, or leave mix out")
     return min(max(1, round(fraction * nsamples)), nsamples - 1) if fraction else 0

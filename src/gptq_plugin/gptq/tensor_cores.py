@@ -21,7 +21,7 @@ LARGEST = 2.0**15  # bound of |x · scale|, below float16's 65504
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the scheme applies to tensors like x: float32 on a GPU."""
+    """True if the scheme applies to tensors like x: float32 on a GPU."""
     return x.is_cuda and x.dtype == torch.float32
 
 

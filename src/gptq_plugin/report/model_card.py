@@ -66,7 +66,7 @@ def model_facts(model: Any) -> ModelFacts:
         return ModelFacts(type(model).__name__, dtype=dtype)
     base_model = hub_id(getattr(model.config, "_name_or_path", None))
     kind = published_class(model)
-    if kind is None or getattr(model.config, "auto_map", None):  # a class with code of its own
+    if kind is None or getattr(model.config, "auto_map", None):  # a class defined outside of transformers
         return ModelFacts(type(model).__name__, dtype=model.dtype, base_model=base_model)
     from transformers.models.auto import modeling_auto
 

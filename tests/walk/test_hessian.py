@@ -1,0 +1,54 @@
+"""Hessians of a layer's inputs: exact sums at every dtype, over parts and over ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_plugin.walk import hessian as hessians
+from gptq_plugin.walk.hessian import Hessian
+
+
+def test_a_16_bit_hessian_equals_the_one_of_its_upcast_inputs_even_under_autocast():
+    x = torch.randn(40, 16).to(torch.bfloat16)
+    wide, narrow = Hessian(16, "cpu"), Hessian(16, "cpu")
+    wide.add(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow.add(x)
+    assert torch.equal(wide.sum, narrow.sum) and narrow.sum.dtype == torch.float32
+    torch.testing.assert_close(wide.mean(), x.float().T @ x.float() / 40)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 20, 32])
+def test_the_mean_is_that_of_the_whole_product_though_half_of_it_is_computed(n, monkeypatch):
+    monkeypatch.setattr(hessians, "_STRIP", {"cpu": 8})
+    x = torch.randn(50, n, dtype=torch.float64)
+    hessian = Hessian(n, "cpu", torch.float64)
+    for part in x.split(13):
+        hessian.add(part)
+    torch.testing.assert_close(hessian.mean(), x.T @ x / 50)
+    torch.testing.assert_close(hessian.mean(), x.T @ x / 50)  # asking does not change it
+    assert torch.equal(Hessian(n, "cpu").mean(), torch.zeros(n, n))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpus_sum_is_exact_up_to_float32_rounding_at_every_dtype(dtype):
+    x = torch.randn(4096, 1100, device="cuda").to(dtype)
+    hessian = Hessian(1100, "cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        for part in x.split(1500):
+            hessian.add(part)
+    wanted = x.double().T @ x.double() / 4096
+    assert (hessian.mean().double() - wanted).norm() / wanted.norm() < 1e-4  # 16-bit sums: 2e-3
+
+
+def test_hessians_of_parts_add_up_to_the_hessian_of_the_whole():
+    x = torch.randn(30, 8, dtype=torch.float64)
+    whole, a, b = (Hessian(8, "cpu", torch.float64) for _ in range(3))
+    whole.add(x)
+    a.add(x[:13])
+    b.add(x[13:])
+    torch.testing.assert_close(whole.sum, a.sum + b.sum)
+    assert whole.tokens == a.tokens + b.tokens == 30
