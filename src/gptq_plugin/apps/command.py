@@ -1,7 +1,9 @@
-"""``gptq-plugin``, the command for checkpoints: no Hydra, and quick to say what it can do.
+"""``gptq-plugin``, the command for checkpoints: no Hydra, and fast to print its help.
 
 Every subcommand is a function that adds its arguments and one that runs it; torch is imported when it runs. It only
 prints: `lint` finds.
+
+Tested by tests/check/test_lint.py: beside what it prints, as is ``convert`` in tests/export/test_convert.py.
 
 Exit status: 0; 1 when a checkpoint is wrong or a `--target` would not take it; 2 for a call that cannot be understood.
 """

@@ -1,6 +1,8 @@
-"""One folder for all ranks of a run, also where a program other than Lightning starts them: torchrun, or SLURM.
+"""One folder for all ranks of a run, also under torchrun and SLURM.
 
-Hydra names a run's folder by the time, and the ranks do not start at the same one.
+Hydra names a run's folder by the time, and ranks start at different times.
+
+Tested by tests/ranks/test_launchers.py: it takes real launchers to show it.
 """
 
 from __future__ import annotations

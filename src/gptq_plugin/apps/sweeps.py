@@ -1,7 +1,9 @@
-"""The runs of a sweep (``-m``) that train on several processes, each as a command of its own.
+"""Starts each run of a sweep (``-m``) that trains on several processes as a separate command.
 
-Lightning starts the other ranks with the command line it finds. In a sweep that is the whole sweep's, so that every
-rank but the first would begin it anew, in a folder of another time.
+Lightning starts the other ranks with the command line it finds. In a sweep that is the whole sweep's, so every rank but
+the first would restart the sweep, in another folder.
+
+Tested by tests/ranks/test_launchers.py: it takes real launchers to show it.
 """
 
 from __future__ import annotations
