@@ -101,7 +101,7 @@ class Positions:
         if not self._routed.is_expert(layer):
             return Rows(*batch.counted(x, masks))
         rows = x.reshape(-1, x.shape[-1])
-        kept, are_tokens = self._routed.kept(number, layer, rows)
+        kept, are_tokens = self._routed.counted(number, layer, rows)
         if kept is None:
             kept = self._mask_of(number, rows)  # every token, with a weight that may be 0
         if isinstance(kept, Tensor):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.model.experts import experts_of
+from gptq_plugin.model.targets import is_linear
 
 
 class _EveryRow:
@@ -62,7 +63,7 @@ class RoutedTokens:
         modules = dict(model.named_modules())
         names: set[str] = set()
         for name, module in modules.items():
-            experts = experts_of(name, module)
+            experts = experts_of(name, module) if is_linear(module) else None
             if experts is not None:
                 number, _, own = name[len(experts) + 1 :].partition(".")
                 self._numbers[name] = number
@@ -127,7 +128,7 @@ class RoutedTokens:
     def is_expert(self, layer: str) -> bool:
         return layer in self._numbers
 
-    def kept(self, number: int, layer: str, rows: Tensor) -> tuple[Mask, bool]:
+    def counted(self, number: int, layer: str, rows: Tensor) -> tuple[Mask, bool]:
         """The rows of an expert's input that count.
 
         Args:
