@@ -66,11 +66,12 @@ def rtn() -> Callable[..., nn.Module]:
     """
     from gptq_plugin.gptq.solver import round_to_nearest
     from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+    from gptq_plugin.model.structure import Structure
     from gptq_plugin.model.targets import find_targets
 
     def quantize(model: nn.Module, config, permuted: bool = False) -> nn.Module:
         layers: dict[str, nn.Module] = {}
-        for target in find_targets(model, config)[0]:
+        for target in find_targets(Structure.of(model), config)[0]:
             channels = target.weight.shape[1]
             order = torch.randperm(channels) if permuted else torch.arange(channels)
             back = order.argsort()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.calibration.forward import evaluating
-from gptq_plugin.model.experts import learn_layouts, unfused
-from gptq_plugin.model.targets import find_targets
+from gptq_plugin.model.experts import learn_layouts
+from gptq_plugin.model.plan import planned
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import find_groups
 
@@ -35,8 +35,8 @@ def walk(model: nn.Module, batches: list[Batch], config: QuantizeConfig) -> list
     forwards = [partial(run, number) for number in range(len(batches))]
     with evaluating(model):
         learn_layouts(model, forwards[0])
-        with unfused(model):
-            modules = {target.name: target.module for target in find_targets(model, config)[0]}
+        with planned(model, config) as plan:
+            modules = {target.name: target.module for target in plan.targets}
             groups = find_groups(modules, forwards[0])
             found.clear()
             for _ in lockstep.walk(groups, modules, forwards, lambda group, number, x: None):

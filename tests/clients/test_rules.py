@@ -16,6 +16,8 @@ from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import problems, refuse
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.export import Export, export_model
+from gptq_plugin.model.plan import planned
+from gptq_plugin.model.structure import Structure
 from gptq_plugin.training.escalation import steps
 
 from inventories import CT, RANGES, half_llama, inventory
@@ -69,7 +71,7 @@ def test_an_export_for_a_client_that_would_not_take_it_is_refused_with_all_reaso
 def test_an_export_is_judged_again_by_the_layers_it_has(llama: Any, rtn: Callable[..., Any], tmp_path: Path) -> None:
     """Groups that the plan called contiguous and that are not."""
     config = QuantizeConfig(group_size=32)
-    with Export(llama, tmp_path / "out", config, target="vllm") as export:
+    with Export(Structure.of(llama), tmp_path / "out", config, target=Client("vllm")) as export:
         quantized = rtn(llama, config, permuted=True)
         for name, module in quantized.named_modules():
             if hasattr(module, "qweight"):
@@ -144,12 +146,13 @@ def test_escalation_tries_only_what_the_client_takes(llama: Any) -> None:
     from gptq_plugin.training.quality_gate import QualityGate
 
     config = QuantizeConfig(group_size=-1)
-    noise = {layer.name: float(i) for i, layer in enumerate(Inventory.of_model(llama, config).layers)}
+    with planned(llama, config) as plan:
+        noise = {layer.name: float(i) for i, layer in enumerate(Inventory.of_plan(plan).layers)}
 
     def tried(target: Client | None) -> list[str]:
         nothing: Any = None
         attempts = Attempts(llama, nothing, nothing, Quality(QualityGate({}, "escalate")), target=target)
-        return [step.what for step in steps(llama, config, noise) if attempts._is_allowed(step)]
+        return [step.what for step in steps(plan, noise) if attempts._is_allowed(step)]
 
     assert any("more bits" in what for what in tried(None))
     for_transformers = tried(Client("transformers"))

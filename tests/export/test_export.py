@@ -22,12 +22,14 @@ from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.export import export as export_module
+from gptq_plugin.export import model_files
 from gptq_plugin.export import shard_writer as shards
 from gptq_plugin.export import staging as placing
 from gptq_plugin.export import verify_files as verifying
 from gptq_plugin.export.export import Export, export_model
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.model.structure import Structure
 
 from models import Plain, tiny_gpt2, tiny_llama
 
@@ -204,7 +206,7 @@ def test_a_quantized_head_of_a_tied_model_is_stored_untied(rtn: Rtn, tmp_path: P
 
 
 def test_large_models_are_stored_in_shards(rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "MAX_SHARD", "20KB")
+    monkeypatch.setattr(model_files, "MAX_SHARD", "20KB")
     config = QuantizeConfig(group_size=32)
     model = rtn(tiny_llama(), config)
     folder = export_model(model, tmp_path / "out", config)
@@ -266,7 +268,7 @@ def test_layers_added_before_the_others_are_quantized_give_the_files_of_one_expo
     model = make()
     done = rtn(copy.deepcopy(model), config)
     wanted = export_model(done, tmp_path / "at once", config)
-    with Export(model, tmp_path / "in steps", config) as export:
+    with Export(Structure.of(model), tmp_path / "in steps", config) as export:
         for name, layer in quantized(done).items():
             export.add(name, layer)
         swap_modules(model, quantized(done))
@@ -311,7 +313,7 @@ def test_shards_are_written_while_layers_are_added(
     config = QuantizeConfig(group_size=16)
     model = rtn(make(), config)
     layers = quantized(model)
-    with Export(model, tmp_path / "out", config) as export:
+    with Export(Structure.of(model), tmp_path / "out", config) as export:
         for name, layer in layers.items():
             export.add(name, layer)
         deadline = time.monotonic() + 20
@@ -335,7 +337,7 @@ def test_layers_that_point_to_their_files_stay_valid_after_finish_and_after_givi
     model = rtn(tiny_gpt2(), config)
     wanted, layers = logits(model), quantized(model)
     for finish in (False, True):
-        with Export(model, tmp_path / "out", config) as export:
+        with Export(Structure.of(model), tmp_path / "out", config) as export:
             for name, layer in layers.items():
                 export.add(name, layer)
                 while (mapped := export.written(name)) is None:
@@ -353,12 +355,12 @@ def test_layers_that_point_to_their_files_stay_valid_after_finish_and_after_givi
 def test_finish_names_layers_that_were_not_added_or_are_no_longer_there(rtn: Rtn, tmp_path: Path) -> None:
     config = QuantizeConfig(group_size=16)
     model = rtn(Plain(), config)
-    export = Export(model, tmp_path / "out", config)
+    export = Export(Structure.of(model), tmp_path / "out", config)
     export.add("inner.0", model.inner[0])
     with pytest.raises(ExportError, match=r"inner\.2, again were not added"):
         export.finish(model)
     assert not any(tmp_path.iterdir())
-    export = Export(model, tmp_path / "out", config)
+    export = Export(Structure.of(model), tmp_path / "out", config)
     export.add("inner.0", model.inner[0])
     export.add("again", model.again)
     model.inner[0] = nn.Linear(48, 96)
@@ -370,7 +372,7 @@ def test_finish_names_layers_that_were_not_added_or_are_no_longer_there(rtn: Rtn
 def test_adding_a_layer_twice_or_one_that_the_model_has_not_is_refused(rtn: Rtn, tmp_path: Path) -> None:
     config = QuantizeConfig(group_size=16)
     model = rtn(Plain(), config)
-    with Export(model, tmp_path / "out", config) as export:
+    with Export(Structure.of(model), tmp_path / "out", config) as export:
         export.add("inner.0", model.inner[0])
         with pytest.raises(ExportError, match=r"inner\.0 was added to the export before"):
             export.add("inner.0", model.inner[0])
@@ -385,7 +387,7 @@ def test_a_layer_that_changed_after_it_was_added_is_noticed(
     monkeypatch.setattr(verifying, "_COMPARED", 1000)
     config = QuantizeConfig(group_size=16)
     model = rtn(Plain(), config)
-    with Export(model, tmp_path / "out", config) as export:
+    with Export(Structure.of(model), tmp_path / "out", config) as export:
         for name, layer in quantized(copy.deepcopy(model)).items():
             export.add(name, layer)
         getattr(model.inner[0], tensor)[-1, -1] += 1  # beyond the rows that are decoded bit by bit
@@ -403,7 +405,10 @@ def test_an_export_that_is_left_unfinished_leaves_nothing(
     model = rtn(Plain(), config)
     export_model(model, tmp_path / "out", config)
     before = files(tmp_path)
-    with contextlib.suppress(KeyboardInterrupt), Export(model, tmp_path / "out", config, overwrite=True) as export:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Export(Structure.of(model), tmp_path / "out", config, overwrite=True) as export,
+    ):
         export.add("inner.0", model.inner[0])
         if error is not None:
             raise error
@@ -675,7 +680,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next_and_a_running_one_is_n
     for folder in (killed, young, other):
         (folder / "inside").mkdir(parents=True)
     model = rtn(Plain(), config)
-    with Export(model, tmp_path / "out", config):
+    with Export(Structure.of(model), tmp_path / "out", config):
         (running,) = set(tmp_path.glob(".out.*")) - {killed, young}
         for folder in (killed, other, running):
             os.utime(folder, (long_ago, long_ago))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.errors import CheckpointError, ExportError
-from gptq_plugin.export import export
+from gptq_plugin.export import export, model_files
 
 from models import tiny_llama, tokenizer
 
@@ -66,7 +66,7 @@ def test_tied_embeddings_are_stored_once_and_said_to_be_tied(tmp_path):
 def test_every_weights_file_says_that_it_is_pytorchs(shards, tmp_path, monkeypatch):
     if shards:
         monkeypatch.setattr(export, "SHARD", 4000)
-        monkeypatch.setattr(export, "MAX_SHARD", "10KB")
+        monkeypatch.setattr(model_files, "MAX_SHARD", "10KB")
     folder = exported(tiny_llama(num_hidden_layers=1), tmp_path / "out")
     files = sorted(folder.glob("*.safetensors"))
     assert (len(files) > 3) == shards and (folder / "model.safetensors.index.json").exists() == shards

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin.memory.activations import Activations
-from gptq_plugin.model.targets import is_linear
+from gptq_plugin.model.linears import is_linear
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import find_groups
 

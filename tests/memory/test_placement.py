@@ -10,6 +10,7 @@ from gptq_plugin import QuantizeConfig
 from gptq_plugin.device.memory import free_bytes
 from gptq_plugin.memory import placement as placing
 from gptq_plugin.memory.placement import UNLIMITED, Needs
+from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import find_targets
 
 GIB = 2**30
@@ -73,8 +74,8 @@ def test_a_cpu_has_no_limit_and_the_solver_needs_most_where_most_is_solved_toget
     model = nn.ModuleDict(
         {"a": nn.Linear(64, 32), "b": nn.Linear(64, 96), "c": nn.ModuleDict({"d": nn.Linear(64, 32)})}
     )
-    targets, _ = find_targets(model, QuantizeConfig(group_size=32))
-    one, _ = find_targets(model["c"], QuantizeConfig(group_size=32))
+    targets, _ = find_targets(Structure.of(model), QuantizeConfig(group_size=32))
+    one, _ = find_targets(Structure.of(model["c"]), QuantizeConfig(group_size=32))
     n = 64 * 64 * 12
     assert placing.solver_bytes(targets) == n + 64 * 128 * 30 and placing.solver_bytes(one) == n + 64 * 32 * 30
     assert placing.fixed_bytes(one, torch.device("cpu"), 8) == 64 * 32 // 2

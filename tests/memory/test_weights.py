@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.memory.weights import Weights
+from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import find_targets
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import find_groups
@@ -59,7 +60,7 @@ def quantized(model, layers):
 
 
 def by_name(model):
-    return {target.name: target for target in find_targets(model, CONFIG)[0]}
+    return {target.name: target for target in find_targets(Structure.of(model), CONFIG)[0]}
 
 
 class Watched(torch.Tensor):
@@ -97,7 +98,11 @@ def watched_layers(count):
             setattr(layer.watched, event, threading.Event())
         layer.watched.allowed.set()
         layer.watched.results = []
-    return model, [layer.watched for layer in model], find_targets(model, QuantizeConfig(group_size=16))[0]
+    return (
+        model,
+        [layer.watched for layer in model],
+        find_targets(Structure.of(model), QuantizeConfig(group_size=16))[0],
+    )
 
 
 class SharedTwice(nn.Module):

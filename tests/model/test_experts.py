@@ -24,6 +24,8 @@ from gptq_plugin.hf.quantizer import quantized_config
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.experts import ExpertLinear, find_experts, learn_layouts, unfused
 
+from inventories import of_planned, of_quantized
+
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -309,10 +311,9 @@ def test_what_servers_make_of_experts_left_float_is_told_by_the_name_they_look_u
 def test_what_clients_are_asked_about_is_what_is_exported(left: tuple[str, ...], tmp_path: Path) -> None:
     network = model("qwen3_moe")
     quantizer = QuantizeModule(bits=4, group_size=32, modules_to_not_convert=left)
-    with unfused(network):
-        planned = Inventory.of_model(network, quantizer.config)
+    planned = of_planned(network, quantizer.config)
     quantizer.round_to_nearest(network)
-    assert Inventory.of_model(network, quantizer.config) == planned
+    assert of_quantized(network, quantizer.config) == planned
     assert Inventory.of(Checkpoint.open(quantizer.export(network, tmp_path / "out"))) == planned
 
 

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.errors import TargetError
 from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import find_targets
 
 CONFIG = QuantizeConfig(group_size=32)
@@ -35,11 +36,11 @@ def llama(**options):
 
 
 def names(model, config=CONFIG):
-    return [target.name for target in find_targets(model, config)[0]]
+    return [target.name for target in find_targets(Structure.of(model), config)[0]]
 
 
 def reasons(model, config=CONFIG):
-    return {skip.name: skip.reason for skip in find_targets(model, config)[1]}
+    return {skip.name: skip.reason for skip in find_targets(Structure.of(model), config)[1]}
 
 
 def test_all_linears_of_a_transformers_model_but_the_output_embedding_are_targets():
@@ -63,7 +64,7 @@ def test_the_output_embedding_of_a_plain_module_is_found_by_its_tied_weight():
 
 def test_conv1d_is_a_target_with_its_weight_seen_as_linears():
     model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64))
-    targets, _ = find_targets(model, CONFIG)
+    targets, _ = find_targets(Structure.of(model), CONFIG)
     attn = next(target for target in targets if target.name.endswith("c_attn"))
     assert isinstance(attn.module, Conv1D) and attn.weight.shape == (192, 64)
     value = torch.randn(192, 64)
@@ -106,16 +107,16 @@ def test_modules_to_not_convert_takes_runs_of_name_components(part):
 
 def test_a_name_that_is_only_part_of_a_component_matches_nothing_and_is_refused():
     with pytest.raises(TargetError, match="modules_to_not_convert: 'up_pro'"):
-        find_targets(llama(), QuantizeConfig(group_size=32, modules_to_not_convert=["up_pro"]))
+        find_targets(Structure.of(llama()), QuantizeConfig(group_size=32, modules_to_not_convert=["up_pro"]))
 
 
 def test_a_regex_that_matches_nothing_is_refused_with_names_it_could_match():
     with pytest.raises(TargetError, match=r"'mlp' matches none of the 15 linear layers \(model.layers.0"):
-        find_targets(llama(), QuantizeConfig(group_size=32, dynamic={"mlp": {"bits": 8}}))
+        find_targets(Structure.of(llama()), QuantizeConfig(group_size=32, dynamic={"mlp": {"bits": 8}}))
 
 
 def test_a_layer_that_the_group_size_does_not_divide_gets_smaller_groups_and_says_so():
-    targets, _ = find_targets(llama(), QuantizeConfig(group_size=64))
+    targets, _ = find_targets(Structure.of(llama()), QuantizeConfig(group_size=64))
     odd = [target for target in targets if target.config.group_size != 64]
     assert [target.name for target in odd] == [name for name in names(llama()) if name.endswith("down_proj")]
     assert all(target.config.group_size == 32 for target in odd)
@@ -132,7 +133,7 @@ def test_smaller_groups_are_those_that_clients_take(group_size, in_features, fit
 
 def test_a_dynamic_rule_can_give_the_odd_layer_its_own_group_size():
     config = QuantizeConfig(group_size=64, dynamic={r".*down_proj": {"group_size": 32}})
-    targets, _ = find_targets(llama(), config)
+    targets, _ = find_targets(Structure.of(llama()), config)
     assert {t.config.group_size for t in targets if "down" in t.name} == {32}
     assert {t.config.group_size for t in targets if "down" not in t.name} == {64}
 
@@ -146,18 +147,18 @@ def test_a_dynamic_rule_can_give_the_odd_layer_its_own_group_size():
 )
 def test_a_model_without_targets_is_refused(model, message):
     with pytest.raises(TargetError, match=message):
-        find_targets(model, CONFIG)
+        find_targets(Structure.of(model), CONFIG)
 
 
 def test_a_lone_linear_is_refused_since_it_cannot_be_replaced():
     with pytest.raises(TargetError, match="itself a Linear.*name the module that holds it"):
-        find_targets(nn.Linear(32, 32), CONFIG)
+        find_targets(Structure.of(nn.Linear(32, 32)), CONFIG)
 
 
 def test_a_quantized_model_is_refused():
     model = nn.Sequential(nn.Linear(32, 32), QuantLinear(32, 32, 4, 32))
     with pytest.raises(TargetError, match="quantized already"):
-        find_targets(model, CONFIG)
+        find_targets(Structure.of(model), CONFIG)
 
 
 def llava(**options):
@@ -177,7 +178,7 @@ def test_of_a_model_that_writes_about_images_the_language_part_is_quantized():
 
 def test_its_tower_is_quantized_on_request():
     config = QuantizeConfig(group_size=32, dynamic={r"model\.vision_tower\.": {"bits": 8}})
-    found = {target.name: target.config.bits for target in find_targets(llava(), config)[0]}
+    found = {target.name: target.config.bits for target in find_targets(Structure.of(llava()), config)[0]}
     assert found["model.vision_tower.encoder.layers.0.self_attn.k_proj"] == 8
     assert found["model.language_model.layers.0.self_attn.k_proj"] == 4
     assert "model.multi_modal_projector.linear_1" not in found

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
-from gptq_plugin.export import export
 from gptq_plugin.gptq.solver import solve
+from gptq_plugin.model import structure
 from gptq_plugin.walk.hessian import Hessian
 
 SMALL = {"group_size": 32, "nsamples": 64}
@@ -331,10 +331,10 @@ def test_a_nan_weight_is_refused_by_name():
         QuantizeModule(**SMALL).quantize(model, [torch.randn(64, 64)])
 
 
-@pytest.mark.parametrize("where", ["solver", "model", "swap", "client_config"])
+@pytest.mark.parametrize("where", ["solver", "model", "swap_modules", "client_config"])
 def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeypatch):
-    import gptq_plugin.quantize.module
     import gptq_plugin.quantize.one_pass
+    from gptq_plugin.quantize import in_place
 
     model = llama(tie_word_embeddings=True).train()
     before, parameters = state(model), dict(model.named_parameters())
@@ -353,12 +353,8 @@ def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeyp
         monkeypatch.setattr(
             gptq_plugin.quantize.one_pass, "solve_shared", fail_at(4, gptq_plugin.quantize.one_pass.solve_shared)
         )
-    elif where == "client_config":
-        monkeypatch.setattr(gptq_plugin.quantize.module, where, fail_at(1, gptq_plugin.quantize.module.client_config))
-    elif where == "swap":
-        monkeypatch.setattr(
-            gptq_plugin.quantize.module, "swap_modules", fail_at(1, gptq_plugin.quantize.module.swap_modules)
-        )
+    elif where in ("client_config", "swap_modules"):
+        monkeypatch.setattr(in_place, where, fail_at(1, getattr(in_place, where)))
     else:
         activation = model.model.layers[1].mlp.act_fn
         monkeypatch.setattr(activation, "forward", fail_at(3, activation.forward))
@@ -512,7 +508,7 @@ def test_layers_on_several_devices_are_refused_with_what_to_do():
 
 def test_a_layer_that_cannot_be_exported_is_refused_before_anything_is_solved(tmp_path, monkeypatch):
     model, solved = llama(), []
-    monkeypatch.setattr(export, "_stored_names", lambda model: {"model.layers.0.mlp.up_proj": "somewhere"})
+    monkeypatch.setattr(structure, "stored_names", lambda model, shapes: {"model.layers.0.mlp.up_proj": "somewhere"})
     with pytest.raises(ExportError, match=r"q_proj.* cannot be exported.*modules_to_not_convert"):
         QuantizeModule(**SMALL).quantize(
             model, tokens(), export_dir=tmp_path / "out", progress=lambda *_: solved.append(1)
@@ -532,7 +528,7 @@ from pathlib import Path
 import torch, transformers
 from gptq_plugin import QuantizeModule
 from gptq_plugin.device import memory
-from gptq_plugin.export import export
+from gptq_plugin.model import structure
 
 export.SHARD = memory._LARGEST_UNIT = 4 * 10**6  # what is in memory at a time
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
-from gptq_plugin.model.targets import find_targets
-from gptq_plugin.report.coverage import Coverage, FloatWeight, coverage
+from gptq_plugin.model.plan import planned
+from gptq_plugin.report.coverage import Coverage, FloatWeight
 
 from models import Plain, tiny_llama
 
@@ -101,7 +101,7 @@ def test_every_parameter_that_stays_float_has_its_reason() -> None:
     reasons = {one.name: one.reason for one in covered(network, modules_to_not_convert=("asked",)).floats}
     skipped = {
         skip.name: skip.reason
-        for skip in find_targets(network, QuantizeConfig(group_size=16, modules_to_not_convert=("asked",)))[1]
+        for skip in QuantizeModule(group_size=16, modules_to_not_convert=("asked",)).check(network)[1]
     }
     assert reasons == {
         "embed.weight": "embeddings",
@@ -126,5 +126,5 @@ def test_plain_values_are_ready_for_json() -> None:
 
 def test_the_packed_bytes_are_those_given() -> None:
     network = nn.Sequential(nn.Linear(32, 32))
-    targets, skipped = find_targets(network, QuantizeConfig(group_size=16))
-    assert coverage(network, targets, skipped, 123).packed == 123
+    with planned(network, QuantizeConfig(group_size=16)) as plan:
+        assert Coverage.of(plan, 123).packed == 123

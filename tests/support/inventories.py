@@ -6,8 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import nn
 
 from gptq_plugin.clients.inventory import Inventory, LayerEntry
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.model.plan import planned
+from gptq_plugin.model.structure import Structure
 
 SHAPES = {  # [in, out]
     "self_attn.q_proj": (256, 256),
@@ -18,6 +23,18 @@ SHAPES = {  # [in, out]
     "mlp.up_proj": (256, 1024),
     "mlp.down_proj": (1024, 256),
 }
+
+
+def of_planned(model: nn.Module, config: QuantizeConfig) -> Inventory:
+    """Of a float model that is to be quantized."""
+    with planned(model, config) as plan:
+        return Inventory.of_plan(plan)
+
+
+def of_quantized(model: nn.Module, config: QuantizeConfig) -> Inventory:
+    """Of a quantized model, without the report of its quantization."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    return Inventory.of_layers(Structure.of_unfused(model), layers, config)
 
 
 def inventory(

@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from gptq_plugin.model.targets import is_linear
+from gptq_plugin.model.linears import is_linear
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import find_groups
 

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
 from gptq_plugin.checkpoint.description import client_config
-from gptq_plugin.model.experts import unfused
-from gptq_plugin.model.targets import find_targets
+from gptq_plugin.model.plan import Plan, planned
+from gptq_plugin.model.structure import Structure
 from gptq_plugin.training.escalation import output_noise, steps
 
 from lightning_runs import llama
@@ -22,12 +22,19 @@ def layers(*inputs: int, out: int = 32) -> nn.Module:
 
 
 def grids(model: nn.Module, config: QuantizeConfig) -> dict[str, tuple[int, int]]:
-    return {target.name: (target.config.bits, target.config.group_size) for target in find_targets(model, config)[0]}
+    return {target.name: (target.config.bits, target.config.group_size) for target in plan_of(model, config).targets}
+
+
+def plan_of(model: nn.Module, config: QuantizeConfig) -> Plan:
+    with planned(model, config) as plan:
+        return plan
 
 
 def seen(model, config, noise, most=100.0):
     """(grids, bits) of each step."""
-    return [(grids(model, step.config), step.bits) for step in steps(model, config, noise) if step.bits <= most]
+    return [
+        (grids(model, step.config), step.bits) for step in steps(plan_of(model, config), noise) if step.bits <= most
+    ]
 
 
 # --- the steps ---
@@ -53,7 +60,7 @@ def test_at_every_width_the_whole_model_gets_smaller_groups_and_then_the_noisies
 
 def test_a_step_says_what_it_does():
     model, config = layers(256, 256, 256, 256), QuantizeConfig(bits=4)
-    said = [step.what for step in steps(model, config, {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2})]
+    said = [step.what for step in steps(plan_of(model, config), {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2})]
     assert said[0] == "groups of 64 or less in all layers, 4.31 bits per weight (scales and zeros included, g_idx not)"
     assert said[2] == "more bits for 1 of 4 layers (b), 5.16 bits per weight (scales and zeros included, g_idx not)"
     assert said[-1].startswith("more bits for 4 of 4 layers (b, c, d, a) and groups of 32 or less in all layers, 8.75")
@@ -69,7 +76,7 @@ def test_a_steps_bits_per_weight_are_those_of_its_report():
     """`tests/report/test_report.py` has the report's beside the bytes of the files."""
     for options in ({"bits": 3}, {"bits": 3, "sym": False}, {"bits": 3, "checkpoint_format": "compressed-tensors"}):
         model, config = layers(256, 64, out=96), QuantizeConfig(group_size=64, **options)
-        for step in steps(model, config, {"a": 0.2, "b": 0.1}):
+        for step in steps(plan_of(model, config), {"a": 0.2, "b": 0.1}):
             report = QuantizeModule(step.config).round_to_nearest(layers(256, 64, out=96))
             assert step.bits == report.bits_per_weight and f", {step.bits:.2f} bits per weight" in step.what
 
@@ -85,7 +92,7 @@ def test_groups_that_do_not_divide_every_layer_are_not_tried():
 def test_a_layers_own_rules_are_kept_and_its_smaller_groups_too():
     model = layers(128, 128, 128)
     config = QuantizeConfig(bits=3, dynamic={"[b]$": {"group_size": 32, "bits": 4, "sym": False}, "c$": {"sym": False}})
-    found = list(steps(model, config, {"a": 0.1, "b": 0.4, "c": 0.3}))
+    found = list(steps(plan_of(model, config), {"a": 0.1, "b": 0.4, "c": 0.3}))
     assert [grids(model, step.config)["b"][0] for step in found][:4] == [4, 4, 8, 8]  # groups of 64, of 32, then b
     for step in found:
         assert grids(model, step.config)["b"][1] == 32
@@ -95,13 +102,13 @@ def test_a_layers_own_rules_are_kept_and_its_smaller_groups_too():
 
 def test_one_grid_for_all_layers_needs_no_rules_so_that_every_client_reads_it(rtn):
     model = llama()
-    names = [target.name for target in find_targets(model, QuantizeConfig(group_size=32))[0]]
-    every = list(steps(model, QuantizeConfig(bits=3, group_size=-1), dict.fromkeys(names, 0.1)))
+    names = [target.name for target in plan_of(model, QuantizeConfig(group_size=32)).targets]
+    every = list(steps(plan_of(model, QuantizeConfig(bits=3, group_size=-1)), dict.fromkeys(names, 0.1)))
     uniform = [step for step in every if len(set(grids(model, step.config).values())) == 1]
     assert [grids(model, step.config)[names[0]] for step in uniform] == [(3, 32), (4, -1), (4, 32), (8, -1), (8, 32)]
     for step in uniform[:3]:
         quantized = rtn(llama(), step.config)
-        described = client_config(quantized, dict(_quantized(quantized)), step.config)
+        described = client_config(Structure.of(quantized), dict(_quantized(quantized)), step.config)
         assert not any(rule for rule in described.get("dynamic", {}).values())
         assert (described["bits"], described["group_size"]) == grids(model, step.config)[names[0]]
 
@@ -120,7 +127,7 @@ def test_a_layer_skips_the_widths_it_cannot_be_packed_at():
 def test_layers_that_were_left_float_stay_so():
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(100, 72)})  # b is not packed at 3 bits, but at 8
     config = QuantizeConfig(bits=3, group_size=32)
-    assert all(set(grids(model, step.config)) == {"a"} for step in steps(model, config, {"a": 0.1}))
+    assert all(set(grids(model, step.config)) == {"a"} for step in steps(plan_of(model, config), {"a": 0.1}))
 
 
 # --- which layers need it ---
@@ -149,13 +156,11 @@ def test_experts_of_one_parameter_get_more_bits_together():
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     quantize = QuantizeConfig(bits=3, group_size=32)
-    with unfused(model):
-        names = [target.name for target in find_targets(model, quantize)[0]]
-        noise = {name: 1.0 + ("experts.1.w1" in name) for name in names}
-        for step in steps(model, quantize, noise):
-            given = {target.name: target.config.bits for target in find_targets(model, step.config)[0]}
-            for layer in (0, 1):
-                for parts in (("w1", "w3"), ("w2",)):
-                    experts = [f"model.layers.{layer}.mlp.experts.{e}.{part}" for e in range(3) for part in parts]
-                    assert len({given[name] for name in experts}) == 1
+    noise = {target.name: 1.0 + ("experts.1.w1" in target.name) for target in plan_of(model, quantize).targets}
+    for step in steps(plan_of(model, quantize), noise):
+        given = {target.name: target.config.bits for target in plan_of(model, step.config).targets}
+        for layer in (0, 1):
+            for parts in (("w1", "w3"), ("w2",)):
+                experts = [f"model.layers.{layer}.mlp.experts.{e}.{part}" for e in range(3) for part in parts]
+                assert len({given[name] for name in experts}) == 1
     assert set(given.values()) == {8}

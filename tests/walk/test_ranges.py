@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeModule
-from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.errors import ExportError
 from gptq_plugin.walk.ranges import Ranges
+
+from inventories import of_quantized
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -96,7 +97,7 @@ def test_what_overflows_float16_is_refused_for_a_client_and_said_without_one(tmp
         quantizer.export(model, tmp_path / "out", target="vllm")
     assert not list(tmp_path.iterdir())
     assert quantizer.export(model, tmp_path / "out").is_dir()
-    assert not Inventory.of_model(model, quantizer.config).activations
+    assert not of_quantized(model, quantizer.config).activations
 
 
 def test_a_layer_that_was_not_seen_and_values_that_are_no_numbers_have_no_range() -> None:

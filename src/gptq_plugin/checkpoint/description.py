@@ -7,46 +7,30 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 from gptq_plugin.checkpoint.formats.format import Contents, Scheme, contiguous
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig, package_version
 from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.model.experts import routers, unfused
-from gptq_plugin.model.hf_models import is_transformers
-from gptq_plugin.model.stored_names import stored_names
-from gptq_plugin.model.targets import is_linear, linear_shape
+from gptq_plugin.model.structure import Structure
 
 
-def client_config(model: nn.Module, layers: Mapping[str, QuantLinear], config: QuantizeConfig) -> dict[str, Any]:
+def client_config(structure: Structure, layers: Mapping[str, QuantLinear], config: QuantizeConfig) -> dict[str, Any]:
     """`quantization_config` of a model with these quantized layers.
 
     Args:
-        model: The model.
+        structure: Of the model: experts that stay float are linear layers to clients.
         layers: Its quantized layers, by name.
         config: What they were quantized with; its `checkpoint_format` is described.
     """
-    head = model.get_output_embeddings() if is_transformers(model) else None  # type: ignore[operator]
-    with unfused(model):  # experts that stay float are linear layers to clients
-        floats = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
-        scorers = [name for name, module in routers(model).items() if not is_linear(module)]
-        modules = {name: model.get_submodule(name) for name in (*layers, *floats, *scorers)}
-        stored = stored_names(model, {name: _shape(module) for name, module in modules.items()})
-    names = [name for name, module in model.named_modules() if head is not None and module is head]
+    head, stored = structure.published_head, structure.stored_names
+    floats = [name for name in structure.linears if name not in layers and name != head]
+    scorers = [name for name in structure.routers if name not in structure.linears]
 
     def under_both_names(own: Iterable[str]) -> list[str]:
         return list(dict.fromkeys(other for name in own for other in (name, stored.get(name, name))))
 
     schemes = {n: scheme_of(name, layer, config) for name, layer in layers.items() for n in under_both_names([name])}
-    contents = Contents(schemes, under_both_names(floats), names[0] if names else None, under_both_names(scorers))
-    return describe(contents, config)
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, QuantLinear):
-        return module.out_features, module.in_features
-    return linear_shape(module) if is_linear(module) else tuple(module.weight.shape)  # type: ignore[return-value, arg-type]
+    return describe(Contents(schemes, under_both_names(floats), head, under_both_names(scorers)), config)
 
 
 def scheme_of(name: str, layer: QuantLinear, config: QuantizeConfig) -> Scheme:

@@ -16,8 +16,9 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
 from gptq_plugin.model.experts import place_experts, possible_experts
+from gptq_plugin.model.linears import is_linear, linear_shape
 from gptq_plugin.model.stored_names import expert_parts, plain_renaming, renaming
-from gptq_plugin.model.targets import is_linear, linear_shape
+from gptq_plugin.model.structure import Structure
 
 
 class Place(nn.Module):
@@ -146,7 +147,8 @@ def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]
         {name: {"bits": x.bits, "group_size": x.group_size, "sym": x.sym} for name, x in layers.items()}
     )
     config = QuantizeConfig(**most, dynamic=rules, checkpoint_format="gptq_v2")
-    return client_config(model, {name: model.get_submodule(name) for name in names}, config)  # type: ignore[misc]
+    loaded: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    return client_config(Structure.of_unfused(model), loaded, config)
 
 
 def match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> dict[str, str]:

@@ -1,15 +1,15 @@
-"""What a checkpoint holds, or will hold, as far as a client cares: `Inventory`. No weights, no opinions.
+"""The contents of a checkpoint, present or future, as far as a client cares: `Inventory`. No weights, no opinions.
 
-Two makers, one for a checkpoint on disk and one for a model, quantized or not yet, so that what a client would
-refuse is known before the work begins (`clients` says what that is).
+It is made of a checkpoint on disk, of a planned quantization or of a quantized model, so that a client's refusal is
+known before the work begins (`rules`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,12 @@ from gptq_plugin.checkpoint.formats.format import QuantizedLayer, Scheme
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.model.experts import routers, unfused
+from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.hf_models import is_transformers
-from gptq_plugin.model.targets import Target, find_targets, is_linear, linear_shape
+from gptq_plugin.model.linears import linear_shape
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.structure import Structure
+from gptq_plugin.model.targets import Target
 from gptq_plugin.report.report import QuantizeReport
 
 _HEADS = ("lm_head", "embed_out")  # names of output embeddings; in a block no layer is called so
@@ -69,34 +72,46 @@ class Inventory:
     activations: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_model(cls, model: nn.Module, config: QuantizeConfig, report: QuantizeReport | None = None) -> Inventory:
-        """What the export of `model` holds, under the model's names: of its quantized layers or, of a float model, of
-        those that quantizing it by `config` will give. What activations there were is in `report`.
+    def of_plan(cls, plan: Plan) -> Inventory:
+        """What the export of a planned quantization will hold, under the model's names."""
+        return cls._of(plan.structure, [_planned(target) for target in plan.targets], plan.config)
 
-        Raises:
-            TargetError: As `targets.find_targets`, for a float model.
+    @classmethod
+    def of_layers(
+        cls,
+        structure: Structure,
+        layers: Mapping[str, QuantLinear],
+        config: QuantizeConfig,
+        report: QuantizeReport | None = None,
+    ) -> Inventory:
+        """What the export of a quantized model holds, under the model's names.
+
+        Args:
+            structure: Of the model, made before or after it was quantized.
+            layers: Its quantized layers; a shared one once.
+            config: What they were quantized with.
+            report: Knows the activations of calibration.
         """
-        quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-        layers = (
-            [_quantized(name, module, config) for name, module in quantized.items()]
-            if quantized
-            else [_planned(target) for target in find_targets(model, config)[0]]
+        inventory = cls._of(structure, [_quantized(name, layer, config) for name, layer in layers.items()], config)
+        if report is None:
+            return inventory
+        return replace(
+            inventory, activations={m.name: m.largest for m in report.quantized if not math.isnan(m.largest)}
         )
+
+    @classmethod
+    def _of(cls, structure: Structure, layers: Sequence[LayerEntry], config: QuantizeConfig) -> Inventory:
         names = {layer.name for layer in layers}
-        with unfused(model):  # experts that stay float
-            linears = [name for name, module in model.named_modules() if is_linear(module)]
-            floats = [name for name in dict.fromkeys([*linears, *routers(model)]) if name not in names]
-        head = model.get_output_embeddings() if is_transformers(model) else None  # type: ignore[operator]
+        floats = [name for name in (*structure.linears, *structure.routers) if name not in names]
         return cls(
             config.checkpoint_format,
             tuple(sorted(layers, key=lambda layer: layer.name)),
-            _in_blocks(floats, names),
-            any(model.get_submodule(name) is head for name in names),
+            _in_blocks(dict.fromkeys(floats), names),
+            structure.published_head in names,
             any(layer.act_order for layer in layers),
             _grid_rules(config.dynamic if FORMATS[config.checkpoint_format].has_rules else {}),
-            _largest_dtype(model, names),
-            _model_type(model),
-            {m.name: m.largest for m in report.quantized if not math.isnan(m.largest)} if report is not None else {},
+            _largest_dtype(structure, names),
+            _model_type(structure.model),
         )
 
     @classmethod
@@ -160,12 +175,15 @@ def _model_type(model: nn.Module) -> str | None:
     return kind
 
 
-def _largest_dtype(model: nn.Module, quantized: set[str]) -> torch.dtype:
+def _largest_dtype(structure: Structure, quantized: set[str]) -> torch.dtype:
     """As `Checkpoint.float_dtype` will be."""
+    experts = [structure.linears.get(name) for name in quantized]
+    fused = {layer.parameter for layer in experts if isinstance(layer, ExpertLinear)}  # if not apart any more
     tensors = [
         tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and name.rpartition(".")[0] not in quantized
+        for name, tensor in structure.model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if name not in fused and name.rpartition(".")[0] not in quantized
     ]
     largest = max(tensors, key=lambda tensor: tensor.numel(), default=None)
     return largest.dtype if largest is not None else torch.float16

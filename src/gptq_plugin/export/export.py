@@ -10,9 +10,6 @@ wants float16 for GPTQ, and rounds scales to bfloat16 in a bfloat16 model).
 
 from __future__ import annotations
 
-import copy
-import json
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,34 +17,31 @@ from typing import Any
 from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.description import client_config
-from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG, write_json
+from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG, write_json
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.errors import ExportError, some
+from gptq_plugin.export.model_files import float_state, once, write_plain_config, write_transformers
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.staging import Staging, files_in
 from gptq_plugin.export.verify_files import verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
 from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
-from gptq_plugin.model.adapters import has_adapters
-from gptq_plugin.model.hf_models import check_savable, is_transformers, published_class
-from gptq_plugin.model.stored_names import renaming, stored_names
-from gptq_plugin.model.targets import is_linear, linear_shape
+from gptq_plugin.model.hf_models import check_savable, is_transformers
+from gptq_plugin.model.stored_names import renaming
+from gptq_plugin.model.structure import Structure
 from gptq_plugin.report.html_page import report_page
 from gptq_plugin.report.model_card import heading, model_card, model_facts
 from gptq_plugin.report.provenance import provenance, publishable, run_stamp
 from gptq_plugin.report.report import QuantizeReport
 
-log = logging.getLogger(__name__)
-
 REPORT = "quantization_report.json"
 PAGE = "report.html"
 CARD = "README.md"
 SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
-MAX_SHARD = "5GB"  # of a transformers model's float tensors
 
 
 def export_model(
@@ -89,10 +83,12 @@ def export_model(
             cannot be used, `target` would not take it, or what was written does not read back as the model. The
             folder is then as it was.
     """
-    with Export(model, directory, config, overwrite=overwrite, target=target) as export:
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear):
-                export.add(name, module)
+    structure, layers, client = Structure.of_unfused(model), _quantized(model), Client.of(target)
+    if client is not None and layers:
+        refuse(Inventory.of_layers(structure, layers, config, report), client)
+    with Export(structure, directory, config, overwrite=overwrite) as export:
+        for name, layer in layers.items():
+            export.add(name, layer)
         return export.finish(model, report=report, tokenizer=tokenizer, sample=sample)
 
 
@@ -103,29 +99,29 @@ class Export:
     it wrote when it is left without `finish`, whatever the reason; the target is then as it was.
 
     Args:
-        model: The model that will be exported, its layers quantized or not yet; only its names are used here.
-        directory, config, overwrite, target: See `export_model`. What `target` would not take is refused now, for what
-            is planned, and in `finish`, for what there is.
+        structure: Of the model that will be exported, its layers quantized or not yet.
+        directory, config, overwrite: See `export_model`.
+        target: The client that is to load the export; `finish` refuses what it would not take.
 
     Raises:
-        ExportError: The folder cannot be used (`check_export_dir`), or `target` would not take the export.
+        ExportError: The folder cannot be used (`check_export_dir`), or the model could not be saved.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        structure: Structure,
         directory: str | Path,
         config: QuantizeConfig,
         *,
         overwrite: bool = False,
-        target: Client | str | Mapping[str, Any] | None = None,
+        target: Client | None = None,
     ) -> None:
+        self._structure = structure
         self._config = config
         self._format = FORMATS[config.checkpoint_format]
-        self._target = Client.of(target)
-        self._refuse_target(model)
-        check_savable(model)
-        self._stored_names = _stored_names(model)
+        self._target = target
+        check_savable(structure.model)
+        self._stored_names = structure.stored_names
         self._added: set[str] = set()
         self._over = False
         self._staging = Staging(directory, overwrite)
@@ -215,20 +211,22 @@ class Export:
             layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
             self._check_layers(model, layers)
             _check_config(layers, self._config)
-            self._refuse_target(model, report)
-            description, settings = client_config(model, layers, self._config), self._config.to_quantize_config()
+            if self._target is not None:
+                refuse(Inventory.of_layers(self._structure, _quantized(model), self._config, report), self._target)
+            description = client_config(self._structure, layers, self._config)
+            settings = self._config.to_quantize_config()
             if report is not None:
                 description["meta"][QUANTIZER_NAME] = provenance(report)
                 settings["meta"][QUANTIZER_NAME] |= run_stamp(report)  # not in config.json: two runs give the same
                 report = publishable(report)
-            floats = _float_state(model, layers)
+            floats = float_state(model, layers)
             folder = self._staging.path
             if is_transformers(model):
-                files = _write_transformers(folder, model, floats, description)
+                files = write_transformers(folder, model, floats, description)
                 self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
             else:
-                _write_plain_config(folder, model, description)
-                for name, tensor in _once(floats).items():
+                write_plain_config(folder, model, description)
+                for name, tensor in once(floats).items():
                     self._writer.add({name: tensor})
                 self._writer.finish()
             if tokenizer is not None:
@@ -262,10 +260,6 @@ class Export:
         if self._over:
             raise ExportError(f"the export to {self._staging.directory} is finished or given up: make another Export")
 
-    def _refuse_target(self, model: nn.Module, report: QuantizeReport | None = None) -> None:
-        if self._target is not None:
-            refuse(Inventory.of_model(model, self._config, report), self._target)
-
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         if not layers:
             raise ExportError(f"{type(model).__name__} has no QuantLinear: quantize it before exporting it")
@@ -280,7 +274,9 @@ class Export:
             raise ExportError(f"{some(gone)} were added to the export and are not quantized in the model: swap them in")
 
 
-# --- what the files say -------------------------------------------------------------------------------------
+def _quantized(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers by name, a shared one under its first."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
 def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> None:
@@ -315,83 +311,3 @@ def _write_report(staging: Path, report: QuantizeReport, model: nn.Module, descr
     (staging / PAGE).write_text(report_page(report, heading(report, facts)), encoding="utf-8")
     (staging / CARD).unlink(missing_ok=True)  # never through a link
     (staging / CARD).write_text(model_card(report, description, facts), encoding="utf-8")
-
-
-# --- weights ------------------------------------------------------------------------------------------------
-
-
-def _stored_names(model: nn.Module) -> dict[str, str]:
-    """{name of a linear layer: its name in the checkpoint}, less those whose weights are stored in another form."""
-    shapes = {
-        name: (module.out_features, module.in_features) if isinstance(module, QuantLinear) else linear_shape(module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantLinear) or is_linear(module)
-    }
-    return stored_names(model, shapes)
-
-
-def _float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """The entries of the state dict that belong to no quantized layer."""
-    quantized = {f"{name}.{suffix}" for name in layers for suffix in TENSORS}
-    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in quantized}
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ExportError(
-                f"{name} is a {type(value).__name__}: safetensors holds tensors only; remove the extra state"
-            )
-    return state
-
-
-def _write_transformers(
-    staging: Path, model: Any, floats: dict[str, Tensor], description: dict[str, Any]
-) -> list[Path]:
-    """Everything `save_pretrained` writes; returns its safetensors files, whose index, if any, is not ours."""
-    if has_adapters(model):
-        raise ExportError("the model carries PEFT adapters: quantize and export gptq_plugin.merged_copy(model) instead")
-    original = model.config
-    model.config = copy.deepcopy(original)  # save_pretrained writes dtype and architectures into it
-    try:
-        detached = {name: tensor.detach() for name, tensor in floats.items()}
-        try:
-            model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD)
-        except ValueError as error:  # a rule joins weights of which some are quantized now
-            log.warning(
-                "the float weights have the model's own names, not those of its published checkpoints, which need "
-                "weights that are quantized (%s): other clients may not find them",
-                error,
-            )
-            model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD, save_original_format=False)
-    finally:
-        model.config = original
-    config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
-    config["quantization_config"] = description
-    if not getattr(original, "auto_map", None):  # models with code of their own say themselves what they are
-        config["architectures"] = [(published_class(model) or type(model)).__name__]
-    if isinstance(model.get_output_embeddings(), QuantLinear):
-        # A quantized head cannot share the embedding's float weight.
-        for part in (config, config.get("text_config") or {}):
-            if "tie_word_embeddings" in part or part is config:
-                part["tie_word_embeddings"] = False
-    write_json(staging / CONFIG, config)
-    return sorted(staging.glob("model*.safetensors"))
-
-
-def _write_plain_config(staging: Path, model: nn.Module, description: dict[str, Any]) -> None:
-    kind = type(model)
-    write_json(
-        staging / CONFIG,
-        {"module_class": f"{kind.__module__}.{kind.__qualname__}", "quantization_config": description},
-    )
-
-
-def _once(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor once, tied ones under their first name, none sharing memory with another."""
-    first: dict[int, str] = {}
-    for name, tensor in state.items():
-        first.setdefault(id(tensor), name)
-    tensors: dict[str, Tensor] = {}
-    for name in first.values():
-        value = state[name].detach()
-        part_of_more = value.untyped_storage().nbytes() != value.numel() * value.element_size()
-        tensors[name] = value.clone() if part_of_more else value
-    return tensors

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from gptq_plugin.quantize.one_pass import Progress
+from gptq_plugin.quantize.options import Progress
 from gptq_plugin.training.progress import tqdm_progress
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from gptq_plugin.hf.surroundings import (
 )
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
-from gptq_plugin.quantize.one_pass import ModelForward
+from gptq_plugin.quantize.options import ModelForward
 from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.callback_base import CallbackBase, Origin
 from gptq_plugin.training.log_metrics import total_metrics

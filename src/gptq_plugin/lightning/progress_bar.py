@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from gptq_plugin.quantize.one_pass import Progress
+from gptq_plugin.quantize.options import Progress
 from gptq_plugin.training.progress import tqdm_progress
 
 

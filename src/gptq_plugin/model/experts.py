@@ -87,6 +87,12 @@ def possible_experts(model: nn.Module) -> Iterator[list[Experts]]:
         yield [Experts(*one, possible[number]) for one, possible in layouts if number < len(possible)]
 
 
+def undeclared(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Modules and their parameters [experts, ., .] that may hold experts' matrices: only a forward shows whether, and
+    in which layout."""
+    return [(module, parameter) for _, module, parameter in _candidates(model) if not _declares(module)]
+
+
 def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
     """Looks how modules that do not say it themselves use parameters [experts, ., .].
 
@@ -95,9 +101,7 @@ def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
         run: Runs a forward of it. Not called where nothing is to be learned.
     """
     watched = [
-        (module, parameter, WatchedWeights(module.get_parameter(parameter)))
-        for _, module, parameter in _candidates(model)
-        if not _declares(module)
+        (module, parameter, WatchedWeights(module.get_parameter(parameter))) for module, parameter in undeclared(model)
     ]
     if not watched:
         return

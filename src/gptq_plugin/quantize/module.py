@@ -1,7 +1,7 @@
 """QuantizeModule: the order of the steps.
 
-find targets → collect batches → the job: plan, then walk in lock-step, quantizing each layer → swap in
-QuantLinear → report → export.
+plan → refuse what cannot work → collect batches → one pass: find groups, then walk in lock-step, quantizing each layer
+→ swap in QuantLinear → report → export.
 """
 
 from __future__ import annotations
@@ -18,29 +18,26 @@ import torch
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.collect import Calibration, collect
-from gptq_plugin.calibration.forward import call, evaluating
-from gptq_plugin.checkpoint.description import client_config
+from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.device.memory import numbered
-from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export.export import Export, export_model
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
-from gptq_plugin.memory.shared_layers import SharedLayers
 from gptq_plugin.memory.streamed_to import streamed_to
-from gptq_plugin.model.experts import learn_layouts, unfused
-from gptq_plugin.model.hf_models import transformers_models
-from gptq_plugin.model.targets import Skipped, Target, find_targets
-from gptq_plugin.quantize.one_pass import ModelForward, OnePass, Progress, float_reports, module_report
-from gptq_plugin.report.coverage import Coverage, coverage
+from gptq_plugin.model.experts import learn_layouts, undeclared
+from gptq_plugin.model.plan import Plan, planned
+from gptq_plugin.model.targets import Skipped, Target
+from gptq_plugin.quantize.in_place import describe, swapped
+from gptq_plugin.quantize.one_pass import OnePass, float_reports, module_report
+from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
+from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
 log = logging.getLogger(__name__)
@@ -61,6 +58,7 @@ class QuantizeModule:
     Attributes:
         config: The configuration.
         report: What the last `quantize` or `round_to_nearest` did; None before.
+        plan: Of the quantization that is going on, `temporarily`'s with block included; else None.
 
     Raises:
         ValueError: An option is unknown or out of range, or `true_sequential` is False.
@@ -89,6 +87,7 @@ class QuantizeModule:
         self.offload_weights = offload_weights
         self.offload_activations = offload_activations
         self.report: QuantizeReport | None = None
+        self.plan: Plan | None = None
         self._sample: Sample | None = None  # of the calibration, for the export to prove itself with
 
     def check(self, model: nn.Module) -> tuple[list[Target], list[Skipped]]:
@@ -97,18 +96,18 @@ class QuantizeModule:
         Raises:
             TargetError: See `targets.find_targets`.
         """
-        with unfused(model):
-            return find_targets(model, self.config)
+        with planned(model, self.config) as plan:
+            return list(plan.targets), list(plan.skipped)
 
     def coverage(self, model: nn.Module) -> Coverage:
-        """What of the float model's parameters would be quantized and what not, and why; logs it, as a warning where
-        most of the export would be float.
+        """Which of the float model's parameters would be quantized, and which not, and why. It is logged, as a warning
+        if most of the export would be float.
 
         Raises:
             TargetError: See `targets.find_targets`.
         """
-        with unfused(model):
-            return _covered(model, *self.check(model))
+        with planned(model, self.config) as plan:
+            return _covered(plan)
 
     def check_target(self, model: nn.Module, target: Client | str | Mapping[str, Any] | None) -> None:
         """Refuses now what a client would not take of the quantized model's export; None is no client.
@@ -118,8 +117,8 @@ class QuantizeModule:
         """
         client = Client.of(target)
         if client is not None:
-            with unfused(model):
-                refuse(Inventory.of_model(model, self.config), client)
+            with planned(model, self.config) as plan:
+                _refuse(plan, client)
 
     def quantize(
         self,
@@ -170,18 +169,21 @@ class QuantizeModule:
 
         On any error the model is as it was before, and so is `export_dir`.
         """
-        options = {
-            "forward": forward,
-            "tokenizer": tokenizer,
-            "nsamples": nsamples,
-            "device": device,
-            "device_memory": device_memory,
-            "export_dir": export_dir,
-            "overwrite": overwrite,
-            "target": target,
-            "progress": progress,
-        }
-        with self.temporarily(model, batches, keep=True, **options) as report:
+        quantized = self.temporarily(
+            model,
+            batches,
+            keep=True,
+            export_dir=export_dir,
+            overwrite=overwrite,
+            target=target,
+            forward=forward,
+            tokenizer=tokenizer,
+            nsamples=nsamples,
+            device=device,
+            device_memory=device_memory,
+            progress=progress,
+        )
+        with quantized as report:
             return report
 
     def rehearse(
@@ -205,14 +207,11 @@ class QuantizeModule:
         Raises:
             TargetError, CalibrationError: As `quantize`.
         """
-        with distributed.ending_together(), evaluating(model):
-            run = self._run(forward, device)
-            calibration = self._collect(batches, tokenizer)
-            self._learn(model, calibration, run, device)
-            with unfused(model):
-                job = self._job(model, calibration, run, device=device)
-                job.rehearse(whole)
-                _covered(model, job.targets, job.skipped)
+        options = self._options(forward=forward, tokenizer=tokenizer, device=device)
+        with distributed.ending_together(), evaluating(model), contextlib.ExitStack() as around:
+            plan, calibration = self._prepare(around, model, batches, options)
+            OnePass(plan, calibration, options).rehearse(whole)
+            _covered(plan)
 
     @contextlib.contextmanager
     def temporarily(
@@ -221,60 +220,52 @@ class QuantizeModule:
         batches: Iterable[Any],
         *,
         keep: bool = False,
-        forward: ModelForward | None = None,
-        tokenizer: Any = None,
-        nsamples: int | None = None,
-        device: torch.device | str | None = None,
         export_dir: str | Path | None = None,
         overwrite: bool = False,
         target: Client | str | Mapping[str, Any] | None = None,
-        layers_in: SharedLayers | None = None,
         **options: Any,
     ) -> Iterator[QuantizeReport]:
         """Like `quantize`, for the length of a with block; afterwards the model is float again.
 
-        With `keep` it stays quantized, unless the block raises. The float weights stay in memory meanwhile. With
-        `layers_in` the layers of a model on the CPU lie there, for all ranks of a node.
+        The float weights stay in memory meanwhile.
+
+        Args:
+            model, batches, export_dir, overwrite, target: As for `quantize`.
+            keep: The model stays quantized, unless the block raises.
+            options: `quantize`'s others, and `layers_in`: a `SharedLayers` that holds the layers of a model on the CPU
+                for all ranks of a node.
         """
         started = time.perf_counter()
-        with contextlib.ExitStack() as around, contextlib.ExitStack() as stack:
-            stack.enter_context(distributed.ending_together())
-            if export_dir is not None:
-                if distributed.active():
-                    raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
-                check_export_dir(export_dir, overwrite)
-            self.check_target(model, target)
-            run = self._run(forward, device)
-            calibration = self._collect(batches, tokenizer, nsamples)
-            self._learn(model, calibration, run, device)
-            put_together = around.enter_context(unfused(model))
+        client, chosen = Client.of(target), self._options(**options)
+        with contextlib.ExitStack() as around, contextlib.ExitStack() as inside:
+            inside.enter_context(distributed.ending_together())
+            _check_export_dir(export_dir, overwrite)
+            plan, calibration = self._prepare(around, model, batches, chosen, client)
+            self.plan = plan
+            around.callback(setattr, self, "plan", None)
             export = None
             if export_dir is not None:
-                export = stack.enter_context(Export(model, export_dir, self.config, overwrite=overwrite, target=target))
-            stack.enter_context(evaluating(model))
-            job = self._job(model, calibration, run, device=device, layers_in=export or layers_in, **options)
-            planned = _covered(model, job.targets, job.skipped)
-            if export is not None:
-                export.check(target.name for target in job.targets)
-            layers, report = job.run()
-            report.coverage = planned
-            first = calibration.batches[:1]
-            self._sample = Sample.of(first[0].data, run, job.device) if first else None
-            floats = {target.name: target.module for target in job.targets if target.name in layers}
-            with _swapped(model, layers, floats, self.config) as keep_them:
-                put_together()  # the experts that stay float
+                export = Export(plan.structure, export_dir, self.config, overwrite=overwrite, target=client)
+                chosen = dataclasses.replace(chosen, layers_in=inside.enter_context(export))
+                export.check(one.name for one in plan.targets)
+            inside.enter_context(evaluating(model))
+            one_pass, coverage = OnePass(plan, calibration, chosen), _covered(plan)
+            layers, report = one_pass.run()
+            report.coverage = coverage
+            self._sample = _sample(calibration, one_pass)
+            with swapped(plan, layers) as keep_them:
+                plan.fuse()  # the experts that stay float
                 report.seconds["total"] = time.perf_counter() - started
                 self.report = report
-                for deviation in report.all_deviations():
-                    log.warning("%s", deviation)
-                log.info("quantized in %.1f s\n%s", report.seconds["total"], report.table())
+                _log(report)
                 if export is not None:
                     written = time.perf_counter()
-                    export.finish(model, report=report, tokenizer=tokenizer, sample=self._sample)
+                    export.finish(model, report=report, tokenizer=chosen.tokenizer, sample=self._sample)
                     report.seconds["export"] = time.perf_counter() - written
-                stack.close()  # the training flags, before anybody looks
-                for name, module in floats.items():
-                    layers[name].train(module.training)
+                inside.close()  # restores the training flags
+                for one in plan.targets:
+                    if one.name in layers:
+                        layers[one.name].train(one.module.training)
                 yield report
                 if keep:
                     keep_them()
@@ -284,16 +275,15 @@ class QuantizeModule:
         started = time.perf_counter()
         layers: dict[str, QuantLinear] = {}
         modules: list[ModuleReport] = []
-        with unfused(model):
-            targets, skipped = self.check(model)
-            for target in targets:
+        with planned(model, self.config) as plan:
+            for target in plan.targets:
                 quantized = round_to_nearest(target.weight, target.config)
                 layers[target.name] = QuantLinear.from_quantized(quantized, target.bias, target.parameter.dtype)
                 modules.append(module_report(target, method="rtn"))
             swap_modules(model, layers)
-        _describe(model, layers, self.config)
+            describe(plan.structure, layers, self.config)
         self._sample = None
-        self.report = QuantizeReport(self.config, modules + float_reports(skipped))
+        self.report = QuantizeReport(self.config, modules + float_reports(plan.skipped))
         self.report.seconds["round-to-nearest"] = time.perf_counter() - started
         return self.report
 
@@ -326,104 +316,48 @@ class QuantizeModule:
             target=target,
         )
 
-    def _run(self, forward: ModelForward | None, device: torch.device | str | None) -> ModelForward:
-        """How a batch is run, and brought to the device."""
-        where = None if device is None else numbered(torch.device(device))
+    def _options(self, **given: Any) -> PassOptions:
+        return PassOptions(offload_weights=self.offload_weights, offload_activations=self.offload_activations, **given)
 
-        def run(model: nn.Module, batch: Any) -> Any:
-            if forward is None:
-                return call(model, batch, every_logit=self.config.lm_head, device=where)
-            return forward(model, batch if where is None else to_device(batch, where))
+    def _prepare(
+        self,
+        around: contextlib.ExitStack,
+        model: nn.Module,
+        batches: Iterable[Any],
+        options: PassOptions,
+        client: Client | None = None,
+    ) -> tuple[Plan, Calibration]:
+        """Plans the quantization, refuses what cannot work, and only then collects the batches.
 
-        return run
+        A model that does not declare how it uses its experts is planned after a batch has run through it.
 
-    def _collect(self, data: Iterable[Any], tokenizer: Any, nsamples: int | None = None) -> Calibration:
-        return collect(data, self.config, tokenizer, share(self.config.nsamples) if nsamples is None else nsamples)
+        Args:
+            around: Keeps the experts apart.
+        """
+        calibration = None
+        if undeclared(model):
+            self.check_target(model, client)
+            calibration = self._collect(batches, options)
+            self._learn(model, calibration, options)
+        plan = around.enter_context(planned(model, self.config))
+        _refuse(plan, client)
+        return plan, self._collect(batches, options) if calibration is None else calibration
 
-    def _learn(
-        self, model: nn.Module, calibration: Calibration, run: ModelForward, device: torch.device | str | None
-    ) -> None:
-        """How experts' parameters are used that do not say it themselves. Ranks have the same model and run each its
-        own first batch."""
+    def _collect(self, batches: Iterable[Any], options: PassOptions) -> Calibration:
+        nsamples = share(self.config.nsamples) if options.nsamples is None else options.nsamples
+        return collect(batches, self.config, options.tokenizer, nsamples)
+
+    def _learn(self, model: nn.Module, calibration: Calibration, options: PassOptions) -> None:
+        """Learns how the model uses its experts from its first batch; every rank has the same model, and runs its own
+        batch."""
 
         def first() -> None:
-            with (
-                evaluating(model),
-                streamed_to(model, None if device is None else torch.device(device)),
-                torch.no_grad(),
-            ):
+            run = options.runner(every_logit=self.config.lm_head)
+            with evaluating(model), streamed_to(model, options.where), torch.no_grad():
                 run(model, calibration.batches[0].data)
 
         if calibration.batches:
             learn_layouts(model, first)
-
-    def _job(
-        self,
-        model: nn.Module,
-        calibration: Calibration,
-        run: ModelForward,
-        *,
-        device: torch.device | str | None = None,
-        device_memory: int | None = None,
-        progress: Progress | None = None,
-        layers_in: Any = None,
-    ) -> OnePass:
-        targets, skipped = self.check(model)
-        devices = {str(target.weight.device): target.name for target in targets}
-        if len(devices) > 1:
-            raise TargetError(
-                f"the layers to quantize are on several devices ({some([f'{n} on {d}' for d, n in devices.items()])}): "
-                "move the model to one, or load it on the CPU and give quantize(..., device='cuda')"
-            )
-        home = targets[0].weight.device
-        where = numbered(torch.device(device)) if device is not None else home
-        if self.offload_weights and where.type == home.type == "cuda":
-            raise ValueError(
-                f"offload_weights=True streams a model from the CPU, and this one is on {home}: call model.to('cpu') "
-                f"first, and give quantize(..., device={str(where)!r})"
-            )
-        return OnePass(
-            self.config,
-            model,
-            targets,
-            skipped,
-            calibration,
-            where,
-            run,
-            progress or _quiet,
-            self.offload_weights,
-            self.offload_activations,
-            device_memory,
-            layers_in,
-        )
-
-
-def _covered(model: nn.Module, targets: list[Target], skipped: list[Skipped]) -> Coverage:
-    packed = sum(stored_bytes(target.weight.shape, target.config) for target in targets)
-    found = coverage(model, targets, skipped, packed)
-    log.log(logging.WARNING if found.mostly_float else logging.INFO, found.summary())
-    return found
-
-
-@contextlib.contextmanager
-def _swapped(
-    model: nn.Module, layers: dict[str, QuantLinear], floats: dict[str, nn.Module], config: QuantizeConfig
-) -> Iterator[Callable[[], None]]:
-    """The quantized layers in the model's tree; afterwards the float ones, unless what it yields was called."""
-    kept = False
-
-    def keep() -> None:
-        nonlocal kept
-        kept = True
-
-    try:
-        swap_modules(model, layers)
-        _describe(model, layers, config)
-        yield keep
-    finally:
-        if not kept:
-            swap_modules(model, floats)
-            _describe(model, {}, config)
 
 
 def share(total: int) -> int:
@@ -432,19 +366,33 @@ def share(total: int) -> int:
     return total // size + (rank < total % size)
 
 
-def _describe(model: nn.Module, layers: dict[str, QuantLinear], config: QuantizeConfig) -> None:
-    """Lets a transformers model's config say what is quantized, as the memory holds it (true zeros), so that a
-    `save_pretrained` of the user's own writes a checkpoint that loads; without layers, takes that back."""
-    inner: Any
-    for name, inner in transformers_models(model):
-        prefix = f"{name}." if name else ""
-        within = {n.removeprefix(prefix): layer for n, layer in layers.items() if n.startswith(prefix)}
-        if within:
-            in_memory = dataclasses.replace(config, checkpoint_format="gptq_v2")
-            inner.config.quantization_config = client_config(inner, within, in_memory)
-        elif hasattr(inner.config, "quantization_config"):
-            del inner.config.quantization_config
+def _check_export_dir(export_dir: str | Path | None, overwrite: bool) -> None:
+    if export_dir is None:
+        return
+    if distributed.active():
+        raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
+    check_export_dir(export_dir, overwrite)
 
 
-def _quiet(done: int, total: int, what: str) -> None:
-    pass
+def _refuse(plan: Plan, client: Client | None) -> None:
+    if client is not None:
+        refuse(Inventory.of_plan(plan), client)
+
+
+def _covered(plan: Plan) -> Coverage:
+    packed = sum(stored_bytes(target.weight.shape, target.config) for target in plan.targets)
+    found = Coverage.of(plan, packed)
+    log.log(logging.WARNING if found.mostly_float else logging.INFO, found.summary())
+    return found
+
+
+def _sample(calibration: Calibration, one_pass: OnePass) -> Sample | None:
+    """The first batch, which an export has to give the same outputs for; None without batches."""
+    first = calibration.batches[:1]
+    return Sample.of(first[0].data, one_pass.forward, one_pass.device) if first else None
+
+
+def _log(report: QuantizeReport) -> None:
+    for deviation in report.all_deviations():
+        log.warning("%s", deviation)
+    log.info("quantized in %.1f s\n%s", report.seconds["total"], report.table())

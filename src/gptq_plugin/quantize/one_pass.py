@@ -12,8 +12,8 @@ import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,17 +24,19 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Batch, Calibration
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.checkpoint.sizes import stored_bytes
-from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import Peak, free_bytes, peak_bytes
 from gptq_plugin.device.streams import AsyncRead, Stopwatch
-from gptq_plugin.errors import CalibrationError, TargetError
+from gptq_plugin.errors import CalibrationError, TargetError, some
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.activations import Activations
-from gptq_plugin.memory.finished_layers import FinishedLayers, LayerStore
+from gptq_plugin.memory.finished_layers import FinishedLayers
 from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.experts import experts_of, in_expert
-from gptq_plugin.model.targets import Skipped, Target, linear_shape
+from gptq_plugin.model.linears import linear_shape
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.targets import Skipped, Target
+from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.solve_on_ranks import solve_shared
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 from gptq_plugin.walk import lockstep
@@ -46,9 +48,6 @@ from gptq_plugin.walk.ranges import Ranges, near_float16
 from gptq_plugin.walk.weight_reads import WeightReads
 
 log = logging.getLogger(__name__)
-
-ModelForward = Callable[[nn.Module, Any], Any]
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -91,44 +90,41 @@ class _Solved:
         )
 
 
-@dataclass
 class OnePass:
     """One quantization: what is asked, and what has been found so far.
 
     Args:
-        config, model, targets, skipped, calibration: What is quantized, and with what.
-        device: Where the batches run and the layers are solved.
-        forward: How a batch is run.
-        progress: Called as progress(layers done, layers in all, what is being done).
-        offload_weights, offload_activations: See `placement.place`.
-        device_memory: Bytes of tensors that may be on the device in all; None is all that fit.
-        export: Where finished layers are written as they come.
+        plan: What is quantized.
+        calibration: The batches.
+        options: How the pass runs.
+
+    Raises:
+        TargetError: The layers are on several devices.
+        ValueError: `offload_weights` is to stream a model that is on a GPU.
     """
 
-    config: QuantizeConfig
-    model: nn.Module
-    targets: list[Target]
-    skipped: list[Skipped]
-    calibration: Calibration
-    device: torch.device
-    forward: ModelForward
-    progress: Progress
-    offload_weights: bool | None = None
-    offload_activations: bool | None = None
-    device_memory: int | None = None
-    export: LayerStore | None = None
-    solved: dict[str, _Solved] = field(default_factory=dict)
-    hessians: dict[tuple[str, ...], Hessian] = field(default_factory=dict)
-    remarks: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
-    returned: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # calls after a layer was solved
-    read_elsewhere: set[str] = field(default_factory=set)  # layers whose weights the model reads by itself
-    read_tokens: set[str] = field(default_factory=set)  # experts' layers, see `positions.Rows`
-    stopwatches: list[Stopwatch] = field(default_factory=list)
-    samples: int = 0
-    sha256: str = ""  # of what the samples of all ranks hold
-    run_id: str = ""
-
-    def __post_init__(self) -> None:
+    def __init__(self, plan: Plan, calibration: Calibration, options: PassOptions) -> None:
+        self.config = plan.config
+        self.model = plan.model
+        self.targets = plan.targets
+        self.skipped = plan.skipped
+        self.calibration = calibration
+        self.options = options
+        self.device = _device(plan.targets, options)
+        self.forward = options.runner(every_logit=plan.config.lm_head)
+        self.offload_weights = options.offload_weights
+        self.offload_activations = options.offload_activations
+        self.device_memory = options.device_memory
+        self.solved: dict[str, _Solved] = {}
+        self.hessians: dict[tuple[str, ...], Hessian] = {}
+        self.remarks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self.returned: dict[str, int] = defaultdict(int)  # calls after a layer was solved
+        self.read_elsewhere: set[str] = set()  # layers whose weights the model reads by itself
+        self.read_tokens: set[str] = set()  # experts' layers, see `positions.Rows`
+        self.stopwatches: list[Stopwatch] = []
+        self.samples = 0
+        self.sha256 = ""  # of what the samples of all ranks hold
+        self.run_id = ""
         self.activations = Activations(self.device, None)
         self.ranges = Ranges()
         self.positions = Positions(self.model, self.calibration.batches, self.config.token_weighting)
@@ -147,7 +143,7 @@ class OnePass:
         forwards = [self._forward(number, batch) for number, batch in enumerate(self.calibration.batches)]
         notes = lockstep.Notes()
         home = self.targets[0].weight.device
-        self.results = FinishedLayers(home, self.export)
+        self.results = FinishedLayers(home, self.options.layers_in)
         with contextlib.closing(self.results), self._weights() as self.weights, self.positions.watching(self._entered):
             groups = self._plan(modules, forwards)
             planned = time.perf_counter() - started
@@ -382,7 +378,8 @@ class OnePass:
             start += count
         stopwatch.stop()
         self.stopwatches.append(stopwatch)
-        self.progress(len(self.solved), len(self.targets), names)
+        if self.options.progress is not None:
+            self.options.progress(len(self.solved), len(self.targets), names)
 
     def _check_finite(self, members: list[Target], stop: lockstep.Stop, mean: Tensor) -> None:
         if torch.isfinite(mean).all():
@@ -483,6 +480,24 @@ class OnePass:
         )
 
 
+def _device(targets: Sequence[Target], options: PassOptions) -> torch.device:
+    """The device that the batches run on and the layers are solved on."""
+    devices = {str(target.weight.device): target.name for target in targets}
+    if len(devices) > 1:
+        raise TargetError(
+            f"the layers to quantize are on several devices ({some([f'{n} on {d}' for d, n in devices.items()])}): "
+            "move the model to one, or load it on the CPU and give quantize(..., device='cuda')"
+        )
+    home = targets[0].weight.device
+    device = options.where or home
+    if options.offload_weights and device.type == home.type == "cuda":
+        raise ValueError(
+            f"offload_weights=True streams a model from the CPU, and this one is on {home}: call model.to('cpu') "
+            f"first, and give quantize(..., device={str(device)!r})"
+        )
+    return device
+
+
 def _without(names: set[str], group: Group) -> Group:
     return dataclasses.replace(group, names=tuple(name for name in group.names if name not in names))
 
@@ -517,7 +532,7 @@ def module_report(target: Target, method: str, **values: Any) -> ModuleReport:
     )
 
 
-def float_reports(skipped: list[Skipped]) -> list[ModuleReport]:
+def float_reports(skipped: Sequence[Skipped]) -> list[ModuleReport]:
     reports = []
     for skip in skipped:
         out_features, in_features = linear_shape(skip.module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from gptq_plugin.errors import some
 from gptq_plugin.model.experts import expert_layouts, tied_parameters
-from gptq_plugin.model.targets import Skipped, Target
+from gptq_plugin.model.plan import Plan
 from gptq_plugin.report import numbers
 
 _LARGE = 0.01  # share of the model's bytes from which a parameter is named
@@ -49,6 +49,18 @@ class Coverage:
     floats: Sequence[FloatWeight]
     quantized: int
     packed: int
+
+    @classmethod
+    def of(cls, plan: Plan, packed: int) -> Coverage:
+        """The coverage of a planned quantization, while the model's experts are apart.
+
+        Args:
+            plan: What is quantized, and what is not.
+            packed: Bytes of the targets' codes, scales and zeros in the export.
+        """
+        quantized = {id(target.parameter) for target in plan.targets}
+        floats = sorted(_float_weights(plan, quantized), key=lambda one: -one.bytes)
+        return cls(floats, sum(target.parameter.nbytes for target in plan.targets), packed)
 
     @property
     def share(self) -> float:
@@ -95,23 +107,12 @@ class Coverage:
         return sum(one.bytes for one in self.floats)
 
 
-def coverage(model: nn.Module, targets: Iterable[Target], skipped: Iterable[Skipped], packed: int) -> Coverage:
-    """Divides the parameters of a float model into those to quantize and those that stay float.
-
-    Args:
-        model: The float model.
-        targets, skipped: The results of `targets.find_targets`.
-        packed: Bytes of the targets' codes, scales and zeros in the export.
-    """
-    reasons = {skip.module: skip.reason for skip in skipped}
-    quantized = 0
-    done: set[int] = set()
-    for target in targets:
-        done.add(id(target.parameter))
-        quantized += target.parameter.nbytes
-    tied = tied_parameters(model)
-    floats = []
-    for module_name, module in model.named_modules():
+def _float_weights(plan: Plan, quantized: Set[int]) -> Iterator[FloatWeight]:
+    """Every parameter once, less those whose ids are among `quantized`."""
+    reasons = {skip.module: skip.reason for skip in plan.skipped}
+    tied = tied_parameters(plan.model)
+    done = set(quantized)
+    for module_name, module in plan.model.named_modules():
         for parameter_name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in done:
                 continue
@@ -120,11 +121,8 @@ def coverage(model: nn.Module, targets: Iterable[Target], skipped: Iterable[Skip
             if reason is None and id(parameter) in tied and expert_layouts(module, parameter_name):
                 reason = f"matrices of {type(module).__name__}, which several modules share"
             name = f"{module_name}.{parameter_name}" if module_name else parameter_name
-            size = parameter.numel() * parameter.element_size()
-            floats.append(
-                FloatWeight(name, tuple(parameter.shape), size, reason or _reason(module, parameter_name, parameter))
-            )
-    return Coverage(sorted(floats, key=lambda one: -one.bytes), quantized, packed)
+            reason = reason or _reason(module, parameter_name, parameter)
+            yield FloatWeight(name, tuple(parameter.shape), parameter.nbytes, reason)
 
 
 def _reason(module: nn.Module, name: str, parameter: nn.Parameter) -> str:

@@ -19,9 +19,9 @@ from gptq_plugin.clients.rules import problems
 from gptq_plugin.errors import QualityError
 from gptq_plugin.memory.shared_layers import SharedLayers
 from gptq_plugin.memory.streamed_to import streamed_to
-from gptq_plugin.model.experts import unfused
+from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.module import QuantizeModule
-from gptq_plugin.quantize.one_pass import ModelForward, Progress
+from gptq_plugin.quantize.options import ModelForward, Progress
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.escalation import Step, output_noise, steps
 from gptq_plugin.training.quality_gate import QualityGate
@@ -52,12 +52,12 @@ class _NotGoodEnough(Exception):
     """Ends an attempt, so that the model gets its float weights back.
 
     Attributes:
-        noise: Relative output error by layer after the first attempt of an escalation; else None.
+        first: The plan and the relative output error by layer after the first attempt of an escalation; else None.
     """
 
-    def __init__(self, failures: list[str], noise: Mapping[str, float] | None) -> None:
+    def __init__(self, failures: list[str], first: tuple[Plan, Mapping[str, float]] | None) -> None:
         super().__init__("; ".join(failures))
-        self.noise = noise
+        self.first = first
 
 
 @dataclass(frozen=True)
@@ -97,25 +97,15 @@ class Attempts:
         Raises:
             QualityError: No attempt is good enough; the model has its float weights.
         """
-        with unfused(self.model) as fuse:
-
-            def finish_fused(attempt: QuantizeModule, report: QuantizeReport) -> None:
-                fuse()  # experts that stay float: exported as the model holds them
-                finish(attempt, report)
-
-            return self._until_good(quantizer, finish_fused)
-
-    def _until_good(self, quantizer: QuantizeModule, finish: Finish) -> QuantizeReport:
-        floats = {target.name: target.module for target in quantizer.check(self.model)[0]}
         attempt = quantizer
         tried: list[str] = []
         untried: Iterator[Step] = iter(())
         while True:
             try:
-                return self._attempt(attempt, floats, tried, finish)
+                return self._attempt(attempt, tried, finish)
             except _NotGoodEnough as failure:
-                if failure.noise is not None:
-                    untried = steps(self.model, quantizer.config, failure.noise)
+                if failure.first is not None:
+                    untried = steps(*failure.first)
                 step = next((step for step in untried if self._is_allowed(step)), None)
                 if step is None:
                     raise QualityError(
@@ -127,9 +117,7 @@ class Attempts:
                 attempt = copy.copy(quantizer)
                 attempt.config = step.config
 
-    def _attempt(
-        self, quantizer: QuantizeModule, floats: Mapping[str, nn.Module], tried: list[str], finish: Finish
-    ) -> QuantizeReport:
+    def _attempt(self, quantizer: QuantizeModule, tried: list[str], finish: Finish) -> QuantizeReport:
         with quantizer.temporarily(
             self.model,
             self.data(),
@@ -149,7 +137,7 @@ class Attempts:
                     log.warning("not good enough, and accepted because of on_fail='warn': %s", failure)
             elif failures:
                 is_first = gate.on_fail == "escalate" and not tried
-                raise _NotGoodEnough(failures, self._noise(quantizer, report, floats) if is_first else None)
+                raise _NotGoodEnough(failures, self._noise(quantizer, report) if is_first else None)
             finish(quantizer, report)
             return report
 
@@ -164,16 +152,17 @@ class Attempts:
     def _is_allowed(self, step: Step) -> bool:
         if not self.quality.gate.affords(step.bits):
             return False
-        return self.target is None or not problems(Inventory.of_model(self.model, step.config), self.target)
+        return self.target is None or not problems(Inventory.of_plan(step.plan), self.target)
 
-    def _noise(
-        self, quantizer: QuantizeModule, report: QuantizeReport, floats: Mapping[str, nn.Module]
-    ) -> dict[str, float]:
+    def _noise(self, quantizer: QuantizeModule, report: QuantizeReport) -> tuple[Plan, dict[str, float]]:
+        plan = quantizer.plan
+        assert plan is not None  # the model is quantized
         batches = collect(self.data(), quantizer.config, self.tokenizer).batches[:_NOISE_BATCHES]
-        wanted = {module.name: floats[module.name] for module in report.quantized}
+        quantized = {module.name for module in report.quantized}
+        floats = {target.name: target.module for target in plan.targets if target.name in quantized}
         runs = [partial(self.forward, self.model, batch.data) for batch in batches]
-        with streamed_to(self.model, self.device), streamed_to(nn.ModuleList(wanted.values()), self.device):
-            return output_noise(self.model, wanted, runs)
+        with streamed_to(self.model, self.device), streamed_to(nn.ModuleList(floats.values()), self.device):
+            return plan, output_noise(self.model, floats, runs)
 
     def _advice(self, tried: int) -> str:
         gate = self.quality.gate

@@ -8,6 +8,7 @@ time, until all have the next width, which is one grid again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -25,7 +26,8 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.model.experts import ExpertLinear
-from gptq_plugin.model.targets import Target, find_targets, unpackable
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.targets import Target, unpackable
 from gptq_plugin.report.numbers import format_bits_per_weight
 
 GROUP_SIZES = (128, 64, 32)  # those for which servers have fast kernels
@@ -37,14 +39,18 @@ class Step:
     """One configuration to try.
 
     Attributes:
-        config: The whole configuration.
+        plan: The quantization by the whole configuration.
         bits: Average bits per weight of the quantized layers; see `stored_bytes`.
         what: How it differs from the first configuration, in words.
     """
 
-    config: QuantizeConfig
+    plan: Plan
     bits: float
     what: str
+
+    @property
+    def config(self) -> QuantizeConfig:
+        return self.plan.config
 
 
 @dataclass(frozen=True)
@@ -55,19 +61,18 @@ class _Grid:
     group_size: int
 
 
-def steps(model: nn.Module, config: QuantizeConfig, noise: Mapping[str, float]) -> Iterator[Step]:
-    """Configurations that promise better than `config`, and what each takes.
+def steps(plan: Plan, noise: Mapping[str, float]) -> Iterator[Step]:
+    """Configurations that promise better than the plan's, and what each takes.
 
     At every width: the whole model in smaller groups, then the next width for an eighth of the layers that lack it,
     a quarter, half and all of them, the noisiest first, with the groups they had. Groups of a family become smaller,
     and layers more, so that each family's cheapest comes first.
 
     Args:
-        model: The float model.
-        config: How it was quantized first.
+        plan: How the model was quantized first.
         noise: By quantized layer, the relative error of its output then.
     """
-    targets = find_targets(model, config)[0]
+    targets = plan.targets
     together = _together(targets, noise)
     ranked = [name for names in together for name in names]
     shapes = {target.name: tuple(target.weight.shape) for target in targets}
@@ -83,7 +88,7 @@ def steps(model: nn.Module, config: QuantizeConfig, noise: Mapping[str, float]) 
         means = [f"more bits for {len(raised)} of {len(ranked)} layers ({some(raised)})"] if raised else []
         means += [f"groups of {size} or less in all layers"] if size else []
         what = f"{' and '.join(means)}, {format_bits_per_weight(average)}"
-        return Step(_configured(model, config, grids), average, what)
+        return Step(_configured(plan, grids), average, what)
 
     now = first
     while True:
@@ -123,19 +128,16 @@ def _next_width(bits: int, shape: tuple[int, ...]) -> int | None:
     return next((width for width in BITS if width > bits and unpackable(shape, width) is None), None)
 
 
-def _configured(model: nn.Module, config: QuantizeConfig, grids: Mapping[str, _Grid]) -> QuantizeConfig:
-    """The grid that most layers share is the configuration's own, which clients without rules read.
-
-    It must not reach layers that are float at present, such as those that its old width could not pack.
-    """
+def _configured(plan: Plan, grids: Mapping[str, _Grid]) -> Plan:
+    """The plan with these grids. The one that most layers share is the configuration's, which clients without rules
+    read, unless it would reach layers that are float at present, such as those that the old width could not pack."""
     common = Counter(grids.values()).most_common(1)[0][0]
-    shared = _with_rules(dataclasses.replace(config, bits=common.bits, group_size=common.group_size), grids)
-    try:
-        targets: list[Target] = find_targets(model, shared)[0]
-    except TargetError:
-        targets = []
-    same = [target.name for target in targets] == list(grids)
-    return shared if same else _with_rules(config, grids)
+    shared = dataclasses.replace(plan.config, bits=common.bits, group_size=common.group_size)
+    with contextlib.suppress(TargetError):
+        found = plan.with_config(_with_rules(shared, grids))
+        if [target.name for target in found.targets] == list(grids):
+            return found
+    return plan.with_config(_with_rules(plan.config, grids))
 
 
 def _with_rules(config: QuantizeConfig, grids: Mapping[str, _Grid]) -> QuantizeConfig:

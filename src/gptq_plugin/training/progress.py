@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from gptq_plugin.quantize.one_pass import Progress
+from gptq_plugin.quantize.options import Progress
 
 
 @contextlib.contextmanager

@@ -1,0 +1,87 @@
+"""A model's float tensors and its config.json, as transformers writes them or, for any other module, as we do."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from gptq_plugin.checkpoint.files import CONFIG, write_json
+from gptq_plugin.errors import ExportError
+from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
+from gptq_plugin.model.adapters import has_adapters
+from gptq_plugin.model.hf_models import published_class
+
+log = logging.getLogger(__name__)
+
+MAX_SHARD = "5GB"  # of a transformers model's float tensors
+
+
+def float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The entries of the state dict that belong to no quantized layer."""
+    quantized = {f"{name}.{suffix}" for name in layers for suffix in TENSORS}
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in quantized}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ExportError(
+                f"{name} is a {type(value).__name__}: safetensors holds tensors only; remove the extra state"
+            )
+    return state
+
+
+def write_transformers(staging: Path, model: Any, floats: dict[str, Tensor], description: dict[str, Any]) -> list[Path]:
+    """Everything `save_pretrained` writes; returns its safetensors files, whose index, if any, is not ours."""
+    if has_adapters(model):
+        raise ExportError("the model carries PEFT adapters: quantize and export gptq_plugin.merged_copy(model) instead")
+    original = model.config
+    model.config = copy.deepcopy(original)  # save_pretrained writes dtype and architectures into it
+    try:
+        detached = {name: tensor.detach() for name, tensor in floats.items()}
+        try:
+            model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD)
+        except ValueError as error:  # a rule joins weights of which some are quantized now
+            log.warning(
+                "the float weights have the model's own names, not those of its published checkpoints, which need "
+                "weights that are quantized (%s): other clients may not find them",
+                error,
+            )
+            model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD, save_original_format=False)
+    finally:
+        model.config = original
+    config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
+    config["quantization_config"] = description
+    if not getattr(original, "auto_map", None):  # models with code of their own say themselves what they are
+        config["architectures"] = [(published_class(model) or type(model)).__name__]
+    if isinstance(model.get_output_embeddings(), QuantLinear):
+        # A quantized head cannot share the embedding's float weight.
+        for part in (config, config.get("text_config") or {}):
+            if "tie_word_embeddings" in part or part is config:
+                part["tie_word_embeddings"] = False
+    write_json(staging / CONFIG, config)
+    return sorted(staging.glob("model*.safetensors"))
+
+
+def write_plain_config(staging: Path, model: nn.Module, description: dict[str, Any]) -> None:
+    kind = type(model)
+    write_json(
+        staging / CONFIG,
+        {"module_class": f"{kind.__module__}.{kind.__qualname__}", "quantization_config": description},
+    )
+
+
+def once(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor once, tied ones under their first name, none sharing memory with another."""
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    tensors: dict[str, Tensor] = {}
+    for name in first.values():
+        value = state[name].detach()
+        part_of_more = value.untyped_storage().nbytes() != value.numel() * value.element_size()
+        tensors[name] = value.clone() if part_of_more else value
+    return tensors

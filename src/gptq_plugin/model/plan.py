@@ -1,0 +1,59 @@
+"""What is quantized of a model and what stays float, found once and read by every step: `Plan`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.model.experts import unfused
+from gptq_plugin.model.structure import Structure
+from gptq_plugin.model.targets import Skipped, Target, find_targets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers of a float model that a configuration quantizes.
+
+    Attributes:
+        structure: Of the model, with its experts apart.
+        config: What is asked.
+        targets: The layers to quantize, in the order they are registered.
+        skipped: The layers that stay float, and why.
+        fuse: Puts experts that are float together again; called before the model is exported or used.
+    """
+
+    structure: Structure
+    config: QuantizeConfig
+    targets: Sequence[Target]
+    skipped: Sequence[Skipped]
+    fuse: Callable[[], None]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.structure.model
+
+    def with_config(self, config: QuantizeConfig) -> Plan:
+        """The plan of another configuration for the same model, which is not looked at again.
+
+        Raises:
+            TargetError: See `targets.find_targets`.
+        """
+        return Plan(self.structure, config, *find_targets(self.structure, config), self.fuse)
+
+
+@contextlib.contextmanager
+def planned(model: nn.Module, config: QuantizeConfig) -> Iterator[Plan]:
+    """Plans the quantization of a float model, whose experts are apart inside the block.
+
+    On exit, experts that are still float are fused again (`experts.unfused`).
+
+    Raises:
+        TargetError: See `targets.find_targets`.
+    """
+    with unfused(model) as fuse:
+        structure = Structure.of(model)
+        yield Plan(structure, config, *find_targets(structure, config), fuse)

@@ -1,0 +1,162 @@
+"""The parts of a model that quantizing it, and describing the result, ask for: `Structure`."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gptq_plugin.errors import some
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.model.experts import routers, unfused
+from gptq_plugin.model.hf_models import generates, is_encoder_decoder, is_transformers, transformers_models
+from gptq_plugin.model.linears import is_linear, linear_shape
+from gptq_plugin.model.stored_names import stored_names
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The linear layers of a model, its routers and its output embedding, found in one pass over its modules.
+
+    Experts that the model keeps in one parameter are among the layers if `experts.unfused` had taken them apart. The
+    names stay true while layers are replaced by quantized ones and experts are fused again.
+
+    Attributes:
+        model: The model.
+        linears: Every linear layer, float or quantized, by name; a shared one once, under its first name.
+        routers: See `experts.routers`. Linear ones are among `linears` too.
+        head: The output embedding, wherever it is in the tree; None without one.
+        published_head: Its name, if the model itself is a transformers model that has one: clients know no other.
+        obstacles: Linear layers that cannot be quantized by themselves, and why.
+        outside: Linear layers outside the part that writes text, in a model that writes about images or sounds.
+        shapes: (out_features, in_features) of every linear layer, under each of its names, and of every router.
+    """
+
+    model: nn.Module
+    linears: Mapping[str, nn.Module]
+    routers: Mapping[str, nn.Module]
+    head: nn.Module | None
+    published_head: str | None
+    obstacles: Mapping[nn.Module, str]
+    outside: Set[nn.Module]
+    shapes: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Structure:
+        """The structure of a model as it is; see `of_unfused`."""
+        linears = {name: module for name, module in model.named_modules() if _is_layer(module)}
+        scorers, head = routers(model), _output_embedding(model)
+        everywhere = {n: m for n, m in model.named_modules(remove_duplicate=False) if _is_layer(m)}
+        return cls(
+            model,
+            linears,
+            scorers,
+            head,
+            _published_head(model),
+            _obstacles(model, head),
+            _outside_language(model, linears),
+            {name: _shape(module) for name, module in {**everywhere, **scorers}.items()},
+        )
+
+    @classmethod
+    def of_unfused(cls, model: nn.Module) -> Structure:
+        """The structure of a model with its experts apart; they are together again afterwards."""
+        with unfused(model):
+            return cls.of(model)
+
+    @functools.cached_property
+    def stored_names(self) -> Mapping[str, str]:
+        """The name in a checkpoint of every layer in `shapes`, by transformers' rules (`stored_names.stored_names`).
+
+        Asked for once, and only by what writes or describes a checkpoint: thousands of experts take seconds.
+        """
+        return stored_names(self.model, self.shapes)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, QuantLinear) or is_linear(module)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, QuantLinear):
+        return module.out_features, module.in_features
+    return linear_shape(module) if is_linear(module) else tuple(module.weight.shape)  # type: ignore[return-value, arg-type]
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    """transformers tells which it is; elsewhere it is the Linear that shares an Embedding's weight."""
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if callable(getter):
+            try:
+                head = getter()
+            except (NotImplementedError, AttributeError):
+                head = None
+            if isinstance(head, nn.Module):
+                return head
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if is_linear(module) and id(module._parameters.get("weight")) in embeddings:
+            return module
+    return None
+
+
+def _published_head(model: Any) -> str | None:
+    head = model.get_output_embeddings() if is_transformers(model) else None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _obstacles(model: nn.Module, head: nn.Module | None) -> dict[nn.Module, str]:
+    """See `Structure.obstacles`. The head may leave a tied embedding."""
+    reasons: dict[nn.Module, str] = {}
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                users[id(parameter)].append(f"{name}.{key}")
+    for name, module in model.named_modules():
+        if not is_linear(module):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None:
+            reasons[module] = "its weight is computed by a parametrization; remove it first to quantize"
+        elif not weight.is_floating_point():
+            reasons[module] = f"its weight is {weight.dtype}, not floating point"
+        elif module is not head and len(users[id(weight)]) > 1:
+            others = [user for user in users[id(weight)] if user != f"{name}.weight"]
+            reasons[module] = f"its weight is tied to {some(others)}"
+    return reasons
+
+
+def _outside_language(model: nn.Module, linears: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """See `Structure.outside`: towers and projectors.
+
+    transformers tells which configuration is the text's; the part is the model in it that is made from one like that.
+    Where an encoder reads for it, the part that reads tokens belongs to it too.
+    """
+    outside: set[nn.Module] = set()
+    for prefix, whole in transformers_models(model):
+        text = whole.config.get_text_config()  # type: ignore[union-attr, operator]
+        if not generates(whole) or type(text) is type(whole.config):
+            continue
+        models = [module for module in whole.modules() if is_transformers(module)]
+        parts = [model for model in models if type(model.config) is type(text)]
+        parts += [model for model in models if is_encoder_decoder(whole) and _reads_tokens(model)]
+        inside = {module for part in parts for module in part.modules()}
+        own = {module for name, module in linears.items() if name.startswith(f"{prefix}." if prefix else "")}
+        outside |= own - inside if own & inside else set()
+    return outside
+
+
+def _reads_tokens(model: Any) -> bool:
+    """Return whether a transformers model has token embeddings, and no part for anything but text."""
+    if type(model.config.get_text_config()) is not type(model.config):
+        return False
+    try:
+        return isinstance(model.get_input_embeddings(), nn.Embedding)
+    except (NotImplementedError, AttributeError):
+        return False

@@ -1,0 +1,57 @@
+"""Quantized layers in the model's tree, and in its transformers configuration: `swapped`, `describe`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from gptq_plugin.checkpoint.description import client_config
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.model.hf_models import transformers_models
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.structure import Structure
+
+
+@contextlib.contextmanager
+def swapped(plan: Plan, layers: dict[str, QuantLinear]) -> Iterator[Callable[[], None]]:
+    """Puts quantized layers in the model's tree; on exit the float ones are there again.
+
+    Yields:
+        Call it to keep the quantized layers.
+    """
+    floats = {target.name: target.module for target in plan.targets if target.name in layers}
+    kept = False
+
+    def keep() -> None:
+        nonlocal kept
+        kept = True
+
+    try:
+        swap_modules(plan.model, layers)
+        describe(plan.structure, layers, plan.config)
+        yield keep
+    finally:
+        if not kept:
+            swap_modules(plan.model, floats)
+            describe(plan.structure, {}, plan.config)
+
+
+def describe(structure: Structure, layers: Mapping[str, QuantLinear], config: QuantizeConfig) -> None:
+    """Gives the configuration of the transformers models in a tree a ``quantization_config``.
+
+    It describes the layers as the memory holds them (true zeros), so that a user's `save_pretrained` writes a
+    checkpoint that loads. Without layers, it is removed.
+    """
+    inner: Any
+    for name, inner in transformers_models(structure.model):
+        prefix = f"{name}." if name else ""
+        within = {n.removeprefix(prefix): layer for n, layer in layers.items() if n.startswith(prefix)}
+        if within:
+            own = structure if inner is structure.model else Structure.of_unfused(inner)
+            in_memory = dataclasses.replace(config, checkpoint_format="gptq_v2")
+            inner.config.quantization_config = client_config(own, within, in_memory)
+        elif hasattr(inner.config, "quantization_config"):
+            del inner.config.quantization_config

@@ -1,0 +1,59 @@
+"""How a pass runs, apart from what it quantizes: `PassOptions`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_plugin.calibration.batches import to_device
+from gptq_plugin.calibration.forward import call
+from gptq_plugin.device.memory import numbered
+from gptq_plugin.memory.finished_layers import LayerStore
+
+ModelForward = Callable[[nn.Module, Any], Any]
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """Options of one pass. `QuantizeModule.quantize` documents those that users give.
+
+    Attributes:
+        forward, tokenizer, nsamples, device, device_memory, progress: See `QuantizeModule.quantize`.
+        layers_in: Where finished layers are written as they come; None keeps them in memory.
+        offload_weights, offload_activations: See `QuantizeModule`.
+    """
+
+    forward: ModelForward | None = None
+    tokenizer: Any = None
+    nsamples: int | None = None
+    device: torch.device | str | None = None
+    device_memory: int | None = None
+    progress: Progress | None = None
+    layers_in: LayerStore | None = None
+    offload_weights: bool | None = None
+    offload_activations: bool | None = None
+
+    @property
+    def where(self) -> torch.device | None:
+        """The device to compute on, with its number; None is where the model is."""
+        return None if self.device is None else numbered(torch.device(self.device))
+
+    def runner(self, *, every_logit: bool) -> ModelForward:
+        """Runs a batch on `where`, through `forward` or the model.
+
+        Args:
+            every_logit: See `calibration.forward.call`.
+        """
+        where = self.where
+
+        def run(model: nn.Module, batch: Any) -> Any:
+            if self.forward is None:
+                return call(model, batch, every_logit=every_logit, device=where)
+            return self.forward(model, batch if where is None else to_device(batch, where))
+
+        return run
