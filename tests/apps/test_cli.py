@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
@@ -24,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_plugin import QuantizeConfig, load_quantized
-from gptq_plugin.apps import cli, data, evaluate
+from gptq_plugin.apps import data
 from gptq_plugin.apps.evaluate import mean_nll
 from gptq_plugin.apps.summary import SUMMARY
 from gptq_plugin.errors import DataError, ExportError
@@ -59,22 +57,6 @@ def succeeds(name: str, *arguments: str, cwd: Path) -> str:
     done = command(name, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
-
-
-@pytest.fixture
-def app(tmp_path):
-    """app("finetune", "data.seq_len=64", ...) runs the application in this process, as Hydra would."""
-
-    def run(name: str, *overrides: str):
-        with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
-            cfg = compose(name, [*overrides, f"hydra.runtime.output_dir={tmp_path}/run"], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        (tmp_path / "run").mkdir(exist_ok=True)
-        return getattr(cli, name)(cfg)
-
-    yield run
-    GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None
 
 
 # --- gptq-finetune ---
@@ -146,16 +128,6 @@ def test_the_command_it_suggests_next_runs_and_puts_a_sweep_side_by_side(finetun
     reports = [tmp_path / "sweep" / str(i) / "gptq" / "quantization_report.json" for i in range(2)]
     losses = [json.loads(report.read_text())["totals"]["loss"] for report in reports]
     assert losses[1] < losses[0] / 100
-
-
-def test_an_export_can_be_evaluated_on_files(finetuned, tmp_path, capsys):
-    run, _ = finetuned
-    (tmp_path / "some.txt").write_text("The value of the expression is the object itself. " * 40)
-    options = [f"--text={tmp_path}/some.txt", "--seq-len=32", "--rows=3", f"--json={tmp_path}/result.json"]
-    evaluate.main([f"{run}/gptq", *options])
-    assert "over 3 windows" in capsys.readouterr().out
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["windows"] == 3 and result["perplexity"] == pytest.approx(math.exp(result["nll"]))
 
 
 @pytest.mark.slow

@@ -1,11 +1,21 @@
-"""The loss of a network on windows of tokens."""
+"""Perplexity of a model over rows of tokens, and of an export from its files."""
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from gptq_plugin import QuantizeModule, load_quantized
+from gptq_plugin.apps import evaluate
+from gptq_plugin.apps.documents import file_documents, texts
 from gptq_plugin.apps.evaluate import mean_nll
+from gptq_plugin.apps.rows import cut_rows
+
+from language_models import tiny
 
 
 def test_mean_nll_is_the_mean_over_every_predicted_token():
@@ -24,3 +34,43 @@ def test_mean_nll_is_the_mean_over_every_predicted_token():
     expected = [-network.table.log_softmax(-1)[window[i], window[i + 1]].item() for window in windows for i in range(5)]
     for batch_size in (1, 2, 5, 9):
         assert mean_nll(network, windows, batch_size) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """The folder of a tiny quantized model with its tokenizer."""
+    model, folder = tiny(1), tmp_path_factory.mktemp("export") / "out"
+    quantizer = QuantizeModule(group_size=32)
+    quantizer.round_to_nearest(model.network)
+    return quantizer.export(model.network, folder, tokenizer=model.tokenizer)
+
+
+def test_an_export_can_be_evaluated_on_files(export, tmp_path, capsys):
+    (tmp_path / "some.txt").write_text("The value of the expression is the object itself. " * 40)
+    options = [f"--text={tmp_path}/some.txt", "--seq-len=32", "--rows=3", f"--json={tmp_path}/result.json"]
+    evaluate.main([str(export), *options])
+    assert "over 3 windows" in capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["windows"] == 3 and result["perplexity"] == pytest.approx(math.exp(result["nll"]))
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    windows = cut_rows(texts(file_documents(str(tmp_path / "some.txt"))), tokenizer, 32, limit=3)
+    assert result["nll"] == pytest.approx(mean_nll(load_quantized(export), windows), rel=1e-5)
+    assert tokenizer.decode(windows[0, :24], skip_special_tokens=True) == result["prompt"]
+
+
+def test_a_text_is_continued_greedily_with_so_many_tokens(export):
+    network, tokenizer = load_quantized(export), AutoTokenizer.from_pretrained(export)
+    start, expected = torch.arange(5, 12), []
+    with torch.no_grad():
+        for _ in range(6):
+            expected.append(int(network(torch.tensor([[*start.tolist(), *expected]])).logits[0, -1].argmax()))
+    assert tokenizer.eos_token_id not in expected
+    text = evaluate.continue_text(network, tokenizer, start, new_tokens=6)
+    assert text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_what_stopped_the_other_process_is_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RuntimeError, match=r"could not be evaluated: .*empty[\s\S]*CheckpointError"):
+        evaluate.evaluate_export(tmp_path / "empty", tmp_path, torch.randint(0, 100, (3, 20)))

@@ -1,16 +1,13 @@
-"""The weights of Lightning's checkpoints, of files and of folders."""
+"""Reading the weights of a Lightning checkpoint into the network they belong to."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 
 from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import pretrained
+from gptq_plugin.apps.lightning_weights import load_lightning_weights, open_lightning_weights
 from gptq_plugin.errors import CheckpointError
 
 from language_models import same_weights, save_checkpoint, save_fsdp, save_sharded, tiny
@@ -24,61 +21,6 @@ def test_a_lightning_checkpoint_brings_its_weights(base, tmp_path, save):
         loaded = pretrained([], name_or_path=str(base[0]), weights=weights).network
         assert not torch.equal(loaded.lm_head.weight, trained.network.lm_head.weight)
         same_weights(fine_tuned(loaded, ckpt=ckpt), trained.network)
-
-
-def test_a_sharded_checkpoint_is_read_into_another_dtype(base, tmp_path):
-    trained = tiny(2)
-    folder = save_sharded(trained, tmp_path / "run.ckpt")
-    loaded = fine_tuned(pretrained([], name_or_path=str(base[0]), dtype="bfloat16").network, ckpt=folder)
-    same_weights(loaded, trained.network.to(torch.bfloat16))
-
-
-@pytest.mark.slow
-def test_the_folder_of_a_model_parallel_run_on_two_processes_is_read(base, tmp_path):
-    (tmp_path / "run.py").write_text(
-        textwrap.dedent("""
-        import sys
-        import torch
-        from lightning import LightningModule, Trainer
-        from lightning.pytorch.strategies import ModelParallelStrategy
-        from torch.distributed.fsdp import fully_shard
-        from torch.utils.data import DataLoader
-        from transformers import AutoModelForCausalLM
-
-        class Run(LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.network = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-
-            def configure_model(self):
-                fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
-
-            def training_step(self, batch, index):
-                return self.network(input_ids=batch, labels=batch).loss
-
-            def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=0.5)
-
-            def on_train_end(self):
-                whole = {name: p.full_tensor() for name, p in self.network.named_parameters()}
-                if self.trainer.is_global_zero:
-                    torch.save(whole, "whole.pt")
-
-        trainer = Trainer(strategy=ModelParallelStrategy(2, 1), accelerator="cpu", devices=2,
-                          max_steps=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
-        trainer.fit(Run(), DataLoader(torch.randint(0, 250, (8, 12)), batch_size=2))
-        trainer.save_checkpoint("run.ckpt")
-        """)
-    )
-    done = subprocess.run([sys.executable, "run.py", base[0]], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run.ckpt" / ".metadata").is_file()
-    loaded = fine_tuned(pretrained([], name_or_path=str(base[0])).network, ckpt=tmp_path / "run.ckpt")
-    whole = torch.load(tmp_path / "whole.pt")
-    assert not torch.equal(whole["lm_head.weight" if "lm_head.weight" in whole else "model.embed_tokens.weight"],
-                           base[1].lm_head.weight)  # fmt: skip
-    for name, parameter in loaded.named_parameters():
-        assert torch.equal(parameter, whole[name]), name
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -100,3 +42,30 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         fine_tuned(network, ckpt=tmp_path / "folder")
     with pytest.raises(CheckpointError, match="does not hold the weights of Linear"):
         fine_tuned(network, ckpt=tmp_path / "sharded")
+
+
+def test_an_open_checkpoint_tells_its_shapes_and_the_names_adapters_gave(tmp_path):
+    state = {"net.weight": torch.ones(2, 3), "net.q.base_layer.weight": torch.ones(1), "hyper": "no tensor"}
+    torch.save({"state_dict": state}, tmp_path / "run.ckpt")
+    weights = open_lightning_weights(tmp_path / "run.ckpt")
+    assert weights.shapes == {"net.weight": (2, 3), "net.q.base_layer.weight": (1,)}
+    assert weights.adapted == ["net.q.base_layer.weight"] and weights.path == tmp_path / "run.ckpt"
+
+
+def test_the_network_is_found_wherever_the_lightning_module_held_it(tmp_path):
+    network, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 4)
+    for prefix in ("", "model.", "a.b."):
+        state = {f"{prefix}{key}": value + 1 for key, value in network.state_dict().items()}
+        if prefix:  # beside another whose names end the same and whose shapes do not fit
+            state = {f"teacher.{key}": value for key, value in other.state_dict().items()} | state
+        torch.save({"state_dict": state}, tmp_path / "run.ckpt")
+        fresh = torch.nn.Linear(3, 2)
+        load_lightning_weights(fresh, open_lightning_weights(tmp_path / "run.ckpt"))
+        assert torch.equal(fresh.weight, network.weight + 1) and torch.equal(fresh.bias, network.bias + 1)
+
+
+def test_weights_that_the_network_has_no_place_for_are_not_dropped(tmp_path):
+    state = {"net.weight": torch.zeros(2, 3), "net.bias": torch.zeros(2), "net.norm.weight": torch.ones(2)}
+    torch.save({"state_dict": state}, tmp_path / "run.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds more than the weights of Linear: net\.norm\.weight"):
+        load_lightning_weights(torch.nn.Linear(3, 2), open_lightning_weights(tmp_path / "run.ckpt"))

@@ -1,17 +1,77 @@
-"""Distributed checkpoints: tensors alone are read from them."""
+"""Reading the folder of a sharded checkpoint in one process, without running code from it."""
 
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
 from gptq_plugin.apps.fine_tuned import fine_tuned
+from gptq_plugin.apps.language_model import pretrained
+from gptq_plugin.apps.sharded_weights import read_sharded, sharded_shapes
 from gptq_plugin.errors import CheckpointError
 
-from language_models import save_sharded
+from language_models import same_weights, save_sharded, tiny
+
+
+def test_a_sharded_checkpoint_is_read_into_another_dtype(base, tmp_path):
+    trained = tiny(2)
+    folder = save_sharded(trained, tmp_path / "run.ckpt")
+    loaded = fine_tuned(pretrained([], name_or_path=str(base[0]), dtype="bfloat16").network, ckpt=folder)
+    same_weights(loaded, trained.network.to(torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_model_parallel_run_on_two_processes_is_read(base, tmp_path):
+    (tmp_path / "run.py").write_text(
+        textwrap.dedent("""
+        import sys
+        import torch
+        from lightning import LightningModule, Trainer
+        from lightning.pytorch.strategies import ModelParallelStrategy
+        from torch.distributed.fsdp import fully_shard
+        from torch.utils.data import DataLoader
+        from transformers import AutoModelForCausalLM
+
+        class Run(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.network = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+
+            def configure_model(self):
+                fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+
+            def training_step(self, batch, index):
+                return self.network(input_ids=batch, labels=batch).loss
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.5)
+
+            def on_train_end(self):
+                whole = {name: p.full_tensor() for name, p in self.network.named_parameters()}
+                if self.trainer.is_global_zero:
+                    torch.save(whole, "whole.pt")
+
+        trainer = Trainer(strategy=ModelParallelStrategy(2, 1), accelerator="cpu", devices=2,
+                          max_steps=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        trainer.fit(Run(), DataLoader(torch.randint(0, 250, (8, 12)), batch_size=2))
+        trainer.save_checkpoint("run.ckpt")
+        """)
+    )
+    done = subprocess.run([sys.executable, "run.py", base[0]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run.ckpt" / ".metadata").is_file()
+    loaded = fine_tuned(pretrained([], name_or_path=str(base[0])).network, ckpt=tmp_path / "run.ckpt")
+    whole = torch.load(tmp_path / "whole.pt")
+    assert not torch.equal(whole["lm_head.weight" if "lm_head.weight" in whole else "model.embed_tokens.weight"],
+                           base[1].lm_head.weight)  # fmt: skip
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, whole[name]), name
 
 
 def test_a_sharded_checkpoint_cut_off_is_refused(tmp_path):
@@ -29,6 +89,15 @@ def test_code_in_a_sharded_checkpoint_is_not_run(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     (folder / ".metadata").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(CheckpointError, match="its index names .*which is no part of one"):
+    with pytest.raises(CheckpointError, match="its index names .*which is not part of one"):
         fine_tuned(torch.nn.Linear(3, 2), ckpt=folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_tells_the_shapes_of_its_tensors_and_fills_them_in_their_dtype(tmp_path):
+    linear = torch.nn.Linear(3, 2)
+    folder = save_sharded(linear, tmp_path / "run.ckpt")
+    assert sharded_shapes(folder) == {"state_dict.weight": (2, 3), "state_dict.bias": (2,)}
+    tensors = {"state_dict.weight": torch.zeros(2, 3, dtype=torch.float64)}
+    read_sharded(folder, tensors)
+    assert torch.equal(tensors["state_dict.weight"], linear.weight.double())

@@ -153,7 +153,7 @@ def test_a_sweep_ends_with_what_stopped_a_run(tmp_path, capfd):
     cfg.hydra.overrides.task = ["quantizer.bits=5"]
     HydraConfig.instance().set_config(cfg)
     try:
-        with pytest.raises(RuntimeError, match=r"the run in .*/3 failed \(exit status 1\): .* said above"):
+        with pytest.raises(RuntimeError, match=r"the run in .*/3 failed \(exit status 1\): see its output above"):
             run_alone(tmp_path / "3")
     finally:
         HydraConfig.instance().cfg = None

@@ -1,4 +1,4 @@
-"""The commands: `gptq-finetune` and `gptq-quantize` (Hydra) and `gptq-plugin` (argparse).
+"""The commands `gptq-finetune` and `gptq-quantize` (Hydra) and `gptq-plugin` (argparse).
 
 Imports any folder; nothing imports it.
 """

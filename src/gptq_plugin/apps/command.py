@@ -1,11 +1,8 @@
-"""``gptq-plugin``, the command for checkpoints: no Hydra, and fast to print its help.
+"""``gptq-plugin``, the command for checkpoints: argparse, without Hydra, so that ``--help`` is quick.
 
-Every subcommand is a function that adds its arguments and one that runs it; torch is imported when it runs. It only
-prints: `lint` finds.
+Every subcommand has a function that adds its arguments and one that runs it; torch is imported when it runs.
 
-Tested by tests/check/test_lint.py: beside what it prints, as is ``convert`` in tests/export/test_convert.py.
-
-Exit status: 0; 1 when a checkpoint is wrong or a `--target` would not take it; 2 for a call that cannot be understood.
+Exit status: 0; 1 if a checkpoint is damaged or a `--target` would refuse it; 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line, that of the process when None; returns the exit status."""
+    """Runs a command line, by default that of the process, and returns the exit status."""
     parser = argparse.ArgumentParser(prog="gptq-plugin", description="Check quantized checkpoints, and convert them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_check, _add_convert):
@@ -35,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_check(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
-        help="say what a GPTQ or compressed-tensors checkpoint is, what is wrong with it, and who takes it",
+        help="describe a GPTQ or compressed-tensors checkpoint, its faults, and the clients that take it",
         description="Checks a GPTQ or compressed-tensors checkpoint of any tool. Exit status 1: it is damaged, or a "
-        "--target would not take it.",
+        "--target would refuse it.",
     )
-    parser.add_argument("directory", metavar="DIR", help="the checkpoint's folder")
+    parser.add_argument("directory", metavar="DIR", help="folder of the checkpoint")
     parser.add_argument(
-        "--float", metavar="DIR", dest="float_dir", help="the float model's folder, to compare everything with"
+        "--float", metavar="DIR", dest="float_dir", help="folder of the float model, to compare every tensor with"
     )
     parser.add_argument(
         "--target",
@@ -98,8 +95,8 @@ def _add_convert(commands: Any) -> None:
         description="Writes a GPTQ or compressed-tensors checkpoint of any tool in another format: the same codes, "
         "scales, zeros and groups.",
     )
-    parser.add_argument("directory", metavar="DIR", help="the checkpoint's folder")
-    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("directory", metavar="DIR", help="folder of the checkpoint")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument(
         "checkpoint_format",
         metavar="checkpoint_format=FORMAT",

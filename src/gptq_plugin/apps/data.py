@@ -1,7 +1,6 @@
 """Rows of tokens for training, validation and calibration, as a LightningDataModule.
 
-Three functions, one for each config of the group `data`, say where the documents come from; what happens to
-them is the same for all.
+Three functions, one for each config of the group `data`, choose the documents; all treat them the same.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ class TextData(LightningDataModule):
 
     Args:
         documents: Column ``text``; for training and calibration.
-        eval_documents: The same, for validation; None holds out the last `eval_fraction` of the rows.
+        eval_documents: The same, for validation; None takes the last `eval_fraction` of the rows instead.
         seq_len: Tokens a row.
         batch_size: Rows a batch.
         bos: Put the tokenizer's BOS token before each document.
         shuffle: Shuffle rows in training and draw calibration rows at random; False keeps the text's order.
-        seed: Of that shuffling.
-        train_rows: Use the first rows only; None uses all.
+        seed: Seed of the shuffling.
+        train_rows: Number of rows to use, the first ones; None uses all.
         eval_rows: The same for validation.
-        eval_fraction: Share of the rows held out when there are no `eval_documents`.
+        eval_fraction: Share of the rows held out if there are no `eval_documents`.
 
     Attributes:
         train: int64 [rows, seq_len], after `encode`.
@@ -73,7 +72,7 @@ class TextData(LightningDataModule):
         self.eval_fraction = eval_fraction
 
     def encode(self, tokenizer: Any) -> TextData:
-        """Tokenizes and cuts; to be called once, before training.
+        """Tokenizes the text and cuts it into rows. Call it once, before training.
 
         Raises:
             DataError: The text does not fill a row for training and one for validation.
@@ -94,7 +93,7 @@ class TextData(LightningDataModule):
         return self
 
     def calibration(self, nsamples: int) -> list[Tensor]:
-        """`nsamples` rows of the training text, or all if it has fewer: int64 [seq_len] each."""
+        """Returns `nsamples` rows of the training text, or all if it has fewer: int64 [seq_len] each."""
         order = torch.arange(len(self.train))
         if self.shuffle:
             order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
@@ -125,7 +124,7 @@ class _Rows(TorchDataset):
 
 
 def builtin(**options: Any) -> TextData:
-    """The text every Python carries; `options` are TextData's."""
+    """Python's own reference manual; see `documents.builtin_documents`. `options` are TextData's."""
     return TextData(builtin_documents(), **options)
 
 
@@ -135,7 +134,7 @@ def text(
     column: str = TEXT,
     **options: Any,
 ) -> TextData:
-    """Files; see `documents.file_documents`. `options` are TextData's."""
+    """Text from files; see `documents.file_documents`. `options` are TextData's."""
     if path is None:
         raise DataError("data=text needs data.path=FILES: a file, a folder, a pattern, or a list of these")
     documents = file_documents(path, column)

@@ -1,7 +1,7 @@
-"""Where text comes from: what Python carries, files, or the `datasets` library.
+"""Text from Python's manual, from files, or from the `datasets` library.
 
 Each function returns a `datasets.Dataset` with one column, ``text``: one document a row, in the order of the
-source, memory-mapped from `datasets`' cache where it comes from files.
+source. Text from files is memory-mapped from the cache of `datasets`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from gptq_plugin.errors import DataError
 
 TEXT = "text"
-# How `datasets` reads a file, by its suffix; anything else is plain text, one document a file.
+# Readers of `datasets` by suffix; any other file is plain text, one document a file.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def builtin_documents() -> Dataset:
-    """Python's own reference manual as `help()` shows it: some 325,000 characters of English prose.
+    """Python's reference manual as `help()` shows it: some 325,000 characters of English prose.
 
-    The manual repeats itself under several topics, which would leak held-out text into training, so every
-    paragraph is kept once; tables are left out.
+    The manual repeats paragraphs under several topics, which would leak held-out text into training: each is kept
+    once. Tables are left out.
     """
     from pydoc_data.topics import topics
 
@@ -44,13 +44,13 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
     """Documents of text, JSON lines, CSV or Parquet files.
 
     Args:
-        path: A file, a folder (all files right in it), a glob pattern, or a list of these. Files come in the
-            order given, a pattern's or folder's in the order of their names.
+        path: A file, a folder (all files directly in it), a glob pattern, or a list of these. Files come in the
+            order given, those of a pattern or folder sorted by name.
         column: The field that holds the text, in files that have fields.
 
     Raises:
-        FileNotFoundError: A path that does not exist or a pattern that matches nothing; it is named.
-        DataError: No text in the files, or no such column.
+        FileNotFoundError: A path does not exist, or a pattern matches nothing.
+        DataError: The files hold no text, or no such column.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
@@ -73,12 +73,12 @@ def hub_documents(path: str, name: str | None = None, split: str = "train", colu
 
     Args:
         path: ``owner/dataset``, or a folder.
-        name: Its configuration, such as ``wikitext-2-raw-v1``.
-        split: Which split; slices such as ``train[:10%]`` work.
+        name: Configuration of the data set, such as ``wikitext-2-raw-v1``.
+        split: Name of the split; slices such as ``train[:10%]`` work.
         column: The field that holds the text.
 
     Raises:
-        DataError: It cannot be reached, or has no such split or column, or no text.
+        DataError: The data set cannot be read, or has no such split or column, or no text.
     """
     what = " ".join(part for part in (path, name, split) if part)
     try:
@@ -123,19 +123,22 @@ def _not_empty(documents: Dataset, source: str) -> Dataset:
 
 
 def texts(documents: Dataset) -> Iterable[str]:
-    """The documents' texts, read as they are asked for; missing ones are empty."""
+    """Yields the text of each document, read on demand; a missing text is empty."""
     for rows in documents.iter(batch_size=64):
         for text in rows[TEXT]:
             yield text or ""
 
 
 def passages(documents: Dataset, characters: int = 2000, seed: int = 0) -> Iterator[str]:
-    """Pieces of documents drawn at random, read as they are asked for: general text to mix into calibration.
+    """Yields pieces of documents in random order, read on demand: general text to mix into calibration.
 
     Args:
         documents: From one of the functions above.
-        characters: Length of a piece; a document's last one is left out when shorter, unless it is the only one.
-        seed: Of the order of the documents.
+        characters: Length of a piece; a document's last one is left out if it is shorter, unless it is the only one.
+        seed: Seed of the order of documents.
+
+    Raises:
+        DataError: `characters` is less than 1.
     """
     if characters < 1:
         raise DataError(f"characters must be at least 1, got {characters}")

@@ -1,7 +1,7 @@
-"""Perplexity of a causal language model over rows of tokens, and a few words from it.
+"""Measures the perplexity of a causal language model over rows of tokens, and lets it continue a text.
 
-``python -m gptq_plugin.apps.evaluate DIR --text FILES`` reloads an export and does both; the applications run
-it in a process of its own, so that what they report is what the files hold.
+``python -m gptq_plugin.apps.evaluate DIR --text FILES`` does both with a reloaded export. The commands run it in a
+separate process, so that their results come from the files alone.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def mean_nll(network: nn.Module, windows: Tensor, batch_size: int = 4) -> float:
     Perplexity is its exponential. The network is left in evaluation mode.
 
     Args:
-        network: A causal language model: called with input_ids, returns logits.
+        network: A causal language model, called with input_ids; its result has logits.
         windows: int64 [windows, positions].
-        batch_size: Windows in one forward.
+        batch_size: Windows per forward.
     """
     network.eval()
     device = next(network.parameters()).device
@@ -47,7 +47,7 @@ def mean_nll(network: nn.Module, windows: Tensor, batch_size: int = 4) -> float:
 
 @torch.no_grad()
 def continue_text(network: Any, tokenizer: Any, start: Tensor, new_tokens: int = 32) -> str:
-    """What the model writes after `start` (int64 [positions]), greedily."""
+    """Returns the model's greedy continuation of `start` (int64 [positions])."""
     device = next(network.parameters()).device
     tokens = start[None].to(device)
     out = network.generate(
@@ -68,16 +68,16 @@ def evaluate_export(
 
     Args:
         directory: The export.
-        work_dir: Where the windows and the result are written.
+        work_dir: Folder for the windows and the result.
         windows: int64 [windows, positions].
-        batch_size: Windows in one forward.
-        device: Where the other process computes.
+        batch_size: Windows per forward.
+        device: Device of the other process.
 
     Returns:
-        ``nll``, ``prompt``, ``text``, and the seconds of loading, evaluating and generating.
+        ``nll``, ``prompt``, ``text``, and the seconds to load, evaluate and generate.
 
     Raises:
-        RuntimeError: The process failed; its last words are in the message.
+        RuntimeError: The process failed; the message holds the end of its output.
     """
     windows_file = work_dir / "windows.safetensors"
     result_file = work_dir / "evaluation.json"
@@ -93,7 +93,7 @@ def evaluate_export(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Loads, evaluates, generates, prints."""
+    """Loads an export, evaluates it, lets it continue a text, and prints both."""
     options = _parser().parse_args(arguments)
     from transformers import AutoTokenizer
 

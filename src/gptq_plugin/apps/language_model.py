@@ -1,6 +1,6 @@
 """The model to fine-tune: a LightningModule around a Hugging Face causal language model.
 
-Two functions, one for each config of the group `model`, say where the network comes from.
+Two functions, one for each config of the group `model`, make the network.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class LanguageModel(LightningModule):
 
     Args:
         network: A transformers causal language model.
-        tokenizer: Its tokenizer; kept so that it is exported beside the weights.
-        learning_rate: The peak.
+        tokenizer: Its tokenizer, to be exported beside the weights.
+        learning_rate: AdamW's peak learning rate.
         warmup_steps: Optimizer steps up to the peak.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: AdamW's weight decay, on matrices only.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class LanguageModel(LightningModule):
 
 
 class SaveFloat(Callback):
-    """Writes the trained model as a Hugging Face folder before anything is quantized, so that nothing is lost.
+    """Saves the trained float model as a Hugging Face folder before quantization, which may fail.
 
     Args:
-        directory: The folder; None writes nothing.
+        directory: Folder to write; None saves nothing.
 
     Attributes:
-        seconds: How long that took; 0 before.
+        seconds: Time it took; 0 before.
     """
 
     def __init__(self, directory: Path | None):
@@ -125,7 +125,7 @@ def small_llama(
     max_position_embeddings: int = 2048,
     **training: Any,
 ) -> LanguageModel:
-    """A Llama from scratch, with a tokenizer trained on `texts`.
+    """Makes a small Llama with random weights, and trains a tokenizer on `texts`.
 
     Args:
         texts: The training documents.
@@ -135,7 +135,7 @@ def small_llama(
         num_hidden_layers: Blocks.
         num_attention_heads: Query heads; must divide hidden_size.
         num_key_value_heads: Key and value heads; must divide num_attention_heads.
-        max_position_embeddings: Longest sequence the configuration claims.
+        max_position_embeddings: Longest sequence, in tokens.
         **training: LanguageModel's learning_rate, warmup_steps, weight_decay.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
@@ -164,19 +164,19 @@ def pretrained(
     trust_remote_code: bool = False,
     **training: Any,
 ) -> LanguageModel:
-    """A transformers causal language model with its own tokenizer.
+    """Loads a transformers causal language model with its tokenizer.
 
     Args:
-        texts: Not read: a pretrained model brings its tokenizer.
+        texts: Not used.
         name_or_path: A local folder or a hub id.
-        dtype: Of the weights in memory: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (as on disk).
-        weights: Load its weights; False leaves them random, as its configuration says.
-        trust_remote_code: Let the model's repository run its own code.
+        dtype: Dtype of the weights in memory: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (as on disk).
+        weights: Load the weights; False leaves them random.
+        trust_remote_code: Run code from the model's repository.
         **training: LanguageModel's learning_rate, warmup_steps, weight_decay.
 
     Raises:
-        ValueError: No name_or_path, or a dtype that is none.
-        OSError: transformers finds no model there; it says where it looked.
+        ValueError: `name_or_path` is missing, or `dtype` is unknown.
+        OSError: transformers finds no model there.
     """
     if name_or_path is None:
         raise ValueError("model=hf needs model.name_or_path=PATH_OR_HUB_ID: a folder with config.json, or a hub id")

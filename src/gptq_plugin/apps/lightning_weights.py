@@ -1,4 +1,4 @@
-"""The weights of a Lightning checkpoint, into the network they belong to."""
+"""Reads the weights of a Lightning checkpoint into the network they belong to."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from gptq_plugin.apps.sharded_weights import INDEX, read_sharded, sharded_shapes
 from gptq_plugin.errors import CheckpointError, some
 
-# PEFT's own names of what it wraps.
+# Parts of the names that PEFT gives to what it wraps.
 _ADAPTED = (".base_layer.", ".modules_to_save.", ".token_adapter.")
 
 
 @dataclass(frozen=True)
 class LightningWeights:
-    """What lies in a checkpoint, before it is read.
+    """An open checkpoint, whose weights have not been read yet.
 
     Attributes:
         path: The file or folder.
-        shapes: Its tensors: name -> shape.
+        shapes: Shape by name of its tensors.
         read: Fills the given tensors, by name.
     """
 
@@ -32,7 +32,7 @@ class LightningWeights:
 
     @property
     def adapted(self) -> list[str]:
-        """Names that a model with PEFT adapters gave."""
+        """Names of tensors that come from a model with PEFT adapters."""
         return [key for key in self.shapes if any(part in key for part in _ADAPTED)]
 
 
@@ -44,8 +44,8 @@ def open_lightning_weights(checkpoint: str | Path) -> LightningWeights:
             ``state_dict_type="sharded"``, ModelParallelStrategy), written by any number of processes.
 
     Raises:
-        FileNotFoundError: There is nothing.
-        CheckpointError: It is no Lightning checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
+        CheckpointError: It is not a Lightning checkpoint.
     """
     path = Path(checkpoint).expanduser()
     if path.is_dir():
@@ -58,7 +58,7 @@ def open_lightning_weights(checkpoint: str | Path) -> LightningWeights:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} has no state_dict: it is no Lightning checkpoint")
+        raise CheckpointError(f"{path} has no state_dict: it is not a Lightning checkpoint")
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
     def read(wanted: dict[str, Tensor]) -> None:
@@ -69,10 +69,10 @@ def open_lightning_weights(checkpoint: str | Path) -> LightningWeights:
 
 
 def load_lightning_weights(network: nn.Module, weights: LightningWeights) -> None:
-    """Reads the part of the checkpoint that is `network`, wherever the LightningModule held it, into its tensors.
+    """Reads the network's weights from the checkpoint, under whichever name the LightningModule held the network.
 
     Raises:
-        CheckpointError: The checkpoint holds other weights than the network's.
+        CheckpointError: The checkpoint lacks some of them, or holds more.
     """
     wanted = network.state_dict()
     prefix = _prefix(network, wanted, weights)
@@ -81,10 +81,10 @@ def load_lightning_weights(network: nn.Module, weights: LightningWeights) -> Non
 
 def _open_folder(path: Path) -> LightningWeights:
     if not (path / INDEX).is_file():
-        raise CheckpointError(f"{path} is a folder without {INDEX}: it is no sharded checkpoint")
+        raise CheckpointError(f"{path} is a folder without {INDEX}: it is not a sharded checkpoint")
     try:
         shapes = sharded_shapes(path)
-    except Exception as error:  # a broken pickle raises anything
+    except Exception as error:  # a broken pickle may raise anything
         raise CheckpointError(f"{path} cannot be read as a sharded checkpoint: {error}") from error
 
     def read(wanted: dict[str, Tensor]) -> None:
@@ -97,7 +97,7 @@ def _open_folder(path: Path) -> LightningWeights:
 
 
 def _prefix(network: nn.Module, wanted: Mapping[str, Tensor], weights: LightningWeights) -> str:
-    """What was put before the network's own names, such as ``model.``."""
+    """The prefix of the network's names in the checkpoint, such as ``model.``."""
     shapes = weights.shapes
     first = next(iter(wanted))
     candidates = [key[: -len(first)] for key in shapes if key == first or key.endswith(f".{first}")]

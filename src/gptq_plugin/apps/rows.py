@@ -1,4 +1,4 @@
-"""Documents to rows of equal length: tokenize, put BOS before each document, join, cut."""
+"""Cuts documents into rows of equal length: tokenize, put BOS before each document, join, cut."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def cut_rows(
     limit: int | None = None,
     purpose: str = "text",
 ) -> Tensor:
-    """Rows without padding: every position is a token of the text.
+    """Returns rows without padding: every position is a token of the text.
 
     Args:
         texts: The documents, in order. Empty ones are left out.
-        tokenizer: A transformers tokenizer; its own special tokens are not added.
-        seq_len: Tokens a row. What does not fill the last row is left out.
+        tokenizer: A transformers tokenizer; its special tokens are not added.
+        seq_len: Tokens a row. A last row that is not full is left out.
         bos: Put the tokenizer's BOS token, if it has one, before each document.
-        limit: Rows at most; no more text is read than they need.
-        purpose: What the rows are for, for the error.
+        limit: Most rows to return; no more text is read than they need.
+        purpose: Name of the text in error messages.
 
     Returns:
         int64 [rows, seq_len].
@@ -60,7 +60,7 @@ def cut_rows(
 
 
 def _tokenized(texts: Iterable[str], tokenizer: Any, batch_size: int = 64) -> Iterator[list[int]]:
-    """Token ids of every document that has any, a batch of documents at a time."""
+    """Yields the token ids of every document that is not empty; tokenizes batches of documents."""
     iterator = iter(texts)
     while batch := list(islice(iterator, batch_size)):
         filled = [text for text in batch if text]

@@ -1,8 +1,6 @@
-"""One folder for all ranks of a run, also under torchrun and SLURM.
+"""Gives all ranks of a run one folder when torchrun or SLURM, instead of Lightning, starts them.
 
 Hydra names a run's folder by the time, and ranks start at different times.
-
-Tested by tests/ranks/test_launchers.py: it takes real launchers to show it.
 """
 
 from __future__ import annotations
@@ -18,18 +16,18 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 
 class OneFolder(Callback):
-    """Hydra callback: every rank takes the first one's folder, where it leaves nothing but a log file of its own."""
+    """Hydra callback: every rank uses rank 0's folder, and the others write only a log file there."""
 
     def __init__(self) -> None:
-        self._store: Any = None  # the first rank's is its process group's too, which comes later: it must not close
+        self._store: Any = None  # kept open: the process group, which is made later, uses rank 0's store too
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self._take(config, "run")
+        self._share_folder(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self._take(config, "sweep")
+        self._share_folder(config, "sweep")
 
-    def _take(self, config: DictConfig, mode: str) -> None:
+    def _share_folder(self, config: DictConfig, mode: str) -> None:
         environment = _environment()
         if environment is None or environment.world_size() == 1:
             return
@@ -45,20 +43,20 @@ class OneFolder(Callback):
             OmegaConf.update(config, key, folder)
             config.hydra.output_subdir = None
             config.hydra.job.name = f"rank{rank}"
-            # A sweep composes the config of each of its runs anew, from these.
+            # A sweep composes the config of each of its runs again, from these.
             config.hydra.overrides.hydra += [
                 f"{key}='{folder}'", "hydra.output_subdir=null", f"hydra.job.name=rank{rank}"
             ]  # fmt: skip
 
 
 def launched() -> int:
-    """How many processes this command was started in at once, by torchrun or SLURM."""
+    """Number of processes of this command that torchrun or SLURM started."""
     environment = _environment()
     return environment.world_size() if environment else 1
 
 
 def _environment() -> ClusterEnvironment | None:
-    """What started the ranks; None when nobody did, or Lightning itself, which hands its folder on."""
+    """The environment that started the ranks; None for one process, or if Lightning starts them in its own folder."""
     for kind in (TorchElasticEnvironment, SLURMEnvironment):
         if kind.detect():
             return kind()

@@ -1,6 +1,6 @@
-"""The folder of a sharded checkpoint, read in one process: PyTorch's distributed checkpoint, as Lightning writes it.
+"""Reads the folder of a sharded checkpoint in one process: PyTorch's distributed checkpoint, as Lightning writes it.
 
-Its index is a pickle, which PyTorch reads by running whatever it says; here it may only name what an index is made of.
+Its index is a pickle, from which PyTorch would run any code. Here it may only name the classes of an index.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _NAMES = {
 
 
 def sharded_shapes(folder: Path) -> dict[str, torch.Size]:
-    """The tensors in the folder: name -> shape.
+    """Returns the shapes of the tensors in the folder, by name.
 
     Raises:
-        pickle.UnpicklingError: The index names something else than an index is made of.
+        pickle.UnpicklingError: The index names other classes or functions than those of an index.
     """
     entries = _Reader(folder).read_metadata().state_dict_metadata
     return {key: entry.size for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
@@ -52,13 +52,13 @@ def read_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fills tensors of the stored shapes, of any floating dtype, by name; no process group is needed.
 
     Raises:
-        Exception: A shard is missing, cut off, or broken, each in its own way.
+        Exception: A shard is missing, truncated or corrupt; the type depends on the damage.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be here
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended here
         try:
             dcp.load(dict(tensors), storage_reader=_Reader(folder), no_dist=True)
-        except CheckpointException as error:  # a BaseException around what happened on each rank
+        except CheckpointException as error:  # a BaseException around the exception of each rank
             raise error.failures[0][0] from error
 
 
@@ -76,4 +76,4 @@ class _Unpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _NAMES.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of one")
+        raise pickle.UnpicklingError(f"its index names {module}.{name}, which is not part of one")

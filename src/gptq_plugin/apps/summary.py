@@ -1,4 +1,4 @@
-"""What a run found, as a table a person understands and as JSON; and a sweep's runs side by side."""
+"""The results of a run as a readable table and as JSON, and the runs of a sweep side by side."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Accounts for a part of one phase as another."""
+        """Moves part of one phase's time to another phase."""
         self.seconds[source] -= seconds
         self.seconds[target] = self.seconds.get(target, 0.0) + seconds
 
@@ -50,17 +50,17 @@ class Summary:
         bits: Width of a code.
         group_size: Channels a group, or -1.
         nll: Mean negative log-likelihood in nats by model: ``float``, ``rtn`` (round-to-nearest), ``gptq``.
-            Empty when nothing was evaluated.
-        windows: How many windows of how many tokens that was measured on.
-        float_bytes: Size of the float model's weights as safetensors hold them, in `float_dtype`.
-        float_dtype: Their dtype.
+            Empty if nothing was evaluated.
+        windows: Number of windows it was measured on, and tokens in each.
+        float_bytes: Size of the float weights as safetensors store them, in `float_dtype`.
+        float_dtype: Dtype of the float weights.
         gptq_bytes: Size of the exported safetensors files.
-        seconds: By phase.
-        files: Where things are, by what they are.
+        seconds: Time by phase.
+        files: Path by content.
         prompt: The beginning of the first window.
-        text: What the exported model writes after it.
-        deviations: What differed from the request, a sentence each.
-        next_command: Something to try.
+        text: The exported model's continuation of it.
+        deviations: Differences from what was requested, a sentence each.
+        next_command: A command to try.
     """
 
     bits: int
@@ -82,7 +82,7 @@ class Summary:
         (directory / SUMMARY).write_text(json.dumps(dataclasses.asdict(self), indent=2))
 
     def table(self) -> str:
-        """Everything above for a person to read."""
+        """Returns the summary as text."""
         names = {
             "float": "float",
             "rtn": f"round-to-nearest, {self.bits} bits",
@@ -94,7 +94,7 @@ class Summary:
         }
         rows = [("model", "perplexity", "mean NLL", "above float", "weights on disk")]
         for key, name in names.items():
-            rows.append((name, *_figures(self.nll, key), sizes.get(key, "")))
+            rows.append((name, *_nll_cells(self.nll, key), sizes.get(key, "")))
         lines = align(rows)
         lines.insert(1, "-" * max(map(len, lines)))
         if self.float_dtype == "float32":
@@ -117,10 +117,10 @@ class Summary:
 
 
 class SweepTable(Callback):
-    """Hydra callback: at the end of a multirun (``-m``), all its runs side by side in one table.
+    """Hydra callback: at the end of a multirun (``-m``), puts its runs side by side in one table.
 
-    It reads the runs' ``summary.json``, so it works with every launcher. The table is printed and written
-    to ``sweep.txt`` in the sweep's folder; by one rank, where torchrun or SLURM started several.
+    Reads the runs' ``summary.json``, so it works with every launcher. Rank 0 prints the table and writes it to
+    ``sweep.txt`` in the sweep's folder.
     """
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -134,7 +134,7 @@ class SweepTable(Callback):
 
 
 def sweep_table(directory: Path) -> str:
-    """The runs below `directory`, one a line, in the order they were started; empty when there are none."""
+    """Returns a table of the runs below `directory`, in the order they were started; empty if there are none."""
     rows = []
     for file in sorted(directory.glob(f"*/{SUMMARY}"), key=lambda file: _run_number(file.parent.name)):
         run = json.loads(file.read_text())
@@ -142,7 +142,9 @@ def sweep_table(directory: Path) -> str:
         name = ", ".join(line[2:] for line in overrides.read_text().splitlines()) if overrides.exists() else ""
         nll, saved = run["nll"], f"{_megabytes(run['gptq_bytes'])} of {_megabytes(run['float_bytes'])}"
         perplexities = [_perplexity(nll.get(key)) for key in ("float", "rtn", "gptq")]
-        rows.append((file.parent.name, name, *perplexities, _above(nll), saved, f"{sum(run['seconds'].values()):.0f}"))
+        rows.append(
+            (file.parent.name, name, *perplexities, _difference(nll), saved, f"{sum(run['seconds'].values()):.0f}")
+        )
     if not rows:
         return ""
     shared = set.intersection(*(set(row[1].split(", ")) for row in rows)) if len(rows) > 1 else set()
@@ -154,25 +156,25 @@ def sweep_table(directory: Path) -> str:
 
 
 def weights_size(network: nn.Module) -> tuple[int, str]:
-    """Bytes that the network's weights take in safetensors (tied ones once), and their dtype."""
-    parameters = list(network.parameters())  # names shared parameters once
+    """Returns the bytes of the network's weights in safetensors (tied ones once), and their dtype."""
+    parameters = list(network.parameters())  # yields shared parameters once
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters), "/".join(dtypes)
 
 
 def files_size(directory: Path) -> int:
-    """Bytes of the safetensors files in a folder."""
+    """Returns the bytes of the safetensors files in a folder."""
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def _figures(nll: dict[str, float], key: str) -> tuple[str, str, str]:
+def _nll_cells(nll: dict[str, float], key: str) -> tuple[str, str, str]:
     if key not in nll:
         return "", "", ""
     above = f"{nll[key] - nll['float']:+.5f}" if "float" in nll and key != "float" else ""
     return _perplexity(nll[key]), f"{nll[key]:.5f}", above
 
 
-def _above(nll: dict[str, float]) -> str:
+def _difference(nll: dict[str, float]) -> str:
     return f"{nll['gptq'] - nll['float']:+.5f}" if "gptq" in nll and "float" in nll else ""
 
 

@@ -1,9 +1,7 @@
-"""Starts each run of a sweep (``-m``) that trains on several processes as a separate command.
+"""Runs of a sweep (``-m``) that train on several processes, each as a separate command.
 
-Lightning starts the other ranks with the command line it finds. In a sweep that is the whole sweep's, so every rank but
-the first would restart the sweep, in another folder.
-
-Tested by tests/ranks/test_launchers.py: it takes real launchers to show it.
+Lightning starts the other ranks with the command line of the process. In a sweep that is the command of the whole
+sweep, so every rank but the first would start the sweep again, in another folder.
 """
 
 from __future__ import annotations
@@ -23,31 +21,31 @@ from gptq_plugin.apps.summary import SUMMARY
 
 
 def runs_a_sweep() -> bool:
-    """Whether this process goes through a sweep's runs."""
+    """Return whether this process goes through the runs of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def in_sweep() -> bool:
-    """Whether this run is one of a sweep's, in whatever process: those have numbers."""
+    """Return whether this run belongs to a sweep, in any process: then it has a number."""
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
 def starts_ranks(trainer: Trainer) -> bool:
-    """Whether fitting starts the other ranks, by the command line of this process."""
+    """Return whether fitting starts the other ranks, with the command line of this process."""
     launcher: Any = trainer.strategy.launcher
     environment = getattr(launcher, "cluster_environment", None)
     return trainer.num_devices > 1 and environment is not None and not environment.creates_processes_externally
 
 
 def run_alone(folder: Path) -> float | None:
-    """Runs this run of a sweep as a command of its own, in its folder; returns what the command's function returns.
+    """Runs this run of a sweep as a separate command in `folder`; returns the exported model's mean NLL.
 
     Raises:
-        RuntimeError: It failed.
+        RuntimeError: The command failed.
     """
     done = subprocess.run(_command(folder), cwd=HydraConfig.get().runtime.cwd, check=False)
     if done.returncode:
-        raise RuntimeError(f"the run in {folder} failed (exit status {done.returncode}): what stopped it is said above")
+        raise RuntimeError(f"the run in {folder} failed (exit status {done.returncode}): see its output above")
     nll: dict[str, float] = json.loads((folder / SUMMARY).read_text())["nll"]
     return nll.get("gptq")
 

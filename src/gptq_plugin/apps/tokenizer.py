@@ -1,4 +1,4 @@
-"""A tokenizer trained on the text at hand, for a model trained from scratch."""
+"""Trains a tokenizer, for a model trained from scratch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with ``<s>``, ``</s>`` and ``<pad>``; any text round-trips through it.
+    """Trains a byte-level BPE tokenizer with ``<s>``, ``</s>`` and ``<pad>``; any text round-trips through it.
 
     Args:
-        texts: What to learn the merges from.
-        vocab_size: Tokens at most, at least 259: the 256 bytes and the three special ones.
+        texts: Texts to learn the merges from.
+        vocab_size: Most tokens; at least 259, for the 256 bytes and the three special tokens.
 
     Raises:
-        ValueError: `vocab_size` has no room for the bytes.
+        ValueError: `vocab_size` is less than 259.
     """
     special = [BOS, EOS, PAD]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
