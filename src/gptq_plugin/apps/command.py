@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_plugin.clients.client import CLIENTS, Client, rules_of
 
 if TYPE_CHECKING:
-    from gptq_plugin.check.lint import Lint
+    from gptq_plugin.check.findings import Lint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,90 @@
+"""Compares a checkpoint with the float model it was made from: `BesideFloat`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+
+from gptq_plugin.check.comparison import compare, verdict
+from gptq_plugin.check.described import short
+from gptq_plugin.check.findings import Finding, error, warning
+from gptq_plugin.check.float_weights import FloatWeights
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.clients.inventory import LayerEntry
+from gptq_plugin.config import QuantizeConfig, own_config
+from gptq_plugin.errors import some
+from gptq_plugin.layers.qlinear import QuantLinear
+
+
+class BesideFloat:
+    """A checkpoint beside its float model: `layer` for every quantized layer, then `rest` once.
+
+    Attributes:
+        summary: What was compared, after `rest`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, floats: FloatWeights) -> None:
+        self.summary = ""
+        self._checkpoint = checkpoint
+        self._floats = floats
+        self._config = own_config(checkpoint.quantize_config())
+        self._compared = 0
+        self._unknown: list[str] = []
+
+    def layer(self, entry: LayerEntry, layer: QuantLinear) -> Iterator[Finding]:
+        """Compares a layer with its float weight."""
+        weight = self._floats.weight(entry.name, (entry.out_features, entry.in_features))
+        if weight is None:
+            self._unknown.append(entry.name)
+            return
+        self._compared += 1
+        comparison = compare(layer, weight, *self._grid_of(entry))
+        scales = self._checkpoint.tensors[f"{entry.name}.{self._checkpoint.format.scales}"]
+        for message in verdict(comparison, entry.bits, bfloat16_scales=scales.dtype == "BF16"):
+            yield error(message)
+
+    def rest(self) -> Iterator[Finding]:
+        """Compares embeddings, norms, biases and float layers, each of which must be the float model's or its cast."""
+        if self._unknown:
+            yield warning(
+                f"{some(self._unknown)}: the float model has no weight of that name and shape, so not compared"
+            )
+        biases = [f"{name}.bias" for name, layer in self._checkpoint.layers.items() if layer.has_bias]
+        same, unknown = 0, []
+        cast: Counter[str] = Counter()
+        off: dict[str, float] = {}
+        for name in [*self._checkpoint.float_names, *biases]:
+            ours, theirs = self._checkpoint.read(name), self._floats.tensor(name)
+            if theirs is None or theirs.shape != ours.shape:
+                if name not in biases or ours.any():  # AutoGPTQ writes a bias of zeros where there is none
+                    unknown.append(name)
+                continue
+            if not torch.equal(theirs.to(ours.dtype), ours):
+                off[name] = float((ours.float() - theirs.float()).abs().max())
+                continue
+            same += 1
+            if theirs.dtype != ours.dtype:
+                cast[f"{short(theirs.dtype)} to {short(ours.dtype)}"] += 1
+        casts = "".join(f", {count} of them cast from {kinds}" for kinds, count in cast.items())
+        self.summary = (
+            f"{self._compared} layers with those of {self._floats.directory}; {same} other tensors are equal{casts}"
+        )
+        if off:
+            worst = max(off, key=lambda name: off[name])
+            yield error(
+                f"{some(off)}: not quantized, and not the float model's values (the furthest is {worst}, by up to "
+                f"{off[worst]:.3g}): another model, or damage"
+            )
+        if unknown:
+            yield warning(f"{some(unknown)}: the float model has no tensor of that name and shape, so not compared")
+
+    def _grid_of(self, entry: LayerEntry) -> tuple[QuantizeConfig, tuple[float, ...]]:
+        """The layer's grid; and the parts its groups' ranges may have, where the groups' steps come from the float
+        weight: in our own checkpoints with static groups."""
+        ours = self._config.for_module(entry.name) if self._config is not None else None
+        if ours is not None and ours.static_groups:
+            return ours, ours.clip_ratios
+        v1 = self._checkpoint.checkpoint_format == "gptq"
+        return QuantizeConfig(bits=entry.bits, sym=entry.sym, checkpoint_format="gptq" if v1 else "gptq_v2"), ()

@@ -1,0 +1,100 @@
+"""Faults of a quantized layer that show without its float weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.check.findings import Finding, error, warning
+from gptq_plugin.checkpoint.formats.format import trivial_g_idx
+from gptq_plugin.clients.inventory import LayerEntry
+from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
+from gptq_plugin.layers.qlinear import QuantLinear
+
+# Of |mean(code − zero)| of a layer, in steps: weights average to nearly nothing, and a zero that is off by one to 1. In
+# the quantizations of `comparison` it was at most 0.06 at 2 to 4 bits; at 8 bits, where steps are small, 0.48.
+_OFF_CENTER = 0.5
+_SAMPLED_ROWS = 256
+_HUGE = 1000.0  # a scale over the layer's median
+
+
+def layer_findings(entry: LayerEntry, layer: QuantLinear, checkpoint_format: str, desc_act: bool) -> Iterator[Finding]:
+    """Holds a layer to its description: zeros, groups, scales, padding and codes.
+
+    Args:
+        entry: Its name and grid, as its tensors have them.
+        layer: On the CPU, with true zeros.
+        checkpoint_format: Of the files.
+        desc_act: The description allows groups that are not contiguous.
+    """
+    zeros = unpack_zeros(layer.qzeros, layer.bits, layer.out_features)
+    yield from _zeros(entry, zeros, checkpoint_format)
+    yield from _groups(entry, layer, desc_act)
+    yield from _scales(layer.scales)
+    yield from _padding(layer)
+    yield from _codes(layer, zeros)
+
+
+def _zeros(entry: LayerEntry, zeros: Tensor, checkpoint_format: str) -> Iterator[Finding]:
+    middle = 2 ** (entry.bits - 1)
+    if entry.sym:
+        wrong = zeros[zeros != middle]
+        if len(wrong):
+            value = int(wrong.mode().values)
+            hint = ""
+            if value == middle - 1 and checkpoint_format == "gptq_v2":
+                hint = ", as in a file of format gptq (v1) that says gptq_v2"
+            if value == middle + 1 and checkpoint_format == "gptq":
+                hint = ", as in a file of format gptq_v2 that says gptq (v1)"
+            yield error(
+                f"sym=True says that every zero is {middle}, and most others here are {value}{hint}: weights are off "
+                "by whole steps"
+            )
+    elif checkpoint_format == "gptq" and bool((zeros == 0).any()):
+        yield warning("some zeros are 0, which format gptq (v1) stores as -1, and clients read differently")
+
+
+def _groups(entry: LayerEntry, layer: QuantLinear, desc_act: bool) -> Iterator[Finding]:
+    counts = torch.bincount(layer.g_idx.long(), minlength=layer.scales.shape[0])
+    natural = trivial_g_idx(entry.in_features, entry.group_size)
+    if entry.act_order and not desc_act:
+        yield error(
+            "desc_act=false says that channel i is in group i // group_size, and g_idx says otherwise: clients that "
+            "read it compute other weights than those that do not"
+        )
+    elif not torch.equal(counts, torch.bincount(natural.long(), minlength=len(counts))):
+        yield error("g_idx puts more channels into some groups than group_size says, and fewer into others")
+
+
+def _scales(scales: Tensor) -> Iterator[Finding]:
+    values = scales.float()
+    if bool((values < 0).any()):
+        yield warning("some scales are negative")
+    if bool((values == 0).any()):
+        yield warning("some scales are 0: their groups are all zeros")
+    middle = float(values.abs().median())
+    if float(values.abs().max()) > _HUGE * middle > 0:
+        yield warning(f"some scales are more than {_HUGE:.0f} times the layer's median")
+
+
+def _padding(layer: QuantLinear) -> Iterator[Finding]:
+    """Bits behind the last code of a stream."""
+    used = layer.in_features * layer.bits % 32
+    if used and bool((layer.qweight[-1] & ~((1 << used) - 1)).any()):
+        yield warning("the bits behind the last code are not zero: another packing, or damage")
+
+
+def _codes(layer: QuantLinear, zeros: Tensor) -> Iterator[Finding]:
+    step = -(-layer.out_features // _SAMPLED_ROWS)
+    codes = unpack_weight(layer.qweight[:, ::step].contiguous(), layer.bits, layer.in_features)
+    if codes.numel() > 1 and bool((codes == codes.flatten()[0]).all()):
+        yield error(f"every code is {int(codes.flatten()[0])}: the file was not written, or is damaged")
+        return
+    mean = float((codes.float() - zeros[:, ::step].float().T[:, layer.g_idx.long()]).mean())
+    if layer.bits <= 4 and abs(mean) > _OFF_CENTER:
+        yield warning(
+            f"codes average {mean:+.1f} from their zeros, where weights average to nearly nothing: zeros off by one "
+            "look so; compare with the float model (--float)"
+        )

@@ -1,0 +1,98 @@
+"""What a checkpoint's files contain, and where they contradict each other or what clients expect."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+
+from gptq_plugin.check.findings import Finding, error, warning
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG
+from gptq_plugin.clients.inventory import Inventory
+from gptq_plugin.errors import some
+
+
+def facts(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, str]:
+    """What the checkpoint is, by heading."""
+    grids = Counter((x.bits, x.group_size, x.sym, x.act_order) for x in inventory.layers)
+    described = [
+        f"{count} layers at {bits} bits, group_size={size}, {'symmetric' if sym else 'asymmetric'}"
+        + (", act-order" if ordered else "")
+        for (bits, size, sym, ordered), count in grids.most_common()
+    ]
+    sizes = {name: _bytes(entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
+    total, float_bytes = sum(sizes.values()), sum(sizes[name] for name in checkpoint.float_names)
+    architecture = (checkpoint.model_config.get("architectures") or [None])[0]
+    return {
+        "format": checkpoint.checkpoint_format,
+        "model": str(architecture or checkpoint.model_config.get("module_class") or "unknown"),
+        "layers": "; ".join(described),
+        "left float": some(inventory.floats) if inventory.floats else "no linear layer inside the blocks",
+        "bytes": f"{total:,}, of which {float_bytes / total:.0%} are float weights in {short(inventory.dtype)}",
+    }
+
+
+def file_findings(checkpoint: Checkpoint, inventory: Inventory) -> Iterator[Finding]:
+    """Faults that show without looking at a weight."""
+    return chain(
+        _contradictions(checkpoint), _tied_head(checkpoint, inventory), _scales_dtype(checkpoint), _no_g_idx(checkpoint)
+    )
+
+
+def short(dtype: torch.dtype) -> str:
+    """``"float16"`` of torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    digits = re.sub(r"\D.*", "", dtype.lstrip("BFIUOL")) or "8"  # safetensors' names: F16, BF16, I64, F8_E4M3, BOOL
+    return math.prod(shape) * int(digits) // 8
+
+
+def _contradictions(checkpoint: Checkpoint) -> Iterator[Finding]:
+    inside, beside = checkpoint.quantization, checkpoint.quantize_config()
+    for key in checkpoint.format.repeated:
+        if key in inside and key in beside and inside[key] != beside[key]:
+            yield error(
+                f"{CONFIG} says {key}={inside[key]!r} and {QUANTIZE_CONFIG} says {beside[key]!r}: clients read one or "
+                "the other, so correct the wrong one"
+            )
+
+
+def _tied_head(checkpoint: Checkpoint, inventory: Inventory) -> Iterator[Finding]:
+    parts = (checkpoint.model_config, checkpoint.model_config.get("text_config") or {})
+    if inventory.lm_head and any(part.get("tie_word_embeddings") for part in parts):
+        yield error(
+            "the output embedding is quantized and config.json ties it to the float input embedding, which loaders "
+            "then take instead: set tie_word_embeddings to false"
+        )
+
+
+def _scales_dtype(checkpoint: Checkpoint) -> Iterator[Finding]:
+    if not checkpoint.format.float16_scales:
+        return
+    kinds = Counter(checkpoint.tensors[f"{name}.{checkpoint.format.scales}"].dtype for name in checkpoint.layers)
+    if kinds["BF16"]:
+        yield warning(
+            f"the scales of {kinds['BF16']} layers are bfloat16: if they were rounded from float16, weights moved "
+            "by up to 0.4 % (compare with the float model to see); float16 is what GPTQ clients expect"
+        )
+    if kinds["F32"]:
+        yield warning(
+            f"the scales of {kinds['F32']} layers are float32 and hold float16 values: no number changes, but GPTQ "
+            "clients expect float16"
+        )
+
+
+def _no_g_idx(checkpoint: Checkpoint) -> Iterator[Finding]:
+    without = [name for name, layer in checkpoint.layers.items() if not layer.has_g_idx]
+    if without and checkpoint.format.always_g_idx:
+        yield warning(
+            f"{some(without)} have no g_idx: no number changes, since desc_act=false says i // group_size; "
+            "transformers reports missing keys"
+        )
