@@ -1,0 +1,130 @@
+"""Damage that shows beside the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptq_plugin.check.lint import lint
+
+from damage import (
+    LAYER,
+    bytes_swapped,
+    cast,
+    one_group_off,
+    reversed_groups,
+    rolled,
+    scaled,
+    zeros_off,
+)
+
+OF_THE_FLOAT_MODEL = {
+    "zeros + 1": (zeros_off, "zeros off by one"),
+    "zeros - 1": (lambda tensors, bits: zeros_off(tensors, bits, -1), "zeros off by one"),
+    "zeros of one layer + 1": (
+        lambda tensors, bits: zeros_off(tensors, bits, only=LAYER),
+        f"{LAYER}: weights are",
+    ),
+    "zeros of one group + 1": (one_group_off, f"{LAYER}: some groups are shifted"),
+    "bytes of every word swapped": (bytes_swapped, "does not hold the float model's weights"),
+    "scales * 1.05": (scaled, "all 7 layers: scales are not those"),
+    "scales of one layer * 1.05": (
+        lambda tensors, bits: scaled(tensors, bits, LAYER),
+        f"{LAYER}: scales are not those",
+    ),
+    "scales of one layer * 0.97": (
+        lambda tensors, bits: scaled(tensors, bits, LAYER, 0.97),
+        f"{LAYER}: scales are not",
+    ),
+    "words of one layer moved": (rolled, "model.layers.0.mlp.down_proj: it does not hold the float model's weights"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["2 bits symmetric", "3 bits asymmetric", "8 bits symmetric", "4 bits compressed-tensors"],
+)
+@pytest.mark.parametrize("damage", OF_THE_FLOAT_MODEL)
+def test_damage_shows_beside_the_float_model_at_every_width(
+    damage: str, case: str, damaged: Callable[..., Path], float_dir: Path
+) -> None:
+    change, words = OF_THE_FLOAT_MODEL[damage]
+    found = lint(damaged(case, change), float_dir)
+    assert any(words in error for error in found.errors), found.findings
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"])
+def test_what_is_not_quantized_must_be_the_float_model_s(
+    name: str, damaged: Callable[..., Path], float_dir: Path
+) -> None:
+    out = damaged("4 bits symmetric", lambda tensors, bits: tensors[name][1:2].add_(0.5))
+    (error,) = lint(out, float_dir).errors
+    assert error.startswith(f"{name}: not quantized") and "by up to 0.5" in error
+    assert not lint(out).errors
+
+
+def test_what_is_not_quantized_may_be_cast_and_a_name_may_lack_the_base_model_s(
+    damaged: Callable[..., Path], float_dir: Path, tmp_path: Path
+) -> None:
+    """The float model is float32, with digits that bfloat16 has no room for, and saved without its head."""
+    whole = {key: t for file in float_dir.glob("*.safetensors") for key, t in load_file(file).items()}
+    norm = torch.rand(128) + 1 / 3
+    floats = {key.removeprefix("model."): t.float() for key, t in whole.items() if key != "lm_head.weight"}
+    save_file({**floats, "norm.weight": norm}, tmp_path / "model.safetensors")
+    out = damaged("4 bits symmetric", lambda tensors, bits: tensors.update({"model.norm.weight": norm.bfloat16()}))
+    found = lint(out, tmp_path)
+    assert not found.errors
+    assert found.facts["compared"].endswith("4 other tensors are equal, 4 of them cast from float32 to bfloat16")
+    assert "lm_head.weight: the float model has no tensor" in found.findings[0].message
+    save_file({**floats, "norm.weight": norm + 0.01}, tmp_path / "model.safetensors")
+    assert any(error.startswith("model.norm.weight: not quantized") for error in lint(out, tmp_path).errors)
+
+
+def test_biases_of_quantized_layers_are_compared_and_a_bias_of_zeros_may_be_nowhere(
+    damaged: Callable[..., Path], float_dir: Path, tmp_path: Path
+) -> None:
+    def bias(tensors: dict[str, torch.Tensor], bits: int, value: float = 0.0) -> None:
+        tensors[f"{LAYER}.bias"] = torch.full((160,), value, dtype=torch.float16)
+
+    out = damaged("4 bits symmetric", bias)
+    assert not lint(out, float_dir).findings
+    whole = {key: t for file in float_dir.glob("*.safetensors") for key, t in load_file(file).items()}
+    save_file({**whole, f"{LAYER}.bias": torch.ones(160)}, tmp_path / "model.safetensors")
+    assert [error.startswith(f"{LAYER}.bias: not quantized") for error in lint(out, tmp_path).errors] == [True]
+
+
+def test_scales_of_an_unknown_recipe_are_held_to_the_size_of_the_weights(
+    damaged: Callable[..., Path], float_dir: Path
+) -> None:
+    found = lint(damaged("4 bits natural order", scaled), float_dir)
+    assert any("weights are larger than the float ones" in error for error in found.errors), found.findings
+
+
+def test_a_g_idx_that_is_not_the_codes_own_shows_beside_the_float_model(
+    damaged: Callable[..., Path], float_dir: Path
+) -> None:
+    out = damaged("4 bits act-order", reversed_groups)
+    assert not lint(out).errors
+    assert any("g_idx is wrong" in error for error in lint(out, float_dir).errors)
+
+
+def test_scales_in_bfloat16_are_said_to_have_moved_weights_where_that_shows(
+    damaged: Callable[..., Path], float_dir: Path
+) -> None:
+    out = damaged("4 bits symmetric", cast(torch.bfloat16))
+    assert not lint(out).errors and "bfloat16" in lint(out).findings[0].message
+    assert any("rounded to bfloat16" in error for error in lint(out, float_dir).errors)
+
+
+def test_a_float_model_without_its_layers_is_said_and_compares_nothing(
+    exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    save_file({"other.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    found = lint(exported("4 bits symmetric"), tmp_path)
+    assert found.facts["compared"].startswith("0 layers")
+    assert "has no weight of that name and shape" in found.findings[0].message
+    assert "has no tensor of that name and shape" in found.findings[1].message

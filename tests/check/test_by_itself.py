@@ -1,0 +1,97 @@
+"""Damage of a layer that shows without its float weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptq_plugin import QuantizeConfig
+from gptq_plugin.check.by_itself import layer_findings
+from gptq_plugin.check.lint import lint
+from gptq_plugin.clients.inventory import LayerEntry
+from gptq_plugin.gptq.solver import round_to_nearest
+from gptq_plugin.layers.packing import pack_weight, pack_zeros, unpack_zeros
+from gptq_plugin.layers.qlinear import QuantLinear
+
+from damage import (
+    LAYER,
+    one_channel_in_another_group,
+    reversed_groups,
+    without,
+    zeros_off,
+)
+
+ALONE = {
+    "zeros + 1": (zeros_off, "every zero is 8, and most others here are 9, as in a file of format gptq_v2"),
+    "zeros of one layer": (lambda tensors, bits: zeros_off(tensors, bits, only=LAYER), f"{LAYER}: sym=True says"),
+    "groups reversed": (reversed_groups, "desc_act=false says that channel i is in group i // group_size"),
+    "one channel": (one_channel_in_another_group, "desc_act=false says"),
+    "no zeros": (without("qzeros"), "lacks 7 tensors"),
+    "one weight missing": (without("qweight", LAYER), f"{LAYER}.qweight"),
+    "NaN": (lambda tensors, bits: tensors[f"{LAYER}.scales"].fill_(float("nan")), "NaN"),
+    "nothing written": (lambda tensors, bits: tensors[f"{LAYER}.qweight"].zero_(), f"{LAYER}: every code is 0"),
+}
+
+
+@pytest.mark.parametrize("damage", ALONE)
+def test_damage_shows_by_what_the_checkpoint_says_of_itself(damage: str, damaged: Callable[..., Path]) -> None:
+    change, words = ALONE[damage]
+    found = lint(damaged("4 bits symmetric", change))
+    assert any(words in error for error in found.errors), found.findings
+
+
+def test_groups_of_other_sizes_show_where_act_order_may_put_channels_anywhere(damaged: Callable[..., Path]) -> None:
+    found = lint(damaged("4 bits act-order", one_channel_in_another_group))
+    assert any("more channels into some groups" in error for error in found.errors)
+
+
+def test_what_a_single_layer_shows_is_a_warning_or_an_error_by_its_weight_for_the_numbers() -> None:
+    """A layer made by hand: 40 inputs at 3 bits do not fill their last word."""
+    torch.manual_seed(0)
+    weight = round_to_nearest(torch.randn(64, 40), QuantizeConfig(bits=3, group_size=8, sym=False))
+    layer = QuantLinear.from_quantized(weight)
+    entry = LayerEntry("x", 3, 8, 40, 64, sym=False, act_order=False)
+
+    def found(checkpoint_format: str = "gptq_v2", **changed: torch.Tensor) -> list[tuple[str, str]]:
+        one = copy.deepcopy(layer)
+        for name, value in changed.items():
+            setattr(one, name, value)
+        return [(f.level, f.message) for f in layer_findings(entry, one, checkpoint_format, desc_act=False)]
+
+    assert not found()
+    scales = layer.scales.clone()
+    scales[0, 0] = -scales[0, 0]
+    assert found(scales=scales) == [("warning", "some scales are negative")]
+    scales[0, 0] = 0
+    assert found(scales=scales)[0] == ("warning", "some scales are 0: their groups are all zeros")
+    scales[0, 0] = 2000 * layer.scales.median()
+    ((level, message),) = found(scales=scales)
+    assert level == "warning" and "more than 1000 times" in message
+    used = layer.qweight.clone()
+    used[-1, 5] |= 1 << 30  # the stream ends at bit 40 * 3 % 32 = 24 of the last word
+    assert [message for _, message in found(qweight=used)] == [
+        "the bits behind the last code are not zero: another packing, or damage"
+    ]
+    codes = torch.zeros(64, 40, dtype=torch.uint8)
+    assert ("error", "every code is 0: the file was not written, or is damaged") in found(qweight=pack_weight(codes, 3))
+    zeros = unpack_zeros(layer.qzeros, 3, 64)
+    zeros[0, 0] = 0
+    assert [level for level, _ in found("gptq", qzeros=pack_zeros(zeros, 3))] == ["warning"]
+    assert not found("gptq_v2", qzeros=pack_zeros(zeros, 3))
+
+
+def test_the_zeros_of_the_other_version_are_recognized_where_the_grid_is_symmetric() -> None:
+    torch.manual_seed(0)
+    config = QuantizeConfig(bits=4, group_size=8)
+    layer = QuantLinear.from_quantized(round_to_nearest(torch.randn(64, 40), config))
+    entry = LayerEntry("x", 4, 8, 40, 64, sym=True, act_order=False)
+    for by, checkpoint_format, hint in ((-1, "gptq_v2", "gptq (v1) that says gptq_v2"), (1, "gptq", "says gptq (v1)")):
+        zeros = torch.full((5, 64), 8 + by, dtype=torch.uint8)
+        one = copy.deepcopy(layer)
+        one.qzeros = pack_zeros(zeros, 4)
+        (first, *_) = layer_findings(entry, one, checkpoint_format, desc_act=False)
+        assert first.level == "error" and hint in first.message

@@ -1,0 +1,121 @@
+"""A layer beside its float weight: what rounding leaves alone, and what damage moves."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from gptq_plugin import QuantizeConfig
+from gptq_plugin.check import comparison
+from gptq_plugin.check.comparison import Comparison, compare, verdict
+from gptq_plugin.gptq.solver import round_to_nearest
+from gptq_plugin.layers.packing import pack_weight, pack_zeros, unpack_weight, unpack_zeros
+from gptq_plugin.layers.qlinear import QuantLinear
+
+OUT, IN = 72, 96
+FOUR = QuantizeConfig(bits=4, group_size=32, sym=False, checkpoint_format="gptq_v2")
+
+
+def layer_of(config: QuantizeConfig, weight: torch.Tensor) -> QuantLinear:
+    return QuantLinear.from_quantized(round_to_nearest(weight, config))
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)) + 0.2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+def test_rounding_to_nearest_is_sound_and_its_errors_are_what_they_are(
+    bits: int, sym: bool, weight: torch.Tensor
+) -> None:
+    config = dataclasses.replace(FOUR, bits=bits, sym=sym)
+    layer = layer_of(config, weight)
+    found = compare(layer, weight, config, ratios=(1.0,))
+    assert found.error == pytest.approx(float((weight - layer.dequantize()).norm() / weight.norm()), rel=1e-4)
+    assert found.over_nearest == pytest.approx(1, abs=1e-4)
+    assert abs(found.shift) < 0.1 and found.off_grid == found.rounded == 0
+    assert not verdict(found, bits)
+
+
+def test_the_result_does_not_depend_on_the_rows_in_memory(
+    weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(FOUR, weight)
+    whole = dataclasses.astuple(compare(layer, weight, FOUR, ratios=(1.0,)))
+    monkeypatch.setattr(comparison, "_PART", 5 * IN)  # 72 rows in parts of 5
+    assert dataclasses.astuple(compare(layer, weight, FOUR, ratios=(1.0,))) == pytest.approx(whole)
+
+
+def test_zeros_off_by_one_shift_by_one_step(weight: torch.Tensor) -> None:
+    layer = layer_of(FOUR, weight)
+    zeros = unpack_zeros(layer.qzeros, 4, OUT)
+    layer.qzeros = pack_zeros(zeros + 1, 4)
+    found = compare(layer, weight, FOUR)
+    assert found.shift == pytest.approx(1, abs=0.05)
+    assert "shifted down by about 1 of a step" in " ".join(verdict(found, 4))
+
+
+def test_scales_that_grew_show_in_the_gain_and_off_the_grid(weight: torch.Tensor) -> None:
+    layer = layer_of(FOUR, weight)
+    layer.scales = (layer.scales.float() * 1.05).half()
+    known, unknown = compare(layer, weight, FOUR, ratios=(1.0,)), compare(layer, weight, FOUR)
+    assert known.off_grid > 0.9 and "scales are not those" in " ".join(verdict(known, 4))
+    assert math.isnan(unknown.off_grid) and unknown.gain > 1.03
+    assert "weights are larger than the float ones" in " ".join(verdict(unknown, 4))
+
+
+def test_scales_rounded_to_bfloat16_are_told_only_where_the_file_has_such(weight: torch.Tensor) -> None:
+    layer = layer_of(FOUR, weight)
+    layer.scales = layer.scales.bfloat16().half()
+    found = compare(layer, weight.bfloat16(), FOUR, ratios=(1.0,))
+    assert found.rounded > 0.05
+    found = dataclasses.replace(found, off_grid=0.0)  # as of a float model that was itself rounded
+    assert "rounded to bfloat16" in " ".join(verdict(found, 4, bfloat16_scales=True))
+    assert not verdict(found, 4)
+
+
+def test_channels_in_other_groups_fit_those_groups_better(weight: torch.Tensor) -> None:
+    scale = torch.tensor([0.1, 1.0, 10.0]).repeat_interleave(32)
+    layer = layer_of(FOUR, weight * scale)
+    wrong = copy.deepcopy(layer)
+    wrong.g_idx = layer.g_idx.flip(0)
+    assert compare(layer, weight * scale, FOUR).misplaced < 0.05
+    assert compare(wrong, weight * scale, FOUR).misplaced > 0.6
+
+
+def test_a_layer_of_another_model_has_no_correlation_and_nothing_else_is_told(weight: torch.Tensor) -> None:
+    layer = layer_of(FOUR, weight)
+    layer.qweight = pack_weight(unpack_weight(layer.qweight, 4, IN).roll(1, 1), 4)
+    (only,) = verdict(compare(layer, weight - 0.2, FOUR), 4)
+    assert "does not hold the float model's weights" in only
+
+
+SOUND = Comparison(0.1, 1.2, 0.99, 0.01, 0.0, 0.99, float("nan"), float("nan"), 0.0)
+
+
+@pytest.mark.parametrize(
+    "changed,bits,words",
+    [
+        ({}, 4, None),
+        ({"correlation": 0.39}, 4, "does not hold"),
+        ({"shift": -0.9}, 4, "shifted up"),
+        ({"shift": 0.39}, 4, None),
+        ({"shifted_groups": 0.02}, 4, "some groups are shifted"),
+        ({"gain": 1.03}, 2, "weights are larger"),
+        ({"gain": 0.9}, 4, "weights are smaller"),
+        ({"gain": 0.9}, 3, None),  # clipping shrinks weights of few bits
+        ({"misplaced": 0.6}, 3, "g_idx is wrong"),
+        ({"misplaced": 0.6}, 2, None),
+        ({"over_nearest": 6.0}, 4, "more than 5 times"),
+        ({"off_grid": 0.02, "rounded": 0.02}, 4, "scales are not those"),
+    ],
+)
+def test_each_limit_has_its_sentence(changed: dict[str, float], bits: int, words: str | None) -> None:
+    found = verdict(dataclasses.replace(SOUND, **changed), bits)
+    assert (len(found), words is None or words in found[0]) == (words is not None, True), found

@@ -1,0 +1,60 @@
+"""The float model's weights, one at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gptq_plugin.check.float_weights import FloatWeights
+from gptq_plugin.errors import CheckpointError
+
+
+def folder(path: Path, **tensors: torch.Tensor) -> Path:
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def test_a_name_may_lack_the_base_models_prefix_or_have_one_more(tmp_path: Path) -> None:
+    floats = FloatWeights(folder(tmp_path, **{"layers.0.up.weight": torch.ones(2, 3), "model.norm": torch.ones(3)}))
+    assert floats.tensor("model.layers.0.up.weight").shape == (2, 3)
+    assert floats.tensor("norm").shape == (3,)
+    assert floats.tensor("other") is None
+
+
+def test_a_name_that_fits_several_tensors_is_none_of_them_unless_it_is_one_exactly(tmp_path: Path) -> None:
+    one, other = torch.zeros(2), torch.ones(2)
+    floats = FloatWeights(folder(tmp_path, **{"vision.norm": one, "text.norm": other}))
+    assert floats.tensor("norm") is None
+    assert torch.equal(floats.tensor("text.norm"), other)
+
+
+def test_a_transposed_matrix_that_is_not_square_tells_that_all_are(tmp_path: Path) -> None:
+    square = torch.arange(9.0).view(3, 3)
+    floats = FloatWeights(folder(tmp_path, **{"a.weight": square, "b.weight": torch.ones(2, 3)}))
+    assert torch.equal(floats.weight("a", (3, 3)), square)
+    assert floats.weight("b", (3, 2)).shape == (3, 2)
+    assert torch.equal(floats.weight("a", (3, 3)), square.T)
+    assert floats.weight("b", (4, 3)) is None and floats.weight("c", (3, 3)) is None
+
+
+def test_shards_are_those_of_the_index(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        save_file({f"t{number}": torch.full((1,), float(number))}, tmp_path / f"model-{number}.safetensors")
+    names = {f"t{number}": f"model-{number}.safetensors" for number in (1, 2)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    floats = FloatWeights(tmp_path)
+    assert float(floats.tensor("t2")) == 2 and floats.tensor("t3") is None
+
+
+def test_a_folder_without_weights_and_a_damaged_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        FloatWeights(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        FloatWeights(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    with pytest.raises(CheckpointError, match="of the float model cannot be read"):
+        FloatWeights(tmp_path)
