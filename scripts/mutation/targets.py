@@ -1,0 +1,42 @@
+"""The modules to mutate, and the tests nearest to each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_SOURCE = REPOSITORY / "src" / "gptq_plugin"
+_FOLDERS = ("gptq", "walk", "layers")
+_MODULES = ("calibration/positions.py", "training/quality_gate.py")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module.
+
+    Attributes:
+        name: As it is imported.
+        file: Its source.
+        tests: What pytest is given.
+    """
+
+    name: str
+    file: Path
+    tests: list[str]
+
+    @property
+    def short(self) -> str:
+        """Its name without the package's."""
+        return self.name.removeprefix("gptq_plugin.")
+
+
+def targets() -> list[Target]:
+    files = [file for folder in _FOLDERS for file in sorted((_SOURCE / folder).glob("*.py"))]
+    files += [_SOURCE / module for module in _MODULES]
+    found = [_target(file.parent.name, file) for file in files if file.name != "__init__.py"]
+    return [*found, _target("kernels", REPOSITORY / "kernels" / "gptq_triton" / "reference.py")]
+
+
+def _target(folder: str, file: Path) -> Target:
+    return Target(f"gptq_plugin.{folder}.{file.stem}", file, [f"tests/{folder}/test_{file.stem}.py"])
