@@ -76,12 +76,12 @@ def grid(values: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
         scales = 2 * values.abs().amax(-1) / top
         zeros = torch.full_like(scales, 2 ** (config.bits - 1))
     else:
-        low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-        if config.checkpoint_format == "gptq":
-            # v1 stores z − 1, and clients read z = 0 differently: widen the grid until z is at least 1.
-            low = torch.minimum(low, -high / (top - 1))
+        # v1 stores z − 1, and clients read z = 0 differently: widen the grid until z is at least 1.
+        least = 1 if config.checkpoint_format == "gptq" else 0
+        high = values.amax(-1).clamp(min=0)
+        low = torch.minimum(values.amin(-1), -high * least / (top - least))
         scales = (high - low) / top
-        zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(0, top)
+        zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(least, top)  # least: a group of zeros
     scales = torch.where(scales == 0, 1, scales)  # a group of zeros: any scale fits
     return scales.clamp(min=_SMALLEST_SCALE).to(SCALE_DTYPE).to(values.dtype), zeros
 
