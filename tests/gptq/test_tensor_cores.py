@@ -29,3 +29,14 @@ def test_products_of_split_numbers_are_nearly_as_accurate_as_float32s(device):
         tensor_cores.add_product(gram, transposed, same, alpha=4096.0**-2)
     wanted = b.double().mT @ b.double()
     assert (gram.double() - wanted).norm() / wanted.norm() < 5e-6
+
+
+def test_the_largest_number_that_can_be_split_is_below_float16s_end():
+    largest = torch.tensor([tensor_cores.LARGEST, 2 * tensor_cores.LARGEST]).half()
+    assert largest.isfinite().tolist() == [True, False]
+
+
+def test_only_float32_on_a_gpu_is_split():
+    for device in ("cpu", "meta"):
+        assert not tensor_cores.usable(torch.empty(1, device=device))
+        assert not tensor_cores.usable(torch.empty(1, device=device, dtype=torch.float64))

@@ -141,6 +141,13 @@ def test_a_weight_of_more_than_one_tile_is_unpacked_whole(bits, monkeypatch):
     assert torch.equal(packing.unpack_weight(packing.pack_weight(codes, bits), bits, 203), codes)
 
 
+def test_words_are_made_where_the_codes_are():
+    codes = random_codes(5, 7, 3, seed=0)
+    with torch.device("meta"):
+        packed = packing.pack_weight(codes, 3)
+        assert packed.device == packing.unpack_weight(packed, 3, 7).device == codes.device
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gptq_plugin import distributed
 from gptq_plugin.walk import hessian as hessians
 from gptq_plugin.walk.hessian import Hessian
 
@@ -28,6 +29,8 @@ def test_the_mean_is_that_of_the_whole_product_though_half_of_it_is_computed(n, 
         hessian.add(part)
     torch.testing.assert_close(hessian.mean(), x.T @ x / 50)
     torch.testing.assert_close(hessian.mean(), x.T @ x / 50)  # asking does not change it
+    assert hessian.mean().dtype == hessian.sum.dtype == torch.float64 and hessian.tokens == 50
+    assert not hessian.sum[:8, 8:].any()  # above the staircase of strips nothing is computed
     assert torch.equal(Hessian(n, "cpu").mean(), torch.zeros(n, n))
 
 
@@ -52,3 +55,42 @@ def test_hessians_of_parts_add_up_to_the_hessian_of_the_whole():
     b.add(x[13:])
     torch.testing.assert_close(whole.sum, a.sum + b.sum)
     assert whole.tokens == a.tokens + b.tokens == 30
+
+
+def test_a_hessian_of_one_token_is_its_outer_product():
+    hessian = Hessian(3, "cpu")
+    hessian.add(torch.tensor([[1.0, 2.0, 3.0]]))
+    assert hessian.tokens == 1 and hessian.mean().tolist() == [[1, 2, 3], [2, 4, 6], [3, 6, 9]]
+
+
+def test_a_hessian_lives_where_it_was_asked_for():
+    hessian = Hessian(5, "meta")
+    assert hessian.sum.device.type == hessian.mean().device.type == "meta" and hessian.sum.dtype == torch.float32
+    with torch.device("meta"):
+        assert Hessian(5, "cpu").sum.device.type == "cpu"
+
+
+@pytest.mark.parametrize("n", [5, 20])
+def test_the_hessians_of_all_ranks_add_up_in_one_message(n, monkeypatch):
+    monkeypatch.setattr(hessians, "_STRIP", {"cpu": 8})
+    x = torch.randn(30, n, dtype=torch.float64)
+    whole, mine, other = (Hessian(n, "cpu", torch.float64) for _ in range(3))
+    for hessian, part in ((whole, x), (mine, x[:13]), (other, x[13:])):
+        hessian.add(part)
+    sent: list[tuple[torch.Tensor, int]] = []
+
+    def sum_(message, tokens):
+        """As if the rank that called before were the other one."""
+        sent.append((message.clone(), tokens))
+        message += sum(earlier for earlier, _ in sent[:-1])
+        return sum(count for _, count in sent)
+
+    monkeypatch.setattr(distributed, "sum_", sum_)
+    other.over_ranks()
+    assert not sent  # it is alone
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    other.over_ranks()
+    mine.over_ranks()
+    torch.testing.assert_close(mine.mean(), whole.mean())
+    assert mine.tokens == 30 and len(sent) == 2
+    assert n < 8 or sent[0][0].numel() < n * n  # without the symmetric half

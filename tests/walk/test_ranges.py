@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_plugin import QuantizeModule
+from gptq_plugin import QuantizeModule, distributed
 from gptq_plugin.errors import ExportError
-from gptq_plugin.walk.ranges import Ranges
+from gptq_plugin.walk.ranges import Ranges, near_float16
 
 from inventories import of_quantized
 
+CPU = torch.device("cpu")
 DOWN = "model.layers.1.mlp.down_proj"
 
 
@@ -101,7 +102,7 @@ def test_what_overflows_float16_is_refused_for_a_client_and_said_without_one(tmp
 
 
 def test_a_layer_that_was_not_seen_and_values_that_are_no_numbers_have_no_range() -> None:
-    ranges, cpu = Ranges(), torch.device("cpu")
+    ranges = Ranges()
     ranges.read(["a", "b"], torch.tensor([[1.0, -3.0]]))
     ranges.read(["a"], torch.tensor([[float("nan"), 9.0]]))
     ranges.read(["a"], torch.empty(0, 2))
@@ -109,7 +110,39 @@ def test_a_layer_that_was_not_seen_and_values_that_are_no_numbers_have_no_range(
     with ranges.watching({"b": linear}):
         linear(torch.zeros(1, 2))
     linear(torch.full((1, 2), 1e9))
-    found = ranges.over_ranks(["a", "b", "c"], cpu)
+    found = ranges.over_ranks(["a", "b", "c"], CPU)
     assert found["a"] == (3.0, pytest.approx(float("nan"), nan_ok=True))
     assert found["b"] == (3.0, pytest.approx(float(linear.bias.detach().abs().max())))
     assert all(value != value for value in found["c"])
+
+
+def test_values_that_are_all_nan_have_no_range_and_zeros_have_one() -> None:
+    ranges = Ranges()
+    ranges.read(["nan"], torch.full((2, 2), float("nan")))
+    ranges.read(["zero"], torch.zeros(2, 2))
+    ranges.read(["infinite"], torch.tensor([float("-inf")]))
+    found = {name: largest for name, (largest, _) in ranges.over_ranks(["nan", "zero", "infinite"], CPU).items()}
+    assert found["nan"] != found["nan"] and found["zero"] == 0 and found["infinite"] == float("inf")
+
+
+def test_the_range_over_ranks_is_the_largest_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def maximum_(values: torch.Tensor) -> None:
+        """The other rank: 2 and 5 for the first layer, nothing of the second."""
+        values.copy_(torch.maximum(values, torch.tensor([2.0, 5.0, -1.0, -1.0], device=CPU)))
+
+    monkeypatch.setattr(distributed, "maximum_", maximum_)
+    ranges = Ranges()
+    ranges.read(["a", "b"], torch.tensor([3.0]))
+    with torch.device("meta"):  # not where new tensors happen to be made
+        found = ranges.over_ranks(["a", "b"], CPU)
+    assert found == {"a": (3.0, 5.0), "b": (3.0, pytest.approx(float("nan"), nan_ok=True))}
+
+
+def test_half_of_float16s_end_is_not_near_it_and_more_is() -> None:
+    near = 65504 / 2
+    assert near_float16(near, near) is None
+    assert near_float16(near + 1, near) == (
+        "its inputs reach 3.275e+04 in calibration, and float16 ends at 65504: have it run in bfloat16"
+    )
+    assert near_float16(1e5, 2e5).startswith("its inputs reach 1e+05 and its outputs reach 2e+05 in calibration")
+    assert near_float16(float("nan"), float("nan")) is None

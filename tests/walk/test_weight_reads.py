@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ class Reading(nn.Module):
         super().__init__()
         self.way = way
         self.called, self.read, self.asked = (nn.Linear(32, 32) for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(32))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.called(x)
@@ -26,6 +29,14 @@ class Reading(nn.Module):
             x = self.read(x) + functional.linear(x, self.read.weight)
         elif self.way == "a part of it":
             x = self.read(x) * self.read.weight[0]
+        elif self.way == "by keyword":
+            x = functional.linear(x, weight=self.read.weight, bias=None)
+        elif self.way == "after an error":
+            with contextlib.suppress(RuntimeError):
+                self.read(x[:, :-1])
+            x = x @ self.read.weight
+        elif self.way == "by a module with parameters":
+            x = x @ self.read.weight * self.scale
         elif self.way == "changed in place":
             self.read.weight.div_(1.0)
             x = self.read(x)
@@ -35,7 +46,18 @@ class Reading(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("way", ["not called", "called too", "a part of it", "changed in place"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "not called",
+        "called too",
+        "a part of it",
+        "changed in place",
+        "by keyword",
+        "after an error",
+        "by a module with parameters",
+    ],
+)
 def test_a_weight_that_the_model_reads_stays_float_and_that_is_said(way):
     torch.manual_seed(0)
     model = Reading(way).eval()

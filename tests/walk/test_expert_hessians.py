@@ -1,0 +1,125 @@
+"""Hessians of experts that see few tokens: what the whole layer's tokens add to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_plugin import distributed
+from gptq_plugin.walk.expert_hessians import ExpertHessians
+from gptq_plugin.walk.hessian import Hessian
+
+CPU = torch.device("cpu")
+WIDTH = 6
+
+
+def rows(count, width=WIDTH, seed=0):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def hessian_of(x):
+    hessian = Hessian(x.shape[1], "cpu", torch.float64)
+    hessian.add(x)
+    return hessian
+
+
+def mean(x):
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("tokens", [1, WIDTH - 1, WIDTH, 40])
+def test_layers_that_read_tokens_take_as_many_of_the_whole_layer_as_they_have_inputs(tokens):
+    experts, own = ExpertHessians(CPU), rows(tokens)
+    everything = [own, rows(50, seed=1)]
+    for part in everything:
+        experts.entered("mlp.experts", part)
+    evidence = experts.weighted("mlp.experts", True, hessian_of(own))
+    expected = (own.T @ own + WIDTH * mean(torch.cat(everything))) / (tokens + WIDTH)
+    torch.testing.assert_close(evidence.mean, expected, rtol=1e-5, atol=1e-5)
+    assert (evidence.tokens, evidence.damp_percent) == (tokens, 0.0)
+    few = f"only {tokens} calibration tokens were routed to this expert, for 6 inputs: all tokens of the layer are"
+    assert [deviation.startswith(few) for deviation in evidence.deviations] == [True] * (tokens < WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "damp_percent"), [(0, 0.9), (1, 0.9), (3, 0.3 * 2**1.5), (6, 0.3), (24, 0.3 / 8), (600, 0.0003)]
+)
+def test_layers_behind_those_get_more_damping_the_fewer_tokens_they_have(tokens, damp_percent):
+    experts, own = ExpertHessians(CPU), Hessian(WIDTH, "cpu", torch.float64)
+    own.add(rows(tokens))
+    experts.entered("mlp.experts", rows(50, seed=1))
+    evidence = experts.weighted("mlp.experts", False, own)
+    assert torch.equal(evidence.mean, own.mean()) and evidence.tokens == tokens
+    assert evidence.damp_percent == pytest.approx(damp_percent)
+    said = (f"only {tokens} calibration tokens were routed to this expert, for 6 inputs: damp_percent is "
+            f"{damp_percent:.2g}",)  # fmt: skip
+    assert evidence.deviations == (said if tokens < WIDTH else ())
+
+
+def test_the_most_damping_is_less_than_the_bound_of_damp_percent():
+    experts = ExpertHessians(CPU)
+    assert 0.8 < experts.weighted("a", False, hessian_of(rows(1, 512))).damp_percent < 1
+
+
+def test_tokens_of_another_width_and_of_no_block_are_not_weighted_in():
+    experts, own = ExpertHessians(CPU), hessian_of(rows(3))
+    experts.entered("wide", rows(50, WIDTH + 1))
+    for name in ("wide", "never entered"):
+        evidence = experts.weighted(name, True, own)
+        assert torch.equal(evidence.mean, own.mean()) and evidence.damp_percent == pytest.approx(0.3 * 2**1.5)
+
+
+def test_blocks_are_kept_apart_and_forgotten_when_the_walk_leaves_them():
+    experts, own = ExpertHessians(CPU), hessian_of(rows(3))
+    everything = {"one": rows(20, seed=1), "other": rows(20, seed=2) * 5}
+    for name, x in everything.items():
+        experts.entered(name, x)
+    for name, x in everything.items():
+        for _ in range(2):  # each of the block's layers asks
+            expected = (own.sum.tril() + own.sum.tril(-1).T + WIDTH * mean(x)) / (3 + WIDTH)
+            torch.testing.assert_close(experts.weighted(name, True, own).mean, expected, rtol=1e-5, atol=1e-5)
+    experts.leave("one")
+    assert experts.weighted("one", True, own).damp_percent > 0  # nothing is known of it any more
+    assert experts.weighted("other", True, own).damp_percent == 0
+    experts.entered("late", rows(20))
+    experts.leave("late")
+    assert experts.weighted("late", True, own).damp_percent > 0
+
+
+def test_whether_layers_read_tokens_is_asked_of_all_ranks_once(monkeypatch):
+    experts, told = ExpertHessians(CPU), []
+
+    def gather_objects(value):
+        """The other rank saw the first block's gate read tokens."""
+        told.append(value)
+        return [value, len(told) == 1]
+
+    monkeypatch.setattr(distributed, "gather_objects", gather_objects)
+    assert experts.reads_tokens("a", ["gate", "up"], False)
+    assert experts.reads_tokens("a", ["up"], False) and experts.reads_tokens("a", ["gate"], False)
+    assert not experts.reads_tokens("a", ["down"], False)
+    assert experts.reads_tokens("b", ["down"], True) and not experts.reads_tokens("b", ["gate"], False)
+    assert told == [False, False, True, False]
+
+
+def test_a_rank_whose_tokens_went_elsewhere_takes_those_of_the_others(monkeypatch):
+    experts, own, others = ExpertHessians(CPU), hessian_of(rows(3)), hessian_of(rows(20, seed=1).float())
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    monkeypatch.setattr(distributed, "gather_objects", lambda width: [width, WIDTH])
+
+    def sum_(message, tokens):
+        message += others.sum.flatten()
+        return tokens + others.tokens
+
+    monkeypatch.setattr(distributed, "sum_", sum_)
+    evidence = experts.weighted("mlp.experts", True, own)
+    expected = (own.mean() * 3 + others.mean() * WIDTH) / (3 + WIDTH)
+    torch.testing.assert_close(evidence.mean, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_live_on_the_device_that_was_given():
+    experts, own = ExpertHessians(CPU), hessian_of(rows(3))
+    with torch.device("meta"):
+        experts.entered("a", own.sum.new_ones(2, WIDTH))
+        evidence = experts.weighted("a", True, own)
+    torch.testing.assert_close(evidence.mean, (own.mean() * 3 + own.sum.new_ones(WIDTH, WIDTH) * WIDTH) / 9)
