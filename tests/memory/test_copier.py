@@ -67,7 +67,7 @@ def test_on_a_gpu_copies_wait_for_freed_memory_and_are_ready_for_the_current_str
     with torch.cuda.stream(torch.cuda.Stream() if side else torch.cuda.current_stream()):
         stream = torch.cuda.current_stream()
         assert copier.call(torch.cuda.current_stream) == stream
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(200_000_000)
         copier.note_freed()
         transfer = copier.start(originals)
         assert not stream.query() and not transfer.done()  # the copy waits for what the stream is at

@@ -77,7 +77,7 @@ def test_on_a_gpu_copies_keep_the_order_of_the_work_around_them(ahead):
     out, back = torch.cuda.Stream(), torch.cuda.Stream()
     x = torch.zeros(2**22, device="cuda")
     tracked = TrackedStorage(x.untyped_storage(), owner=0)
-    torch.cuda._sleep(50_000_000)
+    torch.cuda._sleep(200_000_000)
     x.fill_(7)  # queued behind the sleep: the copy must wait for it
     tracked.send(out)
     assert tracked.host.is_pinned() and tracked.is_empty() and tracked.can_move() is False

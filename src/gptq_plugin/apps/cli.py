@@ -26,7 +26,7 @@ from gptq_plugin.apps.language_model import LanguageModel, SaveFloat
 from gptq_plugin.apps.run_folder import launched
 from gptq_plugin.apps.summary import Clock
 from gptq_plugin.apps.sweeps import run_alone, runs_a_sweep, starts_ranks
-from gptq_plugin.device.memory import numbered
+from gptq_plugin.device.memory import with_index
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.lightning.callback import GPTQCallback
 from gptq_plugin.memory.placement import fits
@@ -145,7 +145,7 @@ def _gptq_callback(callbacks: list[Any]) -> GPTQCallback:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return numbered(torch.device(name))
+    return with_index(torch.device(name))
 
 
 if __name__ == "__main__":  # for torchrun, and for runs of a sweep that need a separate process

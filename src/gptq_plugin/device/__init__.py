@@ -1,4 +1,4 @@
-"""What any device can be asked or told: precision, streams, free memory.
+"""Precision, streams and free memory of any device.
 
 Imports nothing of this package.
 """

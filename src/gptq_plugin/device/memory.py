@@ -1,24 +1,24 @@
-"""How much memory a device has for us, and its name."""
+"""Free and used memory of a device, and its index."""
 
 from __future__ import annotations
 
 import torch
 
 
-def free_bytes(device: torch.device, most: int | None = None) -> int | None:
-    """Bytes this process can still take on the device; None where that is not limited (a CPU).
+def free_bytes(device: torch.device, limit: int | None = None) -> int | None:
+    """Bytes this process can still allocate on the device; None on a CPU, where that is not limited.
 
     Args:
-        device: Whose memory.
-        most: Bytes of tensors that may be there in all; None is all that fit.
+        device: Any device.
+        limit: Bytes of tensors that may be there in all; None is all that fit.
     """
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    unused = torch.cuda.memory_reserved(device) - allocated  # taken from the GPU, and free for us
+    unused = torch.cuda.memory_reserved(device) - allocated  # reserved by this process, and free in it
     allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
-    return max(0, min(free + unused, allowed, allowed if most is None else most - allocated))
+    return max(0, min(free + unused, allowed, allowed if limit is None else limit - allocated))
 
 
 def peak_bytes(device: torch.device) -> int | None:
@@ -27,7 +27,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 class Peak:
-    """The most bytes allocated on a device beyond what was there when this was made; 0 on a CPU."""
+    """Measures the most bytes allocated on a device beyond those that were there when it was made; 0 on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -42,7 +42,7 @@ class Peak:
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
-def numbered(device: torch.device) -> torch.device:
-    """A GPU with its index, as tensors name theirs; others as they are."""
+def with_index(device: torch.device) -> torch.device:
+    """A GPU with its index, which the devices of tensors have; any other device unchanged."""
     no_index = device.type == "cuda" and device.index is None
     return torch.device("cuda", torch.cuda.current_device()) if no_index else device

@@ -1,4 +1,4 @@
-"""Arithmetic in the precision that was asked for, whatever the caller has switched on around it."""
+"""Full precision, whatever TF32 or autocast the caller has switched on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ FLOAT16 = torch.finfo(torch.float16).max  # 65504
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Without autocast, and with float32 products in float32 (no TF32) for the length of the block.
+    """Disables gradients, autocast and TF32 inside the block: float32 products are computed in float32.
 
-    A Hessian summed, or a factor applied, at the 10 bits of TF32 would cost accuracy in silence; a trainer
-    asks for it with ``torch.set_float32_matmul_precision("high")``.
+    The 10 mantissa bits of TF32 would cost a Hessian or a factor accuracy without notice; trainers switch it on with
+    ``torch.set_float32_matmul_precision("high")``.
+
+    Args:
+        device: Where the block computes.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

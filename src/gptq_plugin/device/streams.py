@@ -1,4 +1,4 @@
-"""Values and times of a device that are read without holding it up, and work beside other work on it."""
+"""Reads values and times of a device without stalling it, and queues work on a side stream."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class AsyncRead:
-    """A small tensor on its way to the host.
+    """Copies a small tensor to the host behind the work queued on its device's current stream.
 
     Args:
-        tensor: Copied behind the work that is queued on its device's current stream; on a CPU it is there at once.
+        tensor: Any tensor; one on a CPU is not copied.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -28,17 +28,17 @@ class AsyncRead:
             self._arrived = torch.cuda.current_stream(tensor.device).record_event()
 
     def get(self) -> Any:
-        """The values, as `Tensor.tolist`. Waits for what was queued before the copy, not for what came after."""
+        """The values, as `Tensor.tolist`. Waits for work queued before the copy, not for later work."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host.tolist()
 
 
 class Stopwatch:
-    """Seconds of a device's work, from here to `stop`; a GPU may get to it later.
+    """Measures the seconds a device takes for the work queued between construction and `stop`.
 
     Args:
-        device: Whose time is taken, on its current stream.
+        device: The device; of a GPU, its current stream is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +49,7 @@ class Stopwatch:
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        """After `stop`; waits until the device was there."""
+        """The seconds. To be called after `stop`; waits until the device has got there."""
         start, end = self._marks
         if isinstance(start, float) and isinstance(end, float):
             return end - start
@@ -66,10 +66,11 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def on_side_stream(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Has what the block queues run beside what is queued after it: a GPU has room next to a chain of small kernels.
+    """Queues the block on a side stream, so that it overlaps with later work: small kernels leave most of a GPU idle.
 
     Yields:
-        To be called before the block's results are used, or what it read is freed or changed.
+        A function that has the current stream wait for the block. To be called before the block's results are used, or
+        a tensor it read is freed or changed.
     """
     if device.type != "cuda":
         yield lambda: None
@@ -82,4 +83,4 @@ def on_side_stream(device: torch.device) -> Iterator[Callable[[], None]]:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one a device: each keeps memory of its own
+    return torch.cuda.Stream(device)  # one per device, as the allocator keeps separate memory for each stream

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptq_plugin.device.memory import numbered
+from gptq_plugin.device.memory import with_index
 from gptq_plugin.memory.tracked_storage import TrackedStorage, storage_key
 
 
@@ -53,7 +53,7 @@ class Activations:
     def __init__(self, device: torch.device, budget: int | None, *, prefetch: bool = True, smallest: int = 2**20):
         self.peak_bytes = 0
         self.moved_bytes = 0
-        self._device = numbered(device)
+        self._device = with_index(device)
         self._budget = budget
         self._smallest = smallest
         self._thread = threading.local()  # .number: of the batch this thread runs

@@ -1,4 +1,4 @@
-"""Finished layers on their way home: `FinishedLayers`."""
+"""Moves finished layers to their model's device, in the background: `FinishedLayers`."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from gptq_plugin.layers.qlinear import QuantLinear
 
 
 class LayerStore(Protocol):
-    """Where finished layers are written as they come."""
+    """Files to which finished layers are written as they come."""
 
     def add(self, name: str, layer: QuantLinear) -> None:
-        """Takes a finished layer."""
+        """Takes a finished layer, on the model's device."""
 
     def written(self, name: str) -> dict[str, Tensor] | None:
-        """Its tensors, mapped from their file; None while they are not there."""
+        """The layer's tensors, mapped from their file; None until the file is there."""
 
 
 class FinishedLayers:
-    """Takes layers that were quantized on one device to the device their model lives on, in the background.
+    """Moves layers from the device that quantized them to the device of their model.
 
-    With an export each layer is also handed to that, and a layer on the CPU lets go of its memory once it is in a
-    file, so that the host's memory does not grow with the model.
+    With a store each layer is also written, and a layer on the CPU lets go of its memory once it is in a file, so that
+    the host's memory does not grow with the model.
 
-    A layer keeps its tensors, wherever they are, until `settle` gives it others; that is called when nothing runs it.
+    A layer keeps its tensors, wherever they are, until `take_home` gives it others; that is called while no batch runs.
 
     Args:
-        device: The model's own.
-        export: Where the layers are written as they come.
+        device: The model's.
+        store: Takes the layers as they come.
+
+    Attributes:
+        layers: All layers so far, by name.
     """
 
-    def __init__(self, device: torch.device, export: LayerStore | None) -> None:
+    def __init__(self, device: torch.device, store: LayerStore | None) -> None:
         self.layers: dict[str, QuantLinear] = {}
         self._device = device
-        self._export = export
-        self._worker = ThreadPoolExecutor(1, "results")
+        self._store = store
+        self._worker = ThreadPoolExecutor(1, "finished-layers")
         self._moving: dict[str, Future[dict[str, Tensor]]] = {}
         self._unwritten: set[str] = set()
 
@@ -51,21 +54,21 @@ class FinishedLayers:
         self.layers[name] = layer
         tensors = {key: value.detach() for key, value in layer.named_buffers()}
         if layer.qweight.device == self._device:
-            self._export_layer(name)
+            self._write(name)
             return
         done = torch.cuda.current_stream(layer.qweight.device).record_event() if layer.qweight.is_cuda else None
         self._moving[name] = self._worker.submit(_move, tensors, self._device, done)
 
     def take_home(self, *, wait: bool = False) -> None:
-        """Gives the layers the tensors that have arrived; with `wait`, all."""
+        """Gives the layers their tensors that have arrived; with `wait`, waits for all."""
         for name, moving in list(self._moving.items()):
             if wait or moving.done():
                 del self._moving[name]
                 _point(self.layers[name], moving.result())
-                self._export_layer(name)
-        if self._export is not None:
+                self._write(name)
+        if self._store is not None:
             for name in list(self._unwritten):
-                mapped = self._export.written(name)
+                mapped = self._store.written(name)
                 if mapped is not None:
                     self._unwritten.discard(name)
                     _point(self.layers[name], mapped)
@@ -73,9 +76,9 @@ class FinishedLayers:
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
 
-    def _export_layer(self, name: str) -> None:
-        if self._export is not None:
-            self._export.add(name, self.layers[name])
+    def _write(self, name: str) -> None:
+        if self._store is not None:
+            self._store.add(name, self.layers[name])
             if self._device.type == "cpu":
                 self._unwritten.add(name)
 
@@ -86,7 +89,13 @@ def _point(layer: QuantLinear, tensors: dict[str, Tensor]) -> None:
 
 
 def _move(tensors: dict[str, Tensor], device: torch.device, done: torch.cuda.Event | None) -> dict[str, Tensor]:
-    """On the worker's thread, which alone waits for the copies; on a stream of its own, so that no work waits."""
+    """Copies the tensors on the worker's thread, which alone waits, and on a separate stream, so that no work waits.
+
+    Args:
+        tensors: The layer's.
+        device: The model's.
+        done: Marks the point of the GPU's work at which they are complete; None on a CPU.
+    """
     if done is None:
         return {key: value.to(device) for key, value in tensors.items()}
     source = next(iter(tensors.values())).device

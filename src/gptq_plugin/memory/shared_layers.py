@@ -1,4 +1,4 @@
-"""Finished layers in files that all ranks of a node map, so that none holds them for itself: `SharedLayers`."""
+"""Finished layers in files that all ranks of a node map, so that the node holds them once: `SharedLayers`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gptq_plugin.layers.qlinear import QuantLinear
 
 
 class SharedLayers:
-    """One quantization's layers in one folder, a file each. Every rank adds the same layers in the same order.
+    """The layers of one quantization in one folder, a file each. Every rank adds the same layers in the same order.
 
     Args:
-        folder: All ranks of a node see it; made here.
-        writes: Whether it is this rank that writes there.
+        folder: Seen by all ranks of a node; must not exist, and is made by the rank that writes.
+        writes: True on the rank that writes the files.
     """
 
     def __init__(self, folder: Path, writes: bool) -> None:
@@ -29,10 +29,10 @@ class SharedLayers:
             folder.mkdir()
 
     def add(self, name: str, layer: QuantLinear) -> None:
-        """Takes a finished layer on the CPU.
+        """Takes a finished layer on the CPU, and writes it if this rank does.
 
         Raises:
-            ExportError: It cannot be written.
+            ExportError: The file cannot be written.
         """
         self._files[name] = file = self._folder / f"{len(self._files)}.safetensors"
         if not self._writes:
@@ -40,16 +40,16 @@ class SharedLayers:
         partial = file.with_suffix(".partial")
         try:
             save_file({key: tensor.contiguous() for key, tensor in layer.named_buffers()}, partial)
-            os.replace(partial, file)  # nobody sees half of it
+            os.replace(partial, file)  # so no rank maps half a file
         except (OSError, SafetensorError) as error:
             raise ExportError(
                 f"{name} could not be written to {partial}: {error}. Make room there, or choose another export_dir"
             ) from error
 
     def written(self, name: str) -> dict[str, Tensor] | None:
-        """The layer's buffers, mapped, or None while the file is not there. They outlive it."""
+        """The layer's buffers, mapped; None until the file is there. They stay valid when it is removed."""
         file = self._files[name]
         if not file.exists():
             return None
         with safe_open(str(file), framework="pt", device="cpu") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (the handle is no mapping)
+            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (the handle cannot be iterated)

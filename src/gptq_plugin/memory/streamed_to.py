@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from gptq_plugin.device.memory import free_bytes, numbered
+from gptq_plugin.device.memory import free_bytes, with_index
 from gptq_plugin.memory.placement import UNLIMITED, unit_bytes
 from gptq_plugin.memory.slots import Substitution, like, own_slots
 from gptq_plugin.memory.units import PARAMETER_LISTS
@@ -31,7 +31,7 @@ def streamed_to(
     if device is None or device.type == "cpu":
         yield
         return
-    device = numbered(device)
+    device = with_index(device)
     around = [m for m in model.modules() if m is model or any(part is besides for part in list(m.modules())[1:])]
     children = {} if besides is model else {child: None for m in around for child in m.children()}
     held = [*around, *(child for child in children if isinstance(child, PARAMETER_LISTS))]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.device.memory import numbered
+from gptq_plugin.device.memory import with_index
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.copier import Copier, Copies
 from gptq_plugin.memory.slots import Substitution
@@ -66,7 +66,7 @@ class Weights:
     def __init__(self, model: nn.Module, device: torch.device, *, stream: bool, capacity: int, unit_bytes: int) -> None:
         self.copied_bytes = 0
         self.peak_bytes = 0
-        self._device = device = numbered(device)
+        self._device = device = with_index(device)
         self._stream = stream
         self._capacity = capacity
         self._quantized: dict[nn.Module, tuple[Target, QuantLinear]] = {}
