@@ -27,15 +27,8 @@ def test_only_a_gpu_without_an_index_gets_the_current_one(monkeypatch):
 
 @pytest.mark.parametrize(
     ("share", "limit", "expected"),
-    [(1.0, None, 40 + 6), (0.5, None, 40 - 10), (1.0, 25, 25 - 10), (1.0, 100, 46), (0.1, None, 0), (1.0, 5, 0)],
-    ids=[
-        "what is free or reserved",
-        "the process's share",
-        "the limit",
-        "a high limit",
-        "share in use",
-        "limit in use",
-    ],
+    [(1.0, None, 40 + 6), (0.5, None, 40 - 10), (1.0, 25, 25 - 10), (1.0, 100, 46), (0.5, 100, 30), (0.1, 5, 0)],
+    ids=["free or reserved", "the process's share", "the limit", "a high limit", "the lower of both", "nothing"],
 )
 def test_free_memory_is_the_least_of_what_is_there_and_what_is_allowed(monkeypatch, share, limit, expected):
     values = {"mem_get_info": (40, 80), "memory_allocated": 10, "memory_reserved": 16,

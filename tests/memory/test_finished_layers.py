@@ -14,6 +14,7 @@ from torch import nn
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.memory.finished_layers import FinishedLayers
+from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import find_targets
 
 from module_tensors import rounded
@@ -23,7 +24,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 def layer(seed=0):
     torch.manual_seed(seed)
-    return rounded(find_targets(nn.Sequential(nn.Linear(32, 32)), QuantizeConfig(group_size=32))[0][0])
+    return rounded(find_targets(Structure.of(nn.Sequential(nn.Linear(32, 32))), QuantizeConfig(group_size=32))[0][0])
 
 
 class Store:

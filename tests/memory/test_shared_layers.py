@@ -9,6 +9,7 @@ from torch import nn
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.errors import ExportError
 from gptq_plugin.memory.shared_layers import SharedLayers
+from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import find_targets
 
 from module_tensors import rounded
@@ -18,7 +19,9 @@ from module_tensors import rounded
 def layers():
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(32, 64), "b": nn.Linear(64, 32, bias=False)})
-    return {target.name: rounded(target) for target in find_targets(model, QuantizeConfig(group_size=32))[0]}
+    return {
+        target.name: rounded(target) for target in find_targets(Structure.of(model), QuantizeConfig(group_size=32))[0]
+    }
 
 
 def test_every_rank_maps_what_one_of_them_writes(layers, tmp_path):

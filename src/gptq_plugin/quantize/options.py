@@ -11,7 +11,7 @@ from torch import nn
 
 from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.forward import call
-from gptq_plugin.device.memory import numbered
+from gptq_plugin.device.memory import with_index
 from gptq_plugin.memory.finished_layers import LayerStore
 
 ModelForward = Callable[[nn.Module, Any], Any]
@@ -41,7 +41,7 @@ class PassOptions:
     @property
     def where(self) -> torch.device | None:
         """The device to compute on, with its number; None is where the model is."""
-        return None if self.device is None else numbered(torch.device(self.device))
+        return None if self.device is None else with_index(torch.device(self.device))
 
     def runner(self, *, every_logit: bool) -> ModelForward:
         """Runs a batch on `where`, through `forward` or the model.
