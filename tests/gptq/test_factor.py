@@ -99,3 +99,104 @@ def test_a_factor_too_large_for_split_products_is_told_on_a_gpu():
     assert not factorize(h, QuantizeConfig(), torch.float32, 0.0)[1].item()
     assert factorize(h.cpu(), QuantizeConfig(), torch.float32, 0.0)[1].item()
     assert factorize(h, QuantizeConfig(), torch.float32, 0.01)[1].item()
+
+
+def test_a_hessian_is_factored_in_the_precision_that_is_asked_and_returned_in_its_own():
+    h = hessians(2, 24, torch.float32)
+    found, exact = (factorize(x, QuantizeConfig(), torch.float64, 0.0)[0] for x in (h, h.double()))
+    for name in ("rows", "gain"):
+        assert torch.equal(getattr(found, name), getattr(exact, name).float())
+    assert not torch.equal(factorize(h, QuantizeConfig(), torch.float32, 0.01)[0].rows, found.rows)
+
+
+def test_each_hessian_is_brought_near_one_before_it_is_factored(monkeypatch):
+    """Split products, and float32's range, need that."""
+    largest, cholesky = [], factoring._cholesky
+
+    def watch(matrices):
+        largest.extend(matrices.diagonal(dim1=1, dim2=2).amax(1).tolist())
+        return cholesky(matrices)
+
+    monkeypatch.setattr(factoring, "_cholesky", watch)
+    h = hessians(6, 16, torch.float32) * torch.tensor([1e-30, 1e-9, 1.0, 2.0, 1e9, 1e30])[:, None, None]
+    assert factorize(h, QuantizeConfig(), torch.float32, 0.0)[1].all()
+    assert len(largest) == 6 and all(0.5 <= one < 2 for one in largest)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_hessian_that_is_not_finite_is_told_from_the_others(value):
+    h = hessians(3, 16)
+    h[1, 4, 4] = value
+    assert factorize(h, QuantizeConfig(), torch.float64, 0.01)[1].tolist() == [True, False, True]
+
+
+def test_nothing_is_factored_on_another_device():
+    h = hessians(2, 70, torch.float32)
+    with torch.device("meta"):
+        for config in (QuantizeConfig(static_groups=True), QuantizeConfig(static_groups=False)):
+            factor, good = factorize(h, config, torch.float32, 0.01)
+            assert {t.device for t in (*vars(factor).values(), good)} == {h.device}
+        assert not factoring._blocked_cholesky(h / h.amax(), 16).any()
+
+
+@pytest.mark.parametrize(("n", "blocked"), [(63, False), (64, False), (65, True), (130, True)])
+def test_where_products_are_split_more_than_four_panels_are_factored_in_blocks(n, blocked, monkeypatch):
+    h = hessians(2, n, torch.float32)
+    wanted, _ = factorize(h.double(), QuantizeConfig(), torch.float64, 0.01)
+    in_blocks, seen = factoring._blocked_cholesky, []
+    monkeypatch.setattr(factoring, "_blocked_cholesky", lambda m, panel: seen.append(panel) or in_blocks(m, panel))
+    monkeypatch.setattr(factoring, "_PANEL", 16)
+    monkeypatch.setattr(factoring, "_INVERTED", 8)
+    for usable in (False, True):
+        monkeypatch.setattr(factoring.tensor_cores, "usable", lambda x, usable=usable: usable)
+        factor, good = factorize(h, QuantizeConfig(), torch.float32, 0.01)
+        assert good.all() and seen == [16] * (blocked and usable)
+        torch.testing.assert_close(factor.rows.double(), wanted.rows, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(factor.gain.double(), wanted.gain, rtol=1e-4, atol=0)
+
+
+def test_a_panel_is_a_whole_number_of_the_triangles_that_are_inverted():
+    assert factoring._PANEL % factoring._INVERTED == 0
+
+
+def test_a_triangle_is_substituted_in_its_own_precision(monkeypatch):
+    monkeypatch.setattr(factoring, "_INVERTED", 4)
+    corner = torch.linalg.cholesky(hessians(2, 12)).mT.contiguous()
+    side = hessians(2, 12)[:, :, :5].clone()
+    wanted = torch.linalg.solve_triangular(corner.mT, side, upper=False)
+    factoring._substitute(corner, side)
+    torch.testing.assert_close(side, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_blocks_keep_float32s_accuracy_where_entries_are_small(monkeypatch):
+    monkeypatch.setattr(factoring, "_INVERTED", 16)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 200, 64, generator=generator, dtype=torch.float64) * torch.logspace(0, -4.5, 64)
+    h = x.mT @ x / 200
+    wanted = torch.linalg.cholesky(h).mT.diagonal(dim1=1, dim2=2)
+    with full_precision(h.device):
+        factoring._blocked_cholesky(blocked := (h / 2).float(), 16)
+    found = blocked.double().diagonal(dim1=1, dim2=2) * 2**0.5
+    assert ((found - wanted).abs() / wanted).max() < 2e-6
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_where_products_are_split_a_factor_with_a_larger_entry_than_they_take_is_not_good(sign, monkeypatch):
+    def with_entry(entry):
+        """A Hessian in whose factor the error at one input is pushed to the other this much larger."""
+        return torch.tensor([[entry**2 + 1, entry], [entry, 1.0]], dtype=torch.float64)
+
+    largest = sign * factoring.tensor_cores.LARGEST
+    h = torch.stack([with_entry(largest), with_entry(largest + sign), with_entry(1.0)])
+    config = QuantizeConfig(static_groups=False)
+    factor, good = factorize(h, config, torch.float64, 0.0)
+    assert factor.rows[:, 0, 1].tolist() == [largest, largest + sign, 1.0] and good.all()
+    monkeypatch.setattr(factoring.tensor_cores, "usable", lambda x: True)
+    assert factorize(h, config, torch.float64, 0.0)[1].tolist() == [True, False, True]
+    h[1, 0, 0] = -1.0  # no factor either
+    assert factorize(h, config, torch.float64, 0.0)[1].tolist() == [True, False, True]
+
+
+def test_damping_stays_below_the_mean_of_the_diagonal():
+    config = QuantizeConfig(damp_percent=0.5, damp_auto_increment=0.5)
+    assert list(attempts(torch.float64, config)) == [(torch.float64, 0.5)]
