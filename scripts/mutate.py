@@ -20,7 +20,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREA
 sys.path.insert(0, str(Path(__file__).resolve().parent / "mutation"))
 
 from mutants import mutants_of
-from report import Result, Survivor, page, printed
+from report import Result, Survivor, page, summary, told
 from runner import baseline, outcomes
 from targets import REPOSITORY, Target, targets
 
@@ -35,6 +35,7 @@ def run(target: Target, processes: int) -> Result:
         counts[outcome] += 1
         if outcome == "survived":
             survivors.append(Survivor(*mutant.described()))
+            print(told(target.short, survivors[-1]), flush=True)
     return Result(target.short, before.seconds, counts["killed"], counts["timeout"], sorted(survivors))
 
 
@@ -51,7 +52,7 @@ def main() -> int:
     results = []
     for name in arguments.modules or by_name:
         results.append(run(by_name[name], arguments.processes))
-        print(printed(results[-1]), flush=True)
+        print(summary(results[-1]), flush=True)
     if not arguments.modules:
         DOCS.write_text(page(results, arguments.processes), encoding="utf-8")
     return int(not all(result.is_good for result in results))

@@ -93,18 +93,19 @@ def _reasons() -> dict[str, dict[str, str]]:
     }
 
 
-def printed(result: Result) -> str:
-    head = (
+def told(module: str, survivor: Survivor) -> str:
+    known = "known" if reason_of(module, survivor) else "NO REASON"
+    return f"  {known} {module}:{survivor.line} {survivor.change}"
+
+
+def summary(result: Result) -> str:
+    counts = (
         f"{result.module}: {result.killed + result.timeout} of {result.mutants} mutants died ({result.share:.1%}; "
         f"{result.timeout} of them never ended), {len(result.survivors)} survived; "
         f"tests without a mutant: {result.seconds:.1f} s"
     )
-    lines = [
-        f"  {'known' if reason_of(result.module, one) else 'NO REASON'} {one.line}: {one.change}"
-        for one in result.survivors
-    ]
     unneeded = set(_reasons().get(result.module, {})) - {one.change for one in result.survivors}
-    return "\n".join([head, *lines, *(f"  reason no longer needed: {change}" for change in sorted(unneeded))])
+    return "\n".join([counts, *(f"  reason no longer needed: {change}" for change in sorted(unneeded))])
 
 
 def page(results: Sequence[Result], processes: int) -> str:
