@@ -17,7 +17,6 @@ from torchmetrics import MeanMetric
 from gptq_plugin import GPTQCallback, QuantizeModule, load_quantized
 from gptq_plugin.errors import CheckpointError, QualityError, TargetError
 from gptq_plugin.lightning.validation import validate
-from gptq_plugin.training.quality_gate import Limit, QualityGate
 
 from lightning_runs import SMALL, Holds, fit, quantized, token_loader
 
@@ -358,31 +357,6 @@ def test_a_metric_that_is_not_logged_is_said_at_the_end_of_a_run_that_never_vali
     assert quantized(module) == [] and module.trainer.global_step == 3
 
 
-def test_a_limit_says_how_far_and_in_which_direction():
-    assert Limit.parse("a", 0.02).excess(1.0, 1.01) <= 0 < Limit.parse("a", 0.02).excess(1.0, 1.03)
-    assert Limit.parse("a", -0.02).excess(0.9, 0.89) <= 0 < Limit.parse("a", -0.02).excess(0.9, 0.87)
-    assert Limit.parse("a", "2%").excess(-4.0, -3.95) <= 0 < Limit.parse("a", "2%").excess(-4.0, -3.9)
-    assert Limit.parse("a", 0.02).excess(1.0, 0.5) <= 0 and Limit.parse("a", -0.02).excess(0.9, 1.5) <= 0
-    assert Limit.parse("a", 0.02).excess(1.0, float("nan")) > 0
-    for wrong in (0, "0%", "much", None, True, float("nan")):
-        with pytest.raises(ValueError, match=r"max_degradation\['a'\] must be a number or a percentage"):
-            Limit.parse("a", wrong)
-    for options in ({"on_fail": "retry"}, {"max_bits": 0}, {"max_bits": float("nan")}, {"max_bits": "4"}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            QualityGate({}, **options)
+def test_limits_without_validation_are_refused():
     with pytest.raises(ValueError, match="validate=False switches it off"):
         GPTQCallback(QuantizeModule(), validate=False, max_degradation={"a": 1})
-
-
-def test_every_limit_that_does_not_hold_is_a_sentence_of_its_own_and_the_limit_itself_is_good():
-    gate = QualityGate({"loss": 0.5, "accuracy": -0.25, "perplexity": "50%"})
-    before = {"loss": 1.0, "accuracy": 0.75, "perplexity": 4.0}
-    assert gate.failures(before, {"loss": 1.5, "accuracy": 0.5, "perplexity": 6.0}) == []
-    assert gate.failures(before, {"loss": 2.0, "accuracy": 0.25, "perplexity": 7.0}) == [
-        "loss went from 1 to 2 (+1, +100.000%; +0.5 allowed)",
-        "accuracy went from 0.75 to 0.25 (-0.5, -66.667%; -0.25 allowed)",
-        "perplexity went from 4 to 7 (+3, +75.000%; +50.000% allowed)",
-    ]
-    assert QualityGate({"loss": 0.5}).failures({"loss": 0.0}, {"loss": 2.0}) == [
-        "loss went from 0 to 2 (+2; +0.5 allowed)"
-    ]

@@ -1,4 +1,4 @@
-"""Limits on metrics: how they are written, what they allow, and the sentences about those that do not hold."""
+"""How far metrics may move from float to quantized: every limit at its threshold, and what is told when it fails."""
 
 from __future__ import annotations
 
@@ -6,92 +6,161 @@ import math
 
 import pytest
 
-from gptq_plugin.training.quality_gate import Limit, QualityGate
+from gptq_plugin.training.quality_gate import ON_FAIL, Limit, QualityGate
 
-NAN = math.nan
+# --- a limit ---
 
 
 @pytest.mark.parametrize(
-    ("value", "limit"),
+    ("value", "amount", "relative"),
     [
-        (0.02, Limit(0.02, False)),
-        (-1, Limit(-1.0, False)),
-        ("0.5", Limit(0.5, False)),
-        ("2%", Limit(0.02, True)),
-        (" -1.5 % ", Limit(-0.015, True)),
+        (0.02, 0.02, False),
+        (-0.01, -0.01, False),
+        (3, 3.0, False),
+        ("0.5", 0.5, False),
+        ("2%", 0.02, True),
+        ("-150%", -1.5, True),
+        (" 2 % ", 0.02, True),
+        ("1e-3%", 1e-5, True),
     ],
 )
-def test_a_limit_is_a_number_or_a_percentage(value, limit):
-    assert Limit.parse("val_loss", value) == limit
+def test_numbers_are_absolute_and_percentages_relative(value, amount, relative):
+    limit = Limit.parse("loss", value)
+    assert limit.amount == pytest.approx(amount, rel=1e-12) and limit.relative is relative
 
 
-@pytest.mark.parametrize("value", [0, "0%", True, False, NAN, math.inf, "nan%", "%", "two", "2%%", None, [1]])
-def test_what_is_neither_is_refused_with_the_metrics_name(value):
-    with pytest.raises(ValueError, match=r"max_degradation\['val_loss'\] must be a number or a percentage"):
-        QualityGate({"val_loss": value})
+@pytest.mark.parametrize(
+    "value",
+    [0, 0.0, "0", "0%", "-0%", "much", "%", "2%%", "", None, True, False, math.nan, math.inf, "inf%", "nan%", [1], {}],
+)
+def test_what_is_no_limit_is_refused_with_an_example(value):
+    with pytest.raises(ValueError) as caught:
+        Limit.parse("val loss", value)
+    assert str(caught.value) == (
+        "max_degradation['val loss'] must be a number or a percentage other than zero, such as 0.02 or '2%' for a "
+        f"metric that may rise by so much, -0.01 for one that may fall; got {value!r}"
+    )
 
 
 @pytest.mark.parametrize(
     ("limit", "before", "after", "excess"),
     [
-        (0.5, 3.0, 3.25, -0.25),  # may rise by 0.5
-        (0.5, 3.0, 4.0, 0.5),
-        (0.5, 3.0, 1.0, -2.5),  # better
-        (-0.5, 3.0, 2.75, -0.25),  # may fall by 0.5
-        (-0.5, 3.0, 1.5, 1.0),
-        ("25%", 8.0, 11.0, 1.0),  # of 8
-        ("25%", -8.0, -5.0, 1.0),  # of the size of -8
-        ("-25%", 8.0, 5.0, 1.0),
-        ("25%", 0.0, 0.125, 0.125),
-        (0.5, NAN, 3.0, math.inf),
-        (0.5, 3.0, NAN, math.inf),
+        (Limit(0.25, False), 1.0, 1.25, 0.0),  # exactly as much as it may
+        (Limit(0.25, False), 1.0, 1.5, 0.25),
+        (Limit(0.25, False), 1.0, 1.125, -0.125),
+        (Limit(0.25, False), 1.0, 0.0, -1.25),  # the better direction
+        (Limit(0.25, False), -4.0, -3.75, 0.0),  # absolute: whatever the float model's value
+        (Limit(-0.25, False), 0.75, 0.5, 0.0),
+        (Limit(-0.25, False), 0.75, 0.25, 0.25),
+        (Limit(-0.25, False), 0.75, 1.0, -0.5),
+        (Limit(0.5, True), 4.0, 6.0, 0.0),
+        (Limit(0.5, True), 4.0, 8.0, 2.0),
+        (Limit(0.5, True), -4.0, -2.0, 0.0),  # a share of the size, also of negative values
+        (Limit(0.5, True), -4.0, 0.0, 2.0),
+        (Limit(-0.5, True), 4.0, 2.0, 0.0),
+        (Limit(-0.5, True), 4.0, 1.0, 1.0),
+        (Limit(-0.5, True), -4.0, -8.0, 2.0),
+        (Limit(0.5, True), 0.0, 0.25, 0.25),  # no share of nothing
+        (Limit(0.5, True), 0.0, 0.0, 0.0),
     ],
 )
-def test_the_excess_is_how_much_worse_than_allowed(limit, before, after, excess):
-    assert Limit.parse("x", limit).excess(before, after) == excess
+def test_the_excess_is_how_much_worse_than_allowed_a_change_is(limit, before, after, excess):
+    assert limit.excess(before, after) == excess
 
 
-def test_a_change_of_exactly_the_limit_is_good():
-    gate = QualityGate({"loss": 0.5, "accuracy": "-25%"})
-    assert gate.failures({"loss": 2.0, "accuracy": 0.5}, {"loss": 2.5, "accuracy": 0.375}) == []
+@pytest.mark.parametrize(("before", "after"), [(1.0, math.nan), (math.nan, 1.0), (math.inf, math.inf)])
+@pytest.mark.parametrize("amount", [0.5, -0.5])
+def test_a_change_that_is_no_number_is_infinitely_bad(amount, before, after):
+    assert Limit(amount, False).excess(before, after) == math.inf
 
 
-def test_every_limit_that_does_not_hold_is_a_sentence():
-    gate = QualityGate({"loss": 0.5, "accuracy": "-25%", "rouge": -1, "zero": 0.1})
-    before = {"loss": 2.0, "accuracy": 0.5, "rouge": 30.0, "zero": 0.0}
-    assert gate.failures(before, {"loss": 3.0, "accuracy": 0.25, "rouge": 29.5, "zero": 0.2}) == [
-        "loss went from 2 to 3 (+1, +50.000%; +0.5 allowed)",
-        "accuracy went from 0.5 to 0.25 (-0.25, -50.000%; -25.000% allowed)",
-        "zero went from 0 to 0.2 (+0.2; +0.1 allowed)",
-    ]
-    assert gate.failures({**before, "loss": -2.0}, {**before, "loss": -1.0})[0].startswith(
-        "loss went from -2 to -1 (+1, +50.000%;"
-    )
-    assert gate.failures(before, {k: v for k, v in before.items() if k != "rouge"}) == [
-        "rouge went from 30 to nan (+nan, +nan%; -1 allowed)"
-    ]
+# --- the gate ---
 
 
-def test_limits_need_metrics_that_are_logged():
-    gate = QualityGate({"a": 1, "b": 1, "c": 1})
-    gate.check_names(iter(["d", "c", "b", "a"]))
-    with pytest.raises(ValueError, match="max_degradation names a, c, and validation logs b, d"):
-        gate.check_names(["d", "b"])
-    with pytest.raises(ValueError, match="validation logs nothing"):
-        gate.check_names([])
+def test_by_default_a_failure_raises_and_bits_have_no_limit():
+    gate = QualityGate({"loss": 0.5, "accuracy": "-1%"})
+    assert gate.on_fail == "raise" and gate.max_bits is None
+    assert gate.limits == {"loss": Limit(0.5, False), "accuracy": Limit(-0.01, True)}
+
+
+def test_a_limit_that_is_none_is_refused_with_its_metric():
+    with pytest.raises(ValueError, match=r"max_degradation\['accuracy'\] must be a number"):
+        QualityGate({"loss": 0.5, "accuracy": 0})
 
 
 @pytest.mark.parametrize("on_fail", ["raise", "warn", "escalate"])
-def test_what_happens_on_failure_is_one_of_three(on_fail):
+def test_there_are_three_things_to_do_on_failure(on_fail):
+    assert ON_FAIL == ("raise", "warn", "escalate")
     assert QualityGate({}, on_fail).on_fail == on_fail
-    with pytest.raises(ValueError, match="on_fail must be one of raise, warn, escalate, got 'ignore'"):
-        QualityGate({}, "ignore")
-    assert QualityGate({}).on_fail == "raise"
 
 
-def test_a_limit_of_bits_is_a_number_above_zero():
-    assert QualityGate({}, max_bits=0.5).affords(0.5) and not QualityGate({}, max_bits=0.5).affords(0.51)
-    assert QualityGate({}).affords(1e9)
-    for max_bits in (0, -1, "4", True, NAN):
-        with pytest.raises(ValueError, match="max_bits must be a number above 0"):
-            QualityGate({}, max_bits=max_bits)
+def test_anything_else_to_do_on_failure_is_refused():
+    with pytest.raises(ValueError) as caught:
+        QualityGate({}, "retry")
+    assert str(caught.value) == "on_fail must be one of raise, warn, escalate, got 'retry'"
+
+
+@pytest.mark.parametrize("max_bits", [0, 0.0, -1, math.nan, "4", True, False, [4]])
+def test_a_limit_of_bits_is_a_number_above_0(max_bits):
+    with pytest.raises(ValueError) as caught:
+        QualityGate({}, max_bits=max_bits)
+    assert str(caught.value) == f"max_bits must be a number above 0, or None for no limit; got {max_bits!r}"
+
+
+def test_bits_are_afforded_up_to_their_limit():
+    gate = QualityGate({}, "escalate", 4.5)
+    assert gate.max_bits == 4.5
+    assert gate.affords(4.5) is True and gate.affords(4.499) is True and gate.affords(4.501) is False
+    assert QualityGate({}, max_bits=0.5).affords(0.5) and QualityGate({}, max_bits=1).affords(1)
+    assert QualityGate({}).affords(1e9) is True
+
+
+def test_a_metric_that_is_not_logged_is_named_with_those_that_are():
+    gate = QualityGate({"loss": 1, "accuracy": -1, "rouge": -1})
+    gate.check_names(["accuracy", "rouge", "loss", "other"])
+    with pytest.raises(ValueError) as caught:
+        gate.check_names(iter(["other", "accuracy"]))
+    assert str(caught.value) == "max_degradation names loss, rouge, and validation logs accuracy, other"
+    with pytest.raises(ValueError) as caught:
+        gate.check_names({})
+    assert str(caught.value) == "max_degradation names loss, accuracy, rouge, and validation logs nothing"
+    QualityGate({}).check_names([])
+
+
+def test_every_limit_that_does_not_hold_is_a_sentence_and_the_limit_itself_is_good():
+    gate = QualityGate({"loss": 0.5, "accuracy": -0.25, "perplexity": "50%"})
+    before = {"loss": 1.0, "accuracy": 0.75, "perplexity": 4.0}
+    assert gate.failures(before, {"loss": 1.5, "accuracy": 0.5, "perplexity": 6.0}) == []
+    assert gate.failures(before, {"loss": 2.0, "accuracy": 0.25, "perplexity": 7.0}) == [
+        "loss went from 1 to 2 (+1, +100.000%; +0.5 allowed)",
+        "accuracy went from 0.75 to 0.25 (-0.5, -66.667%; -0.25 allowed)",
+        "perplexity went from 4 to 7 (+3, +75.000%; +50.000% allowed)",
+    ]
+    assert gate.failures(before, {"loss": 1.0, "accuracy": 0.25, "perplexity": 4.0}) == [
+        "accuracy went from 0.75 to 0.25 (-0.5, -66.667%; -0.25 allowed)"
+    ]
+
+
+def test_of_a_change_from_zero_there_is_no_share_and_of_a_negative_value_it_has_the_changes_sign():
+    gate = QualityGate({"loss": 0.5})
+    assert gate.failures({"loss": 0.0}, {"loss": 2.0}) == ["loss went from 0 to 2 (+2; +0.5 allowed)"]
+    assert gate.failures({"loss": -4.0}, {"loss": -2.0}) == ["loss went from -4 to -2 (+2, +50.000%; +0.5 allowed)"]
+
+
+def test_numbers_are_told_with_five_digits():
+    gate = QualityGate({"loss": 0.0123456789})
+    assert gate.failures({"loss": 1.23456789}, {"loss": 2.3456789}) == [
+        "loss went from 1.2346 to 2.3457 (+1.1111, +90.000%; +0.012346 allowed)"
+    ]
+
+
+def test_a_metric_that_is_gone_or_not_a_number_is_a_failure():
+    gate = QualityGate({"loss": 0.5})
+    told = ["loss went from 1 to nan (+nan, +nan%; +0.5 allowed)"]
+    assert gate.failures({"loss": 1.0, "other": 2.0}, {"other": 2.0}) == told
+    assert gate.failures({"loss": 1.0}, {"loss": math.nan}) == told
+
+
+def test_metrics_without_a_limit_may_move():
+    assert QualityGate({}).failures({"loss": 1.0}, {"loss": 9.0}) == []
+    assert QualityGate({"loss": 0.5}).failures({"loss": 1.0, "other": 1.0}, {"loss": 1.0, "other": 9.0}) == []
