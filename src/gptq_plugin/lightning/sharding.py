@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,29 +17,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from gptq_plugin.lightning.roots import in_any_root
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Place of a parameter or buffer.
-
-    Attributes:
-        name: Dotted, in the sharded module; the same on every rank.
-        module: Holds it.
-        key: Its name in `module`.
-    """
-
-    name: str
-    module: nn.Module
-    key: str
-
-    @property
-    def tensor(self) -> Tensor:
-        """This rank's part."""
-        parameter = self.module._parameters.get(self.key)
-        tensor = self.module._buffers[self.key] if parameter is None else parameter
-        assert tensor is not None
-        return tensor
+from gptq_plugin.memory.slots import Slot
 
 
 class Sharding:

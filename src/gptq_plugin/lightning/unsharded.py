@@ -22,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from gptq_plugin import distributed
 from gptq_plugin.errors import TargetError
 from gptq_plugin.lightning.consolidated import Consolidated, consolidated
-from gptq_plugin.lightning.sharding import Slot, sharding_of
+from gptq_plugin.lightning.sharding import sharding_of
+from gptq_plugin.memory.slots import Slot, all_slots, like
 from gptq_plugin.model.hf_models import transformers_models
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -59,7 +60,7 @@ def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) 
     strategy: Any = trainer.strategy
     sharding = sharding_of(trainer)
     with sharding.resharded(pl_module, strategy.root_device):
-        slots = list(_slots(pl_module))
+        slots = list(all_slots(pl_module))
         first = {id(slot.tensor): slot for slot in reversed(slots)}  # tied ones under their first name
         unique = [slot for slot in slots if first[id(slot.tensor)] is slot]
         if len(set(distributed.gather_objects(_digest(unique)))) > 1:
@@ -69,7 +70,7 @@ def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) 
             )
         tensors = sharding.gather(unique)
         with consolidated(tensors, beside, node=strategy.node_rank, local_rank=strategy.local_rank) as files:
-            new = {slot: _like(slot.tensor, files.tensors[slot.name]) for slot in unique}
+            new = {slot: like(slot.tensor, files.tensors[slot.name]) for slot in unique}
             with _holding({slot: new[first[id(slot.tensor)]] for slot in slots}), _stripped(pl_module):
                 yield files
 
@@ -105,20 +106,8 @@ def _refuse_undone_tie(name: str, model: Any) -> None:
         )
 
 
-def _slots(root: nn.Module) -> Iterator[Slot]:
-    for name, module in root.named_modules():
-        for tensors in (module._parameters, module._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None:
-                    yield Slot(f"{name}.{key}".lstrip("."), module, key)
-
-
 def _digest(slots: list[Slot]) -> str:
     return sha256("\n".join(f"{slot.name} {slot.tensor.dtype}" for slot in slots).encode()).hexdigest()
-
-
-def _like(original: Tensor, whole: Tensor) -> Tensor:
-    return nn.Parameter(whole, requires_grad=False) if isinstance(original, nn.Parameter) else whole
 
 
 @contextlib.contextmanager
@@ -131,11 +120,11 @@ def _holding(tensors: Mapping[Slot, Tensor]) -> Iterator[None]:
         for module, dictionary in dictionaries.items():
             module.__dict__["_parameters"] = dict(dictionary.items())
         for slot, tensor in tensors.items():
-            setattr(slot.module, slot.key, tensor)  # not into the dictionary: recurrent layers also keep a list
+            slot.put(tensor)
         yield
     finally:
         for slot, tensor in before:
-            setattr(slot.module, slot.key, tensor)
+            slot.put(tensor)
         for module, dictionary in dictionaries.items():
             module.__dict__["_parameters"] = dictionary
 
