@@ -78,7 +78,7 @@ def test_layers_near_float16_s_end_are_said(tmp_path: Path) -> None:
     said = {m.name: [d for d in m.deviations if "float16" in d] for m in report.modules}
     module = next(m for m in report.modules if m.name == DOWN)
     assert said[DOWN] == [
-        f"its inputs reach {module.max_input:.4g} in calibration, and float16 ends at 65504: have it run in bfloat16"
+        f"its inputs reach {module.max_input:.4g} in calibration, and float16 ends at 65504: run it in bfloat16"
     ]
     assert module.max_input > 32752 > module.max_output
 
@@ -142,7 +142,7 @@ def test_half_of_float16s_end_is_not_near_it_and_more_is() -> None:
     near = 65504 / 2
     assert near_float16(near, near) is None
     assert near_float16(near + 1, near) == (
-        "its inputs reach 3.275e+04 in calibration, and float16 ends at 65504: have it run in bfloat16"
+        "its inputs reach 3.275e+04 in calibration, and float16 ends at 65504: run it in bfloat16"
     )
     assert near_float16(1e5, 2e5).startswith("its inputs reach 1e+05 and its outputs reach 2e+05 in calibration")
     assert near_float16(float("nan"), float("nan")) is None

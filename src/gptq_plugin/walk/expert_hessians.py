@@ -1,15 +1,15 @@
-"""Hessians of experts, most of which see few tokens: what all tokens of their layer say is weighted in.
+"""Hessians of experts, most of which see few tokens: tokens of the whole block are weighted in.
 
-A Hessian of n tokens says nothing of the directions those do not have, and GPTQ pushes errors there. Measured on a
-trained model's layers, with the tokens of one cluster for the expert's (`scripts/BENCHMARKS.md`), the errors on tokens
-that calibration did not see, in parts of round-to-nearest's at n = in / 4: 0.67 to 1.35 with the expert's tokens alone.
-So
+A Hessian of n tokens holds nothing about directions those tokens lack, and GPTQ pushes errors there. Measured on
+layers of a trained model, with the tokens of one cluster as the expert's (`scripts/BENCHMARKS.md`): with n = d / 4
+tokens for d inputs and the expert's tokens alone, the error on tokens that calibration did not see is 0.67 to 1.35 of
+round-to-nearest's. Therefore
 
-- layers that read tokens take as many tokens of the whole layer as they have inputs, d, beside their own:
+- layers that read tokens take d tokens of the whole block beside their n own:
   H = (Σ own x xᵀ + d · mean of all) / (n + d). At n = d / 4 that leaves 0.32 to 0.61, and at n = 4 d it does no harm.
-- layers behind those read what only this expert makes of its tokens, so all that is known of other tokens is that they
-  are others: damp_percent is at least 0.3 (d / n)^1.5. At n = d / 4 that leaves 0.69 to 0.81.
-- layers that no token reached take all tokens of the layer, or, behind those, are rounded to nearest.
+- layers behind those read outputs that only this expert computes, so the block's other tokens cannot help:
+  damp_percent is at least 0.3 (d / n)^1.5. At n = d / 4 that leaves 0.69 to 0.81.
+- layers that no token reached take all tokens of the block, or, behind those, are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from gptq_plugin import distributed
 from gptq_plugin.walk.hessian import Hessian
 
 _DAMPING = 0.3
-_MOST = 0.9
+_MOST = 0.9  # damp_percent must stay below 1
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a layer is solved with.
+    """The Hessian a layer is solved with, and how far it can be trusted.
 
     Attributes:
-        mean: Of x xᵀ, [in, in].
-        tokens: Of the layer's own, over all ranks.
-        damp_percent: At least so much damping.
-        deviations: What is to be reported.
+        mean: Mean of x xᵀ, [in, in].
+        tokens: Number of the layer's own tokens, over all ranks.
+        damp_percent: Least damping to solve with.
+        deviations: Sentences for the report.
     """
 
     mean: Tensor
@@ -45,50 +45,64 @@ class Evidence:
 
 
 class ExpertHessians:
-    """The tokens that went into each block of experts, until the walk has left it.
+    """Sums up the tokens that enter each block of experts, until the walk has left it.
 
     Args:
-        device: Where the Hessians live.
+        device: Device of the Hessians.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Hessian] = {}
-        self._means: dict[str, Tensor] = {}  # over all ranks, of the experts the walk is in
-        self._read_tokens: dict[tuple[str, str], bool] = {}  # by experts and the layer's name in one of them
+        self._means: dict[str, Tensor] = {}  # by block the walk is in, over all ranks
+        self._read_tokens: dict[tuple[str, str], bool] = {}  # by block and the layer's name in one expert
 
     def entered(self, experts: str, rows: Tensor) -> None:
-        """Counts rows [tokens, in] that go into the block."""
+        """Counts rows, [tokens, in], that enter the block."""
         if experts not in self._sums:
             self._sums[experts] = Hessian(rows.shape[1], self._device)
         self._sums[experts].add(rows)
 
     def reads_tokens(self, experts: str, layers: Sequence[str], do: bool) -> bool:
-        """Whether layers of these names, which read the same, read tokens, as any rank saw it. The first time, all
-        ranks meet."""
+        """True if these layers read the block's tokens, rather than outputs of its other layers.
+
+        Collective the first time it is asked about a layer.
+
+        Args:
+            experts: Name of the block.
+            layers: Names in one expert of layers that read the same input.
+            do: True if this rank saw them read tokens; one rank suffices.
+        """
         if (experts, layers[0]) not in self._read_tokens:
             self._read_tokens.update(dict.fromkeys(((experts, n) for n in layers), any(distributed.gather_objects(do))))
         return self._read_tokens[experts, layers[0]]
 
     def weighted(self, experts: str, reads_tokens: bool, own: Hessian) -> Evidence:
-        """What a layer of these experts is solved with. All ranks call it, with the sum over ranks."""
+        """The evidence for a layer of these experts. Collective.
+
+        Args:
+            experts: Name of the block.
+            reads_tokens: See `reads_tokens`.
+            own: The layer's Hessian, summed over ranks.
+        """
         width, tokens = len(own.sum), own.tokens
         few = f"only {tokens} calibration tokens were routed to this expert, for {width} inputs"
         whole = self._whole(experts) if reads_tokens else None
         if whole is not None and len(whole) == width:
             mean = (own.mean() * tokens + whole * width) / (tokens + width)
-            said = (f"{few}: all tokens of the layer are weighted in",) if tokens < width else ()
-            return Evidence(mean, tokens, 0.0, said)
+            deviations = (f"{few}: all tokens of the layer are weighted in",) if tokens < width else ()
+            return Evidence(mean, tokens, 0.0, deviations)
         damp_percent = min(_MOST, _DAMPING * (width / max(1, tokens)) ** 1.5)
-        said = (f"{few}: damp_percent is {damp_percent:.2g}",) if tokens < width else ()
-        return Evidence(own.mean(), tokens, damp_percent, said)
+        deviations = (f"{few}: damp_percent is {damp_percent:.2g}",) if tokens < width else ()
+        return Evidence(own.mean(), tokens, damp_percent, deviations)
 
     def leave(self, experts: str) -> None:
-        """Forgets what went into the block."""
+        """Forgets the tokens of the block."""
         self._means.pop(experts, None)
         self._sums.pop(experts, None)
 
     def _whole(self, experts: str) -> Tensor | None:
+        """Mean of x xᵀ over all tokens of the block and all ranks; None if there were none."""
         if experts not in self._means:
             sums = self._sums.pop(experts, None)
             width = max(distributed.gather_objects(len(sums.sum) if sums is not None else 0))

@@ -1,4 +1,4 @@
-"""Hessian: the running sum of x xᵀ over calibration tokens."""
+"""The running sum of x xᵀ over calibration tokens: `Hessian`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Hessian:
 
     Args:
         in_features: Width of the layer's input.
-        device: Where the sum lives; inputs must be there too.
+        device: Device of the sum; inputs must be there too.
         dtype: Precision of the sum, float32 or float64.
 
     Attributes:
@@ -33,20 +33,20 @@ class Hessian:
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Counts every row of x, [tokens, in].
+        """Adds every row of x, [tokens, in].
 
-        16-bit inputs on a GPU are multiplied as they are: their products are exact in the tensor cores' float32.
-        All others are multiplied in the sum's precision, float32 without TF32.
+        16-bit inputs on a GPU are multiplied without conversion: their products are exact in the tensor cores' float32.
+        Other inputs are multiplied in the sum's precision, float32 without TF32.
         """
-        # The caller may stand inside the model's own autocast.
+        # The model may have switched autocast on around this call.
         with full_precision(x.device):
             x = x.detach()
-            as_they_are = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and self.sum.dtype == torch.float32
-            rows = x if as_they_are else x.to(self.sum.dtype)
+            unconverted = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and self.sum.dtype == torch.float32
+            rows = x if unconverted else x.to(self.sum.dtype)
             for start, stop in self._strips():
                 strip = self.sum[start:stop, :stop]
                 left, right = rows[:, start:stop].T, rows[:, :stop]
-                if as_they_are:
+                if unconverted:
                     torch.addmm(strip, left, right, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
                 else:
                     strip.addmm_(left, right)

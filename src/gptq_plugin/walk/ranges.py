@@ -1,4 +1,4 @@
-"""How large the inputs and outputs of layers get in calibration: what a client computes in float16 ends at 65504."""
+"""The largest inputs and outputs of layers in calibration, for clients that compute in float16, which ends at 65504."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.device.precision import FLOAT16
 
-_MARGIN = 2  # calibration samples are not all there is: nearer than this to `FLOAT16` is said
+_MARGIN = 2  # other samples reach further than calibration's: values nearer than this to `FLOAT16` are reported
 
 
 class Ranges:
-    """The largest absolute input and output of each layer, on the device until they are asked for.
+    """Tracks the largest absolute input and output of each layer, on the device until `over_ranks`.
 
-    Every position counts, those too that enter no Hessian: a client computes them all, and the largest values often
-    stand at the first one. NaN does not count: rows of padding alone may hold it, and all others are refused elsewhere.
+    Every position counts, also positions that enter no Hessian: a client computes them all, and the largest values are
+    often at the first one. NaN does not count: rows of padding may hold it, and in other rows it is refused elsewhere.
     """
 
     def __init__(self) -> None:
@@ -28,12 +28,12 @@ class Ranges:
         self._outputs: dict[str, Tensor] = {}
 
     def read(self, names: Iterable[str], x: Tensor) -> None:
-        """These layers read x."""
+        """Includes x, an input of these layers."""
         _include(self._inputs, names, x)
 
     @contextlib.contextmanager
     def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """While batches run: takes note of what the layers return."""
+        """Includes the outputs of the layers while batches run."""
 
         def hook(name: str) -> Any:
             return lambda module, args, output: _include(self._outputs, [name], output)
@@ -46,11 +46,11 @@ class Ranges:
                 handle.remove()
 
     def over_ranks(self, names: Iterable[str], device: torch.device) -> dict[str, tuple[float, float]]:
-        """Of each layer its largest input and output over all ranks; NaN where none was seen.
+        """By layer, its largest input and output over all ranks; NaN if none was seen. Collective.
 
         Args:
             names: The layers, the same on every rank.
-            device: Where the ranks put them together.
+            device: Device on which the ranks compare them.
         """
         names, unseen = list(names), torch.tensor(-1.0, device=device)
         found = [seen.get(name, unseen).float() for name in names for seen in (self._inputs, self._outputs)]
@@ -61,12 +61,12 @@ class Ranges:
 
 
 def near_float16(largest_input: float, largest_output: float) -> str | None:
-    """A sentence where float16 hardly holds what a layer reads or returns, or does not."""
+    """A sentence if the inputs or outputs of a layer come near the largest float16 or exceed it; else None."""
     what = {"inputs": largest_input, "outputs": largest_output}
     large = [f"{name} reach {largest:.4g}" for name, largest in what.items() if largest > FLOAT16 / _MARGIN]
     if not large:
         return None
-    return f"its {' and its '.join(large)} in calibration, and float16 ends at {FLOAT16:.0f}: have it run in bfloat16"
+    return f"its {' and its '.join(large)} in calibration, and float16 ends at {FLOAT16:.0f}: run it in bfloat16"
 
 
 def _include(seen: dict[str, Tensor], names: Iterable[str], x: Any) -> None:

@@ -1,7 +1,7 @@
-"""Which layers' weights a model reads by itself, beside or in place of calling the layer: those cannot be replaced.
+"""Finds layers whose weight the model reads without calling the layer; they cannot be replaced.
 
-Mamba's fused kernels take the weights of projections, RWKV rescales some of its own: a layer that is called would look
-like any other.
+Mamba's fused kernels take the weights of projections, and RWKV rescales some of its weights. Such a layer may be called
+as well, like any other.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class WeightReads:
     """Watches one forward.
 
     Args:
-        model: What runs.
+        model: The model that runs.
         layers: Some of its modules, by name.
 
     Attributes:
-        names: The layers whose weight was an argument of something that no module called to which it belongs (a tied
+        names: The layers whose weight was an argument of a function called outside the modules it belongs to (a tied
             weight belongs to several).
     """
 
@@ -35,7 +35,7 @@ class WeightReads:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """On the thread that runs the forward."""
+        """To be entered on the thread that runs the forward."""
 
         def enter(module: nn.Module, *_: Any) -> None:
             self._inside().append(module)
@@ -45,14 +45,14 @@ class WeightReads:
 
         with contextlib.ExitStack() as stack:
             for module in self._model.modules():
-                # Before all other hooks, which may look at the weight too.
+                # Before all other hooks, which may read the weight too.
                 stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)
             stack.enter_context(_Arguments(self))
             yield
 
     def read(self, parameter: nn.Parameter) -> None:
-        """A function got this parameter."""
+        """Called when a function gets this parameter."""
         if any(parameter is one for module in self._inside() for one in module._parameters.values()):
             return
         for name, module in self._layers.items():
@@ -65,6 +65,8 @@ class WeightReads:
 
 
 class _Arguments(TorchFunctionMode):
+    """Reports every parameter that is an argument of a torch function."""
+
     def __init__(self, reads: WeightReads) -> None:
         super().__init__()
         self._reads = reads
@@ -72,7 +74,7 @@ class _Arguments(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if getattr(function, "__name__", "") != "__get__":  # of a dtype or a shape, which a QuantLinear has too
+        if getattr(function, "__name__", "") != "__get__":  # dtype and shape, which a QuantLinear has too
             for value in (*args, *(kwargs or {}).values()):
                 if isinstance(value, nn.Parameter):
                     self._reads.read(value)
