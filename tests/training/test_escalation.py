@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -11,7 +10,7 @@ from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.model.plan import Plan, planned
 from gptq_plugin.model.structure import Structure
-from gptq_plugin.training.escalation import output_noise, steps
+from gptq_plugin.training.escalation import steps
 
 from lightning_runs import llama
 
@@ -35,9 +34,6 @@ def seen(model, config, noise, most=100.0):
     return [
         (grids(model, step.config), step.bits) for step in steps(plan_of(model, config), noise) if step.bits <= most
     ]
-
-
-# --- the steps ---
 
 
 def test_at_every_width_the_whole_model_gets_smaller_groups_and_then_the_noisiest_layers_more_bits():
@@ -128,25 +124,6 @@ def test_layers_that_were_left_float_stay_so():
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(100, 72)})  # b is not packed at 3 bits, but at 8
     config = QuantizeConfig(bits=3, group_size=32)
     assert all(set(grids(model, step.config)) == {"a"} for step in steps(plan_of(model, config), {"a": 0.1}))
-
-
-# --- which layers need it ---
-
-
-def test_the_noise_of_a_layer_is_that_of_its_output_on_what_it_reads():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32))
-    floats = {"0": model[0], "2": model[2]}
-    x = torch.randn(3, 64), torch.randn(5, 64)
-    QuantizeModule(bits=2, group_size=32).round_to_nearest(model)
-    noise = output_noise(model, floats, [lambda: model(x[0]), lambda: model(input=x[1])])
-    read = {"0": torch.cat(x), "2": model[1](model[0](torch.cat(x)))}
-    for name, layer in floats.items():
-        wanted = layer(read[name])
-        assert noise[name] == pytest.approx(float((model[int(name)](read[name]) - wanted).square().sum() /
-                                                  wanted.square().sum()), rel=1e-4)  # fmt: skip
-    assert not any(module._forward_hooks for module in model.modules())
-    assert output_noise(model, floats, []) == {"0": 0.0, "2": 0.0}
 
 
 def test_experts_of_one_parameter_get_more_bits_together():

@@ -1,4 +1,4 @@
-"""Quantized checkpoints through transformers' own `from_pretrained`, with `QuantLinear` layers.
+"""Loads quantized checkpoints through transformers' `from_pretrained`, with `QuantLinear` layers.
 
     from transformers import AutoModelForCausalLM
     from gptq_plugin import quantized_config
@@ -6,15 +6,15 @@
     config = quantized_config("out")
     model = AutoModelForCausalLM.from_pretrained("out", config=config, device_map="auto")
 
-transformers chooses its quantizer by `quant_method`, and has its own for ``"gptq"`` and ``"compressed-tensors"``
-(which need GPTQModel and optimum, or compressed-tensors). Those stay as they are: `quantized_config` names another
-method, ``"gptq_plugin"``, in the configuration it returns (not in the folder), and `register` adds that method by
+transformers chooses a quantizer by `quant_method`, and has quantizers for ``"gptq"`` and ``"compressed-tensors"``
+(which need GPTQModel and optimum, or compressed-tensors). They are not replaced: `quantized_config` names another
+method, ``"gptq_plugin"``, in the configuration it returns (not in the folder), and `register` adds that method through
 transformers' extension points, `register_quantizer` and `register_quantization_config`. A `quantization_config=`
-argument cannot do it: transformers refuses one whose class is not that of the method in config.json.
+argument would not do: transformers refuses one whose class is not that of the method in config.json.
 
-The files are read by `checkpoint`, as `load_quantized` does, so that the same is understood and the same refused.
-transformers loads what is not quantized. Loading prints transformers' progress bar, and its report only when the files
-hold tensors that the model has no place for.
+Quantized tensors are read by `checkpoint`, so the same checkpoints load, and are refused, as with `load_quantized`.
+transformers loads the other tensors. It shows its progress bar, and its load report only if the files hold tensors
+that the model has no place for.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from gptq_plugin.model.stored_names import key_renaming
 
 
 class GPTQPluginConfig(QuantizationConfigMixin):
-    """What transformers keeps in ``model.config.quantization_config``; it takes no options.
+    """The object in ``model.config.quantization_config``; it takes no options.
 
     Attributes:
         quant_method: ``"gptq_plugin"``.
-        description: Once loaded, the quantization_config of the layers in memory, with ``quant_method="gptq"``: what
-            `save_pretrained` writes into config.json.
+        description: After loading, the quantization_config of the layers in memory, with ``quant_method="gptq"``, as
+            `save_pretrained` writes it into config.json.
     """
 
     def __init__(self, quant_method: str = QUANTIZER_NAME, description: dict[str, Any] | None = None) -> None:
@@ -60,13 +60,13 @@ class GPTQPluginConfig(QuantizationConfigMixin):
 
 
 class GPTQPluginQuantizer(HfQuantizer):
-    """Puts `QuantLinear` layers into a model that transformers builds and otherwise loads.
+    """Puts `QuantLinear` layers into a model that transformers builds, and fills them; transformers loads the rest.
 
-    What it loads can be saved (`save_pretrained` writes gptq_v2) and trained with adapters: gradients flow through
-    the layers, not into their weights.
+    The model can be saved (`save_pretrained` writes gptq_v2) and trained with adapters: gradients flow through the
+    layers, not into their weights.
     """
 
-    requires_calibration = True  # transformers refuses to quantize a float model with it
+    requires_calibration = True  # so transformers refuses to quantize float models with it
 
     quantization_config: GPTQPluginConfig
     _checkpoint: Checkpoint
@@ -84,7 +84,7 @@ class GPTQPluginQuantizer(HfQuantizer):
         renamed = {name: rename(name) for name in self._checkpoint.tensors}
         self._names = reserve(self._checkpoint, model)
         _refuse_missing(self._checkpoint, model, {key for name in floats for key in (name, *renamed[name])})
-        # The others are read afterwards: transformers need not report that it has no place for them.
+        # The others are read after loading: keeps transformers from reporting them as unexpected.
         ours = {key for name in self._checkpoint.tensors if name not in floats for key in (name, *renamed[name])}
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -108,10 +108,10 @@ class GPTQPluginQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Makes ``quant_method="gptq_plugin"`` known to transformers in this process; again does nothing.
+    """Registers ``quant_method="gptq_plugin"`` with transformers in this process. Calling it again does nothing.
 
     Raises:
-        ValueError: Another package registered that name.
+        ValueError: Another package has registered that name.
     """
     for mapping, add, ours in (
         (AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, GPTQPluginConfig),
@@ -122,7 +122,7 @@ def register() -> None:
 
 
 def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
-    """The model's configuration, for ``from_pretrained(name_or_path, config=it)``; calls `register`.
+    """Returns the model's configuration, for ``from_pretrained(name_or_path, config=...)``. Calls `register`.
 
     Args:
         name_or_path: A folder, or a name on the hub.
@@ -132,14 +132,14 @@ def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
     forget_quantization(config)
     config.quantization_config = {"quant_method": QUANTIZER_NAME}
-    weights = _weights_of_another_name(Path(name_or_path))
+    weights = _unexpected_weights_name(Path(name_or_path))
     if weights is not None:
         config.transformers_weights = weights
     return config
 
 
-def _weights_of_another_name(directory: Path) -> str | None:
-    """The weights' file where it is not called as transformers expects: AutoGPTQ put bits and group size into it."""
+def _unexpected_weights_name(directory: Path) -> str | None:
+    """Name of the weights' file if transformers does not expect it: AutoGPTQ put bits and group size into the name."""
     if not directory.is_dir() or (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
         return None
     found = list(directory.glob("*.safetensors.index.json")) or list(directory.glob("*.safetensors"))
@@ -147,12 +147,13 @@ def _weights_of_another_name(directory: Path) -> str | None:
 
 
 def _refuse_missing(checkpoint: Checkpoint, model: Any, stored: set[str]) -> None:
-    """transformers gives a parameter that no file holds random values, and a line in its report.
+    """Raises CheckpointError for parameters that no file holds: transformers would only report them, and use random
+    values.
 
     Args:
         checkpoint: For the message.
         model: After `reserve`, so without the weights of quantized layers.
-        stored: What the files hold of it, under the model's names.
+        stored: Names, in the model, of the tensors in the files.
     """
     state = model.state_dict(keep_vars=True)
     filled = {id(state[name]) for name in stored & state.keys()}  # a shared module has several names

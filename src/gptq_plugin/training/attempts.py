@@ -23,7 +23,8 @@ from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import ModelForward, Progress
 from gptq_plugin.report.report import QuantizeReport
-from gptq_plugin.training.escalation import Step, output_noise, steps
+from gptq_plugin.training.escalation import Step, steps
+from gptq_plugin.training.output_noise import output_noise
 from gptq_plugin.training.quality_gate import QualityGate
 
 log = logging.getLogger(__name__)

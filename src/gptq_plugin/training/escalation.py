@@ -1,9 +1,9 @@
-"""What to try when a quantized model is not good enough: `steps`, and which layers need it most: `output_noise`.
+"""Configurations to try if a quantized model is not good enough: `steps`.
 
 There are two means. Smaller groups in the whole model keep one grid for all layers, which every client reads. More bits
-for the noisiest layers may cost less, but mixed grids are read by this package and GPTQModel, not by transformers, and
-by vLLM only where layers that it fuses do not differ. So at every width groups come first, then layers, a few at a
-time, until all have the next width, which is one grid again.
+for the noisiest layers may cost less, but only this package and GPTQModel read mixed grids; transformers does not, and
+vLLM only if the layers that it fuses agree. So at every width smaller groups come first, then more bits for a few
+layers at a time, until all have the next width, which is one grid again.
 """
 
 from __future__ import annotations
@@ -13,14 +13,9 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from gptq_plugin import distributed
 from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
@@ -30,8 +25,8 @@ from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target, unpackable
 from gptq_plugin.report.numbers import format_bits_per_weight
 
-GROUP_SIZES = (128, 64, 32)  # those for which servers have fast kernels
-_SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the layers that get more bits, step by step
+GROUP_SIZES = (128, 64, 32)  # servers have fast kernels for these
+_SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the layers, that get more bits step by step
 
 
 @dataclass(frozen=True)
@@ -39,9 +34,9 @@ class Step:
     """One configuration to try.
 
     Attributes:
-        plan: The quantization by the whole configuration.
+        plan: The quantization with it.
         bits: Average bits per weight of the quantized layers; see `stored_bytes`.
-        what: How it differs from the first configuration, in words.
+        what: Its difference from the first configuration, in words.
     """
 
     plan: Plan
@@ -55,25 +50,24 @@ class Step:
 
 @dataclass(frozen=True)
 class _Grid:
-    """What a layer's weights are stored as."""
+    """The stored form of a layer's weights."""
 
     bits: int
     group_size: int
 
 
 def steps(plan: Plan, noise: Mapping[str, float]) -> Iterator[Step]:
-    """Configurations that promise better than the plan's, and what each takes.
+    """Yields configurations that should give better models than the plan's, with the bits each takes.
 
-    At every width: the whole model in smaller groups, then the next width for an eighth of the layers that lack it,
-    a quarter, half and all of them, the noisiest first, with the groups they had. Groups of a family become smaller,
-    and layers more, so that each family's cheapest comes first.
+    At every width these are the whole model in smaller groups, then the next width for an eighth, a quarter, half and
+    all of the layers that lack it, noisiest first, in the groups they had. So the cheapest of each kind comes first.
 
     Args:
-        plan: How the model was quantized first.
+        plan: The first quantization of the model.
         noise: By quantized layer, the relative error of its output then.
     """
     targets = plan.targets
-    together = _together(targets, noise)
+    together = _group_by_parameter(targets, noise)
     ranked = [name for names in together for name in names]
     shapes = {target.name: tuple(target.weight.shape) for target in targets}
     configs = {target.name: target.config for target in targets}
@@ -110,8 +104,8 @@ def steps(plan: Plan, noise: Mapping[str, float]) -> Iterator[Step]:
             yield step(now)
 
 
-def _together(targets: Sequence[Target], noise: Mapping[str, float]) -> list[list[str]]:
-    """Layers that get more bits together, the noisiest first: each by itself, but experts of one parameter."""
+def _group_by_parameter(targets: Sequence[Target], noise: Mapping[str, float]) -> list[list[str]]:
+    """Groups of layers that get more bits together, noisiest first: single layers, or all experts of one parameter."""
     parameters: dict[str, list[str]] = defaultdict(list)
     for target in targets:
         if target.name in noise:
@@ -129,8 +123,11 @@ def _next_width(bits: int, shape: tuple[int, ...]) -> int | None:
 
 
 def _configured(plan: Plan, grids: Mapping[str, _Grid]) -> Plan:
-    """The plan with these grids. The one that most layers share is the configuration's, which clients without rules
-    read, unless it would reach layers that are float at present, such as those that the old width could not pack."""
+    """Returns the plan with these grids.
+
+    The most common grid becomes that of the configuration, which clients without rules read, unless it would reach
+    layers that are float now, such as those that cannot be packed at the old width.
+    """
     common = Counter(grids.values()).most_common(1)[0][0]
     shared = dataclasses.replace(plan.config, bits=common.bits, group_size=common.group_size)
     with contextlib.suppress(TargetError):
@@ -141,7 +138,7 @@ def _configured(plan: Plan, grids: Mapping[str, _Grid]) -> Plan:
 
 
 def _with_rules(config: QuantizeConfig, grids: Mapping[str, _Grid]) -> QuantizeConfig:
-    """Rules for single layers come first: the first rule that matches a name counts."""
+    """Adds rules for single layers in front: the first rule that matches a name counts."""
     own = {}
     for name, grid in grids.items():
         found, (_, rule) = config.for_module(name), config.rule_for(name)
@@ -150,40 +147,3 @@ def _with_rules(config: QuantizeConfig, grids: Mapping[str, _Grid]) -> QuantizeC
             own[f"{re.escape(name)}$"] = {**rule, **changed}
     others = {pattern: rule for pattern, rule in config.dynamic.items() if pattern not in own}
     return dataclasses.replace(config, dynamic={**own, **others})
-
-
-@torch.no_grad()
-def output_noise(
-    model: nn.Module, floats: Mapping[str, nn.Module], batches: Sequence[Callable[[], Any]]
-) -> dict[str, float]:
-    """How wrong the outputs of quantized layers are, on the inputs they get: Σ‖x(W − Q)ᵀ‖² / Σ‖xWᵀ‖².
-
-    Args:
-        model: The quantized model.
-        floats: By name, the float layers that its quantized ones replaced.
-        batches: Each runs a batch through the model when called.
-
-    Returns:
-        By layer, over all ranks; 0 for one that no batch reached.
-    """
-    wrong = dict.fromkeys(floats, 0.0)
-    whole = dict.fromkeys(floats, 0.0)
-
-    def compare(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            wanted = floats[name](*args, **kwargs).float()
-            wrong[name] += float((wanted - output.float()).square().sum())
-            whole[name] += float(wanted.square().sum())
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(compare(name), with_kwargs=True) for name in floats]
-    try:
-        for run in batches:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    ranks = distributed.gather_objects((wrong, whole))
-    total = [{name: sum(one[part][name] for one in ranks) for name in floats} for part in (0, 1)]
-    return {name: total[0][name] / total[1][name] if total[1][name] else 0.0 for name in floats}

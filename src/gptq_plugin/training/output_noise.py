@@ -1,0 +1,50 @@
+"""Noise of quantized layers, which decides the order in which they get more bits: `output_noise`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin import distributed
+
+
+@torch.no_grad()
+def output_noise(
+    model: nn.Module, floats: Mapping[str, nn.Module], batches: Sequence[Callable[[], Any]]
+) -> dict[str, float]:
+    """Measures the relative output error of quantized layers on their own inputs: Σ‖x(W − Q)ᵀ‖² / Σ‖xWᵀ‖².
+
+    Every rank calls it, with batches of its own.
+
+    Args:
+        model: The quantized model.
+        floats: The float layers that were replaced, by name.
+        batches: Functions that each run a batch through the model.
+
+    Returns:
+        The error by layer, over all ranks; 0 for a layer that no batch reached.
+    """
+    wrong = dict.fromkeys(floats, 0.0)
+    whole = dict.fromkeys(floats, 0.0)
+
+    def compare(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            wanted = floats[name](*args, **kwargs).float()
+            wrong[name] += float((wanted - output.float()).square().sum())
+            whole[name] += float(wanted.square().sum())
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(compare(name), with_kwargs=True) for name in floats]
+    try:
+        for run in batches:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    ranks = distributed.gather_objects((wrong, whole))
+    total = [{name: sum(one[part][name] for one in ranks) for name in floats} for part in (0, 1)]
+    return {name: total[0][name] / total[1][name] if total[1][name] else 0.0 for name in floats}
