@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import gptq_plugin.quantize.one_pass as jobs
 from gptq_plugin import QuantizeModule, QuantLinear
+from gptq_plugin.calibration.collect import Batch
+from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.hf_models import predicts_next
 
@@ -222,3 +224,181 @@ def test_a_layer_of_another_sequence_counts_whole_and_that_is_reported():
         other.tokens == 6 * 4 * 5
         and "reads a sequence that the attention mask or labels do not describe" in other.deviations[0]
     )
+
+
+# --- the positions by themselves ---
+
+
+def watched(model, data, token_weighting="all"):
+    """The positions of `model` while its batches run, one after the other; takes `rows` in between."""
+    return Positions(model, [Batch(one, samples=4) for one in data], token_weighting)
+
+
+def counted(positions, number=0, shape=(4, 13)):
+    """Which positions of a layer's input count."""
+    x = torch.arange(torch.Size(shape).numel()).reshape(*shape, 1).float()
+    rows = positions.rows(number, "model.layers.0.mlp.up_proj", x)
+    assert rows.counted.shape[1:] == (1,) and rows.are_tokens is False
+    return [int(row) for row in rows.counted], rows.remark
+
+
+def true_in(mask):
+    return mask.flatten().nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_mask_is_that_of_the_call_of_the_batch_that_runs(by_name):
+    model, data = llama(), batches(2)
+    data[1]["attention_mask"] = torch.ones_like(data[1]["attention_mask"])
+    data[1]["attention_mask"][:, 0] = 0
+    positions = watched(model, [{}, {}])
+    with positions.watching():
+        model(**data[0])  # no batch of ours
+        for number, batch in enumerate(data):
+            positions.runs(number)
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            model(input_ids=ids, attention_mask=mask) if by_name else model(ids, mask)
+        for number, batch in enumerate(data):
+            assert counted(positions, number) == (true_in(batch["attention_mask"]), None)
+    assert not model._forward_pre_hooks and not model.model.layers[0].mlp._forward_pre_hooks
+
+
+def test_a_call_outside_of_the_batches_is_not_read():
+    import threading
+
+    model, batch = llama(), batches(1)[0]
+    positions = watched(model, [batch])
+
+    def run():
+        with positions.watching():
+            model(**batch)
+
+    thread = threading.Thread(target=run)  # nothing is known to run there
+    thread.start()
+    thread.join()
+    assert counted(positions) == (list(range(52)), None)
+
+
+def test_a_call_without_a_mask_leaves_the_batchs_own():
+    model, batch = llama(), batches(1)[0]
+    mask = batch["attention_mask"].bool()
+    positions = Positions(model, [Batch(batch, (mask,), 4)], "all")
+    with positions.watching():
+        positions.runs(0)
+        model(input_ids=batch["input_ids"])
+        assert counted(positions) == (true_in(mask), None)
+
+
+def test_labels_of_the_call_come_before_the_batchs():
+    model, batch = llama(), batches(1)[0]
+    called = batch["labels"].clone()
+    called[:, :9] = -100
+    positions = watched(model, [batch], "labels")
+    with positions.watching():
+        positions.runs(0)
+        model(**{**batch, "labels": called})
+    assert counted(positions) == (true_in(predicting({**batch, "labels": called})), None)
+    Positions(model, [Batch({}, samples=4)], "labels").check()  # none were looked for in a batch
+    positions.check()
+
+
+def test_labels_of_the_batch_are_read_once_where_no_model_has_been_called():
+    batch = batches(1)[0]
+    positions = watched(nn.ModuleList([llama()]), [batch], "labels")
+    assert counted(positions) == (true_in(predicting(batch)), None)  # shifted, as the one transformers model does
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert counted(positions)[0]  # read once
+    plain = watched(nn.ModuleList([nn.Linear(4, 4)]), batches(1), "labels")
+    assert counted(plain) == (true_in(batches(1)[0]["labels"] != -100), None)
+
+
+def test_labels_on_padded_positions_do_not_count():
+    batch = batches(1)[0]
+    batch["labels"] = batch["input_ids"].clone()  # of padding too
+    positions = watched(llama(), [batch], "labels")
+    assert counted(positions)[0] == true_in(predicting(batch))
+    other = {**batch, "attention_mask": torch.ones(4, 20)}  # a mask of another length is of something else
+    assert counted(watched(llama(), [other], "labels"))[0] == true_in(torch.arange(13).expand(4, 13) < 12)
+
+
+def test_batches_without_labels_that_count_are_counted():
+    blank = {**batches(1)[0], "labels": torch.full((4, 13), -100)}
+    positions = watched(llama(), [blank, *batches(1), blank], "labels")
+    for number in range(3):
+        counted(positions, number)
+    assert list(positions.notes().values()) == [2, 0]
+
+
+SOURCE = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+TARGET = torch.tensor([[5, 6, 7, -100], [5, -100, 7, 8]])
+
+
+def sequences(**arguments):
+    """What an encoder-decoder counts of its sources [2, 9] and its targets [2, 4], and the notes."""
+    positions = watched(t5(), [{"labels": TARGET, **arguments}], "labels")
+    return counted(positions, 0, (2, 9)), counted(positions, 0, (2, 4)), list(positions.notes().values())
+
+
+def test_an_encoder_decoder_has_a_mask_for_each_sequence():
+    ids = torch.ones(2, 9, dtype=torch.long)
+    targets = true_in(TARGET != -100)
+    assert sequences(input_ids=ids, attention_mask=SOURCE) == ((true_in(SOURCE), None), (targets, None), [0, 0])
+    assert sequences(input_ids=ids) == ((list(range(18)), None), (targets, None), [0, 0])
+    short = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    _, (kept, _), _ = sequences(input_ids=ids, attention_mask=SOURCE, decoder_attention_mask=short)
+    assert kept == true_in((TARGET != -100) & short.bool())
+
+
+def test_sources_given_as_embeddings_count_whole_and_that_is_noted_where_they_are_read():
+    (rows, remark), (kept, _), _ = sequences(inputs_embeds=torch.zeros(2, 9, 64))
+    assert rows == list(range(18)) and "do not describe" in remark and kept == true_in(TARGET != -100)
+
+
+class Routed(nn.Module):
+    """Two experts that read every third token, and all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = llama()
+        self.block = nn.Module()
+        self.block.experts = nn.ModuleList(nn.Linear(64, 32) for _ in range(2))
+        self.block.forward = lambda x: [self.block.experts[0](x.reshape(-1, 64)[::3]), self.block.experts[1](x)]
+
+    def forward(self, batch):
+        return self.block(self.model(**batch, output_hidden_states=True).hidden_states[-1])
+
+
+def test_an_expert_counts_the_tokens_that_count_among_those_routed_to_it():
+    torch.manual_seed(0)
+    model, batch = Routed(), batches(1)[0]
+    mask, inputs, entered = batch["attention_mask"].bool().flatten(), {}, []
+    positions = watched(model, [batch])
+    for number, expert in enumerate(model.block.experts):
+        expert.register_forward_pre_hook(lambda _, args, number=number: inputs.update({number: args[0].detach()}))
+    with positions.watching(lambda experts, rows: entered.append((experts, rows))):
+        positions.runs(0)
+        model({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
+        first = positions.rows(0, "block.experts.0", inputs[0])
+        second = positions.rows(0, "block.experts.1", inputs[1])
+        strange = positions.rows(0, "block.experts.0", torch.randn(4, 64))
+        sequences = torch.randn(4, 15, 64)
+        sequence = positions.rows(0, "block.experts.1", sequences)
+    assert torch.equal(first.counted, inputs[0][mask[::3]]) and first.remark is None and first.are_tokens
+    assert torch.equal(second.counted, inputs[1].reshape(-1, 64)[mask]) and second.are_tokens
+    assert strange.counted.shape == (4, 64) and not strange.are_tokens
+    assert strange.remark == "gets rows that are not tokens of its block's input: all of them counted, padding included"
+    assert torch.equal(sequence.counted, sequences.reshape(-1, 64)) and sequence.remark == strange.remark
+    assert [experts for experts, _ in entered] == ["block.experts"] and torch.equal(entered[0][1], second.counted)
+
+
+def test_every_row_of_an_expert_counts_where_no_position_is_masked():
+    torch.manual_seed(0)
+    model, batch = Routed(), {"input_ids": batches(1)[0]["input_ids"]}
+    positions = watched(model, [batch])
+    with positions.watching():
+        positions.runs(0)
+        model(batch)
+        for _ in range(2):
+            x = torch.randn(5, 64)
+            rows = positions.rows(0, "block.experts.0", x)
+        assert torch.equal(rows.counted, x) and rows.remark is None and not rows.are_tokens

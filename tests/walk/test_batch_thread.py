@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.walk import lockstep
-from gptq_plugin.walk.batch_thread import BatchThread
+from gptq_plugin.walk.batch_thread import END, BatchThread
 from gptq_plugin.walk.groups import find_groups
 
 from walks import hooks_left, linears, threads_left, walk
@@ -137,11 +137,12 @@ def test_a_model_that_swallows_exceptions_is_ended_too():
 
 
 def test_waiting_is_entered_on_the_batchs_thread_before_anybody_sees_it_wait_and_left_when_it_goes_on():
-    events = []
+    events, names = [], []
 
     @contextlib.contextmanager
     def waiting(number, name):
         assert threading.current_thread().name == f"calibration-batch-{number}"
+        names.append(name)
         events.append(("enter", number))
         yield
         events.append(("leave", number))
@@ -155,6 +156,7 @@ def test_waiting_is_entered_on_the_batchs_thread_before_anybody_sees_it_wait_and
     enter, leave = [("enter", 0), ("enter", 1)], [("leave", 0), ("leave", 1)]
     between = [event for pair in zip(leave, enter) for event in pair]
     assert events == [*enter, ("0",), *between, ("1",), *leave]
+    assert names == ["0", "0", "1", "1"]
 
 
 def test_a_cancelled_batch_leaves_waiting_with_an_exception():
@@ -212,6 +214,51 @@ def test_a_thread_that_is_slow_to_end_is_waited_for_once(monkeypatch):
     walking.join(20)
     assert not walking.is_alive()
     time.sleep(0.3)  # the planning batch's own
+
+
+def test_a_batch_waits_nowhere_with_nothing_before_it_runs_and_after_it_has_ended():
+    batch = BatchThread(3, lambda: batch.wait_at(5, "layer", torch.ones(2)))
+    assert (batch.position, batch.input, batch.thread.daemon) == (-1, None, True)
+    batch.resume()
+    assert batch.position == 5 and torch.equal(batch.input, torch.ones(2))
+    batch.seen[5] = []
+    batch.resume()
+    assert (batch.position, batch.input, batch.seen) == (END, None, {})
+
+
+def test_a_batch_is_cancelled_only_when_its_thread_has_ended(monkeypatch):
+    run = BatchThread._run
+
+    def slow(batch, forward):
+        run(batch, forward)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(BatchThread, "_run", slow)
+    batch = BatchThread(0, lambda: batch.wait_at(0, "layer", torch.ones(2)))
+    batch.resume()
+    batch.cancel()
+    assert batch.input is None and not batch.thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="notes came with Python 3.11")
+def test_an_error_tells_in_which_batch_it_was_raised():
+    batch = BatchThread(7, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as raised:
+        batch.resume()
+    assert raised.value.__notes__ == ["raised in the forward of calibration batch 7"]
+
+
+def test_the_callers_default_device_and_autocasts_dtype_hold_in_the_batch():
+    seen = []
+
+    def forward():
+        seen.append((torch.empty(1).device.type, torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))
+
+    with torch.device("meta"), torch.autocast("cpu", dtype=torch.float16):
+        batch = BatchThread(0, forward)
+    batch.resume()
+    BatchThread(1, forward).resume()
+    assert seen == [("meta", torch.float16, True), ("cpu", torch.bfloat16, False)]
 
 
 @pytest.mark.gpu

@@ -94,3 +94,16 @@ def test_the_hessians_of_all_ranks_add_up_in_one_message(n, monkeypatch):
     torch.testing.assert_close(mine.mean(), whole.mean())
     assert mine.tokens == 30 and len(sent) == 2
     assert n < 8 or sent[0][0].numel() < n * n  # without the symmetric half
+
+
+def test_a_cpus_strips_are_256_wide_and_nothing_beyond_their_ends_is_computed():
+    hessian = Hessian(520, "cpu")
+    hessian.add(torch.rand(3, 520) + 1)
+    for start in (0, 256, 512):
+        stop = min(start + 256, 520)
+        assert (hessian.sum[start:stop, :stop] > 0).all() and not hessian.sum[start:stop, stop:].any()
+
+
+def test_without_other_ranks_nothing_is_sent(monkeypatch):
+    monkeypatch.setattr(hessians.distributed, "sum_", lambda *_: pytest.fail("a message was sent"))
+    Hessian(4, "cpu").over_ranks()
