@@ -10,6 +10,7 @@ from torch import nn
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.errors import ExportError
+from gptq_plugin.export.export import export_model
 from gptq_plugin.export.verify_outputs import LENGTH, Sample, same_outputs
 
 from models import Plain, tiny_gpt2, tiny_llama
@@ -79,8 +80,6 @@ def test_a_model_changed_by_hand_is_not_exported_as_what_it_is_not(when, tmp_pat
 
 
 def test_a_change_that_the_export_does_not_say_is_found_without_calibration_too(rtn, tmp_path):
-    from gptq_plugin.export.export import export_model
-
     model = rtn(tiny_gpt2(), QuantizeConfig(group_size=16))
     export_model(model, tmp_path / "out", QuantizeConfig(group_size=16))
     model.transformer.ln_f.eps = 10.0
@@ -134,3 +133,45 @@ def test_a_model_in_training_mode_is_compared_without_its_dropout_and_stays_in_i
     model.train()
     quantizer.export(model, tmp_path / "out")
     assert "every time" not in caplog.text and all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "dtype,near,far",
+    [(torch.float32, 1.0005, 1.002), (torch.bfloat16, 1.03, 1.08), (torch.float16, 1.03, 1.08)],
+    ids=str,
+)
+def test_outputs_may_differ_by_rounding_and_by_no_more(dtype, near, far, rtn, tmp_path):
+    """By 1/1000 of the largest output in 32 bits, and by 1/20 in 16."""
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(num_hidden_layers=1).to(dtype), config)
+    folder = export_model(model, tmp_path / "out", config)
+    norm = model.model.norm.weight.data.clone()
+    model.model.norm.weight.data = norm * near
+    same_outputs(model, folder, None)
+    model.model.norm.weight.data = norm * far
+    with pytest.raises(ExportError, match="an output differs by"):
+        same_outputs(model, folder, None)
+
+
+def test_a_forward_that_was_put_over_the_class_s_may_round_to_16_bits(rtn, tmp_path):
+    """As accelerate does, to run a model in 32 bits under autocast."""
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(num_hidden_layers=1), config)
+    folder = export_model(model, tmp_path / "out", config)
+    model.forward = model.forward
+    norm = model.model.norm.weight.data.clone()
+    model.model.norm.weight.data = norm * 1.03
+    same_outputs(model, folder, None)
+    model.model.norm.weight.data = norm * 1.08
+    with pytest.raises(ExportError, match="an output differs by"):
+        same_outputs(model, folder, None)
+
+
+def test_values_that_are_not_finite_in_one_of_them_differ_without_limit(rtn, tmp_path):
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(num_hidden_layers=1), config)
+    folder = export_model(model, tmp_path / "out", config)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.inf
+    with pytest.raises(ExportError, match="an output differs by inf"):
+        same_outputs(model, folder, None)
