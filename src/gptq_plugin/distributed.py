@@ -1,8 +1,8 @@
-"""What ranks do together. With one process every function is the identity.
+"""Collective operations of all ranks. With one process every function is the identity.
 
-Every meeting begins with a word from each rank over a group of its own: which call it has come to, and a number. A rank
-that has failed (`ending_together`) says that instead, and the others raise what it says at their next meeting. So no
-rank waits for one that will not come, and none reduces what another broadcasts.
+Every operation begins with a check-in over a separate group: each rank sends which call it has come to, and a number. A
+rank that has failed (`ending_together`) sends its error instead, and the others raise that at their next operation. So
+no rank waits for one that will not come, and none reduces while another broadcasts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from gptq_plugin.errors import RankError
 
 log = logging.getLogger(__name__)
 
-_LAST_WORD = timedelta(seconds=15)  # how long a rank that failed waits for the others to hear why
+_GRACE = timedelta(seconds=15)  # how long a rank that failed waits for the others to learn why
 _FINE, _FAILED = 0, 1
 
-_words: tuple[Any, Any] | None = None  # the default group, and the one beside it for words
-_depth = 0  # of `ending_together`
+_check_in_groups: tuple[Any, Any] | None = None  # the default group, and the one beside it for check-ins
+_depth = 0  # of nested `ending_together`
 
 
 def active() -> bool:
-    """Whether a process group of more than one rank is up."""
+    """True if a process group of more than one rank is up."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -44,21 +44,24 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """What ends the block on one rank ends it on all: the others raise RankError with its message.
+    """Ends the block on all ranks when an error ends it on one: the others raise RankError with its message.
 
-    They do so at their next meeting, at the latest at the end of the block, which is one. The rank that failed waits
-    some seconds for that, then goes its way; the others find it gone.
+    They do so at their next operation, at the latest at the end of the block, which is one. The rank that failed waits
+    some seconds for them, then raises its error; ranks that come later cannot reach it.
+
+    Raises:
+        RankError: Another rank failed in the block.
     """
     global _depth
     _depth += 1
     try:
         yield
         if _depth == 1 and active():
-            _called("the end")
+            _check_in("the end")
     except Exception as error:
         if _depth == 1 and active() and not isinstance(error, RankError):
             with contextlib.suppress(RuntimeError):
-                _meet(_FAILED, 0, f"{type(error).__name__}: {error}", _LAST_WORD)
+                _exchange(_FAILED, 0, f"{type(error).__name__}: {error}", _GRACE)
         raise
     finally:
         _depth -= 1
@@ -72,42 +75,42 @@ def sum_(tensor: Tensor, count: int = 0) -> int:
     """
     if not active():
         return count
-    counts = _called("sum", count)
-    with _reaching():
+    counts = _check_in("sum", count)
+    with _unreachable_as_rank_error():
         dist.all_reduce(tensor, group=_group(tensor))
     return sum(counts)
 
 
 def maximum_(tensor: Tensor) -> None:
-    """Element by element the largest value of all ranks, in place on every rank."""
+    """Replaces each element by the largest of all ranks, in place on every rank."""
     if not active():
         return
-    _called("maximum")
-    with _reaching():
+    _check_in("maximum")
+    with _unreachable_as_rank_error():
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_group(tensor))
 
 
 def minimum(value: int) -> int:
     """The smallest of all ranks' values."""
-    return min(_called("minimum", value)) if active() else value
+    return min(_check_in("minimum", value)) if active() else value
 
 
 def gather_rows(parts: Sequence[Tensor], rows: int) -> list[list[Tensor]]:
     """All ranks' tensors on every rank, as one message.
 
     Args:
-        parts: Tensors [rows, ...], the wider dtypes first.
+        parts: Tensors [rows, ...] of the same shapes on every rank, the wider dtypes first.
         rows: The same on every rank.
 
     Returns:
-        For each part, that of every rank.
+        For each part, a list of every rank's, in the order of ranks.
     """
     if not active():
         return [[part] for part in parts]
     mine = torch.cat([part.flatten().view(torch.uint8) for part in parts])
-    _called("gather_rows", rows)
+    _check_in("gather_rows", rows)
     everyones = [torch.empty_like(mine) for _ in range(world_size())]
-    with _reaching():
+    with _unreachable_as_rank_error():
         dist.all_gather(everyones, mine, group=_group(mine))
     gathered, start = [], 0
     for part in parts:
@@ -118,82 +121,82 @@ def gather_rows(parts: Sequence[Tensor], rows: int) -> list[list[Tensor]]:
 
 
 def object_from_first(value: Any) -> Any:
-    """Rank 0's value on every rank; the value is pickled, so keep it small."""
+    """Rank 0's value on every rank. It is pickled, so keep it small."""
     if not active():
         return value
     values = [value]
-    _called("object_from_first")
-    with _reaching():
-        dist.broadcast_object_list(values, src=0, group=_word_group())
+    _check_in("object_from_first")
+    with _unreachable_as_rank_error():
+        dist.broadcast_object_list(values, src=0, group=_check_in_group())
     return values[0]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks, on every rank; pickled, so keep them small."""
+    """Every rank's value, in the order of ranks, on every rank. They are pickled, so keep them small."""
     if not active():
         return [value]
     values: list[Any] = [None] * world_size()
-    _called("gather_objects")
-    with _reaching():
-        dist.all_gather_object(values, value, group=_word_group())
+    _check_in("gather_objects")
+    with _unreachable_as_rank_error():
+        dist.all_gather_object(values, value, group=_check_in_group())
     return values
 
 
-def _called(call: str, number: int = 0) -> list[int]:
-    """Every rank's number, once all have come to this call."""
-    return _meet(zlib.crc32(call.encode()) << 1 | _FINE, number, call)
+def _check_in(call: str, number: int = 0) -> list[int]:
+    """Waits until all ranks have come to this call; returns their numbers."""
+    return _exchange(zlib.crc32(call.encode()) << 1 | _FINE, number, call)
 
 
-def _meet(word: int, number: int, said: str, at_most: timedelta | None = None) -> list[int]:
+def _exchange(code: int, number: int, text: str, timeout: timedelta | None = None) -> list[int]:
     """Every rank's number.
 
     Args:
-        word: Of the call; odd after a failure.
+        code: Code of the call; odd after a failure.
         number: This rank's.
-        said: The call's name, or the failure.
-        at_most: How long to wait for the others; None is the group's timeout.
+        text: The call's name, or the failure.
+        timeout: How long to wait for the others; None is the group's timeout.
 
     Raises:
         RankError: A rank failed, came to another call, or cannot be reached.
     """
-    mine = torch.tensor([word, number])
+    mine = torch.tensor([code, number])
     everyones = [torch.empty_like(mine) for _ in range(world_size())]
-    with _reaching():
-        work = dist.all_gather(everyones, mine, group=_word_group(), async_op=True)
-        work.wait(at_most) if at_most is not None else work.wait()
-    if all(int(theirs[0]) == word and word & 1 == _FINE for theirs in everyones):
+    with _unreachable_as_rank_error():
+        work = dist.all_gather(everyones, mine, group=_check_in_group(), async_op=True)
+        work.wait(timeout) if timeout is not None else work.wait()
+    if all(int(theirs[0]) == code and code & 1 == _FINE for theirs in everyones):
         return [int(theirs[1]) for theirs in everyones]
-    sentences: list[Any] = [None] * world_size()
-    with _reaching():
-        dist.all_gather_object(sentences, said, group=_word_group())
+    texts: list[Any] = [None] * world_size()
+    with _unreachable_as_rank_error():
+        dist.all_gather_object(texts, text, group=_check_in_group())
     failed = [n for n, theirs in enumerate(everyones) if int(theirs[0]) & 1 == _FAILED]
     if failed:
-        raise RankError("; ".join(f"rank {n} failed: {sentences[n]}" for n in failed))
-    calls = ", ".join(f"rank {n} to {sentence}" for n, sentence in enumerate(sentences))
-    raise RankError(f"the ranks do not do the same ({calls}): all need the same model, configuration and calls")
+        raise RankError("; ".join(f"rank {n} failed: {texts[n]}" for n in failed))
+    calls = ", ".join(f"rank {n} came to {text}" for n, text in enumerate(texts))
+    raise RankError(f"the ranks do different things ({calls}): give all the same model, configuration and calls")
 
 
 @contextlib.contextmanager
-def _reaching() -> Iterator[None]:
+def _unreachable_as_rank_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         raise RankError(
             f"rank {rank()} cannot reach the others: one was killed (out of memory?), ended, or took longer than the "
-            f"process group's timeout. Its own output says why ({str(error).splitlines()[0]})"
+            f"process group's timeout. See its output for the cause ({str(error).splitlines()[0]})"
         ) from error
 
 
 def _group(tensor: Tensor) -> Any:
-    """The default group, or the one for words where that has no transport for CPU tensors."""
+    """The default group; the one for check-ins if the tensor is on a CPU and the default has no transport for it."""
     serves = tensor.is_cuda or "gloo" in dist.get_backend_config()
-    return dist.group.WORLD if serves else _word_group()
+    return dist.group.WORLD if serves else _check_in_group()
 
 
-def _word_group() -> Any:
-    """Made at the first meeting: of its own, so that no word meets what user code exchanges."""
-    global _words
+def _check_in_group() -> Any:
+    """The group for check-ins, made by the first one: separate, so that they never mix with the user's messages."""
+    global _check_in_groups
     world = dist.group.WORLD
-    if _words is None or _words[0] is not world:
-        _words = world, dist.new_group(backend="gloo")
-    return _words[1]
+    if _check_in_groups is None or _check_in_groups[0] is not world:
+        _check_in_groups = world, dist.new_group(backend="gloo")
+    return _check_in_groups[1]

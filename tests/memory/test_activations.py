@@ -522,7 +522,7 @@ def test_planning_measures_the_most_that_a_batch_holds_where_it_waits():
     def forward(self, x):
         large = torch.ones(1000, 4)
         y = self.a(x)
-        gone = torch.ones(9000)  # between two layers: nobody waits there
+        gone = torch.ones(9000)  # between two layers, where no batch waits
         y = y + large.sum() + gone.sum()
         del large, gone
         return self.b(y)

@@ -1,4 +1,4 @@
-"""What stays on the device, decided from what is free there."""
+"""Placement: free memory decides which tensors stay on the device."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ CONFIG = QuantizeConfig(bits=2, group_size=32)
 
 
 class Around(nn.Module):
-    """What a LightningModule is to its model: never called itself."""
+    """Like a LightningModule around its model: never called itself."""
 
     def __init__(self):
         super().__init__()

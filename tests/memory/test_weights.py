@@ -45,7 +45,7 @@ def logits(model, ids=IDS):
 
 
 def temporary_bytes(model, homes):
-    """Counted at the modules: what they point to that is not their own."""
+    """Bytes of tensors that the modules point to and do not own."""
     now = {id(t): t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
     return sum(tensor.nbytes for key, tensor in now.items() if key not in homes)
 
@@ -64,7 +64,7 @@ def by_name(model):
 
 
 class Watched(torch.Tensor):
-    """Says when and where it is copied, waits for a permission before, and may fail."""
+    """Records when and where it is copied, waits for permission first, and may fail."""
 
     began: threading.Event
     allowed: threading.Event
@@ -132,7 +132,7 @@ class ReadsItsChild(nn.Module):
 
 
 class OwnTensorsLast(nn.Module):
-    """Larger than a unit, and it reads parameters of its own when all its parts have run."""
+    """Larger than a unit; it reads its own parameters after all its parts have run."""
 
     def __init__(self):
         super().__init__()
@@ -361,7 +361,7 @@ def test_the_next_unit_is_copied_while_the_one_before_it_is_in_use():
         for tensor in watched:
             tensor.copied.clear()
         for number, target in enumerate(targets):
-            assert not number or watched[number].copied.wait(10)  # before anybody asked for it
+            assert not number or watched[number].copied.wait(10)  # before it is needed
             before = weights.copied_bytes
             weights.present(target)
             assert weights.copied_bytes - before == unit * (number == 0)  # the first one alone is waited for

@@ -1,4 +1,4 @@
-"""What ranks do together: meetings that say who failed or went astray, rows dealt, branches that only some take."""
+"""Collective operations: who failed or went astray is told, rows are shared, and branches that only some ranks take."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from gptq_plugin import QuantizeConfig, distributed
 from gptq_plugin.gptq.solver import solve
-from gptq_plugin.quantize import solve_on_ranks as dealing
+from gptq_plugin.quantize.solve_on_ranks import solve_shared
 
-# Every scene runs in a process group of its own, on forked ranks, and says what it found.
+# Every scene runs on forked ranks in a new process group, and writes what it found.
 SCENES = """
 import json, os, sys, time
 from pathlib import Path
@@ -23,13 +23,13 @@ torch.set_num_threads(1)
 import torch.distributed as dist
 from torch import nn
 from gptq_plugin import QuantizeConfig, QuantizeModule, distributed
-from gptq_plugin.quantize import solve_on_ranks as dealing
+from gptq_plugin.quantize.solve_on_ranks import solve_shared
 from gptq_plugin.errors import RankError
 from gptq_plugin.walk.hessian import Hessian
 from gptq_plugin.walk.ranges import Ranges
 from gptq_plugin.gptq.solver import solve
 
-def said(call):
+def raised(call):
     try:
         call()
     except Exception as error:
@@ -46,7 +46,7 @@ def meetings(rank):
     ]
 
 def astray(rank):
-    return said(lambda: distributed.minimum(3) if rank == 1 else distributed.sum_(torch.zeros(1)))
+    return raised(lambda: distributed.minimum(3) if rank == 1 else distributed.sum_(torch.zeros(1)))
 
 def failing(rank):
     def run():
@@ -55,7 +55,7 @@ def failing(rank):
                 raise KeyError("lost")
             distributed.minimum(0)
     started = time.time()
-    found = said(run), time.time() - started
+    found = raised(run), time.time() - started
     time.sleep(0 if rank == 2 else 3)  # still there, but not for a second word
     return found
 
@@ -64,11 +64,11 @@ def apart(rank):
         with distributed.ending_together():  # in which the ranks do not meet
             if rank == 1:
                 raise KeyError("lost")
-    return said(run)
+    return raised(run)
 
 def busy(rank):
     # The others are where no meeting is: the rank that failed goes its way all the same.
-    distributed._LAST_WORD = __import__("datetime").timedelta(seconds=1)
+    distributed._GRACE = __import__("datetime").timedelta(seconds=1)
     distributed.minimum(0)
     started = time.time()
     def run():
@@ -76,7 +76,7 @@ def busy(rank):
             if rank == 0:
                 raise KeyError("lost")
             time.sleep(3)
-    return [said(run), time.time() - started]
+    return [raised(run), time.time() - started]
 
 def hessians(rank):
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def hessians(rank):
     return [mine.tokens, float((mine.mean() - whole.mean()).abs().max())]
 
 def ranges(rank):
-    # Each rank sees one layer's largest values; nobody sees the third.
+    # Each rank sees one layer's largest values; none sees the third.
     mine = Ranges()
     mine.read(["a", "b"][rank % 2 :][:1], torch.tensor([[rank - 9.0]]))
     if rank == 1:
@@ -101,7 +101,7 @@ def rows(rank):
     for out in (1, 2, 7, 9):
         weight, x = torch.randn(out, 32, dtype=torch.float64), torch.randn(99, 32, dtype=torch.float64)
         config = QuantizeConfig(group_size=16)
-        one, shared = (f(weight, x.T @ x / 99, config) for f in (solve, dealing.solve_shared))
+        one, shared = (f(weight, x.T @ x / 99, config) for f in (solve, solve_shared))
         pairs = [(one.loss, shared.loss), (one.rtn_loss, shared.rtn_loss)]
         pairs += [(getattr(one.weight, n), getattr(shared.weight, n)) for n in ("codes", "scales", "zeros", "g_idx")]
         found.append(all(a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b) for a, b in pairs))
@@ -131,7 +131,7 @@ def branches(rank):
     return [tokens, [m.name for m in report.quantized], {k: v.sum().item() for k, v in model.state_dict().items()}]
 
 def experts(rank):
-    # The tokens of each rank go to experts of their own: 0 and 1, 2 and 3, and rank 2 has no samples. 4 and 5 get none.
+    # The tokens of each rank go to separate experts: 0 and 1, 2 and 3, and rank 2 has no samples. 4 and 5 get none.
     from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
@@ -186,14 +186,14 @@ def test_what_is_exchanged_is_the_same_on_every_rank(scenes):
 def test_ranks_that_do_different_things_are_told_instead_of_waiting(scenes):
     for found in scenes("astray"):
         assert found.startswith(
-            "RankError: the ranks do not do the same (rank 0 to sum, rank 1 to minimum, rank 2 to sum)"
+            "RankError: the ranks do different things (rank 0 came to sum, rank 1 came to minimum, rank 2 came to sum)"
         )
 
 
 def test_an_error_on_one_rank_is_raised_on_the_others_with_its_message(scenes):
-    said, seconds = zip(*scenes("failing"), strict=True)
-    assert said == (*["RankError: rank 2 failed: KeyError: 'lost'"] * 2, "KeyError: 'lost'")
-    assert max(seconds) < 2  # said once, however many blocks it leaves
+    raised, seconds = zip(*scenes("failing"), strict=True)
+    assert raised == (*["RankError: rank 2 failed: KeyError: 'lost'"] * 2, "KeyError: 'lost'")
+    assert max(seconds) < 2  # raised once, however many blocks it leaves
 
 
 def test_a_rank_that_failed_does_not_wait_for_others_that_are_busy(scenes):
@@ -232,7 +232,7 @@ def test_a_branch_that_only_one_ranks_samples_take_is_quantized_on_all(scenes):
 
 def test_one_process_meets_nobody():
     weight, x = torch.randn(5, 32), torch.randn(99, 32)
-    found = dealing.solve_shared(weight, x.T @ x / 99, QuantizeConfig(group_size=16))
+    found = solve_shared(weight, x.T @ x / 99, QuantizeConfig(group_size=16))
     assert torch.equal(found.weight.codes, solve(weight, x.T @ x / 99, QuantizeConfig(group_size=16)).weight.codes)
     assert distributed.sum_(weight, 3) == 3 and distributed.minimum(7) == 7
     with pytest.raises(KeyError), distributed.ending_together():

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank ends all ranks, within seconds, with the cause, and leaves the checkpoints."""
+"""A failure on one rank ends all ranks within seconds, with its cause, and leaves the checkpoints."""
 
 from __future__ import annotations
 

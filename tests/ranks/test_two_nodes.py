@@ -76,7 +76,7 @@ def nodes() -> Iterator[list[tuple[str, str, str]]]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """What one node ends with."""
+    """The state that one node ends with."""
     folder = tmp_path_factory.mktemp("one")
     (folder / "fit.py").write_text(FIT)
     subprocess.run([sys.executable, "fit.py", SUPPORT, folder, "1"], check=True, cwd=folder, timeout=200)

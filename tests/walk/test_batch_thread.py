@@ -213,7 +213,7 @@ def test_a_thread_that_is_slow_to_end_is_waited_for_once(monkeypatch):
     walking.start()
     walking.join(20)
     assert not walking.is_alive()
-    time.sleep(0.3)  # the planning batch's own
+    time.sleep(0.3)  # the thread of the forward that found the groups
 
 
 def test_a_batch_waits_nowhere_with_nothing_before_it_runs_and_after_it_has_ended():

@@ -68,7 +68,7 @@ def test_inputs_given_by_keyword_are_seen():
 
 
 def test_a_hook_of_the_users_that_changes_a_layers_input_comes_first():
-    """What is observed is what the layer multiplies, rotated or scaled by a hook as it may be."""
+    """The observed input is the one the layer multiplies, after hooks that rotate or scale it."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].register_forward_pre_hook(lambda module, args: (2 * args[0],))
     layers, seen = linears(model), {}

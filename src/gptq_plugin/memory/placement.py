@@ -88,8 +88,8 @@ def place(
 
     Args:
         device: Where the batches run.
-        free: Bytes free there; None when there is no limit.
-        needs: What is wanted.
+        free: Bytes free there; None if there is no limit.
+        needs: Bytes wanted there.
         min_resident_bytes: Bytes of weights that must fit: the block in use and its neighbours; see `weights.Weights`.
         offload_weights: True keeps only a few blocks there, False all; None decides.
         offload_activations: True moves all suspended activations to the host, False none; None decides.

@@ -38,7 +38,7 @@ class Stop:
 
 @dataclass
 class Notes:
-    """What the walk noticed on its way.
+    """Irregular calls that a walk met.
 
     Attributes:
         late: By layer, the number of calls that came when it was quantized: their inputs are not in its Hessian.
@@ -108,7 +108,7 @@ def walk(
 
 
 class _Steps:
-    """Decides, at every call of a target layer, whether its input is counted and whether the batch waits."""
+    """Decides at every call of a target layer if its input is counted and if the batch waits."""
 
     def __init__(self, groups: Sequence[Group], observe: Callable[[Group, int, Tensor], None], notes: Notes) -> None:
         self.groups = groups
