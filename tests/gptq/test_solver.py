@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from gptq_plugin.kernels import reference
 
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.gptq.grid import round_to_nearest
+from gptq_plugin.gptq import solver
+from gptq_plugin.gptq.grid import grid, round_to_nearest
 from gptq_plugin.gptq.solver import output_error, solve, solve_batch
 
 from plain_gptq import ORDERS, correlated, plain, plain_gptq
@@ -169,6 +171,11 @@ def test_the_output_error_is_not_below_zero_and_of_16_bit_numbers_it_is_summed_i
     found = output_error(error, hessian)
     assert found.dtype == torch.float32 and found.tolist() == [3000.0, 3000.0]  # bfloat16 would have 2992 or 3008
     assert output_error(error.double(), -hessian.double()).tolist() == [0.0, 0.0]
+    beside = torch.zeros(1101, 1101, dtype=torch.bfloat16)  # ones where a strip meets the one before
+    beside[1024:, :1024] = beside[:1024, 1024:] = 1
+    error = torch.ones(1, 1101, dtype=torch.bfloat16)
+    error[0, 0] = 3
+    assert output_error(error, beside).item() == 2 * 77 * 1026  # bfloat16 would have 2 * 78848
 
 
 def test_dead_inputs_are_rounded_to_nearest_and_cost_nothing():
@@ -188,7 +195,8 @@ def test_a_layer_no_input_reached_is_rounded_and_says_so():
     weight, _ = correlated(rows=4, n=64)
     solution = solve(weight, torch.zeros(64, 64, dtype=torch.float64), plain(group_size=32))
     assert solution.method == "rtn"
-    assert "no calibration input" in solution.deviations[0]
+    assert solution.deviations == ("no calibration input reached this layer: round-to-nearest",)
+    assert solution.damp_percent == QuantizeConfig().damp_percent and not solution.loss.any()
     assert torch.equal(solution.weight.codes, round_to_nearest(weight, plain(group_size=32)).codes)
 
 
@@ -204,8 +212,10 @@ def test_a_hessian_too_singular_for_float32_is_factored_in_float64_and_says_so()
     weight, _ = correlated(rows=4, n=64)
     config = plain(group_size=32, damp_percent=1e-12)
     solution = solve(weight.float(), nearly_singular().float(), dataclasses.replace(config, damp_percent=1e-7))
-    assert solution.method == "gptq"
-    assert any("float64" in deviation for deviation in solution.deviations)
+    assert solution.method == "gptq" and solution.damp_percent == 1e-7
+    assert solution.deviations == ("Hessian factored in float64 after float32 failed",)
+    assert solution.loss.dtype == solution.rtn_loss.dtype == torch.float32
+    assert bool((solution.loss < solution.rtn_loss).all())
 
 
 def test_an_indefinite_hessian_gets_more_damping_and_says_how_much():
@@ -213,8 +223,10 @@ def test_an_indefinite_hessian_gets_more_damping_and_says_how_much():
     hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     solution = solve(weight, hessian, plain(group_size=32, damp_percent=0.001, damp_auto_increment=0.01))
     assert solution.method == "gptq"
-    assert solution.damp_percent > 0.001
-    assert any("damp_percent raised from 0.001 to" in deviation for deviation in solution.deviations)
+    assert solution.damp_percent == 0.101  # 0.001 + 0.01 was not enough, + 0.1 was
+    assert solution.deviations == ("damp_percent raised from 0.001 to 0.101",)
+    nearest = round_to_nearest(weight, plain(group_size=32)).dequantize(torch.float64)
+    torch.testing.assert_close(solution.rtn_loss, output_error(weight - nearest, hessian))
 
 
 @pytest.mark.parametrize("increment", [0.0, 0.01])
@@ -224,7 +236,9 @@ def test_a_hessian_without_factor_falls_back_to_rounding_loudly(increment):
     hessian[0, 1] = hessian[1, 0] = 1e6  # no damping below 1 makes this definite
     solution = solve(weight, hessian, config)
     assert solution.method == "rtn"
-    assert "no Cholesky factor" in solution.deviations[0]
+    last = 0.01 if increment == 0 else 0.11
+    assert solution.deviations == (f"no Cholesky factor up to damp_percent {last:g}: round-to-nearest",)
+    assert solution.damp_percent == pytest.approx(last)
     assert torch.equal(solution.weight.codes, round_to_nearest(weight, config).codes)
     torch.testing.assert_close(solution.loss, solution.rtn_loss)
 
@@ -242,15 +256,21 @@ def test_a_group_of_zeros_stays_zero_and_tiny_weights_keep_a_scale():
 @pytest.mark.parametrize(("which", "message"), [("weight", "weight holds NaN"), ("hessian", "Hessian holds NaN")])
 def test_nan_is_refused(which, message):
     weight, hessian = correlated(rows=4, n=64)
-    (weight if which == "weight" else hessian)[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=message):
-        solve(weight, hessian, plain(group_size=32))
+    for place in ((0, 1), (0, 0)):  # beside the diagonal and on it
+        wrong = weight.clone(), hessian.clone()
+        (wrong[0] if which == "weight" else wrong[1])[[*place], [*place[::-1]]] = float("nan")
+        with pytest.raises(ValueError, match=message):
+            solve(*wrong, plain(group_size=32))
 
 
-def test_a_scale_beyond_float16_is_refused():
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_scale_beyond_float16_is_refused(order):
     weight, hessian = correlated(rows=4, n=64)
-    with pytest.raises(ValueError, match="float16"):
-        solve(weight * 1e8, hessian, plain(group_size=32))
+    with pytest.raises(ValueError, match="a weight of .* needs a scale above float16's 65504"):
+        solve(weight * 1e8, hessian, plain(group_size=32, **ORDERS[order]))
+    hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(64)  # needs more damping than was asked
+    with pytest.raises(ValueError, match="a weight of .* needs a scale above float16's 65504"):
+        solve(weight * 1e8, hessian, plain(group_size=32, damp_percent=0.001, **ORDERS[order]))
 
 
 def test_an_outlier_is_refused_and_not_clipped_away_though_a_narrower_grid_could_be_stored():
@@ -273,6 +293,101 @@ def test_a_16_bit_weight_is_solved_in_the_hessians_precision():
     config = plain(group_size=32)
     half = weight.to(torch.bfloat16)
     assert torch.equal(solve(half, hessian, config).weight.codes, solve(half.double(), hessian, config).weight.codes)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_part_of_a_solution_has_its_shape_and_type_and_lies_where_the_weight_does(dtype, order):
+    weight, hessian = (t.to(dtype) for t in correlated(rows=6, n=64))
+    config = QuantizeConfig(bits=3, group_size=16, sym=False, **ORDERS[order])
+    with torch.device("meta"):  # not where new tensors happen to be made
+        solution = solve(weight.requires_grad_(), hessian, config)
+    expected = {"codes": ((6, 64), torch.uint8), "scales": ((4, 6), torch.float16), "zeros": ((4, 6), torch.uint8),
+                "g_idx": ((64,), torch.int32)}  # fmt: skip
+    for name, (shape, kind) in expected.items():
+        value = getattr(solution.weight, name)
+        assert (value.shape, value.dtype, value.device) == (shape, kind, weight.device), name
+    for loss in (solution.loss, solution.rtn_loss):
+        assert loss.shape == (6,) and loss.dtype == dtype and not loss.requires_grad
+    assert (solution.weight.bits, solution.weight.group_size) == (3, 16)
+    assert (solution.method, solution.damp_percent, solution.deviations) == ("gptq", config.damp_percent, ())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_size_of_each_row_changes_its_scales_and_its_loss_only(dtype, order):
+    weight, hessian = (t.to(dtype) for t in correlated(rows=6, n=64))
+    sizes = 2.0 ** torch.tensor([-6, -3, 0, 2, 5, 9])
+    config = QuantizeConfig(bits=3, group_size=16, **ORDERS[order])
+    plain_size, sized = (solve(w, hessian, config) for w in (weight, weight * sizes.to(dtype)[:, None]))
+    assert torch.equal(sized.weight.codes, plain_size.weight.codes)
+    assert torch.equal(sized.weight.scales, plain_size.weight.scales * sizes)
+    assert torch.equal(sized.loss, plain_size.loss * sizes.to(dtype).square())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_losses_of_any_size_are_the_output_errors_in_every_order(order):
+    weight, hessian = correlated(rows=6, n=96)
+    for size in (1e-2, 10.0):  # losses far below and above 1
+        solution = solve(weight * size, hessian, QuantizeConfig(bits=3, group_size=32, **ORDERS[order]))
+        error = weight * size - solution.weight.dequantize(torch.float64)
+        torch.testing.assert_close(solution.loss, output_error(error, hessian), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_forecast_knows_what_an_error_costs_and_how_far_targets_move(order, monkeypatch):
+    """For each input channel: D, and sqrt(sum of squared A_kj over the k before j, by 12), in the natural order of
+    static groups, and else in the order columns are visited."""
+    weight, hessian = correlated(rows=3, n=24)
+    config = QuantizeConfig(bits=3, group_size=8, **ORDERS[order])
+    told, clipping_errors = {}, reference.clipping_errors
+
+    def watch(weight, scales, zeros, spread, gain, bits):
+        told.update(weight=weight, spread=spread, gain=gain, bits=bits, widest=scales[0])
+        return clipping_errors(weight, scales, zeros, spread, gain, bits)
+
+    monkeypatch.setattr(reference, "clipping_errors", watch)
+    solve(weight, hessian, config)
+    by_diagonal = hessian.diagonal().argsort(descending=True, stable=True)
+    visited = torch.arange(24) if order == "natural order" else by_diagonal
+    damped = hessian + config.damp_percent * hessian.diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    last_first = visited.flip(0)
+    lower = torch.linalg.cholesky(damped[last_first][:, last_first])
+    gain = lower.diagonal().square().flip(0)  # in the order of the visits, as all that follows
+    pushes = (lower / lower.diagonal()).flip(0, 1)  # [k, j]: of the error at k, to j
+    spread = torch.stack([(pushes[:j, j].square().sum() / 12).sqrt() for j in range(24)])
+    back = visited.argsort() if config.static_groups else torch.arange(24)
+    torch.testing.assert_close(told["gain"], gain[back])
+    torch.testing.assert_close(told["spread"], spread[back], atol=1e-7, rtol=1e-6)
+    seen = weight if config.static_groups else weight[:, visited]
+    assert torch.equal(told["weight"], seen) and told["bits"] == 3
+    assert torch.equal(told["widest"], grid(seen.unflatten(1, (3, 8)), config)[0])
+
+
+def test_where_products_are_split_results_stay_as_accurate(monkeypatch):
+    """As on a GPU, on a CPU: errors of a span are pushed on as float16 parts, and round-to-nearest's loss is rough."""
+    weight, hessian = (t.float() for t in correlated(rows=24, n=160))
+    monkeypatch.setattr(solver, "SPAN", 32)
+    pushed, right_operand = [], solver.tensor_cores.right_operand
+
+    def watch(x, scale):
+        pushed.append(float((x * scale).abs().max()))
+        return right_operand(x, scale)
+
+    monkeypatch.setattr(solver.tensor_cores, "right_operand", watch)
+    for order in ORDERS.values():
+        config = plain(bits=3, group_size=32, **order)
+        results = []
+        for usable in (False, True):
+            monkeypatch.setattr(solver.tensor_cores, "usable", lambda x, usable=usable: usable)
+            results.append(solve(weight, hessian, config))
+        whole, split = results
+        assert bool(pushed) == config.static_groups and all(1 < one < 2**15 for one in pushed)
+        assert (whole.weight.codes == split.weight.codes).float().mean() > 0.999
+        torch.testing.assert_close(split.loss, whole.loss, rtol=1e-3, atol=0)
+        assert split.rtn_loss.dtype == torch.float32 and not torch.equal(split.rtn_loss, whole.rtn_loss)
+        torch.testing.assert_close(split.rtn_loss, whole.rtn_loss, rtol=1e-2, atol=0)
+        pushed.clear()
 
 
 @pytest.fixture(scope="session")

@@ -290,7 +290,7 @@ class _Recursion:
         """The parts of the range whose grids have the least expected loss for each row, [A, out]."""
         widest_first = sorted(self.config.clip_ratios, reverse=True)
         # Pinned: otherwise the copy would wait for all queued work.
-        ratios = torch.tensor(widest_first, dtype=weight.dtype, pin_memory=weight.is_cuda)
+        ratios = torch.tensor(widest_first, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda)
         ratios = ratios.to(weight.device, non_blocking=True)
         spans = ratios[:, None].expand(-1, self.rows)
         if len(ratios) <= CANDIDATES:
