@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import torch
 from torch import nn
@@ -46,12 +47,15 @@ def test_planning_enters_waiting_wherever_a_batch_would_wait():
 
     @contextlib.contextmanager
     def waiting(number, name):
-        entered.append(number)
+        assert threading.current_thread().name == f"calibration-batch-{number}"
+        entered.append((number, name))
         yield
 
     model = tiny_llama()
-    groups = find_groups(linears(model), lambda: model(input_ids=torch.arange(6)[None]), waiting)
-    assert entered == [0] * len(groups)
+    for given in ({}, {"number": 3}):
+        groups = find_groups(linears(model), lambda: model(input_ids=torch.arange(6)[None]), waiting, **given)
+        assert entered == [(given.get("number", 0), group.names[0]) for group in groups]
+        entered.clear()
 
 
 def test_layers_that_the_forward_does_not_call_follow_the_layer_registered_before_them():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -232,6 +233,29 @@ def test_a_call_after_the_layer_was_done_is_noted():
     walk(model, [lambda: model(torch.ones(1, 4)), lambda: model(-torch.ones(1, 4))], notes=notes)
     # b waits for a; the backwards batch meets a only after it was done with the forwards batch
     assert notes.late == {"a": 1}
+    walk(model, [lambda: model(torch.ones(1, 4)), *[lambda: model(-torch.ones(1, 4))] * 3], notes=notes)
+    assert notes.late == {"a": 4}
+    walk(model, [lambda: model(torch.ones(1, 4)), lambda: model(-torch.ones(1, 4))])  # or not, as nobody asks
+
+
+def test_a_walk_of_no_batch_yields_nothing():
+    layers = linears(nn.Sequential(nn.Linear(4, 4)))
+    assert list(lockstep.walk([Group(("0",))], layers, [], lambda *_: None)) == []
+
+
+def test_a_batch_waits_within_what_it_is_given_for_its_number_and_layer():
+    entered = []
+
+    @contextlib.contextmanager
+    def waiting(number, name):
+        entered.append((number, name))
+        yield
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers, call = linears(model), lambda: model(torch.ones(1, 4))
+    for _ in lockstep.walk(find_groups(layers, call), layers, [call] * 2, lambda *_: None, waiting=waiting):
+        pass
+    assert entered == [(number, name) for name in "01" for number in (0, 1)]
 
 
 @pytest.mark.parametrize("failing", ["first layer", "between layers", "end"])
