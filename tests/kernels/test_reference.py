@@ -30,8 +30,10 @@ def test_the_plain_definition_is_the_same_in_many_tiles(case, monkeypatch):
     assert_product(reference.matmul(x, *layer.packed), x, layer.weight, None)
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 9, 128])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_the_plain_block_is_the_recursion(bits):
+def test_the_plain_block_is_the_recursion(bits, at_once, monkeypatch):
+    monkeypatch.setattr(reference, "_BLOCK", at_once)
     block = make_block(9, 5, bits, dtype=torch.float64, batch=2, alternatives=3)
     found = block.solve(reference.solve_span, bits)
     for b, row in itertools.product(range(2), range(15)):
@@ -94,8 +96,12 @@ def test_a_grids_cost_is_that_of_targets_a_spread_away_to_either_side():
         (1, lambda t: t[:-1], r"qzeros must be torch\.int32 \[4, 8\]"),
         (2, lambda t: t.bfloat16(), r"scales must be torch\.float16 \[4, 64\].*got torch\.bfloat16"),
         (3, lambda t: t.long(), r"g_idx must be torch\.int32 \[128\]"),
-        (2, lambda t: t[0], "scales must have two dimensions"),
+        (0, lambda t: t[0], r"must have two dimensions and g_idx one; got \[64\], \[4, 64\], \[128\]"),
+        (2, lambda t: t[0], r"must have two dimensions and g_idx one; got \[16, 64\], \[64\], \[128\]"),
+        (3, lambda t: t[None], r"must have two dimensions and g_idx one; got \[16, 64\], \[4, 64\], \[1, 128\]"),
+        (1, lambda t: t.to("meta"), "qzeros is on meta and qweight on cpu"),
         (2, lambda t: t.to("meta"), "scales is on meta and qweight on cpu"),
+        (3, lambda t: t.to("meta"), "g_idx is on meta and qweight on cpu"),
         (4, lambda bits: 5, "bits must be one of 2, 3, 4, 8; got 5"),
     ],
 )
@@ -118,3 +124,95 @@ def test_an_input_or_bias_that_does_not_fit_is_refused():
         reference.matmul(torch.zeros(1, 128), *packed, torch.zeros(1, 64))
     with pytest.raises(ValueError, match="x is on meta, the weights on cpu"):
         reference.matmul(torch.zeros(1, 128, device="meta"), *packed)
+    with pytest.raises(ValueError, match="bias is on meta, the weights on cpu"):
+        reference.matmul(torch.zeros(1, 128), *packed, torch.zeros(64, device="meta"))
+    with pytest.raises(ValueError, match=r"x must end in 128 input channels, got shape \[\]"):
+        reference.matmul(torch.tensor(1.0), *packed)
+
+
+@pytest.mark.parametrize(("bits", "period"), [(2, (16, 1)), (3, (32, 3)), (4, (8, 1)), (8, (4, 1))])
+def test_a_stream_is_aligned_to_a_word_again_after_a_period(bits, period):
+    assert reference.stream_period(bits) == period
+    codes, words = period
+    assert [reference.words_for(n, bits) for n in (0, 1, codes, codes + 1)] == [0, 1, words, words + 1]
+
+
+@pytest.mark.parametrize("tile", [1, 40, 2**20])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 75])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_code_k_lies_at_bits_k_times_its_width(bits, n, tile, monkeypatch):
+    monkeypatch.setattr(reference, "_TILE", tile)
+    words = torch.randint(-(2**31), 2**31, (reference.words_for(n, bits), 3), dtype=torch.int64).int()
+    codes = reference.unpack(words, bits, n)
+    assert codes.dtype == torch.uint8 and codes.is_contiguous() and codes.shape == (n, 3)
+    for column in range(3):
+        stream = sum((int(word) & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words[:, column]))
+        assert codes[:, column].tolist() == [(stream >> (k * bits)) % 2**bits for k in range(n)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [torch.zeros(3, 2), torch.zeros(3, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32),
+     torch.zeros(4, 2, dtype=torch.int32)],
+)  # fmt: skip
+def test_other_words_than_the_codes_need_are_refused(words):
+    with pytest.raises(ValueError, match=r"20 codes of 4 bits need int32 words of shape \[3, m\]; got torch"):
+        reference.unpack(words, 4, 20)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_bias_is_rounded_to_the_inputs_dtype_before_it_is_added(dtype):
+    layer = make_layer(Case(40, 9, 64), 4)
+    x, bias = torch.randn(2, 5, 40, dtype=dtype), torch.rand(9, dtype=torch.float64) / 3
+    plain, biased = reference.matmul(x, *layer.packed), reference.matmul(x, *layer.packed, bias)
+    assert torch.equal(biased, plain + bias.to(dtype)) and biased.shape == (2, 5, 9)
+
+
+def test_layers_without_inputs_or_outputs_are_computed_too():
+    ints = {"dtype": torch.int32}
+    no_inputs = torch.zeros(0, 3, **ints), torch.zeros(0, 1, **ints), torch.zeros(0, 3).half(), torch.zeros(0, **ints)
+    assert reference.dequantize(*no_inputs, 4, torch.float32).shape == (3, 0)
+    no_outputs = torch.zeros(1, 0, **ints), torch.zeros(1, 0, **ints), torch.ones(1, 0).half(), torch.zeros(8, **ints)
+    assert reference.matmul(torch.ones(2, 8), *no_outputs, 4).shape == (2, 0)
+
+
+@pytest.mark.parametrize("case", [Case(96, 70, 48), Case(99, 130, 11, act_order=True)], ids=str)
+def test_nothing_is_computed_on_another_device(case):
+    layer = make_layer(case, 3)
+    x = torch.randn(4, case.n_in)
+    with torch.device("meta"):
+        assert reference.dequantize(*layer.packed, torch.float32).device == x.device
+        assert reference.matmul(x, *layer.packed).device == x.device
+
+
+def test_a_permuted_matrix_is_scaled_and_lies_in_one_piece():
+    matrices, factors = torch.randn(2, 7, 7, dtype=torch.float64), torch.tensor([0.5, 4.0], dtype=torch.float64)
+    order = torch.stack([torch.randperm(7) for _ in range(2)])
+    found = reference.permute(matrices, order, factors)
+    assert found.is_contiguous() and found.dtype == torch.float64
+    for b, i, j in itertools.product(range(2), range(7), range(7)):
+        assert found[b, i, j] == factors[b] * matrices[b, order[b, i], order[b, j]]
+
+
+@pytest.mark.parametrize(("pieces", "dim"), [("lhh", 2), ("hlh", 1), ("hlhh", 1)])
+def test_the_parts_of_split_numbers_lie_behind_each_other_as_asked(pieces, dim):
+    x = torch.randn(2, 3, 5)
+    found = reference.split_to_float16(x, 64.0, pieces, dim)
+    high = (x * 64).half()
+    parts = {"h": high, "l": (x * 64 - high.float()).half()}
+    assert found.is_contiguous() and found.dtype == torch.float16
+    assert [torch.equal(one, parts[piece]) for one, piece in zip(found.chunk(len(pieces), dim), pieces)] == [
+        True
+    ] * len(pieces)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_nearest_errors_are_rounded_to_the_dtype_that_is_asked(dtype):
+    weight, scales, zeros = (
+        torch.randn(3, 8).double(),
+        torch.rand(3, 2).double() + 0.1,
+        torch.full((3, 2), 4.0).double(),
+    )
+    exact = reference.nearest_errors(weight, scales, zeros, 3, torch.float64)
+    found = reference.nearest_errors(weight, scales, zeros, 3, dtype)
+    assert found.dtype == dtype and torch.equal(found, exact.to(dtype))
