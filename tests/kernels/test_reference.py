@@ -168,14 +168,6 @@ def test_a_bias_is_rounded_to_the_inputs_dtype_before_it_is_added(dtype):
     assert torch.equal(biased, plain + bias.to(dtype)) and biased.shape == (2, 5, 9)
 
 
-def test_layers_without_inputs_or_outputs_are_computed_too():
-    ints = {"dtype": torch.int32}
-    no_inputs = torch.zeros(0, 3, **ints), torch.zeros(0, 1, **ints), torch.zeros(0, 3).half(), torch.zeros(0, **ints)
-    assert reference.dequantize(*no_inputs, 4, torch.float32).shape == (3, 0)
-    no_outputs = torch.zeros(1, 0, **ints), torch.zeros(1, 0, **ints), torch.ones(1, 0).half(), torch.zeros(8, **ints)
-    assert reference.matmul(torch.ones(2, 8), *no_outputs, 4).shape == (2, 0)
-
-
 @pytest.mark.parametrize("case", [Case(96, 70, 48), Case(99, 130, 11, act_order=True)], ids=str)
 def test_nothing_is_computed_on_another_device(case):
     layer = make_layer(case, 3)

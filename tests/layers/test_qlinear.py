@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -282,6 +282,138 @@ def test_swap_refuses_two_replacements_of_one_module():
     swap_modules(model, {"first": new, "blocks.0.0": new})
     with pytest.raises(ValueError, match=r"'blocks\.0\.0' is a shared module"):
         swap_modules(model, {"first": nn.Linear(4, 4), "blocks.0.0": nn.Linear(4, 4)})
+
+
+def test_a_new_layer_holds_zeros_in_the_shapes_and_types_of_a_checkpoint():
+    layer = QuantLinear(100, 45, 3, 32, bias=True, dtype=torch.bfloat16)
+    expected = {
+        "qweight": ((10, 45), torch.int32),
+        "qzeros": ((4, 5), torch.int32),
+        "scales": ((4, 45), torch.float16),
+        "bias": ((45,), torch.bfloat16),
+    }
+    for name, (shape, dtype) in expected.items():
+        buffer = getattr(layer, name)
+        assert (buffer.shape, buffer.dtype) == (shape, dtype) and not buffer.any(), name
+    assert torch.equal(layer.g_idx, torch.arange(100, dtype=torch.int32) // 32)
+    assert (layer.in_features, layer.out_features, layer.bits, layer.group_size) == (100, 45, 3, 32)
+    assert not QuantLinear(100, 45, 3, -1).g_idx.any() and QuantLinear(8, 8, 4, 1).g_idx.tolist() == [*range(8)]
+    assert not QuantLinear(24, 8, 4, 64).g_idx.any()  # a group longer than the layer
+    assert QuantLinear(8, 8, 4, 8).bias is None and QuantLinear(8, 8, 4, 8).weight.dtype == torch.float16
+    with pytest.raises(ValueError, match="group_size must be -1 or positive, got -2"):
+        QuantLinear(8, 8, 4, -2)
+
+
+def test_a_layer_is_made_on_the_device_that_is_asked_whatever_the_default_is():
+    weight = random_weight()
+    with torch.device("meta"):
+        made = QuantLinear(16, 8, 4, 8, bias=True, device="cpu")
+        packed = QuantLinear.from_quantized(weight)
+        assert all(buffer.device.type == "cpu" for layer in (made, packed) for buffer in layer.buffers())
+        assert made.weight.device.type == "cpu" and packed(torch.ones(2, 128, device="cpu")).device.type == "cpu"
+        assert packed(torch.ones(2, 128, device="cpu", dtype=torch.bfloat16)).device.type == "cpu"
+    assert torch.equal(made.g_idx, torch.arange(16, dtype=torch.int32) // 8)
+
+
+def test_a_packed_result_keeps_what_it_was_given():
+    weight, bias = random_weight(bits=3, group_size=-1), torch.randn(48, dtype=torch.float64, requires_grad=True)
+    weight = replace(weight, scales=weight.scales.T.contiguous().T, g_idx=weight.g_idx.repeat_interleave(2)[::2])
+    layer = QuantLinear.from_quantized(weight, bias)
+    assert torch.equal(layer.bias, bias) and layer.bias.dtype == torch.float64 and not layer.bias.requires_grad
+    assert torch.equal(layer.scales, weight.scales) and torch.equal(layer.g_idx, weight.g_idx)
+    assert all(buffer.is_contiguous() for buffer in layer.buffers())
+    assert (layer.in_features, layer.out_features, layer.bits, layer.group_size) == (128, 48, 3, -1)
+    dtypes = [QuantLinear.from_quantized(weight, *rest).weight.dtype for rest in ((bias,), (), (bias, torch.float16))]
+    assert dtypes == [torch.float64, torch.float32, torch.float16]
+    with pytest.raises(ValueError, match="scales must be"):
+        QuantLinear.from_quantized(replace(weight, scales=weight.scales.float()))
+
+
+@pytest.mark.parametrize(("rows", "fast"), [(1, True), (qlinear._INT4_ROWS, True), (qlinear._INT4_ROWS + 1, False)])
+def test_the_four_bit_kernel_takes_few_rows_in_bfloat16_only(rows, fast, monkeypatch):
+    layer, plain, matmul = QuantLinear.from_quantized(random_weight()), [], reference.matmul
+    monkeypatch.setattr(reference, "matmul", lambda *args: plain.append(1) or matmul(*args))
+    x = torch.randn(rows, 128)
+    layer(x.bfloat16())
+    assert bool(plain) is not fast
+    plain.clear()
+    layer(x.half())
+    assert plain
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
+def test_the_four_bit_kernel_computes_every_group_it_takes(group_size, bias):
+    weight = random_weight(n_in=512, n_out=32, group_size=group_size)
+    layer = QuantLinear.from_quantized(weight, None if bias is None else torch.randn(32, dtype=bias))
+    x = torch.randn(2, 3, 512, dtype=torch.bfloat16)
+    y = layer(x.mT.contiguous().mT)
+    expected = x.double() @ formula(weight).t() + (0 if bias is None else layer.bias.double())
+    assert layer._prepared.int4.group_size == group_size
+    assert y.shape == (2, 3, 32) and distance(y, expected) < TOLERANCE[torch.bfloat16]
+
+
+def test_what_forward_derived_is_kept_until_a_buffer_changes():
+    layer, x = QuantLinear.from_quantized(random_weight()), torch.ones(1, 128, dtype=torch.bfloat16)
+    layer(x)
+    kept = layer._prepared
+    layer(x)
+    assert layer._prepared is kept and kept.group_size == 32
+    for name in ("qweight", "qzeros", "scales", "g_idx"):
+        getattr(layer, name).add_(0)  # written to, if with the same values
+        layer(x)
+        assert layer._prepared is not kept, name
+        kept = layer._prepared
+    layer.to(torch.float64)
+    assert layer._prepared is None
+    layer(x)
+    layer.load_state_dict(layer.state_dict())
+    assert layer._prepared is None
+
+
+def test_a_float_layers_state_dict_is_refused_with_what_to_do():
+    model = nn.Sequential(QuantLinear(8, 8, 4, 8))
+    with pytest.raises(RuntimeError, match="0 is quantized, and these are the weights of the float model: load them"):
+        model.load_state_dict(nn.Sequential(nn.Linear(8, 8, bias=False)).state_dict(), strict=False)
+    both = {**model.state_dict(), "0.weight": torch.zeros(8, 8)}
+    assert model.load_state_dict(both, strict=False).unexpected_keys == ["0.weight"]
+
+
+def test_the_gradient_has_the_inputs_dtype_and_the_dequantized_weights_values():
+    layer = QuantLinear.from_quantized(random_weight(n_in=32, n_out=16))
+    for dtype in DTYPES:
+        x = torch.randn(3, 32, dtype=dtype, requires_grad=True)
+        upstream = torch.randn(3, 16, dtype=dtype)
+        layer(x).backward(upstream)
+        assert x.grad.dtype == dtype and torch.equal(x.grad, upstream @ layer.dequantize(dtype))
+
+
+def encoder_layer(activation):
+    return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation=activation, batch_first=True).eval()
+
+
+@pytest.mark.parametrize(
+    ("activation", "path"),
+    [(nn.functional.relu, 1), (nn.ReLU(), 1), (nn.functional.gelu, 2), (nn.GELU(), 2), (torch.tanh, 0)],
+)
+def test_pytorchs_fused_encoder_path_is_off_while_a_linear_is_quantized_and_on_again_afterwards(activation, path):
+    model = nn.Sequential(encoder_layer(activation))
+    layer, linear = model[0], model[0].linear1
+    before = layer.activation_relu_or_gelu
+    swap_modules(model, {"0.linear1": QuantLinear(16, 32, 4, 16, bias=True, dtype=torch.float32)})
+    assert layer.activation_relu_or_gelu == 0
+    with torch.no_grad():
+        assert model(torch.randn(2, 5, 16)).shape == (2, 5, 16)
+    swap_modules(model, {"0.linear1": linear})
+    assert layer.activation_relu_or_gelu == path == before
+
+
+def test_swap_names_the_nearest_modules_and_nothing_when_there_is_none():
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("alpha", "alphb", "alphc", "alphd")})
+    with pytest.raises(ValueError, match=r"no submodule 'alph' to replace; did you mean '\w+' or '\w+' or '\w+'\?$"):
+        swap_modules(model, {"alph": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"no submodule 'xyz' to replace$"):
+        swap_modules(model, {"xyz": nn.Linear(2, 2)})
 
 
 @gpu
