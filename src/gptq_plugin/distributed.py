@@ -3,12 +3,13 @@
 Every operation begins with a check-in over a separate group: each rank sends which call it has come to, and a number. A
 rank that has failed (`ending_together`) sends its error instead, and the others raise that at their next operation. So
 no rank waits for one that will not come, and none reduces while another broadcasts.
+
+Tested by tests/ranks/test_distributed.py: with all tests that start several ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -19,8 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptq_plugin.errors import RankError
-
-log = logging.getLogger(__name__)
 
 _GRACE = timedelta(seconds=15)  # how long a rank that failed waits for the others to learn why
 _FINE, _FAILED = 0, 1

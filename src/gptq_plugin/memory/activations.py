@@ -28,8 +28,8 @@ from gptq_plugin.memory.tracked_storage import TrackedStorage, storage_key
 class Activations:
     """Keeps the suspended batches' tensors on `device` up to a number of bytes, and the rest on the host.
 
-    Of each batch that suspends as much stays as the batches suspended before it left of the budget, the smallest
-    storages first. Batches resume in the order they suspended, so the same ones stay each time.
+    A batch that suspends keeps there as much as earlier ones left of the budget, its smallest storages first. Batches
+    resume in the order they suspended, so the same ones stay each time.
 
     The batches run one at a time, as `lockstep.walk` has them. While one waits, its tensors hold no data: only
     operations of another batch (a mask cached on a module) and `on_device` bring them back. Code that reads memory
@@ -38,10 +38,10 @@ class Activations:
 
     Args:
         device: Where the batches run. Storages elsewhere are left alone.
-        budget: Bytes the suspended batches may keep on the device; None: all. Storages below `smallest` bytes, those
+        budget: Bytes the suspended batches may keep on the device; None is all. Storages below `smallest` bytes, those
             that cannot be resized (foreign memory, shared memory) and those another batch has read stay in any case.
-        prefetch: On a GPU, bring the bytes of the batch that has waited longest back while another runs, within the
-            budget as far as they fit.
+        prefetch: On a GPU, bring the bytes of the batch that has waited longest back while another runs; they count
+            towards the budget.
         smallest: Storages with fewer bytes are not tracked at all.
 
     Attributes:
@@ -178,7 +178,7 @@ class Activations:
         del self._on_host[tracked.key]
 
     def _read(self, *values: Any) -> None:
-        """An operation is about to read these: another batch's storage that is away comes back, and stays."""
+        """Called before an operation reads these: brings another batch's storage back from the host; it stays then."""
         if not self._on_host:
             return
         for tensor in _tensors_in(*values):
@@ -191,7 +191,7 @@ class Activations:
             tracked.shared = True
 
     def _created(self, number: int, out: Any, *inputs: Any) -> None:
-        """An operation returned `out`: tensors in it that share no memory with its inputs are the batch's."""
+        """Called when an operation returned `out`: tracks its tensors that share no memory with the inputs."""
         mine = self._tracked[number]
         for tensor in _tensors_in(out):
             if type(tensor) is not Tensor or tensor.device != self._device or tensor.layout is not torch.strided:
