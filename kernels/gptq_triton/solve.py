@@ -54,10 +54,9 @@ def _solve_block_kernel(
         t += tl.load(pushed + at[:, None] * width + r[None, :], mask=both, other=0.0)
         for later in range(first + CHUNK, columns, CHUNK):
             k = later + c
-            a = tl.load(factor + at[:, None] * factor_stride + k[None, :], mask=(k < columns)[None, :], other=0.0)
-            e = tl.load(
-                errors + k[:, None] * width + r[None, :], mask=(k < columns)[:, None] & inside[None, :], other=0.0
-            )
+            known = k < columns
+            a = tl.load(factor + at[:, None] * factor_stride + k[None, :], mask=known[None, :], other=0.0)
+            e = tl.load(errors + k[:, None] * width + r[None, :], mask=known[:, None] & inside[None, :], other=0.0)
             t = tl.dot(a, e, acc=t, input_precision="ieee")
         for i in tl.static_range(CHUNK):
             j = first + CHUNK - 1 - i
