@@ -1,4 +1,4 @@
-"""A Lightning Fabric loop; then GPTQ on its batches, and the export. On several ranks too.
+"""Trains with Lightning Fabric, quantizes on the training batches, and exports; on several ranks too.
 
 python examples/fabric.py [OUT] [DEVICES]
 """
@@ -32,7 +32,7 @@ def main(out: str, devices: int) -> None:
         )
     )  # fmt: skip
     quantizer = QuantizeModule(bits=4, group_size=128, nsamples=128)
-    quantizer.check(network)  # what cannot be quantized is said before the training
+    quantizer.check(network)  # raises before training if nothing can be quantized
 
     model, optimizer = fabric.setup(network, torch.optim.AdamW(network.parameters(), lr=3e-3))
     loader = fabric.setup_dataloaders(data.train_dataloader())
@@ -46,8 +46,8 @@ def main(out: str, devices: int) -> None:
             fabric.print(f"step {step}: loss {loss.item():.3f}")
     optimizer.zero_grad(set_to_none=True)
 
-    # The network itself, not Fabric's wrapper. Each rank brings rows of its own; the Hessians are summed over the
-    # ranks, and all end with the same codes.
+    # The network itself, not Fabric's wrapper. Each rank uses its own rows; Hessians are summed over the ranks, so that
+    # all ranks get the same codes.
     mine = data.calibration(quantizer.config.nsamples)[fabric.global_rank :: fabric.world_size]
     with fabric.autocast():
         report = quantizer.quantize(network, DataLoader(mine, batch_size=8))

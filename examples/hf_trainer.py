@@ -1,4 +1,4 @@
-"""transformers.Trainer with GPTQTrainerCallback. Needs accelerate: pip install 'gptq-plugin[trainer]'.
+"""Fine-tunes with transformers.Trainer and GPTQTrainerCallback. Needs accelerate: pip install 'gptq-plugin[trainer]'.
 
 python examples/hf_trainer.py [OUT]                                        # one process
 python -m torch.distributed.run --nproc-per-node 2 examples/hf_trainer.py  # two

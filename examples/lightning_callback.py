@@ -1,4 +1,4 @@
-"""lightning.Trainer with GPTQCallback.
+"""Fine-tunes with lightning.Trainer and GPTQCallback.
 
 python examples/lightning_callback.py [OUT]
 """

@@ -1,11 +1,11 @@
-"""Why calibrate on the run's own data: a code model learns English with LoRA, and is quantized from both texts.
+"""Compares calibration on a run's own data with generic text: a code model learns English with LoRA.
 
     python examples/own_data.py --model ../shared/models/pycode-29m --train ../shared/data/wikitext-2/test.txt \
         --valid ../shared/data/wikitext-2/valid.txt --generic ../shared/data/pycode/calib.jsonl --out runs/own_data
 
-One `Trainer.fit` with four callbacks: 4 and 3 bits, each from the training rows and from generic text, which here is
-what the base model was trained on; both are drawn in the same way. Every export is the merged, quantized model; the
-adapters stay float. The table says how much of what was learned each keeps, by the run's own validation loss.
+One `Trainer.fit` with four callbacks: 4 and 3 bits, each calibrated on training rows and on generic text (here the base
+model's training data), drawn in the same way. Every export is the merged, quantized model; the adapters stay float. The
+table shows how much of the training's gain in validation loss each export keeps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FineTune(LightningModule):
 
 
 def rows(path: Path, tokenizer: object, length: int, most: int) -> list[dict[str, Tensor]]:
-    """The first `most` rows of `length` tokens of a text file, or of JSON lines with a "text"."""
+    """The first `most` rows of `length` tokens from a text file, or from JSON lines with a "text"."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
         text = "".join(json.loads(line)["text"] for line in text.splitlines()[: most * 2])

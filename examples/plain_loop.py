@@ -1,4 +1,4 @@
-"""A training loop of one's own, with torch alone; then GPTQ on its batches, and the export.
+"""Trains in a plain torch loop, quantizes on the training batches, and exports.
 
 python examples/plain_loop.py [OUT]
 """
@@ -36,7 +36,7 @@ def main(out: str) -> None:
         )
     )  # fmt: skip
     quantizer = QuantizeModule(bits=4, group_size=128, nsamples=128)
-    quantizer.check(model)  # what cannot be quantized is said before the training
+    quantizer.check(model)  # raises before training if nothing can be quantized
     quantizer.rehearse(model, [next(iter(data.train_dataloader()))], whole=False)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -49,7 +49,7 @@ def main(out: str) -> None:
         if step % 10 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     optimizer.zero_grad(set_to_none=True)
-    del optimizer  # quantization can have its memory
+    del optimizer  # frees memory for quantization
 
     held_out = data.validation[:32]
     print(f"float: loss {loss_on(model, held_out):.4f} on held-out text")

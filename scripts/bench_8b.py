@@ -1,9 +1,9 @@
-"""An 8B model in seconds: what a Llama-3-8B-shaped model takes on one GPU, part by part.
+"""Times the quantization of a Llama-3-8B-shaped model on one GPU, part by part.
 
     python scripts/bench_8b.py block    # one block: where each millisecond goes, the floor, the peers' figures
     python scripts/bench_8b.py model    # load to export of the whole model, in memory modes (a), (b) and (c)
     python scripts/bench_8b.py growth   # seconds against tokens, width and layers, and a fit to the cost model
-    python scripts/bench_8b.py codes    # how many codes differ from the same solver's in float64, and by what loss
+    python scripts/bench_8b.py codes    # codes that differ from the same solver's in float64, and the loss
 
 Random weights: time does not depend on them. 128 samples of 2048 tokens, 4 bits, group 128, static act-order. Peers'
 figures are those of shared/notes/performance.md (same GPU, same block).
@@ -33,7 +33,7 @@ from gptq_plugin.gptq.factor import factorize
 from gptq_plugin.walk.hessian import Hessian
 
 PEERS = {"GPTQModel 7.7": 17.5, "llm-compressor 0.14": 7.39, "a rough prototype": 0.64}
-BF16, FP32 = 680e12, 51e12  # flops a second of this GPU's library products (shared/notes/performance.md)
+BF16, FP32 = 680e12, 51e12  # flops per second of this GPU's library products (shared/notes/performance.md)
 SAMPLES, LENGTH, BATCH = 128, 2048, 8
 PLAIN = {"clip_ratios": (1.0,)}
 GIB = 2**30
@@ -81,7 +81,7 @@ def quantize(
 
 
 def blocks(layers: int, **options: Any) -> tuple[float, list[float]]:
-    """Seconds of a run, and of each of its blocks but the first, from one's last layer to the next one's."""
+    """Seconds of a run, and of each block but the first, from its predecessor's last layer to its own."""
     done: list[float] = []
 
     def progress(_: int, __: int, what: str) -> None:
@@ -165,7 +165,7 @@ def block() -> None:
 
 
 def model_run(folder: Path, limit: float | None, target: Path) -> float:
-    """Load to export in this process; prints each phase."""
+    """Runs load to export in this process, and prints each phase."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else limit * GIB / total)
     clear()
@@ -186,7 +186,7 @@ def model_run(folder: Path, limit: float | None, target: Path) -> float:
 
 def whole() -> None:
     quantize(llama(2), samples(16))  # compiles the kernels
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # as a model whose files are in the page cache
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # like a model in the page cache
     with tempfile.TemporaryDirectory(dir=memory) as source, tempfile.TemporaryDirectory() as place:
         folder, target = Path(source, "float"), Path(place, "quantized")
         model = llama(32, vocab=128256)
@@ -216,7 +216,7 @@ def growth() -> None:
     for _, count, hidden, layers in runs:
         clear()
         measured.append(quantize(llama(layers, hidden), samples(count)))
-    # Relative errors count, or a run of 7 s would drown one of 0.6 s; columns of one size keep the solution stable.
+    # Fit relative errors, or a run of 7 s would outweigh one of 0.6 s; scaled columns keep the solution stable.
     rows = torch.tensor([cost(count * LENGTH, *shape) for _, count, *shape in runs], dtype=torch.float64)
     weighted = rows / torch.tensor(measured, dtype=torch.float64)[:, None]
     size = weighted.norm(dim=0)
@@ -228,7 +228,7 @@ def growth() -> None:
 
 
 def codes() -> None:
-    """Inputs as a network's: strongly correlated, and of very different sizes."""
+    """Compares codes on inputs like a network's: strongly correlated, and of very different magnitudes."""
     config = QuantizeConfig()
     print("| out x in | clip ratios | codes that differ | loss / loss in float64 - 1 | rows with a difference |")
     print("|---|---|---|---|---|")
@@ -255,7 +255,8 @@ def codes() -> None:
 
 
 def cost(tokens: int, hidden: int, layers: int) -> tuple[float, float, float]:
-    """A run; flops on tensor cores; activations at a layer's input. Solving is less than a fifth at these sizes."""
+    """Terms of the cost model: one per run, flops on tensor cores, activations at layers' inputs. Solving takes less
+    than a fifth at these sizes."""
     h, f = hidden, hidden * 7 // 2
     groups = ((1.5 * h, h), (h, h), (2 * f, h), (h, f))  # (rows, inputs)
     return 1.0, layers * sum(2 * rows * n * tokens + n * n * tokens for rows, n in groups), layers * tokens * hidden
@@ -266,7 +267,7 @@ def main() -> None:
     parser.add_argument("what", choices=("block", "model", "growth", "codes"))
     what = parser.parse_args().what
     logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("gptq_plugin.quantize.one_pass").setLevel(logging.INFO)  # says what stays on the device
+    logging.getLogger("gptq_plugin.quantize.one_pass").setLevel(logging.INFO)  # logs what stays on the device
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     {"block": block, "model": whole, "growth": growth, "codes": codes}[what]()
 

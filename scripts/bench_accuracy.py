@@ -1,12 +1,11 @@
-"""How much of the float model is lost? `gptq-quantize` on pycode-29m against GPTQModel's and llm-compressor's loss.
+"""Measures the loss of accuracy: `gptq-quantize` on pycode-29m beside GPTQModel and llm-compressor.
 
     python scripts/bench_accuracy.py                    # 4, 3 and 2 bits; about two minutes each on two cores
     python scripts/bench_accuracy.py --bits 3 quantizer.sym=false quantizer.checkpoint_format=gptq_v2
 
-Needs ../shared (the model, its texts, and clients/gptq_ref.py). The exported files are dequantized by that
-independent reader, in float32, and judged by the mean negative log-likelihood on the first 200 windows of 512
-tokens of eval.jsonl. Calibration: the first 128 rows of 512 tokens of calib.jsonl. Arguments with a "=" go to
-gptq-quantize as they are.
+Needs ../shared (the model, its texts, and clients/gptq_ref.py). That independent reader dequantizes the exported files
+in float32; the result is the mean negative log-likelihood on the first 200 windows of 512 tokens of eval.jsonl.
+Calibration: the first 128 rows of 512 tokens of calib.jsonl. Arguments with a "=" are passed to gptq-quantize.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ PEERS = {
 
 
 def windows(path: Path, count: int, length: int = 512) -> torch.Tensor:
-    """The first rows of the documents joined, BOS before each: int64 [count, length]."""
+    """The first rows of the concatenated documents, each after a BOS: int64 [count, length]."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     ids: list[int] = []
     for line in path.open():

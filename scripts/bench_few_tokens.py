@@ -1,11 +1,11 @@
-"""What is lost where an expert sees few tokens? Errors on tokens that calibration did not see, in parts of
-round-to-nearest's: with the expert's own tokens alone, and as `expert_hessians` does it.
+"""Measures the loss of experts that see few tokens: errors on tokens held out from calibration, as a fraction of
+round-to-nearest's, with the expert's own tokens alone and with `expert_hessians`.
 
     python scripts/bench_few_tokens.py      # about five minutes on two cores
 
-pycode-29m (../shared) has no experts, so the tokens of one cluster of a layer's inputs stand for those that a router
-would send to one: 80 rows of 512 tokens, k-means into 8, the sixth in size, half of it to calibrate and half to judge.
-d is the layer's inputs. `up_proj` reads tokens, `down_proj` stands behind it.
+pycode-29m (../shared) has no experts, so the tokens of one cluster of a layer's inputs stand for those of an expert: 80
+rows of 512 tokens, k-means with 8 clusters, the sixth largest, one half for calibration and one for evaluation. d is
+the layer's number of inputs. `up_proj` reads tokens, `down_proj` reads what it computes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def cluster(x: Tensor) -> Tensor:
-    """The numbers of the tokens in the sixth largest of 8 clusters by direction, in any order."""
+    """Indices of the tokens in the sixth largest of 8 clusters by direction, shuffled."""
     generator = torch.Generator().manual_seed(0)
     x = x / x.norm(dim=1, keepdim=True)
     centres = x[torch.randperm(len(x), generator=generator)[:8]]

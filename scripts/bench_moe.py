@@ -1,10 +1,10 @@
-"""How long do experts take? Blocks of Qwen3-30B-A3B's shape (128 experts, 8 a token) on one GPU.
+"""Times blocks of experts of Qwen3-30B-A3B's shape (128 experts, 8 per token) on one GPU.
 
     python scripts/bench_moe.py             # two blocks; 128 samples of 2048 tokens, 4 bits, group 128
     python scripts/bench_moe.py --layers 1 --samples 32
 
-Random weights and tokens; routers of random weights spread tokens more evenly than trained ones. The floor is the
-block's products for all tokens: its forward, and each layer's Hessian, at 680e12 flops a second in bfloat16.
+Weights and tokens are random; random routers spread tokens more evenly than trained ones. The floor is the time of the
+block's products for all tokens, its forward and each layer's Hessian, at 680e12 flops per second in bfloat16.
 """
 
 from __future__ import annotations

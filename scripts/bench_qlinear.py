@@ -1,11 +1,11 @@
-"""How fast is QuantLinear? Times and ratios against a float layer, and on a GPU against the memory's speed.
+"""Times QuantLinear against a float layer and, on a GPU, against the memory's bandwidth.
 
     python scripts/bench_qlinear.py                  # the GPU if there is one, else the CPU
     python scripts/bench_qlinear.py --device cpu --threads 2 --shapes 4096x4096 --rows 1,16,128
 
-On a GPU every number is the replay of one CUDA graph over copies of the weights that together exceed the
-cache; `ideal` is the time to read codes and scales once at 4.3 TB/s (an H200's measured copy). The columns
-`fused` and `scratch` (CUDA), `int4` and `tiles` (CPU) are the layer's ways; `QuantLinear` is what it chooses.
+On a GPU every number is the replay of one CUDA graph over copies of the weights that together exceed the cache; `ideal`
+is the time to read codes and scales once at 4.3 TB/s (an H200's measured copy). The columns `fused` and `scratch`
+(CUDA), `int4` and `tiles` (CPU) are the layer's implementations; `QuantLinear` is the one it selects.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def packed(layer: QuantLinear) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
-    """The fastest of the calls that fit in a fifth of a second, after one to warm up."""
+    """Seconds of the fastest call within a fifth of a second, after a warm-up."""
     call()
     best, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < 0.2:
@@ -50,7 +50,7 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 
 
 def gpu_seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds a call, the median of 20 replays of one graph that makes them all."""
+    """Seconds per call: the median of 20 replays of a graph of all calls."""
     for call in calls:
         call()
     torch.cuda.synchronize()

@@ -1,12 +1,12 @@
-"""How much faster are two ranks of one thread each than one rank of one thread?
+"""Times two ranks of one thread each against one rank of one thread.
 
     python scripts/bench_ranks.py                      # five rounds of one rank and two in turn; minutes on two cores
     python scripts/bench_ranks.py --ranks 1 2 4 --rounds 3
 
 Every round quantizes the same random Llama from the same samples, dealt to the ranks, over gloo. Seconds are those of
-the slowest rank, from a common start on, and "cpu" what the busiest rank computed, which hardly notices other users of
-the machine but leaves out waiting. The table shows medians, the range of the totals, and how many times as fast as the
-first number of ranks that is: by medians, by the quickest rounds, and by "cpu".
+the slowest rank from a common start; "cpu" is the compute time of the busiest rank, which is little affected by other
+users of the machine but leaves out waiting. The table shows medians, the range of the totals, and the speed relative to
+the first number of ranks: by medians, by the fastest rounds, and by "cpu".
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def llama(width: int, layers: int) -> LlamaForCausalLM:
 
 
 def work(rank: int, world: int, folder: str, options: argparse.Namespace) -> None:
-    """One rank of one round; the first leaves the seconds in the folder."""
+    """Runs one rank of one round; the first writes the seconds into the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     model = llama(options.width, options.layers)

@@ -1,9 +1,9 @@
-"""What several ranks cost and save: a model from volumes and rates, not a measurement.
+"""Estimates costs and savings of several ranks from volumes and rates; nothing is measured.
 
     python scripts/cost_of_ranks.py
 
-Counts the bytes of every collective of one block (`gptq_plugin.distributed`), and sets them beside the block's compute
-as one H200 was measured to do it (scripts/BENCHMARKS.md: Llama-3-8B's shapes, 262,144 tokens).
+Compares the bytes of every collective of one block (`gptq_plugin.distributed`) with the block's compute, as measured on
+one H200 (scripts/BENCHMARKS.md: Llama-3-8B's shapes, 262,144 tokens).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from math import ceil
 
 STRIP = 1024  # hessian._STRIP on a GPU
-MEETINGS = 3  # words a group: on which comes next, before the sum, and before the rows
-STEP = 50e-6  # seconds of one of the P - 1 steps in which a word goes round over TCP; assumed
+MEETINGS = 3  # words per group: to choose the next one, before the sum, and before the rows
+STEP = 50e-6  # seconds for each of the P - 1 steps in which a word goes round over TCP; assumed
 GROUP_SIZE = 128
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A block of a Llama: its width, that inside the MLP, and the rows of k and v."""
+    """Shape of a Llama's block: its width, that inside the MLP, and the rows of k and v."""
 
     name: str
     width: int
@@ -34,30 +34,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class Network:
-    """P ranks in a ring, and bytes a second, each way, of the slowest link in it."""
+    """A ring of P ranks, with the rate of its slowest link, in bytes per second and direction."""
 
     name: str
     ranks: int
     rate: float
 
 
-# Milliseconds of a block of Llama-3-8B on one H200, by what they grow with (scripts/BENCHMARKS.md, default).
+# Milliseconds per block of Llama-3-8B on one H200, by how they scale (scripts/BENCHMARKS.md, default).
 FORWARD, HESSIANS, FACTORS, COLUMNS, PACKING = 240.0, 116.0, 29.8, 51.9, 2.2
 
 
 def hessian_bytes(n: int) -> int:
-    """float32, on and below the diagonal by strips."""
+    """Bytes of the float32 strips on and below the diagonal."""
     return sum(4 * (min(start + STRIP, n) - start) * min(start + STRIP, n) for start in range(0, n, STRIP))
 
 
 def row_bytes(n: int, group_size: int = GROUP_SIZE) -> int:
-    """A row's codes (uint8), scales (float16), zeros (uint8) and two losses (float32)."""
+    """Bytes of a row's codes (uint8), scales (float16), zeros (uint8) and two losses (float32)."""
     groups = n // group_size
     return n + 2 * groups + groups + 8
 
 
 def exchange(shape: Shape, network: Network) -> tuple[float, float, float]:
-    """Milliseconds of a block's sums, rows and words; ring algorithms at the full rate of the link."""
+    """Milliseconds of a block's sums, rows and words, with ring algorithms at the link's full rate."""
     p = network.ranks
     sums = 2 * (p - 1) / p * sum(hessian_bytes(n) for n, _ in shape.groups()) / network.rate
     rows = (p - 1) * sum(ceil(rows / p) * row_bytes(n) for n, rows in shape.groups()) / network.rate
@@ -66,7 +66,8 @@ def exchange(shape: Shape, network: Network) -> tuple[float, float, float]:
 
 
 def compute(shape: Shape, like: Shape) -> tuple[float, float]:
-    """Milliseconds of a block on one GPU: what the ranks share, and what each does anew; by operations from `like`."""
+    """Milliseconds of a block on one GPU, shared by the ranks and repeated by each, scaled from `like` by
+    operations."""
 
     def grown(power_of_n: int, power_of_rows: int) -> float:
         of, base = (sum(n**power_of_n * r**power_of_rows for n, r in one.groups()) for one in (shape, like))

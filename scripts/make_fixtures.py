@@ -1,12 +1,11 @@
-"""Makes the small checkpoints under tests/fixtures with the tools whose files we must read.
+"""Makes the small checkpoints under tests/fixtures with the tools whose files this package reads.
 
-Every folder is what the tool wrote (minus its tokenizer and logs). Beside it lies
-``NAME.expected.safetensors``: fixed token ids, the last float32 logits and the greedy continuation computed
-by an independent reader of the format (`gptq_ref.py` of the client checks), which uses neither the tool's
-kernels nor this package. The reader of llm-compressor's files is compressed-tensors itself, its unpacked weights
-multiplied in float32.
+Each folder is what the tool wrote, without tokenizer and logs. ``NAME.expected.safetensors`` beside it holds fixed
+token ids, the last float32 logits and the greedy continuation, computed by an independent reader of the format
+(`gptq_ref.py` of the client checks), which uses neither the tool's kernels nor this package. llm-compressor's files are
+read by compressed-tensors itself, and the unpacked weights multiplied in float32.
 
-The steps run in the environments of those tools, never in ours (see scripts/check_clients.sh for `gm`)::
+Each step runs in its tool's environment, never in ours (see scripts/check_clients.sh for `gm`)::
 
     gm/bin/python   scripts/make_fixtures.py gptqmodel     tests/fixtures
     gm/bin/python   scripts/make_fixtures.py optimum       tests/fixtures
@@ -18,7 +17,7 @@ The steps run in the environments of those tools, never in ours (see scripts/che
 `gm` holds gptqmodel 7.6.0, optimum 2.3.0, transformers 5.23.0, torch 2.13.0; `ag` holds the auto-gptq 0.7.1 wheel
 (installed with --no-deps), transformers 4.41.2, accelerate 0.30.1, peft 0.11.1, datasets, rouge, gekko, torch 2.13.0;
 `llmc` holds llmcompressor 0.14.0.1, compressed-tensors 0.19.0, transformers 5.17.0, torch 2.13.0.
-Names in the arguments make only those. The random weights are scaled so that every layer moves the logits.
+Names as arguments select fixtures. The random weights are scaled so that every layer affects the logits.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ def calibration() -> list[dict[str, Any]]:
 
 
 def save_float_model(architecture: str, directory: Path) -> None:
-    """A random model of which every layer contributes O(1) to the residual stream."""
+    """Saves a random model whose layers each contribute O(1) to the residual stream."""
     import transformers
     from tokenizers import Tokenizer, models
 
@@ -161,7 +160,7 @@ def save_float_model(architecture: str, directory: Path) -> None:
 def write_gptqmodel(source: Path, target: Path, options: dict[str, Any]) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    # bfloat16 is what the tool picks by itself; v1 files are left so, v2 files are made in float16.
+    # The tool defaults to bfloat16: v1 files keep it, v2 files are made in float16.
     dtype = torch.float16 if options.get("format") == "gptq_v2" else torch.bfloat16
     model = GPTQModel.load(str(source), QuantizeConfig(**options), dtype=dtype)
     model.quantize(calibration(), batch_size=4)
@@ -176,7 +175,7 @@ def write_optimum(source: Path, target: Path, options: dict[str, Any]) -> None:
     samples = [{key: torch.tensor([value]) for key, value in row.items()} for row in calibration()]
     quantizer = GPTQQuantizer(dataset=samples, **options)
     model = quantizer.quantize_model(model, None)
-    model.config.quantization_config["dataset"] = None  # tensors, which the tool would put into the JSON file
+    model.config.quantization_config["dataset"] = None  # tensors, which would go into the JSON file
     # As transformers' GPTQConfig does. GPTQQuantizer.save makes the tensors v1 and leaves "gptq_v2" in config.json.
     model.save_pretrained(target)
 
@@ -207,7 +206,7 @@ def write_autogptq(source: Path, target: Path, options: dict[str, Any]) -> None:
     from auto_gptq.modeling import LlamaGPTQForCausalLM
     from transformers import LlamaForCausalLM
 
-    # The tool insists on CUDA in three places, although neither quantizing nor packing needs it.
+    # The tool requires CUDA in three places, though neither quantizing nor packing needs it.
     auto_gptq.modeling._base.CUDA_0 = torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
     model = LlamaForCausalLM.from_pretrained(source, torch_dtype=torch.float16).eval()
@@ -234,11 +233,11 @@ def write_expected(fixture: Path, clients: Path) -> None:
 
     config = json.loads((fixture / "config.json").read_text())
     with tempfile.TemporaryDirectory() as scratch:
-        # The reader wants the configuration inside config.json; AutoGPTQ may have written it beside.
+        # The reader expects the configuration in config.json; AutoGPTQ may have written a separate file.
         copy = Path(scratch)
         for file in fixture.glob("*.safetensors"):
-            # AutoGPTQ gives every layer a bias, all zeros where the model has none; the reader's model has no
-            # place for those (a Llama has no bias at all).
+            # AutoGPTQ gives every layer a bias, of zeros if the model has none; the reader's model (a Llama) has no
+            # parameter for these.
             tensors = load_file(file)
             bias = [n for n in tensors if n.endswith(".bias") and config["model_type"] == "llama"]
             assert not any(tensors.pop(n).any() for n in bias)
@@ -260,7 +259,7 @@ def write_expected_of_compressed_tensors(fixture: Path) -> None:
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     stored = load_file(fixture / "model.safetensors")
-    # Which layer has which scheme is said by the tool, too.
+    # The tool also decides which layer has which scheme.
     schemes = AutoModelForCausalLM.from_config(config)
     known = QuantizationConfig.model_fields
     apply_quantization_config(schemes, QuantizationConfig(**{k: v for k, v in quantization.items() if k in known}))
@@ -332,4 +331,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)  # GPTQModel leaves worker threads behind that keep the interpreter from ending
+    os._exit(0)  # GPTQModel's worker threads would keep the interpreter alive

@@ -1,4 +1,4 @@
-"""Every model type of transformers that can be built: walked, quantized, exported, reloaded, compared.
+"""Walks, quantizes, exports, reloads and compares every model type of transformers that can be built.
 
 python scripts/sweep_architectures.py                          # all, and docs/architectures.md
 python scripts/sweep_architectures.py --types llama,bert       # some, printed only

@@ -40,6 +40,9 @@ UNUSUAL = QuantizeConfig(
         ("group_size", 0, "group_size must be -1 or a positive integer"),
         ("group_size", -2, "group_size"),
         ("group_size", 64.0, "group_size"),
+        ("group_size", True, "group_size"),
+        ("seed", False, "seed"),
+        ("damp_percent", True, "damp_percent"),
         ("sym", 1, "sym must be one of True, False"),
         ("damp_percent", 1.0, r"damp_percent must be a number in \[0, 1\)"),
         ("damp_percent", -0.1, "damp_percent"),
@@ -139,7 +142,7 @@ def test_rules_match_from_the_start_of_the_name():
 
 @pytest.mark.parametrize(
     ("group_size", "in_features", "own"),
-    [(128, 256, 128), (96, 192, 96), (128, 192, 64), (128, 96, 32), (128, 72, -1), (32, 48, -1), (64, 128 * 3, 64)]
+    [(128, 256, 128), (96, 192, 96), (128, 192, 64), (128, 96, 32), (128, 72, -1), (32, 48, -1), (48, 128, 32)]
     + [(-1, 72, -1), (256, 384, 128)],
 )
 def test_groups_that_do_not_divide_a_layer_become_the_next_smaller_that_clients_know(group_size, in_features, own):

@@ -1,7 +1,7 @@
-"""What is tried: `CASES`, each an export of a model, and `SPOILED`, copies that must not pass.
+"""The clients' test cases: `CASES`, each an export of a model, and `SPOILED`, copies that must fail.
 
-`expected` says what every client does with a case on a CPU: it "loads" it and computes what the reference computes,
-or refuses it with an error that matches the regular expression. A client that is not named is not run.
+`expected` gives each client's result on a CPU: it "loads" the case and computes what the reference computes, or refuses
+it with an error that matches the regular expression. Clients that are not named are not run.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Case:
     """One export.
 
     Attributes:
-        name: Its folder's.
+        name: The folder's name.
         config: Fields of QuantizeConfig.
         expected: {client: LOADS, or a regular expression of its error}.
         architecture: A key of `make.ARCHITECTURES`.
-        shard: Bytes of quantized layers in a file; None leaves them in one.
+        shard: Bytes of quantized layers per file; None for one file.
     """
 
     name: str
@@ -41,15 +41,15 @@ def _compressed(transformers: str = LOADS, vllm: str = LOADS) -> dict[str, str]:
     return {"transformers": transformers, "vllm": vllm}
 
 
-# On a CPU vLLM has a kernel for 4 bits alone.
+# On a CPU vLLM has a kernel for 4 bits only.
 _CPU_BITS = "Unsupported quantization config|weight_bits = uint8b128|Failed to find a kernel"
 _ONE_WIDTH = "ignore_mismatched_sizes"
 _LEFT_FLOAT = {"modules_to_not_convert": ("self_attn.o_proj", "layers.1.mlp.down_proj")}
-_PART_FLOAT = {"modules_to_not_convert": ("self_attn.v_proj",)}  # vLLM computes q, k and v as one
+_PART_FLOAT = {"modules_to_not_convert": ("self_attn.v_proj",)}  # vLLM fuses q, k and v
 _EXPERTS_G32 = {"dynamic": {r".*\.experts\.": {"group_size": 32}}}
 _FLOAT_EXPERTS = {"modules_to_not_convert": ("experts",)}
 _EXPERTS = "missing_keys.*experts"
-_CPU_EXPERTS = "No WNA16 MoE backend"  # for the CPU's kernel alone
+_CPU_EXPERTS = "No WNA16 MoE backend"  # concerns the CPU's kernel only
 _OTHER_NAMES = "Missing required quantized weights.*experts"
 
 CASES = [
@@ -98,7 +98,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Spoiled:
-    """A copy of a case with one thing wrong (`corrupt.KINDS`), and the clients whose checks must fail on it."""
+    """A copy of a case with one error (`corrupt.KINDS`), and the clients whose checks must fail on it."""
 
     case: str
     kind: str

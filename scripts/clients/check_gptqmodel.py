@@ -1,6 +1,6 @@
 """check_gptqmodel.py FOLDER...: GPTQModel's own loading, in float16, with the kernel it chooses.
 
-It starts threads when it is imported, which a forked process would lack and wait for.
+It starts threads at import, which a forked process would lack and wait for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from reference import TOKENS
 
 
 def check(folder: Path) -> torch.Tensor:
-    """The log-probabilities of the model that `GPTQModel.load` makes."""
+    """Log-probabilities of the model that `GPTQModel.load` returns."""
     model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.AUTO, dtype=torch.float16)
     if not any(isinstance(module, BaseQuantLinear) for module in model.model.modules()):
         raise ValueError("nothing was loaded as a quantized layer")

@@ -18,12 +18,12 @@ from reference import TOKENS
 
 
 def check(folder: Path) -> torch.Tensor:
-    """The log-probabilities of the model that `from_pretrained` makes."""
+    """Log-probabilities of the model that `from_pretrained` returns."""
     description = json.loads((folder / "config.json").read_text())["quantization_config"]
     gptq = description["quant_method"] == "gptq"
-    if gptq:  # of the configuration only the backend counts; the checkpoint says the rest
+    if gptq:  # only the backend is read; the rest comes from the checkpoint
         options = {"dtype": torch.float32, "quantization_config": transformers.GPTQConfig(bits=4, backend="torch")}
-    else:  # in another dtype than the file's, compressed-tensors leaves renamed tensors (Mixtral's routers) in theirs
+    else:  # with another dtype, compressed-tensors leaves renamed tensors (Mixtral's routers) in the file's
         options = {"dtype": "auto"}
     model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -31,7 +31,7 @@ def check(folder: Path) -> torch.Tensor:
             raise ValueError(f"{kind}: {sorted(map(str, found[kind]))[:4]}")
     with torch.no_grad():
         if not gptq:
-            torch.nn.Module.float(model)  # what `model.float()` refuses for quantized models
+            torch.nn.Module.float(model)  # `model.float()` refuses quantized models
         return model.eval()(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
 
 

@@ -1,10 +1,10 @@
-"""check_vllm.py FOLDER...: vLLM on a CPU, in float16: the log-probabilities it gives for a prompt.
+"""check_vllm.py FOLDER...: vLLM's log-probabilities for a prompt, on a CPU in float16.
 
-vLLM reads neither zeros nor g_idx of a GPTQ checkpoint: other clients judge these.
+vLLM reads neither zeros nor g_idx of a GPTQ checkpoint: other clients check these.
 
-Its matrix product for 4-bit weights is built for AVX-512 only. On another CPU `stand_in` takes its place: what vLLM
-loads, fuses and repacks is then checked, its product is not, and the result's "note" says so. Its product for experts
-needs AMX, and rounds activations to 8 bits: `experts_stand_in` takes its place on every CPU.
+Its matrix product for 4-bit weights is built for AVX-512 only; on other CPUs `stand_in` replaces it, so that vLLM's
+loading, fusing and repacking are checked but not its product, as the result's "note" tells. Its product for experts
+needs AMX and rounds activations to 8 bits; `experts_stand_in` replaces it on every CPU.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def stand_in(
     pack_factor: int,
     isa: str,
 ) -> None:
-    """vLLM's `cpu_gemm_wna16` in plain torch, for the layout that its CPUWNA16LinearKernel makes.
+    """vLLM's `cpu_gemm_wna16` in plain torch, for the layout of its CPUWNA16LinearKernel.
 
-    words: int32 [out / 16, in * 2]: of every block of 16 outputs, two words of eight codes for every input. zeros:
-    int32 [groups, out / 8]; without them the zero is 8.
+    words: int32 [out / 16, in * 2], for every block of 16 outputs two words of eight codes per input. zeros: int32
+    [groups, out / 8]; without them the zero is 8.
     """
     codes = _nibbles(words.unflatten(1, (-1, 2)))  # [out / 16, in, 16]
     codes = codes.permute(1, 0, 2).flatten(1)
@@ -59,7 +59,7 @@ def _nibbles(words: torch.Tensor) -> torch.Tensor:
 def as_loaded(
     words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, algorithm: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In place of vLLM's repacking of experts for AMX tiles: as they come."""
+    """Replaces vLLM's repacking of experts for AMX tiles: leaves tensors unchanged."""
     return words, zeros, scales
 
 
@@ -77,10 +77,10 @@ def experts_stand_in(
     zeros_2: torch.Tensor,
     *_: object,
 ) -> None:
-    """vLLM's `fused_experts_cpu` in plain torch, for the tensors that `as_loaded` leaves as they come.
+    """vLLM's `fused_experts_cpu` in plain torch, for the unchanged tensors of `as_loaded`.
 
     words: int32 [experts, in / 8, out], gate over up in the first ones. scales: [experts, groups, out]. zeros: int32
-    [experts, groups, out / 8], less one, as GPTQ's first format has them; vLLM writes such for compressed-tensors.
+    [experts, groups, out / 8], minus one as in GPTQ's v1 format; vLLM writes these for compressed-tensors.
     """
     out.zero_()
     for expert in range(len(words_13)):
@@ -100,7 +100,7 @@ def _dequantized(words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor)
 
 
 def check(folder: Path) -> torch.Tensor:
-    """The log-probabilities after each token of the prompt; those after the last one come with the answer."""
+    """Log-probabilities after each token of the prompt; those after the last one come with the answer."""
     model = LLM(
         model=str(folder), dtype="float16", enforce_eager=True, max_model_len=128, max_num_seqs=2, max_logprobs=-1
     )

@@ -1,8 +1,8 @@
-"""What the checks of all clients share: `run` tries one folder after the other and prints a JSON line for each.
+"""Shared by the checks of all clients: `run` checks one folder after the other and prints a JSON line for each.
 
-A client is imported once. What ends the process, an abort in native code or a folder that takes longer than LIMIT,
-is that folder's result: `run.py` begins again with the next one. With `fork`, each folder has a process of its own,
-forked after the import. None of this is gptq_plugin, and nothing of it is imported.
+A client is imported once. If the process ends, by an abort in native code or a folder that takes longer than LIMIT,
+that is the folder's result, and `run.py` restarts with the next one. With `fork`, each folder has its own process,
+forked after the import. Imports nothing of gptq_plugin.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from reference import reference_of
 from safetensors.torch import load_file
 
-LIMIT = 150  # seconds for a folder
+LIMIT = 150  # seconds per folder
 
 
 def run(
@@ -36,9 +36,9 @@ def run(
     Args:
         check: Loads a folder with the client and returns its log-probabilities for TOKENS, [tokens, vocabulary].
         tolerance: Largest difference from the reference's that passes.
-        packages: Whose versions are told.
-        note: What else must be said with the results.
-        fork: A process for each folder, for a client that leaves state behind.
+        packages: Packages whose versions are reported.
+        note: A remark for the results.
+        fork: Use a process per folder, for a client that leaves state behind.
     """
     passed = True
     for folder in map(Path, sys.argv[1:]):
@@ -98,7 +98,7 @@ def _forked(work: Callable[[], dict[str, object]]) -> dict[str, object]:
 
 
 def _chain(error: BaseException | None) -> str:
-    """An error and what caused it, outermost first."""
+    """An error and its causes, outermost first."""
     said = []
     while error is not None and len(said) < 4:
         said.append(f"{type(error).__name__}: {error}"[:3000])

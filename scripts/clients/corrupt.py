@@ -1,4 +1,4 @@
-"""corrupt.py FOLDER OUT KIND: a copy of a checkpoint with one thing wrong in one layer, which no check may pass."""
+"""corrupt.py FOLDER OUT KIND: copies a checkpoint with one error in one layer, which no check may pass."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LAYER = "model.layers.1.mlp.up_proj"
 
 
 def corrupt(folder: Path, out: Path, kind: str, layer: str = LAYER) -> str:
-    """Writes the copy and returns the name of the tensor that is wrong.
+    """Writes the copy and returns the name of the wrong tensor.
 
     Args:
-        folder: A checkpoint in one file, of 4 bits.
+        folder: A 4-bit checkpoint in one file.
         out: The copy's folder, which must not exist.
         kind: "zeros" (all one more), "scales" (5 % larger), "rows" (inputs exchanged) or "missing" (no codes).
-        layer: Whose.
+        layer: The layer to corrupt.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
@@ -31,7 +31,7 @@ def corrupt(folder: Path, out: Path, kind: str, layer: str = LAYER) -> str:
     )
     name = f"{layer}.{ {'zeros': zeros, 'scales': scales}.get(kind, codes) }"
     tensor = tensors.pop(name)
-    if kind == "zeros":  # a one to each of the eight codes of a word; the sum wraps as the words of the file do
+    if kind == "zeros":  # adds one to each of a word's eight codes; the sum wraps as words do
         tensors[name] = (tensor.long() + 0x11111111).to(torch.int32)
     elif kind == "scales":
         tensors[name] = (tensor.float() * 1.05).to(tensor.dtype)

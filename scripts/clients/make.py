@@ -1,7 +1,7 @@
 """make.py OUT [CASE...]: quantizes small random models and exports each into OUT/CASE (`cases.CASES`).
 
-Runs in this project's environment. The weights are random and scaled so that every layer matters: in a model trained
-for a minute, an error in one layer's zeros drowns in the rounding of float16.
+Runs in this project's environment. The weights are random and scaled so that every layer matters: in a briefly trained
+model, an error in one layer's zeros is smaller than float16's rounding.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _SIZES = {
     **_SPECIAL,
 }
 
-# transformers' class, its configuration, and the deviation of its embeddings: where the head is tied to them, one that
-# leaves both the residual stream and the logits of a size at which every layer shows.
+# transformers' class, its configuration, and the standard deviation of its embeddings. If the head is tied to them,
+# every layer affects the logits at that deviation.
 ARCHITECTURES: dict[str, tuple[str, Callable[[], Any], float]] = {
     "llama": ("LlamaForCausalLM", lambda: transformers.LlamaConfig(**_SIZES), 0.5),
     "qwen3": ("Qwen3ForCausalLM", lambda: transformers.Qwen3Config(**_SIZES), 0.5),
-    # It multiplies embeddings by sqrt(hidden_size) = 16.
+    # Multiplies embeddings by sqrt(hidden_size) = 16.
     "gemma3": (
         "Gemma3ForCausalLM",
         lambda: transformers.Gemma3TextConfig(**{**_SIZES, "tie_word_embeddings": True, "query_pre_attn_scalar": 64}),
@@ -90,7 +90,7 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], Any], float]] = {
 def make(case: Case, out: Path) -> Path:
     """Quantizes and exports one case; returns its folder."""
     model = loud(case.architecture)
-    # Without the search for narrower grids, which takes most of the time and changes nothing in the files' form.
+    # Without the search for narrower grids, which takes most of the time and does not affect the files' format.
     quantizer = QuantizeModule(QuantizeConfig(clip_ratios=(1.0,), **case.config))
     rows = torch.randint(8, VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(2))
     quantizer.quantize(model, rows.tolist())
@@ -103,7 +103,7 @@ def make(case: Case, out: Path) -> Path:
 
 
 def loud(architecture: str) -> nn.Module:
-    """A float16 model of random weights, of which every layer adds as much to the residual stream as it holds."""
+    """A float16 model of random weights, whose layers each add as much to the residual stream as it holds."""
     name, config, embedding = ARCHITECTURES[architecture]
     torch.manual_seed(1)
     model = getattr(transformers, name)._from_config(config(), dtype=torch.float16)
@@ -124,7 +124,7 @@ def loud(architecture: str) -> nn.Module:
 
 
 def tokenizer() -> Any:
-    """A word for every id; the checks give ids, but servers want a tokenizer."""
+    """A tokenizer with a word for every id: the checks use ids, but servers need one."""
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))

@@ -1,10 +1,10 @@
-"""reference.py FOLDER...: what a checkpoint means, as FOLDER.reference.safetensors: "logits" [tokens, vocabulary].
+"""reference.py FOLDER...: writes a checkpoint's "logits" [tokens, vocabulary] to FOLDER.reference.safetensors.
 
-A reader of its own, in plain torch: it shares no code with gptq_plugin or with any client. It dequantizes GPTQ (v1, v2)
-and compressed-tensors (pack-quantized) into the float model of transformers, and runs it in float32 on TOKENS.
+An independent reader in plain torch, which shares no code with gptq_plugin or any client. It dequantizes GPTQ (v1, v2)
+and compressed-tensors (pack-quantized) into transformers' float model, and runs it in float32 on TOKENS.
 
-In all formats codes lie in one stream of bits, the lowest bits of the first int32 word first: the k-th code of b bits
-takes the bits k*b to (k+1)*b. GPTQ packs qweight [in * b / 32, out] along the inputs and qzeros [groups, out * b / 32]
+In all formats codes form one stream of bits, the lowest bits of the first int32 word first: the k-th code of b bits
+takes bits k*b to (k+1)*b. GPTQ packs qweight [in * b / 32, out] along the inputs and qzeros [groups, out * b / 32]
 along the outputs; v1 stores a zero minus one. compressed-tensors stores both transposed.
 """
 
@@ -27,12 +27,12 @@ TOKENS = [1] + [(i * 97 + 13) % 500 + 8 for i in range(47)]
 
 
 def reference_of(folder: Path) -> Path:
-    """The file of a folder's reference, beside it."""
+    """The file of a folder's reference, next to the folder."""
     return folder.with_name(folder.name + ".reference.safetensors")
 
 
 def reference_logits(folder: Path) -> Tensor:
-    """What the checkpoint's model computes for TOKENS: float32 [tokens, vocabulary]."""
+    """Logits of the checkpoint's model for TOKENS, float32 [tokens, vocabulary]."""
     with torch.no_grad():
         return float_model(folder)(input_ids=torch.tensor([TOKENS])).logits[0].float()
 
@@ -41,7 +41,7 @@ def float_model(folder: Path) -> Any:
     """The float32 model of a checkpoint's dequantized weights.
 
     Raises:
-        ValueError: Tensors are missing, or the model has no place for some.
+        ValueError: Tensors are missing or unexpected.
     """
     import transformers
 
@@ -54,7 +54,7 @@ def float_model(folder: Path) -> Any:
         if type(module).__name__ == "Conv1D" and f"{name}.quantized" in state:  # GPT-2's keeps its weight [in, out]
             state[f"{name}.quantized"] = state[f"{name}.quantized"].t().contiguous()
     state = {name.replace(".quantized", ".weight"): tensor for name, tensor in state.items()}
-    # As transformers reads a float checkpoint: which names of experts fill which part of one parameter is its to say.
+    # Loaded by transformers, which maps names of experts to parts of one parameter.
     model, found = type(random).from_pretrained(
         None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
@@ -65,7 +65,7 @@ def float_model(folder: Path) -> Any:
 
 
 def float_state(folder: Path) -> dict[str, Tensor]:
-    """All tensors in float32; the weight of a quantized layer, [out, in], is called NAME.quantized."""
+    """All tensors in float32; a quantized layer's weight, [out, in], is named NAME.quantized."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -117,7 +117,7 @@ def _compressed(description: dict[str, Any], layer: str, tensors: dict[str, Tens
 
 
 def codes_of(words: Tensor, bits: int, count: int) -> Tensor:
-    """The codes packed along the first dimension: int32 [count * bits / 32, n] to int64 [count, n]."""
+    """Unpacks codes along the first dimension: int32 [count * bits / 32, n] to int64 [count, n]."""
     single = (words.long()[:, None] >> torch.arange(32)[:, None]) & 1  # [words, 32, n]
     stream = single.flatten(0, 1)[: count * bits].unflatten(0, (count, bits))
     return (stream << torch.arange(bits)[:, None]).sum(1)

@@ -1,7 +1,7 @@
-"""run.py [--envs DIR] [--out DIR] [--docs FILE]: every case with every client, and docs/clients.md.
+"""run.py [--envs DIR] [--out DIR] [--docs FILE]: runs every case with every client, and writes docs/clients.md.
 
-Runs in this project's environment; the clients run in theirs. Exit status 1 when a client does not do what is expected
-of it (`cases.py`), loads what it should refuse included, or passes a spoiled copy.
+Runs in this project's environment; the clients run in theirs. Exit status 1 if a client's result is not the expected
+one (`cases.py`), also if it loads what it should refuse, or if it passes a spoiled copy.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Result = dict[str, Any]
 
 
 def lane(client: str, case: str) -> str:
-    """Which check in which environment runs a case for a client."""
+    """The lane, an environment and a check, that runs a case for a client."""
     return f"{client}-ct" if client == "transformers" and case.startswith("ct-") else client
 
 
 def check(name: str, folders: list[Path], envs: Path, logs: Path) -> dict[str, Result]:
-    """Runs one lane over its folders: {folder's name: result}. What a client printed is in logs/LANE.log."""
+    """Runs one lane over its folders: {folder's name: result}. The client's output goes to logs/LANE.log."""
     environment, script = LANES[name]
     log = logs / f"{name}.log"
     log.unlink(missing_ok=True)
@@ -53,14 +53,14 @@ def check(name: str, folders: list[Path], envs: Path, logs: Path) -> dict[str, R
                 [str((envs / environment / "bin" / "python").absolute()), str(HERE / script), *map(str, left)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                # Nothing of this project's environment reaches a client.
+                # Clients must not see this project's environment.
                 env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"},
                 cwd=logs,
                 check=False,
             )
         results |= read_results(log)
         left = [folder for folder in folders if folder.name not in results]
-        if left:  # the process ended at the first of these; on with the others
+        if left:  # the process ended at the first of these: continue with the others
             print(f"{name}: {left[0].name} ended the process with status {ended.returncode}", flush=True)
             results[left[0].name] = {
                 "folder": left[0].name,
@@ -78,13 +78,13 @@ def check(name: str, folders: list[Path], envs: Path, logs: Path) -> dict[str, R
 
 
 def read_results(log: Path) -> dict[str, Result]:
-    """{folder's name: result} of what a check printed."""
+    """Parses a check's output: {folder's name: result}."""
     lines = re.findall(r"^RESULT (.*)$", log.read_text(errors="replace"), re.MULTILINE)
     return {result["folder"]: result for result in map(json.loads, lines)}
 
 
 def judged(result: Result | None, expected: str) -> str | None:
-    """What is wrong with a result, or None."""
+    """The difference between a result and the expected one, or None."""
     if result is None:
         return "no result: see the log"
     if expected == LOADS:
@@ -95,7 +95,7 @@ def judged(result: Result | None, expected: str) -> str | None:
 
 
 def said(result: Result) -> str:
-    """A result in words."""
+    """Describes a result."""
     if result["error"]:
         return result["error"]
     return f"differs by {result['difference']:.3g} (limit {result['tolerance']})"
@@ -115,7 +115,7 @@ def main() -> int:
 
 
 def everything(envs: Path, out: Path, docs: Path) -> int:
-    """Makes the checkpoints, runs the clients, writes the table; returns the exit status."""
+    """Makes the checkpoints, runs the clients, writes the table, and returns the exit status."""
     begun = time.perf_counter()
     run = {**os.environ, "OMP_NUM_THREADS": "1"}
     names = [case.name for case in CASES if not (out / case.name).exists()]
@@ -126,7 +126,7 @@ def everything(envs: Path, out: Path, docs: Path) -> int:
             for half in halves
             if half
         ]
-        if max(process.wait() for process in made):  # all of them end before anything is said
+        if max(process.wait() for process in made):  # wait for all before reporting
             print("an export failed: run scripts/clients/make.py")
             return 1
     folders = {case.name: out / case.name for case in CASES}
@@ -154,7 +154,7 @@ def everything(envs: Path, out: Path, docs: Path) -> int:
 
 
 def unexpected(results: dict[str, dict[str, Result]]) -> list[str]:
-    """A sentence for every result that is not what `cases` says."""
+    """A sentence for every result that `cases` does not expect."""
     wrong = []
     for case in CASES:
         for client, expected in case.expected.items():
@@ -164,7 +164,7 @@ def unexpected(results: dict[str, dict[str, Result]]) -> list[str]:
     for spoiled in SPOILED:
         for client in spoiled.clients:
             result = results[lane(client, spoiled.name)].get(spoiled.name)
-            # Wrong values must be seen as such, not hidden behind some other error.
+            # Wrong values must be found as such, not hidden by another error.
             told = None if result is None else result["error"]
             seen = "missing" in (told or "") if spoiled.kind == "missing" else told is None
             if result is None or result["passed"] or not seen:
@@ -177,7 +177,7 @@ def unexpected(results: dict[str, dict[str, Result]]) -> list[str]:
 
 
 def page(results: dict[str, dict[str, Result]], wrong: list[str]) -> str:
-    """The table of what was measured, in Markdown."""
+    """The table of results, in Markdown."""
     reasons: dict[str, int] = {}
     rows = []
     for case in CASES:
@@ -239,7 +239,7 @@ def page(results: dict[str, dict[str, Result]], wrong: list[str]) -> str:
 
 
 def cell(result: Result | None, reasons: dict[str, int]) -> str:
-    """What a table says of a result; a refusal's reason gets a number."""
+    """A table's cell for a result; reasons of refusals are numbered."""
     if result is None:
         return "no result"
     if result["error"]:

@@ -1,4 +1,4 @@
-"""The types, and a tiny model of any of them."""
+"""Lists transformers' model types, and builds a tiny model of any of them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ MAPPINGS = {
     "speech-seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "ctc": "MODEL_FOR_CTC_MAPPING_NAMES",
 }
-LARGEST = 20_000_000  # parameters; more is not tiny
+LARGEST = 20_000_000  # parameters of a tiny model
 
 
 def rows() -> list[tuple[str, str]]:
-    """All (mapping, type)."""
+    """All pairs (mapping, type)."""
     return [(mapping, kind) for mapping, name in MAPPINGS.items() for kind in getattr(modeling_auto, name)]
 
 
 def build(mapping: str, kind: str) -> Any:
-    """The mapping's (first) class of that type, tiny, with weights of which none is constant; the same every time.
+    """Builds the mapping's (first) class of that type, tiny, with no constant weight, and the same every time.
 
-    Experts run by the loop that their modules write out: transformers' kernels for all at once round differently.
+    Experts run in their module's own loop: transformers' kernels for all at once round differently.
     """
     names = getattr(modeling_auto, MAPPINGS[mapping])[kind]
     architecture = getattr(transformers, names if isinstance(names, str) else names[0])
     more = {"num_labels": 32} if mapping == "image-classification" else BY_MAPPING.get((mapping, kind), {})
     count = 0
-    with contextlib.suppress(Exception), torch.device("meta"):  # not all can be built there
+    with contextlib.suppress(Exception), torch.device("meta"):  # some cannot be built there
         count = _parameters(architecture(_part(tiny(config_class(kind), **more), architecture.config_class)))
     if count <= LARGEST:
         torch.manual_seed(0)
@@ -63,7 +63,7 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _part(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """The configuration, or the part of it that a class of a part is built from."""
+    """The configuration, or the part of it that the class takes."""
     parts = [config]
     for part in parts:
         if type(part) is kind:

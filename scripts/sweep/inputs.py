@@ -1,7 +1,7 @@
-"""Made-up batches for a model of unknown kind, from its forward's signature and its configuration's sizes.
+"""Makes batches for a model of unknown kind, from its forward's signature and its configuration's sizes.
 
-What a vision or audio tower wants cannot always be told from its names, so several layouts are tried until the forward
-runs, those with most modalities first. Placeholders for images and sounds are as many as the features they hold.
+Names do not always reveal what a vision or audio tower needs, so several layouts are tried until the forward runs,
+those with most modalities first. There are as many placeholders for images and sounds as features.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ LENGTH = 24
 
 
 class NoInputs(Exception):
-    """No layout that was tried went through the forward."""
+    """The forward refused every layout."""
 
 
 def batches_for(model: Any, sizes: tuple[int, ...] = (3, 2)) -> tuple[str, list[Batch]]:
-    """What went through the model, in words, and batches of so many samples each, of different lengths.
+    """The modalities of the first layout that the model accepts, in words, and batches of the given numbers of samples,
+    of different lengths.
 
     Raises:
-        NoInputs: With what the forward said to the most promising layout, and to the last.
+        NoInputs: With the forward's errors for the first layout and the last.
     """
     errors: list[str] = []
     for label, media in _layouts(model):
@@ -60,7 +61,7 @@ def _fitting(model: Any, media: dict[str, Any], samples: int, length: int, seed:
 
 
 def _layouts(model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(in words, {modality: how it is laid out}), in the order to try."""
+    """Yields (description, {modality: layout}) in the order to try."""
     names = names_of(model)
     images = ["BCHW", "B1CHW", "B2CHW", "patches", "BPD", "BPC", "B1TCHW", "cameras"] if has(names, IMAGES) else []
     sounds = ["BFT", "BTF", "BS", "B1S", "BT4F"] if has(names, SOUNDS) else []

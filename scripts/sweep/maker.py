@@ -24,7 +24,7 @@ def names_of(model: nn.Module) -> set[str]:
 
 
 def look(config: PreTrainedConfig, *names: str) -> Any:
-    """The first value of one of these names, in the configuration or its parts, outermost first."""
+    """The first value under one of these names in the configuration or its parts, outermost first."""
     parts = [config]
     for part in parts:
         for name in names:
@@ -108,7 +108,7 @@ class Maker:
         return text
 
     def _count(self, kind: str, inputs: Batch) -> int:
-        """Features a sample, as the model's own get_image_features or get_audio_features gives them; 0 if unknown."""
+        """Features per sample, from the model's get_image_features or get_audio_features; 0 if unknown."""
         name = f"get_{kind}_features"
         method = next((getattr(m, name) for m in (self.model, self.model.base_model) if hasattr(m, name)), None)
         if method is None:
@@ -194,7 +194,7 @@ class Maker:
     # --- others --------------------------------------------------------------------------------------------
 
     def _more(self, inputs: Batch) -> Batch:
-        """Inputs that few forwards need, by name."""
+        """Rarely needed inputs, by name."""
         ids, b = inputs.get("input_ids"), self.samples
         steps = max(1, look(self.config, "chunk_size") or 8)
         more: Batch = {

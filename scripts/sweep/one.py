@@ -1,4 +1,4 @@
-"""Everything the sweep does with one type: build, walk, quantize, export, reload, compare."""
+"""Examines one type: builds, walks, quantizes, exports, reloads and compares it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from gptq_plugin.errors import CalibrationError
 from gptq_plugin.report.report import QuantizeReport
 
 Result = dict[str, Any]
-SHORT = {  # what a reason holds: how the table has it
+SHORT = {  # part of a reason: its name in the table
     "32-bit words": "too narrow for 32-bit words",
     "tied to": "tied to another's weight",
     "never called": "never called",
     "reads its weight": "read by the model itself",
 }
-ROUNDING = 1e-5  # where tensors begin in memory decides how some products are added up
+ROUNDING = 1e-5  # the alignment of tensors in memory affects the order of some sums
 
 
 class Differs(Exception):
-    """Something is not computed as it should be."""
+    """Outputs differ from the expected ones."""
 
 
 def examine(mapping: str, kind: str) -> Result:
-    """What became of a type: `stage` is "ok", or where it ended, with the `error`."""
+    """Examines a type: `stage` of the result is "ok", or the stage that failed, with the `error`."""
     started = time.perf_counter()
     result: Result = {"mapping": mapping, "type": kind, "stage": "ok", "error": "", "notes": []}
     try:
@@ -73,7 +73,7 @@ def _examine(mapping: str, kind: str, result: Result) -> None:
 
 
 def _quantized(model: Any, batches: list[Batch], config: QuantizeConfig, result: Result, which: str) -> QuantizeReport:
-    """Quantizes the model and proves it; `result` says how far it got."""
+    """Quantizes and verifies the model; records the progress in `result`."""
     result["stage"] = f"{which}plain forward"
     plain = outputs(model, batches)
     if not all(torch.isfinite(t).any() for t in plain):
@@ -109,7 +109,7 @@ def _quantized(model: Any, batches: list[Batch], config: QuantizeConfig, result:
 def _enough(
     quantizer: QuantizeModule, model: Any, batches: list[Batch], result: Result
 ) -> tuple[QuantizeReport, list[Batch]]:
-    """With as many samples as the narrowest layer has inputs, where a sample is one row (or few)."""
+    """Quantizes; if that needs more samples, again with as many as the narrowest layer has inputs."""
     try:
         return quantizer.quantize(model, batches), batches
     except CalibrationError as error:
@@ -122,7 +122,7 @@ def _enough(
 
 
 def figures(report: QuantizeReport) -> Result:
-    """What is quantized and what not, for the table."""
+    """The table's figures of quantized and float parts."""
     done = [m for m in report.modules if m.method != "float"]
     left = [m for m in report.modules if m.method == "float"]
     assert report.coverage is not None
@@ -144,8 +144,7 @@ def figures(report: QuantizeReport) -> Result:
 
 
 def rule_for(names: Iterable[str], others: list[str]) -> str:
-    """A regular expression for `dynamic` that matches these layers and no others, by the shortest beginnings of their
-    names that do."""
+    """A regular expression for `dynamic` that matches exactly these layers, from the shortest sufficient prefixes."""
     starts: dict[str, None] = {}
     for name in names:
         parts = name.split(".")

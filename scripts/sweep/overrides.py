@@ -1,6 +1,6 @@
-"""What some configurations need beside small sizes: relations between fields that no rule of `tiny` can know.
+"""Fields that some configurations need beside small sizes, since they depend on each other.
 
-{model type, also of a part: {field: value}}; a dotted field is a part's. `...` leaves a field to its class.
+{model type, also of a part: {field: value}}; a dotted field belongs to a part. `...` leaves a field to its class.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs jobs in a process of their own that is started again when it dies or takes too long."""
+"""Runs jobs in a separate process, which is restarted if it dies or takes too long."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-MEMORY = 12 << 30  # bytes of addresses a worker may have
+MEMORY = 12 << 30  # bytes, a worker's limit of address space
 
 
 class _Worker:
@@ -31,20 +31,20 @@ def run(
     seconds: float,
     failed: Callable[[tuple[Any, ...], str], Any],
 ) -> Iterator[Any]:
-    """What `work(*job)` returns, job by job; `failed(job, reason)` where it does not return.
+    """Yields the result of `work(*job)` for each job, or `failed(job, reason)` if it does not return.
 
     Args:
-        work: A function of a module that the workers can import.
-        jobs: Its arguments, one tuple a job.
-        seconds: A job may take.
-        failed: Makes a result of a job that took too long or took its process with it.
+        work: A function of a module that workers can import.
+        jobs: Its arguments, one tuple per job.
+        seconds: Time limit of a job.
+        failed: Makes the result of a job that took too long or whose process died.
     """
     worker: _Worker | None = None
     try:
         for job in jobs:
             worker = worker or _Worker(work)
             worker.mine.send(job)
-            # The process may die with the pipe open in a child of its own.
+            # The process may die while a child of it keeps the pipe open.
             ready = wait([worker.mine, worker.process.sentinel], timeout=seconds)
             try:
                 if worker.mine not in ready:

@@ -1,4 +1,4 @@
-"""Runs models on batches, plainly or stop by stop, and compares what comes out."""
+"""Runs models on batches, plainly or in lock-step, and compares the outputs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gptq_plugin.walk.groups import find_groups
 
 
 def outputs(model: nn.Module, batches: list[Batch], seed: int = 0) -> list[Tensor]:
-    """All floating-point tensors that the batches' forwards give."""
+    """All floating-point tensors of the batches' outputs."""
     with evaluating(model):
         return [t for batch in batches for t in _run(model, batch, seed)]
 
 
 def walk(model: nn.Module, batches: list[Batch], config: QuantizeConfig) -> list[Tensor]:
-    """The same of batches that walk together and stop at every layer to quantize, where nothing happens."""
+    """`outputs` of batches that walk in lock-step and stop, without an action, at every layer to quantize."""
     found: dict[int, list[Tensor]] = {}
 
     def run(number: int) -> None:
@@ -45,14 +45,14 @@ def walk(model: nn.Module, batches: list[Batch], config: QuantizeConfig) -> list
 
 
 def equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Bit for bit, NaN being NaN."""
+    """True if all bits are equal; NaN equals NaN."""
     return len(one) == len(other) and all(
         a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other)
     )
 
 
 def difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """Largest difference over the largest value."""
+    """Largest difference as a fraction of the largest value."""
     if [t.shape for t in one] != [t.shape for t in other]:
         return math.inf
     shares = [0.0]
@@ -67,14 +67,14 @@ def difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def _run(model: nn.Module, batch: Batch, seed: int = 0) -> list[Tensor]:
-    """Seeded, for models that draw random numbers."""
+    """Runs a batch with a fixed seed: some models draw random numbers."""
     torch.manual_seed(seed)
     with torch.no_grad():
         return [t.clone() for t in _floats(model(**batch))]
 
 
 def _floats(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of an output, not those of caches."""
+    """Floating-point tensors of an output, except those of caches."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output

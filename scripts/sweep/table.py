@@ -1,4 +1,4 @@
-"""docs/architectures.md: one row a type, totals a mapping."""
+"""Writes docs/architectures.md: a row per type, totals per mapping."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOT_BUILT, NOT_RUN = "not built", "no inputs"
 
 
 def line(r: Result) -> str:
-    """For the terminal, as a type is done."""
+    """A finished type's line for the terminal."""
     figures = f"{r['quantized']} quantized, {r['float_share']:.0%} of the bytes float" if "quantized" in r else ""
     told = [r["mapping"], r["type"], verdict(r), r.get("inputs", ""), figures, f"{r.get('seconds', 0)} s"]
     return " | ".join(part for part in told if part)
@@ -41,7 +41,7 @@ def verdict(r: Result) -> str:
 
 
 def summary(results: list[Result]) -> str:
-    """A Markdown table of totals, of those that were built in percent."""
+    """A Markdown table of totals, with percentages of the types that could be built."""
     rows: list[tuple[str, ...]] = [("mapping", "types", "built", "run", "ok", "ok of those built")]
     mappings = list(dict.fromkeys(r["mapping"] for r in results))
     for mapping in [*mappings, "all"]:

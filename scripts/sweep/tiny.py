@@ -1,7 +1,7 @@
-"""A tiny configuration of any model type: the well-known sizes become small, everything else stays.
+"""Makes a tiny configuration of any model type: well-known sizes become small, all else stays.
 
-The default configuration is built, walked, and built again with other sizes, so that whatever a class derives from its
-sizes is derived anew. All widths are multiples of 32 and fit each other: 64 = 2 heads of 32. Per-layer lists keep one
+The default configuration is built, its fields are visited, and it is built again with small sizes, so that a class
+derives dependent values anew. All widths are multiples of 32 and match: 64 = 2 heads of 32. Per-layer lists keep one
 layer of every kind. Special tokens move into the small vocabulary.
 """
 
@@ -19,8 +19,8 @@ HIDDEN, WIDE, HEADS, HEAD = 64, 128, 2, 32
 IMAGE, PATCH = 64, 8
 LAYERS = 2
 
-# {pattern of the field's whole name: what it becomes}: a value, or a function of the present one. The first that
-# matches counts; in a list every number is replaced.
+# {pattern of a field's whole name: its new value, or a function of the present one}. The first match counts; in lists
+# every number is replaced.
 RULES: tuple[tuple[str, Any], ...] = (
     (r"(num_)?(hidden_layers|decoder_layers|encoder_layers|layers|local_layers)", LAYERS),
     (
@@ -90,7 +90,7 @@ COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "num_decoder
 
 
 class Tokens:
-    """Where special tokens go: those that fit stay, others get the largest free numbers, the same for the same."""
+    """Maps special tokens into the vocabulary: those that fit stay, others get the largest free ids, consistently."""
 
     def __init__(self) -> None:
         self.moved: dict[int, int] = {}
@@ -102,7 +102,7 @@ class Tokens:
 
 
 def tiny(kind: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
-    """A small configuration of that class, with other fields if given."""
+    """A small configuration of that class, with the given fields."""
     try:
         default = kind()
     except Exception:  # noqa: BLE001 - some defaults contradict themselves
@@ -142,7 +142,7 @@ def _shrunk(config: PreTrainedConfig, tokens: Tokens, more: dict[str, Any]) -> P
 
 
 def _layers(config: PreTrainedConfig) -> tuple[int, list[int]]:
-    """How many layers there are, and those to keep: one of every kind that the per-layer lists tell apart."""
+    """The number of layers, and those to keep: one of every kind in the per-layer lists."""
     names = [f.name for f in dataclasses.fields(config)]
     for count in (c for c in COUNTS if c in names):
         n = vars(config).get(count)
@@ -199,14 +199,14 @@ def _rule(name: str) -> Any:
 
 
 def _indices(values: Any, layers: int) -> list[int]:
-    """As many different ones as there can be, from the end, of layers counted from the start or from the end."""
+    """Distinct indices of the last layers, as many as possible, counted from the start or the end."""
     if any(v < 0 for v in values):
         return [max(v, -layers) if v < 0 else min(v, layers) for v in values]
     return sorted({min(v, layers - 1 - i) for i, v in enumerate(sorted(values, reverse=True)) if i < layers})
 
 
 def _rope(rope: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """Sections of a rotary embedding share half of a head between them."""
+    """Sections of a rotary embedding, which add up to half of a head."""
     new: dict[str, Any] = {k: _rope(v, config) if isinstance(v, dict) else v for k, v in rope.items()}
     if "rope_type" in new and "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
         half = int(HEAD * new.get("partial_rotary_factor", 1.0)) // 2
