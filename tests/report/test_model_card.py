@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -16,23 +15,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
-from gptq_plugin.config import COMPRESSED
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.staging import check_export_dir
-from gptq_plugin.report.model_card import ModelFacts, hub_id, model_card, model_facts
+from gptq_plugin.report.model_card import hub_id, model_facts
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
+from cards import card_of, report_of, section, snippet
+
 IDS = torch.tensor([[1, 17, 5, 42, 7, 8]])
-TASKLESS = ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", torch.float16)
-DESCRIPTION = {
-    "quant_method": "gptq",
-    "bits": 4,
-    "group_size": 128,
-    "sym": True,
-    "desc_act": False,
-    "lm_head": False,
-    "checkpoint_format": "gptq",
-}
 
 
 def llama(name: str | None = None) -> Any:
@@ -72,25 +62,6 @@ def quantized(model: nn.Module, batches: Any, folder: Path, **options: Any) -> P
     report.metrics = {"val_loss": {"float": 2.5, "gptq": 2.55}}
     report.deviations.append(f"{folder.parent}/mine holds an earlier export: exported to out instead")
     return quantizer.export(model, folder)
-
-
-def card_of(report: QuantizeReport, facts: ModelFacts = TASKLESS, **description: Any) -> str:
-    return model_card(report, {**DESCRIPTION, **description}, facts)
-
-
-def report_of(*widths: tuple[int, int], **other: Any) -> QuantizeReport:
-    layers = [ModuleReport(f"layers.{i}", "gptq", b, g, (20, 128), 0.1, 0.2) for i, (b, g) in enumerate(widths)]
-    return QuantizeReport(QuantizeConfig(), layers, **other)
-
-
-def section(card: str, title: str) -> str:
-    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", card, flags=re.M | re.S)
-    assert found, f"no section {title}"
-    return found[1].strip()
-
-
-def snippet(card: str, title: str) -> str:
-    return re.search(r"```\w+\n(.*?)```", section(card, title), flags=re.S)[1].strip()
 
 
 def metadata(card: str) -> dict[str, Any]:
@@ -190,7 +161,7 @@ def test_a_page_or_card_that_cannot_be_made_leaves_the_earlier_export(
     def fails(*_: Any) -> str:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"gptq_plugin.export.export.{writes}", fails)
+    monkeypatch.setattr(f"gptq_plugin.export.side_files.{writes}", fails)
     with pytest.raises(OSError, match="no space left"):
         quantizer.export(model, tmp_path / "out", overwrite=True)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -246,65 +217,6 @@ def test_a_model_with_code_of_its_own_is_loaded_here_only() -> None:
     assert "model=Own()" in snippet(card_of(report_of((4, 128)), facts), "gptq_plugin")
 
 
-# --- who takes what -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("widths", "description", "because"),
-    [
-        ([(4, 128)], {"sym": False}, "symmetric grids only"),
-        ([(4, 128)], {"dynamic": {"q": {"sym": False}}}, "symmetric grids only"),
-        ([(2, 128)], {"bits": 2}, "2 or 3 bits"),
-        ([(3, 128)], {"bits": 3}, "2 or 3 bits"),
-        ([(4, 128), (3, 128)], {}, "2 or 3 bits"),
-        ([(4, 128)], {"desc_act": True}, "desc_act=true"),
-        ([(4, 128)], {"lm_head": True}, "output embedding"),
-    ],
-)
-def test_the_card_says_when_vllm_does_not_take_it(
-    widths: list[tuple[int, int]], description: dict[str, Any], because: str
-) -> None:
-    said = section(card_of(report_of(*widths), **description), "vLLM")
-    assert said.startswith("vLLM does not load this checkpoint") and because in said and "```" not in said
-
-
-@pytest.mark.parametrize(
-    ("widths", "dtype", "command"),
-    [
-        ([(4, 128)], torch.float16, "vllm serve ."),
-        ([(4, 128), (8, 32)], torch.bfloat16, "vllm serve ."),
-        ([(8, -1)], torch.float32, "vllm serve . --dtype float16"),
-    ],
-)
-def test_the_card_says_how_vllm_takes_it(widths: list[tuple[int, int]], dtype: torch.dtype, command: str) -> None:
-    card = card_of(report_of(*widths), ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", dtype))
-    assert snippet(card, "vLLM") == command
-    assert ("8-bit layers need a GPU" in card) is (8 in dict(widths))
-    assert ("rounds the scales" in card) is (dtype == torch.bfloat16)
-    assert ("Those it fuses" in section(card, "vLLM")) is (len(widths) > 1)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_card_does_not_advise_float16_where_activations_exceed_it(dtype: torch.dtype) -> None:
-    report, facts = report_of((4, 128)), ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", dtype)
-    report.modules[0] = dataclasses.replace(report.modules[0], max_output=7e4)
-    card = card_of(report, facts)
-    assert snippet(card, "vLLM") == "vllm serve ." and "--dtype" not in card
-    assert "in float16 layers.0 would overflow" in section(card, "vLLM")
-
-
-def test_the_card_says_when_transformers_does_not_take_it() -> None:
-    for widths, description in (([(4, 128), (8, 128)], {}), ([(4, 32)], {}), ([(4, 128)], {"lm_head": True})):
-        said = section(card_of(report_of(*widths), **description), "transformers")
-        assert said.startswith("transformers does not load this checkpoint") and "```" not in said
-    facts = ModelFacts("GPT2LMHeadModel", "AutoModelForCausalLM", torch.float16, model_type="gpt2")
-    for said in (card_of(report_of((4, 128)), facts), card_of(report_of((4, 128)), facts, quant_method=COMPRESSED)):
-        assert "no quantized Conv1D" in section(said, "transformers") and "vllm serve" in said
-    whole_rows = snippet(card_of(report_of((4, -1)), group_size=-1), "transformers")
-    assert 'GPTQConfig(bits=4, backend="torch")' in whole_rows
-    compile(whole_rows, "README.md", "exec")
-
-
 # --- any text -----------------------------------------------------------------------------------------------
 
 
@@ -349,15 +261,3 @@ def test_figures_that_are_unknown_are_blank() -> None:
     assert "| m | GPTQ | 1 |  |  |" in card
     assert section(card, "Calibration") == "None: the weights were rounded to nearest."
     assert section(card, "Differences from the request") == "Nothing."
-
-
-@pytest.mark.parametrize(("bits", "taken"), [(4, True), (3, False)])
-def test_the_card_of_compressed_tensors_says_who_takes_it(bits: int, taken: bool) -> None:
-    config = QuantizeConfig(bits=bits, sym=False, checkpoint_format="compressed-tensors")
-    facts = ModelFacts(name="LlamaForCausalLM", dtype=torch.float16, loader="AutoModelForCausalLM")
-    description = {"quant_method": "compressed-tensors", "config_groups": {}}
-    text = model_card(QuantizeReport(config), description, facts)
-    assert "pip install compressed-tensors" in text and "gptqmodel" not in text
-    assert f"| `bits` | `{bits}` |" in text and "| `checkpoint_format` | `compressed-tensors` |" in text
-    assert ("vllm serve ." in text) is taken
-    assert ("it does not read layers of 2 or 3 bits" in text) is not taken

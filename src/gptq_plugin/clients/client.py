@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptq_plugin.clients.inventory import Inventory
+    from gptq_plugin.clients.loading import Published
 
 CLIENTS = ("vllm", "transformers", "sglang", "gptqmodel")  # names of the modules that hold their rules
 
@@ -28,12 +29,15 @@ class Rules:
             differently on a CPU.
         missing: Called as missing(inventory, description): what the client looks for in a `quantization_config` and
             does not find there.
+        loading: Called as loading(published): the section of a model card on how the client loads the export, or why it
+            does not; None if cards do not mention it.
         tensor_parallel: Several GPUs can share each layer.
     """
 
     problems: Callable[[Inventory, int], Iterable[str]]
     conditions: Callable[[Inventory], Iterable[str]]
     missing: Callable[[Inventory, Mapping[str, Any]], Iterable[str]]
+    loading: Callable[[Published], str] | None = None
     tensor_parallel: bool = False
 
 

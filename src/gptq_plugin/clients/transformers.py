@@ -9,9 +9,11 @@ from typing import Any
 from gptq_plugin.clients import common, fused
 from gptq_plugin.clients.client import Rules
 from gptq_plugin.clients.inventory import Inventory
+from gptq_plugin.clients.loading import Published
 from gptq_plugin.config import COMPRESSED
 from gptq_plugin.errors import some
 from gptq_plugin.model.hf_models import CONV1D
+from gptq_plugin.report.markdown import snippet
 
 
 def _problems(inventory: Inventory, ranks: int) -> Iterator[str]:
@@ -81,6 +83,30 @@ def _conditions(inventory: Inventory) -> Iterator[str]:
     yield f"needs the package{packages}"
 
 
+def _loading(published: Published) -> str:
+    settings, facts, loader = published.settings, published.facts, published.facts.loader
+    compressed = settings["checkpoint_format"] == COMPRESSED
+    refused = []
+    if facts.model_type in (CONV1D if compressed else ("gpt2",)):
+        refused.append("it has no quantized Conv1D, which this model consists of")
+    if not compressed and published.grids != {(settings["bits"], settings["group_size"])}:
+        refused.append("it does not read layers of different bits or group sizes")
+    if not compressed and settings["lm_head"]:
+        refused.append("it does not read a quantized output embedding")
+    if refused:
+        return f"### transformers\n\ntransformers does not load this checkpoint: {'; '.join(refused)}."
+    if compressed:
+        code = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained(".")'
+        needs = "It needs compressed-tensors (0.18 or newer for 3 bits): `pip install compressed-tensors`."
+        return f"{snippet('transformers', code)}\n\n{needs}"
+    names, option = loader, ""
+    if settings["group_size"] == -1:  # the kernel that GPTQModel selects fails
+        names = f"{loader}, GPTQConfig"
+        option = f', quantization_config=GPTQConfig(bits={settings["bits"]}, backend="torch")'
+    code = f'from transformers import {names}\n\nmodel = {loader}.from_pretrained("."{option})'
+    return f"{snippet('transformers', code)}\n\nIt needs GPTQModel and Optimum: `pip install gptqmodel optimum`."
+
+
 def _missing(inventory: Inventory, description: Mapping[str, Any]) -> Iterator[str]:
     """measured: it tells layers left float by a list of the others."""
     if inventory.checkpoint_format == COMPRESSED:
@@ -92,4 +118,4 @@ def _missing(inventory: Inventory, description: Mapping[str, Any]) -> Iterator[s
         )
 
 
-RULES = Rules(_problems, _conditions, _missing)
+RULES = Rules(_problems, _conditions, _missing, _loading)

@@ -14,8 +14,11 @@ import torch
 from gptq_plugin.clients import common, fused
 from gptq_plugin.clients.client import Rules
 from gptq_plugin.clients.inventory import Inventory
+from gptq_plugin.clients.loading import Published
 from gptq_plugin.config import COMPRESSED
+from gptq_plugin.device.precision import FLOAT16
 from gptq_plugin.errors import some
+from gptq_plugin.report.markdown import escaped, snippet
 
 # read (vllm/config/model.py): refused in float16 for numerical instability.
 _NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
@@ -105,4 +108,50 @@ def _conditions(inventory: Inventory) -> Iterator[str]:
         yield f"on a CPU it takes multiples of 32 channels only, and {some(odd)} have others"
 
 
-RULES = Rules(_problems, _conditions, partial(common.missing_keys, client="vllm"), tensor_parallel=True)
+def _loading(published: Published) -> str:
+    settings = published.settings
+    bits = {width for width, _ in published.grids}
+    rules = settings.get("dynamic", {}).values()
+    refused = []
+    if settings["checkpoint_format"] != COMPRESSED and (
+        not settings["sym"] or any(rule.get("sym") is False for rule in rules)
+    ):
+        refused.append("it reads symmetric grids only (sym=true)")
+    if bits & {2, 3}:
+        refused.append("it does not read layers of 2 or 3 bits")
+    if settings["desc_act"]:
+        refused.append("desc_act=true, groups in order of activation, is not read on every device")
+    if settings["lm_head"]:
+        refused.append("it does not read a quantized output embedding")
+    if refused:
+        return f"### vLLM\n\nvLLM does not load this checkpoint: {'; '.join(refused)}."
+    option, notes = _dtype_notes(published)
+    if 8 in bits:
+        notes.append("8-bit layers need a GPU.")
+    if len(published.grids) > 1:
+        notes.append(
+            "Layers differ in bits or group size. Those it fuses, such as q, k and v to `qkv_proj`, must be alike, "
+            "and their `dynamic` rule must match the fused name."
+        )
+    notes.insert(0, "If vLLM supports this architecture.")
+    return f"{snippet('vLLM', f'vllm serve .{option}', 'bash')}\n\n{' '.join(notes)}"
+
+
+def _dtype_notes(published: Published) -> tuple[str, list[str]]:
+    """The option of the command that chooses a dtype, and what to know about it."""
+    report, dtype = published.report, published.facts.dtype
+    large = [module.name for module in report.quantized if module.largest > FLOAT16]
+    if dtype != torch.float16 and large:
+        layers = escaped(some(large))
+        return "", [f"It runs in bfloat16, which rounds the scales; in float16 {layers} would overflow."]
+    if dtype not in (torch.float16, torch.bfloat16):
+        stored = str(dtype).removeprefix("torch.")
+        return " --dtype float16", [
+            f"The float tensors are {stored}: by default it casts them and the scales to bfloat16."
+        ]
+    if dtype == torch.bfloat16:
+        return "", ["In bfloat16 it rounds the scales, which are float16; `--dtype float16` keeps them."]
+    return "", []
+
+
+RULES = Rules(_problems, _conditions, partial(common.missing_keys, client="vllm"), _loading, tensor_parallel=True)

@@ -19,8 +19,9 @@ from gptq_plugin.checkpoint.formats.format import Contents, Scheme
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.export import SHARD, write_quantize_config
+from gptq_plugin.export.export import SHARD
 from gptq_plugin.export.shard_writer import ShardWriter
+from gptq_plugin.export.side_files import write_quantize_config
 from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.verify_files import verify_same
 

@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.description import client_config
-from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG, write_json
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
@@ -26,21 +25,17 @@ from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.export.model_files import float_state, once, write_plain_config, write_transformers
 from gptq_plugin.export.shard_writer import ShardWriter
-from gptq_plugin.export.staging import Staging, files_in
+from gptq_plugin.export.side_files import write_quantize_config, write_report
+from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.verify_files import verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
 from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
 from gptq_plugin.model.hf_models import check_savable, is_transformers
 from gptq_plugin.model.stored_names import renaming
 from gptq_plugin.model.structure import Structure
-from gptq_plugin.report.html_page import report_page
-from gptq_plugin.report.model_card import heading, model_card, model_facts
 from gptq_plugin.report.provenance import provenance, publishable, run_stamp
 from gptq_plugin.report.report import QuantizeReport
 
-REPORT = "quantization_report.json"
-PAGE = "report.html"
-CARD = "README.md"
 SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
 
 
@@ -213,27 +208,8 @@ class Export:
             _check_config(layers, self._config)
             if self._target is not None:
                 refuse(Inventory.of_layers(self._structure, _quantized(model), self._config, report), self._target)
-            description = client_config(self._structure, layers, self._config)
-            settings = self._config.to_quantize_config()
-            if report is not None:
-                description["meta"][QUANTIZER_NAME] = provenance(report)
-                settings["meta"][QUANTIZER_NAME] |= run_stamp(report)  # not in config.json: two runs give the same
-                report = publishable(report)
-            floats = float_state(model, layers)
+            self._write(model, layers, report, tokenizer)
             folder = self._staging.path
-            if is_transformers(model):
-                files = write_transformers(folder, model, floats, description)
-                self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
-            else:
-                write_plain_config(folder, model, description)
-                for name, tensor in once(floats).items():
-                    self._writer.add({name: tensor})
-                self._writer.finish()
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            if report is not None:
-                _write_report(folder, report, model, description)
-            write_quantize_config(folder, description, settings)
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
             same_outputs(model, folder, sample)
             self._staging.place()
@@ -259,6 +235,30 @@ class Export:
     def _check_open(self) -> None:
         if self._over:
             raise ExportError(f"the export to {self._staging.directory} is finished or given up: make another Export")
+
+    def _write(
+        self, model: nn.Module, layers: dict[str, QuantLinear], report: QuantizeReport | None, tokenizer: Any
+    ) -> None:
+        """Writes everything but the quantized layers, and finishes their shards."""
+        folder = self._staging.path
+        description, settings = client_config(self._structure, layers, self._config), self._config.to_quantize_config()
+        if report is not None:
+            description["meta"][QUANTIZER_NAME] = provenance(report)
+            settings["meta"][QUANTIZER_NAME] |= run_stamp(report)  # not in config.json: two runs give the same
+        floats = float_state(model, layers)
+        if is_transformers(model):
+            files = write_transformers(folder, model, floats, description)
+            self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
+        else:
+            write_plain_config(folder, model, description)
+            for name, tensor in once(floats).items():
+                self._writer.add({name: tensor})
+            self._writer.finish()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if report is not None:
+            write_report(folder, publishable(report), model, self._format.settings(description, report.config))
+        write_quantize_config(folder, description, settings)
 
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         if not layers:
@@ -289,25 +289,3 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
                 "config "
                 f"{wanted}: pass the config the model was quantized with"
             )
-
-
-def write_quantize_config(staging: Path, description: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """AutoGPTQ's file: the same description, everything needed to quantize so again (`settings`, as
-    `QuantizeConfig.to_quantize_config` has it), and the list of our files.
-
-    It is written last, and the list is how a later export knows what it may replace.
-    """
-    meta = {**settings["meta"], **description["meta"]}
-    listed = sorted([*files_in(staging), QUANTIZE_CONFIG])
-    ours = (part.get(QUANTIZER_NAME) or {} for part in (settings["meta"], description["meta"]))
-    meta[QUANTIZER_NAME] = {key: value for part in ours for key, value in part.items()} | {"files": listed}
-    write_json(staging / QUANTIZE_CONFIG, {**settings, **description, "meta": meta})
-
-
-def _write_report(staging: Path, report: QuantizeReport, model: nn.Module, description: dict[str, Any]) -> None:
-    """The report for programs, for people and for the hub, whose README takes the place of a tokenizer's own."""
-    facts = model_facts(model)
-    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
-    (staging / PAGE).write_text(report_page(report, heading(report, facts)), encoding="utf-8")
-    (staging / CARD).unlink(missing_ok=True)  # never through a link
-    (staging / CARD).write_text(model_card(report, description, facts), encoding="utf-8")

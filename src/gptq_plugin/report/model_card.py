@@ -1,13 +1,12 @@
 """README.md of an export: a Hugging Face model card that describes the folder and how to load it.
 
-`_transformers` and `_vllm` state what these clients load; the facts were measured, as the notes on formats describe.
 Cards are published: no path of this machine enters one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ from typing import Any
 import torch
 import yaml
 
-from gptq_plugin.config import COMPRESSED, QUANTIZER_NAME
-from gptq_plugin.device.precision import FLOAT16
-from gptq_plugin.errors import some
-from gptq_plugin.model.hf_models import CONV1D, is_transformers, published_class
+from gptq_plugin.config import QUANTIZER_NAME
+from gptq_plugin.model.hf_models import is_transformers, published_class
 from gptq_plugin.report.figures import bit_widths, bits_label, metric_values
+from gptq_plugin.report.markdown import code, escaped, snippet, table
 from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes, format_change, format_percent, format_value
-from gptq_plugin.report.provenance import strip_paths
 from gptq_plugin.report.report import QuantizeReport
 
 # The hub's task: transformers' table of classes for it, and the auto class that loads them.
@@ -70,8 +67,8 @@ def model_facts(model: Any) -> ModelFacts:
         return ModelFacts(type(model).__name__, dtype=model.dtype, base_model=base_model)
     from transformers.models.auto import modeling_auto
 
-    for task, (table, loader) in _TASKS.items():
-        if kind.__name__ in getattr(modeling_auto, table, {}).values():
+    for task, (mapping, loader) in _TASKS.items():
+        if kind.__name__ in getattr(modeling_auto, mapping, {}).values():
             return ModelFacts(kind.__name__, loader, model.dtype, base_model, task, model.config.model_type)
     return ModelFacts(kind.__name__, kind.__name__, model.dtype, base_model, model_type=model.config.model_type)
 
@@ -87,28 +84,23 @@ def heading(report: QuantizeReport, facts: ModelFacts) -> str:
     return f"{name}, {bits_label(report)} GPTQ"
 
 
-def model_card(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts) -> str:
+def model_card(
+    report: QuantizeReport, settings: Mapping[str, Any], facts: ModelFacts, loading: Sequence[str] = ()
+) -> str:
     """The text of README.md: YAML metadata, then Markdown.
 
     Args:
         report: The quantization's.
-        description: The ``quantization_config`` of the export's config.json (`description.client_config`).
+        settings: How the layers are quantized, in `QuantizeConfig`'s terms (`Format.settings`).
         facts: The model's.
+        loading: A section for every client that has one: how it loads the export, or why it does not.
     """
-    if description["quant_method"] == COMPRESSED:  # the table uses GPTQ's names
-        asked = report.config
-        description = {name: getattr(asked, name) for name in ("bits", "group_size", "sym")} | {
-            "desc_act": False,
-            "lm_head": asked.lm_head,
-            "checkpoint_format": COMPRESSED,
-            "dynamic": asked.dynamic,
-        }
     sections = [
         f"---\n{yaml.safe_dump(_metadata(report, facts), sort_keys=False, allow_unicode=True)}---",
-        f"# {_text(heading(report, facts))}",
+        f"# {escaped(heading(report, facts))}",
         _summary(report, facts),
         "## Quantization",
-        _table(("option", "value"), _options(description, report)),
+        table(("option", "value"), _options(settings, report)),
         "## Calibration",
         _calibration(report),
         *_metrics(report),
@@ -117,9 +109,8 @@ def model_card(report: QuantizeReport, description: dict[str, Any], facts: Model
         "## How to load it",
         "In this folder (`.`); elsewhere, put its path in place of the dot.",
         _here(facts),
+        *loading,
     ]
-    if facts.loader is not None:
-        sections += [_transformers(report, description, facts, facts.loader), _vllm(report, description, facts)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -153,35 +144,41 @@ def _summary(report: QuantizeReport, facts: ModelFacts) -> str:
     )
 
 
-def _options(description: dict[str, Any], report: QuantizeReport) -> list[tuple[str, str]]:
+def _options(settings: Mapping[str, Any], report: QuantizeReport) -> list[tuple[str, str]]:
     names = ("bits", "group_size", "sym", "desc_act", "lm_head", "checkpoint_format", "dynamic")
-    options = [(f"`{name}`", _code(description[name])) for name in names if name in description]
+    options = [(f"`{name}`", code(settings[name])) for name in names if name in settings]
     asked = report.config
     return [
         *options,
-        ("`static_groups`", _code(asked.static_groups)),
-        ("`damp_percent`", _code(asked.damp_percent)),
-        ("`clip_ratios`", _code(list(asked.clip_ratios))),
+        ("`static_groups`", code(asked.static_groups)),
+        ("`damp_percent`", code(asked.damp_percent)),
+        ("`clip_ratios`", code(list(asked.clip_ratios))),
     ]
 
 
 def _calibration(report: QuantizeReport) -> str:
     if not report.tokens:
         return "None: the weights were rounded to nearest."
-    origin = f"{_text(report.calibration)}: " if report.calibration else ""
+    origin = f"{escaped(report.calibration)}: " if report.calibration else ""
     return f"{origin}{report.samples:,} samples, {report.tokens:,} tokens."
 
 
 def _metrics(report: QuantizeReport) -> list[str]:
     rows = [
-        (_text(m.metric), _text(m.model), format_value(m.value, 5), format_change(m.change), format_percent(m.relative))
+        (
+            escaped(m.metric),
+            escaped(m.model),
+            format_value(m.value, 5),
+            format_change(m.change),
+            format_percent(m.relative),
+        )
         for m in metric_values(report)
     ]
-    return ["## Before and after", _table(("metric", "model", "value", "change", "relative"), rows)] if rows else []
+    return ["## Before and after", table(("metric", "model", "value", "change", "relative"), rows)] if rows else []
 
 
 def _deviations(report: QuantizeReport) -> str:
-    return "\n".join(f"- {_text(deviation)}" for deviation in report.all_deviations()) or "Nothing."
+    return "\n".join(f"- {escaped(deviation)}" for deviation in report.all_deviations()) or "Nothing."
 
 
 # --- how to load it -----------------------------------------------------------------------------------------
@@ -192,100 +189,7 @@ def _here(facts: ModelFacts) -> str:
         call, comment = 'load_quantized(".", device="cpu")', ""
     else:
         call, comment = f'load_quantized(".", model={facts.name}())', "  # built as it was for training"
-    return _snippet(QUANTIZER_NAME, f"from {QUANTIZER_NAME} import load_quantized\n\nmodel = {call}{comment}")
-
-
-def _transformers(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts, loader: str) -> str:
-    compressed = description["checkpoint_format"] == COMPRESSED
-    refused = []
-    if facts.model_type in (CONV1D if compressed else ("gpt2",)):
-        refused.append("it has no quantized Conv1D, which this model consists of")
-    if not compressed and _grids(report, description) != {(description["bits"], description["group_size"])}:
-        refused.append("it does not read layers of different bits or group sizes")
-    if not compressed and description["lm_head"]:
-        refused.append("it does not read a quantized output embedding")
-    if refused:
-        return f"### transformers\n\ntransformers does not load this checkpoint: {'; '.join(refused)}."
-    if compressed:
-        code = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained(".")'
-        needs = "It needs compressed-tensors (0.18 or newer for 3 bits): `pip install compressed-tensors`."
-        return f"{_snippet('transformers', code)}\n\n{needs}"
-    names, option = loader, ""
-    if description["group_size"] == -1:  # the kernel that GPTQModel selects fails
-        names = f"{loader}, GPTQConfig"
-        option = f', quantization_config=GPTQConfig(bits={description["bits"]}, backend="torch")'
-    code = f'from transformers import {names}\n\nmodel = {loader}.from_pretrained("."{option})'
-    return f"{_snippet('transformers', code)}\n\nIt needs GPTQModel and Optimum: `pip install gptqmodel optimum`."
-
-
-def _vllm(report: QuantizeReport, description: dict[str, Any], facts: ModelFacts) -> str:
-    bits = {width for width, _ in _grids(report, description)}
-    rules = description.get("dynamic", {}).values()
-    refused = []
-    compressed = description["checkpoint_format"] == COMPRESSED
-    if not compressed and (not description["sym"] or any(rule.get("sym") is False for rule in rules)):
-        refused.append("it reads symmetric grids only (sym=true)")
-    if bits & {2, 3}:
-        refused.append("it does not read layers of 2 or 3 bits")
-    if description["desc_act"]:
-        refused.append("desc_act=true, groups in order of activation, is not read on every device")
-    if description["lm_head"]:
-        refused.append("it does not read a quantized output embedding")
-    if refused:
-        return f"### vLLM\n\nvLLM does not load this checkpoint: {'; '.join(refused)}."
-    notes = ["If vLLM supports this architecture."]
-    option = ""
-    large = [module.name for module in report.quantized if module.largest > FLOAT16]
-    if facts.dtype != torch.float16 and large:
-        layers = _text(some(large))
-        notes.append(f"It runs in bfloat16, which rounds the scales; in float16 {layers} would overflow.")
-    elif facts.dtype not in (torch.float16, torch.bfloat16):
-        option = " --dtype float16"
-        notes.append(
-            f"The float tensors are {_dtype(facts.dtype)}: by default it casts them and the scales to bfloat16."
-        )
-    elif facts.dtype == torch.bfloat16:
-        notes.append("In bfloat16 it rounds the scales, which are float16; `--dtype float16` keeps them.")
-    if 8 in bits:
-        notes.append("8-bit layers need a GPU.")
-    if len(_grids(report, description)) > 1:
-        notes.append(
-            "Layers differ in bits or group size. Those it fuses, such as q, k and v to `qkv_proj`, must be alike, "
-            "and their `dynamic` rule must match the fused name."
-        )
-    return f"{_snippet('vLLM', f'vllm serve .{option}', 'bash')}\n\n{' '.join(notes)}"
-
-
-def _grids(report: QuantizeReport, description: dict[str, Any]) -> set[tuple[int, int]]:
-    """(bits, group_size) of the quantized layers."""
-    found = {(m.bits, m.group_size) for m in report.quantized if m.bits is not None and m.group_size is not None}
-    return found or {(description["bits"], description["group_size"])}
-
-
-# --- Markdown -----------------------------------------------------------------------------------------------
-
-
-def _snippet(title: str, code: str, language: str = "python") -> str:
-    return f"### {title}\n\n```{language}\n{code}\n```"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
-def _text(text: str) -> str:
-    """Escapes a text for Markdown, on one line, with paths of this machine cut to their last part."""
-    line = strip_paths(" ".join(text.split()))
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
-
-
-def _code(setting: Any) -> str:
-    """A value in backticks for a table, with bars and backticks, which would end the cell or the code, escaped."""
-    text = str(setting).lower() if isinstance(setting, bool) else str(setting)
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if "`" in text else ""
-    return fence + space + " ".join(text.split()).replace("|", "\\|") + space + fence
+    return snippet(QUANTIZER_NAME, f"from {QUANTIZER_NAME} import load_quantized\n\nmodel = {call}{comment}")
 
 
 def _dtype(dtype: torch.dtype) -> str:

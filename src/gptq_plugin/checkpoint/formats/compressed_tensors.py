@@ -192,6 +192,17 @@ class CompressedTensors(Format):
             "ignore": [*_ignored(contents), *contents.routers, *head],
         }
 
+    def settings(self, description: Mapping[str, Any], config: QuantizeConfig) -> Mapping[str, Any]:
+        return {
+            "bits": config.bits,
+            "group_size": config.group_size,
+            "sym": config.sym,
+            "desc_act": False,
+            "lm_head": config.lm_head,
+            "checkpoint_format": self.name,
+            "dynamic": config.dynamic,
+        }
+
 
 FORMATS = (CompressedTensors(),)
 

@@ -218,6 +218,18 @@ class Format(ABC):
             config: bits, group_size, sym and dynamic are read.
         """
 
+    @abstractmethod
+    def settings(self, description: Mapping[str, Any], config: QuantizeConfig) -> Mapping[str, Any]:
+        """How the layers are quantized, in `QuantizeConfig`'s terms, for people.
+
+        Args:
+            description: What `describe` made.
+            config: What the layers were quantized with.
+
+        Returns:
+            bits, group_size, sym, desc_act, lm_head, checkpoint_format and, where there are rules, dynamic.
+        """
+
     def loaded(self, quantization: Mapping[str, Any]) -> dict[str, Any] | None:
         """Returns the description of the layers once they are in memory, where `save_pretrained` writes gptq_v2; None
         where it must be made anew from the layers."""

@@ -170,6 +170,9 @@ class GPTQ(Format):
             description["modules_in_block_to_quantize"] = [_kept_suffixes(floats, layers)]
         return description
 
+    def settings(self, description: Mapping[str, Any], config: QuantizeConfig) -> Mapping[str, Any]:
+        return description
+
     def loaded(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
         return {**quantization, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
 

@@ -1,0 +1,51 @@
+"""The files beside the weights: quantize_config.json, the report, its page and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG, write_json
+from gptq_plugin.clients.loading import Published, loading_sections
+from gptq_plugin.config import QUANTIZER_NAME
+from gptq_plugin.export.staging import files_in
+from gptq_plugin.report.html_page import report_page
+from gptq_plugin.report.model_card import heading, model_card, model_facts
+from gptq_plugin.report.report import QuantizeReport
+
+REPORT = "quantization_report.json"
+PAGE = "report.html"
+CARD = "README.md"
+
+
+def write_quantize_config(staging: Path, description: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """AutoGPTQ's file: the same description, everything needed to quantize so again (`settings`, as
+    `QuantizeConfig.to_quantize_config` has it), and the list of our files.
+
+    It is written last, and the list is how a later export knows what it may replace.
+    """
+    meta = {**settings["meta"], **description["meta"]}
+    listed = sorted([*files_in(staging), QUANTIZE_CONFIG])
+    ours = (part.get(QUANTIZER_NAME) or {} for part in (settings["meta"], description["meta"]))
+    meta[QUANTIZER_NAME] = {key: value for part in ours for key, value in part.items()} | {"files": listed}
+    write_json(staging / QUANTIZE_CONFIG, {**settings, **description, "meta": meta})
+
+
+def write_report(staging: Path, report: QuantizeReport, model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Writes the report for programs, for people and for the hub. The card replaces a README.md of the tokenizer.
+
+    Args:
+        staging: The export's folder.
+        report: Without paths of this machine.
+        model: What was quantized.
+        settings: How, in `QuantizeConfig`'s terms (`Format.settings`).
+    """
+    facts = model_facts(model)
+    loading = loading_sections(Published(report, settings, facts))
+    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+    (staging / PAGE).write_text(report_page(report, heading(report, facts)), encoding="utf-8")
+    (staging / CARD).unlink(missing_ok=True)  # never through a link
+    (staging / CARD).write_text(model_card(report, settings, facts, loading), encoding="utf-8")
