@@ -7,6 +7,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -47,10 +48,9 @@ def baseline(target: Target) -> Baseline:
     for _ in range(2):
         start = time.perf_counter()
         status, said = _wait(*_fork_with_pipe(lambda: _record(target)))
+        seconds, found = time.perf_counter() - start, json.loads(said)
         if status != 0:
-            raise RuntimeError(f"the tests of {target.name} fail without a mutant: pytest {' '.join(target.tests)}")
-        seconds = time.perf_counter() - start
-        found = json.loads(said)
+            raise RuntimeError(f"the tests of {target.name} fail without a mutant:\n{found['output'][-3000:]}")
         for name in found["modules"]:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
@@ -86,13 +86,13 @@ def _test(target: Target, mutant: Mutant, before: Baseline) -> int:
     if source is None:
         return _NO_MUTANT
     sys.meta_path.insert(0, _Mutated(target, source))
-    return _pytest(target, ["-x"], _FastestFirst(before.durations))
+    return _pytest(target, ["-x"], _FastestFirst(before.durations), io.StringIO())
 
 
-def _pytest(target: Target, options: list[str], plugin: object) -> int:
+def _pytest(target: Target, options: list[str], plugin: object, out: io.StringIO) -> int:
     import pytest
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         arguments = [*target.tests, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
         return int(pytest.main(arguments, plugins=[plugin]))
 
@@ -114,11 +114,11 @@ class _Durations:
 
 
 def _record(target: Target) -> tuple[int, str]:
-    recorder, before = _Durations(), set(sys.modules)
-    status = _pytest(target, [], recorder)
+    recorder, before, out = _Durations(), set(sys.modules), io.StringIO()
+    status = _pytest(target, [], recorder, out)
     new = [(name, module) for name, module in sys.modules.items() if name not in before]
     elsewhere = [name for name, module in new if "site-packages" in (getattr(module, "__file__", None) or "")]
-    return status, json.dumps({"durations": recorder.durations, "modules": elsewhere})
+    return status, json.dumps({"durations": recorder.durations, "modules": elsewhere, "output": out.getvalue()})
 
 
 class _Mutated(importlib.abc.MetaPathFinder):

@@ -149,7 +149,7 @@ def test_the_state_dict_has_the_names_of_a_gptq_checkpoint_and_nothing_forward_m
     layer(torch.randn(1, 128, dtype=torch.bfloat16))
     assert layer._prepared.int4 is not None
     assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
-    assert not list(layer.parameters())
+    assert not list(layer.parameters()) and set(qlinear.TENSORS) == set(layer.state_dict())
     assert set(QuantLinear(128, 48, 4, 32).state_dict()) == {"qweight", "qzeros", "scales", "g_idx"}
 
 
