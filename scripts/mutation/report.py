@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -25,8 +27,7 @@ shows a line that tests run and do not look at, or a change that changes nothing
 At least {least:.0%} must die, and each survivor must have a reason in `scripts/mutation/reasons.yaml`; else it ends
 with status 1. With modules' names it only prints what came of those.
 
-**{share:.1%}** of the mutants die: {died} of {mutants}. Measured {date} on {machine}, Python {python}, torch {torch},
-on the CPU.
+**{share:.1%}** of the mutants die: {died} of {mutants}. Measured on the CPU: {machines}.
 
 The operators are mutmut's ({mutmut}), and two of ours: conditions are negated, and calls whose value is not used are
 left out. The runner is ours: mutmut's passes over decorated functions and the top level of modules, cannot leave out
@@ -53,11 +54,13 @@ class Result:
 
     Attributes:
         module: Its name without the package's.
+        machine: When, where and with what it was measured.
         seconds: What its tests take without a mutant.
         killed, timeout: How many a test noticed, and how many never ended.
     """
 
     module: str
+    machine: str
     seconds: float
     killed: int
     timeout: int
@@ -93,6 +96,26 @@ def _reasons() -> dict[str, dict[str, str]]:
     }
 
 
+def machine(processes: int) -> str:
+    return (
+        f"{datetime.date.today().isoformat()}, {os.cpu_count()} CPU cores, {processes} processes, "
+        f"Python {platform.python_version()}, torch {importlib.metadata.version('torch')}"
+    )
+
+
+def read(file: Path) -> dict[str, Result]:
+    """The results in a file, by module."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    results = [Result(**{**one, "survivors": [Survivor(*two) for two in one["survivors"]]}) for one in kept]
+    return {result.module: result for result in results}
+
+
+def keep(file: Path, result: Result) -> None:
+    """Writes a result to a file, beside those of other modules."""
+    kept = {**read(file), result.module: result}
+    file.write_text(json.dumps([dataclasses.asdict(one) for one in kept.values()], indent=1), encoding="utf-8")
+
+
 def told(module: str, survivor: Survivor) -> str:
     known = "known" if reason_of(module, survivor) else "NO REASON"
     return f"  {known} {module}:{survivor.line} {survivor.change}"
@@ -108,7 +131,7 @@ def summary(result: Result) -> str:
     return "\n".join([counts, *(f"  reason no longer needed: {change}" for change in sorted(unneeded))])
 
 
-def page(results: Sequence[Result], processes: int) -> str:
+def page(results: Sequence[Result]) -> str:
     """docs/mutation.md."""
     died, mutants = (sum(counts) for counts in zip(*((r.killed + r.timeout, r.mutants) for r in results)))
     rows = [
@@ -121,11 +144,8 @@ def page(results: Sequence[Result], processes: int) -> str:
                 share=died / mutants,
                 died=died,
                 mutants=mutants,
-                date=datetime.date.today().isoformat(),
+                machines="; ".join(sorted({result.machine for result in results})),
                 mutmut=importlib.metadata.version("mutmut"),
-                torch=importlib.metadata.version("torch"),
-                python=platform.python_version(),
-                machine=f"{os.cpu_count()} CPU cores, {processes} processes",
             ),
             "| module | mutants | killed | never ended | survived | died |",
             "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -193,8 +193,8 @@ def test_where_products_are_split_a_factor_with_a_larger_entry_than_they_take_is
     assert factor.rows[:, 0, 1].tolist() == [largest, largest + sign, 1.0] and good.all()
     monkeypatch.setattr(factoring.tensor_cores, "usable", lambda x: True)
     assert factorize(h, config, torch.float64, 0.0)[1].tolist() == [True, False, True]
-    h[1, 0, 0] = -1.0  # no factor either
-    assert factorize(h, config, torch.float64, 0.0)[1].tolist() == [True, False, True]
+    h[2, 0, 0] = -1.0  # small entries, and no factor
+    assert factorize(h, config, torch.float64, 0.0)[1].tolist() == [True, False, False]
 
 
 def test_damping_stays_below_the_mean_of_the_diagonal():

@@ -1,0 +1,57 @@
+"""scripts/mutate.py: which mutants it makes, and that tests meet the mutated module."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from paths import REPOSITORY
+
+pytest.importorskip("mutmut")
+
+SOURCE = '''"""A module."""
+Kind = list[int]
+LIMIT = 3
+def f(x: int, device=None):
+    """Text."""
+    log("a message of words", x)
+    if x:
+        raise ValueError("no", x)
+    y = x + 1 if x.is_cuda and x > 2 else x
+    return dict(zip(y, y, strict=True))
+class C:
+    def __repr__(self):
+        return "C"
+'''
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """scripts/mutation importable; its modules are forgotten afterwards, as their names are common ones."""
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "mutation")
+    yield
+    for name in ("mutants", "report", "runner", "targets"):
+        sys.modules.pop(name, None)
+
+
+def test_what_cannot_matter_is_not_mutated_and_all_else_is(scripts):
+    from mutants import mutants_of
+
+    changes = [mutant.described() for mutant in mutants_of(SOURCE) if mutant.source()]
+    assert sorted(changes) == [
+        (3, "module: LIMIT = {3 -> 4}"),
+        (3, "module: LIMIT = {3 -> None}"),
+        (6, 'f: log("a message of words", {x -> None})'),
+        (6, 'f: log("a message of words", {x -> })'),
+        (6, 'f: log({"a message of words" -> None}, x)'),
+        (6, 'f: log({"a message of words", x -> x})'),
+        (6, 'f: {log("a message of words", x) -> pass}'),
+        (7, "f: if {x -> not (x)}:"),
+        (9, "f: y = {x + 1 if x.is_cuda and x > 2 else x -> None}"),
+        (10, "f: return dict(zip(y, {y -> None}, strict=True))"),
+        (10, "f: return dict(zip(y, {y, strict -> strict}=True))"),
+        (10, "f: return dict(zip(y, {y, strict -> strict}=True))"),
+        (10, "f: return dict(zip({y -> None}, y, strict=True))"),
+        (10, "f: return dict({zip(y, y, strict=True) -> None})"),
+    ]
