@@ -146,7 +146,7 @@ def _library_cholesky(matrices: Tensor) -> Tensor:
 
 
 def attempts(dtype: torch.dtype, config: QuantizeConfig) -> Iterator[tuple[torch.dtype, float]]:
-    """Yields the (dtype, damp_percent) to try: as asked, the same in float64, then float64 with ever more damping."""
+    """Yields the (dtype, damp_percent) to try: as configured, that in float64, then float64 with ever more damping."""
     yield dtype, config.damp_percent
     if dtype != torch.float64:
         yield torch.float64, config.damp_percent

@@ -92,7 +92,7 @@ def explain_bad_scale(weight: Tensor) -> str:
         return "the weight holds NaN or infinity"
     return (
         f"a weight of {weight.abs().max().item():.3g} needs a scale above float16's "
-        f"{torch.finfo(SCALE_DTYPE).max:.0f}, which is what a checkpoint stores"
+        f"{torch.finfo(SCALE_DTYPE).max:.0f}, the largest that checkpoints can store"
     )
 
 

@@ -55,7 +55,7 @@ class Coverage:
         """The coverage of a planned quantization, while the model's experts are apart.
 
         Args:
-            plan: What is quantized, and what is not.
+            plan: The layers to quantize and to leave float.
             packed: Bytes of the targets' codes, scales and zeros in the export.
         """
         quantized = {id(target.parameter) for target in plan.targets}
@@ -95,7 +95,7 @@ class Coverage:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values for JSON."""
         return {
             "share_float": self.share,
             "share_float_of_export": self.exported_share,
@@ -108,7 +108,7 @@ class Coverage:
 
 
 def _float_weights(plan: Plan, quantized: Set[int]) -> Iterator[FloatWeight]:
-    """Every parameter once, less those whose ids are among `quantized`."""
+    """Yields every parameter once, except those with an id in `quantized`."""
     reasons = {skip.module: skip.reason for skip in plan.skipped}
     tied = tied_parameters(plan.model)
     done = set(quantized)

@@ -147,12 +147,12 @@ def _summary(report: QuantizeReport, facts: ModelFacts) -> str:
 def _options(settings: Mapping[str, Any], report: QuantizeReport) -> list[tuple[str, str]]:
     names = ("bits", "group_size", "sym", "desc_act", "lm_head", "checkpoint_format", "dynamic")
     options = [(f"`{name}`", code(settings[name])) for name in names if name in settings]
-    asked = report.config
+    request = report.config
     return [
         *options,
-        ("`static_groups`", code(asked.static_groups)),
-        ("`damp_percent`", code(asked.damp_percent)),
-        ("`clip_ratios`", code(list(asked.clip_ratios))),
+        ("`static_groups`", code(request.static_groups)),
+        ("`damp_percent`", code(request.damp_percent)),
+        ("`clip_ratios`", code(list(request.clip_ratios))),
     ]
 
 
