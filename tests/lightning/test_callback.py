@@ -14,9 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     ModelCheckpoint,
-    RichProgressBar,
     StochasticWeightAveraging,
-    TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -161,20 +159,6 @@ def test_losses_damping_tokens_seconds_and_totals_reach_the_logger(tmp_path):
         assert float(row[f"gptq/{name}/{key}"]) > 0
     assert float(row["gptq/loss"]) == pytest.approx(callback.report.totals()["loss"])
     assert float(row["gptq/modules"]) == 7
-
-
-@pytest.mark.parametrize("bar", ["tqdm", "rich"])
-def test_a_progress_bar_of_the_trainers_kind_is_shown(bar, tmp_path, capfd):
-    kind = {"tqdm": TQDMProgressBar, "rich": RichProgressBar}[bar]
-    fit(
-        Holds(),
-        token_loader(),
-        [GPTQCallback(QuantizeModule(**SMALL)), kind()],
-        tmp_path,
-        enable_progress_bar=True,
-    )
-    out, err = capfd.readouterr()
-    assert "GPTQ" in out + err and "7/7" in out + err
 
 
 def test_calibration_texts_and_a_tokenizer_may_be_given(tmp_path):

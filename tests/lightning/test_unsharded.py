@@ -9,13 +9,11 @@ import socket
 import subprocess
 import sys
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 
-from gptq_plugin import GPTQCallback, QuantizeModule, load_quantized
+from gptq_plugin import load_quantized
 
 import sharded_runs as runs
 from paths import SUPPORT
@@ -213,28 +211,6 @@ def test_nodes_without_a_common_disk_write_a_copy_each(out):
         assert one == {"same": True, "folders": 1, "left": 0}
 
 
-@pytest.mark.parametrize("strategy", [ModelParallelStrategy, DeepSpeedStrategy])
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"swap": True}, "leave swap out"),
-        ({"export_dir": None}, "give an export_dir"),
-        ({"weights": "best"}, "gptq-quantize ckpt="),
-        ({"weights": "some.ckpt"}, "gptq-quantize ckpt="),
-    ],
-)
-def test_options_that_need_a_whole_module_are_refused_before_training(strategy, options, message, tmp_path):
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.__class__ = strategy  # DeepSpeed is not installed
-    callback = GPTQCallback(QuantizeModule(), **{"export_dir": tmp_path / "out", **options})
-    with pytest.raises(ValueError, match=message):
-        callback.setup(trainer, runs.Model(), "fit")
-
-
-def test_adapters_on_sharded_parameters_are_refused_before_training(tmp_path):
-    peft = pytest.importorskip("peft")
-    trainer = pl.Trainer(accelerator="cpu", strategy=ModelParallelStrategy(), logger=False, enable_checkpointing=False)
-    module = runs.Model()
-    module.model = peft.get_peft_model(module.model, peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="gptq-quantize ckpt=... adapter=..."):
-        GPTQCallback(QuantizeModule(), tmp_path / "out").on_fit_start(trainer, module)
+def test_a_writer_that_leaves_at_once_waits_until_all_have_mapped_its_files(out):
+    assert said(out, "hasty") == [[0.0, 1.0, 2.0, 3.0, 4.0]] * 2
+    assert sorted(path.name for path in (out / "hasty").iterdir()) == ["rank0.json", "rank1.json"]

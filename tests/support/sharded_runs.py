@@ -1,4 +1,4 @@
-"""The runs of tests/test_sharded.py: each of two processes calls `main`, and both train together."""
+"""The runs of tests/lightning/test_unsharded.py: each of two processes calls `main`, and both train together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -24,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear
+from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear, distributed
+from gptq_plugin.lightning import consolidated as consolidating
 from gptq_plugin.lightning.consolidated import consolidated
 from gptq_plugin.lightning.unsharded import unsharded
 
@@ -339,6 +341,19 @@ def two_nodes(out):
     (out / "nodes" / f"rank{rank}.json").write_text(json.dumps(said))
 
 
+def hasty(out):
+    """Rank 0, which writes the files, leaves the block before rank 1 has done more than enter it."""
+    rank, folder = int(os.environ["RANK"]), out / "hasty"
+    with pytest.MonkeyPatch.context() as patch, distributed.ending_together():  # as around every hook
+        map_files = consolidating._map
+        patch.setattr(consolidating, "_map", lambda path: (time.sleep(rank), map_files(path))[1])
+        with consolidated([("a", torch.arange(5.0))], folder / "export", node=0, local_rank=rank) as files:
+            mapped = files.tensors["a"]
+            time.sleep(rank)
+            found = mapped.tolist()
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
 def sequences():
     g = torch.Generator().manual_seed(0)
     return DataLoader([(torch.randn(9, 64, generator=g), torch.randn(9, 64, generator=g)) for _ in range(20)])
@@ -374,3 +389,4 @@ def main(out):
     run("heads-differ", "tp", LocalHeads(-1), sequences, out)
     memory(out)
     two_nodes(out)
+    hasty(out)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import CalibrationError
+from gptq_plugin.lightning.roots import in_any_root, overrides
 
 SMALL = {"group_size": 32, "nsamples": 16, "batch_size": 4}
 
@@ -79,26 +80,30 @@ def test_a_module_without_a_forward_is_told_what_to_add(tmp_path):
         trainer(GPTQCallback(QuantizeModule(**SMALL)), tmp_path).fit(NoForward(), batches)
 
 
-@pytest.mark.parametrize("root", [older, newer], ids=["older", "newer"])
-@pytest.mark.parametrize("name", ["ModelParallelStrategy", "FSDPStrategy"])
-def test_strategies_that_shard_are_known_under_either_root(root, name, tmp_path):
-    callback = GPTQCallback(QuantizeModule(**SMALL), swap=True)
-    sharded = trainer(callback, tmp_path, root)
-    sharded._accelerator_connector.strategy = getattr(root.strategies, name)()
-    with pytest.raises(ValueError, match=f"{name} keeps it in parts: leave swap out"):
-        callback.setup(sharded, Holds(), "fit")
-
-
-@pytest.mark.parametrize("root", [older, newer], ids=["older", "newer"])
-def test_launchers_whose_modules_do_not_come_back_are_refused_under_either_root(root, tmp_path):
-    callback = GPTQCallback(QuantizeModule(**SMALL))
-    spawning = trainer(callback, tmp_path, root, devices=2, strategy="ddp_spawn")
-    spawning.strategy._configure_launcher()
-    with pytest.raises(ValueError, match="swap=False"):
-        callback.setup(spawning, Holds(), "fit")
-
-
 @pytest.mark.slow
 def test_the_older_root_is_not_imported_by_the_callback():
     code = "import sys; from gptq_plugin import GPTQCallback; sys.exit('pytorch_lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_class_is_found_in_every_root_that_was_imported():
+    assert in_any_root("LightningModule") == (newer.LightningModule, older.LightningModule)
+    strategies = (newer.strategies.FSDPStrategy, older.strategies.FSDPStrategy)
+    assert in_any_root("strategies.FSDPStrategy") == strategies and strategies[0] is not strategies[1]
+
+
+def test_a_root_that_was_not_imported_is_left_alone(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pytorch_lightning")
+    assert in_any_root("LightningModule") == (newer.LightningModule,)
+    assert "pytorch_lightning" not in sys.modules
+
+
+@pytest.mark.parametrize("root", [older, newer], ids=["older", "newer"])
+def test_a_hook_counts_as_overridden_only_in_a_lightning_module_that_defines_it(root):
+    class Module(root.LightningModule):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    assert overrides(Module(), "validation_step") and not overrides(Module(), "forward")
+    assert not overrides(root.LightningModule(), "validation_step")
+    assert not overrides(nn.Linear(2, 2), "forward")  # which has one, and is no LightningModule
