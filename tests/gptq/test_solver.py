@@ -166,10 +166,10 @@ def test_the_output_error_of_any_width_is_the_quadratic_form_with_the_whole_hess
 
 
 def test_the_output_error_is_not_below_zero_and_of_16_bit_numbers_it_is_summed_in_float32():
-    error = torch.ones(2, 3000, dtype=torch.bfloat16)
-    hessian = torch.eye(3000, dtype=torch.bfloat16)
+    error = torch.ones(2, 1001, dtype=torch.bfloat16)
+    hessian = torch.eye(1001, dtype=torch.bfloat16)
     found = output_error(error, hessian)
-    assert found.dtype == torch.float32 and found.tolist() == [3000.0, 3000.0]  # bfloat16 would have 2992 or 3008
+    assert found.dtype == torch.float32 and found.tolist() == [1001.0, 1001.0]  # bfloat16 would have 1000
     assert output_error(error.double(), -hessian.double()).tolist() == [0.0, 0.0]
     beside = torch.zeros(1101, 1101, dtype=torch.bfloat16)  # ones where a strip meets the one before
     beside[1024:, :1024] = beside[:1024, 1024:] = 1
@@ -382,7 +382,7 @@ def test_where_products_are_split_results_stay_as_accurate(monkeypatch):
             monkeypatch.setattr(solver.tensor_cores, "usable", lambda x, usable=usable: usable)
             results.append(solve(weight, hessian, config))
         whole, split = results
-        assert bool(pushed) == config.static_groups and all(1 < one < 2**15 for one in pushed)
+        assert bool(pushed) == config.static_groups and all(100 < one < 2**15 for one in pushed)
         assert (whole.weight.codes == split.weight.codes).float().mean() > 0.999
         torch.testing.assert_close(split.loss, whole.loss, rtol=1e-3, atol=0)
         assert split.rtn_loss.dtype == torch.float32 and not torch.equal(split.rtn_loss, whole.rtn_loss)

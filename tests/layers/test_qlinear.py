@@ -371,6 +371,20 @@ def test_what_forward_derived_is_kept_until_a_buffer_changes():
     assert layer._prepared is None
 
 
+def test_a_layer_that_is_cast_and_moved_at_once_keeps_its_types_there():
+    layer = QuantLinear.from_quantized(random_weight(), torch.randn(48)).to("meta", torch.float64)
+    types = {name: (buffer.device.type, buffer.dtype) for name, buffer in layer.named_buffers()}
+    assert types == {
+        "qweight": ("meta", torch.int32),
+        "qzeros": ("meta", torch.int32),
+        "scales": ("meta", torch.float16),
+        "g_idx": ("meta", torch.int32),
+        "bias": ("meta", torch.float64),
+    }
+    assert layer.weight.dtype == torch.float64 and layer.weight.is_meta
+    assert layer.half().weight.dtype == torch.float16
+
+
 def test_a_float_layers_state_dict_is_refused_with_what_to_do():
     model = nn.Sequential(QuantLinear(8, 8, 4, 8))
     with pytest.raises(RuntimeError, match="0 is quantized, and these are the weights of the float model: load them"):
