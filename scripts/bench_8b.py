@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("what", choices=("block", "model", "growth", "codes"))
     what = parser.parse_args().what
     logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("gptq_plugin.quantize.one_pass").setLevel(logging.INFO)  # logs what stays on the device
+    logging.getLogger("gptq_plugin.quantize.batch_runs").setLevel(logging.INFO)  # logs what stays on the device
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     {"block": block, "model": whole, "growth": growth, "codes": codes}[what]()
 

@@ -438,7 +438,7 @@ def wide():
 def test_what_is_kept_where_changes_no_code(weights, activations, wide, caplog):
     offloaded = llama(**WIDE)
     quantizer = QuantizeModule(**WIDE_OPTIONS, offload_weights=weights, offload_activations=activations)
-    with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize.one_pass"):
+    with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize"):
         quantizer.quantize(offloaded, wide_batches())
     assert unchanged(offloaded, wide)
     said = "".join(record.message for record in caplog.records)
@@ -493,7 +493,7 @@ def test_what_activations_need_is_judged_by_the_largest_batch(caplog):
     batches = [{"input_ids": torch.randint(0, 64, (rows, 256))} for rows in (2, 24, 24)]
     for order in (batches, batches[::-1]):
         quantizer = QuantizeModule(group_size=32, nsamples=50, offload_activations=True)
-        with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize.one_pass"):
+        with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize"):
             quantizer.quantize(llama(**WIDE), order)
     first, second = (r.message for r in caplog.records if r.message.startswith("memory on"))
     assert first == second and "(0.0 GiB)" in first  # tens of megabytes
@@ -527,10 +527,10 @@ import re, sys
 from pathlib import Path
 import torch, transformers
 from gptq_plugin import QuantizeModule
-from gptq_plugin.device import memory
-from gptq_plugin.model import structure
+from gptq_plugin.export import export
+from gptq_plugin.memory import placement
 
-export.SHARD = memory._LARGEST_UNIT = 4 * 10**6  # what is in memory at a time
+export.SHARD = placement._LARGEST_UNIT = 4 * 10**6  # what is in memory at a time
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 held = []
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 from gptq_plugin import QuantizeModule
-from gptq_plugin.quantize import one_pass as job
+from gptq_plugin.quantize import evidence
 from gptq_plugin.apps.evaluate import mean_nll
 from gptq_plugin.walk.hessian import Hessian
 
@@ -79,7 +79,7 @@ def work(rank, world):
     else:
         quantize("one-empty-", rank, world, world - 1, batch_size=8)
     # Forwards of one sample each, so that the ranks' inputs are the same to the bit, and only their sums are not.
-    job.Hessian = partial(Hessian, dtype=torch.float64)
+    evidence.Hessian = partial(Hessian, dtype=torch.float64)
     quantize("float64-", rank, world, world, batch_size=1)
     dist.destroy_process_group()
 

@@ -18,27 +18,26 @@ import torch
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.collect import Calibration, collect
+from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.clients.client import Client
-from gptq_plugin.clients.inventory import Inventory
-from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.export.export import Export, export_model
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.gptq.grid import round_to_nearest
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
-from gptq_plugin.memory.streamed_to import streamed_to
-from gptq_plugin.model.experts import learn_layouts, undeclared
+from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.plan import Plan, planned
 from gptq_plugin.model.targets import Skipped, Target
-from gptq_plugin.quantize.in_place import describe, swapped
-from gptq_plugin.quantize.one_pass import OnePass, float_reports, module_report
+from gptq_plugin.quantize.in_place import swapped
+from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
+from gptq_plugin.quantize.outcome import float_reports, module_report
+from gptq_plugin.quantize.prepare import check_client, prepared
+from gptq_plugin.quantize.rehearsal import rehearse
 from gptq_plugin.report.coverage import Coverage
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.report import QuantizeReport
 
 log = logging.getLogger(__name__)
 
@@ -47,18 +46,18 @@ class QuantizeModule:
     """Quantizes a model in place with GPTQ and exports it.
 
     Args:
-        config: What to quantize and how; a QuantizeConfig, or nothing.
-        offload_weights: True copies the model's weights to the device block by block while it is quantized, so that a
-            model larger than the device's memory can be; False keeps all there. None decides from free memory. Only
-            for models that live elsewhere than the device: see `quantize`.
+        config: What to quantize and how; QuantizeConfig's defaults when None.
+        offload_weights: True copies weights to the device block by block, so that a model may be larger than its
+            memory; False keeps all there; None decides from free memory. For models that are not on the device: see
+            `quantize`.
         offload_activations: True keeps the activations of waiting calibration batches on the CPU, False on the device;
             None keeps as many on the device as fit.
         **fields: QuantizeConfig's fields, instead of `config`: ``QuantizeModule(bits=3)``.
 
     Attributes:
         config: The configuration.
-        report: What the last `quantize` or `round_to_nearest` did; None before.
-        plan: Of the quantization that is going on, `temporarily`'s with block included; else None.
+        report: Of the last `quantize` or `round_to_nearest`; None before.
+        plan: Of the quantization under way, the with block of `temporarily` included; else None.
 
     Raises:
         ValueError: An option is unknown or out of range, or `true_sequential` is False.
@@ -76,14 +75,7 @@ class QuantizeModule:
         if config is not None and fields:
             raise TypeError(f"give a QuantizeConfig or its fields, not both: got {', '.join(fields)} beside config")
         self.config = config if config is not None else QuantizeConfig.from_dict(fields)
-        if not self.config.true_sequential:
-            raise ValueError(
-                "true_sequential=False saves time in tools that would run the model once more for every layer. "
-                "Lock-step calibration gives true_sequential=True in one pass: leave the option out"
-            )
-        for name, value in (("offload_weights", offload_weights), ("offload_activations", offload_activations)):
-            if not (value is None or isinstance(value, bool)):
-                raise ValueError(f"{name} must be true, false or null (decide from free memory), got {value!r}")
+        _check_options(self.config, offload_weights=offload_weights, offload_activations=offload_activations)
         self.offload_weights = offload_weights
         self.offload_activations = offload_activations
         self.report: QuantizeReport | None = None
@@ -91,7 +83,7 @@ class QuantizeModule:
         self._sample: Sample | None = None  # of the calibration, for the export to prove itself with
 
     def check(self, model: nn.Module) -> tuple[list[Target], list[Skipped]]:
-        """Refuses what cannot work before any work is done; returns what would be quantized and what not.
+        """Refuses what cannot work, before any work; returns the layers to quantize and those that stay float.
 
         Raises:
             TargetError: See `targets.find_targets`.
@@ -100,25 +92,22 @@ class QuantizeModule:
             return list(plan.targets), list(plan.skipped)
 
     def coverage(self, model: nn.Module) -> Coverage:
-        """Which of the float model's parameters would be quantized, and which not, and why. It is logged, as a warning
-        if most of the export would be float.
+        """Returns and logs which parameters would be quantized, which stay float, and why. The log is a warning if most
+        of the export would be float.
 
         Raises:
             TargetError: See `targets.find_targets`.
         """
         with planned(model, self.config) as plan:
-            return _covered(plan)
+            return _log_coverage(plan)
 
     def check_target(self, model: nn.Module, target: Client | str | Mapping[str, Any] | None) -> None:
-        """Refuses now what a client would not take of the quantized model's export; None is no client.
+        """Refuses a model whose export a client would not take; None is no client.
 
         Raises:
-            ExportError: With all its reasons, and what it takes instead.
+            ExportError: With all reasons, and what the client takes instead.
         """
-        client = Client.of(target)
-        if client is not None:
-            with planned(model, self.config) as plan:
-                _refuse(plan, client)
+        check_client(model, self.config, Client.of(target))
 
     def quantize(
         self,
@@ -137,37 +126,34 @@ class QuantizeModule:
     ) -> QuantizeReport:
         """Replaces the model's linear layers by QuantLinear, calibrated on `batches`.
 
-        In a process group every rank calls this with the same model and batches of its own; all end with
-        the same codes.
+        In a process group every rank calls this with the same model and its own batches; all get the same codes.
 
         Args:
             model: Any module; it stays on its device. Training flags are restored.
-            batches: Texts (with `tokenizer`), token lists, or a dataloader's batches; see
-                `calibration.collect`.
-            forward: How to run one batch, called as forward(model, batch); `forward.call` when None.
+            batches: Texts (with `tokenizer`), token lists, or a dataloader's batches; see `calibration.collect`.
+            forward: Runs one batch, called as forward(model, batch); `calibration.forward.call` when None.
             tokenizer: Called on texts, and saved with the export.
             nsamples: Samples to use at most on this rank; `config.nsamples` shared over ranks when None.
-            device: Where to compute, when that is not where the model is: a model on the CPU (or mapped from its
-                files) may be larger than a GPU's memory. What is moved when is in the log; `offload_weights` and
-                `offload_activations` decide otherwise.
-            device_memory: Bytes of tensors that may be on a GPU at a time, those that are there already included. What
-                waits is kept on the CPU as far as that needs; None uses what is free. Where even the least takes more,
-                the report says so.
+            device: Where to compute; the model's device when None. A model on the CPU (or mapped from its files) may
+                be larger than a GPU's memory: free memory, `offload_weights` and `offload_activations` decide what
+                is moved, and the log tells.
+            device_memory: Bytes of tensors that may be on a GPU at a time, present ones included; None is all that is
+                free. The rest waits on the CPU. If even the least takes more, the report tells.
             export_dir: Also export there, as `export` does; layers are written while others are being quantized.
-                On one rank only. Layers on the CPU then are mappings of those files: delete or replace the folder as
-                you like, but do not write into its files while the model is in use.
+                Without a process group only. Layers on the CPU are mapped from its files afterwards: the folder may
+                be deleted or replaced, but its files must not be written to while the model is in use.
             overwrite: As for `export`.
-            target: The client that is to load the export ("vllm", "transformers", "sglang", "gptqmodel", or as
-                `Client.of` takes it): what it would not take is refused before the work begins.
-            progress: Called as progress(layers done, layers in all, what is being done).
+            target: The client that is to load the export: "vllm", "transformers", "sglang", "gptqmodel", or as
+                `Client.of` takes it. What it would not take is refused before the work begins.
+            progress: Called as progress(layers done, layers in all, names of the layers just quantized).
 
         Raises:
             TargetError: Nothing to quantize, or a layer contradicts the configuration.
             CalibrationError: The data is empty, too short, does not fit the model, or gives NaN.
             ExportError: `export_dir` cannot be written, or `target` would not take the export.
-            RankError: One of these, or any other error, ended another rank, or that was lost.
+            RankError: Another rank was lost, or raised one of these or any other error.
 
-        On any error the model is as it was before, and so is `export_dir`.
+        On any error the model and `export_dir` are as they were before.
         """
         quantized = self.temporarily(
             model,
@@ -196,22 +182,22 @@ class QuantizeModule:
         device: torch.device | str | None = None,
         whole: bool = True,
     ) -> None:
-        """Refuses now what `quantize` would refuse for its data: one batch runs, and nothing changes.
+        """Refuses what `quantize` would refuse of its data; one batch runs, and nothing changes.
 
         For the start of a long run that ends in `quantize`. In a process group every rank calls it.
 
         Args:
             model, batches, forward, tokenizer, device: As for `quantize`.
-            whole: `batches` is all the calibration data there will be, so its length is judged too.
+            whole: There will be no other calibration data, so its length is checked too.
 
         Raises:
             TargetError, CalibrationError: As `quantize`.
         """
         options = self._options(forward=forward, tokenizer=tokenizer, device=device)
-        with distributed.ending_together(), evaluating(model), contextlib.ExitStack() as around:
-            plan, calibration = self._prepare(around, model, batches, options)
-            OnePass(plan, calibration, options).rehearse(whole)
-            _covered(plan)
+        ready = prepared(model, batches, self.config, options)
+        with distributed.ending_together(), evaluating(model), ready as (plan, calibration):
+            rehearse(plan, calibration, options, whole=whole)
+            _log_coverage(plan)
 
     @contextlib.contextmanager
     def temporarily(
@@ -225,22 +211,20 @@ class QuantizeModule:
         target: Client | str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[QuantizeReport]:
-        """Like `quantize`, for the length of a with block; afterwards the model is float again.
-
-        The float weights stay in memory meanwhile.
+        """Quantizes a model inside a with block; afterwards it is float again. The float weights stay in memory.
 
         Args:
             model, batches, export_dir, overwrite, target: As for `quantize`.
-            keep: The model stays quantized, unless the block raises.
-            options: `quantize`'s others, and `layers_in`: a `SharedLayers` that holds the layers of a model on the CPU
-                for all ranks of a node.
+            keep: Leave the model quantized, unless the block raises.
+            options: The other options of `quantize`, and `layers_in`: a `SharedLayers` that holds the layers of a
+                model on the CPU for all ranks of a node.
         """
         started = time.perf_counter()
         client, chosen = Client.of(target), self._options(**options)
         with contextlib.ExitStack() as around, contextlib.ExitStack() as inside:
             inside.enter_context(distributed.ending_together())
             _check_export_dir(export_dir, overwrite)
-            plan, calibration = self._prepare(around, model, batches, chosen, client)
+            plan, calibration = around.enter_context(prepared(model, batches, self.config, chosen, client))
             self.plan = plan
             around.callback(setattr, self, "plan", None)
             export = None
@@ -249,7 +233,7 @@ class QuantizeModule:
                 chosen = dataclasses.replace(chosen, layers_in=inside.enter_context(export))
                 export.check(one.name for one in plan.targets)
             inside.enter_context(evaluating(model))
-            one_pass, coverage = OnePass(plan, calibration, chosen), _covered(plan)
+            one_pass, coverage = OnePass(plan, calibration, chosen), _log_coverage(plan)
             layers, report = one_pass.run()
             report.coverage = coverage
             self._sample = _sample(calibration, one_pass)
@@ -262,10 +246,9 @@ class QuantizeModule:
                     written = time.perf_counter()
                     export.finish(model, report=report, tokenizer=chosen.tokenizer, sample=self._sample)
                     report.seconds["export"] = time.perf_counter() - written
-                inside.close()  # restores the training flags
-                for one in plan.targets:
-                    if one.name in layers:
-                        layers[one.name].train(one.module.training)
+                inside.close()  # restores the training flags, of float layers too
+                for one in (one for one in plan.targets if one.name in layers):
+                    layers[one.name].train(one.module.training)
                 yield report
                 if keep:
                     keep_them()
@@ -273,16 +256,10 @@ class QuantizeModule:
     def round_to_nearest(self, model: nn.Module) -> QuantizeReport:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
         started = time.perf_counter()
-        layers: dict[str, QuantLinear] = {}
-        modules: list[ModuleReport] = []
-        with planned(model, self.config) as plan:
-            for target in plan.targets:
-                quantized = round_to_nearest(target.weight, target.config)
-                layers[target.name] = QuantLinear.from_quantized(quantized, target.bias, target.parameter.dtype)
-                modules.append(module_report(target, method="rtn"))
-            swap_modules(model, layers)
-            describe(plan.structure, layers, self.config)
+        with planned(model, self.config) as plan, swapped(plan, _rounded(plan)) as keep:
+            keep()
         self._sample = None
+        modules = [module_report(target, method="rtn") for target in plan.targets]
         self.report = QuantizeReport(self.config, modules + float_reports(plan.skipped))
         self.report.seconds["round-to-nearest"] = time.perf_counter() - started
         return self.report
@@ -300,9 +277,9 @@ class QuantizeModule:
 
         Args:
             model: The quantized model.
-            directory: Target folder; must not exist, or be empty, unless `overwrite` and it is an export.
+            directory: Must not exist or be empty; see `overwrite`.
             tokenizer: Saved beside the model.
-            overwrite: Replace an earlier export.
+            overwrite: Replace an earlier export of this package; nothing else is ever replaced.
             target: As for `quantize`.
         """
         return export_model(
@@ -319,51 +296,16 @@ class QuantizeModule:
     def _options(self, **given: Any) -> PassOptions:
         return PassOptions(offload_weights=self.offload_weights, offload_activations=self.offload_activations, **given)
 
-    def _prepare(
-        self,
-        around: contextlib.ExitStack,
-        model: nn.Module,
-        batches: Iterable[Any],
-        options: PassOptions,
-        client: Client | None = None,
-    ) -> tuple[Plan, Calibration]:
-        """Plans the quantization, refuses what cannot work, and only then collects the batches.
 
-        A model that does not declare how it uses its experts is planned after a batch has run through it.
-
-        Args:
-            around: Keeps the experts apart.
-        """
-        calibration = None
-        if undeclared(model):
-            self.check_target(model, client)
-            calibration = self._collect(batches, options)
-            self._learn(model, calibration, options)
-        plan = around.enter_context(planned(model, self.config))
-        _refuse(plan, client)
-        return plan, self._collect(batches, options) if calibration is None else calibration
-
-    def _collect(self, batches: Iterable[Any], options: PassOptions) -> Calibration:
-        nsamples = share(self.config.nsamples) if options.nsamples is None else options.nsamples
-        return collect(batches, self.config, options.tokenizer, nsamples)
-
-    def _learn(self, model: nn.Module, calibration: Calibration, options: PassOptions) -> None:
-        """Learns how the model uses its experts from its first batch; every rank has the same model, and runs its own
-        batch."""
-
-        def first() -> None:
-            run = options.runner(every_logit=self.config.lm_head)
-            with evaluating(model), streamed_to(model, options.where), torch.no_grad():
-                run(model, calibration.batches[0].data)
-
-        if calibration.batches:
-            learn_layouts(model, first)
-
-
-def share(total: int) -> int:
-    """This rank's part of `total` samples; the parts of all ranks add up to it."""
-    size, rank = distributed.world_size(), distributed.rank()
-    return total // size + (rank < total % size)
+def _check_options(config: QuantizeConfig, **offload: Any) -> None:
+    if not config.true_sequential:
+        raise ValueError(
+            "true_sequential=False saves time in tools that run the model once more for every layer. Lock-step "
+            "calibration gives the result of true_sequential=True in one pass: leave the option out"
+        )
+    for name, value in offload.items():
+        if not (value is None or isinstance(value, bool)):
+            raise ValueError(f"{name} must be true, false or null (decide from free memory), got {value!r}")
 
 
 def _check_export_dir(export_dir: str | Path | None, overwrite: bool) -> None:
@@ -374,22 +316,26 @@ def _check_export_dir(export_dir: str | Path | None, overwrite: bool) -> None:
     check_export_dir(export_dir, overwrite)
 
 
-def _refuse(plan: Plan, client: Client | None) -> None:
-    if client is not None:
-        refuse(Inventory.of_plan(plan), client)
-
-
-def _covered(plan: Plan) -> Coverage:
+def _log_coverage(plan: Plan) -> Coverage:
     packed = sum(stored_bytes(target.weight.shape, target.config) for target in plan.targets)
     found = Coverage.of(plan, packed)
     log.log(logging.WARNING if found.mostly_float else logging.INFO, found.summary())
     return found
 
 
+def _rounded(plan: Plan) -> dict[str, QuantLinear]:
+    return {
+        target.name: QuantLinear.from_quantized(
+            round_to_nearest(target.weight, target.config), target.bias, target.parameter.dtype
+        )
+        for target in plan.targets
+    }
+
+
 def _sample(calibration: Calibration, one_pass: OnePass) -> Sample | None:
-    """The first batch, which an export has to give the same outputs for; None without batches."""
+    """The first batch, for which an export has to give the model's outputs; None without batches."""
     first = calibration.batches[:1]
-    return Sample.of(first[0].data, one_pass.forward, one_pass.device) if first else None
+    return Sample.of(first[0].data, one_pass.runs.run_batch, one_pass.runs.device) if first else None
 
 
 def _log(report: QuantizeReport) -> None:

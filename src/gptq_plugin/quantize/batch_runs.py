@@ -1,0 +1,195 @@
+"""Forwards of the calibration batches, with weights and activations on the device as far as they fit: `BatchRuns`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_plugin import distributed
+from gptq_plugin.calibration.collect import Calibration
+from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.device.memory import Peak, free_bytes, peak_bytes
+from gptq_plugin.errors import TargetError, some
+from gptq_plugin.memory import placement
+from gptq_plugin.memory.activations import Activations
+from gptq_plugin.memory.weights import Weights
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.targets import Target
+from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.walk.batch_thread import Forward
+from gptq_plugin.walk.groups import Group, find_groups
+from gptq_plugin.walk.weight_reads import WeightReads
+
+log = logging.getLogger(__name__)
+
+
+class BatchRuns:
+    """Runs this rank's batches. As a context manager it holds the weights that the model runs with.
+
+    Args:
+        plan: The layers to quantize.
+        calibration: The batches.
+        positions: Told which batch runs on which thread.
+        options: How batches run, and how much memory there is.
+
+    Attributes:
+        device: Where the batches run and the layers are solved.
+        run_batch: Runs the data of a batch there, as run_batch(model, data).
+        weights: Inside the context.
+        activations: Those of waiting batches.
+
+    Raises:
+        TargetError: The layers are on several devices.
+        ValueError: `offload_weights` is to stream a model that is on a GPU.
+    """
+
+    weights: Weights
+
+    def __init__(self, plan: Plan, calibration: Calibration, positions: Positions, options: PassOptions) -> None:
+        self.device = _device(plan.targets, options)
+        self.run_batch = options.runner(every_logit=plan.config.lm_head)
+        self.activations = Activations(self.device, None)
+        self._plan = plan
+        self._batches = calibration.batches
+        self._positions = positions
+        self._options = options
+        self._targets = {target.name: target for target in plan.targets}
+
+    def __enter__(self) -> BatchRuns:
+        self.weights = self._make_weights().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.weights.__exit__(*error)
+
+    def forward(self, number: int) -> Forward:
+        """The forward of a batch, for `lockstep.walk`."""
+
+        def run() -> Any:
+            self._positions.runs(number)
+            with self.activations.running(number):
+                return self.run_batch(self._plan.model, self._batches[number].data)
+
+        return run
+
+    def forwards(self) -> list[Forward]:
+        """The forwards of all batches, by number."""
+        return [self.forward(number) for number in range(len(self._batches))]
+
+    @contextlib.contextmanager
+    def waiting(self, number: int, name: str) -> Iterator[None]:
+        """Surrounds a batch's wait at a layer, whose weights other batches may have sent home meanwhile."""
+        with self.activations.waiting(number):
+            yield
+        self.weights.present(self._targets[name])
+
+    def not_finite(self, inputs: Mapping[int, torch.Tensor]) -> list[int]:
+        """Numbers of the waiting batches whose inputs hold NaN or infinity."""
+        found = []
+        for number, x in inputs.items():
+            with self.activations.on_device(number):
+                if not torch.isfinite(x).all():
+                    found.append(number)
+        return found
+
+    def find_groups(self, layers: Mapping[str, nn.Module]) -> tuple[list[Group], set[str]]:
+        """Finds the groups with a forward of the largest batch, and decides from it what stays on the device.
+
+        The models of all ranks are the same, so the first rank that has a batch finds the groups for all.
+
+        Returns:
+            The groups, and the names of layers whose weights the model reads without calling them, on any rank.
+        """
+        free, measured = free_bytes(self.device, self._options.device_memory), Peak(self.device)
+        groups, reads, share = None, set[str](), 0.0
+        if self._batches:
+            sizes = self._sizes()
+            largest = sizes.index(max(sizes))
+            watched = WeightReads(self._plan.model, layers)
+
+            def forward() -> Any:
+                with watched.watching():
+                    return self.forward(largest)()
+
+            groups, reads = find_groups(layers, forward, self.waiting, largest), watched.names
+            share = sum(sizes) / max(1, sizes[largest])
+        self._place(free, measured.bytes(), share)
+        of_all = distributed.gather_objects((groups, reads))
+        found: list[Group] = next(groups for groups, _ in of_all if groups is not None)
+        return found, set().union(*(reads for _, reads in of_all))
+
+    def over_budget(self) -> list[str]:
+        """A sentence if more bytes were on the device than `device_memory` allows."""
+        peak, allowed = peak_bytes(self.device), self._options.device_memory
+        if peak is None or allowed is None or peak <= allowed:
+            return []
+        return [
+            f"{peak / 2**20:.0f} MiB on {self.device} at the peak, where {allowed / 2**20:.0f} were allowed: as little "
+            "as possible was kept there"
+        ]
+
+    def _make_weights(self) -> Weights:
+        """Gives weights half of the free memory for the first forward, which shows what else needs room."""
+        options, free = self._options, free_bytes(self.device, self._options.device_memory)
+        away = self._plan.targets[0].weight.device != self.device
+        weights = Weights(
+            self._plan.model,
+            self.device,
+            stream=away or bool(options.offload_weights),
+            capacity=placement.UNLIMITED if free is None or options.offload_weights is False else free // 2,
+            unit_bytes=placement.unit_bytes(self._plan.model, free),
+        )
+        if options.offload_weights:
+            weights.capacity = weights.min_resident_bytes
+        return weights
+
+    def _place(self, free: int | None, peak: int, share: float) -> None:
+        """Decides what stays on the device.
+
+        Args:
+            free: Bytes that were free before the first forward.
+            peak: Bytes that this took at most.
+            share: Activations of all batches, in parts of those of the batch that ran.
+        """
+        waiting = self.activations.peak_bytes
+        needs = placement.Needs(
+            weights=self.weights.total_bytes,
+            fixed=placement.fixed_bytes(self._plan.targets, self.device, len(self._batches)),
+            solver=placement.solver_bytes(self._plan.targets),
+            forward=peak - self.weights.peak_bytes,
+            activations=int(waiting * share),
+            batch=waiting,
+        )
+        least, options = self.weights.min_resident_bytes, self._options
+        placed = placement.place(self.device, free, needs, least, options.offload_weights, options.offload_activations)
+        log.log(logging.INFO if self.device.type == "cuda" or placed.limited else logging.DEBUG, placed.summary)
+        self.weights.capacity = placed.weights
+        self.activations = Activations(self.device, placed.activations, prefetch=placed.prefetch)
+
+    def _sizes(self) -> list[int]:
+        """Numbers to which the batches' activations are proportional: tokens, or samples if some do not tell tokens."""
+        tokens = [batch.tokens for batch in self._batches]
+        known = [count for count in tokens if count is not None]
+        return known if len(known) == len(tokens) else [batch.samples for batch in self._batches]
+
+
+def _device(targets: Sequence[Target], options: PassOptions) -> torch.device:
+    devices = {str(target.weight.device): target.name for target in targets}
+    if len(devices) > 1:
+        raise TargetError(
+            f"the layers to quantize are on several devices ({some([f'{n} on {d}' for d, n in devices.items()])}): "
+            "move the model to one, or load it on the CPU and give quantize(..., device='cuda')"
+        )
+    home = targets[0].weight.device
+    device = options.where or home
+    if options.offload_weights and device.type == home.type == "cuda":
+        raise ValueError(
+            f"offload_weights=True streams a model from the CPU, and this one is on {home}: call model.to('cpu') "
+            f"first, and give quantize(..., device={str(device)!r})"
+        )
+    return device

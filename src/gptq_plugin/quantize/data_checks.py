@@ -1,0 +1,87 @@
+"""Checks of calibration data: enough of it, finite, and reaching the layers. All ranks make the same calls."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gptq_plugin import distributed
+from gptq_plugin.calibration.collect import Calibration
+from gptq_plugin.errors import CalibrationError
+from gptq_plugin.model.plan import Plan
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The calibration samples of all ranks.
+
+    Attributes:
+        count: Number of samples.
+        sha256: Digest of their contents, in whatever order and on whichever ranks they are; see `batches.digest`.
+        run_id: A random name for this quantization, the same on every rank.
+    """
+
+    count: int
+    sha256: str
+    run_id: str
+
+
+def count_samples(calibration: Calibration) -> Samples:
+    """Adds up the ranks' samples.
+
+    Raises:
+        CalibrationError: No rank has any.
+    """
+    own = calibration.samples, calibration.digest, uuid.uuid4().hex
+    counts, digests, run_ids = zip(*distributed.gather_objects(own), strict=True)
+    if not sum(counts):
+        dropped = "; ".join(calibration.deviations)
+        raise CalibrationError(f"the calibration set is empty{f': {dropped}' if dropped else ''}")
+    return Samples(sum(counts), f"{sum(digests) % 2**256:064x}", run_ids[0])
+
+
+def known_tokens(calibration: Calibration) -> int | None:
+    """Number of tokens over all ranks, or None if a batch does not tell."""
+    known = [batch.tokens for batch in calibration.batches]
+    totals = distributed.gather_objects(None if None in known else sum(n for n in known if n is not None))
+    return None if None in totals else sum(totals)
+
+
+def check_enough(tokens: int, samples: int, plan: Plan) -> None:
+    """Refuses fewer tokens than the narrowest layer has inputs.
+
+    Raises:
+        CalibrationError: There are fewer.
+    """
+    least, config = min(target.weight.shape[1] for target in plan.targets), plan.config
+    if tokens < least:
+        raise CalibrationError(
+            f"the calibration set is too short: {tokens} tokens in {samples} samples, while even the "
+            f"narrowest layer has {least} inputs, so no Hessian would have full rank. Give more samples "
+            f"(nsamples is {config.nsamples}) or longer ones (model_seqlen is {config.model_seqlen})"
+            + (", or count all tokens: token_weighting is 'labels'" if config.token_weighting != "all" else "")
+        )
+
+
+def not_finite(layer: str, where: str) -> CalibrationError:
+    """The error for a layer whose input holds NaN or infinity."""
+    return CalibrationError(
+        f"the input of {layer} holds NaN or infinity in {where}. Look for broken samples, or run the model in a wider "
+        "dtype: float16 overflows at 65504"
+    )
+
+
+def not_finite_on_ranks(layer: str, batches: Sequence[int]) -> CalibrationError:
+    """`not_finite`, naming every rank's batches; every rank gives the numbers of its own."""
+    of_all = distributed.gather_objects(list(batches))
+    where = [f"calibration batches {one} (rank {rank})" for rank, one in enumerate(of_all) if one]
+    return not_finite(layer, ", ".join(where) or "the sum over all batches")
+
+
+def unreached(plan: Plan) -> CalibrationError:
+    """The error for a calibration that called none of the layers."""
+    return CalibrationError(
+        f"no calibration batch reached any of the {len(plan.targets)} layers to quantize, such as "
+        f"{plan.targets[0].name}: the forward runs other modules than {type(plan.model).__name__}'s"
+    )

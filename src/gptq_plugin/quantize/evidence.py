@@ -1,0 +1,99 @@
+"""Evidence for the solver, gathered while batches walk the model: `Observations`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.model.experts import experts_of, in_expert
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.targets import Target
+from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
+from gptq_plugin.walk.groups import Group
+from gptq_plugin.walk.hessian import Hessian
+from gptq_plugin.walk.ranges import Ranges
+
+
+class Observations:
+    """Hessians of groups and of blocks of experts, each until its layers are solved, and the ranges of all layers.
+
+    All ranks ask for the same evidence in the same order.
+
+    Args:
+        plan: The layers.
+        positions: Knows which rows of an input count.
+        device: Where the Hessians live.
+
+    Attributes:
+        ranges: Of the inputs that were observed; of the outputs too, while it watches.
+    """
+
+    def __init__(self, plan: Plan, positions: Positions, device: torch.device) -> None:
+        self.ranges = Ranges()
+        self._targets = {target.name: target for target in plan.targets}
+        self._positions = positions
+        self._device = device
+        self._hessians: dict[tuple[str, ...], Hessian] = {}  # by the names of a group
+        self._experts = ExpertHessians(device)
+        self._remarks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))  # batches, by layer
+        self._read_tokens: set[str] = set()  # experts' layers, see `positions.Rows`
+
+    def observe(self, group: Group, number: int, x: Tensor) -> None:
+        """Adds a batch's input of a group, [..., in]."""
+        first = group.names[0]
+        rows = self._positions.rows(number, first, x)
+        if rows.remark is not None:
+            self._remarks[first][rows.remark] += 1
+        if rows.are_tokens:
+            self._read_tokens.add(first)
+        self._hessian(group).add(rows.counted)
+        self.ranges.read(group.names, x)
+
+    def observe_experts(self, experts: str, rows: Tensor) -> None:
+        """Adds the rows [tokens, in] that enter a block of experts and count."""
+        self._experts.entered(experts, rows)
+
+    def of_group(self, group: Group) -> Evidence:
+        """Sums a group's Hessian over all ranks, and drops it: it is as large as the mean that is returned."""
+        hessian = self._hessian(group)
+        del self._hessians[group.names]
+        hessian.over_ranks()
+        first = self._targets[group.names[0]]
+        experts = experts_of(first.name, first.module)
+        if experts is not None and hessian.tokens:
+            layers = [in_expert(experts, name) for name in group.names]
+            reads = self._experts.reads_tokens(experts, layers, first.name in self._read_tokens)
+            return self._with_remarks(first.name, self._experts.weighted(experts, reads, hessian))
+        tokens, width = hessian.tokens, len(hessian.sum)
+        few = f"only {tokens} calibration tokens for {width} inputs: the Hessian is singular"
+        evidence = Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
+        return self._with_remarks(first.name, evidence)
+
+    def of_unreached(self, experts: str, target: Target) -> Evidence:
+        """The evidence for an expert's layer that no token reached: that of its block."""
+        reads = self._experts.reads_tokens(experts, [in_expert(experts, target.name)], False)
+        nothing = Hessian(target.weight.shape[1], self._device)
+        return self._with_remarks(target.name, self._experts.weighted(experts, reads, nothing))
+
+    def discard(self, group: Group) -> None:
+        """Drops what was observed of a group that is solved."""
+        self._hessians.pop(group.names, None)
+
+    def leave(self, experts: str) -> None:
+        """Drops what entered a block of experts."""
+        self._experts.leave(experts)
+
+    def _hessian(self, group: Group) -> Hessian:
+        if group.names not in self._hessians:
+            in_features = self._targets[group.names[0]].weight.shape[1]
+            self._hessians[group.names] = Hessian(in_features, self._device)
+        return self._hessians[group.names]
+
+    def _with_remarks(self, layer: str, evidence: Evidence) -> Evidence:
+        remarks = self._remarks.pop(layer, {})
+        deviations = tuple(f"{remark} ({batches} batches)" for remark, batches in remarks.items())
+        return dataclasses.replace(evidence, deviations=deviations + evidence.deviations)

@@ -1,0 +1,230 @@
+"""The outcome of one pass, from solved layers to the report: `Outcome`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gptq_plugin import distributed
+from gptq_plugin.calibration.collect import Calibration
+from gptq_plugin.checkpoint.sizes import stored_bytes
+from gptq_plugin.device.streams import AsyncRead, Stopwatch
+from gptq_plugin.gptq.solver import Solution
+from gptq_plugin.model.experts import experts_of
+from gptq_plugin.model.linears import linear_shape
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.targets import Skipped, Target
+from gptq_plugin.quantize.data_checks import Samples, unreached
+from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.walk.expert_hessians import Evidence
+from gptq_plugin.walk.lockstep import Notes
+from gptq_plugin.walk.ranges import near_float16
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solved layer. Its values may still be on their way from the device, so nothing is read during the walk.
+
+    Attributes:
+        target: The layer.
+        losses: [2, layers], losses of the layers solved together and those of round-to-nearest, summed over rows.
+        number: The layer's column.
+        share: The layer's share of the time.
+        stopwatch: Measures the time of all.
+        method, damp_percent, tokens, deviations: As in the report.
+    """
+
+    target: Target
+    losses: AsyncRead
+    number: int
+    share: float
+    stopwatch: Stopwatch
+    method: str
+    damp_percent: float
+    tokens: int
+    deviations: tuple[str, ...]
+
+    def report(self, max_input: float, max_output: float) -> ModuleReport:
+        """The layer's line in the report. Waits for the device."""
+        loss, rtn_loss = (of_all[self.number] for of_all in self.losses.get())
+        near = near_float16(max_input, max_output)
+        return module_report(
+            self.target,
+            method=self.method,
+            loss=loss,
+            rtn_loss=rtn_loss,
+            tokens=self.tokens,
+            damp_percent=self.damp_percent,
+            seconds=self.stopwatch.seconds() * self.share,
+            max_input=max_input,
+            max_output=max_output,
+            deviations=self.deviations if near is None else (*self.deviations, near),
+        )
+
+
+class Outcome:
+    """The layers solved so far, and what deviated.
+
+    Args:
+        plan: The layers.
+
+    Attributes:
+        solved: By name.
+        notes: For the walk.
+        left_float: Why targets stay float after all, by name; none is given for those that calibration never called.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.solved: dict[str, Solved] = {}
+        self.notes = Notes()
+        self.left_float: dict[str, str] = {}
+        self._plan = plan
+        self._returned: dict[str, int] = defaultdict(int)
+        self._stopwatches: list[Stopwatch] = []
+
+    def add(self, targets: Sequence[Target], solution: Solution, evidence: Evidence, stopwatch: Stopwatch) -> None:
+        """Takes the solution of layers that were solved together, their rows one below the other."""
+        rows = [target.weight.shape[0] for target in targets]
+        sums = [torch.stack([part.sum() for part in loss.split(rows)]) for loss in (solution.loss, solution.rtn_loss)]
+        losses = AsyncRead(torch.stack(sums))
+        for number, (target, count) in enumerate(zip(targets, rows, strict=True)):
+            self.solved[target.name] = Solved(
+                target,
+                losses,
+                number,
+                share=count / sum(rows),
+                stopwatch=stopwatch,
+                method=solution.method,
+                damp_percent=solution.damp_percent,
+                tokens=evidence.tokens,
+                deviations=solution.deviations + evidence.deviations,
+            )
+        self._stopwatches.append(stopwatch)
+
+    def add_late(self, layer: str, calls: int) -> None:
+        """Counts calls of a layer that came after it was solved."""
+        self._returned[layer] += calls
+
+    def solving_seconds(self) -> float:
+        """Time of all solutions. Waits for the device."""
+        return sum(stopwatch.seconds() for stopwatch in self._stopwatches)
+
+    def modules(self, ranges: Mapping[str, tuple[float, float]]) -> list[ModuleReport]:
+        """The report's lines of all targets, in their order.
+
+        Args:
+            ranges: Largest input and output, by layer.
+        """
+        return [self._module(target, *ranges[target.name]) for target in self._plan.targets]
+
+    def report(
+        self,
+        modules: Sequence[ModuleReport],
+        samples: Samples,
+        calibration: Calibration,
+        seconds: dict[str, float],
+        deviations: Iterable[str],
+    ) -> QuantizeReport:
+        """The report of all ranks' pass. All ranks call it.
+
+        Args:
+            modules: As `modules` gives them.
+            samples: Of all ranks.
+            calibration: This rank's.
+            seconds: By phase.
+            deviations: Of data and memory, the same on every rank.
+        """
+        found: dict[str, None] = {}
+        for one in distributed.gather_objects(calibration.deviations):
+            found.update(dict.fromkeys(one))
+        sources = sum_over_ranks(calibration.sources)
+        return QuantizeReport(
+            self._plan.config,
+            [*modules, *float_reports(self._plan.skipped)],
+            samples=samples.count,
+            tokens=max(module.tokens for module in modules),
+            seconds=seconds,
+            deviations=[*found, *deviations, *self._late(), *self._damped()],
+            calibration="; ".join(f"{count} samples of {source}" for source, count in sources.items()),
+            calibration_sha256=samples.sha256,
+            run_id=samples.run_id,
+        )
+
+    def check_reached(self) -> None:
+        """Refuses a pass that solved nothing.
+
+        Raises:
+            CalibrationError: No batch reached any layer.
+        """
+        if not self.solved:
+            raise unreached(self._plan)
+
+    def _module(self, target: Target, max_input: float, max_output: float) -> ModuleReport:
+        if target.name in self.solved:
+            return self.solved[target.name].report(max_input, max_output)
+        reason = f"{self.left_float.get(target.name, 'never called in calibration')}: left float"
+        return module_report(target, method="float", reason=reason, deviations=(reason,))
+
+    def _late(self) -> list[str]:
+        return [
+            f"{name}: {calls} calls came after it was quantized; their inputs are not in its Hessian"
+            for name, calls in sum_over_ranks({**self.notes.late, **self._returned}).items()
+        ]
+
+    def _damped(self) -> list[str]:
+        few = [
+            one.damp_percent
+            for one in self.solved.values()
+            if one.damp_percent > one.target.config.damp_percent
+            if experts_of(one.target.name, one.target.module) is not None
+        ]
+        if not few:
+            return []
+        return [
+            f"{len(few)} layers of experts are damped more than damp_percent says, up to {max(few):.2g}, for the few "
+            "tokens that were routed to them"
+        ]
+
+
+def sum_over_ranks(counts: Mapping[str, int]) -> dict[str, int]:
+    """The ranks' counts added up by key; all ranks call it."""
+    sums: dict[str, int] = defaultdict(int)
+    for one in distributed.gather_objects(dict(counts)):
+        for name, count in one.items():
+            sums[name] += count
+    return dict(sums)
+
+
+def module_report(target: Target, method: str, **values: Any) -> ModuleReport:
+    """The report's line of a target, quantized or left float after all."""
+    is_float = method == "float"
+    values["deviations"] = (*(() if is_float else target.deviations), *values.get("deviations", ()))
+    return ModuleReport(
+        name=target.name,
+        method=method,
+        bits=None if is_float else target.config.bits,
+        group_size=None if is_float else target.config.group_size,
+        shape=(target.weight.shape[0], target.weight.shape[1]),
+        stored_bytes=0 if is_float else stored_bytes(target.weight.shape, target.config),
+        **values,
+    )
+
+
+def float_reports(skipped: Iterable[Skipped]) -> list[ModuleReport]:
+    """The report's lines of layers that stay float as planned."""
+    return [
+        ModuleReport(
+            skip.name,
+            "float",
+            None,
+            None,
+            linear_shape(skip.module),
+            reason=skip.reason,
+            deviations=() if skip.asked else (skip.reason,),
+        )
+        for skip in skipped
+    ]
