@@ -5,6 +5,7 @@ Real ranks export in tests/ranks/test_launchers.py and tests/ranks/test_faults.p
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ class Ranks:
     def __init__(self, monkeypatch, rank, first=None):
         monkeypatch.setattr(distributed, "active", lambda: True)
         monkeypatch.setattr(distributed, "rank", lambda: rank)
-        monkeypatch.setattr(distributed, "_called", lambda *_: None)
+        monkeypatch.setattr(distributed, "ending_together", contextlib.nullcontext)
         monkeypatch.setattr(distributed, "object_from_first", self.from_first)
         self.rank, self.first, self.sent = rank, first, []
 
