@@ -6,7 +6,7 @@ python scripts/mutate.py gptq.grid --results part1.json         # in several run
 python scripts/mutate.py --page part1.json part2.json           # and the page from all of them
 
 Needs `pip install -e '.[test,mutation]'`. Runs on the CPU, offline, with --processes at a time. Ends with 1 where fewer
-than 95 % of a module's mutants die, or where one survives without a reason in scripts/mutation/reasons.yaml.
+than 95 % of the mutants die, or where one survives without a reason in scripts/mutation/reasons.yaml.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREA
 sys.path.insert(0, str(Path(__file__).resolve().parent / "mutation"))
 
 from mutants import mutants_of
-from report import Result, Survivor, keep, machine, page, read, summary, told
+from report import Result, Survivor, are_good, keep, machine, page, read, summary, told
 from runner import baseline, outcomes
 from targets import REPOSITORY, Target, targets
 
@@ -66,7 +66,7 @@ def main() -> int:
                 keep(arguments.results, results[-1])
     if arguments.page or not arguments.modules:
         DOCS.write_text(page(results), encoding="utf-8")
-    return int(not all(result.is_good for result in results))
+    return int(not are_good(results))
 
 
 def no_examples_kept() -> None:

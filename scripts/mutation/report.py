@@ -74,9 +74,11 @@ class Result:
     def share(self) -> float:
         return (self.killed + self.timeout) / max(1, self.mutants)
 
-    @property
-    def is_good(self) -> bool:
-        return self.share >= LEAST and all(reason_of(self.module, one) for one in self.survivors)
+
+def are_good(results: Sequence[Result]) -> bool:
+    """Whether enough mutants died, and every survivor has a reason."""
+    died, mutants = sum(r.killed + r.timeout for r in results), sum(r.mutants for r in results)
+    return died >= LEAST * mutants and all(reason_of(r.module, one) for r in results for one in r.survivors)
 
 
 def reason_of(module: str, survivor: Survivor) -> str | None:

@@ -155,6 +155,7 @@ def test_round_to_nearest_leaves_nothing_on_another_device_and_no_gradient():
         quantized = round_to_nearest(weight, plain(group_size=4))
     tensors = [value for value in vars(quantized).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 4 and all(t.device == weight.device and not t.requires_grad for t in tensors)
+    assert torch.equal(quantized.dequantize(), round_to_nearest(weight, plain(group_size=4)).dequantize())
 
 
 def test_a_weight_without_a_scale_is_refused_with_the_reason():

@@ -307,6 +307,9 @@ def test_every_part_of_a_solution_has_its_shape_and_type_and_lies_where_the_weig
     for name, (shape, kind) in expected.items():
         value = getattr(solution.weight, name)
         assert (value.shape, value.dtype, value.device) == (shape, kind, weight.device), name
+    usual = solve(weight, hessian, config)
+    assert torch.equal(solution.weight.dequantize(), usual.weight.dequantize())
+    assert torch.equal(solution.loss, usual.loss) and torch.equal(solution.rtn_loss, usual.rtn_loss)
     for loss in (solution.loss, solution.rtn_loss):
         assert loss.shape == (6,) and loss.dtype == dtype and not loss.requires_grad
     assert (solution.weight.bits, solution.weight.group_size) == (3, 16)

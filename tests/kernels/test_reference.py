@@ -173,8 +173,9 @@ def test_nothing_is_computed_on_another_device(case):
     layer = make_layer(case, 3)
     x = torch.randn(4, case.n_in)
     with torch.device("meta"):
-        assert reference.dequantize(*layer.packed, torch.float32).device == x.device
-        assert reference.matmul(x, *layer.packed).device == x.device
+        weight, y = reference.dequantize(*layer.packed, torch.float64), reference.matmul(x, *layer.packed)
+    assert torch.equal(weight, layer.weight)
+    assert_product(y, x, layer.weight, None)
 
 
 def test_a_permuted_matrix_is_scaled_and_lies_in_one_piece():
