@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -20,45 +19,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.errors import ExportError
 from gptq_plugin.export import export as export_module
-from gptq_plugin.export import model_files
 from gptq_plugin.export import shard_writer as shards
 from gptq_plugin.export import staging as placing
 from gptq_plugin.export import verify_files as verifying
 from gptq_plugin.export.export import Export, export_model
-from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
 from gptq_plugin.model.structure import Structure
 
-from models import Plain, tiny_gpt2, tiny_llama
+from exports import IDS, BrokenTokenizer, description, files, logits
+from models import Plain, tiny_gpt2, tiny_llama, tiny_llava
 
-IDS = torch.tensor([[1, 17, 5, 99, 42, 7, 8, 64]])
 Rtn = Callable[..., Any]
-
-
-class Tokenizer:
-    def save_pretrained(self, directory: Path) -> None:
-        (Path(directory) / "tokenizer.json").write_text("{}")
-
-
-class BrokenTokenizer:
-    def save_pretrained(self, directory: Path) -> None:
-        raise RuntimeError("no space left on device")
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        result = model(input_ids=IDS) if hasattr(model, "config") else model(IDS % 32)
-    return getattr(result, "logits", result)
-
-
-def description(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- round trips --------------------------------------------------------------------------------------------
@@ -85,63 +58,6 @@ def test_an_exported_llama_loads_back_bit_for_bit(
     }
     assert description(folder)["desc_act"] is permuted
     assert QuantizeConfig.from_quantize_config(json.loads((folder / "quantize_config.json").read_text())).bits == bits
-
-
-@pytest.mark.parametrize(
-    ("bits", "sym"), [(2, True), (2, False), (3, True), (3, False), (4, True), (4, False), (8, True)]
-)
-def test_an_export_as_compressed_tensors_loads_back_bit_for_bit(bits: int, sym: bool, rtn: Rtn, tmp_path: Path) -> None:
-    if bits == 8 and not sym:
-        pytest.skip("refused")
-    group_size = 32 if sym else -1
-    config = QuantizeConfig(bits=bits, group_size=group_size, sym=sym, checkpoint_format="compressed-tensors")
-    model = tiny_llama(num_hidden_layers=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.01
-    model = rtn(model, config)
-    folder = export_model(model, tmp_path / "out", config)
-    assert torch.equal(logits(load_quantized(folder)), logits(model))
-    (group,) = description(folder)["config_groups"].values()
-    strategy = {"strategy": "group", "group_size": 32} if sym else {"strategy": "channel", "group_size": None}
-    assert group["targets"] == ["Linear"] and group["weights"].items() >= {"num_bits": bits, **strategy}.items()
-    assert description(folder)["ignore"] == ["lm_head"]
-    read = QuantizeConfig.from_quantize_config(json.loads((folder / "quantize_config.json").read_text()))
-    assert read.bits == bits and read.checkpoint_format == "compressed-tensors"
-    with safe_open(folder / "model.safetensors", "pt") as stored:
-        kept = {name.rpartition(".")[2] for name in stored.keys() if "q_proj" in name}  # noqa: SIM118
-    assert kept == {"weight_packed", "weight_scale", "weight_shape"} | ({"weight_zero_point"} if not sym else set())
-
-
-def test_compressed_tensors_names_float_layers_and_gives_each_width_a_group(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(
-        group_size=32,
-        checkpoint_format="compressed-tensors",
-        dynamic={r".*\.down_proj": {"bits": 8, "group_size": 16}, r"-:.*layers\.0.*q_proj": {}},
-    )
-    model = rtn(tiny_llama(), config)
-    folder = export_model(model, tmp_path / "out", config)
-    assert torch.equal(logits(load_quantized(folder)), logits(model))
-    assert description(folder)["ignore"] == ["model.layers.0.self_attn.q_proj", "lm_head"]
-    most, other = description(folder)["config_groups"].values()
-    assert most["targets"] == ["Linear"] and other["weights"]["num_bits"] == 8
-    assert other["targets"] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
-
-
-def test_compressed_tensors_refuses_what_it_cannot_hold(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=16, checkpoint_format="compressed-tensors")
-    with pytest.raises(ExportError, match="groups are not contiguous.*checkpoint_format='gptq'"):
-        export_model(rtn(Plain(), config, permuted=True), tmp_path / "out", config)
-    with pytest.raises(ExportError, match="zeros are not all 8, as sym=True promises"):
-        model = rtn(Plain(), QuantizeConfig(group_size=16, sym=False))
-        export_model(model, tmp_path / "out", config)
-    assert not any(tmp_path.iterdir())
-    for options, way_out in (
-        ({"desc_act": True, "static_groups": False}, "use desc_act=False"),
-        ({"bits": 8, "sym": False}, "use sym=True, or checkpoint_format='gptq_v2'"),
-    ):
-        with pytest.raises(ValueError, match=way_out):
-            QuantizeConfig(**options, checkpoint_format="compressed-tensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -192,38 +108,6 @@ def test_mixed_bits_and_skipped_layers_load_back_bit_for_bit(rtn: Rtn, tmp_path:
     assert isinstance(loaded.model.layers[0].self_attn.q_proj, nn.Linear)
 
 
-def test_a_quantized_head_of_a_tied_model_is_stored_untied(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=32, lm_head=True)
-    model = rtn(tiny_llama(tie_word_embeddings=False), config)
-    model.config.tie_word_embeddings = True  # what a tied model whose head was quantized still says
-    folder = export_model(model, tmp_path / "out", config)
-    content = json.loads((folder / "config.json").read_text())
-    assert content["tie_word_embeddings"] is False
-    assert content["quantization_config"]["lm_head"] is True
-    loaded = load_quantized(folder)
-    assert isinstance(loaded.lm_head, QuantLinear)
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def test_large_models_are_stored_in_shards(rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_files, "MAX_SHARD", "20KB")
-    config = QuantizeConfig(group_size=32)
-    model = rtn(tiny_llama(), config)
-    folder = export_model(model, tmp_path / "out", config)
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    assert torch.equal(logits(load_quantized(folder)), logits(model))
-
-
-def test_exporting_changes_nothing_of_the_model(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=32)
-    model = rtn(tiny_llama(), config)
-    before, original = copy.deepcopy(model.state_dict()), model.config
-    said = model.config.to_dict()
-    export_model(model, tmp_path / "out", config)
-    assert model.config is original and model.config.to_dict() == said
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
 def test_a_loaded_model_exports_again_to_the_same_tensors(rtn: Rtn, tmp_path: Path) -> None:
     config = QuantizeConfig(group_size=32)
     first = export_model(rtn(tiny_llama(), config), tmp_path / "first", config)
@@ -232,18 +116,6 @@ def test_a_loaded_model_exports_again_to_the_same_tensors(rtn: Rtn, tmp_path: Pa
 
 
 # --- in steps -----------------------------------------------------------------------------------------------
-
-
-def tiny_llava() -> Any:
-    """A model whose tensors have other names on the hub than in memory."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    text = LlamaConfig(**{**tiny_llama().config.to_dict(), "num_hidden_layers": 1})
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=120))
 
 
 def quantized(model: nn.Module) -> dict[str, QuantLinear]:
@@ -426,77 +298,6 @@ def test_a_model_on_the_gpu_exports_the_files_of_one_on_the_cpu(rtn: Rtn, tmp_pa
     assert files(export_model(model.cuda(), tmp_path / "gpu", config)) == wanted
 
 
-# --- what clients find --------------------------------------------------------------------------------------
-
-
-def test_the_description_holds_what_every_client_reads(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=32, desc_act=False, static_groups=True, damp_percent=0.0)
-    folder = export_model(rtn(tiny_llama(), config), tmp_path / "out", config, tokenizer=Tokenizer())
-    said = description(folder)
-    meta = said.pop("meta")
-    assert said == {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": 32,
-        "desc_act": False,
-        "sym": True,
-        "lm_head": False,
-        "checkpoint_format": "gptq",
-        "format": "gptq",
-        "pack_dtype": "int32",
-    }
-    assert meta["quantizer"][0].startswith("gptq_plugin:")
-    full = json.loads((folder / "quantize_config.json").read_text())
-    assert {key: full[key] for key in said} == said
-    assert QuantizeConfig.from_quantize_config(full) == config
-    assert sorted(full["meta"]["gptq_plugin"]["files"]) == sorted(files(folder))
-    assert (folder / "tokenizer.json").exists()
-
-
-def test_the_report_is_stored_as_json_beside_the_weights(tmp_path: Path) -> None:
-    from gptq_plugin import QuantizeModule
-
-    quantizer = QuantizeModule(group_size=16)
-    model = Plain().eval()
-    quantizer.round_to_nearest(model)
-    folder = quantizer.export(model, tmp_path / "out")
-    content = (folder / "quantization_report.json").read_text()
-    assert "NaN" not in content
-    assert {module["name"] for module in json.loads(content)["modules"]} >= {"inner.0", "inner.2"}
-
-
-def test_layers_left_float_are_told_to_gptqmodel_and_to_transformers(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=32, modules_to_not_convert=("v_proj",))
-    said = description(export_model(rtn(tiny_llama(), config), tmp_path / "out", config))
-    assert said["dynamic"] == {r"-:model\.layers\.\d+\.self_attn\.v_proj$": {}}
-    assert said["modules_in_block_to_quantize"] == [
-        [
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.o_proj",
-            "mlp.gate_proj",
-            "mlp.up_proj",
-            "mlp.down_proj",
-        ]
-    ]
-
-
-def test_a_layer_left_float_in_one_block_only_is_named_in_full(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=32, modules_to_not_convert=("layers.1.mlp.up_proj",))
-    said = description(export_model(rtn(tiny_llama(), config), tmp_path / "out", config))
-    assert said["dynamic"] == {r"-:model\.layers\.1\.mlp\.up_proj$": {}}
-    assert "model.layers.0.mlp.up_proj" in said["modules_in_block_to_quantize"][0]
-    assert "mlp.up_proj" not in said["modules_in_block_to_quantize"][0]
-
-
-def test_files_have_the_permissions_of_any_new_file(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=16)
-    folder = export_model(rtn(Plain(), config), tmp_path / "out", config)
-    (tmp_path / "new").touch()
-    modes = {path.stat().st_mode for path in folder.iterdir()}
-    assert modes == {(tmp_path / "new").stat().st_mode}
-
-
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
@@ -511,78 +312,6 @@ def test_a_config_that_is_not_the_models_is_refused(rtn: Rtn, tmp_path: Path) ->
     with pytest.raises(ExportError, match=r"inner\.0 is quantized with bits=4, .* says bits=3"):
         export_model(model, tmp_path / "out", QuantizeConfig(bits=3, group_size=16))
     assert not any(tmp_path.iterdir())
-
-
-def test_a_zero_that_v1_cannot_hold_is_refused_with_the_modules_name(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=16, sym=False)
-    model = rtn(Plain(), config)
-    model.inner[0].qzeros.zero_()
-    with pytest.raises(ExportError, match=r"inner\.0: .*gptq_v2"):
-        export_model(model, tmp_path / "out", config)
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_folder_that_is_not_ours_is_never_replaced(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=16)
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "thesis.txt").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(ExportError, match="is no export of gptq_plugin"):
-            check_export_dir(target, overwrite)
-        with pytest.raises(ExportError, match="is no export of gptq_plugin"):
-            export_model(rtn(Plain(), config), target, config, overwrite=overwrite)
-    assert files(target) == {"thesis.txt": b"years of work"}
-
-
-def test_another_tools_checkpoint_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}')
-    with pytest.raises(ExportError, match="is no export of gptq_plugin"):
-        check_export_dir(tmp_path, overwrite=True)
-
-
-def test_an_earlier_export_is_replaced_only_on_request(rtn: Rtn, tmp_path: Path) -> None:
-    config, other = QuantizeConfig(group_size=16), QuantizeConfig(bits=8, group_size=16)
-    target = export_model(rtn(Plain(), config), tmp_path / "out", config, tokenizer=Tokenizer())
-    with pytest.raises(ExportError, match="pass overwrite=True"):
-        check_export_dir(target)
-    model = rtn(Plain(), other)
-    with pytest.raises(ExportError, match="pass overwrite=True"):
-        export_model(model, target, other)
-    export_model(model, target, other, overwrite=True)
-    assert description(target)["bits"] == 8
-    assert not (target / "tokenizer.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_files_someone_added_to_an_export_are_not_deleted_with_it(rtn: Rtn, tmp_path: Path) -> None:
-    config = QuantizeConfig(group_size=16)
-    target = export_model(rtn(Plain(), config), tmp_path / "out", config)
-    (target / "notes.md").write_text("mine")
-    with pytest.raises(ExportError, match=r"notes\.md.*move them away"):
-        export_model(rtn(Plain(), config), target, config, overwrite=True)
-    assert (target / "notes.md").read_text() == "mine"
-
-
-def test_a_target_that_is_a_file_or_below_one_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ExportError, match="is a file"):
-        check_export_dir(tmp_path / "file")
-    with pytest.raises(ExportError, match="file is not a folder one may write to"):
-        check_export_dir(tmp_path / "file" / "below")
-
-
-def test_a_parent_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, whatever the mode says
-    with pytest.raises(ExportError, match="one may write to"):
-        check_export_dir(tmp_path / "a" / "b")
-
-
-def test_checking_a_folder_creates_nothing(tmp_path: Path) -> None:
-    check_export_dir(tmp_path / "a" / "b")
-    (tmp_path / "empty").mkdir()
-    check_export_dir(tmp_path / "empty")
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 # --- failures on the way ------------------------------------------------------------------------------------
@@ -674,84 +403,6 @@ def test_a_tokenizer_that_fails_leaves_no_half_export(rtn: Rtn, tmp_path: Path) 
     assert model.config is original
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next_and_a_running_one_is_not(rtn: Rtn, tmp_path: Path) -> None:
-    config, long_ago = QuantizeConfig(group_size=16), time.time() - 3600
-    killed, young, other = (tmp_path / f".{name}.partial" for name in ("out.11111111", "out.22222222", "o.11111111"))
-    for folder in (killed, young, other):
-        (folder / "inside").mkdir(parents=True)
-    model = rtn(Plain(), config)
-    with Export(Structure.of(model), tmp_path / "out", config):
-        (running,) = set(tmp_path.glob(".out.*")) - {killed, young}
-        for folder in (killed, other, running):
-            os.utime(folder, (long_ago, long_ago))
-        export_model(model, tmp_path / "out", config)
-        assert set(tmp_path.iterdir()) == {tmp_path / "out", young, other, running}
-    assert not running.exists()
-
-
-# --- plain modules that do not fit --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def plain_export(rtn: Rtn, tmp_path: Path) -> Path:
-    config = QuantizeConfig(group_size=16)
-    return export_model(rtn(Plain(), config), tmp_path / "out", config)
-
-
-def test_a_plain_export_asks_for_its_module(plain_export: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"Plain.*load_quantized\(directory, model=it\)"):
-        load_quantized(plain_export)
-
-
-def other_size(model: Plain) -> None:
-    model.inner[0] = nn.Linear(48, 64)
-
-
-def other_name(model: Plain) -> None:
-    model.outer = model.inner
-    del model.inner
-
-
-def one_more(model: Plain) -> None:
-    model.norm = nn.LayerNorm(48)
-
-
-def one_less(model: Plain) -> None:
-    del model.shift
-
-
-def other_shape(model: Plain) -> None:
-    model.window = nn.Parameter(torch.zeros(7))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (other_size, r"inner\.0 has 48 inputs and 96 outputs at bits=4; the model's Linear has 48 and 64"),
-        (other_name, r"inner\.0 is quantized in the checkpoint and no module in the model"),
-        (one_more, r"norm\.weight is missing.*norm\.bias is missing"),
-        (one_less, "shift belongs to no module"),
-        (other_shape, r"window has shape \[48\], the model needs \[7\]"),
-    ],
-)
-def test_a_module_that_does_not_fit_is_refused_and_left_alone(
-    change: Callable[[Plain], None], message: str, plain_export: Path
-) -> None:
-    model = Plain()
-    change(model)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(CheckpointError, match=f"(?s){message}"):
-        load_quantized(plain_export, model=model)
-    assert not any(isinstance(module, QuantLinear) for module in model.modules())
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_a_module_that_is_quantized_already_is_refused(plain_export: Path) -> None:
-    model = load_quantized(plain_export, model=Plain())
-    with pytest.raises(CheckpointError, match="quantized already"):
-        load_quantized(plain_export, model=model)
-
-
 def test_a_wrong_checkpoint_is_noticed_by_the_comparison_these_tests_use(rtn: Rtn, tmp_path: Path) -> None:
     config = QuantizeConfig(group_size=32)
     model = rtn(tiny_llama(), config)
@@ -788,22 +439,3 @@ def test_layers_with_smaller_groups_are_described_and_load(checkpoint_format, tm
         rules = {pattern: rule for pattern, rule in config["dynamic"].items() if rule}
         assert list(rules.values()) == [{"group_size": 32}]  # one for all blocks
         assert all(any(re.match(pattern, name) for pattern in rules) for name in small)
-
-
-def test_float_weights_that_cannot_be_stored_as_published_have_the_models_names(tmp_path, monkeypatch, caplog):
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=1)).eval()  # fmt: skip
-    save = LlamaForCausalLM.save_pretrained
-
-    def joined(self, folder, save_original_format=True, **options):
-        if save_original_format:
-            raise ValueError("an expert lacks its other half")
-        save(self, folder, save_original_format=False, **options)
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", joined)
-    quantizer = QuantizeModule(bits=4, group_size=32)
-    ids = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
-    quantizer.quantize(model, [ids])
-    out = quantizer.export(model, tmp_path / "out")
-    assert "an expert lacks its other half" in caplog.text and "own names" in caplog.text
-    assert torch.equal(load_quantized(out)(ids).logits, model(ids).logits)

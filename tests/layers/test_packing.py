@@ -61,17 +61,6 @@ def test_packing_and_unpacking_zeros_gives_them_back(bits, groups, n_out, seed):
 
 
 @quick
-@given(widths, sizes, sizes, st.sampled_from(["gptq", "gptq_v2"]), seeds)
-def test_zeros_survive_the_way_to_disk_and_back(bits, groups, n_out, checkpoint_format, seed):
-    zeros = random_codes(groups, n_out, bits, seed).clamp(min=1)
-    qzeros = packing.pack_zeros(zeros, bits)
-    stored = packing.zeros_to_disk(qzeros, bits, n_out, checkpoint_format)
-    expected = zeros if checkpoint_format == "gptq_v2" else zeros - 1
-    assert torch.equal(packing.unpack_zeros(stored, bits, n_out), expected)
-    assert torch.equal(packing.zeros_from_disk(stored, bits, n_out, checkpoint_format), qzeros)
-
-
-@quick
 @given(widths, st.integers(1, 40), st.integers(1, 5), seeds)
 def test_unpacking_ignores_strides_and_the_unused_bits_of_the_last_word(bits, n, m, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -99,39 +88,18 @@ def test_hand_written_words(bits, codes, words):
     assert unsigned(packing.pack(torch.tensor(codes, dtype=torch.uint8)[:, None], bits)) == [[w] for w in words]
 
 
-def test_symmetric_zeros_are_sevens_in_v1_and_eights_in_v2():
-    eights = packing.pack_zeros(torch.full((1, 8), 8, dtype=torch.uint8), 4)
-    assert unsigned(packing.zeros_to_disk(eights, 4, 8, "gptq")) == [[0x77777777]]
-    assert unsigned(packing.zeros_to_disk(eights, 4, 8, "gptq_v2")) == [[0x88888888]]
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_stored_v1_zero_of_all_ones_is_read_as_zero_and_leaves_its_neighbours_alone(bits):
-    stored = packing.pack_zeros(torch.tensor([[0, 2**bits - 1, 0]], dtype=torch.uint8), bits)
-    read = packing.zeros_from_disk(stored, bits, 3, "gptq")
-    assert packing.unpack_zeros(read, bits, 3).tolist() == [[1, 0, 1]]
-
-
-def test_a_zero_of_0_is_not_written_as_v1_and_the_error_says_what_to_do():
-    qzeros = packing.pack_zeros(torch.tensor([[3, 0, 5]], dtype=torch.uint8), 4)
-    with pytest.raises(ValueError, match=r"1 of 3 zeros are 0.*gptq_v2"):
-        packing.zeros_to_disk(qzeros, 4, 3, "gptq")
-
-
 def test_a_code_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="a code of 8 does not fit in 3 bits"):
         packing.pack(torch.tensor([[1], [8]], dtype=torch.uint8), 3)
 
 
-def test_wrong_shapes_widths_dtypes_and_formats_are_refused():
+def test_wrong_shapes_widths_and_dtypes_are_refused():
     with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, 8; got 5"):
         packing.pack(torch.zeros(4, 4, dtype=torch.uint8), 5)
     with pytest.raises(ValueError, match="codes must be uint8 with two dimensions"):
         packing.pack(torch.zeros(4, 4), 4)
     with pytest.raises(ValueError, match=r"33 codes of 3 bits need int32 words of shape \[4, m\]"):
         reference.unpack(torch.zeros(3, 4, dtype=torch.int32), 3, 33)
-    with pytest.raises(ValueError, match="checkpoint_format must be 'gptq' or 'gptq_v2', got 'awq'"):
-        packing.zeros_from_disk(torch.zeros(1, 1, dtype=torch.int32), 4, 8, "awq")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

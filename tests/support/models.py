@@ -44,6 +44,18 @@ def tiny_gpt2(**overrides: Any) -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
+def tiny_llava() -> Any:
+    """A model whose tensors have other names on the hub than in memory."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = LlamaConfig(**{**tiny_llama().config.to_dict(), "num_hidden_layers": 1})
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=120))
+
+
 class Plain(nn.Module):
     """A module tree of its own: odd sizes, a bias, a buffer, a tied pair, a shared layer, a view."""
 

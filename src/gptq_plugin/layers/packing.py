@@ -1,11 +1,8 @@
-"""Packs codes into int32 words, and converts the zeros of GPTQ's two file formats.
+"""Packs codes and zeros into int32 words.
 
 Words form one little-endian bit stream along the packed dimension: code k of width b occupies bits
 [k * b, (k + 1) * b). This holds for every width; 3-bit codes straddle words (32 codes in 3 words). A last word that is
-not full is padded with zero bits.
-
-``gptq_v2`` stores true zeros, ``gptq`` (v1, the first AutoGPTQ's) stores zero - 1. In memory zeros are always true:
-only `zeros_to_disk` and `zeros_from_disk` deal with the -1.
+not full is padded with zero bits. In memory zeros are true ones; formats may store others (`checkpoint.formats`).
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptq_plugin.errors import ExportError
 from gptq_plugin.kernels.reference import stream_period, unpack, words_for
 
 
@@ -72,43 +68,3 @@ def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
 def unpack_zeros(qzeros: Tensor, bits: int, out_features: int) -> Tensor:
     """The inverse of `pack_zeros`: uint8 [G, out], contiguous."""
     return unpack(qzeros.t(), bits, out_features).t().contiguous()
-
-
-def zeros_to_disk(qzeros: Tensor, bits: int, out_features: int, checkpoint_format: str) -> Tensor:
-    """Converts packed true zeros to those stored in a file of `checkpoint_format`.
-
-    Args:
-        qzeros: int32 [G, ceil(out_features * bits / 32)], true zeros.
-        bits: Width of a code: 2, 3, 4 or 8.
-        out_features: Zeros per group.
-        checkpoint_format: ``"gptq"`` (v1) or ``"gptq_v2"``.
-
-    Returns:
-        int32, the shape of `qzeros`.
-
-    Raises:
-        ExportError: A zero is 0, which v1 cannot hold: readers treat the -1 differently, and some corrupt neighbours.
-    """
-    if not _stores_minus_one(checkpoint_format):
-        return qzeros
-    zeros = unpack_zeros(qzeros, bits, out_features)
-    empty = int((zeros == 0).sum())
-    if empty:
-        raise ExportError(
-            f"{empty} of {zeros.numel()} zeros are 0, and checkpoint_format='gptq' (v1) stores zero - 1, "
-            "which tools read differently: export with checkpoint_format='gptq_v2' or quantize with sym=True"
-        )
-    return pack_zeros(zeros - 1, bits)
-
-
-def zeros_from_disk(stored: Tensor, bits: int, out_features: int, checkpoint_format: str) -> Tensor:
-    """The inverse of `zeros_to_disk`; a v1 value of 2^bits - 1 is read as a zero of 0 (-1 in `bits` bits)."""
-    if not _stores_minus_one(checkpoint_format):
-        return stored
-    return pack_zeros((unpack_zeros(stored, bits, out_features) + 1) & (2**bits - 1), bits)
-
-
-def _stores_minus_one(checkpoint_format: str) -> bool:
-    if checkpoint_format not in ("gptq", "gptq_v2"):
-        raise ValueError(f"checkpoint_format must be 'gptq' or 'gptq_v2', got {checkpoint_format!r}")
-    return checkpoint_format == "gptq"

@@ -36,9 +36,9 @@ from gptq_plugin.checkpoint.formats.format import (
     trivial_g_idx,
 )
 from gptq_plugin.config import QuantizeConfig, rule_regex
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels.reference import words_for
-from gptq_plugin.layers.packing import zeros_from_disk, zeros_to_disk
+from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
 
 
 class GPTQ(Format):
@@ -77,16 +77,40 @@ class GPTQ(Format):
 
     def to_file(self, tensors: Mapping[str, Tensor], bits: int, sym: bool) -> dict[str, Tensor]:
         out_features = tensors["scales"].shape[1]
-        return {**tensors, "qzeros": zeros_to_disk(tensors["qzeros"], bits, out_features, self.name)}
+        return {**tensors, "qzeros": self.zeros_to_file(tensors["qzeros"], bits, out_features)}
 
     def from_file(self, read: Read, layer: QuantizedLayer) -> dict[str, Tensor]:
         return {
             "qweight": read("qweight"),
-            "qzeros": zeros_from_disk(read("qzeros"), layer.bits, layer.out_features, self.name),
+            "qzeros": self.zeros_from_file(read("qzeros"), layer.bits, layer.out_features),
             "scales": read("scales").to(torch.float16),
             "g_idx": read("g_idx") if layer.has_g_idx else trivial_g_idx(layer.in_features, layer.group_size),
             **({"bias": read("bias")} if layer.has_bias else {}),
         }
+
+    def zeros_to_file(self, qzeros: Tensor, bits: int, out_features: int) -> Tensor:
+        """Converts packed true zeros, int32 [G, ceil(out_features * bits / 32)], to those stored.
+
+        Raises:
+            ExportError: A zero is 0, which v1 cannot hold: readers treat the -1 differently, and some corrupt
+                neighbours.
+        """
+        if not self._less:
+            return qzeros
+        zeros = unpack_zeros(qzeros, bits, out_features)
+        empty = int((zeros == 0).sum())
+        if empty:
+            raise ExportError(
+                f"{empty} of {zeros.numel()} zeros are 0, and checkpoint_format='gptq' (v1) stores zero - 1, "
+                "which tools read differently: export with checkpoint_format='gptq_v2' or quantize with sym=True"
+            )
+        return pack_zeros(zeros - self._less, bits)
+
+    def zeros_from_file(self, stored: Tensor, bits: int, out_features: int) -> Tensor:
+        """The inverse of `zeros_to_file`; a v1 value of 2^bits - 1 is read as a zero of 0 (-1 in `bits` bits)."""
+        if not self._less:
+            return stored
+        return pack_zeros((unpack_zeros(stored, bits, out_features) + self._less) & (2**bits - 1), bits)
 
     def first_rows(self, read: Read, layer: QuantizedLayer, rows: int) -> RawRows:
         words = -(-rows * layer.bits // 32)

@@ -1,0 +1,107 @@
+"""Float tensors and config.json, as transformers writes them or as we do."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
+from gptq_plugin.errors import ExportError
+from gptq_plugin.export import model_files
+from gptq_plugin.export.export import export_model
+from gptq_plugin.layers.qlinear import QuantLinear
+
+from exports import logits
+from models import Plain, tiny_llama
+
+Rtn = Callable[..., Any]
+
+
+def test_a_quantized_head_of_a_tied_model_is_stored_untied(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32, lm_head=True)
+    model = rtn(tiny_llama(tie_word_embeddings=False), config)
+    model.config.tie_word_embeddings = True  # what a tied model whose head was quantized still says
+    folder = export_model(model, tmp_path / "out", config)
+    content = json.loads((folder / "config.json").read_text())
+    assert content["tie_word_embeddings"] is False
+    assert content["quantization_config"]["lm_head"] is True
+    loaded = load_quantized(folder)
+    assert isinstance(loaded.lm_head, QuantLinear)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_large_models_are_stored_in_shards(rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_files, "MAX_SHARD", "20KB")
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(), config)
+    folder = export_model(model, tmp_path / "out", config)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(load_quantized(folder)), logits(model))
+
+
+def test_exporting_changes_nothing_of_the_model(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(), config)
+    before, original = copy.deepcopy(model.state_dict()), model.config
+    said = model.config.to_dict()
+    export_model(model, tmp_path / "out", config)
+    assert model.config is original and model.config.to_dict() == said
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_float_weights_that_cannot_be_stored_as_published_have_the_models_names(tmp_path, monkeypatch, caplog):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=1)).eval()  # fmt: skip
+    save = LlamaForCausalLM.save_pretrained
+
+    def joined(self, folder, save_original_format=True, **options):
+        if save_original_format:
+            raise ValueError("an expert lacks its other half")
+        save(self, folder, save_original_format=False, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", joined)
+    quantizer = QuantizeModule(bits=4, group_size=32)
+    ids = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
+    quantizer.quantize(model, [ids])
+    out = quantizer.export(model, tmp_path / "out")
+    assert "an expert lacks its other half" in caplog.text and "own names" in caplog.text
+    assert torch.equal(load_quantized(out)(ids).logits, model(ids).logits)
+
+
+def test_an_extra_state_that_is_no_tensor_is_refused(rtn: Rtn, tmp_path: Path) -> None:
+    class Stateful(Plain):
+        def get_extra_state(self) -> Any:
+            return {"step": 3}
+
+    config = QuantizeConfig(group_size=16)
+    with pytest.raises(ExportError, match="_extra_state is a dict: safetensors holds tensors only"):
+        export_model(rtn(Stateful(), config), tmp_path / "out", config)
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_tensor_is_stored_once_and_alone() -> None:
+    """A tied one under its first name, and no more memory than it needs."""
+    whole = torch.arange(12.0).view(3, 4)
+    tied = nn.Parameter(torch.ones(2))
+    once = model_files.once({"a": tied, "b": tied, "row": whole[1], "whole": whole})
+    assert list(once) == ["a", "row", "whole"]
+    assert torch.equal(once["row"], whole[1]) and once["row"].untyped_storage().nbytes() == 16
+    assert once["whole"].data_ptr() == whole.data_ptr()
+
+
+def test_a_plain_module_is_described_by_its_class(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16)
+    folder = export_model(rtn(Plain(), config), tmp_path / "out", config)
+    content = json.loads((folder / "config.json").read_text())
+    assert content.keys() == {"module_class", "quantization_config"}
+    assert content["module_class"] == f"{Plain.__module__}.Plain"
+    assert not any(name.startswith("inner.0.weight") for name in load_file(folder / "model.safetensors"))

@@ -1,0 +1,108 @@
+"""A folder that is there as a whole or not at all, and what may be replaced."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptq_plugin import QuantizeConfig
+from gptq_plugin.errors import ExportError
+from gptq_plugin.export.export import Export, export_model
+from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.model.structure import Structure
+
+from exports import Tokenizer, description, files
+from models import Plain
+
+Rtn = Callable[..., Any]
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ExportError, match="is no export of gptq_plugin"):
+            check_export_dir(target, overwrite)
+        with pytest.raises(ExportError, match="is no export of gptq_plugin"):
+            export_model(rtn(Plain(), config), target, config, overwrite=overwrite)
+    assert files(target) == {"thesis.txt": b"years of work"}
+
+
+def test_another_tools_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}')
+    with pytest.raises(ExportError, match="is no export of gptq_plugin"):
+        check_export_dir(tmp_path, overwrite=True)
+
+
+def test_an_earlier_export_is_replaced_only_on_request(rtn: Rtn, tmp_path: Path) -> None:
+    config, other = QuantizeConfig(group_size=16), QuantizeConfig(bits=8, group_size=16)
+    target = export_model(rtn(Plain(), config), tmp_path / "out", config, tokenizer=Tokenizer())
+    with pytest.raises(ExportError, match="pass overwrite=True"):
+        check_export_dir(target)
+    model = rtn(Plain(), other)
+    with pytest.raises(ExportError, match="pass overwrite=True"):
+        export_model(model, target, other)
+    export_model(model, target, other, overwrite=True)
+    assert description(target)["bits"] == 8
+    assert not (target / "tokenizer.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_someone_added_to_an_export_are_not_deleted_with_it(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16)
+    target = export_model(rtn(Plain(), config), tmp_path / "out", config)
+    (target / "notes.md").write_text("mine")
+    with pytest.raises(ExportError, match=r"notes\.md.*move them away"):
+        export_model(rtn(Plain(), config), target, config, overwrite=True)
+    assert (target / "notes.md").read_text() == "mine"
+
+
+def test_a_target_that_is_a_file_or_below_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="is a file"):
+        check_export_dir(tmp_path / "file")
+    with pytest.raises(ExportError, match="file is not a folder one may write to"):
+        check_export_dir(tmp_path / "file" / "below")
+
+
+def test_a_parent_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, whatever the mode says
+    with pytest.raises(ExportError, match="one may write to"):
+        check_export_dir(tmp_path / "a" / "b")
+
+
+def test_checking_a_folder_creates_nothing(tmp_path: Path) -> None:
+    check_export_dir(tmp_path / "a" / "b")
+    (tmp_path / "empty").mkdir()
+    check_export_dir(tmp_path / "empty")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_and_a_running_one_is_not(rtn: Rtn, tmp_path: Path) -> None:
+    config, long_ago = QuantizeConfig(group_size=16), time.time() - 3600
+    killed, young, other = (tmp_path / f".{name}.partial" for name in ("out.11111111", "out.22222222", "o.11111111"))
+    for folder in (killed, young, other):
+        (folder / "inside").mkdir(parents=True)
+    model = rtn(Plain(), config)
+    with Export(Structure.of(model), tmp_path / "out", config):
+        (running,) = set(tmp_path.glob(".out.*")) - {killed, young}
+        for folder in (killed, other, running):
+            os.utime(folder, (long_ago, long_ago))
+        export_model(model, tmp_path / "out", config)
+        assert set(tmp_path.iterdir()) == {tmp_path / "out", young, other, running}
+    assert not running.exists()
+
+
+def test_files_have_the_permissions_of_any_new_file(rtn: Rtn, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16)
+    folder = export_model(rtn(Plain(), config), tmp_path / "out", config)
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
