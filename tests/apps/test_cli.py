@@ -311,7 +311,7 @@ class TestRefusedBeforeTraining:
         refused(
             app,
             InstantiationException,
-            "is no dtype",
+            "is not a dtype",
             "model.name_or_path=x",
             "model.dtype=float31",
             name="quantize",

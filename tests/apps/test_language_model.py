@@ -73,7 +73,7 @@ def test_a_pretrained_model_without_a_name_or_with_an_unknown_dtype_is_refused()
     with pytest.raises(ValueError, match=r"model=hf needs model\.name_or_path"):
         pretrained([], name_or_path=None)
     for dtype in ("float31", "nn"):
-        with pytest.raises(ValueError, match=f"model.dtype='{dtype}' is no dtype"):
+        with pytest.raises(ValueError, match=f"model.dtype='{dtype}' is not a dtype"):
             pretrained([], name_or_path="x", dtype=dtype)
 
 

@@ -255,7 +255,7 @@ class NothingToQuantize(Base):
             {},
             {"module": "body"},
             TargetError,
-            "module='body' is no submodule of Untrained, which has model",
+            "module='body' is not a submodule of Untrained, which has model",
         ),
         (NothingToQuantize, {}, {}, TargetError, "no nn.Linear"),
         (TwoModels, {}, {}, TargetError, r"several transformers models \(model, teacher\)"),

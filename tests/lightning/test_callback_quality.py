@@ -129,7 +129,7 @@ def test_a_checkpoint_that_cannot_be_had_is_said_and_the_weights_are_kept(tmp_pa
     fit(twin, token_loader(), [], tmp_path)
     torch.save({"state_dict": {"other": torch.ones(1)}}, tmp_path / "other.ckpt")
     for path, message in (
-        (tmp_path / "none.ckpt", "no such checkpoint"),
+        (tmp_path / "none.ckpt", "the checkpoint does not exist"),
         (tmp_path / "other.ckpt", "cannot be loaded"),
     ):
         with pytest.raises(CheckpointError, match=message):

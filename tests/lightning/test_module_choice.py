@@ -24,7 +24,7 @@ def test_a_name_chooses_any_submodule_and_the_empty_one_the_whole_module():
 
 
 def test_a_name_that_is_none_is_refused_with_those_there_are():
-    with pytest.raises(TargetError, match="module='net.body' is no submodule of Contains, which has net"):
+    with pytest.raises(TargetError, match="module='net.body' is not a submodule of Contains, which has net"):
         choose_module(Contains(), "net.body")
 
 

@@ -116,7 +116,7 @@ def test_what_cannot_be_found_is_said(tmp_path):
     check_weights(never, "best")
     with pytest.raises(CheckpointError, match="saved no checkpoint, since its metric was never logged"):
         load(never, Normed(), "best")
-    with pytest.raises(CheckpointError, match=r"weights='none\.ckpt': there is no such checkpoint"):
+    with pytest.raises(CheckpointError, match=r"weights='none\.ckpt': the checkpoint does not exist"):
         load(never, Normed(), "none.ckpt")
 
 

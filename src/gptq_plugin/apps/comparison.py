@@ -46,7 +46,7 @@ def compare(
     Args:
         run: The run.
         quantizer: Its quantizer.
-        report: What quantization did.
+        report: Report of the quantization.
         export_dir: The export.
         device: Where the export is evaluated; the float model too, if it is there.
 

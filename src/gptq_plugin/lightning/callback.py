@@ -160,7 +160,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
         refuse_strategy(trainer, self.leaves_quantized(trainer, pl_module))
         if not is_sharded(trainer):
             refuse_offload(self.quantizer, trainer.strategy.root_device)
-        self._refuse_after_swap(trainer, pl_module)
+        _refuse_after_swap(self, trainer, pl_module)
         self.agree_on_export_dir(run_folders(trainer))
 
     @distributed.ending_together()
@@ -302,13 +302,14 @@ class GPTQCallback(CallbackBase, pl.Callback):
         run = partial(self.calibration_forward(trainer, pl_module, module), module)
         return ParallelOutputs(run, batches[0].data if batches else None)
 
-    def _refuse_after_swap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if any(isinstance(other, GPTQCallback) and other.leaves_quantized(trainer, pl_module) for other in before):
-            raise ValueError(
-                "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
-                "quantize: give all but the last swap=False"
-            )
+
+def _refuse_after_swap(callback: GPTQCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    before = trainer.callbacks[: trainer.callbacks.index(callback)]  # type: ignore[attr-defined]
+    if any(isinstance(other, GPTQCallback) and other.leaves_quantized(trainer, pl_module) for other in before):
+        raise ValueError(
+            "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
+            "quantize: give all but the last swap=False"
+        )
 
 
 def _validation_loaders(trainer: pl.Trainer) -> list[Any]:

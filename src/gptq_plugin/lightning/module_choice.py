@@ -23,7 +23,7 @@ def choose_module(pl_module: pl.LightningModule, name: str | None) -> nn.Module:
         name: Dotted name in it; "" is the LightningModule itself.
 
     Raises:
-        TargetError: There is no such submodule, or there are several transformers models to choose from.
+        TargetError: The submodule does not exist, or there are several transformers models to choose from.
     """
     if name is not None:
         try:
@@ -31,7 +31,7 @@ def choose_module(pl_module: pl.LightningModule, name: str | None) -> nn.Module:
         except AttributeError:
             children = ", ".join(child for child, _ in pl_module.named_children())
             raise TargetError(
-                f"module={name!r} is no submodule of {type(pl_module).__name__}, which has {children}"
+                f"module={name!r} is not a submodule of {type(pl_module).__name__}, which has {children}"
             ) from None
     models = dict(transformers_models(pl_module))
     if len(models) > 1:

@@ -47,7 +47,7 @@ class Sharding:
         """Yields the whole tensor of every slot with its name, in the same order on all ranks.
 
         A tensor is valid until the next one is read. Gathering is collective, so every rank must read to the end, even
-        after an error of its own.
+        after its own error.
         """
         for slot in slots:
             yield slot.name, _gathered(slot.tensor)

@@ -24,7 +24,7 @@ from gptq_plugin.model.adapters import has_adapters
 
 @dataclass(frozen=True)
 class Trained:
-    """What `trained` yields.
+    """The trained module inside `trained`.
 
     Attributes:
         files: Holds the weights that a strategy had sharded; None if it had not.

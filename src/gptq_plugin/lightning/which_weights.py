@@ -41,7 +41,7 @@ def weights_of(trainer: pl.Trainer, pl_module: pl.LightningModule, weights: str)
         A function that makes the weights stay after the block.
 
     Raises:
-        CheckpointError: There is no such checkpoint, or it cannot be loaded into the module.
+        CheckpointError: The checkpoint does not exist, or cannot be loaded into the module.
     """
     if weights == "last":
         yield lambda: None
@@ -93,7 +93,7 @@ def _path(trainer: pl.Trainer, weights: str) -> Path:
     if weights != "best":
         path = Path(weights).expanduser()
         if not path.exists():
-            raise CheckpointError(f"weights={weights!r}: there is no such checkpoint")
+            raise CheckpointError(f"weights={weights!r}: the checkpoint does not exist")
         return path
     callback = _monitoring(trainer)
     best = distributed.object_from_first(callback.best_model_path if callback is not None else "")

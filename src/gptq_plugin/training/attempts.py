@@ -70,7 +70,7 @@ class Attempts:
     Attributes:
         model: The float model.
         data: Called once per attempt; returns the calibration data.
-        quality: What is good enough.
+        quality: The quality an attempt has to reach.
         forward, tokenizer, progress, keep, device, device_memory: As for `QuantizeModule.temporarily`.
         layers_in: Called once per attempt; returns the argument of that name.
         target: Client of the export; configurations it would refuse are not tried.

@@ -126,7 +126,7 @@ class CallbackBase:
 
         Raises:
             QualityError: No attempt is good enough.
-            Exception: What stopped the quantization or the export; the model has its float weights.
+            Exception: The quantization or the export failed; the model has its float weights.
         """
 
         def finish(quantizer: QuantizeModule, report: QuantizeReport) -> None:

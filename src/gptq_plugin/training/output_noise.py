@@ -17,7 +17,7 @@ def output_noise(
 ) -> dict[str, float]:
     """Measures the relative output error of quantized layers on their own inputs: Σ‖x(W − Q)ᵀ‖² / Σ‖xWᵀ‖².
 
-    Every rank calls it, with batches of its own.
+    Every rank calls it, each with its own batches.
 
     Args:
         model: The quantized model.

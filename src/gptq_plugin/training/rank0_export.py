@@ -67,7 +67,7 @@ def export_on_rank0(
         The folder that was written.
 
     Raises:
-        Exception: What stopped rank 0; on the others RankError with its message.
+        Exception: The export failed on rank 0; the others raise RankError with its message.
     """
     with distributed.ending_together():
         if distributed.rank() == 0:
