@@ -393,6 +393,18 @@ def test_where_products_are_split_results_stay_as_accurate(monkeypatch):
         pushed.clear()
 
 
+def test_where_products_are_split_small_rows_are_as_accurate_as_large_ones(monkeypatch):
+    """Each is solved in its own unit: float16 parts would lose the errors of a row in a larger one's."""
+    weight, hessian = (t.float() for t in correlated(rows=6, n=96))
+    monkeypatch.setattr(solver, "SPAN", 16)
+    monkeypatch.setattr(solver.tensor_cores, "usable", lambda x: True)
+    sizes = 2.0 ** torch.tensor([-6, -3, 0, 2, 5, 9])
+    config = plain(bits=3, group_size=32)
+    plain_size, sized = (solve(w, hessian, config) for w in (weight, weight * sizes[:, None]))
+    assert torch.equal(sized.weight.codes, plain_size.weight.codes)
+    assert torch.equal(sized.loss, plain_size.loss * sizes.square())
+
+
 @pytest.fixture(scope="session")
 def pycode_layers(shared):
     """Weights of pycode-29m with the Hessians of real text, by plain hooks: nothing of ours is used."""
