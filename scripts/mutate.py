@@ -65,7 +65,7 @@ def main() -> int:
             if arguments.results:
                 keep(arguments.results, results[-1])
     if arguments.page or not arguments.modules:
-        DOCS.write_text(page(results), encoding="utf-8")
+        DOCS.write_text(page(results, by_name), encoding="utf-8")
     return int(not are_good(results))
 
 

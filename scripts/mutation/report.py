@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -133,8 +133,9 @@ def summary(result: Result) -> str:
     return "\n".join([counts, *(f"  reason no longer needed: {change}" for change in sorted(unneeded))])
 
 
-def page(results: Sequence[Result]) -> str:
-    """docs/mutation.md."""
+def page(results: Sequence[Result], modules: Iterable[str]) -> str:
+    """docs/mutation.md; `modules` that have no result are named."""
+    missing = sorted(set(modules) - {result.module for result in results})
     died, mutants = (sum(counts) for counts in zip(*((r.killed + r.timeout, r.mutants) for r in results)))
     rows = [
         f"| {r.module} | {r.mutants} | {r.killed} | {r.timeout} | {len(r.survivors)} | {r.share:.1%} |" for r in results
@@ -154,6 +155,7 @@ def page(results: Sequence[Result]) -> str:
             *rows,
             f"| all | {mutants} | {sum(r.killed for r in results)} | {sum(r.timeout for r in results)} | "
             f"{mutants - died} | {died / mutants:.1%} |",
+            *([f"\nNot measured: {', '.join(missing)}."] if missing else []),
             "\n## Survivors\n\nBy module, why no test notices them, and which they are: "
             "the line, the function, and the change in braces.",
             *(_survivors(result) for result in results if result.survivors),
