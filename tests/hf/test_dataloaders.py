@@ -5,6 +5,7 @@ Real ranks calibrate on them in tests/hf/test_trainer_callback.py.
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -52,9 +53,19 @@ def test_the_sampler_and_the_collator_are_kept():
     assert sorted(numbers(found)) == [30, 50, 80] and found.collate_fn is original.collate_fn
 
 
-def test_a_stream_stays_divided():
-    parts = [undivided(divided(DataLoader(Numbers(), batch_size=2), rank, dispatch_batches=False)) for rank in (0, 1)]
-    first, second = map(numbers, parts)
+def test_batches_that_were_not_divided_are_the_originals():
+    original = DataLoader(range(12), batch_size=2)
+    alone = prepare_data_loader(original, num_processes=1, process_index=0, put_on_device=False)
+    assert [batch.tolist() for batch in undivided(alone)] == [batch.tolist() for batch in original]
+
+
+def test_a_stream_stays_divided(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(numbers(undivided(divided(DataLoader(Numbers(), batch_size=2), rank, dispatch_batches=False))))
+    first, second = parts
     assert sorted(first + second) == list(range(12)) and len(first) == len(second) == 6
 
 
@@ -65,6 +76,12 @@ def test_a_stream_that_rank_0_reads_for_all_is_dealt_batch_by_batch(monkeypatch)
     for rank, expected in ((0, [0, 1, 2, 6, 7, 8]), (1, [3, 4, 5, 9, 10, 11])):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         assert numbers(dealt) == expected
+
+
+def test_a_dealt_batch_is_what_the_streams_collator_made():
+    made = DataLoader(Numbers(), batch_size=3, collate_fn=numpy.array)
+    dealt = undivided(divided(made, dispatch_batches=True, put_on_device=True))
+    assert all(isinstance(batch, numpy.ndarray) for batch in dealt)
 
 
 def test_the_last_evaluations_loaders_are_kept_and_only_the_first_evaluation_is_new():

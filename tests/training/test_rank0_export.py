@@ -71,8 +71,14 @@ def quantized():
     return quantizer, model
 
 
+class Tokenizer:
+    def save_pretrained(self, directory):
+        (directory / "tokenizer.json").write_text("{}")
+
+
 def test_one_process_exports_where_it_was_told(quantized, tmp_path):
-    assert export_on_rank0(*quantized, tmp_path / "out") == tmp_path / "out"
+    assert export_on_rank0(*quantized, tmp_path / "out", tokenizer=Tokenizer()) == tmp_path / "out"
+    assert (tmp_path / "out" / "tokenizer.json").exists()
     assert load_quantized(tmp_path / "out")
     assert quantized[0].report.deviations == []
 
@@ -84,7 +90,16 @@ def test_a_name_that_was_taken_meanwhile_gets_a_suffix_and_the_report_tells(quan
     assert folder.parent == tmp_path and folder.name.startswith("out-") and load_quantized(folder)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["other.txt"]
     (deviation,) = quantized[0].report.deviations
-    assert deviation.endswith(f"exported to {folder.name} instead") and str(folder) in caplog.text
+    reason, _, told = deviation.rpartition(": ")
+    assert told == f"exported to {folder.name} instead" and f"{reason}: exporting to {folder} instead" in caplog.text
+
+
+def test_what_the_client_would_refuse_is_not_exported(tmp_path):
+    model, quantizer = tiny_llama(), QuantizeModule(group_size=16)
+    quantizer.round_to_nearest(model)
+    with pytest.raises(ExportError, match="not 16"):
+        export_on_rank0(quantizer, model, tmp_path / "out", target="vllm")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_earlier_export_is_replaced_if_asked_and_else_kept(quantized, tmp_path):
