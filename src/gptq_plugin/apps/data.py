@@ -1,6 +1,6 @@
 """Rows of tokens for training, validation and calibration, as a LightningDataModule.
 
-Three functions, one for each config of the group `data`, choose the documents; all treat them the same.
+Three functions, one for each config of the group `data`, differ only in where the documents come from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gptq_plugin.errors import DataError
 
 
 class TextData(LightningDataModule):
-    """Documents in, batches ``{"input_ids": int64 [batch_size, seq_len]}`` out.
+    """Turns documents into batches ``{"input_ids": int64 [batch_size, seq_len]}``.
 
     Args:
         documents: Column ``text``; for training and calibration.
@@ -124,7 +124,7 @@ class _Rows(TorchDataset):
 
 
 def builtin(**options: Any) -> TextData:
-    """Python's own reference manual; see `documents.builtin_documents`. `options` are TextData's."""
+    """Python's reference manual; see `documents.builtin_documents`. `options` are TextData's."""
     return TextData(builtin_documents(), **options)
 
 

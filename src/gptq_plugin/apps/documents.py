@@ -37,7 +37,7 @@ def builtin_documents() -> Dataset:
                 paragraphs.append(paragraph.strip("\n"))
             seen.add(words)
         documents.append("\n\n".join(paragraphs))
-    return _not_empty(Dataset.from_dict({TEXT: documents}), "pydoc_data.topics")
+    return _refuse_empty(Dataset.from_dict({TEXT: documents}), "pydoc_data.topics")
 
 
 def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
@@ -64,8 +64,8 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
             part = load_dataset(TEXT, data_files=str(file), split="train", sample_by="document")
         else:
             part = load_dataset(builder, data_files=str(file), split="train")
-        parts.append(_one_column(part, column if builder != TEXT else TEXT, str(file)))
-    return _not_empty(concatenate_datasets(parts), ", ".join(map(str, paths)))
+        parts.append(_keep_column(part, column if builder != TEXT else TEXT, str(file)))
+    return _refuse_empty(concatenate_datasets(parts), ", ".join(map(str, paths)))
 
 
 def hub_documents(path: str, name: str | None = None, split: str = "train", column: str = TEXT) -> Dataset:
@@ -88,7 +88,7 @@ def hub_documents(path: str, name: str | None = None, split: str = "train", colu
             f"datasets.load_dataset could not read {what}: {error}. Without a network, use a data set "
             "in its cache, a local folder (data.path=FOLDER), or files (data=text data.path=FILES)"
         ) from error
-    return _not_empty(_one_column(documents, column, what), what)
+    return _refuse_empty(_keep_column(documents, column, what), what)
 
 
 def _expand(path: str) -> list[Path]:
@@ -107,7 +107,7 @@ def _expand(path: str) -> list[Path]:
     return files
 
 
-def _one_column(documents: Dataset, column: str, source: str) -> Dataset:
+def _keep_column(documents: Dataset, column: str, source: str) -> Dataset:
     if column not in documents.column_names:
         raise DataError(
             f"{source} has no column {column!r}: it has {', '.join(documents.column_names)}. Set data.column"
@@ -116,7 +116,7 @@ def _one_column(documents: Dataset, column: str, source: str) -> Dataset:
     return documents if column == TEXT else documents.rename_column(column, TEXT)
 
 
-def _not_empty(documents: Dataset, source: str) -> Dataset:
+def _refuse_empty(documents: Dataset, source: str) -> Dataset:
     if not any(text and text.strip() for text in texts(documents)):
         raise DataError(f"there is no text in {source}: {len(documents)} documents, all empty")
     return documents

@@ -21,17 +21,17 @@ from gptq_plugin.apps.summary import SUMMARY
 
 
 def runs_a_sweep() -> bool:
-    """Return whether this process goes through the runs of a sweep."""
+    """Returns whether this process goes through the runs of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def in_sweep() -> bool:
-    """Return whether this run belongs to a sweep, in any process: then it has a number."""
+    """Returns whether this run belongs to a sweep, in any process: then it has a number."""
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
 def starts_ranks(trainer: Trainer) -> bool:
-    """Return whether fitting starts the other ranks, with the command line of this process."""
+    """Returns whether fitting starts the other ranks, with the command line of this process."""
     launcher: Any = trainer.strategy.launcher
     environment = getattr(launcher, "cluster_environment", None)
     return trainer.num_devices > 1 and environment is not None and not environment.creates_processes_externally

@@ -249,7 +249,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
         _log(trainer, report)
 
     def leaves_quantized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Return whether the module stays quantized after `fit`."""
+        """Returns whether the module stays quantized after `fit`."""
         return not is_sharded(trainer) and leaves_quantized(pl_module, self.swap)
 
     def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:

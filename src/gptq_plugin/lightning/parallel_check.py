@@ -70,7 +70,7 @@ class ParallelOutputs:
 
 
 def may_differ(trainer: pl.Trainer, pl_module: nn.Module, module: nn.Module) -> bool:
-    """Return whether the strategy runs modules in parallel, and `module` may be run now.
+    """Returns whether the strategy runs modules in parallel, and `module` may be run now.
 
     FSDP2 takes the first module that runs for the outermost, so a module inside another FSDP2 module must not.
     """

@@ -16,7 +16,7 @@ _ROOTS = ("lightning.pytorch", "pytorch_lightning")
 
 
 def overrides(pl_module: Any, hook: str) -> bool:
-    """Return whether the module is a LightningModule, of either root, that overrides this method."""
+    """Returns whether the module is a LightningModule, of either root, that overrides this method."""
     roots = [kind for kind in in_any_root("LightningModule") if isinstance(pl_module, kind)]
     return bool(roots) and is_overridden(hook, pl_module, roots[0])
 

@@ -100,7 +100,7 @@ _KINDS: dict[str, type[Sharding]] = {
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
-    """Return whether the trainer's strategy shards parameters."""
+    """Returns whether the trainer's strategy shards parameters."""
     return any(isinstance(trainer.strategy, in_any_root(f"strategies.{name}")) for name in _KINDS)
 
 

@@ -176,7 +176,7 @@ def _original(forward: Any) -> Any:
 
 
 def _is_of_library(function: Any) -> bool:
-    """Return whether a hook or a replaced forward belongs to a library that shards."""
+    """Returns whether a hook or a replaced forward belongs to a library that shards."""
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__module__", None)).startswith(_LIBRARIES)

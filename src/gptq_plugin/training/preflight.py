@@ -16,7 +16,7 @@ from gptq_plugin.quantize.module import QuantizeModule
 
 
 def leaves_quantized(module: nn.Module, swap: bool | None) -> bool:
-    """Return whether the module stays quantized: as `swap` asks; by default, unless it has PEFT adapters."""
+    """Returns whether the module stays quantized: as `swap` asks; by default, unless it has PEFT adapters."""
     return not has_adapters(module) if swap is None else swap
 
 

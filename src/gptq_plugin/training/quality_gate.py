@@ -85,7 +85,7 @@ class QualityGate:
             )
 
     def affords(self, bits: float) -> bool:
-        """Return whether weights may take that many bits on average."""
+        """Returns whether weights may take that many bits on average."""
         return self.max_bits is None or bits <= self.max_bits
 
     def failures(self, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
