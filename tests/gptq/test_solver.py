@@ -234,6 +234,7 @@ def test_a_hessian_without_factor_falls_back_to_rounding_loudly(increment):
     weight, hessian = correlated(rows=4, n=64)
     config = plain(group_size=32, damp_auto_increment=increment)
     hessian[0, 1] = hessian[1, 0] = 1e6  # no damping below 1 makes this definite
+    hessian *= 1e-9  # inputs reached the layer, however small
     solution = solve(weight, hessian, config)
     assert solution.method == "rtn"
     last = 0.01 if increment == 0 else 0.11
@@ -241,6 +242,8 @@ def test_a_hessian_without_factor_falls_back_to_rounding_loudly(increment):
     assert solution.damp_percent == pytest.approx(last)
     assert torch.equal(solution.weight.codes, round_to_nearest(weight, config).codes)
     torch.testing.assert_close(solution.loss, solution.rtn_loss)
+    nearest = round_to_nearest(weight, config).dequantize(weight.dtype)
+    torch.testing.assert_close(solution.loss, output_error(weight - nearest, hessian))
 
 
 def test_a_group_of_zeros_stays_zero_and_tiny_weights_keep_a_scale():
