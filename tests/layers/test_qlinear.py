@@ -388,6 +388,16 @@ def test_a_layer_that_is_cast_and_moved_at_once_keeps_its_types_there():
     assert layer.half().weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_placeholder_has_the_float_weights_shape_and_dtype_wherever_the_layer_goes(dtype):
+    weight = random_weight(n_in=128, n_out=48)
+    layer = QuantLinear.from_quantized(weight, None, dtype)
+    for moved in (layer, layer.to("cpu"), copy.deepcopy(layer).to(torch.float32)):
+        wanted = torch.float32 if moved is not layer else dtype
+        assert (moved.weight.shape, moved.weight.dtype) == ((48, 128), wanted) and moved.weight.isnan().all()
+    assert layer.weight.untyped_storage().nbytes() == dtype.itemsize
+
+
 def test_a_float_layers_state_dict_is_refused_with_what_to_do():
     model = nn.Sequential(QuantLinear(8, 8, 4, 8))
     with pytest.raises(RuntimeError, match="0 is quantized, and these are the weights of the float model: load them"):
