@@ -26,10 +26,10 @@ from damage import (
 )
 
 ALONE = {
-    "zeros + 1": (zeros_off, "every zero is 8, and most others here are 9, as in a file of format gptq_v2"),
-    "zeros of one layer": (lambda tensors, bits: zeros_off(tensors, bits, only=LAYER), f"{LAYER}: sym=True says"),
-    "groups reversed": (reversed_groups, "desc_act=false says that channel i is in group i // group_size"),
-    "one channel": (one_channel_in_another_group, "desc_act=false says"),
+    "zeros + 1": (zeros_off, "promises zeros of 8, and most others are 9, as in a gptq_v2 file labelled"),
+    "zeros of one layer": (lambda tensors, bits: zeros_off(tensors, bits, only=LAYER), f"{LAYER}: sym=True promises"),
+    "groups reversed": (reversed_groups, "desc_act=false promises that channel i is in group i // group_size"),
+    "one channel": (one_channel_in_another_group, "desc_act=false promises"),
     "no zeros": (without("qzeros"), "lacks 7 tensors"),
     "one weight missing": (without("qweight", LAYER), f"{LAYER}.qweight"),
     "NaN": (lambda tensors, bits: tensors[f"{LAYER}.scales"].fill_(float("nan")), "NaN"),
@@ -74,7 +74,7 @@ def test_what_a_single_layer_shows_is_a_warning_or_an_error_by_its_weight_for_th
     used = layer.qweight.clone()
     used[-1, 5] |= 1 << 30  # the stream ends at bit 40 * 3 % 32 = 24 of the last word
     assert [message for _, message in found(qweight=used)] == [
-        "the bits behind the last code are not zero: another packing, or damage"
+        "the bits after the last code are not zero: another packing, or damage"
     ]
     codes = torch.zeros(64, 40, dtype=torch.uint8)
     assert ("error", "every code is 0: the file was not written, or is damaged") in found(qweight=pack_weight(codes, 3))
@@ -89,7 +89,10 @@ def test_the_zeros_of_the_other_version_are_recognized_where_the_grid_is_symmetr
     config = QuantizeConfig(bits=4, group_size=8)
     layer = QuantLinear.from_quantized(round_to_nearest(torch.randn(64, 40), config))
     entry = LayerEntry("x", 4, 8, 40, 64, sym=True, act_order=False)
-    for by, checkpoint_format, hint in ((-1, "gptq_v2", "gptq (v1) that says gptq_v2"), (1, "gptq", "says gptq (v1)")):
+    for by, checkpoint_format, hint in (
+        (-1, "gptq_v2", "gptq (v1) file labelled gptq_v2"),
+        (1, "gptq", "gptq_v2 file labelled gptq (v1)"),
+    ):
         zeros = torch.full((5, 64), 8 + by, dtype=torch.uint8)
         one = copy.deepcopy(layer)
         one.qzeros = pack_zeros(zeros, 4)

@@ -76,7 +76,7 @@ def test_two_descriptions_that_disagree_are_an_error(damaged: Callable[..., Path
     beside = json.loads((out / "quantize_config.json").read_text())
     (out / "quantize_config.json").write_text(json.dumps({**beside, "desc_act": True}))
     (message,) = lint(out).errors
-    assert "config.json says desc_act=False and quantize_config.json says True" in message
+    assert "config.json has desc_act=False and quantize_config.json has True" in message
 
 
 def test_scales_of_compressed_tensors_may_have_the_models_dtype(damaged: Callable[..., Path]) -> None:

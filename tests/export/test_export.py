@@ -236,7 +236,7 @@ def test_finish_names_layers_that_were_not_added_or_are_no_longer_there(rtn: Rtn
     export.add("inner.0", model.inner[0])
     export.add("again", model.again)
     model.inner[0] = nn.Linear(48, 96)
-    with pytest.raises(ExportError, match=r"inner\.0 were added to the export and are not quantized"):
+    with pytest.raises(ExportError, match=r"inner\.0 were added to the export but are not quantized"):
         export.finish(model)
     assert not any(tmp_path.iterdir())
 
@@ -248,7 +248,7 @@ def test_adding_a_layer_twice_or_one_that_the_model_has_not_is_refused(rtn: Rtn,
         export.add("inner.0", model.inner[0])
         with pytest.raises(ExportError, match=r"inner\.0 was added to the export before"):
             export.add("inner.0", model.inner[0])
-        with pytest.raises(ExportError, match="other cannot be exported: no linear layer"):
+        with pytest.raises(ExportError, match="other cannot be exported: not a linear layer"):
             export.add("other", model.inner[0])
 
 
@@ -309,7 +309,7 @@ def test_a_float_model_is_not_exported(tmp_path: Path) -> None:
 
 def test_a_config_that_is_not_the_models_is_refused(rtn: Rtn, tmp_path: Path) -> None:
     model = rtn(Plain(), QuantizeConfig(bits=4, group_size=16))
-    with pytest.raises(ExportError, match=r"inner\.0 is quantized with bits=4, .* says bits=3"):
+    with pytest.raises(ExportError, match=r"inner\.0 is quantized with bits=4, .* has bits=3"):
         export_model(model, tmp_path / "out", QuantizeConfig(bits=3, group_size=16))
     assert not any(tmp_path.iterdir())
 

@@ -28,16 +28,16 @@ def test_a_folder_that_is_not_ours_is_never_replaced(rtn: Rtn, tmp_path: Path) -
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(ExportError, match="is no export of gptq_plugin"):
+        with pytest.raises(ExportError, match="is not an export of gptq_plugin"):
             check_export_dir(target, overwrite)
-        with pytest.raises(ExportError, match="is no export of gptq_plugin"):
+        with pytest.raises(ExportError, match="is not an export of gptq_plugin"):
             export_model(rtn(Plain(), config), target, config, overwrite=overwrite)
     assert files(target) == {"thesis.txt": b"years of work"}
 
 
 def test_another_tools_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text('{"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}')
-    with pytest.raises(ExportError, match="is no export of gptq_plugin"):
+    with pytest.raises(ExportError, match="is not an export of gptq_plugin"):
         check_export_dir(tmp_path, overwrite=True)
 
 
@@ -68,13 +68,13 @@ def test_a_target_that_is_a_file_or_below_one_is_refused(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="is a file"):
         check_export_dir(tmp_path / "file")
-    with pytest.raises(ExportError, match="file is not a folder one may write to"):
+    with pytest.raises(ExportError, match="file is not a writable folder"):
         check_export_dir(tmp_path / "file" / "below")
 
 
 def test_a_parent_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, whatever the mode says
-    with pytest.raises(ExportError, match="one may write to"):
+    with pytest.raises(ExportError, match="is not a writable folder"):
         check_export_dir(tmp_path / "a" / "b")
 
 

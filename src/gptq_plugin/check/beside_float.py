@@ -46,7 +46,7 @@ class BesideFloat:
             yield error(message)
 
     def rest(self) -> Iterator[Finding]:
-        """Compares embeddings, norms, biases and float layers, each of which must be the float model's or its cast."""
+        """Compares embeddings, norms, biases and float layers, which must be the float model's, or cast from them."""
         if self._unknown:
             yield warning(
                 f"{some(self._unknown)}: the float model has no weight of that name and shape, so not compared"
@@ -81,8 +81,8 @@ class BesideFloat:
             yield warning(f"{some(unknown)}: the float model has no tensor of that name and shape, so not compared")
 
     def _grid_of(self, entry: LayerEntry) -> tuple[QuantizeConfig, tuple[float, ...]]:
-        """The layer's grid; and the parts its groups' ranges may have, where the groups' steps come from the float
-        weight: in our own checkpoints with static groups."""
+        """The layer's grid, and the clip ratios of its groups if these come from the float weight: in our own
+        checkpoints with static groups."""
         ours = self._config.for_module(entry.name) if self._config is not None else None
         if ours is not None and ours.static_groups:
             return ours, ours.clip_ratios

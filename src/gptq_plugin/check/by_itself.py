@@ -21,7 +21,7 @@ _HUGE = 1000.0  # a scale over the layer's median
 
 
 def layer_findings(entry: LayerEntry, layer: QuantLinear, checkpoint_format: str, desc_act: bool) -> Iterator[Finding]:
-    """Holds a layer to its description: zeros, groups, scales, padding and codes.
+    """Compares a layer with its description: zeros, groups, scales, padding and codes.
 
     Args:
         entry: Its name and grid, as its tensors have them.
@@ -45,12 +45,12 @@ def _zeros(entry: LayerEntry, zeros: Tensor, checkpoint_format: str) -> Iterator
             value = int(wrong.mode().values)
             hint = ""
             if value == middle - 1 and checkpoint_format == "gptq_v2":
-                hint = ", as in a file of format gptq (v1) that says gptq_v2"
+                hint = ", as in a gptq (v1) file labelled gptq_v2"
             if value == middle + 1 and checkpoint_format == "gptq":
-                hint = ", as in a file of format gptq_v2 that says gptq (v1)"
+                hint = ", as in a gptq_v2 file labelled gptq (v1)"
             yield error(
-                f"sym=True says that every zero is {middle}, and most others here are {value}{hint}: weights are off "
-                "by whole steps"
+                f"sym=True promises zeros of {middle}, and most others are {value}{hint}: "
+                "weights are off by whole steps"
             )
     elif checkpoint_format == "gptq" and bool((zeros == 0).any()):
         yield warning("some zeros are 0, which format gptq (v1) stores as -1, and clients read differently")
@@ -61,11 +61,11 @@ def _groups(entry: LayerEntry, layer: QuantLinear, desc_act: bool) -> Iterator[F
     natural = trivial_g_idx(entry.in_features, entry.group_size)
     if entry.act_order and not desc_act:
         yield error(
-            "desc_act=false says that channel i is in group i // group_size, and g_idx says otherwise: clients that "
-            "read it compute other weights than those that do not"
+            "desc_act=false promises that channel i is in group i // group_size, and g_idx contradicts it: clients "
+            "that read it compute other weights than those that do not"
         )
     elif not torch.equal(counts, torch.bincount(natural.long(), minlength=len(counts))):
-        yield error("g_idx puts more channels into some groups than group_size says, and fewer into others")
+        yield error("g_idx puts more channels into some groups than group_size allows, and fewer into others")
 
 
 def _scales(scales: Tensor) -> Iterator[Finding]:
@@ -80,10 +80,10 @@ def _scales(scales: Tensor) -> Iterator[Finding]:
 
 
 def _padding(layer: QuantLinear) -> Iterator[Finding]:
-    """Bits behind the last code of a stream."""
+    """Bits after the last code of a stream."""
     used = layer.in_features * layer.bits % 32
     if used and bool((layer.qweight[-1] & ~((1 << used) - 1)).any()):
-        yield warning("the bits behind the last code are not zero: another packing, or damage")
+        yield warning("the bits after the last code are not zero: another packing, or damage")
 
 
 def _codes(layer: QuantLinear, zeros: Tensor) -> Iterator[Finding]:

@@ -1,9 +1,8 @@
-"""A quantized layer beside the float weight it was made from: statistics that its errors leave alone and damage moves.
+"""Compares a quantized layer with its float weight, by statistics that damage moves and quantization does not.
 
-Every quantizer's own error is in them: rounding, clipped ranges, and what GPTQ adds to later columns to make up for
-earlier ones. What is compared is therefore not the error's size alone, but what such errors have in common: on average
-they shift nothing, keep the scale, and are of the size that rounding to the same grid gives. The weights are read a
-part of a layer at a time.
+A quantizer's own errors are large: rounding, clipped ranges, and GPTQ's updates of later columns. Their size alone does
+not tell them from damage. On average, however, they shift nothing, keep the scale, and are as large as rounding to the
+same grid. Weights are read a part of a layer at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
 from gptq_plugin.layers.qlinear import QuantLinear
 
 _PART = 2**23  # weights in memory at a time
-_DECODED, _LEAST_ROWS, _MOST_ROWS = 2**28, 64, 512  # weights decoded to see whether channels are in the right groups
+_DECODED, _LEAST_ROWS, _MOST_ROWS = 2**28, 64, 512  # weights decoded to find channels in wrong groups
 
 # Limits. Beside each: what a third of the layers of 21 quantizations of pycode-29m had (2, 3, 4 and 8 bits, symmetric
 # and not, groups of 32, 64 and a row, every order of columns, with clip_ratios and without), then those damaged so.
@@ -38,19 +37,18 @@ _OVER_NEAREST = 5  # at most 1.67; channels moved at 4 bits: at least 12
 
 @dataclass(frozen=True)
 class Comparison:
-    """A layer W and its quantized form Q, with step s and error W − Q.
+    """Statistics of a layer W and its quantized form Q, with step s and error W − Q.
 
     Attributes:
         error: ‖W − Q‖ / ‖W‖.
         over_nearest: ‖W − Q‖ over what rounding W to the nearest points of the same grids gives.
-        correlation: Of W and Q: 0 where rows or columns changed places.
-        shift: Mean of (W − Q) / s: 1 where zeros are off by one.
-        shifted_groups: Share of the groups whose own mean of that is above 0.5 in size.
-        gain: Σ W·Q / Σ W·W: at most about 1, since errors shrink a weight rather than stretch it; 5 % more where scales
-            are 5 % too large.
-        off_grid: Share of the groups whose step is not what quantizing W gives for any of `ratios`; NaN without these.
-        rounded: The same without room for a float model that was itself rounded to its dtype.
-        misplaced: Share of the channels whose codes fit another group's grids better than their own, on some rows.
+        correlation: Of W and Q: about 0 if rows or columns changed places.
+        shift: Mean of (W − Q) / s: 1 if zeros are off by one.
+        shifted_groups: Share of the groups in which that mean exceeds 0.5 in size.
+        gain: Σ W·Q / Σ W·W: at most about 1, since errors shrink weights; 1.05 if scales are 5 % too large.
+        off_grid: Share of the groups whose step quantizing W gives for none of the `ratios`; NaN without ratios.
+        rounded: The same without allowance for a float model that was itself rounded to its dtype.
+        misplaced: Share of the channels whose codes fit another group's grid better than their own, on sampled rows.
     """
 
     error: float
@@ -72,8 +70,8 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
         layer: With true zeros.
         weight: Float, of any dtype.
         config: The layer's grid: sym and checkpoint_format are read.
-        ratios: The parts of a group's range that its grid may cover, where the tool that wrote the layer is known to
-            choose grids from the float weight.
+        ratios: The clip ratios of a group's range, if the tool that wrote the layer is known to derive grids from the
+            float weight.
     """
     bits, top = layer.bits, 2**layer.bits - 1
     group = layer.g_idx.long()
@@ -132,7 +130,7 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
 
 
 def _misplaced(layer: QuantLinear, zeros: Tensor, weight: Tensor) -> float:
-    """See `Comparison`. Every channel is decoded with each group's grids; the group it belongs to fits best."""
+    """See `Comparison`. Decodes every channel with each group's grid; its own group should fit best."""
     groups, columns = layer.scales.shape[0], layer.in_features
     if groups == 1:
         return 0.0
@@ -149,10 +147,9 @@ def _misplaced(layer: QuantLinear, zeros: Tensor, weight: Tensor) -> float:
 
 
 def verdict(found: Comparison, bits: int, bfloat16_scales: bool = False) -> list[str]:
-    """What is wrong with a layer, in sentences that name no layer; empty for one that only its quantizer changed.
+    """Returns a layer's faults, as sentences without its name; none if only its quantizer changed it.
 
-    Not seen at 2 bits: scales a few per cent off where the grids' `ratios` are not known, and a wrong g_idx of a
-    symmetric layer.
+    Not found at 2 bits: scales a few per cent off if the `ratios` are unknown, and a wrong g_idx of a symmetric layer.
     """
     if found.correlation < _CORRELATION:
         return [
@@ -167,7 +164,7 @@ def verdict(found: Comparison, bits: int, bfloat16_scales: bool = False) -> list
         wrong.append("some groups are shifted by more than half a step: zeros off by one")
     if not math.isnan(found.off_grid):
         if found.off_grid > _OFF_GRID:
-            wrong.append("scales are not those that quantizing the float weights gives: they were changed or rounded")
+            wrong.append("scales are not those of the quantized float weights: they were changed or rounded")
         elif bfloat16_scales and found.rounded > _ROUNDED:
             wrong.append("scales were rounded to bfloat16, which moved weights by up to 0.4 %")
     elif not wrong and (found.gain > _GAIN or (bits >= 4 and found.gain < _GAIN_LOW)):

@@ -1,4 +1,4 @@
-"""What a checkpoint's files contain, and where they contradict each other or what clients expect."""
+"""Describes a checkpoint's files, and finds where they contradict each other or clients' expectations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptq_plugin.errors import some
 
 
 def facts(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, str]:
-    """What the checkpoint is, by heading."""
+    """Properties of the checkpoint, by heading."""
     grids = Counter((x.bits, x.group_size, x.sym, x.act_order) for x in inventory.layers)
     described = [
         f"{count} layers at {bits} bits, group_size={size}, {'symmetric' if sym else 'asymmetric'}"
@@ -59,7 +59,7 @@ def _contradictions(checkpoint: Checkpoint) -> Iterator[Finding]:
     for key in checkpoint.format.repeated:
         if key in inside and key in beside and inside[key] != beside[key]:
             yield error(
-                f"{CONFIG} says {key}={inside[key]!r} and {QUANTIZE_CONFIG} says {beside[key]!r}: clients read one or "
+                f"{CONFIG} has {key}={inside[key]!r} and {QUANTIZE_CONFIG} has {beside[key]!r}: clients read one or "
                 "the other, so correct the wrong one"
             )
 
@@ -93,6 +93,6 @@ def _no_g_idx(checkpoint: Checkpoint) -> Iterator[Finding]:
     without = [name for name, layer in checkpoint.layers.items() if not layer.has_g_idx]
     if without and checkpoint.format.always_g_idx:
         yield warning(
-            f"{some(without)} have no g_idx: no number changes, since desc_act=false says i // group_size; "
+            f"{some(without)} have no g_idx: no number changes, since desc_act=false means i // group_size; "
             "transformers reports missing keys"
         )

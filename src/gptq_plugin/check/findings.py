@@ -1,4 +1,4 @@
-"""What a check finds: `Finding`, and `Lint`, the whole result."""
+"""The findings of a check, `Finding`, and its whole result, `Lint`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Lint:
     """The result of `lint`.
 
     Attributes:
-        facts: What the checkpoint is, by heading.
+        facts: Properties of the checkpoint, by heading.
         findings: In the order they were found.
         refusals: By client, why it does not take the checkpoint; an empty list where it does.
         conditions: By client, what it needs beside the checkpoint.

@@ -1,4 +1,4 @@
-"""The float model a checkpoint was made from, one weight at a time: `FloatWeights`. Never the whole model in memory."""
+"""Weights of the float model a checkpoint was made from, read one at a time: `FloatWeights`."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ class FloatWeights:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} of the float model cannot be read: {error}") from error
             self._handles.update(dict.fromkeys(handle.keys(), handle))
-        # transformers' families call Conv1D's transposed weight and Linear's alike: a matrix that is not square tells.
+        # Conv1D's weight is transposed and has the name of Linear's: the first matrix that is not square tells which.
         self._transposed = False
 
     def tensor(self, wanted: str) -> Tensor | None:
-        """The tensor of that name; None where there is none.
+        """The tensor of that name, or None.
 
-        A base model's names lack the prefix that its other classes have (``model.``), or the other way round.
+        A base model's names lack the prefix (``model.``) of classes with a head, or the other way round. A name that
+        fits several tensors gives None.
         """
         names = [name for name in self._handles if name == wanted]
         names = names or [name for name in self._handles if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")]
         return self._handles[names[0]].get_tensor(names[0]) if len(names) == 1 else None
 
     def weight(self, layer: str, shape: tuple[int, int]) -> Tensor | None:
-        """The weight of the layer of that name, [out, in] = `shape`; None where there is none such."""
+        """The weight of the layer of that name, [out, in] = `shape`, or None."""
         tensor = self.tensor(f"{layer}.weight")
         if tensor is None:
             return None

@@ -1,4 +1,4 @@
-"""`gptq-plugin check`: what a checkpoint is, what is wrong with it, and which clients take it. Prints nothing.
+"""`gptq-plugin check`: describes a checkpoint, finds its faults, and asks which clients take it. Prints nothing.
 
 Without the float model a checkpoint is held to its own description: sym=True means that every zero is 2^(bits-1),
 desc_act=false that channel i is in group i // group_size, padding is zero, and two descriptions agree. With it, every
@@ -58,7 +58,7 @@ def lint(directory: str | Path, float_dir: str | Path | None = None, targets: It
 
 
 def _of_layers(checkpoint: Checkpoint, inventory: Inventory, beside: BesideFloat | None) -> Iterator[Finding]:
-    """Findings of single layers; one that several share names them all."""
+    """Findings of single layers; one that several layers share names them all."""
     names: dict[Finding, list[str]] = defaultdict(list)
     for entry in inventory.layers:
         layer = checkpoint.read_layer(entry.name)

@@ -1,4 +1,4 @@
-"""What vLLM, transformers, sglang and GPTQModel accept, and what they would find in a checkpoint.
+"""The rules of vLLM, transformers, sglang and GPTQModel, a module each, and the inventory they are asked about.
 
 Imports checkpoint, report, model, layers, device, config and errors; never export.
 """

@@ -1,4 +1,4 @@
-"""Who is to load a checkpoint, `Client`, and what a client's module defines, `Rules`.
+"""The client that is to load a checkpoint, `Client`, and the contents of a client's module, `Rules`.
 
 A new client is one new module here, which defines `RULES`, and its name in `CLIENTS`. Imports no torch: the command
 line lists the clients before it loads anything.
@@ -20,7 +20,7 @@ CLIENTS = ("vllm", "transformers", "sglang", "gptqmodel")  # names of the module
 
 @dataclass(frozen=True)
 class Rules:
-    """What one client takes, on its main platform, CUDA.
+    """The rules of one client, on its main platform, CUDA.
 
     Attributes:
         problems: Called as problems(inventory, ranks): why the client refuses a checkpoint or computes something else
@@ -43,7 +43,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Client:
-    """Who is to load a checkpoint.
+    """The client that is to load a checkpoint.
 
     Attributes:
         client: "vllm", "transformers", "sglang" or "gptqmodel".
@@ -72,7 +72,7 @@ class Client:
 
     @property
     def rules(self) -> Rules:
-        """What it takes."""
+        """The client's rules."""
         return rules_of(self.client)
 
     @classmethod

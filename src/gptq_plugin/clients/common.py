@@ -68,7 +68,7 @@ def ragged(inventory: Inventory, client: str) -> Iterator[str]:
     names = [x.name for x in inventory.layers if x.group_size > 0 and x.in_features % x.group_size]
     if names:
         yield (
-            f"{listed(names, inventory)}: {client} leaves out a last group that is not full: use "
+            f"{listed(names, inventory)}: {client} ignores a last group that is not full: use "
             f"{nearest_group(inventory, names, 1)}"
         )
 

@@ -1,4 +1,4 @@
-"""What GPTQModel takes: measured with 7.6.0, read in its ``nn_modules/qlinear/``."""
+"""GPTQModel's rules: measured with 7.6.0, read in its ``nn_modules/qlinear/``."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def _problems(inventory: Inventory, ranks: int) -> Iterator[str]:
 
 
 def _missing(inventory: Inventory, description: Mapping[str, Any]) -> Iterator[str]:
-    """measured: it tells layers left float by rules."""
+    """measured: it recognizes layers left float by rules."""
     if inventory.checkpoint_format == COMPRESSED:
         return
     rules = [rule_regex(pattern) for pattern in description.get("dynamic") or {} if pattern.startswith("-:")]
     untold = [name for name in inventory.floats if not any(re.match(rule, name) for rule in rules)]
     if untold:
         yield (
-            f'{some(untold)} are float and no `dynamic` rule ("-:REGEX": {{}}) says so, which gptqmodel goes by: '
-            "add one"
+            f'{some(untold)} are float without a `dynamic` rule ("-:REGEX": {{}}), by which gptqmodel recognizes '
+            "them: add one"
         )
 
 

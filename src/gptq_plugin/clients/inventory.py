@@ -47,14 +47,14 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What there is in a checkpoint.
+    """The contents of a checkpoint.
 
     Attributes:
-        checkpoint_format: ``"gptq"``, ``"gptq_v2"`` or ``"compressed-tensors"``.
+        checkpoint_format: One of `config.CHECKPOINT_FORMATS`.
         layers: The quantized layers.
         floats: Names of the linear layers inside the blocks that are not quantized.
         lm_head: The output embedding is quantized.
-        desc_act: What the description says of act-order, which some clients go by.
+        desc_act: The description's flag for act-order, which some clients obey.
         rules: The description's `dynamic` rules that change a grid, not those that leave layers float.
         dtype: Of the float weights, and so of a server's activations.
         model_type: transformers' name of the architecture; None for any other module.
@@ -73,7 +73,7 @@ class Inventory:
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Inventory:
-        """What the export of a planned quantization will hold, under the model's names."""
+        """The inventory of the export of a planned quantization, under the model's names."""
         return cls._of(plan.structure, [_planned(target) for target in plan.targets], plan.config)
 
     @classmethod
@@ -84,7 +84,7 @@ class Inventory:
         config: QuantizeConfig,
         report: QuantizeReport | None = None,
     ) -> Inventory:
-        """What the export of a quantized model holds, under the model's names.
+        """The inventory of the export of a quantized model, under the model's names.
 
         Args:
             structure: Of the model, made before or after it was quantized.
@@ -116,7 +116,7 @@ class Inventory:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Inventory:
-        """What `checkpoint` holds, under the names it has there; reads group indices, no weights."""
+        """The inventory of a checkpoint, under its own names. Reads group indices, no weights."""
         description = checkpoint.quantization
         layers = tuple(_entry(n, layer, checkpoint.scheme(n)) for n, layer in sorted(checkpoint.layers.items()))
         matrices = (
@@ -159,13 +159,13 @@ def _grid_rules(dynamic: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
 
 
 def _in_blocks(names: Iterable[str], quantized: Iterable[str]) -> tuple[str, ...]:
-    """Those of `names` that lie in a list of modules some of which are quantized, sorted."""
+    """The names in lists of modules of which some are quantized, sorted."""
     stacks = {_stack(name) for name in quantized}
     return tuple(sorted(name for name in names if _stack(name) in stacks))
 
 
 def _stack(name: str) -> str:
-    """``"model.layers."`` of ``"model.layers.0.mlp.up_proj"``; where no number is, the module around it."""
+    """``"model.layers."`` of ``"model.layers.0.mlp.up_proj"``; without a number, the parent module."""
     numbered = re.match(r"(.*?\.|)\d+\.", name)
     return numbered[1] if numbered else name.rpartition(".")[0]
 
@@ -176,9 +176,11 @@ def _model_type(model: nn.Module) -> str | None:
 
 
 def _largest_dtype(structure: Structure, quantized: set[str]) -> torch.dtype:
-    """As `Checkpoint.float_dtype` will be."""
+    """The dtype that `Checkpoint.float_dtype` will give."""
     experts = [structure.linears.get(name) for name in quantized]
-    fused = {layer.parameter for layer in experts if isinstance(layer, ExpertLinear)}  # if not apart any more
+    fused = {
+        layer.parameter for layer in experts if isinstance(layer, ExpertLinear)
+    }  # the parameter, if they are fused again
     tensors = [
         tensor
         for name, tensor in structure.model.state_dict(keep_vars=True).items()

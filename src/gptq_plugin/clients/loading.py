@@ -1,4 +1,4 @@
-"""How a model card tells each client's users to load an export: `loading_sections`."""
+"""The sections of a model card on loading the export with each client: `loading_sections`."""
 
 from __future__ import annotations
 

@@ -14,28 +14,28 @@ from gptq_plugin.errors import ExportError
 
 
 def refuse(inventory: Inventory, target: Client | None) -> None:
-    """Raises ExportError, with all reasons, for what `target` will not load; without a target, nothing is refused."""
+    """Raises ExportError with every reason why `target` does not take the checkpoint; refuses nothing without one."""
     found = problems(inventory, target) if target is not None else []
     if found:
         raise ExportError(f"{target} would not take this checkpoint:\n  " + "\n  ".join(found))
 
 
 def problems(inventory: Inventory, target: Client) -> list[str]:
-    """Why a client refuses a checkpoint or computes something else with it, and what it takes instead.
+    """Finds why a client refuses a checkpoint or computes something else with it, and what it takes instead.
 
     Returns:
         A sentence for each reason; empty when the client takes it.
     """
     if inventory.model_type is None:
         return [
-            f"{target.client} loads transformers models, and this is another nn.Module: load it with "
+            f"{target.client} loads transformers models, and this is a plain nn.Module: load it with "
             "gptq_plugin.load_quantized(directory, model=...)"
         ]
     return [*target.rules.problems(inventory, target.tensor_parallel_size), *_overflow(inventory)]
 
 
 def conditions(inventory: Inventory, target: Client) -> list[str]:
-    """What a client that takes the checkpoint asks for beside it, or does otherwise on a CPU."""
+    """Lists what a client that takes the checkpoint needs beside it, or does differently on a CPU."""
     return list(target.rules.conditions(inventory))
 
 

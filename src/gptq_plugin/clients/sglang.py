@@ -1,4 +1,4 @@
-"""What sglang takes: read in its source, nothing was run.
+"""sglang's rules: read in its source, nothing was run.
 
 Read were ``srt/layers/quantization/gptq.py`` and ``marlin_utils.py`` at commit 006d096, and
 ``compressed_tensors/schemes/compressed_tensors_wNa16.py`` at 255632e.
@@ -35,7 +35,7 @@ def _compressed(inventory: Inventory) -> Iterator[str]:
 
 
 def _gptq(inventory: Inventory) -> Iterator[str]:
-    # Beside Marlin there is only a kernel called with 4 bits and v1's zeros, in float16.
+    # Besides Marlin it has only a kernel for 4 bits and v1's zeros, in float16.
     yield from common.of_layers(
         inventory,
         lambda x: not x.sym and x.bits in (4, 8),
@@ -73,7 +73,7 @@ def _tiles(inventory: Inventory, ranks: int) -> Iterator[str]:
 def _conditions(inventory: Inventory) -> Iterator[str]:
     yield from common.bfloat16_scales(inventory)
     if fused.expert_blocks(inventory):
-        yield "how it loads experts was neither run nor read"
+        yield "its loading of experts was neither run nor read"
 
 
 RULES = Rules(_problems, _conditions, partial(common.missing_keys, client="sglang"), tensor_parallel=True)

@@ -1,4 +1,4 @@
-"""What transformers takes: measured with transformers 5.23.0, which loads GPTQ through optimum 2.3.0 and GPTQModel
+"""transformers' rules: measured with transformers 5.23.0, which loads GPTQ through optimum 2.3.0 and GPTQModel
 7.6.0."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _compressed(inventory: Inventory) -> Iterator[str]:
         )
     floats = [name for block in blocks for name in block.floats if name.rpartition(".")[2] in fused.EXPERT_LAYERS]
     if floats:
-        # measured: it looks for experts' packed weights alone.
+        # measured: it looks for experts' packed weights only.
         yield (
             f"{common.listed(floats)} left float: transformers leaves float experts of a compressed-tensors checkpoint "
             "at random values: use checkpoint_format='gptq', or quantize them"
@@ -108,13 +108,13 @@ def _loading(published: Published) -> str:
 
 
 def _missing(inventory: Inventory, description: Mapping[str, Any]) -> Iterator[str]:
-    """measured: it tells layers left float by a list of the others."""
+    """measured: it recognizes layers left float by a list of the others."""
     if inventory.checkpoint_format == COMPRESSED:
         return
     if inventory.floats and not description.get("modules_in_block_to_quantize"):
         yield (
             f"{some(inventory.floats)} are float and the description does not list the others in "
-            "modules_in_block_to_quantize, which transformers goes by: add it"
+            "modules_in_block_to_quantize, by which transformers recognizes them: add it"
         )
 
 

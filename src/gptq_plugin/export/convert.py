@@ -1,7 +1,7 @@
-"""From one `checkpoint_format` to another: the same codes, scales, zeros and groups, bit for bit, in other files.
+"""Converts a checkpoint to another `checkpoint_format`, with the same codes, scales, zeros and groups, bit for bit.
 
-No model is built. Tensors go from file to file one by one, so a checkpoint larger than memory is no trouble, and what
-is not quantized is copied as it is: tensors of any dtype, tokenizer, code, cards.
+No model is built. Tensors go from file to file one by one, so that a checkpoint may be larger than memory. Everything
+that is not quantized is copied: tensors of any dtype, tokenizer, code, cards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.verify_files import verify_same
 
 _HEAD = "lm_head"
-_MADE = ("damp_percent", "damp_auto_increment", "static_groups", "true_sequential")  # no reader of layers needs these
+_MADE = (
+    "damp_percent",
+    "damp_auto_increment",
+    "static_groups",
+    "true_sequential",
+)  # readers of layers do not need these
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 
 
@@ -34,18 +39,18 @@ def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, o
     """Writes a quantized checkpoint of any tool in another format.
 
     Args:
-        directory: A GPTQ or compressed-tensors checkpoint (`load_quantized` says which).
+        directory: A checkpoint that `load_quantized` reads.
         out: As for `export_model`.
-        checkpoint_format: ``"gptq"``, ``"gptq_v2"`` or ``"compressed-tensors"``.
+        checkpoint_format: One of `config.CHECKPOINT_FORMATS`.
         overwrite: Replace an earlier export in `out`.
 
     Returns:
         The folder that was written, absolute.
 
     Raises:
-        CheckpointError: `directory` holds no checkpoint, or a damaged one.
+        CheckpointError: `directory` holds no checkpoint, or it is damaged.
         ExportError: The format cannot hold it, or `out` cannot be used. Nothing is left there.
-        ValueError: There is no such format, or the checkpoint has it already.
+        ValueError: The format does not exist, or the checkpoint has it already.
     """
     if checkpoint_format not in CHECKPOINT_FORMATS:
         raise ValueError(f"checkpoint_format must be one of {', '.join(CHECKPOINT_FORMATS)}; got {checkpoint_format!r}")
@@ -53,9 +58,9 @@ def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, o
     if checkpoint.checkpoint_format == checkpoint_format:
         raise ValueError(f"{directory} has checkpoint_format={checkpoint_format!r} already: copy it")
     schemes = {name: checkpoint.scheme(name) for name in checkpoint.layers}
-    said = checkpoint.quantize_config() or checkpoint.quantization
+    source = checkpoint.quantize_config() or checkpoint.quantization
     try:
-        config = _config(schemes, said, checkpoint_format)
+        config = _config(schemes, source, checkpoint_format)
     except ValueError as error:
         raise ExportError(f"{directory} cannot be converted: {error}") from error
     description = describe(Contents(schemes, _float_linears(checkpoint), _HEAD), config)
@@ -75,7 +80,7 @@ def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, o
         if isinstance(whole.get("text_config"), dict):
             whole["text_config"] = {k: v for k, v in whole["text_config"].items() if k != "quantization_config"}
         write_json(staging.path / CONFIG, {**whole, "quantization_config": description})
-        write_quantize_config(staging.path, description, _settings(config, said))
+        write_quantize_config(staging.path, description, _settings(config, source))
         verify_same(checkpoint, staging.path)
         staging.place()
     except BaseException:
@@ -98,9 +103,9 @@ def _write(checkpoint: Checkpoint, schemes: dict[str, Scheme], checkpoint_format
     writer.finish()
 
 
-def _config(schemes: dict[str, Scheme], said: Mapping[str, Any], checkpoint_format: str) -> QuantizeConfig:
-    """As we quantized it, where we did and that is what the layers are; else as the layers are."""
-    own = own_config(said)
+def _config(schemes: dict[str, Scheme], source: Mapping[str, Any], checkpoint_format: str) -> QuantizeConfig:
+    """The configuration the layers were quantized with, if they are ours and match it; else one derived from them."""
+    own = own_config(source)
     if own is not None and all(_fits(own.for_module(name), scheme) for name, scheme in schemes.items()):
         return dataclasses.replace(own, checkpoint_format=checkpoint_format)
     most, rules = most_and_others({name: _fields(scheme) for name, scheme in schemes.items()})
@@ -112,11 +117,11 @@ def _fits(config: QuantizeConfig | None, scheme: Scheme) -> bool:
     return config is not None and (config.bits, config.group_size, config.sym) == grid
 
 
-def _settings(config: QuantizeConfig, said: Mapping[str, Any]) -> dict[str, Any]:
-    """quantize_config.json: how the layers are, from `config`, and how they were made, as far as the source says it."""
-    settings = {key: value for key, value in config.to_quantize_config().items() if key in said or key not in _MADE}
-    made = {key: said[key] for key in _MADE if key in said}
-    return {**settings, **made, "meta": said.get("meta") or {}}
+def _settings(config: QuantizeConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+    """quantize_config.json: the layers' grids from `config`, and how they were made as far as the source has it."""
+    settings = {key: value for key, value in config.to_quantize_config().items() if key in source or key not in _MADE}
+    made = {key: source[key] for key in _MADE if key in source}
+    return {**settings, **made, "meta": source.get("meta") or {}}
 
 
 def _fields(scheme: Scheme) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def _fields(scheme: Scheme) -> dict[str, Any]:
 
 
 def _float_linears(checkpoint: Checkpoint) -> list[str]:
-    """Names of what may be linear layers left float: matrices in numbered blocks, and what is said to be ignored."""
+    """Names of possible linear layers left float: matrices in numbered blocks, and modules described as ignored."""
     names = []
     for tensor in checkpoint.float_names:
         name, _, suffix = tensor.rpartition(".")

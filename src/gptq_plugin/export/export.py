@@ -1,11 +1,11 @@
 """From a quantized model to a folder that clients load: `export_model`, or `Export` while layers still come.
 
-The folder is written beside its target under a hidden name, read back from disk and compared with the model
-(`verify`), loaded and run (`proof`), flushed, and only then renamed into place (`placing`): whatever fails on the way,
-the target is as it was.
+The folder is written beside its target under a hidden name, read back and compared with the model (`verify_files`),
+loaded and run (`verify_outputs`), flushed, and only then renamed into place (`staging`): a failure leaves the target as
+it was.
 
-What each client needs to find is in `description.client_config`. Tensors keep their dtypes; choose the model's (vLLM
-wants float16 for GPTQ, and rounds scales to bfloat16 in a bfloat16 model).
+`description.client_config` describes it for clients. Tensors keep their dtypes, so choose the model's: vLLM needs
+float16 for GPTQ, and rounds scales to bfloat16 in a bfloat16 model.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def export_model(
     """Writes a quantized model as a checkpoint of the config's `checkpoint_format`.
 
     A transformers model becomes what `save_pretrained` writes (config.json with a ``quantization_config``,
-    generation_config.json, safetensors); any other module becomes safetensors and a config.json of our own. Up to
+    generation_config.json, safetensors); any other module becomes safetensors and a minimal config.json. Up to
     1 GB of tensors are one model.safetensors, more are shards with an index. quantize_config.json (AutoGPTQ's file),
     the report (for programs, as a page, and as a model card) and the tokenizer lie beside.
 
@@ -66,17 +66,17 @@ def export_model(
         report: Stored as quantization_report.json, report.html and README.md (a model card).
         tokenizer: Anything with `save_pretrained`.
         overwrite: Replace an earlier export of this package; nothing else is ever replaced.
-        sample: What the export must compute as the model does; see `proof.same_outputs`.
-        target: The client that is to load it ("vllm", "transformers", "sglang", "gptqmodel", or as `clients.Client.of`
-            takes it): what it would not take is refused.
+        sample: Run through the model and the export, whose outputs must agree; see `verify_outputs.same_outputs`.
+        target: The client that is to load it ("vllm", "transformers", "sglang", "gptqmodel", or as
+            `clients.client.Client.of` takes it): an export that it does not take is refused.
 
     Returns:
         The folder, absolute.
 
     Raises:
-        ExportError: Nothing is quantized, `config` is not what the model was quantized with, the folder
-            cannot be used, `target` would not take it, or what was written does not read back as the model. The
-            folder is then as it was.
+        ExportError: Nothing is quantized, `config` is not the one the model was quantized with, the folder cannot be
+            used, `target` does not take the export, or the files do not read back as the model. The folder is then as
+            it was.
     """
     structure, layers, client = Structure.of_unfused(model), _quantized(model), Client.of(target)
     if client is not None and layers:
@@ -96,7 +96,7 @@ class Export:
     Args:
         structure: Of the model that will be exported, its layers quantized or not yet.
         directory, config, overwrite: See `export_model`.
-        target: The client that is to load the export; `finish` refuses what it would not take.
+        target: The client that is to load the export; `finish` refuses an export that it does not take.
 
     Raises:
         ExportError: The folder cannot be used (`check_export_dir`), or the model could not be saved.
@@ -123,16 +123,16 @@ class Export:
         self._writer = ShardWriter(self._staging.path, SHARD)
 
     def add(self, name: str, layer: QuantLinear) -> None:
-        """Takes a finished layer, which is written in the background. Returns without waiting for its device; waits
-        only while two shards (`SHARD`) are not on disk yet.
+        """Takes a finished layer and writes it in the background. Does not wait for the layer's device, only while two
+        shards (`SHARD`) are not on disk yet.
 
         Args:
-            name: Its name in the model; of a shared layer, the one to store it under.
-            layer: On any device. On a CPU its tensors are kept, not copied: they must not change any more.
+            name: Its name in the model; for a shared layer, the name to store it under.
+            layer: On any device. On a CPU its tensors are kept, not copied: they must not change afterwards.
 
         Raises:
-            ExportError: The name is no linear layer of the model or was added before, the layer is not what the
-                config says, or writing an earlier layer failed.
+            ExportError: The model has no linear layer of that name, it was added before, the layer contradicts the
+                config, or writing an earlier layer failed.
         """
         self._check_open()
         if name in self._added:
@@ -154,27 +154,26 @@ class Export:
         self._added.add(name)
 
     def check(self, names: Iterable[str]) -> None:
-        """Says now whether layers of these names could be added.
+        """Checks that layers of these names can be added.
 
         Raises:
-            ExportError: A name is no linear layer of the model, or one that cannot be stored.
+            ExportError: The model has no linear layer of a name, or one that cannot be stored.
         """
         impossible = [name for name in names if name not in self._stored_names]
         if impossible:
             raise ExportError(
-                f"{some(impossible)} cannot be exported: no linear layer of the model, or one that transformers stores "
-                "in another arrangement, which packed weights cannot follow. Name such layers in modules_to_not_convert"
+                f"{some(impossible)} cannot be exported: not a linear layer of the model, or one that transformers "
+                "stores rearranged, which packed weights cannot be. Name such layers in modules_to_not_convert"
             )
 
     def written(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of an added layer mapped from its file, or None while they are not on disk.
+        """The tensors of an added layer, mapped from its file, or None while they are not on disk.
 
-        A layer on the CPU that takes these in place of its own needs no memory for them. They stay valid after
-        `finish`, after `abort` and after the files are removed or replaced, but not if somebody writes into the files.
+        A layer on the CPU that takes them in place of its own frees that memory. They stay valid after `finish` and
+        `abort`, and if the files are removed or replaced, but not if the files are written to.
 
         Returns:
-            qweight, scales, g_idx and, where there is one, bias, as `QuantLinear` describes them. Not qzeros: the
-            file's may be less one; the layer keeps its own.
+            The tensors whose bytes in the file are a `QuantLinear`'s (`Format.in_memory`); None if there are none.
         """
         stored = self._stored_names[name]
         tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in self._format.in_memory}
@@ -188,7 +187,7 @@ class Export:
         tokenizer: Any = None,
         sample: Sample | None = None,
     ) -> Path:
-        """Writes everything else, proves that the files hold the model, and puts the folder in its place.
+        """Writes everything else, verifies the files and their outputs, and puts the folder in its place.
 
         Args:
             model: The quantized model, with the layers that were added; not changed.
@@ -198,8 +197,8 @@ class Export:
             The folder, absolute.
 
         Raises:
-            ExportError: The model's layers are not those added, a file could not be written, or what was written
-                does not read back as the model, or computes something else. The target is then as it was.
+            ExportError: The model's layers are not those added, a file could not be written, does not read back as the
+                model, or computes something else. The target is then as it was.
         """
         self._check_open()
         try:
@@ -220,7 +219,7 @@ class Export:
         return self._staging.directory
 
     def abort(self) -> None:
-        """Gives up: removes everything written so far. Nothing happens to an export that is finished."""
+        """Gives up and removes everything written so far. Does nothing to a finished export."""
         if not self._over:
             self._over = True
             self._writer.abort()
@@ -234,7 +233,7 @@ class Export:
 
     def _check_open(self) -> None:
         if self._over:
-            raise ExportError(f"the export to {self._staging.directory} is finished or given up: make another Export")
+            raise ExportError(f"the export to {self._staging.directory} was finished or given up: make another Export")
 
     def _write(
         self, model: nn.Module, layers: dict[str, QuantLinear], report: QuantizeReport | None, tokenizer: Any
@@ -271,7 +270,7 @@ class Export:
             )
         gone = sorted(self._added - set(layers))
         if gone:
-            raise ExportError(f"{some(gone)} were added to the export and are not quantized in the model: swap them in")
+            raise ExportError(f"{some(gone)} were added to the export but are not quantized in the model: swap them in")
 
 
 def _quantized(model: nn.Module) -> dict[str, QuantLinear]:
@@ -283,9 +282,8 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
     for name, layer in layers.items():
         asked = config.for_module(name)
         if asked is None or (asked.bits, asked.group_size_for(layer.in_features)) != (layer.bits, layer.group_size):
-            wanted = "leaves it float" if asked is None else f"says bits={asked.bits}, group_size={asked.group_size}"
+            wanted = "leaves it float" if asked is None else f"has bits={asked.bits}, group_size={asked.group_size}"
             raise ExportError(
-                f"{name} is quantized with bits={layer.bits}, group_size={layer.group_size}, and the given "
-                "config "
+                f"{name} is quantized with bits={layer.bits}, group_size={layer.group_size}, and the given config "
                 f"{wanted}: pass the config the model was quantized with"
             )

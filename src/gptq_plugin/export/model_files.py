@@ -1,4 +1,4 @@
-"""A model's float tensors and its config.json, as transformers writes them or, for any other module, as we do."""
+"""Writes a model's float tensors and config.json: transformers' way, or for a plain module in a minimal one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def float_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
 
 
 def write_transformers(staging: Path, model: Any, floats: dict[str, Tensor], description: dict[str, Any]) -> list[Path]:
-    """Everything `save_pretrained` writes; returns its safetensors files, whose index, if any, is not ours."""
+    """Writes everything `save_pretrained` does; returns its safetensors files. Their index, if any, is not final."""
     if has_adapters(model):
         raise ExportError("the model carries PEFT adapters: quantize and export gptq_plugin.merged_copy(model) instead")
     original = model.config
@@ -44,10 +44,10 @@ def write_transformers(staging: Path, model: Any, floats: dict[str, Tensor], des
         detached = {name: tensor.detach() for name, tensor in floats.items()}
         try:
             model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD)
-        except ValueError as error:  # a rule joins weights of which some are quantized now
+        except ValueError as error:  # transformers would join weights of which some are quantized now
             log.warning(
-                "the float weights have the model's own names, not those of its published checkpoints, which need "
-                "weights that are quantized (%s): other clients may not find them",
+                "the float weights keep the model's own names, since published names join them with weights that are "
+                "quantized now (%s): other clients may not find them",
                 error,
             )
             model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD, save_original_format=False)
@@ -55,7 +55,7 @@ def write_transformers(staging: Path, model: Any, floats: dict[str, Tensor], des
         model.config = original
     config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
     config["quantization_config"] = description
-    if not getattr(original, "auto_map", None):  # models with code of their own say themselves what they are
+    if not getattr(original, "auto_map", None):  # models that bring their own code name their class themselves
         config["architectures"] = [(published_class(model) or type(model)).__name__]
     if isinstance(model.get_output_embeddings(), QuantLinear):
         # A quantized head cannot share the embedding's float weight.
@@ -67,6 +67,7 @@ def write_transformers(staging: Path, model: Any, floats: dict[str, Tensor], des
 
 
 def write_plain_config(staging: Path, model: nn.Module, description: dict[str, Any]) -> None:
+    """Writes config.json of a plain module: its class and the description."""
     kind = type(model)
     write_json(
         staging / CONFIG,
@@ -75,7 +76,7 @@ def write_plain_config(staging: Path, model: nn.Module, description: dict[str, A
 
 
 def once(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor once, tied ones under their first name, none sharing memory with another."""
+    """Lists every tensor once, tied ones under their first name, each in memory of its own size."""
     first: dict[int, str] = {}
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)

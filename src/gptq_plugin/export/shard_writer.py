@@ -1,7 +1,7 @@
-"""Tensors into safetensors files while other work goes on: `ShardWriter`.
+"""Writes tensors to safetensors files in the background: `ShardWriter`.
 
-One thread gathers what it is given and writes a file, a shard, whenever enough has come together. What is in a
-shard can be read back at once, mapped from the file, so whoever gave it may let go of its own copy.
+One thread gathers tensors and writes a file, a shard, whenever it has enough. A written tensor can be read back at
+once, mapped from the file, so that the caller can free its own copy.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Prepare = Callable[[Tensors], Tensors]
 
 
 class ShardWriter:
-    """Writes tensors to safetensors files of one folder, on a thread of its own.
+    """Writes tensors to safetensors files of one folder, on its own thread.
 
-    Not more than two shards and one `add` are held on the host at a time: `add` waits while there are. Whatever
-    fails on the thread is raised by the next `add`, or by `finish`. Called from one thread at a time.
+    At most two shards and the tensors of one `add` are held on the host: beyond that, `add` waits. An error on the
+    thread is raised by the next `add`, or by `finish`. Call it from one thread at a time.
 
     Args:
-        directory: An existing folder; files named shard-*.safetensors there are this writer's.
+        directory: An existing folder. Files named shard-*.safetensors there belong to this writer.
         shard_bytes: A shard is written as soon as it has this many bytes.
     """
 
@@ -43,7 +43,7 @@ class ShardWriter:
         self._shard_bytes = shard_bytes
         self._worker = ThreadPoolExecutor(1, "shards")
         self._changed = threading.Condition()
-        self._held = 0  # bytes given and not on disk yet
+        self._held = 0  # bytes that were added and are not on disk yet
         self._failure: BaseException | None = None
         self._gathered: Tensors = {}  # the next shard
         self._gathered_bytes = 0
@@ -51,12 +51,12 @@ class ShardWriter:
         self._written: dict[str, Any] = {}  # name -> safetensors' handle of the shard that holds it
 
     def add(self, tensors: Tensors, prepare: Prepare | None = None) -> None:
-        """Takes tensors and returns; does not wait for their device.
+        """Takes tensors, without waiting for their device.
 
         Args:
-            tensors: Name -> tensor, which must keep its values until it is in a file; none may share memory. From
-                a GPU they are copied in the order of its current stream; on a CPU they are kept as they are.
-            prepare: What is to be written, made from `tensors` on the host; called on the writer's thread.
+            tensors: By name. Their values must not change until they are in a file, and none may share memory. From a
+                GPU they are copied, in the order of its current stream; on a CPU they are kept, not copied.
+            prepare: Turns `tensors`, on the host, into those to write; called on the writer's thread.
 
         Raises:
             ExportError: An earlier shard could not be written.
@@ -70,16 +70,16 @@ class ShardWriter:
         self._worker.submit(self._take, host, size, copied, prepare)
 
     def read(self, name: str) -> Tensor | None:
-        """A tensor mapped from its shard, or None while it is in none. It outlives renaming and removal of the file."""
+        """A tensor mapped from its shard, or None while it is in none; valid even if the file is renamed or removed."""
         handle = self._written.get(name)
         return None if handle is None else handle.get_tensor(name)
 
     def finish(self, also: Sequence[Path] = (), **metadata: int) -> dict[str, list[str]]:
-        """Writes what is left and gives the files their names: model.safetensors when all fits in one shard, else
-        model-0000i-of-0000N.safetensors and an index.
+        """Writes the rest and renames the files: model.safetensors if all fits in one shard, else
+        model-0000i-of-0000N.safetensors with an index.
 
         Args:
-            also: Safetensors files that somebody else wrote into the folder; they become shards like the others.
+            also: Safetensors files that others wrote into the folder; they become shards like our own.
             metadata: For the index, beside ``total_size``.
 
         Returns:
@@ -109,7 +109,7 @@ class ShardWriter:
         return contents
 
     def abort(self) -> None:
-        """Ends the thread, after the file it is writing; what is not written is let go. May be called at any time."""
+        """Ends the thread after the file it is writing, and drops the rest. May be called at any time."""
         self._fail(ExportError("the export was given up"))
         self._worker.shutdown()
 
@@ -121,7 +121,7 @@ class ShardWriter:
         try:
             for event in copied:
                 event.synchronize()
-            if copied:  # pinned memory is slow to make: back to the pool at once, for the next `add`
+            if copied:  # pinned memory is slow to allocate: return it to the pool at once, for the next `add`
                 tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             self._gathered.update(tensors if prepare is None else prepare(tensors))
             self._gathered_bytes += size
@@ -135,7 +135,7 @@ class ShardWriter:
         try:
             save_file(self._gathered, file, metadata={"format": "pt"})
             with file.open("rb") as written:
-                os.fsync(written.fileno())  # here, so that nobody has to wait for the disk in the end
+                os.fsync(written.fileno())  # here, in the background, not at the end
             handle = safe_open(str(file), framework="pt", device="cpu")
         except (OSError, SafetensorError) as error:
             raise ExportError(
@@ -152,14 +152,14 @@ class ShardWriter:
         _trim()
 
     def _merge(self, also: Sequence[Path]) -> Sequence[Path]:
-        """Takes one small file's tensors into our only shard; returns the files that stay as they are."""
+        """Moves the tensors of one small file into our only shard; returns the files that remain."""
         if self._files or len(also) != 1:
             return also
         tensors = _mapped(also[0])
         if self._gathered_bytes + _size(tensors) >= self._shard_bytes:
             return also
         self._gathered.update(tensors)
-        also[0].unlink()  # what is mapped stays
+        also[0].unlink()  # the mapping stays valid
         return ()
 
     def _fail(self, error: BaseException) -> None:
@@ -174,7 +174,7 @@ class ShardWriter:
 
 
 def _to_host(tensors: Tensors) -> tuple[Tensors, list[torch.cuda.Event]]:
-    """The tensors on the host, and the events after which those from a GPU have arrived there."""
+    """Copies tensors to the host; returns them with the events after which those from a GPU have arrived."""
     host: Tensors = {}
     streams = set()
     for name, tensor in tensors.items():
@@ -182,7 +182,7 @@ def _to_host(tensors: Tensors) -> tuple[Tensors, list[torch.cuda.Event]]:
             stream = torch.cuda.current_stream(tensor.device)
             pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             host[name] = pinned.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)  # its memory is not to be used again before it is copied
+            tensor.record_stream(stream)  # its memory must not be reused before it is copied
             streams.add(stream)
         else:
             host[name] = tensor.cpu().contiguous()
@@ -194,15 +194,15 @@ def _to_host(tensors: Tensors) -> tuple[Tensors, list[torch.cuda.Event]]:
 
 
 def _trim() -> None:
-    """Has freed memory returned to the system. glibc keeps what tensors below 32 MB leave and, once small objects lie
-    between, hardly uses it again: a process that frees a layer for each one it makes would grow all the same."""
+    """Returns freed memory to the system. glibc keeps that of tensors below 32 MB and, once small objects lie between,
+    hardly reuses it: a process that frees a layer for each new one would grow nevertheless."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
         trim(0)
 
 
 def _mapped(file: Path) -> Tensors:
-    """Everything in the file, mapped: nothing is read until it is used."""
+    """Maps every tensor in the file; nothing is read before it is used."""
     with safe_open(str(file), framework="pt", device="cpu") as handle:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (the handle is no mapping)
 

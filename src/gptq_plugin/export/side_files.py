@@ -1,4 +1,4 @@
-"""The files beside the weights: quantize_config.json, the report, its page and the model card."""
+"""Writes the files beside the weights: quantize_config.json, the report, its page and the model card."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ CARD = "README.md"
 
 
 def write_quantize_config(staging: Path, description: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """AutoGPTQ's file: the same description, everything needed to quantize so again (`settings`, as
-    `QuantizeConfig.to_quantize_config` has it), and the list of our files.
+    """Writes AutoGPTQ's file: the description, everything needed to quantize in the same way again, and a list of our
+    files, by which a later export knows what it may replace. It is therefore written last.
 
-    It is written last, and the list is how a later export knows what it may replace.
+    Args:
+        staging: The export's folder.
+        description: The ``quantization_config`` of config.json.
+        settings: As `QuantizeConfig.to_quantize_config` gives them.
     """
     meta = {**settings["meta"], **description["meta"]}
     listed = sorted([*files_in(staging), QUANTIZE_CONFIG])

@@ -1,7 +1,6 @@
-"""A folder that is there as a whole or not at all: `Staging` is filled beside its target and renamed into place.
+"""Makes a folder appear as a whole or not at all: `Staging` is filled beside its target and renamed into place.
 
-An earlier export may be replaced; nothing else ever is. What lies in a target is known from the list of files that
-every export holds (quantize_config.json).
+Only an earlier export is ever replaced. It is recognized by the list of its files in quantize_config.json.
 """
 
 from __future__ import annotations
@@ -29,24 +28,22 @@ _YOUNG = 60  # seconds
 
 
 def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
-    """Says now, before any training or quantization, whether `export_model` could write to `directory`.
+    """Checks, before any training or quantization, that `export_model` could write to `directory`.
 
     Args:
         directory: The target folder.
-        overwrite: Whether an earlier export of this package may be replaced.
+        overwrite: An earlier export of this package may be replaced.
 
     Raises:
         ExportError: It is a file, is not ours, holds files this package did not write, is an export and
-            `overwrite` is false, or cannot be created. Nothing is created or deleted here.
+            `overwrite` is false, or cannot be created. Nothing is created or deleted.
     """
     directory = Path(directory).resolve()
     parent = directory.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ExportError(
-            f"cannot create {directory}: {parent} is not a folder one may write to; choose another target"
-        )
+        raise ExportError(f"cannot create {directory}: {parent} is not a writable folder; choose another target")
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -57,8 +54,8 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
     written = _manifest(directory)
     if written is None:
         raise ExportError(
-            f"{directory} exists, is not empty and is no export of {QUANTIZER_NAME}: choose another "
-            "folder, or move it away (it is never overwritten, whatever `overwrite` says)"
+            f"{directory} exists, is not empty and is not an export of {QUANTIZER_NAME}: choose another "
+            "folder, or move it away (`overwrite` replaces exports only)"
         )
     if not overwrite:
         raise ExportError(f"{directory} holds an earlier export: pass overwrite=True to replace it, or choose another")
@@ -71,7 +68,7 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
 
 
 class Staging:
-    """A new folder beside `directory`, under a hidden name, that `place` renames to it.
+    """A new folder beside `directory`, under a hidden name; `place` renames it to `directory`.
 
     Args:
         directory: The target; its parents are created.
@@ -90,17 +87,17 @@ class Staging:
         self.path = self.directory.parent / f".{self.directory.name}.{uuid.uuid4().hex[:8]}.partial"
         self.path.mkdir()
         self._lock = os.open(self.path, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks: leftovers stay then
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
             fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def place(self) -> None:
         """Flushes all files to the disk, then puts the folder in its target's place.
 
         Raises:
-            ExportError: The target cannot be used any more.
+            ExportError: The target can no longer be used.
         """
         _flush(self.path)
-        check_export_dir(self.directory, self._overwrite)  # again: much may have happened since
+        check_export_dir(self.directory, self._overwrite)  # again: it may have changed
         if not self.directory.exists():
             self.path.rename(self.directory)
         elif _exchange(self.path, self.directory):
@@ -111,7 +108,7 @@ class Staging:
         _sync(self.directory.parent)
 
     def remove(self) -> None:
-        """Removes the folder, unless it is in its place."""
+        """Removes the folder, unless it was placed."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._unlock()
 
@@ -122,13 +119,13 @@ class Staging:
 
 
 def files_in(directory: Path) -> list[str]:
-    """Everything in the folder that is not itself a folder, by relative name."""
+    """Lists all files below the folder, links included, by relative name."""
     paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     return [path.relative_to(directory).as_posix() for path in paths]
 
 
 def _manifest(directory: Path) -> set[str] | None:
-    """The files an earlier export wrote into `directory`, or None when it is no export of ours."""
+    """The files an earlier export wrote into `directory`, or None if it is not an export of ours."""
     try:
         description = json.loads((directory / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
         return set(description["meta"][QUANTIZER_NAME]["files"])
@@ -137,7 +134,7 @@ def _manifest(directory: Path) -> set[str] | None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Removes what killed exports to the same target left: hidden folders that no process holds a lock on."""
+    """Removes the hidden folders that killed exports to the same target left: those that no process has locked."""
     for folder in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime < _YOUNG:
@@ -146,13 +143,13 @@ def _remove_leftovers(directory: Path) -> None:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)
-                log.warning("removed %s, which an export that was killed had left", folder)
+                log.warning("removed %s, left by an export that was killed", folder)
             finally:
                 os.close(handle)
 
 
 def _flush(staging: Path) -> None:
-    """Everything to the disk, with the permissions a new file has (safetensors makes its own private)."""
+    """Flushes all files to the disk and gives them the permissions of new files (safetensors makes its own private)."""
     mode = stat.S_IMODE((staging / QUANTIZE_CONFIG).stat().st_mode)
     for path in [*staging.rglob("*"), staging]:
         if not path.is_dir():
@@ -169,8 +166,8 @@ def _sync(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges the names of two folders at once, so that a kill at any moment leaves a whole one under each; False
-    where the system or the file system cannot (Linux 3.15 and glibc 2.28 can, NFS cannot)."""
+    """Exchanges the names of two folders atomically, so that a kill at any moment leaves a whole folder under each.
+    Returns False if the system or file system cannot (Linux 3.15 and glibc 2.28 can, NFS cannot)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
@@ -181,7 +178,7 @@ def _remove_earlier(folder: Path) -> None:
 
 
 def _step_aside(staging: Path, directory: Path) -> None:
-    """The same in two steps: the earlier export goes to another name, and comes back if the second step fails."""
+    """Replaces a folder in two steps: the earlier export is renamed, and renamed back if the second step fails."""
     aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.replaced"
     directory.rename(aside)
     try:

@@ -1,7 +1,7 @@
-"""Proof that a folder holds a model: `verify` reads it anew and compares it with the model in memory.
+"""Verifies that a folder holds a model: `verify` reads it back and compares it with the model in memory.
 
-Every quantized tensor is compared after its format has read it back, and some rows' weights are decoded here from
-single bits, by code that shares nothing with what wrote them.
+Every quantized tensor is read back by its format and compared. Some rows of every layer are also decoded bit by bit, by
+code that shares nothing with the code that wrote them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def verify(
     floats: Mapping[str, Tensor],
     renamed: Callable[[str], str] = str,
 ) -> None:
-    """Compares the checkpoint in `directory` with what it should hold.
+    """Compares the checkpoint in `directory` with the model it should hold.
 
     Args:
         directory: A checkpoint.
         layers: Every quantized layer by its name in the model; a shared one may have several.
-        floats: Other tensors by name; those under names that the checkpoint does not have are not compared.
-        renamed: A layer's name in the checkpoint to its name in the model.
+        floats: Other tensors by name. Names that the checkpoint does not have are skipped.
+        renamed: Turns a layer's name in the checkpoint into its name in the model.
 
     Raises:
         ExportError: Something differs; the message names the tensor.
@@ -70,7 +70,7 @@ def _verify_layer(checkpoint: Checkpoint, name: str, layer: QuantLinear) -> None
 
 
 def _equal(stored: Tensor, ours: Tensor) -> bool:
-    """torch.equal, on the device of `ours`, a piece at a time: needs little memory there and none here."""
+    """torch.equal on the device of `ours`, in pieces, so that it needs little memory there."""
     if stored.shape != ours.shape or stored.dtype != ours.dtype:
         return False
     if not ours.numel():
@@ -81,7 +81,7 @@ def _equal(stored: Tensor, ours: Tensor) -> bool:
 
 
 def _rows(layer: QuantLinear) -> Tensor:
-    """The first output channels' weights in memory, float32 [rows, in]."""
+    """The weights of the layer's first output channels in memory, float32 [rows, in]."""
     rows = min(_CHECKED_ROWS, layer.out_features)
     words = reference.words_for(rows, layer.bits)
     pieces = (layer.qweight[:, :rows], layer.qzeros[:, :words], layer.scales[:, :rows], layer.g_idx)
@@ -89,7 +89,7 @@ def _rows(layer: QuantLinear) -> Tensor:
 
 
 def decoded_rows(checkpoint: Checkpoint, name: str, rows: int) -> Tensor:
-    """A layer's first output channels from the file, float32 [rows, in], bit by bit: without
+    """Decodes a layer's first output channels from the file, float32 [rows, in], bit by bit, without
     `Format.from_file`, `packing` and the kernels."""
     layer = checkpoint.layers[name]
     rows = min(rows, layer.out_features)
@@ -105,8 +105,8 @@ def decoded_rows(checkpoint: Checkpoint, name: str, rows: int) -> Tensor:
 
 
 def _from_bits(words: Tensor, bits: int) -> Tensor:
-    """int32 [n, w], a little-endian stream along each row, to int32 [n, w * 32 // bits]."""
-    words = words.clone(memory_format=torch.contiguous_format)  # of one column, a view may pass for contiguous
+    """Decodes int32 [n, w], a little-endian bit stream along each row, into codes, int32 [n, w * 32 // bits]."""
+    words = words.clone(memory_format=torch.contiguous_format)  # a view of one column may pass for contiguous
     single = (words.view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     stream = single.flatten(1)
     whole = stream.shape[1] // bits * bits
@@ -115,7 +115,7 @@ def _from_bits(words: Tensor, bits: int) -> Tensor:
 
 
 def verify_same(source: Checkpoint, directory: Path) -> None:
-    """Compares the checkpoint in `directory` with `source`, whatever the format of either.
+    """Compares the checkpoint in `directory` with `source`, which may have another format.
 
     Raises:
         ExportError: Something differs; the message names the tensor.

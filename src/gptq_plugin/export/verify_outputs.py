@@ -1,7 +1,6 @@
-"""Whether an export computes what the model in memory computes: it is loaded again, and both run a calibration sample.
+"""Verifies that an export computes the model's outputs: it is loaded again, and both run a calibration sample.
 
-That the files hold the model's tensors is `verify`'s to show; this shows that what is said beside them (architecture,
-tied weights, formats) makes the same model of them.
+`verify_files` compares the tensors; this compares what loading makes of them: architecture, tied weights, formats.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from gptq_plugin.model.hf_models import has_own_code, is_transformers
 log = logging.getLogger(__name__)
 
 LENGTH = 64  # tokens of a sample that are run
-# Largest difference over the largest output: the same kernels add in the same order, but a float32 part of a model of
-# 16 bits is loaded in 16, and a GPU need not add in one order.
+# Largest difference over the largest output: the same kernels add in the same order, but a float32 part of a 16-bit
+# model is loaded in 16 bits, and a GPU's order of addition may vary.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_16_BITS = 5e-2
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Something to run through a model.
+    """An input to run through a model.
 
     Attributes:
         batch: A calibration batch.
@@ -52,7 +51,7 @@ class Sample:
 
     @classmethod
     def of(cls, batch: Any, forward: Callable[[nn.Module, Any], Any], device: torch.device) -> Sample:
-        """The first sample of a batch, at most `LENGTH` tokens long, where that can be told; else the whole batch."""
+        """Cuts a batch to its first sample and `LENGTH` tokens; keeps it whole if its samples are not recognized."""
         return cls(_first(batch), forward, device)
 
 
@@ -62,8 +61,8 @@ def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> No
     Args:
         model: The quantized model; not changed.
         directory: Its export.
-        sample: What to run; without one, or where it does not reach the model as a whole, a transformers model runs its
-            `dummy_inputs`. What could not be compared is in the log.
+        sample: The input. Without one, or if its forward does not call the model as a whole, a transformers model runs
+            its `dummy_inputs`. The log tells if nothing could be compared.
 
     Raises:
         ExportError: The export does not load, or computes something else.
@@ -80,13 +79,13 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> N
         log.warning("the export was not run: no calibration sample went through the model as a whole")
         return
     (args, kwargs), device = called
-    with _on(model, device):  # not what the sample's forward gave, which may run under autocast
+    with _on(model, device):  # not the sample's forward, which may use autocast
         expected, repeated = (_floats(model(*args, **kwargs)) for _ in range(2))
     if not expected:
-        log.warning("the export was not compared with the model, whose outputs hold no floating-point tensors")
+        log.warning("the export was not compared with the model: its outputs hold no floating-point tensors")
         return
     if any(_difference(a, b) > _tolerance(a, b) for a, b in zip(repeated, expected, strict=True)):
-        log.warning("the export was not compared with the model, which computes something else every time")
+        log.warning("the export was not compared with the model: two runs of the model gave different outputs")
         return
     try:
         again = _reload(model, directory)
@@ -96,7 +95,7 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> N
         return
     with streamed_to(again, device, capacity=0):
         found = _floats(again(*args, **kwargs))
-    replaced = "forward" in vars(model)  # as accelerate does it, to run the model under autocast
+    replaced = "forward" in vars(model)  # as accelerate does, to run the model under autocast
     _compare(found, expected, _TOLERANCE_16_BITS if replaced else 0.0)
 
 
@@ -111,7 +110,7 @@ def _compare(found: list[Tensor], expected: list[Tensor], tolerance: float) -> N
         if share > max(tolerance, _tolerance(theirs, ours)):
             raise ExportError(
                 f"the export computes something else than the model: an output differs by {share:.3g} of the largest. "
-                "The model in memory is not what its class and configuration say (was one of them changed by hand?)"
+                "The model in memory differs from its class and configuration (was one of them changed by hand?)"
             )
 
 
@@ -120,7 +119,7 @@ def _tolerance(*tensors: Tensor) -> float:
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference over the largest value; infinite where they are not finite in the same places."""
+    """Largest difference over the largest value; infinite unless both are finite in the same places."""
     one, other = one.double().cpu(), other.double().cpu()
     finite = other.isfinite()
     if not torch.equal(finite, one.isfinite()):
@@ -133,12 +132,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _called(model: nn.Module, sample: Sample) -> tuple[Arguments, torch.device] | None:
-    """The arguments of the first call of the model as a whole; None when there is none."""
+    """The arguments of the first call of the model as a whole; None without such a call."""
     seen: list[Arguments] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not seen:
-            seen.append(tree_map(_cloned, (args, kwargs)))  # the forward may write into them
+            seen.append(tree_map(_cloned, (args, kwargs)))  # the forward may modify them
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
     try:
@@ -171,31 +170,31 @@ def _reload(model: nn.Module, directory: Path) -> nn.Module | None:
             log.warning("the export was not run: %s cannot be copied (%s)", type(model).__name__, error)
             return None
     with _without_progress_bar():
-        # Code that came with the weights is in this process: every import of a copy stays in transformers' cache.
+        # The code that came with the weights is imported already: a copy's import would stay in transformers' cache.
         own = has_own_code(model)
         again = load_as(directory, type(model), type(model.config)) if own else load_quantized(directory)
     attention = getattr(model.config, "_attn_implementation", None)
-    with contextlib.suppress(Exception):  # another implementation of it adds in another order: no more than that
+    with contextlib.suppress(Exception):  # another implementation only adds in another order
         again.set_attn_implementation(attention)
     return again  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """transformers draws none: nobody asked for this load."""
-    from transformers.utils import logging as said
+    """Hides transformers' progress bar during this internal load."""
+    from transformers.utils import logging as transformers_logging
 
-    shown = said.is_progress_bar_enabled()
-    said.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            said.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a plain module with empty Linears where it has quantized layers, for `load_quantized` to fill."""
+    """Copies a plain module with empty Linears in place of its quantized layers, for `load_quantized` to fill."""
     memo: dict[int, Any] = {}
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
@@ -206,7 +205,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model on the device: where it is, or brought there part by part."""
+    """Inside the block the model runs on the device, streamed there part by part if it is elsewhere."""
     parameter = next((t for t in (*model.parameters(), *model.buffers())), None)
     if parameter is None or parameter.device == device:
         yield
@@ -234,7 +233,7 @@ def _first(batch: Any) -> Any:
 
 
 def _floats(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, in order; not what is kept for later calls (caches)."""
+    """The floating-point tensors of an output, in order, without those kept for later calls (caches)."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
