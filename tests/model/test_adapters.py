@@ -351,7 +351,7 @@ def test_disabled_adapters_are_refused():
 def test_a_learned_prompt_is_refused(config, kind):
     model = adapted(config)
     assert has_adapters(model)
-    with pytest.raises(TargetError, match=rf"adapter of type {kind}, which is no change of weights.*get_base_model"):
+    with pytest.raises(TargetError, match=rf"adapter of type {kind}, which does not change weights.*get_base_model"):
         merged_copy(model)
 
 
@@ -360,7 +360,7 @@ def test_adapters_mixed_anew_for_every_token_are_refused(tmp_path):
     base = llama()
     base.config.use_cache = False
     mix = XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, xlora_depth=1, adapters={"0": str(tmp_path)})
-    with pytest.raises(TargetError, match="adapter of type XLORA, which is no change of weights"):
+    with pytest.raises(TargetError, match="adapter of type XLORA, which does not change weights"):
         merged_copy(get_peft_model(base, mix))
 
 

@@ -1,8 +1,8 @@
-"""PEFT adapters: found, and merged into a copy of the model that shares what they leave alone.
+"""PEFT adapters: finds them, and merges them into a copy of the model that shares all other weights.
 
-PEFT itself merges, layer by layer, so every kind of adapter it can merge is merged as it defines it (LoRA:
-https://arxiv.org/abs/2106.09685, DoRA: https://arxiv.org/abs/2402.09353). Here it is only given copies in float32,
-and the result is rounded once. Without peft in the process there are no adapters, and nothing here imports it.
+PEFT merges each layer as it defines its kinds of adapters (LoRA: https://arxiv.org/abs/2106.09685, DoRA:
+https://arxiv.org/abs/2402.09353). Here it is given copies in float32, and the result is rounded once. Nothing here
+imports peft: without it in the process there are no adapters.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ log = logging.getLogger(__name__)
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether anything in the tree is PEFT's: its wrapper of a model, or of a layer."""
+    """True if the tree holds a wrapper of PEFT's, of a model or of a layer."""
     kinds = (*_models(), *_layers())
     return any(isinstance(part, kinds) for part in module.modules())
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
-    """A model without PEFT whose weights are those `model` computes with: its base's and the active adapters'.
+    """A copy of a model without PEFT, with the active adapters merged into its weights.
 
-    The model stays as it is, bit for bit. Weights that no adapter changes lie in the same memory in both: do not train
-    the copy or write into its weights. Its parameters need no gradients. Moving or quantizing it is safe.
+    The model itself stays the same, bit for bit. Weights that no adapter changes lie in the same memory in both: do not
+    train the copy or write into its weights. Its parameters need no gradients. Moving or quantizing it is safe.
 
     Args:
-        model: A PeftModel, a transformers model with adapters of its own (`add_adapter`), or any module that holds
-            such. Adapters merged already (`merge_adapter`) are not merged twice; a module of `modules_to_save`
-            replaces the original. Where the input and the output embedding share a weight and no longer can, the tie
-            is undone in the copy and its configuration, and the log says so.
+        model: A PeftModel, a transformers model with adapters (`add_adapter`), or any module that holds one. Adapters
+            that are merged already (`merge_adapter`) are not merged twice; a module of `modules_to_save` replaces the
+            original. If the input and the output embedding share a weight and no longer can, the copy and its
+            configuration are untied, and this is logged.
 
     Returns:
-        What `merge_and_unload` would return. A merged layer has its base's dtype, rounded once from float32.
+        The model that `merge_and_unload` would return. A merged layer has its base's dtype, rounded once from float32.
 
     Raises:
-        TargetError: Adapters that are disabled, or inactive; that are no change of weights, such as a learned prompt;
-            or that sit on weights that are quantized already. The message names them and says what to do.
+        TargetError: Adapters are disabled or inactive, do not change weights (a learned prompt, say), or sit on
+            quantized weights. The message names them and tells what to do.
     """
     _check_kinds(model)
     _check_layers(model)
@@ -58,7 +58,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
 
 
 def merged_in_place(model: nn.Module) -> nn.Module:
-    """`merged_copy` on the model's device; the model goes to the CPU, since training did not have both there.
+    """`merged_copy` on the model's device; the model itself moves to the CPU, so that the device does not hold both.
 
     Raises:
         TargetError: As `merged_copy`.
@@ -68,7 +68,7 @@ def merged_in_place(model: nn.Module) -> nn.Module:
 
 
 def note_untied(model: nn.Module, merged: nn.Module) -> list[str]:
-    """What `merged_copy` had to change beside weights: a sentence where it undid a tie of the two embeddings."""
+    """A sentence for each transformers model whose two embeddings `merged_copy` untied."""
     pairs = zip(transformers_models(model), transformers_models(merged), strict=False)
     return [
         f"{name or type(part).__name__}: the adapters changed one of two embeddings that shared a weight: the merged "
@@ -79,10 +79,11 @@ def note_untied(model: nn.Module, merged: nn.Module) -> list[str]:
 
 
 def base_copy(model: nn.Module) -> nn.Module:
-    """The copy without the adapters' changes, which takes no memory for weights: to look at layers before training.
+    """A copy of a model without PEFT and without the adapters' changes, to look at its layers before training. It takes
+    no memory for weights.
 
     Raises:
-        TargetError: As `merged_copy`, for what that could not merge.
+        TargetError: `merged_copy` could not merge the adapters.
     """
     _check_kinds(model)
     _check_layers(model)
@@ -90,7 +91,7 @@ def base_copy(model: nn.Module) -> nn.Module:
 
 
 def import_peft() -> ModuleType:
-    """The library, for whoever reads adapters from disk; an ImportError says what to install."""
+    """Imports peft, to read adapters from disk. The ImportError tells what to install."""
     try:
         import peft
     except ImportError as error:
@@ -103,7 +104,7 @@ def _peft(module: str) -> ModuleType | None:
 
 
 def _known(*names: tuple[str, str]) -> tuple[Any, ...]:
-    """Classes of PEFT, given as (module, name), as far as it is in the process."""
+    """Classes of PEFT, given as (module, name), of modules that are imported."""
     return tuple(getattr(_peft(module), name) for module, name in names if _peft(module) is not None)
 
 
@@ -133,7 +134,7 @@ def _check_kinds(model: nn.Module) -> None:
         )
         if kinds:
             raise TargetError(
-                f"{name or type(part).__name__} has an adapter of type {' and '.join(kinds)}, which is no change of "
+                f"{name or type(part).__name__} has an adapter of type {' and '.join(kinds)}, which does not change "
                 "weights and cannot be merged into them. Quantize the base model alone (model.get_base_model()) and "
                 "load the adapter on the result, or train LoRA instead"
             )
@@ -172,7 +173,7 @@ def _is_plain(parameter: nn.Parameter) -> bool:
 
 
 def _unwrapped(module: Any, name: str, merged: Callable[[Any, str], nn.Module]) -> nn.Module:
-    """The module with everything of PEFT's in it replaced by what it wraps, and its layers by merged(layer, name)."""
+    """The module with PEFT's wrappers replaced by what they wrap, and PEFT's layers by merged(layer, name)."""
     if isinstance(module, _models()):
         return _unwrapped(module.base_model, name, merged)
     if isinstance(module, _tuners()):
@@ -190,7 +191,7 @@ def _unwrapped(module: Any, name: str, merged: Callable[[Any, str], nn.Module]) 
 
 
 def _saved(wrapper: Any) -> nn.Module:
-    """The trained module of `modules_to_save`, in the dtypes of the one it replaces."""
+    """The trained module of `modules_to_save`, in the dtypes of the original."""
     trained = [wrapper.modules_to_save[name] for name in wrapper.active_adapters if name in wrapper.modules_to_save]
     if not trained:
         return wrapper.original_module  # type: ignore[no-any-return]
@@ -208,7 +209,7 @@ def _merged(layer: Any, name: str) -> nn.Module:
         _cast(layer, lambda _, tensor: torch.promote_types(tensor.dtype, torch.float32), copy=True)
     with full_precision(next(base.parameters()).device):
         try:
-            # safe_merge refuses values that are not finite, and writes into no tensor
+            # safe_merge refuses values that are not finite, and does not write into tensors
             if hasattr(layer, "unload_and_optionally_merge_module"):
                 base = layer.unload_and_optionally_merge_module(merge=merge, safe_merge=True, adapter_names=None)
             elif merge:
@@ -224,13 +225,13 @@ def _base(layer: Any) -> Any:
 
 
 def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:
-    """Of the tensors of a base layer, under the names they have once layers inside it are unwrapped too."""
+    """Dtypes of a base layer's tensors, by the names they have once layers inside it are unwrapped."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return {key.replace("base_layer.", ""): tensor.dtype for key, tensor in tensors}
 
 
 def _cast(module: nn.Module, dtype: Callable[[str, Tensor], torch.dtype], copy: bool = False) -> None:
-    """Gives the module tensors in other dtypes; the old ones stay as they are."""
+    """Replaces the module's floating-point tensors by casts; the old tensors are not changed."""
     for prefix, part in module.named_modules():
         for tensors in (part._parameters, part._buffers):
             for key, tensor in tensors.items():
@@ -248,7 +249,7 @@ def _ties(model: Any) -> bool:
 
 
 def _settle_tie(model: Any) -> None:
-    """Where the configuration ties the two embeddings and they are two by now: one again if equal, else untied."""
+    """Ties two embeddings again that the configuration ties and that are equal; otherwise unties the configuration."""
     configs = [model.config, model.config.get_text_config()]
     if not _ties(model):
         return

@@ -1,8 +1,8 @@
-"""What stands where a parameter [experts, ., .] was, while the module's own forward runs on: `ExpertWeights`, and
-`WatchedWeights` while it is learned how a module uses such a parameter.
+"""Stand-ins for a parameter [experts, ., .] that leave the module's forward as it is: `ExpertWeights` calls a layer for
+each expert; `WatchedWeights` learns how the parameter is used.
 
-Both give, for the number of an expert, something that torch.nn.functional.linear and @ take for a matrix; PyTorch's
-``__torch_function__`` hands the product to it.
+Indexed with an expert's number, both give an object that torch.nn.functional.linear and @ take for a matrix; PyTorch's
+``__torch_function__`` lets it compute the product.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MatrixLayout = Literal["out, in", "in, out"]  # the sides of one expert's matrix
 
 
 class _Experts:
-    """What both stand-ins are: a sequence of the experts' matrices."""
+    """A sequence of the experts' matrices."""
 
     def product(self, expert: int, x: Tensor, used_as: MatrixLayout) -> Tensor:
-        """What multiplying x by one expert's matrix gives, where the code takes that to be of this layout."""
+        """The product of x and one expert's matrix, which the calling code takes to have this layout."""
         raise NotImplementedError
 
     def otherwise(self, what: str) -> Any:
-        """For any other use."""
+        """Called for any other use, described by `what`; returns the parameter or raises."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -40,16 +40,16 @@ class _Experts:
 
 
 class ExpertWeights(_Experts):
-    """Stands where the parameter [experts, ., .] was: `weights[i]` multiplies as expert i's Linear layers do.
+    """Replaces the parameter [experts, ., .]: multiplying by `weights[i]` calls the layers of expert i.
 
     Args:
-        module: The experts' module, whose children ``"0"``, ``"1"``, ... are them.
-        parts: Names of each expert's layers, whose outputs follow one another.
-        shape: The parameter's.
-        dtype: The parameter's.
+        module: The experts' module, with children ``"0"``, ``"1"``, ...
+        parts: Names of each expert's layers, whose outputs are concatenated.
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
     """
 
-    _is_hf_initialized = True  # nothing here is for transformers to initialise
+    _is_hf_initialized = True  # transformers has nothing to initialise here
 
     def __init__(self, module: nn.Module, parts: list[list[str]], shape: torch.Size, dtype: torch.dtype) -> None:
         self._module = module
@@ -77,7 +77,7 @@ class ExpertWeights(_Experts):
 
     def otherwise(self, what: str) -> Any:
         raise TypeError(
-            f"{type(self._module).__name__} uses its experts' weights in a way that quantized ones do not have "
+            f"{type(self._module).__name__} uses its experts' weights in a way that quantized experts do not support "
             f"({what}): name the module in modules_to_not_convert"
         )
 
@@ -96,7 +96,7 @@ class ExpertWeights(_Experts):
 
 
 class _One:
-    """One expert's matrix, as the forward has it after indexing, or that transposed."""
+    """One expert's matrix, as the forward gets it by indexing, or its transpose."""
 
     def __init__(self, weights: Any, expert: int, turned: bool = False) -> None:
         self._weights = weights
@@ -150,10 +150,10 @@ class _One:
 
 
 class WatchedWeights(_Experts):
-    """Stands where a parameter is while it is learned how that is used; computes what the parameter would.
+    """Replaces a parameter to learn how it is used, and computes what the parameter would.
 
     Attributes:
-        uses: The layouts it was used by; None for any other use.
+        uses: The layouts in which it was used; None stands for any other use.
     """
 
     def __init__(self, parameter: Tensor) -> None:
@@ -173,7 +173,7 @@ class WatchedWeights(_Experts):
         return getattr(self._parameter if name in _TOLD else self.otherwise(name), name)
 
     def otherwise(self, what: str) -> Tensor:
-        """The parameter itself, for a use that quantized experts do not have."""
+        """Returns the parameter, for a use that quantized experts do not support."""
         self.uses.add(None)
         return self._parameter
 
@@ -192,7 +192,7 @@ class WatchedWeights(_Experts):
         return function(*map(real, args), **{key: real(value) for key, value in (kwargs or {}).items()})
 
 
-_TOLD = ("shape", "dtype", "device", "dim", "size")  # what `ExpertWeights` says of the parameter too
+_TOLD = ("shape", "dtype", "device", "dim", "size")  # attributes that `ExpertWeights` has too
 _BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 
@@ -200,7 +200,7 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm
 def _operands(
     function: Any, wanted: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> tuple[Any, ...] | None:
-    """What such a function is given, in its order; None for any other function."""
+    """The arguments of one of the wanted functions, in order; None for any other function."""
     given = (*args, *(kwargs or {}).values())
     return given if function in wanted and len(given) >= 2 else None
 
@@ -214,11 +214,12 @@ def _name(function: Any) -> str:
 
 
 def _index(expert: Any) -> int | None:
-    """The number of one expert; None for any other index."""
+    """The expert's number that an index gives; None for an index of another kind."""
     if isinstance(expert, Tensor):
         return int(expert) if expert.numel() == 1 and expert.dtype in (torch.int64, torch.int32) else None
     return expert if isinstance(expert, int) else None
 
 
 def as_linear(matrix: Tensor, layout: MatrixLayout) -> Tensor:
+    """The matrix as [out, in]."""
     return matrix if layout == "out, in" else matrix.T

@@ -1,10 +1,9 @@
-"""Experts that a model keeps in one parameter, [experts, ., .]: taken apart into one Linear each, and put together.
+"""Experts that a model keeps in one parameter [experts, ., .]: one Linear each while they are apart, or fused again.
 
-No model is named here. Such a parameter is found by its shape, and which of its sides are inputs by what the module
-says of itself (``is_transposed``, as transformers' experts do) or by a forward in which the parameter is watched. The
-module's own forward then runs on: where the parameter was stands an `ExpertWeights`, and multiplying by one of its
-entries calls that expert's Linear. So everything that holds for a Linear (hooks, Hessians, QuantLinear in its place)
-holds for an expert.
+No models are named here. Such a parameter is found by its shape. Which of its sides are inputs is declared by the
+module (``is_transposed``, as in transformers) or learned from a forward in which the parameter is watched. The module's
+forward stays as it is: an `ExpertWeights` replaces the parameter, and multiplying by one of its entries calls that
+expert's Linear. So everything that works for a Linear (hooks, Hessians, QuantLinear in its place) works for an expert.
 """
 
 from __future__ import annotations
@@ -23,19 +22,18 @@ from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.expert_weights import ExpertWeights, MatrixLayout, WatchedWeights, as_linear
 from gptq_plugin.model.stored_names import Part, expert_parts
 
-_LEAST = 8  # rows and columns of a matrix; what is smaller is no expert's
+_LEAST = 8  # rows and columns of an expert's matrix
 
-# What forwards showed of classes that do not say it themselves: by parameter, its layout, or None where it is used in
-# some other way.
+# Learned from forwards, for classes that do not declare it: each parameter's layout, or None if it is used otherwise.
 _seen: WeakKeyDictionary[type, dict[str, MatrixLayout | None]] = WeakKeyDictionary()
 
 
 class ExpertLinear(nn.Linear):
-    """One expert's matrix: a Linear without a bias, whose weight is a view of the parameter that holds them all.
+    """One expert's matrix: a Linear without bias, whose weight is a view of the fused parameter.
 
     Args:
         weight: [out, in].
-        parameter: The parameter's name in the model.
+        parameter: Full name of the fused parameter.
     """
 
     def __init__(self, weight: Tensor, parameter: str) -> None:
@@ -46,13 +44,13 @@ class ExpertLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Experts:
-    """A parameter that holds the experts' matrices.
+    """A fused parameter, which holds one matrix of every expert.
 
     Attributes:
-        name: The module's.
-        module: What has the parameter.
-        parameter: The parameter's attribute.
-        layout: The sides of [experts, ., .].
+        name: Name of the module.
+        module: The module that has the parameter.
+        parameter: Name of the parameter in the module.
+        layout: Order of the sides of [experts, ., .].
     """
 
     name: str
@@ -69,36 +67,36 @@ class Experts:
         return self.whole.shape[2 if self.layout == "out, in" else 1]
 
     def matrix(self, expert: int) -> Tensor:
-        """[out, in], a view."""
+        """The matrix of one expert, [out, in]; a view."""
         return as_linear(self.whole.detach()[expert], self.layout)
 
 
 def find_experts(model: nn.Module) -> list[Experts]:
-    """The parameters of `model` that are known to hold experts' matrices, one for each."""
+    """The parameters of a model that are known to hold experts' matrices."""
     layouts = ((one, _layouts(*one[1:])) for one in _candidates(model))
     return [Experts(*one, known[0]) for one, known in layouts if len(known) == 1]
 
 
 def possible_experts(model: nn.Module) -> Iterator[list[Experts]]:
-    """Those that are or, by their shape, might be such parameters; a second time by their other layout, where that is
-    not known. What has been taken apart meanwhile is not among them again."""
+    """Yields twice: the parameters that hold experts' matrices or may by their shape, then those of unknown layout in
+    the other one. Parameters replaced between the two are left out."""
     for number in range(2):
         layouts = ((one, _layouts(*one[1:])) for one in _candidates(model))
         yield [Experts(*one, possible[number]) for one, possible in layouts if number < len(possible)]
 
 
 def undeclared(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Modules and their parameters [experts, ., .] that may hold experts' matrices: only a forward shows whether, and
+    """Modules and names of their parameters that may hold experts' matrices: only a forward shows whether they do, and
     in which layout."""
     return [(module, parameter) for _, module, parameter in _candidates(model) if not _declares(module)]
 
 
 def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
-    """Looks how modules that do not say it themselves use parameters [experts, ., .].
+    """Learns from a forward how modules use the parameters that `undeclared` finds.
 
     Args:
         model: Any module; not changed.
-        run: Runs a forward of it. Not called where nothing is to be learned.
+        run: Runs a forward of the model. Not called if there is nothing to learn.
     """
     watched = [
         (module, parameter, WatchedWeights(module.get_parameter(parameter))) for module, parameter in undeclared(model)
@@ -117,14 +115,15 @@ def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def unfused(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Each expert a Linear of its own for the length of a with block; afterwards those that are float are together
-    again, as if nothing had been. What it yields puts them together before that.
+    """Inside the block every expert is a Linear. On exit, experts that are still float are fused again.
 
-    Quantized layers stay. A parameter is quantized for all its experts or for none: where only some are QuantLinear at
-    the end, they are lost.
+    A parameter is quantized for all its experts or for none: experts of which only some are QuantLinear stay apart.
+
+    Yields:
+        Fuses the float experts before the end of the block.
     """
     with contextlib.ExitStack() as stack:
-        together: list[Callable[[], None]] = []
+        put_back: list[Callable[[], None]] = []
         experts = find_experts(model)
         parts = expert_parts(model, experts)
         stack.enter_context(_plain_code([one.module for one in experts]))
@@ -134,20 +133,20 @@ def unfused(model: nn.Module) -> Iterator[Callable[[], None]]:
             linears = [
                 [ExpertLinear(one.matrix(e)[part.rows], whole) for part in of_one] for e, of_one in enumerate(own)
             ]
-            together.append(place_experts(one, own, linears))
-            stack.callback(together[-1])
+            put_back.append(place_experts(one, own, linears))
+            stack.callback(put_back[-1])
 
-        def join() -> None:
-            for put_together in together:
-                put_together()
+        def fuse() -> None:
+            for put in put_back:
+                put()
 
-        yield join
+        yield fuse
 
 
 @contextlib.contextmanager
 def _plain_code(modules: list[nn.Module]) -> Iterator[None]:
-    """transformers runs experts by fused kernels, and `place_experts` by the loop over them that their modules write
-    out. After the with block those whose experts are together again have the kernels again."""
+    """Restores transformers' fused kernels, which `place_experts` switches off, for modules whose experts are fused
+    again at the end of the block."""
     configs = {id(config): config for module in modules if (config := _config(module)) is not None}
     before = {key: config._experts_implementation for key, config in configs.items()}
     try:
@@ -160,32 +159,32 @@ def _plain_code(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def _config(module: nn.Module) -> Any:
-    """What says how transformers runs the module's experts; None where nothing does."""
+    """The configuration that selects transformers' kernels for the module's experts, or None."""
     config = getattr(module, "config", None)
     return config if getattr(config, "_experts_implementation", None) is not None else None
 
 
 def experts_of(name: str, module: nn.Module) -> str | None:
-    """The module that holds the experts, for a layer of one of them: taken out of a parameter, or in a list that is
-    called experts. None for any other layer."""
+    """Name of the module that holds the experts, for a layer of one of them: taken from a fused parameter, or in a list
+    named experts. None for any other layer."""
     found = re.match(r"(.+?)\.\d+(?:\.\w+)?$", name) if isinstance(module, ExpertLinear) else None
     return found[1] if found else block_of_experts(name)
 
 
 def block_of_experts(name: str) -> str | None:
-    """As `experts_of`, by the layer's name alone: ``"mlp.experts"`` of ``"mlp.experts.3.up_proj"``."""
+    """Like `experts_of`, by the layer's name alone: ``"mlp.experts"`` of ``"mlp.experts.3.up_proj"``."""
     found = re.match(r"(.*?\w*experts?)\.\d+(?:\.|$)", name)
     return found[1] if found else None
 
 
 def in_expert(experts: str, layer: str) -> str:
-    """A layer's name within its expert, the same for all: ``"w1"``."""
+    """A layer's name within its expert: ``"up_proj"`` of ``"mlp.experts.3.up_proj"``."""
     return layer[len(experts) + 1 :].partition(".")[2]
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """What gives each token's score for every expert, by name: modules beside the experts whose weight has as many rows
-    as there are experts, and that are no projection. Most are no Linear."""
+    """The routers by name: modules beside the experts with one weight row per expert, projections excluded. Most of
+    them are not Linear layers."""
     modules = dict(model.named_modules())
     counts: dict[str, int] = {}  # experts, by the module around them
     for name, module in modules.items():
@@ -204,19 +203,19 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _rows(module: nn.Module) -> int | None:
-    """Rows of a module's weight, where that is a matrix."""
+    """Rows of a module's weight, if that is a matrix."""
     weight = module._parameters.get("weight")
     return weight.shape[0] if weight is not None and weight.dim() == 2 else None
 
 
 def expert_layouts(module: nn.Module, parameter: str) -> list[MatrixLayout] | None:
-    """The layouts that a parameter with the shape of experts' matrices may have: none where it is known to be something
+    """The possible layouts of a parameter with the shape of experts' matrices: none if it is known to be something
     else. None for a parameter of another shape."""
     return _layouts(module, parameter) if _is_stack(module, parameter) else None
 
 
 def tied_parameters(model: nn.Module) -> set[int]:
-    """The ids of parameters that are in several modules."""
+    """The ids of parameters that several modules have."""
     users = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     return {one for one, count in users.items() if count > 1}
 
@@ -225,8 +224,8 @@ def tied_parameters(model: nn.Module) -> set[int]:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """By shape: floating-point parameters of three dimensions, in modules that are not PyTorch's own (a convolution's
-    weight has as many). None that several modules have: quantized, they could not stay one."""
+    """Floating-point parameters with three dimensions, in modules outside torch (a convolution's weight has three too).
+    A parameter of several modules is left out: quantized, it could not stay one."""
     tied = tied_parameters(model)
     for name, module in model.named_modules():
         for parameter, value in module._parameters.items():
@@ -247,7 +246,7 @@ def _declares(module: nn.Module) -> bool:
 
 
 def _layouts(module: nn.Module, parameter: str) -> list[MatrixLayout]:
-    """One where it is known, two where it is not, none where it is known that there are no experts."""
+    """One layout if it is known, both if it is not, none if the parameter is known not to hold experts."""
     if _declares(module):
         return ["in, out" if module.is_transposed else "out, in"]
     seen = _seen.get(type(module), {})
@@ -263,15 +262,15 @@ def _layouts(module: nn.Module, parameter: str) -> list[MatrixLayout]:
 def place_experts(
     experts: Experts, parts: list[list[Part]], layers: Sequence[Sequence[nn.Module]]
 ) -> Callable[[], None]:
-    """Puts layers in place of the parameter.
+    """Puts layers in place of a fused parameter.
 
     Args:
         experts: The parameter.
-        parts: By expert, the layers' names and rows.
-        layers: By expert, what to put there.
+        parts: Names and rows of each expert's layers.
+        layers: Each expert's layers.
 
     Returns:
-        What puts the parameter back, unless layers are quantized by then.
+        Puts the parameter back, unless layers are quantized by then.
     """
     module, whole = experts.module, experts.whole
     names = [[part.name for part in own] for own in parts]
@@ -283,7 +282,7 @@ def place_experts(
     if config is not None:
         config._experts_implementation = "eager"
 
-    def put_together() -> None:
+    def put_back() -> None:
         if experts.parameter not in module.__dict__:
             return
         there = [module.get_submodule(name) for own in names for name in own]
@@ -293,11 +292,11 @@ def place_experts(
             _remove(module, name)
         undo()
 
-    return put_together
+    return put_back
 
 
 def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
-    """`layer` under a dotted name below `module`."""
+    """Puts `layer` under a dotted name below `module`."""
     around, _, leaf = name.rpartition(".")
     for part in around.split(".") if around else ():
         if part not in module._modules:
@@ -315,7 +314,7 @@ def _remove(module: nn.Module, name: str) -> None:
 
 
 def _replace(module: nn.Module, name: str, stand_in: object) -> Callable[[], None]:
-    """An attribute in place of a parameter; returns what undoes it."""
+    """Puts an attribute in place of a parameter. Returns the undo; the parameters keep their order."""
     order = list(module._parameters)
     parameter = module._parameters.pop(name)
     module.__dict__[name] = stand_in

@@ -1,4 +1,4 @@
-"""What is quantized of a model and what stays float, found once and read by every step: `Plan`."""
+"""The layers of a model to quantize and those that stay float, found once and read by every step: `Plan`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Plan:
     """The layers of a float model that a configuration quantizes.
 
     Attributes:
-        structure: Of the model, with its experts apart.
-        config: What is asked.
+        structure: Structure of the model, with its experts apart.
+        config: The configuration.
         targets: The layers to quantize, in the order they are registered.
         skipped: The layers that stay float, and why.
-        fuse: Puts experts that are float together again; called before the model is exported or used.
+        fuse: Fuses experts that are still float, before the model is exported or used.
     """
 
     structure: Structure

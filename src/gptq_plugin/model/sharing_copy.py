@@ -1,4 +1,4 @@
-"""A copy of a module tree in which all but the memory of the parameters is its own."""
+"""A copy of a module tree that shares only the memory of the parameters."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy with modules, buffers and configuration of its own, and parameters in the same memory.
+    """Copies modules, buffers and configuration; the copy's parameters lie in the same memory.
 
-    Where somebody has replaced the forward of a module (TRL and accelerate do), so is the copy's, and what it calls of
-    the original it calls of the copy.
+    A module's forward that was replaced on the instance (as TRL and accelerate do) is replaced in the copy too, and
+    calls the copy wherever it called the original.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     for module in model.modules():
-        # A hook may belong to anything, a Trainer even: it is taken over as it is.
+        # A hook may hold anything, even a Trainer: it is not copied.
         memo.update({id(hook): hook for kind in _HOOKS for hook in getattr(module, kind).values()})
         if module._compiled_call_impl is not None:  # bound to the original
             memo[id(module._compiled_call_impl)] = None
@@ -32,11 +32,11 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def _rebound(value: Any, copies: dict[int, Any]) -> Any:
-    """A callable, or what one holds, with the copies in the place of their originals; deepcopy leaves functions alone.
+    """A callable, or a value that one holds, with copies in place of their originals; deepcopy does not copy functions.
 
     Args:
-        value: A function, a bound method or an object that is called, each with what it holds; anything else.
-        copies: By the id of the original; what was looked at is added.
+        value: A function, a bound method, another callable object with its attributes, or any other value.
+        copies: Copies by the id of their originals; visited values are added.
     """
     if id(value) in copies:
         return copies[id(value)]
@@ -54,6 +54,7 @@ def _rebound(value: Any, copies: dict[int, Any]) -> Any:
 
 
 def _held(value: Any) -> Mapping[str, Any]:
+    """Values that a callable holds: a function's closure, or an object's attributes."""
     if not isinstance(value, FunctionType):
         return {} if isinstance(value, type) else getattr(value, "__dict__", {})
     cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
@@ -61,6 +62,7 @@ def _held(value: Any) -> Mapping[str, Any]:
 
 
 def _holding(value: Any, held: Mapping[str, Any]) -> Any:
+    """A copy of a callable that holds other values."""
     if not isinstance(value, FunctionType):
         other = copy.copy(value)
         other.__dict__.update(held)

@@ -1,7 +1,7 @@
-"""Under which names transformers stores a model's weights, which need not be those of its modules.
+"""The names under which transformers stores a model's weights, which may differ from those of its modules.
 
-transformers renames, splits and joins weights between a checkpoint and the model, by tables of its own. Asking those
-tables, with small stand-ins for the weights, is all that happens here.
+transformers has tables that rename, split and join weights between a checkpoint and the model. This module only asks
+those tables, with small stand-ins for the weights.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from gptq_plugin.model.hf_models import is_transformers, transformers_models
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix of one expert as a checkpoint names it: some of the rows of the one that the model has.
+    """A matrix that a checkpoint stores of one expert: some rows of the model's matrix.
 
     Attributes:
-        name: Below the experts' module, such as ``"3.w1"``.
-        rows: Output channels.
+        name: Relative to the experts' module, such as ``"3.w1"``.
+        rows: The output channels.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Part:
 
 
 class _Stack(Protocol):
-    """What is asked of `experts.Experts`, which knows more."""
+    """The attributes of `experts.Experts` that are needed here."""
 
     @property
     def name(self) -> str: ...
@@ -44,20 +44,20 @@ class _Stack(Protocol):
 
 
 def stored_names(model: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """{name of a linear layer: its name in the checkpoint}, by transformers' own rules for `save_pretrained`.
+    """Maps linear layers to their names in the checkpoint, by transformers' rules for `save_pretrained`.
 
-    A layer whose weight those rules would split, join or permute has the model's own name: packed weights cannot
-    follow.
+    A layer whose weight those rules would split, join or permute keeps the model's name, because packed weights cannot
+    be split, joined or permuted.
 
     Args:
-        model: Any module.
-        shapes: By layer, (out_features, in_features).
+        model: Any module. Without rules, outside transformers, the names stay the same.
+        shapes: (out_features, in_features) by layer.
     """
     if not is_transformers(model):
         return {name: name for name in shapes}
     from transformers.core_model_loading import revert_weight_conversion
 
-    # All at once: some rules take effect only after they have seen another layer's name.
+    # All at once: some rules apply only after another layer's name.
     state = {f"{name}.qweight": torch.empty(shape, device="meta") for name, shape in shapes.items()}
     names = {id(tensor): name for name, tensor in zip(shapes, state.values(), strict=True)}
     reverted = revert_weight_conversion(model, dict(state))
@@ -66,22 +66,22 @@ def stored_names(model: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
 
 
 def renaming(model: Any) -> Callable[[str], str]:
-    """Checkpoint's module name -> the model's, by transformers' rules for the weights of that module."""
+    """Maps a checkpoint's module name to the model's, by transformers' rules for that module's weights."""
     rename = key_renaming(model)
     return lambda name: rename(f"{name}.weight")[0].removesuffix(".weight")
 
 
 def plain_renaming(model: Any) -> Callable[[str], str]:
-    """As `renaming`, for modules that are not in the model yet: no rule that joins weights counts."""
+    """Like `renaming`, for modules that are not in the model yet: rules that join weights are left out."""
     rename = _Rules(model)
     return lambda name: rename.plain(f"{name}.weight").removesuffix(".weight")
 
 
 def key_renaming(model: Any) -> Callable[[str], list[str]]:
-    """Checkpoint's tensor name -> the model's, by transformers' rules; several where one tensor fills several.
+    """Maps a checkpoint's tensor name to the model's, by transformers' rules: to several if it fills several tensors.
 
-    Where a rule would join a module's weight with others, and the model has that module by itself (one expert's, see
-    `experts`), it is that module's.
+    If a rule would join a module's weight with others, but the model has that module (an expert that is apart, see
+    `experts`), the name is that module's.
     """
     rules = _Rules(model)
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
@@ -94,7 +94,7 @@ def key_renaming(model: Any) -> Callable[[str], list[str]]:
 
 
 class _Rules:
-    """transformers' table for a model, from its checkpoint's names to its own."""
+    """transformers' rules for a model, from checkpoint names to the model's."""
 
     def __init__(self, model: Any) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -126,14 +126,14 @@ class _Rules:
 
 
 def expert_parts(root: nn.Module, stacks: Iterable[_Stack]) -> dict[tuple[str, str], list[list[Part]]]:
-    """How the experts' matrices are stored: by module and parameter, expert by expert, in the order of their rows.
+    """The parts in which experts' matrices are stored, by module and parameter: a list for each expert, by rows.
 
-    Where a checkpoint stores every expert by itself, the parts have its names; one that is stored whole has one part an
-    expert, with the parameter's name (``"3.down_proj"``).
+    If a checkpoint stores the experts one by one, parts have its names. Otherwise each expert has one part, with the
+    parameter's name (``"3.down_proj"``).
 
     Args:
         root: Any module.
-        stacks: Parameters of modules in it that hold experts' matrices.
+        stacks: Fused parameters in it.
     """
     found: dict[tuple[str, str], list[list[Part]]] = {}
     inner = [(f"{name}." if name else "", model) for name, model in transformers_models(root)]
@@ -148,11 +148,14 @@ def expert_parts(root: nn.Module, stacks: Iterable[_Stack]) -> dict[tuple[str, s
 
 
 def _stored_parts(model: Any, prefix: str, stacks: list[_Stack]) -> dict[tuple[str, str], list[list[Part]]]:
-    """Every entry of a stand-in is the number of its row, so that what comes out says which rows it holds."""
+    """The parts of experts that a model's checkpoint stores one by one.
+
+    Each entry of a stand-in is the number of its row, so the stored tensors tell which rows they hold.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     state: dict[str, Tensor] = {}
-    rows_of: list[tuple[_Stack, int]] = []  # by row of all stand-ins' matrices
+    rows_of: list[tuple[_Stack, int]] = []  # the stack and row of each number
     for stack in stacks:
         experts, rows = _sizes(stack)
         numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1).expand(-1, -1, 2) + len(rows_of)
@@ -190,6 +193,6 @@ def _whole(of_all: list[list[Part]], rows: int) -> bool:
 
 
 def _sizes(stack: _Stack) -> tuple[int, int]:
-    """Experts, and rows of the matrix of each."""
+    """The number of experts, and the rows of each expert's matrix."""
     experts, *sides = stack.whole.shape
     return experts, sides[0] if stack.layout == "out, in" else sides[1]

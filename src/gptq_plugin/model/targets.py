@@ -28,7 +28,14 @@ _OUTSIDE = "outside the language model (a `dynamic` rule for such layers alone q
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to quantize, with the configuration that holds for it, and how that deviates from what was asked."""
+    """A layer to quantize, its configuration, and how that deviates from the request.
+
+    Attributes:
+        name: Full dotted name.
+        module: The float layer.
+        config: The configuration that holds for this layer.
+        deviations: A sentence for each difference from the request.
+    """
 
     name: str
     module: nn.Module
@@ -37,16 +44,16 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The module's own parameter, in its own layout."""
+        """The module's weight, in the module's layout."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
     def weight(self) -> Tensor:
-        """The weight as Linear has it, [out, in]; a view of Conv1D's [in, out]."""
+        """The weight as [out, in]; a view of Conv1D's [in, out]."""
         return self._transposed(self.parameter.detach())
 
     def with_weight(self, value: Tensor) -> nn.Parameter:
-        """A parameter for the module that holds `value`, [out, in], in the dtype of its present one."""
+        """A parameter for the module that holds `value`, [out, in], in the weight's dtype."""
         values = self._transposed(value).to(self.parameter.dtype)
         return nn.Parameter(values, requires_grad=False)
 
@@ -60,7 +67,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A layer that looks like a target and stays float, why, and whether the configuration asked for that."""
+    """A linear layer that stays float.
+
+    Attributes:
+        name: Full dotted name.
+        module: The layer.
+        reason: Why it stays float.
+        asked: Whether the configuration asks for it; otherwise it is a deviation.
+    """
 
     name: str
     module: nn.Module
@@ -131,7 +145,7 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 
 def unpackable(shape: tuple[int, ...], bits: int) -> str | None:
-    """Why a weight [out, in] cannot be stored at that width; None when it can."""
+    """The reason why a weight [out, in] cannot be stored at that width, or None if it can."""
     for label, size in zip(("out_features", "in_features"), shape, strict=True):
         if size * bits % 32:
             return f"{label} {size} at {bits} bits does not fill whole 32-bit words, which GPTQ clients need"
@@ -139,7 +153,7 @@ def unpackable(shape: tuple[int, ...], bits: int) -> str | None:
 
 
 def _names_only(pattern: str, modules: Collection[nn.Module], linears: Mapping[str, nn.Module]) -> bool:
-    """Whether a rule is meant for these modules: it matches no other."""
+    """True if a rule is for these modules alone: it matches no other layer."""
     others = (name for name, module in linears.items() if module not in modules)
     return bool(pattern) and not any(re.match(rule_regex(pattern), name) for name in others)
 
@@ -154,23 +168,23 @@ def _check_patterns(config: QuantizeConfig, linears: Mapping[str, nn.Module]) ->
     for part in config.modules_to_not_convert:
         if not any(_contains(name, part) for name in linears):
             raise TargetError(
-                f"modules_to_not_convert: {part!r} is no name, or run of a name's components, of any of the "
+                f"modules_to_not_convert: {part!r} is not a name, or a run of a name's components, of any of the "
                 f"{len(linears)} linear layers ({some(list(linears))})"
             )
 
 
 def _fitted(target: Target) -> Target:
-    """With groups that divide the layer's inputs."""
+    """The target with a group size that divides the layer's inputs."""
     asked, in_features = target.config.group_size, target.weight.shape[1]
     size = target.config.group_size_for(in_features)
     if size == asked:
         return target
-    said = f"group_size {asked} does not divide its {in_features} inputs: {size} instead"
-    return replace(target, config=replace(target.config, group_size=size), deviations=(said,))
+    deviation = f"group_size {asked} does not divide its {in_features} inputs: {size} instead"
+    return replace(target, config=replace(target.config, group_size=size), deviations=(deviation,))
 
 
 def _check_experts(targets: list[Target], skipped: list[Skipped]) -> None:
-    """The model multiplies by one parameter for all experts, and clients' kernels by one matrix for all."""
+    """Refuses different grids for experts of one parameter: the model and clients' kernels multiply by all at once."""
     grids: dict[str, dict[str, str]] = defaultdict(dict)  # by parameter, then grid: an expert
     for target in targets:
         if isinstance(target.module, ExpertLinear):

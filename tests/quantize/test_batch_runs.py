@@ -1,0 +1,128 @@
+"""The forwards of calibration batches, and what is decided from the first of them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from plans import Attention, calibration_of, plan_of, rows
+from torch import nn
+
+from gptq_plugin import distributed
+from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.errors import TargetError
+from gptq_plugin.quantize.batch_runs import BatchRuns
+from gptq_plugin.quantize.options import PassOptions
+
+
+def runs_of(model, batches, **options):
+    plan, calibration = plan_of(model), calibration_of(batches)
+    return plan, BatchRuns(plan, calibration, Positions(model, calibration.batches, "all"), PassOptions(**options))
+
+
+def modules(plan):
+    return {target.name: target.module for target in plan.targets}
+
+
+def test_layers_with_one_input_are_a_group_and_the_model_is_left_as_it_was():
+    model = nn.Sequential(Attention(), nn.Linear(32, 16))
+    before = dict(model.named_parameters())
+    plan, runs = runs_of(model, [rows(4, 32)])
+    with runs:
+        groups, reads = runs.find_groups(modules(plan))
+    assert [group.names for group in groups] == [("0.q", "0.k", "0.v"), ("0.o",), ("1",)] and reads == set()
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_layers_whose_weights_the_model_reads_are_told_apart():
+    layer = nn.TransformerEncoderLayer(32, 2, dim_feedforward=64, batch_first=True).eval()
+    plan, runs = runs_of(layer, [torch.randn(2, 5, 32)])
+    with runs:
+        _, reads = runs.find_groups(modules(plan))
+    assert reads == {"self_attn.out_proj"}
+
+
+@pytest.mark.parametrize("batches", [[[1] * 3, [1] * 9, [1] * 5], [rows(2, 32), rows(7, 32), rows(5, 32)]])
+def test_the_largest_batch_shows_what_the_walk_needs(batches):
+    """By tokens, or by samples where tokens are not known."""
+    ran = []
+    model = nn.Sequential(nn.Linear(32, 32))
+    forward = lambda network, batch: ran.append(batch) or network(torch.ones(1, 32))  # noqa: E731
+    calibration, plan = calibration_of(batches), plan_of(model)
+    if calibration.batches[0].tokens is None:  # whole batches, not single samples
+        calibration.batches.sort(key=lambda batch: batch.samples)
+    runs = BatchRuns(plan, calibration, Positions(model, calibration.batches, "all"), PassOptions(forward=forward))
+    sizes = [batch.tokens or batch.samples for batch in calibration.batches]
+    with runs:
+        runs.find_groups(modules(plan))
+    (data,) = ran
+    assert data is calibration.batches[sizes.index(max(sizes))].data
+
+
+def test_a_rank_without_batches_takes_the_groups_of_the_first_that_has_some(monkeypatch):
+    model = Attention()
+    plan, runs = runs_of(model, [rows(4, 32)])
+    with runs:
+        told = runs.find_groups(modules(plan))
+    plan, runs = runs_of(model, [])
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, (told[0], {"q"}), ([], {"o"})])
+    with runs:
+        groups, reads = runs.find_groups(modules(plan))
+    assert groups == told[0] and reads == {"q", "o"}
+
+
+def test_a_batch_runs_under_its_number(monkeypatch):
+    plan, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [rows(1, 32, seed=n) for n in range(3)])
+    told = []
+    monkeypatch.setattr(runs._positions, "runs", told.append)
+    with runs:
+        outputs = [forward() for forward in runs.forwards()]
+        again = runs.forward(2)()
+    assert told == [0, 1, 2, 2] and len(outputs) == 3
+    assert torch.equal(outputs[2], again) and not torch.equal(outputs[1], again)
+
+
+def test_inputs_that_are_not_finite_are_found_by_number():
+    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [rows(1, 32)])
+    nan, infinite = torch.zeros(2, 4), torch.zeros(4)
+    nan[1, 2], infinite[0] = float("nan"), float("-inf")
+    assert runs.not_finite({3: torch.zeros(4), 5: nan, 8: infinite}) == [5, 8]
+
+
+def test_what_stays_where_is_logged_and_streaming_can_be_asked_for(caplog):
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    plan, runs = runs_of(model, [rows(4, 32)], offload_weights=True, offload_activations=True)
+    with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize.batch_runs"), runs:
+        runs.find_groups(modules(plan))
+        assert runs.weights.capacity == runs.weights.min_resident_bytes < runs.weights.total_bytes
+    assert "weights streamed block by block" in caplog.text and "activations beyond 0.0 GiB on the CPU" in caplog.text
+
+
+def test_a_cpu_has_no_budget_to_exceed():
+    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [rows(1, 32)], device_memory=1)
+    assert runs.over_budget() == []
+
+
+@pytest.mark.parametrize(
+    ("peak", "told"), [(3 * 2**20, ["3 MiB on cpu at the peak, where 2 were allowed"]), (2**21, [])]
+)
+def test_more_memory_than_allowed_is_told(peak, told, monkeypatch):
+    monkeypatch.setattr("gptq_plugin.quantize.batch_runs.peak_bytes", lambda device: peak)
+    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [rows(1, 32)], device_memory=2**21)
+    assert [sentence.partition(":")[0] for sentence in runs.over_budget()] == told
+    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [rows(1, 32)])
+    assert runs.over_budget() == []
+
+
+def test_layers_on_several_devices_are_refused():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, device="meta"))
+    with pytest.raises(TargetError, match=r"on several devices \(0 on cpu, 1 on meta\): move the model to one"):
+        runs_of(model, [rows(1, 32)])
+
+
+def test_batches_run_where_the_model_is_or_where_they_are_asked_to():
+    model = nn.Sequential(nn.Linear(32, 32))
+    assert runs_of(model, [rows(1, 32)])[1].device == torch.device("cpu")
+    assert runs_of(model, [rows(1, 32)], device="meta")[1].device == torch.device("meta")

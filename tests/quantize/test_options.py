@@ -1,0 +1,50 @@
+"""How a pass runs its batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_plugin.quantize.options import PassOptions
+
+from models import tiny_llama
+
+
+def test_a_batch_runs_through_the_model_or_the_users_forward():
+    model, x = nn.Linear(8, 4), torch.ones(3, 8)
+    assert torch.equal(PassOptions().runner(every_logit=False)(model, x), model(x))
+    given = []
+    run = PassOptions(forward=lambda *args: given.append(args)).runner(every_logit=False)
+    run(model, {"x": x})
+    assert given[0][0] is model and given[0][1] == {"x": x}
+
+
+@pytest.mark.parametrize("every_logit", [True, False])
+def test_logits_are_computed_at_every_position_only_if_the_head_is_calibrated(every_logit):
+    model, ids = tiny_llama(), torch.arange(6)[None]
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    PassOptions().runner(every_logit=every_logit)(model, {"input_ids": ids})
+    assert (seen[0] == 6) is every_logit
+
+
+def test_batches_are_moved_to_the_device_for_either_forward():
+    model, given = nn.Linear(8, 4, device="meta"), []
+    for forward in (None, lambda network, batch: given.append(batch) or network(batch)):
+        options = PassOptions(forward=forward, device="meta")
+        assert options.where == torch.device("meta")
+        assert options.runner(every_logit=False)(model, torch.ones(3, 8)).device.type == "meta"
+    assert given[0].device.type == "meta"
+    run = PassOptions(device="meta").runner(every_logit=False)
+    assert run(nn.Identity(), torch.ones(3, 8)).device.type == "meta"  # its parameters tell no device
+    assert PassOptions().where is None
+
+
+def test_options_cannot_be_changed_and_unknown_ones_are_refused():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PassOptions().nsamples = 3
+    with pytest.raises(TypeError, match="nsample"):
+        PassOptions(nsample=3)
