@@ -1,4 +1,4 @@
-"""A quantized checkpoint on disk: what it says of itself, checked before a single weight is used.
+"""A quantized checkpoint on disk, checked against its own description before a weight is used.
 
 Reads the JSON files and the headers of the safetensors files (a few kilobytes, whatever the model's size) and
 the group indices, and proves that they agree: every quantized layer complete, of the shapes its bits and
@@ -6,7 +6,7 @@ group size ask for, every group index in range. All complaints are collected, so
 everything that is wrong.
 
 Files of GPTQModel, AutoGPTQ (``quantize_config.json``, ``gptq_model-4bit-128g.safetensors``), llm-compressor
-(compressed-tensors) and this package are read alike; `layouts` and `schemes` know how they differ. Knows no model
+(compressed-tensors) and this package are read alike; `formats` holds the differences. Knows no model
 and no transformers; `load` puts models around it and `export` reads its own work back.
 """
 
@@ -118,7 +118,7 @@ class Checkpoint:
         return tensor
 
     def lazy(self, name: str) -> Any:
-        """One tensor, not read yet: safetensors' slice, which transformers' loader reads in its turn."""
+        """One tensor, not read yet: safetensors' slice, which transformers' loader reads later."""
         return self._handles[self.tensors[name].file].get_slice(name)
 
     def read_layer(
@@ -153,7 +153,7 @@ class Checkpoint:
         return self.format.from_file(lambda suffix: self.read(f"{name}.{suffix}"), self.layers[name])
 
     def scheme(self, name: str) -> Scheme:
-        """How a layer is quantized; `desc_act` only if its groups really are not contiguous."""
+        """The scheme of a layer; `desc_act` only if its groups are not contiguous."""
         layer = self.layers[name]
         act_order = layer.has_g_idx and not contiguous(self.read(f"{name}.{self.format.g_idx}"), layer.group_size)
         return Scheme(layer.bits, layer.group_size, layer.sym, act_order)
@@ -216,7 +216,7 @@ class Checkpoint:
             )
 
     def _layer(self, name: str, problems: list[str]) -> QuantizedLayer | None:
-        """The layer, or None where `problems` got what does not fit."""
+        """The layer; None if something does not fit, which is added to `problems`."""
         try:
             scheme = self.format.scheme(self.quantization, name)
         except ValueError as error:

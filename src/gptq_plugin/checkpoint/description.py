@@ -1,4 +1,4 @@
-"""``quantization_config`` for config.json: what each client needs to find there, in each format."""
+"""Makes the ``quantization_config`` that clients read in config.json."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def client_config(structure: Structure, layers: Mapping[str, QuantLinear], confi
 
 
 def scheme_of(name: str, layer: QuantLinear, config: QuantizeConfig) -> Scheme:
-    """How a layer in memory is quantized.
+    """The scheme of a layer in memory.
 
     Its desc_act is not config.desc_act: vLLM goes by the flag, and static act-order leaves the groups contiguous.
     """
@@ -43,8 +43,7 @@ def scheme_of(name: str, layer: QuantLinear, config: QuantizeConfig) -> Scheme:
 
 
 def most_and_others(fields: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Fields of QuantizeConfig by layer, as a configuration says them: what most layers have, and a `dynamic` rule for
-    each of the others."""
+    """Turns QuantizeConfig fields by layer into those most layers have, and a `dynamic` rule for each other layer."""
     (most, _), *_ = Counter(tuple(own.items()) for own in fields.values()).most_common(1)
     rules = {f"{re.escape(name)}$": dict(own) for name, own in fields.items() if tuple(own.items()) != most}
     return dict(most), rules

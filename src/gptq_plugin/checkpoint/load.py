@@ -4,7 +4,7 @@ A transformers model is built by transformers' own `from_pretrained`, so that re
 rotary buffers, dtypes and the generation config come out as it makes them. Between building the (weightless)
 model and loading it, `reserve` replaces every quantized Linear by an empty placeholder of the layer's size: no float
 weight is allocated for it, none is missed, and a device map counts what the layer will take. `fill` then reads the
-quantized layers one by one, each onto its placeholder's device. `hf_quantizer` uses the same two.
+quantized layers one by one, each onto its placeholder's device. `hf.quantizer` uses the same two.
 
 Any other model is built by the user; its Linears are replaced and its other tensors filled from the file,
 after everything has been compared by name and shape.
@@ -174,7 +174,7 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
 
 
 def _own_class(checkpoint: Checkpoint, name: str) -> str | None:
-    """Where in the folder's code a class is, as ``file.Class``; None when it is transformers' own."""
+    """The class in the folder's code, as ``file.Class``; None if it is transformers' own."""
     for reference in (checkpoint.model_config.get("auto_map") or {}).values():
         if isinstance(reference, str) and reference.rpartition(".")[2] == name:
             return reference
@@ -182,7 +182,7 @@ def _own_class(checkpoint: Checkpoint, name: str) -> str | None:
 
 
 def forget_quantization(config: Any) -> None:
-    """Takes the description away, which would make transformers look for a GPTQ backend of its own."""
+    """Removes the description, for which transformers would look for its own GPTQ backend."""
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config

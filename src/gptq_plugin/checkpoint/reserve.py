@@ -24,8 +24,7 @@ from gptq_plugin.model.structure import Structure
 class Place(nn.Module):
     """Holds the place of a quantized layer while the rest of the model is loaded.
 
-    Some models' initialisation reaches for the weights of their children and for their sizes; what it finds here says
-    that there is nothing left to initialise.
+    Some models' initialisation accesses the weights and sizes of their children; those here are marked as initialised.
 
     Buffers:
         room: uint8 [bytes of the layer], on the meta device until the loader puts it where the layer will go.
@@ -62,7 +61,7 @@ def reserve(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
 
 
 def take_apart(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> None:
-    """Makes a Linear of every expert's matrix that the model keeps in one parameter and the checkpoint quantized.
+    """Replaces parameters that hold experts' matrices by a Linear each, where the checkpoint quantized them.
 
     Raises:
         CheckpointError: Some experts of a parameter are quantized and others are not, or they have other sizes.
@@ -125,7 +124,7 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
         if hook is not None:  # accelerate's, which brings inputs to the device: the map names this layer
             from accelerate.hooks import add_hook_to_module
 
-            # Left where it is computed, the output would meet its block's tensors (a residual) on another device.
+            # Otherwise the output would stay on this device and meet its block's tensors (a residual) on another.
             hook.io_same_device = True
             add_hook_to_module(layers[name], hook)
     swap_modules(model, layers)

@@ -199,3 +199,12 @@ def test_layers_that_no_rule_of_the_user_describes_get_rules_for_all_blocks_alik
         r"layers\.2\.down$": {"group_size": 32},
         r"layers\.1\.down$": {"group_size": 64},
     }
+
+
+def test_exact_rules_come_before_the_users_which_match_too() -> None:
+    schemes = {"layers.0.up": Scheme(4, 128, True, False), "layers.0.down": Scheme(8, 32, True, False)}
+    rules = V1.describe(Contents(schemes, []), QuantizeConfig(dynamic={r".*down": {"bits": 8}}))["dynamic"]
+    assert list(rules.items()) == [
+        (r"layers\.\d+\.down$", {"bits": 8, "group_size": 32}),
+        (r".*down", {"bits": 8}),
+    ]
