@@ -243,12 +243,9 @@ class QuantizeModule:
                 self.report = report
                 _log(report)
                 if export is not None:
-                    written = time.perf_counter()
-                    export.finish(model, report=report, tokenizer=chosen.tokenizer, sample=self._sample)
-                    report.seconds["export"] = time.perf_counter() - written
+                    _finish(export, model, report, chosen.tokenizer, self._sample)
                 inside.close()  # restores the training flags, of float layers too
-                for one in (one for one in plan.targets if one.name in layers):
-                    layers[one.name].train(one.module.training)
+                _copy_training_flags(plan, layers)
                 yield report
                 if keep:
                     keep_them()
@@ -336,6 +333,18 @@ def _sample(calibration: Calibration, one_pass: OnePass) -> Sample | None:
     """The first batch, for which an export has to give the model's outputs; None without batches."""
     first = calibration.batches[:1]
     return Sample.of(first[0].data, one_pass.runs.run_batch, one_pass.runs.device) if first else None
+
+
+def _finish(export: Export, model: nn.Module, report: QuantizeReport, tokenizer: Any, sample: Sample | None) -> None:
+    started = time.perf_counter()
+    export.finish(model, report=report, tokenizer=tokenizer, sample=sample)
+    report.seconds["export"] = time.perf_counter() - started
+
+
+def _copy_training_flags(plan: Plan, layers: Mapping[str, QuantLinear]) -> None:
+    for target in plan.targets:
+        if target.name in layers:
+            layers[target.name].train(target.module.training)
 
 
 def _log(report: QuantizeReport) -> None:
