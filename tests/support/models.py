@@ -56,6 +56,25 @@ def tiny_llava() -> Any:
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=120))
 
 
+def tiny_opt(**overrides: Any) -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "word_embed_proj_dim": 128,
+        "ffn_dim": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return OPTForCausalLM(OPTConfig(**{**sizes, **overrides})).eval()
+
+
 class Plain(nn.Module):
     """A module tree of its own: odd sizes, a bias, a buffer, a tied pair, a shared layer, a view."""
 
