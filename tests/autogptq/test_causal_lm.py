@@ -54,6 +54,21 @@ def test_the_classic_script_generates(export: Path) -> None:
     assert tokenizer.decode(tokens[0]).startswith("The assignment statement")
 
 
+@pytest.mark.gpu
+def test_a_model_on_the_cpu_is_quantized_on_the_gpu_and_stays(opt: Path, texts: list[str], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(opt)
+    model = AutoGPTQForCausalLM.from_pretrained(opt, BaseQuantizeConfig(4, 128), torch_dtype=torch.float16)
+    torch.cuda.reset_peak_memory_stats()
+    model.quantize([tokenizer(text) for text in texts])
+    assert torch.cuda.max_memory_allocated() > 0
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+    model.save_quantized(tmp_path / "out")
+    loaded = AutoGPTQForCausalLM.from_quantized(tmp_path / "out", device="cuda:0")
+    inputs = tokenizer("The assignment statement", return_tensors="pt").to(loaded.device)
+    assert loaded.device == torch.device("cuda:0")
+    assert loaded.generate(**inputs, max_new_tokens=5, min_new_tokens=5).is_cuda
+
+
 def test_a_loaded_model_is_the_model_and_knows_how_it_was_quantized(export: Path) -> None:
     model = AutoGPTQForCausalLM.from_quantized(export, device="cpu")
     assert isinstance(model, BaseGPTQForCausalLM)

@@ -108,6 +108,9 @@ def test_what_was_saved_is_uploaded(
         "create_pr": False,
     }
     assert quantized.push_to_hub("me/opt") == "done"  # the folder saved last
+    for last in (None, folder):
+        with pytest.raises(ValueError, match="unknown option 'privat'"):
+            quantized.push_to_hub("me/opt", last, privat=True)
     never = BaseGPTQForCausalLM(tiny_opt(), BaseQuantizeConfig())
     with pytest.raises(RuntimeError, match=r"in no folder yet: give push_to_hub\(repo_id, save_dir=FOLDER\)"):
         never.push_to_hub("me/opt")

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from typing import Any
 
 import pytest
 
+from gptq_plugin.autogptq import (
+    AutoGPTQForCausalLM,
+    BaseGPTQForCausalLM,
+    BaseQuantizeConfig,
+    GPTQQuantizer,
+    load_quantized_model,
+    options,
+)
 from gptq_plugin.autogptq.options import sort_out
+
+from paths import REPOSITORY
 
 IGNORED = {"use_triton": "no kernels to choose", "use_qigen": "no kernels to choose", "offload": "no room"}
 REFUSED = {"use_safetensors": ((True, None), "leave it out")}
@@ -53,3 +65,25 @@ def test_nothing_is_warned_of_when_an_option_is_refused() -> None:
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match="unknown option"):
             load("out", use_triton=True, devise=1)
+
+
+def test_every_option_is_documented() -> None:
+    page = (REPOSITORY / "docs" / "reference" / "autogptq.md").read_text(encoding="utf-8")
+    tables = [getattr(options, name) for name in vars(options) if name.isupper() and name[0] != "_"]
+    calls = [
+        AutoGPTQForCausalLM.from_pretrained,
+        AutoGPTQForCausalLM.from_quantized,
+        BaseGPTQForCausalLM.quantize,
+        BaseQuantizeConfig,
+        GPTQQuantizer,
+        load_quantized_model,
+    ]
+    names = {name for table in tables for name in table}
+    names |= {
+        one.name
+        for call in calls
+        for one in inspect.signature(call).parameters.values()
+        if one.default is not one.empty
+    }
+    assert len(tables) >= 8 and len(names) > 60
+    assert [name for name in sorted(names) if not re.search(f"`{name}[`=]", page)] == []

@@ -160,6 +160,8 @@ class BaseGPTQForCausalLM(nn.Module):
         """
         if save_dir is not None:
             self.save_quantized(save_dir, **options)
+        else:
+            sort_out(BaseGPTQForCausalLM.push_to_hub, options, ignored=IGNORED_SAVING, refused=REFUSED_SAVING)
         folder = self.quantize_config.model_name_or_path
         if folder is None or not Path(folder).is_dir():
             raise RuntimeError("the model is in no folder yet: give push_to_hub(repo_id, save_dir=FOLDER)")
