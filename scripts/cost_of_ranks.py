@@ -3,7 +3,7 @@
     python scripts/cost_of_ranks.py
 
 Compares the bytes of every collective of one block (`gptq_plugin.distributed`) with the block's compute, as measured on
-one H200 (scripts/BENCHMARKS.md: Llama-3-8B's shapes, 262,144 tokens).
+one H200 (docs/benchmarks/8b-model.md: Llama-3-8B's shapes, 262,144 tokens).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Network:
     rate: float
 
 
-# Milliseconds per block of Llama-3-8B on one H200, by how they scale (scripts/BENCHMARKS.md, default).
+# Milliseconds per block of Llama-3-8B on one H200, by how they scale (docs/benchmarks/8b-model.md, default).
 FORWARD, HESSIANS, FACTORS, COLUMNS, PACKING = 240.0, 116.0, 29.8, 51.9, 2.2
 
 

@@ -187,7 +187,11 @@ class QuantizeModule:
         For the start of a long run that ends in `quantize`. In a process group every rank calls it.
 
         Args:
-            model, batches, forward, tokenizer, device: As for `quantize`.
+            model: As for `quantize`.
+            batches: As for `quantize`.
+            forward: As for `quantize`.
+            tokenizer: As for `quantize`.
+            device: As for `quantize`.
             whole: There will be no other calibration data, so its length is checked too.
 
         Raises:
