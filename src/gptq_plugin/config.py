@@ -52,16 +52,13 @@ class QuantizeConfig:
 
     Groups and order of columns:
 
-    ========  =============  ==========================================================================
-    desc_act  static_groups
-    ========  =============  ==========================================================================
-    False     True           Static act-order (default): columns are visited in descending order of
-                             diag(H); groups stay contiguous, so inference costs nothing extra.
-    True      False          The original act-order: groups follow the visiting order, inference needs
-                             ``g_idx``, and some servers (vLLM) refuse it or are slower.
-    False     False          The original natural order; a group's scale is computed when it is reached.
-    True      True           AutoGPTQ's spelling of static act-order: the same as the first row.
-    ========  =============  ==========================================================================
+    - ``desc_act=False, static_groups=True``: static act-order (default). Columns are visited in descending order of
+      diag(H); groups stay contiguous, so inference costs nothing extra.
+    - ``desc_act=True, static_groups=False``: the original act-order. Groups follow the visiting order, inference needs
+      ``g_idx``, and some servers (vLLM) refuse it or are slower.
+    - ``desc_act=False, static_groups=False``: the original natural order. A group's scale is computed when it is
+      reached.
+    - ``desc_act=True, static_groups=True``: AutoGPTQ's spelling of static act-order, the same as the first.
 
     Args:
         bits: Width of a code: 2, 3, 4 or 8.

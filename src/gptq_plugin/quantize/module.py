@@ -218,7 +218,11 @@ class QuantizeModule:
         """Quantizes a model inside a with block; afterwards it is float again. The float weights stay in memory.
 
         Args:
-            model, batches, export_dir, overwrite, target: As for `quantize`.
+            model: As for `quantize`.
+            batches: As for `quantize`.
+            export_dir: As for `quantize`.
+            overwrite: As for `quantize`.
+            target: As for `quantize`.
             keep: Leave the model quantized, unless the block raises.
             options: The other options of `quantize`, and `layers_in`: a `SharedLayers` that holds the layers of a
                 model on the CPU for all ranks of a node.

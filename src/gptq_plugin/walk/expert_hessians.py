@@ -1,9 +1,9 @@
 """Hessians of experts, most of which see few tokens: tokens of the whole block are weighted in.
 
 A Hessian of n tokens holds nothing about directions those tokens lack, and GPTQ pushes errors there. Measured on
-layers of a trained model, with the tokens of one cluster as the expert's (`scripts/BENCHMARKS.md`): with n = d / 4
-tokens for d inputs and the expert's tokens alone, the error on tokens that calibration did not see is 0.67 to 1.35 of
-round-to-nearest's. Therefore
+layers of a trained model, with the tokens of one cluster as the expert's (docs/benchmarks/few-tokens.md): with
+n = d / 4 tokens for d inputs and the expert's tokens alone, the error on tokens that calibration did not see is 0.67 to
+1.35 of round-to-nearest's. Therefore
 
 - layers that read tokens take d tokens of the whole block beside their n own:
   H = (Σ own x xᵀ + d · mean of all) / (n + d). At n = d / 4 that leaves 0.32 to 0.61, and at n = 4 d it does no harm.
