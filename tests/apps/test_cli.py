@@ -303,7 +303,7 @@ class TestRefusedBeforeTraining:
         (tmp_path / "mine" / "thesis.tex").write_text("years of work")
         key = {"finetune": "callbacks.gptq.export_dir", "quantize": "export_dir"}[name]
         options = TINY if name == "finetune" else ["model.name_or_path=/no/such/model"]
-        refused(app, ExportError, "no export of gptq_plugin", *options, f"{key}={tmp_path}/mine", name=name)
+        refused(app, ExportError, "not an export of gptq_plugin", *options, f"{key}={tmp_path}/mine", name=name)
         assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
     def test_a_model_without_a_name(self, app):

@@ -166,7 +166,7 @@ def test_calibration_texts_are_tokenized_by_the_trainers_processing_class(tmp_pa
         ({}, {"calibration": []}, CalibrationError, "the calibration set is empty"),
         ({}, {"calibration": ["a text"]}, CalibrationError, "no tokenizer"),
         ({}, {"forward": lambda model, batch: None}, CalibrationError, "no calibration batch reached any of the 7"),
-        ({}, {"export_dir": "taken"}, ExportError, "no export of gptq_plugin"),
+        ({}, {"export_dir": "taken"}, ExportError, "not an export of gptq_plugin"),
         ({}, {"export_dir": "run"}, ExportError, "is or holds output_dir"),
         ({}, {"export_dir": "."}, ExportError, "is or holds output_dir"),
     ],

@@ -379,7 +379,7 @@ def test_a_folder_that_was_taken_during_training_costs_nothing(tmp_path):
 def test_an_export_folder_that_is_not_ours_is_refused_before_training_and_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("three years of work")
-    with pytest.raises(ExportError, match="no export of gptq_plugin"):
+    with pytest.raises(ExportError, match="not an export of gptq_plugin"):
         fit(Untrained(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out")], tmp_path)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "three years of work"
 

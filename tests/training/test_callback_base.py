@@ -61,7 +61,7 @@ def test_the_export_folder_is_checked_against_the_runs_and_against_what_lies_the
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(ExportError, match="no export of gptq_plugin"):
+        with pytest.raises(ExportError, match="not an export of gptq_plugin"):
             callback(tmp_path / "out", overwrite=overwrite).agree_on_export_dir([])
 
 
