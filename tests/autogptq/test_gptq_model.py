@@ -72,7 +72,7 @@ def test_the_name_of_the_weights_is_ignored_and_set(quantized: BaseGPTQForCausal
 def test_a_folder_with_other_files_is_left_alone(quantized: BaseGPTQForCausalLM, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("the float model")
     (tmp_path / "tokenizer.json").write_text("its tokenizer")
-    with pytest.raises(ExportError, match="is no export"):
+    with pytest.raises(ExportError, match="is not an export"):
         quantized.save_quantized(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "model.safetensors": "the float model",
