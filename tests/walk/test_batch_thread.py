@@ -199,8 +199,9 @@ def test_an_error_in_waiting_is_an_error_of_the_batch(when):
     assert hooks_left(model) == 0
 
 
-def test_a_thread_that_is_slow_to_end_is_waited_for_once(monkeypatch):
-    """It handed back for the last time when its forward ended: to wait for more of it would be for ever."""
+@pytest.fixture
+def slow_to_end(monkeypatch):
+    """Threads that live on for a while after their forward has ended."""
     run = BatchThread._run
 
     def slow(batch, forward):
@@ -208,6 +209,11 @@ def test_a_thread_that_is_slow_to_end_is_waited_for_once(monkeypatch):
         time.sleep(0.2)
 
     monkeypatch.setattr(BatchThread, "_run", slow)
+
+
+@pytest.mark.usefixtures("slow_to_end")
+def test_a_thread_that_is_slow_to_end_is_waited_for_once():
+    """It handed back for the last time when its forward ended: to wait for more of it would be for ever."""
     model = nn.Sequential(nn.Linear(4, 4))
     walking = threading.Thread(target=walk, args=(model, [lambda: model(torch.ones(2, 4))]), daemon=True)
     walking.start()
@@ -226,14 +232,8 @@ def test_a_batch_waits_nowhere_with_nothing_before_it_runs_and_after_it_has_ende
     assert (batch.position, batch.input, batch.seen) == (END, None, {})
 
 
-def test_a_batch_is_cancelled_only_when_its_thread_has_ended(monkeypatch):
-    run = BatchThread._run
-
-    def slow(batch, forward):
-        run(batch, forward)
-        time.sleep(0.2)
-
-    monkeypatch.setattr(BatchThread, "_run", slow)
+@pytest.mark.usefixtures("slow_to_end")
+def test_a_batch_is_cancelled_only_when_its_thread_has_ended():
     batch = BatchThread(0, lambda: batch.wait_at(0, "layer", torch.ones(2)))
     batch.resume()
     batch.cancel()
