@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import pretrained
@@ -69,3 +72,13 @@ def test_weights_that_the_network_has_no_place_for_are_not_dropped(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "run.ckpt")
     with pytest.raises(CheckpointError, match=r"holds more than the weights of Linear: net\.norm\.weight"):
         load_lightning_weights(torch.nn.Linear(3, 2), open_lightning_weights(tmp_path / "run.ckpt"))
+
+
+def test_hyperparameters_of_any_kind_are_no_obstacle(tmp_path):
+    network = torch.nn.Linear(3, 2)
+    state = {f"net.{key}": value + 1 for key, value in network.state_dict().items()}
+    kinds = {"config": OmegaConf.create({"a": 1}), "path": Path("x"), "activation": torch.nn.GELU}
+    torch.save({"hyper_parameters": kinds, "state_dict": state}, tmp_path / "run.ckpt")
+    fresh = torch.nn.Linear(3, 2)
+    load_lightning_weights(fresh, open_lightning_weights(tmp_path / "run.ckpt"))
+    assert torch.equal(fresh.weight, network.weight + 1) and torch.equal(fresh.bias, network.bias + 1)

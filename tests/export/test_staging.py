@@ -12,8 +12,9 @@ import pytest
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.errors import ExportError
+from gptq_plugin.export import staging
 from gptq_plugin.export.export import Export, export_model
-from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.export.staging import beside, check_export_dir, hidden_beside
 from gptq_plugin.model.structure import Structure
 
 from exports import Tokenizer, description, files
@@ -106,3 +107,56 @@ def test_files_have_the_permissions_of_any_new_file(rtn: Rtn, tmp_path: Path) ->
     (tmp_path / "new").touch()
     modes = {path.stat().st_mode for path in folder.iterdir()}
     assert modes == {(tmp_path / "new").stat().st_mode}
+
+
+LONG = ["n" * 238, "n" * 255, "é" * 127]  # bytes: just too long for the hidden name, the longest, two a character
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_name_that_leaves_no_room_for_a_hidden_one_beside_it_is_written_and_replaced(
+    rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, exchanges: bool
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    config, target = QuantizeConfig(group_size=16), tmp_path / name
+    for bits in (4, 8):
+        config = QuantizeConfig(bits=bits, group_size=16)
+        export_model(rtn(Plain(), config), target, config, overwrite=True)
+        assert description(target)["bits"] == bits
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_hidden_names_of_one_folder_begin_alike_and_those_of_another_do_not(tmp_path: Path) -> None:
+    for name in ("out", *LONG):
+        for other in (name[:-1], f"{name[:-1]}m"):
+            start = hidden_beside(tmp_path / name, "partial").name[: -len(".12345678.partial")]
+            assert hidden_beside(tmp_path / name, "partial").name.startswith(f"{start}.")
+            assert not hidden_beside(tmp_path / other, "partial").name.startswith(f"{start}.")
+
+
+def test_leftovers_beside_a_long_name_are_removed(rtn: Rtn, tmp_path: Path) -> None:
+    config, target = QuantizeConfig(group_size=16), tmp_path / LONG[1]
+    left = hidden_beside(target, "partial")
+    left.mkdir()
+    os.utime(left, (0, 0))
+    export_model(rtn(Plain(), config), target, config)
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_a_name_that_no_file_system_takes_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"n… has 256 bytes, and a name there may have 255; choose a shorter one"):
+        check_export_dir(tmp_path / ("n" * 256))
+    with pytest.raises(ExportError, match="é… has 256 bytes"):
+        check_export_dir(tmp_path / "new" / ("é" * 128) / "out")
+    with pytest.raises(ExportError, match="a path may have"):
+        check_export_dir(tmp_path.joinpath(*["n" * 200] * 20))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_beside_a_folder_is_cut_where_it_must(tmp_path: Path) -> None:
+    assert beside(tmp_path / "out", "-12345678") == tmp_path / "out-12345678"
+    for name in LONG[1:]:
+        cut = beside(tmp_path / name, "-12345678")
+        cut.mkdir()
+        assert cut.name.startswith(name[:100]) and cut.name.endswith("-12345678") and cut.name != name

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import CheckpointError
@@ -153,3 +157,47 @@ def test_compiled_modules_are_bare_for_the_block_and_compiled_again_even_after_a
         assert not any("_orig_mod" in name for name, _ in module.named_modules())
         raise RuntimeError("in the block")
     assert (module.net[2], module.norm) == compiled
+
+
+class Configured(Normed):
+    """With the hyperparameters that Hydra users save."""
+
+    def __init__(self, options, folder, kind):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+HYDRA = [OmegaConf.create({"width": 64, "path": "${width}"}), Path("data") / "x", torch.nn.GELU]
+
+
+def test_hyperparameters_of_any_kind_are_no_obstacle_to_a_checkpoints_weights(tmp_path):
+    best = ModelCheckpoint(dirpath=tmp_path, monitor="epoch", mode="min")
+    trainer, module = trained(tmp_path, best, module=Configured(*HYDRA))
+    saved = torch.load(best.best_model_path, weights_only=False)
+    assert [type(saved["hyper_parameters"][key]) for key in ("options", "folder", "kind")] == [*map(type, HYDRA)]
+    assert not same(state(module), saved["state_dict"])
+    for weights in ("best", best.best_model_path):
+        with weights_of(trainer, module, weights):
+            assert same(state(module), saved["state_dict"])
+
+
+def test_a_hostile_checkpoint_runs_nothing(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    trainer, module = trained(tmp_path)
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": Hostile()}, tmp_path / "x.ckpt")
+    load(trainer, module, str(tmp_path / "x.ckpt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_hook_that_needs_more_than_weights_is_told_what_was_not_read(tmp_path):
+    class Curious(Normed):
+        def on_load_checkpoint(self, checkpoint):
+            self.width = checkpoint["hyper_parameters"].width
+
+    trainer, module = trained(tmp_path, module=Curious())
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": HYDRA[0]}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="DictConfig of the checkpoint was not built, so it has no 'width'"):
+        load(trainer, module, str(tmp_path / "x.ckpt"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.apps.sharded_weights import INDEX, read_sharded, sharded_shapes
 from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.lightning.checkpoint_file import read_checkpoint
 
 # Parts of the names that PEFT gives to what it wraps.
 _ADAPTED = (".base_layer.", ".modules_to_save.", ".token_adapter.")
@@ -50,15 +51,7 @@ def open_lightning_weights(checkpoint: str | Path) -> LightningWeights:
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         return _open_folder(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own kinds
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} has no state_dict: it is not a Lightning checkpoint")
+    state = read_checkpoint(path)["state_dict"]
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
     def read(wanted: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import fcntl
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from gptq_plugin.errors import ExportError
 log = logging.getLogger(__name__)
 
 _YOUNG = 60  # seconds
+_LONGEST_PATH = 4095 - 256  # bytes; the rest is for the hidden name and the files in it
 
 
 def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
@@ -39,11 +41,10 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
             `overwrite` is false, or cannot be created. Nothing is created or deleted.
     """
     directory = Path(directory).resolve()
-    parent = directory.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing(directory.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError(f"cannot create {directory}: {parent} is not a writable folder; choose another target")
+    _refuse_long(directory, parent)
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -84,7 +85,7 @@ class Staging:
         check_export_dir(self.directory, overwrite)
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(self.directory)
-        self.path = self.directory.parent / f".{self.directory.name}.{uuid.uuid4().hex[:8]}.partial"
+        self.path = hidden_beside(self.directory, "partial")
         self.path.mkdir()
         self._lock = os.open(self.path, os.O_RDONLY)
         with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
@@ -124,6 +125,62 @@ def files_in(directory: Path) -> list[str]:
     return [path.relative_to(directory).as_posix() for path in paths]
 
 
+def beside(directory: Path, suffix: str, prefix: str = "") -> Path:
+    """The folder's path with a longer name. A name too long for that is cut, and keeps a digest of the whole one.
+
+    Args:
+        directory: The folder, existing or not.
+        suffix, prefix: Put around its name.
+    """
+    start = _cut(directory, prefix, len(os.fsencode(suffix)))
+    return directory.with_name(f"{start}{suffix}")
+
+
+def hidden_beside(directory: Path, kind: str) -> Path:
+    """A new hidden path beside the folder, of some `kind` ("partial")."""
+    return beside(directory, f".{uuid.uuid4().hex[:8]}.{kind}", prefix=".")
+
+
+def _cut(directory: Path, prefix: str, more: int) -> str:
+    """The prefix and the folder's name, cut so that `more` bytes can follow."""
+    room = _longest_name(_existing(directory.parent)) - more
+    start = prefix + directory.name
+    if len(os.fsencode(start)) <= room:
+        return start
+    digest = hashlib.sha256(os.fsencode(directory.name)).hexdigest()[:16]
+    whole_characters = os.fsencode(start)[: room - len(digest) - 1].decode(errors="ignore")
+    return f"{whole_characters}-{digest}"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    with contextlib.suppress(OSError):  # a name on the way is longer than names may be
+        if folder.exists():
+            return folder
+    return folder if folder.parent == folder else _existing(folder.parent)
+
+
+def _longest_name(folder: Path) -> int:
+    """Bytes that a name in an existing folder may have."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return 255
+
+
+def _refuse_long(directory: Path, existing: Path) -> None:
+    """Refuses a path that has a name longer than the file system takes, or is too long for the files in it."""
+    longest = _longest_name(existing)
+    for name in directory.relative_to(existing).parts:
+        if len(os.fsencode(name)) > longest:
+            raise ExportError(
+                f"cannot create {directory}: {name[:40]}… has {len(os.fsencode(name))} bytes, and a name there may "
+                f"have {longest}; choose a shorter one"
+            )
+    if len(os.fsencode(directory)) > _LONGEST_PATH:
+        raise ExportError(f"cannot create {directory}: a path may have {_LONGEST_PATH} bytes; choose a shorter one")
+
+
 def _manifest(directory: Path) -> set[str] | None:
     """The files an earlier export wrote into `directory`, or None if it is not an export of ours."""
     try:
@@ -135,7 +192,8 @@ def _manifest(directory: Path) -> set[str] | None:
 
 def _remove_leftovers(directory: Path) -> None:
     """Removes the hidden folders that killed exports to the same target left: those that no process has locked."""
-    for folder in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
+    start = _cut(directory, ".", len(".12345678.partial"))
+    for folder in directory.parent.glob(f"{glob.escape(start)}.*.partial"):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime < _YOUNG:
                 continue  # its lock may be about to be taken
@@ -179,7 +237,7 @@ def _remove_earlier(folder: Path) -> None:
 
 def _step_aside(staging: Path, directory: Path) -> None:
     """Replaces a folder in two steps: the earlier export is renamed, and renamed back if the second step fails."""
-    aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.replaced"
+    aside = hidden_beside(directory, "replaced")
     directory.rename(aside)
     try:
         staging.rename(directory)

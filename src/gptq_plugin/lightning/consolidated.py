@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from gptq_plugin import distributed
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.shard_writer import ShardWriter
+from gptq_plugin.export.staging import hidden_beside
 from gptq_plugin.memory.shared_layers import SharedLayers
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _folder(beside: Path, node: int, local_rank: int, stack: contextlib.ExitStac
 
 
 def _make(beside: Path, stack: contextlib.ExitStack) -> Path:
-    folder = beside.resolve().parent / f".{beside.name}.{uuid.uuid4().hex[:8]}.unsharded"
+    folder = hidden_beside(beside.resolve(), "unsharded")
     with _advice():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.lightning.checkpoint_file import read_checkpoint
 from gptq_plugin.lightning.roots import in_any_root
 
 
@@ -78,15 +80,23 @@ def float_checkpoint(trainer: pl.Trainer, weights: str) -> str:
 
 
 def _load(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
-    """Loads a checkpoint as `trainer.test(ckpt_path=...)` does."""
+    """Loads a checkpoint as `trainer.test(ckpt_path=...)` does, but takes any hyperparameters."""
     try:
-        checkpoint = trainer.strategy.load_checkpoint(path)
+        checkpoint = _content(trainer, path)
         pl_module.on_load_checkpoint(checkpoint)
         pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
     except Exception as error:
         raise CheckpointError(
             f"the weights of {path} cannot be loaded into {type(pl_module).__name__}: {error}"
         ) from error
+
+
+def _content(trainer: pl.Trainer, path: Path) -> dict[str, Any]:
+    """The checkpoint through the trainer's own plugin, or read by itself if that refuses what it holds."""
+    try:
+        return dict(trainer.strategy.load_checkpoint(path))
+    except pickle.UnpicklingError:
+        return read_checkpoint(path)
 
 
 def _path(trainer: pl.Trainer, weights: str) -> Path:

@@ -13,7 +13,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.clients.client import Client
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.export.staging import beside, check_export_dir
 from gptq_plugin.quantize.module import QuantizeModule
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _free_name(quantizer: QuantizeModule, directory: Path, overwrite: bool) -> P
         check_export_dir(directory, overwrite=overwrite)
     except ExportError as error:
         # The name was free when training began. Days of training are not lost over it.
-        directory = directory.with_name(f"{directory.name}-{uuid.uuid4().hex[:8]}")
+        directory = beside(directory, f"-{uuid.uuid4().hex[:8]}")
         log.warning("%s: exporting to %s instead", error, directory)
         assert quantizer.report is not None
         quantizer.report.deviations.append(f"{error}: exported to {directory.name} instead")

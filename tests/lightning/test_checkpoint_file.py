@@ -1,0 +1,207 @@
+"""A checkpoint's tensors are read whatever lies beside them, and nothing in the file runs."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import datetime
+import enum
+import functools
+import os
+import pickle
+import subprocess
+import zipfile
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+from pathlib import Path, PurePosixPath
+
+import numpy
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from gptq_plugin.errors import CheckpointError
+from gptq_plugin.lightning.checkpoint_file import StandIn, read_checkpoint
+
+Point = namedtuple("Point", "x y")
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    depth: int = 3
+    path: Path = Path("x")
+
+
+class Listing(list):
+    """A list with a state, a class of its own, and items."""
+
+    def __init__(self, *items):
+        super().__init__(items)
+        self.note = "kept"
+
+
+class Table(dict):
+    pass
+
+
+HYPERPARAMETERS = {
+    "OmegaConf": OmegaConf.create({"model": {"width": 64, "layers": [1, 2]}, "path": "${model.width}"}),
+    "paths": [Path("/data/x.txt"), PurePosixPath("y")],
+    "partial": functools.partial(torch.optim.AdamW, lr=1e-3),
+    "a class and a function": {"activation": nn.GELU, "initial": nn.init.zeros_, "builtin": len},
+    "own kinds": {"options": Options(), "colour": Colour.RED, "point": Point(1, 2)},
+    "containers": {"d": defaultdict(list, a=[1]), "l": Listing(1, 2), "t": Table(a=1), "c": Counter("aab")},
+    "numbers": {"scalar": numpy.float64(0.5), "array": numpy.arange(3), "complex": 1j, "big": 2**70},
+    "others": {"when": datetime.datetime(2026, 1, 2), "s": {1, 2}, "f": frozenset([3]), "b": b"x", "r": range(3)},
+    "a module": nn.Linear(2, 2),
+}
+
+
+def state_dict():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("kind", HYPERPARAMETERS)
+def test_weights_are_read_beside_hyperparameters_of_every_kind(kind, protocol, tmp_path):
+    state = state_dict()
+    content = {
+        "epoch": 3,
+        "hyper_parameters": HYPERPARAMETERS[kind],
+        "state_dict": state,
+        "last": HYPERPARAMETERS[kind],
+    }
+    torch.save(content, tmp_path / "run.ckpt", pickle_protocol=protocol)
+    read = read_checkpoint(tmp_path / "run.ckpt")
+    assert read["epoch"] == 3 and list(read["state_dict"]) == list(state)
+    assert all(torch.equal(read["state_dict"][name], value) for name, value in state.items())
+    assert read["state_dict"]._metadata == state._metadata  # versions, for load_state_dict
+
+
+def test_tensors_of_every_kind_are_read_exactly(tmp_path):
+    shared = torch.arange(12.0).reshape(3, 4)
+    state = {
+        "view": shared[1:, ::2], "shared": shared, "parameter": nn.Parameter(torch.ones(2)), "empty": torch.empty(0),
+        "half": torch.ones(2).half(), "bfloat16": torch.ones(3).bfloat16(), "bool": torch.tensor([True, False]),
+        "float8": torch.ones(2).to(torch.float8_e4m3fn), "uint16": torch.tensor([7], dtype=torch.uint16),
+        "sparse": torch.eye(3).to_sparse(), "scalar": torch.tensor(3),
+    }  # fmt: skip
+    torch.save({"state_dict": state}, tmp_path / "run.ckpt")
+    read = read_checkpoint(tmp_path / "run.ckpt")["state_dict"]
+    for name, value in state.items():
+        assert read[name].dtype == value.dtype and torch.equal(read[name].to_dense().float(), value.to_dense().float())
+
+
+def test_a_file_in_pytorchs_old_format_is_read(tmp_path):
+    state = state_dict()
+    torch.save({"state_dict": state}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    read = read_checkpoint(tmp_path / "old.ckpt")["state_dict"]
+    assert all(torch.equal(read[name], value) for name, value in state.items())
+
+
+def test_what_was_not_built_tells_its_name_where_it_is_used(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": Options()}, tmp_path / "run.ckpt")
+    found = read_checkpoint(tmp_path / "run.ckpt")["hyper_parameters"]
+    assert isinstance(found, StandIn)
+    with pytest.raises(AttributeError, match="Options of the checkpoint was not built, so it has no 'depth'"):
+        _ = found.depth
+
+
+class Calls:
+    """Unpickled, it calls a function."""
+
+    def __init__(self, function, *arguments, state=None, items=None, entries=None):
+        self.rest = (function, arguments, state, items, entries)
+
+    def __reduce__(self):
+        function, arguments, state, items, entries = self.rest
+        return (function, arguments, state, None if items is None else iter(items),
+                None if entries is None else iter(entries))  # fmt: skip
+
+    def __call__(self):
+        raise AssertionError  # pickle asks for something that can be called
+
+
+def hostile(mark):
+    """Payloads that would make the folder `mark`."""
+    code = f"__import__('os').mkdir({str(mark)!r})"
+    return {
+        "os.system": Calls(os.system, f"mkdir {mark}"),
+        "os.mkdir": Calls(os.mkdir, str(mark)),
+        "eval": Calls(builtins.eval, code),
+        "exec": Calls(builtins.exec, code),
+        "Popen": Calls(subprocess.Popen, ["mkdir", str(mark)]),
+        "getattr": Calls(getattr, Calls(__import__, "os"), "mkdir"),
+        "nested": Calls(Calls(getattr, Calls(__import__, "os"), "mkdir"), str(mark)),
+        "partial": Calls(Calls(functools.partial, os.mkdir, str(mark))),
+        "map": Calls(list, Calls(map, os.mkdir, [str(mark)])),
+        "state": Calls(OrderedDict, state=Calls(os.mkdir, str(mark))),
+        "state of a stand-in": Calls(Options, state={"__setstate__": Calls(eval, code), "x": Calls(eval, code)}),
+        "items": Calls(Listing, items=[Calls(os.mkdir, str(mark))]),
+        "entries": Calls(Table, entries=[("a", Calls(os.mkdir, str(mark)))]),
+        "nested entries": Calls(Table, entries=[("a", Calls(Table, entries=[("b", Calls(eval, code))]))]),
+        "pickle in a pickle": Calls(pickle.loads, pickle.dumps(Calls(os.mkdir, str(mark)))),
+        "torch.hub": Calls(torch.hub.load, "owner/name", "model"),
+        "compiled": Calls(torch.jit.load, str(mark)),
+        "a rebuild function": Calls(torch._utils._rebuild_parameter, torch.ones(1), True, Calls(eval, code)),
+    }
+
+
+@pytest.mark.parametrize("name", hostile("x"))
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_hostile_file_runs_nothing_and_its_weights_are_read(name, protocol, tmp_path):
+    mark = tmp_path / "ran"
+    torch.save({"a": hostile(mark)[name], "state_dict": {"w": torch.ones(2)}}, tmp_path / "x", pickle_protocol=protocol)
+    assert not mark.exists()
+    assert torch.equal(read_checkpoint(tmp_path / "x")["state_dict"]["w"], torch.ones(2))
+    assert not mark.exists()
+
+
+def test_the_payloads_do_run_where_a_file_is_trusted(tmp_path):
+    mark = tmp_path / "ran"
+    for name in ("os.system", "eval", "nested", "entries", "nested entries"):
+        torch.save({"a": hostile(mark)[name]}, tmp_path / "x")
+        torch.load(tmp_path / "x", weights_only=False)
+        assert mark.exists(), name
+        mark.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute"),
+    [("torch.nn.parameter Parameter", "__torch_function__"), ("torch._utils _rebuild_tensor_v2", "__defaults__")],
+)
+def test_a_hostile_file_cannot_change_the_functions_it_may_use(owner, attribute, tmp_path):
+    # BUILD on a class or function, which pickle answers with setattr
+    module, name = owner.split()
+    program = f"c{module}\n{name}\n(N(S'{attribute}'\nNdtb.".encode()
+    target = getattr(__import__(module, fromlist=[name]), name)
+    before = getattr(target, attribute)
+    path = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", program)
+        archive.writestr("x/version", "3\n")
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+    assert getattr(target, attribute) == before
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
+    torch.save({"weights": 1}, tmp_path / "none.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    torch.save({"state_dict": Options()}, tmp_path / "own.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(b"not a checkpoint")
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
+    for name in ("none", "list", "own"):
+        with pytest.raises(CheckpointError, match=rf"{name}\.ckpt has no state_dict"):
+            read_checkpoint(tmp_path / f"{name}.ckpt")
+    with pytest.raises(CheckpointError, match=r"broken\.ckpt cannot be read as a checkpoint"):
+        read_checkpoint(tmp_path / "broken.ckpt")
+    with pytest.raises(CheckpointError, match="it is a TorchScript program"):
+        read_checkpoint(tmp_path / "program.pt")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_checkpoint(tmp_path / "nowhere.ckpt")
