@@ -22,6 +22,11 @@ from hub_caches import cache_dataset
 from models import tiny_opt
 
 
+def codes_of(text: str) -> list[int]:
+    """A tokenizer."""
+    return [ord(character) % 64 for character in text]
+
+
 @pytest.fixture(scope="module")
 def export(opt: Path, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the first half of the classic script writes."""
@@ -96,9 +101,9 @@ def forwarded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_options_left_out_are_those_of_quantize_config(forwarded: dict[str, Any]) -> None:
     with pytest.raises(Seen):
-        GPTQQuantizer(3, ["a text"]).quantize_model(tiny_opt(), print)
+        GPTQQuantizer(3, ["a text"]).quantize_model(tiny_opt(), codes_of)
     assert forwarded["config"] == QuantizeConfig(bits=3, group_size=128, damp_percent=0.1)
-    assert (forwarded["samples"], forwarded["tokenizer"]) == (["a text"], print)
+    assert (forwarded["samples"], forwarded["tokenizer"]) == (["a text"], codes_of)
 
 
 def test_every_option_reaches_quantize_config(forwarded: dict[str, Any]) -> None:
@@ -115,7 +120,7 @@ def test_every_option_reaches_quantize_config(forwarded: dict[str, Any]) -> None
         checkpoint_format="GPTQ_v2",
     )
     with pytest.raises(Seen):
-        quantizer.quantize_model(tiny_opt(), print)
+        quantizer.quantize_model(tiny_opt(), codes_of)
     assert forwarded["config"] == QuantizeConfig(
         bits=8,
         group_size=64,

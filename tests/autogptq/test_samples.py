@@ -47,7 +47,7 @@ def test_every_row_of_an_example_is_a_sample_without_its_labels() -> None:
 
 def test_texts_are_left_as_they_are() -> None:
     assert token_samples(["one", "two"]) == ["one", "two"]
-    assert longest(["one text of several words"]) == 0
+    assert longest(["one text of several words", {"text": "a row"}]) == 0
 
 
 def test_wikitext2_gives_windows_of_the_joined_text(cache: Path) -> None:

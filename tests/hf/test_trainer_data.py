@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from gptq_plugin import GPTQTrainerCallback, QuantizeModule
 from gptq_plugin.errors import CalibrationError
 
+from texts import CHATS
 from trainer_runs import SMALL, Rows, Stream, Tokenizer, Trainer, Untrained, llama, quantized, same, train
 
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1}
@@ -188,3 +190,20 @@ def test_a_train_dataloader_of_a_kind_of_its_own_is_not_read_ahead_of_training(t
     trainer = train(llama(), [callback], tmp_path, kind=Own)
     assert trainer.batches.starts == 2  # by training, and then by calibration
     assert callback.report.calibration == "24 samples of the train dataloader"
+
+
+def test_rows_of_a_data_set_calibrate_with_the_trainers_tokenizer(tmp_path):
+    data = Dataset.from_list([{"text": f"text number {n}", "id": n} for n in range(9)])
+    callback = Seen(QuantizeModule(**SMALL), calibration=data)
+    train(llama(), [callback], tmp_path, trainer_options={"processing_class": Tokenizer()})
+    expected = [Tokenizer()(row["text"])["input_ids"] for row in data]
+    assert sorted(map(tuple, callback.rows[-9:])) == sorted(map(tuple, expected))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"), [(None, "there is no tokenizer"), (Tokenizer(), "has no chat template")]
+)
+def test_chats_that_cannot_be_made_into_tokens_are_refused_before_training(tokenizer, message, tmp_path):
+    callback = GPTQTrainerCallback(QuantizeModule(**SMALL), calibration=[{"messages": CHATS[0]}] * 9)
+    with pytest.raises(CalibrationError, match=message):
+        train(llama(), [callback], tmp_path, kind=Untrained, trainer_options={"processing_class": tokenizer})

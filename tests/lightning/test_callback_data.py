@@ -8,12 +8,15 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
 
 import gptq_plugin.quantize.one_pass as jobs
 from gptq_plugin import GPTQCallback, QuantizeModule, distributed
 from gptq_plugin.errors import CalibrationError
+
+from texts import CHATS, chat_words
 
 SMALL = {"group_size": 32, "nsamples": 16, "batch_size": 4, "clip_ratios": (1.0,)}
 
@@ -363,3 +366,44 @@ def test_ranks_share_both_parts_so_that_each_sample_counts_once(size, monkeypatc
     assert len(everything) == len(set(everything)) == 16
     assert sorted(sample for sample in everything if len(sample) == 1) == [(32 + n,) for n in range(5)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# --- rows of data sets ---
+
+
+class Untrained(Holds):
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("training began")
+
+
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_rows_of_a_data_set_calibrate_like_what_is_in_them(column, tmp_path):
+    words = chat_words()
+    chats = [[{**message, "content": f"{message['content']} {n}"} for message in CHATS[n % 2]] for n in range(9)]
+    given = [words.apply_chat_template(chat, tokenize=False) for chat in chats]
+    data = Dataset.from_list([{"text": text, "id": 3} for text in given] if column == "text" else
+                             [{"messages": chat} for chat in chats])  # fmt: skip
+    plain = [words(text, add_special_tokens=False) for text in given]
+    reports = []
+    for calibration in (data, plain):
+        module = Holds()
+        module.model.resize_token_embeddings(len(words))
+        callback = GPTQCallback(QuantizeModule(**SMALL), tokenizer=words, calibration=calibration)
+        reports.append(fit(module, loader(), callback, tmp_path))
+    assert [layer.loss for layer in reports[0].modules] == [layer.loss for layer in reports[1].modules]
+    assert reports[0].samples == 9 and reports[0].calibration_sha256 == reports[1].calibration_sha256
+
+
+@pytest.mark.parametrize("option", ["calibration", "mix"])
+@pytest.mark.parametrize(
+    ("row", "tokenizer", "message"),
+    [
+        ({"text": "some words"}, None, "holds texts, and there is no tokenizer"),
+        ({"messages": CHATS[0]}, None, "holds chat messages, and there is no tokenizer"),
+        ({"messages": CHATS[0]}, tokens_of, "has no chat template"),
+    ],
+)
+def test_rows_that_cannot_be_made_into_tokens_are_refused_before_training(option, row, tokenizer, message, tmp_path):
+    callback = GPTQCallback(QuantizeModule(**SMALL), tokenizer=tokenizer, **{option: Dataset.from_list([row] * 20)})
+    with pytest.raises(CalibrationError, match=message):
+        fit(Untrained(), loader(), callback, tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gptq_plugin.autogptq.folders import tokenizer_kept
 from gptq_plugin.autogptq.options import (
@@ -22,6 +22,7 @@ from gptq_plugin.autogptq.options import (
     sort_out,
 )
 from gptq_plugin.autogptq.samples import computing_device, longest, named_samples, positions, token_samples
+from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.checkpoint.load import load_quantized
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
@@ -33,8 +34,9 @@ class GPTQQuantizer:
 
     Args:
         bits: 2, 3, 4 or 8.
-        dataset: Texts, tokenized dicts (``input_ids``, ``attention_mask``), or the name of a data set: ``"wikitext2"``,
-            ``"c4"`` or ``"c4-new"``, of which 128 windows are drawn. All texts and dicts are used.
+        dataset: Texts, rows with texts or chats (such as a `datasets.Dataset`), tokenized dicts (``input_ids``,
+            ``attention_mask``), or the name of a data set: ``"wikitext2"``, ``"c4"`` or ``"c4-new"``, of which 128
+            windows are drawn. All texts, rows and dicts are used.
         group_size: Input channels that share a scale; -1 is one group a row.
         damp_percent: Share of the mean of diag(H) added to it, in [0, 1).
         desc_act: Visit columns in order of activation, which is done in any case while `act_group_aware` holds.
@@ -113,8 +115,7 @@ class GPTQQuantizer:
             TargetError: No layer is left by `block_name_to_quantize` and `modules_in_block_to_quantize`.
             CalibrationError: See `QuantizeModule.quantize`.
         """
-        if isinstance(tokenizer, (str, Path)):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = as_tokenizer(tokenizer)
         config = dataclasses.replace(self.config, modules_to_not_convert=self._left_float(model))
         samples = self._samples(model, tokenizer)
         config = dataclasses.replace(config, nsamples=max(config.nsamples, len(samples)))

@@ -16,7 +16,7 @@ _KEPT = ("input_ids", "attention_mask")
 
 
 def token_samples(examples: Iterable[Any]) -> list[Any]:
-    """Every row of tokenized examples as a sample; examples of other kinds unchanged.
+    """Every row of tokenized examples as a sample; examples of other kinds, such as texts and chats, unchanged.
 
     Args:
         examples: Dicts with ``input_ids`` and perhaps ``attention_mask``, each a list or tensor, [tokens] or
@@ -38,7 +38,8 @@ def token_samples(examples: Iterable[Any]) -> list[Any]:
 
 def longest(samples: Iterable[Any]) -> int:
     """Tokens of the longest sample among those that are tokenized; 0 without any."""
-    return max((len(sample["input_ids"]) for sample in samples if isinstance(sample, Mapping)), default=0)
+    tokenized = (sample for sample in samples if isinstance(sample, Mapping) and "input_ids" in sample)
+    return max((len(sample["input_ids"]) for sample in tokenized), default=0)
 
 
 def named_samples(name: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int = 0) -> list[Tensor]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gptq_plugin.calibration.batches import digest, fields_of, sample_count
+from gptq_plugin.calibration.text_rows import encoded
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, some
 
 # A mapping with no other keys is a token sample, which may be cut and stacked with others.
 _TOKEN_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "labels"})
@@ -158,15 +159,16 @@ def collect(
     """Turns the user's data into batches.
 
     Args:
-        data: An iterable of texts; of token samples (lists of ids, 1-D tensors, or dicts of them, as a tokenizer
-            returns); or of ready batches (dicts, tensors, tuples of tensors, or anything the model's forward takes). Of
-            one kind, except in `Sources`.
+        data: An iterable of texts, of rows with a text or a chat (see `text_rows.encoded`); of token samples (lists of
+            ids, 1-D tensors, or dicts of them, as a tokenizer returns); or of ready batches (dicts, tensors, tuples of
+            tensors, or anything the model's forward takes). Of one kind, except in `Sources`.
         config: `model_seqlen` limits the length of token samples, `batch_size` the number in a batch.
-        tokenizer: Required for texts; called as tokenizer(text).
+        tokenizer: Required for texts; called as tokenizer(text). Chats need its chat template.
         nsamples: Largest number of samples to use, from the first; `config.nsamples` if None.
 
     Raises:
-        CalibrationError: `data` is a single text, texts come without a tokenizer, or kinds are mixed.
+        CalibrationError: `data` is a single text, texts come without a tokenizer or a chat template
+            that they need, or kinds are mixed.
     """
     if isinstance(data, Sources):
         return _join([(part, _collect(part.data, config, tokenizer, part.nsamples, part)) for part in data.parts])
@@ -249,6 +251,11 @@ def refuse_single(data: Any) -> None:
     if isinstance(data, (str, bytes)):
         raise CalibrationError("calibration data is one text: give a list of texts, [text]")
     if isinstance(data, Mapping):
+        splits = [name for name, part in data.items() if hasattr(part, "column_names")]
+        if splits:
+            raise CalibrationError(
+                f"calibration data has the splits {some(map(str, splits))}: give one, [{splits[0]!r}]"
+            )
         raise CalibrationError("calibration data is one mapping: give a list of batches, [batch]")
 
 
@@ -282,12 +289,7 @@ def is_mask(value: Any) -> TypeGuard[Tensor]:
 
 def _token_sample(item: Any, tokenizer: Callable[..., Any] | None) -> dict[str, Tensor] | None:
     """The item as a dict of [1, positions] tensors; None if it is a batch."""
-    if isinstance(item, str):
-        if tokenizer is None:
-            raise CalibrationError(
-                "calibration data holds texts, and there is no tokenizer for them: give tokenizer=..."
-            )
-        item = tokenizer(item)
+    item = encoded(item, tokenizer)
     if _is_token_list(item):
         item = {"input_ids": item}
     if not isinstance(item, Mapping) or "input_ids" not in item or not set(item) <= _TOKEN_KEYS:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.clients.client import Client
@@ -64,7 +65,7 @@ def export_model(
         config: What the model was quantized with. ``desc_act`` is written as true only when some group index
             needs it.
         report: Stored as quantization_report.json, report.html and README.md (a model card).
-        tokenizer: Anything with `save_pretrained`.
+        tokenizer: Anything with `save_pretrained`, or the folder or hub id to load a tokenizer from.
         overwrite: Replace an earlier export of this package; nothing else is ever replaced.
         sample: Run through the model and the export, whose outputs must agree; see `verify_outputs.same_outputs`.
         target: The client that is to load it ("vllm", "transformers", "sglang", "gptqmodel", or as
@@ -77,7 +78,9 @@ def export_model(
         ExportError: Nothing is quantized, `config` is not the one the model was quantized with, the folder cannot be
             used, `target` does not take the export, or the files do not read back as the model. The folder is then as
             it was.
+        TypeError, ValueError: `tokenizer` is not one; see `calibration.tokenizer.as_tokenizer`.
     """
+    tokenizer = as_tokenizer(tokenizer, saved=True)
     structure, layers, client = Structure.of_unfused(model), _quantized(model), Client.of(target)
     if client is not None and layers:
         refuse(Inventory.of_layers(structure, layers, config, report), client)

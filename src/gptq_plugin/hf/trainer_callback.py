@@ -54,12 +54,14 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
     Args:
         quantizer: Quantizes; holds the configuration.
         export_dir: Folder to write; None quantizes without export.
-        tokenizer: Saved with the export, and used on texts; None is the trainer's `processing_class`.
+        tokenizer: Saved with the export, and used on texts; or the folder or hub id to load it from. None is the
+            trainer's `processing_class`.
         calibration: ``"train"`` (as None): `config.nsamples` samples of the trainer's train dataset, each once, put
             together by its collator. ``"val"``: so many of the datasets of its last evaluation in training; data that
             does not fit is found in the first one (``eval_on_start=True`` makes that before the first step). A
-            DataLoader is sampled like them (``trainer.get_eval_dataloader()`` is one); texts, token lists or batches
-            (see `calibration.collect`) are the same on every rank: each uses its part.
+            DataLoader is sampled like them (``trainer.get_eval_dataloader()`` is one); texts, rows with texts or chats
+            (a `datasets.Dataset`), token lists or batches (see `calibration.collect`) are the same on every rank: each
+            uses its part.
         forward: Runs a batch, called as forward(model, batch) with the batch on the model's device; a model with
             adapters is passed as its merged copy. None calls the model with the batch's keys.
         mix: General text beside the run's own data: a DataLoader, or texts, token lists or batches, as above. Under

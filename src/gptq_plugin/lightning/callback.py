@@ -71,10 +71,11 @@ class GPTQCallback(CallbackBase, pl.Callback):
         export_dir: Folder to write; None quantizes without export.
         weights: Which weights: "last", those at the end of training; "best", those of the best checkpoint of the first
             ModelCheckpoint that monitors a metric; or the path of a checkpoint.
-        tokenizer: Saved with the export, and used on `calibration` texts.
+        tokenizer: Saved with the export, and used on `calibration` texts; or the folder or hub id to load it from.
         calibration: ``"train"`` (as None) or ``"val"``: `config.nsamples` samples of the trainer's dataloaders, each
-            once; or a DataLoader, which is sampled like them; or texts, token lists or batches (see
-            `calibration.collect`), the same on every rank: each uses its part.
+            once; or a DataLoader, which is sampled like them; or texts, rows with texts or chats (such as a
+            `datasets.Dataset`), token lists or batches (see `calibration.collect`), the same on every rank, which uses
+            its part.
         calibration_step: Runs a calibration batch, called as calibration_step(pl_module, batch). If None, the
             LightningModule's method `calibration_step(batch)` does, if it has one.
         mix: General text beside the run's own data: a DataLoader, or texts, token lists or batches, as above. Under

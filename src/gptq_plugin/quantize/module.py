@@ -130,9 +130,9 @@ class QuantizeModule:
 
         Args:
             model: Any module; it stays on its device. Training flags are restored.
-            batches: Texts (with `tokenizer`), token lists, or a dataloader's batches; see `calibration.collect`.
+            batches: Texts, rows with texts or chats, token lists, or a dataloader's batches; see `calibration.collect`.
             forward: Runs one batch, called as forward(model, batch); `calibration.forward.call` when None.
-            tokenizer: Called on texts, and saved with the export.
+            tokenizer: Called on texts, and saved with the export; or the folder or hub id to load it from.
             nsamples: Samples to use at most on this rank; `config.nsamples` shared over ranks when None.
             device: Where to compute; the model's device when None. A model on the CPU (or mapped from its files) may
                 be larger than a GPU's memory: free memory, `offload_weights` and `offload_activations` decide what
@@ -228,7 +228,7 @@ class QuantizeModule:
                 model on the CPU for all ranks of a node.
         """
         started = time.perf_counter()
-        client, chosen = Client.of(target), self._options(**options)
+        client, chosen = Client.of(target), self._options(exports=export_dir is not None, **options)
         with contextlib.ExitStack() as around, contextlib.ExitStack() as inside:
             inside.enter_context(distributed.ending_together())
             _check_export_dir(export_dir, overwrite)
@@ -283,7 +283,7 @@ class QuantizeModule:
         Args:
             model: The quantized model.
             directory: Must not exist or be empty; see `overwrite`.
-            tokenizer: Saved beside the model.
+            tokenizer: Saved beside the model; as for `quantize`.
             overwrite: Replace an earlier export of this package; nothing else is ever replaced.
             target: As for `quantize`.
         """

@@ -11,6 +11,7 @@ from torch import nn
 
 from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.forward import call
+from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.device.memory import with_index
 from gptq_plugin.memory.finished_layers import LayerStore
 
@@ -23,7 +24,9 @@ class PassOptions:
     """Options of one pass. `QuantizeModule.quantize` documents those that users give.
 
     Attributes:
-        forward, tokenizer, nsamples, device, device_memory, progress: See `QuantizeModule.quantize`.
+        forward, nsamples, device, device_memory, progress: See `QuantizeModule.quantize`.
+        tokenizer: The same, loaded if its folder or hub id is given.
+        exports: The tokenizer is to be saved with an export.
         layers_in: Where finished layers are written as they come; None keeps them in memory.
         offload_weights, offload_activations: See `QuantizeModule`.
     """
@@ -37,6 +40,10 @@ class PassOptions:
     layers_in: LayerStore | None = None
     offload_weights: bool | None = None
     offload_activations: bool | None = None
+    exports: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokenizer", as_tokenizer(self.tokenizer, saved=self.exports))
 
     @property
     def where(self) -> torch.device | None:

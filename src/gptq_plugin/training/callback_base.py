@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.calibration.training_data import TrainingData
 from gptq_plugin.clients.client import Client
 from gptq_plugin.export.staging import check_export_dir
@@ -53,8 +54,9 @@ class CallbackBase:
         report: Result of the last run; None before.
 
     Raises:
-        TypeError: `quantizer` is not a QuantizeModule.
-        ValueError: Nothing would remain of the quantization, or an option is out of range.
+        TypeError: `quantizer` is not a QuantizeModule, or `tokenizer` is not a tokenizer.
+        ValueError: Nothing would remain of the quantization, an option is out of range, or no tokenizer can be loaded
+            from the folder or hub id given.
         CalibrationError: `calibration` or `mix` is a single text or batch.
     """
 
@@ -80,7 +82,7 @@ class CallbackBase:
             )
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
-        self.tokenizer = tokenizer
+        self.tokenizer = as_tokenizer(tokenizer, saved=export_dir is not None)
         self.data = TrainingData(quantizer.config, calibration, mix, mix_fraction)
         self.swap = swap
         self.overwrite = overwrite
