@@ -13,7 +13,7 @@ from torch.utils.data import (
 )
 
 from gptq_plugin import QuantizeConfig, distributed
-from gptq_plugin.calibration.sampling import sample_loaders
+from gptq_plugin.calibration.sampling import sample_loaders, share_of
 
 DATA = list(range(33))
 
@@ -79,16 +79,27 @@ def test_samples_drawn_with_replacement_count_once():
 
 
 @pytest.mark.parametrize("size", [2, 4, 40])
-def test_ranks_share_the_samples_without_padding(size, monkeypatch):
+def test_ranks_share_the_batches_of_one_rank_without_padding(size, monkeypatch):
     sampler = torch.utils.data.DistributedSampler(DATA, num_replicas=size, rank=0)
     loader = DataLoader(DATA, batch_size=8, sampler=sampler)
     assert len(sampler) * size > len(DATA)  # this sampler counts some twice
-    shares = on_ranks(monkeypatch, size, loader)
-    assert sorted(sample for share in shares for sample in share) == DATA
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    one = [sample for group in zip(*(s + [None] * (20 - len(s)) for s in shares)) for sample in group]
-    alone = on_ranks(monkeypatch, 1, DataLoader(DATA, batch_size=8))[0]
-    assert [sample for sample in one if sample is not None] == alone
+    whole = DataLoader(DATA, batch_size=8)
+    alone = [batch.tolist() for batch in batches_of(whole)]
+    assert [len(batch) for batch in alone] == [4] * 8 + [1]
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert [batch.tolist() for batch in batches_of(loader)] == alone[rank::size]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_of_ranks_add_up_and_differ_by_one_at_most(size, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(share_of(16))
+    assert sum(shares) == 16 and max(shares) - min(shares) <= 1
 
 
 def test_a_users_sampler_behind_lightnings_wrapper_is_respected(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.calibration.collect import Source, Sources
+from gptq_plugin.calibration.sources import Source, Sources
 from gptq_plugin.calibration.training_data import TrainingData
 from gptq_plugin.errors import CalibrationError
 

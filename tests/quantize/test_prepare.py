@@ -8,12 +8,11 @@ from plans import CONFIG, plan_of, rows
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gptq_plugin import distributed
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
 from gptq_plugin.quantize.options import PassOptions
-from gptq_plugin.quantize.prepare import check_client, prepared, share
+from gptq_plugin.quantize.prepare import check_client, prepared
 
 from models import tiny_llama
 
@@ -122,13 +121,3 @@ def test_a_client_is_asked_about_the_plan_and_none_is_asked_nothing():
     check_client(model, QuantizeConfig(group_size=32), Client("vllm"))
     with pytest.raises(ExportError, match="4 and 8 bits only"):
         check_client(model, QuantizeConfig(bits=3, group_size=32), Client("vllm"))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_shares_of_ranks_add_up_and_differ_by_one_at_most(size, monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: size)
-    shares = []
-    for rank in range(size):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(share(16))
-    assert sum(shares) == 16 and max(shares) - min(shares) <= 1

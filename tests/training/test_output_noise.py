@@ -35,7 +35,9 @@ def test_the_noise_is_that_of_all_ranks_inputs(monkeypatch):
     model[0].weight.data = 1.5 * floats["0"].weight.data
     x = torch.ones(1, 4)
     whole = float(floats["0"](x).square().sum())
-    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, ({"0": 3 * whole}, {"0": 9 * whole})])
+    monkeypatch.setattr(
+        distributed, "gather_objects", lambda mine: [mine, ({"0": [whole, 2 * whole]}, {"0": [9 * whole]})]
+    )
     assert math.isclose(output_noise(model, floats, [lambda: model(x)])["0"], (0.25 + 3) / (1 + 9), rel_tol=1e-5)
 
 

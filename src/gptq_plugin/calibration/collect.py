@@ -7,8 +7,8 @@ several sources, each with a name for the report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeGuard
 
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gptq_plugin.calibration import same_batches
 from gptq_plugin.calibration.batches import digest, fields_of, sample_count
+from gptq_plugin.calibration.same_batches import Taken
+from gptq_plugin.calibration.sources import Source, Sources
 from gptq_plugin.calibration.text_rows import encoded
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, some
@@ -90,13 +93,17 @@ class Calibration:
     """Collected calibration data.
 
     Attributes:
-        batches: In the order they run.
+        batches: This rank's, in the order they run.
+        numbers: Of each of them, its place among the batches of all ranks.
+        of_all_ranks: Number of batches on all ranks.
         deviations: A sentence for each difference from the request, such as dropped samples.
         sources: Number of samples by the name of their source; empty if unknown.
         first_batches: Indices of each source's first batch, which represents the others.
     """
 
     batches: list[Batch] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    of_all_ranks: int = 0
     deviations: list[str] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
     first_batches: list[int] = field(default_factory=list)
@@ -111,94 +118,78 @@ class Calibration:
         return sum(digest(batch.data) for batch in self.batches)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Calibration data and its origin.
-
-    Attributes:
-        data: This rank's part, as for `collect`.
-        name: Its origin, to follow "12 samples of"; contains no path and no text.
-        nsamples: Largest number of samples to use on this rank.
-        is_general: Not the run's own data. In its texts and in token samples without labels, every token is its own
-            label.
-        is_stream: Its first batch cannot be read before the others.
-    """
-
-    data: Iterable[Any]
-    name: str
-    nsamples: int
-    is_general: bool = False
-    is_stream: bool = False
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Several sources, each collected separately.
-
-    Attributes:
-        parts: The same number, in the same order, on every rank.
-    """
-
-    parts: tuple[Source, ...]
-
-    def __iter__(self) -> Iterator[Any]:
-        for part in self.parts:
-            yield from part.data
-
-    def first_batches(self) -> Sources:
-        """The first batch of every source that is not a stream."""
-        return Sources(tuple(replace(part, data=islice(part.data, 1)) for part in self.parts if not part.is_stream))
-
-
 def collect(
     data: Iterable[Any],
     config: QuantizeConfig,
     tokenizer: Callable[..., Any] | None = None,
     nsamples: int | None = None,
+    *,
+    alone: bool = False,
 ) -> Calibration:
-    """Turns the user's data into batches.
+    """Turns the user's data into batches. In a process group every rank calls it.
 
     Args:
         data: An iterable of texts, of rows with a text or a chat (see `text_rows.encoded`); of token samples (lists of
             ids, 1-D tensors, or dicts of them, as a tokenizer returns); or of ready batches (dicts, tensors, tuples of
-            tensors, or anything the model's forward takes). Of one kind, except in `Sources`.
+            tensors, or anything the model's forward takes). Of one kind, except in `Sources`. On several
+            ranks, this rank's part: see `same_batches`.
         config: `model_seqlen` limits the length of token samples, `batch_size` the number in a batch.
         tokenizer: Required for texts; called as tokenizer(text). Chats need its chat template.
         nsamples: Largest number of samples to use, from the first; `config.nsamples` if None.
+        alone: Nothing is exchanged with other ranks: the batches are those of this rank's part.
 
     Raises:
         CalibrationError: `data` is a single text, texts come without a tokenizer or a chat template
             that they need, or kinds are mixed.
     """
-    if isinstance(data, Sources):
-        return _join([(part, _collect(part.data, config, tokenizer, part.nsamples, part)) for part in data.parts])
-    return _collect(data, config, tokenizer, config.nsamples if nsamples is None else nsamples)
+    parts = (
+        data.parts
+        if isinstance(data, Sources)
+        else [Source(data, "", config.nsamples if nsamples is None else nsamples)]
+    )
+    found = [(part, _collect(part, config, tokenizer, alone)) for part in parts]
+    return _join(found) if isinstance(data, Sources) else found[0][1]
 
 
-def _collect(
-    data: Iterable[Any],
-    config: QuantizeConfig,
-    tokenizer: Callable[..., Any] | None,
-    limit: int,
-    source: Source | None = None,
-) -> Calibration:
+def _collect(source: Source, config: QuantizeConfig, tokenizer: Callable[..., Any] | None, alone: bool) -> Calibration:
+    batches, own = _take(source, config, tokenizer)
+    taken: Taken = own
+    numbers: Sequence[int] = range(len(batches))
+    if not (alone or source.is_shared):
+        taken, numbers = same_batches.over_ranks(own)
+        if taken.sizes:
+            batches = (batches or [ready_batch(sample) for sample in own.samples])[: len(numbers)]
+    total = len(taken.sizes)
+    if taken.samples or source.is_shared:
+        batches = batches or list(_stack(taken.samples, config.batch_size))
+        total = len(batches)
+        numbers = range(total) if alone else same_batches.mine(total)
+        batches = [batches[number] for number in numbers]
+    deviations = taken.deviations()
+    if taken.stopped and not source.is_general:  # general data is often endless
+        deviations.append(taken.unused())
+    return Calibration(batches, list(numbers), total, deviations, first_batches=[0] if batches else [])
+
+
+def _take(source: Source, config: QuantizeConfig, tokenizer: Callable[..., Any] | None) -> tuple[list[Batch], Taken]:
+    """Reads the source up to its number of samples."""
+    data = source.data
     refuse_single(data)
-    labels_itself = source is not None and source.is_general and config.token_weighting == "labels"
-    calibration = Calibration()
+    labels_itself = source.is_general and config.token_weighting == "labels"
+    batches: list[Batch] = []
     samples: list[dict[str, Tensor]] = []
     dropped = count = 0
     more = False
     for item in data:
-        if count >= limit:
+        if count >= source.nsamples:
             more = True
             break
         # After batches a mapping is a batch too: a loader's last batch may hold a single sample.
-        is_batch = bool(calibration.batches) and isinstance(item, Mapping)
+        is_batch = bool(batches) and isinstance(item, Mapping)
         sample = None if is_batch else _token_sample(item, tokenizer)
         if sample is None:
-            batch = ready_batch(item)
-            calibration.batches.append(batch)
-            count += batch.samples
+            batches.append(ready_batch(item))
+            count += batches[-1].samples
         elif sample["input_ids"].numel() == 0:
             dropped += 1
         else:
@@ -206,18 +197,10 @@ def _collect(
                 sample.setdefault("labels", sample["input_ids"])
             samples.append({key: value[:, : config.model_seqlen] for key, value in sample.items()})
             count += 1
-        if samples and calibration.batches:
+        if samples and batches:
             raise CalibrationError("calibration data mixes single token samples with batches: give one kind")
-    if count > limit:
-        calibration.deviations.append(f"{count} calibration samples used: nsamples={limit} falls inside a batch")
-    if dropped:
-        calibration.deviations.append(f"{dropped} empty calibration samples dropped")
-    if more and not (source and source.is_general):  # general data is often endless
-        unused = _unused(data, dropped + len(samples) + len(calibration.batches))
-        calibration.deviations.append(f"calibration stops at nsamples={limit}: {unused} given were not used")
-    calibration.batches += _stack(samples, config.batch_size)
-    calibration.first_batches = [0] if calibration.batches else []
-    return calibration
+    sizes, read = [batch.samples for batch in batches], dropped + len(samples) + len(batches)
+    return batches, Taken(samples, sizes, source.nsamples, dropped, read, _length(data), more)
 
 
 def _join(parts: list[tuple[Source, Calibration]]) -> Calibration:
@@ -225,6 +208,8 @@ def _join(parts: list[tuple[Source, Calibration]]) -> Calibration:
     for source, part in parts:
         joined.first_batches += [len(joined.batches) + number for number in part.first_batches]
         joined.batches += part.batches
+        joined.numbers += [joined.of_all_ranks + number for number in part.numbers]
+        joined.of_all_ranks += part.of_all_ranks
         joined.deviations += part.deviations
         joined.sources[source.name] = joined.sources.get(source.name, 0) + part.samples
     return joined
@@ -319,7 +304,7 @@ def _as_row(value: Any) -> Tensor | None:
     return value if value.dim() == 2 and value.shape[0] == 1 else None
 
 
-def _stack(samples: list[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]:
+def _stack(samples: Sequence[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]:
     """Yields batches of samples of equal keys and lengths, so that none needs padding."""
     alike: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
     for sample in samples:
@@ -331,9 +316,8 @@ def _stack(samples: list[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]
             yield ready_batch({key: torch.cat([sample[key] for sample in chunk]) for key in chunk[0]})
 
 
-def _unused(data: Iterable[Any], read: int) -> str:
+def _length(data: Iterable[Any]) -> int | None:
     try:
-        size = len(data)  # type: ignore[arg-type]
+        return len(data)  # type: ignore[arg-type]
     except TypeError:
-        return "more samples"
-    return f"{size - read} of {size}"
+        return None

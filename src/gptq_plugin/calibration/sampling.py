@@ -13,11 +13,11 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
 )
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.collect import Source
+from gptq_plugin.calibration.same_batches import mine
+from gptq_plugin.calibration.sources import Source
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 
@@ -45,68 +45,69 @@ def sample_loaders(
     name: str,
     *,
     nsamples: int,
-    first: int = 0,
     is_general: bool = False,
 ) -> list[Source]:
     """This rank's share of `nsamples` samples of dataloaders, batched by their collators, one source per dataloader.
 
     Map-style datasets are sampled anew: `config.seed` chooses among the samples that their samplers may draw, and the
-    choice is dealt to the ranks. It does not depend on their number, and a distributed sampler's padding repeats no
-    sample. Anything else (an iterable dataset, a combination of loaders) is read from its start on every rank,
-    and must yield that rank's share.
+    choice is put into batches, which are dealt to the ranks. The batches do not depend on the number of ranks, and a
+    distributed sampler's padding repeats no sample. Anything else (an iterable dataset, a combination of loaders) is
+    read from its start on every rank, and must yield that rank's share.
 
     Args:
         loaders: One, or several that form one population, such as those of validation.
         config: batch_size and seed are read.
         name: The dataloaders' name.
         nsamples: Number of samples over all ranks.
-        first: Number of samples that earlier sources dealt to the ranks.
         is_general: See `Source`.
     """
     if not all(isinstance(loader, DataLoader) and not _is_stream(loader) for loader in loaders):
-        share, k = _share_of(nsamples, first), len(loaders)
+        share, k = share_of(nsamples), len(loaders)
         shares = [share * (number + 1) // k - share * number // k for number in range(k)]
         # A DataLoader can be restarted, so its first batch may be tried before training.
         return [
             Source(loader, name, share, is_general, is_stream=not isinstance(loader, DataLoader))
             for loader, share in zip(loaders, shares, strict=True)
         ]
-    size = distributed.world_size()
     # A user's random sampler may draw differently on every rank: all use rank 0's choice.
     choice, population = distributed.object_from_first(_choose(loaders, config.seed, nsamples))
-    mine = choice[(distributed.rank() - first) % size :: size]
     name = f"{name}'s {population} (seed {config.seed})"
     sources = []
     for number, loader in enumerate(loaders):
-        indices = [index for which, index in mine if which == number]
-        sources.append(Source(_subset(loader, indices, config), name, len(indices), is_general))
+        indices = [index for which, index in choice if which == number]
+        size = 1 if _yields_batches(loader) else config.batch_size
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        own = [batches[one] for one in mine(len(batches))]
+        sources.append(Source(_of_batches(loader, own, config.seed), name, sum(map(len, own)), is_general))
     return sources
 
 
-def deal(data: Iterable[Any], name: str, *, nsamples: int, first: int = 0, is_general: bool = False) -> Source:
-    """This rank's share of data that is the same on every rank, dealt in turn: `nsamples` samples over all ranks."""
-    size = distributed.world_size()
-    mine = islice(data, (distributed.rank() - first) % size, None, size)
-    return Source(mine, name, _share_of(nsamples, first), is_general)
+def deal(data: Iterable[Any], name: str, *, nsamples: int, is_general: bool = False) -> Source:
+    """Data that is the same on every rank; each uses its share of the batches of `nsamples` samples."""
+    return Source(data, name, nsamples, is_general, is_shared=True)
 
 
-def _share_of(nsamples: int, first: int) -> int:
-    """Number of samples among first, first + 1, ..., first + nsamples - 1 that are this rank's if dealt in turn."""
-    return len(range((distributed.rank() - first) % distributed.world_size(), nsamples, distributed.world_size()))
+def share_of(nsamples: int) -> int:
+    """This rank's share of `nsamples` samples; the shares of all ranks add up to it."""
+    return len(range(distributed.rank(), nsamples, distributed.world_size()))
 
 
 def _is_stream(loader: DataLoader[Any]) -> bool:
     return isinstance(loader.dataset, IterableDataset)
 
 
-def _subset(loader: DataLoader[Any], indices: list[int], config: QuantizeConfig) -> DataLoader[Any]:
+def _yields_batches(loader: DataLoader[Any]) -> bool:
+    return loader.batch_size is None and loader.batch_sampler is None
+
+
+def _of_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -> DataLoader[Any]:
+    """A dataloader of these batches of the loader's samples, by index, put together by its collator."""
+    chosen: dict[str, Any] = {"batch_sampler": batches}
+    if _yields_batches(loader):
+        chosen = {"batch_size": None, "sampler": [index for batch in batches for index in batch]}
     # No workers, which would take longer to start than to use; a separate generator leaves the global one unchanged.
-    return DataLoader(
-        Subset(loader.dataset, indices),
-        batch_size=None if loader.batch_size is None and loader.batch_sampler is None else config.batch_size,
-        collate_fn=loader.collate_fn,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(loader.dataset, collate_fn=loader.collate_fn, generator=generator, **chosen)
 
 
 def _choose(loaders: Sequence[DataLoader[Any]], seed: int, nsamples: int) -> tuple[list[tuple[int, int]], int]:

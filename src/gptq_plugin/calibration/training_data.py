@@ -8,8 +8,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from gptq_plugin.calibration.collect import Sources, rereadable
+from gptq_plugin.calibration.collect import rereadable
 from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, deal, require_single, sample_loaders
+from gptq_plugin.calibration.sources import Sources
 from gptq_plugin.config import QuantizeConfig, is_number
 
 
@@ -68,10 +69,10 @@ class TrainingData:
             sources = [deal(self.calibration, "the data given", nsamples=own)]
         if isinstance(self.mix, DataLoader):
             sources += sample_loaders(
-                [self.mix], self.config, "the general dataloader", nsamples=general, first=own, is_general=True
+                [self.mix], self.config, "the general dataloader", nsamples=general, is_general=True
             )
         elif self.mix is not None:
-            sources.append(deal(self.mix, "the general text", nsamples=general, first=own, is_general=True))
+            sources.append(deal(self.mix, "the general text", nsamples=general, is_general=True))
         return Sources(tuple(sources))
 
     def rehearsal_data(self, data: Iterable[Any]) -> Iterable[Any] | None:

@@ -299,7 +299,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
         first = self.data.rehearsal_data(self.calibration_data(trainer))
         if first is None or not may_differ(trainer, pl_module, module):
             return None
-        batches = collect(first, self.quantizer.config, self.tokenizer).batches
+        batches = collect(first, self.quantizer.config, self.tokenizer, alone=True).batches
         run = partial(self.calibration_forward(trainer, pl_module, module), module)
         return ParallelOutputs(run, batches[0].data if batches else None)
 

@@ -198,7 +198,7 @@ class QuantizeModule:
             TargetError, CalibrationError: As `quantize`.
         """
         options = self._options(forward=forward, tokenizer=tokenizer, device=device)
-        ready = prepared(model, batches, self.config, options)
+        ready = prepared(model, batches, self.config, options, alone=True)
         with distributed.ending_together(), evaluating(model), ready as (plan, calibration):
             rehearse(plan, calibration, options, whole=whole)
             _log_coverage(plan)

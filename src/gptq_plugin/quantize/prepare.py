@@ -12,6 +12,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration, collect
 from gptq_plugin.calibration.forward import evaluating
+from gptq_plugin.calibration.sampling import share_of
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
@@ -24,12 +25,18 @@ from gptq_plugin.quantize.options import PassOptions
 
 @contextlib.contextmanager
 def prepared(
-    model: nn.Module, batches: Iterable[Any], config: QuantizeConfig, options: PassOptions, client: Client | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: QuantizeConfig,
+    options: PassOptions,
+    client: Client | None = None,
+    *,
+    alone: bool = False,
 ) -> Iterator[tuple[Plan, Calibration]]:
     """Plans the quantization, refuses what cannot work, and only then collects the batches.
 
     A model that does not declare how it uses its experts is planned after a batch has run through it. The experts are
-    apart inside the block.
+    apart inside the block. With `alone`, this rank's batches are not exchanged with others': see `collect`.
 
     Raises:
         TargetError: See `targets.find_targets`.
@@ -39,11 +46,11 @@ def prepared(
     calibration = None
     if undeclared(model):
         check_client(model, config, client)
-        calibration = _collect(batches, config, options)
+        calibration = _collect(batches, config, options, alone)
         _learn_layouts(model, calibration, config, options)
     with planned(model, config) as plan:
         _refuse(plan, client)
-        yield plan, _collect(batches, config, options) if calibration is None else calibration
+        yield plan, _collect(batches, config, options, alone) if calibration is None else calibration
 
 
 def check_client(model: nn.Module, config: QuantizeConfig, client: Client | None) -> None:
@@ -57,29 +64,28 @@ def check_client(model: nn.Module, config: QuantizeConfig, client: Client | None
             _refuse(plan, client)
 
 
-def share(total: int) -> int:
-    """This rank's part of `total` samples; the parts of all ranks add up to it."""
-    size, rank = distributed.world_size(), distributed.rank()
-    return total // size + (rank < total % size)
-
-
 def _refuse(plan: Plan, client: Client | None) -> None:
     if client is not None:
         refuse(Inventory.of_plan(plan), client)
 
 
-def _collect(batches: Iterable[Any], config: QuantizeConfig, options: PassOptions) -> Calibration:
-    nsamples = share(config.nsamples) if options.nsamples is None else options.nsamples
-    return collect(batches, config, options.tokenizer, nsamples)
+def _collect(batches: Iterable[Any], config: QuantizeConfig, options: PassOptions, alone: bool) -> Calibration:
+    nsamples = share_of(config.nsamples) if options.nsamples is None else options.nsamples
+    return collect(batches, config, options.tokenizer, nsamples, alone=alone)
 
 
 def _learn_layouts(model: nn.Module, calibration: Calibration, config: QuantizeConfig, options: PassOptions) -> None:
-    """Every rank has the same model, and runs its own first batch."""
+    """Every rank has the same model, and runs its own first batch, or another's if it has none."""
+    batch = calibration.batches[0].data if calibration.batches else None
+    have = distributed.gather_objects(bool(calibration.batches))
+    if not all(have) and any(have):
+        first = have.index(True)
+        batch = distributed.gather_objects(batch if distributed.rank() == first else None)[first]
 
-    def first() -> None:
+    def run_first() -> None:
         run = options.runner(every_logit=config.lm_head)
         with evaluating(model), streamed_to(model, options.where), torch.no_grad():
-            run(model, calibration.batches[0].data)
+            run(model, batch)
 
-    if calibration.batches:
-        learn_layouts(model, first)
+    if any(have):
+        learn_layouts(model, run_first)

@@ -158,7 +158,8 @@ class Attempts:
     def _noise(self, quantizer: QuantizeModule, report: QuantizeReport) -> tuple[Plan, dict[str, float]]:
         plan = quantizer.plan
         assert plan is not None  # the model is quantized
-        batches = collect(self.data(), quantizer.config, self.tokenizer).batches[:_NOISE_BATCHES]
+        data = collect(self.data(), quantizer.config, self.tokenizer)
+        batches = [b for b, number in zip(data.batches, data.numbers, strict=True) if number < _NOISE_BATCHES]
         quantized = {module.name for module in report.quantized}
         floats = {target.name: target.module for target in plan.targets if target.name in quantized}
         runs = [partial(self.forward, self.model, batch.data) for batch in batches]

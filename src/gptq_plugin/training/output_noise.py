@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,14 +28,14 @@ def output_noise(
     Returns:
         The error by layer, over all ranks; 0 for a layer that no batch reached.
     """
-    wrong = dict.fromkeys(floats, 0.0)
-    whole = dict.fromkeys(floats, 0.0)
+    wrong: dict[str, list[float]] = {name: [] for name in floats}  # by batch
+    whole: dict[str, list[float]] = {name: [] for name in floats}
 
     def compare(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             wanted = floats[name](*args, **kwargs).float()
-            wrong[name] += float((wanted - output.float()).square().sum())
-            whole[name] += float(wanted.square().sum())
+            wrong[name].append(float((wanted - output.float()).square().sum()))
+            whole[name].append(float(wanted.square().sum()))
 
         return hook
 
@@ -46,5 +47,6 @@ def output_noise(
         for handle in handles:
             handle.remove()
     ranks = distributed.gather_objects((wrong, whole))
-    total = [{name: sum(one[part][name] for one in ranks) for name in floats} for part in (0, 1)]
+    # Rounded once, so that the sum does not depend on the order of the batches, or on the ranks they are on.
+    total = [{name: math.fsum(x for one in ranks for x in one[part][name]) for name in floats} for part in (0, 1)]
     return {name: total[0][name] / total[1][name] if total[1][name] else 0.0 for name in floats}

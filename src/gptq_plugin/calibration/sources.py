@@ -1,0 +1,52 @@
+"""Where calibration data comes from: `Source`, or several of them.
+
+Tested by tests/calibration/test_training_data.py: with the options that make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """Calibration data and its origin.
+
+    Attributes:
+        data: This rank's part, or the whole (see `is_shared`), as for `collect`.
+        name: Its origin, to follow "12 samples of"; contains no path and no text.
+        nsamples: Largest number of samples to use of it.
+        is_general: Not the run's own data. In its texts and in token samples without labels, every token is its own
+            label.
+        is_stream: Its first batch cannot be read before the others.
+        is_shared: The same data on every rank: each reads all of it and uses its share of the batches.
+    """
+
+    data: Iterable[Any]
+    name: str
+    nsamples: int
+    is_general: bool = False
+    is_stream: bool = False
+    is_shared: bool = False
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Several sources, each collected separately.
+
+    Attributes:
+        parts: The same number, in the same order, on every rank.
+    """
+
+    parts: tuple[Source, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in self.parts:
+            yield from part.data
+
+    def first_batches(self) -> Sources:
+        """The first batch of every source that is not a stream."""
+        return Sources(tuple(replace(part, data=islice(part.data, 1)) for part in self.parts if not part.is_stream))
