@@ -142,13 +142,10 @@ def collect(
         CalibrationError: `data` is a single text, texts come without a tokenizer or a chat template
             that they need, or kinds are mixed.
     """
-    parts = (
-        data.parts
-        if isinstance(data, Sources)
-        else [Source(data, "", config.nsamples if nsamples is None else nsamples)]
-    )
-    found = [(part, _collect(part, config, tokenizer, alone)) for part in parts]
-    return _join(found) if isinstance(data, Sources) else found[0][1]
+    if isinstance(data, Sources):
+        return _join([(part, _collect(part, config, tokenizer, alone)) for part in data.parts])
+    whole = Source(data, "", config.nsamples if nsamples is None else nsamples)
+    return _collect(whole, config, tokenizer, alone)
 
 
 def _collect(source: Source, config: QuantizeConfig, tokenizer: Callable[..., Any] | None, alone: bool) -> Calibration:
