@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from gptq_plugin.model.adapters import merged_copy
     from gptq_plugin.quantize.module import QuantizeModule
 
+    __version__: str
+
 __all__ = [
     "GPTQCallback",
     "GPTQTrainerCallback",
@@ -45,10 +47,22 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    """The version in the installed package's metadata, or ``"0+source"`` in a source tree."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("gptq-plugin")
+    except PackageNotFoundError:
+        return "0+source"

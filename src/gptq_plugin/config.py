@@ -11,11 +11,11 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
 
+from gptq_plugin import __version__
 from gptq_plugin.kernels.reference import BITS
 
 COMPRESSED = "compressed-tensors"
@@ -204,7 +204,7 @@ class QuantizeConfig:
             **values,
             "format": self.checkpoint_format,
             "pack_dtype": "int32",
-            "meta": {"quantizer": [f"{QUANTIZER_NAME}:{package_version()}"], QUANTIZER_NAME: meta},
+            "meta": {"quantizer": [f"{QUANTIZER_NAME}:{__version__}"], QUANTIZER_NAME: meta},
         }
 
     @classmethod
@@ -243,14 +243,6 @@ def own_config(values: Mapping[str, Any]) -> QuantizeConfig | None:
 def rule_regex(pattern: str) -> str:
     """The regular expression of a `dynamic` key, without GPTQModel's ``+:`` or ``-:`` prefix."""
     return pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
-
-
-def package_version() -> str:
-    """The installed version of this package, or ``"0+source"`` in a source tree."""
-    try:
-        return version("gptq-plugin")
-    except PackageNotFoundError:
-        return "0+source"
 
 
 def _check_rule(config: QuantizeConfig, pattern: str, overrides: Mapping[str, Any]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import gptq_plugin
 from gptq_plugin import QuantizeModule
 from gptq_plugin.apps.command import main
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
@@ -77,6 +79,18 @@ def test_wrong_arguments_exit_with_2_and_say_what_is_wrong(arguments, message, c
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["gptq-plugin"], [sys.executable, "-m", "gptq_plugin"]], ids=["script", "module"])
+def test_its_version_is_that_of_the_installed_package(command, tmp_path):
+    command[0] = str(Path(sys.executable).parent / command[0])
+    done = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == f"gptq-plugin {version('gptq-plugin')}\n" == f"gptq-plugin {gptq_plugin.__version__}\n"
+
+
+def test_python_m_runs_it(export, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "gptq_plugin", "check", export], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(b"0 errors")
 
 
 def test_its_help_names_the_subcommands():

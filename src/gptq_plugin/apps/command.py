@@ -12,15 +12,23 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gptq_plugin import __version__
 from gptq_plugin.clients.client import CLIENTS, Client, rules_of
 
 if TYPE_CHECKING:
     from gptq_plugin.check.findings import Lint
 
 
+_CHECKPOINT = "the checkpoint: a folder, or the id owner/name of a repository on the Hugging Face hub"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default that of the process, and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="gptq-plugin", description="Check quantized checkpoints, and convert them.")
+    parser = argparse.ArgumentParser(
+        prog="gptq-plugin",
+        description="Check quantized checkpoints, and convert them. gptq-finetune and gptq-quantize make them.",
+    )
+    parser.add_argument("--version", action="version", version=f"gptq-plugin {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_check, _add_convert):
         add(commands)
@@ -36,9 +44,9 @@ def _add_check(commands: Any) -> None:
         description="Checks a GPTQ or compressed-tensors checkpoint of any tool. Exit status 1: it is damaged, or a "
         "--target would refuse it.",
     )
-    parser.add_argument("directory", metavar="DIR", help="folder of the checkpoint")
+    parser.add_argument("directory", metavar="DIR", help=_CHECKPOINT)
     parser.add_argument(
-        "--float", metavar="DIR", dest="float_dir", help="folder of the float model, to compare every tensor with"
+        "--float", metavar="DIR", dest="float_dir", help="folder or id of the float model, to compare every tensor with"
     )
     parser.add_argument(
         "--target",
@@ -54,6 +62,7 @@ def _add_check(commands: Any) -> None:
         default=1,
         help="GPUs that share each layer (vllm, sglang)",
     )
+    _add_hub(parser)
     parser.set_defaults(run=_check)
 
 
@@ -65,7 +74,8 @@ def _check(parsed: argparse.Namespace) -> int:
         return Client(client, parsed.tensor_parallel_size if rules_of(client).tensor_parallel else 1)
 
     try:
-        found = lint(parsed.directory, parsed.float_dir, [target(client) for client in CLIENTS])
+        targets = [target(client) for client in CLIENTS]
+        found = lint(parsed.directory, parsed.float_dir, targets, revision=parsed.revision, token=parsed.token)
     except CheckpointError as error:
         print(f"gptq-plugin check: {error}", file=sys.stderr)
         return 1
@@ -104,6 +114,7 @@ def _add_convert(commands: Any) -> None:
         help="gptq, gptq_v2 or compressed-tensors",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
+    _add_hub(parser)
     parser.set_defaults(run=_convert)
 
 
@@ -112,12 +123,26 @@ def _convert(parsed: argparse.Namespace) -> int:
     from gptq_plugin.export.convert import convert
 
     try:
-        folder = convert(parsed.directory, parsed.out, parsed.checkpoint_format, overwrite=parsed.overwrite)
+        folder = convert(
+            parsed.directory,
+            parsed.out,
+            parsed.checkpoint_format,
+            overwrite=parsed.overwrite,
+            revision=parsed.revision,
+            token=parsed.token,
+        )
     except (CheckpointError, ExportError, ValueError) as error:
         print(f"gptq-plugin convert: {error}", file=sys.stderr)
         return 1
     print(f"{folder} has checkpoint_format={parsed.checkpoint_format}")
     return 0
+
+
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--token", metavar="TOKEN", help="for a private or gated repository; else the one of `hf auth login`"
+    )
 
 
 def _checkpoint_format(text: str) -> str:

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m gptq_plugin.apps.evaluate",
         description="Reload an exported model, measure its perplexity and let it write a few words.",
     )
-    parser.add_argument("directory", type=Path, help="the exported folder")
+    parser.add_argument("directory", help="the exported folder, or its id on the hub")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", nargs="+", help="text or jsonl files to evaluate on")
     source.add_argument("--windows", type=Path, help="a safetensors file with int64 `windows` [windows, positions]")

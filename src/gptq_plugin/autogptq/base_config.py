@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptq_plugin.autogptq.folders import local_folder
 from gptq_plugin.autogptq.options import HUB, IGNORED_BY_HUB, sort_out
 from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.config import QuantizeConfig, own_config
 from gptq_plugin.errors import CheckpointError
 

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gptq_plugin.autogptq.base_config import BaseQuantizeConfig
-from gptq_plugin.autogptq.folders import check_basename, local_folder
+from gptq_plugin.autogptq.folders import check_basename
 from gptq_plugin.autogptq.gptq_model import BaseGPTQForCausalLM
 from gptq_plugin.autogptq.options import HUB, IGNORED_LOADING, IGNORED_LOADING_FLOAT, REFUSED_LOADING, sort_out
 from gptq_plugin.checkpoint.checkpoint import QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load import load_quantized
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.quantize.module import QuantizeModule

@@ -1,4 +1,4 @@
-"""Checkpoint folders as old scripts use them: names on the hub, tokenizers saved beside, other names for weights."""
+"""Checkpoint folders as old scripts use them: tokenizers saved beside, other names for weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import huggingface_hub
-
 from gptq_plugin.errors import CheckpointError
 
-_NEEDED = ("*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.model")
 _TOKENIZER_FILES = frozenset(
     {
         "added_tokens.json",
@@ -30,48 +27,6 @@ _TOKENIZER_FILES = frozenset(
         "vocab.txt",
     }
 )
-
-
-def local_folder(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-    subfolder: str | None = None,
-) -> Path:
-    """The folder itself, or the hub's checkpoint of that name, downloaded unless it is in the cache.
-
-    Args:
-        name_or_path: A folder, or ``owner/name``.
-        revision, token, cache_dir, force_download, local_files_only: As for `huggingface_hub.snapshot_download`.
-        subfolder: Where in it the checkpoint is.
-
-    Raises:
-        CheckpointError: There is no such folder, and the hub's checkpoint cannot be had.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        within = f"{subfolder}/" if subfolder else ""
-        try:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    str(name_or_path),
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    allow_patterns=[within + pattern for pattern in _NEEDED],
-                )
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{name_or_path} is no folder, and huggingface_hub could not fetch a checkpoint of that name: {error}"
-            ) from error
-    return folder / subfolder if subfolder else folder
 
 
 def check_basename(folder: Path, basename: str, stacklevel: int = 3) -> None:

@@ -69,7 +69,7 @@ class BesideFloat:
                 cast[f"{short(theirs.dtype)} to {short(ours.dtype)}"] += 1
         casts = "".join(f", {count} of them cast from {kinds}" for kinds, count in cast.items())
         self.summary = (
-            f"{self._compared} layers with those of {self._floats.directory}; {same} other tensors are equal{casts}"
+            f"{self._compared} layers with those of {self._floats.name}; {same} other tensors are equal{casts}"
         )
         if off:
             worst = max(off, key=lambda name: off[name])

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_plugin.checkpoint.files import INDEX
+from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.errors import CheckpointError
 
 
@@ -17,15 +18,16 @@ class FloatWeights:
     """The weights in a folder of safetensors files, sharded or not.
 
     Args:
-        directory: As `save_pretrained` writes it.
+        name: The folder, as `save_pretrained` writes it, or the id of a repository on the hub.
+        token: For a private or gated repository.
 
     Raises:
-        CheckpointError: No safetensors file, or one that cannot be read.
+        CheckpointError: No such folder or repository, no safetensors file, or one that cannot be read.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        files = self._files()
+    def __init__(self, name: str | Path, token: str | bool | None = None) -> None:
+        self.name = str(name)
+        files = _files(local_folder(name, token=token))
         self._handles: dict[str, Any] = {}
         for file in files:
             try:
@@ -57,16 +59,13 @@ class FloatWeights:
             tensor = tensor.T
         return tensor if tensor.shape == shape else None
 
-    def _files(self) -> list[Path]:
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is not a folder: give the folder of the float model")
-        index = self.directory / INDEX
-        if index.is_file():
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return [self.directory / name for name in named]
-        files = sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"{self.directory} holds no safetensors file: save the float model with save_pretrained there"
-            )
-        return files
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in named]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no safetensors file: save the float model with save_pretrained there")
+    return files

@@ -18,27 +18,37 @@ from gptq_plugin.check.described import facts, file_findings
 from gptq_plugin.check.findings import Finding, Lint, error
 from gptq_plugin.check.float_weights import FloatWeights
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.clients.client import CLIENTS, Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import conditions, problems
 from gptq_plugin.errors import CheckpointError, some
 
 
-def lint(directory: str | Path, float_dir: str | Path | None = None, targets: Iterable[Client] | None = None) -> Lint:
+def lint(
+    directory: str | Path,
+    float_dir: str | Path | None = None,
+    targets: Iterable[Client] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Lint:
     """Checks a quantized checkpoint of any tool, a layer at a time.
 
     Args:
-        directory: The checkpoint.
-        float_dir: The float model it was made from, a folder with safetensors files; None compares nothing.
+        directory: The checkpoint: a folder, or the id of a repository on the hub; see `load_quantized`.
+        float_dir: The float model it was made from, a folder with safetensors files or an id; None compares nothing.
         targets: The clients asked about; all of them when None.
+        revision: Branch, tag or commit of the checkpoint's repository.
+        token: For private or gated repositories.
 
     Raises:
         CheckpointError: `float_dir` cannot be read. Faults of `directory` are findings.
     """
     found = Lint()
-    floats = FloatWeights(float_dir) if float_dir is not None else None
+    floats = FloatWeights(float_dir, token) if float_dir is not None else None
     try:
-        checkpoint = Checkpoint.open(directory)
+        checkpoint = Checkpoint.open(local_folder(directory, revision=revision, token=token))
     except CheckpointError as damage:
         found.add([error(str(damage))])
         return found

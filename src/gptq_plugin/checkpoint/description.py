@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gptq_plugin import __version__
 from gptq_plugin.checkpoint.formats.format import Contents, Scheme, contiguous
 from gptq_plugin.checkpoint.formats.registry import FORMATS
-from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig, package_version
+from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.structure import Structure
 
@@ -52,4 +53,4 @@ def most_and_others(fields: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, 
 def describe(contents: Contents, config: QuantizeConfig) -> dict[str, Any]:
     """`quantization_config` in the config's `checkpoint_format`, with ``meta`` for what no client reads."""
     description = FORMATS[config.checkpoint_format].describe(contents, config)
-    return {**description, "meta": {"quantizer": [f"{QUANTIZER_NAME}:{package_version()}"]}}
+    return {**description, "meta": {"quantizer": [f"{QUANTIZER_NAME}:{__version__}"]}}

@@ -22,6 +22,7 @@ from torch import nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.files import CONFIG
+from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load_plain import load_into
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.errors import CheckpointError
@@ -35,12 +36,17 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     model: nn.Module | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Any:
     """Loads a checkpoint of this package, GPTQModel, AutoGPTQ, optimum or llm-compressor (pack-quantized) with
     `QuantLinear` layers, in evaluation mode.
 
     Args:
-        directory: Folder with config.json, the safetensors files and (AutoGPTQ) quantize_config.json.
+        directory: Folder with config.json, the safetensors files and (AutoGPTQ) quantize_config.json; or the id
+            ``owner/name`` of a repository on the Hugging Face hub. A folder of that name wins.
         device: Where the model goes. Tensors are read from the files onto it one by one; a transformers model needs
             accelerate for that, and without it passes through the CPU's memory.
         device_map: Instead of `device`, as transformers and accelerate understand it: ``"auto"``, ``"balanced"``,
@@ -54,6 +60,10 @@ def load_quantized(
             changed in place and returned. Without it, config.json must name a transformers architecture.
         trust_remote_code: Run the Python files in the folder, where config.json says (``auto_map``) that the model's
             class is in them; without it such a folder is refused. For folders whose code you have read.
+        revision: Branch, tag or commit of the repository.
+        token: For a private or gated repository; None is the one of ``hf auth login``.
+        cache_dir: Where downloads are kept; None is huggingface_hub's cache.
+        local_files_only: Take the repository from the cache.
 
     Returns:
         The transformers model, ready for `generate`, or `model`. Its config describes what is in memory
@@ -62,7 +72,8 @@ def load_quantized(
 
     Raises:
         CheckpointError: The checkpoint is incomplete, corrupt, contradicts itself or does not fit the model.
-            The message names every file, tensor and module; `model` is then as it was.
+            The message names every file, tensor and module; `model` is then as it was. Or there is neither such a
+            folder nor such a repository.
         ValueError: `device_map` together with `device` or `model`.
     """
     if device_map is not None and (model is not None or torch.device(device).type != "cpu"):
@@ -70,7 +81,10 @@ def load_quantized(
             "device_map says where every module of a transformers model goes: give it without `device`, and place a "
             "`model` of your own with `device`"
         )
-    checkpoint = Checkpoint.open(directory)
+    folder = local_folder(
+        directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    checkpoint = Checkpoint.open(folder)
     if model is not None:
         return load_into(checkpoint, model, torch.device(device), dtype)
     if not checkpoint.model_config.get("architectures"):
@@ -82,7 +96,9 @@ def load_quantized(
             "load_quantized(directory, model=it)"
         )
     architecture, config = _architecture(checkpoint, trust_remote_code)
-    return _load_transformers(checkpoint, architecture, config, torch.device(device), device_map, dtype)
+    loaded: Any = _load_transformers(checkpoint, architecture, config, torch.device(device), device_map, dtype)
+    loaded.name_or_path = str(directory)
+    return loaded
 
 
 def load_as(directory: str | Path, architecture: Any, config_class: Any) -> Any:
@@ -136,7 +152,6 @@ def _load_transformers(
     ]
     refuse(checkpoint, architecture.__name__, problems)
     fill(checkpoint, model, names)
-    model.name_or_path = str(checkpoint.directory)
     model.config.quantization_config = in_memory(checkpoint, model, names)
     return (model if device_map is not None else model.to(device)).eval()
 

@@ -17,6 +17,7 @@ from gptq_plugin.checkpoint.description import describe, most_and_others
 from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG, write_json
 from gptq_plugin.checkpoint.formats.format import Contents, Scheme
 from gptq_plugin.checkpoint.formats.registry import FORMATS
+from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.export import SHARD
@@ -35,14 +36,24 @@ _MADE = (
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 
 
-def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, overwrite: bool = False) -> Path:
+def convert(
+    directory: str | Path,
+    out: str | Path,
+    checkpoint_format: str,
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
     """Writes a quantized checkpoint of any tool in another format.
 
     Args:
-        directory: A checkpoint that `load_quantized` reads.
+        directory: A checkpoint that `load_quantized` reads: a folder, or the id of a repository on the hub.
         out: As for `export_model`.
         checkpoint_format: One of `config.CHECKPOINT_FORMATS`.
         overwrite: Replace an earlier export in `out`.
+        revision: Branch, tag or commit of the repository.
+        token: For a private or gated repository.
 
     Returns:
         The folder that was written, absolute.
@@ -54,7 +65,7 @@ def convert(directory: str | Path, out: str | Path, checkpoint_format: str, *, o
     """
     if checkpoint_format not in CHECKPOINT_FORMATS:
         raise ValueError(f"checkpoint_format must be one of {', '.join(CHECKPOINT_FORMATS)}; got {checkpoint_format!r}")
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(local_folder(directory, revision=revision, token=token))
     if checkpoint.checkpoint_format == checkpoint_format:
         raise ValueError(f"{directory} has checkpoint_format={checkpoint_format!r} already: copy it")
     schemes = {name: checkpoint.scheme(name) for name in checkpoint.layers}

@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import Any
 
-from gptq_plugin.config import QUANTIZER_NAME, package_version
+from gptq_plugin import __version__
+from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.report.report import QuantizeReport
 
 _LIBRARIES = ("torch", "transformers", "lightning", "pytorch_lightning")  # named if imported
@@ -91,7 +92,7 @@ def plain_name(name: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {QUANTIZER_NAME: package_version(), "python": platform.python_version()}
+    versions = {QUANTIZER_NAME: __version__, "python": platform.python_version()}
     for library in _LIBRARIES:
         if library in sys.modules:
             try:
