@@ -104,6 +104,21 @@ def test_the_optimizer_is_freed_before_quantization_and_forgets_the_float_weight
     assert held == {id(p) for p in model.parameters()}
 
 
+def test_the_optimizer_is_left_as_it_is_where_the_model_stays_float(tmp_path):
+    model, before = llama(), []
+
+    class Watching(GPTQTrainerCallback):
+        def on_train_end(self, args, state, control, **training):
+            before.extend(value.clone() for state in training["optimizer"].state.values() for value in state.values())
+            super().on_train_end(args, state, control, **training)
+
+    trainer = train(model, [Watching(QuantizeModule(**SMALL), tmp_path / "out", swap=False)], tmp_path)
+    after = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    assert len(before) == len(after) > 0 and all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
 def test_the_runs_autocast_is_used(precision, tmp_path):
     dtypes = set()

@@ -134,17 +134,48 @@ def test_checkpoints_hold_the_float_weights(tmp_path):
         assert "model.model.layers.0.mlp.up_proj.weight" in keys and not any("qweight" in key for key in keys)
 
 
-def test_the_optimizer_is_freed_before_quantization(tmp_path):
+def test_gradients_are_freed_before_quantization_and_optimizers_after_it(tmp_path):
     seen = []
 
     class Watching(GPTQCallback):
         def calibration_data(self, trainer):
-            seen.append((trainer.strategy.optimizers, [p.grad for p in trainer.lightning_module.parameters()]))
+            seen.append([p.grad for p in trainer.lightning_module.parameters()])
             return super().calibration_data(trainer)
 
-    fit(Holds(), token_loader(), [Watching(QuantizeModule(**SMALL))], tmp_path)
-    optimizers, gradients = seen[-1]  # the first is the rehearsal before training
-    assert optimizers == [] and all(gradient is None for gradient in gradients)
+    trainer = fit(Holds(), token_loader(), [Watching(QuantizeModule(**SMALL))], tmp_path)
+    assert all(gradient is None for gradient in seen[-1])  # the first is the rehearsal before training
+    assert trainer.optimizers == trainer.lr_scheduler_configs == []  # they would hold the float weights
+
+
+@pytest.mark.parametrize("end", ["swap=False", "a failure"])
+def test_optimizers_are_left_as_they_are_where_the_module_stays_float(end, tmp_path):
+    class Late(Holds):
+        def calibration_step(self, batch):
+            if end == "a failure" and self.trainer.global_step:
+                raise RuntimeError("late")
+            return self.model(**batch)
+
+    twin, module = Holds(), Late()
+    wanted = fit(twin, token_loader(), [], tmp_path).optimizers
+    swap = False if end == "swap=False" else None
+    callback, kept = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", swap=swap), Kept()
+    if end == "a failure":
+        with pytest.raises(RuntimeError, match="late"):
+            fit(module, token_loader(), [kept, callback], tmp_path)
+    else:
+        fit(module, token_loader(), [kept, callback], tmp_path)
+    (optimizer,) = kept.trainer.optimizers
+    parameters = list(module.parameters())
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [*map(id, parameters)]
+    for one, other in zip(parameters, twin.parameters(), strict=True):
+        assert torch.equal(optimizer.state[one]["exp_avg"], wanted[0].state[other]["exp_avg"])
+
+
+class Kept(pl.Callback):
+    """Keeps the trainer of a fit that fails."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.trainer = trainer
 
 
 def test_losses_damping_tokens_seconds_and_totals_reach_the_logger(tmp_path):

@@ -15,14 +15,15 @@ from torch import nn
 
 from gptq_plugin.lightning import surroundings
 from gptq_plugin.lightning.surroundings import (
+    drop_optimizers,
     evaluating_eagerly,
     forward_device,
-    free_training_state,
     is_dev_run,
     run_folders,
     trained,
     whole,
     without_adapters,
+    without_training_state,
 )
 from gptq_plugin.model.adapters import base_copy, merged_in_place
 
@@ -128,14 +129,17 @@ def test_the_other_weights_are_streamed_to_where_forwards_run(sharded, monkeypat
         assert calls == [((module, GPU), {"besides": plain})]
 
 
-def test_gradients_and_optimizer_state_are_freed(tmp_path):
+def test_gradients_are_freed_and_optimizers_only_where_the_module_stays_quantized(tmp_path):
     module = Plain()
     fitted = fit(module, pair_loader(), [], tmp_path)
     module(torch.ones(1, 64)).sum().backward()
-    assert fitted.strategy.optimizers and all(parameter.grad is not None for parameter in module.parameters())
-    free_training_state(fitted, module)
-    assert fitted.strategy.optimizers == fitted.strategy.lr_scheduler_configs == []
-    assert all(parameter.grad is None for parameter in module.parameters())
+    assert fitted.optimizers and all(parameter.grad is not None for parameter in module.parameters())
+    before = fitted.optimizers
+    with without_training_state(fitted, module):
+        assert all(parameter.grad is None for parameter in module.parameters())
+    assert fitted.optimizers is before and len(before[0].state) == 4
+    drop_optimizers(fitted)
+    assert fitted.optimizers == fitted.lr_scheduler_configs == []
 
 
 def test_a_dev_run_is_known(trainer):

@@ -36,6 +36,7 @@ from gptq_plugin.quantize.options import ModelForward
 from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.callback_base import CallbackBase, Origin
 from gptq_plugin.training.log_metrics import total_metrics
+from gptq_plugin.training.optimizer_state import on_cpu
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names
@@ -77,7 +78,8 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
     Attributes:
         report: Result of the last `train`; None before.
 
-    The optimizer's state is released before quantization: a later `train` begins with a new one.
+    Where the model stays quantized, the optimizer's state is released before: a later `train` begins with a new one.
+    Else it waits on the CPU.
     """
 
     def __init__(
@@ -153,8 +155,11 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         model, optimizer = training["model"], training["optimizer"]
         peak = memory.peak_bytes(args.device)
         model.zero_grad(set_to_none=True)
-        optimizer.state.clear()
+        keep = leaves_quantized(model, self.swap)
+        if keep:
+            optimizer.state.clear()
         with (
+            on_cpu([optimizer]),
             weights_saved_on_failure(model, args, state),
             random_state_restored(args.device),
             torch.compiler.set_stance("force_eager"),  # hooks and threads do not go through compiled code
@@ -168,7 +173,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 forward=self.calibration_forward(args),
                 tokenizer=self._tokenizer(training),
                 progress=progress,
-                keep=leaves_quantized(model, self.swap),
+                keep=keep,
                 device_memory=peak,
             )
             run_name = args.run_name if args.run_name != args.output_dir else None  # some versions make them equal

@@ -28,14 +28,15 @@ from gptq_plugin.lightning.progress_bar import progress_like
 from gptq_plugin.lightning.sharding import is_sharded
 from gptq_plugin.lightning.strategies import refuse_for_shards, refuse_sharded_adapters, refuse_strategy
 from gptq_plugin.lightning.surroundings import (
+    drop_optimizers,
     evaluating_eagerly,
     forward_device,
-    free_training_state,
     is_dev_run,
     run_folders,
     trained,
     whole,
     without_adapters,
+    without_training_state,
 )
 from gptq_plugin.lightning.unsharded import refuse_unknown_sharding
 from gptq_plugin.lightning.validation import validate, validation_loaders
@@ -217,8 +218,8 @@ class GPTQCallback(CallbackBase, pl.Callback):
         if is_dev_run(trainer):
             log.info("fast_dev_run: nothing is quantized or exported")
             return
-        free_training_state(trainer, pl_module)
         with (
+            without_training_state(trainer, pl_module),
             trained(trainer, pl_module, self.weights, self.export_dir) as state,
             progress_like(trainer) as progress,
         ):
@@ -247,6 +248,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
                 report = self.quantize_and_export(attempts, origin)
             if swap:
                 state.keep_weights()
+                drop_optimizers(trainer)
         _log(trainer, report)
 
     def leaves_quantized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

@@ -20,6 +20,7 @@ from gptq_plugin.lightning.unsharded import unsharded
 from gptq_plugin.lightning.which_weights import uncompiled, weights_of
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import has_adapters
+from gptq_plugin.training.optimizer_state import on_cpu
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,16 @@ def forward_device(trainer: pl.Trainer) -> torch.device | None:
     return trainer.strategy.root_device if is_sharded(trainer) else None
 
 
-def free_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Frees gradients and optimizer state, whose memory quantization needs; the checkpoints hold them."""
+@contextlib.contextmanager
+def without_training_state(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Frees gradients, and keeps the optimizers' state off the device inside the block: quantization needs memory."""
     pl_module.zero_grad(set_to_none=True)
+    with on_cpu(trainer.optimizers):
+        yield
+
+
+def drop_optimizers(trainer: pl.Trainer) -> None:
+    """Drops optimizers and schedulers of a module that stays quantized: they hold its float weights."""
     trainer.strategy.optimizers = []
     trainer.strategy.lr_scheduler_configs = []
 
