@@ -43,6 +43,29 @@ def test_what_is_no_limit_is_refused_with_an_example(value):
 
 
 @pytest.mark.parametrize(
+    ("given", "example"),
+    [(0.02, "0.02"), (-1, "-1"), ("2%", "'2%'"), (0, "0.02"), (True, "0.02"), (False, "0.02"), ("", "0.02"),
+     ([], "0.02"), (["val_loss", 0.02], "0.02"), ("val_loss", "0.02"), (math.nan, "0.02")],
+)  # fmt: skip
+def test_limits_without_a_metric_are_refused_with_the_right_form(given, example):
+    with pytest.raises(ValueError) as caught:
+        QualityGate(given)
+    assert str(caught.value) == (
+        f"max_degradation names a logged metric for each limit, such as {{'val_loss': {example}}}; got {given!r}"
+    )
+
+
+@pytest.mark.parametrize("name", [1, None, "", ("val_loss",)])
+def test_a_metric_that_is_no_name_is_refused(name):
+    with pytest.raises(ValueError, match="keys are names of logged metrics, such as 'val_loss'; got"):
+        QualityGate({name: 0.02})
+
+
+def test_no_limits_are_none_or_empty():
+    assert QualityGate(None).limits == QualityGate({}).limits == {}
+
+
+@pytest.mark.parametrize(
     ("limit", "before", "after", "excess"),
     [
         (Limit(0.25, False), 1.0, 1.25, 0.0),  # exactly as much as it may

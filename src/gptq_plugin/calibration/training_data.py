@@ -31,7 +31,11 @@ class TrainingData:
     """
 
     def __init__(
-        self, config: QuantizeConfig, calibration: Iterable[Any] | None, mix: Iterable[Any] | None, mix_fraction: float
+        self,
+        config: QuantizeConfig,
+        calibration: str | Iterable[Any] | None,
+        mix: Iterable[Any] | None,
+        mix_fraction: float,
     ):
         if calibration is None:
             calibration = "train"

@@ -88,7 +88,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         export_dir: str | Path | None = None,
         *,
         tokenizer: Any = None,
-        calibration: Iterable[Any] | None = None,
+        calibration: str | Iterable[Any] | None = None,
         forward: ModelForward | None = None,
         mix: Iterable[Any] | None = None,
         mix_fraction: float = 0.25,

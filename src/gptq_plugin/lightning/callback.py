@@ -111,7 +111,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
         export_dir: str | Path | None = None,
         *,
         tokenizer: Any = None,
-        calibration: Iterable[Any] | None = None,
+        calibration: str | Iterable[Any] | None = None,
         calibration_step: Callable[[pl.LightningModule, Any], Any] | None = None,
         mix: Iterable[Any] | None = None,
         mix_fraction: float = 0.25,
@@ -141,7 +141,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
         self.calibration_step = calibration_step
         self.module = module
         self.weights = str(weights)
-        self.gate = QualityGate(max_degradation or {}, on_fail, max_bits)
+        self.gate = QualityGate(max_degradation, on_fail, max_bits)
         if validate is False and self.gate.limits:
             raise ValueError("max_degradation needs validation, and validate=False switches it off")
         self.validate = validate

@@ -66,7 +66,7 @@ class CallbackBase:
         export_dir: str | Path | None,
         *,
         tokenizer: Any,
-        calibration: Iterable[Any] | None,
+        calibration: str | Iterable[Any] | None,
         mix: Iterable[Any] | None,
         mix_fraction: float,
         swap: bool | None,

@@ -54,23 +54,23 @@ class QualityGate:
     """How much worse than the float model a quantized one may be.
 
     Args:
-        max_degradation: Limits by the name of a logged metric, each as `Limit.parse` takes it.
+        max_degradation: Limits by the name of a logged metric, each as `Limit.parse` takes it; None sets none.
         on_fail: "raise" refuses a result that is not good enough, "warn" accepts it, "escalate" tries configurations
             that take more memory.
         max_bits: Average bits per weight they may take, scales and zeros included, g_idx not; None sets no limit.
 
     Raises:
-        ValueError: A limit, `on_fail` or `max_bits` is out of range.
+        ValueError: `max_degradation` names no metrics, or a limit, `on_fail` or `max_bits` is out of range.
     """
 
     def __init__(
-        self, max_degradation: Mapping[str, Any], on_fail: str = "raise", max_bits: float | None = None
+        self, max_degradation: Mapping[str, Any] | None, on_fail: str = "raise", max_bits: float | None = None
     ) -> None:
         if on_fail not in ON_FAIL:
             raise ValueError(f"on_fail must be one of {', '.join(ON_FAIL)}, got {on_fail!r}")
         if max_bits is not None and not (is_number(max_bits) and max_bits > 0):
             raise ValueError(f"max_bits must be a number above 0, or None for no limit; got {max_bits!r}")
-        self.limits = {metric: Limit.parse(metric, value) for metric, value in max_degradation.items()}
+        self.limits = _limits(max_degradation)
         self.on_fail = on_fail
         self.max_bits = max_bits
 
@@ -98,3 +98,26 @@ class QualityGate:
                 change = f"{new - old:+.5g}" + (f", {(new - old) / abs(old):+.3%}" if old else "")
                 failed.append(f"{metric} went from {old:.5g} to {new:.5g} ({change}; {allowed} allowed)")
         return failed
+
+
+def _limits(max_degradation: Any) -> dict[str, Limit]:
+    if max_degradation is None:
+        return {}
+    if not isinstance(max_degradation, Mapping):
+        example = max_degradation if _is_limit(max_degradation) else 0.02
+        raise ValueError(
+            f"max_degradation names a logged metric for each limit, such as {{'val_loss': {example!r}}}; got "
+            f"{max_degradation!r}"
+        )
+    for metric in max_degradation:
+        if not isinstance(metric, str) or not metric:
+            raise ValueError(f"max_degradation's keys are names of logged metrics, such as 'val_loss'; got {metric!r}")
+    return {metric: Limit.parse(metric, value) for metric, value in max_degradation.items()}
+
+
+def _is_limit(value: Any) -> bool:
+    try:
+        Limit.parse("", value)
+    except ValueError:
+        return False
+    return True
