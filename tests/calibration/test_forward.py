@@ -113,6 +113,47 @@ def test_an_encoder_decoder_keeps_its_labels_which_are_its_second_input():
     assert torch.equal(seen["labels"], IDS) and seen["use_cache"] is False
 
 
+class Hidden(nn.Module):
+    """A wrapper that hides what it takes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_through_a_wrapper_that_hides_it_only_what_the_model_takes_is_passed():
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "text": ["a", "b"], "idx": torch.arange(2)}
+    llama = tiny_llama()
+    for wrapper in (Hidden(llama), Hidden(Hidden(llama))):
+        seen = {}
+        handle = llama.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True)  # noqa: B023
+        wanted = call(wrapper, batch).logits
+        handle.remove()
+        assert set(seen) == {"input_ids", "attention_mask"}
+        assert torch.equal(wanted, llama(input_ids=IDS).logits)
+    x, scale, shift = call(Hidden(Recorder()), {"x": X, "shift": 2, "note": "left out"})
+    assert torch.equal(x, X) and (scale, shift) == (1, 2)
+    assert accepts(Hidden(llama), {"input_ids": IDS}) and not accepts(Hidden(llama), {"pixels": X})
+
+
+def test_a_wrapped_transformers_models_tuple_is_not_guessed_either():
+    assert call(Hidden(tiny_llama()), (IDS,)).logits.shape[0] == 2
+    with pytest.raises(CalibrationError, match="does not fit LlamaForCausalLM.forward"):
+        call(Hidden(tiny_llama()), (IDS, torch.ones_like(IDS)))
+
+
+@pytest.mark.parametrize(
+    "batch", [{"input_ids": IDS + 125}, IDS + 125, (IDS + 125,)], ids=["mapping", "tensor", "tuple"]
+)
+def test_tokens_beyond_the_vocabulary_are_refused_before_the_forward(batch):
+    for model in (tiny_llama(), Hidden(tiny_llama())):
+        with pytest.raises(CalibrationError, match="token id 135 in input_ids"):
+            call(model, batch)
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "message"),
     [

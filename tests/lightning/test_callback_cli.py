@@ -11,7 +11,6 @@ from lightning.pytorch.cli import LightningCLI
 
 from gptq_plugin import GPTQCallback
 from gptq_plugin.clients.client import Client
-from gptq_plugin.errors import CalibrationError
 from gptq_plugin.training.quality_gate import Limit
 
 from lightning_runs import Plain, pair_loader
@@ -84,5 +83,5 @@ def test_what_is_wrong_is_refused_while_the_file_is_read(options, make, capsys):
 
 
 def test_a_wrong_name_is_refused_with_the_right_ones(make):
-    with pytest.raises(CalibrationError, match="calibration='valid' is neither 'train' nor 'val'"):
+    with pytest.raises(ValueError, match="calibration='valid' is neither 'train' nor 'val'"):
         make(calibration="valid")

@@ -7,25 +7,23 @@ several sources, each with a name for the report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gptq_plugin.calibration import same_batches
 from gptq_plugin.calibration.batches import digest, fields_of, sample_count
+from gptq_plugin.calibration.given import items_of
+from gptq_plugin.calibration.items import Items, is_empty, stacked
 from gptq_plugin.calibration.same_batches import Taken
 from gptq_plugin.calibration.sources import Source, Sources
-from gptq_plugin.calibration.text_rows import encoded
+from gptq_plugin.calibration.takes import Takes
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.errors import CalibrationError, some
+from gptq_plugin.errors import CalibrationError
 
-# A mapping with no other keys is a token sample, which may be cut and stacked with others.
-_TOKEN_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "labels"})
 # Masks over positions, in the order they are tried against a layer's input.
 _MASK_KEYS = ("attention_mask", "decoder_attention_mask")
 IGNORED_LABEL = -100
@@ -125,40 +123,47 @@ def collect(
     nsamples: int | None = None,
     *,
     alone: bool = False,
+    takes: Takes | None = None,
 ) -> Calibration:
     """Turns the user's data into batches. In a process group every rank calls it.
 
     Args:
         data: An iterable of texts, of rows with a text or a chat (see `text_rows.encoded`); of token samples (lists of
-            ids, 1-D tensors, or dicts of them, as a tokenizer returns); or of ready batches (dicts, tensors, tuples of
-            tensors, or anything the model's forward takes). Of one kind, except in `Sources`. On several
-            ranks, this rank's part: see `same_batches`.
+            ids, 1-D tensors, or dicts of them, as a tokenizer returns); of rows of numbers (1-D tensors, with targets
+            or without; one tensor of rows too); or of ready batches (dicts, tensors, tuples of tensors, or anything
+            the model's forward takes). Of one kind, except in `Sources`. On several ranks, this rank's part: see
+            `same_batches`.
         config: `model_seqlen` limits the length of token samples, `batch_size` the number in a batch.
         tokenizer: Required for texts; called as tokenizer(text). Chats need its chat template.
         nsamples: Largest number of samples to use, from the first; `config.nsamples` if None.
         alone: Nothing is exchanged with other ranks: the batches are those of this rank's part.
+        takes: What the model takes: other fields of token samples are left out, and positions beyond its own.
 
     Raises:
-        CalibrationError: `data` is a single text, texts come without a tokenizer or a chat template
-            that they need, or kinds are mixed.
+        CalibrationError: `data` is a single text or none at all, texts come without a tokenizer or a chat template
+            that they need, token ids are no whole numbers, or kinds are mixed.
     """
+
+    def items() -> Items:
+        return Items(tokenizer, config.model_seqlen, Takes() if takes is None else takes)
+
     if isinstance(data, Sources):
-        return _join([(part, _collect(part, config, tokenizer, alone)) for part in data.parts])
+        return _join([(part, _collect(part, config, items(), alone)) for part in data.parts])
     whole = Source(data, "", config.nsamples if nsamples is None else nsamples)
-    return _collect(whole, config, tokenizer, alone)
+    return _collect(whole, config, items(), alone)
 
 
-def _collect(source: Source, config: QuantizeConfig, tokenizer: Callable[..., Any] | None, alone: bool) -> Calibration:
-    batches, own = _take(source, config, tokenizer)
+def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool) -> Calibration:
+    batches, own = _take(source, config, items)
     taken: Taken = own
     numbers: Sequence[int] = range(len(batches))
     if not (alone or source.is_shared):
         taken, numbers = same_batches.over_ranks(own)
         if taken.sizes:
-            batches = (batches or [ready_batch(sample) for sample in own.samples])[: len(numbers)]
+            batches = (batches or _batches(own.samples, 1))[: len(numbers)]
     total = len(taken.sizes)
     if taken.samples or source.is_shared:
-        batches = batches or list(_stack(taken.samples, config.batch_size))
+        batches = batches or _batches(taken.samples, config.batch_size)
         total = len(batches)
         numbers = range(total) if alone else same_batches.mine(total)
         batches = [batches[number] for number in numbers]
@@ -168,13 +173,12 @@ def _collect(source: Source, config: QuantizeConfig, tokenizer: Callable[..., An
     return Calibration(batches, list(numbers), total, deviations, first_batches=[0] if batches else [])
 
 
-def _take(source: Source, config: QuantizeConfig, tokenizer: Callable[..., Any] | None) -> tuple[list[Batch], Taken]:
+def _take(source: Source, config: QuantizeConfig, items: Items) -> tuple[list[Batch], Taken]:
     """Reads the source up to its number of samples."""
-    data = source.data
-    refuse_single(data)
+    data = items_of(source.data, config.batch_size)
     labels_itself = source.is_general and config.token_weighting == "labels"
     batches: list[Batch] = []
-    samples: list[dict[str, Tensor]] = []
+    samples: list[Any] = []
     dropped = count = 0
     more = False
     for item in data:
@@ -183,21 +187,21 @@ def _take(source: Source, config: QuantizeConfig, tokenizer: Callable[..., Any] 
             break
         # After batches a mapping is a batch too: a loader's last batch may hold a single sample.
         is_batch = bool(batches) and isinstance(item, Mapping)
-        sample = None if is_batch else _token_sample(item, tokenizer)
+        sample, batch = items.read(item, is_batch=is_batch, rows=not (source.is_stream or isinstance(data, DataLoader)))
         if sample is None:
-            batches.append(ready_batch(item))
+            batches.append(ready_batch(batch))
             count += batches[-1].samples
-        elif sample["input_ids"].numel() == 0:
+        elif is_empty(sample):
             dropped += 1
         else:
-            if labels_itself:
+            if labels_itself and isinstance(sample, dict) and "input_ids" in sample:
                 sample.setdefault("labels", sample["input_ids"])
-            samples.append({key: value[:, : config.model_seqlen] for key, value in sample.items()})
+            samples.append(sample)
             count += 1
         if samples and batches:
-            raise CalibrationError("calibration data mixes single token samples with batches: give one kind")
+            raise CalibrationError("calibration data mixes single samples with batches: give one kind")
     sizes, read = [batch.samples for batch in batches], dropped + len(samples) + len(batches)
-    return batches, Taken(samples, sizes, source.nsamples, dropped, read, _length(data), more)
+    return batches, Taken(samples, sizes, source.nsamples, dropped, read, _length(data), more, items.notes)
 
 
 def _join(parts: list[tuple[Source, Calibration]]) -> Calibration:
@@ -210,35 +214,6 @@ def _join(parts: list[tuple[Source, Calibration]]) -> Calibration:
         joined.deviations += part.deviations
         joined.sources[source.name] = joined.sources.get(source.name, 0) + part.samples
     return joined
-
-
-def rereadable(data: Iterable[Any], nsamples: int) -> Iterable[Any]:
-    """Data that can be read twice: an iterator is replaced by a list of the items that `nsamples` may need.
-
-    Raises:
-        CalibrationError: As `refuse_single`.
-    """
-    refuse_single(data)
-    if isinstance(data, DataLoader) or iter(data) is not data:
-        return data
-    return list(islice(data, nsamples + 1))
-
-
-def refuse_single(data: Any) -> None:
-    """Refuses a single text or batch, whose characters or keys would be iterated over as samples.
-
-    Raises:
-        CalibrationError: `data` is a text or a mapping.
-    """
-    if isinstance(data, (str, bytes)):
-        raise CalibrationError("calibration data is one text: give a list of texts, [text]")
-    if isinstance(data, Mapping):
-        splits = [name for name, part in data.items() if hasattr(part, "column_names")]
-        if splits:
-            raise CalibrationError(
-                f"calibration data has the splits {some(map(str, splits))}: give one, [{splits[0]!r}]"
-            )
-        raise CalibrationError("calibration data is one mapping: give a list of batches, [batch]")
 
 
 def ready_batch(data: Any) -> Batch:
@@ -269,48 +244,8 @@ def is_mask(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() == 2
 
 
-def _token_sample(item: Any, tokenizer: Callable[..., Any] | None) -> dict[str, Tensor] | None:
-    """The item as a dict of [1, positions] tensors; None if it is a batch."""
-    item = encoded(item, tokenizer)
-    if _is_token_list(item):
-        item = {"input_ids": item}
-    if not isinstance(item, Mapping) or "input_ids" not in item or not set(item) <= _TOKEN_KEYS:
-        return None
-    rows = {key: _as_row(value) for key, value in item.items()}
-    if any(row is None for row in rows.values()):
-        return None
-    return {key: row for key, row in rows.items() if row is not None}
-
-
-def _is_token_list(item: Any) -> bool:
-    if isinstance(item, Tensor):
-        return item.dim() == 1 and not item.is_floating_point() and item.dtype != torch.bool
-    return isinstance(item, (list, tuple)) and all(isinstance(token, int) for token in item)
-
-
-def _as_row(value: Any) -> Tensor | None:
-    if not isinstance(value, Tensor):
-        try:
-            value = torch.tensor(value)
-        except (TypeError, ValueError, RuntimeError):
-            return None
-    if value.numel() == 0:
-        return value.reshape(1, 0).long()
-    if value.dim() == 1:
-        return value[None]
-    return value if value.dim() == 2 and value.shape[0] == 1 else None
-
-
-def _stack(samples: Sequence[dict[str, Tensor]], batch_size: int) -> Iterator[Batch]:
-    """Yields batches of samples of equal keys and lengths, so that none needs padding."""
-    alike: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
-    for sample in samples:
-        kind = tuple((key, sample[key].shape[1]) for key in sorted(sample))
-        alike.setdefault(kind, []).append(sample)
-    for same in alike.values():
-        rest = iter(same)
-        while chunk := list(islice(rest, batch_size)):
-            yield ready_batch({key: torch.cat([sample[key] for sample in chunk]) for key in chunk[0]})
+def _batches(samples: Sequence[Any], batch_size: int) -> list[Batch]:
+    return [ready_batch(data) for data in stacked(samples, batch_size)]
 
 
 def _length(data: Iterable[Any]) -> int | None:

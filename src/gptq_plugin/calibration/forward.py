@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from gptq_plugin.calibration.batches import fields_of, to_device
+from gptq_plugin.calibration.takes import Takes, check_tokens, fields_taken, receiver
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.hf_models import is_transformers
 
@@ -18,10 +20,10 @@ from gptq_plugin.model.hf_models import is_transformers
 def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torch.device | None = None) -> Any:
     """Calls the model on a batch.
 
-    Fields of a mapping, dataclass or named tuple are passed as the keywords that the forward accepts; if they do not
-    fit, the batch is passed whole, as a tensor is. Of a tuple or list (inputs, targets, ...) the first element is
-    passed. transformers' models compute no cache, no decoder loss and, unless `every_logit`, only the logits of the
-    last position.
+    Fields of a mapping, dataclass or named tuple are passed as the keywords that the forward accepts (see
+    `takes.fields_taken`); if they do not fit, the batch is passed whole, as a tensor is. Of a tuple or list (inputs,
+    targets, ...) the first element is passed. transformers' models compute no cache, no decoder loss and, unless
+    `every_logit`, only the logits of the last position.
 
     Args:
         model: Any module.
@@ -30,28 +32,32 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
         device: The batch's destination; None for the device of the model's first parameter.
 
     Raises:
-        CalibrationError: The batch does not fit the forward's signature.
+        CalibrationError: The batch does not fit the forward's signature, or holds tokens or positions that a
+            transformers model does not have.
     """
     if device is None:
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else None
     if device is not None:
         data = to_device(data, device)
-    signature = inspect.signature(model.forward)
+    inner = receiver(model)
+    signature = inspect.signature(inner.forward)
     parts = fields_of(data)
     if parts is not None:
         if accepts(model, parts):
-            return model(**_keywords(model, signature, parts, every_logit))
-        if _binds(signature, data) and not is_transformers(model):
+            keywords = _keywords(model, parts, every_logit)
+            check_tokens(model, keywords)
+            return model(**keywords)
+        if _binds(signature, data) and not is_transformers(inner):
             return model(data)
     elif isinstance(data, (list, tuple)) and data:
         # In a transformers model's tuple one element may be the attention mask: do not guess.
-        if _binds(signature, data[0]) and not (is_transformers(model) and len(data) > 1):
-            return model(data[0])
+        if _binds(signature, data[0]) and not (is_transformers(inner) and len(data) > 1):
+            return _call_on_first(model, inner, data[0])
     elif _binds(signature, data):
-        return model(data)
+        return _call_on_first(model, inner, data)
     raise CalibrationError(
-        f"a calibration batch ({describe(data)}) does not fit {type(model).__name__}.forward{signature}. Give "
+        f"a calibration batch ({describe(data)}) does not fit {type(inner).__name__}.forward{signature}. Give "
         "batches that do, or define how to run one: quantize(..., forward=lambda model, batch: ...), or a "
         "`calibration_step(batch)` method on the LightningModule"
     )
@@ -69,11 +75,39 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@dataclass(frozen=True)
+class CallsModels:
+    """A forward that gives a batch's fields, by `call`, to the first of some modules that accepts them: fields that
+    none of them takes may be left out before.
+
+    Attributes:
+        run: Runs a batch, called as run(model, batch).
+        modules: The modules; none is the model itself.
+    """
+
+    run: Callable[[nn.Module, Any], Any]
+    modules: Sequence[nn.Module] = ()
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        return self.run(model, batch)
+
+
+def takes_of(model: nn.Module, forward: Callable[[nn.Module, Any], Any] | None) -> Takes:
+    """What calibration may give a model.
+
+    Args:
+        model: To be quantized.
+        forward: Runs a batch; None is `call`. Another than `CallsModels` may read any field.
+    """
+    if forward is None:
+        return Takes.of(model, [model])
+    return Takes.of(model, forward.modules or [model] if isinstance(forward, CallsModels) else [])
+
+
 def accepts(model: nn.Module, data: Mapping[str, Any]) -> bool:
     """True if the model's forward accepts some of the mapping's keys as keywords, and all it requires."""
-    signature = inspect.signature(model.forward)
-    keywords = _keywords(model, signature, data, every_logit=False)
-    return bool(set(keywords) & set(data)) and _binds(signature, **keywords)
+    keywords = _keywords(model, data, every_logit=False)
+    return bool(set(keywords) & set(data)) and _binds(inspect.signature(receiver(model).forward), **keywords)
 
 
 def describe(data: Any) -> str:
@@ -86,22 +120,26 @@ def describe(data: Any) -> str:
     return type(data).__name__
 
 
-def _keywords(
-    model: nn.Module, signature: inspect.Signature, data: Mapping[str, Any], every_logit: bool
-) -> dict[str, Any]:
-    parameters = signature.parameters
-    any_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    keywords = {k: v for k, v in data.items() if k in parameters or any_keyword}
+def _keywords(model: nn.Module, data: Mapping[str, Any], every_logit: bool) -> dict[str, Any]:
+    taken = fields_taken(model)
+    keywords = {key: value for key, value in data.items() if taken is None or key in taken}
     if not is_transformers(model):
         return keywords
-    keywords = {k: v for k, v in keywords.items() if k in parameters}  # transformers' **kwargs are for kernels
     if not getattr(model.config, "is_encoder_decoder", False):
         keywords.pop("labels", None)
+    parameters = inspect.signature(model.forward).parameters
     if "use_cache" in parameters:
         keywords["use_cache"] = False
     if "logits_to_keep" in parameters and not every_logit:
         keywords["logits_to_keep"] = 1
     return keywords
+
+
+def _call_on_first(model: nn.Module, inner: nn.Module, value: Any) -> Any:
+    """Calls the model with its first argument alone."""
+    name = next(iter(inspect.signature(inner.forward).parameters), "")
+    check_tokens(inner, {name: value})
+    return model(value)
 
 
 def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:

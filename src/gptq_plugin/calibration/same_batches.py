@@ -7,8 +7,9 @@ batches stay where they are, numbered likewise. The number of samples is limited
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, zip_longest
 from typing import Any
 
@@ -20,13 +21,14 @@ class Taken:
     """What was taken of some data, by one rank or by all.
 
     Attributes:
-        samples: Token samples.
+        samples: Samples that are to be put into batches.
         sizes: Number of samples in each ready batch.
         limit: Number of samples asked for.
         dropped: Number of empty samples.
         read: Number of items read.
         given: Number of items there are; None if unknown.
         stopped: True if the data holds more than was asked for.
+        notes: Number of samples by what was done to them, to follow "12 calibration samples".
     """
 
     samples: Sequence[Any]
@@ -36,6 +38,7 @@ class Taken:
     read: int
     given: int | None
     stopped: bool
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     def deviations(self) -> list[str]:
         """A sentence for each difference from the request; `stopped` has none where data is endless."""
@@ -44,7 +47,7 @@ class Taken:
             found.append(f"{count} calibration samples used: nsamples={self.limit} falls inside a batch")
         if self.dropped:
             found.append(f"{self.dropped} empty calibration samples dropped")
-        return found
+        return [*found, *(f"{samples} calibration samples {note}" for note, samples in self.notes.items())]
 
     def unused(self) -> str:
         """A sentence for the items that were given and not used."""
@@ -73,6 +76,7 @@ def over_ranks(own: Taken) -> tuple[Taken, Sequence[int]]:
         read=sum(one.read for one in everyones),
         given=None if None in given else sum(number for number in given if number is not None),
         stopped=any(one.stopped for one in everyones),
+        notes=sum((Counter(one.notes) for one in everyones), Counter()),
     )
     if not any(one.sizes for one in everyones):
         return joined, []

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from gptq_plugin.calibration.collect import rereadable
+from gptq_plugin.calibration.given import rereadable
 from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, deal, require_single, sample_loaders
 from gptq_plugin.calibration.sources import Sources
 from gptq_plugin.config import QuantizeConfig, is_number
+from gptq_plugin.errors import CalibrationError
 
 
 class TrainingData:
@@ -39,12 +40,21 @@ class TrainingData:
     ):
         if calibration is None:
             calibration = "train"
-        if not (isinstance(calibration, str) and calibration in ("train", "val")):
-            calibration = rereadable(calibration, config.nsamples)
+        if isinstance(calibration, str) and calibration not in ("train", "val"):
+            raise CalibrationError(
+                f"calibration={calibration!r:.60} is neither 'train' nor 'val', the run's own data, and one text is no "
+                "calibration set: give a list of texts, [text]"
+            )
+        if not isinstance(calibration, str):
+            calibration = rereadable(calibration, config.nsamples, config.batch_size)
         self.config = config
         self.calibration = calibration
         self.nsamples_of_mix = 0 if mix is None else _part(mix_fraction, config.nsamples)
-        self.mix = rereadable(mix, self.nsamples_of_mix) if mix is not None and self.nsamples_of_mix else None
+        self.mix = (
+            rereadable(mix, self.nsamples_of_mix, config.batch_size)
+            if mix is not None and self.nsamples_of_mix
+            else None
+        )
 
     @property
     def is_given(self) -> bool:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.forward import call, to_device
+from gptq_plugin.calibration.forward import CallsModels, call, to_device
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
@@ -200,7 +200,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                     return self.forward(model, batch)
                 return call(model, batch, every_logit=every_logit)
 
-        return forward
+        return forward if self.forward is not None else CallsModels(forward)
 
     def _evaluation_dataloaders(self) -> list[Any]:
         if self._evaluations is None or not self._evaluations.loaders:

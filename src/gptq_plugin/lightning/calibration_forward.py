@@ -10,11 +10,14 @@ import lightning.pytorch as pl
 from torch import nn
 
 from gptq_plugin.calibration.batches import fields_of
-from gptq_plugin.calibration.forward import accepts, call
+from gptq_plugin.calibration.forward import CallsModels, accepts, call
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.lightning.roots import in_any_root, overrides
 from gptq_plugin.lightning.surroundings import forward_device
 from gptq_plugin.model.hf_models import transformers_models
+
+# Hooks that may read any field of a batch.
+_TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 def forward_as_in_training(
@@ -60,7 +63,8 @@ def forward_as_in_training(
             runner = default if parts is None else next((m for m in runners if accepts(m, parts)), default)
             return call(runner, batch, every_logit=every_logit, device=forward_device(trainer))
 
-    return forward
+    only_fields = runners and not callable(run_step) and not any(overrides(pl_module, hook) for hook in _TRANSFERS)
+    return CallsModels(forward, runners) if only_fields else forward
 
 
 def _defines_forward(module: nn.Module) -> bool:

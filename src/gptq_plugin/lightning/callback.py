@@ -18,6 +18,7 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import collect
+from gptq_plugin.calibration.forward import takes_of
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
@@ -201,7 +202,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
         if first is None and not is_sharded(trainer):
             return  # the user's stream is not read before training
         with isolate_rng(), evaluating_eagerly(pl_module):
-            outputs = self._parallel_outputs(trainer, pl_module)
+            outputs = _parallel_outputs(self, trainer, pl_module)
             with whole(trainer, pl_module, self.export_dir), uncompiled(pl_module):
                 if outputs is not None:
                     with streamed_to(pl_module, forward_device(trainer)):
@@ -293,17 +294,21 @@ class GPTQCallback(CallbackBase, pl.Callback):
         self.gate.check_names(before)
         return Quality(self.gate, before, partial(validate, trainer, pl_module))
 
-    def _parallel_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ParallelOutputs | None:
-        """Outputs of the sharded module, if they may differ from those of the whole one."""
-        if not is_sharded(trainer):
-            return None
-        module = self.module_to_quantize(pl_module)
-        first = self.data.rehearsal_data(self.calibration_data(trainer))
-        if first is None or not may_differ(trainer, pl_module, module):
-            return None
-        batches = collect(first, self.quantizer.config, self.tokenizer, alone=True).batches
-        run = partial(self.calibration_forward(trainer, pl_module, module), module)
-        return ParallelOutputs(run, batches[0].data if batches else None)
+
+def _parallel_outputs(
+    callback: GPTQCallback, trainer: pl.Trainer, pl_module: pl.LightningModule
+) -> ParallelOutputs | None:
+    """Outputs of the sharded module, if they may differ from those of the whole one."""
+    if not is_sharded(trainer):
+        return None
+    module = callback.module_to_quantize(pl_module)
+    first = callback.data.rehearsal_data(callback.calibration_data(trainer))
+    if first is None or not may_differ(trainer, pl_module, module):
+        return None
+    forward = callback.calibration_forward(trainer, pl_module, module)
+    takes = takes_of(module, forward)
+    batches = collect(first, callback.quantizer.config, callback.tokenizer, alone=True, takes=takes).batches
+    return ParallelOutputs(partial(forward, module), batches[0].data if batches else None)
 
 
 def _refuse_after_swap(callback: GPTQCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

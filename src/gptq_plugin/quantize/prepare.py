@@ -11,7 +11,7 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration, collect
-from gptq_plugin.calibration.forward import evaluating
+from gptq_plugin.calibration.forward import evaluating, takes_of
 from gptq_plugin.calibration.sampling import share_of
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
@@ -46,11 +46,11 @@ def prepared(
     calibration = None
     if undeclared(model):
         check_client(model, config, client)
-        calibration = _collect(batches, config, options, alone)
+        calibration = _collect(model, batches, config, options, alone)
         _learn_layouts(model, calibration, config, options)
     with planned(model, config) as plan:
         _refuse(plan, client)
-        yield plan, _collect(batches, config, options, alone) if calibration is None else calibration
+        yield plan, _collect(model, batches, config, options, alone) if calibration is None else calibration
 
 
 def check_client(model: nn.Module, config: QuantizeConfig, client: Client | None) -> None:
@@ -69,9 +69,11 @@ def _refuse(plan: Plan, client: Client | None) -> None:
         refuse(Inventory.of_plan(plan), client)
 
 
-def _collect(batches: Iterable[Any], config: QuantizeConfig, options: PassOptions, alone: bool) -> Calibration:
+def _collect(
+    model: nn.Module, batches: Iterable[Any], config: QuantizeConfig, options: PassOptions, alone: bool
+) -> Calibration:
     nsamples = share_of(config.nsamples) if options.nsamples is None else options.nsamples
-    return collect(batches, config, options.tokenizer, nsamples, alone=alone)
+    return collect(batches, config, options.tokenizer, nsamples, alone=alone, takes=takes_of(model, options.forward))
 
 
 def _learn_layouts(model: nn.Module, calibration: Calibration, config: QuantizeConfig, options: PassOptions) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.calibration.collect import collect
+from gptq_plugin.calibration.forward import takes_of
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import problems
@@ -158,7 +159,8 @@ class Attempts:
     def _noise(self, quantizer: QuantizeModule, report: QuantizeReport) -> tuple[Plan, dict[str, float]]:
         plan = quantizer.plan
         assert plan is not None  # the model is quantized
-        data = collect(self.data(), quantizer.config, self.tokenizer)
+        takes = takes_of(self.model, self.forward)
+        data = collect(self.data(), quantizer.config, self.tokenizer, takes=takes)
         batches = [b for b, number in zip(data.batches, data.numbers, strict=True) if number < _NOISE_BATCHES]
         quantized = {module.name for module in report.quantized}
         floats = {target.name: target.module for target in plan.targets if target.name in quantized}
