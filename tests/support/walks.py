@@ -9,6 +9,7 @@ import torch
 from gptq_plugin.model.linears import is_linear
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import find_groups
+from gptq_plugin.walk.kept_state import KeptState
 
 
 def linears(model):
@@ -27,14 +28,15 @@ def walk(model, calls, change=None, layers=None, notes=None):
 
         return run
 
-    groups = find_groups(layers, calls[0])
+    state = KeptState(model)
+    groups = find_groups(layers, calls[0], state=state)
     order = []
 
     def observe(group, number, x):
         counted.setdefault(group.names[0], []).append((number, x.clone()))
 
     forwards = [forward(number) for number in range(len(calls))]
-    for stop in lockstep.walk(groups, layers, forwards, observe, notes=notes):
+    for stop in lockstep.walk(groups, layers, forwards, observe, notes=notes, state=state):
         order.append(stop.group)
         if change:
             change(stop)

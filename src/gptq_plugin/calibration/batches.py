@@ -90,6 +90,33 @@ def to_device(data: Any, device: torch.device) -> Any:
     return tree_map(move, data, is_leaf=_is_inner)  # BatchEncoding and dataclasses are not pytrees
 
 
+def row_of(data: Any, row: int) -> Any:
+    """The batch cut to one sample: of every tensor whose first dimension is the number of samples, that row [1, ...].
+
+    A list of texts or numbers with as many items as samples is cut too.
+    """
+    samples = sample_count(data)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[row : row + 1] if value.dim() and value.shape[0] == samples else value
+        if _is_plain(value):
+            return value[row : row + 1] if _has_length(value, samples) else value
+        if isinstance(value, Mapping) or _is_dataclass(value):
+            one = copy.copy(value)
+            for key, part in (fields_of(value) or {}).items():
+                if isinstance(value, Mapping):
+                    one[key] = cut(part)
+                else:
+                    object.__setattr__(one, key, cut(part))
+            return one
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(cut, value))
+        return type(value)(map(cut, value)) if isinstance(value, (list, tuple)) else value
+
+    return cut(data)
+
+
 def _on_cpu(value: Tensor) -> Tensor:
     value = value.detach()
     return (value if value.layout is torch.strided else value.to_dense()).cpu()

@@ -88,6 +88,10 @@ class Substitution:
         current = self._current
         return current is None or (current is not self.home and current is not self._given)
 
+    def is_lent(self, tensor: Tensor) -> bool:
+        """True for the tensor that was put there, as long as nothing was written to it."""
+        return tensor is self._given and tensor._version == self._version
+
     def put(self, tensor: Tensor) -> None:
         self.slot.put(tensor)
         self._given, self._version = tensor, tensor._version

@@ -114,6 +114,10 @@ class Weights:
         self._use(target.module)
         return target.weight
 
+    def is_lent(self, tensor: Tensor) -> bool:
+        """True for a tensor that is in the place of another, and that the forward has not written to."""
+        return any(one.is_lent(tensor) for unit in self._resident for one in unit.tensors)
+
     def quantize(self, target: Target, layer: QuantLinear) -> None:
         """From now on the layer runs with the weights of `layer`, which may move to another device meanwhile.
 

@@ -21,8 +21,10 @@ from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.quantize.turns import disturbance
 from gptq_plugin.walk.batch_thread import Forward
 from gptq_plugin.walk.groups import Group, find_groups
+from gptq_plugin.walk.kept_state import KeptState
 from gptq_plugin.walk.weight_reads import WeightReads
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class BatchRuns:
         run_batch: Runs the data of a batch there, as run_batch(model, data).
         weights: Inside the context.
         activations: Those of waiting batches.
+        state: Inside the context, what forwards keep on the model; complete once the groups are found.
 
     Raises:
         TargetError: The layers are on several devices.
@@ -49,11 +52,14 @@ class BatchRuns:
     """
 
     weights: Weights
+    state: KeptState
 
     def __init__(self, plan: Plan, calibration: Calibration, positions: Positions, options: PassOptions) -> None:
         self.device = _device(plan.targets, options)
         self.run_batch = options.runner(every_logit=plan.config.lm_head)
         self.activations = Activations(self.device, None)
+        self._run = (0, 0)  # the running batch, and the number of runs so far
+        self._entered: dict[tuple[str, int], int] = {}  # the first run of a batch that came to a block of experts
         self._plan = plan
         self._batches = calibration.batches
         self._positions = positions
@@ -62,6 +68,7 @@ class BatchRuns:
 
     def __enter__(self) -> BatchRuns:
         self.weights = self._make_weights().__enter__()
+        self.state = KeptState(self._plan.model, self.weights.is_lent, self.device if self._streams() else None)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -71,11 +78,17 @@ class BatchRuns:
         """The forward of a batch, for `lockstep.walk`."""
 
         def run() -> Any:
+            self._run = (number, self._run[1] + 1)
             self._positions.runs(number)
             with self.activations.running(number):
                 return self.run_batch(self._plan.model, self._batches[number].data)
 
         return run
+
+    def is_first_to_enter(self, experts: str) -> bool:
+        """True unless an earlier run of this batch, one at a time, came to that block of experts already."""
+        number, run = self._run
+        return self._entered.setdefault((experts, number), run) == run
 
     def forwards(self) -> list[Forward]:
         """The forwards of all batches, by number."""
@@ -116,12 +129,24 @@ class BatchRuns:
                 with watched.watching():
                     return self.forward(largest)()
 
-            groups, reads = find_groups(layers, forward, self.waiting, largest), watched.names
+            groups, reads = find_groups(layers, forward, self.waiting, largest, self.state), watched.names
             share = sum(sizes) / max(1, sizes[largest])
         self._place(free, measured.bytes(), share)
         of_all = distributed.gather_objects((groups, reads))
         found: list[Group] = next(groups for groups, _ in of_all if groups is not None)
         return found, set().union(*(reads for _, reads in of_all))
+
+    def disturbance(self, layers: Mapping[str, nn.Module]) -> str | None:
+        """Returns why the batches cannot take turns, on any rank; None if they can. After `find_groups`."""
+
+        def run(data: Any) -> Any:
+            return self.run_batch(self._plan.model, data)
+
+        def present(name: str) -> None:
+            self.weights.present(self._targets[name])
+
+        own = disturbance(layers, [batch.data for batch in self._batches[:2]], run, present, self.state)
+        return next(filter(None, distributed.gather_objects(own)), None)
 
     def over_budget(self) -> list[str]:
         """A sentence if more bytes were on the device than `device_memory` allows."""
@@ -136,17 +161,19 @@ class BatchRuns:
     def _make_weights(self) -> Weights:
         """Gives weights half of the free memory for the first forward, which shows what else needs room."""
         options, free = self._options, free_bytes(self.device, self._options.device_memory)
-        away = self._plan.targets[0].weight.device != self.device
         weights = Weights(
             self._plan.model,
             self.device,
-            stream=away or bool(options.offload_weights),
+            stream=self._streams(),
             capacity=placement.UNLIMITED if free is None or options.offload_weights is False else free // 2,
             unit_bytes=placement.unit_bytes(self._plan.model, free),
         )
         if options.offload_weights:
             weights.capacity = weights.min_resident_bytes
         return weights
+
+    def _streams(self) -> bool:
+        return self._plan.targets[0].weight.device != self.device or bool(self._options.offload_weights)
 
     def _place(self, free: int | None, peak: int, share: float) -> None:
         """Decides what stays on the device.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
@@ -36,6 +37,9 @@ from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.expert_hessians import Evidence
 from gptq_plugin.walk.groups import Group
+from gptq_plugin.walk.one_by_one import walk_one_by_one
+
+log = logging.getLogger(__name__)
 
 
 class OnePass:
@@ -66,6 +70,7 @@ class OnePass:
         self._observations = Observations(plan, self._positions, self.runs.device)
         self._finished = FinishedLayers(plan.targets[0].weight.device, options.layers_in)
         self._outcome = Outcome(plan)
+        self._disturbance: str | None = None  # why the batches cannot take turns
         self._experts: str | None = None  # the block of experts that the walk is in
 
     def run(self) -> tuple[dict[str, QuantLinear], QuantizeReport]:
@@ -84,17 +89,10 @@ class OnePass:
                 for name in read_elsewhere:  # they cannot be replaced
                     self._outcome.left_float[name] = "the model reads its weight by itself"
                     del modules[name]
+                self._disturbance = self.runs.disturbance(modules)
                 planned = time.perf_counter() - started
                 with self._observations.ranges.watching(modules):
-                    for stop in lockstep.walk(
-                        _without(read_elsewhere, groups),
-                        modules,
-                        self.runs.forwards(),
-                        self._observe,
-                        distributed.minimum,
-                        self._outcome.notes,
-                        self.runs.waiting,
-                    ):
+                    for stop in self._walk(_without(read_elsewhere, groups), modules):
                         self._finished.take_home()
                         self._quantize_group(stop, samples)
                     self._leave_experts(None)
@@ -106,13 +104,21 @@ class OnePass:
         report = self._outcome.report(reports, samples, self._calibration, seconds, self._deviations(samples))
         return self._finished.layers, report
 
+    def _walk(self, groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> Iterator[lockstep.Stop]:
+        walked = groups, modules, self.runs.forwards(), self._observe, distributed.minimum
+        if self._disturbance is None:
+            return lockstep.walk(*walked, self._outcome.notes, self.runs.waiting, self.runs.state)
+        log.warning("%s", _alone(self._disturbance))
+        return walk_one_by_one(*walked, self.runs.state)
+
     def _observe(self, group: Group, number: int, x: Tensor) -> None:
         with self.runs.activations.untracked():
             self._observations.observe(group, number, x)
 
     def _observe_experts(self, experts: str, rows: Tensor) -> None:
         with self.runs.activations.untracked():
-            self._observations.observe_experts(experts, rows)
+            if self._disturbance is None or self.runs.is_first_to_enter(experts):
+                self._observations.observe_experts(experts, rows)
 
     def _quantize_group(self, stop: lockstep.Stop, samples: Samples) -> None:
         members = [self._targets[name] for name in stop.group.names if name not in self._outcome.solved]
@@ -176,7 +182,12 @@ class OnePass:
         wanted, notes = self._plan.config.nsamples, sum_over_ranks(self._positions.notes())
         few = [f"{samples.count} calibration samples used, nsamples={wanted} asked"] if samples.count < wanted else []
         told = [f"{batches} calibration batches {note}" for note, batches in notes.items() if batches]
-        return [*self.runs.over_budget(), *few, *told]
+        alone = [_alone(self._disturbance)] if self._disturbance is not None else []
+        return [*self.runs.over_budget(), *few, *alone, *told]
+
+
+def _alone(reason: str) -> str:
+    return f"the calibration batches ran one at a time, each from its beginning for every group of layers: {reason}"
 
 
 def _without(names: set[str], groups: Sequence[Group]) -> list[Group]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_plugin.walk.kept_state import Values
 from gptq_plugin.walk.layer_inputs import SeenInput
 
 Forward = Callable[[], Any]
@@ -44,6 +45,7 @@ class BatchThread:
         number: The batch's number.
         forward: Its forward.
         waiting: See `lockstep.walk`.
+        kept: What it keeps outside its local variables.
 
     Attributes:
         position: Of the group it waits at; -1 before the first, END when it has finished.
@@ -51,12 +53,15 @@ class BatchThread:
         seen: By position, the inputs of that group's layers so far.
     """
 
-    def __init__(self, number: int, forward: Forward, waiting: Waiting | None = None) -> None:
+    def __init__(
+        self, number: int, forward: Forward, waiting: Waiting | None = None, kept: Values | None = None
+    ) -> None:
         self.number = number
         self.position = -1
         self.input: Tensor | None = None
         self.seen: dict[int, list[SeenInput]] = {}
         self._waiting = waiting
+        self._kept = kept
         self._settings: list[Any] | None = None  # the process-wide ones it has set; None before it starts
         self._error: BaseException | None = None
         self._cancelled = False
@@ -100,6 +105,8 @@ class BatchThread:
 
     def _run_until_it_waits(self) -> None:
         outside = _settings()
+        if self._kept is not None and not self._cancelled:
+            self._kept.put()
         _apply(self._settings or outside)
         if self.thread.ident is None:
             self.thread.start()
@@ -108,6 +115,8 @@ class BatchThread:
         self._back.acquire()
         self._settings = _settings()
         _apply(outside)
+        if self._kept is not None:
+            self._kept.take(at_end=self.position == END)
 
     def _run(self, forward: Forward) -> None:
         try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gptq_plugin.walk.batch_thread import BatchThread, Forward, Waiting
+from gptq_plugin.walk.kept_state import KeptState
 from gptq_plugin.walk.layer_inputs import SeenInput, watch_inputs
 
 
@@ -26,7 +27,11 @@ class Group:
 
 
 def find_groups(
-    layers: Mapping[str, nn.Module], forward: Forward, waiting: Waiting | None = None, number: int = 0
+    layers: Mapping[str, nn.Module],
+    forward: Forward,
+    waiting: Waiting | None = None,
+    number: int = 0,
+    state: KeptState | None = None,
 ) -> list[Group]:
     """Runs one forward and groups `layers` by the inputs they read, in the order they are called.
 
@@ -39,6 +44,7 @@ def find_groups(
         waiting: As in `lockstep.walk`. Entered as waiting(number, layer) and left at once wherever the batch would
             wait, so that what it holds there can be measured.
         number: The batch's number.
+        state: Learns where the forward keeps something.
     """
     inputs: list[SeenInput] = []
     calls: dict[str, list[int]] = {}  # by layer, which of `inputs` it read, call by call
@@ -48,12 +54,16 @@ def find_groups(
         if known is None:
             known = len(inputs)
             inputs.append(SeenInput(x))
+            if state is not None:
+                state.look()
             with waiting(number, name) if waiting is not None else contextlib.nullcontext():
                 pass
         calls.setdefault(name, []).append(known)
 
     with watch_inputs(layers, record):
         BatchThread(number, forward).resume()
+    if state is not None:
+        state.end_first()
     together: dict[tuple[int, ...], list[str]] = {}
     for name, read in calls.items():
         together.setdefault(tuple(read), []).append(name)

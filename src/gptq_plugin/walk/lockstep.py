@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.walk.batch_thread import END, BatchThread, Forward, Waiting
 from gptq_plugin.walk.groups import Group
+from gptq_plugin.walk.kept_state import KeptState, Values
 from gptq_plugin.walk.layer_inputs import SeenInput, watch_inputs
 
 
@@ -55,6 +56,7 @@ def walk(
     agree: Callable[[int], int] = lambda position: position,
     notes: Notes | None = None,
     waiting: Waiting | None = None,
+    state: KeptState | None = None,
 ) -> Iterator[Stop]:
     """Runs all forwards in lock-step and yields each group once, when it is ready to be quantized.
 
@@ -74,12 +76,16 @@ def walk(
         waiting: Given a batch's number and a layer's name, a context manager that is entered on the batch's thread
             before it waits at the layer and left when it goes on through it. A batch that is cancelled leaves it
             with an exception.
+        state: As `groups.find_groups` left it; None where forwards keep nothing outside their local variables.
 
     Raises:
         Exception: An exception of a forward, with the number of its batch in a note.
     """
     steps = _Steps(groups, observe, notes if notes is not None else Notes())
-    batches = [BatchThread(number, forward, waiting) for number, forward in enumerate(forwards)]
+    batches = [
+        BatchThread(number, forward, waiting, Values(state) if state else None)
+        for number, forward in enumerate(forwards)
+    ]
     steps.owner = {batch.thread: batch for batch in batches}
     try:
         with watch_inputs(layers, steps.arrive):

@@ -1,0 +1,85 @@
+"""Finds out by trial if batches that wait for each other compute something else than alone: `disturbed_layer`.
+
+What forwards write at places that Python shows is exchanged (`kept_state`). What they keep elsewhere, in a C++ object
+or on a stream, only shows in its effect.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin.walk.batch_thread import END, BatchThread, Forward, Waiting
+from gptq_plugin.walk.kept_state import KeptState, Values
+from gptq_plugin.walk.layer_inputs import watch_inputs
+
+_NUMBERS = 1024  # of an input that are compared
+_TIMES = 10.0  # the differences of two runs alone, where kernels add in any order, that are no disturbance
+
+
+def disturbed_layer(
+    layers: Mapping[str, nn.Module], first: Forward, second: Forward, waiting: Waiting, state: KeptState
+) -> str | None:
+    """Runs two forwards in turns and one of them alone; returns the first layer whose input differs, if any.
+
+    Args:
+        layers: The layers by name; the forwards take turns at each call.
+        first: The forward that is compared.
+        second: The other one, of other data.
+        waiting: As in `lockstep.walk`; the numbers are 0 and 1.
+        state: As in `lockstep.walk`.
+    """
+    alone, together = _inputs(layers, [first], waiting, state), _inputs(layers, [first, second], waiting, state)
+    if _difference(alone, together) == (None, 0.0):
+        return None
+    noise = _difference(alone, _inputs(layers, [first], waiting, state))[1]
+    return _difference(alone, together, _TIMES * noise)[0]
+
+
+def _inputs(
+    layers: Mapping[str, nn.Module], forwards: list[Forward], waiting: Waiting, state: KeptState
+) -> list[tuple[str, Tensor]]:
+    """The inputs of the first forward's calls, in order, [at most _NUMBERS] float32 each."""
+    seen: list[tuple[str, Tensor]] = []
+    batches = [BatchThread(number, forward, waiting, Values(state)) for number, forward in enumerate(forwards)]
+    owner: dict[Any, BatchThread] = {batch.thread: batch for batch in batches}
+
+    def visit(name: str, x: Tensor) -> None:
+        batch = owner.get(threading.current_thread())
+        if batch is None:
+            return
+        if batch.number == 0:
+            flat = x.detach().reshape(-1)
+            seen.append((name, flat[:: max(1, len(flat) // _NUMBERS)][:_NUMBERS].float().clone()))
+        batch.wait_at(batch.position + 1, name, x)
+
+    try:
+        with watch_inputs(layers, visit):
+            while any(batch.position != END for batch in batches):
+                for batch in batches:
+                    if batch.position != END:
+                        batch.resume()
+    finally:
+        for batch in batches:
+            batch.cancel()
+    return seen
+
+
+def _difference(
+    one: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]], allowed: float = 0.0
+) -> tuple[str | None, float]:
+    """The first layer whose input differs by more than is allowed, and the largest difference, relative to norms."""
+    first, largest = None, 0.0
+    for (name, a), (also, b) in zip(one, other, strict=False):
+        same = name == also and a.shape == b.shape
+        off = float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny)) if same else torch.inf
+        off = 0.0 if same and torch.equal(a.nan_to_num(), b.nan_to_num()) else off
+        largest = max(largest, off)
+        first = name if first is None and not off <= allowed else first
+    if first is None and len(one) != len(other):
+        first, largest = max(one, other, key=len)[min(len(one), len(other))][0], torch.inf
+    return first, largest

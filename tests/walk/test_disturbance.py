@@ -1,0 +1,133 @@
+"""Batches that disturb each other where no exchange reaches are found by trial."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gptq_plugin.walk.disturbance import disturbed_layer
+from gptq_plugin.walk.kept_state import KeptState
+
+from walks import linears
+
+
+class Keeping(nn.Module):
+    """Keeps the mean of its input where `store` does, and adds it after the first layer."""
+
+    def __init__(self, store, load):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.memory = np.zeros(1, dtype=np.float32)
+        self.store, self.load = store, load
+
+    def forward(self, x):
+        self.store(self, x.mean().item())
+        return self.second(self.first(x) + self.load(self))
+
+
+def in_an_array():
+    def store(model, value):
+        model.memory[0] = value
+
+    return Keeping(store, lambda model: float(model.memory[0]))
+
+
+def in_a_generator():
+    def remember():
+        value = 0.0
+        while True:
+            sent = yield value
+            value = value if sent is None else sent
+
+    memory = remember()
+    next(memory)
+    return Keeping(lambda model, value: memory.send(value), lambda model: next(memory))
+
+
+def in_the_data_of_a_tensor():
+    kept = torch.zeros(1)
+
+    def store(model, value):
+        kept.data.fill_(value)  # which grows no version
+
+    return Keeping(store, lambda model: float(kept))
+
+
+def in_an_attribute():
+    def store(model, value):
+        model.mean = value
+
+    return Keeping(store, lambda model: model.mean)
+
+
+def _disturbed(model, first, second):
+    def waiting(number, name):
+        return contextlib.nullcontext()
+
+    state = KeptState(model)
+    with torch.no_grad():
+        model(first)
+    state.end_first()
+    return disturbed_layer(linears(model), lambda: model(first), lambda: model(second), waiting, state)
+
+
+@pytest.mark.parametrize("make", [in_an_array, in_a_generator, in_the_data_of_a_tensor])
+def test_the_first_layer_that_reads_another_batchs_state_is_named(make):
+    assert _disturbed(make(), torch.ones(3, 8), torch.full((3, 8), 5.0)) == "second"
+
+
+def test_what_is_exchanged_disturbs_nothing():
+    assert _disturbed(in_an_attribute(), torch.ones(3, 8), torch.full((3, 8), 5.0)) is None
+
+
+def test_noise_in_the_model_is_no_disturbance():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.second(self.first(x) + torch.randn(3, 8))
+
+    assert _disturbed(Noisy(), torch.ones(3, 8), torch.full((3, 8), 5.0)) is None
+
+
+def test_nan_in_the_data_is_no_disturbance():
+    assert _disturbed(in_an_attribute(), torch.full((3, 8), torch.nan), torch.ones(3, 8)) is None
+
+
+def test_another_number_of_calls_is_a_disturbance():
+    model = in_an_array()
+    model.forward = lambda x: _twice_after(model, x)
+    assert _disturbed(model, torch.ones(3, 8), torch.full((3, 8), 5.0)) == "second"
+
+
+def _twice_after(model, x):
+    model.memory[0] = x.mean().item()
+    x = model.first(x)
+    return model.second(model.second(x)) if model.memory[0] > 1 else model.second(x)
+
+
+def test_a_forward_that_fails_leaves_no_thread():
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x):
+            self.first(x)
+            raise ValueError("no")
+
+    model = Failing()
+    with pytest.raises(ValueError, match="no"):
+        disturbed_layer(
+            linears(model),
+            lambda: model(torch.ones(1, 8)),
+            lambda: model(torch.ones(1, 8)),
+            lambda *_: contextlib.nullcontext(),
+            KeptState(model),
+        )

@@ -1,0 +1,103 @@
+"""Batches that run one at a time give each group the inputs that lock-step gives it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_plugin.walk.groups import find_groups
+from gptq_plugin.walk.kept_state import KeptState
+from gptq_plugin.walk.one_by_one import walk_one_by_one
+
+from models import tiny_llama
+from walks import hooks_left, linears, walk
+
+
+def _one_by_one(model, calls, change=None, agree=lambda position: position):
+    layers, counted, order = linears(model), {}, []
+
+    def observe(group, number, x):
+        counted.setdefault(group.names[0], []).append((number, x.clone()))
+
+    state = KeptState(model)
+    groups = find_groups(layers, calls[0], state=state)
+    for stop in walk_one_by_one(groups, layers, calls, observe, agree, state):
+        order.append(stop.group)
+        if change:
+            change(stop)
+    return order, counted
+
+
+def _halving(model):
+    layers = linears(model)
+
+    def change(stop):
+        for name in stop.group.names:
+            layers[name].weight.data.mul_(0.5)
+
+    return change
+
+
+def test_inputs_are_those_of_lock_step_through_what_is_quantized():
+    batches = [torch.arange(i, i + 12)[None] for i in range(3)]
+    models = [tiny_llama(), tiny_llama()]
+    models[1].load_state_dict(models[0].state_dict())
+    calls = [[lambda ids=ids, model=model: model(input_ids=ids) for ids in batches] for model in models]
+    _, order, counted = walk(models[0], calls[0], _halving(models[0]))
+    alone, own = _one_by_one(models[1], calls[1], _halving(models[1]))
+    assert alone == order and own.keys() == counted.keys()
+    for name, inputs in own.items():
+        assert [number for number, _ in inputs] == [0, 1, 2], name
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(inputs, counted[name])), name
+    assert hooks_left(models[1]) == 0
+
+
+def test_a_layer_that_is_called_again_counts_all_its_inputs():
+    class Looped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x, times):
+            for _ in range(times):
+                x = torch.tanh(self.layer(x))
+            return self.last(x)
+
+    model = Looped()
+    x = torch.randn(2, 8)
+    order, counted = _one_by_one(model, [lambda: model(x, 3), lambda: model(x, 2), lambda: model(x, 4)])
+    assert [group.names for group in order] == [("layer",), ("last",)]
+    assert [number for number, _ in counted["layer"]] == [0, 0, 0, 1, 1, 2, 2, 2]  # of the fourth call, as in lock-step
+    assert [number for number, _ in counted["last"]] == [0, 1, 2]
+
+
+def test_layers_that_no_batch_reaches_are_left_out_unless_another_rank_reaches_them():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.one(x)
+
+    model, calls = Either(), [lambda: model(torch.ones(1, 8))]
+    assert [group.names for group in _one_by_one(model, calls)[0]] == [("one",)]
+    assert [group.names for group in _one_by_one(model, calls, agree=lambda _: 0)[0]] == [("one",), ("other",)]
+
+
+def test_only_inputs_that_are_not_finite_are_kept_for_the_error():
+    model = nn.Sequential(nn.Linear(4, 4))
+    data = [torch.ones(2, 4), torch.full((2, 4), torch.nan)]
+    found = []
+    _one_by_one(model, [lambda x=x: model(x) for x in data], lambda stop: found.append(dict(stop.inputs)))
+    assert found[0][0].numel() == 0 and found[0][1] is data[1]
+
+
+def test_an_error_names_its_batch():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    calls = [lambda: model(torch.ones(2, 4)), lambda: model(torch.ones(2, 5))]
+    with pytest.raises(RuntimeError) as raised:
+        _one_by_one(model, calls)
+    assert "batch 1" in str(getattr(raised.value, "__notes__", "batch 1"))
+    assert hooks_left(model) == 0
