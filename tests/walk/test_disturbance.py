@@ -112,6 +112,33 @@ def _twice_after(model, x):
     return model.second(model.second(x)) if model.memory[0] > 1 else model.second(x)
 
 
+def test_the_trial_ends_when_layers_of_every_kind_have_been_called_twice():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.down(self.up(x))
+
+    called = []
+    for layers, expected in ((20, 16), (6, 12)):
+        model = nn.Sequential(nn.Linear(8, 8), *[Block() for _ in range(layers)])
+        model[0].forward = lambda x: x  # called by itself, not watched
+        watched = {name: layer for name, layer in linears(model).items() if name != "0"}
+        for layer in watched.values():
+            layer.register_forward_pre_hook(lambda *_: called.append(1), prepend=True)
+        called.clear()
+        disturbed_layer(
+            watched,
+            lambda model=model: model(torch.ones(1, 8)),
+            lambda model=model: model(torch.zeros(1, 8)),
+            lambda *_: contextlib.nullcontext(),
+            KeptState(model),
+        )
+        assert len(called) == 3 * expected
+
+
 def test_a_forward_that_fails_leaves_no_thread():
     class Failing(nn.Module):
         def __init__(self):

@@ -6,7 +6,9 @@ or on a stream, only shows in its effect.
 
 from __future__ import annotations
 
+import re
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +20,7 @@ from gptq_plugin.walk.kept_state import KeptState, Values
 from gptq_plugin.walk.layer_inputs import watch_inputs
 
 _NUMBERS = 1024  # of an input that are compared
+_CALLS = 16  # at least, where there are as many
 _TIMES = 10.0  # the differences of two runs alone, where kernels add in any order, that are no disturbance
 
 
@@ -25,6 +28,9 @@ def disturbed_layer(
     layers: Mapping[str, nn.Module], first: Forward, second: Forward, waiting: Waiting, state: KeptState
 ) -> str | None:
     """Runs two forwards in turns and one of them alone; returns the first layer whose input differs, if any.
+
+    They run until layers of every kind so far have been called twice, which two blocks of a transformer do; layers
+    whose names differ in numbers are of a kind.
 
     Args:
         layers: The layers by name; the forwards take turns at each call.
@@ -47,19 +53,23 @@ def _inputs(
     seen: list[tuple[str, Tensor]] = []
     batches = [BatchThread(number, forward, waiting, Values(state)) for number, forward in enumerate(forwards)]
     owner: dict[Any, BatchThread] = {batch.thread: batch for batch in batches}
+    kinds: Counter[str] = Counter()
 
     def visit(name: str, x: Tensor) -> None:
         batch = owner.get(threading.current_thread())
         if batch is None:
             return
         if batch.number == 0:
+            kinds[re.sub(r"\d+", "*", name)] += 1
             flat = x.detach().reshape(-1)
             seen.append((name, flat[:: max(1, len(flat) // _NUMBERS)][:_NUMBERS].float().clone()))
         batch.wait_at(batch.position + 1, name, x)
 
     try:
         with watch_inputs(layers, visit):
-            while any(batch.position != END for batch in batches):
+            while any(batch.position != END for batch in batches) and not (
+                len(seen) >= _CALLS and min(kinds.values()) > 1
+            ):
                 for batch in batches:
                     if batch.position != END:
                         batch.resume()

@@ -1,4 +1,7 @@
-"""Places outside its local variables to which the forward of a model can write: `Place`."""
+"""Places outside its local variables to which the forward of a model can write: `Place`.
+
+Tested by tests/walk/test_kept_state.py: with the places of every kind.
+"""
 
 from __future__ import annotations
 
