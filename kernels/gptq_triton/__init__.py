@@ -1,6 +1,7 @@
 """Kernels, imported as `gptq_plugin.kernels`. Needs torch, and Triton on a GPU only.
 
-`reference` defines every operation in plain PyTorch; it is also the CPU path and the oracle of the tests. Triton
+`reference` and `plain_sums` define every operation in plain PyTorch; they are also the CPU path and the oracle of the
+tests. Triton
 modules are imported where they are called, so that the package imports without Triton.
 """
 
@@ -11,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import plain_sums, reference
 
 
 def solver_loops(x: Tensor) -> ModuleType:
@@ -30,3 +31,12 @@ def solver_passes(x: Tensor) -> ModuleType:
 
         return passes
     return reference
+
+
+def exact_sums(x: Tensor) -> ModuleType:
+    """The module with `add_product`, chosen likewise for a float32 product."""
+    if x.is_cuda and x.dtype == torch.float32:
+        from . import sums  # imported here: needs Triton
+
+        return sums
+    return plain_sums

@@ -68,7 +68,7 @@ class Observations:
             layers = [in_expert(experts, name) for name in group.names]
             reads = self._experts.reads_tokens(experts, layers, first.name in self._read_tokens)
             return self._with_remarks(first.name, self._experts.weighted(experts, reads, hessian))
-        tokens, width = hessian.tokens, len(hessian.sum)
+        tokens, width = hessian.tokens, hessian.in_features
         few = f"only {tokens} calibration tokens for {width} inputs: the Hessian is singular"
         evidence = Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
         return self._with_remarks(first.name, evidence)

@@ -85,7 +85,7 @@ class ExpertHessians:
             reads_tokens: See `reads_tokens`.
             own: The layer's Hessian, summed over ranks.
         """
-        width, tokens = len(own.sum), own.tokens
+        width, tokens = own.in_features, own.tokens
         few = f"only {tokens} calibration tokens were routed to this expert, for {width} inputs"
         whole = self._whole(experts) if reads_tokens else None
         if whole is not None and len(whole) == width:
@@ -105,7 +105,7 @@ class ExpertHessians:
         """Mean of x xᵀ over all tokens of the block and all ranks; None if there were none."""
         if experts not in self._means:
             sums = self._sums.pop(experts, None)
-            width = max(distributed.gather_objects(len(sums.sum) if sums is not None else 0))
+            width = max(distributed.gather_objects(sums.in_features if sums is not None else 0))
             if not width:
                 return None
             sums = sums or Hessian(width, self._device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from gptq_plugin import distributed
 from gptq_plugin.device.precision import full_precision
+from gptq_plugin.kernels import exact_sums
 
 # The sum is symmetric, so only a staircase of strips is computed: each row's columns up to the end of its strip.
 # A narrow strip wastes little above the diagonal, a wide one keeps the product efficient.
@@ -16,61 +17,69 @@ _STRIP = {"cuda": 1024, "cpu": 256}
 
 
 class Hessian:
-    """Sum of x xᵀ and the number of tokens in it. Sums of several ranks add up.
+    """Sum of x xᵀ and the number of tokens in it.
+
+    Each call of `add` is one float32 product. Products are added in float64, exactly (`plain_sums`), so that neither
+    their order matters nor the ranks they were made on. Half a matrix in float64 takes the memory of a whole one in
+    float32.
 
     Args:
         in_features: Width of the layer's input.
         device: Device of the sum; inputs must be there too.
-        dtype: Precision of the sum, float32 or float64.
+        dtype: Precision of the products and of the mean. In float64 the order of addition shows in the last bits.
 
     Attributes:
-        sum: [in, in], Σ x xᵀ, complete on and below the diagonal.
+        in_features: As given.
         tokens: Rows counted so far.
     """
 
     def __init__(self, in_features: int, device: torch.device | str, dtype: torch.dtype = torch.float32):
-        self.sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self.in_features = in_features
         self.tokens = 0
+        self._dtype = dtype
+        width = _STRIP.get(torch.device(device).type, in_features)
+        self._ends = [*range(0, in_features, max(1, width)), in_features]
+        sizes = [(stop - start) * stop for start, stop in pairwise(self._ends)]
+        self._sum = torch.zeros(sum(sizes), dtype=torch.float64, device=device)  # strip after strip
+        self._strips = [
+            strip.view(-1, stop) for strip, stop in zip(self._sum.split(sizes), self._ends[1:], strict=True)
+        ]
 
     def add(self, x: Tensor) -> None:
         """Adds every row of x, [tokens, in].
 
         16-bit inputs on a GPU are multiplied without conversion: their products are exact in the tensor cores' float32.
-        Other inputs are multiplied in the sum's precision, float32 without TF32.
+        Other inputs are multiplied in the Hessian's dtype, float32 without TF32.
         """
+        self.tokens += x.shape[0]
+        if not x.shape[0]:
+            return
         # The model may have switched autocast on around this call.
         with full_precision(x.device):
             x = x.detach()
-            unconverted = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and self.sum.dtype == torch.float32
-            rows = x if unconverted else x.to(self.sum.dtype)
-            for start, stop in self._strips():
-                strip = self.sum[start:stop, :stop]
+            narrow = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and self._dtype == torch.float32
+            rows = x if narrow else x.to(self._dtype)
+            diagonal = torch.empty(self.in_features, dtype=self._dtype, device=x.device)
+            for strip, (start, stop) in zip(self._strips, pairwise(self._ends), strict=True):
                 left, right = rows[:, start:stop].T, rows[:, :stop]
-                if unconverted:
-                    torch.addmm(strip, left, right, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
+                product = torch.mm(left, right, out_dtype=torch.float32) if narrow else left @ right
+                if self._dtype == torch.float32:
+                    diagonal[start:stop] = product.diagonal(start)
+                    exact_sums(product).add_product(strip, product, diagonal, start)
                 else:
-                    strip.addmm_(left, right)
-            self.tokens += rows.shape[0]
+                    strip += product
 
     def over_ranks(self) -> None:
         """Adds up the sums and the tokens of all ranks, on every rank, in one message without the symmetric half."""
-        if not distributed.active():
-            return
-        strips = [self.sum[start:stop, :stop] for start, stop in self._strips()]
-        message = torch.cat([strip.flatten() for strip in strips])
-        self.tokens = distributed.sum_(message, self.tokens)
-        for strip, total in zip(strips, message.split([strip.numel() for strip in strips]), strict=True):
-            strip.copy_(total.view(strip.shape))
+        if distributed.active():
+            self.tokens = distributed.sum_(self._sum, self.tokens)
 
     def mean(self) -> Tensor:
         """Mean over tokens of x xᵀ, [in, in], symmetric; zeros when nothing was counted."""
-        mean = self.sum / max(1, self.tokens)
-        for start, stop in self._strips():
+        n = self.in_features
+        mean = torch.empty(n, n, dtype=self._dtype, device=self._sum.device)
+        for strip, (start, stop) in zip(self._strips, pairwise(self._ends), strict=True):
+            mean[start:stop, :stop] = strip / max(1, self.tokens)
+        for start, stop in pairwise(self._ends):
             mean[start:stop, stop:] = mean[stop:, start:stop].T
         return mean
-
-    def _strips(self) -> Iterator[tuple[int, int]]:
-        n = len(self.sum)
-        width = _STRIP.get(self.sum.device.type, n)
-        for start in range(0, n, width):
-            yield start, min(start + width, n)
