@@ -30,6 +30,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
 from gptq_plugin.gptq import solver
 from gptq_plugin.gptq.factor import factorize
+from gptq_plugin.gptq.losses import rounding_loss
+from gptq_plugin.gptq.row_blocks import divided
 from gptq_plugin.walk.hessian import Hessian
 
 PEERS = {"GPTQModel 7.7": 17.5, "llm-compressor 0.14": 7.39, "a rough prototype": 0.64}
@@ -140,10 +142,10 @@ def block() -> None:
                 lambda: factorize(mean[None], config, torch.float32, 0.01)  # noqa: B023
             )
             parts[f"{label} {name}: columns"] = seconds(
-                lambda: solver._Recursion(wide[None], factor, config).visit()  # noqa: B023
+                lambda: solver._Recursion(divided(wide), factor, config).visit()  # noqa: B023
             )
             parts[f"{label} {name}: RTN's loss"] = seconds(
-                lambda: solver.rounding_loss(wide, mean, config)  # noqa: B023
+                lambda: rounding_loss(divided(wide), mean, config)  # noqa: B023
             )
             parts[f"{label} {name}: all"] = seconds(lambda: solver.solve(weight, mean, config))  # noqa: B023
             found = solver.solve(weight, mean, config).weight

@@ -4,7 +4,7 @@ Numbers that are multiples of one quantum add up exactly in float64, in any orde
 quanta. So every entry (i, j) of a product is first rounded to a multiple of u_i·u_j·2^-BITS, where u_i is the power of
 two next above the root of the product's own diagonal entry i; by Cauchy-Schwarz the entry is at most u_i·u_j. That
 costs 2^-27 of √(d_i·d_j), less than a float32 product is off by, and depends on nothing but the product. S products
-add up exactly as long as no channel's energy in one of them is 2^25 / S times that in another; beyond that a sum is
+add up exactly as long as no channel's energy in one of them is 2^23 / S times that in another; beyond that a sum is
 off by 2^-53, which shows in float32 once in 2^29 entries.
 """
 

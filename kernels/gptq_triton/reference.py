@@ -16,7 +16,6 @@ the requested dtype.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -230,19 +229,20 @@ def solve_span(
     loss: Tensor,
     bits: int,
 ) -> None:
-    """Runs GPTQ's recursion over some columns, the last one first, for all rows of B matrices at once.
+    """Runs GPTQ's recursion over some columns, the last one first, for B blocks of rows that share a Hessian.
 
     Column j's target is its weight plus what is pushed to it from outside the span and from later columns of the span,
-    t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to the grid of its group.
+    t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to the grid of its group. No block's result depends
+    on the others: every product is of one block.
 
     Args:
         pushed: [B, columns, A·rows].
         weight: [B, n, rows], the whole weight, shared by the A alternatives of a row.
-        factor: [B, columns, columns], unit upper triangular.
+        factor: [columns, columns], unit upper triangular.
         scales, zeros: [B, G, A·rows], the grids.
-        group: int32 [B, columns], each column's grid.
-        channel: int32 [B, columns], which of the n channels each column is.
-        gain, damping: [B, columns], the factors with which a column's squared deviation t − q adds to the loss, and its
+        group: int32 [columns], each column's grid.
+        channel: int32 [columns], which of the n channels each column is.
+        gain, damping: [columns], the factors with which a column's squared deviation t − q adds to the loss, and its
             squared error w − q is subtracted.
         codes: uint8 [B, n, A·rows]; the columns' channels are written.
         errors: [B, columns, A·rows], weight − scale·(code − zero); written.
@@ -250,19 +250,23 @@ def solve_span(
         bits: Width of a code.
     """
     batch, columns, width = pushed.shape
-    alternatives = width // weight.shape[2]
+    alternatives, channels, groups = width // weight.shape[2], channel.tolist(), group.tolist()
     for stop in range(columns, 0, -_BLOCK):
         start = max(stop - _BLOCK, 0)
         # One product pushes the errors of later columns to the block.
-        offset = torch.baddbmm(pushed[:, start:stop], factor[:, start:stop, stop:], errors[:, stop:])
-        for b, j in itertools.product(range(batch), range(stop - 1, start - 1, -1)):
-            w = weight[b, channel[b, j]].repeat(alternatives)
-            t = w + offset[b, j - start] + errors[b, j + 1 : stop].T @ factor[b, j, j + 1 : stop]
-            scale, zero = scales[b, group[b, j]], zeros[b, group[b, j]]
+        later = factor[None, start:stop, stop:]
+        offset = torch.cat(
+            [torch.baddbmm(pushed[b : b + 1, start:stop], later, errors[b : b + 1, stop:]) for b in range(batch)]
+        )
+        for j in range(stop - 1, start - 1, -1):
+            near = torch.stack([errors[b, j + 1 : stop].T @ factor[j, j + 1 : stop] for b in range(batch)])
+            w = weight[:, channels[j]].repeat(1, alternatives)
+            t = w + offset[:, j - start] + near
+            scale, zero = scales[:, groups[j]], zeros[:, groups[j]]
             q = torch.round(t / scale + zero).clamp_(0, 2**bits - 1)
             rounded = scale * (q - zero)
-            codes[b, channel[b, j]], errors[b, j] = q, w - rounded
-            loss[b] += gain[b, j] * (t - rounded).square_() - damping[b, j] * errors[b, j].square()
+            codes[:, channels[j]], errors[:, j] = q, w - rounded
+            loss += gain[j] * (t - rounded).square_() - damping[j] * errors[:, j].square()
 
 
 def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:

@@ -21,8 +21,7 @@ BLOCK = 128  # columns per launch
 @triton.jit
 def _solve_block_kernel(
     pushed, weight, factor, scales, zeros, group, channel, gain, damping, codes, errors, loss,
-    columns, width, rows, groups, n,
-    factor_batch, factor_stride, column_batch, channel_batch, error_batch, push_batch,
+    columns, width, rows, groups, n, factor_stride, error_batch, push_batch,
     TOP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -32,13 +31,8 @@ def _solve_block_kernel(
     row = r % rows
     pushed += b * push_batch
     weight += b * n * rows
-    factor += b * factor_batch
     scales += b * groups * width
     zeros += b * groups * width
-    group += b * channel_batch
-    channel += b * channel_batch
-    gain += b * column_batch
-    damping += b * column_batch
     codes += b * n * width
     errors += b * error_batch
     loss += b * width
@@ -99,12 +93,14 @@ def solve_span(
 ) -> None:
     """`reference.solve_span` on a GPU: for every 128 columns a product that pushes later errors to them, and a launch.
 
+    A product is of one block of rows: a library may choose another kernel for another number of blocks. The launch is
+    of all blocks, which programs share without a sum of theirs.
+
     Args:
         weight, scales, zeros, codes, loss: As there, contiguous; floats are float32.
         pushed, errors: As there, float32; the columns of each matrix are contiguous, one after the other.
         factor: As there, float32; its last stride is 1.
-        group, channel: As there; the same strides, 1 the last.
-        gain, damping: As there; the same strides, 1 the last.
+        group, channel, gain, damping: As there, contiguous; floats are float32.
         bits: Width of a code.
 
     Raises:
@@ -112,17 +108,17 @@ def solve_span(
     """
     batch, columns, width = pushed.shape
     (_, n, rows), groups = weight.shape, scales.shape[1]
-    whole, column = (n * width, width, 1), (gain.stride(0), 1)
+    whole = (n * width, width, 1)
     for name, tensor, shape, dtype, strides in (
         ("pushed", pushed, (batch, columns, width), torch.float32, (pushed.stride(0), width, 1)),
         ("weight", weight, (batch, n, rows), torch.float32, (n * rows, rows, 1)),
-        ("factor", factor, (batch, columns, columns), torch.float32, (factor.stride(0), factor.stride(1), 1)),
+        ("factor", factor, (columns, columns), torch.float32, (factor.stride(0), 1)),
         ("scales", scales, (batch, groups, width), torch.float32, (groups * width, width, 1)),
         ("zeros", zeros, (batch, groups, width), torch.float32, (groups * width, width, 1)),
-        ("group", group, (batch, columns), torch.int32, (channel.stride(0), 1)),
-        ("channel", channel, (batch, columns), torch.int32, (channel.stride(0), 1)),
-        ("gain", gain, (batch, columns), torch.float32, column),
-        ("damping", damping, (batch, columns), torch.float32, column),
+        ("group", group, (columns,), torch.int32, (1,)),
+        ("channel", channel, (columns,), torch.int32, (1,)),
+        ("gain", gain, (columns,), torch.float32, (1,)),
+        ("damping", damping, (columns,), torch.float32, (1,)),
         ("codes", codes, (batch, n, width), torch.uint8, whole),
         ("errors", errors, (batch, columns, width), torch.float32, (errors.stride(0), width, 1)),
         ("loss", loss, (batch, width), torch.float32, (width, 1)),
@@ -142,11 +138,12 @@ def solve_span(
         start = max(stop - BLOCK, 0)
         here, offset = slice(start, stop), pushed[:, start:stop]
         if stop < columns:
-            offset = torch.baddbmm(offset, factor[:, here, stop:], errors[:, stop:])
+            later, offset = factor[None, here, stop:], torch.empty_like(offset, memory_format=torch.contiguous_format)
+            for b in range(batch):
+                torch.baddbmm(pushed[b : b + 1, here], later, errors[b : b + 1, stop:], out=offset[b : b + 1])
         _solve_block_kernel[(triton.cdiv(width, _ROWS), batch)](
-            offset, weight, factor[:, here, here], scales, zeros, group[:, here], channel[:, here],
-            gain[:, here], damping[:, here], codes, errors[:, here], loss,
-            stop - start, width, rows, groups, n,
-            factor.stride(0), factor.stride(1), gain.stride(0), channel.stride(0), errors.stride(0), offset.stride(0),
+            offset, weight, factor[here, here], scales, zeros, group[here], channel[here],
+            gain[here], damping[here], codes, errors[:, here], loss,
+            stop - start, width, rows, groups, n, factor.stride(0), errors.stride(0), offset.stride(0),
             TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, num_warps=_WARPS,
         )  # fmt: skip

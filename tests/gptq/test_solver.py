@@ -11,7 +11,9 @@ from gptq_plugin.kernels import reference
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq import solver
 from gptq_plugin.gptq.grid import grid, round_to_nearest
-from gptq_plugin.gptq.solver import output_error, solve, solve_batch
+from gptq_plugin.gptq.losses import output_error
+from gptq_plugin.gptq.row_blocks import divided
+from gptq_plugin.gptq.solver import solve, solve_blocks
 
 from plain_gptq import ORDERS, correlated, plain, plain_gptq
 
@@ -99,21 +101,27 @@ def test_the_order_of_the_clip_ratios_does_not_matter():
     assert torch.equal(up.weight.codes, down.weight.codes)
 
 
+@pytest.mark.parametrize("options", [{}, {"sym": False, "group_size": -1}, {"clip_ratios": (1.0,)}], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_batch_is_solved_as_each_of_its_matrices_alone(order):
-    pairs = [correlated(rows=24, n=192, seed=seed) for seed in range(4)]
-    pairs[2][1].zero_()  # no input reached it: it is rounded, and the others do not notice
-    config = plain(bits=3, group_size=32, clip_ratios=(1.0, 0.9, 0.8), **ORDERS[order])
-    together = solve_batch(torch.stack([w for w, _ in pairs]), torch.stack([h for _, h in pairs]), config)
-    for (weight, hessian), solution in zip(pairs, together, strict=True):
-        alone = solve(weight, hessian, config)
-        assert solution.method == alone.method
-        assert solution.deviations == alone.deviations
-        assert torch.equal(solution.weight.codes, alone.weight.codes)
-        assert torch.equal(solution.weight.scales, alone.weight.scales)
-        assert torch.equal(solution.weight.g_idx, alone.weight.g_idx)
-        torch.testing.assert_close(solution.loss, alone.loss)
-        torch.testing.assert_close(solution.rtn_loss, alone.rtn_loss)
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_block_of_rows_is_solved_to_the_bit_whatever_blocks_are_beside_it(order, options, dead):
+    weight, hessian = (t.float() for t in correlated(rows=700, n=192))
+    if dead:
+        hessian.zero_()  # no input reached it: it is rounded
+    config = QuantizeConfig(**{"bits": 3, "group_size": 32, **ORDERS[order], **options})
+    blocks = divided(weight)
+    assert blocks.shape[0] == 5
+    whole = solve(weight, hessian, config)
+    for first, last in ((0, 1), (1, 3), (2, 5), (4, 5)):
+        part = solve_blocks(blocks[first:last], hessian, config)
+        start, stop = first * blocks.shape[1], min(last * blocks.shape[1], 700)
+        found, wanted = part.first(stop - start), whole.weight.rows(start, stop)
+        assert torch.equal(found.weight.codes, wanted.codes)
+        assert torch.equal(found.weight.scales, wanted.scales) and torch.equal(found.weight.zeros, wanted.zeros)
+        assert torch.equal(found.weight.g_idx, wanted.g_idx)
+        assert torch.equal(found.loss, whole.loss[start:stop])
+        assert torch.equal(found.rtn_loss, whole.rtn_loss[start:stop])
+        assert (found.method, found.deviations) == (whole.method, whole.deviations)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -39,16 +39,16 @@ def test_the_plain_block_is_the_recursion(bits, at_once, monkeypatch):
     for b, row in itertools.product(range(2), range(15)):
         loss = block.loss[b, row]
         for j in reversed(range(9)):
-            channel, group = block.channel[b, j], block.group[b, j]
+            channel, group = block.channel[j], block.group[j]
             w = block.weight[b, channel, row % 5]
             scale, zero = block.scales[b, group, row], block.zeros[b, group, row]
             t = w + block.pushed[b, j, row]
-            t = t + sum(found.errors[b, k, row] * block.factor[b, j, k] for k in range(j + 1, 9))
+            t = t + sum(found.errors[b, k, row] * block.factor[j, k] for k in range(j + 1, 9))
             q = torch.round(t / scale + zero).clamp(0, 2**bits - 1)
             assert found.codes[b, channel, row] == q
             assert found.errors[b, j, row] == w - scale * (q - zero)
-            loss = loss + block.gain[b, j] * (t - scale * (q - zero)) ** 2
-            loss = loss - block.damping[b, j] * found.errors[b, j, row] ** 2
+            loss = loss + block.gain[j] * (t - scale * (q - zero)) ** 2
+            loss = loss - block.damping[j] * found.errors[b, j, row] ** 2
         torch.testing.assert_close(found.loss[b, row], loss)
 
 

@@ -39,9 +39,12 @@ def test_the_triton_block_writes_into_runs_of_columns_of_longer_matrices(device)
 
     whole = make_block(40, 6, 4, device, batch=2)
     columns, as_they_are = slice(8, 24), ("weight", "scales", "zeros", "codes", "loss")
+    per_column = {name: getattr(whole, name)[columns] for name in ("group", "channel", "gain", "damping")}
     part = Block(
-        **{n: v if n in as_they_are else v[:, columns] for n, v in vars(whole).items() if n != "factor"},
-        factor=whole.factor[:, columns, columns],
+        **{name: getattr(whole, name) for name in as_they_are},
+        **{name: getattr(whole, name)[:, columns] for name in ("pushed", "errors")},
+        **per_column,
+        factor=whole.factor[columns, columns],
     )
     alone = Block(**{name: value.contiguous().clone() for name, value in vars(part).items()})
     solve.solve_span(**vars(part), bits=4)
@@ -66,9 +69,26 @@ def test_the_triton_block_names_what_it_cannot_take(device):
         solving(weight=block.weight.double())
     with pytest.raises(ValueError, match="scales must be"):
         solving(scales=block.scales.mT.contiguous().mT)
-    with pytest.raises(ValueError, match=r"factor must be torch.float32 \[2, 16, 16\]"):
-        solving(factor=block.factor[:, :8])
+    with pytest.raises(ValueError, match=r"factor must be torch.float32 \[16, 16\]"):
+        solving(factor=block.factor[:8])
     with pytest.raises(ValueError, match=r"codes must be torch.uint8 \[2, 19, 8\] with strides"):
         solving(codes=torch.empty(2, 24, 8, dtype=torch.uint8, device=device)[:, :19])
     with pytest.raises(ValueError, match="group must be torch.int32"):
-        solving(group=torch.zeros(2, 40, dtype=torch.int32, device=device)[:, :16])
+        solving(group=torch.zeros(32, dtype=torch.int32, device=device)[::2])
+
+
+@triton_device
+@pytest.mark.parametrize("columns", [32, 300])
+def test_a_blocks_solution_does_not_depend_on_the_blocks_beside_it(columns, device):
+    from gptq_plugin.kernels import solve
+
+    if device == "cpu":
+        columns = min(columns, 140)
+    together = make_block(columns, 2 if device == "cpu" else 200, 4, device, batch=5, alternatives=2)
+    by_block = ("pushed", "weight", "scales", "zeros", "codes", "errors", "loss")
+    found = together.solve(solve.solve_span, 4)
+    for b in (0, 3):
+        own = {name: value[b : b + 1] if name in by_block else value for name, value in vars(together).items()}
+        alone = Block(**own).solve(solve.solve_span, 4)
+        for name in ("codes", "errors", "loss"):
+            assert torch.equal(getattr(found, name)[b], getattr(alone, name)[0]), name

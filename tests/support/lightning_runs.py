@@ -224,9 +224,9 @@ def inject(module, kind, phase):
     elif phase == "reduction":
         dist.all_reduce = die  # in the middle of the exchange
     elif phase == "solve":
-        solve = dealing.solve
+        solve = dealing.solve_blocks
         nan = lambda weight, *others: solve(weight * float("nan"), *others)
-        dealing.solve = {"raise": fail("no room for the factor"), "kill": die, "nan": nan}[kind]
+        dealing.solve_blocks = {"raise": fail("no room for the factor"), "kill": die, "nan": nan}[kind]
     elif phase == "export":
         exporting.verify = {"raise": fail("disk full"), "kill": die}[kind]
 

@@ -1,0 +1,27 @@
+"""The rows of a matrix in blocks, so that a row's solution does not depend on how many ranks share the rows.
+
+A library chooses a product's kernel, and with it the order of addition, by the shapes. So the solver multiplies a block
+of rows at a time, and a rank solves whole blocks. Their size follows from the number of rows alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# More and smaller blocks divide among more ranks. On a GPU the recursion takes no less time for fewer rows than this.
+_LEAST = {"cuda": 1024, "cpu": 128}
+_MOST = 16
+_MULTIPLE = 32  # rows, so that each block's columns begin at the same alignment
+
+
+def divided(weight: Tensor) -> Tensor:
+    """The rows of [out, in] in blocks, [B, rows, in]; copies of the last row fill the last block."""
+    rows = len(weight)
+    blocks = min(_MOST, max(1, rows // _LEAST.get(weight.device.type, 1024)))
+    if blocks == 1:
+        return weight[None]
+    size = -(-rows // blocks // _MULTIPLE) * _MULTIPLE
+    blocks = -(-rows // size)
+    missing = blocks * size - rows
+    return (torch.cat([weight, weight[-1:].expand(missing, -1)]) if missing else weight).unflatten(0, (blocks, size))
