@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 
 STRIP = 1024  # hessian._STRIP on a GPU
+LEAST_ROWS, MOST_BLOCKS, MULTIPLE = 1024, 16, 32  # of row_blocks, on a GPU
 MEETINGS = 3  # words per group: to choose the next one, before the sum, and before the rows
 STEP = 50e-6  # seconds for each of the P - 1 steps in which a word goes round over TCP; assumed
 GROUP_SIZE = 128
@@ -46,8 +47,8 @@ FORWARD, HESSIANS, FACTORS, COLUMNS, PACKING = 240.0, 116.0, 29.8, 51.9, 2.2
 
 
 def hessian_bytes(n: int) -> int:
-    """Bytes of the float32 strips on and below the diagonal."""
-    return sum(4 * (min(start + STRIP, n) - start) * min(start + STRIP, n) for start in range(0, n, STRIP))
+    """Bytes of the float64 strips on and below the diagonal."""
+    return sum(8 * (min(start + STRIP, n) - start) * min(start + STRIP, n) for start in range(0, n, STRIP))
 
 
 def row_bytes(n: int, group_size: int = GROUP_SIZE) -> int:
@@ -56,11 +57,24 @@ def row_bytes(n: int, group_size: int = GROUP_SIZE) -> int:
     return n + 2 * groups + groups + 8
 
 
+def block_rows(rows: int) -> tuple[int, int]:
+    """The number of blocks of a layer's rows, and the rows in each."""
+    blocks = min(MOST_BLOCKS, max(1, rows // LEAST_ROWS))
+    size = rows if blocks == 1 else ceil(rows / blocks / MULTIPLE) * MULTIPLE
+    return ceil(rows / size), size
+
+
+def share(rows: int, ranks: int) -> int:
+    """The rows that each rank solves and sends: whole blocks."""
+    blocks, size = block_rows(rows)
+    return ceil(blocks / ranks) * size
+
+
 def exchange(shape: Shape, network: Network) -> tuple[float, float, float]:
     """Milliseconds of a block's sums, rows and words, with ring algorithms at the link's full rate."""
     p = network.ranks
     sums = 2 * (p - 1) / p * sum(hessian_bytes(n) for n, _ in shape.groups()) / network.rate
-    rows = (p - 1) * sum(ceil(rows / p) * row_bytes(n) for n, rows in shape.groups()) / network.rate
+    rows = (p - 1) * sum(share(rows, p) * row_bytes(n) for n, rows in shape.groups()) / network.rate
     words = MEETINGS * len(shape.groups()) * (p - 1) * STEP
     return 1e3 * sums, 1e3 * rows, 1e3 * words
 

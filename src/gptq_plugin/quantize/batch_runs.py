@@ -62,6 +62,7 @@ class BatchRuns:
         self._entered: dict[tuple[str, int], int] = {}  # the first run of a batch that came to a block of experts
         self._plan = plan
         self._batches = calibration.batches
+        self._numbers = calibration.numbers
         self._positions = positions
         self._options = options
         self._targets = {target.name: target for target in plan.targets}
@@ -113,15 +114,15 @@ class BatchRuns:
     def find_groups(self, layers: Mapping[str, nn.Module]) -> tuple[list[Group], set[str]]:
         """Finds the groups with a forward of the largest batch, and decides from it what stays on the device.
 
-        The models of all ranks are the same, so the first rank that has a batch finds the groups for all.
+        The models of all ranks are the same, and those of the rank with the largest batch of all are used.
 
         Returns:
             The groups, and the names of layers whose weights the model reads without calling them, on any rank.
         """
         free, measured = free_bytes(self.device, self._options.device_memory), Peak(self.device)
-        groups, reads, share = None, set[str](), 0.0
-        if self._batches:
-            sizes = self._sizes()
+        groups, reads, share, place = None, set[str](), 0.0, (1, 0)
+        sizes = self._sizes()
+        if sizes:
             largest = sizes.index(max(sizes))
             watched = WeightReads(self._plan.model, layers)
 
@@ -130,11 +131,11 @@ class BatchRuns:
                     return self.forward(largest)()
 
             groups, reads = find_groups(layers, forward, self.waiting, largest, self.state), watched.names
-            share = sum(sizes) / max(1, sizes[largest])
+            share, place = sum(sizes) / max(1, sizes[largest]), (-sizes[largest], self._numbers[largest])
         self._place(free, measured.bytes(), share)
-        of_all = distributed.gather_objects((groups, reads))
-        found: list[Group] = next(groups for groups, _ in of_all if groups is not None)
-        return found, set().union(*(reads for _, reads in of_all))
+        of_all = distributed.gather_objects((place, groups, reads))
+        _, found, _ = min((one for one in of_all if one[1] is not None), key=lambda one: one[0])
+        return found, set().union(*(reads for _, _, reads in of_all))
 
     def disturbance(self, layers: Mapping[str, nn.Module]) -> str | None:
         """Returns why the batches cannot take turns, on any rank; None if they can. After `find_groups`."""
@@ -199,10 +200,12 @@ class BatchRuns:
         self.activations = Activations(self.device, placed.activations, prefetch=placed.prefetch)
 
     def _sizes(self) -> list[int]:
-        """Numbers to which the batches' activations are proportional: tokens, or samples if some do not tell tokens."""
+        """Numbers to which the batches' activations are proportional: tokens, or samples if some do not tell tokens,
+        on any rank."""
         tokens = [batch.tokens for batch in self._batches]
         known = [count for count in tokens if count is not None]
-        return known if len(known) == len(tokens) else [batch.samples for batch in self._batches]
+        all_know = distributed.minimum(len(known) == len(tokens))
+        return known if all_know else [batch.samples for batch in self._batches]
 
 
 def _device(targets: Sequence[Target], options: PassOptions) -> torch.device:
