@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.errors import ExportError
@@ -21,7 +21,7 @@ from gptq_plugin.export.export import export_model
 from gptq_plugin.layers.qlinear import QuantLinear
 
 from exports import logits
-from models import Plain, tiny_llama
+from models import Plain, tiny_llama, tiny_llava
 
 Rtn = Callable[..., Any]
 
@@ -37,6 +37,53 @@ def test_a_quantized_head_of_a_tied_model_is_stored_untied(rtn: Rtn, tmp_path: P
     loaded = load_quantized(folder)
     assert isinstance(loaded.lm_head, QuantLinear)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def _exported(model: Any, folder: Path) -> tuple[dict[str, Any], Any]:
+    config = QuantizeConfig(group_size=32)
+    export_model(model, folder, config)
+    return json.loads((folder / "config.json").read_text()), load_quantized(folder)
+
+
+def test_a_head_that_was_trained_apart_is_not_announced_as_tied(rtn: Rtn, tmp_path: Path) -> None:
+    """transformers loads what is stored; other clients go by the flag, and would compute with the embedding."""
+    model = rtn(tiny_llama(tie_word_embeddings=True), QuantizeConfig(group_size=32))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 0.1)
+    content, loaded = _exported(model, tmp_path / "out")
+    assert content["tie_word_embeddings"] is False
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+    assert torch.equal(logits(loaded), logits(model))
+    assert model.config.tie_word_embeddings is True
+
+
+def test_a_head_apart_from_a_tied_embedding_is_told_in_every_part_of_the_config(rtn: Rtn, tmp_path: Path) -> None:
+    model = rtn(tiny_llava(), QuantizeConfig(group_size=32))
+    for part in (model.config, model.config.text_config):
+        part.tie_word_embeddings = True
+    model.all_tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    content, _ = _exported(model, tmp_path / "out")
+    assert content["tie_word_embeddings"] is content["text_config"]["tie_word_embeddings"] is False
+
+
+def test_a_head_of_the_embeddings_values_stays_tied(rtn: Rtn, tmp_path: Path) -> None:
+    model = rtn(tiny_llama(tie_word_embeddings=True), QuantizeConfig(group_size=32))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    content, loaded = _exported(model, tmp_path / "out")
+    assert content["tie_word_embeddings"] is True
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_encoder_decoder_keeps_its_flag_by_which_it_scales_its_outputs(rtn: Rtn, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    model = rtn(T5ForConditionalGeneration(T5Config(**sizes)).eval(), QuantizeConfig(group_size=32))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 0.1)
+    content, loaded = _exported(model, tmp_path / "out")
+    assert content["tie_word_embeddings"] is True
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        ours, theirs = (one(input_ids=ids, decoder_input_ids=ids).logits for one in (model, loaded))
+    assert torch.equal(ours, theirs)
 
 
 def test_large_models_are_stored_in_shards(rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from gptq_plugin.checkpoint.files import (
     CONFIG,
     INDEX,
     QUANTIZE_CONFIG,
+    TAKEN_OVER,
     TensorEntry,
     description_in,
     read_json,
@@ -35,6 +36,7 @@ from gptq_plugin.checkpoint.files import (
 from gptq_plugin.checkpoint.formats.format import Format, QuantizedLayer, Scheme, contiguous
 from gptq_plugin.checkpoint.formats.registry import stated_format
 from gptq_plugin.checkpoint.layer_checks import FLOATS, StoredLayer, described_layer
+from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.qlinear import QuantLinear
 
@@ -97,6 +99,11 @@ class Checkpoint:
         """The tensors that belong to no quantized layer."""
         owned = {f"{name}.{suffix}" for name in self.layers for suffix in self.format.suffixes}
         return [name for name in self.tensors if name not in owned]
+
+    def is_taken_over(self, name: str) -> bool:
+        """True for a tensor of a module that transformers does not make, as the export that wrote it noted."""
+        ours = (self.quantization.get("meta") or {}).get(QUANTIZER_NAME) or {}
+        return any(name.startswith(f"{module}.") for module in ours.get(TAKEN_OVER) or ())
 
     @property
     def float_dtype(self) -> torch.dtype:

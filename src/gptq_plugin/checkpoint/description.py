@@ -15,13 +15,16 @@ from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.structure import Structure
 
 
-def client_config(structure: Structure, layers: Mapping[str, QuantLinear], config: QuantizeConfig) -> dict[str, Any]:
+def client_config(
+    structure: Structure, layers: Mapping[str, QuantLinear], config: QuantizeConfig, also_float: Iterable[str] = ()
+) -> dict[str, Any]:
     """`quantization_config` of a model with these quantized layers.
 
     Args:
         structure: Of the model: experts that stay float are linear layers to clients.
         layers: Its quantized layers, by name.
         config: What they were quantized with; its `checkpoint_format` is described.
+        also_float: Names in the checkpoint of float layers that the model does not have.
     """
     head, stored = structure.published_head, structure.stored_names
     floats = [name for name in structure.linears if name not in layers and name != head]
@@ -31,7 +34,9 @@ def client_config(structure: Structure, layers: Mapping[str, QuantLinear], confi
         return list(dict.fromkeys(other for name in own for other in (name, stored.get(name, name))))
 
     schemes = {n: scheme_of(name, layer, config) for name, layer in layers.items() for n in under_both_names([name])}
-    return describe(Contents(schemes, under_both_names(floats), head, under_both_names(scorers)), config)
+    return describe(
+        Contents(schemes, [*under_both_names(floats), *also_float], head, under_both_names(scorers)), config
+    )
 
 
 def scheme_of(name: str, layer: QuantLinear, config: QuantizeConfig) -> Scheme:

@@ -14,6 +14,7 @@ CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"  # the name AutoGPTQ gave it, read by every tool
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TAKEN_OVER = "taken_over"  # in our part of ``meta``: modules of the files that transformers does not make
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,9 @@ def _load_transformers(
     model, info = _with_hook(architecture, lambda model: names.update(reserve(checkpoint, model))).from_pretrained(
         None,
         config=config,
-        state_dict={name: checkpoint.lazy(name) for name in checkpoint.float_names},
+        state_dict={
+            name: checkpoint.lazy(name) for name in checkpoint.float_names if not checkpoint.is_taken_over(name)
+        },
         dtype=dtype or getattr(config, "dtype", None) or checkpoint.float_dtype,
         device_map=device_map,
         generation_config=_generation_config(checkpoint, architecture),

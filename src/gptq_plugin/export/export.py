@@ -10,6 +10,7 @@ float16 for GPTQ, and rounds scales to bfloat16 in a bfloat16 model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.checkpoint.description import client_config
+from gptq_plugin.checkpoint.files import TAKEN_OVER
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
@@ -28,6 +30,7 @@ from gptq_plugin.export.model_files import float_state, once, write_plain_config
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.side_files import write_quantize_config, write_report
 from gptq_plugin.export.staging import Staging
+from gptq_plugin.export.unloaded import Unloaded
 from gptq_plugin.export.verify_files import verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
 from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
@@ -36,6 +39,8 @@ from gptq_plugin.model.stored_names import renaming
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.report.provenance import provenance, publishable, run_stamp
 from gptq_plugin.report.report import QuantizeReport
+
+log = logging.getLogger(__name__)
 
 SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
 
@@ -120,6 +125,7 @@ class Export:
         self._target = target
         check_savable(structure.model)
         self._stored_names = structure.stored_names
+        self._unloaded = Unloaded.of(structure.model)
         self._added: set[str] = set()
         self._over = False
         self._staging = Staging(directory, overwrite)
@@ -243,13 +249,22 @@ class Export:
     ) -> None:
         """Writes everything but the quantized layers, and finishes their shards."""
         folder = self._staging.path
-        description, settings = client_config(self._structure, layers, self._config), self._config.to_quantize_config()
+        description = client_config(self._structure, layers, self._config, self._unloaded.layers)
+        settings = self._config.to_quantize_config()
+        for sentence in self._unloaded.sentences():
+            log.warning("%s", sentence)
+            if report is not None and sentence not in report.deviations:
+                report.deviations.append(sentence)
         if report is not None:
             description["meta"][QUANTIZER_NAME] = provenance(report)
             settings["meta"][QUANTIZER_NAME] |= run_stamp(report)  # not in config.json: two runs give the same
+        if self._unloaded.modules:
+            description["meta"].setdefault(QUANTIZER_NAME, {})[TAKEN_OVER] = self._unloaded.modules
         floats = float_state(model, layers)
         if is_transformers(model):
             files = write_transformers(folder, model, floats, description)
+            for name in self._unloaded.tensors:
+                self._writer.add({name: self._unloaded.read(name)})
             self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
         else:
             write_plain_config(folder, model, description)

@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.files import CONFIG, write_json
 from gptq_plugin.errors import ExportError
 from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
 from gptq_plugin.model.adapters import has_adapters
-from gptq_plugin.model.hf_models import published_class
+from gptq_plugin.model.hf_models import is_encoder_decoder, published_class
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +58,29 @@ def write_transformers(staging: Path, model: Any, floats: dict[str, Tensor], des
     config["quantization_config"] = description
     if not getattr(original, "auto_map", None):  # models that bring their own code name their class themselves
         config["architectures"] = [(published_class(model) or type(model)).__name__]
-    if isinstance(model.get_output_embeddings(), QuantLinear):
-        # A quantized head cannot share the embedding's float weight.
+    if not _is_tied(model):
         for part in (config, config.get("text_config") or {}):
             if "tie_word_embeddings" in part or part is config:
                 part["tie_word_embeddings"] = False
     write_json(staging / CONFIG, config)
     return sorted(staging.glob("model*.safetensors"))
+
+
+def _is_tied(model: Any) -> bool:
+    """False if the output embedding does not have the weight that the configuration lets it share.
+
+    It may be quantized, or trained apart. transformers then loads both weights, other clients only the shared one. An
+    encoder-decoder keeps the flag: T5 scales its outputs by it.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, QuantLinear):
+        return False
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    source = getattr(model, "all_tied_weights_keys", {}).get(f"{name}.weight")
+    if head is None or source is None or is_encoder_decoder(model):
+        return True
+    shared = model.get_parameter(source)
+    return head.weight is shared or torch.equal(head.weight.to(shared.device), shared)
 
 
 def write_plain_config(staging: Path, model: nn.Module, description: dict[str, Any]) -> None:
