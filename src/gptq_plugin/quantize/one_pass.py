@@ -83,15 +83,16 @@ class OnePass:
         started = time.perf_counter()
         with contextlib.closing(self._finished):
             samples = count_samples(self._calibration)
-            with self.runs, self._positions.watching(self._observe_experts):
+            with self.runs:
                 modules = {target.name: target.module for target in self._plan.targets}
-                groups, read_elsewhere = self.runs.find_groups(modules)
-                for name in read_elsewhere:  # they cannot be replaced
-                    self._outcome.left_float[name] = "the model reads its weight by itself"
-                    del modules[name]
-                self._disturbance = self.runs.disturbance(modules)
+                with self._positions.watching():
+                    groups, read_elsewhere = self.runs.find_groups(modules)
+                    for name in read_elsewhere:  # they cannot be replaced
+                        self._outcome.left_float[name] = "the model reads its weight by itself"
+                        del modules[name]
+                    self._disturbance = self.runs.disturbance(modules)
                 planned = time.perf_counter() - started
-                with self._observations.ranges.watching(modules):
+                with self._positions.watching(self._observe_experts), self._observations.ranges.watching(modules):
                     for stop in self._walk(_without(read_elsewhere, groups), modules):
                         self._finished.take_home()
                         self._quantize_group(stop, samples)
