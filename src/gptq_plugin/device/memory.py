@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+
+T = TypeVar("T")
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int | None:
@@ -16,9 +22,38 @@ def free_bytes(device: torch.device, limit: int | None = None) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    unused = torch.cuda.memory_reserved(device) - allocated  # reserved by this process, and free in it
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
+    # Reserved by this process, and free in it: in whole segments, which the allocator can give back, or in gaps between
+    # tensors, which are too small for most.
+    gaps = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
+    unused = torch.cuda.memory_reserved(device) - allocated - gaps
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated - gaps
     return max(0, min(free + unused, allowed, allowed if limit is None else limit - allocated))
+
+
+def give_back(device: torch.device) -> None:
+    """Gives back what the allocator holds on a device and no tensor needs, after training or other work."""
+    if device.type == "cuda":
+        gc.collect()
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+
+
+def with_room(run: Callable[[], T], make_room: Callable[[], bool]) -> T:
+    """Runs something, and where the device has no room for it, once more after `make_room`.
+
+    Args:
+        run: Changes nothing before it has the memory it needs, such as an operation of PyTorch.
+        make_room: Frees memory; returns False if nothing was left to free.
+
+    Raises:
+        torch.OutOfMemoryError: There is no room even then.
+    """
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        if not make_room():
+            raise
+    return run()
 
 
 def peak_bytes(device: torch.device) -> int | None:

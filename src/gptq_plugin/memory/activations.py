@@ -14,14 +14,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptq_plugin.device.memory import with_index
+from gptq_plugin.device.memory import with_index, with_room
 from gptq_plugin.memory.tracked_storage import TrackedStorage, storage_key
 
 
@@ -43,6 +43,8 @@ class Activations:
         prefetch: On a GPU, bring the bytes of the batch that has waited longest back while another runs; they count
             towards the budget.
         smallest: Storages with fewer bytes are not tracked at all.
+        make_room: Called when an operation finds no room on the device, which then runs once more; returns False if
+            nothing was left to free.
 
     Attributes:
         peak_bytes: The most bytes that the tracked storages of all batches waiting at one time held, on device and
@@ -50,12 +52,21 @@ class Activations:
         moved_bytes: Bytes copied to the host in total.
     """
 
-    def __init__(self, device: torch.device, budget: int | None, *, prefetch: bool = True, smallest: int = 2**20):
+    def __init__(
+        self,
+        device: torch.device,
+        budget: int | None,
+        *,
+        prefetch: bool = True,
+        smallest: int = 2**20,
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.peak_bytes = 0
         self.moved_bytes = 0
         self._device = with_index(device)
         self._budget = budget
         self._smallest = smallest
+        self._make_room = make_room
         self._thread = threading.local()  # .number: of the batch this thread runs
         # One mode for all threads: torch keeps for the whole process whether another mode was active before, and
         # restores that from a stack on the mode. One mode a thread would leave it wrong when the threads end in turn.
@@ -129,6 +140,18 @@ class Activations:
         finally:
             self._thread.number = number
 
+    def keep_least(self) -> bool:
+        """Moves all that waiting batches hold to the host, now and from now on; returns whether that is a change."""
+        if self._budget == 0 and self._to_device is None:
+            return False
+        self._budget, self._to_device = 0, None
+        for number in self._resident_bytes:
+            for tracked in self._tracked[number].values():
+                if tracked.can_move():
+                    self._resident_bytes[number] -= tracked.bytes()
+                    self._send(tracked)
+        return True
+
     def live_bytes(self, number: int) -> int:
         """Bytes that the batch's tracked storages hold now, on device or host; 0 when it does not run."""
         return sum(tracked.bytes() for tracked in self._tracked.get(number, {}).values())
@@ -173,7 +196,7 @@ class Activations:
 
     def _bring(self, tracked: TrackedStorage) -> None:
         with self.untracked():
-            tracked.bring()
+            with_room(tracked.bring, self._make_room)
         tracked.host = None
         del self._on_host[tracked.key]
 
@@ -220,7 +243,7 @@ class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._activations._read(args, kwargs)
-        out = func(*args, **kwargs)
+        out = with_room(lambda: func(*args, **kwargs), self._activations._make_room)
         number = self._activations._number()
         if number is not None:
             self._activations._created(number, out, args, kwargs)

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.device.memory import with_index
+from gptq_plugin.device.memory import with_index, with_room
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.copier import Copier, Copies
 from gptq_plugin.memory.slots import Substitution
@@ -50,6 +50,7 @@ class Weights:
             the weights of quantized layers are temporary.
         capacity: Bytes of temporary tensors to keep on the device; the units of one call stay even if they are more.
         unit_bytes: Size up to which a module is brought as a whole.
+        make_room: Called when the device has no room for a copy; returns False if nothing was left to free.
 
     Attributes:
         copied_bytes: Bytes copied to the device so far.
@@ -63,11 +64,21 @@ class Weights:
         TargetError: A tensor is on the meta device.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, *, stream: bool, capacity: int, unit_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        stream: bool,
+        capacity: int,
+        unit_bytes: int,
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.copied_bytes = 0
         self.peak_bytes = 0
         self._device = device = with_index(device)
         self._stream = stream
+        self._free_more = make_room
         self._capacity = capacity
         self._quantized: dict[nn.Module, tuple[Target, QuantLinear]] = {}
         self._needs = divide(model, unit_bytes)
@@ -78,6 +89,7 @@ class Weights:
         self._resident: OrderedDict[Unit, None] = OrderedDict()  # present or on their way, least recently used first
         self._resident_bytes = 0
         self._latest: Unit | None = None  # the unit first brought after all others
+        self._in_use: tuple[Unit, ...] = ()  # by the module that was called last
         self._stops = 0  # times the batches stood still for a layer to be quantized
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -104,6 +116,13 @@ class Weights:
     def capacity(self, value: int) -> None:
         self._capacity = value
         self._make_room(0, keep=())
+
+    def keep_least(self) -> bool:
+        """Keeps only the units in use from now on; returns whether that frees anything. Batches may run meanwhile."""
+        before = self._resident_bytes
+        self._capacity = min(self._capacity, self.min_resident_bytes)
+        self._make_room(0, keep=self._in_use)
+        return self._resident_bytes < before
 
     def present(self, target: Target) -> Tensor:
         """The weight the layer runs with, [out, in] in its dtype, on the device: float until it is quantized.
@@ -151,7 +170,7 @@ class Weights:
         return value.to(self._device) if _is_on_cpu(value) else value
 
     def _use(self, module: nn.Module) -> None:
-        units = self._needs[module]
+        units = self._in_use = self._needs[module]
         first = False  # True for the first use of the module's unit since the last stop
         for unit in units:
             first = not unit.present or unit.used != self._stops
@@ -166,15 +185,13 @@ class Weights:
         if unit not in self._resident:
             self._make_room(self._size(unit), keep)
             self._start(unit)
-        assert unit.transfer is not None
         try:
-            copies = self._copier.result(unit.transfer)
+            copies = with_room(lambda: self._arrived(unit), self._free_more)
             for tensor in unit.tensors:
                 self._substitute(tensor, copies)
         except Exception as error:
             self._send_home(unit)
             raise RuntimeError(f"the weights of {unit.name} could not be brought to {self._device}: {error}") from error
-        unit.transfer = None
         unit.present = True
         self._set_bytes(unit, self._size(unit))
         if unit.next is None and unit is not self._latest:
@@ -182,13 +199,20 @@ class Weights:
                 self._latest.next = unit
             self._latest = unit
 
+    def _arrived(self, unit: Unit) -> Copies:
+        transfer, unit.transfer = unit.transfer or self._copier.start(self._to_copy(unit)), None
+        return self._copier.result(transfer)
+
     def _substitute(self, tensor: Substitution, copies: Copies) -> None:
         if tensor.is_of_forward:
             return
         quantized = self._quantized_layer(tensor)
         if quantized is not None:
             target, layer = quantized
-            tensor.put(self._copier.call(lambda: _dequantized(target, layer, self._device)))
+            made = with_room(
+                lambda: self._copier.call(lambda: _dequantized(target, layer, self._device)), self._free_more
+            )
+            tensor.put(made)
         elif id(tensor.home) in copies:
             tensor.put(copies[id(tensor.home)])
 

@@ -13,7 +13,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.positions import Positions
-from gptq_plugin.device.memory import Peak, free_bytes, peak_bytes
+from gptq_plugin.device.memory import Peak, free_bytes, give_back, peak_bytes
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.activations import Activations
@@ -57,7 +57,8 @@ class BatchRuns:
     def __init__(self, plan: Plan, calibration: Calibration, positions: Positions, options: PassOptions) -> None:
         self.device = _device(plan.targets, options)
         self.run_batch = options.runner(every_logit=plan.config.lm_head)
-        self.activations = Activations(self.device, None)
+        self.activations = Activations(self.device, None, make_room=self.make_room)
+        self._ran_short = False
         self._run = (0, 0)  # the running batch, and the number of runs so far
         self._entered: dict[tuple[str, int], int] = {}  # the first run of a batch that came to a block of experts
         self._plan = plan
@@ -68,6 +69,7 @@ class BatchRuns:
         self._targets = {target.name: target for target in plan.targets}
 
     def __enter__(self) -> BatchRuns:
+        give_back(self.device)
         self.weights = self._make_weights().__enter__()
         self.state = KeptState(self._plan.model, self.weights.is_lent, self.device if self._streams() else None)
         return self
@@ -149,14 +151,26 @@ class BatchRuns:
         own = disturbance(layers, [batch.data for batch in self._batches[:2]], run, present, self.state)
         return next(filter(None, distributed.gather_objects(own)), None)
 
+    def make_room(self) -> bool:
+        """Keeps as little as possible on the device, after an allocation failed; returns False if it did already."""
+        freed = [self.activations.keep_least(), self.weights.keep_least()]
+        if any(freed):
+            log.warning("no room on %s: from here on as little as possible is kept there", self.device)
+            self._ran_short = True
+        give_back(self.device)
+        return any(freed)
+
     def over_budget(self) -> list[str]:
-        """A sentence if more bytes were on the device than `device_memory` allows."""
+        """Sentences if the device had no room, or more bytes were there than `device_memory` allows."""
+        short = [f"{self.device} ran out of memory once, and kept as little as possible from there on"]
+        short = short if self._ran_short else []
         peak, allowed = peak_bytes(self.device), self._options.device_memory
         if peak is None or allowed is None or peak <= allowed:
-            return []
+            return short
         return [
+            *short,
             f"{peak / 2**20:.0f} MiB on {self.device} at the peak, where {allowed / 2**20:.0f} were allowed: as little "
-            "as possible was kept there"
+            "as possible was kept there",
         ]
 
     def _make_weights(self) -> Weights:
@@ -168,6 +182,7 @@ class BatchRuns:
             stream=self._streams(),
             capacity=placement.UNLIMITED if free is None or options.offload_weights is False else free // 2,
             unit_bytes=placement.unit_bytes(self._plan.model, free),
+            make_room=self.make_room,
         )
         if options.offload_weights:
             weights.capacity = weights.min_resident_bytes
@@ -197,7 +212,9 @@ class BatchRuns:
         placed = placement.place(self.device, free, needs, least, options.offload_weights, options.offload_activations)
         log.log(logging.INFO if self.device.type == "cuda" or placed.limited else logging.DEBUG, placed.summary)
         self.weights.capacity = placed.weights
-        self.activations = Activations(self.device, placed.activations, prefetch=placed.prefetch)
+        self.activations = Activations(
+            self.device, placed.activations, prefetch=placed.prefetch, make_room=self.make_room
+        )
 
     def _sizes(self) -> list[int]:
         """Numbers to which the batches' activations are proportional: tokens, or samples if some do not tell tokens,

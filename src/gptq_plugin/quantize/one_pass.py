@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.streams import Stopwatch
 from gptq_plugin.errors import TargetError
 from gptq_plugin.gptq.solver import Solution
@@ -171,8 +172,12 @@ class OnePass:
         config = same[0].config
         if evidence.damp_percent > config.damp_percent:
             config = dataclasses.replace(config, damp_percent=evidence.damp_percent)
-        try:
+
+        def solved() -> Solution:
             return solve_shared(weights[0] if len(weights) == 1 else torch.cat(weights), evidence.mean, config)
+
+        try:  # ranks solve together, so one of them cannot begin again
+            return solved() if distributed.active() else with_room(solved, self.runs.make_room)
         except ValueError as error:
             if not torch.isfinite(evidence.mean).all():
                 raise not_finite_on_ranks(same[0].name, self.runs.not_finite(stop.inputs)) from error
