@@ -31,7 +31,8 @@ def test_only_a_gpu_without_an_index_gets_the_current_one(monkeypatch):
     ids=["free or reserved", "the process's share", "the limit", "a high limit", "the lower of both", "nothing"],
 )
 def test_free_memory_is_the_least_of_what_is_there_and_what_is_allowed(monkeypatch, share, limit, expected):
-    values = {"mem_get_info": (40, 80), "memory_allocated": 10, "memory_reserved": 16, "memory_stats": {"inactive_split_bytes.all.current": 2},
+    values = {"mem_get_info": (40, 80), "memory_allocated": 10, "memory_reserved": 16,
+              "memory_stats": {"inactive_split_bytes.all.current": 2},
               "get_per_process_memory_fraction": share}  # fmt: skip
     for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
