@@ -16,6 +16,7 @@ from gptq_plugin.quantize.data_checks import (
     check_enough,
     count_samples,
     known_tokens,
+    not_finite,
     not_finite_on_ranks,
     unreached,
 )
@@ -82,14 +83,40 @@ def test_as_many_tokens_as_the_narrowest_layer_has_inputs_are_enough():
 
 def test_values_that_are_not_finite_are_told_by_batch_and_rank(with_rank):
     with_rank([])
-    error = not_finite_on_ranks("mlp.up", [2, 5])
+    model = nn.Linear(2, 2)
+    error = not_finite_on_ranks(model, "mlp.up", [2, 5])
     assert "the input of mlp.up holds NaN or infinity in calibration batches [2, 5] (rank 0). Look" in str(error)
     with_rank([0])
     assert "in calibration batches [2] (rank 0), calibration batches [0] (rank 1)." in str(
-        not_finite_on_ranks("x", [2])
+        not_finite_on_ranks(model, "x", [2])
     )
     with_rank([])
-    assert "in the sum over all batches." in str(not_finite_on_ranks("x", []))  # each finite, and the sum too large
+    assert "in the sum over all batches." in str(
+        not_finite_on_ranks(model, "x", [])
+    )  # each finite, and the sum too large
+
+
+def test_a_models_own_values_that_are_not_finite_are_blamed_before_the_data():
+    model = nn.Sequential(nn.Embedding(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    model.register_buffer("mask", torch.full((4, 4), float("-inf")))  # which is right
+    assert "in batch 3. Look for broken samples" in str(not_finite(model, "2", "batch 3"))
+    with torch.no_grad():
+        model[0].weight[2, 1] = float("nan")
+    assert "the input of 2 holds NaN or infinity, since 0.weight of the model does. Training diverged" in str(
+        not_finite(model, "2", "batch 3")
+    )
+    model[1].running_mean[0] = float("nan")
+    assert "since 0.weight, 1.running_mean of the model does" in str(not_finite(model, "2", "batch 3"))
+
+
+def test_too_few_tokens_are_refused_with_the_number_of_samples_that_is_enough():
+    plan = plan_of(nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 256)))
+    with pytest.raises(CalibrationError, match="40 tokens in 40 samples.*nsamples is 16, and 64 like these are"):
+        check_enough(40, 40, plan)
+    with pytest.raises(CalibrationError, match=r"9 tokens in 2 samples.*and 15 like these are enough"):
+        check_enough(9, 2, plan)
+    with pytest.raises(CalibrationError, match=r"0 tokens in 2 samples.*\(nsamples is 16\)"):
+        check_enough(0, 2, plan)
 
 
 def test_a_calibration_that_reaches_nothing_names_the_model_and_a_layer():

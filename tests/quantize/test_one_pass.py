@@ -138,6 +138,29 @@ def test_a_weight_that_is_not_finite_is_refused_by_the_layers_name_and_inputs_by
         passed(Attention(), batches)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_of_layers_solved_together_the_one_whose_weight_is_wrong_is_blamed_alone(name):
+    for value, message in (
+        (float("nan"), "the weight holds NaN or infinity"),
+        (1e9, "a weight of 1e.09 needs a scale"),
+    ):
+        model = Attention()
+        with torch.no_grad():
+            model.get_submodule(name).weight[3, 4] = value
+        with pytest.raises(TargetError, match=f"^{name}: {message}"):
+            passed(model, [rows(100, 32)])
+
+
+def test_a_float_parameter_that_is_not_finite_is_blamed_instead_of_the_data():
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].bias[5] = float("nan")
+    with pytest.raises(
+        CalibrationError, match=r"the input of 1 holds NaN or infinity, since 0\.bias of the model does"
+    ):
+        passed(model, [rows(100, 32)])
+
+
 def test_too_few_tokens_are_refused_at_the_first_layer():
     done = []
     with pytest.raises(CalibrationError, match="too short: 31 tokens in 31 samples"):

@@ -5,10 +5,14 @@ Tested by tests/calibration/test_training_data.py: with the options that make th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from gptq_plugin import distributed
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,13 @@ class Source:
     is_stream: bool = False
     is_shared: bool = False
 
+    @property
+    def at_least(self) -> int:
+        """Number of samples that it surely holds, of those that are used."""
+        if isinstance(self.data, DataLoader):  # those of datasets with a length are made with `nsamples` samples
+            return 0 if isinstance(self.data.dataset, IterableDataset) else self.nsamples
+        return min(self.nsamples, len(self.data)) if isinstance(self.data, Sized) else 0
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -47,6 +58,17 @@ class Sources:
         for part in self.parts:
             yield from part.data
 
+    def at_least(self) -> int:
+        """Number of samples that they surely hold, over all ranks. Collective."""
+        shared = sum(part.at_least for part in self.parts if part.is_shared)
+        own = sum(part.at_least for part in self.parts if not part.is_shared)
+        return shared + sum(distributed.gather_objects(own))
+
     def first_batches(self) -> Sources:
         """The first batch of every source that is not a stream."""
         return Sources(tuple(replace(part, data=islice(part.data, 1)) for part in self.parts if not part.is_stream))
+
+
+def least_samples(data: Iterable[Any]) -> int:
+    """Number of samples that data surely holds, over all ranks; 0 if unknown. Collective."""
+    return data.at_least() if isinstance(data, Sources) else 0

@@ -106,6 +106,16 @@ class TrainingData:
             return first if first.parts else None
         return islice(data, 1) if isinstance(data, DataLoader) else None
 
+    def entire_data(self, data: Iterable[Any]) -> Iterable[Any] | None:
+        """All data, if it may be read before training as well as after it; None if a part of it is a stream.
+
+        Args:
+            data: As for `rehearsal_data`.
+        """
+        if isinstance(data, Sources):
+            return None if any(part.is_stream for part in data.parts) else data
+        return data if isinstance(data, DataLoader) else None
+
 
 def _is_sampled(data: Any) -> bool:
     return isinstance(data, (str, DataLoader))

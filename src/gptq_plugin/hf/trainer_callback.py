@@ -212,7 +212,8 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
 
     def _rehearse(self, args: TrainingArguments, training: dict[str, Any]) -> None:
         with random_state_restored(args.device), torch.compiler.set_stance("force_eager"):
-            first = self.data.rehearsal_data(self.calibration_data(training["train_dataloader"]))
+            data = self.calibration_data(training["train_dataloader"])
+            first = self.data.rehearsal_data(data)
             if first is None:
                 return  # the user's stream is not read before training
             self.quantizer.rehearse(
@@ -221,6 +222,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 forward=self.calibration_forward(args),
                 tokenizer=self._tokenizer(training),
                 whole=self.data.is_given,
+                entire=self.data.entire_data(data),
             )
 
     def _tokenizer(self, training: dict[str, Any]) -> Any:

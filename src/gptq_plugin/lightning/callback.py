@@ -209,7 +209,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
                         outputs.check()
                 chosen = self.module_to_quantize(pl_module)
                 with without_adapters(trainer, pl_module, chosen, base_copy) as module:
-                    self._rehearse(trainer, pl_module, module, first)
+                    self._rehearse(trainer, pl_module, module, first, self.data.entire_data(data))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak_of_training = memory.peak_bytes(trainer.strategy.root_device)
@@ -272,7 +272,12 @@ class GPTQCallback(CallbackBase, pl.Callback):
         return forward_as_in_training(trainer, pl_module, module, step=self.calibration_step, every_logit=every_logit)
 
     def _rehearse(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module, first: Iterable[Any] | None
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        module: nn.Module,
+        first: Iterable[Any] | None,
+        entire: Iterable[Any] | None,
     ) -> None:
         self.check_export(module)
         if first is None:
@@ -285,6 +290,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
             tokenizer=self.tokenizer,
             device=forward_device(trainer),
             whole=self.data.is_given,
+            entire=entire,
         )
 
     def _measure_float(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Quality:

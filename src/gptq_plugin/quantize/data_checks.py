@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, TargetError, some
 from gptq_plugin.model.plan import Plan
+
+_DIVERGED = "Training diverged, or the checkpoint is damaged: quantize an earlier one (weights='best', or weights=PATH)"
 
 
 @dataclass(frozen=True)
@@ -54,29 +60,54 @@ def check_enough(tokens: int, samples: int, plan: Plan) -> None:
     Raises:
         CalibrationError: There are fewer.
     """
-    least, config = min(target.weight.shape[1] for target in plan.targets), plan.config
-    if tokens < least:
-        raise CalibrationError(
-            f"the calibration set is too short: {tokens} tokens in {samples} samples, while even the "
-            f"narrowest layer has {least} inputs, so no Hessian would have full rank. Give more samples "
-            f"(nsamples is {config.nsamples}) or longer ones (model_seqlen is {config.model_seqlen})"
-            + (", or count all tokens: token_weighting is 'labels'" if config.token_weighting != "all" else "")
-        )
+    least, config = fewest_tokens(plan), plan.config
+    if tokens >= least:
+        return
+    needed = math.ceil(least * samples / tokens) if tokens else 0
+    raise CalibrationError(
+        f"the calibration set is too short: {tokens} tokens in {samples} samples, while even the "
+        f"narrowest layer has {least} inputs, so no Hessian would have full rank. Give more samples "
+        f"(nsamples is {config.nsamples}{f', and {needed} like these are enough' if needed else ''}) or longer ones "
+        f"(model_seqlen is {config.model_seqlen})"
+        + (", or count all tokens: token_weighting is 'labels'" if config.token_weighting != "all" else "")
+    )
 
 
-def not_finite(layer: str, where: str) -> CalibrationError:
+def fewest_tokens(plan: Plan) -> int:
+    """The fewest tokens that a plan's layers can be calibrated on: the inputs of the narrowest."""
+    return min(target.weight.shape[1] for target in plan.targets)
+
+
+def check_weight(layer: str, weight: Tensor) -> None:
+    """Raises TargetError if a layer's weight holds NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise TargetError(f"{layer}: the weight holds NaN or infinity. {_DIVERGED}")
+
+
+def not_finite(model: nn.Module, layer: str, where: str) -> CalibrationError:
     """The error for a layer whose input holds NaN or infinity."""
+    broken = _not_finite_in(model)
+    if broken:
+        return CalibrationError(
+            f"the input of {layer} holds NaN or infinity, since {some(broken)} of the model does. {_DIVERGED}"
+        )
     return CalibrationError(
         f"the input of {layer} holds NaN or infinity in {where}. Look for broken samples, or run the model in a wider "
         "dtype: float16 overflows at 65504"
     )
 
 
-def not_finite_on_ranks(layer: str, batches: Sequence[int]) -> CalibrationError:
+def not_finite_on_ranks(model: nn.Module, layer: str, batches: Sequence[int]) -> CalibrationError:
     """`not_finite`, naming every rank's batches; every rank gives the numbers of its own."""
     of_all = distributed.gather_objects(list(batches))
     where = [f"calibration batches {one} (rank {rank})" for rank, one in enumerate(of_all) if one]
-    return not_finite(layer, ", ".join(where) or "the sum over all batches")
+    return not_finite(model, layer, ", ".join(where) or "the sum over all batches")
+
+
+def _not_finite_in(model: nn.Module) -> list[str]:
+    """Names of parameters with NaN or infinity, and of buffers with NaN: masks hold infinity."""
+    found = [name for name, value in model.named_parameters() if not (value.is_meta or value.isfinite().all())]
+    return found + [name for name, value in model.named_buffers() if not value.is_meta and value.isnan().any()]
 
 
 def unreached(plan: Plan) -> CalibrationError:

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.forward import evaluating
+from gptq_plugin.calibration.sources import least_samples
 from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
@@ -34,8 +36,8 @@ from gptq_plugin.quantize.in_place import swapped
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.outcome import float_reports, module_report
-from gptq_plugin.quantize.prepare import check_client, prepared
-from gptq_plugin.quantize.rehearsal import rehearse
+from gptq_plugin.quantize.prepare import check_client, collected, prepared
+from gptq_plugin.quantize.rehearsal import Rest, rehearse
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import QuantizeReport
 
@@ -181,8 +183,9 @@ class QuantizeModule:
         tokenizer: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
         whole: bool = True,
+        entire: Iterable[Any] | None = None,
     ) -> None:
-        """Refuses what `quantize` would refuse of its data; one batch runs, and nothing changes.
+        """Refuses what `quantize` would refuse of its data; a few batches run, and nothing changes.
 
         For the start of a long run that ends in `quantize`. In a process group every rank calls it.
 
@@ -193,6 +196,8 @@ class QuantizeModule:
             tokenizer: As for `quantize`.
             device: As for `quantize`.
             whole: There will be no other calibration data, so its length is checked too.
+            entire: Else all the data, such as a DataLoader. It is read if `batches` leave in doubt whether it is long
+                enough.
 
         Raises:
             TargetError, CalibrationError: As `quantize`.
@@ -200,7 +205,8 @@ class QuantizeModule:
         options = self._options(forward=forward, tokenizer=tokenizer, device=device)
         ready = prepared(model, batches, self.config, options, alone=True)
         with distributed.ending_together(), evaluating(model), ready as (plan, calibration):
-            rehearse(plan, calibration, options, whole=whole)
+            rest = None if entire is None else Rest(least_samples(entire), partial(collected, plan, entire, options))
+            rehearse(plan, calibration, options, whole=whole, rest=rest)
             _log_coverage(plan)
 
     @contextlib.contextmanager

@@ -29,7 +29,13 @@ from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.batch_runs import BatchRuns
-from gptq_plugin.quantize.data_checks import Samples, check_enough, count_samples, not_finite_on_ranks
+from gptq_plugin.quantize.data_checks import (
+    Samples,
+    check_enough,
+    check_weight,
+    count_samples,
+    not_finite_on_ranks,
+)
 from gptq_plugin.quantize.evidence import Observations
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.outcome import Outcome, sum_over_ranks
@@ -180,8 +186,11 @@ class OnePass:
             return solved() if distributed.active() else with_room(solved, self.runs.make_room)
         except ValueError as error:
             if not torch.isfinite(evidence.mean).all():
-                raise not_finite_on_ranks(same[0].name, self.runs.not_finite(stop.inputs)) from error
-            raise TargetError(f"{_names(same)}: {error}") from error
+                batches = self.runs.not_finite(stop.inputs)
+                raise not_finite_on_ranks(self._plan.model, same[0].name, batches) from error
+            for target, weight in zip(same, weights, strict=True):
+                check_weight(target.name, weight)
+            raise TargetError(f"{_largest(same, weights)}: {error}") from error
 
     def _deviations(self, samples: Samples) -> list[str]:
         """Deviations of memory and data, the same on every rank but for its device's memory."""
@@ -201,6 +210,12 @@ def _without(names: set[str], groups: Sequence[Group]) -> list[Group]:
         dataclasses.replace(group, names=tuple(name for name in group.names if name not in names)) for group in groups
     )
     return [group for group in left if group.names]
+
+
+def _largest(targets: Sequence[Target], weights: Sequence[Tensor]) -> str:
+    """Name of the layer with the largest weight."""
+    largest = [float(weight.abs().max()) for weight in weights]
+    return targets[largest.index(max(largest))].name
 
 
 def _names(targets: Sequence[Target]) -> str:

@@ -53,6 +53,11 @@ def prepared(
         yield plan, _collect(model, batches, config, options, alone) if calibration is None else calibration
 
 
+def collected(plan: Plan, batches: Iterable[Any], options: PassOptions) -> Calibration:
+    """The batches for a plan. Every rank calls it."""
+    return _collect(plan.model, batches, plan.config, options, alone=False)
+
+
 def check_client(model: nn.Module, config: QuantizeConfig, client: Client | None) -> None:
     """Refuses a model whose export a client would not take; None is no client.
 

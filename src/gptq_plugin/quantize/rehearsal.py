@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,42 +14,128 @@ from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.batch_runs import BatchRuns
-from gptq_plugin.quantize.data_checks import check_enough, count_samples, known_tokens, not_finite, unreached
+from gptq_plugin.quantize.data_checks import (
+    check_enough,
+    check_weight,
+    count_samples,
+    fewest_tokens,
+    known_tokens,
+    not_finite,
+    unreached,
+)
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import Group
+from gptq_plugin.walk.layer_inputs import watch_inputs
 
 
-def rehearse(plan: Plan, calibration: Calibration, options: PassOptions, *, whole: bool) -> None:
+@dataclass(frozen=True)
+class Rest:
+    """The data that training will leave to calibrate on, of which a few batches are tried.
+
+    Attributes:
+        at_least: Number of samples that it surely holds, over all ranks.
+        collect: Reads all of it; every rank calls it.
+    """
+
+    at_least: int
+    collect: Callable[[], Calibration]
+
+
+def rehearse(
+    plan: Plan, calibration: Calibration, options: PassOptions, *, whole: bool, rest: Rest | None = None
+) -> None:
     """Runs one batch of each source layer by layer; nothing is quantized. In a process group every rank calls it.
+
+    If those batches do not show that the data is long enough, others run until it is.
 
     Args:
         plan: The layers.
         calibration: This rank's batches, or the first of them.
         options: As for the pass.
-        whole: There will be no other data, so its length is checked too.
+        whole: There will be no other data.
+        rest: If there will be other data: that, of which `calibration` is a part; None if it cannot be read before.
 
     Raises:
         CalibrationError: As `OnePass.run`.
+        TargetError: A layer's weight is not finite.
     """
     samples, tokens = count_samples(calibration), known_tokens(calibration)
     if whole and tokens is not None:
         check_enough(tokens, samples.count, plan)
-    modules = {target.name: target.module for target in plan.targets}
-    groups = [Group((name,)) for name in modules]
-    positions = Positions(plan.model, calibration.batches, plan.config.token_weighting)
-    reached: set[str] = set()
-
-    def observe(number: int, group: Group, _alone: int, x: Tensor) -> None:
-        name = group.names[0]
-        if not torch.isfinite(positions.rows(number, name, x).counted).all():
-            raise not_finite(name, f"calibration batch {number} (rank {distributed.rank()})")
-        reached.add(name)
-
-    with BatchRuns(plan, calibration, positions, options) as runs, positions.watching():
-        for number in calibration.first_batches:
-            for _ in lockstep.walk(groups, modules, [runs.forward(number)], partial(observe, number)):
-                pass
-    positions.check()
-    if not any(distributed.gather_objects(bool(reached))):
+    first = _Rehearsal(plan, calibration, options)
+    first.run(calibration.first_batches)
+    if not any(distributed.gather_objects(bool(first.entry))):
         raise unreached(plan)
+    if whole:
+        others = [number for number in range(len(calibration.batches)) if number not in calibration.first_batches]
+        first.run(others, until=fewest_tokens(plan))
+        first.check_enough(samples.count)
+    elif rest is not None and not first.suffices(rest.at_least):
+        everything = rest.collect()
+        second = _Rehearsal(plan, everything, options)
+        second.run(range(len(everything.batches)), until=fewest_tokens(plan))
+        second.check_enough(count_samples(everything).count)
+
+
+class _Rehearsal:
+    """Runs of some batches, and what they showed.
+
+    Attributes:
+        entry: Name of the first layer that a batch reached; empty before.
+        tokens: Rows that counted at its input.
+    """
+
+    def __init__(self, plan: Plan, calibration: Calibration, options: PassOptions) -> None:
+        self.entry = ""
+        self.tokens = 0
+        self._plan = plan
+        self._calibration = calibration
+        self._options = options
+        self._positions = Positions(plan.model, calibration.batches, plan.config.token_weighting)
+        self._targets = {target.name: target for target in plan.targets}
+        self._samples = 0
+
+    def run(self, numbers: Iterable[int], until: int | None = None) -> None:
+        """Runs batches by number, until so many tokens have been counted on this rank."""
+        modules = {name: target.module for name, target in self._targets.items()}
+        groups = [Group((name,)) for name in modules]
+        with (
+            BatchRuns(self._plan, self._calibration, self._positions, self._options) as runs,
+            self._positions.watching(),
+        ):
+            for number in numbers:
+                if until is not None and self.tokens >= until:
+                    break
+                with watch_inputs(modules, partial(self._count, number)):
+                    observe = partial(self._check, runs, number)
+                    for _ in lockstep.walk(groups, modules, [runs.forward(number)], observe):
+                        pass
+                self._samples += self._calibration.batches[number].samples
+        self._positions.check()
+
+    def suffices(self, samples: int) -> bool:
+        """True if so many samples like those that ran, over all ranks, are clearly enough."""
+        tokens, ran = map(sum, zip(*distributed.gather_objects((self.tokens, self._samples)), strict=True))
+        return tokens * max(1.0, samples / max(1, ran) / 2) >= fewest_tokens(self._plan)
+
+    def check_enough(self, samples: int) -> None:
+        """Refuses too few tokens in all ranks' runs.
+
+        Raises:
+            CalibrationError: See `data_checks.check_enough`.
+        """
+        check_enough(sum(distributed.gather_objects(self.tokens)), samples, self._plan)
+
+    def _count(self, number: int, name: str, x: Tensor) -> None:
+        """Called at every call of a layer, on the batch's thread."""
+        self.entry = self.entry or name
+        if name == self.entry:
+            self.tokens += len(self._positions.rows(number, name, x).counted)
+
+    def _check(self, runs: BatchRuns, number: int, group: Group, _alone: int, x: Tensor) -> None:
+        (name,) = group.names
+        check_weight(name, runs.weights.present(self._targets[name]))
+        if not torch.isfinite(self._positions.rows(number, name, x).counted).all():
+            where = f"calibration batch {number} (rank {distributed.rank()})"
+            raise not_finite(self._plan.model, name, where)
