@@ -155,9 +155,7 @@ def test_a_float_parameter_that_is_not_finite_is_blamed_instead_of_the_data():
     model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32))
     with torch.no_grad():
         model[0].bias[5] = float("nan")
-    with pytest.raises(
-        CalibrationError, match=r"the input of 1 holds NaN or infinity, since 0\.bias of the model does"
-    ):
+    with pytest.raises(CalibrationError, match=r"input of 1 holds NaN or infinity, since 0\.bias of the model does"):
         passed(model, [rows(100, 32)])
 
 

@@ -22,7 +22,7 @@ def plan_of(model: nn.Module, config: QuantizeConfig = CONFIG) -> Plan:
 
 
 def calibration_of(batches: Iterable[Any], config: QuantizeConfig = CONFIG) -> Calibration:
-    return collect(batches, config, None, 1000)
+    return collect(batches, config, None, 1000, alone=True)
 
 
 def rows(count: int, width: int, seed: int = 0) -> Tensor:

@@ -86,7 +86,7 @@ KINDS = ["Lightning", "Trainer", "plain"]
         (
             lambda: Rows(512),
             {},
-            "128 tokens in 128 samples.* 256 inputs.*nsamples is 128, and 256 like these are enough",
+            "128 tokens in 128 samples.* 256 inputs.*is 128, and 256 like these are enough",
         ),
         (lambda: Rows(100), {"nsamples": 512}, "100 tokens in 100 samples"),
         (lambda: Stream(255), {"nsamples": 512}, "255 tokens in 255 samples"),

@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.forward import evaluating
-from gptq_plugin.calibration.sources import least_samples
 from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
@@ -36,8 +34,8 @@ from gptq_plugin.quantize.in_place import swapped
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.outcome import float_reports, module_report
-from gptq_plugin.quantize.prepare import check_client, collected, prepared
-from gptq_plugin.quantize.rehearsal import Rest, rehearse
+from gptq_plugin.quantize.prepare import check_client, prepared
+from gptq_plugin.quantize.rehearsal import rehearse, rest_of
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import QuantizeReport
 
@@ -185,9 +183,7 @@ class QuantizeModule:
         whole: bool = True,
         entire: Iterable[Any] | None = None,
     ) -> None:
-        """Refuses what `quantize` would refuse of its data; a few batches run, and nothing changes.
-
-        For the start of a long run that ends in `quantize`. In a process group every rank calls it.
+        """Refuses, before a long run, what `quantize` would refuse of its data; a few batches run, and nothing changes.
 
         Args:
             model: As for `quantize`.
@@ -196,8 +192,7 @@ class QuantizeModule:
             tokenizer: As for `quantize`.
             device: As for `quantize`.
             whole: There will be no other calibration data, so its length is checked too.
-            entire: Else all the data, such as a DataLoader. It is read if `batches` leave in doubt whether it is long
-                enough.
+            entire: Else all the data; read where `batches` leave in doubt that it is long enough. None is unknown.
 
         Raises:
             TargetError, CalibrationError: As `quantize`.
@@ -205,8 +200,7 @@ class QuantizeModule:
         options = self._options(forward=forward, tokenizer=tokenizer, device=device)
         ready = prepared(model, batches, self.config, options, alone=True)
         with distributed.ending_together(), evaluating(model), ready as (plan, calibration):
-            rest = None if entire is None else Rest(least_samples(entire), partial(collected, plan, entire, options))
-            rehearse(plan, calibration, options, whole=whole, rest=rest)
+            rehearse(plan, calibration, options, whole=whole, rest=rest_of(plan, entire, options))
             _log_coverage(plan)
 
     @contextlib.contextmanager

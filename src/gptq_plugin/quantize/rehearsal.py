@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.calibration.sources import least_samples
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.data_checks import (
@@ -24,6 +26,7 @@ from gptq_plugin.quantize.data_checks import (
     unreached,
 )
 from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.quantize.prepare import collected
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.layer_inputs import watch_inputs
@@ -40,6 +43,11 @@ class Rest:
 
     at_least: int
     collect: Callable[[], Calibration]
+
+
+def rest_of(plan: Plan, data: Iterable[Any] | None, options: PassOptions) -> Rest | None:
+    """The data that training will leave, to be collected for a plan; None without any. Every rank calls it."""
+    return None if data is None else Rest(least_samples(data), partial(collected, plan, data, options))
 
 
 def rehearse(
