@@ -176,16 +176,15 @@ def _tiles(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits:
     zeros = unpack(qzeros.t(), bits, n_out).t().float()
     scales = scales.float()
     # Contiguous groups of equal size broadcast over their channels; others are gathered, in twice the time.
-    contiguous = groups > 0 and n_in % groups == 0
-    if contiguous:
-        channels = torch.arange(n_in, dtype=torch.int32, device=g_idx.device)
-        contiguous = torch.equal(g_idx, channels // max(1, n_in // groups))
+    size = n_in // max(1, groups)
+    natural = torch.arange(groups, dtype=torch.int32, device=g_idx.device).repeat_interleave(size)
+    contiguous = torch.equal(g_idx, natural)
     width = max(1, _TILE // max(1, n_in))
     for start in range(0, n_out, width):
         columns = slice(start, min(start + width, n_out))
         tile = _expand(qweight[:, columns], bits, n_in).float()
         if contiguous:
-            grouped = tile.view(groups, -1, tile.shape[1])
+            grouped = tile.unflatten(0, (groups, size))
             grouped -= zeros[:, None, columns]
             grouped *= scales[:, None, columns]
         else:

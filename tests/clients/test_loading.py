@@ -10,7 +10,8 @@ import torch
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.checkpoint.formats.registry import FORMATS
-from gptq_plugin.clients.loading import Published, loading_sections
+from gptq_plugin.clients.loading import loading_sections
+from gptq_plugin.clients.published import Published
 from gptq_plugin.config import COMPRESSED
 from gptq_plugin.report.model_card import ModelFacts
 from gptq_plugin.report.report import QuantizeReport

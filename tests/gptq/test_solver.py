@@ -40,6 +40,22 @@ def test_odd_shapes_equal_the_paper(n, size, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_static_groups_are_solved_in_spans_of_their_own_width_and_others_group_by_group(order, monkeypatch):
+    """A span that leaves one column for the last is solved too."""
+    monkeypatch.setattr(solver, "SPAN", 32)
+    spans, solve_span = [], reference.solve_span
+    monkeypatch.setattr(
+        reference, "solve_span", lambda pushed, *rest: spans.append(pushed.shape[1]) or solve_span(pushed, *rest)
+    )
+    weight, hessian = correlated(rows=5, n=65)
+    config = plain(bits=3, group_size=13, **ORDERS[order])
+    solution, (codes, dequantized) = solve(weight, hessian, config), plain_gptq(weight, hessian, config)
+    assert torch.equal(solution.weight.codes, codes)
+    torch.testing.assert_close(solution.loss, output_error(weight - dequantized, hessian))
+    assert spans == ([32, 32, 1] if config.static_groups else [13] * 5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_groups_are_contiguous_unless_the_original_act_order_is_asked(order):
     weight, hessian = correlated(rows=4, n=128)
     config = plain(group_size=32, **ORDERS[order])
@@ -284,13 +300,43 @@ def test_a_scale_beyond_float16_is_refused(order):
         solve(weight * 1e8, hessian, plain(group_size=32, damp_percent=0.001, **ORDERS[order]))
 
 
-def test_an_outlier_is_refused_and_not_clipped_away_though_a_narrower_grid_could_be_stored():
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_outlier_is_refused_and_not_clipped_away_though_a_narrower_grid_could_be_stored(order):
     weight, hessian = correlated(rows=4, n=64)
     weight[0, 0] = 6e5
-    for ratios in ((1.0,), QuantizeConfig().clip_ratios):
+    for ratios in ((1.0,), (1.0, 0.5), (1.0, 0.5, 0.45), QuantizeConfig().clip_ratios):
         with pytest.raises(ValueError, match="a weight of 6e\\+05 needs a scale above float16's 65504"):
-            solve(weight, hessian, plain(group_size=32, clip_ratios=ratios))
-    assert solve(weight, hessian, plain(group_size=32, clip_ratios=(0.5,))).method == "gptq"  # as it was asked
+            solve(weight, hessian, plain(group_size=32, clip_ratios=ratios, **ORDERS[order]))
+    narrow = solve(weight, hessian, plain(group_size=32, clip_ratios=(0.5,), **ORDERS[order]))
+    assert narrow.method == "gptq"  # as it was asked
+
+
+@pytest.mark.parametrize("ratios", [(1.0,), (1.0, 0.5, 0.45)])
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_weight_that_cannot_be_stored_is_found_in_every_block_of_rows(order, block, ratios):
+    weight, hessian = correlated(rows=4, n=64)
+    blocks = torch.stack([weight, weight])
+    blocks[block, 0, 0] = 6e5
+    with pytest.raises(ValueError, match="a weight of 6e\\+05 needs a scale above float16's 65504"):
+        solve_blocks(blocks, hessian, plain(group_size=32, clip_ratios=ratios, **ORDERS[order]))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(dtype, order):
+    """Lightning's true 16-bit precisions set it."""
+    weight, hessian = (t.to(dtype) for t in correlated(rows=6, n=64))
+    config = QuantizeConfig(bits=3, group_size=16, **ORDERS[order])
+    usual, before = solve(weight, hessian, config), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        solution = solve(weight, hessian, config)
+    finally:
+        torch.set_default_dtype(before)
+    for name in ("codes", "scales", "zeros"):
+        assert torch.equal(getattr(solution.weight, name), getattr(usual.weight, name)), name
+    assert torch.equal(solution.loss, usual.loss) and torch.equal(solution.rtn_loss, usual.rtn_loss)
 
 
 def test_codes_can_be_sent_between_ranks_as_they_lie():

@@ -30,10 +30,41 @@ def test_the_plain_definition_is_the_same_in_many_tiles(case, monkeypatch):
     assert_product(reference.matmul(x, *layer.packed), x, layer.weight, None)
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 9, 128])
+@pytest.fixture
+def expanded(monkeypatch):
+    """The shapes of codes that were expanded, one after the other."""
+    shapes, expand = [], reference._expand
+    monkeypatch.setattr(
+        reference, "_expand", lambda words, bits, n: shapes.append((n, words.shape[1])) or expand(words, bits, n)
+    )
+    return shapes
+
+
+@pytest.mark.parametrize("tile", [1, 20, 200, 2**20])
+@pytest.mark.parametrize(("n", "columns"), [(100, 1), (100, 3), (16, 90)])
+def test_every_code_is_expanded_once_and_no_more_at_a_time_than_fit_a_tile(n, columns, tile, expanded, monkeypatch):
+    monkeypatch.setattr(reference, "_TILE", tile)
+    reference.unpack(torch.zeros(reference.words_for(n, 4), columns, dtype=torch.int32), 4, n)
+    at_once = 8 * max(1, tile // (8 * columns))  # whole words
+    assert expanded == [(min(at_once, n - start), columns) for start in range(0, n, at_once)]
+
+
+@pytest.mark.parametrize("tile", [1, 40, 200, 2**20])
+@pytest.mark.parametrize(("n_in", "n_out"), [(1, 50), (30, 11), (75, 3)])
+def test_every_weight_is_expanded_once_and_no_more_at_a_time_than_fit_a_tile(n_in, n_out, tile, expanded, monkeypatch):
+    layer, unpack = make_layer(Case(n_in, n_out, 32), 4), reference.unpack
+    monkeypatch.setattr(reference, "_TILE", tile)
+    monkeypatch.setattr(reference, "unpack", lambda *args: (unpack(*args), expanded.clear())[0])  # of the zeros
+    reference.dequantize(*layer.packed, torch.float32)
+    at_once = max(1, tile // n_in)
+    assert expanded == [(n_in, min(at_once, n_out - start)) for start in range(0, n_out, at_once)]
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 9, None])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_plain_block_is_the_recursion(bits, at_once, monkeypatch):
-    monkeypatch.setattr(reference, "_BLOCK", at_once)
+    if at_once is not None:
+        monkeypatch.setattr(reference, "_BLOCK", at_once)
     block = make_block(9, 5, bits, dtype=torch.float64, batch=2, alternatives=3)
     found = block.solve(reference.solve_span, bits)
     for b, row in itertools.product(range(2), range(15)):

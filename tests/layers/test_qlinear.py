@@ -234,6 +234,10 @@ def test_what_cannot_work_is_refused():
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(ValueError, match="x must end in 128 input channels"):
             layer(torch.zeros(2, 64, dtype=dtype))
+        layer.bias = torch.zeros(1)  # would broadcast
+        with pytest.raises(ValueError, match=r"bias must have shape \[48\], got \[1\]"):
+            layer(torch.zeros(2, 128, dtype=dtype))
+        layer.bias = None
 
 
 def test_a_layer_is_made_on_the_meta_device_without_memory():
@@ -319,20 +323,22 @@ def test_a_layer_is_made_on_the_device_that_is_asked_whatever_the_default_is():
 
 
 def test_a_packed_result_keeps_what_it_was_given():
-    weight, bias = random_weight(bits=3, group_size=-1), torch.randn(48, dtype=torch.float64, requires_grad=True)
+    weight, bias = random_weight(bits=3), torch.randn(48, dtype=torch.float64, requires_grad=True)
     weight = replace(weight, scales=weight.scales.T.contiguous().T, g_idx=weight.g_idx.repeat_interleave(2)[::2])
     layer = QuantLinear.from_quantized(weight, bias)
     assert torch.equal(layer.bias, bias) and layer.bias.dtype == torch.float64 and not layer.bias.requires_grad
     assert torch.equal(layer.scales, weight.scales) and torch.equal(layer.g_idx, weight.g_idx)
     assert all(buffer.is_contiguous() for buffer in layer.buffers())
-    assert (layer.in_features, layer.out_features, layer.bits, layer.group_size) == (128, 48, 3, -1)
+    assert (layer.in_features, layer.out_features, layer.bits, layer.group_size) == (128, 48, 3, 32)
     dtypes = [QuantLinear.from_quantized(weight, *rest).weight.dtype for rest in ((bias,), (), (bias, torch.float16))]
     assert dtypes == [torch.float64, torch.float32, torch.float16]
     with pytest.raises(ValueError, match="scales must be"):
         QuantLinear.from_quantized(replace(weight, scales=weight.scales.float()))
 
 
-@pytest.mark.parametrize(("rows", "fast"), [(1, True), (qlinear._INT4_ROWS, True), (qlinear._INT4_ROWS + 1, False)])
+@pytest.mark.parametrize(
+    ("rows", "fast"), [(0, False), (1, True), (qlinear._INT4_ROWS, True), (qlinear._INT4_ROWS + 1, False)]
+)
 def test_the_four_bit_kernel_takes_few_rows_in_bfloat16_only(rows, fast, monkeypatch):
     layer, plain, matmul = QuantLinear.from_quantized(random_weight()), [], reference.matmul
     monkeypatch.setattr(reference, "matmul", lambda *args: plain.append(1) or matmul(*args))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import handle_torch_function
 
 from gptq_plugin import QuantizeModule
 
@@ -40,6 +42,8 @@ class Reading(nn.Module):
         elif self.way == "changed in place":
             self.read.weight.div_(1.0)
             x = self.read(x)
+        elif self.way == "by a function without a name":
+            x = handle_torch_function(functools.partial(torch.matmul), (x, self.read.weight), x, self.read.weight)
         elif self.way == "in a layer's hook":
             x = self.read(x)
         y: Tensor = self.asked(x.to(self.asked.weight.dtype)[:, : self.asked.weight.shape[1]])
@@ -56,6 +60,7 @@ class Reading(nn.Module):
         "by keyword",
         "after an error",
         "by a module with parameters",
+        "by a function without a name",
     ],
 )
 def test_a_weight_that_the_model_reads_stays_float_and_that_is_said(way):

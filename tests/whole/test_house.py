@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,58 @@ def test_a_new_folder_must_be_given_a_floor(tmp_path: Path) -> None:
     (tmp_path / "src" / "gptq_plugin" / "attic").mkdir()
     (tmp_path / "src" / "gptq_plugin" / "attic" / "__init__.py").write_text('"""Anything."""\n')
     assert lint_imports(tmp_path).returncode == 1
+
+
+def imports_of(package: Path) -> dict[str, set[str]]:
+    """The package's modules that each of them imports anywhere, in functions and for types only too."""
+    files = {
+        ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in package.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for name, file in files.items():
+        imported = found[name] = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = [alias.name for alias in node.names if alias.name != "__version__"]  # needs no import first
+                both = [(f"{node.module}.{name}", node.module or "") for name in names]
+                imported |= {module if module in files else parent for module, parent in both}
+        imported &= files.keys()
+    return found
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """The names of one circle of imports, the first again at the end; empty if there is none."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_import_leads_back_to_its_module_not_even_within_a_folder() -> None:
+    assert circle(imports_of(PACKAGE)) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from gptq_plugin.clients.loading import loading_sections",
+        "from gptq_plugin.clients import loading",
+        "import gptq_plugin.clients.loading",
+        "if TYPE_CHECKING:\n    from gptq_plugin.clients.loading import loading_sections",
+        "def late():\n    from gptq_plugin.clients import loading",
+        "from gptq_plugin import QuantizeModule",
+    ],
+)
+def test_a_circle_within_a_folder_is_found(statement: str, tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "gptq_plugin", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "gptq_plugin" / "clients" / "client.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n{statement}\n")
+    found = circle(imports_of(tmp_path / "gptq_plugin"))
+    assert "gptq_plugin.clients.client" in found
 
 
 def test_the_package_holds_folders_and_five_modules() -> None:

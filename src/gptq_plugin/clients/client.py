@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptq_plugin.clients.inventory import Inventory
-    from gptq_plugin.clients.loading import Published
+    from gptq_plugin.clients.published import Published
 
 CLIENTS = ("vllm", "transformers", "sglang", "gptqmodel")  # names of the modules that hold their rules
 

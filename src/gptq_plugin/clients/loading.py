@@ -2,35 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 from gptq_plugin.clients.client import CLIENTS, rules_of
-from gptq_plugin.report.model_card import ModelFacts
-from gptq_plugin.report.report import QuantizeReport
-
-
-@dataclass(frozen=True)
-class Published:
-    """An export as its model card shows it.
-
-    Attributes:
-        report: The quantization's.
-        settings: How the layers are quantized, in `QuantizeConfig`'s terms (`Format.settings`).
-        facts: The model's.
-    """
-
-    report: QuantizeReport
-    settings: Mapping[str, Any]
-    facts: ModelFacts
-
-    @property
-    def grids(self) -> set[tuple[int, int]]:
-        """(bits, group_size) of the quantized layers."""
-        layers = self.report.quantized
-        found = {(m.bits, m.group_size) for m in layers if m.bits is not None and m.group_size is not None}
-        return found or {(self.settings["bits"], self.settings["group_size"])}
+from gptq_plugin.clients.published import Published
 
 
 def loading_sections(published: Published) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from gptq_plugin.clients import common, fused
 from gptq_plugin.clients.client import Rules
 from gptq_plugin.clients.inventory import Inventory
-from gptq_plugin.clients.loading import Published
+from gptq_plugin.clients.published import Published
 from gptq_plugin.config import COMPRESSED
 from gptq_plugin.errors import some
 from gptq_plugin.model.hf_models import CONV1D

@@ -14,7 +14,7 @@ import torch
 from gptq_plugin.clients import common, fused
 from gptq_plugin.clients.client import Rules
 from gptq_plugin.clients.inventory import Inventory
-from gptq_plugin.clients.loading import Published
+from gptq_plugin.clients.published import Published
 from gptq_plugin.config import COMPRESSED
 from gptq_plugin.device.precision import FLOAT16
 from gptq_plugin.errors import some

@@ -70,7 +70,7 @@ class Solution:
     rtn_loss: Tensor
     method: str
     damp_percent: float
-    deviations: tuple[str, ...] = ()
+    deviations: tuple[str, ...]
 
     def first(self, rows: int) -> Solution:
         """The solution of the first rows alone."""
@@ -199,7 +199,7 @@ class _Recursion:
         self.order = factor.order[0]
         self.size = group_width(n, config)
         exponent = torch.frexp(weights.abs().amax(2)).exponent.clamp(_LEAST_UNIT, 100)
-        self.unit = torch.ldexp(torch.ones_like(weights[:, :, 0]), exponent)  # [B, rows]
+        self.unit = torch.ldexp(weights.new_ones(batch, self.rows), exponent)  # [B, rows]
         self.weight = torch.empty_like(weights.mT, memory_format=torch.contiguous_format)  # [B, in, rows]
         torch.div(weights.mT, self.unit[:, None], out=self.weight)
         self.channel = self.order.int().contiguous()
@@ -217,12 +217,11 @@ class _Recursion:
             self.zeros = torch.stack(zeros).flatten(1, 2).mT.contiguous()
             self.scales = (torch.stack(scales) / self.unit[:, None, :, None]).flatten(1, 2).mT.contiguous()
             self.fits &= torch.isfinite(self.scales).all()
-            self.group = self.order // self.size
+            self.group = self.channel // self.size
         else:
             self.scales = weights.new_ones(batch, groups, width)
             self.zeros = torch.zeros_like(self.scales)
-            self.group = torch.arange(n - 1, -1, -1, device=weights.device) // self.size
-        self.group = self.group.int().contiguous()
+            self.group = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=weights.device) // self.size
 
     def visit(self) -> None:
         """Fills codes and loss, keeps each row's best alternative, and undoes the rows' units."""
@@ -324,6 +323,6 @@ class _Recursion:
 
         def kept(values: Tensor) -> Tensor:
             wide = values.unflatten(2, (-1, self.rows))
-            return wide.gather(2, best[:, None, None].expand(-1, values.shape[1], -1, -1)).squeeze(2)
+            return wide.take_along_dim(best[:, None, None], 2).squeeze(2)
 
         self.scales, self.zeros, self.codes = kept(self.scales), kept(self.zeros), kept(self.codes)

@@ -28,7 +28,7 @@ TENSORS = (*_PACKED, "bias")  # of a layer, in memory and in a GPTQ file
 _INT4_GROUPS = (256, 128, 64, 32)
 _INT4_ROWS = 128
 
-_State = tuple[tuple[Tensor, int], ...]
+_State = tuple[tuple[Tensor, int | None], ...]
 
 
 class QuantLinear(nn.Module):
@@ -116,7 +116,7 @@ class QuantLinear(nn.Module):
         layer.qweight = pack_weight(weight.codes, weight.bits)
         layer.qzeros = pack_zeros(weight.zeros, weight.bits)
         layer.scales = weight.scales.detach().clone(memory_format=torch.contiguous_format)
-        layer.g_idx = weight.g_idx.clone(memory_format=torch.contiguous_format)
+        layer.g_idx = weight.g_idx.clone()
         layer.bias = None if bias is None else bias.detach().clone()
         reference.check_weight(layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bits)
         return layer
@@ -173,7 +173,7 @@ class QuantLinear(nn.Module):
 
     def _prepare(self) -> _Prepared:
         """Derives what forward needs from the buffers; cached until a buffer changes."""
-        state = tuple((t, -1 if t.is_inference() else t._version) for t in map(self.get_buffer, _PACKED))
+        state = tuple((t, None if t.is_inference() else t._version) for t in map(self.get_buffer, _PACKED))
         prepared = self._prepared
         if prepared is None or not _unchanged(prepared.state, state):
             channels = self._channels_per_group()
@@ -285,7 +285,7 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Non
     new: dict[nn.Module, nn.Module] = {}
     for name, module in replacements.items():
         if name not in modules or not name:
-            near = difflib.get_close_matches(name, modules, n=3) if name else []
+            near = difflib.get_close_matches(name, modules)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"the model has no submodule {name!r} to replace{hint}")
         if new.setdefault(modules[name], module) is not module:

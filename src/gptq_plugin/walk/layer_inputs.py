@@ -46,5 +46,5 @@ class SeenInput:
         return self._ref() is x and self._version == _version(x)
 
 
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version  # inference tensors have no version
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version  # inference tensors have no version

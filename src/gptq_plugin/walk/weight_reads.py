@@ -30,7 +30,7 @@ class WeightReads:
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self._model = model
         self._layers = layers
-        self._called = threading.local()
+        self._inside = _Inside()
         self.names: set[str] = set()
 
     @contextlib.contextmanager
@@ -38,10 +38,10 @@ class WeightReads:
         """To be entered on the thread that runs the forward."""
 
         def enter(module: nn.Module, *_: Any) -> None:
-            self._inside().append(module)
+            self._inside.modules.append(module)
 
         def leave(*_: Any) -> None:
-            self._inside().pop()
+            self._inside.modules.pop()
 
         with contextlib.ExitStack() as stack:
             for module in self._model.modules():
@@ -53,15 +53,18 @@ class WeightReads:
 
     def read(self, parameter: nn.Parameter) -> None:
         """Called when a function gets this parameter."""
-        if any(parameter is one for module in self._inside() for one in module._parameters.values()):
+        if any(parameter is one for module in self._inside.modules for one in module._parameters.values()):
             return
         for name, module in self._layers.items():
             if module._parameters.get("weight") is parameter:
                 self.names.add(name)
 
-    def _inside(self) -> list[nn.Module]:
-        inside: list[nn.Module] = self._called.__dict__.setdefault("inside", [])
-        return inside
+
+class _Inside(threading.local):
+    """The modules that this thread is in the forward of, the outermost first."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
 
 
 class _Arguments(TorchFunctionMode):
@@ -74,7 +77,7 @@ class _Arguments(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if getattr(function, "__name__", "") != "__get__":  # dtype and shape, which a QuantLinear has too
+        if getattr(function, "__name__", None) != "__get__":  # dtype and shape, which a QuantLinear has too
             for value in (*args, *(kwargs or {}).values()):
                 if isinstance(value, nn.Parameter):
                     self._reads.read(value)
