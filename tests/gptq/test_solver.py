@@ -117,6 +117,19 @@ def test_the_order_of_the_clip_ratios_does_not_matter():
     assert torch.equal(up.weight.codes, down.weight.codes)
 
 
+@pytest.mark.parametrize("rank", [192, 40])
+@pytest.mark.parametrize("rows", [24, 300])
+def test_the_power_of_the_output_is_its_mean_square_over_tokens(rows, rank):
+    torch.manual_seed(0)
+    weight, x = torch.randn(rows, 192, dtype=torch.float64), torch.randn(400, rank, dtype=torch.float64)
+    x = x @ torch.randn(rank, 192, dtype=torch.float64)
+    for damp_percent in (0.01, 0.3):  # damping is no part of it
+        solution = solve(weight, x.T @ x / 400, plain(group_size=64, damp_percent=damp_percent))
+        torch.testing.assert_close(solution.output_power, (x @ weight.T).square().mean(0))
+    nothing = solve(weight, torch.zeros(192, 192, dtype=torch.float64), plain(group_size=64))
+    assert nothing.method == "rtn" and torch.equal(nothing.output_power, torch.zeros(rows, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("options", [{}, {"sym": False, "group_size": -1}, {"clip_ratios": (1.0,)}], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dead", [False, True])
@@ -137,6 +150,7 @@ def test_a_block_of_rows_is_solved_to_the_bit_whatever_blocks_are_beside_it(orde
         assert torch.equal(found.weight.g_idx, wanted.g_idx)
         assert torch.equal(found.loss, whole.loss[start:stop])
         assert torch.equal(found.rtn_loss, whole.rtn_loss[start:stop])
+        assert torch.equal(found.output_power, whole.output_power[start:stop])
         assert (found.method, found.deviations) == (whole.method, whole.deviations)
 
 

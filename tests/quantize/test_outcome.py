@@ -62,6 +62,7 @@ def test_layers_solved_together_have_the_losses_of_their_own_rows_and_time_by_ro
     for module, part in ((a, slice(0, 48)), (b, slice(48, 64))):
         assert module.loss == pytest.approx(float(solution.loss[part].sum()))
         assert module.rtn_loss == pytest.approx(float(solution.rtn_loss[part].sum()))
+        assert module.output_power == pytest.approx(float(solution.output_power[part].sum()))
         assert 0 < module.loss < module.rtn_loss
     assert (a.seconds, b.seconds) == (6.0, 2.0) and outcome.solving_seconds() == 8.0
     assert (a.bits, a.group_size, a.shape, a.damp_percent) == (4, 16, (48, 32), 0.01)

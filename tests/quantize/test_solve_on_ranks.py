@@ -63,6 +63,7 @@ def test_all_ranks_get_the_solution_of_the_whole(size, count, share, options, ra
         for part in ("codes", "scales", "zeros", "g_idx"):
             assert torch.equal(getattr(solution.weight, part), getattr(alone.weight, part)), part
         assert torch.equal(solution.loss, alone.loss) and torch.equal(solution.rtn_loss, alone.rtn_loss)
+        assert torch.equal(solution.output_power, alone.output_power)
         assert (solution.method, solution.damp_percent) == (alone.method, alone.damp_percent)
 
 

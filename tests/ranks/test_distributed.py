@@ -102,7 +102,7 @@ def rows(rank):
         weight, x = torch.randn(out, 32, dtype=torch.float64), torch.randn(99, 32, dtype=torch.float64)
         config = QuantizeConfig(group_size=16)
         one, shared = (f(weight, x.T @ x / 99, config) for f in (solve, solve_shared))
-        pairs = [(one.loss, shared.loss), (one.rtn_loss, shared.rtn_loss)]
+        pairs = [(getattr(one, n), getattr(shared, n)) for n in ("loss", "rtn_loss", "output_power")]
         pairs += [(getattr(one.weight, n), getattr(shared.weight, n)) for n in ("codes", "scales", "zeros", "g_idx")]
         found.append(all(a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b) for a, b in pairs))
     return found

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -17,10 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSe
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.staging import check_export_dir
-from gptq_plugin.report.model_card import hub_id, model_facts
+from gptq_plugin.report.model_card import ModelFacts, hub_id, model_facts
+from gptq_plugin.report.numbers import format_bytes
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
 from cards import card_of, report_of, section, snippet
+from models import tiny_llama, tokenizer
 
 IDS = torch.tensor([[1, 17, 5, 42, 7, 8]])
 
@@ -84,9 +88,24 @@ def test_the_card_of_a_transformers_model_is_read_by_the_hub_and_its_snippet_loa
         "pipeline_tag": "text-generation",
         "tags": ["gptq", "4-bit", "quantized", "gptq_plugin"],
         "metrics": ["val_loss"],
+        "model-index": [
+            {
+                "name": "tiny-llama, 4-bit GPTQ",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "validation data of the training run", "type": "unknown"},
+                        "metrics": [{"type": "loss", "value": 2.55, "name": "val_loss"}],
+                    }
+                ],
+            }
+        ],
     }
+    assert card.data.eval_results[0].metric_value == 2.55 and card.data.model_name == "tiny-llama, 4-bit GPTQ"
     assert "# tiny-llama, 4-bit GPTQ" in card.content
-    assert "the run's train dataloader: 20 samples, 120 tokens." in card.content
+    assert "the run's train dataloader: 20 samples, 120 tokens. Their SHA-256 is `" in card.content
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert f"The whole export is {format_bytes(files)} (" in section(card.content, "tiny-llama, 4-bit GPTQ")
     assert "| val_loss | GPTQ | 2.55 | +0.05 | +2.00 % |" in card.content
     assert "| `group_size` | `16` |" in card.content
     assert "mine holds an earlier export" in card.content and str(tmp_path) not in card.content
@@ -100,8 +119,31 @@ def test_the_card_of_a_transformers_model_is_read_by_the_hub_and_its_snippet_loa
     assert "pip install gptqmodel optimum" in card.content
     assert snippet(card.content, "vLLM") == "vllm serve . --dtype float16"  # trained in float32
 
+    assert snippet(card.content, "hf").endswith("hf upload YOUR_NAME/tiny-llama-GPTQ-4bit .")
+
     page = (folder / "report.html").read_text()
     assert "<h1>tiny-llama, 4-bit GPTQ</h1>" in page and "model.layers.0.mlp.down_proj" in page
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_the_example_of_generation_runs_as_it_stands_in_the_folder(
+    with_tokenizer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_llama()
+    quantizer = QuantizeModule(group_size=16)
+    quantizer.round_to_nearest(model)
+    folder = quantizer.export(model, tmp_path / "out", tokenizer=tokenizer() if with_tokenizer else None)
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(snippet((folder / "README.md").read_text(), "Generate"), names := {})
+    assert names["ids"].shape[1] > 0 and capsys.readouterr().out.strip()
+    assert ("tokenizer" in names) == with_tokenizer
+
+
+def test_only_a_language_model_gets_an_example_of_generation() -> None:
+    assert "generate" not in card_of(report_of((4, 128)), ModelFacts("Plain"))
+    bert = ModelFacts("Bert", "AutoModelForMaskedLM", pipeline_tag="fill-mask")
+    assert "generate" not in card_of(report_of((4, 128)), bert)
 
 
 def test_a_plain_module_is_loaded_here_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +257,97 @@ def test_a_model_with_code_of_its_own_is_loaded_here_only() -> None:
     facts = model_facts(Own(llama().config))
     assert (facts.name, facts.loader) == ("Own", None)
     assert "model=Own()" in snippet(card_of(report_of((4, 128)), facts), "gptq_plugin")
+
+
+# --- its license --------------------------------------------------------------------------------------------
+
+
+def licensed(folder: Path, head: str, **config: Any) -> tuple[dict[str, Any], str]:
+    """Metadata and section of a model's card that was loaded from a folder with a card of its own."""
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\n{head}\n---\n# Base\n")
+    model = llama(str(folder))
+    model.config.update(config)
+    card = card_of(report_of((4, 128)), model_facts(model))
+    ModelCard(card)
+    return metadata(card), section(card, "License")
+
+
+def test_the_license_of_the_base_models_card_is_taken_over(tmp_path: Path) -> None:
+    data, text = licensed(tmp_path / "base", "license: apache-2.0\ntags: [x]")
+    assert data["license"] == "apache-2.0" and "license_name" not in data
+    assert text == "`apache-2.0`, that of the base model, as its card has it."
+    link = "https://ai.meta.com/llama/license"
+    data, text = licensed(tmp_path / "other", f"license: other\nlicense_name: my licence 1.0\nlicense_link: {link}")
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "my licence 1.0", link)
+    assert text.startswith(f"[my licence 1.0]({link}), that of the base model")
+
+
+def test_a_license_of_the_configuration_counts_where_no_card_has_one(tmp_path: Path) -> None:
+    assert licensed(tmp_path / "base", "tags: [x]", license="mit")[0]["license"] == "mit"
+    assert licensed(tmp_path / "both", "license: apache-2.0", license="mit")[0]["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "tags: [x]",
+        "license: [a, b]",
+        "license: '<script>'",
+        "license: |\n  a\n  b",
+        "license: 3",
+        "license: {a: b",
+        "- a",
+        "",
+    ],
+)
+def test_an_unknown_license_is_a_visible_note_and_no_metadata(head: str, tmp_path: Path) -> None:
+    data, text = licensed(tmp_path / "base", head)
+    assert "license" not in data and text.startswith("**Unknown**: no base model is known.")
+    assert "`license:`" in text
+
+
+def test_a_card_in_the_hubs_cache_is_read_and_its_file_named_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = llama("someone/tiny-llama")
+    unknown = card_of(report_of((4, 128)), model_facts(model))
+    assert "license" not in metadata(unknown)
+    assert "the card of someone/tiny-llama was not on disk" in section(unknown, "License")
+    snapshot = tmp_path / "models--someone--tiny-llama" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\n---\n")
+    card = card_of(report_of((4, 128)), model_facts(model))
+    link = "https://huggingface.co/someone/tiny-llama/blob/main/LICENSE"
+    assert metadata(card)["license_link"] == link and f"[theirs]({link})" in section(card, "License")
+
+
+# --- its results --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "kind"),
+    [
+        ("val_loss", "loss"),
+        ("val/Accuracy_top5", "accuracy"),
+        ("PPL", "perplexity"),
+        ("é!", "unknown"),
+        ("my score", "my_score"),
+    ],
+)
+def test_results_are_the_quantized_models_under_the_hubs_metric_if_it_has_one(metric: str, kind: str) -> None:
+    report = report_of((4, 128), metrics={metric: {"float": 1.0, "gptq": 1.5}, "nan": {"float": 1.0, "gptq": math.nan}})
+    (result,) = ModelCard(card_of(report)).data.eval_results
+    assert (result.metric_type, result.metric_value, result.metric_name) == (kind, 1.5, metric)
+    assert result.task_type == "other"
+
+
+def test_without_finite_metrics_there_are_no_results() -> None:
+    for metrics in ({}, {"a": {"float": 1.0, "gptq": math.inf}}):
+        assert "model-index" not in metadata(card_of(report_of((4, 128), metrics=metrics)))
 
 
 # --- any text -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.errors import TargetError
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.html_page import report_page
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.report import ExportSize, ModuleReport, QuantizeReport
 
 from models import Plain, tiny_llama
 
@@ -127,13 +127,18 @@ def test_the_json_is_standard_and_holds_every_field() -> None:
 
 def test_the_table_has_a_line_for_each_module_then_totals_coverage_and_deviations() -> None:
     whole = report(
-        module("a", 0.02, 0.05, stored_bytes=500, deviations=("damping raised",)), HEAD, deviations=["a sample dropped"]
+        module("a", 0.02, 0.05, stored_bytes=500, output_power=0.8, deviations=("damping raised",)),
+        HEAD,
+        deviations=["a sample dropped"],
     )
     whole.seconds = {"solve": 1.25}
     whole.coverage = Coverage([FloatWeight("head.weight", (20, 48), 1920, "the output embedding")], 1920, 500)
     head, first, last, totals, coverage, *deviations = whole.table().splitlines()
-    assert " ".join(head.split()) == "module method bits group out x in loss RTN loss loss/RTN tokens damp s"
-    assert " ".join(first.split()) == "a gptq 3 16 20 x 48 0.02 0.05 0.4 640 0.01 0.25"
+    assert (
+        " ".join(head.split())
+        == "module method bits group out x in relative error loss RTN loss loss/RTN tokens damp s"
+    )
+    assert " ".join(first.split()) == "a gptq 3 16 20 x 48 2.5 % 0.02 0.05 0.4 640 0.01 0.25"
     assert " ".join(last.split()) == "head float 20 x 48 the output embedding"
     assert totals == (
         "1 modules quantized, 1 left float; 500 B, 4.17 bits per weight (scales and zeros included, g_idx not); "
@@ -146,6 +151,34 @@ def test_the_table_has_a_line_for_each_module_then_totals_coverage_and_deviation
 def test_figures_that_are_unknown_are_blank_in_the_table() -> None:
     line = report(ModuleReport("never.calibrated", "rtn", 3, 16, (20, 48))).table().splitlines()[1]
     assert " ".join(line.split()) == "never.calibrated rtn 3 16 20 x 48 0 0.00"
+
+
+def test_deviations_of_many_layers_are_one_line_of_the_table() -> None:
+    alike = report(*(module(f"layers.{n}.up", deviations=("damping raised",)) for n in range(9)))
+    assert alike.table().splitlines()[-1] == (
+        "! 9 layers (layers.0.up, layers.1.up, layers.2.up, layers.3.up and 5 more): damping raised"
+    )
+    assert len(list(alike.all_deviations())) == alike.totals()["deviations"] == 9
+    assert alike.deviation_lines() == [one.line for one in alike.grouped_deviations()]
+
+
+def test_a_relative_error_is_the_loss_as_a_share_of_the_outputs_power() -> None:
+    one = module("a", 0.02, 0.05, output_power=0.5)
+    assert (one.relative_error, one.rtn_relative_error) == (0.04, 0.1)
+    for unknown in (module("a"), module("a", output_power=0.0)):
+        assert math.isnan(unknown.relative_error) and math.isnan(unknown.rtn_relative_error)
+    values = json.loads(report(one, HEAD).to_json())["modules"]
+    assert [value["relative_error"] for value in values] == [0.04, None]
+
+
+def test_the_float_share_is_of_the_export_or_else_of_the_plan() -> None:
+    whole = report(module("a", stored_bytes=300))
+    assert math.isnan(whole.float_share) and json.loads(whole.to_json())["size"] is None
+    whole.coverage = Coverage([FloatWeight("head.weight", (1,), 100, "embeddings")], 1200, 300)
+    assert whole.float_share == 0.25
+    whole.size = ExportSize(bytes=1000, float_bytes=500)  # 200 are g_idx and headers
+    assert whole.float_share == 0.625
+    assert json.loads(whole.to_json())["size"] == {"bytes": 1000, "float_bytes": 500}
 
 
 def test_the_largest_activation_is_that_of_the_side_that_is_known() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
+VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 
 
 class Page(HTMLParser):

@@ -69,6 +69,15 @@ def test_every_configuration_file_is_shown_or_differs_in_its_width_only():
         assert f'--8<-- "conf/{path}"' in shown or path in widths, path
 
 
+def test_every_file_that_a_page_shows_is_named_as_the_site_reads_it():
+    """ruff formats blocks of Python in pages, and would spoil the mark in one."""
+    for page in (REPOSITORY / "docs").rglob("*.md"):
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if re.match(r"\s*-+8", line):
+                file = re.fullmatch(r'--8<-- "([\w./-]+)(:\w+)?"', line)
+                assert file and (REPOSITORY / file[1]).is_file(), (page, line)
+
+
 def test_the_report_page_names_every_key_of_a_report():
     page = (_REFERENCE / "report.md").read_text()
     report = QuantizeReport(QuantizeConfig()).to_dict()

@@ -61,7 +61,7 @@ def compare(
         float_dtype=float_dtype,
         gptq_bytes=files_size(export_dir),
         seconds=run.clock.seconds,
-        deviations=list(report.all_deviations()),
+        deviations=report.deviation_lines(),
     )
     if run.cfg.evaluate:
         _evaluate(run, quantizer, export_dir, device, summary)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.reserve import match, refuse, take_apart
-from gptq_plugin.layers.qlinear import swap_modules
+from gptq_plugin.layers.qlinear import note_float_rest, swap_modules
 
 
 def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -45,4 +45,5 @@ def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dt
         value = checkpoint.read(name)
         tensor.data = value.to(device, dtype if value.is_floating_point() else None)
     swap_modules(model, layers)
+    note_float_rest(model)
     return model.to(device).eval()

@@ -14,7 +14,7 @@ from gptq_plugin.checkpoint.files import CONFIG
 from gptq_plugin.checkpoint.formats.format import QuantizedLayer
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError, some
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest, swap_modules
 from gptq_plugin.model.experts import place_experts, possible_experts
 from gptq_plugin.model.linears import is_linear, linear_shape
 from gptq_plugin.model.stored_names import expert_parts, plain_renaming, renaming
@@ -128,6 +128,7 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
             hook.io_same_device = True
             add_hook_to_module(layers[name], hook)
     swap_modules(model, layers)
+    note_float_rest(model)
 
 
 def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]) -> dict[str, Any]:

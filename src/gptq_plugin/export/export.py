@@ -26,6 +26,7 @@ from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.errors import ExportError, some
+from gptq_plugin.export.export_size import export_size
 from gptq_plugin.export.model_files import float_state, once, write_plain_config, write_transformers
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.side_files import write_quantize_config, write_report
@@ -274,6 +275,7 @@ class Export:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if report is not None:
+            report.size = export_size(folder, {self._stored_names[name] for name in self._added})
             write_report(folder, publishable(report), model, self._format.settings(description, report.config))
         write_quantize_config(folder, description, settings)
 

@@ -47,7 +47,7 @@ def write_report(staging: Path, report: QuantizeReport, model: nn.Module, settin
         model: What was quantized.
         settings: How, in `QuantizeConfig`'s terms (`Format.settings`).
     """
-    facts = model_facts(model)
+    facts = model_facts(model, staging)
     loading = loading_sections(Published(report, settings, facts))
     (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
     (staging / PAGE).write_text(report_page(report, heading(report, facts)), encoding="utf-8")

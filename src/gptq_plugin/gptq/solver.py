@@ -42,7 +42,7 @@ from gptq_plugin.gptq.grid import (
     group_width,
     round_to_nearest,
 )
-from gptq_plugin.gptq.losses import output_error, rounding_loss
+from gptq_plugin.gptq.losses import output_error, output_power, rounding_loss
 from gptq_plugin.gptq.row_blocks import divided
 from gptq_plugin.kernels import solver_loops, solver_passes
 
@@ -60,6 +60,7 @@ class Solution:
         weight: The quantized matrix.
         loss: [out], mean over tokens of the squared output error of each row, without damping.
         rtn_loss: [out], the same for round-to-nearest on the unclipped grid.
+        output_power: [out], mean over tokens of the squared output of the float weight.
         method: "gptq", or "rtn" if the Hessian was unusable.
         damp_percent: The damping used.
         deviations: A sentence for each difference from the request.
@@ -68,6 +69,7 @@ class Solution:
     weight: QuantizedWeight
     loss: Tensor
     rtn_loss: Tensor
+    output_power: Tensor
     method: str
     damp_percent: float
     deviations: tuple[str, ...]
@@ -76,8 +78,13 @@ class Solution:
         """The solution of the first rows alone."""
         if rows == len(self.loss):
             return self
-        weight = self.weight.rows(0, rows)
-        return replace(self, weight=weight, loss=self.loss[:rows], rtn_loss=self.rtn_loss[:rows])
+        return replace(
+            self,
+            weight=self.weight.rows(0, rows),
+            loss=self.loss[:rows],
+            rtn_loss=self.rtn_loss[:rows],
+            output_power=self.output_power[:rows],
+        )
 
 
 def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
@@ -109,7 +116,7 @@ def solve_blocks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Sol
     with full_precision(blocks.device):
         blocks = blocks.detach().to(hessian.dtype).contiguous()  # Conv1D's and some experts' are transposed
         with on_side_stream(blocks.device) as join:
-            rtn_loss = rounding_loss(blocks, hessian, config)
+            beside = _beside(blocks, hessian, config)
         factor, good = factorize(hessian[None], config, hessian.dtype, config.damp_percent)
         recursion = _Recursion(blocks, factor, config)
         finite = torch.isfinite(hessian.diagonal()).all()
@@ -121,7 +128,7 @@ def solve_blocks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Sol
         verdict = read() if config.static_groups else None
         recursion.visit()
         join()
-        solution = _solution(recursion, rtn_loss, config.damp_percent, ())
+        solution = _solution(recursion, beside, config.damp_percent, ())
         # Without static groups, grids are fitted along with the columns.
         is_good, is_finite, has_scales = (verdict or read()).get()
         if not is_finite:
@@ -145,7 +152,7 @@ def _solve_with_fallbacks(blocks: Tensor, hessian: Tensor, config: QuantizeConfi
             recursion.visit()
             if not recursion.fits.item():
                 raise ValueError(explain_bad_scale(blocks))
-            return _solution(recursion, rounding_loss(blocks, hessian, config), damp_percent, tuple(deviations))
+            return _solution(recursion, _beside(blocks, hessian, config), damp_percent, tuple(deviations))
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian holds NaN or infinity")
     if (hessian.diagonal() > 0).any():
@@ -156,11 +163,19 @@ def _solve_with_fallbacks(blocks: Tensor, hessian: Tensor, config: QuantizeConfi
     nearest = round_to_nearest(blocks.flatten(0, 1), config)
     errors = blocks - nearest.dequantize(blocks.dtype).view_as(blocks)
     loss = torch.cat([output_error(error, hessian) for error in errors])
-    return Solution(nearest, loss, loss, "rtn", damp_percent, (f"{why}: round-to-nearest",))
+    power = output_power(blocks, hessian)
+    return Solution(nearest, loss, loss, power, "rtn", damp_percent, (f"{why}: round-to-nearest",))
 
 
-def _solution(recursion: _Recursion, rtn_loss: Tensor, damp_percent: float, deviations: tuple[str, ...]) -> Solution:
-    config = recursion.config
+def _beside(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
+    """What the report compares a loss with, and nothing depends on: round-to-nearest's, and the output's power."""
+    return rounding_loss(blocks, hessian, config), output_power(blocks, hessian)
+
+
+def _solution(
+    recursion: _Recursion, beside: tuple[Tensor, Tensor], damp_percent: float, deviations: tuple[str, ...]
+) -> Solution:
+    config, (rtn_loss, power) = recursion.config, beside
     codes, scales, zeros = (torch.cat(list(of), 1) for of in (recursion.codes, recursion.scales, recursion.zeros))
     return Solution(
         weight=QuantizedWeight(
@@ -173,6 +188,7 @@ def _solution(recursion: _Recursion, rtn_loss: Tensor, damp_percent: float, devi
         ),
         loss=recursion.loss.flatten().clamp(min=0),
         rtn_loss=rtn_loss,
+        output_power=power,
         method="gptq",
         damp_percent=damp_percent,
         deviations=deviations,

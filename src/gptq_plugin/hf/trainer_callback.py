@@ -182,6 +182,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         self._evaluations = None
         drop_replaced_parameters(optimizer, model)
         state.log_history.append({**total_metrics(report), "step": state.global_step})
+        self.tell_result(report)
 
     def calibration_data(self, train_dataloader: Any) -> Iterable[Any]:
         """Returns this rank's calibration data; override to choose other samples."""

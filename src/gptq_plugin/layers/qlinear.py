@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.kernels import reference
+from gptq_plugin.layers.float_rest import FloatRest
 from gptq_plugin.layers.packing import pack_weight, pack_zeros, unpack_weight, unpack_zeros
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class QuantLinear(nn.Module):
         self.bits = bits
         self.group_size = group_size
         self._prepared: _Prepared | None = None
+        self.float_rest: FloatRest | None = None  # of the model it is in, see `note_float_rest`
         self._dtype = dtype
         channels = self._channels_per_group()
         groups = -(-in_features // channels)
@@ -136,6 +138,8 @@ class QuantLinear(nn.Module):
         """
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.training and not torch.compiler.is_compiling() and self.float_rest is not None:
+            self.float_rest.check_training()
         y: Tensor = _Product.apply(x, self)
         return y
 
@@ -298,6 +302,14 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Non
                 setattr(parent, child_name, new[child])
         if isinstance(parent, nn.TransformerEncoderLayer):
             _choose_fused_path(parent)
+
+
+def note_float_rest(model: nn.Module) -> None:
+    """Lets the quantized layers of a complete model warn when it is trained as if they could be; see `FloatRest`."""
+    rest = FloatRest(model)
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            layer.float_rest = rest
 
 
 def _choose_fused_path(layer: nn.TransformerEncoderLayer) -> None:

@@ -45,6 +45,7 @@ from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint,
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
+from gptq_plugin.report.notice import show
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.callback_base import CallbackBase, Origin
@@ -217,7 +218,8 @@ class GPTQCallback(CallbackBase, pl.Callback):
     @distributed.ending_together()
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_dev_run(trainer):
-            log.info("fast_dev_run: nothing is quantized or exported")
+            if trainer.is_global_zero:
+                show(log, "fast_dev_run: nothing is quantized or exported")
             return
         with (
             without_training_state(trainer, pl_module),
@@ -251,6 +253,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
                 state.keep_weights()
                 drop_optimizers(trainer)
         _log(trainer, report)
+        self.tell_result(report)
 
     def leaves_quantized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Returns whether the module stays quantized after `fit`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest, swap_modules
 from gptq_plugin.model.hf_models import transformers_models
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.structure import Structure
@@ -34,7 +34,9 @@ def swapped(plan: Plan, layers: dict[str, QuantLinear]) -> Iterator[Callable[[],
         describe(plan.structure, layers, plan.config)
         yield keep
     finally:
-        if not kept:
+        if kept:
+            note_float_rest(plan.model)
+        else:
             swap_modules(plan.model, floats)
             describe(plan.structure, {}, plan.config)
 

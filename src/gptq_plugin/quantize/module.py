@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,6 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.forward import evaluating
-from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.export.export import Export, export_model
@@ -36,10 +34,9 @@ from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.outcome import float_reports, module_report
 from gptq_plugin.quantize.prepare import check_client, prepared
 from gptq_plugin.quantize.rehearsal import rehearse, rest_of
+from gptq_plugin.quantize.run_log import RunLog
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import QuantizeReport
-
-log = logging.getLogger(__name__)
 
 
 class QuantizeModule:
@@ -58,6 +55,7 @@ class QuantizeModule:
         config: The configuration.
         report: Of the last `quantize` or `round_to_nearest`; None before.
         plan: Of the quantization under way, the with block of `temporarily` included; else None.
+        run_log: Tells users what it does.
 
     Raises:
         ValueError: An option is unknown or out of range, or `true_sequential` is False.
@@ -80,6 +78,7 @@ class QuantizeModule:
         self.offload_activations = offload_activations
         self.report: QuantizeReport | None = None
         self.plan: Plan | None = None
+        self.run_log = RunLog()
         self._sample: Sample | None = None  # of the calibration, for the export to prove itself with
 
     def check(self, model: nn.Module) -> tuple[list[Target], list[Skipped]]:
@@ -99,7 +98,7 @@ class QuantizeModule:
             TargetError: See `targets.find_targets`.
         """
         with planned(model, self.config) as plan:
-            return _log_coverage(plan)
+            return self.run_log.coverage(plan, again=True)
 
     def check_target(self, model: nn.Module, target: Client | str | Mapping[str, Any] | None) -> None:
         """Refuses a model whose export a client would not take; None is no client.
@@ -170,7 +169,9 @@ class QuantizeModule:
             progress=progress,
         )
         with quantized as report:
-            return report
+            pass
+        self.run_log.end(report, None if export_dir is None else Path(export_dir))
+        return report
 
     def rehearse(
         self,
@@ -201,7 +202,7 @@ class QuantizeModule:
         ready = prepared(model, batches, self.config, options, alone=True)
         with distributed.ending_together(), evaluating(model), ready as (plan, calibration):
             rehearse(plan, calibration, options, whole=whole, rest=rest_of(plan, entire, options))
-            _log_coverage(plan)
+            self.run_log.coverage(plan)
 
     @contextlib.contextmanager
     def temporarily(
@@ -241,7 +242,7 @@ class QuantizeModule:
                 chosen = dataclasses.replace(chosen, layers_in=inside.enter_context(export))
                 export.check(one.name for one in plan.targets)
             inside.enter_context(evaluating(model))
-            one_pass, coverage = OnePass(plan, calibration, chosen), _log_coverage(plan)
+            one_pass, coverage = OnePass(plan, calibration, chosen), self.run_log.coverage(plan)
             layers, report = one_pass.run()
             report.coverage = coverage
             self._sample = _sample(calibration, one_pass)
@@ -249,7 +250,7 @@ class QuantizeModule:
                 plan.fuse()  # the experts that stay float
                 report.seconds["total"] = time.perf_counter() - started
                 self.report = report
-                _log(report)
+                self.run_log.deviations(report)
                 if export is not None:
                     _finish(export, model, report, chosen.tokenizer, self._sample)
                 inside.close()  # restores the training flags, of float layers too
@@ -287,16 +288,11 @@ class QuantizeModule:
             overwrite: Replace an earlier export of this package; nothing else is ever replaced.
             target: As for `quantize`.
         """
-        return export_model(
-            model,
-            directory,
-            self.config,
-            report=self.report,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-            sample=self._sample,
-            target=target,
-        )
+        given: dict[str, Any] = {"tokenizer": tokenizer, "overwrite": overwrite, "target": target}
+        folder = export_model(model, directory, self.config, report=self.report, sample=self._sample, **given)
+        if self.plan is None:  # else the run's end tells
+            self.run_log.exported(self.report, Path(directory))
+        return folder
 
     def _options(self, **given: Any) -> PassOptions:
         return PassOptions(offload_weights=self.offload_weights, offload_activations=self.offload_activations, **given)
@@ -319,13 +315,6 @@ def _check_export_dir(export_dir: str | Path | None, overwrite: bool) -> None:
     if distributed.active():
         raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
     check_export_dir(export_dir, overwrite)
-
-
-def _log_coverage(plan: Plan) -> Coverage:
-    packed = sum(stored_bytes(target.weight.shape, target.config) for target in plan.targets)
-    found = Coverage.of(plan, packed)
-    log.log(logging.WARNING if found.mostly_float else logging.INFO, found.summary())
-    return found
 
 
 def _rounded(plan: Plan) -> dict[str, QuantLinear]:
@@ -353,9 +342,3 @@ def _copy_training_flags(plan: Plan, layers: Mapping[str, QuantLinear]) -> None:
     for target in plan.targets:
         if target.name in layers:
             layers[target.name].train(target.module.training)
-
-
-def _log(report: QuantizeReport) -> None:
-    for deviation in report.all_deviations():
-        log.warning("%s", deviation)
-    log.info("quantized in %.1f s\n%s", report.seconds["total"], report.table())

@@ -31,7 +31,8 @@ class Solved:
 
     Attributes:
         target: The layer.
-        losses: [2, layers], losses of the layers solved together and those of round-to-nearest, summed over rows.
+        losses: [3, layers], losses of the layers solved together, those of round-to-nearest, and the power of the
+            float layers' outputs, summed over rows.
         number: The layer's column.
         share: The layer's share of the time.
         stopwatch: Measures the time of all.
@@ -50,13 +51,14 @@ class Solved:
 
     def report(self, max_input: float, max_output: float) -> ModuleReport:
         """The layer's line in the report. Waits for the device."""
-        loss, rtn_loss = (of_all[self.number] for of_all in self.losses.get())
+        loss, rtn_loss, power = (of_all[self.number] for of_all in self.losses.get())
         near = near_float16(max_input, max_output)
         return module_report(
             self.target,
             method=self.method,
             loss=loss,
             rtn_loss=rtn_loss,
+            output_power=power,
             tokens=self.tokens,
             damp_percent=self.damp_percent,
             seconds=self.stopwatch.seconds() * self.share,
@@ -89,7 +91,8 @@ class Outcome:
     def add(self, targets: Sequence[Target], solution: Solution, evidence: Evidence, stopwatch: Stopwatch) -> None:
         """Takes the solution of layers that were solved together, their rows one below the other."""
         rows = [target.weight.shape[0] for target in targets]
-        sums = [torch.stack([part.sum() for part in loss.split(rows)]) for loss in (solution.loss, solution.rtn_loss)]
+        values = (solution.loss, solution.rtn_loss, solution.output_power)
+        sums = [torch.stack([part.sum() for part in value.split(rows)]) for value in values]
         losses = AsyncRead(torch.stack(sums))
         for number, (target, count) in enumerate(zip(targets, rows, strict=True)):
             self.solved[target.name] = Solved(

@@ -31,9 +31,10 @@ def solve_shared(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Sol
     if size == 1:
         return mine.first(len(weight))
     w, rows = mine.weight, blocks.shape[1]
-    gathered = distributed.gather_rows([mine.loss, mine.rtn_loss, w.scales.T, w.codes, w.zeros.T], share * rows)
-    loss, rtn_loss, scales, codes, zeros = (
+    values = [mine.loss, mine.rtn_loss, mine.output_power, w.scales.T, w.codes, w.zeros.T]
+    gathered = distributed.gather_rows(values, share * rows)
+    loss, rtn_loss, power, scales, codes, zeros = (
         torch.cat([part[(one * share - starts[one]) * rows :] for one, part in enumerate(parts)]) for parts in gathered
     )
     whole = replace(w, codes=codes, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
-    return replace(mine, weight=whole, loss=loss, rtn_loss=rtn_loss).first(len(weight))
+    return replace(mine, weight=whole, loss=loss, rtn_loss=rtn_loss, output_power=power).first(len(weight))

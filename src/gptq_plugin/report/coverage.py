@@ -65,12 +65,17 @@ class Coverage:
     @property
     def share(self) -> float:
         """Share of the model's bytes that stays float."""
-        return self._float / max(1, self._float + self.quantized)
+        return self._float / max(1, self.float_model)
 
     @property
     def exported_share(self) -> float:
         """Share of the export's bytes that is float, biases included and g_idx left out."""
         return self._float / max(1, self._float + self.packed)
+
+    @property
+    def float_model(self) -> int:
+        """Bytes of the model's parameters before."""
+        return self._float + self.quantized
 
     @property
     def mostly_float(self) -> bool:
@@ -79,13 +84,9 @@ class Coverage:
 
     def summary(self) -> str:
         """A sentence with the shares, the reasons and the large parameters."""
-        total = max(1, self._float + self.quantized)
-        by_reason: dict[str, list[FloatWeight]] = defaultdict(list)
-        for one in self.floats:
-            by_reason[one.reason].append(one)
+        total = max(1, self.float_model)
         parts = []
-        for reason, ones in sorted(by_reason.items(), key=lambda pair: -sum(one.bytes for one in pair[1])):
-            size = sum(one.bytes for one in ones)
+        for reason, size, ones in self.by_reason():
             large = [f"{one.name} {list(one.shape)}" for one in ones if one.bytes >= _LARGE * total]
             what = f" ({some(large)})" if large else ""
             parts.append(f"{numbers.format_bytes(size)}, {size / total:.1%}: {reason}{what}")
@@ -93,6 +94,14 @@ class Coverage:
             f"{self.share:.1%} of the model's {numbers.format_bytes(total)} stay float, which will be "
             f"{self.exported_share:.1%} of the export: " + "; ".join(parts)
         )
+
+    def by_reason(self) -> list[tuple[str, int, list[FloatWeight]]]:
+        """Each reason with the bytes and the parameters it concerns, the largest first."""
+        ones: dict[str, list[FloatWeight]] = defaultdict(list)
+        for one in self.floats:
+            ones[one.reason].append(one)
+        sizes = {reason: sum(one.bytes for one in members) for reason, members in ones.items()}
+        return [(reason, sizes[reason], ones[reason]) for reason in sorted(ones, key=lambda reason: -sizes[reason])]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

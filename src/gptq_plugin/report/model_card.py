@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import yaml
 
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.model.hf_models import is_transformers, published_class
+from gptq_plugin.report.base_card import License, base_license
+from gptq_plugin.report.card_metadata import metadata
 from gptq_plugin.report.figures import bit_widths, bits_label, metric_values
 from gptq_plugin.report.markdown import code, escaped, snippet, table
 from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes, format_change, format_percent, format_value
@@ -46,6 +48,8 @@ class ModelFacts:
         base_model: Hugging Face id of the model it was trained from, if known.
         pipeline_tag: The hub's name of its task, if known.
         model_type: transformers' name of the architecture, if it has one.
+        base_license: License of the base model, if known.
+        has_tokenizer: True if the export's folder holds a tokenizer.
     """
 
     name: str
@@ -54,23 +58,40 @@ class ModelFacts:
     base_model: str | None = None
     pipeline_tag: str | None = None
     model_type: str | None = None
+    base_license: License | None = None
+    has_tokenizer: bool = False
 
 
-def model_facts(model: Any) -> ModelFacts:
-    """The facts of a model in memory, as its export shows them."""
+def model_facts(model: Any, folder: Path | None = None) -> ModelFacts:
+    """The facts of a model in memory, as its export shows them.
+
+    Args:
+        model: What was quantized.
+        folder: The export, if it is written already.
+    """
+    has_tokenizer = folder is not None and (folder / "tokenizer_config.json").is_file()
     if not is_transformers(model):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return ModelFacts(type(model).__name__, dtype=dtype)
-    base_model = hub_id(getattr(model.config, "_name_or_path", None))
+        return ModelFacts(type(model).__name__, dtype=dtype, has_tokenizer=has_tokenizer)
+    source = getattr(model.config, "_name_or_path", None)
+    base_model = hub_id(source)
+    facts = ModelFacts(
+        type(model).__name__,
+        dtype=model.dtype,
+        base_model=base_model,
+        base_license=base_license(source, base_model, getattr(model.config, "license", None)),
+        has_tokenizer=has_tokenizer,
+    )
     kind = published_class(model)
     if kind is None or getattr(model.config, "auto_map", None):  # a class defined outside of transformers
-        return ModelFacts(type(model).__name__, dtype=model.dtype, base_model=base_model)
+        return facts
     from transformers.models.auto import modeling_auto
 
+    facts = replace(facts, name=kind.__name__, loader=kind.__name__, model_type=model.config.model_type)
     for task, (mapping, loader) in _TASKS.items():
         if kind.__name__ in getattr(modeling_auto, mapping, {}).values():
-            return ModelFacts(kind.__name__, loader, model.dtype, base_model, task, model.config.model_type)
-    return ModelFacts(kind.__name__, kind.__name__, model.dtype, base_model, model_type=model.config.model_type)
+            return replace(facts, loader=loader, pipeline_tag=task)
+    return facts
 
 
 def hub_id(name: str | None) -> str | None:
@@ -99,6 +120,8 @@ def model_card(
         f"---\n{yaml.safe_dump(_metadata(report, facts), sort_keys=False, allow_unicode=True)}---",
         f"# {escaped(heading(report, facts))}",
         _summary(report, facts),
+        "## License",
+        _license(facts),
         "## Quantization",
         table(("option", "value"), _options(settings, report)),
         "## Calibration",
@@ -109,7 +132,10 @@ def model_card(
         "## How to load it",
         "In this folder (`.`); elsewhere, put its path in place of the dot.",
         _here(facts),
+        *_generate(facts),
         *loading,
+        "## Upload it",
+        snippet("hf", f"hf auth login\nhf upload YOUR_NAME/{_repository(report, facts)} .", "bash"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -118,17 +144,14 @@ def model_card(
 
 
 def _metadata(report: QuantizeReport, facts: ModelFacts) -> dict[str, Any]:
-    """The hub's keys; unknown values are left out."""
-    base = {"base_model": facts.base_model, "base_model_relation": "quantized"} if facts.base_model else {}
-    task = {"pipeline_tag": facts.pipeline_tag} if facts.pipeline_tag else {}
-    metrics = {"metrics": [" ".join(metric.split()) for metric in report.metrics]} if report.metrics else {}
-    return {
-        **base,
-        "library_name": QUANTIZER_NAME if facts.loader is None else "transformers",
-        **task,
-        "tags": ["gptq", *(f"{bits}-bit" for bits in bit_widths(report)), "quantized", QUANTIZER_NAME],
-        **metrics,
-    }
+    return metadata(
+        report,
+        heading(report, facts),
+        base_model=facts.base_model,
+        base_license=facts.base_license,
+        library=QUANTIZER_NAME if facts.loader is None else "transformers",
+        pipeline_tag=facts.pipeline_tag,
+    )
 
 
 def _summary(report: QuantizeReport, facts: ModelFacts) -> str:
@@ -136,12 +159,30 @@ def _summary(report: QuantizeReport, facts: ModelFacts) -> str:
     totals = report.totals()
     ratio = totals["loss"] / totals["rtn_loss"] if totals["rtn_loss"] else float("nan")
     compared = f" Their loss is {format_value(ratio, 3)} of round-to-nearest's." if format_value(ratio) else ""
+    whole = ""
+    if report.size is not None:
+        before = f" ({format_bytes(report.coverage.float_model)} before)" if report.coverage is not None else ""
+        size = format_bytes(report.size.bytes)
+        whole = f" The whole export is {size}{before}, of which {report.float_share:.1%} are float."
     return (
         f"A `{facts.name}` whose linear layers were quantized with GPTQ by {QUANTIZER_NAME}.{origin} "
-        f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}. The "
-        f"quantized ones take {format_bytes(report.stored_bytes)}, {format_bits_per_weight(report.bits_per_weight)}; "
+        f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}.{whole}"
+        f" The quantized ones take {format_bytes(report.stored_bytes)}, {format_bits_per_weight(report.bits_per_weight)}; "
         f"in 16 bits they would take {format_bytes(2 * report.weights)}.{compared} `report.html` shows every layer."
     )
+
+
+def _license(facts: ModelFacts) -> str:
+    known = facts.base_license
+    if known is None:
+        whose = f"the card of {facts.base_model} was not on disk" if facts.base_model else "no base model is known"
+        return (
+            f"**Unknown**: {whose}. Before this folder is published, its license belongs here and, as `license:`, into "
+            "the metadata above; that of a base model binds its quantized copies too."
+        )
+    name = known.name or known.id
+    text = f"[{escaped(name)}]({known.link})" if known.link else f"`{name}`"
+    return f"{text}, that of the base model, as its card has it."
 
 
 def _options(settings: Mapping[str, Any], report: QuantizeReport) -> list[tuple[str, str]]:
@@ -160,7 +201,8 @@ def _calibration(report: QuantizeReport) -> str:
     if not report.tokens:
         return "None: the weights were rounded to nearest."
     origin = f"{escaped(report.calibration)}: " if report.calibration else ""
-    return f"{origin}{report.samples:,} samples, {report.tokens:,} tokens."
+    digest = f" Their SHA-256 is `{report.calibration_sha256}`." if report.calibration_sha256 else ""
+    return f"{origin}{report.samples:,} samples, {report.tokens:,} tokens.{digest}"
 
 
 def _metrics(report: QuantizeReport) -> list[str]:
@@ -178,7 +220,7 @@ def _metrics(report: QuantizeReport) -> list[str]:
 
 
 def _deviations(report: QuantizeReport) -> str:
-    return "\n".join(f"- {escaped(deviation)}" for deviation in report.all_deviations()) or "Nothing."
+    return "\n".join(f"- {escaped(deviation)}" for deviation in report.deviation_lines()) or "Nothing."
 
 
 # --- how to load it -----------------------------------------------------------------------------------------
@@ -190,6 +232,33 @@ def _here(facts: ModelFacts) -> str:
     else:
         call, comment = f'load_quantized(".", model={facts.name}())', "  # built as it was for training"
     return snippet(QUANTIZER_NAME, f"from {QUANTIZER_NAME} import load_quantized\n\nmodel = {call}{comment}")
+
+
+def _generate(facts: ModelFacts) -> list[str]:
+    """How a language model continues a text, or tokens if the folder has no tokenizer."""
+    if facts.pipeline_tag != "text-generation" or facts.loader is None:
+        return []
+    load = f'from {QUANTIZER_NAME} import load_quantized\n\nmodel = load_quantized(".", device="cpu")\n'
+    if facts.has_tokenizer:
+        lines = (
+            f"from transformers import AutoTokenizer\n\n{load}"
+            'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+            'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids\n'
+            "print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))"
+        )
+    else:
+        lines = (
+            f"import torch\n\n{load}"
+            "ids = torch.tensor([[1, 2, 3]])  # your text's tokens: there is no tokenizer in this folder\n"
+            "print(model.generate(ids, max_new_tokens=40))"
+        )
+    return [snippet("Generate", lines)]
+
+
+def _repository(report: QuantizeReport, facts: ModelFacts) -> str:
+    """A name for the export on the hub."""
+    name = facts.base_model.rpartition("/")[2] if facts.base_model else facts.name
+    return f"{name}-GPTQ-{'-'.join(f'{bits}bit' for bits in bit_widths(report)) or 'float'}"
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -24,6 +24,14 @@ def format_value(number: float, digits: int = 4) -> str:
     return "" if math.isnan(number) else f"{number:.{digits}g}"
 
 
+def format_share(number: float) -> str:
+    """A fraction as a percentage of three significant digits; blank if unknown (NaN)."""
+    if math.isnan(number):
+        return ""
+    percent = 100 * number
+    return f"{percent:.3g} %" if percent == 0 or percent >= 1e-4 else f"{percent:.1e} %"
+
+
 def format_change(number: float) -> str:
     """With its sign; blank if unknown (NaN)."""
     return "" if math.isnan(number) else f"{number:+.3g}"

@@ -11,7 +11,9 @@ from typing import Any
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.report.coverage import Coverage
-from gptq_plugin.report.numbers import align, format_bits_per_weight, format_bytes
+from gptq_plugin.report.deviations import Deviation, grouped
+from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes
+from gptq_plugin.report.table import layer_table
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class ModuleReport:
         max_input: Largest absolute input in calibration, at any position, over all ranks; NaN if unknown.
         max_output: The same of the quantized layer's output.
         stored_bytes: Bytes of its codes, scales and zeros in the export (`checkpoint.sizes.stored_bytes`); 0 if float.
+        output_power: Mean over tokens of the squared output of the float weight, summed over outputs, without bias; NaN
+            if unknown.
         reason: Why it is float.
         deviations: A sentence for each difference from the request.
     """
@@ -49,6 +53,7 @@ class ModuleReport:
     max_input: float = math.nan
     max_output: float = math.nan
     stored_bytes: int = 0
+    output_power: float = math.nan
     reason: str = ""
     deviations: tuple[str, ...] = ()
 
@@ -57,9 +62,32 @@ class ModuleReport:
         return self.shape[0] * self.shape[1]
 
     @property
+    def relative_error(self) -> float:
+        """`loss` as a share of `output_power`, by which layers compare; NaN if unknown."""
+        return self.loss / self.output_power if self.output_power > 0 else math.nan
+
+    @property
+    def rtn_relative_error(self) -> float:
+        """The same of `rtn_loss`."""
+        return self.rtn_loss / self.output_power if self.output_power > 0 else math.nan
+
+    @property
     def largest(self) -> float:
         """The larger of `max_input` and `max_output`; NaN if neither is known."""
         return max((x for x in (self.max_input, self.max_output) if not math.isnan(x)), default=math.nan)
+
+
+@dataclass(frozen=True)
+class ExportSize:
+    """Bytes of an export's safetensors files.
+
+    Attributes:
+        bytes: Of the files.
+        float_bytes: Of the tensors that belong to no quantized weight: embeddings, norms, biases, float layers.
+    """
+
+    bytes: int
+    float_bytes: int
 
 
 @dataclass
@@ -78,6 +106,7 @@ class QuantizeReport:
         run_id: The training run's id, else a random one. Empty without calibration.
         float_checkpoint: Path of the float weights that training saved; empty if it did not.
         coverage: The planned division into quantized and float parameters; None if not computed.
+        size: The export's size; None without an export.
         metrics: Results of the user's evaluation by metric, such as ``val_loss``: ``{"float": 2.31, "gptq": 2.33}``.
     """
 
@@ -92,6 +121,7 @@ class QuantizeReport:
     run_id: str = ""
     float_checkpoint: str = ""
     coverage: Coverage | None = None
+    size: ExportSize | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -109,6 +139,14 @@ class QuantizeReport:
         return sum(module.stored_bytes for module in self.quantized)
 
     @property
+    def float_share(self) -> float:
+        """Share of the export's bytes that is float, g_idx left out; as planned if nothing was exported. NaN without
+        either."""
+        if self.size is not None and self.size.float_bytes + self.stored_bytes:
+            return self.size.float_bytes / (self.size.float_bytes + self.stored_bytes)
+        return math.nan if self.coverage is None else self.coverage.exported_share
+
+    @property
     def bits_per_weight(self) -> float:
         """`stored_bytes` as bits, averaged over the quantized weights; NaN without any."""
         return 8 * self.stored_bytes / self.weights if self.weights else math.nan
@@ -119,6 +157,14 @@ class QuantizeReport:
         for module in self.modules:
             for deviation in module.deviations:
                 yield f"{module.name}: {deviation}"
+
+    def grouped_deviations(self) -> list[Deviation]:
+        """The deviations for people: one of each kind, with the modules that share it."""
+        return grouped(self.deviations, {module.name: module.deviations for module in self.modules})
+
+    def deviation_lines(self) -> list[str]:
+        """`grouped_deviations` as lines."""
+        return [deviation.line for deviation in self.grouped_deviations()]
 
     def totals(self) -> dict[str, float]:
         """The whole model's losses, counts and seconds, for loggers."""
@@ -147,10 +193,11 @@ class QuantizeReport:
             "calibration_sha256": self.calibration_sha256,
             "run_id": self.run_id,
             "float_checkpoint": self.float_checkpoint,
+            "size": None if self.size is None else dataclasses.asdict(self.size),
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "metrics": self.metrics,
             "deviations": self.deviations,
-            "modules": [dataclasses.asdict(module) for module in self.modules],
+            "modules": [{**dataclasses.asdict(m), "relative_error": m.relative_error} for m in self.modules],
         }
         plain: dict[str, Any] = _without_nan(values)
         return plain
@@ -160,24 +207,7 @@ class QuantizeReport:
 
     def table(self) -> str:
         """One line per module, then totals, coverage and deviations."""
-        head = (
-            "module",
-            "method",
-            "bits",
-            "group",
-            "out x in",
-            "loss",
-            "RTN loss",
-            "loss/RTN",
-            "tokens",
-            "damp",
-            "s",
-        )
-        rows = [head] + [_row(module) for module in self.modules]
-        lines = [
-            line if module is None or not module.reason else f"{line}  {module.reason}"
-            for line, module in zip(align(rows), [None, *self.modules], strict=True)
-        ]
+        lines = layer_table(self.modules)
         totals = self.totals()
         ratio = f", {totals['loss'] / totals['rtn_loss']:.3f} of round-to-nearest's" if totals["rtn_loss"] else ""
         lines.append(
@@ -191,42 +221,8 @@ class QuantizeReport:
             + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         )
         lines += [self.coverage.summary()] if self.coverage is not None else []
-        lines += [f"! {deviation}" for deviation in self.all_deviations()]
+        lines += [f"! {deviation}" for deviation in self.deviation_lines()]
         return "\n".join(lines)
-
-
-def _row(module: ModuleReport) -> tuple[str, ...]:
-    if module.method == "float":
-        return (
-            module.name,
-            "float",
-            "",
-            "",
-            f"{module.shape[0]} x {module.shape[1]}",
-            "",
-            "",
-            "",
-            "",
-            "",
-            "",
-        )
-    return (
-        module.name,
-        module.method,
-        str(module.bits),
-        str(module.group_size),
-        f"{module.shape[0]} x {module.shape[1]}",
-        _figure(module.loss),
-        _figure(module.rtn_loss),
-        _figure(module.loss / module.rtn_loss) if module.rtn_loss else "",
-        str(module.tokens),
-        _figure(module.damp_percent),
-        f"{module.seconds:.2f}",
-    )
-
-
-def _figure(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4g}"
 
 
 def _without_nan(value: Any) -> Any:

@@ -145,3 +145,7 @@ class CallbackBase:
 
         self.report = attempts.quantize(self.quantizer, finish)
         return self.report
+
+    def tell_result(self, report: QuantizeReport) -> None:
+        """Shows users the layers and the result, on rank 0. To be called when no progress bar is in the way."""
+        self.quantizer.run_log.end(report, self.export_dir)

@@ -1,0 +1,33 @@
+"""The size of an export by its files: `export_size`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Set
+from pathlib import Path
+
+from gptq_plugin.report.report import ExportSize
+
+
+def export_size(folder: Path, quantized: Set[str]) -> ExportSize:
+    """Bytes of the safetensors files in a folder, and of their float tensors.
+
+    Args:
+        folder: The export.
+        quantized: Names of the quantized layers in the files. Their biases are float.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    floats = 0
+    for file in files:
+        for name, size in _tensor_bytes(file).items():
+            layer, _, suffix = name.rpartition(".")
+            floats += size if layer not in quantized or suffix == "bias" else 0
+    return ExportSize(sum(file.stat().st_size for file in files), floats)
+
+
+def _tensor_bytes(file: Path) -> dict[str, int]:
+    """The bytes of every tensor in a file, from its header (https://huggingface.co/docs/safetensors)."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: stop - start for name, (start, stop) in offsets.items()}
