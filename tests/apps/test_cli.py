@@ -162,7 +162,7 @@ def test_finetune_mixes_general_text_into_the_runs_own_calibration(app, tmp_path
     )
     report = json.loads((tmp_path / "run" / "gptq" / "quantization_report.json").read_text())
     assert re.fullmatch(
-        r"\d+ samples of the validation dataloader's \d+ \(seed 0\); 8 samples of the general text",
+        r"\d+ samples of the validation dataloader's \d+ of own\.txt \(seed 0\); 8 samples of the general text",
         report["calibration"],
     )
 

@@ -47,7 +47,7 @@ class Seen(GPTQTrainerCallback):
 def test_the_report_says_where_the_samples_come_from(tmp_path):
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL, seed=7), tmp_path / "out")
     train(llama(), [callback], tmp_path)
-    assert callback.report.calibration == "17 samples of the train dataloader's 24 (seed 7)"
+    assert callback.report.calibration == "17 samples of the train dataloader's 24 of Rows (seed 7)"
     assert callback.report.calibration in (tmp_path / "out" / "quantization_report.json").read_text()
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL), calibration=[[5] * 70] * 3)
     train(llama(), [callback], tmp_path)
@@ -60,7 +60,7 @@ def test_val_draws_from_all_datasets_that_training_evaluates(eval_steps, tmp_pat
     data = {"first": High(9, 32), "second": High(12, 48)}
     options = {**EACH_STEP, "eval_steps": eval_steps}
     trainer = train(llama(), [callback], tmp_path, Low(), trainer_options={"eval_dataset": data}, **options)
-    assert callback.report.calibration == "17 samples of the validation dataloader's 21 (seed 0)"
+    assert callback.report.calibration == "17 samples of the validation dataloader's 21 of High (seed 0)"
     samples = {tuple(row) for row in callback.rows}
     assert samples <= {tuple(row) for part in data.values() for row in part.ids.tolist()} and len(samples) >= 17
     assert len(quantized(trainer.model)) == 7
@@ -133,13 +133,16 @@ def test_a_dataloader_given_is_sampled_like_the_trainers(loader_of, number, low,
 
     trainer = train(llama(), [], tmp_path, Low(), kind=Adds, trainer_options={"eval_dataset": High(33, 48)})
     callback = trainer.added
-    assert callback.report.calibration == f"17 samples of the dataloader given's {number} (seed 0)"
+    assert callback.report.calibration == f"17 samples of the dataloader given's {number} of High (seed 0)"
     assert min(token for row in callback.rows for token in row) >= low and callback.report.deviations == []
 
 
 @pytest.mark.parametrize(
     ("data", "own"),
-    [(Rows(), "13 samples of the train dataloader's 24 (seed 0)"), (Stream(), "16 samples of the train dataloader")],
+    [
+        (Rows(), "13 samples of the train dataloader's 24 of Rows (seed 0)"),
+        (Stream(), "16 samples of the train dataloader of Stream"),
+    ],
     ids=["rows", "stream"],
 )
 def test_general_text_is_mixed_in_with_the_trainers_tokenizer(data, own, tmp_path):
@@ -189,7 +192,7 @@ def test_a_train_dataloader_of_a_kind_of_its_own_is_not_read_ahead_of_training(t
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL))
     trainer = train(llama(), [callback], tmp_path, kind=Own)
     assert trainer.batches.starts == 2  # by training, and then by calibration
-    assert callback.report.calibration == "24 samples of the train dataloader"
+    assert callback.report.calibration == "24 samples of the train dataloader of Rows"
 
 
 def test_rows_of_a_data_set_calibrate_with_the_trainers_tokenizer(tmp_path):

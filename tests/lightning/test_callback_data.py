@@ -344,7 +344,7 @@ def test_a_stream_is_not_read_ahead_of_training_and_is_mixed_all_the_same(tmp_pa
         Holds(), DataLoader(Stream(), batch_size=4),
         GPTQCallback(QuantizeModule(**SMALL), mix=[[5, 6, 7]] * 9), tmp_path,
     )  # fmt: skip
-    assert report.calibration == "12 samples of the train dataloader; 4 samples of the general text"
+    assert report.calibration == "12 samples of the train dataloader of Stream; 4 samples of the general text"
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])

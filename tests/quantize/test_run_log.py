@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def everything(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_quantization_ends_with_its_layers_and_its_result(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     QuantizeModule(**SMALL).quantize(tiny_llama(), BATCHES, export_dir=tmp_path / "out")
     shown = caplog.records[-1].message
-    assert shown.startswith("module ") and "model.layers.1.mlp.down_proj" in shown
+    assert shown.startswith("layers:\nmodule ") and "model.layers.1.mlp.down_proj" in shown
     assert shown.splitlines()[-2].startswith(f"exported to {tmp_path / 'out'}: ")
     assert f"every layer: {tmp_path / 'out' / 'report.html'}" in shown.splitlines()[-1]
     assert shown.count("stay float") == 1  # of the number of layers
@@ -79,11 +80,11 @@ def test_an_escalation_warns_once_and_shows_only_the_accepted_result(caplog: pyt
     assert len([deviation for deviation in report.deviations if "escalated" in deviation]) == 2
     assert stays_float(caplog) == 1
     messages = [record.message for record in caplog.records]
-    assert len(messages) == len(set(messages)) and sum(text.startswith("module ") for text in messages) == 1
+    assert len(messages) == len(set(messages)) and sum(text.startswith("layers:\n") for text in messages) == 1
 
 
 def test_other_ranks_show_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_log.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(run_log, "distributed", SimpleNamespace(rank=lambda: 1))
     quantizer: Any = QuantizeModule(**{**SMALL, "nsamples": 20})
     report = quantizer.quantize(tiny_llama(), BATCHES)
     assert report.deviations and not [r for r in caplog.records if r.name == "gptq_plugin.quantize.run_log"]

@@ -88,7 +88,7 @@ def quantize(cfg: DictConfig) -> float | None:
         device = _device(cfg.device)
         if not quantizer.offload_weights and fits(model, device):
             model.to(device)  # otherwise it is streamed from the CPU
-        rows = data.calibration(quantizer.config.nsamples)
+        rows = data.calibration_source(quantizer.config.nsamples)
     with (
         clock("quantize"),
         tqdm_progress() as progress,
@@ -104,6 +104,7 @@ def quantize(cfg: DictConfig) -> float | None:
         ) as report,
     ):
         pass
+    quantizer.run_log.end(report, export_dir)
     clock.move(report.seconds["export"], "quantize", "export")
     return compare(Run(cfg, run_dir, clock, data, model), quantizer, report, export_dir, device)
 

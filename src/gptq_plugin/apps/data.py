@@ -6,6 +6,7 @@ Three functions, one for each config of the group `data`, differ only in where t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from gptq_plugin.apps.documents import TEXT, builtin_documents, file_documents, hub_documents, texts
 from gptq_plugin.apps.rows import cut_rows
-from gptq_plugin.errors import DataError
+from gptq_plugin.calibration.collect import Sources
+from gptq_plugin.calibration.sampling import deal
+from gptq_plugin.errors import DataError, some
 
 
 class TextData(LightningDataModule):
@@ -34,6 +37,7 @@ class TextData(LightningDataModule):
         train_rows: Number of rows to use, the first ones; None uses all.
         eval_rows: The same for validation.
         eval_fraction: Share of the rows held out if there are no `eval_documents`.
+        source: The text's name, for the report; no path.
 
     Attributes:
         train: int64 [rows, seq_len], after `encode`.
@@ -56,6 +60,7 @@ class TextData(LightningDataModule):
         train_rows: int | None = None,
         eval_rows: int | None = None,
         eval_fraction: float = 0.1,
+        source: str = "",
     ):
         super().__init__()
         if not 0 < eval_fraction < 1:
@@ -70,6 +75,7 @@ class TextData(LightningDataModule):
         self.train_rows = train_rows
         self.eval_rows = eval_rows
         self.eval_fraction = eval_fraction
+        self.source = source
 
     def encode(self, tokenizer: Any) -> TextData:
         """Tokenizes the text and cuts it into rows. Call it once, before training.
@@ -99,22 +105,28 @@ class TextData(LightningDataModule):
             order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
         return [self.train[index] for index in order[:nsamples]]
 
+    def calibration_source(self, nsamples: int) -> Sources:
+        """`calibration`, with its origin for the report."""
+        origin = f"{len(self.train)} rows of {self.source or 'the training text'}"
+        return Sources((deal(self.calibration(nsamples), origin, nsamples=nsamples),))
+
     def train_dataloader(self) -> DataLoader:
         """Batches of the training rows."""
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(_Rows(self.train), self.batch_size, shuffle=self.shuffle, generator=generator)
+        return DataLoader(_Rows(self.train, self.source), self.batch_size, shuffle=self.shuffle, generator=generator)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation rows, in order."""
-        return DataLoader(_Rows(self.validation), self.batch_size)
+        return DataLoader(_Rows(self.validation, self.source), self.batch_size)
 
     def _cut(self, documents: Dataset, tokenizer: Any, limit: int | None, purpose: str) -> Tensor:
         return cut_rows(texts(documents), tokenizer, self.seq_len, bos=self.bos, limit=limit, purpose=purpose)
 
 
 class _Rows(TorchDataset):
-    def __init__(self, rows: Tensor):
+    def __init__(self, rows: Tensor, name: str):
         self.rows = rows
+        self.name = name  # read by `calibration.dataset_name`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,7 +137,7 @@ class _Rows(TorchDataset):
 
 def builtin(**options: Any) -> TextData:
     """Python's reference manual; see `documents.builtin_documents`. `options` are TextData's."""
-    return TextData(builtin_documents(), **options)
+    return TextData(builtin_documents(), source="Python's reference manual", **options)
 
 
 def text(
@@ -138,7 +150,9 @@ def text(
     if path is None:
         raise DataError("data=text needs data.path=FILES: a file, a folder, a pattern, or a list of these")
     documents = file_documents(path, column)
-    return TextData(documents, None if eval_path is None else file_documents(eval_path, column), **options)
+    held_out = None if eval_path is None else file_documents(eval_path, column)
+    paths = [path] if isinstance(path, str) else path
+    return TextData(documents, held_out, source=some(Path(one).name for one in paths), **options)
 
 
 def hub(
@@ -152,4 +166,5 @@ def hub(
     """A data set of the hub, or a folder; see `documents.hub_documents`. `options` are TextData's."""
     documents = hub_documents(path, name, split, column)
     held_out = None if eval_split is None else hub_documents(path, name, eval_split, column)
-    return TextData(documents, held_out, **options)
+    what = [Path(path).name if Path(path).exists() else path, name, split]
+    return TextData(documents, held_out, source=" ".join(filter(None, what)), **options)

@@ -16,10 +16,11 @@ from torch.utils.data import (
 )
 
 from gptq_plugin import distributed
+from gptq_plugin.calibration.dataset_name import dataset_name
 from gptq_plugin.calibration.same_batches import mine
 from gptq_plugin.calibration.sources import Source
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, some
 
 TRAIN = "the train dataloader"
 VALIDATION = "the validation dataloader"
@@ -66,12 +67,14 @@ def sample_loaders(
         shares = [share * (number + 1) // k - share * number // k for number in range(k)]
         # A DataLoader can be restarted, so its first batch may be tried before training.
         return [
-            Source(loader, name, share, is_general, is_stream=not isinstance(loader, DataLoader))
+            Source(
+                loader, f"{name}{_datasets([loader])}", share, is_general, is_stream=not isinstance(loader, DataLoader)
+            )
             for loader, share in zip(loaders, shares, strict=True)
         ]
     # A user's random sampler may draw differently on every rank: all use rank 0's choice.
     choice, population = distributed.object_from_first(_choose(loaders, config.seed, nsamples))
-    name = f"{name}'s {population} (seed {config.seed})"
+    name = f"{name}'s {population}{_datasets(loaders)} (seed {config.seed})"
     sources = []
     for number, loader in enumerate(loaders):
         indices = [index for which, index in choice if which == number]
@@ -90,6 +93,13 @@ def deal(data: Iterable[Any], name: str, *, nsamples: int, is_general: bool = Fa
 def share_of(nsamples: int) -> int:
     """This rank's share of `nsamples` samples; the shares of all ranks add up to it."""
     return len(range(distributed.rank(), nsamples, distributed.world_size()))
+
+
+def _datasets(loaders: Sequence[Any]) -> str:
+    """The names of the loaders' datasets, to follow their number of samples; empty without any."""
+    names = dict.fromkeys(dataset_name(getattr(loader, "dataset", None)) for loader in loaders)
+    known = [name for name in names if name]
+    return f" of {some(known)}" if known else ""
 
 
 def _is_stream(loader: DataLoader[Any]) -> bool:

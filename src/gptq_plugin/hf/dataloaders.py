@@ -55,6 +55,7 @@ class _Dealt(IterableDataset[Any]):
 
     def __init__(self, batches: DataLoader[Any]):
         self.batches = batches
+        self.dataset = batches.dataset  # for its name in the report
 
     def __iter__(self) -> Iterator[Any]:
         return islice(self.batches, distributed.rank(), None, distributed.world_size())

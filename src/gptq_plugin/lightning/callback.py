@@ -6,13 +6,13 @@ strategy is torn down, and the process group, both dataloaders and the loggers s
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -45,15 +45,12 @@ from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint,
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
-from gptq_plugin.report.notice import show
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.callback_base import CallbackBase, Origin
 from gptq_plugin.training.log_metrics import layer_metrics, quality_metrics, total_metrics
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 from gptq_plugin.training.quality_gate import QualityGate
-
-log = logging.getLogger(__name__)
 
 
 class GPTQCallback(CallbackBase, pl.Callback):
@@ -218,8 +215,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
     @distributed.ending_together()
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_dev_run(trainer):
-            if trainer.is_global_zero:
-                show(log, "fast_dev_run: nothing is quantized or exported")
+            rank_zero_info("fast_dev_run: nothing is quantized or exported")
             return
         with (
             without_training_state(trainer, pl_module),

@@ -57,7 +57,7 @@ class RunLog:
         """
         self._floats, self._warnings = None, set()
         if distributed.rank() == 0:
-            show(log, f"{layers_shown(report)}\n{ending(report, folder)}")
+            show(log, f"layers:\n{layers_shown(report)}\n{ending(report, folder)}")
 
     def exported(self, report: QuantizeReport | None, folder: Path) -> None:
         """Shows an export that is no run's end."""

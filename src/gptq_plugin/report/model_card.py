@@ -164,10 +164,11 @@ def _summary(report: QuantizeReport, facts: ModelFacts) -> str:
         before = f" ({format_bytes(report.coverage.float_model)} before)" if report.coverage is not None else ""
         size = format_bytes(report.size.bytes)
         whole = f" The whole export is {size}{before}, of which {report.float_share:.1%} are float."
+    bits = format_bits_per_weight(report.bits_per_weight)
     return (
         f"A `{facts.name}` whose linear layers were quantized with GPTQ by {QUANTIZER_NAME}.{origin} "
-        f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}.{whole}"
-        f" The quantized ones take {format_bytes(report.stored_bytes)}, {format_bits_per_weight(report.bits_per_weight)}; "
+        f"{totals['modules']} layers are quantized, {totals['modules_float']} left in {_dtype(facts.dtype)}.{whole} "
+        f"The quantized ones take {format_bytes(report.stored_bytes)}, {bits}; "
         f"in 16 bits they would take {format_bytes(2 * report.weights)}.{compared} `report.html` shows every layer."
     )
 
