@@ -43,8 +43,8 @@ def rounding_loss(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Te
 
 
 def output_power(blocks: Tensor, hessian: Tensor) -> Tensor:
-    """w H wᵀ for rows in blocks [B, rows, in], [B·rows]: the mean over tokens of the squared output, by which the report
-    makes losses relative; in bfloat16 as in `rounding_loss`."""
+    """w H wᵀ for rows in blocks [B, rows, in], [B·rows]: the mean over tokens of the squared output, by which the
+    report makes losses relative; in bfloat16 as in `rounding_loss`."""
     dtype = torch.bfloat16 if tensor_cores.usable(blocks) else blocks.dtype
     hessian = hessian.to(dtype)
     return torch.cat([output_error(w, hessian) for w in blocks.to(dtype)]).to(blocks.dtype)
