@@ -74,7 +74,7 @@ class QuantizeConfig:
             output error are solved, and the better one is kept; ``(1.0,)`` is plain GPTQ.
         true_sequential: Calibrate each layer on the outputs of the quantized layers before it. Lock-step calibration
             does so in one pass; False only occurs in other tools' files.
-        lm_head: Also quantize the output embedding.
+        lm_head: Also quantize the output embedding, or the output layer of a classifier.
         dynamic: GPTQModel's per-module rules, tried in order; the first match wins (``re.match`` on the full name):
             ``{"regex": {"bits": 8}}`` overrides fields, ``{"-:regex": {}}`` leaves modules float.
         modules_to_not_convert: Modules to leave float: a full dotted name, or consecutive components of one

@@ -15,6 +15,7 @@ from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.experts import routers, unfused
 from gptq_plugin.model.hf_models import generates, is_encoder_decoder, is_transformers, transformers_models
 from gptq_plugin.model.linears import is_linear, linear_shape
+from gptq_plugin.model.output_heads import output_heads
 from gptq_plugin.model.stored_names import stored_names
 
 
@@ -30,7 +31,8 @@ class Structure:
         linears: Every linear layer, float or quantized, by name; a shared one once, under its first name.
         routers: See `experts.routers`. Linear ones are among `linears` too.
         head: The output embedding, wherever it is in the tree; None without one.
-        published_head: Its name, if the model itself is a transformers model that has one: clients know no other.
+        output_heads: The layers that give a classifier's output (`output_heads.output_heads`).
+        published_head: Name of `head`, if the model itself is a transformers model that has one: clients know no other.
         obstacles: Linear layers that cannot be quantized by themselves, and why.
         outside: Linear layers outside the part that writes text, in a model that writes about images or sounds.
         shapes: (out_features, in_features) of every linear layer, under each of its names, and of every router.
@@ -40,6 +42,7 @@ class Structure:
     linears: Mapping[str, nn.Module]
     routers: Mapping[str, nn.Module]
     head: nn.Module | None
+    output_heads: Set[nn.Module]
     published_head: str | None
     obstacles: Mapping[nn.Module, str]
     outside: Set[nn.Module]
@@ -51,11 +54,13 @@ class Structure:
         linears = {name: module for name, module in model.named_modules() if _is_layer(module)}
         scorers, head = routers(model), _output_embedding(model)
         everywhere = {n: m for n, m in model.named_modules(remove_duplicate=False) if _is_layer(m)}
+        shapes = {name: _shape(module) for name, module in linears.items()}
         return cls(
             model,
             linears,
             scorers,
             head,
+            {linears[name] for name in output_heads(model, shapes)},
             _published_head(model),
             _obstacles(model, head),
             _outside_language(model, linears),

@@ -103,6 +103,8 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
             skipped.append(Skipped(name, module, "left float by `modules_to_not_convert`", asked=True))
         elif module is structure.head and not config.lm_head:
             skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))
+        elif module in structure.output_heads and not config.lm_head:
+            skipped.append(Skipped(name, module, "output head of a classifier (lm_head=false)", asked=True))
         elif module in scorers and not _names_only(config.rule_for(name)[0], scorers, linears):
             skipped.append(Skipped(name, module, _ROUTER, asked=True))
         elif module in structure.outside and not _names_only(config.rule_for(name)[0], structure.outside, linears):
