@@ -2,7 +2,8 @@
 
 Every operation begins with a check-in over a separate group: each rank sends which call it has come to, and a number. A
 rank that has failed (`ending_together`) sends its error instead, and the others raise that at their next operation. So
-no rank waits for one that will not come, and none reduces while another broadcasts.
+no rank waits for one that will not come, and none reduces while another broadcasts. The error also stands in the
+process group's store, where ranks find it that wait for a third one, or come when the failed one is gone.
 
 Tested by tests/ranks/test_distributed.py: with all tests that start several ranks.
 """
@@ -10,8 +11,11 @@ Tested by tests/ranks/test_distributed.py: with all tests that start several ran
 from __future__ import annotations
 
 import contextlib
+import itertools
+import time
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -22,9 +26,31 @@ from torch import Tensor
 from gptq_plugin.errors import RankError
 
 _GRACE = timedelta(seconds=15)  # how long a rank that failed waits for the others to learn why
+_SLICE = timedelta(seconds=1)  # of waiting: between two the rank can be interrupted, and learns who has failed
 _FINE, _FAILED = 0, 1
 
-_check_in_groups: tuple[Any, Any] | None = None  # the default group, and the one beside it for check-ins
+
+@dataclass
+class _CheckIns:
+    """The group for check-ins, beside a default group.
+
+    Attributes:
+        world: The default group.
+        group: Separate, so that check-ins never mix with the user's messages.
+        store: The default group's.
+        key: Where the first rank that fails leaves its error in the store.
+        waits: True from when a check-in is sent to when all ranks' have come.
+    """
+
+    world: Any
+    group: Any
+    store: Any
+    key: str
+    waits: bool = False
+
+
+_check_ins: _CheckIns | None = None
+_made = itertools.count()  # groups for check-ins, the same number on every rank
 _depth = 0  # of nested `ending_together`
 
 
@@ -45,22 +71,25 @@ def world_size() -> int:
 def ending_together() -> Iterator[None]:
     """Ends the block on all ranks when an error ends it on one: the others raise RankError with its message.
 
-    They do so at their next operation, at the latest at the end of the block, which is one. The rank that failed waits
-    some seconds for them, then raises its error; ranks that come later cannot reach it.
+    They do so at their next operation, at the latest at the end of the block, which is one. An error is an interruption
+    (Ctrl-C) or an exit too. The rank that failed waits some seconds for the others, then raises its error.
 
     Raises:
-        RankError: Another rank failed in the block.
+        RankError: Another rank failed in the block, or did not come to the first one.
     """
-    global _depth
+    global _depth, _check_ins
     _depth += 1
     try:
+        if _depth == 1 and active():
+            _group_for_check_ins()  # while all are still there
         yield
         if _depth == 1 and active():
             _check_in("the end")
-    except Exception as error:
-        if _depth == 1 and active() and not isinstance(error, RankError):
-            with contextlib.suppress(RuntimeError):
-                _exchange(_FAILED, 0, f"{type(error).__name__}: {error}", _GRACE)
+    except BaseException as error:
+        if _depth == 1 and active() and not isinstance(error, GeneratorExit):
+            if not isinstance(error, RankError):
+                _tell(error)
+            _check_ins = None  # some ranks may have left in the middle of one
         raise
     finally:
         _depth -= 1
@@ -87,6 +116,17 @@ def maximum_(tensor: Tensor) -> None:
     _check_in("maximum")
     with _unreachable_as_rank_error():
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_group(tensor))
+
+
+def from_first_(tensor: Tensor) -> None:
+    """Replaces the tensor's values by rank 0's, in place on every rank."""
+    if not active():
+        return
+    values = tensor.detach().contiguous()
+    _check_in("from_first")
+    with _unreachable_as_rank_error():
+        dist.broadcast(values.reshape(-1).view(torch.uint8), src=0, group=_group(values))
+    tensor.detach().copy_(values)
 
 
 def minimum(value: int) -> int:
@@ -126,7 +166,7 @@ def object_from_first(value: Any) -> Any:
     values = [value]
     _check_in("object_from_first")
     with _unreachable_as_rank_error():
-        dist.broadcast_object_list(values, src=0, group=_check_in_group())
+        dist.broadcast_object_list(values, src=0, group=_group_for_check_ins())
     return values[0]
 
 
@@ -137,7 +177,7 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     _check_in("gather_objects")
     with _unreachable_as_rank_error():
-        dist.all_gather_object(values, value, group=_check_in_group())
+        dist.all_gather_object(values, value, group=_group_for_check_ins())
     return values
 
 
@@ -161,13 +201,12 @@ def _exchange(code: int, number: int, text: str, timeout: timedelta | None = Non
     mine = torch.tensor([code, number])
     everyones = [torch.empty_like(mine) for _ in range(world_size())]
     with _unreachable_as_rank_error():
-        work = dist.all_gather(everyones, mine, group=_check_in_group(), async_op=True)
-        work.wait(timeout) if timeout is not None else work.wait()
+        _wait(dist.all_gather(everyones, mine, group=_group_for_check_ins(), async_op=True), timeout)
     if all(int(theirs[0]) == code and code & 1 == _FINE for theirs in everyones):
         return [int(theirs[1]) for theirs in everyones]
     texts: list[Any] = [None] * world_size()
     with _unreachable_as_rank_error():
-        dist.all_gather_object(texts, text, group=_check_in_group())
+        dist.all_gather_object(texts, text, group=_group_for_check_ins())
     failed = [n for n, theirs in enumerate(everyones) if int(theirs[0]) & 1 == _FAILED]
     if failed:
         raise RankError("; ".join(f"rank {n} failed: {texts[n]}" for n in failed))
@@ -175,27 +214,109 @@ def _exchange(code: int, number: int, text: str, timeout: timedelta | None = Non
     raise RankError(f"the ranks do different things ({calls}): give all the same model, configuration and calls")
 
 
+def _wait(work: Any, timeout: timedelta | None) -> None:
+    """Waits for a check-in; without a timeout also for news of a rank that failed."""
+    assert _check_ins is not None
+    _check_ins.waits = True  # and stays so if the rank is interrupted
+    deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
+    try:
+        while True:
+            try:
+                work.wait(_SLICE)
+                break
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # raises what it failed with
+                    break
+                if deadline is None:
+                    _raise_failure()
+                elif time.monotonic() > deadline:
+                    raise
+    except RuntimeError:
+        _check_ins.waits = False
+        raise
+    _check_ins.waits = False
+
+
+def _tell(error: BaseException) -> None:
+    """Tells the other ranks why this one failed."""
+    text = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(RuntimeError):
+        _group_for_check_ins()
+        assert _check_ins is not None
+        _check_ins.store.set(_check_ins.key, f"rank {rank()} failed: {text}")
+        if not _check_ins.waits:  # else this rank's last check-in is still on its way
+            _exchange(_FAILED, 0, text, _GRACE)
+
+
+def _raise_failure() -> None:
+    """Raises the error that a failed rank left in the store, if it can be read."""
+    failure = ""
+    with contextlib.suppress(RuntimeError):
+        if _check_ins is not None and _check_ins.store.check([_check_ins.key]):
+            failure = _check_ins.store.get(_check_ins.key).decode()
+    if failure:
+        raise RankError(failure)
+
+
 @contextlib.contextmanager
 def _unreachable_as_rank_error() -> Iterator[None]:
     try:
         yield
+    except RankError:
+        raise
     except RuntimeError as error:
+        _raise_failure()
         raise RankError(
             f"rank {rank()} cannot reach the others: one was killed (out of memory?), ended, or took longer than the "
-            f"process group's timeout. See its output for the cause ({str(error).splitlines()[0]})"
+            f"process group's timeout of {_timeout()}. See its output for the cause ({str(error).splitlines()[0]})"
         ) from error
 
 
 def _group(tensor: Tensor) -> Any:
     """The default group; the one for check-ins if the tensor is on a CPU and the default has no transport for it."""
     serves = tensor.is_cuda or "gloo" in dist.get_backend_config()
-    return dist.group.WORLD if serves else _check_in_group()
+    return dist.group.WORLD if serves else _group_for_check_ins()
 
 
-def _check_in_group() -> Any:
-    """The group for check-ins, made by the first one: separate, so that they never mix with the user's messages."""
-    global _check_in_groups
+def _group_for_check_ins() -> Any:
+    """The group for check-ins. The first call of every rank makes it, when all have come."""
+    global _check_ins
     world = dist.group.WORLD
-    if _check_in_groups is None or _check_in_groups[0] is not world:
-        _check_in_groups = world, dist.new_group(backend="gloo")
-    return _check_in_groups[1]
+    if _check_ins is None or _check_ins.world is not world:
+        store, name = dist.distributed_c10d._get_default_store(), f"gptq_plugin/{next(_made)}"
+        _meet(store, name)
+        with _unreachable_as_rank_error():
+            group = dist.new_group(backend="gloo", timeout=_timeout())
+        _check_ins = _CheckIns(world, group, store, f"{name}/failed")
+    return _check_ins.group
+
+
+def _meet(store: Any, name: str) -> None:
+    """Waits until all ranks have come here, so that making a group, which nothing can interrupt, takes no time.
+
+    Raises:
+        RankError: Some did not come within the process group's timeout.
+    """
+    ranks = [f"{name}/{number}" for number in range(world_size())]
+    with _unreachable_as_rank_error():
+        store.set(ranks[rank()], "here")
+        deadline, pause = time.monotonic() + _timeout().total_seconds(), 0.001
+        while not store.check(ranks):
+            if time.monotonic() > deadline:
+                missing = ", ".join(str(number) for number, key in enumerate(ranks) if not store.check([key]))
+                raise RankError(
+                    f"rank {rank()} waited {_timeout()}, the process group's timeout, and these did not come: rank "
+                    f"{missing}. Every rank must make the same call; see their output"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+
+
+def _timeout() -> timedelta:
+    """The default group's timeout. PyTorch does not tell it, but its backends do."""
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(RuntimeError, AttributeError):
+            found: timedelta = dist.group.WORLD._get_backend(torch.device(device)).options._timeout  # type: ignore
+            return found
+    return dist.default_pg_timeout

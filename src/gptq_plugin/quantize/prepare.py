@@ -21,6 +21,7 @@ from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import learn_layouts, undeclared
 from gptq_plugin.model.plan import Plan, planned
 from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.quantize.same_on_ranks import check_same
 
 
 @contextlib.contextmanager
@@ -41,8 +42,10 @@ def prepared(
     Raises:
         TargetError: See `targets.find_targets`.
         ExportError: `client` would not take the export.
+        RankError: Ranks differ in what they are about to quantize.
         CalibrationError: See `calibration.collect.collect`.
     """
+    check_same(model, config, client)
     calibration = None
     if undeclared(model):
         check_client(model, config, client)
