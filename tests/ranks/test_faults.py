@@ -17,7 +17,7 @@ CASES = {
     "raise-setup": "MemoryError: not on this node",
     "raise-rehearsal": "MemoryError: a bad sample",
     "raise-calibration": "MemoryError: a bad sample",
-    "nan-calibration": "holds NaN or infinity in calibration batches [0, 1] (rank 1)",
+    "nan-calibration": "holds NaN or infinity in calibration batches [0] (rank 1)",
     "kill-calibration": "cannot reach the others",
     "raise-reduction": "MemoryError: out of memory",
     "nan-reduction": "the sum over all batches",

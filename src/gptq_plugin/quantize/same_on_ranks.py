@@ -1,4 +1,7 @@
-"""Refuses ranks that differ, where they first meet: other weights, another model, configuration or version."""
+"""Refuses ranks that differ, where they first meet: other weights, another model, configuration or version.
+
+Tested by tests/ranks/test_differing.py: on ranks that differ.
+"""
 
 from __future__ import annotations
 
