@@ -94,6 +94,12 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, b
     return weight.t()
 
 
+def dequantize_by_gather(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Tensor:
+    """`dequantize` to float32 in one piece, without checks or steps that depend on values: it can be traced."""
+    zeros = _expand(qzeros.t(), bits, qweight.shape[1]).t().float()
+    return ((_expand(qweight, bits, len(g_idx)).float() - zeros[g_idx]) * scales.float()[g_idx]).t()
+
+
 def matmul(
     x: Tensor,
     qweight: Tensor,

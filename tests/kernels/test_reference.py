@@ -17,6 +17,7 @@ from kernel_cases import CASES, DTYPES, Case, assert_product, make_block, make_g
 def test_the_plain_definition_is_the_formula(case, bits, dtype):
     layer = make_layer(case, bits)
     assert torch.equal(reference.dequantize(*layer.packed, dtype), layer.weight.to(dtype))
+    assert torch.equal(reference.dequantize_by_gather(*layer.packed), layer.weight.float())
     x, bias = torch.randn(3, case.n_in, dtype=dtype), torch.randn(case.n_out, dtype=dtype)
     assert_product(reference.matmul(x, *layer.packed, bias), x, layer.weight, bias)
     assert_product(reference.matmul(x, *layer.packed), x, layer.weight, None)

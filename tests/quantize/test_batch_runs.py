@@ -31,7 +31,7 @@ def test_layers_with_one_input_are_a_group_and_the_model_is_left_as_it_was():
     plan, runs = runs_of(model, [rows(4, 32)])
     with runs:
         groups, reads = runs.find_groups(modules(plan))
-    assert [group.names for group in groups] == [("0.q", "0.k", "0.v"), ("0.o",), ("1",)] and reads == set()
+    assert [group.names for group in groups] == [("0.q", "0.k", "0.v"), ("0.o",), ("1",)] and reads == {}
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -41,7 +41,7 @@ def test_layers_whose_weights_the_model_reads_are_told_apart():
     plan, runs = runs_of(layer, [torch.randn(2, 5, 32)])
     with runs:
         _, reads = runs.find_groups(modules(plan))
-    assert reads == {"self_attn.out_proj"}
+    assert reads == {"self_attn.out_proj": "the model reads its weight by itself"}
 
 
 @pytest.mark.parametrize("batches", [[[1] * 3, [1] * 9, [1] * 5], [rows(2, 32), rows(7, 32), rows(5, 32)]])
@@ -67,11 +67,13 @@ def test_all_ranks_take_the_groups_of_the_largest_batch_of_all_and_of_these_the_
     with runs:
         told = runs.find_groups(modules(plan))
     plan, runs = runs_of(model, [])
-    others = [((-4, 5), [], {"o"}), ((-4, 2), told[0], {"q"}), ((-3, 0), [], set())]
-    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, *others])  # this one has no batch
+    others = [((-4, 5), []), ((-4, 2), told[0]), ((-3, 0), [])]
+    judged = [({"q": "for one"}, {"q", "k", "v"}), ({"o": "for another"}, set())]
+    gathered = [others, judged]
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, *gathered.pop(0)])  # this one has no batch
     with runs:
         groups, reads = runs.find_groups(modules(plan))
-    assert groups == told[0] and reads == {"q", "o"}
+    assert groups == told[0] and reads == {"q": "for one", "o": "for another"}
 
 
 def test_a_batch_runs_under_its_number(monkeypatch):

@@ -73,10 +73,63 @@ def test_a_weight_that_the_model_reads_stays_float_and_that_is_said(way):
     assert isinstance(model.read, nn.Linear)
 
 
-def test_a_hook_on_the_layer_may_look_at_its_weight():
+HOOKS = {
+    "an input": lambda layer: layer.register_forward_pre_hook(lambda m, args: (args[0] * (m.weight.sum() * 0 + 1),)),
+    "an output": lambda layer: layer.register_forward_hook(lambda m, args, y: y + args[0] @ m.weight.T * 0.1),
+    "data, with keywords": lambda layer: layer.register_forward_hook(
+        lambda m, args, kwargs, y: y + m.weight.data[0], with_kwargs=True
+    ),
+    "several": lambda layer: layer.register_forward_hook(lambda m, args, y: y + torch.cat([m.weight, m.weight])[0]),
+    "nothing but a look": lambda layer: layer.register_forward_hook(lambda m, args, y: m.norms.append(m.weight.norm())),
+}
+
+
+@pytest.mark.parametrize("what", HOOKS)
+def test_a_layer_whose_hook_reads_its_weight_stays_float_since_the_hook_goes_on(what):
+    torch.manual_seed(0)
     model = Reading("in a layer's hook").eval()
-    model.read.register_forward_pre_hook(lambda module, args: (args[0] * (module.weight.sum() * 0 + 1),))
-    report = QuantizeModule(bits=4, group_size=32).quantize(model, [torch.randn(64, 32)])
+    model.read.norms = []
+    HOOKS[what](model.read)
+    before, hooks = (
+        model(x := torch.randn(64, 32)),
+        [dict(model.read._forward_hooks), dict(model.read._forward_pre_hooks)],
+    )
+    report = QuantizeModule(bits=8, group_size=32).quantize(model, [x])
+    assert {module.name: module.method for module in report.modules} == {
+        "called": "gptq",
+        "read": "float",
+        "asked": "gptq",
+    }
+    assert "read: the model reads its weight by itself: left float" in list(report.all_deviations())
+    assert (model(x) - before).norm() / before.norm() < 0.02
+    assert [dict(model.read._forward_hooks), dict(model.read._forward_pre_hooks)] == hooks
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x, layer: x @ layer.weight.T,
+        lambda x, layer: functional.linear(x, layer.weight.data),
+        lambda x, layer: x @ torch.cat([layer.weight, layer.weight])[:32],
+        lambda x, layer: x @ layer.weight.data.T.contiguous(),
+        lambda x, layer: x + torch.stack((layer.weight.detach(),)).sum(),
+    ],
+)
+def test_a_weight_that_is_read_through_a_view_or_in_a_list_is_read(read):
+    class Model(Reading):
+        def forward(self, x):
+            return read(self.read(self.called(x)), self.read)
+
+    model = Model("").eval()
+    report = QuantizeModule(bits=8, group_size=32).quantize(model, [torch.randn(64, 32)])
+    assert {module.name: module.method for module in report.quantized} == {"called": "gptq"}
+
+
+def test_a_hook_that_reads_nothing_or_only_a_dtype_leaves_the_layer_to_be_quantized():
+    model = Reading("in a layer's hook").eval()
+    model.read.register_forward_hook(lambda m, args, y: y.to(m.weight.dtype).view(-1, m.weight.shape[0]))
+    model.read.register_forward_hook(lambda m, args, y: None if m.weight.data.device == y.device else 1 / 0)
+    report = QuantizeModule(bits=8, group_size=32).quantize(model, [torch.randn(64, 32)])
     assert all(module.method == "gptq" for module in report.modules)
 
 

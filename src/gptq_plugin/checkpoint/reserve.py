@@ -14,6 +14,7 @@ from gptq_plugin.checkpoint.files import CONFIG
 from gptq_plugin.checkpoint.formats.format import QuantizedLayer
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest, swap_modules
 from gptq_plugin.model.experts import place_experts, possible_experts
 from gptq_plugin.model.linears import is_linear, linear_shape
@@ -56,7 +57,10 @@ def reserve(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     """
     take_apart(checkpoint, model, plain_renaming(model))
     names = match(checkpoint, model, renaming(model))
-    swap_modules(model, {name: Place(checkpoint.layers[stored]) for name, stored in names.items()})
+    places = {name: Place(checkpoint.layers[stored]) for name, stored in names.items()}
+    for name, place in places.items():
+        share_hooks(model.get_submodule(name), place)
+    swap_modules(model, places)
     return names
 
 

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_map
 from gptq_plugin.calibration.batches import fields_of, sample_count
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.checkpoint.load import load_as, load_quantized
-from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.errors import CheckpointError, ExportError, some
+from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.hf_models import has_own_code, is_transformers
@@ -43,16 +44,18 @@ class Sample:
         batch: A calibration batch.
         forward: Called as forward(model, batch).
         device: Where it computes.
+        whole: The batch that it was cut from.
     """
 
     batch: Any
     forward: Callable[[nn.Module, Any], Any]
     device: torch.device
+    whole: Any = None
 
     @classmethod
     def of(cls, batch: Any, forward: Callable[[nn.Module, Any], Any], device: torch.device) -> Sample:
         """Cuts a batch to its first sample and `LENGTH` tokens; keeps it whole if its samples are not recognized."""
-        return cls(_first(batch), forward, device)
+        return cls(_first(batch), forward, device, batch)
 
 
 def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> None:
@@ -80,11 +83,11 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> N
         return
     (args, kwargs), device = called
     with _on(model, device):  # not the sample's forward, which may use autocast
-        expected, repeated = (_floats(model(*args, **kwargs)) for _ in range(2))
+        expected, repeated = (floats(model(*args, **kwargs)) for _ in range(2))
     if not expected:
         log.warning("the export was not compared with the model: its outputs hold no floating-point tensors")
         return
-    if any(_difference(a, b) > _tolerance(a, b) for a, b in zip(repeated, expected, strict=True)):
+    if any(difference(a, b) > tolerance(a, b) for a, b in zip(repeated, expected, strict=True)):
         log.warning("the export was not compared with the model: two runs of the model gave different outputs")
         return
     try:
@@ -94,31 +97,39 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> N
     if again is None:
         return
     with streamed_to(again, device, capacity=0):
-        found = _floats(again(*args, **kwargs))
+        found = floats(again(*args, **kwargs))
     replaced = "forward" in vars(model)  # as accelerate does, to run the model under autocast
-    _compare(found, expected, _TOLERANCE_16_BITS if replaced else 0.0)
+    _compare(found, expected, _TOLERANCE_16_BITS if replaced else 0.0, _causes(model))
 
 
-def _compare(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+def _causes(model: nn.Module) -> str:
+    """What may make a model compute something else than its class and configuration, for an error."""
+    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    if not hooked:
+        return "was one of them changed by hand?"
+    return f"no checkpoint holds the hooks on {some(hooked)}; remove them for the export, or quantize without one"
+
+
+def _compare(found: list[Tensor], expected: list[Tensor], least: float, causes: str) -> None:
     if [t.shape for t in found] != [t.shape for t in expected]:
         raise ExportError(
             f"the export computes something else than the model: outputs of {[list(t.shape) for t in found]}, the "
             f"model's are {[list(t.shape) for t in expected]}"
         )
     for theirs, ours in zip(found, expected, strict=True):
-        share = _difference(theirs, ours)
-        if share > max(tolerance, _tolerance(theirs, ours)):
+        share = difference(theirs, ours)
+        if share > max(least, tolerance(theirs, ours)):
             raise ExportError(
                 f"the export computes something else than the model: an output differs by {share:.3g} of the largest. "
-                "The model in memory differs from its class and configuration (was one of them changed by hand?)"
+                f"The model in memory differs from its class and configuration ({causes})"
             )
 
 
-def _tolerance(*tensors: Tensor) -> float:
+def tolerance(*tensors: Tensor) -> float:
     return max(_TOLERANCE.get(tensor.dtype, _TOLERANCE_16_BITS) for tensor in tensors)
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     """Largest difference over the largest value; infinite unless both are finite in the same places."""
     one, other = one.double().cpu(), other.double().cpu()
     finite = other.isfinite()
@@ -200,6 +211,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
         if isinstance(layer, QuantLinear):
             bias = layer.bias is not None
             memo[id(layer)] = nn.Linear(layer.in_features, layer.out_features, bias, device="meta")
+            share_hooks(layer, memo[id(layer)])
     return copy.deepcopy(model, memo)
 
 
@@ -232,12 +244,12 @@ def _first(batch: Any) -> Any:
     return batch
 
 
-def _floats(output: Any) -> list[Tensor]:
+def floats(output: Any) -> list[Tensor]:
     """The floating-point tensors of an output, in order, without those kept for later calls (caches)."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _floats(part)]
+    return [tensor for part in parts for tensor in floats(part)]
 
 
 def _cloned(value: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.kernels import reference
 from gptq_plugin.layers.float_rest import FloatRest
+from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.packing import pack_weight, pack_zeros, unpack_weight, unpack_zeros
 
 if TYPE_CHECKING:
@@ -130,15 +131,16 @@ class QuantLinear(nn.Module):
         nan = torch.full((), torch.nan, dtype=self._dtype, device=self.scales.device)
         return nan.expand(self.out_features, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [..., in_features] to [..., out_features], in x's dtype or, if autocast is on, in autocast's.
+    def forward(self, input: Tensor) -> Tensor:  # the name under which nn.Linear's callers know it
+        """Maps [..., in_features] to [..., out_features], in the input's dtype or, if autocast is on, in autocast's.
 
         Raises:
-            ValueError: x has the wrong number of channels, is not floating, or is on another device.
+            ValueError: The input has the wrong number of channels, is not floating, or is on another device.
         """
-        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.training and not torch.compiler.is_compiling() and self.float_rest is not None:
+        x = input.to(output_dtype(input))
+        if torch.compiler.is_compiling():
+            return self._traceable(x)
+        if self.training and self.float_rest is not None:
             self.float_rest.check_training()
         y: Tensor = _Product.apply(x, self)
         return y
@@ -174,6 +176,15 @@ class QuantLinear(nn.Module):
                 reference.check_input(x, self.qweight, self.g_idx, self.bias)
                 return int4.matmul(x, self.bias)
         return reference.matmul(x, *packed, self.bias)
+
+    def _traceable(self, x: Tensor) -> Tensor:
+        """The product in operations that `torch.compile` and `torch.export` trace: none depends on a buffer's values,
+        so that a graph stays right whatever g_idx is loaded into it."""
+        packed = (self.qweight, self.qzeros, self.scales, self.g_idx, self.bits)
+        reference.check_weight(*packed)
+        reference.check_input(x, self.qweight, self.g_idx, self.bias)
+        weight = reference.dequantize_by_gather(*packed).to(x.dtype)
+        return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def _prepare(self) -> _Prepared:
         """Derives what forward needs from the buffers; cached until a buffer changes."""
@@ -261,21 +272,40 @@ def _unchanged(old: _State, new: _State) -> bool:
     return all(t is u and v == w for (t, v), (u, w) in zip(old, new, strict=True))
 
 
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which nn.Linear maps x: x's or, if autocast is on, autocast's, which leaves float64 alone."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 class _Product(torch.autograd.Function):
     """The product, with a gradient for x: dL/dx = dL/dy W. Backward dequantizes W again instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
-        ctx.layer = layer
-        return layer._product(x)
+    def forward(x: Tensor, layer: QuantLinear) -> Tensor:
+        y = layer._product(x)
+        # A view that a Function returns cannot be changed in place; PyTorch's own products end in the same operation.
+        return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QuantLinear], output: Tensor) -> None:
+        ctx.layer = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.dequantize(grad.dtype), None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, layer: QuantLinear) -> tuple[Tensor, int]:
+        return _Product.apply(x.movedim(in_dims[0], 0), layer), 0  # any number of dimensions leads
+
 
 def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     """Replaces modules everywhere they occur in the tree, so that shared modules stay shared.
+
+    A QuantLinear and the layer it replaces, or gives way to, have the same hooks (`hooks.share_hooks`).
 
     Args:
         model: The root, which cannot be replaced itself.
@@ -296,6 +326,9 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Non
             raise ValueError(
                 f"{name!r} is a shared module with a different replacement under another name: give one for both"
             )
+    for old, module in new.items():
+        if isinstance(old, QuantLinear) or isinstance(module, QuantLinear):
+            share_hooks(old, module)
     for parent in list(modules.values()):
         for child_name, child in list(parent._modules.items()):
             if child in new:

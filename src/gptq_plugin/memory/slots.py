@@ -80,7 +80,7 @@ class Substitution:
         self.slot = slot
         self.home = slot.tensor
         self._given: Tensor | None = None
-        self._version = 0  # of the given tensor when it was put there
+        self._version: int | None = 0  # of the given tensor when it was put there; None: it does not matter
 
     @property
     def is_of_forward(self) -> bool:
@@ -90,16 +90,22 @@ class Substitution:
 
     def is_lent(self, tensor: Tensor) -> bool:
         """True for the tensor that was put there, as long as nothing was written to it."""
-        return tensor is self._given and tensor._version == self._version
+        return tensor is self._given and self._version in (None, tensor._version)
 
-    def put(self, tensor: Tensor) -> None:
+    def put(self, tensor: Tensor, *, lasting: bool = True) -> None:
+        """Puts a tensor there.
+
+        Args:
+            tensor: In place of the slot's own.
+            lasting: If the forward writes to it, it stays.
+        """
+        self._given, self._version = tensor, tensor._version if lasting else None  # noted first: it may fail
         self.slot.put(tensor)
-        self._given, self._version = tensor, tensor._version
 
     def undo(self) -> None:
-        """Puts the slot's own tensor back, unless the forward assigned another or wrote to the given one."""
+        """Puts the slot's own tensor back, unless the forward assigned another or wrote to a lasting one."""
         given, self._given = self._given, None
-        if given is not None and self._current is given and given._version == self._version:
+        if given is not None and self._current is given and self._version in (None, given._version):
             self.slot.put(self.home)
 
     def move_to_home_device(self) -> None:

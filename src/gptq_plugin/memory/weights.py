@@ -94,12 +94,16 @@ class Weights:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Weights:
-        self._handles += [module.register_forward_pre_hook(self._hook, with_kwargs=True) for module in self._needs]
+        for module in self._needs:
+            self._handles.append(module.register_forward_pre_hook(self._bringing(module), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for unit in self._units():  # before anything that could fail
+            for tensor in unit.tensors:
+                tensor.undo()
         for unit in list(self._resident):
             self._send_home(unit)
         for unit in self._units():
@@ -150,21 +154,26 @@ class Weights:
             )
             if weight is not None and unit.present:
                 self._make_room(self._size(unit) - unit.bytes, keep=self._needs[target.module])
-                weight.put(_dequantized(target, layer, self._device))
+                weight.put(_dequantized(target, layer, self._device), lasting=False)
                 self._set_bytes(unit, self._size(unit))
 
     def _units(self) -> list[Unit]:
         return list(dict.fromkeys(unit for units in self._needs.values() for unit in units))
 
-    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._use(module)
-        if self._device.type == "cpu":
-            return None
-        # Some models send an input to the device of a weight, which they ask for before the weight has been brought.
-        if not any(_is_on_cpu(value) for value in (*args, *kwargs.values())):
-            return None
-        moved = tuple(self._moved(value) for value in args)
-        return moved, {name: self._moved(value) for name, value in kwargs.items()}
+    def _bringing(self, module: nn.Module) -> Callable[..., Any]:
+        """The hook of a module, for what has its place, and its hooks, meanwhile too."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._use(module)
+            if self._device.type == "cpu":
+                return None
+            # Some models send an input to a weight's device, for which they ask before the weight has been brought.
+            if not any(_is_on_cpu(value) for value in (*args, *kwargs.values())):
+                return None
+            moved = tuple(self._moved(value) for value in args)
+            return moved, {name: self._moved(value) for name, value in kwargs.items()}
+
+        return hook
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device) if _is_on_cpu(value) else value
@@ -212,7 +221,7 @@ class Weights:
             made = with_room(
                 lambda: self._copier.call(lambda: _dequantized(target, layer, self._device)), self._free_more
             )
-            tensor.put(made)
+            tensor.put(made, lasting=False)
         elif id(tensor.home) in copies:
             tensor.put(copies[id(tensor.home)])
 

@@ -59,8 +59,8 @@ class ExpertWeights(_Experts):
 
     @property
     def device(self) -> torch.device:
-        first = self.layers(0)[0]
-        return next(tensor.device for tensor in (*first.parameters(), *first.buffers()))
+        weight: Tensor = self.layers(0)[0].weight  # type: ignore[assignment]
+        return weight.device
 
     def dim(self) -> int:
         return len(self.shape)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gptq_plugin.errors import some
+from gptq_plugin.layers.hooks import has_state_hooks
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.experts import routers, unfused
 from gptq_plugin.model.hf_models import generates, is_encoder_decoder, is_transformers, transformers_models
@@ -127,14 +129,37 @@ def _obstacles(model: nn.Module, head: nn.Module | None) -> dict[nn.Module, str]
         if not is_linear(module):
             continue
         weight = module._parameters.get("weight")
-        if weight is None:
-            reasons[module] = "its weight is computed by a parametrization; remove it first to quantize"
-        elif not weight.is_floating_point():
-            reasons[module] = f"its weight is {weight.dtype}, not floating point"
-        elif module is not head and len(users[id(weight)]) > 1:
-            others = [user for user in users[id(weight)] if user != f"{name}.weight"]
-            reasons[module] = f"its weight is tied to {some(others)}"
+        others = [user for user in users[id(weight)] if user != f"{name}.weight"]
+        reason = _own_obstacle(module)
+        if reason is None and module is not head and len(users[id(weight)]) > 1:
+            reason = f"its weight is tied to {some(others)}"
+        if reason is not None:
+            reasons[module] = reason
     return reasons
+
+
+def _own_obstacle(module: nn.Module) -> str | None:
+    """Why a linear layer cannot be quantized, whatever is around it."""
+    weight = module._parameters.get("weight")
+    if weight is None or module.weight is not weight:
+        return "its weight is computed by a parametrization or a property; remove it first to quantize"
+    if getattr(module, "bias", None) is not module._parameters.get("bias"):
+        return "its bias is computed by a parametrization or a property; remove it first to quantize"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    if type(weight) not in (nn.Parameter, Tensor) and not _is_sharded(weight):
+        return f"its weight is a {type(weight).__name__}, which may multiply in its own way; load it as a plain tensor"
+    if type(module).__call__ is not nn.Module.__call__ or type(module)._call_impl is not nn.Module._call_impl:
+        return f"{type(module).__name__} is called in its own way, around hooks and forward"
+    if has_state_hooks(module):
+        return "it has hooks of state dicts, which know its float weight; remove them first to quantize"
+    return None
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """Return whether it is a DTensor, of which the whole is quantized."""
+    sharding = sys.modules.get("torch.distributed.tensor")  # without it in the process there is none
+    return sharding is not None and isinstance(weight, sharding.DTensor)
 
 
 def _outside_language(model: nn.Module, linears: Mapping[str, nn.Module]) -> set[nn.Module]:

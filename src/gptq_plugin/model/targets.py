@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from gptq_plugin.config import QuantizeConfig, rule_regex
@@ -20,6 +21,9 @@ from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.linears import is_linear
 from gptq_plugin.model.structure import Structure
+
+# Too few bits for a weight alone: whoever stores it so keeps its scale elsewhere.
+_SCALED_APART = {getattr(torch, name) for name in dir(torch) if name.startswith(("float8_", "float4_"))}
 
 _ROUTER = "router of experts (a `dynamic` rule for routers alone quantizes it)"
 
@@ -56,6 +60,14 @@ class Target:
         """A parameter for the module that holds `value`, [out, in], in the weight's dtype."""
         values = self._transposed(value).to(self.parameter.dtype)
         return nn.Parameter(values, requires_grad=False)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x·Wᵀ + b, [..., out], of x, [..., in], in the operations that Linear and Conv1D have for it."""
+        weight, bias = self.parameter, self.bias
+        if isinstance(self.module, nn.Linear):
+            return nn.functional.linear(x, weight, bias)
+        assert bias is not None  # as every Conv1D has
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
     def _transposed(self, value: Tensor) -> Tensor:
         return value if isinstance(self.module, nn.Linear) else value.T
@@ -94,6 +106,7 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
     _check_patterns(config, linears)
     targets: list[Target] = []
     skipped: list[Skipped] = []
+    scaled: list[str] = []
     scorers = {module for module in structure.routers.values() if is_linear(module)}
     for name, module in linears.items():
         resolved = config.for_module(name)
@@ -109,6 +122,8 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
             skipped.append(Skipped(name, module, _ROUTER, asked=True))
         elif module in structure.outside and not _names_only(config.rule_for(name)[0], structure.outside, linears):
             skipped.append(Skipped(name, module, _OUTSIDE, asked=True))
+        elif module.weight.dtype in _SCALED_APART:
+            scaled.append(name)
         else:
             target = _fitted(Target(name, module, resolved))
             reason = structure.obstacles.get(module) or unpackable(tuple(target.weight.shape), resolved.bits)
@@ -116,6 +131,13 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
                 targets.append(target)
             else:
                 skipped.append(Skipped(name, module, reason, asked=False))
+    if scaled:
+        dtype = linears[scaled[0]].weight.dtype
+        raise TargetError(
+            f"the weights of {some(scaled)} are {dtype}, whose scales are kept apart: they are quantized already. "
+            "Load the model dequantized (transformers: FineGrainedFP8Config(dequantize=True) as quantization_config of "
+            "from_pretrained), or leave these layers out with modules_to_not_convert"
+        )
     if not targets:
         raise TargetError(_no_target(structure.model, skipped))
     _check_experts(targets, skipped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,19 @@ from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.device.memory import Peak, free_bytes, give_back, peak_bytes
 from gptq_plugin.errors import TargetError, some
+from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.activations import Activations
 from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.quantize.replaceable import Replaceable
+from gptq_plugin.quantize.swap_check import check_swap
 from gptq_plugin.quantize.turns import disturbance
 from gptq_plugin.walk.batch_thread import Forward
 from gptq_plugin.walk.groups import Group, find_groups
 from gptq_plugin.walk.kept_state import KeptState
-from gptq_plugin.walk.weight_reads import WeightReads
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class BatchRuns:
         run_batch: Runs the data of a batch there, as run_batch(model, data).
         weights: Inside the context.
         activations: Those of waiting batches.
+        replaceable: Which layers can be replaced, as the forward that finds the groups shows.
         state: Inside the context, what forwards keep on the model; complete once the groups are found.
 
     Raises:
@@ -67,6 +70,7 @@ class BatchRuns:
         self._positions = positions
         self._options = options
         self._targets = {target.name: target for target in plan.targets}
+        self.replaceable = Replaceable(plan)
 
     def __enter__(self) -> BatchRuns:
         give_back(self.device)
@@ -113,31 +117,40 @@ class BatchRuns:
                     found.append(number)
         return found
 
-    def find_groups(self, layers: Mapping[str, nn.Module]) -> tuple[list[Group], set[str]]:
-        """Finds the groups with a forward of the largest batch, and decides from it what stays on the device.
+    def find_groups(self, layers: Mapping[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
+        """Finds the groups with a forward of the largest batch, judges the layers by what they compute in it, and
+        decides from it what stays on the device.
 
         The models of all ranks are the same, and those of the rank with the largest batch of all are used.
 
         Returns:
-            The groups, and the names of layers whose weights the model reads without calling them, on any rank.
+            The groups, and why layers have to stay float, on any rank, by name.
+
+        Raises:
+            TargetError: None of the layers can be quantized.
         """
         free, measured = free_bytes(self.device, self._options.device_memory), Peak(self.device)
-        groups, reads, share, place = None, set[str](), 0.0, (1, 0)
+        groups, share, place = None, 0.0, (1, 0)
         sizes = self._sizes()
         if sizes:
             largest = sizes.index(max(sizes))
-            watched = WeightReads(self._plan.model, layers)
-
-            def forward() -> Any:
-                with watched.watching():
-                    return self.forward(largest)()
-
-            groups, reads = find_groups(layers, forward, self.waiting, largest, self.state), watched.names
+            forward = self.replaceable.watched(self.forward(largest))
+            groups = find_groups(layers, forward, self.waiting, largest, self.state)
             share, place = sum(sizes) / max(1, sizes[largest]), (-sizes[largest], self._numbers[largest])
         self._place(free, measured.bytes(), share)
-        of_all = distributed.gather_objects((place, groups, reads))
-        _, found, _ = min((one for one in of_all if one[1] is not None), key=lambda one: one[0])
-        return found, set().union(*(reads for _, _, reads in of_all))
+        of_all = distributed.gather_objects((place, groups))
+        _, found = min((one for one in of_all if one[1] is not None), key=lambda one: one[0])
+        return found, self.replaceable.settle(self.weights.present)
+
+    def check_swap(self, names: Collection[str]) -> list[str]:
+        """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do."""
+        sample = self.sample()
+        targets = [self._targets[name] for name in names]
+        return check_swap(self._plan.model, targets, sample) if sample is not None else []
+
+    def sample(self) -> Sample | None:
+        """The first batch, cut to a sample; None without batches on this rank."""
+        return Sample.of(self._batches[0].data, self.run_batch, self.device) if self._batches else None
 
     def disturbance(self, layers: Mapping[str, nn.Module]) -> str | None:
         """Returns why the batches cannot take turns, on any rank; None if they can. After `find_groups`."""

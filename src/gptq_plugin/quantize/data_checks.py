@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +108,21 @@ def _not_finite_in(model: nn.Module) -> list[str]:
     """Names of parameters with NaN or infinity, and of buffers with NaN: masks hold infinity."""
     found = [name for name, value in model.named_parameters() if not (value.is_meta or value.isfinite().all())]
     return found + [name for name, value in model.named_buffers() if not value.is_meta and value.isnan().any()]
+
+
+def check_some_left(left_float: Mapping[str, str], plan: Plan) -> None:
+    """Refuses a model of which no layer computes what a quantized one does.
+
+    Args:
+        left_float: Why layers have to stay float, by name.
+        plan: The layers.
+
+    Raises:
+        TargetError: There is none.
+    """
+    if all(target.name in left_float for target in plan.targets):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_float.items())[:5])
+        raise TargetError(f"no layer is left to quantize: {reasons}")
 
 
 def unreached(plan: Plan) -> CalibrationError:

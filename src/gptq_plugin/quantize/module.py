@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
@@ -245,7 +244,7 @@ class QuantizeModule:
             one_pass, coverage = OnePass(plan, calibration, chosen), self.run_log.coverage(plan)
             layers, report = one_pass.run()
             report.coverage = coverage
-            self._sample = _sample(calibration, one_pass)
+            self._sample = one_pass.runs.sample()
             with swapped(plan, layers) as keep_them:
                 plan.fuse()  # the experts that stay float
                 report.seconds["total"] = time.perf_counter() - started
@@ -324,12 +323,6 @@ def _rounded(plan: Plan) -> dict[str, QuantLinear]:
         )
         for target in plan.targets
     }
-
-
-def _sample(calibration: Calibration, one_pass: OnePass) -> Sample | None:
-    """The first batch, for which an export has to give the model's outputs; None without batches."""
-    first = calibration.batches[:1]
-    return Sample.of(first[0].data, one_pass.runs.run_batch, one_pass.runs.device) if first else None
 
 
 def _finish(export: Export, model: nn.Module, report: QuantizeReport, tokenizer: Any, sample: Sample | None) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ class OnePass:
         self._finished = FinishedLayers(plan.targets[0].weight.device, options.layers_in)
         self._outcome = Outcome(plan)
         self._disturbance: str | None = None  # why the batches cannot take turns
+        self._unchecked: list[str] = []  # why the quantized layers could not be compared in the model
         self._experts: str | None = None  # the block of experts that the walk is in
 
     def run(self) -> tuple[dict[str, QuantLinear], QuantizeReport]:
@@ -93,19 +94,24 @@ class OnePass:
             with self.runs:
                 modules = {target.name: target.module for target in self._plan.targets}
                 with self._positions.watching():
-                    groups, read_elsewhere = self.runs.find_groups(modules)
-                    for name in read_elsewhere:  # they cannot be replaced
-                        self._outcome.left_float[name] = "the model reads its weight by itself"
+                    groups, left_float = self.runs.find_groups(modules)
+                    self._outcome.left_float.update(left_float)
+                    for name in left_float:
                         del modules[name]
                     self._disturbance = self.runs.disturbance(modules)
                 planned = time.perf_counter() - started
-                with self._positions.watching(self._observe_experts), self._observations.ranges.watching(modules):
-                    for stop in self._walk(_without(read_elsewhere, groups), modules):
+                with (
+                    self._positions.watching(self._observe_experts),
+                    self._observations.ranges.watching(modules),
+                    self.runs.replaceable.judging_first_calls(),
+                ):
+                    for stop in self._walk(_without(left_float, groups), modules):
                         self._finished.take_home()
                         self._quantize_group(stop, samples)
                     self._leave_experts(None)
+                self._outcome.check_reached()
+                self._unchecked = self.runs.check_swap(self._outcome.solved)
                 self._finished.take_home(wait=True)
-        self._outcome.check_reached()
         reports = self._outcome.modules(self._observations.ranges.over_ranks(self._targets, self.runs.device))
         solving = self._outcome.solving_seconds()
         seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
@@ -152,7 +158,7 @@ class OnePass:
         if left is None or left == entered:
             return
         for target in self._of_experts[left]:
-            if target.name not in self._outcome.solved:
+            if target.name not in self._outcome.solved and target.name not in self._outcome.left_float:
                 nowhere = lockstep.Stop(Group((target.name,)), {})
                 self._quantize([target], self._observations.of_unreached(left, target), nowhere)
         self._observations.leave(left)
@@ -198,14 +204,15 @@ class OnePass:
         few = [f"{samples.count} calibration samples used, nsamples={wanted} asked"] if samples.count < wanted else []
         told = [f"{batches} calibration batches {note}" for note, batches in notes.items() if batches]
         alone = [_alone(self._disturbance)] if self._disturbance is not None else []
-        return [*self.runs.over_budget(), *few, *alone, *told]
+        replaced = self.runs.replaceable.replaced_forwards(self._outcome.left_float)
+        return [*self.runs.over_budget(), *replaced, *self._unchecked, *few, *alone, *told]
 
 
 def _alone(reason: str) -> str:
     return f"the calibration batches ran one at a time, each from its beginning for every group of layers: {reason}"
 
 
-def _without(names: set[str], groups: Sequence[Group]) -> list[Group]:
+def _without(names: Collection[str], groups: Sequence[Group]) -> list[Group]:
     left = (
         dataclasses.replace(group, names=tuple(name for name in group.names if name not in names)) for group in groups
     )

@@ -17,6 +17,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import TargetError
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import learn_layouts, undeclared
 from gptq_plugin.model.plan import Plan, planned
@@ -40,11 +41,16 @@ def prepared(
     apart inside the block. With `alone`, this rank's batches are not exchanged with others': see `collect`.
 
     Raises:
-        TargetError: See `targets.find_targets`.
+        TargetError: See `targets.find_targets`; or inference mode is on.
         ExportError: `client` would not take the export.
         RankError: Ranks differ in what they are about to quantize.
         CalibrationError: See `calibration.collect.collect`.
     """
+    if torch.is_inference_mode_enabled():
+        raise TargetError(
+            "quantization was called inside torch.inference_mode, where PyTorch does not notice changes of tensors: "
+            "call it outside of that block; torch.no_grad() may be on"
+        )
     check_same(model, config, client)
     calibration = None
     if undeclared(model):

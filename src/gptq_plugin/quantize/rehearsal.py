@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.data_checks import (
     check_enough,
+    check_some_left,
     check_weight,
     count_samples,
     fewest_tokens,
@@ -30,6 +32,8 @@ from gptq_plugin.quantize.prepare import collected
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.layer_inputs import watch_inputs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,14 @@ def rehearse(
 
     Raises:
         CalibrationError: As `OnePass.run`.
-        TargetError: A layer's weight is not finite.
+        TargetError: A layer's weight is not finite, no layer computes x·Wᵀ + b, or the model does not compute the same
+            with layers replaced.
     """
     samples, tokens = count_samples(calibration), known_tokens(calibration)
     if whole and tokens is not None:
         check_enough(tokens, samples.count, plan)
     first = _Rehearsal(plan, calibration, options)
-    first.run(calibration.first_batches)
+    first.run(calibration.first_batches, replacing=True)
     if not any(distributed.gather_objects(bool(first.entry))):
         raise unreached(plan)
     if whole:
@@ -104,8 +109,14 @@ class _Rehearsal:
         self._targets = {target.name: target for target in plan.targets}
         self._samples = 0
 
-    def run(self, numbers: Iterable[int], until: int | None = None) -> None:
-        """Runs batches by number, until so many tokens have been counted on this rank."""
+    def run(self, numbers: Iterable[int], until: int | None = None, *, replacing: bool = False) -> None:
+        """Runs batches by number, until so many tokens have been counted on this rank.
+
+        Args:
+            numbers: The batches.
+            until: Number of tokens; None is all batches.
+            replacing: Judge the layers too, and compare the model with layers replaced.
+        """
         modules = {name: target.module for name, target in self._targets.items()}
         groups = [Group((name,)) for name in modules]
         with (
@@ -117,9 +128,13 @@ class _Rehearsal:
                     break
                 with watch_inputs(modules, partial(self._count, number)):
                     observe = partial(self._check, runs, number)
-                    for _ in lockstep.walk(groups, modules, [runs.forward(number)], observe):
+                    forward = runs.forward(number)
+                    forward = runs.replaceable.watched(forward) if replacing else forward
+                    for _ in lockstep.walk(groups, modules, [forward], observe):
                         pass
                 self._samples += self._calibration.batches[number].samples
+            if replacing:
+                self._check_replaced(runs)
         self._positions.check()
 
     def suffices(self, samples: int) -> bool:
@@ -134,6 +149,13 @@ class _Rehearsal:
             CalibrationError: See `data_checks.check_enough`.
         """
         check_enough(sum(distributed.gather_objects(self.tokens)), samples, self._plan)
+
+    def _check_replaced(self, runs: BatchRuns) -> None:
+        left_float = runs.replaceable.left_float()
+        check_some_left(left_float, self._plan)
+        for name, reason in left_float.items():
+            log.warning("%s: %s: it will be left float", name, reason)
+        runs.check_swap(self._targets.keys() - left_float.keys())
 
     def _count(self, number: int, name: str, x: Tensor) -> None:
         """Called at every call of a layer, on the batch's thread."""

@@ -33,13 +33,16 @@ def output_noise(
 
     def compare(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            wanted = floats[name](*args, **kwargs).float()
+            wanted = floats[name].forward(*args, **kwargs).float()  # without the hooks, which both layers have
             wrong[name].append(float((wanted - output.float()).square().sum()))
             whole[name].append(float(wanted.square().sum()))
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(compare(name), with_kwargs=True) for name in floats]
+    handles = [
+        model.get_submodule(name).register_forward_hook(compare(name), with_kwargs=True, prepend=True)
+        for name in floats
+    ]
     try:
         for run in batches:
             run()

@@ -1,0 +1,183 @@
+"""Checks that the model computes with quantized layers in its tree what it computes with float ones of their weights.
+
+Whatever the swap loses shows here: a weight that is read past the layer, a reference to a layer beside the tree, an
+attribute or a class that the model asks for, a hook that no longer fits. So that nothing else shows, the layers
+multiply for this as the float ones do (`_StandIn`): on most machines both runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin.errors import TargetError, some
+from gptq_plugin.export.verify_outputs import Sample, difference, floats, tolerance
+from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.model.targets import Target
+
+_NOT_COMPARED = "the quantized layers were not compared with the float ones in the model"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one run of a sample computed.
+
+    Attributes:
+        sample: The sample.
+        calls: The layers' names, call by call.
+        sums: The sum and the sum of magnitudes of every call's input, [calls, 2].
+        outputs: The model's, as far as the run returned them.
+    """
+
+    sample: Sample
+    calls: Sequence[str]
+    sums: Tensor
+    outputs: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, sample: Sample, calls: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor]) -> Trace:
+        sums = [x for _, x in calls]
+        return cls(sample, [n for n, _ in calls], torch.stack(sums).cpu() if sums else torch.zeros(0, 2), outputs)
+
+    def first_difference(self, other: Trace) -> str | None:
+        """Where two runs part, in words; None if they do not."""
+        missing = [name for name in dict.fromkeys(other.calls) if name not in self.calls]
+        if missing:
+            return f"{some(missing)} are not called (by a reference beside the tree of modules?)"
+        for number, (name, theirs) in enumerate(zip(self.calls, other.calls, strict=False)):
+            if name != theirs:
+                return f"{name} is called where it was {theirs}"
+            if not _same_sums(self.sums[number], other.sums[number]):
+                return f"the input of {name} differs"
+        if len(self.calls) != len(other.calls):
+            return f"layers are called {len(self.calls)} times instead of {len(other.calls)}"
+        if [t.shape for t in self.outputs] != [t.shape for t in other.outputs]:
+            return "the shapes of the outputs differ"
+        pairs = zip(self.outputs, other.outputs, strict=True)
+        share = max((difference(a, b) for a, b in pairs if difference(a, b) > tolerance(a, b)), default=0.0)
+        return f"an output differs by {share:.3g} of the largest" if share else None
+
+
+def check_swap(model: nn.Module, targets: Sequence[Target], sample: Sample) -> list[str]:
+    """Runs a sample with the float layers as they are now, and again with what has the place of quantized ones.
+
+    Args:
+        model: Holds the float layers; the same afterwards.
+        targets: The layers that are to be replaced, or are already quantized.
+        sample: Its whole batch runs if it does not run alone.
+
+    Returns:
+        A sentence if nothing could be compared: two runs of the model differ by themselves, or none can be made.
+
+    Raises:
+        TargetError: The model computes something else, or fails. The message names the place.
+    """
+    for batch in (sample.batch, sample.whole):
+        sample = dataclasses.replace(sample, batch=batch)
+        try:
+            expected = _trace_float(model, targets, sample)
+            break
+        except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
+            failure = f"{_NOT_COMPARED}: a calibration batch does not run again ({type(error).__name__}: {error})"
+    else:
+        return [failure]
+    try:
+        found = _trace_swapped(model, targets, sample)
+        where = found.first_difference(expected)
+        if where is None:
+            return []
+        if _trace_swapped(model, targets, sample).first_difference(found) is not None:
+            return [f"{_NOT_COMPARED}: two runs of the model gave different outputs"]
+    except Exception as error:
+        raise TargetError(
+            f"the model does not run with quantized layers in place of float ones ({type(error).__name__}: {error}). "
+            "Leave the layer that it uses by more than a call out with modules_to_not_convert"
+        ) from error
+    raise TargetError(
+        "with quantized layers in place of float ones of the same weights, the model computes something else: "
+        f"{where}. Leave the layer that it uses by more than a call out with modules_to_not_convert"
+    )
+
+
+def _trace_float(model: nn.Module, targets: Sequence[Target], sample: Sample) -> Trace:
+    calls: list[tuple[str, Tensor]] = []
+    with contextlib.ExitStack() as hooks:
+        for target in targets:
+
+            def record(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = target.name
+            ) -> None:
+                calls.append((name, _sums(args[0] if args else next(iter(kwargs.values())))))
+
+            hooks.callback(target.module.register_forward_pre_hook(record, with_kwargs=True).remove)
+        outputs = _run(model, sample)
+    return Trace.of(sample, calls, outputs)
+
+
+def _trace_swapped(model: nn.Module, targets: Sequence[Target], sample: Sample) -> Trace:
+    calls: list[tuple[str, Tensor]] = []
+    stand_ins = {one.name: _StandIn(one, calls) for one in targets}
+    with _in_place(model, stand_ins, {one.name: one.module for one in targets}):
+        outputs = _run(model, sample)
+    return Trace.of(sample, calls, outputs)
+
+
+class _StandIn(QuantLinear):
+    """A quantized layer without values that multiplies as the float layer does, by the weight that this has now.
+
+    Args:
+        target: The float layer.
+        calls: Gets the layer's name, and the sums of the input, at every call.
+    """
+
+    def __init__(self, target: Target, calls: list[tuple[str, Tensor]]) -> None:
+        out_features, in_features = target.weight.shape
+        bits, group_size, dtype = target.config.bits, target.config.group_size, target.parameter.dtype
+        bias = target.bias is not None
+        super().__init__(in_features, out_features, bits, group_size, bias=bias, dtype=dtype, device="meta")
+        self._target, self._calls = target, calls
+
+    @property
+    def weight(self) -> Tensor:
+        return super().weight.new_full((), torch.nan, device=self._target.parameter.device).expand(super().weight.shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._calls.append((self._target.name, _sums(input)))
+        return self._target.product(input)
+
+
+@contextlib.contextmanager
+def _in_place(model: nn.Module, inside: Mapping[str, nn.Module], outside: Mapping[str, nn.Module]) -> Iterator[None]:
+    try:
+        swap_modules(model, inside)
+        yield
+    finally:
+        swap_modules(model, outside)
+
+
+def _run(model: nn.Module, sample: Sample) -> list[Tensor]:
+    """The floating-point tensors of the sample's outputs. Random numbers are the same in every run."""
+    devices = [sample.device] if sample.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return floats(sample.forward(model, sample.batch))
+
+
+def _sums(x: Tensor) -> Tensor:
+    """The sum and the sum of magnitudes, [2]."""
+    exact = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return torch.stack([exact.sum(), exact.abs().sum()])
+
+
+def _same_sums(mine: Tensor, theirs: Tensor) -> bool:
+    """Compares sums, which rounding moves by little of the sum of magnitudes; NaN is equal to NaN."""
+    (a, size), (b, other_size) = mine.tolist(), theirs.tolist()
+    if not torch.isfinite(mine).all():
+        return bool(torch.equal(mine.isfinite(), theirs.isfinite()))
+    return max(abs(a - b), abs(size - other_size)) <= 5e-3 * other_size + 1e-30

@@ -1,0 +1,160 @@
+"""With quantized layers in its tree a model computes what it does with float ones of their weights, or is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin import QuantizeModule
+from gptq_plugin.errors import TargetError
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.quantize.batch_runs import BatchRuns
+
+from models import tiny_gpt2, tiny_llama
+
+
+class Using(nn.Module):
+    """Uses its second layer in one way or another."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 32)
+        self.beside = [self.second]
+        self.second.gain = 2.0
+        self.use = use
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        y: Tensor = self.third(torch.relu(self.use(self, torch.relu(self.first(x)))))
+        return y
+
+
+FAULTS = {
+    "the input of third differs": lambda m, x: m.second(x) if type(m.second) is nn.Linear else m.second(x) * 2,
+    "second are not called": lambda m, x: m.beside[0](x),
+    "has no attribute 'gain'": lambda m, x: m.second(x) * m.second.gain,
+    "second is called where it was third": lambda m, x: (
+        m.second(x) if len(list(m.second.parameters())) else m.second(m.second(x))
+    ),
+    "the model does not run with quantized layers": lambda m, x: (
+        m.second(x) if m.second._parameters["weight"].ndim == 2 else x
+    ),
+}
+
+
+@pytest.mark.parametrize("where", FAULTS)
+@pytest.mark.parametrize("how", ["quantize", "rehearse"])
+def test_a_layer_that_is_used_by_more_than_a_call_is_refused_and_the_model_stays_float(where, how):
+    model, x = Using(FAULTS[where]), torch.randn(64, 32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    with pytest.raises(TargetError, match=where) as refused:
+        getattr(QuantizeModule(bits=8, group_size=32), how)(model, [x])
+    assert "modules_to_not_convert" in str(refused.value)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("where", FAULTS)
+def test_the_remedy_helps(where):
+    model, x = Using(FAULTS[where]), torch.randn(64, 32)
+    wanted = model(x)
+    report = QuantizeModule(bits=8, group_size=32, modules_to_not_convert=["second"]).quantize(model, [x])
+    assert [module.name for module in report.quantized] == ["first", "third"]
+    assert (model(x) - wanted).norm() / wanted.norm() < 0.02
+
+
+def test_a_difference_behind_the_last_layer_is_seen_too():
+    class After(Using):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if isinstance(self.third, nn.Linear) else y * 1.1
+
+    with pytest.raises(TargetError, match=r"computes something else: an output differs by 0\.0909|differs by 0\.1"):
+        QuantizeModule(bits=8, group_size=32).quantize(After(lambda m, x: m.second(x)), [torch.randn(64, 32)])
+
+
+def test_a_forward_without_outputs_is_compared_by_what_the_layers_read():
+    model = Using(FAULTS["the input of third differs"])
+    with pytest.raises(TargetError, match="the input of third differs"):
+        QuantizeModule(bits=8, group_size=32).quantize(
+            model, [torch.randn(64, 32)], forward=lambda network, batch: [network(batch)].clear()
+        )
+
+
+def test_a_model_that_never_computes_the_same_is_not_compared_and_that_is_reported():
+    model = Using(lambda m, x: m.second(x) + m.runs)
+    report = QuantizeModule(bits=8, group_size=32).quantize(model, [torch.randn(64, 32)])
+    assert len(report.quantized) == 3
+    assert any("not compared with the float ones in the model: two runs of the model" in d for d in report.deviations)
+
+
+def test_random_numbers_are_the_same_in_both_runs_and_the_callers_stay_as_they_are():
+    model = Using(lambda m, x: m.second(x) + torch.randn(64))
+    runs = runs_of(model)
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    runs.check_swap(["second"])
+    assert torch.equal(torch.rand(3), wanted)
+    report = QuantizeModule(bits=8, group_size=32).quantize(model, [torch.randn(64, 32)])
+    assert not any("not compared" in deviation for deviation in report.deviations)
+
+
+def test_a_batch_that_does_not_run_in_part_runs_as_a_whole():
+    def use(model, x):
+        assert len(x) == 64
+        return model.second(x)
+
+    report = QuantizeModule(bits=8, group_size=32).quantize(Using(use), [torch.randn(64, 32)])
+    assert len(report.quantized) == 3 and not any("not compared" in deviation for deviation in report.deviations)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_both_runs_give_the_same_bits(build, dtype, monkeypatch):
+    from gptq_plugin.quantize import swap_check
+
+    compared = []
+    monkeypatch.setattr(
+        swap_check.Trace,
+        "first_difference",
+        lambda mine, other: compared.append((mine, other)),
+    )
+    model = build().to(dtype)
+    QuantizeModule(bits=4, group_size=32).quantize(model, [torch.randint(4, 128, (1, 40)) for _ in range(4)])
+    ((mine, other),) = compared
+    assert mine.calls == other.calls and len(mine.calls) >= 8
+    assert torch.equal(mine.sums, other.sums)
+    assert all(torch.equal(a, b) for a, b in zip(mine.outputs, other.outputs, strict=True))
+
+
+def test_the_tree_is_checked_with_the_quantized_weights_before_anything_is_exported(tmp_path, monkeypatch):
+    """The float layers run with the weights of the quantized ones by then."""
+    seen = []
+    check = BatchRuns.check_swap
+
+    def spy(runs, names):
+        seen.append((sorted(names), runs._targets["first"].parameter.detach().clone()))
+        return check(runs, names)
+
+    monkeypatch.setattr(BatchRuns, "check_swap", spy)
+    model = Using(lambda m, x: m.second(x))
+    QuantizeModule(bits=4, group_size=32).quantize(model, [torch.randn(64, 32)])
+    ((names, weight),) = seen
+    assert names == ["first", "second", "third"]
+    assert torch.equal(weight, model.first.dequantize()) and isinstance(model.first, QuantLinear)
+
+
+def runs_of(model):
+    from plans import calibration_of, plan_of
+
+    from gptq_plugin.calibration.positions import Positions
+    from gptq_plugin.quantize.options import PassOptions
+
+    plan, calibration = plan_of(model), calibration_of([torch.randn(4, 32)])
+    return BatchRuns(plan, calibration, Positions(model, calibration.batches, "all"), PassOptions())
