@@ -69,7 +69,7 @@ def unpack(words: Tensor, bits: int, n: int) -> Tensor:
     rows = max(1, _TILE // (period * max(1, columns)))
     for block in range(0, -(-n // period), rows):
         first, last = block * period, min((block + rows) * period, n)
-        codes[first:last] = _expand(words[block * period_words : (block + rows) * period_words], bits, last - first)
+        codes[first:last] = expand(words[block * period_words : (block + rows) * period_words], bits, last - first)
     return codes
 
 
@@ -92,12 +92,6 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, b
     for columns, tile in _tiles(qweight, qzeros, scales, g_idx, bits):
         weight[:, columns] = tile
     return weight.t()
-
-
-def dequantize_by_gather(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Tensor:
-    """`dequantize` to float32 in one piece, without checks or steps that depend on values: it can be traced."""
-    zeros = _expand(qzeros.t(), bits, qweight.shape[1]).t().float()
-    return ((_expand(qweight, bits, len(g_idx)).float() - zeros[g_idx]) * scales.float()[g_idx]).t()
 
 
 def matmul(
@@ -188,7 +182,7 @@ def _tiles(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits:
     width = max(1, _TILE // max(1, n_in))
     for start in range(0, n_out, width):
         columns = slice(start, min(start + width, n_out))
-        tile = _expand(qweight[:, columns], bits, n_in).float()
+        tile = expand(qweight[:, columns], bits, n_in).float()
         if contiguous:
             grouped = tile.unflatten(0, (groups, size))
             grouped -= zeros[:, None, columns]
@@ -199,7 +193,7 @@ def _tiles(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits:
         yield columns, tile
 
 
-def _expand(words: Tensor, bits: int, n: int) -> Tensor:
+def expand(words: Tensor, bits: int, n: int) -> Tensor:
     """`unpack` to int32, without checks."""
     period, period_words = stream_period(bits)
     columns = words.shape[1]

@@ -125,3 +125,18 @@ def test_a_gpu_packs_the_same_words(bits):
     on_gpu = packing.pack_weight(codes.cuda(), bits)
     assert torch.equal(on_gpu.cpu(), packing.pack_weight(codes, bits))
     assert torch.equal(packing.unpack_weight(on_gpu, bits, 75).cpu(), codes)
+
+
+@quick
+@given(widths, sizes, st.integers(1, 40), seeds)
+def test_a_weight_is_dequantized_to_the_same_values_where_it_is_traced(bits, n, m, seed):
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 + seed % 3
+    packed = (
+        packing.pack_weight(random_codes(m, n, bits, seed), bits),
+        packing.pack_zeros(random_codes(groups, m, bits, seed + 1), bits),
+        torch.rand(groups, m, generator=generator).half(),
+        torch.randint(0, groups, (n,), dtype=torch.int32, generator=generator),
+        bits,
+    )
+    assert torch.equal(packing.traceable_weight(*packed), reference.dequantize(*packed, torch.float32))

@@ -80,7 +80,9 @@ HOOKS = {
         lambda m, args, kwargs, y: y + m.weight.data[0], with_kwargs=True
     ),
     "several": lambda layer: layer.register_forward_hook(lambda m, args, y: y + torch.cat([m.weight, m.weight])[0]),
-    "nothing but a look": lambda layer: layer.register_forward_hook(lambda m, args, y: m.norms.append(m.weight.norm())),
+    "nothing but a look": lambda layer: layer.register_forward_hook(
+        lambda m, args, y: m.norms.append(float(m.weight.norm()))
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptq_plugin.kernels.reference import stream_period, unpack, words_for
+from gptq_plugin.kernels.reference import expand, stream_period, unpack, words_for
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -68,3 +68,11 @@ def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
 def unpack_zeros(qzeros: Tensor, bits: int, out_features: int) -> Tensor:
     """The inverse of `pack_zeros`: uint8 [G, out], contiguous."""
     return unpack(qzeros.t(), bits, out_features).t().contiguous()
+
+
+def traceable_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Tensor:
+    """W as float32 [out, in], the values of `reference.dequantize`, in operations that do not depend on values, so that
+    they can be traced. No checks."""
+    codes = expand(qweight, bits, len(g_idx)).float()
+    zeros = expand(qzeros.t(), bits, qweight.shape[1]).t().float()
+    return ((codes - zeros[g_idx]) * scales.float()[g_idx]).t()

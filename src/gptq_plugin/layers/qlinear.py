@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gptq_plugin.kernels import reference
 from gptq_plugin.layers.float_rest import FloatRest
 from gptq_plugin.layers.hooks import share_hooks
-from gptq_plugin.layers.packing import pack_weight, pack_zeros, unpack_weight, unpack_zeros
+from gptq_plugin.layers.packing import pack_weight, pack_zeros, traceable_weight, unpack_weight, unpack_zeros
 
 if TYPE_CHECKING:
     from gptq_plugin.gptq.grid import QuantizedWeight
@@ -183,7 +183,7 @@ class QuantLinear(nn.Module):
         packed = (self.qweight, self.qzeros, self.scales, self.g_idx, self.bits)
         reference.check_weight(*packed)
         reference.check_input(x, self.qweight, self.g_idx, self.bias)
-        weight = reference.dequantize_by_gather(*packed).to(x.dtype)
+        weight = traceable_weight(*packed).to(x.dtype)
         return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def _prepare(self) -> _Prepared:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,21 +95,21 @@ class Weights:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Weights:
-        for module in self._needs:
-            self._handles.append(module.register_forward_pre_hook(self._bringing(module), with_kwargs=True))
+        self._handles += [
+            module.register_forward_pre_hook(partial(self._hook, module), with_kwargs=True) for module in self._needs
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for unit in self._units():  # before anything that could fail
-            for tensor in unit.tensors:
-                tensor.undo()
+        tensors = [tensor for unit in self._units() for tensor in unit.tensors]
+        for tensor in tensors:  # before anything that could fail
+            tensor.undo()
         for unit in list(self._resident):
             self._send_home(unit)
-        for unit in self._units():
-            for tensor in unit.tensors:
-                tensor.move_to_home_device()
+        for tensor in tensors:
+            tensor.move_to_home_device()
         self._quantized.clear()
         self._copier.close()
 
@@ -160,20 +161,15 @@ class Weights:
     def _units(self) -> list[Unit]:
         return list(dict.fromkeys(unit for units in self._needs.values() for unit in units))
 
-    def _bringing(self, module: nn.Module) -> Callable[..., Any]:
-        """The hook of a module, for what has its place, and its hooks, meanwhile too."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._use(module)
-            if self._device.type == "cpu":
-                return None
-            # Some models send an input to a weight's device, for which they ask before the weight has been brought.
-            if not any(_is_on_cpu(value) for value in (*args, *kwargs.values())):
-                return None
-            moved = tuple(self._moved(value) for value in args)
-            return moved, {name: self._moved(value) for name, value in kwargs.items()}
-
-        return hook
+    def _hook(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._use(module)  # which may not be the one called: another has its place and hooks for a time
+        if self._device.type == "cpu":
+            return None
+        # Some models send an input to the device of a weight, which they ask for before the weight has been brought.
+        if not any(_is_on_cpu(value) for value in (*args, *kwargs.values())):
+            return None
+        moved = tuple(self._moved(value) for value in args)
+        return moved, {name: self._moved(value) for name, value in kwargs.items()}
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device) if _is_on_cpu(value) else value
