@@ -65,7 +65,8 @@ def rtn() -> Callable[..., nn.Module]:
     `permuted` puts input channels into groups at random, as the original act-order does.
     """
     from gptq_plugin.gptq.solver import round_to_nearest
-    from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+    from gptq_plugin.layers.qlinear import QuantLinear
+    from gptq_plugin.layers.swap import swap_modules
     from gptq_plugin.model.structure import Structure
     from gptq_plugin.model.targets import find_targets
 

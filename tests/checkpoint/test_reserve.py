@@ -14,7 +14,8 @@ from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.checkpoint.reserve import Place, in_memory, match, reserve
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.swap import swap_modules
 
 from copies import DOWN, LLAMA, UP, Tensors, drop, edited, expected, logits_of
 from paths import FIXTURES

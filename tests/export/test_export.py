@@ -25,7 +25,8 @@ from gptq_plugin.export import shard_writer as shards
 from gptq_plugin.export import staging as placing
 from gptq_plugin.export import verify_files as verifying
 from gptq_plugin.export.export import Export, export_model
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.structure import Structure
 
 from exports import IDS, BrokenTokenizer, description, files, logits

@@ -8,7 +8,8 @@ from random_weights import random_weight
 from torch import nn
 
 from gptq_plugin.layers.hooks import has_state_hooks
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.swap import swap_modules
 
 
 def swapped():

@@ -13,7 +13,8 @@ from random_weights import Weight, random_weight
 from torch import Tensor, nn
 
 from gptq_plugin.layers import qlinear
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.swap import swap_modules
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Roundings of the output; for bfloat16 also those of the 4-bit kernel's scales.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.layers.qlinear import swap_modules
+from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import find_targets

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin.gptq.grid import round_to_nearest
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.structure import Structure
 
 from models import Plain, tiny_llama

@@ -33,7 +33,7 @@ STEPS = {
     "quantize.in_place.describe": (1,),
     "quantize.in_place.client_config": (1,),
     "quantize.outcome.Outcome.report": (1,),
-    "layers.qlinear.share_hooks": (5, 33),
+    "layers.swap.share_hooks": (5, 33),
     "export.export.Export.add": (7,),
     "export.export.Export.finish": (1,),
     "export.verify_outputs.load_quantized": (1,),

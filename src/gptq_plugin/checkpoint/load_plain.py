@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.reserve import match, refuse, take_apart
-from gptq_plugin.layers.qlinear import note_float_rest, swap_modules
+from gptq_plugin.layers.qlinear import note_float_rest
+from gptq_plugin.layers.swap import swap_modules
 
 
 def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:

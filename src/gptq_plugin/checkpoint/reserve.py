@@ -15,7 +15,8 @@ from gptq_plugin.checkpoint.formats.format import QuantizedLayer
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.hooks import share_hooks
-from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
+from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.experts import place_experts, possible_experts
 from gptq_plugin.model.linears import is_linear, linear_shape
 from gptq_plugin.model.stored_names import expert_parts, plain_renaming, renaming

@@ -1,4 +1,4 @@
-"""QuantLinear, a linear layer whose weights stay quantized, and `swap_modules`, which replaces modules.
+"""QuantLinear, a linear layer whose weights stay quantized.
 
 On CUDA one Triton kernel dequantizes and multiplies. Elsewhere plain PyTorch does so tile by tile; on a CPU, bfloat16
 inputs of few rows use PyTorch's own 4-bit kernel, which for one row is faster than a float layer.
@@ -6,8 +6,7 @@ inputs of few rows use PyTorch's own 4-bit kernel, which for one row is faster t
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from gptq_plugin.kernels import reference
 from gptq_plugin.layers.float_rest import FloatRest
-from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.packing import pack_weight, pack_zeros, traceable_weight, unpack_weight, unpack_zeros
 
 if TYPE_CHECKING:
@@ -302,55 +300,9 @@ class _Product(torch.autograd.Function):
         return _Product.apply(x.movedim(in_dims[0], 0), layer), 0  # any number of dimensions leads
 
 
-def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    """Replaces modules everywhere they occur in the tree, so that shared modules stay shared.
-
-    A QuantLinear and the layer it replaces, or gives way to, have the same hooks (`hooks.share_hooks`).
-
-    Args:
-        model: The root, which cannot be replaced itself.
-        replacements: Full dotted name -> replacement. One of a shared module's names is enough; others must agree.
-
-    Raises:
-        ValueError: A name is empty, not in the model, or gives a shared module a second replacement; nothing has been
-            replaced then.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    new: dict[nn.Module, nn.Module] = {}
-    for name, module in replacements.items():
-        if name not in modules or not name:
-            near = difflib.get_close_matches(name, modules)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(f"the model has no submodule {name!r} to replace{hint}")
-        if new.setdefault(modules[name], module) is not module:
-            raise ValueError(
-                f"{name!r} is a shared module with a different replacement under another name: give one for both"
-            )
-    for old, module in new.items():
-        if isinstance(old, QuantLinear) or isinstance(module, QuantLinear):
-            share_hooks(old, module)
-    for parent in list(modules.values()):
-        for child_name, child in list(parent._modules.items()):
-            if child in new:
-                setattr(parent, child_name, new[child])
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            _choose_fused_path(parent)
-
-
 def note_float_rest(model: nn.Module) -> None:
     """Lets the quantized layers of a complete model warn when it is trained as if they could be; see `FloatRest`."""
     rest = FloatRest(model)
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
             layer.float_rest = rest
-
-
-def _choose_fused_path(layer: nn.TransformerEncoderLayer) -> None:
-    """Keeps a layer with QuantLinear off PyTorch's fused path, which reads the linears' weights: 0 disables it, 1
-    (relu) and 2 (gelu) are the constructor's values."""
-    if any(isinstance(child, QuantLinear) for child in layer.children()):
-        layer.activation_relu_or_gelu = 0
-    elif layer.activation is nn.functional.relu or isinstance(layer.activation, nn.ReLU):
-        layer.activation_relu_or_gelu = 1
-    elif layer.activation is nn.functional.gelu or isinstance(layer.activation, nn.GELU):
-        layer.activation_relu_or_gelu = 2

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.calibration.forward import evaluating
-from gptq_plugin.layers.qlinear import swap_modules
+from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.lightning.consolidated import Consolidated
 from gptq_plugin.lightning.sharding import is_sharded
 from gptq_plugin.lightning.unsharded import unsharded

@@ -9,7 +9,8 @@ from typing import Any
 
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
+from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.hf_models import transformers_models
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.structure import Structure

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export.verify_outputs import Sample, difference, floats, tolerance
-from gptq_plugin.layers.qlinear import QuantLinear, swap_modules
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.targets import Target
 
 _NOT_COMPARED = "the quantized layers were not compared with the float ones in the model"
