@@ -1,6 +1,6 @@
 """Replaces modules in a tree, QuantLinear for Linear or back: `swap_modules`.
 
-Tested by tests/layers/test_qlinear.py and tests/layers/test_hooks.py: with the layers that it puts there.
+Tested by tests/layers/test_qlinear.py: with the layers that it puts there.
 """
 
 from __future__ import annotations
