@@ -34,8 +34,9 @@ def test_it_names_layers_metrics_the_worst_layer_the_export_its_size_and_the_pag
         "val_loss: 2.5 float, 2.55 quantized (+0.05, +2.00 %)",
         "acc: 0 float, unknown quantized",
         "largest relative error: 6 %, layers.1.up",
+        "differs from the request in 1 point: see the warnings, or the report",
         "exported to runs/out: 2.1 MB instead of 8 MB, 60.0% of it float",
-        "every layer: runs/out/report.html; 1 line on what differs from the request",
+        "every layer: runs/out/report.html",
     ]
 
 
@@ -43,15 +44,20 @@ def test_an_export_by_itself_is_two_lines() -> None:
     whole = finished()
     assert exported(whole, Path("out")).splitlines() == [
         "exported to out: 2.1 MB instead of 8 MB, 60.0% of it float",
-        "every layer: out/report.html; 1 line on what differs from the request",
+        "every layer: out/report.html",
     ]
     whole.coverage, whole.modules = None, [module("a", stored_bytes=400)]
     assert exported(whole, Path("out")) == "exported to out: 2.1 MB, 75.0% of it float\nevery layer: out/report.html"
 
 
-def test_without_an_export_it_tells_so() -> None:
-    lines = ending(report(module("a", stored_bytes=400)), None).splitlines()
-    assert lines[-1] == "nothing was exported: no export_dir was given" and len(lines) == 2
+def test_without_an_export_none_is_told() -> None:
+    (line,) = ending(report(module("a", stored_bytes=400)), None).splitlines()
+    assert line.startswith("GPTQ: 1 layers are 3-bit now")
+
+
+def test_differences_are_counted_as_the_log_has_them() -> None:
+    several = report(module("a", deviations=("damped",)), module("b", deviations=("damped",)), deviations=["x", "y"])
+    assert ending(several, None).splitlines()[-1].startswith("differs from the request in 3 points: ")
 
 
 def test_a_large_model_is_shown_by_kinds_and_a_small_one_by_layers() -> None:

@@ -12,6 +12,7 @@ from gptq_plugin.report.numbers import (
     format_bytes,
     format_change,
     format_percent,
+    format_share,
     format_value,
 )
 
@@ -44,10 +45,14 @@ def test_a_figure_has_so_many_significant_digits() -> None:
 def test_changes_have_their_sign() -> None:
     assert (format_change(0.05), format_change(-1234.5), format_change(0.0)) == ("+0.05", "-1.23e+03", "+0")
     assert (format_percent(0.02), format_percent(-0.12345), format_percent(0.0)) == ("+2.00 %", "-12.35 %", "+0.00 %")
+    assert (format_percent(-3.9e-5), format_percent(5e-5), format_percent(2e-9)) == ("-0.004 %", "+0.01 %", "+2e-07 %")
+    assert [format_share(share) for share in (0.0, 1.0, 0.01234, 3.57e-4, 2.5e-9)] == [
+        *("0 %", "100 %", "1.23 %", "0.0357 %", "2.5e-07 %"),
+    ]
 
 
 def test_unknown_figures_are_blank() -> None:
-    assert format_value(math.nan) == format_change(math.nan) == format_percent(math.nan) == ""
+    assert format_value(math.nan) == format_change(math.nan) == format_percent(math.nan) == format_share(math.nan) == ""
 
 
 def test_an_average_width_names_what_is_counted() -> None:

@@ -28,7 +28,8 @@ def ending(report: QuantizeReport, folder: Path | None) -> str:
         report: The run's.
         folder: Its export; None without one.
     """
-    return "\n".join([_layers(report), *_metrics(report), *_worst(report), *_export(report, folder)])
+    export = _export(report, folder) if folder is not None else ()
+    return "\n".join([_layers(report), *_metrics(report), *_worst(report), *_differences(report), *export])
 
 
 def exported(report: QuantizeReport, folder: Path) -> str:
@@ -74,12 +75,14 @@ def _worst(report: QuantizeReport) -> Iterator[str]:
         yield f"largest relative error: {format_share(worst.relative_error)}, {worst.name}"
 
 
-def _export(report: QuantizeReport, folder: Path | None) -> Iterator[str]:
-    lines = len(report.deviation_lines())
-    differences = f"; {lines} {'line' if lines == 1 else 'lines'} on what differs from the request" if lines else ""
-    if folder is None:
-        yield f"nothing was exported: no export_dir was given{differences}"
-        return
+def _differences(report: QuantizeReport) -> Iterator[str]:
+    count = len(report.deviation_lines())
+    if count:
+        points = "1 point" if count == 1 else f"{count} points"
+        yield f"differs from the request in {points}: see the warnings, or the report"
+
+
+def _export(report: QuantizeReport, folder: Path) -> Iterator[str]:
     size = ""
     if report.size is not None:
         size = f": {format_bytes(report.size.bytes)}"
@@ -87,4 +90,4 @@ def _export(report: QuantizeReport, folder: Path | None) -> Iterator[str]:
             size += f" instead of {format_bytes(report.coverage.float_model)}"
         size += f", {report.float_share:.1%} of it float"
     yield f"exported to {folder}{size}"
-    yield f"every layer: {folder / PAGE}{differences}"
+    yield f"every layer: {folder / PAGE}"

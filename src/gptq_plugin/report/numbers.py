@@ -39,7 +39,10 @@ def format_change(number: float) -> str:
 
 def format_percent(number: float) -> str:
     """A fraction as a percentage with its sign; blank if unknown (NaN)."""
-    return "" if math.isnan(number) else f"{100 * number:+.2f} %"
+    if math.isnan(number):
+        return ""
+    percent = 100 * number
+    return f"{percent:+.2f} %" if percent == 0 or abs(percent) >= 0.005 else f"{percent:+.1g} %"
 
 
 def align(rows: Sequence[Sequence[str]], *, numeric: bool = True) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.forward import takes_of
 from gptq_plugin.clients.client import Client
@@ -115,7 +116,7 @@ class Attempts:
                         "exported, and the module has its float weights"
                     ) from None
                 tried.append(f"escalated, {step.what}: before, {failure}")
-                log.warning("%s", tried[-1])
+                _warn("%s", tried[-1])
                 attempt = copy.copy(quantizer)
                 attempt.config = step.config
 
@@ -136,7 +137,7 @@ class Attempts:
             if failures and gate.on_fail == "warn":
                 report.deviations += failures
                 for failure in failures:
-                    log.warning("not good enough, and accepted because of on_fail='warn': %s", failure)
+                    _warn("not good enough, and accepted because of on_fail='warn': %s", failure)
             elif failures:
                 is_first = gate.on_fail == "escalate" and not tried
                 raise _NotGoodEnough(failures, self._noise(quantizer, report) if is_first else None)
@@ -175,3 +176,9 @@ class Attempts:
         limit = "" if gate.max_bits is None else f" within max_bits={gate.max_bits:g}"
         limit += "" if self.target is None else f" that {self.target} takes"
         return f"nor is any of the {tried} others tried{limit}" if tried else f"there is nothing else to try{limit}"
+
+
+def _warn(message: str, text: str) -> None:
+    """Warns on rank 0: all ranks measure the same, and make the same attempts."""
+    if distributed.rank() == 0:
+        log.warning(message, text)
