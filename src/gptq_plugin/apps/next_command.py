@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
 from gptq_plugin.apps.sweeps import in_sweep
 
+PROGRAM = "gptq-quantize"
+
 
 def next_command(run_dir: Path) -> str:
-    """Returns the command line; empty in a sweep, or after gptq-finetune if it saved no float model."""
+    """Returns a line for the shell, from the directory of this process; empty in a sweep, or after gptq-finetune if it
+    saved no float model."""
     hydra_config = HydraConfig.get()
     if in_sweep():
         return ""
@@ -22,7 +29,25 @@ def next_command(run_dir: Path) -> str:
         if not float_dir.exists():
             return ""
         overrides = [o for o in overrides if o.startswith(("data", "+data", "quantizer", "+quantizer"))]
-        overrides = [f"model.name_or_path={float_dir}", f"data={hydra_config.runtime.choices['data']}"] + [
+        overrides = [f"model.name_or_path={_quoted(float_dir)}", f"data={hydra_config.runtime.choices['data']}"] + [
             o for o in overrides if not o.startswith("data=")
         ]
-    return shlex.join(["gptq-quantize", "-m", *overrides, "quantizer.bits=2,3,4,8"])
+    return shlex.join([*_program(), "-m", *overrides, "quantizer.bits=2,3,4,8"])
+
+
+def _program() -> list[str]:
+    """The words that start gptq-quantize: its name where PATH leads to the one of this environment, else its path."""
+    folders = (Path(sys.argv[0]).parent, Path(sys.executable).parent, Path(sysconfig.get_path("scripts")))
+    script = next((folder / PROGRAM for folder in folders if (folder / PROGRAM).is_file()), None)
+    if script is None:
+        return [sys.executable, "-c", "from gptq_plugin.apps.cli import quantize; quantize()"]
+    found = shutil.which(PROGRAM)
+    return [PROGRAM] if found and Path(found).samefile(script) else [str(script.absolute())]
+
+
+def _quoted(path: Path) -> str:
+    """The path as Hydra reads it."""
+    text = str(path)
+    if re.fullmatch(r"[\w./+-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

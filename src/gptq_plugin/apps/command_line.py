@@ -1,0 +1,68 @@
+"""The command lines of the Hydra commands, before Hydra reads them: versions, help, and names that do not exist."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from gptq_plugin import __version__
+from gptq_plugin.apps.option_names import CONF, unknown_names
+
+Task = Callable[[DictConfig], Any]
+
+
+def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
+    """Makes a function of a configuration a command, ``gptq-CONFIG_NAME``, as `hydra.main` does.
+
+    ``--version`` prints the package's version, ``--help`` the options with the comments of ``conf/``. A name that does
+    not exist ends the process with status 2 and the nearest one that does.
+    """
+
+    def decorate(task: Task) -> Callable[..., Any]:
+        run = hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=config_name)(task)
+
+        @functools.wraps(task)
+        def command(cfg: DictConfig | None = None) -> Any:
+            if cfg is None:
+                _before_hydra(config_name)
+            return run(cfg)
+
+        return command
+
+    return decorate
+
+
+def _before_hydra(default: str) -> None:
+    """Answers ``--version`` and ``--help``, and refuses unknown flags and names. Configurations of the user's own
+    (``--config-dir``, ``--config-path``, ``hydra.searchpath``) are left to Hydra."""
+    if "--version" in sys.argv[1:]:
+        print(f"gptq-{default} {__version__}")
+        sys.exit(0)
+    given, unknown = get_args_parser().parse_known_args()
+    name = given.config_name or default
+    program = f"gptq-{default}"
+    if unknown:
+        _fail(program, [f"there is no flag {unknown[0]}: options are written name=value, such as quantizer.bits=3"])
+    if given.config_path or given.config_dir or any("hydra.searchpath" in one for one in given.overrides):
+        return
+    wrong = unknown_names(name, given.overrides)
+    if wrong:
+        _fail(program, wrong)
+    if given.help:
+        from gptq_plugin.apps.help_text import help_text
+
+        print(help_text(name, given.overrides))
+        sys.exit(0)
+
+
+def _fail(program: str, sentences: list[str]) -> None:
+    for sentence in sentences:
+        print(f"{program}: {sentence}", file=sys.stderr)
+    print(f"`{program} --help` lists all options", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,68 @@
+"""``gptq-quantize``: the order of its steps.
+
+Tested by tests/apps/test_cli.py: by runs of the command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from gptq_plugin.apps.comparison import Run, compare
+from gptq_plugin.apps.fine_tuned import fine_tuned
+from gptq_plugin.apps.run_folder import launched
+from gptq_plugin.apps.setting_up import data_and_model, instantiate_plain, plain, start
+from gptq_plugin.apps.summary import Clock
+from gptq_plugin.device.memory import with_index
+from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.memory.placement import fits
+from gptq_plugin.quantize.module import QuantizeModule
+from gptq_plugin.training.progress import tqdm_progress
+
+
+def quantize(cfg: DictConfig) -> float | None:
+    """Quantizes a model, fine-tuned or not, exports, reloads and compares; returns the exported model's mean NLL."""
+    clock, run_dir = Clock(), start(cfg)
+    if launched() > 1:
+        raise ValueError(
+            f"gptq-quantize is one process, and {launched()} were started: run it without torchrun or srun (a model "
+            "larger than the GPU is streamed through it); gptq-finetune quantizes on all ranks"
+        )
+    export_dir = Path(cfg.export_dir)
+    check_export_dir(export_dir, overwrite=cfg.overwrite)
+    if cfg.ckpt is None and cfg.model.get("weights") is False:
+        raise ValueError("model.weights=false leaves the model's weights random: give ckpt=PATH to load them from")
+    with clock("prepare"):
+        quantizer: QuantizeModule = instantiate_plain(cfg.quantizer)
+        data, model = data_and_model(cfg)
+        model.network = fine_tuned(model.network, ckpt=cfg.ckpt, adapter=cfg.adapter)
+        device = _device(cfg.device)
+        if not quantizer.offload_weights and fits(model, device):
+            model.to(device)  # otherwise it is streamed from the CPU
+        rows = data.calibration_source(quantizer.config.nsamples)
+    with (
+        clock("quantize"),
+        tqdm_progress() as progress,
+        quantizer.temporarily(
+            model.network,
+            rows,
+            tokenizer=model.tokenizer,
+            device=device,
+            export_dir=export_dir,
+            overwrite=cfg.overwrite,
+            target=plain(cfg.target),
+            progress=progress,
+        ) as report,
+    ):
+        pass
+    quantizer.run_log.end(report, export_dir)
+    clock.move(report.seconds["export"], "quantize", "export")
+    return compare(Run(cfg, run_dir, clock, data, model), quantizer, report, export_dir, device)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return with_index(torch.device(name))

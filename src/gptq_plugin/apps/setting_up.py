@@ -1,0 +1,44 @@
+"""What both Hydra commands begin with: seeds, the run's folder, the data, the model.
+
+Tested by tests/apps/test_cli.py: each command begins so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning import seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from gptq_plugin.apps.data import TextData
+from gptq_plugin.apps.documents import texts
+from gptq_plugin.apps.language_model import LanguageModel
+
+
+def start(cfg: DictConfig) -> Path:
+    """Seeds everything and returns the folder Hydra gave this run."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def instantiate_plain(node: Any, *args: Any, **kwargs: Any) -> Any:
+    # _convert_="all": plain dicts and lists, since libraries do not take OmegaConf's.
+    return instantiate(node, *args, _convert_="all", **kwargs)
+
+
+def plain(node: Any) -> Any:
+    return OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+
+
+def data_and_model(cfg: DictConfig) -> tuple[TextData, LanguageModel]:
+    """Makes the data and the model. The tokenizer comes first, and may have to be trained on the text."""
+    data: TextData = instantiate_plain(cfg.data)
+    model: LanguageModel = instantiate_plain(cfg.model, texts(data.documents))
+    return data.encode(model.tokenizer), model

@@ -1,0 +1,78 @@
+"""The commands' lines before Hydra reads them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from gptq_plugin.apps.command_line import hydra_command
+
+
+@pytest.fixture
+def called(monkeypatch, tmp_path):
+    """called(*words) runs gptq-finetune's line on a function that returns what it is called with."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def call(*words):
+        seen.clear()
+        monkeypatch.setattr(sys, "argv", ["gptq-finetune", *words])
+        hydra_command("finetune")(seen.append)()
+        return seen
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["gptq-finetune", "gptq-quantize"])
+def test_the_installed_commands_print_the_packages_version(name, tmp_path):
+    program = Path(sys.executable).parent / name
+    done = subprocess.run([program, "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{name} {version('gptq-plugin')}\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_help_is_printed_and_nothing_runs(called, capsys, tmp_path):
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as ended:
+            called(flag, "data=text")
+        assert ended.value.code == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith("gptq-finetune fine-tunes a language model") and "* data=text" in printed
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quantizer.bit=3"], "gptq-finetune: there is no option quantizer.bit: did you mean quantizer.bits=3?"),
+        (["-m", "quantizer=w4g128,w4g12"], "gptq-finetune: there is no quantizer=w4g12: did you mean"),
+        (["--config-name=quantize", "targt=vllm"], "there is no option targt: did you mean target=vllm?"),
+        (["--help", "seeed=1"], "did you mean seed=1?"),
+        (["--cfg", "job", "seeed=1"], "did you mean seed=1?"),
+        (["--quantizer.bits=3"], "there is no flag --quantizer.bits=3: options are written name=value"),
+    ],
+)  # fmt: skip
+def test_what_does_not_exist_ends_the_process_with_2_and_the_nearest(words, message, called, capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        called(*words)
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and "`gptq-finetune --help` lists all options" in printed.err and not printed.out
+    assert "To append to your config use" not in printed.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_right_line_reaches_the_function(called):
+    (config,) = called("quantizer.bits=3", "hydra.run.dir=out", "+trainer.min_epochs=2")
+    assert (config.quantizer.bits, config.trainer.min_epochs) == (3, 2)
+
+
+def test_configurations_of_the_users_own_are_left_to_hydra(called, tmp_path):
+    (tmp_path / "own" / "quantizer").mkdir(parents=True)
+    (tmp_path / "own" / "quantizer" / "mine.yaml").write_text("defaults: [w4g128, _self_]\nbits: 8\n")
+    (config,) = called("--config-dir=own", "quantizer=mine", "hydra.run.dir=out")
+    assert config.quantizer.bits == 8

@@ -1,0 +1,87 @@
+"""Names on the command line that do not exist, and the nearest that do."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptq_plugin.apps.option_names import nearest, unknown_names
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("quantizer.bit=3", "there is no option quantizer.bit: did you mean quantizer.bits=3?"),
+        ("+quantizer.bit=3", "there is no option quantizer.bit: did you mean quantizer.bits=3?"),
+        ("++quantizer.bit=3", "there is no option quantizer.bit: did you mean quantizer.bits=3?"),
+        ("~quantizer.bit", "there is no option quantizer.bit: did you mean ~quantizer.bits?"),
+        ("quantizer.bit=2,3", "there is no option quantizer.bit: did you mean quantizer.bits=2,3?"),
+        ("quantiser.bits=3", "there is no option quantiser.bits: did you mean quantizer.bits=3?"),
+        ("quantiser.bit=3", "there is no option quantiser.bit: did you mean quantizer.bits=3?"),
+        ("bits=3", "there is no option bits: did you mean quantizer.bits=3?"),
+        ("bit=3", "there is no option bit: did you mean quantizer.bits=3?"),
+        ("target=vllm", "there is no option target: did you mean callbacks.gptq.target=vllm?"),
+        ("callbacks.gptq.max_degredation=1", "did you mean callbacks.gptq.max_degradation=1?"),
+        ("callbacks.gtpq.swap=true", "did you mean callbacks.gptq.swap=true?"),
+        ("+callbacks.gptqq.export_dir=x", "did you mean callbacks.gptq.export_dir=x?"),
+        ("trainer.logger.nam=x", "did you mean trainer.logger.name=x?"),
+        ("+trainer.logger.nam=x", "did you mean trainer.logger.name=x?"),
+        ("trainer.min_epoch=1", "there is no option trainer.min_epoch: did you mean +trainer.min_epochs=1?"),
+        ("+trainer.max_step=1", "there is no option trainer.max_step: did you mean trainer.max_steps=1?"),
+        ("trainer.min_epochs=1", "is not in the configuration, but lightning.Trainer takes it: +trainer.min_epochs=1"),
+        ("+data.seqlen=9", "there is no option data.seqlen: did you mean data.seq_len=9?"),
+        ("data.zzz=9", "there is no option data.zzz: data has seq_len, batch_size, bos, shuffle, seed, train_rows"),
+        ("+data.zzz=9", "there is no option data.zzz: data has seq_len"),
+        ("zzz=9", "there is no option zzz: the configuration has model, data, quantizer, trainer, callbacks, seed"),
+        ("+evalute=false", "there is no option evalute: did you mean evaluate=false?"),
+        ("hydra.run.dirr=x", "there is no option hydra.run.dirr: did you mean hydra.run.dir=x?"),
+        ("callbacks.gptq.max_degradation.val_loss=1", "+callbacks.gptq.max_degradation.val_loss=1 adds it"),
+        ("seed.x=1", "seed has no x: it is 0"),
+        ("model.name_or_path=x", "has no model.name_or_path: did you mean model=hf model.name_or_path=x?"),
+        ("data.path=x", "did you mean data=hub data.path=x or data=text data.path=x?"),
+        ("quantizer=w4g12", "there is no quantizer=w4g12: did you mean quantizer=w4g128? quantizer is one of w2g128"),
+        ("quantizer=w4g128,w3g12", "there is no quantizer=w3g12: did you mean quantizer=w3g128?"),
+        ("data=wikipedia", "there is no data=wikipedia: data is one of builtin, hub, text"),
+        ("callback=gptq", "there is no option callback: did you mean callbacks=gptq?"),
+        ("hydra/launcher=fast", "there is no hydra/launcher=fast: hydra/launcher is one of"),
+        ("quantizer.bits", "quantizer.bits has no value: options are written name=value"),
+    ],
+)  # fmt: skip
+def test_a_name_that_does_not_exist_comes_with_the_nearest_that_does(override, sentence):
+    (found,) = unknown_names("finetune", ["seed=3", override, "trainer.max_steps=5"])
+    assert sentence in found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["quantizer=w3g128", "quantizer.bits=2,3", "seed=1"],
+        ["+trainer.min_epochs=2", "++trainer.max_steps=2", "~trainer.logger"],
+        ["+quantizer.dynamic={.*down_proj:{bits:8}}", "+callbacks.gptq.max_degradation.val_loss=0.1"],
+        ["+callbacks.ema._target_=lightning.pytorch.callbacks.Timer", "+callbacks.ema.duration=1"],
+        ["+callbacks.stop={_target_:lightning.pytorch.callbacks.Timer}", "callbacks.stop._target_=x.y"],
+        ["+width=64", "model.hidden_size=${width}"],
+        ["+own.width=64", "model.hidden_size=${own.width}"],
+        ["+trainer.plugins={_target_:my.Plugin,anything:3}"],
+        ["model={_target_:my.model,anything:3}"],
+        ["+model.anything=3", "model._target_=dict"],
+        ["+hydra.job.env_set.X=1", "hydra.run.dir=out"],
+        ["data=text", "data.path=[a.txt,b.txt]", "model=hf", "model.name_or_path=x"],
+        ["quantizer.bits=[", "seed=1"],  # Hydra's to judge
+    ],
+)
+def test_names_that_exist_or_are_added_for_somebody_pass(overrides):
+    assert unknown_names("finetune", overrides) == []
+
+
+def test_each_wrong_name_has_its_sentence_and_the_configuration_of_the_command_counts():
+    assert len(unknown_names("finetune", ["quantizer.bit=3", "seeed=1", "data.shuffle=true"])) == 2
+    assert unknown_names("quantize", ["target=vllm", "model.name_or_path=x"]) == []
+    assert "has no option" not in "".join(unknown_names("quantize", ["trainer.max_steps=1"]))
+
+
+def test_nearest_prefers_the_same_name_elsewhere_then_what_is_alike():
+    tree = {"a": {"size": 1, "seed": 2}, "b": {"seed": 3, "length": {"limit": 4}}, "_target_": "x"}
+    assert nearest("b.siz", tree) is None and nearest("size", tree) == "a.size"
+    assert nearest("b.c.seed", tree) == "b.seed" and nearest("b.lenght.limt", tree) == "b.length.limit"
+    assert nearest("q.limt", tree) == "b.length.limit" and nearest("q.nothing", tree) is None
