@@ -334,29 +334,100 @@ def test_escalation_stops_at_its_limit_of_bits_and_gives_the_float_weights_back(
         caplog.clear()
 
 
-def test_a_metric_that_validation_does_not_log_is_refused_before_training(tmp_path):
-    class Untrained(Validated):
-        def training_step(self, batch, batch_idx):
-            raise AssertionError("training began")
-
-    callback = GPTQCallback(QuantizeModule(**SMALL), max_degradation={"val_los": 0.1})
-    with pytest.raises(ValueError, match="max_degradation names val_los, and validation logs val_batches, val_loss"):
-        fit(Untrained(), None, [callback], tmp_path)
-
-    class NoValidation(Untrained):
+def test_limits_need_a_validation_step(tmp_path):
+    class NoValidation(NotTrained):
         validation_step = pl.LightningModule.validation_step
 
     with pytest.raises(ValueError, match="need a validation_step"):
         fit(NoValidation(), token_loader(), [GPTQCallback(QuantizeModule(**SMALL), max_degradation={"a": 1})], tmp_path)
 
 
-def test_a_metric_that_is_not_logged_is_said_at_the_end_of_a_run_that_never_validated(tmp_path):
-    module, callback = Validated(), GPTQCallback(QuantizeModule(**SMALL), max_degradation={"val_los": 0.1})
-    with pytest.raises(ValueError, match="max_degradation names val_los, and validation logs val_batches, val_loss"):
-        fit(module, None, [callback], tmp_path, num_sanity_val_steps=0, check_val_every_n_epoch=9)
-    assert quantized(module) == [] and module.trainer.global_step == 3
-
-
 def test_limits_without_validation_are_refused():
     with pytest.raises(ValueError, match="validate=False switches it off"):
         GPTQCallback(QuantizeModule(), validate=False, max_degradation={"a": 1})
+
+
+# --- names of metrics, before training ---
+
+
+class NotTrained(Validated):
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("training began")
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"val_los": 0.02}, r"max_degradation names val_los, and validation logs .*: did you mean val_loss\?"),
+        ({"val_loss": 0.02, "vall_most": 1}, r"names vall_most, .*: did you mean val_most\?"),
+        ({"val_step_only": 1}, "names val_step_only, and validation logs val_batches, val_loss"),  # no epoch value
+    ],
+)
+def test_a_metric_that_is_not_logged_is_refused_before_training_whatever_the_sanity_check(
+    sanity, limits, message, tmp_path
+):
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", max_degradation=limits)
+    with pytest.raises(ValueError, match=message):
+        fit(NotTrained(), None, [callback], tmp_path, num_sanity_val_steps=sanity)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_of_training_is_no_metric_of_validation(tmp_path):
+    callback = GPTQCallback(QuantizeModule(**SMALL), max_degradation={"train_loss": 0.02})
+    with pytest.raises(ValueError, match="names train_loss"):
+        fit(NotTrained(), None, [callback], tmp_path, num_sanity_val_steps=0)
+
+
+def trial(module, limits, tmp_path):
+    """How many validation batches ran before the first training step, of a fit with these limits."""
+    seen = []
+
+    class Counted(type(module)):
+        def validation_step(self, batch, batch_idx):
+            seen.append(batch_idx)
+            return super().validation_step(batch, batch_idx)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 0:
+                seen.append("training")
+
+    module.__class__ = Counted
+    callback = GPTQCallback(QuantizeModule(**SMALL), max_degradation=limits)
+    fit(module, None, [callback], tmp_path, num_sanity_val_steps=0)
+    return seen[: seen.index("training")]
+
+
+def test_one_batch_is_tried_and_all_of_them_for_a_metric_that_comes_later(tmp_path):
+    class LastOnly(Validated):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if batch_idx == 2:
+                self.log("val_last", 1.0)
+
+    assert trial(Validated(), {"val_loss": 100.0, "val_batches": 9}, tmp_path) == [0]
+    assert trial(LastOnly(), {"val_last": 1.0}, tmp_path) == [0, 0, 1, 2]
+
+
+def test_a_trial_leaves_random_numbers_and_metrics_as_they_were(tmp_path):
+    weights = []
+    for limits in (None, {"val_loss": 100.0}):
+        module = Validated()
+        fit(module, None, [GPTQCallback(QuantizeModule(**SMALL), max_degradation=limits, swap=None)], tmp_path,
+            num_sanity_val_steps=0)  # fmt: skip
+        weights.append(module.model.model.norm.weight)
+        assert module.mean.update_count == 0 and module.seen == 0
+    assert torch.equal(*weights)
+
+
+def test_a_validation_that_cannot_run_before_training_is_checked_in_the_first_one(tmp_path, caplog):
+    class Needs(Validated):
+        def on_validation_epoch_end(self):
+            self.log("val_seen", self.trainer.callback_metrics["train_loss"])
+
+    module = Needs()
+    callback = GPTQCallback(QuantizeModule(**SMALL), max_degradation={"val_sen": 0.02})
+    with pytest.raises(ValueError, match=r"names val_sen.*did you mean val_seen\?"):
+        fit(module, None, [callback], tmp_path, num_sanity_val_steps=0, max_epochs=3)
+    assert module.current_epoch == 0
+    assert "not checked before training, because validation_step cannot run yet (KeyError: 'train_loss')" in caplog.text

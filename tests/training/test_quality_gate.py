@@ -144,6 +144,11 @@ def test_a_metric_that_is_not_logged_is_named_with_those_that_are():
     with pytest.raises(ValueError) as caught:
         gate.check_names(iter(["other", "accuracy"]))
     assert str(caught.value) == "max_degradation names loss, rouge, and validation logs accuracy, other"
+    with pytest.raises(
+        ValueError,
+        match=r"names loss, accuracy, and validation logs acuracy, val_loss: did you mean val_loss, acuracy\?",
+    ):
+        QualityGate({"loss": 1, "accuracy": -1}).check_names(["val_loss", "acuracy"])
     with pytest.raises(ValueError) as caught:
         gate.check_names({})
     assert str(caught.value) == "max_degradation names loss, accuracy, rouge, and validation logs nothing"

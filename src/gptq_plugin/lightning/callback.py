@@ -40,7 +40,7 @@ from gptq_plugin.lightning.surroundings import (
     without_training_state,
 )
 from gptq_plugin.lightning.unsharded import refuse_unknown_sharding
-from gptq_plugin.lightning.validation import validate, validation_loaders
+from gptq_plugin.lightning.validation import check_metrics, validate, validation_loaders
 from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
@@ -180,13 +180,14 @@ class GPTQCallback(CallbackBase, pl.Callback):
             self.check_layers(module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds a metric that is not logged in the sanity check before training, or else in the first validation."""
+        """Finds a metric that is not logged, if `check_metrics` could not before training."""
         if self.gate.limits and not is_dev_run(trainer):
             self.gate.check_names(trainer.callback_metrics)
 
     @distributed.ending_together()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Runs one calibration batch of every source, so that data that does not fit is found before training."""
+        """Runs one calibration batch of every source, and a validation batch if metrics have limits, so that data that
+        does not fit and names that are not logged are found before training."""
         if is_dev_run(trainer):
             return
         if (self.gate.limits or self.validate) and not validation_loaders(trainer):
@@ -197,14 +198,16 @@ class GPTQCallback(CallbackBase, pl.Callback):
         with isolate_rng():  # a sampler may draw from the global generator
             data = self.calibration_data(trainer)
         first = self.data.rehearsal_data(data)
-        if first is None and not is_sharded(trainer):
-            return  # the user's stream is not read before training
         with isolate_rng(), evaluating_eagerly(pl_module):
             outputs = _parallel_outputs(self, trainer, pl_module)
             with whole(trainer, pl_module, self.export_dir), uncompiled(pl_module):
-                if outputs is not None:
+                if outputs is not None or self.gate.limits:
                     with streamed_to(pl_module, forward_device(trainer)):
-                        outputs.check()
+                        check_metrics(trainer, pl_module, self.gate)
+                        if outputs is not None:
+                            outputs.check()
+                if first is None and not is_sharded(trainer):
+                    return  # the user's stream is not read before training
                 chosen = self.module_to_quantize(pl_module)
                 with without_adapters(trainer, pl_module, chosen, base_copy) as module:
                     self._rehearse(trainer, pl_module, module, first, self.data.entire_data(data))

@@ -1,4 +1,4 @@
-"""Measures the user's validation metrics outside Lightning's loops: `validate`.
+"""Measures the user's validation metrics outside Lightning's loops: `validate`, and a trial of it: `check_metrics`.
 
 At the end of `fit` a nested `trainer.validate` would tear the strategy down a second time, and `self.log` has no loop
 to report to. So `validate` runs `validation_step` over the validation dataloaders by itself and collects what it logs.
@@ -7,6 +7,7 @@ to report to. So `validate` runs `validation_step` over the validation dataloade
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,6 +22,9 @@ from torchmetrics import Metric
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.forward import evaluating
+from gptq_plugin.training.quality_gate import QualityGate
+
+log = logging.getLogger(__name__)
 
 _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "min": torch.min,
@@ -29,11 +33,43 @@ _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+def check_metrics(trainer: pl.Trainer, pl_module: pl.LightningModule, gate: QualityGate) -> None:
+    """Refuses limits of metrics that the validation does not log, by a trial of it. Every rank calls it.
+
+    The trial takes a batch of each dataloader, and only if a name is missing then, all of them. Where the module's
+    validation cannot run before training, that is logged, and its first validation in training is checked instead.
+
+    Raises:
+        ValueError: A metric is not logged; the message names the nearest that is.
+    """
+    if not gate.limits:
+        return
+    try:
+        with distributed.ending_together():
+            logged = validate(trainer, pl_module, most_batches=1)
+            if not gate.limits.keys() <= logged.keys():
+                logged = validate(trainer, pl_module)
+    except Exception as error:  # noqa: BLE001  the user's code
+        log.warning(
+            "the metrics of max_degradation are not checked before training, because validation_step cannot run yet "
+            "(%s: %s): they are checked in the first validation",
+            type(error).__name__,
+            error,
+        )
+        return
+    gate.check_names(logged)
+
+
+def validate(trainer: pl.Trainer, pl_module: pl.LightningModule, most_batches: int | None = None) -> dict[str, float]:
     """Runs `validation_step` over the validation dataloaders, as `trainer.validate` would.
 
     Runs the LightningModule's hooks around epochs and batches, but not those of callbacks. Respects
     `limit_val_batches`. In a process group every rank validates its share, and all return the same values.
+
+    Args:
+        trainer: Its dataloaders are used.
+        pl_module: Has the `validation_step`.
+        most_batches: Batches of each dataloader at most; None takes all.
 
     Returns:
         Epoch values logged with `self.log` or `self.log_dict`, under Lightning's names; those that are also logged on
@@ -46,7 +82,7 @@ def validate(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, fl
         for number, loader in enumerate(loaders):
             several = len(loaders) > 1
             index = (number,) if several else ()
-            for batch_idx, batch in enumerate(islice(loader, _limit(trainer, loader))):
+            for batch_idx, batch in enumerate(islice(islice(loader, _limit(trainer, loader)), most_batches)):
                 batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=number)
                 batch = trainer.precision_plugin.convert_input(
                     trainer.strategy.batch_to_device(batch, dataloader_idx=number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from gptq_plugin.config import is_number
@@ -75,13 +76,14 @@ class QualityGate:
         self.max_bits = max_bits
 
     def check_names(self, logged: Iterable[str]) -> None:
-        """Raises ValueError if a limit's metric is not among the logged ones."""
+        """Raises ValueError if a limit's metric is not among the logged ones, with those that are most like it."""
         known = set(logged)
         missing = [metric for metric in self.limits if metric not in known]
         if missing:
+            near = dict.fromkeys(name for metric in missing for name in get_close_matches(metric, sorted(known), n=1))
             raise ValueError(
                 f"max_degradation names {', '.join(missing)}, and validation logs "
-                f"{', '.join(sorted(known)) or 'nothing'}"
+                f"{', '.join(sorted(known)) or 'nothing'}" + (f": did you mean {', '.join(near)}?" if near else "")
             )
 
     def affords(self, bits: float) -> bool:
