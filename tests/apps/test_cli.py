@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin.apps import data
 from gptq_plugin.apps.evaluate import mean_nll
+from gptq_plugin.apps.language_model import LanguageModel
 from gptq_plugin.apps.summary import SUMMARY
 from gptq_plugin.errors import DataError, ExportError
 from gptq_plugin.model.adapters import merged_copy
 
 from language_models import LORA, save_sharded, tiny
+from texts import CHAT_TEMPLATE, CHATS
 
 TINY = [
     "model.vocab_size=384",
@@ -200,6 +203,28 @@ def test_quantize_takes_files_in_their_order_and_other_files_to_evaluate_on(fine
     assert report["totals"]["samples"] == 16
 
 
+def chats(file, count=60):
+    rows = [{"messages": [{**message, "content": f"{message['content']} {n}"} for message in CHATS[n % 2]]} for n in
+            range(count)]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("name", ["quantize", "finetune"])
+def test_chats_are_trained_and_calibrated_on_through_the_tokenizers_template(name, app, base, tmp_path):
+    shutil.copytree(base[0], tmp_path / "chatty")
+    words = AutoTokenizer.from_pretrained(base[0])
+    words.chat_template = CHAT_TEMPLATE
+    words.save_pretrained(tmp_path / "chatty")
+    data = ["data=text", f"data.path={chats(tmp_path / 'chats.jsonl')}", "data.column=messages", "data.seq_len=16"]
+    model = ["model=hf", f"model.name_or_path={tmp_path / 'chatty'}", "quantizer.group_size=32", "quantizer.nsamples=8"]
+    more = ["device=cpu"] if name == "quantize" else ["trainer.max_steps=2", "trainer.accelerator=cpu"]
+    app(name, *model, *data, *more, "evaluate=false")
+    report = json.loads((tmp_path / "run" / "gptq" / "quantization_report.json").read_text())
+    assert report["totals"]["samples"] == 8
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "gptq").chat_template == CHAT_TEMPLATE
+
+
 # --- gptq-quantize after a fine-tune ---
 
 
@@ -294,6 +319,18 @@ class TestRefusedBeforeTraining:
         (tmp_path / "empty.txt").touch()
         refused(app, InstantiationException, "is empty", *TINY, "data=text", f"data.path={tmp_path}/empty.txt")
 
+    @pytest.mark.parametrize("name", ["finetune", "quantize"])
+    def test_chats_without_a_template(self, app, base, tmp_path, name):
+        data = ["data=text", f"data.path={chats(tmp_path / 'chats.jsonl')}", "data.column=messages"]
+        model = ["model=hf", f"model.name_or_path={base[0]}"]
+        refused(app, DataError, "the tokenizer has no chat template: take the tokenizer", *model, *data, name=name)
+        if name == "finetune":
+            refused(app, InstantiationException, "take a model that was tuned for chat", *TINY, *data)
+
+    def test_a_tokenizer_that_is_none(self, app, tmp_path):
+        nowhere = f"callbacks.gptq.tokenizer={tmp_path}/nowhere"
+        refused(app, InstantiationException, "is neither a folder nor a hub id", *TINY, f"+{nowhere}")
+
     def test_text_too_short_for_one_row(self, app, tmp_path):
         (tmp_path / "short.txt").write_text("Too short.")
         refused(app, DataError, "too short", *TINY, "data=text", f"data.path={tmp_path}/short.txt")
@@ -320,6 +357,16 @@ class TestRefusedBeforeTraining:
 
     def test_a_callback_that_would_not_leave_the_float_model_to_compare(self, app):
         refused(app, ValueError, "must hold one GPTQCallback", *TINY, "callbacks.gptq.swap=true")
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_metric_that_is_not_logged_is_refused_before_training_with_the_nearest(app, sanity, monkeypatch):
+    def step(*_):
+        raise AssertionError("training started")
+
+    monkeypatch.setattr(LanguageModel, "training_step", step)
+    limit = ["callbacks.gptq.max_degradation={val_los:0.02}", f"trainer.num_sanity_val_steps={sanity}"]
+    refused(app, ValueError, r"names val_los, .* did you mean val_loss\?", *TINY, *limit)
 
 
 def test_a_users_mistake_is_said_in_words_and_with_a_failing_exit(tmp_path):

@@ -11,6 +11,8 @@ from gptq_plugin.apps import data
 from gptq_plugin.apps.documents import builtin_documents, file_documents, hub_documents, passages, texts
 from gptq_plugin.errors import DataError
 
+from texts import CHATS, chat_words
+
 
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -97,3 +99,57 @@ def test_empty_text_is_refused_and_named(tmp_path):
         data.text(path=None)
     with pytest.raises(DataError, match=r"data\.path"):
         file_documents([])
+
+
+def chat_rows(count=6):
+    return [{"id": n, "messages": CHATS[n % 2]} for n in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "a local data set"])
+def test_chats_become_text_through_the_tokenizers_template(kind, tmp_path):
+    words, rows = chat_words(), chat_rows()
+    if kind == "jsonl":
+        documents = file_documents(write_jsonl(tmp_path / "x.jsonl", rows), column="messages")
+    else:
+        Dataset.from_list(rows).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+        path = tmp_path / "train-00000-of-00001.parquet" if kind == "parquet" else tmp_path
+        documents = (file_documents if kind == "parquet" else hub_documents)(str(path), column="messages")
+    expected = [words.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    assert list(texts(documents, words)) == expected
+    assert documents.column_names == ["text"]
+
+
+def test_the_tools_beside_chats_are_told_to_the_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    file = write_jsonl(tmp_path / "x.jsonl", [{**row, "tools": tools} for row in chat_rows(2)])
+    words = chat_words()
+    expected = [words.apply_chat_template(chat, tools=tools, tokenize=False) for chat in CHATS]
+    assert list(texts(file_documents(file, column="messages"), words)) == expected
+    assert "add" in expected[0]
+
+
+def test_chats_without_a_template_are_refused_with_the_remedy(tokenizer, tmp_path):
+    documents = file_documents(write_jsonl(tmp_path / "x.jsonl", chat_rows()), column="messages")
+    with pytest.raises(
+        DataError, match=r"holds chats, and no tokenizer .* take a model that was tuned for chat \(model=hf"
+    ):
+        list(texts(documents))
+    with pytest.raises(DataError, match=r"the tokenizer has no chat template: .* set tokenizer\.chat_template"):
+        list(texts(documents, tokenizer))
+    write_jsonl(tmp_path / "x.jsonl", [{"messages": [{"role": "critic", "content": "?"}]}])
+    with pytest.raises(DataError, match="refuses a chat of critic: no such role"):
+        list(texts(file_documents(str(tmp_path / "x.jsonl"), column="messages"), chat_words()))
+
+
+def test_the_column_of_chats_is_named_and_other_columns_are_refused(tmp_path):
+    file = write_jsonl(tmp_path / "x.jsonl", chat_rows())
+    with pytest.raises(DataError, match=r"has no column 'text': it has id, messages\. Set data\.column=messages"):
+        file_documents(file)
+    with pytest.raises(DataError, match=r"holds 1, which is neither a text nor a list of chat messages"):
+        list(texts(file_documents(file, column="id").skip(1)))
+    write_jsonl(tmp_path / "y.jsonl", [{"messages": "a text"}])
+    with pytest.raises(DataError, match="do not hold the same kind of 'messages'"):
+        file_documents([file, str(tmp_path / "y.jsonl")], column="messages")
+    write_jsonl(tmp_path / "z.jsonl", [{"messages": None}, {"messages": []}])
+    with pytest.raises(DataError, match="there is no text in"):
+        file_documents(str(tmp_path / "z.jsonl"), column="messages")

@@ -23,6 +23,12 @@ def test_rows_are_the_documents_joined_with_bos_before_each_and_cut(tokenizer):
         assert rows.flatten().tolist() == stream[: rows.numel()]
 
 
+def test_bos_is_not_put_before_a_document_that_begins_with_it(tokenizer):
+    begun = [tokenizer.bos_token + text for text in PROSE if text]
+    assert torch.equal(cut_rows(begun, tokenizer, 5), cut_rows(PROSE, tokenizer, 5))
+    assert torch.equal(cut_rows(begun, tokenizer, 5, bos=False), cut_rows(PROSE, tokenizer, 5))
+
+
 def test_bos_can_be_left_out_and_a_tokenizers_own_special_tokens_are_not_added(tokenizer):
     rows = cut_rows(PROSE, tokenizer, 5, bos=False)
     assert not (rows == tokenizer.bos_token_id).any()

@@ -27,7 +27,7 @@ class TextData(LightningDataModule):
     """Turns documents into batches ``{"input_ids": int64 [batch_size, seq_len]}``.
 
     Args:
-        documents: Column ``text``; for training and calibration.
+        documents: Column ``text`` of texts or chats; for training and calibration.
         eval_documents: The same, for validation; None takes the last `eval_fraction` of the rows instead.
         seq_len: Tokens a row.
         batch_size: Rows a batch.
@@ -120,7 +120,9 @@ class TextData(LightningDataModule):
         return DataLoader(_Rows(self.validation, self.source), self.batch_size)
 
     def _cut(self, documents: Dataset, tokenizer: Any, limit: int | None, purpose: str) -> Tensor:
-        return cut_rows(texts(documents), tokenizer, self.seq_len, bos=self.bos, limit=limit, purpose=purpose)
+        return cut_rows(
+            texts(documents, tokenizer), tokenizer, self.seq_len, bos=self.bos, limit=limit, purpose=purpose
+        )
 
 
 class _Rows(TorchDataset):

@@ -1,7 +1,8 @@
 """Text from Python's manual, from files, or from the `datasets` library.
 
-Each function returns a `datasets.Dataset` with one column, ``text``: one document a row, in the order of the
-source. Text from files is memory-mapped from the cache of `datasets`.
+Each function returns a `datasets.Dataset` with a column ``text``: one document a row, in the order of the source. It is
+a text or a chat (see `calibration.text_rows.is_chat`); beside chats there is a column ``tools`` if the source has one.
+Text from files is memory-mapped from the cache of `datasets`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Value, concatenate_datasets, load_dataset
 
-from gptq_plugin.errors import DataError
+from gptq_plugin.calibration.text_rows import is_chat, render_chat
+from gptq_plugin.errors import CalibrationError, DataError
 
 TEXT = "text"
+_CHAT = "messages"
+_TOOLS = "tools"
 # Readers of `datasets` by suffix; any other file is plain text, one document a file.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -46,11 +51,11 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
     Args:
         path: A file, a folder (all files directly in it), a glob pattern, or a list of these. Files come in the
             order given, those of a pattern or folder sorted by name.
-        column: The field that holds the text, in files that have fields.
+        column: The field that holds the text, or chat messages, in files that have fields.
 
     Raises:
         FileNotFoundError: A path does not exist, or a pattern matches nothing.
-        DataError: The files hold no text, or no such column.
+        DataError: The files hold no text, or no such column, or some text and some chats.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
@@ -65,7 +70,13 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
         else:
             part = load_dataset(builder, data_files=str(file), split="train")
         parts.append(_keep_column(part, column if builder != TEXT else TEXT, str(file)))
-    return _refuse_empty(concatenate_datasets(parts), ", ".join(map(str, paths)))
+    source = ", ".join(map(str, paths))
+    try:
+        return _refuse_empty(concatenate_datasets(parts), source)
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"the files of {source} do not hold the same kind of {column!r}: {error}") from error
 
 
 def hub_documents(path: str, name: str | None = None, split: str = "train", column: str = TEXT) -> Dataset:
@@ -75,7 +86,7 @@ def hub_documents(path: str, name: str | None = None, split: str = "train", colu
         path: ``owner/dataset``, or a folder.
         name: Configuration of the data set, such as ``wikitext-2-raw-v1``.
         split: Name of the split; slices such as ``train[:10%]`` work.
-        column: The field that holds the text.
+        column: The field that holds the text, or chat messages.
 
     Raises:
         DataError: The data set cannot be read, or has no such split or column, or no text.
@@ -108,25 +119,55 @@ def _expand(path: str) -> list[Path]:
 
 
 def _keep_column(documents: Dataset, column: str, source: str) -> Dataset:
-    if column not in documents.column_names:
-        raise DataError(
-            f"{source} has no column {column!r}: it has {', '.join(documents.column_names)}. Set data.column"
-        )
-    documents = documents.select_columns([column])
+    there = documents.column_names
+    if column not in there:
+        choice = f"={_CHAT}" if _CHAT in there else ""
+        raise DataError(f"{source} has no column {column!r}: it has {', '.join(there)}. Set data.column{choice}")
+    is_text = isinstance(documents.features[column], Value)
+    documents = documents.select_columns([column] if is_text or _TOOLS not in there else [column, _TOOLS])
     return documents if column == TEXT else documents.rename_column(column, TEXT)
 
 
 def _refuse_empty(documents: Dataset, source: str) -> Dataset:
-    if not any(text and text.strip() for text in texts(documents)):
+    if not any(text.strip() if isinstance(text, str) else text for rows in _batches(documents) for text in rows[TEXT]):
         raise DataError(f"there is no text in {source}: {len(documents)} documents, all empty")
     return documents
 
 
-def texts(documents: Dataset) -> Iterable[str]:
-    """Yields the text of each document, read on demand; a missing text is empty."""
-    for rows in documents.iter(batch_size=64):
-        for text in rows[TEXT]:
-            yield text or ""
+def texts(documents: Dataset, tokenizer: Any = None) -> Iterable[str]:
+    """Yields the text of each document, read on demand; a missing text is empty.
+
+    Args:
+        documents: From one of the functions above.
+        tokenizer: Its chat template makes texts of chats.
+
+    Raises:
+        DataError: A document is neither text nor a chat, or a chat has no template or does not fit it.
+    """
+    for rows in _batches(documents):
+        tools = rows.get(_TOOLS) or [None] * len(rows[TEXT])
+        for document, own in zip(rows[TEXT], tools, strict=True):
+            yield document if isinstance(document, str) else _text_of(document, tokenizer, own)
+
+
+def _text_of(document: Any, tokenizer: Any, tools: Any) -> str:
+    if not document:
+        return ""
+    if not is_chat(document):
+        raise DataError(f"data.column holds {document!r:.80}, which is neither a text nor a list of chat messages")
+    if tokenizer is None:
+        raise DataError(
+            "data.column holds chats, and no tokenizer with a chat template is there to make text of them: take a "
+            "model that was tuned for chat (model=hf model.name_or_path=PATH_OR_HUB_ID)"
+        )
+    try:
+        return render_chat(document, tokenizer, tools)
+    except CalibrationError as error:
+        raise DataError(str(error)) from error
+
+
+def _batches(documents: Dataset) -> Iterator[dict[str, list[Any]]]:
+    return documents.iter(batch_size=64)  # type: ignore[no-any-return]
 
 
 def passages(documents: Dataset, characters: int = 2000, seed: int = 0) -> Iterator[str]:

@@ -133,7 +133,7 @@ def _windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
     from gptq_plugin.apps.documents import file_documents, texts
     from gptq_plugin.apps.rows import cut_rows
 
-    documents = texts(file_documents(options.text, options.column))
+    documents = texts(file_documents(options.text, options.column), tokenizer)
     return cut_rows(documents, tokenizer, options.seq_len, limit=options.rows, purpose="evaluation text")
 
 
@@ -146,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", nargs="+", help="text or jsonl files to evaluate on")
     source.add_argument("--windows", type=Path, help="a safetensors file with int64 `windows` [windows, positions]")
-    parser.add_argument("--column", default="text", help="the field that holds the text in jsonl files")
+    parser.add_argument(
+        "--column", default="text", help="the field that holds the text, or chat messages, in jsonl files"
+    )
     parser.add_argument("--seq-len", type=int, default=512, help="tokens a window")
     parser.add_argument("--rows", type=int, default=None, help="windows at most (default: all)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows in one forward")

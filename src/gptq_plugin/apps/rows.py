@@ -27,7 +27,7 @@ def cut_rows(
         texts: The documents, in order. Empty ones are left out.
         tokenizer: A transformers tokenizer; its special tokens are not added.
         seq_len: Tokens a row. A last row that is not full is left out.
-        bos: Put the tokenizer's BOS token, if it has one, before each document.
+        bos: Put the tokenizer's BOS token, if it has one, before each document that does not begin with it.
         limit: Most rows to return; no more text is read than they need.
         purpose: Name of the text in error messages.
 
@@ -45,7 +45,8 @@ def cut_rows(
     tokens: list[Tensor] = []
     count = 0
     for document in _tokenized(texts, tokenizer):
-        tokens.append(torch.tensor(start + document, dtype=torch.int32))
+        begun = document[:1] == start  # chat templates write it
+        tokens.append(torch.tensor(document if begun else start + document, dtype=torch.int32))
         count += len(tokens[-1])
         if limit is not None and count >= limit * seq_len:
             break
