@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import json
+import pickle
 
 import pytest
 
-from gptq_plugin import QuantizeConfig
+from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.config import is_number, own_config
 
 UNUSUAL = QuantizeConfig(
@@ -188,3 +191,26 @@ def test_ints_and_floats_are_numbers(value):
 @pytest.mark.parametrize("value", [True, "1", None, (1,)])
 def test_anything_else_is_not(value):
     assert not is_number(value)
+
+
+@pytest.mark.parametrize(("name", "near"), [("bit", "bits"), ("groupsize", "group_size"), ("n_samples", "nsamples")])
+def test_a_field_that_does_not_exist_is_answered_with_the_nearest_however_it_is_given(name, near):
+    said = rf"unknown option '{name}': did you mean '{near}'\? QuantizeConfig has bits, group_size"
+    with pytest.raises(TypeError, match=said):
+        QuantizeConfig(**{name: 4})
+    with pytest.raises(TypeError, match=said):
+        dataclasses.replace(QuantizeConfig(), **{name: 4})
+    for make in (QuantizeConfig.from_dict, lambda fields: QuantizeModule(**fields)):
+        with pytest.raises(ValueError, match=said):
+            make({name: 4})
+    with pytest.raises(TypeError, match=r"unknown option 'zzz': QuantizeConfig has bits"):
+        QuantizeConfig(zzz=1)
+
+
+def test_the_constructor_keeps_its_signature_and_copies():
+    parameters = inspect.signature(QuantizeConfig).parameters
+    assert list(parameters) == [field.name for field in dataclasses.fields(QuantizeConfig)]
+    assert parameters["bits"].default == 4
+    assert QuantizeConfig(3, 64).group_size == 64
+    config = QuantizeConfig(bits=3, dynamic={"x": {"bits": 8}})
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config

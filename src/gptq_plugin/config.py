@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -46,6 +47,25 @@ _META_FIELDS = (
 )
 
 
+_Config = TypeVar("_Config")
+
+
+def _naming_the_nearest(config: type[_Config]) -> type[_Config]:
+    """Has a dataclass answer an argument that it does not have with the nearest field."""
+    init = config.__init__
+
+    @functools.wraps(init)
+    def checked(self: _Config, *args: Any, **fields: Any) -> None:
+        unknown = _unknown_option(config, fields)
+        if unknown:
+            raise TypeError(unknown)
+        init(self, *args, **fields)
+
+    setattr(config, "__init__", checked)  # noqa: B010  for mypy
+    return config
+
+
+@_naming_the_nearest
 @dataclass(frozen=True)
 class QuantizeConfig:
     """How to quantize a model.
@@ -90,6 +110,7 @@ class QuantizeConfig:
 
     Raises:
         ValueError: A field has an invalid value; the message names the field and the choices.
+        TypeError: There is no such field; the message names the most similar one.
     """
 
     bits: int = 4
@@ -173,12 +194,9 @@ class QuantizeConfig:
         Raises:
             ValueError: An unknown option; the message names it and the most similar one.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"unknown option {name!r}: {hint}QuantizeConfig has {', '.join(known)}")
+        unknown = _unknown_option(cls, values)
+        if unknown:
+            raise ValueError(unknown)
         return cls(**values)
 
     def to_yaml(self) -> str:
@@ -238,6 +256,17 @@ def own_config(values: Mapping[str, Any]) -> QuantizeConfig | None:
         return QuantizeConfig.from_quantize_config(values)
     except (ValueError, TypeError):
         return None
+
+
+def _unknown_option(config: type, values: Iterable[Any]) -> str:
+    """A sentence for the first name that is no field, with the nearest one; empty if all are."""
+    known = [f.name for f in dataclasses.fields(config)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            return f"unknown option {name!r}: {hint}{config.__name__} has {', '.join(known)}"
+    return ""
 
 
 def rule_regex(pattern: str) -> str:

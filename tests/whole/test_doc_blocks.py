@@ -176,8 +176,6 @@ def test_the_python_blocks_of_a_page_run(page, folders, tokenizer, tmp_path, mon
     shutil.copytree(folders / "first", tmp_path / "first")
     if page.name in _WITH_EXPORT:
         shutil.copytree(folders / "out", tmp_path / "out")
-    if page.name == "from-autogptq.md":
-        pytest.importorskip("gptq_plugin.autogptq")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = {**_NAMES, **_OTHERS.get(name(page), {}), "tokenizer": lambda: tokenizer}
     namespace: dict[str, Any] = {"__name__": "page"}

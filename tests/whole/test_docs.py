@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 
 import gptq_plugin
-from gptq_plugin import QuantizeConfig, errors
+from gptq_plugin import QuantizeConfig, autogptq, errors
 from gptq_plugin.apps import command, evaluate
 from gptq_plugin.report.report import ModuleReport, QuantizeReport
 
@@ -50,6 +50,8 @@ def test_the_api_page_shows_every_public_name_with_its_arguments(site):
     page = (site / "reference" / "api.html").read_text()
     for public in gptq_plugin.__all__:
         assert f'id="gptq_plugin.{public}"' in page, public
+    for public in autogptq.__all__:
+        assert f'id="gptq_plugin.autogptq.{public}"' in page, public
     for field in dataclasses.fields(QuantizeConfig):
         assert re.search(rf"<code[^>]*>{field.name}</code>", page), field.name
 
