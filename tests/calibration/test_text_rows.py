@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import ProcessorMixin
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.apps.tokenizer import train_tokenizer
@@ -14,7 +15,7 @@ from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.text_rows import encoded, render_chat
 from gptq_plugin.errors import CalibrationError
 
-from texts import CHATS, PROSE, chat_words
+from texts import CHAT_TEMPLATE, CHATS, PROSE, chat_words
 
 CONFIG = QuantizeConfig(nsamples=8, batch_size=4, model_seqlen=64)
 
@@ -124,3 +125,20 @@ def test_what_cannot_be_made_into_tokens_is_refused_with_the_remedy(rows, tokeni
 
 def test_a_rendered_chat_is_what_transformers_renders(chatty):
     assert render_chat(CHATS[1], chatty) == chatty.apply_chat_template(CHATS[1], tokenize=False)
+
+
+class Processor(ProcessorMixin):
+    """As of a model of images and text: images come first, and the template may be its own."""
+
+    def __init__(self, tokenizer, chat_template=None):
+        super().__init__(tokenizer, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, **_):
+        raise AssertionError("a text is no image")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_of_a_processor_the_tokenizer_encodes_and_either_template_renders(own, words, chatty):
+    processor = Processor(words, CHAT_TEMPLATE) if own else Processor(chatty)
+    assert ids("The quick fox", processor) == ids("The quick fox", words)
+    assert ids(CHATS[0], processor) == ids(CHATS[0], chatty)

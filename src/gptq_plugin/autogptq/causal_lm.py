@@ -46,7 +46,8 @@ class AutoGPTQForCausalLM:
         Args:
             pretrained_model_name_or_path: A folder, or a name on the hub.
             quantize_config: How `quantize` will do it.
-            torch_dtype, dtype: Of the model; as its checkpoint stores it when None (AutoGPTQ: float16).
+            torch_dtype: `dtype`, by its old name.
+            dtype: Of the model; as its checkpoint stores it when None (AutoGPTQ: float16).
             trust_remote_code: As for transformers.
             use_auth_token: `token`, by its old name.
             options: revision, token, cache_dir, force_download, local_files_only, subfolder, variant, config,
@@ -95,7 +96,8 @@ class AutoGPTQForCausalLM:
             model_name_or_path: A folder, or a name on the hub.
             device_map: As for `load_quantized`; ``"auto"`` when neither it nor `device` is given.
             device: Where the whole model goes; left aside beside `device_map`.
-            torch_dtype, dtype: Of what is not quantized; as stored when None (AutoGPTQ: float16).
+            torch_dtype: `dtype`, by its old name.
+            dtype: Of what is not quantized; as stored when None (AutoGPTQ: float16).
             quantize_config: Needed by AutoGPTQ for folders without a description; here the folder's is read, and a
                 given one must agree with it.
             model_basename: Name of the weights' file without its ending, where it is the only one.

@@ -152,7 +152,11 @@ class BaseGPTQForCausalLM(nn.Module):
         Args:
             repo_id: ``owner/name``; made if it is not there.
             save_dir: As for `save_quantized`, with its options.
-            use_auth_token, token, private, create_pr, commit_message: As for `huggingface_hub.HfApi`.
+            use_auth_token: `token`, by its old name.
+            token: As for `huggingface_hub.HfApi`, like the following.
+            private: Make the repository private.
+            create_pr: Open a pull request instead of a commit.
+            commit_message: Of the commit.
             options: Those of `save_quantized`.
 
         Raises:

@@ -53,7 +53,8 @@ class GPTQQuantizer:
             come; their order has no meaning, since every layer sees what the ones before it give.
         batch_size: Samples of one length in a forward; `QuantizeConfig`'s when None (optimum: 1). Changes no result
             beyond rounding.
-        format, checkpoint_format: Of the export: ``"gptq"``, ``"gptq_v2"`` or ``"compressed-tensors"``.
+        format: `checkpoint_format`, by its other name.
+        checkpoint_format: Of the export: ``"gptq"``, ``"gptq_v2"`` or ``"compressed-tensors"``.
         options: Those that choose kernels or prepare inputs are ignored with a warning.
 
     Raises:

@@ -21,7 +21,8 @@ def encoded(item: Any, tokenizer: Callable[..., Any] | None) -> Any:
         item: A text; a mapping with a column ``text`` or ``messages``, such as a row of a `datasets.Dataset`; a chat,
             which is a list of messages ``{"role": ..., "content": ...}``; a row that is tokenized already, whose
             columns of plain strings and numbers are left out; or any other sample or batch.
-        tokenizer: Called as tokenizer(text). Chats go through its chat template, which sets all special tokens.
+        tokenizer: Called as tokenizer(text); of a processor, its tokenizer. Chats go through the chat template, which
+            sets all special tokens.
 
     Raises:
         CalibrationError: There is no tokenizer for a text, or no chat template for a chat, or it refuses the chat.
@@ -38,10 +39,11 @@ def encoded(item: Any, tokenizer: Callable[..., Any] | None) -> Any:
     if tokenizer is None:
         what = "texts" if isinstance(text, str) else "chat messages"
         raise CalibrationError(f"calibration data holds {what}, and there is no tokenizer for them: give tokenizer=...")
+    encode = _of_text(tokenizer)
     if isinstance(text, str):
-        return tokenizer(text)
+        return encode(text)
     tools = item.get("tools") if isinstance(item, Mapping) else None
-    return tokenizer(render_chat(text, tokenizer, tools), add_special_tokens=False)
+    return encode(render_chat(text, tokenizer, tools), add_special_tokens=False)
 
 
 def is_text(value: Any) -> bool:
@@ -66,14 +68,15 @@ def render_chat(messages: Any, tokenizer: Any, tools: Any = None) -> str:
 
     Args:
         messages: A chat; see `is_chat`.
-        tokenizer: A transformers tokenizer with a chat template.
+        tokenizer: A transformers tokenizer or processor with a chat template.
         tools: The functions that the assistant may call, as transformers' templates take them, or as JSON; None is
             none.
 
     Raises:
         CalibrationError: There is no template, or it refuses the chat.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    template = next((one for one in (tokenizer, _of_text(tokenizer)) if getattr(one, "chat_template", None)), None)
+    if template is None:
         raise CalibrationError(
             "the data holds chat messages, and the tokenizer has no chat template: take the tokenizer of the model "
             "that was tuned for chat, or set tokenizer.chat_template; or give texts"
@@ -83,11 +86,20 @@ def render_chat(messages: Any, tokenizer: Any, tools: Any = None) -> str:
     chat = _without_none(messages)
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-        rendered: str = tokenizer.apply_chat_template(chat, tools=tools or None, tokenize=False)
+        rendered: str = template.apply_chat_template(chat, tools=tools or None, tokenize=False)
     except Exception as error:
         roles = some(str(message["role"]) for message in chat)
         raise CalibrationError(f"the tokenizer's chat template refuses a chat of {roles}: {error}") from error
     return rendered
+
+
+def _of_text(tokenizer: Any) -> Any:
+    """What encodes texts: a processor's tokenizer, since its own first argument is images; else the tokenizer."""
+    from transformers import ProcessorMixin
+
+    return (
+        tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) and hasattr(tokenizer, "tokenizer") else tokenizer
+    )
 
 
 def _is_tokenized_row(item: Any) -> TypeGuard[Mapping[str, Any]]:
