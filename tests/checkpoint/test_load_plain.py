@@ -90,3 +90,40 @@ def test_a_module_that_is_quantized_already_is_refused(plain_export: Path) -> No
     model = load_quantized(plain_export, model=Plain())
     with pytest.raises(CheckpointError, match="quantized already"):
         load_quantized(plain_export, model=model)
+
+
+class Holder(nn.Module):
+    """What holds a network, as a LightningModule does."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        here: nn.Module = self
+        *around, last = path.split(".")
+        for name in around:
+            here.add_module(name, nn.Module())
+            here = here.get_submodule(name)
+        here.add_module(last, Plain())
+
+
+@pytest.mark.parametrize("path", ["net", "model.net", "a.b.c"])
+def test_the_export_of_what_holds_the_module_is_refused_with_the_way_to_export_it_alone(
+    rtn: Callable[..., Any], tmp_path: Path, path: str
+) -> None:
+    config = QuantizeConfig(group_size=16)
+    folder = export_model(rtn(Holder(path), config), tmp_path / "out", config)
+    with pytest.raises(CheckpointError) as caught:
+        load_quantized(folder, model=Plain())
+    assert f"which holds its layers in {path!r} ({path}.inner.0), and Plain has them without" in str(caught.value)
+    assert f"GPTQCallback(module={path!r})" in str(caught.value)
+    load_quantized(folder, model=Holder(path))
+
+
+@pytest.mark.parametrize("path", ["net", "model.net"])
+def test_the_export_of_a_part_is_refused_with_the_part_to_load_it_into(plain_export: Path, path: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"which is '{path}' in Holder: load it.*model=model\.{path}\)"):
+        load_quantized(plain_export, model=Holder(path))
+
+
+def test_another_model_is_told_apart_from_another_prefix(plain_export: Path) -> None:
+    with pytest.raises(CheckpointError, match="is quantized in the checkpoint and no module in the model"):
+        load_quantized(plain_export, model=nn.Sequential(nn.Linear(48, 96)))

@@ -15,7 +15,7 @@ from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.run_folder import launched
 from gptq_plugin.apps.setting_up import data_and_model, instantiate_plain, plain, start
 from gptq_plugin.apps.summary import Clock
-from gptq_plugin.device.memory import with_index
+from gptq_plugin.device.named import device_named
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.memory.placement import fits
 from gptq_plugin.quantize.module import QuantizeModule
@@ -65,4 +65,4 @@ def quantize(cfg: DictConfig) -> float | None:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return with_index(torch.device(name))
+    return device_named(name)

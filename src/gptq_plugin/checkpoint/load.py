@@ -25,6 +25,7 @@ from gptq_plugin.checkpoint.files import CONFIG
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load_plain import load_into
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
+from gptq_plugin.device.named import device_named
 from gptq_plugin.errors import CheckpointError
 
 
@@ -74,19 +75,20 @@ def load_quantized(
         CheckpointError: The checkpoint is incomplete, corrupt, contradicts itself or does not fit the model.
             The message names every file, tensor and module; `model` is then as it was. Or there is neither such a
             folder nor such a repository.
-        ValueError: `device_map` together with `device` or `model`.
+        ValueError: `device_map` together with `device` or `model`, or a `device` that is not there.
     """
     if device_map is not None and (model is not None or torch.device(device).type != "cpu"):
         raise ValueError(
             "device_map says where every module of a transformers model goes: give it without `device`, and place a "
             "`model` of your own with `device`"
         )
+    device = device_named(device)
     folder = local_folder(
         directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     checkpoint = Checkpoint.open(folder)
     if model is not None:
-        return load_into(checkpoint, model, torch.device(device), dtype)
+        return load_into(checkpoint, model, device, dtype)
     if not checkpoint.model_config.get("architectures"):
         raise CheckpointError(
             f"{checkpoint.directory / CONFIG} names no transformers architecture, so it is the export of a "
@@ -96,7 +98,7 @@ def load_quantized(
             "load_quantized(directory, model=it)"
         )
     architecture, config = _architecture(checkpoint, trust_remote_code)
-    loaded: Any = _load_transformers(checkpoint, architecture, config, torch.device(device), device_map, dtype)
+    loaded: Any = _load_transformers(checkpoint, architecture, config, device, device_map, dtype)
     loaded.name_or_path = str(directory)
     return loaded
 

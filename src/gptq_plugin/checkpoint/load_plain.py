@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.reserve import match, refuse, take_apart
+from gptq_plugin.errors import CheckpointError
 from gptq_plugin.layers.qlinear import note_float_rest
 from gptq_plugin.layers.swap import swap_modules
 
 
 def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """Fills a float model, in place, after everything has been compared by name and shape.
+
+    Raises:
+        CheckpointError: The checkpoint does not fit the model.
+    """
+    _refuse_other_root(checkpoint, model)
     take_apart(checkpoint, model, lambda name: name)
     names = match(checkpoint, model, lambda name: name)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -48,3 +55,35 @@ def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dt
     swap_modules(model, layers)
     note_float_rest(model)
     return model.to(device).eval()
+
+
+def _refuse_other_root(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuses the export of what holds the model, or of a part of it, with the way to load it.
+
+    Raises:
+        CheckpointError: All layers of one have the names of the other's, but for a prefix.
+    """
+    stored, kind = list(checkpoint.layers), type(model).__name__
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if not stored or any(name in modules for name in stored):
+        return
+    exported = checkpoint.model_config.get("module_class", "a module")
+    for holder in _beginnings(stored[0]):
+        if all(name.startswith(f"{holder}.") and name[len(holder) + 1 :] in modules for name in stored):
+            raise CheckpointError(
+                f"{checkpoint.directory} is the export of {exported}, which holds its layers in {holder!r} "
+                f"({stored[0]}), and {kind} has them without. To export {kind} alone, give "
+                f"GPTQCallback(module={holder!r}); to load this export, build what holds it, and take its {holder}"
+            )
+    for name, _ in model.named_modules():
+        if name and all(f"{name}.{layer}" in modules for layer in stored):
+            raise CheckpointError(
+                f"{checkpoint.directory} is the export of {exported}, which is {name!r} in {kind}: load it into that, "
+                f"load_quantized(folder, model=model.{name})"
+            )
+
+
+def _beginnings(name: str) -> list[str]:
+    """The names of what holds `name`, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]

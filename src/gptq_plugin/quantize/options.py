@@ -12,7 +12,7 @@ from torch import nn
 from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.calibration.tokenizer import as_tokenizer
-from gptq_plugin.device.memory import with_index
+from gptq_plugin.device.named import device_named
 from gptq_plugin.memory.finished_layers import LayerStore
 
 ModelForward = Callable[[nn.Module, Any], Any]
@@ -44,11 +44,12 @@ class PassOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", as_tokenizer(self.tokenizer, saved=self.exports))
+        _ = self.where  # a device that is not there is refused before any work
 
     @property
     def where(self) -> torch.device | None:
         """The device to compute on, with its number; None is where the model is."""
-        return None if self.device is None else with_index(torch.device(self.device))
+        return None if self.device is None else device_named(self.device)
 
     def runner(self, *, every_logit: bool) -> ModelForward:
         """Runs a batch on `where`, through `forward` or the model.
