@@ -8,12 +8,15 @@ Text from files is memory-mapped from the cache of `datasets`.
 from __future__ import annotations
 
 import glob
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, Value, concatenate_datasets, load_dataset
 
+from gptq_plugin.apps.paths import folder_or_id, typed
 from gptq_plugin.calibration.text_rows import is_chat, render_chat
 from gptq_plugin.errors import CalibrationError, DataError
 
@@ -60,6 +63,7 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
         raise DataError("no files are given: set data.path to a file, a folder, a pattern, or a list of these")
+    _check_cache()
     parts = []
     for file in (file for each in paths for file in _expand(each)):
         builder = _BUILDERS.get(file.suffix, TEXT)
@@ -92,8 +96,9 @@ def hub_documents(path: str, name: str | None = None, split: str = "train", colu
         DataError: The data set cannot be read, or has no such split or column, or no text.
     """
     what = " ".join(part for part in (path, name, split) if part)
+    _check_cache()
     try:
-        documents = load_dataset(path, name, split=split)
+        documents = load_dataset(folder_or_id(path), name, split=split)
     except (OSError, ValueError) as error:
         raise DataError(
             f"datasets.load_dataset could not read {what}: {error}. Without a network, use a data set "
@@ -102,8 +107,26 @@ def hub_documents(path: str, name: str | None = None, split: str = "train", colu
     return _refuse_empty(_keep_column(documents, column, what), what)
 
 
+def _check_cache() -> None:
+    """Refuses a cache of `datasets` that cannot be written: below a HOME without a folder, say.
+
+    Raises:
+        DataError: With the folder, and how to choose another.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"the library `datasets` keeps what it reads in {cache}, which cannot be written ({error.strerror}): set "
+            "HF_HOME, or HF_DATASETS_CACHE, to a folder that can"
+        ) from error
+
+
 def _expand(path: str) -> list[Path]:
-    where = Path(path).expanduser()
+    where = typed(path)
     if where.is_file():
         return [where]
     if where.is_dir():
@@ -114,7 +137,7 @@ def _expand(path: str) -> list[Path]:
     files = sorted(Path(file) for file in glob.glob(str(where), recursive=True) if Path(file).is_file())
     if not files:
         kind = "no file matches the pattern" if glob.has_magic(path) else "no such file or folder:"
-        raise FileNotFoundError(f"{kind} {path} (looked from {Path.cwd()})")
+        raise FileNotFoundError(f"{kind} {path} (looked for {where.absolute()})")
     return files
 
 

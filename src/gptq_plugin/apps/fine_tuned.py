@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from gptq_plugin.apps.lightning_weights import load_lightning_weights, open_lightning_weights
+from gptq_plugin.apps.paths import folder_or_id, typed
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.model.adapters import import_peft, merged_copy
 
@@ -31,7 +32,8 @@ def fine_tuned(network: nn.Module, *, ckpt: str | Path | None = None, adapter: s
         ImportError: An adapter is given and peft is not installed.
         TargetError: The adapter cannot be merged.
     """
-    weights = None if ckpt is None else open_lightning_weights(ckpt)
+    weights = None if ckpt is None else open_lightning_weights(typed(ckpt))
+    adapter = None if adapter is None else folder_or_id(adapter)
     if weights is not None and weights.adapted:
         if adapter is None:
             raise CheckpointError(

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from gptq_plugin.apps.comparison import Run, compare
 from gptq_plugin.apps.language_model import SaveFloat
+from gptq_plugin.apps.paths import folder_or_id
 from gptq_plugin.apps.progress_bar import StepsBar
 from gptq_plugin.apps.setting_up import data_and_model, instantiate_plain, start
 from gptq_plugin.apps.summary import Clock
@@ -37,6 +38,7 @@ def finetune(cfg: DictConfig) -> float | None:
             return run_alone(run_dir)
         data, model = data_and_model(cfg)
         gptq.tokenizer = gptq.tokenizer or model.tokenizer
+        gptq.weights = folder_or_id(gptq.weights)
     with clock("train"):
         try:
             trainer.fit(model, data)
