@@ -8,9 +8,8 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.calibration.collect import collect, ready_batch
+from gptq_plugin.calibration.collect import collect
 from gptq_plugin.errors import CalibrationError
-from gptq_plugin.walk.hessian import Hessian
 
 CONFIG = QuantizeConfig(nsamples=8, batch_size=4, model_seqlen=6)
 
@@ -24,7 +23,6 @@ def test_texts_are_tokenized_cut_and_stacked_by_length_without_padding():
     shapes = [tuple(batch.data["input_ids"].shape) for batch in calibration.batches]
     assert shapes == [(2, 3), (2, 6)]
     assert calibration.batches[0].data["input_ids"].tolist() == [[97, 98, 99], [120, 121, 122]]
-    assert all(batch.masks == () for batch in calibration.batches)
     assert calibration.samples == 4 and calibration.deviations == []
 
 
@@ -89,58 +87,3 @@ def test_empty_samples_are_dropped_and_reported():
 def test_data_of_the_wrong_kind_is_refused_with_the_remedy(data, message):
     with pytest.raises(CalibrationError, match=message):
         collect(data, CONFIG)
-
-
-def padded(left=False):
-    ids = torch.arange(1, 13).reshape(3, 4)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
-    return ids, mask.flip(1) if left else mask
-
-
-@pytest.mark.parametrize("left", [False, True])
-def test_padded_positions_never_enter_a_hessian(left):
-    ids, mask = padded(left)
-    batch = ready_batch({"input_ids": ids, "attention_mask": mask})
-    x = torch.randn(3, 4, 8)
-    x[mask == 0] = float("nan")
-    for shape in ((3, 4, 8), (12, 8), (3, 2, 2, 8)):  # as the model had it, flattened, split in windows
-        rows, remark = batch.counted(x.reshape(shape))
-        hessian = Hessian(8, "cpu")
-        hessian.add(rows)
-        kept = x[mask == 1]
-        torch.testing.assert_close(hessian.mean(), kept.T @ kept / 9)
-        assert int(hessian.tokens) == 9 and remark is None
-
-
-def test_masks_follow_models_that_put_the_sequence_first():
-    ids, mask = padded()
-    x = torch.randn(4, 3, 8)
-    rows, _ = ready_batch({"input_ids": ids, "attention_mask": mask}).counted(x)
-    assert torch.equal(rows, x[mask.T == 1])
-
-
-def test_rows_that_cannot_be_matched_to_the_mask_all_count_and_that_is_reported():
-    (ids, mask), x = padded(), torch.randn(7, 8)
-    rows, remark = ready_batch({"input_ids": ids, "attention_mask": mask}).counted(x)
-    assert torch.equal(rows, x) and "cannot be matched" in remark
-
-
-def test_one_row_a_sample_and_another_sequence_count_whole():
-    ids, mask = padded()
-    batch = ready_batch({"input_ids": ids, "attention_mask": mask})
-    assert batch.counted(torch.randn(3, 8))[0].shape == (3, 8)  # a pooled vector
-    rows, remark = batch.counted(torch.randn(3, 5, 8))  # an image tower's patches
-    assert rows.shape == (15, 8) and "do not describe" in remark
-
-
-def test_an_encoder_decoders_labels_mask_its_second_sequence():
-    ids, mask = padded()
-    labels = torch.tensor([[1, 2], [1, -100], [1, 2]])
-    batch = ready_batch({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    assert batch.counted(torch.randn(3, 2, 8))[0].shape == (5, 8)
-    assert batch.counted(torch.randn(3, 4, 8))[0].shape == (9, 8)
-
-
-def test_a_mask_that_hides_nothing_costs_nothing():
-    ids, mask = padded()
-    assert ready_batch({"input_ids": ids, "attention_mask": torch.ones_like(mask)}).masks == ()

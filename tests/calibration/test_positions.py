@@ -14,6 +14,7 @@ from gptq_plugin.calibration.collect import Batch
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.hf_models import predicts_next
+from gptq_plugin.walk.hessian import Hessian
 
 SMALL = {"group_size": 32, "nsamples": 64, "batch_size": 4, "clip_ratios": (1.0,), "token_weighting": "labels"}
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
@@ -146,10 +147,14 @@ def test_an_encoder_decoders_targets_are_weighed_and_its_sources_counted_whole()
     assert tokens["decoder.block.0.layer.2.DenseReluDense.wi"] == target
 
 
-def test_sources_as_long_as_their_targets_are_reported():
+def test_sources_as_long_as_their_targets_are_told_apart():
     ids = torch.randint(1, 64, (4, 24))
-    report = QuantizeModule(**SMALL).quantize(t5(), [{"input_ids": ids, "labels": ids}] * 2)
-    assert "2 calibration batches have sources as long as their targets" in " ".join(report.deviations)
+    labels = torch.where(torch.arange(24) % 3 == 0, -100, ids)
+    report = QuantizeModule(**SMALL).quantize(t5(), [{"input_ids": ids, "labels": labels}] * 2)
+    tokens = {module.name: module.tokens for module in report.quantized}
+    assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == 2 * 4 * 24
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == 2 * 4 * 24
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.q"] == 2 * 4 * 16
 
 
 def test_a_plain_module_counts_the_labelled_positions_of_its_batches(hessians):
@@ -267,7 +272,7 @@ def test_a_call_outside_of_the_batches_is_not_read():
     import threading
 
     model, batch = llama(), batches(1)[0]
-    positions = watched(model, [batch])
+    positions = watched(model, [{}])
 
     def run():
         with positions.watching():
@@ -281,12 +286,11 @@ def test_a_call_outside_of_the_batches_is_not_read():
 
 def test_a_call_without_a_mask_leaves_the_batchs_own():
     model, batch = llama(), batches(1)[0]
-    mask = batch["attention_mask"].bool()
-    positions = Positions(model, [Batch(batch, (mask,), 4)], "all")
+    positions = watched(model, [batch])
     with positions.watching():
         positions.runs(0)
         model(input_ids=batch["input_ids"])
-        assert counted(positions) == (true_in(mask), None)
+        assert counted(positions) == (true_in(batch["attention_mask"]), None)
 
 
 def test_labels_of_the_call_come_before_the_batchs():
@@ -326,7 +330,7 @@ def test_batches_without_labels_that_count_are_counted():
     positions = watched(llama(), [blank, *batches(1), blank], "labels")
     for number in range(3):
         counted(positions, number)
-    assert list(positions.notes().values()) == [2, 0]
+    assert list(positions.notes().values()) == [2]
 
 
 SOURCE = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
@@ -342,8 +346,8 @@ def sequences(**arguments):
 def test_an_encoder_decoder_has_a_mask_for_each_sequence():
     ids = torch.ones(2, 9, dtype=torch.long)
     targets = true_in(TARGET != -100)
-    assert sequences(input_ids=ids, attention_mask=SOURCE) == ((true_in(SOURCE), None), (targets, None), [0, 0])
-    assert sequences(input_ids=ids) == ((list(range(18)), None), (targets, None), [0, 0])
+    assert sequences(input_ids=ids, attention_mask=SOURCE) == ((true_in(SOURCE), None), (targets, None), [0])
+    assert sequences(input_ids=ids) == ((list(range(18)), None), (targets, None), [0])
     short = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
     _, (kept, _), _ = sequences(input_ids=ids, attention_mask=SOURCE, decoder_attention_mask=short)
     assert kept == true_in((TARGET != -100) & short.bool())
@@ -402,3 +406,68 @@ def test_every_row_of_an_expert_counts_where_no_position_is_masked():
             x = torch.randn(5, 64)
             rows = positions.rows(0, "block.experts.0", x)
         assert torch.equal(rows.counted, x) and rows.remark is None and not rows.are_tokens
+
+
+# --- by sizes alone ---
+
+
+def positions_of(batch, x, model=None):
+    """What of a layer's input counts, by sizes alone."""
+    positions = Positions(model or nn.Sequential(nn.Linear(8, 8)), [Batch(batch, 3)], "all")
+    return positions.rows(0, "0", x)[:2]
+
+
+def padded(left=False):
+    ids = torch.arange(1, 13).reshape(3, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    return ids, mask.flip(1) if left else mask
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padded_positions_never_enter_a_hessian(left):
+    ids, mask = padded(left)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    x = torch.randn(3, 4, 8)
+    x[mask == 0] = float("nan")
+    for shape in ((3, 4, 8), (12, 8), (3, 2, 2, 8)):  # as the model had it, flattened, split in windows
+        rows, remark = positions_of(batch, x.reshape(shape))
+        hessian = Hessian(8, "cpu")
+        hessian.add(rows)
+        kept = x[mask == 1]
+        torch.testing.assert_close(hessian.mean(), kept.T @ kept / 9)
+        assert int(hessian.tokens) == 9 and remark is None
+
+
+def test_masks_follow_models_that_put_the_sequence_first():
+    ids, mask = padded()
+    x = torch.randn(4, 3, 8)
+    rows, _ = positions_of({"input_ids": ids, "attention_mask": mask}, x)
+    assert torch.equal(rows, x[mask.T == 1])
+
+
+def test_rows_that_cannot_be_matched_to_the_mask_all_count_and_that_is_reported():
+    (ids, mask), x = padded(), torch.randn(7, 8)
+    rows, remark = positions_of({"input_ids": ids, "attention_mask": mask}, x)
+    assert torch.equal(rows, x) and "cannot be matched" in remark
+
+
+def test_one_row_a_sample_and_another_sequence_count_whole():
+    ids, mask = padded()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    assert positions_of(batch, torch.randn(3, 8))[0].shape == (3, 8)  # a pooled vector
+    rows, remark = positions_of(batch, torch.randn(3, 5, 8))  # an image tower's patches
+    assert rows.shape == (15, 8) and "do not describe" in remark
+
+
+def test_an_encoder_decoders_labels_mask_its_second_sequence():
+    ids, mask = padded()
+    labels = torch.tensor([[1, 2], [1, -100], [-100, 2]])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    assert positions_of(batch, torch.randn(3, 2, 8), t5())[0].shape == (5, 8)  # what comes before a label matters
+    assert positions_of(batch, torch.randn(3, 4, 8), t5())[0].shape == (9, 8)
+
+
+def test_a_mask_that_hides_nothing_leaves_the_rows_as_they_are():
+    (ids, mask), x = padded(), torch.randn(3, 4, 8)
+    rows, remark = positions_of({"input_ids": ids, "attention_mask": torch.ones_like(mask)}, x)
+    assert rows.data_ptr() == x.data_ptr() and remark is None

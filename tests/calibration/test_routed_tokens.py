@@ -67,7 +67,7 @@ def run(mask, tokens: Tensor = TOKENS, batches: int = 1, before: Tensor | None =
             module.register_forward_pre_hook(look(name))
     masks = {0: mask, 1: EVERY_ROW}
     watching = routed.watching(
-        lambda: number, lambda n, x: masks[n], lambda experts, rows: entered.append((experts, rows))
+        lambda: number, lambda n, name, x: masks[n], lambda experts, rows: entered.append((experts, rows))
     )
     with watching:
         if before is not None:
@@ -138,7 +138,7 @@ def test_what_layers_read_is_learned_once_so_that_rows_are_hashed_only_then(monk
 def test_rows_that_are_no_tokens_of_the_block_cannot_be_told():
     model = Model()
     routed = RoutedTokens(model)
-    with routed.watching(lambda: 0, lambda n, x: ~PADDING, lambda experts, rows: None):
+    with routed.watching(lambda: 0, lambda n, name, x: ~PADDING, lambda experts, rows: None):
         model(TOKENS)
         assert routed.counted(0, "block.experts.2.up", TOKENS[:3] + 1) == (None, False)
         assert routed.counted(1, "block.experts.0.up", TOKENS[:3]) == (None, False)  # another batch
@@ -155,7 +155,7 @@ def test_rows_are_told_apart_by_their_last_bit(dtype):
     other = tokens[:1].clone()
     view = other.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[other.element_size()])
     view[0, -1] ^= 1
-    with routed.watching(lambda: 0, lambda n, x: ~PADDING, lambda experts, rows: None):
+    with routed.watching(lambda: 0, lambda n, name, x: ~PADDING, lambda experts, rows: None):
         model.to(dtype)(tokens)
         assert routed.counted(0, "block.experts.0.up", tokens[:1])[0].tolist() == [True]
         assert routed.counted(0, "block.experts.2.up", other) == (None, False)

@@ -12,6 +12,8 @@ from gptq_plugin.kernels import reference
 from random_weights import Weight, random_weight
 from torch import Tensor, nn
 
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.layers import qlinear
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
@@ -455,3 +457,19 @@ def test_a_gpu_takes_no_rows_and_names_a_layer_left_on_the_cpu():
     assert layer.cuda()(torch.zeros(2, 0, 128, device="cuda")).shape == (2, 0, 48)
     with torch.autocast("cuda", torch.bfloat16):
         assert layer(torch.zeros(1, 128, device="cuda")).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_pytorchs_fused_encoder_does_not_read_the_placeholder(padded):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval()
+    for layer in encoder.layers:
+        for name in ("linear1", "linear2"):
+            rounded = round_to_nearest(getattr(layer, name).weight, QuantizeConfig(bits=8, group_size=32))
+            setattr(layer, name, QuantLinear.from_quantized(rounded, getattr(layer, name).bias))
+    x, mask = torch.randn(3, 6, 32), torch.arange(6) >= torch.tensor([[4], [6], [2]]) if padded else None
+    wanted = encoder(x, src_key_padding_mask=mask)  # with gradients, nothing is fused
+    with torch.no_grad():
+        got = encoder(x, src_key_padding_mask=mask)
+    kept = ~mask if padded else torch.ones(3, 6, dtype=torch.bool)
+    torch.testing.assert_close(got[kept], wanted[kept])

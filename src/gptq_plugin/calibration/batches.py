@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from gptq_plugin.calibration.mask_values import kept_positions
 
 _ALL = 2**256  # SHA-256 digests are numbers below it
 
@@ -27,7 +30,7 @@ def fields_of(data: Any) -> Mapping[str, Any] | None:
 def labels_of(data: Any) -> Tensor | None:
     """The labels of a batch's positions, int [samples, positions], at any depth; None if there are none, or several,
     which cannot be matched to calls."""
-    found = [value for name, value in _leaves(data) if name == "labels" and is_token_labels(value)]
+    found = [value for name, value in leaves(data) if name == "labels" and is_token_labels(value)]
     return found[0] if len(found) == 1 else None
 
 
@@ -40,7 +43,7 @@ def sample_count(data: Any) -> int:
     """The first dimension of the first tensor; 1 without one."""
     if isinstance(data, Tensor):
         return data.shape[0] if data.dim() else 1
-    return next((v.shape[0] for _, v in _leaves(data) if isinstance(v, Tensor) and v.dim()), 1)
+    return next((v.shape[0] for _, v in leaves(data) if isinstance(v, Tensor) and v.dim()), 1)
 
 
 def digest(data: Any) -> int:
@@ -51,14 +54,14 @@ def digest(data: Any) -> int:
     samples is divided among them; other texts and numbers belong to every sample. A batch without tensors, or with one
     that is not divided into samples (another first dimension, or none), is one sample.
     """
-    leaves = sorted(_leaves(data), key=lambda leaf: leaf[0])
-    tensors = [(name, _on_cpu(value)) for name, value in leaves if isinstance(value, Tensor)]
-    plain = [(name, value) for name, value in leaves if _is_plain(value)]
+    named = sorted(leaves(data), key=lambda leaf: leaf[0])
+    tensors = [(name, _on_cpu(value)) for name, value in named if isinstance(value, Tensor)]
+    plain = [(name, value) for name, value in named if _is_plain(value)]
     samples = sample_count(data)
     if not tensors or any(value.dim() == 0 or value.shape[0] != samples for _, value in tensors):
         return _sha256([*_encode_tensors(tensors), *_encode_plain(plain)])
     mask = (fields_of(data) or {}).get("attention_mask")
-    kept = _on_cpu(mask).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    kept = kept_positions(_on_cpu(mask), False) if isinstance(mask, Tensor) and mask.dim() == 2 else None
     total = 0
     for row in range(samples):
         parts = [(name, value[row]) for name, value in tensors]
@@ -72,22 +75,31 @@ def digest(data: Any) -> int:
 
 def to_device(data: Any, device: torch.device) -> Any:
     """A copy of the batch with its tensors on the device."""
+    if isinstance(data, Mapping) and not isinstance(data, (dict, UserDict)) and hasattr(data, "to"):
+        return copy.copy(data).to(device)
+    return map_tensors(data, lambda tensor: tensor.to(device))
+
+
+def map_tensors(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of the batch with every tensor changed."""
+    if isinstance(data, UserDict):  # a BatchEncoding
+        changed = copy.copy(data)
+        changed.data = map_tensors(data.data, change)
+        return changed
     if isinstance(data, Mapping):
-        if not isinstance(data, dict) and hasattr(data, "to"):  # a BatchEncoding, which moves in place
-            return copy.copy(data).to(device)
-        return {key: to_device(value, device) for key, value in data.items()}
+        return {key: map_tensors(value, change) for key, value in data.items()}
     if _is_dataclass(data):
-        moved = copy.copy(data)
+        changed = copy.copy(data)
         for field in dataclasses.fields(data):
-            object.__setattr__(moved, field.name, to_device(getattr(data, field.name), device))  # may be frozen
-        return moved
+            object.__setattr__(changed, field.name, map_tensors(getattr(data, field.name), change))  # may be frozen
+        return changed
 
-    def move(value: Any) -> Any:
+    def map_one(value: Any) -> Any:
         if _is_inner(value):
-            return to_device(value, device)
-        return value.to(device) if isinstance(value, Tensor) else value
+            return map_tensors(value, change)
+        return change(value) if isinstance(value, Tensor) else value
 
-    return tree_map(move, data, is_leaf=_is_inner)  # BatchEncoding and dataclasses are not pytrees
+    return tree_map(map_one, data, is_leaf=_is_inner)  # BatchEncoding and dataclasses are not pytrees
 
 
 def row_of(data: Any, row: int) -> Any:
@@ -159,17 +171,17 @@ def _is_dataclass(data: Any) -> bool:
     return dataclasses.is_dataclass(data) and not isinstance(data, type)
 
 
-def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (name, value) of everything in nested mappings, dataclasses, tuples and objects."""
     parts = fields_of(data)
     if parts is not None:
         for key, value in parts.items():
-            yield from _leaves(value, str(key))
+            yield from leaves(value, str(key))
     elif isinstance(data, (list, tuple)) and not _is_plain(data):
         for value in data:
-            yield from _leaves(value)
+            yield from leaves(value)
     elif not name and not isinstance(data, Tensor) and hasattr(data, "__dict__"):
         for key, value in vars(data).items():  # a user-defined object
-            yield from _leaves(value, key)
+            yield from leaves(value, key)
     else:
         yield name, data

@@ -1,4 +1,4 @@
-"""Turns texts, tokens or a dataloader's batches into calibration batches with masks of the positions that count.
+"""Turns texts, tokens or a dataloader's batches into calibration batches.
 
 Texts and single token lists become rows without padding: samples of equal length share a batch. Ready batches (a
 dataloader's) are left unchanged; their attention mask marks padding, which never enters a Hessian. Data may come from
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,15 +18,12 @@ from gptq_plugin.calibration import same_batches
 from gptq_plugin.calibration.batches import digest, fields_of, sample_count
 from gptq_plugin.calibration.given import items_of
 from gptq_plugin.calibration.items import Items, is_empty, stacked
+from gptq_plugin.calibration.mask_values import kept_positions
 from gptq_plugin.calibration.same_batches import Taken
 from gptq_plugin.calibration.sources import Source, Sources
 from gptq_plugin.calibration.takes import Takes
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
-
-# Masks over positions, in the order they are tried against a layer's input.
-_MASK_KEYS = ("attention_mask", "decoder_attention_mask")
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -35,55 +32,21 @@ class Batch:
 
     Attributes:
         data: The forward's input.
-        masks: bool [samples, positions] each, True for positions that count; empty if all do.
         samples: Number of samples.
     """
 
     data: Any
-    masks: tuple[Tensor, ...] = ()
     samples: int = 1
 
     @property
     def tokens(self) -> int | None:
-        """Number of positions that count; None if unknown."""
-        if self.masks:
-            return int(self.masks[0].sum())
-        ids = (fields_of(self.data) or {}).get("input_ids")
+        """Number of tokens but for padding; None if unknown."""
+        parts = fields_of(self.data) or {}
+        ids, mask = parts.get("input_ids"), parts.get("attention_mask")
+        kept = kept_positions(mask, False) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if kept is not None:
+            return int(kept.sum())
         return ids.numel() if isinstance(ids, Tensor) else None
-
-    def counted(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> tuple[Tensor, str | None]:
-        """Selects the rows of a layer's input that count.
-
-        Args:
-            x: [..., in], the layer's input.
-            masks: The masks the model was called with; the batch's own if None.
-
-        Returns:
-            [rows, in], and a sentence for the report if no mask could be applied, else None.
-        """
-        masks = self.masks if masks is None else masks
-        rows = x.reshape(-1, x.shape[-1])
-        if not masks:
-            return rows, None
-        mask = self.mask_of(x, masks)
-        if mask is not None:
-            return rows[mask], None
-        if x.dim() == 2 and rows.shape[0] != self.samples:
-            return rows, "gets rows that cannot be matched to the attention mask or labels: all of them counted"
-        return rows, "reads a sequence that the attention mask or labels do not describe: all its positions counted"
-
-    def mask_of(self, x: Tensor, masks: tuple[Tensor, ...] | None = None) -> Tensor | None:
-        """The rows of x [..., in] that count, bool [rows], by the first mask of matching shape; None without one."""
-        rows = x.shape[:-1].numel()
-        for mask in self.masks if masks is None else masks:
-            mask = mask.to(x.device)
-            if x.shape[:-1] == mask.shape or (x.shape[0] == mask.shape[0] and rows == mask.numel()):
-                return mask.reshape(-1)
-            if x.shape[:-1] == mask.T.shape:  # sequence first
-                return mask.T.reshape(-1)
-            if x.dim() == 2 and rows == mask.numel():
-                return mask.reshape(-1)
-        return None
 
 
 @dataclass
@@ -218,30 +181,7 @@ def _join(parts: list[tuple[Source, Calibration]]) -> Calibration:
 
 def ready_batch(data: Any) -> Batch:
     """Wraps data that the forward takes unchanged."""
-    parts = fields_of(data)
-    masks = masks_in(parts) if parts is not None else None
-    return Batch(data, masks or (), sample_count(data))
-
-
-def masks_in(arguments: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
-    """Reads the masks of positions that count from a model's keyword arguments.
-
-    Returns:
-        bool [samples, positions] each; empty if all positions count; None if there is no mask.
-    """
-    given = (arguments.get(key) for key in _MASK_KEYS)
-    masks = [mask.bool() for mask in given if is_mask(mask)]
-    if not masks:
-        return None
-    labels = arguments.get("labels")
-    if is_mask(labels) and all(labels.shape != mask.shape for mask in masks):
-        masks.append(labels != IGNORED_LABEL)  # an encoder-decoder's second sequence
-    return () if all(bool(mask.all()) for mask in masks) else tuple(masks)
-
-
-def is_mask(value: Any) -> TypeGuard[Tensor]:
-    """True for a tensor [samples, positions]."""
-    return isinstance(value, Tensor) and value.dim() == 2
+    return Batch(data, sample_count(data))
 
 
 def _batches(samples: Sequence[Any], batch_size: int) -> list[Batch]:

@@ -65,12 +65,19 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode inside the block; every module's flag is restored afterwards."""
+    """Puts the model into evaluation mode inside the block; every module's flag is restored afterwards.
+
+    `nn.TransformerEncoder` calls its layers inside: its fused path reads their weights, and packs padded sequences into
+    nested tensors, which its layers do not take when they are watched.
+    """
     flags = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, training in flags.items():
             module.training = training
 

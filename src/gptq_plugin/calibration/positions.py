@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import fields_of, is_token_labels, labels_of
-from gptq_plugin.calibration.collect import IGNORED_LABEL, Batch, is_mask, masks_in
+from gptq_plugin.calibration.collect import Batch
+from gptq_plugin.calibration.layouts import fitting, rows_in
+from gptq_plugin.calibration.mask_calls import Key, watch_calls, with_masks
 from gptq_plugin.calibration.routed_tokens import EVERY_ROW, Mask, RoutedTokens
+from gptq_plugin.calibration.sequences import (
+    IGNORED_LABEL,
+    TARGETS,
+    arguments_of,
+    in_the_loss,
+    masks_among,
+    sequences_in,
+    writes_targets,
+)
+from gptq_plugin.calibration.verdicts import UNSEEN, Findings, Rule
 from gptq_plugin.errors import CalibrationError
-from gptq_plugin.model.hf_models import is_encoder_decoder, predicts_next, transformers_models
+from gptq_plugin.model.hf_models import predicts_next, transformers_models
 
 _running: ContextVar[int | None] = ContextVar("number of the calibration batch that runs on this thread", default=None)
 _UNKNOWN_TOKENS = "gets rows that are not tokens of its block's input: all of them counted, padding included"
+_UNMATCHED = "gets rows that cannot be matched to the attention mask or labels: all of them counted"
+_UNDESCRIBED = "reads a sequence that the attention mask or labels do not describe: all its positions counted"
 
 
 class Rows(NamedTuple):
@@ -37,7 +52,7 @@ class Rows(NamedTuple):
 
 
 class Positions:
-    """Takes each batch's masks from the call of the transformers model, whatever the batch's layout.
+    """Takes each batch's masks from the calls of the model's modules, and applies what was found of layers.
 
     With ``token_weighting="labels"`` the labels come from that call too or, if it has none (calibration leaves out a
     decoder's loss), from the batch. Label i + 1 belongs to position i if the model's loss shifts labels
@@ -47,16 +62,22 @@ class Positions:
         model: The model that the batches run through.
         batches: The batches by number.
         token_weighting: As in QuantizeConfig.
+
+    Attributes:
+        findings: What was observed of masks and layers (`learn`). Before, sizes tell of which sequence a layer's rows
+            are.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], token_weighting: str):
+        self.findings = Findings()
         self._root = model
         self._batches = batches
         self._by_labels = token_weighting == "labels"
-        self._masks: dict[int, tuple[Tensor, ...]] = {}
+        self._kept: dict[int, dict[Key, Tensor]] = {}  # by batch
+        self._calls: Counter[tuple[int, str]] = Counter()
+        self._hiding: set[Key] = set()
         self._in_batch: set[int] = set()  # batches whose labels come from the batch
         self._without: set[int] = set()  # batches without a position that counts
-        self._one_length: set[int] = set()  # batches with sources as long as their targets
         self._routed = RoutedTokens(model)
 
     @contextlib.contextmanager
@@ -67,51 +88,50 @@ class Positions:
             entered: See `RoutedTokens.watching`.
         """
 
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def visit(name: str, module: nn.Module, arguments: dict[str, Tensor]) -> None:
             number = _running.get()
             if number is not None:
-                bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-                self._read(number, module, {**kwargs, **bound})
+                self._read(number, name, module, arguments)
 
-        handles = [
-            model.register_forward_pre_hook(watch, with_kwargs=True) for _, model in transformers_models(self._root)
-        ]
-        try:
-            with self._routed.watching(_running.get, self._mask_of, entered):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        names = ("", *dict(transformers_models(self._root)), *(name for name, _ in self.findings.masks))
+        modules = {name: self._root.get_submodule(name) for name in names}
+        with watch_calls(modules, visit), self._routed.watching(_running.get, self._mask_of, entered):
+            yield
+
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """The blocks of experts and modules around them, whose input is matched with masks too."""
+        return self._routed.around
+
+    def learn(self, findings: Findings) -> None:
+        """Takes over what was observed; to be called before the batches run, and before `watching`."""
+        self.findings = findings
+        self._kept.clear()
+        self._calls.clear()
+        self._hiding.clear()
 
     def runs(self, number: int) -> None:
-        """Marks batch `number` as running on this thread; called before its forward."""
+        """Marks batch `number` as running on this thread; called before its forward, each time it runs."""
         _running.set(number)
+        for called in [called for called in self._calls if called[0] == number]:
+            del self._calls[called]
 
     def rows(self, number: int, layer: str, x: Tensor) -> Rows:
-        """The rows of a layer's input that count, by `Batch.counted`; an expert's, by the tokens routed to it.
+        """The rows of a layer's input that count; an expert's, by the tokens routed to it.
 
         Raises:
             CalibrationError: token_weighting is "labels", and the batch has none.
         """
-        if self._by_labels and number not in self._masks:  # no transformers model has been called yet
-            models = [model for _, model in transformers_models(self._root)]
-            model = models[0] if len(models) == 1 else self._root
-            self._read(number, model, fields_of(self._batches[number].data) or {})
-        batch, masks = self._batches[number], self._masks.get(number)
-        if not self._routed.is_expert(layer):
-            return Rows(*batch.counted(x, masks))
         rows = x.reshape(-1, x.shape[-1])
-        kept, are_tokens = self._routed.counted(number, layer, rows)
-        if kept is None:
-            kept = self._mask_of(number, rows)  # every token, with a weight that may be 0
-        if isinstance(kept, Tensor):
-            return Rows(rows[kept], None, are_tokens)
-        return Rows(rows, _UNKNOWN_TOKENS if kept is None else None, are_tokens)
-
-    def _mask_of(self, number: int, x: Tensor) -> Mask:
-        batch = self._batches[number]
-        masks = self._masks.get(number, batch.masks)
-        return batch.mask_of(x, masks) if masks else EVERY_ROW
+        if self._routed.is_expert(layer):
+            return self._experts_rows(number, layer, rows)
+        mask = self._mask_of(number, layer, x)
+        if isinstance(mask, Tensor):
+            return Rows(rows[mask], None)
+        if mask is EVERY_ROW:
+            return Rows(rows, None)
+        one_each = rows.shape[0] == self._batches[number].samples
+        return Rows(rows, _UNMATCHED if x.dim() == 2 and not one_each else _UNDESCRIBED)
 
     def check(self) -> None:
         """Refuses batches without labels if labels are read from batches.
@@ -125,48 +145,104 @@ class Positions:
 
     def notes(self) -> dict[str, int]:
         """Number of batches for each remark."""
-        notes = {
-            "hold no label that counts (all are -100): none of their positions enters a Hessian": self._without,
-            "have sources as long as their targets, which cannot be told apart by shape: "
-            "the sources' attention mask is used for both": self._one_length,
+        return {
+            "hold no label that counts (all are -100): none of their positions enters a Hessian": len(self._without)
         }
-        return {note: len(numbers) for note, numbers in notes.items()}
 
-    def _read(self, number: int, model: nn.Module, arguments: Mapping[str, Any]) -> None:
-        if not self._by_labels:
-            masks = masks_in(arguments)
-            if masks is not None:
-                self._masks[number] = masks
-            return
-        labels = arguments.get("labels")
-        if not is_token_labels(labels):
-            labels = labels_of(self._batches[number].data)
-            self._in_batch.add(number)
-        if labels is None:
-            raise CalibrationError(_no_labels(number))
-        masks = _counted_by_loss(model, arguments, labels)
-        self._masks[number] = masks
-        if not masks[-1].any():
+    def over_ranks(self) -> dict[str, str]:
+        """How each mask that hid something on any rank is read, by its name. All ranks call it."""
+        of_all = distributed.gather_objects(sorted(self._hiding))
+        hiding = sorted({key for of_rank in of_all for key in of_rank})
+        masks = self.findings.masks or dict.fromkeys(hiding, UNSEEN)
+        return {_name(key): masks[key] for key in hiding if key in masks}
+
+    def _experts_rows(self, number: int, layer: str, rows: Tensor) -> Rows:
+        kept, are_tokens = self._routed.counted(number, layer, rows)
+        if kept is None:
+            kept = self._mask_of(number, "", rows)  # every token, with a weight that may be 0
+        if isinstance(kept, Tensor):
+            return Rows(rows[kept], None, are_tokens)
+        return Rows(rows, _UNKNOWN_TOKENS if kept is None else None, are_tokens)
+
+    def _mask_of(self, number: int, name: str, x: Tensor) -> Mask:
+        """The rows of a module's input that count: bool [rows], EVERY_ROW, or None if that is unknown."""
+        if number not in self._kept:  # no model has been called yet
+            self._read_batch(number)
+        kept = self._kept.get(number, {})
+        call, self._calls[number, name] = self._calls[number, name], self._calls[number, name] + 1
+        rule = self._rule(name, call)
+        if rule is None:
+            if all(bool(one.all()) for one in kept.values()):
+                return EVERY_ROW
+            fits = (rows for one in kept.values() for _, rows in fitting(one, x.shape))
+            rows = next(fits, None)
+            return None if rows is None else rows.to(x.device)
+        if rule.key is None or rule.key not in kept or bool(kept[rule.key].all()):
+            return EVERY_ROW
+        rows = rows_in(rule.layout, kept[rule.key], x.shape)
+        return None if rows is None else rows.to(x.device)
+
+    def _rule(self, layer: str, call: int) -> Rule | None:
+        rules = self.findings.rules.get(layer, ())
+        if len(set(rules)) == 1:
+            return rules[0]
+        return rules[call] if call < len(rules) else None
+
+    def _read_batch(self, number: int) -> None:
+        models = [(name, model) for name, model in transformers_models(self._root)]
+        name, model = models[0] if len(models) == 1 else ("", self._root)
+        self._read(number, name, model, arguments_of(fields_of(self._batches[number].data) or {}))
+
+    def _read(self, number: int, name: str, module: nn.Module, arguments: dict[str, Tensor]) -> None:
+        """Takes in a call's masks and, if positions are chosen by them, labels."""
+        labels = self._labels(number, name, module, arguments) if self._by_labels else None
+        counts = None if labels is None else _counted_by_loss(module, labels)
+        of_batch = masks_among(arguments_of(fields_of(self._batches[number].data) or {}))
+        inverted = {mask for of_module, mask in self.findings.inverted if of_module == name}
+        kept = self._kept.setdefault(number, {})
+        used = counts is None
+        for mask, sequence in sequences_in(module, with_masks(arguments, of_batch), inverted).items():
+            key, counted = (name, mask), sequence.kept
+            if self.findings.ignores(key):
+                counted = torch.ones_like(counted)
+            if not bool(sequence.kept.all()):
+                self._hiding.add(key)
+            is_source = writes_targets(module) and mask != TARGETS
+            if counts is not None and not is_source and counts.shape == counted.shape:
+                counted, used = counted & counts.to(counted.device), True
+                self._count_without(number, counted)
+            if key in self.findings.masks or not self.findings.masks:
+                kept[key] = counted
+        if not used and counts is not None:
+            kept[name, "labels"] = counts
+            self._count_without(number, counts)
+
+    def _count_without(self, number: int, counted: Tensor) -> None:
+        if not bool(counted.any()):
             self._without.add(number)
-        if len(masks) == 2 and masks[0].shape == masks[1].shape:
-            self._one_length.add(number)
+
+    def _labels(self, number: int, name: str, module: nn.Module, arguments: Mapping[str, Tensor]) -> Tensor | None:
+        labels = arguments.get("labels")
+        if is_token_labels(labels):
+            return labels
+        labels = labels_of(self._batches[number].data)
+        is_model = any(module is model for _, model in transformers_models(self._root))
+        if is_model or number not in self._kept:
+            self._in_batch.add(number)
+            if labels is None:
+                raise CalibrationError(_no_labels(number))
+        return labels
 
 
-def _counted_by_loss(model: nn.Module, arguments: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, ...]:
-    """Masks of counted positions, bool [samples, positions] each: an encoder's, if there is one, then the labels'."""
-    counts = labels != IGNORED_LABEL
-    if predicts_next(model):
-        counts = pad(counts[:, 1:], (0, 1), value=False)
-    two = is_encoder_decoder(model)
-    padding = arguments.get("decoder_attention_mask" if two else "attention_mask")
-    if is_mask(padding) and padding.shape == counts.shape:
-        counts = counts & padding.bool().to(counts.device)
-    if not two:
-        return (counts,)
-    source, ids = arguments.get("attention_mask"), arguments.get("input_ids")
-    if is_mask(source):
-        return source.bool(), counts
-    return (torch.ones_like(ids, dtype=torch.bool), counts) if is_mask(ids) else (counts,)
+def _counted_by_loss(model: nn.Module, labels: Tensor) -> Tensor:
+    counts = in_the_loss(labels)
+    return pad(counts[:, 1:], (0, 1), value=False) if predicts_next(model) else counts
+
+
+def _name(key: Key) -> str:
+    module, mask = key
+    mask = "padding behind a decoder's labels or in its mask" if mask == TARGETS else f"`{mask}`"
+    return f"{mask} of {module}" if module else mask
 
 
 def _no_labels(number: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ class RoutedTokens:
 
     Args:
         model: A model with or without experts.
+
+    Attributes:
+        around: The modules whose inputs are hashed, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,7 +61,8 @@ class RoutedTokens:
         self._numbers: dict[str, str] = {}  # an expert's number by layer
         self._kinds: dict[str, tuple[str, str]] = {}  # by layer
         self._kinds_of: dict[str, set[tuple[str, str]]] = {}  # by experts
-        self._around: dict[nn.Module, list[str]] = {}  # watched modules, with the experts they pass their input to
+        self.around: dict[str, nn.Module] = {}
+        self._around: dict[str, list[str]] = {}  # watched modules, with the experts they pass their input to
         self._blocks: dict[int, _Block] = {}  # by batch
         self._reads_tokens: dict[tuple[str, str], bool] = {}  # by kind, once known
         modules = dict(model.named_modules())
@@ -76,36 +81,37 @@ class RoutedTokens:
                 source = experts.rpartition(".")[0]
             around = experts
             for _ in range(_AROUND):
-                self._around.setdefault(modules[around], []).extend([experts] if around == source else [])
+                self.around[around] = modules[around]
+                self._around.setdefault(around, []).extend([experts] if around == source else [])
                 around = around.rpartition(".")[0]
 
     @contextlib.contextmanager
     def watching(
         self,
         running: Callable[[], int | None],
-        mask_of: Callable[[int, Tensor], Mask],
+        mask_of: Callable[[int, str, Tensor], Mask],
         entered: Callable[[str, Tensor], None],
     ) -> Iterator[None]:
         """Hashes the inputs of blocks while batches run.
 
         Args:
             running: Returns the number of the batch that runs on this thread.
-            mask_of: Called as (batch, tensor [..., in]); returns the mask of rows that count, bool [rows] or
-                `EVERY_ROW`, or None if unknown.
+            mask_of: Called as (batch, module's name, its input [..., in]); returns the mask of rows that count, bool
+                [rows] or `EVERY_ROW`, or None if unknown.
             entered: Called as (experts, rows) with the rows of the experts' input that count, [rows, in].
         """
 
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def watch(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             number = running()
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
             if number is None or x is None:
                 return
-            rows, mask = x.reshape(-1, x.shape[-1]), mask_of(number, x)
+            rows, mask = x.reshape(-1, x.shape[-1]), mask_of(number, name, x)
             if mask is EVERY_ROW:
-                known = self._knows(self._around[module])
+                known = self._knows(self._around[name])
                 hashes = _NOTHING if known else _hashes(rows)
                 self._blocks[number] = _Block(True, hashes, hashes)
-                for experts in self._around[module]:
+                for experts in self._around[name]:
                     entered(experts, rows)
                 return
             hashes = _hashes(rows)
@@ -114,10 +120,13 @@ class RoutedTokens:
             else:
                 mask = self._among(number, hashes)
             if mask is not None:
-                for experts in self._around[module]:
+                for experts in self._around[name]:
                     entered(experts, rows[mask])
 
-        handles = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in self._around]
+        handles = [
+            module.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
+            for name, module in self.around.items()
+        ]
         try:
             yield
         finally:

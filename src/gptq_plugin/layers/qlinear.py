@@ -31,6 +31,11 @@ _INT4_ROWS = 128
 _State = tuple[tuple[Tensor, int | None], ...]
 
 
+class _Placeholder(Tensor):
+    """Stands for a weight. Modules of PyTorch that would read weights in place of calling their layers, as
+    `nn.TransformerEncoder` does, leave that alone where one is no plain tensor."""
+
+
 class QuantLinear(nn.Module):
     """y = x Wᵀ + bias, with W[o, i] = scales[g_idx[i], o] * (q[i, o] - z[g_idx[i], o]).
 
@@ -127,7 +132,7 @@ class QuantLinear(nn.Module):
         """A placeholder, [out, in] of NaN, for models that read a weight's dtype, device or shape. It takes one number
         in memory; `dequantize` gives the values."""
         nan = torch.full((), torch.nan, dtype=self._dtype, device=self.scales.device)
-        return nan.expand(self.out_features, self.in_features)
+        return nan.expand(self.out_features, self.in_features).as_subclass(_Placeholder)
 
     def forward(self, input: Tensor) -> Tensor:  # the name under which nn.Linear's callers know it
         """Maps [..., in_features] to [..., out_features], in the input's dtype or, if autocast is on, in autocast's.

@@ -12,7 +12,9 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
+from gptq_plugin.calibration.observing import Noticed, Watched, observe_positions
 from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.calibration.verdicts import DISTURBED, Findings
 from gptq_plugin.device.memory import Peak, free_bytes, give_back, peak_bytes
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export.verify_outputs import Sample
@@ -25,9 +27,9 @@ from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.replaceable import Replaceable
 from gptq_plugin.quantize.swap_check import check_swap
 from gptq_plugin.quantize.turns import disturbance
-from gptq_plugin.walk.batch_thread import Forward
+from gptq_plugin.walk.batch_thread import BatchThread, Forward
 from gptq_plugin.walk.groups import Group, find_groups
-from gptq_plugin.walk.kept_state import KeptState
+from gptq_plugin.walk.kept_state import KeptState, Values
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class BatchRuns:
 
     weights: Weights
     state: KeptState
+    _noticed: Noticed
 
     def __init__(self, plan: Plan, calibration: Calibration, positions: Positions, options: PassOptions) -> None:
         self.device = _device(plan.targets, options)
@@ -134,7 +137,8 @@ class BatchRuns:
         sizes = self._sizes()
         if sizes:
             largest = sizes.index(max(sizes))
-            forward = self.replaceable.watched(self.forward(largest))
+            self._noticed = Noticed(self._plan.model, self._batches[largest])
+            forward = self.replaceable.watched(self._noticing(self.forward(largest)))
             groups = find_groups(layers, forward, self.waiting, largest, self.state)
             share, place = sum(sizes) / max(1, sizes[largest]), (-sizes[largest], self._numbers[largest])
         self._place(free, measured.bytes(), share)
@@ -172,6 +176,38 @@ class BatchRuns:
             self._ran_short = True
         give_back(self.device)
         return any(freed)
+
+    def notice_masks(self, number: int) -> None:
+        """Runs a batch for the masks in its calls alone; `find_groups` notices them by the way."""
+        self._noticed = Noticed(self._plan.model, self._batches[number])
+        BatchThread(number, self._noticing(self.forward(number)), kept=Values(self.state)).resume()
+
+    def observe_positions(self, layers: Mapping[str, nn.Module], disturbance: str | None = None) -> Findings:
+        """Observes which rows of the layers' inputs belong to padding, in a few samples; once masks were noticed.
+
+        Args:
+            layers: By name.
+            disturbance: Why batches cannot take turns.
+        """
+        if not self._batches:
+            return Findings()
+        if disturbance is not None:
+            return Findings(masks=dict.fromkeys(self._noticed.keys(), DISTURBED))
+        blocks = self._positions.blocks
+        watched = Watched(self._plan.model, layers, blocks, self._run_variant, self.waiting, self.state)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            return observe_positions(watched, self._batches, self._noticed)
+
+    def _noticing(self, forward: Forward) -> Forward:
+        def run() -> Any:
+            with self._noticed.watching():
+                return forward()
+
+        return run
+
+    def _run_variant(self, number: int, data: Any) -> Any:
+        with self.activations.running(number):
+            return self.run_batch(self._plan.model, data)
 
     def over_budget(self) -> list[str]:
         """Sentences if the device had no room, or more bytes were there than `device_memory` allows."""

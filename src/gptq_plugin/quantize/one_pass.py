@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.calibration.verdicts import departs, most_seen
 from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.streams import Stopwatch
 from gptq_plugin.errors import TargetError
@@ -99,6 +100,8 @@ class OnePass:
                     for name in left_float:
                         del modules[name]
                     self._disturbance = self.runs.disturbance(modules)
+                found = self.runs.observe_positions(modules, self._disturbance)
+                self._positions.learn(most_seen(distributed.gather_objects(found)))
                 planned = time.perf_counter() - started
                 with (
                     self._positions.watching(self._observe_experts),
@@ -116,6 +119,7 @@ class OnePass:
         solving = self._outcome.solving_seconds()
         seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
         report = self._outcome.report(reports, samples, self._calibration, seconds, self._deviations(samples))
+        report.positions = self._positions.over_ranks()
         return self._finished.layers, report
 
     def _walk(self, groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> Iterator[lockstep.Stop]:
@@ -204,8 +208,9 @@ class OnePass:
         few = [f"{samples.count} calibration samples used, nsamples={wanted} asked"] if samples.count < wanted else []
         told = [f"{batches} calibration batches {note}" for note, batches in notes.items() if batches]
         alone = [_alone(self._disturbance)] if self._disturbance is not None else []
+        masks = [f"{mask} {verdict}" for mask, verdict in self._positions.over_ranks().items() if departs(verdict)]
         replaced = self.runs.replaceable.replaced_forwards(self._outcome.left_float)
-        return [*self.runs.over_budget(), *replaced, *self._unchecked, *few, *alone, *told]
+        return [*self.runs.over_budget(), *replaced, *self._unchecked, *few, *alone, *told, *masks]
 
 
 def _alone(reason: str) -> str:

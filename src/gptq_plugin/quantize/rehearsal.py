@@ -15,6 +15,7 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.calibration.sources import least_samples
+from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.data_checks import (
@@ -119,19 +120,26 @@ class _Rehearsal:
         """
         modules = {name: target.module for name, target in self._targets.items()}
         groups = [Group((name,)) for name in modules]
-        with (
-            BatchRuns(self._plan, self._calibration, self._positions, self._options) as runs,
-            self._positions.watching(),
-        ):
+
+        def walk(number: int) -> None:
+            observe, forward = partial(self._check, runs, number), runs.forward(number)
+            forward = runs.replaceable.watched(forward) if replacing else forward
+            with self._positions.watching(), watch_inputs(modules, partial(self._count, number)):
+                for _ in lockstep.walk(groups, modules, [forward], observe):
+                    pass
+
+        with BatchRuns(self._plan, self._calibration, self._positions, self._options) as runs:
             for number in numbers:
                 if until is not None and self.tokens >= until:
                     break
-                with watch_inputs(modules, partial(self._count, number)):
-                    observe = partial(self._check, runs, number)
-                    forward = runs.forward(number)
-                    forward = runs.replaceable.watched(forward) if replacing else forward
-                    for _ in lockstep.walk(groups, modules, [forward], observe):
-                        pass
+                tokens = self.tokens
+                try:
+                    walk(number)
+                except CalibrationError:  # padding may hold anything, and where it is has not been observed
+                    self.tokens = tokens
+                    runs.notice_masks(number)
+                    self._positions.learn(runs.observe_positions(modules))
+                    walk(number)
                 self._samples += self._calibration.batches[number].samples
             if replacing:
                 self._check_replaced(runs)

@@ -107,6 +107,7 @@ class QuantizeReport:
         float_checkpoint: Path of the float weights that training saved; empty if it did not.
         coverage: The planned division into quantized and float parameters; None if not computed.
         size: The export's size; None without an export.
+        positions: How padding was told from positions that count: by the name of each mask that hides some, a sentence.
         metrics: Results of the user's evaluation by metric, such as ``val_loss``: ``{"float": 2.31, "gptq": 2.33}``.
     """
 
@@ -122,6 +123,7 @@ class QuantizeReport:
     float_checkpoint: str = ""
     coverage: Coverage | None = None
     size: ExportSize | None = None
+    positions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -195,6 +197,7 @@ class QuantizeReport:
             "float_checkpoint": self.float_checkpoint,
             "size": None if self.size is None else dataclasses.asdict(self.size),
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
+            "positions": self.positions,
             "metrics": self.metrics,
             "deviations": self.deviations,
             "modules": [{**dataclasses.asdict(m), "relative_error": m.relative_error} for m in self.modules],

@@ -1,0 +1,58 @@
+"""The part of a batch that is observed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_plugin.calibration.collect import Batch, ready_batch
+from gptq_plugin.calibration.few_samples import few_samples, paddings
+
+LENGTHS = torch.tensor([200, 300, 90, 250, 300])
+MASK = (torch.arange(300) < LENGTHS[:, None]).long()
+IDS = torch.arange(5 * 300).reshape(5, 300)
+
+
+def part(data, targets=False):
+    return few_samples(ready_batch(data), targets=targets)
+
+
+def test_the_samples_that_hide_most_and_least_are_taken_around_the_edge():
+    few = part({"input_ids": IDS, "attention_mask": MASK})
+    assert torch.equal(few["input_ids"], IDS[[2, 1], 90 - 64 : 90 + 64])
+    assert torch.equal(few["attention_mask"], MASK[[2, 1], 90 - 64 : 90 + 64])
+    flipped = part({"input_ids": IDS, "attention_mask": MASK.flip(1)})
+    assert torch.equal(flipped["attention_mask"][0], torch.tensor([0] * 64 + [1] * 64))
+
+
+def test_targets_have_an_edge_of_their_own():
+    labels = torch.where(torch.arange(300) < torch.tensor([[280], [299], [299], [299], [299]]), IDS, -100)
+    few = part({"input_ids": IDS, "attention_mask": MASK, "labels": labels}, targets=True)
+    assert few["input_ids"].shape[0] == 3 and few["input_ids"][0, 0] == 2 * 300 + 26
+    assert few["labels"].shape == (3, 300 - 216) and set((few["labels"][2] != -100).tolist()) == {True, False}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"pixel_values": torch.randn(5, 3, 4, 4)}, {"position_ids": torch.zeros(5, 299, dtype=torch.long)}],
+)
+def test_only_what_is_of_positions_alone_is_cut(other):
+    few = part({"input_ids": IDS, "attention_mask": MASK, **other})
+    assert torch.equal(few["input_ids"], IDS[[2, 1]]) and all(len(few[name]) == 2 for name in other)
+
+
+@pytest.mark.parametrize("data", [{"x": torch.zeros(5, 3), "patches": torch.zeros(7, 2)}, {"x": torch.tensor(3.0)}, {}])
+def test_a_batch_that_is_not_of_samples_is_not_divided(data):
+    assert few_samples(Batch(data, 5), targets=False) is None
+
+
+def test_a_single_sample_is_taken_twice():
+    few = part({"input_ids": IDS[2:3], "attention_mask": MASK[2:3]})
+    assert torch.equal(few["attention_mask"][0], few["attention_mask"][1]) and len(few["input_ids"]) == 2
+
+
+def test_masks_that_hide_something_are_counted():
+    labels = torch.where(MASK == 1, IDS, -100)
+    assert paddings(ready_batch({"input_ids": IDS, "attention_mask": MASK, "labels": labels})) == 2
+    assert paddings(ready_batch({"input_ids": IDS, "attention_mask": torch.ones_like(MASK)})) == 0
+    assert paddings(ready_batch(IDS)) == 0
