@@ -317,6 +317,28 @@ def test_weights_that_the_first_forward_rescales_are_rescaled_once():
     assert torch.equal(model.layer.weight, half) and model.rescaled
 
 
+def test_hooks_that_the_first_forward_registers_are_registered_once():
+    class Hooked(nn.Module):  # as transformers' models do where hidden states are asked for
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            if not getattr(self, "hooked", False):
+                self.layer.register_forward_hook(lambda _, args, out: self.seen.append(out))
+                self.hooked = True
+            self.seen = []
+            self.layer(x)
+            (out,) = self.seen
+            return out
+
+    model = Hooked()
+    outputs, _, _ = walk(model, [lambda n=n: model(torch.full((3, 8), float(n))) for n in range(3)])
+    assert model.hooked and len(model.layer._forward_hooks) == 1
+    with torch.no_grad():
+        assert all(torch.equal(out, model(torch.full((3, 8), float(n)))) for n, out in enumerate(outputs))
+
+
 def test_values_that_share_an_object_share_it_in_every_batch():
     model = Outer(OnAnObject())
     state = KeptState(model)

@@ -29,7 +29,7 @@ class KeptState:
 
     A batch begins with a copy of that, see `Values`, and a walk leaves nothing else behind. Weights are not exchanged;
     where the first forward changed some in place (RWKV rescales them once, and remembers it on the model), every place
-    holds what that forward left there instead.
+    holds what that forward left there instead. So do flags where it registered hooks, which stay too.
 
     Args:
         model: Its modules, and what their attributes, classes and forwards refer to, are watched.
@@ -52,6 +52,7 @@ class KeptState:
         self._shared = {id(one): one for module in model.modules() for one in (module, *module._parameters.values())}
         self._versions = [(one, one._version) for one in model.parameters() if not one.is_inference()]
         self._watched = Watched(model, is_lent)
+        self._hooks = _hooks_of(model)
 
     def look(self) -> dict[Place, Any]:
         """Finds what has been written; returns the places that are new, and what they held.
@@ -65,11 +66,14 @@ class KeptState:
     def end_first(self) -> None:
         """Called after the first forward: puts everything back."""
         self.look()
+        flags = {place: place.get() for place in self.initial if isinstance(place.get(), bool)}
         if any(parameter._version != version for parameter, version in self._versions):
             self.initial = {place: place.get() for place in self.initial}
             self._watched = Watched(self._model, self._is_lent)
         else:
             self._watched.restore()
+        if not _hooks_of(self._model) <= self._hooks:  # they stay, and so does what tells that they are there
+            self.initial |= flags
         if self.initial:
             log.debug("exchanged between batches: %s", ", ".join(map(str, self.initial)))
 
@@ -98,6 +102,13 @@ class KeptState:
     def _moved(self, place: Place, value: Any) -> Any:
         is_here = self._device is None or not (place.is_buffer and isinstance(value, Tensor))
         return value if is_here else value.to(self._device)
+
+
+def _hooks_of(model: nn.Module) -> set[int]:
+    """Forward hooks on the modules of a model but for ours, by `id`."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
+    return {id(hook) for hook in hooks if not getattr(hook, "__module__", "").startswith("gptq_plugin")}
 
 
 class NotCopied(Exception):
