@@ -6,10 +6,18 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from gptq_plugin import GPTQTrainerCallback, QuantizeModule
 from gptq_plugin.errors import CalibrationError
 
+from models import tokenizer
 from texts import CHATS
 from trainer_runs import SMALL, Rows, Stream, Tokenizer, Trainer, Untrained, llama, quantized, same, train
 
@@ -210,3 +218,30 @@ def test_chats_that_cannot_be_made_into_tokens_are_refused_before_training(token
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL), calibration=[{"messages": CHATS[0]}] * 9)
     with pytest.raises(CalibrationError, match=message):
         train(llama(), [callback], tmp_path, kind=Untrained, trainer_options={"processing_class": tokenizer})
+
+
+class Pairs(Rows):
+    """Sources of 5 tokens and targets of 15, padded to 20 tokens each."""
+
+    def __getitem__(self, index):
+        ids = torch.cat([self.ids[index].clamp(min=2), self.ids[index].clamp(min=2)])[:20]
+        mask, labels = (torch.arange(20) < 5).long(), torch.where(torch.arange(20) < 15, ids, -100)
+        return {"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": labels.tolist()}
+
+
+@pytest.mark.parametrize("collated", [False, True])
+def test_a_seq2seq_trainers_sources_and_targets_are_told_apart(collated, tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(d_model=64, d_kv=32, d_ff=96, num_layers=1, num_heads=2, vocab_size=64, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+    options = {"data_collator": DataCollatorForSeq2Seq(tokenizer(), model)} if collated else {}
+    callback = GPTQTrainerCallback(QuantizeModule(**{**SMALL, "nsamples": 16}))
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path / "run"), use_cpu=True, max_steps=1, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    Seq2SeqTrainer(model, arguments, train_dataset=Pairs(), callbacks=[callback], **options).train()
+    tokens = {module.name: module.tokens for module in callback.report.quantized}
+    assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == 16 * 5
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == 16 * 5
+    assert tokens["decoder.block.0.layer.0.SelfAttention.q"] == 16 * 15
+    assert set(tokens.values()) == {16 * 5, 16 * 15}

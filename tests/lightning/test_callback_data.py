@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
+from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, T5Config, T5ForConditionalGeneration
 
 import gptq_plugin.quantize.one_pass as jobs
 from gptq_plugin import GPTQCallback, QuantizeModule, distributed
@@ -170,6 +170,27 @@ def test_exactly_the_positions_that_count_enter_the_hessian_of_every_kind_of_bat
     assert {module.tokens for module in report.quantized} == {int(counts.sum())}
     torch.testing.assert_close(hessians[0], kept.T @ kept / len(kept), rtol=1e-4, atol=1e-6)
     assert report.deviations == [] and not any(module.deviations for module in report.quantized)
+
+
+class Translates(Holds):
+    def __init__(self):
+        super().__init__()
+        config = T5Config(d_model=64, d_kv=32, d_ff=96, num_layers=1, num_heads=2, vocab_size=64,
+                          decoder_start_token_id=0)  # fmt: skip
+        self.model = T5ForConditionalGeneration(config)
+
+
+def test_sources_and_targets_of_one_length_are_told_apart(tmp_path):
+    batch = padded(left=False)
+    batch["labels"] = batch["input_ids"].where(torch.arange(11) < 9, -100)
+    callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": 32}))
+    report = fit(Translates(), collated(batch, dict), callback, tmp_path)
+    tokens = {module.name: module.tokens for module in report.quantized}
+    source, target = int(batch["attention_mask"].sum()), 32 * 9
+    assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == source
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == source
+    assert tokens["decoder.block.0.layer.0.SelfAttention.q"] == target
+    assert set(tokens.values()) == {source, target}
 
 
 def test_labels_that_are_asked_for_and_missing_are_refused_before_training(tmp_path):

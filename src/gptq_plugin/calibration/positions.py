@@ -74,10 +74,12 @@ class Positions:
         self._batches = batches
         self._by_labels = token_weighting == "labels"
         self._kept: dict[int, dict[Key, Tensor]] = {}  # by batch
+        self._counts: dict[int, Tensor] = {}  # by batch, what the loss looks at
         self._calls: Counter[tuple[int, str]] = Counter()
         self._hiding: set[Key] = set()
         self._in_batch: set[int] = set()  # batches whose labels come from the batch
         self._without: set[int] = set()  # batches without a position that counts
+        self._has_targets = any(writes_targets(one) for _, one in transformers_models(model))
         self._routed = RoutedTokens(model)
 
     @contextlib.contextmanager
@@ -195,8 +197,7 @@ class Positions:
 
     def _read(self, number: int, name: str, module: nn.Module, arguments: dict[str, Tensor]) -> None:
         """Takes in a call's masks and, if positions are chosen by them, labels."""
-        labels = self._labels(number, name, module, arguments) if self._by_labels else None
-        counts = None if labels is None else _counted_by_loss(module, labels)
+        counts = self._in_the_loss(number, module, arguments) if self._by_labels else None
         of_batch = masks_among(arguments_of(fields_of(self._batches[number].data) or {}))
         inverted = {mask for of_module, mask in self.findings.inverted if of_module == name}
         kept = self._kept.setdefault(number, {})
@@ -207,8 +208,8 @@ class Positions:
                 counted = torch.ones_like(counted)
             if not bool(sequence.kept.all()):
                 self._hiding.add(key)
-            is_source = writes_targets(module) and mask != TARGETS
-            if counts is not None and not is_source and counts.shape == counted.shape:
+            is_labelled = mask == TARGETS or not self._has_targets
+            if counts is not None and is_labelled and counts.shape == counted.shape:
                 counted, used = counted & counts.to(counted.device), True
                 self._count_without(number, counted)
             if key in self.findings.masks or not self.findings.masks:
@@ -221,22 +222,20 @@ class Positions:
         if not bool(counted.any()):
             self._without.add(number)
 
-    def _labels(self, number: int, name: str, module: nn.Module, arguments: Mapping[str, Tensor]) -> Tensor | None:
-        labels = arguments.get("labels")
-        if is_token_labels(labels):
-            return labels
-        labels = labels_of(self._batches[number].data)
+    def _in_the_loss(self, number: int, module: nn.Module, arguments: Mapping[str, Tensor]) -> Tensor:
+        """The positions that the loss looks at, by the labels of a model's call or else of the batch."""
         is_model = any(module is model for _, model in transformers_models(self._root))
-        if is_model or number not in self._kept:
+        if not is_model and number in self._counts:
+            return self._counts[number]  # a module inside
+        labels = arguments.get("labels")
+        if not is_token_labels(labels):
+            labels = labels_of(self._batches[number].data)
             self._in_batch.add(number)
-            if labels is None:
-                raise CalibrationError(_no_labels(number))
-        return labels
-
-
-def _counted_by_loss(model: nn.Module, labels: Tensor) -> Tensor:
-    counts = in_the_loss(labels)
-    return pad(counts[:, 1:], (0, 1), value=False) if predicts_next(model) else counts
+        if labels is None:
+            raise CalibrationError(_no_labels(number))
+        counts = in_the_loss(labels)
+        self._counts[number] = pad(counts[:, 1:], (0, 1), value=False) if predicts_next(module) else counts
+        return self._counts[number]
 
 
 def _name(key: Key) -> str:
