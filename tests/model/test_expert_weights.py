@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gptq_plugin.errors import TargetError
 from gptq_plugin.model.expert_weights import ExpertWeights, WatchedWeights, as_linear
 
 OUT, IN, EXPERTS = 6, 4, 3
@@ -39,6 +40,10 @@ USES = {
     "transpose": lambda w, x: torch.mm(x, w.transpose(0, 1)),
     "turned twice": lambda w, x: functional.linear(x, w.T.T.contiguous()),
     "cast": lambda w, x: functional.linear(x, w.to(x.dtype)),
+    "on the left": lambda w, x: w @ x.T,
+    "on the left, turned": lambda w, x: torch.matmul(w.T.mT, x.mT).T,
+    "a vector": lambda w, x: w @ x[0],
+    "columns of several": lambda w, x: torch.matmul(w, x.mT.expand(2, 3, -1, -1)),
 }
 
 
@@ -75,11 +80,16 @@ def test_it_answers_for_the_parameter():
         lambda w: torch.relu(w[1]),
         lambda w: w[0:2],
         lambda w: w[torch.tensor([0, 1])],
+        lambda w: w[0] * 2,
+        lambda w: 2.0 - w[0],
+        lambda w: -w[0],
+        lambda w: w[0][:2],
+        lambda w: w[0] > 0,
     ],
 )
 def test_any_other_use_is_refused_with_the_module_and_the_remedy(use):
     _, weights = experts()
-    with pytest.raises(TypeError, match="Module uses its experts' weights in a way .*modules_to_not_convert"):
+    with pytest.raises(TargetError, match="Module uses its experts' weights in a way .*modules_to_not_convert"):
         use(weights)
 
 
@@ -91,6 +101,13 @@ def test_any_other_use_is_refused_with_the_module_and_the_remedy(use):
         (lambda w: functional.linear(X @ w[0].T, w[1].T), {"out, in", "in, out"}),
         (lambda w: torch.randn(2, OUT) @ w[0], {"in, out"}),
         (lambda w: torch.bmm(torch.randn(EXPERTS, 5, OUT), w), {"in, out"}),
+        (lambda w: w[0] @ torch.ones(IN, 3), {"out, in"}),
+        (lambda w: w[0].T @ torch.ones(OUT, 3), {"in, out"}),
+        (lambda w: functional.linear(X, w[0] * 0.5), {None}),
+        (lambda w: functional.linear(X, 0.5 * w[0]), {None}),
+        (lambda w: functional.linear(X, -w[0] + 1 - w[1] / 2), {None}),
+        (lambda w: functional.linear(X, torch.cat([w[0][:2], w[0][2:]])), {None}),
+        (lambda w: w[0] @ w[1].T, {"out, in", None}),
         (lambda w: w[0].sum(), {None}),
         (lambda w: torch.relu(w), {None}),
         (lambda w: (w.shape, w.dtype, w.device, w.dim(), w.size(), len(w)), set()),
@@ -108,6 +125,18 @@ def test_a_watched_parameter_computes_what_it_would_and_tells_how_it_was_used(us
         torch.testing.assert_close(got, wanted)
     else:
         assert got == wanted
+
+
+def test_a_layout_that_the_layers_were_not_made_from_is_refused():
+    whole, weights = experts()
+    for layout, right, wrong in (
+        ("out, in", USES["linear"], lambda w, x: x @ w),
+        ("in, out", lambda w, x: x @ w, USES["t"]),
+    ):
+        strict = ExpertWeights(weights._module, weights._parts, whole.shape, whole.dtype, layout)
+        torch.testing.assert_close(right(strict[0], X), X @ whole[0].T)
+        with pytest.raises(TargetError, match=r"\(as \[.*\], where \[.*\] is declared\).*modules_to_not_convert"):
+            wrong(strict[0], X)
 
 
 def test_a_matrix_is_brought_into_the_layout_of_linear():

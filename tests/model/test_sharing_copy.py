@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from torch import nn
 
@@ -70,3 +71,91 @@ def test_a_forward_that_holds_nothing_of_the_model_is_taken_as_it_is():
     net = Net()
     net.forward = functools.lru_cache(lambda x: x)
     assert sharing_copy(net).forward is net.forward
+
+
+def recursive(net):
+    """Calls itself, by its name in the closure."""
+    plain = net.forward
+
+    def forward(x, depth=2):
+        return plain(x) if depth == 0 else forward(x, depth - 1) + 1
+
+    return forward
+
+
+def mutual(net):
+    def even(x, depth=2):
+        return net.first(x) if depth == 0 else odd(x, depth - 1)
+
+    def odd(x, depth):
+        return even(x, depth - 1)
+
+    return even
+
+
+def by_default(net):
+    return lambda x, layer=net.first: layer(x)
+
+
+def by_keyword_default(net):
+    def forward(x, *, own=net.forward):
+        return own(x)
+
+    return forward
+
+
+def partial_of_a_closure(net):
+    plain = net.forward
+    return functools.partial(lambda scale, x: plain(x) * scale, 2.0)
+
+
+def wrapped(net):
+    """As functools.wraps leaves it, with the original beside it."""
+    plain = net.forward
+
+    @functools.wraps(plain)
+    def forward(x):
+        return plain(x)
+
+    return forward
+
+
+def object_that_holds_itself(net):
+    class Holder:
+        def __init__(self):
+            self.me, self.own = self, net.forward
+
+        def __call__(self, x, again=True):
+            return self.me(x, False) if again else self.own(x)
+
+    return Holder()
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [recursive, mutual, by_default, by_keyword_default, partial_of_a_closure, wrapped, object_that_holds_itself],
+)
+def test_a_replaced_forward_runs_on_the_copy_however_it_reaches_its_modules(replace):
+    net = Net().eval()
+    net.forward = replace(net)
+    wanted, own = net(x := torch.randn(5, 4)), net.forward
+    copied = sharing_copy(net)
+    assert torch.equal(copied(x), wanted)
+    ran = []
+    for name, module in (("own", net.first), ("copy", copied.first)):
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    copied(x)
+    assert ran == ["copy"]
+    ran.clear()
+    net(x)
+    assert ran == ["own"] and net.forward is own
+
+
+def test_a_recursive_forward_that_holds_nothing_of_the_model_is_taken_as_it_is():
+    net = Net()
+
+    def forward(x, depth=3):
+        return x if depth == 0 else forward(x, depth - 1)
+
+    net.forward = forward
+    assert sharing_copy(net).forward is forward

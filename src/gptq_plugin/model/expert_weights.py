@@ -7,12 +7,14 @@ Indexed with an expert's number, both give an object that torch.nn.functional.li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from gptq_plugin.errors import TargetError
 
 MatrixLayout = Literal["out, in", "in, out"]  # the sides of one expert's matrix
 
@@ -47,13 +49,22 @@ class ExpertWeights(_Experts):
         parts: Names of each expert's layers, whose outputs are concatenated.
         shape: Shape of the parameter.
         dtype: Dtype of the parameter.
+        layout: The only one that it may be used in; None where the layers were not made from it.
     """
 
     _is_hf_initialized = True  # transformers has nothing to initialise here
 
-    def __init__(self, module: nn.Module, parts: list[list[str]], shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: list[list[str]],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        layout: MatrixLayout | None = None,
+    ) -> None:
         self._module = module
         self._parts = parts
+        self._layout = layout
         self.shape = shape
         self.dtype = dtype
 
@@ -72,11 +83,13 @@ class ExpertWeights(_Experts):
         return [self._module.get_submodule(name) for name in self._parts[expert]]
 
     def product(self, expert: int, x: Tensor, used_as: MatrixLayout) -> Tensor:
+        if used_as != (self._layout or used_as):
+            self.otherwise(f"as [{used_as}], where [{self._layout}] is declared")
         outputs = [layer(x) for layer in self.layers(expert)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     def otherwise(self, what: str) -> Any:
-        raise TypeError(
+        raise TargetError(  # Python takes a TypeError of an operator for one that does not apply
             f"{type(self._module).__name__} uses its experts' weights in a way that quantized experts do not support "
             f"({what}): name the module in modules_to_not_convert"
         )
@@ -129,6 +142,8 @@ class _One:
         linear = _operands(function, (functional.linear,), args, kwargs)
         product = _operands(function, _PRODUCTS, args, kwargs)
         x, weight, *rest = linear or product or (None, None)
+        if product is not None and isinstance(x, cls) and isinstance(weight, Tensor):
+            return x @ weight
         if isinstance(x, Tensor) and isinstance(weight, cls):
             used_as: MatrixLayout = "out, in" if (linear is not None) != weight._turned else "in, out"
             y = weight._weights.product(weight._expert, x, used_as)
@@ -139,6 +154,14 @@ class _One:
 
         return function(*map(real, args), **{key: real(value) for key, value in (kwargs or {}).items()})
 
+    def __matmul__(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return self._really("matmul") @ x
+        used_as: MatrixLayout = "in, out" if self._turned else "out, in"
+        columns = x.dim() > 1  # W x = (xᵀ Wᵀ)ᵀ
+        y = self._weights.product(self._expert, x.mT if columns else x, used_as)
+        return y.mT if columns else y
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -147,6 +170,22 @@ class _One:
     def _really(self, what: str) -> Tensor:
         matrix: Tensor = self._weights.otherwise(what)[self._expert]
         return matrix.T if self._turned else matrix
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """An operator of tensors, which Python looks for in the class."""
+
+    def operate(self: _One, *others: Any) -> Any:
+        return getattr(self._really(name), name)(*others)
+
+    return operate
+
+
+for _kind in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    for _side in ("", "r"):
+        setattr(_One, f"__{_side}{_kind}__", _operator(f"__{_side}{_kind}__"))
+for _kind in ("neg", "pos", "abs", "invert", "getitem", "len", "iter", "lt", "le", "gt", "ge"):
+    setattr(_One, f"__{_kind}__", _operator(f"__{_kind}__"))
 
 
 class WatchedWeights(_Experts):

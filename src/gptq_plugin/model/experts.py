@@ -87,8 +87,12 @@ def possible_experts(model: nn.Module) -> Iterator[list[Experts]]:
 
 def undeclared(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Modules and names of their parameters that may hold experts' matrices: only a forward shows whether they do, and
-    in which layout."""
-    return [(module, parameter) for _, module, parameter in _candidates(model) if not _declares(module)]
+    in which layout. What modules declare is believed to transformers' own only."""
+    return [
+        (module, parameter)
+        for _, module, parameter in _candidates(model)
+        if not (_declares(module) and type(module).__module__.startswith("transformers."))
+    ]
 
 
 def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
@@ -104,7 +108,9 @@ def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
     if not watched:
         return
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_plain_code([module for module, _, _ in watched]))
         for module, parameter, stand_in in watched:
+            _use_plain_code(module)
             stack.callback(_replace(module, parameter, stand_in))
         run()
     for module, parameter, stand_in in watched:
@@ -133,7 +139,7 @@ def unfused(model: nn.Module) -> Iterator[Callable[[], None]]:
             linears = [
                 [ExpertLinear(one.matrix(e)[part.rows], whole) for part in of_one] for e, of_one in enumerate(own)
             ]
-            put_back.append(place_experts(one, own, linears))
+            put_back.append(place_experts(one, own, linears, one.layout))
             stack.callback(put_back[-1])
 
         def fuse() -> None:
@@ -156,6 +162,12 @@ def _plain_code(modules: list[nn.Module]) -> Iterator[None]:
         for key, config in configs.items():
             if key not in apart:
                 config._experts_implementation = before[key]
+
+
+def _use_plain_code(module: nn.Module) -> None:
+    config = _config(module)
+    if config is not None:
+        config._experts_implementation = "eager"
 
 
 def _config(module: nn.Module) -> Any:
@@ -247,10 +259,10 @@ def _declares(module: nn.Module) -> bool:
 
 def _layouts(module: nn.Module, parameter: str) -> list[MatrixLayout]:
     """One layout if it is known, both if it is not, none if the parameter is known not to hold experts."""
-    if _declares(module):
-        return ["in, out" if module.is_transposed else "out, in"]
     seen = _seen.get(type(module), {})
     if parameter not in seen:
+        if _declares(module):
+            return ["in, out" if module.is_transposed else "out, in"]
         return ["out, in", "in, out"]
     layout = seen[parameter]
     return [] if layout is None else [layout]
@@ -260,7 +272,10 @@ def _layouts(module: nn.Module, parameter: str) -> list[MatrixLayout]:
 
 
 def place_experts(
-    experts: Experts, parts: list[list[Part]], layers: Sequence[Sequence[nn.Module]]
+    experts: Experts,
+    parts: list[list[Part]],
+    layers: Sequence[Sequence[nn.Module]],
+    layout: MatrixLayout | None = None,
 ) -> Callable[[], None]:
     """Puts layers in place of a fused parameter.
 
@@ -268,6 +283,7 @@ def place_experts(
         experts: The parameter.
         parts: Names and rows of each expert's layers.
         layers: Each expert's layers.
+        layout: The only one that the parameter may be used in, since the layers were made from it in that one.
 
     Returns:
         Puts the parameter back, unless layers are quantized by then.
@@ -277,10 +293,8 @@ def place_experts(
     for own_names, own in zip(names, layers, strict=True):
         for name, layer in zip(own_names, own, strict=True):
             _put(module, name, layer.train(module.training))
-    undo = _replace(module, experts.parameter, ExpertWeights(module, names, whole.shape, whole.dtype))
-    config = _config(module)
-    if config is not None:
-        config._experts_implementation = "eager"
+    undo = _replace(module, experts.parameter, ExpertWeights(module, names, whole.shape, whole.dtype, layout))
+    _use_plain_code(module)
 
     def put_back() -> None:
         if experts.parameter not in module.__dict__:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -40,35 +41,64 @@ def _rebound(value: Any, copies: dict[int, Any]) -> Any:
     """
     if id(value) in copies:
         return copies[id(value)]
-    if isinstance(value, nn.Module) or not callable(value):
+    if isinstance(value, (nn.Module, type)) or not callable(value):
         return value
-    copies[id(value)] = value
     if isinstance(value, MethodType):
-        copies[id(value)] = MethodType(_rebound(value.__func__, copies), _rebound(value.__self__, copies))
-        return copies[id(value)]
-    held = _held(value)
-    rebound = {name: _rebound(content, copies) for name, content in held.items()}
-    if any(rebound[name] is not content for name, content in held.items()):
-        copies[id(value)] = _holding(value, rebound)
+        bound = MethodType(_rebound(value.__func__, copies), _rebound(value.__self__, copies))
+        return copies.setdefault(id(value), bound)
+    if isinstance(value, FunctionType):
+        return _rebound_function(value, copies)
+    if not _leads_to_copies(value, copies, set()):
+        return copies.setdefault(id(value), value)
+    if isinstance(value, functools.partial):
+        parts = [_rebound(part, copies) for part in value.args]
+        keywords = {name: _rebound(held, copies) for name, held in value.keywords.items()}
+        copies[id(value)] = functools.partial(_rebound(value.func, copies), *parts, **keywords)
+    else:
+        copies[id(value)] = copy.copy(value)
+    # Known before what it holds is visited: that may hold it too.
+    copies[id(value)].__dict__.update({name: _rebound(held, copies) for name, held in vars(value).items()})
     return copies[id(value)]
 
 
-def _held(value: Any) -> Mapping[str, Any]:
-    """Values that a callable holds: a function's closure, or an object's attributes."""
-    if not isinstance(value, FunctionType):
-        return {} if isinstance(value, type) else getattr(value, "__dict__", {})
-    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-    return {name: cell.cell_contents for name, cell in cells if cell != CellType()}
+def _rebound_function(function: FunctionType, copies: dict[int, Any]) -> FunctionType:
+    """A function whose closure and defaults hold copies; itself if they hold nothing that was copied."""
+    if not _leads_to_copies(function, copies, set()):
+        copies[id(function)] = function
+        return function
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    other = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    copies[id(function)] = other  # known before what it holds is visited: a function that calls itself holds itself
+    for cell, own in zip(cells, function.__closure__ or (), strict=True):
+        if own != CellType():
+            cell.cell_contents = _rebound(own.cell_contents, copies)
+    if function.__defaults__ is not None:
+        other.__defaults__ = tuple(_rebound(held, copies) for held in function.__defaults__)
+    if function.__kwdefaults__ is not None:
+        other.__kwdefaults__ = {name: _rebound(held, copies) for name, held in function.__kwdefaults__.items()}
+    other.__dict__.update({name: _rebound(held, copies) for name, held in vars(function).items()})
+    return other
 
 
-def _holding(value: Any, held: Mapping[str, Any]) -> Any:
-    """A copy of a callable that holds other values."""
-    if not isinstance(value, FunctionType):
-        other = copy.copy(value)
-        other.__dict__.update(held)
-        return other
-    cells = tuple(CellType(held[name]) if name in held else CellType() for name in value.__code__.co_freevars)
-    function = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-    function.__kwdefaults__ = value.__kwdefaults__
-    function.__dict__.update(value.__dict__)
-    return function
+def _leads_to_copies(value: Any, copies: Mapping[int, Any], seen: set[int]) -> bool:
+    """True if a callable holds, directly or through others, something that has another copy."""
+    if id(value) in copies:
+        return copies[id(value)] is not value
+    if id(value) in seen or isinstance(value, (nn.Module, type)) or not callable(value):
+        return False
+    seen.add(id(value))
+    return any(_leads_to_copies(held, copies, seen) for held in _held(value))
+
+
+def _held(value: Any) -> Iterator[Any]:
+    """Values that a callable holds: a closure and defaults, a partial's arguments, an object's attributes."""
+    if isinstance(value, MethodType):
+        yield from (value.__func__, value.__self__)
+        return
+    if isinstance(value, FunctionType):
+        yield from (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())
+        yield from value.__defaults__ or ()
+        yield from (value.__kwdefaults__ or {}).values()
+    if isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    yield from getattr(value, "__dict__", {}).values()
