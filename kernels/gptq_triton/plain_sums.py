@@ -27,8 +27,8 @@ def add_product(total: Tensor, product: Tensor, diagonal: Tensor, first: int) ->
     """
     rows, columns = product.shape
     above, left = _exponents(diagonal[:columns]), _exponents(diagonal[first : first + rows]) - BITS
-    rounded = product.double().mul_(_power_of_two(-above)).mul_(_power_of_two(-left)[:, None]).round_()
-    total += rounded.mul_(_power_of_two(above)).mul_(_power_of_two(left)[:, None])
+    quantum = _power_of_two(left)[:, None] * _power_of_two(above)
+    total.addcmul_((product / quantum).round_(), quantum)
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ def test_every_row_is_in_its_place_and_the_last_one_fills_what_is_left(rows):
     assert torch.equal(filling, weight[-1:].expand_as(filling)) and len(filling) < blocks.shape[1]
 
 
-@pytest.mark.parametrize(("rows", "blocks", "size"), [(255, 1, 255), (512, 4, 128), (1536, 12, 128), (4096, 16, 256)])
-def test_on_a_cpu_blocks_have_128_rows_or_more_and_are_16_at_most(rows, blocks, size):
+@pytest.mark.parametrize(
+    ("rows", "blocks", "size"), [(511, 1, 511), (512, 2, 256), (1536, 6, 256), (1300, 5, 288), (8192, 16, 512)]
+)
+def test_on_a_cpu_blocks_have_256_rows_or_more_and_are_16_at_most(rows, blocks, size):
     assert divided(torch.empty(rows, 2)).shape == (blocks, size, 2)
 
 

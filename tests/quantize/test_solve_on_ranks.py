@@ -50,7 +50,9 @@ def ranks(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(("size", "count", "share"), [(2, 512, 2), (3, 1280, 4), (4, 700, 2), (5, 300, 1), (2, 40, 1)])
+@pytest.mark.parametrize(
+    ("size", "count", "share"), [(2, 1024, 2), (3, 2560, 4), (4, 1300, 2), (5, 600, 1), (2, 40, 1)]
+)
 @pytest.mark.parametrize("options", [{}, {"group_size": -1, "sym": False}, {"desc_act": True, "static_groups": False}])
 def test_all_ranks_get_the_solution_of_the_whole(size, count, share, options, ranks):
     x = rows(96, 32).double()
@@ -75,7 +77,7 @@ def test_without_a_process_group_it_is_the_solver(monkeypatch):
 
 
 def test_values_that_are_not_finite_are_refused_by_the_rank_whose_rows_they_are_in(ranks):
-    weight = rows(256, 32)
-    weight[200, 0] = float("nan")
+    weight = rows(512, 32)
+    weight[400, 0] = float("nan")
     with pytest.raises(ValueError, match="the weight holds NaN"):
         ranks(2, weight, torch.eye(32), QuantizeConfig(group_size=16))

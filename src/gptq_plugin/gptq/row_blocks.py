@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # More and smaller blocks divide among more ranks. On a GPU the recursion takes no less time for fewer rows than this.
-_LEAST = {"cuda": 1024, "cpu": 128}
+_LEAST = {"cuda": 1024, "cpu": 256}
 _MOST = 16
 _MULTIPLE = 32  # rows, so that each block's columns begin at the same alignment
 
