@@ -516,8 +516,8 @@ def test_a_layer_that_cannot_be_exported_is_refused_before_anything_is_solved(tm
     assert not solved and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["offload_weights", "offload_activations"])
-def test_an_offload_option_that_is_neither_true_false_nor_null_is_refused(option):
+@pytest.mark.parametrize("option", ["offload_weights", "offload_activations", "exact_sums"])
+def test_an_option_that_is_neither_true_false_nor_null_is_refused(option):
     with pytest.raises(ValueError, match=f"{option} must be true, false or null"):
         QuantizeModule(**{option: "cpu"})
 

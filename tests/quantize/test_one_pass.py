@@ -11,6 +11,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.gptq.solver import solve
 from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.quantize import evidence
 from gptq_plugin.quantize import one_pass as passes
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
@@ -25,7 +26,7 @@ def solved(monkeypatch):
     """What the solver was given: rows and inputs of the weight, and the configuration, call by call."""
     calls = []
 
-    def solve_shared(weight, hessian, config):
+    def solve_shared(weight, hessian, config, **_):
         calls.append((tuple(weight.shape), hessian.clone(), config))
         return solve(weight, hessian, config)
 
@@ -180,3 +181,13 @@ def test_layers_whose_weights_the_model_reads_stay_float():
     assert {m.name: m.reason for m in report.modules if m.method == "float"} == {
         "self_attn.out_proj": "the model reads its weight by itself: left float"
     }
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_exact_sums_reach_the_hessians_and_the_solver(exact, monkeypatch):
+    made, asked = [], []
+    hessian, solve_shared = evidence.Hessian, passes.solve_shared
+    monkeypatch.setattr(evidence, "Hessian", lambda *args, exact: made.append(exact) or hessian(*args, exact=exact))
+    monkeypatch.setattr(passes, "solve_shared", lambda *args, in_blocks: asked.append(in_blocks) or solve_shared(*args))
+    passed(Attention(), [rows(100, 32)], exact_sums=exact)
+    assert set(made) == set(asked) == {exact}

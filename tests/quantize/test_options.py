@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from gptq_plugin import distributed
 from gptq_plugin.quantize.options import PassOptions
 
 from models import tiny_llama
@@ -48,3 +49,18 @@ def test_options_cannot_be_changed_and_unknown_ones_are_refused():
         PassOptions().nsamples = 3
     with pytest.raises(TypeError, match="nsample"):
         PassOptions(nsample=3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "ranks", "exact"),
+    [
+        (None, "cpu", 1, True),
+        (None, "cuda", 1, False),
+        (None, "cuda", 2, True),
+        (True, "cuda", 1, True),
+        (False, "cpu", 2, False),
+    ],
+)
+def test_sums_are_exact_on_cpus_and_with_several_ranks_unless_told(asked, device, ranks, exact, monkeypatch):
+    monkeypatch.setattr(distributed, "active", lambda: ranks > 1)
+    assert PassOptions(exact_sums=asked).sums_exactly(torch.device(device)) is exact

@@ -70,10 +70,10 @@ def test_a_solve_that_finds_no_room_runs_again(monkeypatch):
     right, _ = _quantized(())
     solve, calls = one_pass.solve_shared, itertools.count(1)
 
-    def failing(*args):
+    def failing(*args, **options):
         if next(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return solve(*args)
+        return solve(*args, **options)
 
     monkeypatch.setattr(one_pass, "solve_shared", failing)
     found, report = _quantized(())

@@ -8,6 +8,7 @@ from plans import rows
 
 from gptq_plugin import distributed
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.gptq import solver
 from gptq_plugin.gptq.solver import solve, solve_blocks
 from gptq_plugin.quantize import solve_on_ranks
 from gptq_plugin.quantize.solve_on_ranks import solve_shared
@@ -74,6 +75,19 @@ def test_without_a_process_group_it_is_the_solver(monkeypatch):
     x, weight = rows(96, 32), rows(6, 32, seed=1)
     config = QuantizeConfig(group_size=16)
     assert torch.equal(solve_shared(weight, x.T @ x, config).weight.codes, solve(weight, x.T @ x, config).weight.codes)
+
+
+def test_one_process_solves_in_blocks_only_if_it_is_to_give_what_several_would(monkeypatch):
+    asked = []
+    monkeypatch.setattr(solver, "solve_blocks", lambda blocks, *_: asked.append(len(blocks)) or Whole())
+    for in_blocks in (True, False):
+        solve_shared(rows(512, 32), torch.eye(32), QuantizeConfig(group_size=16), in_blocks=in_blocks)
+    assert asked[0] > 1 and asked[1] == 1
+
+
+class Whole:
+    def first(self, count):
+        return self
 
 
 def test_values_that_are_not_finite_are_refused_by_the_rank_whose_rows_they_are_in(ranks):

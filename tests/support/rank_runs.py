@@ -89,7 +89,7 @@ def work(rank: int, ranks: int, folder: str, device: str, scene: str) -> None:
         store = f"file://{folder}/{scene}-{ranks}.store"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks)
     model, data, options = SCENES[scene]()
-    quantizer = QuantizeModule(nsamples=33, **options)
+    quantizer = QuantizeModule(nsamples=33, exact_sums=True, **options)
     report = quantizer.quantize(model.eval().to(device), data[rank::ranks])
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     lines = [(one.name, one.method, one.loss, one.rtn_loss, one.tokens, one.deviations) for one in report.modules]

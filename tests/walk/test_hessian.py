@@ -33,12 +33,26 @@ def test_the_mean_is_that_of_the_whole_product_though_half_of_it_is_computed(n, 
     assert torch.equal(Hessian(n, "cpu").mean(), torch.zeros(n, n))
 
 
+@pytest.mark.parametrize("n", [1, 20, 32])
+def test_products_may_be_added_as_they_come(n, monkeypatch):
+    monkeypatch.setattr(hessians, "_STRIP", {"cpu": 8})
+    x = 3 * torch.randn(50, n)
+    hessian, exact = Hessian(n, "cpu", exact=False), Hessian(n, "cpu")
+    for part in x.split(13):
+        hessian.add(part)
+        exact.add(part)
+    assert hessian._sum.dtype == torch.float32 and exact._sum.dtype == torch.float64
+    torch.testing.assert_close(hessian.mean(), x.T @ x / 50)
+    torch.testing.assert_close(hessian.mean(), exact.mean())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_gpus_sum_is_exact_up_to_float32_rounding_at_every_dtype(dtype):
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_gpus_sum_is_exact_up_to_float32_rounding_at_every_dtype(dtype, exact):
     x = torch.randn(4096, 1100, device="cuda").to(dtype)
-    hessian = Hessian(1100, "cuda")
+    hessian = Hessian(1100, "cuda", exact=exact)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         for part in x.split(1500):
             hessian.add(part)

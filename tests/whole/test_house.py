@@ -24,7 +24,7 @@ PUBLIC_FOLDERS = {"autogptq"}
 MODULE_LINES, CLASS_LINES, FUNCTION_CODE_LINES = 350, 250, 60
 # The public class whose methods' arguments the API page lists one by one.
 LONGER = {
-    "src/gptq_plugin/quantize/module.py: QuantizeModule, 257 lines",
+    "src/gptq_plugin/quantize/module.py: QuantizeModule, 263 lines",
 }
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# More and smaller blocks divide among more ranks. On a GPU the recursion takes no less time for fewer rows than this.
-_LEAST = {"cuda": 1024, "cpu": 256}
-_MOST = 16
+# Rows of a block at least, and blocks at most. More and smaller blocks divide among more ranks; on a GPU they take more
+# time than one matrix (16 of 1792 rows: a tenth of a transformer block).
+_LEAST, _MOST = {"cuda": 4096, "cpu": 256}, {"cuda": 4, "cpu": 16}
 _MULTIPLE = 32  # rows, so that each block's columns begin at the same alignment
 
 
 def divided(weight: Tensor) -> Tensor:
     """The rows of [out, in] in blocks, [B, rows, in]; copies of the last row fill the last block."""
-    rows = len(weight)
-    blocks = min(_MOST, max(1, rows // _LEAST.get(weight.device.type, 1024)))
+    rows, kind = len(weight), "cpu" if weight.device.type == "cpu" else "cuda"
+    blocks = min(_MOST[kind], max(1, rows // _LEAST[kind]))
     if blocks == 1:
         return weight[None]
     size = -(-rows // blocks // _MULTIPLE) * _MULTIPLE

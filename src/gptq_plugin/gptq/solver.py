@@ -87,19 +87,20 @@ class Solution:
         )
 
 
-def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
+def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig, *, in_blocks: bool = True) -> Solution:
     """Solves one matrix, or several that read the same input, stacked along their rows.
 
     Args:
         weight: [out, in], any floating dtype, finite.
         hessian: [in, in], the mean over tokens of x xᵀ, symmetric, float32 or float64, finite, on weight's device.
             Its dtype is the solve's precision.
+        in_blocks: Solve the rows in blocks, as ranks that share them do; see `row_blocks`.
         config: bits, group_size, sym, desc_act, static_groups, damping, clip_ratios and checkpoint_format are read.
 
     Raises:
         ValueError: The weight or the Hessian is not finite, or a scale exceeds float16.
     """
-    return solve_blocks(divided(weight), hessian, config).first(len(weight))
+    return solve_blocks(divided(weight) if in_blocks else weight[None], hessian, config).first(len(weight))
 
 
 def solve_blocks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:

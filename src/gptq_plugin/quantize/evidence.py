@@ -27,18 +27,20 @@ class Observations:
         plan: The layers.
         positions: Knows which rows of an input count.
         device: Where the Hessians live.
+        exact: Their sums depend on neither order nor ranks.
 
     Attributes:
         ranges: Of the inputs that were observed; of the outputs too, while it watches.
     """
 
-    def __init__(self, plan: Plan, positions: Positions, device: torch.device) -> None:
+    def __init__(self, plan: Plan, positions: Positions, device: torch.device, exact: bool = True) -> None:
         self.ranges = Ranges()
         self._targets = {target.name: target for target in plan.targets}
         self._positions = positions
         self._device = device
         self._hessians: dict[tuple[str, ...], Hessian] = {}  # by the names of a group
-        self._experts = ExpertHessians(device)
+        self._exact = exact
+        self._experts = ExpertHessians(device, exact)
         self._remarks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))  # batches, by layer
         self._read_tokens: set[str] = set()  # experts' layers, see `positions.Rows`
 
@@ -76,7 +78,7 @@ class Observations:
     def of_unreached(self, experts: str, target: Target) -> Evidence:
         """The evidence for an expert's layer that no token reached: that of its block."""
         reads = self._experts.reads_tokens(experts, [in_expert(experts, target.name)], False)
-        nothing = Hessian(target.weight.shape[1], self._device)
+        nothing = Hessian(target.weight.shape[1], self._device, exact=self._exact)
         return self._with_remarks(target.name, self._experts.weighted(experts, reads, nothing))
 
     def discard(self, group: Group) -> None:
@@ -90,7 +92,7 @@ class Observations:
     def _hessian(self, group: Group) -> Hessian:
         if group.names not in self._hessians:
             in_features = self._targets[group.names[0]].weight.shape[1]
-            self._hessians[group.names] = Hessian(in_features, self._device)
+            self._hessians[group.names] = Hessian(in_features, self._device, exact=self._exact)
         return self._hessians[group.names]
 
     def _with_remarks(self, layer: str, evidence: Evidence) -> Evidence:

@@ -75,7 +75,8 @@ class OnePass:
             self._of_experts[experts_of(target.name, target.module)].append(target)
         self._positions = Positions(plan.model, calibration.batches, plan.config.token_weighting)
         self.runs = BatchRuns(plan, calibration, self._positions, options)
-        self._observations = Observations(plan, self._positions, self.runs.device)
+        self._exact = options.sums_exactly(self.runs.device)
+        self._observations = Observations(plan, self._positions, self.runs.device, self._exact)
         self._finished = FinishedLayers(plan.targets[0].weight.device, options.layers_in)
         self._outcome = Outcome(plan)
         self._disturbance: str | None = None  # why the batches cannot take turns
@@ -190,7 +191,8 @@ class OnePass:
             config = dataclasses.replace(config, damp_percent=evidence.damp_percent)
 
         def solved() -> Solution:
-            return solve_shared(weights[0] if len(weights) == 1 else torch.cat(weights), evidence.mean, config)
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            return solve_shared(weight, evidence.mean, config, in_blocks=self._exact)
 
         try:  # ranks solve together, so one of them cannot begin again
             return solved() if distributed.active() else with_room(solved, self.runs.make_room)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.calibration.tokenizer import as_tokenizer
@@ -28,7 +29,7 @@ class PassOptions:
         tokenizer: The same, loaded if its folder or hub id is given.
         exports: The tokenizer is to be saved with an export.
         layers_in: Where finished layers are written as they come; None keeps them in memory.
-        offload_weights, offload_activations: See `QuantizeModule`.
+        offload_weights, offload_activations, exact_sums: See `QuantizeModule`.
     """
 
     forward: ModelForward | None = None
@@ -40,6 +41,7 @@ class PassOptions:
     layers_in: LayerStore | None = None
     offload_weights: bool | None = None
     offload_activations: bool | None = None
+    exact_sums: bool | None = None
     exports: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +52,10 @@ class PassOptions:
     def where(self) -> torch.device | None:
         """The device to compute on, with its number; None is where the model is."""
         return None if self.device is None else device_named(self.device)
+
+    def sums_exactly(self, device: torch.device) -> bool:
+        """True if sums on the device must not depend on the number of ranks."""
+        return self.exact_sums if self.exact_sums is not None else device.type != "cuda" or distributed.active()
 
     def runner(self, *, every_logit: bool) -> ModelForward:
         """Runs a batch on `where`, through `forward` or the model.

@@ -49,10 +49,11 @@ class ExpertHessians:
 
     Args:
         device: Device of the Hessians.
+        exact: See `Hessian`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, exact: bool = True) -> None:
+        self._device, self._exact = device, exact
         self._sums: dict[str, Hessian] = {}
         self._means: dict[str, Tensor] = {}  # by block the walk is in, over all ranks
         self._read_tokens: dict[tuple[str, str], bool] = {}  # by block and the layer's name in one expert
@@ -60,7 +61,7 @@ class ExpertHessians:
     def entered(self, experts: str, rows: Tensor) -> None:
         """Counts rows, [tokens, in], that enter the block."""
         if experts not in self._sums:
-            self._sums[experts] = Hessian(rows.shape[1], self._device)
+            self._sums[experts] = Hessian(rows.shape[1], self._device, exact=self._exact)
         self._sums[experts].add(rows)
 
     def reads_tokens(self, experts: str, layers: Sequence[str], do: bool) -> bool:
@@ -108,7 +109,7 @@ class ExpertHessians:
             width = max(distributed.gather_objects(sums.in_features if sums is not None else 0))
             if not width:
                 return None
-            sums = sums or Hessian(width, self._device)
+            sums = sums or Hessian(width, self._device, exact=self._exact)
             sums.over_ranks()
             self._means[experts] = sums.mean()
         return self._means[experts]

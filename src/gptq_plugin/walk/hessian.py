@@ -20,27 +20,33 @@ class Hessian:
     """Sum of x xᵀ and the number of tokens in it.
 
     Each call of `add` is one float32 product. Products are added in float64, exactly (`plain_sums`), so that neither
-    their order matters nor the ranks they were made on. Half a matrix in float64 takes the memory of a whole one in
-    float32.
+    their order matters nor the ranks they were made on; or in float32 as they come, which a GPU does in the products'
+    own kernels. Half a matrix in float64 takes the memory of a whole one in float32.
 
     Args:
         in_features: Width of the layer's input.
         device: Device of the sum; inputs must be there too.
         dtype: Precision of the products and of the mean. In float64 the order of addition shows in the last bits.
+        exact: Add float32 products exactly.
 
     Attributes:
         in_features: As given.
         tokens: Rows counted so far.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, in_features: int, device: torch.device | str, dtype: torch.dtype = torch.float32, *, exact: bool = True
+    ):
         self.in_features = in_features
         self.tokens = 0
         self._dtype = dtype
+        self._exact = exact and dtype == torch.float32
         width = _STRIP.get(torch.device(device).type, in_features)
         self._ends = [*range(0, in_features, max(1, width)), in_features]
         sizes = [(stop - start) * stop for start, stop in pairwise(self._ends)]
-        self._sum = torch.zeros(sum(sizes), dtype=torch.float64, device=device)  # strip after strip
+        self._sum = torch.zeros(
+            sum(sizes), dtype=torch.float64 if self._exact else dtype, device=device
+        )  # strip after strip
         self._strips = [
             strip.view(-1, stop) for strip, stop in zip(self._sum.split(sizes), self._ends[1:], strict=True)
         ]
@@ -62,12 +68,14 @@ class Hessian:
             diagonal = torch.empty(self.in_features, dtype=self._dtype, device=x.device)
             for strip, (start, stop) in zip(self._strips, pairwise(self._ends), strict=True):
                 left, right = rows[:, start:stop].T, rows[:, :stop]
-                product = torch.mm(left, right, out_dtype=torch.float32) if narrow else left @ right
-                if self._dtype == torch.float32:
+                if self._exact:
+                    product = torch.mm(left, right, out_dtype=torch.float32) if narrow else left @ right
                     diagonal[start:stop] = product.diagonal(start)
                     exact_sums(product).add_product(strip, product, diagonal, start)
+                elif narrow:
+                    torch.addmm(strip, left, right, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
                 else:
-                    strip += product
+                    strip.addmm_(left, right)
 
     def over_ranks(self) -> None:
         """Adds up the sums and the tokens of all ranks, on every rank, in one message without the symmetric half."""
