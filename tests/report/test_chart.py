@@ -9,7 +9,7 @@ import pytest
 from reports import Page, module
 
 from gptq_plugin.report.chart import error_chart
-from gptq_plugin.report.report import ModuleReport
+from gptq_plugin.report.module_report import ModuleReport
 
 
 def test_the_chart_is_logarithmic_and_says_so() -> None:

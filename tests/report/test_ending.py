@@ -9,7 +9,8 @@ from reports import module, report
 
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.ending import ending, exported, layers_shown
-from gptq_plugin.report.report import ExportSize, ModuleReport, QuantizeReport
+from gptq_plugin.report.module_report import ModuleReport
+from gptq_plugin.report.report import ExportSize, QuantizeReport
 
 HEAD = ModuleReport("head", "float", None, None, (20, 48), reason="the output embedding")
 

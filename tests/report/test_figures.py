@@ -7,7 +7,7 @@ import math
 from reports import module, report
 
 from gptq_plugin.report.figures import MetricValue, bit_widths, bits_label, metric_values
-from gptq_plugin.report.report import ModuleReport
+from gptq_plugin.report.module_report import ModuleReport
 
 
 def test_every_value_of_a_metric_follows_the_float_models_with_its_change() -> None:

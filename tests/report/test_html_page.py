@@ -18,8 +18,9 @@ from torch import nn
 from gptq_plugin import QuantizeModule
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.html_page import report_page
+from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import format_bytes
-from gptq_plugin.report.report import ExportSize, ModuleReport
+from gptq_plugin.report.report import ExportSize
 
 HOSTILE = "a<script>alert(1)</script>.\"'&.0"
 

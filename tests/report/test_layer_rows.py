@@ -8,7 +8,7 @@ from reports import Page, module
 
 from gptq_plugin.report.deviations import Deviation
 from gptq_plugin.report.layer_rows import layers_table
-from gptq_plugin.report.report import ModuleReport
+from gptq_plugin.report.module_report import ModuleReport
 
 HEAD = ModuleReport("head", "float", None, None, (20, 48), reason="the output embedding")
 

@@ -20,8 +20,9 @@ from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quanti
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.report.model_card import ModelFacts, hub_id, model_facts
+from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import format_bytes
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.report import QuantizeReport
 
 from cards import card_of, report_of, section, snippet
 from models import tiny_llama, tokenizer

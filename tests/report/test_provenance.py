@@ -13,8 +13,9 @@ import torch
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.export.convert import convert
+from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.provenance import plain_name, provenance, publishable, strip_paths
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.report import QuantizeReport
 
 from models import Plain, tiny_llama, tokenizer
 

@@ -17,7 +17,8 @@ from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.errors import TargetError
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.html_page import report_page
-from gptq_plugin.report.report import ExportSize, ModuleReport, QuantizeReport
+from gptq_plugin.report.module_report import ModuleReport
+from gptq_plugin.report.report import ExportSize, QuantizeReport
 
 from models import Plain, tiny_llama
 

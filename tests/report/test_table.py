@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from reports import module
 
-from gptq_plugin.report.report import ModuleReport
+from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.table import bits_counts, kind_of, kind_table, layer_table
 
 HEAD = ModuleReport("head", "float", None, None, (20, 48), reason="the output embedding")

@@ -10,7 +10,8 @@ import torch
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.clients.loading import Published, loading_sections
 from gptq_plugin.report.model_card import ModelFacts, model_card
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.module_report import ModuleReport
+from gptq_plugin.report.report import QuantizeReport
 
 TASKLESS = ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", torch.float16)
 SETTINGS = {

@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 from typing import Any
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.module_report import ModuleReport
+from gptq_plugin.report.report import QuantizeReport
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 

@@ -21,7 +21,8 @@ from hydra.errors import ConfigCompositionException
 import gptq_plugin
 from gptq_plugin import QuantizeConfig, autogptq, errors
 from gptq_plugin.apps import command, evaluate
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.module_report import ModuleReport
+from gptq_plugin.report.report import QuantizeReport
 
 from pages import DOCS, README, blocks, commands, links, name, pages
 from paths import REPOSITORY

@@ -19,7 +19,8 @@ from gptq_plugin.model.linears import linear_shape
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Skipped, Target
 from gptq_plugin.quantize.data_checks import Samples, unreached
-from gptq_plugin.report.report import ModuleReport, QuantizeReport
+from gptq_plugin.report.module_report import ModuleReport
+from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.walk.expert_hessians import Evidence
 from gptq_plugin.walk.lockstep import Notes
 from gptq_plugin.walk.ranges import near_float16

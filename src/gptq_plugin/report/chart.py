@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import format_share, format_value
-from gptq_plugin.report.report import ModuleReport
 from gptq_plugin.report.table import bits_counts, kind_of
 
 _LABEL, _GAP, _AXIS = 18, 12, 22  # pixels: a band's label, the space below a band, an axis's labels

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from html import escape
 
 from gptq_plugin.report.deviations import Deviation
+from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import format_share, format_value
-from gptq_plugin.report.report import ModuleReport
 
 _COLUMNS = (
     "module",

@@ -12,69 +12,9 @@ from typing import Any
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.deviations import Deviation, grouped
+from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes
 from gptq_plugin.report.table import layer_table
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """One linear layer.
-
-    Attributes:
-        name: Full dotted name.
-        method: "gptq", "rtn" (round-to-nearest) or "float" (not quantized).
-        bits: Width of its codes; None if float.
-        group_size: Channels per group, or -1; None if float.
-        shape: (out_features, in_features).
-        loss: Mean over tokens of the squared output error, summed over outputs; NaN if unknown.
-        rtn_loss: The same for round-to-nearest.
-        tokens: Calibration tokens in its Hessian, over all ranks.
-        damp_percent: The damping used.
-        seconds: Time to solve it; layers solved together share it in proportion to their rows.
-        max_input: Largest absolute input in calibration, at any position, over all ranks; NaN if unknown.
-        max_output: The same of the quantized layer's output.
-        stored_bytes: Bytes of its codes, scales and zeros in the export (`checkpoint.sizes.stored_bytes`); 0 if float.
-        output_power: Mean over tokens of the squared output of the float weight, summed over outputs, without bias; NaN
-            if unknown.
-        reason: Why it is float.
-        deviations: A sentence for each difference from the request.
-    """
-
-    name: str
-    method: str
-    bits: int | None
-    group_size: int | None
-    shape: tuple[int, int]
-    loss: float = math.nan
-    rtn_loss: float = math.nan
-    tokens: int = 0
-    damp_percent: float = math.nan
-    seconds: float = 0.0
-    max_input: float = math.nan
-    max_output: float = math.nan
-    stored_bytes: int = 0
-    output_power: float = math.nan
-    reason: str = ""
-    deviations: tuple[str, ...] = ()
-
-    @property
-    def weights(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def relative_error(self) -> float:
-        """`loss` as a share of `output_power`, by which layers compare; NaN if unknown."""
-        return self.loss / self.output_power if self.output_power > 0 else math.nan
-
-    @property
-    def rtn_relative_error(self) -> float:
-        """The same of `rtn_loss`."""
-        return self.rtn_loss / self.output_power if self.output_power > 0 else math.nan
-
-    @property
-    def largest(self) -> float:
-        """The larger of `max_input` and `max_output`; NaN if neither is known."""
-        return max((x for x in (self.max_input, self.max_output) if not math.isnan(x)), default=math.nan)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import align, format_share, format_value
-
-if TYPE_CHECKING:
-    from gptq_plugin.report.report import ModuleReport
 
 _HEAD = (
     "module",
