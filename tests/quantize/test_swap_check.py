@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,19 +89,36 @@ def test_a_forward_without_outputs_is_compared_by_what_the_layers_read():
 
 
 def test_a_model_that_never_computes_the_same_is_not_compared_and_that_is_reported():
-    model = Using(lambda m, x: m.second(x) + m.runs)
+    model = Using(lambda m, x: m.second(x) * (1 + time.perf_counter_ns() % 97))
     report = QuantizeModule(bits=8, group_size=32).quantize(model, [torch.randn(64, 32)])
     assert len(report.quantized) == 3
     assert any("not compared with the float ones in the model: two runs of the model" in d for d in report.deviations)
 
 
+def test_what_a_forward_keeps_on_the_model_is_the_same_in_both_runs_and_stays_as_it_was():
+    """Memory of the last call, which would differ; the walk gives it back, and so does the comparison."""
+
+    def use(model, x):
+        y = model.second(x) + (0 if model.memory is None else model.memory)
+        model.memory = y.mean()
+        return y
+
+    model = Using(use)
+    model.memory = None
+    for how in ("rehearse", "quantize"):
+        report = getattr(QuantizeModule(bits=8, group_size=32), how)(model, [torch.randn(64, 32) for _ in range(2)])
+        assert model.memory is None or how == "rehearse"
+        model.memory = None
+    assert len(report.quantized) == 3 and not any("not compared" in deviation for deviation in report.deviations)
+
+
 def test_random_numbers_are_the_same_in_both_runs_and_the_callers_stay_as_they_are():
     model = Using(lambda m, x: m.second(x) + torch.randn(64))
-    runs = runs_of(model)
-    torch.manual_seed(5)
-    wanted = torch.rand(3)
-    torch.manual_seed(5)
-    runs.check_swap(["second"])
+    with runs_of(model) as runs:
+        torch.manual_seed(5)
+        wanted = torch.rand(3)
+        torch.manual_seed(5)
+        runs.check_swap(["second"])
     assert torch.equal(torch.rand(3), wanted)
     report = QuantizeModule(bits=8, group_size=32).quantize(model, [torch.randn(64, 32)])
     assert not any("not compared" in deviation for deviation in report.deviations)

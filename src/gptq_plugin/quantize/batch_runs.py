@@ -29,7 +29,7 @@ from gptq_plugin.quantize.swap_check import check_swap
 from gptq_plugin.quantize.turns import disturbance
 from gptq_plugin.walk.batch_thread import BatchThread, Forward
 from gptq_plugin.walk.groups import Group, find_groups
-from gptq_plugin.walk.kept_state import KeptState, Values
+from gptq_plugin.walk.kept_state import KeptState, NotCopied, Values
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,17 @@ class BatchRuns:
         """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do."""
         sample = self.sample()
         targets = [self._targets[name] for name in names]
-        return check_swap(self._plan.model, targets, sample) if sample is not None else []
+        return check_swap(self._plan.model, targets, sample, self._alone) if sample is not None else []
+
+    def _alone(self, forward: Forward) -> None:
+        """Runs a forward from the state that the model was given in; what it keeps on the model is dropped."""
+        with contextlib.suppress(NotCopied):
+            for place, value in self.state.copies(self.state.initial).items():
+                place.put(value)
+        try:
+            BatchThread(0, forward).resume()
+        finally:
+            self.state.put_back()
 
     def sample(self) -> Sample | None:
         """The first batch, cut to a sample; None without batches on this rank."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +65,19 @@ class Trace:
         return f"an output differs by {share:.3g} of the largest" if share else None
 
 
-def check_swap(model: nn.Module, targets: Sequence[Target], sample: Sample) -> list[str]:
+Alone = Callable[[Callable[[], None]], None]
+
+
+def check_swap(
+    model: nn.Module, targets: Sequence[Target], sample: Sample, alone: Alone = lambda forward: forward()
+) -> list[str]:
     """Runs a sample with the float layers as they are now, and again with what has the place of quantized ones.
 
     Args:
         model: Holds the float layers; the same afterwards.
         targets: The layers that are to be replaced, or are already quantized.
-        sample: Its whole batch runs if it does not run alone.
+        sample: Its whole batch runs if it does not run by itself.
+        alone: Runs a forward as a calibration batch runs, each from the same state of the model.
 
     Returns:
         A sentence if nothing could be compared: two runs of the model differ by themselves, or none can be made.
@@ -82,18 +88,18 @@ def check_swap(model: nn.Module, targets: Sequence[Target], sample: Sample) -> l
     for batch in (sample.batch, sample.whole):
         sample = dataclasses.replace(sample, batch=batch)
         try:
-            expected = _trace_float(model, targets, sample)
+            expected = _trace_float(model, targets, sample, alone)
             break
         except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
             failure = f"{_NOT_COMPARED}: a calibration batch does not run again ({type(error).__name__}: {error})"
     else:
         return [failure]
     try:
-        found = _trace_swapped(model, targets, sample)
+        found = _trace_swapped(model, targets, sample, alone)
         where = found.first_difference(expected)
         if where is None:
             return []
-        if _trace_swapped(model, targets, sample).first_difference(found) is not None:
+        if _trace_swapped(model, targets, sample, alone).first_difference(found) is not None:
             return [f"{_NOT_COMPARED}: two runs of the model gave different outputs"]
     except Exception as error:
         raise TargetError(
@@ -106,7 +112,7 @@ def check_swap(model: nn.Module, targets: Sequence[Target], sample: Sample) -> l
     )
 
 
-def _trace_float(model: nn.Module, targets: Sequence[Target], sample: Sample) -> Trace:
+def _trace_float(model: nn.Module, targets: Sequence[Target], sample: Sample, alone: Alone) -> Trace:
     calls: list[tuple[str, Tensor]] = []
     with contextlib.ExitStack() as hooks:
         for target in targets:
@@ -117,15 +123,15 @@ def _trace_float(model: nn.Module, targets: Sequence[Target], sample: Sample) ->
                 calls.append((name, _sums(args[0] if args else next(iter(kwargs.values())))))
 
             hooks.callback(target.module.register_forward_pre_hook(record, with_kwargs=True).remove)
-        outputs = _run(model, sample)
+        outputs = _run(model, sample, alone)
     return Trace.of(sample, calls, outputs)
 
 
-def _trace_swapped(model: nn.Module, targets: Sequence[Target], sample: Sample) -> Trace:
+def _trace_swapped(model: nn.Module, targets: Sequence[Target], sample: Sample, alone: Alone) -> Trace:
     calls: list[tuple[str, Tensor]] = []
     stand_ins = {one.name: _StandIn(one, calls) for one in targets}
     with _in_place(model, stand_ins, {one.name: one.module for one in targets}):
-        outputs = _run(model, sample)
+        outputs = _run(model, sample, alone)
     return Trace.of(sample, calls, outputs)
 
 
@@ -162,12 +168,14 @@ def _in_place(model: nn.Module, inside: Mapping[str, nn.Module], outside: Mappin
         swap_modules(model, outside)
 
 
-def _run(model: nn.Module, sample: Sample) -> list[Tensor]:
+def _run(model: nn.Module, sample: Sample, alone: Alone) -> list[Tensor]:
     """The floating-point tensors of the sample's outputs. Random numbers are the same in every run."""
+    outputs: list[Tensor] = []
     devices = [sample.device] if sample.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        return floats(sample.forward(model, sample.batch))
+        alone(lambda: outputs.extend(floats(sample.forward(model, sample.batch))))
+    return outputs
 
 
 def _sums(x: Tensor) -> Tensor:
