@@ -7,14 +7,16 @@ import json
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
-from gptq_plugin import QuantizeConfig
+from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.apps.tokenizer import train_tokenizer
 from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.text_rows import encoded, render_chat
 from gptq_plugin.errors import CalibrationError
 
+from models import tiny_llama
 from texts import CHAT_TEMPLATE, CHATS, PROSE, chat_words
 
 CONFIG = QuantizeConfig(nsamples=8, batch_size=4, model_seqlen=64)
@@ -113,6 +115,7 @@ def test_batches_for_the_model_stay_as_they_are(batch, chatty):
             "words",
             r"the splits train, test: give one, \['train'\]",
         ),
+        (CHATS[0], "chatty", r"holds a single message \(of user\), not chats: give a list of chats, \[messages\]"),
         ([[{"role": "user"}]], "chatty", "refuses a chat of user"),
     ],
 )
@@ -142,3 +145,25 @@ def test_of_a_processor_the_tokenizer_encodes_and_either_template_renders(own, w
     processor = Processor(words, CHAT_TEMPLATE) if own else Processor(chatty)
     assert ids("The quick fox", processor) == ids("The quick fox", words)
     assert ids(CHATS[0], processor) == ids(CHATS[0], chatty)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Who?", "answer": "The fox.", "id": 3},
+        {"conversations": [{"from": "human", "value": "Who?"}]},
+        {"prompt": CHATS[0][:1], "completion": CHATS[0][1:]},
+    ],
+)
+def test_rows_with_their_text_elsewhere_are_told_where_it_is_read(row, chatty):
+    names = ", ".join(row)
+    with pytest.raises(
+        CalibrationError, match=rf"a row .* has {names}, and its text is read from a column text, or mes"
+    ):
+        QuantizeModule(group_size=16).quantize(tiny_llama(), Dataset.from_list([row] * 9), tokenizer=chatty)
+
+
+def test_a_loaders_batch_of_texts_is_told_to_be_the_data_set(chatty):
+    loader = DataLoader(Dataset.from_list([{"text": "The quick fox."}] * 9), batch_size=4)
+    with pytest.raises(CalibrationError, match="put together by a DataLoader: give the data set itself"):
+        QuantizeModule(group_size=16).quantize(tiny_llama(), loader, tokenizer=chatty)

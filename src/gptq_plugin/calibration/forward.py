@@ -13,6 +13,7 @@ from torch import nn
 
 from gptq_plugin.calibration.batches import fields_of, to_device
 from gptq_plugin.calibration.takes import Takes, check_tokens, fields_taken, receiver
+from gptq_plugin.calibration.text_rows import unread_text
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.hf_models import is_transformers
 
@@ -56,6 +57,9 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
             return _call_on_first(model, inner, data[0])
     elif _binds(signature, data):
         return _call_on_first(model, inner, data)
+    text = unread_text(data)
+    if text:
+        raise CalibrationError(text)
     raise CalibrationError(
         f"a calibration batch ({describe(data)}) does not fit {type(inner).__name__}.forward{signature}. Give "
         "batches that do, or define how to run one: quantize(..., forward=lambda model, batch: ...), or a "

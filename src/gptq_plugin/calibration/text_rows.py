@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from gptq_plugin.errors import CalibrationError, some
 
@@ -25,8 +26,13 @@ def encoded(item: Any, tokenizer: Callable[..., Any] | None) -> Any:
             sets all special tokens.
 
     Raises:
-        CalibrationError: There is no tokenizer for a text, or no chat template for a chat, or it refuses the chat.
+        CalibrationError: There is no tokenizer for a text, or no chat template for a chat, or it refuses the chat; or
+            a chat is given where chats are.
     """
+    if _is_message(item):
+        raise CalibrationError(
+            f"calibration data holds a single message (of {item['role']}), not chats: give a list of chats, [messages]"
+        )
     if _is_tokenized_row(item):
         return {key: value for key, value in item.items() if not _is_metadata(value)}
     text = item
@@ -49,6 +55,23 @@ def encoded(item: Any, tokenizer: Callable[..., Any] | None) -> Any:
 def is_text(value: Any) -> bool:
     """True for a text and for a chat."""
     return isinstance(value, str) or is_chat(value)
+
+
+def unread_text(data: Any) -> str:
+    """A sentence about data with texts that no model takes: rows whose text is in other columns, or a loader's batch of
+    texts; empty for other data, such as with tensors."""
+    leaves = tree_leaves(dict(data)) if isinstance(data, Mapping) else []
+    if not any(isinstance(leaf, str) for leaf in leaves) or any(isinstance(leaf, Tensor) for leaf in leaves):
+        return ""
+    if any(key in data for key in COLUMNS):
+        return (
+            "a calibration batch holds texts, put together by a DataLoader: give the data set itself, or a list of "
+            "texts; or define how to run a batch of texts: forward=, or a `calibration_step` of the LightningModule"
+        )
+    return (
+        f"a row of the calibration data has {some(map(str, data), 8)}, and its text is read from a column text, or "
+        "messages: rename the one that holds it (data.rename_column(NAME, 'text')), or give a list of texts"
+    )
 
 
 def is_chat(value: Any) -> bool:
@@ -91,6 +114,10 @@ def render_chat(messages: Any, tokenizer: Any, tools: Any = None) -> str:
         roles = some(str(message["role"]) for message in chat)
         raise CalibrationError(f"the tokenizer's chat template refuses a chat of {roles}: {error}") from error
     return rendered
+
+
+def _is_message(item: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(item, Mapping) and isinstance(item.get("role"), str) and "content" in item
 
 
 def _of_text(tokenizer: Any) -> Any:
