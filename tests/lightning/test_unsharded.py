@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -17,15 +16,14 @@ from gptq_plugin import load_quantized
 
 import sharded_runs as runs
 from paths import SUPPORT
+from ports import free_port
 
 pytestmark = pytest.mark.slow
 
 
 def launch(function, folder, **environment):
     """Calls a function of sharded_runs.py in two processes, with the folder; raises if one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                     "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}  # fmt: skip
     command = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import sharded_runs as runs; "

@@ -258,8 +258,8 @@ def run(rank, case, port):
     os._exit(0)
 
 out, size, accelerator, cases, results = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:], {}
-if accelerator == "gpu":  # which does not survive a fork: a case and a rank
-    run(int(cases[1]), cases[0], 29990)
+if accelerator == "gpu":  # which does not survive a fork: a case, a rank and a port
+    run(int(cases[1]), cases[0], int(cases[2]))
 for number, case in enumerate(cases):
     started, children = time.time(), {}
     (out / case).mkdir()
