@@ -12,6 +12,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.forward import call
+from gptq_plugin.calibration.lookups import lookups_explained
 from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.device.named import device_named
 from gptq_plugin.memory.finished_layers import LayerStore
@@ -66,8 +67,9 @@ class PassOptions:
         where = self.where
 
         def run(model: nn.Module, batch: Any) -> Any:
-            if self.forward is None:
-                return call(model, batch, every_logit=every_logit, device=where)
-            return self.forward(model, batch if where is None else to_device(batch, where))
+            with lookups_explained(model):
+                if self.forward is None:
+                    return call(model, batch, every_logit=every_logit, device=where)
+                return self.forward(model, batch if where is None else to_device(batch, where))
 
         return run
