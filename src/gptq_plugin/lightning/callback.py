@@ -24,6 +24,7 @@ from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.lightning.calibration_forward import forward_as_in_training
 from gptq_plugin.lightning.module_choice import choose_module
+from gptq_plugin.lightning.monitors import check_directions
 from gptq_plugin.lightning.parallel_check import ParallelOutputs, may_differ
 from gptq_plugin.lightning.progress_bar import progress_like
 from gptq_plugin.lightning.sharding import is_sharded
@@ -158,6 +159,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
         refuse_quantized(pl_module, earlier or "MyModule.load_from_checkpoint")
         refuse_for_shards(trainer, self.swap, self.export_dir, self.weights)
         check_weights(trainer, self.weights)
+        check_directions(trainer, self.gate.limits)
         refuse_strategy(trainer, self.leaves_quantized(trainer, pl_module))
         if not is_sharded(trainer):
             refuse_offload(self.quantizer, trainer.strategy.root_device)
