@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 
 STRIP = 1024  # hessian._STRIP on a GPU
-LEAST_ROWS, MOST_BLOCKS, MULTIPLE = 1024, 16, 32  # of row_blocks, on a GPU
+LEAST_ROWS, MOST_BLOCKS, MULTIPLE = 4096, 4, 32  # of row_blocks, on a GPU
 MEETINGS = 3  # words per group: to choose the next one, before the sum, and before the rows
 STEP = 50e-6  # seconds for each of the P - 1 steps in which a word goes round over TCP; assumed
 GROUP_SIZE = 128
@@ -79,16 +79,19 @@ def exchange(shape: Shape, network: Network) -> tuple[float, float, float]:
     return 1e3 * sums, 1e3 * rows, 1e3 * words
 
 
-def compute(shape: Shape, like: Shape) -> tuple[float, float]:
-    """Milliseconds of a block on one GPU, shared by the ranks and repeated by each, scaled from `like` by
+def compute(shape: Shape, like: Shape, ranks: int) -> tuple[float, float]:
+    """Milliseconds of a block on each of the ranks, of what they share and of what each repeats, scaled from `like` by
     operations."""
 
     def grown(power_of_n: int, power_of_rows: int) -> float:
         of, base = (sum(n**power_of_n * r**power_of_rows for n, r in one.groups()) for one in (shape, like))
         return of / base
 
-    shared = FORWARD * grown(1, 1) + HESSIANS * grown(2, 0) + COLUMNS * grown(2, 1)
-    return shared, FACTORS * grown(3, 0) + PACKING * grown(1, 1)
+    widths, all_rows = zip(*shape.groups(), strict=True)
+    shares = [min(rows, share(rows, ranks)) for rows in all_rows]
+    tokens = FORWARD * grown(1, 1) + HESSIANS * grown(2, 0)
+    own, whole = (sum(n**2 * rows for n, rows in zip(widths, of, strict=True)) for of in (shares, all_rows))
+    return tokens / ranks + COLUMNS * grown(2, 1) * own / whole, FACTORS * grown(3, 0) + PACKING * grown(1, 1)
 
 
 def main() -> None:
@@ -103,14 +106,14 @@ def main() -> None:
             sum(of) / 1e6
             for of in ([hessian_bytes(n) for n, _ in shape.groups()], [r * row_bytes(n) for n, r in shape.groups()])
         )
-        shared, anew = compute(shape, shapes[0])
-        print(f"\n{shape.name}, a block: Hessians {sums:.0f} MB, rows {codes:.0f} MB; one H200 {shared + anew:.0f} ms")
+        alone = sum(compute(shape, shapes[0], 1))
+        print(f"\n{shape.name}, a block: Hessians {sums:.0f} MB, rows {codes:.0f} MB; one H200 {alone:.0f} ms")
         print(f"{'':37}{'shared':>9}{'anew':>7}{'sums':>7}{'rows':>7}{'words':>7}{'ms':>8}{'times':>7}")
         for network in networks:
-            parts = [shared / network.ranks, anew, *exchange(shape, network)]
+            parts = [*compute(shape, shapes[0], network.ranks), *exchange(shape, network)]
             figures = "".join(f"{part:>7.1f}" for part in parts[1:])
             whole = sum(parts)
-            print(f"{network.name:37}{parts[0]:>9.1f}{figures}{whole:>8.1f}{(shared + anew) / whole:>7.1f}")
+            print(f"{network.name:37}{parts[0]:>9.1f}{figures}{whole:>8.1f}{alone / whole:>7.1f}")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def differ(what):
         options["bits"] = 3
     elif what == "rule":
         options["dynamic"] = {"-:.*down.*": {}}
+    elif what == "sums":
+        options["exact_sums"] = False
     elif what == "damping":
         options["damp_percent"] = 0.02
     elif what == "layers":
@@ -179,6 +181,7 @@ DIFFERENCES = {
     "norms": "weights: rank 0 has model.norm.weight (values of digest ",
     "bits": "the configuration's bits: rank 0 has 4, rank 1 has 3",
     "rule": "the configuration's dynamic: rank 0 has {}, rank 1 has {'-:.*down.*': {}}",
+    "sums": "exact_sums: rank 0 has None, rank 1 has False",
     "damping": "the configuration's damp_percent: rank 0 has 0.01, rank 1 has 0.02",
     "layers": "the model's tensors: rank 0 has no model.layers.1.self_attn.q_proj.weight, rank 1 has "
     "model.layers.1.self_attn.q_proj.weight (float32 [64, 64])",

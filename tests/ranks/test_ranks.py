@@ -167,7 +167,7 @@ def test_what_is_exchanged_is_what_the_model_of_the_cost_counts(ranks, runs):
     cost = importlib.util.module_from_spec(place)
     sys.modules["cost_of_ranks"] = cost  # where its dataclasses look for themselves
     place.loader.exec_module(cost)
-    cost.STRIP, cost.LEAST_ROWS = 256, 64  # on a CPU, and as in SCRIPT
+    cost.STRIP, cost.LEAST_ROWS, cost.MOST_BLOCKS = 256, 64, 16  # on a CPU, and as in SCRIPT
     groups = cost.Shape("of SCRIPT", 128, 192, 64).groups() * 2
     for rank in range(ranks):
         sums, gathered = torch.load(runs / f"float32-{ranks}" / f"bytes{rank}.pt")

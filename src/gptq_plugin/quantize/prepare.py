@@ -51,7 +51,7 @@ def prepared(
             "quantization was called inside torch.inference_mode, where PyTorch does not notice changes of tensors: "
             "call it outside of that block; torch.no_grad() may be on"
         )
-    check_same(model, config, client)
+    check_same(model, config, options, client)
     calibration = None
     if undeclared(model):
         check_client(model, config, client)

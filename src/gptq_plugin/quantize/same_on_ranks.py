@@ -17,12 +17,13 @@ from gptq_plugin import distributed
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import RankError
+from gptq_plugin.quantize.options import PassOptions
 
 _SAMPLED = 4096  # words of a tensor whose places count
 
 
-def check_same(model: nn.Module, config: QuantizeConfig, client: Client | None) -> None:
-    """Compares what all ranks are about to quantize. In a process group every rank calls it.
+def check_same(model: nn.Module, config: QuantizeConfig, options: PassOptions, client: Client | None) -> None:
+    """Compares what all ranks are about to quantize, and how. In a process group every rank calls it.
 
     Buffers may differ, since training updates some on every rank by itself (BatchNorm's statistics): all get rank 0's,
     which is what DDP does before a forward, and what is exported.
@@ -39,6 +40,8 @@ def check_same(model: nn.Module, config: QuantizeConfig, client: Client | None) 
         "transformers": transformers.__version__,
         "the model's class": f"{type(model).__module__}.{type(model).__qualname__}",
         "target": str(client),
+        "exact_sums": str(options.exact_sums),
+        "the kind of device": (options.where or next(model.parameters(), torch.empty(0)).device).type,
         **{f"the configuration's {name}": repr(value) for name, value in config.to_dict().items()},
     }
     _refuse_other(facts)
