@@ -52,9 +52,9 @@ def hessian_bytes(n: int) -> int:
 
 
 def row_bytes(n: int, group_size: int = GROUP_SIZE) -> int:
-    """Bytes of a row's codes (uint8), scales (float16), zeros (uint8) and two losses (float32)."""
+    """Bytes of a row's codes (uint8), scales (float16), zeros (uint8) and three sums (float32)."""
     groups = n // group_size
-    return n + 2 * groups + groups + 8
+    return n + 2 * groups + groups + 12
 
 
 def block_rows(rows: int) -> tuple[int, int]:
