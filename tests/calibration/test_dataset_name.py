@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from gptq_plugin import QuantizeConfig
+from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.dataset_name import dataset_name
 from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, sample_loaders
 
@@ -69,6 +70,13 @@ def test_a_dataset_read_from_files_names_no_path(tmp_path: Any) -> None:
     (tmp_path / "secret.jsonl").write_text('{"text": "a"}\n')
     read = datasets.load_dataset("json", data_files=str(tmp_path / "secret.jsonl"), split="train", cache_dir=tmp_path)
     assert dataset_name(read) == dataset_name(read.map(lambda row: {"b": 1})) == "json files"
+
+
+def test_data_given_by_itself_is_named_if_it_has_a_name() -> None:
+    config = QuantizeConfig(nsamples=8, batch_size=2)
+    assert collect(DataLoader(Alpaca(), batch_size=4), config).sources == {"Alpaca": 8}
+    assert collect(Named(), config, nsamples=3).sources == {"my texts": 3}
+    assert collect([[1, 2, 3]] * 4, config).sources == collect(iter([[1, 2]]), config).sources == {}
 
 
 def test_the_report_names_the_datasets_of_the_loaders() -> None:

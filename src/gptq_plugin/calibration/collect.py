@@ -8,7 +8,7 @@ several sources, each with a name for the report.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from gptq_plugin.calibration import same_batches
 from gptq_plugin.calibration.batches import digest, fields_of, sample_count
+from gptq_plugin.calibration.dataset_name import dataset_name
 from gptq_plugin.calibration.given import items_of
 from gptq_plugin.calibration.items import Items, is_empty, stacked
 from gptq_plugin.calibration.mask_values import kept_positions
@@ -58,7 +59,8 @@ class Calibration:
         numbers: Of each of them, its place among the batches of all ranks.
         of_all_ranks: Number of batches on all ranks.
         deviations: A sentence for each difference from the request, such as dropped samples.
-        sources: Number of samples by the name of their source; empty if unknown.
+        sources: Number of samples by the name of their source (of data given by itself, `dataset_name`); empty if
+            unknown.
         first_batches: Indices of each source's first batch, which represents the others.
     """
 
@@ -113,7 +115,9 @@ def collect(
     if isinstance(data, Sources):
         return _join([(part, _collect(part, config, items(), alone)) for part in data.parts])
     whole = Source(data, "", config.nsamples if nsamples is None else nsamples)
-    return _collect(whole, config, items(), alone)
+    collected = _collect(whole, config, items(), alone)
+    name = dataset_name(data.dataset if isinstance(data, DataLoader) else data)
+    return replace(collected, sources={name: collected.samples} if name else {})
 
 
 def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool) -> Calibration:
