@@ -21,6 +21,7 @@ SOURCE = [10, 20, 5, 5]  # 40 of 80 positions
 TARGET = [20, 10, 20, 20]  # 70
 KEPT = torch.arange(LENGTH) < torch.tensor(SOURCE)[:, None]
 CAUSAL = torch.ones(LENGTH, LENGTH).tril().bool()
+LONG = (torch.arange(150) < torch.tensor([[100], [150], [50], [50]])).long()
 LOWEST = torch.finfo(torch.float32).min
 TRANSFORMER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
                "vocab_size": 64}  # fmt: skip
@@ -472,6 +473,35 @@ def test_padding_among_rows_in_no_known_layout_is_counted_and_reported():
     assert layers == {160: {"q", "k", "v"}, 160 + 4 * 76: {"o"}}
     (module,) = (module for module in report.quantized if module.name == "o")
     assert "do not describe: all its positions counted (4 batches)" in " ".join(module.deviations)
+
+
+def test_the_first_blocks_show_what_holds_for_all():
+    calls, config = [], transformers.LlamaConfig(**{**TRANSFORMER, "num_hidden_layers": 5})
+    model = made(transformers.LlamaForCausalLM, config)
+    for block in model.model.layers:
+        block.mlp.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    _, layers = quantized(model, lambda: {"input_ids": ids(4, 150), "attention_mask": LONG})
+    assert set(layers) == {4 * (100 + 150 + 50 + 50)} and len(layers[1400]) == 35
+    assert calls.count(50 + 64) <= 3 * 2  # positions around the edge: three variants, two blocks
+
+
+def test_a_layer_that_both_sides_share_is_observed_at_every_call():
+    class Shared(nn.Module):
+        """One layer for a source and for as long a target."""
+
+        def __init__(self):
+            super().__init__()
+            self.both, self.o = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, src, tgt, src_key_padding_mask, tgt_key_padding_mask):
+            source, target = self.both(src), self.both(tgt)
+            hides = ~src_key_padding_mask[:, None]
+            return self.o(scaled_dot_product_attention(target, source, source, attn_mask=hides))
+
+    kept = torch.arange(20) < torch.tensor(TARGET)[:, None]
+    masks = {"src_key_padding_mask": ~KEPT, "tgt_key_padding_mask": ~kept}
+    _, layers = quantized(made(Shared), lambda: {"src": torch.randn(4, 20, 64), "tgt": torch.randn(4, 20, 64), **masks})
+    assert layers == {160 + 280: {"both"}, 280: {"o"}}
 
 
 def test_a_forward_that_takes_no_fewer_samples_is_observed_with_all():

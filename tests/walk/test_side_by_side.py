@@ -50,6 +50,15 @@ def test_forwards_of_other_lengths_end_by_themselves():
     assert seen == [(0, "a"), (1, "a"), (0, "a"), (0, "b")]
 
 
+def test_all_end_when_it_is_enough():
+    model, seen = Twice(), []
+    forwards = {number: lambda: model(torch.zeros(1, 4)) for number in (0, 1)}
+    visit = lambda number, name, x: seen.append((number, name))  # noqa: E731
+    side_by_side(linears(model), forwards, visit, enough=lambda: len(seen) >= 4)
+    assert seen == [(0, "a"), (1, "a")] * 2
+    assert hooks_left(model) == 0 and threads_left() == []
+
+
 def test_an_error_ends_all():
     model = Twice()
 

@@ -10,6 +10,7 @@ Tested by tests/calibration/test_observing.py: what changes is shown by the forw
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -29,6 +30,7 @@ from gptq_plugin.walk.kept_state import KeptState
 from gptq_plugin.walk.side_by_side import side_by_side
 
 _running: ContextVar[int | None] = ContextVar("number of the variant that runs on this thread", default=None)
+_OF_A_KIND = 2
 PLAIN, AGAIN = 0, 1  # numbers of the variants without a change
 
 
@@ -55,13 +57,13 @@ class Call:
         shape: Of its input, [..., width].
         changed: By the number of a variant, the rows that are others there, bool [rows]; None if it has other sizes.
         x: Until all variants were compared with it.
-        is_still: By key, True if hidden rows are all the same, as where a model sets padding to 0.
+        is_still: By key, True if hidden rows are all the same, as where a model sets padding to 0, or None.
     """
 
     shape: torch.Size
     changed: dict[int, Tensor | None] = field(default_factory=dict)
     x: Tensor | None = None
-    is_still: dict[Key, bool] = field(default_factory=dict)
+    is_still: dict[Key, Tensor | None] = field(default_factory=dict)
 
 
 class Observation:
@@ -74,6 +76,7 @@ class Observation:
         keys: The masks, see `MaskCalls`.
         of_batch: Masks in the batch itself.
         ids: Change ids, where no `nn.Embedding` reads them.
+        whole: Run all of the forward; else two layers of a kind, whose names differ in numbers, show the others.
 
     Attributes:
         variants: By number.
@@ -89,6 +92,7 @@ class Observation:
         keys: Mapping[Key, bool],
         of_batch: Mapping[str, Tensor],
         ids: bool = False,
+        whole: bool = True,
     ) -> None:
         self.variants = dict(enumerate(_variants(keys), start=AGAIN + 1))
         self.calls: dict[str, list[Call]] = defaultdict(list)
@@ -97,9 +101,11 @@ class Observation:
         self._others = others
         self._of_batch = of_batch
         self._ids = ids
+        self._whole = whole
         self._masks = MaskCalls(of_batch)
         self._embedded = {number: Embedded() for number in self.variants}
         self._called: dict[int, Counter[str]] = defaultdict(Counter)
+        self._kinds = Counter(map(kind_of, layers))
         self._tried: set[int] = set()  # variants with something to change
 
     @property
@@ -109,7 +115,7 @@ class Observation:
     def run(
         self, forward: Callable[[int], Any], waiting: Waiting | None = None, state: KeptState | None = None
     ) -> None:
-        """Runs the variants side by side.
+        """Runs the variants side by side, until two layers of every kind were called if that is to do.
 
         Args:
             forward: Of the batch, called with the number of a variant.
@@ -133,7 +139,10 @@ class Observation:
             hooks.enter_context(watch_calls(modules, self._visit))
             hooks.enter_context(self._embeddings_watched())
             hooks.enter_context(self._others_watched())
-            side_by_side(self._layers, {n: numbered(n) for n in numbers}, self._compare, waiting, state)
+            forwards = {number: numbered(number) for number in numbers}
+            side_by_side(self._layers, forwards, self._compare, waiting, state, self._is_enough)
+        for call in (call for of_layer in self.calls.values() for call in of_layer):
+            call.changed = {n: None if rows is None else rows.cpu() for n, rows in call.changed.items()}
 
     def number(self, key: Key, *, inverted: bool = False, whole: bool = False) -> int | None:
         """The number of a variant."""
@@ -144,6 +153,12 @@ class Observation:
         calls = [call for of_layer in self.calls.values() for call in of_layer]
         changed = {n for call in calls for n, rows in call.changed.items() if rows is not None and bool(rows.any())}
         return self._tried <= changed
+
+    def _is_enough(self) -> bool:
+        if self._whole or any(variant.inverted for variant in self.variants.values()):  # outputs may have to tell
+            return False
+        called = Counter(map(kind_of, self.calls))
+        return all(called[kind] >= min(_OF_A_KIND, count) for kind, count in self._kinds.items())
 
     def _visit(self, name: str, module: nn.Module, arguments: dict[str, Tensor]) -> dict[int, Tensor]:
         number = _running.get()
@@ -235,6 +250,11 @@ class Observation:
                 handle.remove()
 
 
+def kind_of(layer: str) -> str:
+    """The name of a layer but for its numbers, by which blocks differ."""
+    return re.sub(r"\d+", "*", layer)
+
+
 def moved_samples(hidden: Tensor) -> Tensor:
     """The samples in which something changes, bool [samples]: those with hidden positions but for one, unless there is
     no other. That one shows if samples change one another. It has nothing but hidden positions, or fewest."""
@@ -256,18 +276,18 @@ def _variants(keys: Mapping[Key, bool]) -> Iterator[Variant]:
 
 
 def _changed_rows(x: Tensor, plain: Tensor) -> Tensor:
-    """The rows that are others than in the plain run beyond rounding, bool [rows] on the CPU."""
+    """The rows that are others than in the plain run beyond rounding, bool [rows]."""
     width = max(1, x.shape[-1])
     now, was = (one.detach().reshape(-1, width).float().nan_to_num() for one in (x, plain))
     apart, size = (one.square().mean(-1).sqrt() for one in (now - was, was))
     rounding = torch.finfo(x.dtype).eps ** 0.5 if x.is_floating_point() else 0.0
-    return (apart > rounding * size).cpu()
+    return apart > rounding * size
 
 
-def _is_still(x: Tensor, kept: Tensor) -> bool:
-    """True if the rows of hidden positions are all the same, as where a model sets padding to 0."""
+def _is_still(x: Tensor, kept: Tensor) -> Tensor | None:
+    """True if the rows of hidden positions are all the same, as where a model sets padding to 0; None if none fits."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    for _, mask in fitting(kept, x.shape):
-        hidden = rows[~mask.to(x.device)]
-        return bool(len(hidden)) and bool((hidden == hidden[0]).all())
-    return False
+    for _, mask in fitting(kept.to(x.device), x.shape):
+        first = rows[(~mask).int().argmax()]
+        return ((rows == first).all(-1) | mask).all() & ~mask.all()
+    return None

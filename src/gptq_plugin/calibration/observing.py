@@ -58,6 +58,7 @@ class Watched:
         run: Runs the data of a batch through the model, as run(number of a variant, data).
         waiting: As for `lockstep.walk`; called with the number of a variant.
         state: As for `lockstep.walk`.
+        whole: See `Observation`.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Watched:
     run: Callable[[int, Any], Any]
     waiting: Waiting | None = None
     state: KeptState | None = None
+    whole: bool = True
 
 
 def observe_positions(watched: Watched, batches: Sequence[Batch], noticed: Noticed) -> Findings:
@@ -94,7 +96,9 @@ def _observed(watched: Watched, keys: Mapping[Key, bool], data: Any) -> Findings
     """Observes by what embeddings return and, if that changes nothing anywhere, by ids."""
     findings = Findings()
     for ids in (False, True):
-        seen = Observation(watched.model, watched.layers, watched.blocks, keys, masks_of(data), ids=ids)
+        seen = Observation(
+            watched.model, watched.layers, watched.blocks, keys, masks_of(data), ids=ids, whole=watched.whole
+        )
         seen.run(lambda number: watched.run(number, data), watched.waiting, watched.state)
         findings = judge(seen)
         if seen.responds():

@@ -51,6 +51,17 @@ class Rows(NamedTuple):
     are_tokens: bool = False
 
 
+class _Kept(NamedTuple):
+    """What counts of a sequence: bool [samples, positions], and whether that is all of it."""
+
+    mask: Tensor
+    is_whole: bool
+
+    @classmethod
+    def of(cls, mask: Tensor) -> _Kept:
+        return cls(mask, bool(mask.all()))
+
+
 class Positions:
     """Takes each batch's masks from the calls of the model's modules, and applies what was found of layers.
 
@@ -73,7 +84,8 @@ class Positions:
         self._root = model
         self._batches = batches
         self._by_labels = token_weighting == "labels"
-        self._kept: dict[int, dict[Key, Tensor]] = {}  # by batch
+        self._kept: dict[int, dict[Key, _Kept]] = {}  # by batch
+        self._rules: dict[str, tuple[Rule, ...]] = {}  # by layer
         self._counts: dict[int, Tensor] = {}  # by batch, what the loss looks at
         self._calls: Counter[tuple[int, str]] = Counter()
         self._hiding: set[Key] = set()
@@ -109,6 +121,7 @@ class Positions:
         """Takes over what was observed; to be called before the batches run, and before `watching`."""
         self.findings = findings
         self._kept.clear()
+        self._rules.clear()
         self._calls.clear()
         self._hiding.clear()
 
@@ -174,18 +187,20 @@ class Positions:
         call, self._calls[number, name] = self._calls[number, name], self._calls[number, name] + 1
         rule = self._rule(name, call)
         if rule is None:
-            if all(bool(one.all()) for one in kept.values()):
+            if all(one.is_whole for one in kept.values()):
                 return EVERY_ROW
-            fits = (rows for one in kept.values() for _, rows in fitting(one, x.shape))
+            fits = (rows for one in kept.values() for _, rows in fitting(one.mask, x.shape))
             rows = next(fits, None)
             return None if rows is None else rows.to(x.device)
-        if rule.key is None or rule.key not in kept or bool(kept[rule.key].all()):
+        if rule.key is None or rule.key not in kept or kept[rule.key].is_whole:
             return EVERY_ROW
-        rows = rows_in(rule.layout, kept[rule.key], x.shape)
+        rows = rows_in(rule.layout, kept[rule.key].mask, x.shape)
         return None if rows is None else rows.to(x.device)
 
     def _rule(self, layer: str, call: int) -> Rule | None:
-        rules = self.findings.rules.get(layer, ())
+        if layer not in self._rules:
+            self._rules[layer] = self.findings.of_layer(layer)
+        rules = self._rules[layer]
         if len(set(rules)) == 1:
             return rules[0]
         return rules[call] if call < len(rules) else None
@@ -213,9 +228,9 @@ class Positions:
                 counted, used = counted & counts.to(counted.device), True
                 self._count_without(number, counted)
             if key in self.findings.masks or not self.findings.masks:
-                kept[key] = counted
+                kept[key] = _Kept.of(counted)
         if not used and counts is not None:
-            kept[name, "labels"] = counts
+            kept[name, "labels"] = _Kept.of(counts)
             self._count_without(number, counts)
 
     def _count_without(self, number: int, counted: Tensor) -> None:

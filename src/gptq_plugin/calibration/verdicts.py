@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptq_plugin.calibration.layouts import BY_SHAPE, LAYOUTS, UNKNOWN, by_sample, fitting
 from gptq_plugin.calibration.mask_calls import Key
-from gptq_plugin.calibration.observation import AGAIN, Call, Observation, moved_samples
+from gptq_plugin.calibration.observation import AGAIN, Call, Observation, kind_of, moved_samples
 from gptq_plugin.calibration.sequences import TARGETS
 
 OBSERVED = "observed: what stands at hidden positions changes no row that counts"
@@ -56,6 +56,13 @@ class Findings:
     rules: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
     masks: Mapping[Key, str] = field(default_factory=dict)
     inverted: frozenset[Key] = frozenset()
+
+    def of_layer(self, layer: str) -> tuple[Rule, ...]:
+        """The rules of a layer, call by call; of one that was not called those of its kind, if they agree."""
+        if layer in self.rules:
+            return self.rules[layer]
+        alike = {rules for name, rules in self.rules.items() if kind_of(name) == kind_of(layer)}
+        return alike.pop() if len(alike) == 1 else ()
 
     def ignores(self, key: Key) -> bool:
         """True if the model computes as if there were no such mask, so that it hides nothing."""
@@ -142,9 +149,13 @@ def _rule(seen: Observation, call: Call, masks: Mapping[Key, str], inverted: set
             if fits and masks[key] == LEAKS:
                 return fits[0]
             unmatched.append(Rule(key, UNKNOWN))
-        elif fits and call.is_still.get(key) and key not in inverted:
+        elif fits and key not in inverted and _is_true(call.is_still.get(key)):
             return fits[0]
     return next(iter([*by_sizes, *unmatched]), Rule(None))
+
+
+def _is_true(value: Tensor | None) -> bool:
+    return value is not None and bool(value)
 
 
 def _candidates(seen: Observation, call: Call) -> Iterator[Key]:

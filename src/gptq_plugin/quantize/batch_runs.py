@@ -192,19 +192,23 @@ class BatchRuns:
         self._noticed = Noticed(self._plan.model, self._batches[number])
         BatchThread(number, self._noticing(self.forward(number)), kept=Values(self.state)).resume()
 
-    def observe_positions(self, layers: Mapping[str, nn.Module], disturbance: str | None = None) -> Findings:
+    def observe_positions(
+        self, layers: Mapping[str, nn.Module], disturbance: str | None = None, groups: Sequence[Group] | None = None
+    ) -> Findings:
         """Observes which rows of the layers' inputs belong to padding, in a few samples; once masks were noticed.
 
         Args:
             layers: By name.
             disturbance: Why batches cannot take turns.
+            groups: From `find_groups`. If no layer is called twice, the first blocks show what holds for all.
         """
         if not self._batches:
             return Findings()
         if disturbance is not None:
             return Findings(masks=dict.fromkeys(self._noticed.keys(), DISTURBED))
         blocks = self._positions.blocks
-        watched = Watched(self._plan.model, layers, blocks, self._run_variant, self.waiting, self.state)
+        whole = groups is None or any(group.calls > 1 for group in groups)
+        watched = Watched(self._plan.model, layers, blocks, self._run_variant, self.waiting, self.state, whole)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             return observe_positions(watched, self._batches, self._noticed)
 

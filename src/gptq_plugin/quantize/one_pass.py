@@ -101,7 +101,7 @@ class OnePass:
                     for name in left_float:
                         del modules[name]
                     self._disturbance = self.runs.disturbance(modules)
-                found = self.runs.observe_positions(modules, self._disturbance)
+                found = self.runs.observe_positions(modules, self._disturbance, groups)
                 self._positions.learn(most_seen(distributed.gather_objects(found)))
                 planned = time.perf_counter() - started
                 with (

@@ -18,6 +18,7 @@ def side_by_side(
     visit: Callable[[int, str, Tensor], None],
     waiting: Waiting | None = None,
     state: KeptState | None = None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> None:
     """Runs the forwards, in their order up to the first call of a layer, then up to the second, and so on.
 
@@ -29,6 +30,7 @@ def side_by_side(
         visit: Called as (number, layer, input) for every call, on the thread of its forward.
         waiting: As for `lockstep.walk`.
         state: As for `lockstep.walk`.
+        enough: Asked after each call; the forwards end there if it returns True.
 
     Raises:
         Exception: That of a forward; the others are ended.
@@ -47,7 +49,7 @@ def side_by_side(
     owner = {batch.thread: batch for batch in batches}
     try:
         with watch_inputs(layers, arrive):
-            while any(batch.position != END for batch in batches):
+            while any(batch.position != END for batch in batches) and not enough():
                 for batch in batches:
                     if batch.position != END:
                         batch.resume()
