@@ -53,9 +53,9 @@ def hessians(monkeypatch):
     seen = []
     solve = jobs.solve_shared
 
-    def watch(weight, hessian, config):
+    def watch(weight, hessian, config, **options):
         seen.append(hessian.clone())
-        return solve(weight, hessian, config)
+        return solve(weight, hessian, config, **options)
 
     monkeypatch.setattr(jobs, "solve_shared", watch)
     return seen

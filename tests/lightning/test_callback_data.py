@@ -164,7 +164,9 @@ def test_exactly_the_positions_that_count_enter_the_hessian_of_every_kind_of_bat
     twin.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     twin(**batch)
     kept = inputs[0][counts]
-    monkeypatch.setattr(jobs, "solve_shared", lambda *args: (hessians.append(args[1].clone()), solve(*args))[1])
+    monkeypatch.setattr(
+        jobs, "solve_shared", lambda *args, **kw: (hessians.append(args[1].clone()), solve(*args, **kw))[1]
+    )
     callback = GPTQCallback(QuantizeModule(**{**SMALL, "nsamples": 32}, token_weighting=weighting))
     report = fit(module_class(), collated(batch, make), callback, tmp_path)
     assert {module.tokens for module in report.quantized} == {int(counts.sum())}

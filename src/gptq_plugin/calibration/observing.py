@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from gptq_plugin.calibration.mask_calls import Key, MaskCalls, watch_calls
 from gptq_plugin.calibration.observation import Observation
 from gptq_plugin.calibration.sequences import TARGETS, arguments_of, masks_among
 from gptq_plugin.calibration.verdicts import FAILED, Findings, judge
-from gptq_plugin.walk.batch_thread import Waiting
+from gptq_plugin.walk.batch_thread import Forward, Waiting
 from gptq_plugin.walk.kept_state import KeptState
 
 
@@ -32,11 +31,14 @@ class Noticed:
         self._modules = dict(model.named_modules())
         self._calls = MaskCalls(masks_of(batch.data))
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Notices masks while the batch runs inside the block."""
-        with watch_calls(self._modules, self._calls.visit):
-            yield
+    def during(self, forward: Forward) -> Forward:
+        """The forward of the batch, which notices masks while it runs."""
+
+        def run() -> Any:
+            with watch_calls(self._modules, self._calls.visit):
+                return forward()
+
+        return run
 
     def keys(self) -> dict[Key, bool]:
         """The masks, and whether their sense is documented."""

@@ -138,7 +138,7 @@ class BatchRuns:
         if sizes:
             largest = sizes.index(max(sizes))
             self._noticed = Noticed(self._plan.model, self._batches[largest])
-            forward = self.replaceable.watched(self._noticing(self.forward(largest)))
+            forward = self.replaceable.watched(self._noticed.during(self.forward(largest)))
             groups = find_groups(layers, forward, self.waiting, largest, self.state)
             share, place = sum(sizes) / max(1, sizes[largest]), (-sizes[largest], self._numbers[largest])
         self._place(free, measured.bytes(), share)
@@ -190,7 +190,7 @@ class BatchRuns:
     def notice_masks(self, number: int) -> None:
         """Runs a batch for the masks in its calls alone; `find_groups` notices them by the way."""
         self._noticed = Noticed(self._plan.model, self._batches[number])
-        BatchThread(number, self._noticing(self.forward(number)), kept=Values(self.state)).resume()
+        BatchThread(number, self._noticed.during(self.forward(number)), kept=Values(self.state)).resume()
 
     def observe_positions(
         self, layers: Mapping[str, nn.Module], disturbance: str | None = None, groups: Sequence[Group] | None = None
@@ -211,13 +211,6 @@ class BatchRuns:
         watched = Watched(self._plan.model, layers, blocks, self._run_variant, self.waiting, self.state, whole)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             return observe_positions(watched, self._batches, self._noticed)
-
-    def _noticing(self, forward: Forward) -> Forward:
-        def run() -> Any:
-            with self._noticed.watching():
-                return forward()
-
-        return run
 
     def _run_variant(self, number: int, data: Any) -> Any:
         with self.activations.running(number):
