@@ -7,7 +7,7 @@ import torch
 from random_weights import random_weight
 from torch import nn
 
-from gptq_plugin.layers.hooks import has_state_hooks
+from gptq_plugin.layers.hooks import saves_its_own
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
 
@@ -80,18 +80,36 @@ def test_other_modules_do_not_exchange_hooks():
     assert not new._forward_hooks
 
 
+def _scaled(layer, state, prefix, _):
+    state[f"{prefix}weight"] = 2 * state[f"{prefix}weight"]
+
+
+def _more(layer, state, prefix, _):
+    state[f"{prefix}scale"] = torch.ones(1)
+
+
+def _less(layer, state, prefix, _):
+    del state[f"{prefix}bias"]
+
+
+@pytest.mark.parametrize("hook", [_scaled, _more, _less])
+def test_a_hook_that_saves_something_else_is_found(hook):
+    layer = nn.Linear(8, 8)
+    assert saves_its_own(layer)
+    layer.register_state_dict_post_hook(hook)
+    assert not saves_its_own(layer)
+
+
 @pytest.mark.parametrize(
     "register",
     [
         lambda layer: layer.register_state_dict_post_hook(lambda *_: None),
-        lambda layer: layer.register_state_dict_pre_hook(lambda *_: None),
+        lambda layer: layer.register_state_dict_pre_hook(lambda *_: None),  # as FSDP does
         lambda layer: layer.register_load_state_dict_pre_hook(lambda *_: None),
         lambda layer: layer.register_load_state_dict_post_hook(lambda *_: None),
     ],
 )
-def test_hooks_of_state_dicts_are_found(register):
-    layer = nn.Linear(8, 8)
-    layer.register_forward_hook(lambda *_: None)
-    assert not has_state_hooks(layer)
+def test_hooks_that_change_nothing_in_a_state_dict_are_no_obstacle(register):
+    layer = nn.Linear(8, 8, bias=False)
     register(layer)
-    assert has_state_hooks(layer)
+    assert saves_its_own(layer)

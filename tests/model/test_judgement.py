@@ -234,7 +234,9 @@ def weight_norm_by_hook():
 
 def with_state_hook():
     layer = nn.Linear(64, 64)
-    layer.register_state_dict_post_hook(lambda *_: None)
+    layer.register_state_dict_post_hook(
+        lambda _, state, prefix, __: state.update({f"{prefix}weight": torch.ones(64, 64)})
+    )
     return layer
 
 
@@ -250,7 +252,7 @@ OBSTACLES = {
     "its weight is computed by a parametrization or a property": property_of_class,
     "its weight is a Doubling": of_subclass,
     "Called is called in its own way": lambda: Called(64, 64),
-    "it has hooks of state dicts": with_state_hook,
+    "its state dict holds something else": with_state_hook,
     "computed by a parametrization": lambda: parametrizations.weight_norm(nn.Linear(64, 64)),
     "by a parametrization or a property": weight_norm_by_hook,
     "a property; remove it": lambda: parametrizations.spectral_norm(nn.Linear(64, 64)).eval(),

@@ -15,12 +15,6 @@ _CALL_HOOKS = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -32,6 +26,15 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
         setattr(new, name, getattr(old, name))
 
 
-def has_state_hooks(module: nn.Module) -> bool:
-    """Return whether hooks of state dicts are registered on the module, which know its own tensors."""
-    return any(getattr(module, name) for name in _STATE_HOOKS)
+def saves_its_own(module: nn.Module) -> bool:
+    """Return whether a module's state dict holds its own tensors, as they are, under their names.
+
+    Hooks of state dicts may save something else. Those of FSDP do not.
+    """
+    if not (module._state_dict_hooks or module._state_dict_pre_hooks):
+        return True
+    own = {name: value for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None}
+    saved = module.state_dict(keep_vars=True)
+    return set(module._parameters) & own.keys() <= saved.keys() and all(
+        value is own.get(name) for name, value in saved.items()
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gptq_plugin.errors import some
-from gptq_plugin.layers.hooks import has_state_hooks
+from gptq_plugin.layers.hooks import saves_its_own
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.experts import routers, unfused
 from gptq_plugin.model.hf_models import generates, is_encoder_decoder, is_transformers, transformers_models
@@ -151,8 +151,8 @@ def _own_obstacle(module: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__}, which may multiply in its own way; load it as a plain tensor"
     if type(module).__call__ is not nn.Module.__call__ or type(module)._call_impl is not nn.Module._call_impl:
         return f"{type(module).__name__} is called in its own way, around hooks and forward"
-    if has_state_hooks(module):
-        return "it has hooks of state dicts, which know its float weight; remove them first to quantize"
+    if not saves_its_own(module):
+        return "its state dict holds something else than its tensors, by a hook; remove it first to quantize"
     return None
 
 
