@@ -63,7 +63,7 @@ def test_fewer_tokens_than_inputs_are_reported(tokens, is_few):
     assert seen.of_group(group).deviations == few
 
 
-def test_padding_is_left_out_and_inputs_that_no_mask_fits_are_told_once_with_their_batches():
+def test_padding_is_left_out_and_inputs_that_no_mask_fits_are_told_with_the_batches_of_all_ranks(monkeypatch):
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     batches = [{"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": mask}] * 2
     seen, group = observations(nn.Sequential(nn.Linear(32, 32)), batches), Group(("0",))
@@ -77,9 +77,13 @@ def test_padding_is_left_out_and_inputs_that_no_mask_fits_are_told_once_with_the
         seen.observe(group, number, rows(3 * 32, 32).view(3, 32, 32))
     evidence = seen.of_group(group)
     assert evidence.tokens == 2 * 96
-    assert len(evidence.deviations) == 1 and evidence.deviations[0].endswith("all its positions counted (2 batches)")
-    seen.observe(group, 0, padded)
-    assert len(seen.of_group(group).deviations) == 1  # of few tokens: the remark was told
+    assert evidence.deviations == ()
+    told = seen.remarks()
+    assert (
+        list(told) == ["0"] and len(told["0"]) == 1 and told["0"][0].endswith("all its positions counted (2 batches)")
+    )
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, own, {("other", "odd"): 1}])
+    assert seen.remarks() == {"0": (told["0"][0].replace("(2 ", "(4 "),), "other": ("odd (1 batches)",)}
 
 
 def test_every_position_counts_for_the_range_of_inputs():

@@ -57,7 +57,7 @@ def pair():
 
 def test_layers_solved_together_have_the_losses_of_their_own_rows_and_time_by_rows():
     outcome, solution = solved(pair(), ("a", "b"), seconds=8.0, tokens=77)
-    a, b, _ = outcome.modules(unknown_ranges(("a", "b", "idle")))
+    a, b, _ = outcome.modules(unknown_ranges(("a", "b", "idle")), {"b": ("odd (2 batches)",)})
     assert (a.name, b.name, a.method, b.tokens) == ("a", "b", "gptq", 77)
     for module, part in ((a, slice(0, 48)), (b, slice(48, 64))):
         assert module.loss == pytest.approx(float(solution.loss[part].sum()))
@@ -66,13 +66,13 @@ def test_layers_solved_together_have_the_losses_of_their_own_rows_and_time_by_ro
         assert 0 < module.loss < module.rtn_loss
     assert (a.seconds, b.seconds) == (6.0, 2.0) and outcome.solving_seconds() == 8.0
     assert (a.bits, a.group_size, a.shape, a.damp_percent) == (4, 16, (48, 32), 0.01)
-    assert set(outcome.solved) == {"a", "b"}
+    assert set(outcome.solved) == {"a", "b"} and "odd (2 batches)" in b.deviations
 
 
 def test_a_layers_deviations_are_the_solutions_then_the_evidences_then_its_values():
     outcome, _ = solved(pair(), ("a",), remarks=("few tokens",))
     near = {"a": (2 * FLOAT16, 1.0), "b": (0.0, 0.0), "idle": (0.0, 0.0)}
-    module = outcome.modules(near)[0]
+    module = outcome.modules(near, {})[0]
     assert module.deviations[:-1] == ("the solver's", "few tokens") and "float16" in module.deviations[-1]
     assert (module.max_input, module.max_output) == near["a"]
 
@@ -80,7 +80,7 @@ def test_a_layers_deviations_are_the_solutions_then_the_evidences_then_its_value
 def test_targets_that_were_not_solved_are_float_with_the_reason():
     outcome, _ = solved(pair(), ("a",))
     outcome.left_float["b"] = "the model reads its weight by itself"
-    _, b, idle = outcome.modules(unknown_ranges(("a", "b", "idle")))
+    _, b, idle = outcome.modules(unknown_ranges(("a", "b", "idle")), {})
     assert b.method == idle.method == "float" and b.bits is None
     assert b.reason == "the model reads its weight by itself: left float"
     assert idle.reason == "never called in calibration: left float"
@@ -109,7 +109,7 @@ def test_the_report_adds_up_what_ranks_tell(monkeypatch):
         repr({"b": 4, "a": 3}): {"a": 10},
     }
     monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, others[repr(own)]])
-    modules = outcome.modules(unknown_ranges(("a", "b", "idle")))
+    modules = outcome.modules(unknown_ranges(("a", "b", "idle")), {})
     report = outcome.report(modules, SAMPLES, calibration, {"solve": 1.0}, ["memory"])
     assert report.deviations == [
         "dropped 1",
@@ -132,7 +132,7 @@ def test_experts_that_are_damped_more_are_told_in_one_sentence_and_other_layers_
     for name, damp in (("0.experts.0.0", 0.2), ("0.experts.1.0", 0.3), ("0.experts.2.0", 0.0), ("1", 0.5)):
         solved(model, (name,), outcome, damp_percent=damp)
     plan = plan_of(model)
-    modules = outcome.modules(unknown_ranges([target.name for target in plan.targets]))
+    modules = outcome.modules(unknown_ranges([target.name for target in plan.targets]), {})
     report = outcome.report(modules, SAMPLES, calibration_of([rows(3, 32)]), {}, [])
     (told,) = (deviation for deviation in report.deviations if "damped" in deviation)
     assert told.startswith("2 layers of experts are damped more than damp_percent says, up to 0.3, ")

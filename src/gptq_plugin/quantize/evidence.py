@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 
 import torch
@@ -12,6 +11,7 @@ from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.model.experts import experts_of, in_expert
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
+from gptq_plugin.quantize.outcome import sum_over_ranks
 from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
 from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.hessian import Hessian
@@ -41,7 +41,7 @@ class Observations:
         self._hessians: dict[tuple[str, ...], Hessian] = {}  # by the names of a group
         self._exact = exact
         self._experts = ExpertHessians(device, exact)
-        self._remarks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))  # batches, by layer
+        self._remarks: dict[tuple[str, str], int] = defaultdict(int)  # batches, by layer and remark
         self._read_tokens: set[str] = set()  # experts' layers, see `positions.Rows`
 
     def observe(self, group: Group, number: int, x: Tensor) -> None:
@@ -49,7 +49,8 @@ class Observations:
         first = group.names[0]
         rows = self._positions.rows(number, first, x)
         if rows.remark is not None:
-            self._remarks[first][rows.remark] += 1
+            for name in group.names:
+                self._remarks[name, rows.remark] += 1
         if rows.are_tokens:
             self._read_tokens.add(first)
         self._hessian(group).add(rows.counted)
@@ -69,17 +70,23 @@ class Observations:
         if experts is not None and hessian.tokens:
             layers = [in_expert(experts, name) for name in group.names]
             reads = self._experts.reads_tokens(experts, layers, first.name in self._read_tokens)
-            return self._with_remarks(first.name, self._experts.weighted(experts, reads, hessian))
+            return self._experts.weighted(experts, reads, hessian)
         tokens, width = hessian.tokens, hessian.in_features
         few = f"only {tokens} calibration tokens for {width} inputs: the Hessian is singular"
-        evidence = Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
-        return self._with_remarks(first.name, evidence)
+        return Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
 
     def of_unreached(self, experts: str, target: Target) -> Evidence:
         """The evidence for an expert's layer that no token reached: that of its block."""
         reads = self._experts.reads_tokens(experts, [in_expert(experts, target.name)], False)
         nothing = Hessian(target.weight.shape[1], self._device, exact=self._exact)
-        return self._with_remarks(target.name, self._experts.weighted(experts, reads, nothing))
+        return self._experts.weighted(experts, reads, nothing)
+
+    def remarks(self) -> dict[str, tuple[str, ...]]:
+        """Sentences on the layers' inputs, with the number of batches on all ranks, by layer. Collective."""
+        found: dict[str, tuple[str, ...]] = defaultdict(tuple)
+        for (name, remark), batches in sorted(sum_over_ranks(self._remarks).items()):
+            found[name] += (f"{remark} ({batches} batches)",)
+        return found
 
     def discard(self, group: Group) -> None:
         """Drops what was observed of a group that is solved."""
@@ -94,8 +101,3 @@ class Observations:
             in_features = self._targets[group.names[0]].weight.shape[1]
             self._hessians[group.names] = Hessian(in_features, self._device, exact=self._exact)
         return self._hessians[group.names]
-
-    def _with_remarks(self, layer: str, evidence: Evidence) -> Evidence:
-        remarks = self._remarks.pop(layer, {})
-        deviations = tuple(f"{remark} ({batches} batches)" for remark, batches in remarks.items())
-        return dataclasses.replace(evidence, deviations=deviations + evidence.deviations)

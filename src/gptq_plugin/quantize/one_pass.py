@@ -116,7 +116,8 @@ class OnePass:
                 self._outcome.check_reached()
                 self._unchecked = self.runs.check_swap(self._outcome.solved)
                 self._finished.take_home(wait=True)
-        reports = self._outcome.modules(self._observations.ranges.over_ranks(self._targets, self.runs.device))
+        ranges = self._observations.ranges.over_ranks(self._targets, self.runs.device)
+        reports = self._outcome.modules(ranges, self._observations.remarks())
         solving = self._outcome.solving_seconds()
         seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
         report = self._outcome.report(reports, samples, self._calibration, seconds, self._deviations(samples))

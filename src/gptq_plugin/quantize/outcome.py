@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.walk.expert_hessians import Evidence
 from gptq_plugin.walk.lockstep import Notes
 from gptq_plugin.walk.ranges import near_float16
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Solved:
     tokens: int
     deviations: tuple[str, ...]
 
-    def report(self, max_input: float, max_output: float) -> ModuleReport:
+    def report(self, remarks: tuple[str, ...], max_input: float, max_output: float) -> ModuleReport:
         """The layer's line in the report. Waits for the device."""
         loss, rtn_loss, power = (of_all[self.number] for of_all in self.losses.get())
         near = near_float16(max_input, max_output)
@@ -65,7 +67,7 @@ class Solved:
             seconds=self.stopwatch.seconds() * self.share,
             max_input=max_input,
             max_output=max_output,
-            deviations=self.deviations if near is None else (*self.deviations, near),
+            deviations=(*self.deviations, *remarks, *([] if near is None else [near])),
         )
 
 
@@ -117,13 +119,18 @@ class Outcome:
         """Time of all solutions. Waits for the device."""
         return sum(stopwatch.seconds() for stopwatch in self._stopwatches)
 
-    def modules(self, ranges: Mapping[str, tuple[float, float]]) -> list[ModuleReport]:
+    def modules(
+        self, ranges: Mapping[str, tuple[float, float]], remarks: Mapping[str, tuple[str, ...]]
+    ) -> list[ModuleReport]:
         """The report's lines of all targets, in their order.
 
         Args:
             ranges: Largest input and output, by layer.
+            remarks: Sentences on inputs, of the layers that have any.
         """
-        return [self._module(target, *ranges[target.name]) for target in self._plan.targets]
+        return [
+            self._module(target, remarks.get(target.name, ()), *ranges[target.name]) for target in self._plan.targets
+        ]
 
     def report(
         self,
@@ -167,9 +174,9 @@ class Outcome:
         if not self.solved:
             raise unreached(self._plan)
 
-    def _module(self, target: Target, max_input: float, max_output: float) -> ModuleReport:
+    def _module(self, target: Target, remarks: tuple[str, ...], max_input: float, max_output: float) -> ModuleReport:
         if target.name in self.solved:
-            return self.solved[target.name].report(max_input, max_output)
+            return self.solved[target.name].report(remarks, max_input, max_output)
         reason = f"{self.left_float.get(target.name, 'never called in calibration')}: left float"
         return module_report(target, method="float", reason=reason, deviations=(reason,))
 
@@ -194,9 +201,9 @@ class Outcome:
         ]
 
 
-def sum_over_ranks(counts: Mapping[str, int]) -> dict[str, int]:
+def sum_over_ranks(counts: Mapping[Key, int]) -> dict[Key, int]:
     """The ranks' counts added up by key; all ranks call it."""
-    sums: dict[str, int] = defaultdict(int)
+    sums: dict[Key, int] = defaultdict(int)
     for one in distributed.gather_objects(dict(counts)):
         for name, count in one.items():
             sums[name] += count
