@@ -16,6 +16,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin.quantize.options import PassOptions
 
 BF16 = 680e12
 
@@ -52,7 +53,7 @@ def main() -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        with quantizer.temporarily(model, samples, nsamples=len(samples)) as report:
+        with quantizer.temporarily(model, samples, PassOptions(nsamples=len(samples))) as report:
             torch.cuda.synchronize()
             seconds = time.perf_counter() - started
         print(f"{name}: {seconds:.1f} s, {seconds / args.layers:.2f} s a block, {report.totals()['modules']} layers")

@@ -369,14 +369,14 @@ def test_a_metric_that_is_not_logged_is_refused_before_training_with_the_nearest
     refused(app, ValueError, r"names val_los, .* did you mean val_loss\?", *TINY, *limit)
 
 
-def test_a_users_mistake_is_said_in_words_and_with_a_failing_exit(tmp_path):
+def test_a_users_mistake_ends_in_a_sentence_and_a_failing_exit(tmp_path):
     done = command("gptq-quantize", "data=text", "data.path=missing/*.txt", cwd=tmp_path)
     assert done.returncode == 1
     assert "no file matches the pattern missing/*.txt" in done.stderr
     assert "gptq" not in {path.name for path in tmp_path.rglob("*")}
 
 
-def test_a_failed_quantization_leaves_the_fine_tuned_model_and_says_where(app, tmp_path, monkeypatch, caplog):
+def test_a_failed_quantization_leaves_the_fine_tuned_model_and_tells_where(app, tmp_path, monkeypatch, caplog):
     import gptq_plugin.quantize.one_pass
 
     def fails(*_):

@@ -82,7 +82,7 @@ def test_an_adapter_that_is_none_or_another_models_is_refused(base, tmp_path):
         fine_tuned(network, adapter=tmp_path / "adapter")
 
 
-def test_without_peft_an_adapter_says_what_to_install(base, tmp_path, monkeypatch):
+def test_without_peft_an_adapters_error_names_what_to_install(base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install 'gptq-plugin\[peft\]'"):
         fine_tuned(copy.deepcopy(base[1]), adapter=tmp_path)

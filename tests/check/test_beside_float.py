@@ -112,7 +112,7 @@ def test_a_g_idx_that_is_not_the_codes_own_shows_beside_the_float_model(
     assert any("g_idx is wrong" in error for error in lint(out, float_dir).errors)
 
 
-def test_scales_in_bfloat16_are_said_to_have_moved_weights_where_that_shows(
+def test_scales_in_bfloat16_are_reported_to_have_moved_weights_where_that_shows(
     damaged: Callable[..., Path], float_dir: Path
 ) -> None:
     out = damaged("4 bits symmetric", cast(torch.bfloat16))
@@ -120,7 +120,7 @@ def test_scales_in_bfloat16_are_said_to_have_moved_weights_where_that_shows(
     assert any("rounded to bfloat16" in error for error in lint(out, float_dir).errors)
 
 
-def test_a_float_model_without_its_layers_is_said_and_compares_nothing(
+def test_a_float_model_without_its_layers_is_reported_and_compares_nothing(
     exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
     save_file({"other.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")

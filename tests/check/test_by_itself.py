@@ -38,7 +38,7 @@ ALONE = {
 
 
 @pytest.mark.parametrize("damage", ALONE)
-def test_damage_shows_by_what_the_checkpoint_says_of_itself(damage: str, damaged: Callable[..., Path]) -> None:
+def test_damage_shows_by_the_checkpoints_own_description(damage: str, damaged: Callable[..., Path]) -> None:
     change, words = ALONE[damage]
     found = lint(damaged("4 bits symmetric", change))
     assert any(words in error for error in found.errors), found.findings

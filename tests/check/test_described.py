@@ -38,7 +38,7 @@ def test_a_wrong_format_shows_by_the_other_file_and_by_the_codes(
     assert any("zeros off by one" in error for error in lint(out, float_dir).errors)
 
 
-def test_changes_that_change_no_number_are_said_not_to(damaged: Callable[..., Path], float_dir: Path) -> None:
+def test_changes_that_change_no_number_are_reported_as_such(damaged: Callable[..., Path], float_dir: Path) -> None:
     for change, words in ((cast(torch.float32), "no number changes"), (without("g_idx"), "no number changes")):
         out = damaged("4 bits symmetric", change)
         found = lint(out, float_dir)

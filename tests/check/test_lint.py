@@ -51,7 +51,7 @@ def test_layers_left_float_must_be_told_as_each_client_reads_it(rtn: Callable[..
     assert any("lacks sym" in line for line in untold.refusals[Client("vllm")])
 
 
-def test_the_command_says_what_it_found_and_exits_by_it(
+def test_the_command_prints_what_it_found_and_exits_by_it(
     exported: Callable[[str], Path], damaged: Callable[..., Path], float_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = exported("4 bits act-order"), damaged("4 bits symmetric", zeros_off)

@@ -117,7 +117,7 @@ def test_a_shard_without_a_promised_tensor_is_refused_and_named(tmp_path: Path) 
         load_quantized(folder)
 
 
-def test_group_indices_that_are_not_stored_follow_from_the_group_size_and_the_log_says_so(
+def test_group_indices_that_are_not_stored_follow_from_the_group_size_and_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = edited(LLAMA, tmp_path / "x", drop(".g_idx"))
@@ -140,7 +140,7 @@ def test_files_that_disagree_about_the_format_are_refused(tmp_path: Path) -> Non
     beside = tmp_path / "x" / "quantize_config.json"
     content = json.loads(beside.read_text())
     beside.write_text(json.dumps({**content, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}))
-    with pytest.raises(CheckpointError, match=r"config\.json says the format is 'gptq' and quantize_config\.json says"):
+    with pytest.raises(CheckpointError, match=r"config\.json has the format 'gptq' and quantize_config\.json has"):
         load_quantized(tmp_path / "x")
 
 

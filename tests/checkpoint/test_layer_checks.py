@@ -107,12 +107,12 @@ def test_a_whole_layer_is_described_and_has_no_problems(name: str) -> None:
         (
             stored("compressed-tensors"),
             SYM,
-            "x.weight_zero_point is there, and the description says sym=True (f)",
+            "x.weight_zero_point is stored, and the description has sym=True (f)",
         ),
         (
             stored("compressed-tensors", weight_zero_point=None),
             ASYM,
-            "x.weight_zero_point is missing, and the description says sym=False",
+            "x.weight_zero_point is missing, and the description has sym=False",
         ),
         (
             stored("gptq", g_idx=None),

@@ -127,7 +127,7 @@ def test_layers_left_float_other_files_and_shards_come_along(tmp_path, rtn, monk
 
 
 @pytest.mark.parametrize("to", ["gptq_v2", "compressed-tensors"])
-def test_how_we_quantized_it_is_said_afterwards_too(to, tmp_path, rtn):
+def test_how_we_quantized_it_is_stated_after_a_conversion_too(to, tmp_path, rtn):
     config = QuantizeConfig(
         group_size=32,
         static_groups=False,
@@ -148,7 +148,7 @@ def test_how_we_quantized_it_is_said_afterwards_too(to, tmp_path, rtn):
         assert sorted(content["meta"]["gptq_plugin"]["files"]) == sorted(file.name for file in folder.iterdir())
 
 
-def test_how_another_tool_quantized_it_is_said_as_it_says_it_and_not_as_ours(tmp_path):
+def test_how_another_tool_quantized_it_is_stated_in_its_terms_and_not_as_ours(tmp_path):
     source = FIXTURES / "gptqmodel-w4g32"
     before = Checkpoint.open(source).quantize_config()
     out = convert(source, tmp_path / "out", "gptq_v2")
@@ -172,7 +172,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_command_converts_and_says_where_the_result_is(tmp_path, capsys):
+def test_the_command_converts_and_prints_where_the_result_is(tmp_path, capsys):
     source, out = str(FIXTURES / "gptqmodel-w4g32"), str(tmp_path / "out")
     assert main(["convert", source, out, "checkpoint_format=compressed-tensors"]) == 0
     assert capsys.readouterr().out == f"{out} has checkpoint_format=compressed-tensors\n"

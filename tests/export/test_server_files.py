@@ -53,7 +53,7 @@ def test_a_processor_is_saved_whole(tmp_path):
     assert again.feature_extractor.sampling_rate == 8000 and again.tokenizer("t7").input_ids == [7]
 
 
-def test_tied_embeddings_are_stored_once_and_said_to_be_tied(tmp_path):
+def test_tied_embeddings_are_stored_once_and_described_as_tied(tmp_path):
     folder = exported(tiny_llama(num_hidden_layers=1, tie_word_embeddings=True), tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -63,7 +63,7 @@ def test_tied_embeddings_are_stored_once_and_said_to_be_tied(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_every_weights_file_says_that_it_is_pytorchs(shards, tmp_path, monkeypatch):
+def test_every_weights_file_is_marked_as_pytorchs(shards, tmp_path, monkeypatch):
     if shards:
         monkeypatch.setattr(export, "SHARD", 4000)
         monkeypatch.setattr(model_files, "MAX_SHARD", "10KB")
@@ -152,7 +152,7 @@ def test_the_code_of_a_model_comes_along(own_code):
     assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
 
 
-def test_code_that_is_not_trusted_is_not_run_and_the_remedy_is_said(own_code, tmp_path):
+def test_code_that_is_not_trusted_is_not_run_and_the_error_names_the_remedy(own_code, tmp_path):
     folder = Path(shutil.copytree(own_code[1], tmp_path / "copy"))
     for name in CODE:
         (folder / name).write_text("raise SystemExit('was run')")

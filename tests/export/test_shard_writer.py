@@ -182,7 +182,7 @@ def test_an_error_on_the_thread_is_raised_by_the_next_calls(tmp_path: Path, monk
         writer.finish()
 
 
-def test_a_full_disk_is_said_with_the_file_and_the_room_it_needs(tmp_path: Path) -> None:
+def test_the_error_on_a_full_disk_names_the_file_and_the_room_it_needs(tmp_path: Path) -> None:
     program = f"""
 import resource, torch
 from pathlib import Path

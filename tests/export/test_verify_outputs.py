@@ -87,7 +87,7 @@ def test_a_change_that_the_export_does_not_say_is_found_without_calibration_too(
         export_model(model, tmp_path / "other", QuantizeConfig(group_size=16))
 
 
-def test_a_model_that_computes_something_else_every_time_is_exported_and_that_is_said(tmp_path, caplog):
+def test_a_model_that_computes_something_else_every_time_is_exported_with_a_warning(tmp_path, caplog):
     quantizer, model = quantized_llama()
     model.model.norm.register_forward_hook(lambda m, a, y: y + torch.randn_like(y))
     quantizer.export(model, tmp_path / "out")
@@ -119,7 +119,7 @@ def test_a_plain_module_is_filled_anew_and_compared(tmp_path, caplog):
         same_outputs(model, out, quantizer._sample)
 
 
-def test_a_module_that_is_never_called_as_a_whole_is_exported_and_that_is_said(tmp_path, caplog):
+def test_a_module_that_is_never_called_as_a_whole_is_exported_with_a_warning(tmp_path, caplog):
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 16))
     quantizer = QuantizeModule(QuantizeConfig(group_size=32, nsamples=40))
     quantizer.quantize(model, [torch.randn(40, 32)], forward=lambda m, x: m[1](m[0](x)))

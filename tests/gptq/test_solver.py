@@ -229,7 +229,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_cost_nothing():
         assert torch.isfinite(solution.loss).all()
 
 
-def test_a_layer_no_input_reached_is_rounded_and_says_so():
+def test_a_layer_no_input_reached_is_rounded_and_reported():
     weight, _ = correlated(rows=4, n=64)
     solution = solve(weight, torch.zeros(64, 64, dtype=torch.float64), plain(group_size=32))
     assert solution.method == "rtn"
@@ -246,7 +246,7 @@ def nearly_singular(n=64):
     return x.T @ x
 
 
-def test_a_hessian_too_singular_for_float32_is_factored_in_float64_and_says_so():
+def test_a_hessian_too_singular_for_float32_is_factored_in_float64_and_reported():
     weight, _ = correlated(rows=4, n=64)
     config = plain(group_size=32, damp_percent=1e-12)
     solution = solve(weight.float(), nearly_singular().float(), dataclasses.replace(config, damp_percent=1e-7))
@@ -256,7 +256,7 @@ def test_a_hessian_too_singular_for_float32_is_factored_in_float64_and_says_so()
     assert bool((solution.loss < solution.rtn_loss).all())
 
 
-def test_an_indefinite_hessian_gets_more_damping_and_says_how_much():
+def test_an_indefinite_hessian_gets_more_damping_and_the_amount_is_reported():
     weight, hessian = correlated(rows=4, n=64)
     hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     solution = solve(weight, hessian, plain(group_size=32, damp_percent=0.001, damp_auto_increment=0.01))

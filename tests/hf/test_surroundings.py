@@ -96,7 +96,7 @@ def test_nothing_is_saved_when_nothing_fails_or_a_checkpoint_holds_the_weights(r
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
 
 
-def test_trained_weights_are_saved_in_the_models_own_format_and_the_log_says_where(run, tmp_path, caplog):
+def test_trained_weights_are_saved_in_the_models_own_format_and_the_log_tells_where(run, tmp_path, caplog):
     model, plain = llama(), nn.Linear(3, 2)
     for _ in range(2):  # also where an earlier run has left its folder
         fail(plain, *run(step=4))

@@ -52,7 +52,7 @@ class Seen(GPTQTrainerCallback):
         return model(input_ids=batch["input_ids"])
 
 
-def test_the_report_says_where_the_samples_come_from(tmp_path):
+def test_the_report_tells_where_the_samples_come_from(tmp_path):
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL, seed=7), tmp_path / "out")
     train(llama(), [callback], tmp_path)
     assert callback.report.calibration == "17 samples of the train dataloader's 24 of Rows (seed 7)"

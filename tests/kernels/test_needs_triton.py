@@ -32,7 +32,7 @@ def test_the_triton_kernels_pass_in_the_interpreter():
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]
 
 
-def test_the_package_imports_without_triton_and_the_kernel_says_what_to_install():
+def test_the_package_imports_without_triton_and_the_kernels_error_names_what_to_install():
     code = (
         "import sys, torch; sys.modules['triton'] = None\n"
         "import gptq_plugin.kernels.reference, gptq_plugin.layers.qlinear\n"

@@ -198,7 +198,7 @@ def test_autocast_sets_the_dtype_as_it_does_for_a_float_layer():
     assert distance(y.detach(), layer(x.detach()).double()) < TOLERANCE[torch.bfloat16]
 
 
-def test_its_description_says_what_it_is():
+def test_its_repr_shows_its_sizes_and_its_grid():
     text = repr(QuantLinear(128, 48, 3, -1, bias=True))
     assert text == "QuantLinear(in_features=128, out_features=48, bits=3, group_size=-1, bias=True)"
 

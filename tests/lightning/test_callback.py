@@ -202,7 +202,7 @@ def test_calibration_texts_and_a_tokenizer_may_be_given(tmp_path):
     assert callback.report.samples == 8 and callback.report.tokens == 8 * 32
 
 
-def test_calibration_step_says_how_to_run_a_batch(tmp_path):
+def test_a_calibration_step_decides_how_a_batch_is_run(tmp_path):
     class Custom(Holds):
         steps = 0
 
@@ -440,7 +440,7 @@ def test_a_launcher_whose_modules_do_not_come_back_is_refused(tmp_path):
     assert "training began" not in str(caught.value)
 
 
-def test_weights_that_training_has_on_a_gpu_are_not_streamed_to_it_and_that_is_said_before_training(monkeypatch):
+def test_weights_that_training_has_on_a_gpu_are_not_streamed_to_it_and_the_log_tells_before_training(monkeypatch):
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     callback = GPTQCallback(QuantizeModule(**SMALL, offload_weights=True))
     trainer.callbacks.append(callback)

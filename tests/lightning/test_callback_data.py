@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, T5Config, T5ForConditionalGeneration
+from transformers import BatchEncoding, T5Config, T5ForConditionalGeneration
 
 import gptq_plugin.quantize.one_pass as jobs
 from gptq_plugin import GPTQCallback, QuantizeModule, distributed
@@ -18,25 +17,15 @@ from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.sources import Sources
 from gptq_plugin.errors import CalibrationError
 
+import lightning_runs
+from lightning_runs import llama
 from texts import CHATS, chat_words
 
-SMALL = {"group_size": 32, "nsamples": 16, "batch_size": 4, "clip_ratios": (1.0,)}
+SMALL = {**lightning_runs.SMALL, "clip_ratios": (1.0,)}
 
 
-def llama():
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1,
-                             num_attention_heads=2, num_key_value_heads=1, vocab_size=64, pad_token_id=0)
-    )  # fmt: skip
-
-
-class Holds(pl.LightningModule):
-    """The usual fine-tune; its weights stay what they are, so that inputs can be computed again."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = llama()
+class Holds(lightning_runs.Holds):
+    """Its weights stay what they are, so that inputs can be computed again."""
 
     def loss(self, batch):
         return self.model(**batch).loss
@@ -52,10 +41,8 @@ class Holds(pl.LightningModule):
 
 
 def fit(module, loader, callback, tmp_path, val=None, **options):
-    values = {"max_epochs": 1, "limit_train_batches": 1, "accelerator": "cpu", "devices": 1, "logger": False,
-              "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
-              "default_root_dir": tmp_path}  # fmt: skip
-    pl.Trainer(**{**values, **options}, callbacks=[callback]).fit(module, loader, val)
+    """Trains on one batch and returns the report."""
+    lightning_runs.fit(module, loader, [callback], tmp_path, val, **{"limit_train_batches": 1, **options})
     return callback.report
 
 
@@ -251,7 +238,7 @@ class Seen(Holds):
         return self.model(input_ids=batch["input_ids"])
 
 
-def test_the_report_says_where_the_samples_come_from(tmp_path):
+def test_the_report_tells_where_the_samples_come_from(tmp_path):
     callback = GPTQCallback(QuantizeModule(**SMALL, seed=7), tmp_path / "out")
     report = fit(Holds(), loader(33), callback, tmp_path)
     assert report.calibration == "16 samples of the train dataloader's 33 (seed 7)"

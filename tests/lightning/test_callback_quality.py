@@ -122,7 +122,7 @@ def test_max_epochs_0_quantizes_the_model_as_it_is(tmp_path):
     assert near(module.model.get_submodule(UP), weight_of(twin))
 
 
-def test_a_checkpoint_that_cannot_be_had_is_said_and_the_weights_are_kept(tmp_path):
+def test_a_checkpoint_that_cannot_be_read_is_reported_and_the_weights_are_kept(tmp_path):
     with pytest.raises(CheckpointError, match="none of this trainer's monitors a metric"):
         fit(Validated(), None, [GPTQCallback(QuantizeModule(**SMALL), weights="best")], tmp_path)
     module, twin = Holds(), Holds()
@@ -199,7 +199,7 @@ def test_an_exception_in_training_quantizes_nothing(tmp_path):
     assert quantized(module) == [] and callback.report is None and not (tmp_path / "out").exists()
 
 
-def test_what_a_quantized_module_cannot_do_any_more_says_what_to_do(tmp_path):
+def test_the_error_of_what_a_quantized_module_cannot_do_any_more_names_the_remedy(tmp_path):
     module = Holds()
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     callback = GPTQCallback(QuantizeModule(**SMALL))
@@ -286,7 +286,7 @@ def test_a_result_that_is_good_enough_passes(tmp_path):
     assert (tmp_path / "out").is_dir() and not any("val_loss" in d for d in callback.report.deviations)
 
 
-def test_warn_exports_and_says_so(tmp_path, caplog):
+def test_warn_exports_with_a_warning(tmp_path, caplog):
     callback = GPTQCallback(
         QuantizeModule(**TWO_BITS), tmp_path / "out", max_degradation={"val_loss": 1e-6}, on_fail="warn"
     )

@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
         raise AssertionError("the block was entered")
 
 
-def test_a_rank_that_sees_no_folder_says_so(tmp_path, monkeypatch):
+def test_a_rank_that_sees_no_folder_reports_it(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "rank", lambda: 1)  # which rank 0 gives a folder it does not see
     monkeypatch.setattr(distributed, "object_from_first", lambda _: (0, tmp_path / "nowhere"))
     with (

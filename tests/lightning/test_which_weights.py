@@ -107,7 +107,7 @@ def test_ranks_take_the_checkpoint_that_the_first_found_best(tmp_path, monkeypat
         assert not same(state(fresh), state(module))
 
 
-def test_what_cannot_be_found_is_said(tmp_path):
+def test_what_cannot_be_found_is_reported(tmp_path):
     def trainer(*callbacks):
         return pl.Trainer(accelerator="cpu", logger=False, callbacks=[*callbacks], default_root_dir=tmp_path,
                           enable_checkpointing=bool(callbacks))  # fmt: skip

@@ -362,7 +362,7 @@ def test_an_expert_without_tokens_takes_those_of_the_layer_and_behind_them_is_ro
     assert by_name["0.down_proj"].damp_percent >= 0.01
 
 
-def test_layers_behind_few_tokens_are_damped_more_and_that_is_said() -> None:
+def test_layers_behind_few_tokens_are_damped_more_and_reported() -> None:
     network = model("mixtral")
     report = QuantizeModule(CONFIG).quantize(network, [rows(2, 40)])
     few = [module for module in report.quantized if "w2" in module.name and 0 < module.tokens < 96]

@@ -80,7 +80,7 @@ def test_linears_that_share_a_weight_stay_float_and_say_with_whom():
     assert reasons(model) == {"0": "its weight is tied to 2.weight", "2": "its weight is tied to 0.weight"}
 
 
-def test_a_parametrized_linear_stays_float_and_says_why():
+def test_a_parametrized_linear_stays_float_with_a_reason():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), nn.Linear(32, 32))
     assert names(model) == ["1"] and "parametrization" in reasons(model)["0"]
 
@@ -93,7 +93,7 @@ def test_a_linear_subclass_with_a_forward_of_its_own_is_no_target():
     assert names(nn.Sequential(Scaled(32, 32), nn.Linear(32, 32))) == ["1"]
 
 
-def test_a_layer_whose_codes_do_not_fill_words_stays_float_and_says_why():
+def test_a_layer_whose_codes_do_not_fill_words_stays_float_with_a_reason():
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 10))
     assert names(model) == ["0"] and "out_features 10" in reasons(model)["1"]
 
@@ -115,7 +115,7 @@ def test_a_regex_that_matches_nothing_is_refused_with_names_it_could_match():
         find_targets(Structure.of(llama()), QuantizeConfig(group_size=32, dynamic={"mlp": {"bits": 8}}))
 
 
-def test_a_layer_that_the_group_size_does_not_divide_gets_smaller_groups_and_says_so():
+def test_a_layer_that_the_group_size_does_not_divide_gets_smaller_groups_and_is_reported():
     targets, _ = find_targets(Structure.of(llama()), QuantizeConfig(group_size=64))
     odd = [target for target in targets if target.config.group_size != 64]
     assert [target.name for target in odd] == [name for name in names(llama()) if name.endswith("down_proj")]

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.model import experts, stored_names, targets
+from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.quality_gate import QualityGate
 
@@ -104,7 +105,7 @@ def test_an_escalation_asks_the_model_once_an_attempt(asked: Callable[[nn.Module
     model = moe("mixtral")
     losses = iter([9.0, 9.0, 1.0])
     quality = Quality(QualityGate({"loss": 0.1}, "escalate"), {"loss": 1.0}, lambda: {"loss": next(losses)})
-    attempts = Attempts(model, batches, lambda network, batch: network(batch), quality)
+    attempts = Attempts(model, batches, PassOptions(lambda network, batch: network(batch)), quality)
     quantizer = QuantizeModule(QuantizeConfig(bits=3, group_size=-1))
     report = attempts.quantize(quantizer, lambda accepted, report: None)
     assert sum("escalated" in deviation for deviation in report.deviations) == 2  # three attempts

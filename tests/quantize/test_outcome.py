@@ -135,7 +135,7 @@ def test_experts_that_are_damped_more_are_told_in_one_sentence_and_other_layers_
     modules = outcome.modules(unknown_ranges([target.name for target in plan.targets]), {})
     report = outcome.report(modules, SAMPLES, calibration_of([rows(3, 32)]), {}, [])
     (told,) = (deviation for deviation in report.deviations if "damped" in deviation)
-    assert told.startswith("2 layers of experts are damped more than damp_percent says, up to 0.3, ")
+    assert told.startswith("2 layers of experts are damped more than damp_percent asks, up to 0.3, ")
     assert "0.gate" in [module.name for module in report.modules]  # the router, which the plan leaves float
 
 

@@ -12,7 +12,7 @@ from gptq_plugin.report.chart import error_chart
 from gptq_plugin.report.module_report import ModuleReport
 
 
-def test_the_chart_is_logarithmic_and_says_so() -> None:
+def test_the_chart_is_logarithmic_and_labelled_so() -> None:
     page = Page(error_chart([module("a", 0.001, 0.01), module("b", 0.1, 1.0)]))
     a, b = (float(mark["cx"].rstrip("%")) for mark in page.marks("gptq"))
     rtn_a, rtn_b = (float(mark["cx"].rstrip("%")) for mark in page.marks("rtn"))

@@ -148,7 +148,7 @@ def test_metrics_are_shown_before_and_after_with_their_differences() -> None:
     assert "2.5 → 2.55" in page.within("b")
 
 
-def test_deviations_come_before_the_tables_and_their_absence_is_said() -> None:
+def test_deviations_come_before_the_tables_and_their_absence_is_stated() -> None:
     said = report_page(
         report(module("a", deviations=("damping raised",)), deviations=["a sample was dropped"]), "model"
     )

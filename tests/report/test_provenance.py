@@ -112,7 +112,7 @@ def files_that_say(word, folder):
     return [file.name for file in folder.rglob("*") if file.is_file() and word.encode() in file.read_bytes()]
 
 
-def test_no_file_of_an_export_says_where_it_was_made(tmp_path, monkeypatch):
+def test_no_file_of_an_export_reveals_where_it_was_made(tmp_path, monkeypatch):
     secret = tmp_path / "secret-user"
     monkeypatch.chdir(tmp_path)
     tiny_llama(num_hidden_layers=1).save_pretrained(secret / "float")
@@ -135,7 +135,7 @@ def test_no_file_of_an_export_says_where_it_was_made(tmp_path, monkeypatch):
     assert report.float_checkpoint == str(secret / "last.ckpt")  # in memory it stays
 
 
-def test_no_file_of_a_plain_modules_export_says_where_it_was_made(tmp_path):
+def test_no_file_of_a_plain_modules_export_reveals_where_it_was_made(tmp_path):
     quantizer, model = QuantizeModule(group_size=16, nsamples=4), Plain()
     quantizer.quantize(model, [IDS[:4, :12] % 8])
     folder = quantizer.export(model, tmp_path / "secret-user")

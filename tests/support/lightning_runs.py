@@ -103,12 +103,12 @@ def pair_loader():
     return DataLoader([(torch.randn(64, generator=g), torch.randn(32, generator=g)) for _ in range(128)], batch_size=8)
 
 
-def fit(module, loader, callbacks, tmp_path, **options):
+def fit(module, loader, callbacks, tmp_path, val=None, **options):
     values = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
               "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": tmp_path}  # fmt: skip
     torch.manual_seed(5)  # the order of the shuffled samples
     trainer = pl.Trainer(**{**values, **options}, callbacks=callbacks)
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, val)
     return trainer
 
 

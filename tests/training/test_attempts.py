@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.errors import QualityError
+from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.quality_gate import QualityGate
 
@@ -32,7 +33,7 @@ def loop(tmp_path):
         attempts = Attempts(
             model,
             data=lambda: [{"input_ids": row[None]} for row in ids],
-            forward=call,
+            options=PassOptions(call),
             quality=Quality(QualityGate({"loss": 0.1}, **gate), {"loss": 1.0}, lambda: {"loss": next(values)}),
             keep=True,
         )

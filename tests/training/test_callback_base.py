@@ -11,6 +11,7 @@ from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule, Quant
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.clients.client import Client
 from gptq_plugin.errors import CalibrationError, ExportError, QualityError, TargetError
+from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.callback_base import CallbackBase, Origin
 from gptq_plugin.training.quality_gate import QualityGate
@@ -85,9 +86,9 @@ def test_a_module_needs_layers_to_quantize_and_a_client_that_takes_them(tmp_path
 # --- the end of a run ---
 
 
-def attempts(model, **options):
+def attempts(model, tokenizer=None, **how):
     ids = torch.randint(0, 128, (8, 12), generator=torch.Generator().manual_seed(0))
-    return Attempts(model, lambda: [{"input_ids": row[None]} for row in ids], call, **options)
+    return Attempts(model, lambda: [{"input_ids": row[None]} for row in ids], PassOptions(call, tokenizer), **how)
 
 
 class Tokenizer:

@@ -54,7 +54,7 @@ def test_at_every_width_the_whole_model_gets_smaller_groups_and_then_the_noisies
     assert [bits for _, bits in found] == pytest.approx(expected)
 
 
-def test_a_step_says_what_it_does():
+def test_a_step_describes_what_it_changes():
     model, config = layers(256, 256, 256, 256), QuantizeConfig(bits=4)
     said = [step.what for step in steps(plan_of(model, config), {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2})]
     assert said[0] == "groups of 64 or less in all layers, 4.31 bits per weight (scales and zeros included, g_idx not)"

@@ -65,7 +65,7 @@ def test_the_report_has_the_largest_values_at_all_positions_whichever_of_them_co
     assert report.to_dict()["modules"][0]["max_input"] == pytest.approx(report.modules[0].max_input)
 
 
-def test_layers_near_float16_s_end_are_said(tmp_path: Path) -> None:
+def test_layers_near_float16s_end_are_reported(tmp_path: Path) -> None:
     """Of a model in bfloat16: the down_proj of the last block reads 40000, and its outputs are small."""
     model = llama(torch.bfloat16)
     ordinary = QuantizeModule(group_size=32).quantize(llama(torch.bfloat16), rows())
@@ -83,7 +83,7 @@ def test_layers_near_float16_s_end_are_said(tmp_path: Path) -> None:
     assert module.max_input > 32752 > module.max_output
 
 
-def test_what_overflows_float16_is_refused_for_a_client_and_said_without_one(tmp_path: Path) -> None:
+def test_what_overflows_float16_is_refused_for_a_client_and_reported_without_one(tmp_path: Path) -> None:
     """The last layer's output: what follows a quantized layer's input that is infinite would be refused anyway."""
     model = llama(torch.float16)
     with torch.no_grad():

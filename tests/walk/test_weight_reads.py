@@ -63,7 +63,7 @@ class Reading(nn.Module):
         "by a function without a name",
     ],
 )
-def test_a_weight_that_the_model_reads_stays_float_and_that_is_said(way):
+def test_a_weight_that_the_model_reads_stays_float_and_is_reported(way):
     torch.manual_seed(0)
     model = Reading(way).eval()
     report = QuantizeModule(bits=4, group_size=32).quantize(model, [torch.randn(64, 32)])
@@ -135,7 +135,7 @@ def test_a_hook_that_reads_nothing_or_only_a_dtype_leaves_the_layer_to_be_quanti
     assert all(module.method == "gptq" for module in report.modules)
 
 
-def test_what_a_quantized_layer_says_of_its_weight():
+def test_a_quantized_layers_weight_is_a_placeholder_of_its_shape_and_dtype():
     model = nn.Sequential(nn.Linear(32, 64, bias=False)).to(torch.bfloat16)
     QuantizeModule(bits=4, group_size=32).quantize(model, [torch.randn(64, 32, dtype=torch.bfloat16)])
     layer = model[0]

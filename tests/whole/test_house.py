@@ -22,10 +22,6 @@ AT_THE_TOP = {"__init__.py", "__main__.py", "config.py", "distributed.py", "erro
 # Folders that users import from. autogptq/ stands in for a library: only the import line of its scripts changes.
 PUBLIC_FOLDERS = {"autogptq"}
 MODULE_LINES, CLASS_LINES, FUNCTION_CODE_LINES = 350, 250, 60
-# The public class whose methods' arguments the API page lists one by one.
-LONGER = {
-    "src/gptq_plugin/quantize/module.py: QuantizeModule, 263 lines",
-}
 
 
 def name_of(module: Path) -> str:
@@ -194,7 +190,7 @@ def too_long(module: Path) -> Iterator[str]:
 
 
 def test_modules_classes_and_functions_are_small() -> None:
-    assert {one for module in MODULES for one in too_long(module)} == LONGER
+    assert [one for module in MODULES for one in too_long(module)] == []
 
 
 @pytest.mark.parametrize(("statements", "found"), [(58, []), (59, ["long.py: f, 61 lines of code"])])

@@ -19,6 +19,7 @@ from gptq_plugin.device.named import device_named
 from gptq_plugin.export.staging import check_export_dir
 from gptq_plugin.memory.placement import fits
 from gptq_plugin.quantize.module import QuantizeModule
+from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.training.progress import tqdm_progress
 
 
@@ -48,12 +49,10 @@ def quantize(cfg: DictConfig) -> float | None:
         quantizer.temporarily(
             model.network,
             rows,
-            tokenizer=model.tokenizer,
-            device=device,
+            PassOptions(tokenizer=model.tokenizer, device=device, progress=progress),
             export_dir=export_dir,
             overwrite=cfg.overwrite,
             target=plain(cfg.target),
-            progress=progress,
         ) as report,
     ):
         pass

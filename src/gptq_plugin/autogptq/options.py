@@ -87,7 +87,7 @@ REFUSED_LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "checkpoint_format": (
         (None,),
-        "the format is read from the folder. Where it says none, zeros are read as 'gptq' stores them; write another "
+        "the format is read from the folder. Where it names none, zeros are read as 'gptq' stores them; write another "
         "format as checkpoint_format into its quantize_config.json",
     ),
     "quant_config_name": (

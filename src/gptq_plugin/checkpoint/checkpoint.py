@@ -70,7 +70,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: The folder, a file, a tensor or the description is missing, corrupt or
-                contradicts the others; the message names all of them and says what to do.
+                contradicts the others; the message names all of them and the remedy.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -113,7 +113,7 @@ class Checkpoint:
         return FLOATS[largest.dtype] if largest is not None else torch.float16
 
     def quantize_config(self) -> dict[str, Any]:
-        """quantize_config.json, where there is one that can be read; else empty."""
+        """The content of quantize_config.json; empty if there is none, or it cannot be read."""
         try:
             return read_json(self.directory / QUANTIZE_CONFIG)
         except CheckpointError:
@@ -125,7 +125,7 @@ class Checkpoint:
         return tensor
 
     def lazy(self, name: str) -> Any:
-        """One tensor, not read yet: safetensors' slice, which transformers' loader reads later."""
+        """One tensor as safetensors' slice, not read yet: transformers' loader reads it."""
         return self._handles[self.tensors[name].file].get_slice(name)
 
     def read_layer(
@@ -169,7 +169,7 @@ class Checkpoint:
         """Opens one weights file and records its tensors."""
         if not file.is_file():
             raise CheckpointError(
-                f"{file} does not exist, but {INDEX} says it holds {some(promised)}: "
+                f"{file} does not exist, and {INDEX} lists {some(promised)} in it: "
                 "fetch or copy the missing file, or export the model again"
             )
         try:
@@ -179,14 +179,13 @@ class Checkpoint:
                 self.tensors[name] = TensorEntry(file, piece.get_dtype(), tuple(piece.get_shape()))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file} ({file.stat().st_size} bytes) cannot be read as safetensors, so it is truncated "
-                "or corrupt "
+                f"{file} ({file.stat().st_size} bytes) is truncated or corrupt, since safetensors cannot read it "
                 f"({error}): fetch or copy it again, or export the model again"
             ) from error
         self._handles[file] = handle
         missing = sorted(set(promised) - {name for name, entry in self.tensors.items() if entry.file == file})
         if missing:
-            raise CheckpointError(f"{file} lacks {', '.join(missing)}, which {INDEX} says it holds: fetch it again")
+            raise CheckpointError(f"{file} lacks {', '.join(missing)}, which {INDEX} lists in it: fetch it again")
 
     def _find_layers(self) -> None:
         names = dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.rpartition(".")[2] in self.format.marks)
@@ -211,8 +210,7 @@ class Checkpoint:
         if problems:
             raise CheckpointError(
                 f"{self.directory} contradicts its own description:\n  " + "\n  ".join(problems) + "\n"
-                f"Correct the description in {CONFIG} and {QUANTIZE_CONFIG}, or take the checkpoint from "
-                "its source again"
+                f"Correct the description in {CONFIG} and {QUANTIZE_CONFIG}, or fetch the checkpoint again"
             )
         derived = [layer.name for layer in self.layers.values() if not layer.has_g_idx]
         if derived and self.format.always_g_idx:

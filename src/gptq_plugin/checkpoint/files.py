@@ -66,7 +66,8 @@ def weight_files(directory: Path, quantization: Mapping[str, Any]) -> dict[Path,
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise CheckpointError(
-                    f"{indices[0]}: {name} is said to be in {shard!r}, which is no file of this folder"
+                    f"{indices[0]} lists {name} in {shard!r}, which is not the name of a file of this folder: fetch it "
+                    "again, or export the model again"
                 )
             files.setdefault(directory / shard, []).append(name)
         return files

@@ -67,7 +67,7 @@ def _wrong_kinds(stored: StoredLayer, scheme: Scheme) -> Iterator[str]:
     kinds = stored.format.expected(1, 1, 1, scheme.bits, scheme.sym)
     for suffix, entry in stored.entries.items():
         if suffix not in kinds:
-            yield f"{stored.name}.{suffix} is there, and the description says sym=True ({entry.file.name})"
+            yield f"{stored.name}.{suffix} is stored, and the description has sym=True ({entry.file.name})"
             continue
         kind, dimensions = kinds[suffix][0], len(kinds[suffix][1])
         if (FLOAT if entry.dtype in FLOATS else entry.dtype) != kind:
@@ -83,7 +83,7 @@ def _wrong_shapes(stored: StoredLayer, layer: QuantizedLayer) -> Iterator[str]:
         entry = stored.entries.get(suffix)
         if entry is None:
             if suffix not in (layout.g_idx, "bias"):
-                yield f"{name}.{suffix} is missing, and the description says sym=False"
+                yield f"{name}.{suffix} is missing, and the description has sym=False"
         elif entry.shape != shape:
             yield (
                 f"{name}.{suffix} has shape {list(entry.shape)}; bits={layer.bits}, group_size={layer.group_size} with "

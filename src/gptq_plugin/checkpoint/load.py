@@ -59,8 +59,8 @@ def load_quantized(
             own (usually float16 or bfloat16) when None. Scales stay float16.
         model: For an export of a plain nn.Module: the float model it was made from, freshly built. It is
             changed in place and returned. Without it, config.json must name a transformers architecture.
-        trust_remote_code: Run the Python files in the folder, where config.json says (``auto_map``) that the model's
-            class is in them; without it such a folder is refused. For folders whose code you have read.
+        trust_remote_code: Run the Python files in the folder, if config.json finds the model's class in them
+            (``auto_map``); without it such a folder is refused. For folders whose code you have read.
         revision: Branch, tag or commit of the repository.
         token: For a private or gated repository; None is the one of ``hf auth login``.
         cache_dir: Where downloads are kept; None is huggingface_hub's cache.
@@ -79,8 +79,8 @@ def load_quantized(
     """
     if device_map is not None and (model is not None or torch.device(device).type != "cpu"):
         raise ValueError(
-            "device_map says where every module of a transformers model goes: give it without `device`, and place a "
-            "`model` of your own with `device`"
+            "device_map places every module of a transformers model: give it without `device`, and place a `model` of "
+            "your own with `device`"
         )
     device = device_named(device)
     folder = local_folder(
@@ -91,10 +91,8 @@ def load_quantized(
         return load_into(checkpoint, model, device, dtype)
     if not checkpoint.model_config.get("architectures"):
         raise CheckpointError(
-            f"{checkpoint.directory / CONFIG} names no transformers architecture, so it is the export of a "
-            "plain "
-            f"nn.Module ({checkpoint.model_config.get('module_class', 'of unknown class')}): build that "
-            "model and call "
+            f"{checkpoint.directory / CONFIG} names no transformers architecture, so it is the export of a plain "
+            f"nn.Module ({checkpoint.model_config.get('module_class', 'of unknown class')}): build that model and call "
             "load_quantized(directory, model=it)"
         )
     architecture, config = _architecture(checkpoint, trust_remote_code)
@@ -170,13 +168,13 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
     reference = _own_class(checkpoint, name) if architecture is None else None
     if reference is not None and not trust_remote_code:
         raise CheckpointError(
-            f"{file} says that {name} is code in that folder ({reference}), which loading it would run: read it, then "
+            f"{file} finds {name} in the folder's own code ({reference}), which loading it would run: read it, then "
             "give load_quantized(..., trust_remote_code=True)"
         )
     if reference is None and architecture is None:
         raise CheckpointError(
             f"{file}: transformers {transformers.__version__} has no architecture {name!r}: install a version that has "
-            "it. The folder brings no code for it: config.json names none in auto_map"
+            "it. The folder has no code for it: config.json names none in auto_map"
         )
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=reference is not None)

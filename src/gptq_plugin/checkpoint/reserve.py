@@ -24,9 +24,9 @@ from gptq_plugin.model.structure import Structure
 
 
 class Place(nn.Module):
-    """Holds the place of a quantized layer while the rest of the model is loaded.
+    """Stands for a quantized layer while the rest of the model is loaded.
 
-    Some models' initialisation accesses the weights and sizes of their children; those here are marked as initialised.
+    Some models initialise their children by weights and sizes; those here are marked as initialised.
 
     Buffers:
         room: uint8 [bytes of the layer], on the meta device until the loader puts it where the layer will go.
@@ -181,8 +181,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]
         out_features, in_features = linear_shape(module)
         if (layer.in_features, layer.out_features) != (in_features, out_features):
             problems.append(
-                f"{stored} has {layer.in_features} inputs and {layer.out_features} outputs at "
-                f"bits={layer.bits}; the "
+                f"{stored} has {layer.in_features} inputs and {layer.out_features} outputs at bits={layer.bits}; the "
                 f"model's Linear has {in_features} and {out_features}"
             )
         if module.bias is not None and not layer.has_bias:
@@ -203,6 +202,5 @@ def refuse(checkpoint: Checkpoint, model: str, problems: list[str]) -> None:
     if problems:
         raise CheckpointError(
             f"{checkpoint.directory} does not fit {model}:\n  " + "\n  ".join(problems) + "\n"
-            "Nothing was loaded. The checkpoint is incomplete or belongs to another model or another "
-            "version of it"
+            "Nothing was loaded. The checkpoint is incomplete, or of another model or another version of it"
         )

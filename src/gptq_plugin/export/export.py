@@ -1,4 +1,4 @@
-"""From a quantized model to a folder that clients load: `export_model`, or `Export` while layers still come.
+"""Writes a quantized model as a folder that clients load: `export_model`, or `Export` while layers are still solved.
 
 The folder is written beside its target under a hidden name, read back and compared with the model (`verify_files`),
 loaded and run (`verify_outputs`), flushed, and only then renamed into place (`staging`): a failure leaves the target as
@@ -61,15 +61,13 @@ def export_model(
 
     A transformers model becomes what `save_pretrained` writes (config.json with a ``quantization_config``,
     generation_config.json, safetensors); any other module becomes safetensors and a minimal config.json. Up to
-    1 GB of tensors are one model.safetensors, more are shards with an index. quantize_config.json (AutoGPTQ's file),
-    the report (for programs, as a page, and as a model card) and the tokenizer lie beside.
+    1 GB of tensors are one model.safetensors, more are shards with an index. Beside them are quantize_config.json
+    (AutoGPTQ's file), the report (for programs, as a page, and as a model card) and the tokenizer.
 
     Args:
-        model: With `QuantLinear` layers; not changed. Other tensors are stored in their dtypes, tied ones
-            once.
+        model: With `QuantLinear` layers; not changed. Other tensors are stored in their dtypes, tied ones once.
         directory: Must not exist or be empty; see `overwrite`. Its parents are created.
-        config: What the model was quantized with. ``desc_act`` is written as true only when some group index
-            needs it.
+        config: The model's quantization. ``desc_act`` is written as true only if some group index needs it.
         report: Stored as quantization_report.json, report.html and README.md (a model card).
         tokenizer: Anything with `save_pretrained`, or the folder or hub id to load a tokenizer from.
         overwrite: Replace an earlier export of this package; nothing else is ever replaced.
@@ -82,8 +80,8 @@ def export_model(
 
     Raises:
         ExportError: Nothing is quantized, `config` is not the one the model was quantized with, the folder cannot be
-            used, `target` does not take the export, or the files do not read back as the model. The folder is then as
-            it was.
+            used, `target` does not take the export, or the files do not read back as the model. The folder is
+            unchanged.
         TypeError, ValueError: `tokenizer` is not one; see `calibration.tokenizer.as_tokenizer`.
     """
     tokenizer = as_tokenizer(tokenizer, saved=True)
@@ -99,11 +97,11 @@ def export_model(
 class Export:
     """`export_model` in steps: finished layers are written while others are still being quantized.
 
-    Every layer is given to `add` once, then the quantized model to `finish`. As a context manager it removes what
-    it wrote when it is left without `finish`, whatever the reason; the target is then as it was.
+    Every layer is given to `add` once, then the quantized model to `finish`. As a context manager it removes its files
+    if it is left without `finish`, for whatever reason; the target is then unchanged.
 
     Args:
-        structure: Of the model that will be exported, its layers quantized or not yet.
+        structure: The model's; its layers may be quantized already, or not yet.
         directory, config, overwrite: See `export_model`.
         target: The client that is to load the export; `finish` refuses an export that it does not take.
 
@@ -133,8 +131,8 @@ class Export:
         self._writer = ShardWriter(self._staging.path, SHARD)
 
     def add(self, name: str, layer: QuantLinear) -> None:
-        """Takes a finished layer and writes it in the background. Does not wait for the layer's device, only while two
-        shards (`SHARD`) are not on disk yet.
+        """Writes a finished layer in the background. Waits for no device, and for the disk only while two shards
+        (`SHARD`) are not written yet.
 
         Args:
             name: Its name in the model; for a shared layer, the name to store it under.
@@ -177,13 +175,14 @@ class Export:
             )
 
     def written(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of an added layer, mapped from its file, or None while they are not on disk.
+        """Maps an added layer's tensors from its file.
 
         A layer on the CPU that takes them in place of its own frees that memory. They stay valid after `finish` and
         `abort`, and if the files are removed or replaced, but not if the files are written to.
 
         Returns:
-            The tensors whose bytes in the file are a `QuantLinear`'s (`Format.in_memory`); None if there are none.
+            The tensors whose bytes in the file are a `QuantLinear`'s (`Format.in_memory`); None if there are none, or
+            they are not on disk yet.
         """
         stored = self._stored_names[name]
         tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in self._format.in_memory}
@@ -207,8 +206,8 @@ class Export:
             The folder, absolute.
 
         Raises:
-            ExportError: The model's layers are not those added, a file could not be written, does not read back as the
-                model, or computes something else. The target is then as it was.
+            ExportError: The model's layers are not those added, or the files could not be written, do not read back as
+                the model, or compute something else. The target is then unchanged.
         """
         self._check_open()
         try:

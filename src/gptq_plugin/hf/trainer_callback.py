@@ -32,7 +32,7 @@ from gptq_plugin.hf.surroundings import (
 )
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
-from gptq_plugin.quantize.options import ModelForward
+from gptq_plugin.quantize.options import ModelForward, PassOptions
 from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.callback_base import CallbackBase, Origin
 from gptq_plugin.training.log_metrics import total_metrics
@@ -167,14 +167,17 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             back_on(model, args.device),
         ):
             module = _without_adapters(model, merged_in_place)
-            attempts = Attempts(
-                module,
-                data=lambda: self.calibration_data(training["train_dataloader"]),
+            options = PassOptions(
                 forward=self.calibration_forward(args),
                 tokenizer=self._tokenizer(training),
                 progress=progress,
-                keep=keep,
                 device_memory=peak,
+            )
+            attempts = Attempts(
+                module,
+                data=lambda: self.calibration_data(training["train_dataloader"]),
+                options=options,
+                keep=keep,
             )
             run_name = args.run_name if args.run_name != args.output_dir else None  # some versions make them equal
             origin = Origin(float_checkpoint(args, state), run_name, note_untied(model, module))

@@ -46,6 +46,7 @@ from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint,
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
+from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.callback_base import CallbackBase, Origin
@@ -231,16 +232,19 @@ class GPTQCallback(CallbackBase, pl.Callback):
             swap = self.leaves_quantized(trainer, pl_module)
             chosen = self.module_to_quantize(pl_module)
             with without_adapters(trainer, pl_module, chosen, merged_in_place) as module:
+                options = PassOptions(
+                    forward=self.calibration_forward(trainer, pl_module, module),
+                    tokenizer=self.tokenizer,
+                    progress=progress,
+                    device=forward_device(trainer),
+                    device_memory=self._peak_of_training,
+                )
                 attempts = Attempts(
                     module,
                     data=partial(self.calibration_data, trainer),
-                    forward=self.calibration_forward(trainer, pl_module, module),
+                    options=options,
                     quality=quality,
-                    tokenizer=self.tokenizer,
-                    progress=progress,
                     keep=swap,
-                    device=forward_device(trainer),
-                    device_memory=self._peak_of_training,
                     layers_in=None if state.files is None else state.files.layers,
                     target=self.target,
                 )

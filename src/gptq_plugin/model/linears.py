@@ -1,4 +1,4 @@
-"""Linear layers: modules that compute x·Wᵀ + b with a weight of their own, whatever their class."""
+"""Recognizes linear layers by what they compute, x·Wᵀ + b, whatever their class."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether the module computes x·Wᵀ + b: Linear, a subclass that computes the same, or Conv1D."""
+    """Returns whether the module computes x·Wᵀ + b: Linear, a subclass that computes the same, or Conv1D."""
     kind: Any = type(module)
-    # Without transformers in the process there can be no Conv1D.
+    # If transformers is not imported, no module is its Conv1D.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     conv1d = getattr(pytorch_utils, "Conv1D", None)
     if conv1d is not None and kind is conv1d:
@@ -31,8 +31,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 @functools.cache
 def _computes_linear(kind: type[nn.Module]) -> bool:
-    """Return whether a subclass with another forward computes what Linear does: a small one, with a Linear's
-    parameters and nothing else, is run to see."""
+    """Returns whether a subclass with another forward computes what Linear does, by running a small instance that has
+    a Linear's parameters and nothing else."""
     layer = kind.__new__(kind)
     nn.Linear.__init__(layer, 5, 3, device="cpu", dtype=torch.float64)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -40,5 +40,5 @@ def _computes_linear(kind: type[nn.Module]) -> bool:
         wanted = functional.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
         try:
             return bool(torch.allclose(layer(x), wanted))
-        except Exception:  # noqa: BLE001 - it needs more
+        except Exception:  # noqa: BLE001 - it needs other attributes
             return False

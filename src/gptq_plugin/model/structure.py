@@ -1,4 +1,4 @@
-"""The parts of a model that quantizing it, and describing the result, ask for: `Structure`."""
+"""`Structure`: the parts of a model that its quantization and its description are made from."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from gptq_plugin.model.stored_names import stored_names
 class Structure:
     """The linear layers of a model, its routers and its output embedding, found in one pass over its modules.
 
-    Experts that the model keeps in one parameter are among the layers if `experts.unfused` had taken them apart. The
-    names stay true while layers are replaced by quantized ones and experts are fused again.
+    Experts in one parameter are among the layers if `experts.unfused` had taken them apart. Names remain valid when
+    layers are replaced by quantized ones and experts are fused again.
 
     Attributes:
         model: The model.
@@ -34,9 +34,9 @@ class Structure:
         routers: See `experts.routers`. Linear ones are among `linears` too.
         head: The output embedding, wherever it is in the tree; None without one.
         output_heads: The layers that give a classifier's output (`output_heads.output_heads`).
-        published_head: Name of `head`, if the model itself is a transformers model that has one: clients know no other.
+        published_head: The name of the output embedding of a transformers model, the only one clients look for.
         obstacles: Linear layers that cannot be quantized by themselves, and why.
-        outside: Linear layers outside the part that writes text, in a model that writes about images or sounds.
+        outside: Linear layers outside the language model, in a model that also reads images or sounds.
         shapes: (out_features, in_features) of every linear layer, under each of its names, and of every router.
     """
 
@@ -79,7 +79,7 @@ class Structure:
     def stored_names(self) -> Mapping[str, str]:
         """The name in a checkpoint of every layer in `shapes`, by transformers' rules (`stored_names.stored_names`).
 
-        Asked for once, and only by what writes or describes a checkpoint: thousands of experts take seconds.
+        Computed on first use, and once: thousands of experts take seconds.
         """
         return stored_names(self.model, self.shapes)
 
@@ -95,7 +95,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
-    """transformers tells which it is; elsewhere it is the Linear that shares an Embedding's weight."""
+    """The output embedding by transformers' getter, else the Linear that shares an Embedding's weight."""
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
         if callable(getter):
@@ -118,7 +118,7 @@ def _published_head(model: Any) -> str | None:
 
 
 def _obstacles(model: nn.Module, head: nn.Module | None) -> dict[nn.Module, str]:
-    """See `Structure.obstacles`. The head may leave a tied embedding."""
+    """See `Structure.obstacles`. A tie is none for the head, which may leave its embedding."""
     reasons: dict[nn.Module, str] = {}
     users: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -165,8 +165,8 @@ def _is_sharded(weight: Tensor) -> bool:
 def _outside_language(model: nn.Module, linears: Mapping[str, nn.Module]) -> set[nn.Module]:
     """See `Structure.outside`: towers and projectors.
 
-    transformers tells which configuration is the text's; the part is the model in it that is made from one like that.
-    Where an encoder reads for it, the part that reads tokens belongs to it too.
+    The language model is the part whose configuration is of the class of the text's; in an encoder-decoder, the part
+    that reads tokens belongs to it too.
     """
     outside: set[nn.Module] = set()
     for prefix, whole in transformers_models(model):
@@ -183,7 +183,7 @@ def _outside_language(model: nn.Module, linears: Mapping[str, nn.Module]) -> set
 
 
 def _reads_tokens(model: Any) -> bool:
-    """Return whether a transformers model has token embeddings, and no part for anything but text."""
+    """Returns whether a transformers model has token embeddings, and no part for anything but text."""
     if type(model.config.get_text_config()) is not type(model.config):
         return False
     try:

@@ -158,21 +158,10 @@ class QuantizeModule:
 
         On any error the model and `export_dir` are as they were before.
         """
-        quantized = self.temporarily(
-            model,
-            batches,
-            keep=True,
-            export_dir=export_dir,
-            overwrite=overwrite,
-            target=target,
-            forward=forward,
-            tokenizer=tokenizer,
-            nsamples=nsamples,
-            device=device,
-            device_memory=device_memory,
-            progress=progress,
-        )
-        with quantized as report:
+        options = PassOptions(forward, tokenizer, nsamples, device, device_memory, progress)
+        with self.temporarily(
+            model, batches, options, keep=True, export_dir=export_dir, overwrite=overwrite, target=target
+        ) as report:
             pass
         self.run_log.end(report, None if export_dir is None else Path(export_dir))
         return report
@@ -202,7 +191,7 @@ class QuantizeModule:
         Raises:
             TargetError, CalibrationError: As `quantize`.
         """
-        options = self._options(forward=forward, tokenizer=tokenizer, device=device)
+        options = self._options(PassOptions(forward, tokenizer, device=device))
         ready = prepared(model, batches, self.config, options, alone=True)
         with distributed.ending_together(), evaluating(model), ready as (plan, calibration):
             rehearse(plan, calibration, options, whole=whole, rest=rest_of(plan, entire, options))
@@ -213,27 +202,26 @@ class QuantizeModule:
         self,
         model: nn.Module,
         batches: Iterable[Any],
+        options: PassOptions | None = None,
         *,
         keep: bool = False,
         export_dir: str | Path | None = None,
         overwrite: bool = False,
         target: Client | str | Mapping[str, Any] | None = None,
-        **options: Any,
     ) -> Iterator[QuantizeReport]:
         """Quantizes a model inside a with block; afterwards it is float again. The float weights stay in memory.
 
         Args:
             model: As for `quantize`.
             batches: As for `quantize`.
+            options: The other options of `quantize`, and where finished layers lie: see `PassOptions`.
             export_dir: As for `quantize`.
             overwrite: As for `quantize`.
             target: As for `quantize`.
             keep: Leave the model quantized, unless the block raises.
-            options: The other options of `quantize`, and `layers_in`: a `SharedLayers` that holds the layers of a
-                model on the CPU for all ranks of a node.
         """
         started = time.perf_counter()
-        client, chosen = Client.of(target), self._options(exports=export_dir is not None, **options)
+        client, chosen = Client.of(target), self._options(options or PassOptions(), exports=export_dir is not None)
         with contextlib.ExitStack() as around, contextlib.ExitStack() as inside:
             inside.enter_context(distributed.ending_together())
             _check_export_dir(export_dir, overwrite)
@@ -298,9 +286,9 @@ class QuantizeModule:
             self.run_log.exported(self.report, Path(directory))
         return folder
 
-    def _options(self, **given: Any) -> PassOptions:
-        given |= {"offload_weights": self.offload_weights, "offload_activations": self.offload_activations}
-        return PassOptions(**given, exact_sums=self.exact_sums)
+    def _options(self, given: PassOptions, **changed: Any) -> PassOptions:
+        changed |= {"offload_weights": self.offload_weights, "offload_activations": self.offload_activations}
+        return dataclasses.replace(given, **changed, exact_sums=self.exact_sums)
 
 
 def _check_options(config: QuantizeConfig, **offload: Any) -> None:

@@ -29,7 +29,8 @@ class PassOptions:
         forward, nsamples, device, device_memory, progress: See `QuantizeModule.quantize`.
         tokenizer: The same, loaded if its folder or hub id is given.
         exports: The tokenizer is to be saved with an export.
-        layers_in: Where finished layers are written as they come; None keeps them in memory.
+        layers_in: Where finished layers go as they come, such as an `Export`, or a `SharedLayers`, which holds those of
+            a model on the CPU for all ranks of a node; None keeps them in memory.
         offload_weights, offload_activations, exact_sums: See `QuantizeModule`.
     """
 

@@ -196,7 +196,7 @@ class Outcome:
         if not few:
             return []
         return [
-            f"{len(few)} layers of experts are damped more than damp_percent says, up to {max(few):.2g}, for the few "
+            f"{len(few)} layers of experts are damped more than damp_percent asks, up to {max(few):.2g}, for the few "
             "tokens that were routed to them"
         ]
 

@@ -1,7 +1,7 @@
-"""The rows of a layer, dealt to the ranks in blocks: each solves its own share, and all get the whole.
+"""Divides the rows of a layer among the ranks, in blocks: each solves a share, and all get the whole solution.
 
-Rows do not know each other, so shares of rows are even whatever the shapes of layers are, where whole layers are not.
-The factor of the Hessian is made by every rank anew: it is the same everywhere, and as large as what would be sent.
+Rows are independent, so shares are even whatever the layers' shapes; whole layers would not divide evenly. Every rank
+factors the Hessian itself: the result is the same everywhere, and sending it would move as many bytes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def solve_shared(weight: Tensor, hessian: Tensor, config: QuantizeConfig, *, in_
     Several ranks solve in blocks in any case.
 
     Raises:
-        ValueError: As `solver.solve`, on the rank whose rows it concerns.
+        ValueError: As `solver.solve`, on the ranks that solve the rows concerned.
     """
     size, rank = distributed.world_size(), distributed.rank()
     if size == 1:
         return solve(weight, hessian, config, in_blocks=in_blocks)
     blocks = divided(weight)
     share = -(-len(blocks) // size)
-    # One message holds a full share of every rank, so the last ones begin early and solve blocks of others too.
+    # All ranks send equally many rows, so the last ones begin early and solve some blocks of others again.
     starts = [min(one * share, len(blocks) - share) for one in range(size)]
     mine = solve_blocks(blocks[starts[rank] : starts[rank] + share], hessian, config)
     w, rows = mine.weight, blocks.shape[1]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from gptq_plugin import distributed
@@ -23,7 +22,7 @@ from gptq_plugin.memory.shared_layers import SharedLayers
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.module import QuantizeModule
-from gptq_plugin.quantize.options import ModelForward, Progress
+from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.escalation import Step, steps
 from gptq_plugin.training.output_noise import output_noise
@@ -73,20 +72,17 @@ class Attempts:
         model: The float model.
         data: Called once per attempt; returns the calibration data.
         quality: The quality an attempt has to reach.
-        forward, tokenizer, progress, keep, device, device_memory: As for `QuantizeModule.temporarily`.
-        layers_in: Called once per attempt; returns the argument of that name.
+        options: Options of each attempt's pass; `forward` runs the batches that noise is measured on, too.
+        keep: As for `QuantizeModule.temporarily`.
+        layers_in: Called once per attempt; returns the option of that name.
         target: Client of the export; configurations it would refuse are not tried.
     """
 
     model: nn.Module
     data: Callable[[], Iterable[Any]]
-    forward: ModelForward
+    options: PassOptions
     quality: Quality = field(default_factory=Quality)
-    tokenizer: Any = None
-    progress: Progress | None = None
     keep: bool = False
-    device: torch.device | None = None
-    device_memory: int | None = None
     layers_in: Callable[[], SharedLayers] | None = None
     target: Client | None = None
 
@@ -121,17 +117,8 @@ class Attempts:
                 attempt.config = step.config
 
     def _attempt(self, quantizer: QuantizeModule, tried: list[str], finish: Finish) -> QuantizeReport:
-        with quantizer.temporarily(
-            self.model,
-            self.data(),
-            forward=self.forward,
-            tokenizer=self.tokenizer,
-            progress=self.progress,
-            keep=self.keep,
-            device=self.device,
-            device_memory=self.device_memory,
-            layers_in=None if self.layers_in is None else self.layers_in(),
-        ) as report:
+        options = self.options if self.layers_in is None else replace(self.options, layers_in=self.layers_in())
+        with quantizer.temporarily(self.model, self.data(), options, keep=self.keep) as report:
             report.deviations += tried
             gate, failures = self.quality.gate, self._failures(report)
             if failures and gate.on_fail == "warn":
@@ -147,7 +134,7 @@ class Attempts:
     def _failures(self, report: QuantizeReport) -> list[str]:
         """Measures the quantized model, notes the metrics in the report and returns the limits that do not hold."""
         before = self.quality.before
-        with streamed_to(self.model, self.device):
+        with streamed_to(self.model, self.options.where):
             after = self.quality.measure() if before else {}
         report.metrics = {name: {"float": before[name], "gptq": after[name]} for name in before if name in after}
         return self.quality.gate.failures(before, after)
@@ -160,13 +147,15 @@ class Attempts:
     def _noise(self, quantizer: QuantizeModule, report: QuantizeReport) -> tuple[Plan, dict[str, float]]:
         plan = quantizer.plan
         assert plan is not None  # the model is quantized
-        takes = takes_of(self.model, self.forward)
-        data = collect(self.data(), quantizer.config, self.tokenizer, takes=takes)
+        options = self.options
+        takes = takes_of(self.model, options.forward)
+        data = collect(self.data(), quantizer.config, options.tokenizer, takes=takes)
         batches = [b for b, number in zip(data.batches, data.numbers, strict=True) if number < _NOISE_BATCHES]
         quantized = {module.name for module in report.quantized}
         floats = {target.name: target.module for target in plan.targets if target.name in quantized}
-        runs = [partial(self.forward, self.model, batch.data) for batch in batches]
-        with streamed_to(self.model, self.device), streamed_to(nn.ModuleList(floats.values()), self.device):
+        run, where = options.runner(every_logit=False), options.where
+        runs = [partial(run, self.model, batch.data) for batch in batches]
+        with streamed_to(self.model, where), streamed_to(nn.ModuleList(floats.values()), where):
             return plan, output_noise(self.model, floats, runs)
 
     def _advice(self, tried: int) -> str:

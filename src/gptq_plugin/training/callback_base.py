@@ -138,7 +138,7 @@ class CallbackBase:
                     quantizer,
                     attempts.model,
                     self.export_dir,
-                    tokenizer=attempts.tokenizer,
+                    tokenizer=attempts.options.tokenizer,
                     overwrite=self.overwrite,
                     target=self.target,
                 )

@@ -115,7 +115,7 @@ def test_a_stored_v1_zero_of_all_ones_is_read_as_zero_and_leaves_its_neighbours_
     assert unpack_zeros(V1.zeros_from_file(stored, bits, 3), bits, 3).tolist() == [[1, 0, 1]]
 
 
-def test_a_zero_of_0_is_not_written_as_v1_and_the_error_says_what_to_do() -> None:
+def test_a_zero_of_0_is_not_written_as_v1_and_the_error_names_the_remedy() -> None:
     qzeros = pack_zeros(torch.tensor([[3, 0, 5]], dtype=torch.uint8), 4)
     with pytest.raises(ValueError, match=r"1 of 3 zeros are 0.*gptq_v2"):
         V1.zeros_to_file(qzeros, 4, 3)

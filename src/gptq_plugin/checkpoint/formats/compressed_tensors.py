@@ -133,7 +133,7 @@ class CompressedTensors(Format):
         """Refuses everything but weights of a few bits, packed."""
         groups = quantization.get("config_groups")
         if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
-            raise CheckpointError(f"{source}: config_groups must say how modules are quantized, got {groups!r}")
+            raise CheckpointError(f"{source}: config_groups must describe how modules are quantized, got {groups!r}")
         for key, group in groups.items():
             problems = list(_group_problems(group, quantization.get("format")))
             if problems:
@@ -213,7 +213,7 @@ def _symmetric_zeros(bits: int, groups: int, out_features: int) -> Tensor:
 
 
 def _group_problems(group: Mapping[str, Any], overall: Any) -> Iterator[str]:
-    """What this package does not read of a config group; `overall` is the description's format."""
+    """Yields what this package cannot read of a config group; `overall` is the description's format."""
     weights = group.get("weights")
     stated = group.get("format") or overall
     if stated != _PACKED:

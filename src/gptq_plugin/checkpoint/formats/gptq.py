@@ -45,8 +45,8 @@ class GPTQ(Format):
     """``gptq`` or ``gptq_v2``.
 
     Args:
-        name: The one.
-        less: What it subtracts from a zero before it stores it.
+        name: One of the two.
+        less: Is subtracted from a zero before it is stored.
     """
 
     quant_method = "gptq"
@@ -147,8 +147,8 @@ class GPTQ(Format):
         if not one or not other or one == other:
             return None
         return (
-            f"says the format is {one!r} and quantize_config.json says {other!r}, and the zeros of one read as the "
-            "other are off by one. Correct the wrong one: symmetric zeros are stored as 2^(bits-1) - 1 in 'gptq' "
+            f"has the format {one!r} and quantize_config.json has {other!r}, and the zeros of one read as the other "
+            "are off by one. Correct the wrong one: symmetric zeros are stored as 2^(bits-1) - 1 in 'gptq' "
             "(0x77777777 at 4 bits) and as 2^(bits-1) in 'gptq_v2' (0x88888888)"
         )
 
