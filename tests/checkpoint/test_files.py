@@ -39,7 +39,7 @@ def test_an_index_that_points_outside_the_folder_is_refused(tmp_path: Path) -> N
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="which is no file of this folder"):
+    with pytest.raises(CheckpointError, match="lists .* which is not the name of a file of this folder"):
         load_quantized(folder)
 
 

@@ -167,7 +167,7 @@ def test_a_class_that_is_in_neither_transformers_nor_the_folder_is_refused(own_c
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="brings no code for it"):
+    with pytest.raises(CheckpointError, match="has no code for it"):
         load_quantized(folder, trust_remote_code=True)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
-from plans import Attention, calibration_of, plan_of, rows
+from plans import CONFIG, Attention, calibration_of, plan_of, rows
 from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.errors import TargetError
+from gptq_plugin.memory import placement
+from gptq_plugin.quantize import batch_runs
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.options import PassOptions
 
@@ -129,3 +134,117 @@ def test_batches_run_where_the_model_is_or_where_they_are_asked_to():
     model = nn.Sequential(nn.Linear(32, 32))
     assert runs_of(model, [rows(1, 32)])[1].device == torch.device("cpu")
     assert runs_of(model, [rows(1, 32)], device="meta")[1].device == torch.device("meta")
+
+
+# --- what a run is told, and what is decided from it ---
+
+
+def batches_of(sizes):
+    return [rows(size, 32, seed=size) for size in sizes]
+
+
+def test_experts_are_entered_first_by_the_first_run_of_each_batch():
+    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), batches_of([2, 3]))
+    with runs:
+        runs.forward(0)()
+        assert runs.is_first_to_enter("a") and runs.is_first_to_enter("a")  # called twice in one run
+        runs.forward(1)()
+        assert runs.is_first_to_enter("a")
+        runs.forward(0)()
+        assert not runs.is_first_to_enter("a") and runs.is_first_to_enter("b")
+
+
+def test_a_batch_that_waits_gives_its_memory_away_and_is_there_while_its_input_is_looked_at(monkeypatch):
+    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), batches_of([2]))
+    seen = []
+
+    def record(kind):
+        @contextlib.contextmanager
+        def context(number):
+            seen.append((kind, number))
+            yield
+
+        return context
+
+    with runs:
+        monkeypatch.setattr(runs.activations, "waiting", record("waits"))
+        monkeypatch.setattr(runs.activations, "on_device", record("there"))
+        with runs.waiting(4, "0"):
+            assert seen == [("waits", 4)]
+        runs.not_finite({7: torch.zeros(3)})
+    assert seen == [("waits", 4), ("there", 7)]
+
+
+def test_ranks_compare_the_size_and_the_number_of_their_largest_batches(monkeypatch):
+    plan, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), batches_of([2, 7, 5]))
+    monkeypatch.setattr(runs, "_numbers", [10, 11, 12])
+    told = []
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: told.append(own) or [own])
+    with runs:
+        runs.find_groups(modules(plan))
+    assert told[0][0] == (-7, 11)
+
+
+def test_sizes_are_samples_where_another_rank_does_not_know_its_tokens(monkeypatch):
+    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [[1] * 3, [1] * 9])
+    assert runs._sizes() == [3, 9]
+    monkeypatch.setattr(distributed, "minimum", lambda value: False)
+    assert runs._sizes() == [1, 1]
+
+
+def test_batches_run_one_at_a_time_if_one_rank_has_to(monkeypatch):
+    plan, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), batches_of([2, 3]))
+    with runs:
+        runs.find_groups(modules(plan))
+        assert runs.disturbance(modules(plan)) is None
+        monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, "theirs", None])
+        assert runs.disturbance(modules(plan)) == "theirs"
+
+
+@pytest.mark.parametrize(("freed", "told"), [([True, False], True), ([False, True], True), ([False, False], False)])
+def test_room_that_was_made_is_reported(freed, told, monkeypatch, caplog):
+    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), batches_of([2]))
+    with runs:
+        monkeypatch.setattr(runs.activations, "keep_least", lambda: freed[0])
+        monkeypatch.setattr(runs.weights, "keep_least", lambda: freed[1])
+        assert runs.make_room() is told
+        assert [one.partition(",")[0] for one in runs.over_budget()] == ["cpu ran out of memory once"] * told
+    assert ("no room on cpu" in caplog.text) is told
+
+
+@pytest.mark.parametrize(
+    ("free", "offload", "capacity"),
+    [(None, None, placement.UNLIMITED), (1000, False, placement.UNLIMITED), (1000, None, 500), (1000, True, "least")],
+)
+def test_the_first_forward_has_half_of_the_free_memory_for_weights(free, offload, capacity, monkeypatch):
+    monkeypatch.setattr(batch_runs, "free_bytes", lambda device, allowed: free)
+    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), batches_of([2]), offload_weights=offload)
+    with runs:
+        assert runs.weights.capacity == (runs.weights.min_resident_bytes if capacity == "least" else capacity)
+
+
+def test_what_is_placed_is_what_the_first_forward_needed(monkeypatch):
+    """Of three batches the largest ran, with 7 of 14 rows: all together need twice its activations."""
+    plan, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), batches_of([2, 7, 5]))
+    given, placed = [], placement.Placement(123, 45, True, False, "as asked")
+    monkeypatch.setattr(batch_runs, "free_bytes", lambda device, allowed: 10**6)
+    monkeypatch.setattr(batch_runs, "Peak", lambda device: SimpleNamespace(bytes=lambda: 9000))
+    monkeypatch.setattr(placement, "fixed_bytes", lambda targets, device, batches: 10 * batches)
+    monkeypatch.setattr(placement, "place", lambda *args: given.append(args) or placed)
+    with runs:
+        runs.activations.peak_bytes, runs.weights.peak_bytes = 400, 1000
+        runs.find_groups(modules(plan))
+        (_, free, needs, least, *_), weights = given[0], runs.weights
+        assert (free, needs.forward, needs.activations, needs.batch, needs.fixed) == (10**6, 8000, 800, 400, 30)
+        assert (needs.weights, least) == (weights.total_bytes, weights.min_resident_bytes)
+        assert runs.weights.capacity == 123 and runs.activations._budget == 45
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_every_logit_is_asked_for_where_the_output_embedding_is_quantized(lm_head, monkeypatch):
+    asked = []
+    monkeypatch.setattr(PassOptions, "runner", lambda self, *, every_logit: asked.append(every_logit))
+    model = nn.Sequential(nn.Linear(32, 32))
+    plan, calibration = plan_of(model, dataclasses.replace(CONFIG, lm_head=lm_head)), calibration_of(batches_of([2]))
+    BatchRuns(plan, calibration, Positions(model, calibration.batches, "all"), PassOptions())
+    assert asked == [lm_head]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from plans import CONFIG, Attention, Listed, calibration_of, plan_of, rows
@@ -11,8 +14,11 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.gptq.solver import solve
 from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.memory.activations import Activations
 from gptq_plugin.quantize import evidence
 from gptq_plugin.quantize import one_pass as passes
+from gptq_plugin.quantize.batch_runs import BatchRuns
+from gptq_plugin.quantize.evidence import Observations
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 
@@ -57,6 +63,9 @@ def test_the_model_is_float_afterwards_and_the_layers_are_handed_over():
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert {"plan", "calibrate", "solve"} == set(report.seconds) and min(report.seconds.values()) >= 0
+    for name, layer in layers.items():  # each has its own rows of those solved at once
+        weight = before[f"{name}.weight"]
+        assert (layer.dequantize() - weight).norm() < 0.2 * weight.norm(), name
 
 
 def test_layers_of_other_configurations_are_solved_apart_from_one_hessian(solved):
@@ -191,3 +200,141 @@ def test_exact_sums_reach_the_hessians_and_the_solver(exact, monkeypatch):
     monkeypatch.setattr(passes, "solve_shared", lambda *args, in_blocks: asked.append(in_blocks) or solve_shared(*args))
     passed(Attention(), [rows(100, 32)], exact_sums=exact)
     assert set(made) == set(asked) == {exact}
+
+
+def test_a_layer_that_is_called_and_read_stays_float_though_it_is_alone_in_its_group():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.behind = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.behind(self.read(x) + x @ self.read.weight)
+
+    layers, report = passed(Reads(), [rows(100, 32)])
+    assert set(layers) == {"behind"}
+    assert [(m.name, m.method) for m in report.modules] == [("read", "float"), ("behind", "gptq")]
+
+
+def test_experts_at_the_models_end_that_no_token_reached_are_solved_when_the_walk_ends():
+    torch.manual_seed(0)
+    layers, _ = passed(nn.Sequential(Listed()), [rows(400, 32)])
+    assert {"0.experts.3.0", "0.experts.3.2"} <= set(layers)
+
+
+def test_batches_that_reach_no_layer_are_refused():
+    with pytest.raises(CalibrationError, match="no calibration batch reached any of the 4 layers"):
+        passed(Attention(), [rows(100, 32)], forward=lambda network, batch: batch)
+
+
+def test_a_layer_behind_others_may_see_fewer_tokens_than_it_has_inputs():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.last(self.first(x)[-1:])
+
+    _, report = passed(Last(), [rows(100, 32)])
+    assert [(m.name, m.tokens) for m in report.modules] == [("first", 100), ("last", 1)]
+
+
+class Chosen(nn.Module):
+    """A batch goes to the first expert and the layer behind, and some batches to the second expert afterwards."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(32, 2, bias=False)
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 32)) for _ in range(2))
+
+        def forward(self, x, number):
+            return self.experts[number](x) * self.gate(x).amax(-1, keepdim=True)
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.behind = self.Experts(), nn.Linear(32, 32)
+
+    def forward(self, x):
+        y = self.behind(self.block(x, 0))
+        return self.block(y, 1) if x[0, 0] > 0 else y
+
+
+def test_an_expert_that_a_batch_reaches_after_it_was_solved_is_told_and_not_solved_again():
+    torch.manual_seed(0)
+    done = []
+    batches = [rows(200, 32).abs().neg(), rows(50, 32).abs()]  # the largest shows the order
+    config = QuantizeConfig(group_size=16, nsamples=250)
+    one_pass = OnePass(
+        plan_of(Chosen(), config),
+        calibration_of(batches, config),
+        PassOptions(progress=lambda *step: done.append(step)),
+    )
+    _, report = one_pass.run()
+    assert sorted(names for *_, names in done) == ["behind", "block.experts.0.0", "block.experts.1.0"]
+    late = [one for one in report.all_deviations() if "after it was quantized" in one]
+    assert late and all("block.experts.1.0" in one for one in late)
+    assert not one_pass._observations._hessians  # they are as large as the layers
+
+
+@pytest.fixture
+def observed(monkeypatch):
+    """Kinds of observations, and whether the memory they take was left out of the batches'."""
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def untracked(self):
+        inside.append(True)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(Activations, "untracked", untracked)
+    for kind in ("observe", "observe_experts"):
+        observe = getattr(Observations, kind)
+        monkeypatch.setattr(
+            Observations, kind, lambda *args, kind=kind, f=observe: seen.append((kind, bool(inside))) or f(*args)
+        )
+    return seen
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_enters_experts_is_observed_once_a_batch_and_not_as_the_batches_memory(
+    alone, observed, monkeypatch, caplog
+):
+    torch.manual_seed(0)
+    if alone:
+        monkeypatch.setattr(BatchRuns, "disturbance", lambda self, layers: "asked for")
+    _, report = passed(nn.Sequential(Listed()), [rows(200, 32, seed) for seed in range(2)])
+    assert observed.count(("observe_experts", True)) == 2 and set(observed) == {
+        ("observe", True),
+        ("observe_experts", True),
+    }
+    assert any("one at a time" in one for one in report.deviations) == alone
+    assert any("one at a time" in one and "asked for" in one for one in caplog.messages) == alone
+
+
+def test_one_process_solves_again_with_more_room_and_ranks_do_not(monkeypatch):
+    rooms = []
+    monkeypatch.setattr(passes, "with_room", lambda solve, make_room: rooms.append(make_room) or solve())
+    passed(nn.Sequential(nn.Linear(32, 32)), [rows(100, 32)])
+    assert len(rooms) == 1
+    monkeypatch.setattr(passes, "distributed", SimpleNamespace(active=lambda: True, minimum=passes.distributed.minimum))
+    passed(nn.Sequential(nn.Linear(32, 32)), [rows(100, 32)])
+    assert len(rooms) == 1
+
+
+def test_as_many_samples_as_asked_are_no_deviation_and_memory_and_all_ranks_remarks_are(monkeypatch):
+    config = QuantizeConfig(group_size=16, nsamples=100)
+    assert passed(Attention(), [rows(100, 32)], config)[1].deviations == []
+    monkeypatch.setattr(BatchRuns, "over_budget", lambda self: ["no room"])
+    monkeypatch.setattr(passes, "sum_over_ranks", lambda notes: {**dict.fromkeys(notes, 0), "are odd": 2})
+    _, report = passed(Attention(), [rows(100, 32)], config)
+    assert report.deviations == ["no room", "2 calibration batches are odd"]
+
+
+def test_the_bias_and_the_dtype_of_a_layer_are_kept():
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32)).to(torch.bfloat16)
+    layers, _ = passed(model, [rows(100, 32).to(torch.bfloat16)])
+    assert layers["0"].bias is None and torch.equal(layers["1"].bias, model[1].bias)
+    assert {layer.weight.dtype for layer in layers.values()} == {torch.bfloat16}

@@ -80,7 +80,8 @@ def test_a_model_that_does_not_tell_how_it_uses_its_experts_is_planned_after_a_b
     assert names(plan_of(model)) == ["before"]
     ran = []
     forward = lambda network, batch: ran.append(network.training) or network(batch)  # noqa: E731
-    with prepared(model.train(), [x], CONFIG, PassOptions(forward=forward)) as (plan, calibration):
+    once = iter([x])  # data that can be read once
+    with prepared(model.train(), once, CONFIG, PassOptions(forward=forward)) as (plan, calibration):
         assert names(plan)[1:] == [f"experts.{e}.weights" for e in range(3)]
         assert ran == [False] and calibration.samples == 30
     assert isinstance(model.experts.weights, nn.Parameter) and model.training

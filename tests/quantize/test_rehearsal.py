@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from plans import Attention, calibration_of, plan_of, rows
+from plans import CONFIG, Attention, calibration_of, plan_of, rows
 from torch import nn
 
+from gptq_plugin import distributed
+from gptq_plugin.calibration.sources import Source, Sources
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.quantize.options import PassOptions
-from gptq_plugin.quantize.rehearsal import Rest, rehearse
+from gptq_plugin.quantize.rehearsal import Rest, rehearse, rest_of
+
+from models import tiny_llama
 
 
 def rehearsed(model, batches, *, whole=True, forward=None, first_batches=None, rest=None):
@@ -144,3 +150,75 @@ def test_rows_of_a_layer_that_is_called_often_count_each_time():
     rehearsed(Recurrent(), [rows(8, 32)], whole=True)
     with pytest.raises(CalibrationError, match="28 tokens in 7 samples"):
         rehearsed(Recurrent(), [rows(7, 32)], whole=True)
+
+
+def test_of_all_data_that_is_there_no_more_runs_than_shows_that_it_is_enough():
+    ran = []
+    forward = lambda network, batch: ran.append(len(batch)) or network(batch)  # noqa: E731
+    everything = [rows(8, 32, seed) for seed in range(9)]
+    rehearsed(nn.Sequential(nn.Linear(32, 32)), everything, whole=True, forward=forward, first_batches=[0])
+    assert ran == [8] * 4
+
+
+def test_tokens_are_counted_at_the_first_layer_alone():
+    with pytest.raises(CalibrationError, match="20 tokens in 20 samples"):
+        rehearsed(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), [rows(20, 32)], whole=True)
+
+
+def test_positions_that_the_models_mask_leaves_out_are_not_counted():
+    mask = torch.ones(4, 40, dtype=torch.long)
+    mask[:, 10:] = 0
+    batch = torch.ones(4, 40, dtype=torch.long), mask  # whose fields have no names
+    forward = lambda model, batch: model(input_ids=batch[0], attention_mask=batch[1])  # noqa: E731
+    with pytest.raises(CalibrationError, match="40 tokens in 4 samples"):
+        rehearsed(tiny_llama(), [batch], whole=True, forward=forward)
+
+
+def test_a_batch_without_labels_is_refused_though_another_one_ran():
+    ids = torch.ones(4, 20, dtype=torch.long)
+    calibration = calibration_of([{"input_ids": ids, "labels": ids}, {"input_ids": ids}])
+    calibration.first_batches[:] = [0]
+    plan = plan_of(tiny_llama(), dataclasses.replace(CONFIG, token_weighting="labels"))
+    options = PassOptions(forward=lambda model, batch: model(input_ids=batch["input_ids"]))
+    with pytest.raises(CalibrationError, match="batch 1 .*has no labels"):
+        rehearse(plan, calibration, options, whole=False)
+
+
+# --- several ranks ---
+
+
+@pytest.fixture
+def another_rank(monkeypatch):
+    """Another rank reaches a layer, and counts 24 tokens in 24 samples. This one is rank 3."""
+
+    def gather(own):
+        told = {bool: True, int: 24, tuple: (24, 24)}.get(type(own))
+        return [own] if told is None or (told == (24, 24) and len(own) != 2) else [own, told]
+
+    monkeypatch.setattr(distributed, "rank", lambda: 3)
+    monkeypatch.setattr(distributed, "gather_objects", gather)
+
+
+def test_tokens_of_all_ranks_count_and_one_rank_may_reach_no_layer(another_rank):
+    model = nn.Sequential(nn.Linear(32, 32))
+    reads = []
+    rehearsed(model, [rows(8, 32)], whole=False, rest=rest([rows(8, 32)], 0, reads))
+    assert reads == []  # 8 tokens here and 24 there
+    rehearsed(model, [rows(8, 32)], whole=True)
+    with pytest.raises(CalibrationError, match="too short: 31 tokens"):
+        rehearsed(model, [rows(7, 32)], whole=True)
+    rehearsed(model, [rows(8, 32)], whole=False, forward=lambda network, batch: batch)
+
+
+def test_values_that_are_not_finite_are_refused_by_batch_and_rank(another_rank):
+    with pytest.raises(CalibrationError, match=r"in calibration batch 0 \(rank 3\)"):
+        rehearsed(nn.Sequential(nn.Linear(32, 32)), [rows(4, 32) * float("inf")], whole=False)
+
+
+def test_the_rest_of_the_data_is_what_training_leaves_and_as_long_as_that_is_known_to_be():
+    plan, options = plan_of(nn.Sequential(nn.Linear(32, 32))), PassOptions()
+    assert rest_of(plan, None, options) is None
+    stream = rest_of(plan, [rows(8, 32), rows(5, 32)], options)
+    assert stream.at_least == 0 and stream.collect().samples == 13
+    texts = rest_of(plan, Sources((Source([[1, 2, 3]] * 40, "texts", 16),)), options)
+    assert texts.at_least == texts.collect().samples == 16

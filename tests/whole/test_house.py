@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,21 @@ def test_every_folder_tells_what_lives_there_and_what_it_may_import() -> None:
             others = [statement for statement in others if not statement.startswith(own)]
         assert others == [], f"{folder.name}/__init__.py is more than a docstring"
         assert "\n\nImports " in (ast.get_docstring(tree) or ""), folder.name
+
+
+@pytest.mark.parametrize("folder", sorted(init.parent.name for init in PACKAGE.glob("*/__init__.py")))
+def test_what_a_folder_tells_of_its_imports_is_true(folder: str) -> None:
+    """All it imports, unless it tells of what is below, and nothing that it never does."""
+    code = "\n".join(file.read_text(encoding="utf-8") for file in (PACKAGE / folder).rglob("*.py"))
+    imported = set(re.findall(r"^ *(?:from|import) gptq_plugin(?:\.| import )([a-z]\w*)", code, re.MULTILINE)) - {
+        folder
+    }
+    init = ast.parse((PACKAGE / folder / "__init__.py").read_text(encoding="utf-8"))
+    sentence = (ast.get_docstring(init) or "").partition("\n\nImports ")[2].partition("\n\n")[0]
+    first, _, never = sentence.replace("\n", " ").partition("; never ")
+    assert not imported & set(re.findall(r"\w+", never))
+    if "below" not in first and "any folder" not in first:
+        assert imported == set(re.findall(r"\w+", first)) - {"and", "nothing", "of", "this", "package"}
 
 
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, code: set[int]) -> int:

@@ -79,7 +79,7 @@ class Checkpoint:
         quantization, source = description_in(directory, model_config)
         format_ = stated_format(quantization, source)
         beside = directory / QUANTIZE_CONFIG
-        if format_.repeated and source != beside and beside.is_file():
+        if format_.repeated and beside.is_file():
             problem = format_.contradiction(quantization, read_json(beside))
             if problem is not None:
                 raise CheckpointError(f"{source} {problem}")

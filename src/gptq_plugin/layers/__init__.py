@@ -1,4 +1,4 @@
 """QuantLinear and its packed words.
 
-Imports gptq, kernels and errors; never walk or model.
+Imports gptq and kernels; never walk or model.
 """

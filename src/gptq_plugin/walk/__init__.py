@@ -1,4 +1,4 @@
 """Lock-step: all batches walk the model together, and their layers' inputs are measured. Knows no quantization.
 
-Imports distributed and device; never layers or model.
+Imports distributed, device and kernels; never layers or model.
 """

@@ -235,7 +235,7 @@ def test_a_channel_is_one_group_and_groups_along_act_order_are_known() -> None:
 
 @pytest.mark.parametrize(
     "quantization,words",
-    [({"config_groups": {}}, "config_groups must say"),
+    [({"config_groups": {}}, "config_groups must describe"),
      (described({"format": "int-quantized"}), "format is 'int-quantized'"),
      (described({"weights": None}), "weights are not quantized"),
      (described({"weights": {**WEIGHTS, "type": "float"}}), "weights are 'float'"),
