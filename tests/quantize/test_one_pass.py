@@ -319,7 +319,8 @@ def test_one_process_solves_again_with_more_room_and_ranks_do_not(monkeypatch):
     monkeypatch.setattr(passes, "with_room", lambda solve, make_room: rooms.append(make_room) or solve())
     passed(nn.Sequential(nn.Linear(32, 32)), [rows(100, 32)])
     assert len(rooms) == 1
-    monkeypatch.setattr(passes, "distributed", SimpleNamespace(active=lambda: True, minimum=passes.distributed.minimum))
+    as_ranks = SimpleNamespace(**{**vars(passes.distributed), "active": lambda: True})
+    monkeypatch.setattr(passes, "distributed", as_ranks)
     passed(nn.Sequential(nn.Linear(32, 32)), [rows(100, 32)])
     assert len(rooms) == 1
 

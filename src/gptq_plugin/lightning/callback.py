@@ -232,12 +232,9 @@ class GPTQCallback(CallbackBase, pl.Callback):
             swap = self.leaves_quantized(trainer, pl_module)
             chosen = self.module_to_quantize(pl_module)
             with without_adapters(trainer, pl_module, chosen, merged_in_place) as module:
+                forward, device = self.calibration_forward(trainer, pl_module, module), forward_device(trainer)
                 options = PassOptions(
-                    forward=self.calibration_forward(trainer, pl_module, module),
-                    tokenizer=self.tokenizer,
-                    progress=progress,
-                    device=forward_device(trainer),
-                    device_memory=self._peak_of_training,
+                    forward, self.tokenizer, device=device, device_memory=self._peak_of_training, progress=progress
                 )
                 attempts = Attempts(
                     module,

@@ -78,8 +78,7 @@ class QuantizeModule:
         switches = {"offload_weights": offload_weights, "offload_activations": offload_activations}
         _check_options(self.config, **switches, exact_sums=exact_sums)
         self.exact_sums = exact_sums
-        self.offload_weights = offload_weights
-        self.offload_activations = offload_activations
+        self.offload_weights, self.offload_activations = offload_weights, offload_activations
         self.report: QuantizeReport | None = None
         self.plan: Plan | None = None
         self.run_log = RunLog()
