@@ -88,3 +88,10 @@ def test_other_ranks_show_nothing(caplog: pytest.LogCaptureFixture, monkeypatch:
     quantizer: Any = QuantizeModule(**{**SMALL, "nsamples": 20})
     report = quantizer.quantize(tiny_llama(), BATCHES)
     assert report.deviations and not [r for r in caplog.records if r.name == "gptq_plugin.quantize.run_log"]
+
+
+def test_a_warning_is_given_once_in_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    log = run_log.RunLog()
+    for line in ("one", "other", "one"):
+        log.warn(line)
+    assert caplog.messages == ["one", "other"]

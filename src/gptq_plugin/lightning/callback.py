@@ -263,7 +263,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
 
     def module_to_quantize(self, pl_module: pl.LightningModule) -> nn.Module:
         """Returns the module to quantize; override to choose another. See `choose_module`."""
-        return choose_module(pl_module, self.module)
+        return choose_module(pl_module, self.module, self.quantizer.run_log.warn)
 
     def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
         """Returns this rank's calibration data; override to choose other samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 from torch import nn
@@ -10,17 +10,14 @@ from torch import nn
 from gptq_plugin.errors import TargetError
 from gptq_plugin.model.hf_models import transformers_models
 
-log = logging.getLogger(__name__)
 
-
-def choose_module(pl_module: pl.LightningModule, name: str | None) -> nn.Module:
+def choose_module(pl_module: pl.LightningModule, name: str | None, warn: Callable[[str], object]) -> nn.Module:
     """Returns the submodule `name`; by default the one transformers model inside, or else the LightningModule.
-
-    Logs a warning if parameters lie outside the transformers model, and so are neither quantized nor exported.
 
     Args:
         pl_module: The LightningModule.
         name: Dotted name in it; "" is the LightningModule itself.
+        warn: Told if parameters lie outside the transformers model, and so are neither quantized nor exported.
 
     Raises:
         TargetError: The submodule does not exist, or there are several transformers models to choose from.
@@ -42,12 +39,9 @@ def choose_module(pl_module: pl.LightningModule, name: str | None) -> nn.Module:
     for model_name, model in models.items():
         outside = _parameters_outside(pl_module, model)
         if outside:
-            log.warning(
-                "only the transformers model %r is quantized and exported; %s of %s are outside it. For all of "
-                "it, give module=''",
-                model_name,
-                ", ".join(outside[:4]),
-                type(pl_module).__name__,
+            warn(
+                f"only the transformers model {model_name!r} is quantized and exported; {', '.join(outside[:4])} of "
+                f"{type(pl_module).__name__} are outside it. For all of it, give module=''"
             )
         return model
     return pl_module

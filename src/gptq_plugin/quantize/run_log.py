@@ -42,11 +42,14 @@ class RunLog:
 
     def deviations(self, report: QuantizeReport) -> None:
         """Warns of everything that differs from the request, in a line for layers alike, once over all attempts."""
-        if distributed.rank() == 0:
-            for line in report.deviation_lines():
-                if line not in self._warnings:
-                    log.warning("%s", line)
-                self._warnings.add(line)
+        for line in report.deviation_lines():
+            self.warn(line)
+
+    def warn(self, line: str) -> None:
+        """Warns of something, once in a run and on one rank."""
+        if distributed.rank() == 0 and line not in self._warnings:
+            log.warning("%s", line)
+        self._warnings.add(line)
 
     def end(self, report: QuantizeReport, folder: Path | None) -> None:
         """Shows the layers and the result; the next run logs everything anew.
