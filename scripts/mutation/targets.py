@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,4 +40,6 @@ def targets() -> list[Target]:
 
 
 def _target(folder: str, file: Path) -> Target:
-    return Target(f"gptq_plugin.{folder}.{file.stem}", file, [f"tests/{folder}/test_{file.stem}.py"])
+    elsewhere = re.search(r"^Tested by (\S+?\.py)\b", file.read_text(encoding="utf-8"), re.MULTILINE)
+    tests = elsewhere[1] if elsewhere else f"tests/{folder}/test_{file.stem}.py"
+    return Target(f"gptq_plugin.{folder}.{file.stem}", file, [tests])
