@@ -24,6 +24,23 @@ def test_the_total_does_not_depend_on_the_order(n):
     assert all(torch.equal(total, totals[0]) for total in totals)
 
 
+def test_entries_that_cancel_in_one_product_and_not_in_others_add_up_in_any_order_too():
+    """Such entries are the reason to round: float64 alone cannot hold 1e5 and 1e-13 at once."""
+    g = torch.Generator().manual_seed(1)
+    exponents = torch.randint(-14, 6, (6, 20, 20), generator=g)
+    parts = list(10.0**exponents * torch.rand(6, 20, 20, generator=g))
+    for part in parts:
+        part.fill_diagonal_(1e6)
+    totals = []
+    for order in (parts, parts[::-1]):
+        totals.append(torch.zeros(20, 20, dtype=torch.float64))
+        for part in order:
+            plain_sums.add_product(totals[-1], part, part.diagonal(), 0)
+    assert torch.equal(*totals)
+    wide = [part.double() for part in parts]
+    assert not torch.equal(sum(wide), sum(wide[::-1]))
+
+
 def test_an_entry_is_off_by_a_2_27th_of_the_roots_of_its_diagonal_at_most():
     (part,) = products(33, 1)
     total = torch.zeros(33, 33, dtype=torch.float64)
