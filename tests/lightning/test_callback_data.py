@@ -395,7 +395,7 @@ def test_rows_of_a_data_set_calibrate_like_what_is_in_them(column, tmp_path):
     given = [words.apply_chat_template(chat, tokenize=False) for chat in chats]
     data = Dataset.from_list([{"text": text, "id": 3} for text in given] if column == "text" else
                              [{"messages": chat} for chat in chats])  # fmt: skip
-    plain = [words(text, add_special_tokens=False) for text in given]
+    plain = [words(text, add_special_tokens=column == "text") for text in given]
     reports = []
     for calibration in (data, plain):
         module = Holds()

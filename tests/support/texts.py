@@ -30,9 +30,13 @@ CHATS = [
 
 
 def chat_words() -> Any:
-    """A tokenizer with a chat template, trained on these texts."""
-    from gptq_plugin.apps.tokenizer import train_tokenizer
+    """A tokenizer with a chat template, trained on these texts. As Llama's, it puts BOS before a text by itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    from gptq_plugin.apps.tokenizer import BOS, train_tokenizer
 
     words = train_tokenizer(PROSE * 10, 300)
+    begun = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, words.bos_token_id)])
+    words.backend_tokenizer.post_processor = begun
     words.chat_template = CHAT_TEMPLATE
     return words
