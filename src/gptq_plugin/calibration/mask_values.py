@@ -71,11 +71,10 @@ def _kept_keys(pairs: Tensor) -> Tensor:
     """
     length = pairs.shape[1]
     diagonal = torch.eye(length, dtype=torch.bool, device=pairs.device)
-    kept = pairs.diagonal(dim1=1, dim2=2).clone()
+    kept = pairs.diagonal(dim1=1, dim2=2)
     full = pairs.all(-1) & ~pairs.all(-1).all(-1, keepdim=True)
     full[:, -1] = False  # a causal mask's last row
     by_others = (pairs & ~full[..., None] & ~diagonal).any(1)
-    kept &= ~full | by_others
     # The last token of one of several documents is attended to by itself only, too; but no later row looks back past
     # it, and it does not look ahead.
     first = torch.where(pairs.any(-1), pairs.int().argmax(-1), length)
