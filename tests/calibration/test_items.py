@@ -103,7 +103,7 @@ def test_samples_longer_than_the_models_positions_are_cut_and_that_is_reported()
         ([4, -1], "a token id of the calibration data is -1"),
         ({"input_ids": [0.5, 1.0]}, "input_ids of the calibration data are float32: give whole numbers"),
         ({"input_ids": torch.ones(3)}, "are float32"),
-        ({"input_ids": numpy.ones(3)}, "are float64"),
+        ({"input_ids": numpy.ones(3)}, "are float32"),
         ({"input_ids": [True, False]}, "are bool"),
         ({"input_ids": [[1, 2, 3], [4, 5]]}, "token lists of different lengths: give each list as a sample of its own"),
         ([[1, 2, 3], [4, 5]], "token lists of different lengths"),
@@ -164,6 +164,12 @@ def test_rows_of_numbers_are_samples_with_whatever_belongs_to_them(data, first):
     assert calibration.samples == 6 and [batch.samples for batch in calibration.batches] == [4, 2]
     rows = torch.cat([first(batch.data) for batch in calibration.batches])
     assert torch.equal(rows, torch.stack([row(n) for n in range(6)])) and calibration.deviations == []
+
+
+@pytest.mark.parametrize("wrap", [lambda array: array, list, lambda array: [(row, 1) for row in array]])
+def test_arrays_in_numpys_default_dtype_come_in_pytorchs(wrap):
+    data = collected(wrap(numpy.ones((4, 3)))).batches[0].data
+    assert (data if isinstance(data, torch.Tensor) else data[0]).dtype == torch.float32
 
 
 def test_rows_of_different_widths_do_not_share_a_batch():

@@ -22,7 +22,7 @@ def items_of(data: Any, batch_size: int) -> Iterable[Any]:
     """
     refuse_single(data)
     if isinstance(data, numpy.ndarray):
-        data = torch.as_tensor(data) if _holds_numbers(data) else data.tolist()
+        data = tensor_of(data) if _holds_numbers(data) else data.tolist()
     if isinstance(data, Tensor) and data.dim() > 2:
         return data.split(batch_size)
     items: Iterable[Any] = data
@@ -44,6 +44,12 @@ def rereadable(data: Any, nsamples: int, batch_size: int = 1) -> Iterable[Any]:
     if isinstance(items, DataLoader) or not _is_iterator(items):
         return items
     return list(islice(items, nsamples + 1))
+
+
+def tensor_of(array: numpy.ndarray[Any, Any]) -> Tensor:
+    """An array as a tensor; NumPy's default dtype, float64, becomes PyTorch's, in which models are."""
+    tensor = torch.as_tensor(array)
+    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 
 
 def refuse_single(data: Any) -> None:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
 
 from gptq_plugin.calibration.batches import fields_of
-from gptq_plugin.calibration.given import refuse_item
+from gptq_plugin.calibration.given import refuse_item, tensor_of
 from gptq_plugin.calibration.takes import Takes
 from gptq_plugin.calibration.text_rows import encoded
 from gptq_plugin.errors import CalibrationError
@@ -209,7 +209,7 @@ def _batch(item: Any) -> Any:
 def _tensors_for_arrays(item: Any) -> Any:
     if isinstance(item, Mapping):
         arrays = [key for key, value in item.items() if isinstance(value, numpy.ndarray)]
-        return {**item, **{key: torch.as_tensor(item[key]) for key in arrays}} if arrays else item
+        return {**item, **{key: tensor_of(item[key]) for key in arrays}} if arrays else item
     if not any(isinstance(leaf, numpy.ndarray) for leaf in tree_leaves(item)):
         return item
-    return tree_map(lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, numpy.ndarray) else leaf, item)
+    return tree_map(lambda leaf: tensor_of(leaf) if isinstance(leaf, numpy.ndarray) else leaf, item)
