@@ -494,14 +494,14 @@ def test_a_layer_that_both_sides_share_is_observed_at_every_call():
             self.both, self.o = nn.Linear(64, 64), nn.Linear(64, 64)
 
         def forward(self, src, tgt, src_key_padding_mask, tgt_key_padding_mask):
-            source, target = self.both(src), self.both(tgt)
-            hides = ~src_key_padding_mask[:, None]
+            hides = src_key_padding_mask[:, None]
+            source, target = self.o(self.both(src)), self.both(tgt)
             return self.o(scaled_dot_product_attention(target, source, source, attn_mask=hides))
 
     kept = torch.arange(20) < torch.tensor(TARGET)[:, None]
-    masks = {"src_key_padding_mask": ~KEPT, "tgt_key_padding_mask": ~kept}
+    masks = {f"{name}_key_padding_mask": torch.where(one, 0.0, -1e9) for name, one in (("src", KEPT), ("tgt", kept))}
     _, layers = quantized(made(Shared), lambda: {"src": torch.randn(4, 20, 64), "tgt": torch.randn(4, 20, 64), **masks})
-    assert layers == {160 + 280: {"both"}, 280: {"o"}}
+    assert layers == {160 + 280: {"both", "o"}}
 
 
 def test_a_forward_that_takes_no_fewer_samples_is_observed_with_all():
