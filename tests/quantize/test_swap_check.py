@@ -152,6 +152,13 @@ def test_both_runs_give_the_same_bits(build, dtype, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(mine.outputs, other.outputs, strict=True))
 
 
+def test_one_row_of_few_tokens_is_enough():
+    model, shapes = tiny_llama(max_position_embeddings=128), []
+    model.register_forward_pre_hook(lambda m, args: shapes.append(tuple(args[0].shape)))
+    QuantizeModule(bits=4, group_size=32).rehearse(model, [torch.randint(4, 128, (2, 100))])
+    assert shapes[-2:] == [(1, 64), (1, 64)]
+
+
 def test_the_tree_is_checked_with_the_quantized_weights_before_anything_is_exported(tmp_path, monkeypatch):
     """The float layers run with the weights of the quantized ones by then."""
     seen = []
