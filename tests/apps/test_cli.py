@@ -275,9 +275,10 @@ def test_the_default_quantizer_is_the_configurations_defaults():
         cfg = compose("quantize", ["quantizer.model_seqlen=2048"])
     quantizer = instantiate(cfg.quantizer, _convert_="all")
     assert quantizer.config == QuantizeConfig()
-    assert quantizer.offload_weights is None and quantizer.offload_activations is None
+    switches = {"offload_weights", "offload_activations", "exact_sums"}
+    assert [getattr(quantizer, name) for name in switches] == [None] * 3
     fields = {field.name for field in dataclasses.fields(QuantizeConfig)}
-    assert set(cfg.quantizer) - {"_target_"} == fields | {"offload_weights", "offload_activations"}
+    assert set(cfg.quantizer) - {"_target_"} == fields | switches
 
 
 # --- bad input, before anything is trained ---
@@ -379,7 +380,7 @@ def test_a_users_mistake_ends_in_a_sentence_and_a_failing_exit(tmp_path):
 def test_a_failed_quantization_leaves_the_fine_tuned_model_and_tells_where(app, tmp_path, monkeypatch, caplog):
     import gptq_plugin.quantize.one_pass
 
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(gptq_plugin.quantize.one_pass, "solve_shared", fails)

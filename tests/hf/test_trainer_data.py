@@ -208,7 +208,7 @@ def test_rows_of_a_data_set_calibrate_with_the_trainers_tokenizer(tmp_path):
     callback = Seen(QuantizeModule(**SMALL), calibration=data)
     train(llama(), [callback], tmp_path, trainer_options={"processing_class": Tokenizer()})
     expected = [Tokenizer()(row["text"])["input_ids"] for row in data]
-    assert sorted(map(tuple, callback.rows[-9:])) == sorted(map(tuple, expected))
+    assert {*map(tuple, callback.rows)} == {*map(tuple, expected)}
 
 
 @pytest.mark.parametrize(
