@@ -86,9 +86,7 @@ def test_the_result_is_exactly_true_sequential():
 
 
 def test_padding_changes_nothing():
-    ids = [
-        sample[: 8 + n % 9] for n, sample in enumerate(tokens(48, seed=1))
-    ]  # with 0 a near tie falls otherwise
+    ids = [sample[: 8 + n % 9] for n, sample in enumerate(tokens(48, seed=1))]  # with 0 a near tie falls otherwise
     longest = max(map(len, ids))
     right, left = [], []
     for rows in (ids[i : i + 6] for i in range(0, 48, 6)):
