@@ -30,9 +30,7 @@ def in_a_run(request, tmp_path, monkeypatch):
 
         monkeypatch.chdir(tmp_path)
         folder = f"hydra.run.dir={tmp_path / 'run'}"
-        monkeypatch.setattr(
-            sys, "argv", ["app", f"hydra.job.chdir={request.param}", folder, "hydra/job_logging=disabled"]
-        )
+        monkeypatch.setattr(sys, "argv", ["app", f"hydra.job.chdir={request.param}", folder, "hydra/job_logging=none"])
         app()
         return results[0]
 

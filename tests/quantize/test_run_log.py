@@ -13,6 +13,7 @@ import torch
 from gptq_plugin import QuantizeModule
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.quantize import run_log
+from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.quality_gate import QualityGate
 
@@ -75,7 +76,9 @@ def test_an_escalation_warns_once_and_shows_only_the_accepted_result(caplog: pyt
     quality = Quality(QualityGate({"loss": 0.1}, "escalate"), {"loss": 1.0}, lambda: {"loss": next(values)})
     quantizer = QuantizeModule(group_size=64, nsamples=6)
     quantizer.rehearse(tiny_llama(), BATCHES)
-    report = Attempts(tiny_llama(), lambda: BATCHES, call, quality).quantize(quantizer, lambda *_: None)
+    report = Attempts(tiny_llama(), lambda: BATCHES, quality, PassOptions(forward=call)).quantize(
+        quantizer, lambda *_: None
+    )
     quantizer.run_log.end(report, None)
     assert len([deviation for deviation in report.deviations if "escalated" in deviation]) == 2
     assert stays_float(caplog) == 1
