@@ -76,7 +76,7 @@ def test_an_escalation_warns_once_and_shows_only_the_accepted_result(caplog: pyt
     quality = Quality(QualityGate({"loss": 0.1}, "escalate"), {"loss": 1.0}, lambda: {"loss": next(values)})
     quantizer = QuantizeModule(group_size=64, nsamples=6)
     quantizer.rehearse(tiny_llama(), BATCHES)
-    report = Attempts(tiny_llama(), lambda: BATCHES, quality, PassOptions(forward=call)).quantize(
+    report = Attempts(tiny_llama(), lambda: BATCHES, PassOptions(forward=call), quality).quantize(
         quantizer, lambda *_: None
     )
     quantizer.run_log.end(report, None)
