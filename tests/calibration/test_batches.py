@@ -11,7 +11,15 @@ import torch
 from transformers import BatchEncoding
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.calibration.batches import digest, fields_of, is_token_labels, labels_of, sample_count, to_device
+from gptq_plugin.calibration.batches import (
+    digest,
+    fields_of,
+    is_token_labels,
+    labels_of,
+    row_of,
+    sample_count,
+    to_device,
+)
 from gptq_plugin.calibration.collect import collect
 
 IDS = torch.randint(3, 60, (5, 21), generator=torch.Generator().manual_seed(0))
@@ -132,3 +140,24 @@ def test_a_batch_that_cannot_be_divided_is_one_sample():
     assert digest(["a text"]) != digest(["another"])
     assert digest(SimpleNamespace(x=IDS)) == digest({"x": IDS})
     assert digest(torch.ones(2, 2).to_sparse()) == digest(torch.ones(2, 2))
+
+
+def test_a_row_of_a_batch_is_that_sample_of_everything_that_is_divided_into_samples():
+    Pair = namedtuple("Pair", "x names")
+
+    @dataclass(frozen=True)
+    class Inner:
+        y: torch.Tensor
+        scale: float
+
+    tensor, shared = torch.arange(12).view(3, 4), torch.ones(4)
+    texts = ["a", "b", "c"]
+    data = {"x": tensor, "shared": shared, "texts": texts, "pair": Pair(tensor, texts), "inner": Inner(tensor, 2.0)}
+    one = row_of(data, 1)
+    assert torch.equal(one["x"], tensor[1:2]) and one["shared"] is shared and one["texts"] == ["b"]
+    assert isinstance(one["pair"], Pair) and torch.equal(one["pair"].x, tensor[1:2]) and one["pair"].names == ["b"]
+    assert isinstance(one["inner"], Inner) and torch.equal(one["inner"].y, tensor[1:2]) and one["inner"].scale == 2.0
+    assert torch.equal(row_of(tensor, 2), tensor[2:]) and row_of([tensor, "ab", None], 0)[1:] == ["ab", None]
+    encoded = row_of(BatchEncoding({"input_ids": tensor}), 0)
+    assert isinstance(encoded, BatchEncoding) and torch.equal(encoded.input_ids, tensor[:1])
+    assert data["texts"] == ["a", "b", "c"] and data["x"] is tensor

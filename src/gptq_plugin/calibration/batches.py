@@ -82,24 +82,7 @@ def to_device(data: Any, device: torch.device) -> Any:
 
 def map_tensors(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A copy of the batch with every tensor changed."""
-    if isinstance(data, UserDict):  # a BatchEncoding
-        changed = copy.copy(data)
-        changed.data = map_tensors(data.data, change)
-        return changed
-    if isinstance(data, Mapping):
-        return {key: map_tensors(value, change) for key, value in data.items()}
-    if _is_dataclass(data):
-        changed = copy.copy(data)
-        for field in dataclasses.fields(data):
-            object.__setattr__(changed, field.name, map_tensors(getattr(data, field.name), change))  # may be frozen
-        return changed
-
-    def map_one(value: Any) -> Any:
-        if _is_inner(value):
-            return map_tensors(value, change)
-        return change(value) if isinstance(value, Tensor) else value
-
-    return tree_map(map_one, data, is_leaf=_is_inner)  # BatchEncoding and dataclasses are not pytrees
+    return _map(data, lambda value: change(value) if isinstance(value, Tensor) else value)
 
 
 def row_of(data: Any, row: int) -> Any:
@@ -110,23 +93,35 @@ def row_of(data: Any, row: int) -> Any:
     samples = sample_count(data)
 
     def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[row : row + 1] if value.dim() and value.shape[0] == samples else value
-        if _is_plain(value):
-            return value[row : row + 1] if _has_length(value, samples) else value
-        if isinstance(value, Mapping) or _is_dataclass(value):
-            one = copy.copy(value)
-            for key, part in (fields_of(value) or {}).items():
-                if isinstance(value, Mapping):
-                    one[key] = cut(part)
-                else:
-                    object.__setattr__(one, key, cut(part))
-            return one
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(cut, value))
-        return type(value)(map(cut, value)) if isinstance(value, (list, tuple)) else value
+        divided = value.shape[:1] == (samples,) if isinstance(value, Tensor) else _has_length(value, samples)
+        return value[row : row + 1] if divided else value
 
-    return cut(data)
+    return _map(data, cut)
+
+
+def _map(data: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of the batch with every tensor, text, number, and list of texts or numbers changed."""
+    if isinstance(data, UserDict):  # a BatchEncoding
+        changed = copy.copy(data)
+        changed.data = _map(data.data, change)
+        return changed
+    if isinstance(data, Mapping):
+        return {key: _map(value, change) for key, value in data.items()}
+    if _is_dataclass(data):
+        changed = copy.copy(data)
+        for field in dataclasses.fields(data):
+            object.__setattr__(changed, field.name, _map(getattr(data, field.name), change))  # may be frozen
+        return changed
+
+    def map_one(value: Any) -> Any:
+        if _is_inner(value):
+            return _map(value, change)
+        return change(value) if isinstance(value, Tensor) or _is_plain(value) else value
+
+    def is_one(value: Any) -> bool:
+        return _is_inner(value) or _is_plain(value)
+
+    return tree_map(map_one, data, is_leaf=is_one)  # BatchEncoding and dataclasses are not pytrees
 
 
 def _on_cpu(value: Tensor) -> Tensor:
