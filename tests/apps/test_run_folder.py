@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 
 import pytest
@@ -10,6 +9,8 @@ from omegaconf import OmegaConf
 
 from gptq_plugin.apps import run_folder
 from gptq_plugin.apps.run_folder import OneFolder, launched
+
+from ports import free_port
 
 TORCHRUN = {"LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
@@ -51,9 +52,7 @@ def test_all_ranks_use_rank_0s_folder_and_only_that_rank_leaves_hydras_files(mod
     monkeypatch.chdir(tmp_path)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # restored after the test
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = {}
 
     def start(rank):
