@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from reports import module
 
 from gptq_plugin.report.module_report import ModuleReport
-from gptq_plugin.report.table import bits_counts, kind_of, kind_table, layer_table
+from gptq_plugin.report.table import bits_counts, kind_table, layer_table
 
 HEAD = ModuleReport("head", "float", None, None, (20, 48), reason="the output embedding")
 
@@ -35,19 +34,6 @@ def test_layers_of_different_shapes_and_bits_in_a_kind_are_told() -> None:
     wide = ModuleReport("layers.1.up", "gptq", 8, 16, (40, 48))
     line = kind_table([module("layers.0.up"), module("layers.2.up"), wide])[1]
     assert words(line).startswith("layers.*.up 3 3 (2), 8 (1) several")
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("model.layers.11.mlp.up_proj", "model.layers.*.mlp.up_proj"),
-        ("layers.0.experts.3.w1", "layers.*.experts.*.w1"),
-        ("0", "*"),
-        ("conv2d.fc1", "conv2d.fc1"),
-    ],
-)
-def test_a_kind_is_a_name_without_its_places_numbers(name: str, kind: str) -> None:
-    assert kind_of(name) == kind
 
 
 def test_widths_are_counted_if_they_differ() -> None:

@@ -10,7 +10,6 @@ Tested by tests/calibration/test_observing.py: what changes is shown by the forw
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -27,6 +26,7 @@ from gptq_plugin.calibration.other_values import Embedded, other_floats, other_i
 from gptq_plugin.calibration.sequences import TARGETS, Sequence, sequences_in
 from gptq_plugin.walk.batch_thread import Waiting
 from gptq_plugin.walk.kept_state import KeptState
+from gptq_plugin.walk.kinds import kind_of
 from gptq_plugin.walk.side_by_side import side_by_side
 
 _running: ContextVar[int | None] = ContextVar("number of the variant that runs on this thread", default=None)
@@ -248,11 +248,6 @@ class Observation:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def kind_of(layer: str) -> str:
-    """The name of a layer but for its numbers, by which blocks differ."""
-    return re.sub(r"\d+", "*", layer)
 
 
 def moved_samples(hidden: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gptq_plugin.calibration.layouts import BY_SHAPE, LAYOUTS, UNKNOWN, by_sample, fitting
 from gptq_plugin.calibration.mask_calls import Key
-from gptq_plugin.calibration.observation import AGAIN, Call, Observation, kind_of, moved_samples
+from gptq_plugin.calibration.observation import AGAIN, Call, Observation, moved_samples
 from gptq_plugin.calibration.sequences import TARGETS
+from gptq_plugin.walk.kinds import kind_of
 
 OBSERVED = "observed: what stands at hidden positions changes no row that counts"
 LEAKS = "declared: what stands at hidden positions changes some rows that count too; hidden positions are left out"

@@ -15,7 +15,8 @@ from html import escape
 
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import format_share, format_value
-from gptq_plugin.report.table import bits_counts, kind_of
+from gptq_plugin.report.table import bits_counts
+from gptq_plugin.walk.kinds import kind_of
 
 _LABEL, _GAP, _AXIS = 18, 12, 22  # pixels: a band's label, the space below a band, an axis's labels
 _LINE, _CHARACTERS = 14, 54  # pixels of a label's line, and the most characters in it: 390 pixels' worth

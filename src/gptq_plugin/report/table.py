@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import align, format_share, format_value
+from gptq_plugin.walk.kinds import kind_of
 
 _HEAD = (
     "module",
@@ -46,11 +46,6 @@ def kind_table(modules: Sequence[ModuleReport]) -> list[str]:
         kinds.setdefault(kind_of(module.name), []).append(module)
     rows = [_kind(name, members) for name, members in kinds.items()]
     return align([("modules", "number", "bits", "out x in", "worst relative error", "loss/RTN", "s"), *rows])
-
-
-def kind_of(name: str) -> str:
-    """The name of a module with a star for each number: ``layers.*.up_proj``."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def bits_counts(modules: Sequence[ModuleReport]) -> str:

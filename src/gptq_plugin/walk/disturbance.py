@@ -6,18 +6,16 @@ or on a stream, only shows in its effect.
 
 from __future__ import annotations
 
-import re
-import threading
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.walk.batch_thread import END, BatchThread, Forward, Waiting
-from gptq_plugin.walk.kept_state import KeptState, Values
-from gptq_plugin.walk.layer_inputs import watch_inputs
+from gptq_plugin.walk.batch_thread import Forward, Waiting
+from gptq_plugin.walk.kept_state import KeptState
+from gptq_plugin.walk.kinds import kind_of
+from gptq_plugin.walk.side_by_side import side_by_side
 
 _NUMBERS = 1024  # of an input that are compared
 _CALLS = 16  # at least, where there are as many
@@ -51,31 +49,18 @@ def _inputs(
 ) -> list[tuple[str, Tensor]]:
     """The inputs of the first forward's calls, in order, [at most _NUMBERS] float32 each."""
     seen: list[tuple[str, Tensor]] = []
-    batches = [BatchThread(number, forward, waiting, Values(state)) for number, forward in enumerate(forwards)]
-    owner: dict[Any, BatchThread] = {batch.thread: batch for batch in batches}
     kinds: Counter[str] = Counter()
 
-    def visit(name: str, x: Tensor) -> None:
-        batch = owner.get(threading.current_thread())
-        if batch is None:
-            return
-        if batch.number == 0:
-            kinds[re.sub(r"\d+", "*", name)] += 1
+    def visit(number: int, name: str, x: Tensor) -> None:
+        if number == 0:
+            kinds[kind_of(name)] += 1
             flat = x.detach().reshape(-1)
             seen.append((name, flat[:: max(1, len(flat) // _NUMBERS)][:_NUMBERS].float().clone()))
-        batch.wait_at(batch.position + 1, name, x)
 
-    try:
-        with watch_inputs(layers, visit):
-            while any(batch.position != END for batch in batches) and not (
-                len(seen) >= _CALLS and min(kinds.values()) > 1
-            ):
-                for batch in batches:
-                    if batch.position != END:
-                        batch.resume()
-    finally:
-        for batch in batches:
-            batch.cancel()
+    def is_enough() -> bool:
+        return len(seen) >= _CALLS and min(kinds.values()) > 1
+
+    side_by_side(layers, dict(enumerate(forwards)), visit, waiting, state, is_enough)
     return seen
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.walk.places import Place
-from gptq_plugin.walk.watched_places import Watched
+from gptq_plugin.walk.watched_places import WatchedPlaces
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class KeptState:
         self._model, self._is_lent, self._device = model, is_lent, device
         self._shared = {id(one): one for module in model.modules() for one in (module, *module._parameters.values())}
         self._versions = [(one, one._version) for one in model.parameters() if not one.is_inference()]
-        self._watched = Watched(model, is_lent)
+        self._watched = WatchedPlaces(model, is_lent)
         self._hooks = _hooks_of(model)
 
     def look(self) -> dict[Place, Any]:
@@ -69,7 +69,7 @@ class KeptState:
         flags = {place: place.get() for place in self.initial if isinstance(place.get(), bool)}
         if any(parameter._version != version for parameter, version in self._versions):
             self.initial = {place: place.get() for place in self.initial}
-            self._watched = Watched(self._model, self._is_lent)
+            self._watched = WatchedPlaces(self._model, self._is_lent)
         else:
             self._watched.restore()
         if not _hooks_of(self._model) <= self._hooks:  # they stay, and so does what tells that they are there

@@ -1,4 +1,4 @@
-"""What a forward has written outside its local variables: `Watched`.
+"""What a forward has written outside its local variables: `WatchedPlaces`.
 
 It can keep something in an attribute, a buffer or a submodule of a module, on a class, in a global or closure variable,
 or inside an object that one of these refers to. Rebinding is seen by identity, a change of a container by its items,
@@ -25,7 +25,7 @@ _LIMIT = 300  # objects behind one place; a larger graph (a trainer, a data set)
 _SMALL = 2**20  # bytes up to which the copy of a tensor stays on its device
 
 
-class Watched:
+class WatchedPlaces:
     """Every place that the forward of a model can write to, as it is now.
 
     Args:
