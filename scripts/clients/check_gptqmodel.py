@@ -14,16 +14,15 @@ import torch
 from checks import run
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
-from reference import TOKENS
 
 
-def check(folder: Path) -> torch.Tensor:
+def check(folder: Path, tokens: list[int]) -> torch.Tensor:
     """Log-probabilities of the model that `GPTQModel.load` returns."""
     model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.AUTO, dtype=torch.float16)
     if not any(isinstance(module, BaseQuantLinear) for module in model.model.modules()):
         raise ValueError("nothing was loaded as a quantized layer")
     with torch.no_grad():
-        return model.model(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
+        return model.model(input_ids=torch.tensor([tokens])).logits[0].float().log_softmax(-1)
 
 
 if __name__ == "__main__":

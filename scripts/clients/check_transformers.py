@@ -14,10 +14,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TORCHDYNAMO_DISABLE="1", GPTQMODEL_CPU_WOR
 import torch
 import transformers
 from checks import run
-from reference import TOKENS
 
 
-def check(folder: Path) -> torch.Tensor:
+def check(folder: Path, tokens: list[int]) -> torch.Tensor:
     """Log-probabilities of the model that `from_pretrained` returns."""
     description = json.loads((folder / "config.json").read_text())["quantization_config"]
     gptq = description["quant_method"] == "gptq"
@@ -32,7 +31,7 @@ def check(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         if not gptq:
             torch.nn.Module.float(model)  # `model.float()` refuses quantized models
-        return model.eval()(input_ids=torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
+        return model.eval()(input_ids=torch.tensor([tokens])).logits[0].float().log_softmax(-1)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ os.environ.update(
 
 import torch
 from checks import run
-from reference import TOKENS
 from vllm import LLM, SamplingParams
 
 
@@ -99,13 +98,13 @@ def _dequantized(words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor)
     return (codes - zero.repeat_interleave(repeats, 0)) * scales.float().repeat_interleave(repeats, 0)
 
 
-def check(folder: Path) -> torch.Tensor:
+def check(folder: Path, tokens: list[int]) -> torch.Tensor:
     """Log-probabilities after each token of the prompt; those after the last one come with the answer."""
     model = LLM(
         model=str(folder), dtype="float16", enforce_eager=True, max_model_len=128, max_num_seqs=2, max_logprobs=-1
     )
     asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, logprobs=-1, detokenize=False)
-    answer = model.generate([{"prompt_token_ids": TOKENS}], asked)[0]
+    answer = model.generate([{"prompt_token_ids": tokens}], asked)[0]
     rows = [*answer.prompt_logprobs[1:], answer.outputs[0].logprobs[0]]
     return torch.tensor([[row[token].logprob for token in range(len(row))] for row in rows])
 

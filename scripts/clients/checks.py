@@ -25,7 +25,7 @@ LIMIT = 150  # seconds per folder
 
 
 def run(
-    check: Callable[[Path], torch.Tensor],
+    check: Callable[[Path, list[int]], torch.Tensor],
     tolerance: float,
     packages: tuple[str, ...],
     note: str | None = None,
@@ -34,7 +34,7 @@ def run(
     """Checks the folders of the command line; the exit status is 0 when all passed, else 1.
 
     Args:
-        check: Loads a folder with the client and returns its log-probabilities for TOKENS, [tokens, vocabulary].
+        check: Loads a folder with the client and returns its log-probabilities for a prompt's tokens, [tokens, vocabulary].
         tolerance: Largest difference from the reference's that passes.
         packages: Packages whose versions are reported.
         note: A remark for the results.
@@ -43,7 +43,7 @@ def run(
     passed = True
     for folder in map(Path, sys.argv[1:]):
         started = time.perf_counter()
-        result = (_forked if fork else _tried)(lambda folder=folder: _compare(check(folder), folder, tolerance))
+        result = (_forked if fork else _tried)(lambda folder=folder: _compare(check, folder, tolerance))
         result = {
             "folder": folder.name,
             "passed": False,
@@ -60,9 +60,10 @@ def run(
     os._exit(0 if passed else 1)  # clients leave threads behind
 
 
-def _compare(measured: torch.Tensor, folder: Path, tolerance: float) -> dict[str, object]:
-    expected = load_file(reference_of(folder))["logits"].float().log_softmax(-1)
-    measured = measured.float()
+def _compare(check: Callable[[Path, list[int]], torch.Tensor], folder: Path, tolerance: float) -> dict[str, object]:
+    reference = load_file(reference_of(folder))
+    measured = check(folder, reference["tokens"].tolist()).float()
+    expected = reference["logits"].float().log_softmax(-1)
     if measured.shape != expected.shape:
         return {"error": f"log-probabilities {tuple(measured.shape)} instead of {tuple(expected.shape)}"}
     difference = (measured - expected).abs().max().item()

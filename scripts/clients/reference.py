@@ -1,7 +1,7 @@
-"""reference.py FOLDER...: writes a checkpoint's "logits" [tokens, vocabulary] to FOLDER.reference.safetensors.
+"""reference.py FOLDER...: writes "tokens" and a checkpoint's "logits" for them to FOLDER.reference.safetensors.
 
 An independent reader in plain torch, which shares no code with gptq_plugin or any client. It dequantizes GPTQ (v1, v2)
-and compressed-tensors (pack-quantized) into transformers' float model, and runs it in float32 on TOKENS.
+and compressed-tensors (pack-quantized) into transformers' float model, and runs it in float32.
 
 In all formats codes form one stream of bits, the lowest bits of the first int32 word first: the k-th code of b bits
 takes bits k*b to (k+1)*b. GPTQ packs qweight [in * b / 32, out] along the inputs and qzeros [groups, out * b / 32]
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-TOKENS = [1] + [(i * 97 + 13) % 500 + 8 for i in range(47)]
+_TOKENS = 48
 
 
 def reference_of(folder: Path) -> Path:
@@ -31,10 +31,36 @@ def reference_of(folder: Path) -> Path:
     return folder.with_name(folder.name + ".reference.safetensors")
 
 
-def reference_logits(folder: Path) -> Tensor:
-    """Logits of the checkpoint's model for TOKENS, float32 [tokens, vocabulary]."""
+def reference_logits(folder: Path) -> tuple[list[int], Tensor]:
+    """A prompt, and the logits of the checkpoint's model for it, float32 [tokens, vocabulary]."""
+    model = float_model(folder)
     with torch.no_grad():
-        return float_model(folder)(input_ids=torch.tensor([TOKENS])).logits[0].float()
+        tokens = _prompt(model)
+        return tokens, model(input_ids=torch.tensor([tokens])).logits[0].float()
+
+
+def _prompt(model: Any) -> list[int]:
+    """Tokens whose choice of experts no rounding changes: of eight, always the one that the routers decide clearest.
+
+    With another expert a token's logits differ by more than most errors in a file's format would make them.
+    """
+    chosen = getattr(model.config, "num_experts_per_tok", None)
+    tokens: list[int] = []
+    for place in range(_TOKENS):
+        candidates = [(97 * place + 31 * i + 13) % 500 + 8 for i in range(8 if chosen else 1)]
+        if chosen:
+            rows = torch.tensor([[*tokens, candidate] for candidate in candidates])
+            scores = model(input_ids=rows, output_router_logits=True).router_logits
+            leads = [_lead(layer.float().unflatten(0, (len(rows), -1))[:, -1], chosen) for layer in scores]
+            candidates = [candidates[int(torch.stack(leads).amin(0).argmax())]]
+        tokens += candidates
+    return tokens
+
+
+def _lead(scores: Tensor, chosen: int) -> Tensor:
+    """By how much each row's last chosen expert leads the next, from scores [rows, experts]."""
+    ordered = scores.sort(-1, descending=True).values
+    return ordered[:, chosen - 1] - ordered[:, chosen]
 
 
 def float_model(folder: Path) -> Any:
@@ -125,7 +151,8 @@ def codes_of(words: Tensor, bits: int, count: int) -> Tensor:
 
 def main() -> None:
     for folder in map(Path, sys.argv[1:]):
-        save_file({"logits": reference_logits(folder).contiguous()}, reference_of(folder))
+        tokens, logits = reference_logits(folder)
+        save_file({"tokens": torch.tensor(tokens), "logits": logits.contiguous()}, reference_of(folder))
 
 
 if __name__ == "__main__":
