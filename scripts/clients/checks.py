@@ -34,7 +34,8 @@ def run(
     """Checks the folders of the command line; the exit status is 0 when all passed, else 1.
 
     Args:
-        check: Loads a folder with the client and returns its log-probabilities for a prompt's tokens, [tokens, vocabulary].
+        check: Loads a folder with the client and returns its log-probabilities for a prompt,
+            [tokens, vocabulary].
         tolerance: Largest difference from the reference's that passes.
         packages: Packages whose versions are reported.
         note: A remark for the results.
