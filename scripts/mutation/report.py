@@ -23,7 +23,8 @@ A mutant is the source with one small change: another operator, number or consta
 condition negated, a call left out. A mutant dies when a test fails, or when its tests never end. One that survives
 shows a line that tests run and do not look at, or a change that changes nothing.
 
-`python scripts/mutate.py` makes the mutants of the modules below, runs the tests nearest to each, and writes this page.
+`python scripts/mutate.py` makes the mutants of the modules below, runs on each those of the nearest tests that call the
+changed function, and writes this page.
 At least {least:.0%} must die, and each survivor must have a reason in `scripts/mutation/reasons.yaml`; else it ends
 with status 1. With modules' names it only prints what came of those.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -12,13 +13,16 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import CodeType, ModuleType
+from pathlib import Path
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
+import pytest
 from mutants import Mutant
 from targets import REPOSITORY, Target
 
@@ -32,29 +36,43 @@ class Baseline:
     Attributes:
         seconds: All of them, from fork to end.
         durations: Of each test, by its id.
+        entered: The names, not dotted, of the target's functions that each test calls in this process.
     """
 
     seconds: float
     durations: dict[str, float]
+    entered: dict[str, set[str]]
+
+    def tests_of(self, where: str) -> set[str]:
+        """The tests to run for a change of that function: those that call one of its name, and those whose calls
+        nobody saw (they may be in another process); all where none calls it, since import runs it then."""
+        name = where.rpartition(".")[2]
+        calling = {test for test, functions in self.entered.items() if name in functions}
+        unseen = {test for test, functions in self.entered.items() if not functions}
+        return calling | unseen if calling else set(self.entered)
 
 
 def baseline(target: Target) -> Baseline:
-    """Runs the target's tests twice: the first time to learn what they import from elsewhere, which is imported here
-    afterwards, so that no mutant's process has to.
+    """Runs the target's tests twice: the first time to learn which functions each calls, and what they import from
+    elsewhere, which is imported here afterwards, so that no mutant's process has to.
 
     Raises:
         RuntimeError: A test fails.
     """
-    for _ in range(2):
+    entered: dict[str, set[str]] = {}
+    for recorder in (_Entered(target.file), _Durations()):
         start = time.perf_counter()
-        status, said = _wait(*_fork_with_pipe(lambda: _record(target)))
+        status, said = _wait(*_fork_with_pipe(lambda recorder=recorder: _record(target, recorder)))
         seconds, found = time.perf_counter() - start, json.loads(said)
         if status != 0:
             raise RuntimeError(f"the tests of {target.name} fail without a mutant:\n{found['output'][-3000:]}")
         for name in found["modules"]:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
-    return Baseline(seconds, found["durations"])
+        entered = entered or {test: set(functions) for test, functions in found["recorded"].items()}
+    gc.collect()
+    gc.freeze()  # pytest collects garbage in every process, which need not look at what was here before
+    return Baseline(seconds, found["recorded"], entered)
 
 
 def outcomes(
@@ -86,39 +104,62 @@ def _test(target: Target, mutant: Mutant, before: Baseline) -> int:
     if source is None:
         return _NO_MUTANT
     sys.meta_path.insert(0, _Mutated(target, source))
-    return _pytest(target, ["-x"], _FastestFirst(before.durations), io.StringIO())
+    return _pytest(target, ["-x"], _FastestFirst(before.durations, before.tests_of(mutant.where)), io.StringIO())
 
 
 def _pytest(target: Target, options: list[str], plugin: object, out: io.StringIO) -> int:
-    import pytest
-
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        arguments = [*target.tests, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
+        arguments = [*target.tests, "-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
         return int(pytest.main(arguments, plugins=[plugin]))
 
 
 class _FastestFirst:
-    def __init__(self, durations: dict[str, float]) -> None:
+    def __init__(self, durations: dict[str, float], tests: set[str]) -> None:
         self._durations = durations
+        self._tests = tests
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if item.nodeid in self._tests]
         items.sort(key=lambda item: self._durations.get(item.nodeid, 0.0))
 
 
 class _Durations:
     def __init__(self) -> None:
-        self.durations: dict[str, float] = {}
+        self.recorded: dict[str, float] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        self.durations[report.nodeid] = self.durations.get(report.nodeid, 0) + report.duration
+        self.recorded[report.nodeid] = self.recorded.get(report.nodeid, 0) + report.duration
 
 
-def _record(target: Target) -> tuple[int, str]:
-    recorder, before, out = _Durations(), set(sys.modules), io.StringIO()
+class _Entered:
+    def __init__(self, file: Path) -> None:
+        self.recorded: dict[str, list[str]] = {}
+        self._file = str(file)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+        functions: set[str] = set()
+
+        def see(frame: FrameType, event: str, argument: object) -> None:
+            if frame.f_code.co_filename == self._file:
+                functions.add(frame.f_code.co_name)
+
+        sys.settrace(see)
+        threading.settrace(see)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
+            self.recorded[item.nodeid] = sorted(functions)
+
+
+def _record(target: Target, recorder: _Durations | _Entered) -> tuple[int, str]:
+    before, out = set(sys.modules), io.StringIO()
     status = _pytest(target, [], recorder, out)
     new = [(name, module) for name, module in sys.modules.items() if name not in before]
     elsewhere = [name for name, module in new if "site-packages" in (getattr(module, "__file__", None) or "")]
-    return status, json.dumps({"durations": recorder.durations, "modules": elsewhere, "output": out.getvalue()})
+    return status, json.dumps({"recorded": recorder.recorded, "modules": elsewhere, "output": out.getvalue()})
 
 
 class _Mutated(importlib.abc.MetaPathFinder):

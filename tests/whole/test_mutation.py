@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,3 +57,30 @@ def test_what_cannot_matter_is_not_mutated_and_all_else_is(scripts):
         (10, "f: return dict(zip({y -> None}, y, strict=True))"),
         (10, "f: return dict({zip(y, y, strict=True) -> None})"),
     ]
+
+
+def test_a_change_meets_the_tests_that_call_its_function_and_those_that_nobody_saw_calling(scripts):
+    from runner import Baseline
+
+    before = Baseline(1.0, {}, {"calls": {"f", "g"}, "calls_another": {"g"}, "starts_a_process": set()})
+    assert before.tests_of("C.f") == {"calls", "starts_a_process"}
+    assert before.tests_of("C.f.g") == {"calls", "calls_another", "starts_a_process"}
+    assert before.tests_of("") == before.tests_of("C") == {"calls", "calls_another", "starts_a_process"}
+
+
+def test_a_test_is_seen_calling_functions_in_threads_of_its_own(scripts):
+    from runner import _Entered
+
+    def work() -> None:
+        names.append("called")
+
+    names: list[str] = []
+    entered = _Entered(__file__)
+    protocol = entered.pytest_runtest_protocol(SimpleNamespace(nodeid="test"))
+    next(protocol)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    with pytest.raises(StopIteration):
+        next(protocol)
+    assert names == ["called"] and entered.recorded == {"test": ["work"]}
