@@ -34,7 +34,7 @@ prepare_venv() {
         "$python" -m venv --clear "$VENV"
     fi
     rm -f "$VENV"/stamp*
-    echo "installing into $VENV (torch first, so that nothing else chooses a build of it)"
+    echo "installing into $VENV: this takes minutes (torch first, so that nothing else chooses a build of it)"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
     echo "$stamp" > "$VENV/stamp$extras"

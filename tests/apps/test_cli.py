@@ -67,10 +67,12 @@ def succeeds(name: str, *arguments: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory):
-    """The folder of one run on the built-in text, and what it printed."""
+    """The folder of one run on the built-in text, and what it printed; its other stream is in stderr.txt."""
     cwd = tmp_path_factory.mktemp("finetune")
-    printed = succeeds("gptq-finetune", *TINY, "hydra.run.dir=run", cwd=cwd)
-    return cwd / "run", printed
+    done = command("gptq-finetune", *TINY, "hydra.run.dir=run", cwd=cwd)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    (cwd / "stderr.txt").write_text(done.stderr)
+    return cwd / "run", done.stdout
 
 
 def test_finetune_ends_with_a_table_a_person_understands(finetuned):
@@ -87,6 +89,15 @@ def test_finetune_ends_with_a_table_a_person_understands(finetuned):
     ):
         assert words in printed, words
     assert printed.count("ERROR") == 0
+
+
+def test_libraries_print_once_and_advertise_nothing(finetuned):
+    run, printed = finetuned
+    both = printed + (run.parent / "stderr.txt").read_text()
+    for words in ("GPU available: ", "`Trainer.fit` stopped: "):
+        assert both.count(words) == 1, both
+    for words in ("Tip: ", "was configured so 100%", "LeafSpec"):
+        assert words not in both, both
 
 
 def test_finetune_measures_what_its_files_hold(finetuned):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptq_plugin.apps.option_names import nearest, unknown_names
+from gptq_plugin.apps.option_names import unknown_names
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,17 @@ from gptq_plugin.apps.option_names import nearest, unknown_names
         ("seed.x=1", "seed has no x: it is 0"),
         ("model.name_or_path=x", "has no model.name_or_path: did you mean model=hf model.name_or_path=x?"),
         ("data.path=x", "did you mean data=hub data.path=x or data=text data.path=x?"),
+        ("model.name_or_pth=x", "small_llama has no model.name_or_pth: did you mean model=hf model.name_or_path=x?"),
+        ("+model.name_or_pth=x", "small_llama has no model.name_or_pth: did you mean model=hf model.name_or_path=x?"),
+        ("data.pth=x", "data=builtin has no data.pth: did you mean data=hub data.path=x or data=text data.path=x?"),
+        ("data.pth=x,y", "did you mean data=hub data.path=x,y or data=text data.path=x,y?"),
+        ("++data.path=x", "data=builtin has no data.path: did you mean data=hub data.path=x or data=text data.path=x?"),
+        ("data.splt=x", "data=builtin has no data.splt: did you mean data=hub data.split=x?"),
+        ("dta.path=x", "there is no option dta.path: did you mean data=hub data.path=x or data=text data.path=x?"),
+        ("name_or_path=x", "there is no option name_or_path: did you mean model=hf model.name_or_path=x?"),
+        ("data.zzz=9", "; data=hub also path, name, "),
+        ("data.batch_sze=9", "there is no option data.batch_sze: did you mean data.batch_size=9?"),
+        ("~data.pth", "there is no option data.pth: data has seq_len"),
         ("quantizer=w4g12", "there is no quantizer=w4g12: did you mean quantizer=w4g128? quantizer is one of w2g128"),
         ("quantizer=w4g128,w3g12", "there is no quantizer=w3g12: did you mean quantizer=w3g128?"),
         ("data=wikipedia", "there is no data=wikipedia: data is one of builtin, hub, text"),
@@ -78,10 +89,3 @@ def test_each_wrong_name_has_its_sentence_and_the_configuration_of_the_command_c
     assert len(unknown_names("finetune", ["quantizer.bit=3", "seeed=1", "data.shuffle=true"])) == 2
     assert unknown_names("quantize", ["target=vllm", "model.name_or_path=x"]) == []
     assert "has no option" not in "".join(unknown_names("quantize", ["trainer.max_steps=1"]))
-
-
-def test_nearest_prefers_the_same_name_elsewhere_then_what_is_alike():
-    tree = {"a": {"size": 1, "seed": 2}, "b": {"seed": 3, "length": {"limit": 4}}, "_target_": "x"}
-    assert nearest("b.siz", tree) is None and nearest("size", tree) == "a.size"
-    assert nearest("b.c.seed", tree) == "b.seed" and nearest("b.lenght.limt", tree) == "b.length.limit"
-    assert nearest("q.limt", tree) == "b.length.limit" and nearest("q.nothing", tree) is None

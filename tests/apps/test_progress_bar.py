@@ -12,7 +12,7 @@ from lightning_runs import Holds, fit, token_loader
 @pytest.mark.parametrize(
     ("ends", "shown"),
     [
-        ({"max_steps": 5, "max_epochs": -1}, ["Epoch 0, step 0 of 5", "Epoch 1, step 3 of 5"]),
+        ({"max_steps": 5, "max_epochs": -1}, ["Epoch 0, step 3 of 5", "Epoch 1, step 5 of 5"]),
         ({"max_epochs": 2}, ["Epoch 0:", "Epoch 1:"]),
     ],
 )

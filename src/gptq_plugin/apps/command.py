@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptq_plugin import __version__
+from gptq_plugin.apps.closed_pipe import output_may_be_closed
 from gptq_plugin.clients.client import CLIENTS, Client, rules_of
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_check, _add_convert):
         add(commands)
-    parsed = parser.parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = parsed.run
-    return run(parsed)
+    with output_may_be_closed():
+        parsed = parser.parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = parsed.run
+        return run(parsed)
 
 
 def _add_check(commands: Any) -> None:

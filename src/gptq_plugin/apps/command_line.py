@@ -12,6 +12,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from gptq_plugin import __version__
+from gptq_plugin.apps.closed_pipe import output_may_be_closed
 from gptq_plugin.apps.option_names import CONF, unknown_names
 
 Task = Callable[[DictConfig], Any]
@@ -29,9 +30,11 @@ def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
 
         @functools.wraps(task)
         def command(cfg: DictConfig | None = None) -> Any:
-            if cfg is None:
+            if cfg is not None:
+                return run(cfg)
+            with output_may_be_closed():
                 _before_hydra(config_name)
-            return run(cfg)
+                return run()
 
         return command
 

@@ -16,6 +16,13 @@ class StepsBar(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
+        self._describe(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._describe(trainer)
+        super().on_train_batch_end(trainer, *args)
+
+    def _describe(self, trainer: pl.Trainer) -> None:
         if trainer.max_steps > 0:
             where = f"Epoch {trainer.current_epoch}, step {trainer.global_step} of {trainer.max_steps}"
-            self.train_progress_bar.set_description(where)
+            self.train_progress_bar.set_description(where, refresh=False)

@@ -5,6 +5,8 @@ Tested by tests/apps/test_cli.py: each command begins so.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,23 @@ from gptq_plugin.apps.language_model import LanguageModel
 def start(cfg: DictConfig) -> Path:
     """Seeds everything and returns the folder Hydra gave this run."""
     seed_everything(cfg.seed, workers=True, verbose=False)
+    _once_and_without_advertisements()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _once_and_without_advertisements() -> None:
+    """Leaves the messages of libraries to Hydra's handlers alone, which print what reaches the root logger."""
+    if logging.getLogger().hasHandlers():
+        for library in ("lightning", "huggingface_hub", "datasets"):  # these have handlers too, and propagate
+            logging.getLogger(library).handlers.clear()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # in Lightning
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in str(record.msg)
 
 
 def instantiate_plain(node: Any, *args: Any, **kwargs: Any) -> Any:
