@@ -120,6 +120,8 @@ def test_plain_values_are_ready_for_json() -> None:
     assert json.loads(json.dumps(found.to_dict())) == {
         "share_float": 0.25,
         "share_float_of_export": 0.5,
+        "quantized_bytes": 900,
+        "packed_bytes": 300,
         "floats": [{"name": "head.weight", "shape": [300], "bytes": 300, "reason": "embeddings"}],
     }
 

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from paths import REPOSITORY
 
@@ -154,14 +156,33 @@ def test_transformers_imports_llama_from_the_repositorys_root():
     python(code, REPOSITORY)
 
 
-def test_the_pinned_versions_satisfy_what_the_package_asks_for():
-    from packaging.requirements import Requirement
+def pinned():
+    """The requirements of constraints.txt."""
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
-    pins = {}
-    for line in (REPOSITORY / "constraints.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            pin = Requirement(line)
-            pins[pin.name.lower().replace("_", "-")] = str(pin.specifier).removeprefix("==")
+
+@pytest.mark.parametrize("version", ["3.10.0", "3.11.0", "3.12.0", "3.13.0"])
+def test_every_pin_that_applies_to_a_python_has_a_release_for_it(version):
+    """By the metadata of what is installed: pins of other versions, and of what is not, are not looked at."""
+    environment = {"python_version": version.rpartition(".")[0], "python_full_version": version}
+    assert version in SpecifierSet(distribution("gptq-plugin").metadata["Requires-Python"])
+    looked_at, refused = 0, []
+    for pin in pinned():
+        try:
+            installed = distribution(pin.name)
+        except PackageNotFoundError:
+            continue
+        applies = pin.marker is None or pin.marker.evaluate(environment)
+        if applies and pin.specifier.contains(installed.version):
+            looked_at += 1
+            if version not in SpecifierSet(installed.metadata["Requires-Python"] or ""):
+                refused.append(f"{pin}: {installed.metadata['Requires-Python']}")
+    assert looked_at > 80 and not refused
+
+
+def test_the_pinned_versions_satisfy_what_the_package_asks_for():
+    pins = {pin.name.lower().replace("_", "-"): str(pin.specifier).removeprefix("==") for pin in pinned()}
     for text in distribution("gptq-plugin").requires or []:
         requirement = Requirement(text)
         if requirement.name != "gptq-plugin":

@@ -1,7 +1,8 @@
 """Converts a checkpoint to another `checkpoint_format`, with the same codes, scales, zeros and groups, bit for bit.
 
 No model is built. Tensors go from file to file one by one, so that a checkpoint may be larger than memory. Everything
-that is not quantized is copied: tensors of any dtype, tokenizer, code, cards.
+that is not quantized is copied: tensors of any dtype, tokenizer, code. Our report, its page and the model card are
+written anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
 from gptq_plugin.errors import ExportError
+from gptq_plugin.export.converted_report import convert_report
 from gptq_plugin.export.export import SHARD
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.side_files import write_quantize_config
@@ -91,6 +93,7 @@ def convert(
         if isinstance(whole.get("text_config"), dict):
             whole["text_config"] = {k: v for k, v in whole["text_config"].items() if k != "quantization_config"}
         write_json(staging.path / CONFIG, {**whole, "quantization_config": description})
+        convert_report(checkpoint, staging.path, checkpoint_format, description)
         write_quantize_config(staging.path, description, _settings(config, source))
         verify_same(checkpoint, staging.path)
         staging.place()

@@ -38,6 +38,7 @@ from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
 from gptq_plugin.model.hf_models import check_savable, is_transformers
 from gptq_plugin.model.stored_names import renaming
 from gptq_plugin.model.structure import Structure
+from gptq_plugin.report.model_card import model_facts
 from gptq_plugin.report.provenance import provenance, publishable, run_stamp
 from gptq_plugin.report.report import QuantizeReport
 
@@ -275,7 +276,8 @@ class Export:
             tokenizer.save_pretrained(folder)
         if report is not None:
             report.size = export_size(folder, {self._stored_names[name] for name in self._added})
-            write_report(folder, publishable(report), model, self._format.settings(description, report.config))
+            settled = self._format.settings(description, report.config)
+            write_report(folder, publishable(report), model_facts(model, folder), settled)
         write_quantize_config(folder, description, settings)
 
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG, write_json
 from gptq_plugin.clients.loading import loading_sections
 from gptq_plugin.clients.published import Published
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.export.staging import files_in
 from gptq_plugin.report.html_page import report_page
-from gptq_plugin.report.model_card import heading, model_card, model_facts
+from gptq_plugin.report.model_card import ModelFacts, heading, model_card
 from gptq_plugin.report.report import QuantizeReport
+from gptq_plugin.report.stored_report import report_text
 
 REPORT = "quantization_report.json"
 PAGE = "report.html"
@@ -38,18 +37,24 @@ def write_quantize_config(staging: Path, description: dict[str, Any], settings: 
     write_json(staging / QUANTIZE_CONFIG, {**settings, **description, "meta": meta})
 
 
-def write_report(staging: Path, report: QuantizeReport, model: nn.Module, settings: Mapping[str, Any]) -> None:
+def export_card(report: QuantizeReport, facts: ModelFacts, settings: Mapping[str, Any]) -> str:
+    """The text of the model card, with a section for each client. Arguments as for `write_report`."""
+    return model_card(report, settings, facts, loading_sections(Published(report, settings, facts)))
+
+
+def write_report(
+    staging: Path, report: QuantizeReport, facts: ModelFacts, settings: Mapping[str, Any], card: str | None = None
+) -> None:
     """Writes the report for programs, for people and for the hub. The card replaces a README.md of the tokenizer.
 
     Args:
         staging: The export's folder.
         report: Without paths of this machine.
-        model: What was quantized.
-        settings: How, in `QuantizeConfig`'s terms (`Format.settings`).
+        facts: Of the model.
+        settings: How it is quantized, in `QuantizeConfig`'s terms (`Format.settings`).
+        card: The card's text, by default that of `export_card`.
     """
-    facts = model_facts(model, staging)
-    loading = loading_sections(Published(report, settings, facts))
-    (staging / REPORT).write_text(report.to_json(), encoding="utf-8")
+    (staging / REPORT).write_text(report_text(report, facts), encoding="utf-8")
     (staging / PAGE).write_text(report_page(report, heading(report, facts)), encoding="utf-8")
     (staging / CARD).unlink(missing_ok=True)  # never through a link
-    (staging / CARD).write_text(model_card(report, settings, facts, loading), encoding="utf-8")
+    (staging / CARD).write_text(card or export_card(report, facts, settings), encoding="utf-8")

@@ -108,6 +108,8 @@ class Coverage:
         return {
             "share_float": self.share,
             "share_float_of_export": self.exported_share,
+            "quantized_bytes": self.quantized,
+            "packed_bytes": self.packed,
             "floats": [dataclasses.asdict(one) for one in self.floats],
         }
 

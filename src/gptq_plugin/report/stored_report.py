@@ -1,0 +1,78 @@
+"""quantization_report.json: a report and the facts of its model as text, `report_text`, and back, `read_report`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.report.base_card import License
+from gptq_plugin.report.coverage import Coverage, FloatWeight
+from gptq_plugin.report.model_card import ModelFacts
+from gptq_plugin.report.module_report import ModuleReport
+from gptq_plugin.report.report import ExportSize, QuantizeReport
+
+
+def report_text(report: QuantizeReport, facts: ModelFacts) -> str:
+    """`QuantizeReport.to_dict` as JSON, with the facts under ``model``."""
+    model = {**dataclasses.asdict(facts), "dtype": str(facts.dtype).removeprefix("torch.")}
+    return json.dumps({**report.to_dict(), "model": model}, indent=2, allow_nan=False)
+
+
+def read_report(text: str) -> tuple[QuantizeReport, ModelFacts]:
+    """The inverse of `report_text`; figures that are no finite number come back as NaN.
+
+    Raises:
+        ValueError: The text is no report of this version.
+    """
+    try:
+        values = json.loads(text)
+        return _report(values), _facts(values["model"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"no report of this version: {error!r}") from error
+
+
+def _report(values: Mapping[str, Any]) -> QuantizeReport:
+    as_they_are = ("deviations", "calibration", "calibration_sha256", "run_id", "float_checkpoint", "positions")
+    return QuantizeReport(
+        config=QuantizeConfig.from_dict(values["config"]),
+        modules=[_module(module) for module in values["modules"]],
+        samples=values["totals"]["samples"],
+        tokens=values["totals"]["tokens"],
+        seconds=_numbers(values["seconds"]),
+        coverage=_coverage(values["coverage"]),
+        size=None if values["size"] is None else ExportSize(**values["size"]),
+        metrics={name: _numbers(metric) for name, metric in values["metrics"].items()},
+        **{name: values[name] for name in as_they_are},
+    )
+
+
+def _module(values: Mapping[str, Any]) -> ModuleReport:
+    fields = {field.name: values[field.name] for field in dataclasses.fields(ModuleReport)}
+    for field in dataclasses.fields(ModuleReport):
+        if field.type == "float" and fields[field.name] is None:
+            fields[field.name] = math.nan
+    return ModuleReport(**{**fields, "shape": tuple(fields["shape"]), "deviations": tuple(fields["deviations"])})
+
+
+def _coverage(values: Mapping[str, Any] | None) -> Coverage | None:
+    if values is None:
+        return None
+    floats = [FloatWeight(**{**weight, "shape": tuple(weight["shape"])}) for weight in values["floats"]]
+    return Coverage(floats, values["quantized_bytes"], values["packed_bytes"])
+
+
+def _facts(values: Mapping[str, Any]) -> ModelFacts:
+    dtype, known = getattr(torch, values["dtype"]), values["base_license"]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{values['dtype']} is no dtype")
+    return ModelFacts(**{**values, "dtype": dtype, "base_license": None if known is None else License(**known)})
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in values.items()}

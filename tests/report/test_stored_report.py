@@ -1,0 +1,70 @@
+"""quantization_report.json, written and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin.report.base_card import License
+from gptq_plugin.report.model_card import ModelFacts
+from gptq_plugin.report.report import ExportSize
+from gptq_plugin.report.stored_report import read_report, report_text
+
+from cards import report_of
+from models import tiny_llama
+
+FACTS = ModelFacts(
+    "Net", "AutoModelForCausalLM", torch.bfloat16, "a/b", "text-generation", "llama", License("mit"), True
+)
+
+
+def test_a_real_report_comes_back_as_it_was():
+    options = {"group_size": 32, "dynamic": {".*down_proj": {"bits": 8}}, "clip_ratios": (1.0, 0.9)}
+    report = QuantizeModule(**options).quantize(tiny_llama(), [{"input_ids": torch.arange(3, 30)[None]}] * 8)
+    report.metrics, report.size = {"val_loss": {"float": 1.5, "gptq": math.nan}}, ExportSize(100, 60)
+    assert any(module.method == "float" for module in report.modules) and report.coverage.floats and report.deviations
+    text = report_text(report, FACTS)
+    again, facts = read_report(text)
+    assert facts == FACTS and report_text(again, facts) == text
+    for field in dataclasses.fields(report):
+        if field.name not in ("modules", "metrics"):  # these hold NaN, which is equal to nothing
+            assert getattr(again, field.name) == getattr(report, field.name), field.name
+    assert [repr(module) for module in again.modules] == [repr(module) for module in report.modules]
+    assert math.isnan(again.metrics["val_loss"]["gptq"]) and again.metrics["val_loss"]["float"] == 1.5
+
+
+def test_a_report_without_coverage_or_size_and_a_model_without_license_come_back():
+    facts = ModelFacts("Net")
+    again, same = read_report(report_text(report_of((4, 128), (3, -1)), facts))
+    assert same == facts and again.coverage is again.size is None and [m.bits for m in again.modules] == [4, 3]
+    assert again.config == QuantizeConfig()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.pop("model"),
+        lambda values: values["modules"][0].pop("shape"),
+        lambda values: values["config"].update(unheard_of=3),
+        lambda values: values["config"].update(bits=5),
+        lambda values: values.update(coverage={"share_float": 0.5}),
+        lambda values: values["model"].update(dtype="nn"),
+        lambda values: values.update(metrics=[]),
+    ],
+)
+def test_a_report_of_another_version_is_refused(change):
+    values = json.loads(report_text(report_of((4, 128)), FACTS))
+    change(values)
+    with pytest.raises(ValueError, match="no report of this version"):
+        read_report(json.dumps(values))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", "{"])
+def test_what_is_no_report_is_refused(text):
+    with pytest.raises(ValueError, match="no report of this version"):
+        read_report(text)
