@@ -64,8 +64,10 @@ def in_an_attribute():
     return Keeping(store, lambda model: model.mean)
 
 
-def _disturbed(model, first, second):
+def _disturbed(model, first, second, waited=None):
     def waiting(number, name):
+        if waited is not None:
+            waited.append((number, name))
         return contextlib.nullcontext()
 
     state = KeptState(model)
@@ -81,7 +83,68 @@ def test_the_first_layer_that_reads_another_batchs_state_is_named(make):
 
 
 def test_what_is_exchanged_disturbs_nothing():
-    assert _disturbed(in_an_attribute(), torch.ones(3, 8), torch.full((3, 8), 5.0)) is None
+    model = in_an_attribute()
+    assert _disturbed(model, torch.ones(3, 8), torch.full((3, 8), 5.0)) is None
+    assert not hasattr(model, "mean")
+
+
+def test_every_run_waits_as_it_is_told():
+    waited = []
+    assert _disturbed(in_an_array(), torch.ones(3, 8), torch.full((3, 8), 5.0), waited)
+    alone, together = [(0, "first"), (0, "second")], [(0, "first"), (1, "first"), (0, "second"), (1, "second")]
+    assert waited == [*alone, *together, *alone]
+
+
+@pytest.mark.parametrize("size", [8, 4096])
+def test_one_number_that_differs_is_a_disturbance(size):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
+            self.memory = np.zeros(1, dtype=np.float32)
+
+        def forward(self, x):
+            self.memory[0] = x.sum().item()
+            y = torch.zeros_like(self.first(x))
+            y[0, 1::4] = float(self.memory[0])
+            y[0, ::1024] = float(self.memory[0])
+            return self.second(y)
+
+    assert _disturbed(Last(), torch.ones(1, size), torch.full((1, size), 5.0)) == "second"
+
+
+def test_a_disturbance_is_seen_beside_noise_in_layers_of_any_scale():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+            self.memory = np.zeros(1, dtype=np.float32)
+
+        def forward(self, x):
+            self.memory[0] = x.mean().item()
+            self.first(x)
+            self.second(1e6 * (x + 1e-3 * torch.randn(3, 8)))
+            return self.third(1e-6 * x * float(self.memory[0]))
+
+    assert _disturbed(Noisy(), torch.ones(3, 8), torch.full((3, 8), 1.5)) == "third"
+
+
+@pytest.mark.parametrize("other", ["another layer", "more rows"])
+def test_another_call_is_a_disturbance(other):
+    class Choosing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+            self.memory = np.zeros(1, dtype=np.float32)
+
+        def forward(self, x):
+            self.memory[0] = x.mean().item()
+            self.first(x)
+            if self.memory[0] < 2:
+                return self.second(torch.zeros(2, 8))
+            return self.third(torch.zeros(2, 8)) if other == "another layer" else self.second(torch.zeros(3, 8))
+
+    assert _disturbed(Choosing(), torch.ones(3, 8), torch.full((3, 8), 5.0)) == "second"
 
 
 def test_noise_in_the_model_is_no_disturbance():
@@ -137,6 +200,17 @@ def test_the_trial_ends_when_layers_of_every_kind_have_been_called_twice():
             KeptState(model),
         )
         assert len(called) == 3 * expected
+
+
+def test_the_trial_waits_for_the_second_call_of_a_kind_that_is_rare():
+    layers = {"rare.0": nn.Linear(8, 8), **{f"often.{i}": nn.Linear(8, 8) for i in range(18)}}
+    layers |= {"rare.1": nn.Linear(8, 8), **{f"last.{i}": nn.Linear(8, 8) for i in range(30)}}
+    model, called = nn.Sequential(*layers.values()), []
+    for layer in model:
+        layer.register_forward_pre_hook(lambda *_: called.append(1), prepend=True)
+    forwards = [lambda x=x: model(x) for x in (torch.ones(1, 8), torch.zeros(1, 8))]
+    disturbed_layer(layers, *forwards, lambda *_: contextlib.nullcontext(), KeptState(model))
+    assert len(called) == 3 * 20
 
 
 def test_a_forward_that_fails_leaves_no_thread():

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from gptq_plugin.walk.groups import find_groups
+from gptq_plugin.walk.kept_state import KeptState
 
 from models import tiny_llama
 from walks import linears, walk
@@ -69,3 +70,27 @@ def test_layers_that_the_forward_does_not_call_follow_the_layer_registered_befor
     groups = find_groups(layers, forward)
     assert [group.names for group in groups] == [("before",), ("early",), ("late",), ("unused",), ("last",), ("first",)]
     assert [group.calls for group in groups] == [1, 1, 1, 1, 1, 2]
+
+
+class Remembers(nn.Module):
+    """Keeps its input while it runs, and how often it ran for ever."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.given, self.runs = None, 0
+
+    def forward(self, x):
+        self.runs += 1
+        self.given = x
+        x = self.b(self.a(x))
+        self.given = None
+        return x
+
+
+def test_the_state_learns_what_the_forward_keeps_and_what_it_keeps_only_between_layers():
+    model = Remembers()
+    state = KeptState(model)
+    find_groups(linears(model), lambda: model(torch.ones(1, 4)), state=state)
+    assert sorted(map(str, state.initial)) == [".given", ".runs"]
+    assert model.runs == 0

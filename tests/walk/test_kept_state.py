@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import weakref
 from collections import deque
 
 import pytest
@@ -388,3 +389,126 @@ def test_a_transformers_model_keeps_nothing():
     with torch.no_grad():
         model(input_ids=ids)
     assert state.look() == {}
+
+
+def _flagged(register):
+    """A model whose first forward registers a hook and sets a flag; it has had a hook of its user's before."""
+
+    class Flagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last, self.flag, self.kept = nn.Linear(8, 8), nn.Linear(8, 8), False, None
+
+        def forward(self, x):
+            if not self.flag:
+                register(self.layer)
+                self.flag = True
+            self.kept = x
+            return self.last(self.layer(x))
+
+    model = Flagged()
+    model.last.register_forward_hook(lambda *_: None)
+    return model
+
+
+def _ours(layer):
+    hook = lambda *_: None  # noqa: E731
+    hook.__module__ = "gptq_plugin.walk.layer_inputs"
+    layer.register_forward_hook(hook)
+
+
+def _theirs(layer):
+    layer.register_forward_hook((lambda *_: None).__call__)  # which has no __module__
+
+
+@pytest.mark.parametrize("register, stays", [(_ours, False), (_theirs, True), (lambda layer: None, False)])
+def test_a_flag_stays_where_a_hook_of_others_was_registered_with_it(register, stays):
+    model = _flagged(register)
+    state = KeptState(model)
+    find_groups(linears(model), lambda: model(torch.ones(3, 8)), state=state)
+    assert {str(place): value for place, value in state.initial.items()} == {".flag": stays, ".kept": None}
+    state.put_back()
+    assert model.flag is stays and model.kept is None
+
+
+def test_buffers_of_a_batch_are_where_they_are_asked_to_be():
+    model = Outer(Buffer())
+    model.block.register_buffer("empty", None)
+    model.block.attribute = None
+    state = KeptState(model, device=torch.device("meta"))
+    model.block.condition, model.block.empty, model.block.attribute = torch.ones(8), torch.ones(8), torch.ones(8)
+    state.look()
+    copied = state.copies({place: place.get() for place in state.initial})
+    devices = {str(place): value.device.type for place, value in copied.items()}
+    assert devices == {"block.condition": "meta", "block.empty": "meta", "block.attribute": "cpu"}
+    assert list(state.copies(dict.fromkeys(state.initial)).values()) == [None] * 3
+
+
+def test_what_others_put_in_the_place_of_a_buffer_is_not_exchanged_even_after_weights_have_changed():
+    model, lent = Outer(Buffer()), []
+    state = KeptState(model, is_lent=lambda value: any(value is one for one in lent))
+    with torch.no_grad():
+        model.last.weight.mul_(2)
+    state.end_first()
+    lent.append(torch.ones(8))
+    model.block.condition = lent[0]
+    assert state.look() == {}
+    model.block.condition = torch.ones(8)
+    assert [str(place) for place in state.look()] == ["block.condition"]
+
+
+def test_what_a_batch_finds_itself_is_undone_for_the_others_and_what_it_kept_before_stays_its_own():
+    model = Outer(InAList())
+    model.block.condition = 0
+    state = KeptState(model)
+    model.block.condition = 1
+    state.end_first()
+    values, memory = Values(state), model.block.memory
+    values.put()
+    model.block.condition = 2
+    memory.append("own")
+    values.take(at_end=False)
+    assert model.block.condition == 0 and model.block.memory is memory and memory == []
+    values.put()
+    assert model.block.condition == 2 and model.block.memory == ["own"] and memory == []
+    values.take(at_end=True)
+    assert model.block.condition == 0 and model.block.memory is memory
+
+
+def test_a_place_that_became_known_later_leaves_a_batch_what_it_has():
+    model = Outer(InAList())
+    model.block.condition = model.block.other = 0
+    state = KeptState(model)
+    model.block.condition = 1
+    state.end_first()
+    values = Values(state)
+    values.put()
+    model.block.condition = 2
+    values.take(at_end=False)
+    model.block.other = 1
+    state.end_first()
+    values.put()
+    assert (model.block.condition, model.block.other) == (2, 0)
+
+
+def test_places_are_looked_at_in_the_first_two_stops_and_at_the_end():
+    looks = []
+    state = types.SimpleNamespace(initial={}, look=lambda: looks.append(1) or {}, put_back=lambda: None)
+    values, counts = Values(state), []
+    for at_end in (False, False, False, False, True):
+        values.take(at_end=at_end)
+        counts.append(len(looks))
+    assert counts == [1, 2, 2, 2, 3]
+
+
+def test_a_batch_that_has_ended_holds_nothing():
+    model = Outer(Attribute())
+    state = KeptState(model)
+    model.block.condition = None
+    state.end_first()
+    values = Values(state)
+    values.put()
+    model.block.condition = torch.ones(8)
+    kept = weakref.ref(model.block.condition)
+    values.take(at_end=True)
+    assert kept() is None

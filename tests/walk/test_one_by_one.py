@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from models import tiny_llama
 from walks import hooks_left, linears, walk
 
 
-def _one_by_one(model, calls, change=None, agree=lambda position: position):
+def _one_by_one(model, calls, change=None, agree=None):
     layers, counted, order = linears(model), {}, []
 
     def observe(group, number, x):
@@ -22,7 +24,7 @@ def _one_by_one(model, calls, change=None, agree=lambda position: position):
 
     state = KeptState(model)
     groups = find_groups(layers, calls[0], state=state)
-    for stop in walk_one_by_one(groups, layers, calls, observe, agree, state):
+    for stop in walk_one_by_one(groups, layers, calls, observe, state=state, **({"agree": agree} if agree else {})):
         order.append(stop.group)
         if change:
             change(stop)
@@ -72,6 +74,57 @@ def test_a_layer_that_is_called_again_counts_all_its_inputs():
     assert [number for number, _ in counted["last"]] == [0, 1, 2]
 
 
+def test_an_input_that_layers_of_a_group_share_counts_once_a_call():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.a(x) + self.b(x)
+            return self.a(y) + self.b(y)
+
+    model = Shared()
+    order, counted = _one_by_one(model, [lambda: model(torch.ones(2, 8)), lambda: model(torch.zeros(1, 8))])
+    assert [(group.names, group.calls) for group in order] == [(("a", "b"), 2)]
+    assert [(number, len(x)) for number, x in counted["a"]] == [(0, 2), (0, 2), (1, 1), (1, 1)]
+
+
+def test_calls_on_threads_of_the_model_do_not_count():
+    class Threaded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            thread = threading.Thread(target=self.layer, args=(x + 1,))
+            thread.start()
+            thread.join()
+            return self.layer(x)
+
+    model = Threaded()
+    _, counted = _one_by_one(model, [lambda: model(torch.zeros(1, 4))])
+    assert [(number, x.tolist()) for number, x in counted["layer"]] == [(0, [[0.0] * 4])]
+
+
+def test_every_run_of_a_batch_begins_with_what_the_model_kept_before_the_walk():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.runs = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), 0
+
+        def forward(self, x):
+            self.runs += 1
+            for layer in self.layers:
+                x = layer(x) * 0 + self.runs
+            return x
+
+    model = Counting()
+    _, counted = _one_by_one(model, [lambda: model(torch.ones(1, 4))] * 2)
+    assert [float(x[0, 0]) for inputs in counted.values() for _, x in inputs] == [1.0] * 6
+    assert model.runs == 0
+
+
 def test_layers_that_no_batch_reaches_are_left_out_unless_another_rank_reaches_them():
     class Either(nn.Module):
         def __init__(self):
@@ -84,14 +137,24 @@ def test_layers_that_no_batch_reaches_are_left_out_unless_another_rank_reaches_t
     model, calls = Either(), [lambda: model(torch.ones(1, 8))]
     assert [group.names for group in _one_by_one(model, calls)[0]] == [("one",)]
     assert [group.names for group in _one_by_one(model, calls, agree=lambda _: 0)[0]] == [("one",), ("other",)]
+    calls = [lambda: model(torch.ones(1, 8)), lambda: model.other(torch.ones(1, 8)), lambda: None]
+    order, counted = _one_by_one(model, calls)
+    assert [group.names for group in order] == [("one",), ("other",)]
+    assert [number for inputs in counted.values() for number, _ in inputs] == [0, 1]
 
 
 def test_only_inputs_that_are_not_finite_are_kept_for_the_error():
     model = nn.Sequential(nn.Linear(4, 4))
     data = [torch.ones(2, 4), torch.full((2, 4), torch.nan)]
-    found = []
-    _one_by_one(model, [lambda x=x: model(x) for x in data], lambda stop: found.append(dict(stop.inputs)))
+    found, kept = [], []
+
+    def look(stop):
+        found.append(dict(stop.inputs))
+        kept.append(stop.inputs)
+
+    _one_by_one(model, [lambda x=x: model(x) for x in data], look)
     assert found[0][0].numel() == 0 and found[0][1] is data[1]
+    assert kept == [{}]  # a stop holds them no longer than it lasts
 
 
 def test_an_error_names_its_batch():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from gptq_plugin.walk.kept_state import KeptState
 from gptq_plugin.walk.side_by_side import side_by_side
 
 from walks import hooks_left, linears, threads_left
@@ -69,3 +70,29 @@ def test_an_error_ends_all():
     with pytest.raises(KeyError):
         side_by_side(linears(model), {0: lambda: model(torch.zeros(1, 4)), 1: failing}, lambda *_: None)
     assert hooks_left(model) == 0 and threads_left() == []
+
+
+class Remembers(nn.Module):
+    """Keeps its input on itself, and reads it behind a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.given = None
+
+    def forward(self, x):
+        self.given = x
+        self.a(x)
+        return self.b(self.given)
+
+
+def test_each_forward_reads_what_it_has_kept_itself():
+    model, seen = Remembers(), []
+    inputs = [torch.zeros(1, 4), torch.ones(1, 4)]
+    forwards = {number: lambda x=x: model(x) for number, x in enumerate(inputs)}
+    side_by_side(
+        linears(model), forwards, lambda number, name, x: seen.append((number, name, x)), state=KeptState(model)
+    )
+    assert [(number, name) for number, name, _ in seen] == [(0, "a"), (1, "a"), (0, "b"), (1, "b")]
+    assert torch.equal(seen[2][2], inputs[0]) and torch.equal(seen[3][2], inputs[1])
+    assert model.given is None

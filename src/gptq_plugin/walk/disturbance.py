@@ -6,8 +6,10 @@ or on a stream, only shows in its effect.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +39,20 @@ def disturbed_layer(
         waiting: As in `lockstep.walk`; the numbers are 0 and 1.
         state: As in `lockstep.walk`.
     """
-    alone, together = _inputs(layers, [first], waiting, state), _inputs(layers, [first, second], waiting, state)
-    if _difference(alone, together) == (None, 0.0):
+
+    def inputs(*forwards: Forward) -> list[tuple[str, Tensor]]:
+        return _inputs(layers, forwards, waiting, state)
+
+    alone = inputs(first)
+    differences = _differences(alone, inputs(first, second))
+    if not any(off for _, off in differences):
         return None
-    noise = _difference(alone, _inputs(layers, [first], waiting, state))[1]
-    return _difference(alone, together, _TIMES * noise)[0]
+    noise = max(off for _, off in _differences(alone, inputs(first)))
+    return next((name for name, off in differences if off > _TIMES * noise), None)
 
 
 def _inputs(
-    layers: Mapping[str, nn.Module], forwards: list[Forward], waiting: Waiting, state: KeptState
+    layers: Mapping[str, nn.Module], forwards: Sequence[Forward], waiting: Waiting, state: KeptState
 ) -> list[tuple[str, Tensor]]:
     """The inputs of the first forward's calls, in order, [at most _NUMBERS] float32 each."""
     seen: list[tuple[str, Tensor]] = []
@@ -64,17 +71,15 @@ def _inputs(
     return seen
 
 
-def _difference(
-    one: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]], allowed: float = 0.0
-) -> tuple[str | None, float]:
-    """The first layer whose input differs by more than is allowed, and the largest difference, relative to norms."""
-    first, largest = None, 0.0
-    for (name, a), (also, b) in zip(one, other, strict=False):
-        same = name == also and a.shape == b.shape
-        off = float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny)) if same else torch.inf
-        off = 0.0 if same and torch.equal(a.nan_to_num(), b.nan_to_num()) else off
-        largest = max(largest, off)
-        first = name if first is None and not off <= allowed else first
-    if first is None and len(one) != len(other):
-        first, largest = max(one, other, key=len)[min(len(one), len(other))][0], torch.inf
-    return first, largest
+def _differences(one: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]]) -> list[tuple[str, float]]:
+    """By call its layer, and the norm of its inputs' difference to that of the input; infinity for another call."""
+    found = []
+    for (name, a), (also, b) in itertools.zip_longest(one, other, fillvalue=("", torch.empty(0))):
+        if name != also or a.shape != b.shape:
+            off = torch.inf
+        elif torch.equal(a.nan_to_num(), b.nan_to_num()):
+            off = 0.0
+        else:
+            off = float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
+        found.append((name or also, torch.inf if math.isnan(off) else off))
+    return found

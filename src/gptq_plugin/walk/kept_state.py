@@ -74,8 +74,7 @@ class KeptState:
             self._watched.restore()
         if not _hooks_of(self._model) <= self._hooks:  # they stay, and so does what tells that they are there
             self.initial |= flags
-        if self.initial:
-            log.debug("exchanged between batches: %s", ", ".join(map(str, self.initial)))
+        log.debug("exchanged between batches: %s", ", ".join(map(str, self.initial)) or "nothing")
 
     def put_back(self) -> None:
         """Makes the initial values the current ones."""
@@ -108,7 +107,7 @@ def _hooks_of(model: nn.Module) -> set[int]:
     """Forward hooks on the modules of a model but for ours, by `id`."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
-    return {id(hook) for hook in hooks if not getattr(hook, "__module__", "").startswith("gptq_plugin")}
+    return {id(hook) for hook in hooks if not str(getattr(hook, "__module__", None)).startswith("gptq_plugin")}
 
 
 class NotCopied(Exception):

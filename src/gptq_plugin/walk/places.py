@@ -1,7 +1,4 @@
-"""Places outside its local variables to which the forward of a model can write: `Place`.
-
-Tested by tests/walk/test_kept_state.py: with the places of every kind.
-"""
+"""Places outside its local variables to which the forward of a model can write: `Place`."""
 
 from __future__ import annotations
 
@@ -11,7 +8,16 @@ from typing import Any
 
 from torch import nn
 
-MISSING: Any = type("Missing", (), {"__deepcopy__": lambda self, memo: self, "__repr__": lambda self: "nothing"})()
+
+class _Missing:
+    def __deepcopy__(self, memo: object) -> _Missing:
+        return self
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+MISSING: Any = _Missing()
 
 
 class Place:
@@ -90,20 +96,20 @@ def is_data(value: Any) -> bool:
 
 
 def _variables(functions: list[Any]) -> Iterator[Place]:
-    seen: set[types.CodeType] = set()
+    seen: set[int] = set()
     while functions:
         function = functions.pop()
         function = getattr(function, "__func__", function)  # of a method, a static method
-        if not isinstance(function, types.FunctionType) or (function.__code__ in seen and not function.__closure__):
+        if not isinstance(function, types.FunctionType) or id(function) in seen:
             continue
+        seen.add(id(function))
         code, names = function.__code__, function.__globals__
         for key, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             place = Place(cell, key, function.__qualname__)
             if is_data(place.get()):
                 yield place
-            elif code not in seen:
+            else:
                 functions.append(place.get())  # of a decorator
-        seen.add(code)
         for key in _referred(code) & names.keys():
             value = names[key]
             if is_data(value):

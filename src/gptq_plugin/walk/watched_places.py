@@ -3,8 +3,6 @@
 It can keep something in an attribute, a buffer or a submodule of a module, on a class, in a global or closure variable,
 or inside an object that one of these refers to. Rebinding is seen by identity, a change of a container by its items,
 and a change of a tensor by its version.
-
-Tested by tests/walk/test_kept_state.py: with the places of every kind.
 """
 
 from __future__ import annotations
@@ -97,7 +95,7 @@ class WatchedPlaces:
     def _reached_from(self, value: Any) -> list[Any]:
         """Containers, objects and tensors behind a value; none where they lead back to the model, or are too many."""
         found: dict[int, Any] = {}
-        left = [] if isinstance(value, nn.Module) else [value]
+        left = [value]
         while left:
             one = left.pop()
             if id(one) in self._modules or len(found) > _LIMIT:
