@@ -57,7 +57,7 @@ def test_training_what_the_quantization_left_is_warned_of_once_with_the_way_out(
     (text,) = step(model)
     assert f"only {len(floats)} float parameters" in text and floats[0] in text
     assert "LlamaForCausalLM" in text and "load the float weights into a new model" in text and "model.eval()" in text
-    assert step(model) == []
+    assert step(model) == [] and step(copy.deepcopy(model)) == []
     assert len(step(quantized_llama())) == 1  # another model
 
 
@@ -175,14 +175,15 @@ def test_the_check_keeps_no_model_alive_and_is_not_saved() -> None:
     torch.save(layer, file)
     assert len(file.getvalue()) < 100_000
     file.seek(0)
-    assert torch.load(file, weights_only=False)(torch.randn(1, 64)).shape == (1, 64)
-    alone = copy.deepcopy(layer)
+    loaded = torch.load(file, weights_only=False)
+    assert loaded(torch.randn(1, 64)).shape == (1, 64)
+    alone, again = copy.deepcopy(layer), copy.deepcopy(loaded)
     del model
     gc.collect()
     assert gone() is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for one in (layer, alone):
+        for one in (layer, loaded, alone, again):
             one.train()(torch.randn(1, 64, requires_grad=True)).sum().backward()
 
 

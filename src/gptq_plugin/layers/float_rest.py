@@ -26,7 +26,7 @@ class FloatRest:
     def __init__(self, model: nn.Module | None) -> None:
         self._model = None if model is None else weakref.ref(model)
         self._names = frozenset(() if model is None else (name for name, _ in model.named_parameters()))
-        self._is_checked = model is None
+        self._is_checked = False
 
     def check_training(self) -> None:
         """Warns, once a model, if nothing can be trained but what the quantization left float.
@@ -45,7 +45,6 @@ class FloatRest:
                 f"{', ...' if len(trained) > 3 else ''}). To train on, load the float weights into a new model and "
                 "quantize that at the end; or train adapters on the quantized layers, with all else frozen "
                 "(requires_grad_(False)). To evaluate, call model.eval()",
-                UserWarning,
                 stacklevel=3,
             )
 

@@ -1,7 +1,4 @@
-"""Replaces modules in a tree, QuantLinear for Linear or back: `swap_modules`.
-
-Tested by tests/layers/test_qlinear.py: with the layers that it puts there.
-"""
+"""Replaces modules in a tree, QuantLinear for Linear or back: `swap_modules`."""
 
 from __future__ import annotations
 
