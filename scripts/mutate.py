@@ -28,11 +28,11 @@ from targets import REPOSITORY, Target, targets
 DOCS = REPOSITORY / "docs" / "mutation.md"
 
 
-def run(target: Target, processes: int) -> Result:
+def run(target: Target, processes: int, longest: float) -> Result:
     before = baseline(target)
     mutants = mutants_of(target.file.read_text(encoding="utf-8"))
     counts, survivors = {"killed": 0, "timeout": 0, "survived": 0}, []
-    for mutant, outcome in outcomes(target, mutants, processes, before):
+    for mutant, outcome in outcomes(target, mutants, processes, before, longest):
         counts[outcome] += 1
         if outcome == "survived":
             survivors.append(Survivor(*mutant.described()))
@@ -46,6 +46,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help="as gptq.grid; all when left out")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--longest", type=float, default=float("inf"), help="leave out tests that take longer, in seconds"
+    )
     parser.add_argument("--results", type=Path, help="a file to keep the results in")
     parser.add_argument("--page", type=Path, nargs="+", help="write docs/mutation.md from such files, and run nothing")
     arguments = parser.parse_args()
@@ -60,7 +63,7 @@ def main() -> int:
         no_examples_kept()
         results = []
         for name in arguments.modules or by_name:
-            results.append(run(by_name[name], arguments.processes))
+            results.append(run(by_name[name], arguments.processes, arguments.longest))
             print(summary(results[-1]), flush=True)
             if arguments.results:
                 keep(arguments.results, results[-1])

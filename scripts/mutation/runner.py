@@ -43,13 +43,15 @@ class Baseline:
     durations: dict[str, float]
     entered: dict[str, set[str]]
 
-    def tests_of(self, where: str) -> set[str]:
+    def tests_of(self, where: str, longest: float = float("inf")) -> set[str]:
         """The tests to run for a change of that function: those that call one of its name, and those whose calls
-        nobody saw (they may be in another process); all where none calls it, since import runs it then."""
+        nobody saw (they may be in another process); all where none calls it, since import runs it then. None that
+        takes longer than `longest`, in seconds."""
         name = where.rpartition(".")[2]
         calling = {test for test, functions in self.entered.items() if name in functions}
         unseen = {test for test, functions in self.entered.items() if not functions}
-        return calling | unseen if calling else set(self.entered)
+        tests = calling | unseen if calling else set(self.entered)
+        return {test for test in tests if self.durations.get(test, 0.0) <= longest}
 
 
 def baseline(target: Target) -> Baseline:
@@ -76,15 +78,21 @@ def baseline(target: Target) -> Baseline:
 
 
 def outcomes(
-    target: Target, mutants: Sequence[Mutant], processes: int, before: Baseline
+    target: Target, mutants: Sequence[Mutant], processes: int, before: Baseline, longest: float
 ) -> Iterator[tuple[Mutant, str]]:
-    """Each mutant with "killed", "timeout" or "survived", as they end; what is none is left out."""
+    """Each mutant with "killed", "timeout" or "survived", as they end; what is none is left out.
+
+    Tests that take longer than `longest` seconds are not run.
+    """
     limit = 10 + 5 * before.seconds
     waiting, running = deque(mutants), dict[int, tuple[Mutant, float]]()
     while waiting or running:
         while waiting and len(running) < processes:
             mutant = waiting.popleft()
-            running[_fork(lambda mutant=mutant: _test(target, mutant, before))] = mutant, time.monotonic() + limit
+            running[_fork(lambda mutant=mutant: _test(target, mutant, before, longest))] = (
+                mutant,
+                time.monotonic() + limit,
+            )
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             mutant, _ = running.pop(pid)
@@ -99,12 +107,13 @@ def outcomes(
         time.sleep(0.01)
 
 
-def _test(target: Target, mutant: Mutant, before: Baseline) -> int:
+def _test(target: Target, mutant: Mutant, before: Baseline, longest: float) -> int:
     source = mutant.source()
     if source is None:
         return _NO_MUTANT
     sys.meta_path.insert(0, _Mutated(target, source))
-    return _pytest(target, ["-x"], _FastestFirst(before.durations, before.tests_of(mutant.where)), io.StringIO())
+    chosen = _FastestFirst(before.durations, before.tests_of(mutant.where, longest))
+    return _pytest(target, ["-x"], chosen, io.StringIO())
 
 
 def _pytest(target: Target, options: list[str], plugin: object, out: io.StringIO) -> int:

@@ -192,30 +192,6 @@ def test_reported_losses_are_the_output_errors():
         torch.testing.assert_close(loss, output_error(weight - quantized.dequantize(torch.float64), hessian))
 
 
-@pytest.mark.parametrize("n", [1, 1023, 1024, 1025, 2600])
-def test_the_output_error_of_any_width_is_the_quadratic_form_with_the_whole_hessian(n):
-    """Beyond 1024 inputs it is added up from strips, with only one of each two mirrored blocks."""
-    generator = torch.Generator().manual_seed(n)
-    error = torch.randn(3, n, generator=generator, dtype=torch.float64)
-    half = torch.randn(n, n, generator=generator, dtype=torch.float64) / n
-    hessian = half + half.T + torch.eye(n, dtype=torch.float64)
-    expected = torch.einsum("oi,ij,oj->o", error, hessian, error)
-    torch.testing.assert_close(output_error(error, hessian), expected, rtol=1e-9, atol=0)
-
-
-def test_the_output_error_is_not_below_zero_and_of_16_bit_numbers_it_is_summed_in_float32():
-    error = torch.ones(2, 1001, dtype=torch.bfloat16)
-    hessian = torch.eye(1001, dtype=torch.bfloat16)
-    found = output_error(error, hessian)
-    assert found.dtype == torch.float32 and found.tolist() == [1001.0, 1001.0]  # bfloat16 would have 1000
-    assert output_error(error.double(), -hessian.double()).tolist() == [0.0, 0.0]
-    beside = torch.zeros(1101, 1101, dtype=torch.bfloat16)  # ones where a strip meets the one before
-    beside[1024:, :1024] = beside[:1024, 1024:] = 1
-    error = torch.ones(1, 1101, dtype=torch.bfloat16)
-    error[0, 0] = 3
-    assert output_error(error, beside).item() == 2 * 77 * 1026  # bfloat16 would have 2 * 78848
-
-
 def test_dead_inputs_are_rounded_to_nearest_and_cost_nothing():
     weight, hessian = correlated(rows=8, n=64)
     dead = [3, 17, 40]

@@ -62,9 +62,12 @@ def test_what_cannot_matter_is_not_mutated_and_all_else_is(scripts):
 def test_a_change_meets_the_tests_that_call_its_function_and_those_that_nobody_saw_calling(scripts):
     from runner import Baseline
 
-    before = Baseline(1.0, {}, {"calls": {"f", "g"}, "calls_another": {"g"}, "starts_a_process": set()})
+    before = Baseline(
+        1.0, {"calls_another": 2.0}, {"calls": {"f", "g"}, "calls_another": {"g"}, "starts_a_process": set()}
+    )
     assert before.tests_of("C.f") == {"calls", "starts_a_process"}
     assert before.tests_of("C.f.g") == {"calls", "calls_another", "starts_a_process"}
+    assert before.tests_of("C.f.g", longest=1.5) == {"calls", "starts_a_process"}
     assert before.tests_of("") == before.tests_of("C") == {"calls", "calls_another", "starts_a_process"}
 
 

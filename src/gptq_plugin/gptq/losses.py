@@ -1,7 +1,4 @@
-"""Output errors of a rounded matrix.
-
-Tested by tests/gptq/test_solver.py: as what the solver reports.
-"""
+"""Output errors of a rounded matrix."""
 
 from __future__ import annotations
 

@@ -1,0 +1,47 @@
+"""Output errors are quadratic forms with the Hessian, of any width and type, row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_plugin.gptq.grid import round_to_nearest
+from gptq_plugin.gptq.losses import output_error, output_power, rounding_loss
+
+from plain_gptq import correlated, plain
+
+
+@pytest.mark.parametrize("n", [1, 1023, 1024, 1025, 2600])
+def test_the_output_error_of_any_width_is_the_quadratic_form_with_the_whole_hessian(n):
+    """Beyond 1024 inputs it is added up from strips, with only one of each two mirrored blocks."""
+    generator = torch.Generator().manual_seed(n)
+    error = torch.randn(3, n, generator=generator, dtype=torch.float64)
+    half = torch.randn(n, n, generator=generator, dtype=torch.float64) / n
+    hessian = half + half.T + torch.eye(n, dtype=torch.float64)
+    expected = torch.einsum("oi,ij,oj->o", error, hessian, error)
+    torch.testing.assert_close(output_error(error, hessian), expected, rtol=1e-9, atol=0)
+
+
+def test_the_output_error_is_not_below_zero_and_of_16_bit_numbers_it_is_summed_in_float32():
+    error = torch.ones(2, 1001, dtype=torch.bfloat16)
+    hessian = torch.eye(1001, dtype=torch.bfloat16)
+    found = output_error(error, hessian)
+    assert found.dtype == torch.float32 and found.tolist() == [1001.0, 1001.0]  # bfloat16 would have 1000
+    assert output_error(error.double(), -hessian.double()).tolist() == [0.0, 0.0]
+    beside = torch.zeros(1101, 1101, dtype=torch.bfloat16)  # ones where a strip meets the one before
+    beside[1024:, :1024] = beside[:1024, 1024:] = 1
+    error = torch.ones(1, 1101, dtype=torch.bfloat16)
+    error[0, 0] = 3
+    assert output_error(error, beside).item() == 2 * 77 * 1026  # bfloat16 would have 2 * 78848
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_of_rows_give_the_baseline_and_the_power_of_each_row_in_the_type_of_the_weights(dtype):
+    weight, hessian = correlated(rows=6, n=96)
+    config = plain(bits=3, group_size=32)
+    blocks = weight.to(dtype).unflatten(0, (3, 2))
+    error = weight - round_to_nearest(weight, config).dequantize(torch.float64)
+    loss, power = rounding_loss(blocks, hessian, config), output_power(blocks, hessian)
+    assert loss.dtype == power.dtype == dtype
+    torch.testing.assert_close(loss.double(), output_error(error, hessian), rtol=1e-5, atol=0)
+    torch.testing.assert_close(power.double(), torch.einsum("oi,ij,oj->o", weight, hessian, weight), rtol=1e-5, atol=0)
