@@ -114,6 +114,10 @@ def _cannot_matter(node: cst.CSTNode, top_level: bool) -> bool:
             return True
         case cst.Raise() | cst.FormattedString() | cst.ConcatenatedString():
             return True
+        case cst.Expr(value=cst.Call(func=cst.Attribute(value=cst.Name(value="log"), attr=cst.Name(value="debug")))):
+            return True
+        case cst.Call(func=cst.Attribute(value=cst.Name(value="logging"), attr=cst.Name(value="getLogger"))):
+            return True
         case cst.SimpleString():
             return " " in node.value  # a sentence
         case cst.FunctionDef():

@@ -35,7 +35,8 @@ left out. The runner is ours: mutmut's passes over decorated functions and the t
 messages by rule, and derives a module's name from its file's, which does not hold for `kernels/`. Not mutated, since no
 test should depend on it:
 
-- text for people: docstrings, f-strings, strings with a space, arguments of what is raised, `__repr__`, `extra_repr`;
+- text for people: docstrings, f-strings, strings with a space, arguments of what is raised, `__repr__`, `extra_repr`,
+  debug messages and the names of loggers;
 - types: annotations and aliases;
 - imports, decorators, and `strict=` of zip;
 - what only a GPU runs: conditions with `.is_cuda`, and what they guard (the tests marked `gpu` are theirs).

@@ -13,11 +13,11 @@ from paths import REPOSITORY
 pytest.importorskip("mutmut")
 
 SOURCE = '''"""A module."""
-Kind = list[int]
+Kind = list[int]; log = logging.getLogger(__name__)
 LIMIT = 3
 def f(x: int, device=None):
     """Text."""
-    log("a message of words", x)
+    log("a message of words", x); log.debug("a message", x)
     if x:
         raise ValueError("no", x)
     y = x + 1 if x.is_cuda and x > 2 else x
@@ -42,6 +42,7 @@ def test_what_cannot_matter_is_not_mutated_and_all_else_is(scripts):
 
     changes = [mutant.described() for mutant in mutants_of(SOURCE) if mutant.source()]
     assert sorted(changes) == [
+        (2, "module: Kind = list[int]; log = {logging.getLogger(__name__) -> None}"),
         (3, "module: LIMIT = {3 -> 4}"),
         (3, "module: LIMIT = {3 -> None}"),
         (6, 'f: log("a message of words", {x -> None})'),
