@@ -17,7 +17,7 @@ Kind = list[int]; log = logging.getLogger(__name__)
 LIMIT = 3
 def f(x: int, device=None):
     """Text."""
-    log("a message of words", x); log.debug("a message", x)
+    log("a message of words", x)
     if x:
         raise ValueError("no", x)
     y = x + 1 if x.is_cuda and x > 2 else x
@@ -25,6 +25,8 @@ def f(x: int, device=None):
 class C:
     def __repr__(self):
         return "C"
+    def g(self):
+        log.debug("%s", self)
 '''
 
 
