@@ -87,7 +87,9 @@ def test_an_input_that_layers_of_a_group_share_counts_once_a_call():
     model = Shared()
     order, counted = _one_by_one(model, [lambda: model(torch.ones(2, 8)), lambda: model(torch.zeros(1, 8))])
     assert [(group.names, group.calls) for group in order] == [(("a", "b"), 2)]
+    second = model.a(torch.ones(2, 8)) + model.b(torch.ones(2, 8))
     assert [(number, len(x)) for number, x in counted["a"]] == [(0, 2), (0, 2), (1, 1), (1, 1)]
+    assert torch.equal(counted["a"][0][1], torch.ones(2, 8)) and torch.equal(counted["a"][1][1], second)
 
 
 def test_calls_on_threads_of_the_model_do_not_count():
@@ -137,6 +139,8 @@ def test_layers_that_no_batch_reaches_are_left_out_unless_another_rank_reaches_t
     model, calls = Either(), [lambda: model(torch.ones(1, 8))]
     assert [group.names for group in _one_by_one(model, calls)[0]] == [("one",)]
     assert [group.names for group in _one_by_one(model, calls, agree=lambda _: 0)[0]] == [("one",), ("other",)]
+    groups, layers = find_groups(linears(model), calls[0]), linears(model)
+    assert [stop.group.names for stop in walk_one_by_one(groups, layers, calls, lambda *_: None)] == [("one",)]
     calls = [lambda: model(torch.ones(1, 8)), lambda: model.other(torch.ones(1, 8)), lambda: None]
     order, counted = _one_by_one(model, calls)
     assert [group.names for group in order] == [("one",), ("other",)]

@@ -31,6 +31,8 @@ def test_what_a_place_holds_can_be_replaced_taken_away_and_put_back(kind):
     assert place.get() == 1 and str(place) == "model.block.key" and not place.is_buffer
     place.put(2)
     assert place.get() == 2
+    place.put(None)
+    assert place.get() is None and place.get() is not MISSING
     place.put(MISSING)
     assert place.get() is MISSING
     place.put(MISSING)
