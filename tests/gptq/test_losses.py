@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.gptq.losses import output_error, output_power, rounding_loss
 
@@ -45,3 +46,17 @@ def test_blocks_of_rows_give_the_baseline_and_the_power_of_each_row_in_the_type_
     assert loss.dtype == power.dtype == dtype
     torch.testing.assert_close(loss.double(), output_error(error, hessian), rtol=1e-5, atol=0)
     torch.testing.assert_close(power.double(), torch.einsum("oi,ij,oj->o", weight, hessian, weight), rtol=1e-5, atol=0)
+
+
+def test_where_a_gpu_multiplies_in_bfloat16_losses_are_near_and_of_the_weights_type(monkeypatch):
+    weight, hessian = (one.float() for one in correlated(rows=64, n=96))
+    config, blocks = plain(bits=3, group_size=32), weight.unflatten(0, (2, 32))
+    exact = rounding_loss(blocks, hessian, config), output_power(blocks, hessian)
+    monkeypatch.setattr(tensor_cores, "usable", lambda tensor: True)
+    for found, expected in zip((rounding_loss(blocks, hessian, config), output_power(blocks, hessian)), exact):
+        assert found.dtype == torch.float32 and not torch.equal(found, expected)
+        assert abs(float(found.sum() / expected.sum()) - 1) < 2e-3
+
+
+def test_losses_are_where_the_errors_are():
+    assert output_error(torch.empty(2, 4, device="meta"), torch.empty(4, 4, device="meta")).device.type == "meta"

@@ -18,14 +18,21 @@ def test_every_row_is_in_its_place_and_the_last_one_fills_what_is_left(rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "blocks", "size"), [(511, 1, 511), (512, 2, 256), (1536, 6, 256), (1300, 5, 288), (8192, 16, 512)]
+    ("rows", "blocks", "size"),
+    [(511, 1, 511), (512, 2, 256), (1536, 6, 256), (1300, 5, 288), (4352, 16, 288), (8192, 16, 512)],
 )
 def test_on_a_cpu_blocks_have_256_rows_or_more_and_are_16_at_most(rows, blocks, size):
     assert divided(torch.empty(rows, 2)).shape == (blocks, size, 2)
 
 
 @pytest.mark.parametrize(
-    ("rows", "blocks", "size"), [(1536, 1, 1536), (6144, 1, 6144), (28672, 4, 7168), (128256, 4, 32064)]
+    ("rows", "blocks", "size"),
+    [(1536, 1, 1536), (6144, 1, 6144), (8192, 2, 4096), (28672, 4, 7168), (128256, 4, 32064)],
 )
 def test_on_other_devices_they_have_4096_or_more_and_are_4_at_most(rows, blocks, size):
     assert divided(torch.empty(rows, 2, device="meta")).shape == (blocks, size, 2)
+
+
+def test_rows_that_fill_their_blocks_are_not_copied():
+    weight = torch.randn(512, 3)
+    assert divided(weight).data_ptr() == weight.data_ptr()

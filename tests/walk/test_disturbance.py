@@ -106,8 +106,7 @@ def test_one_number_that_differs_is_a_disturbance(size):
         def forward(self, x):
             self.memory[0] = x.sum().item()
             y = torch.zeros_like(self.first(x))
-            y[0, 1::4] = float(self.memory[0])
-            y[0, ::1024] = float(self.memory[0])
+            y[0, 1 if size == 8 else 1024] = float(self.memory[0])
             return self.second(y)
 
     assert _disturbed(Last(), torch.ones(1, size), torch.full((1, size), 5.0)) == "second"
@@ -161,6 +160,17 @@ def test_noise_in_the_model_is_no_disturbance():
 
 def test_nan_in_the_data_is_no_disturbance():
     assert _disturbed(in_an_attribute(), torch.full((3, 8), torch.nan), torch.ones(3, 8)) is None
+
+
+def test_a_disturbance_is_seen_beside_nan_in_the_data():
+    class Beside(Keeping):
+        def forward(self, x):
+            self.memory[0] = x[0, 0].item()
+            return self.second(self.first(x) * 0 + x + float(self.memory[0]))
+
+    data = torch.ones(3, 8)
+    data[2] = torch.nan
+    assert _disturbed(Beside(None, None), data, torch.full((3, 8), 5.0)) == "second"
 
 
 def test_another_number_of_calls_is_a_disturbance():

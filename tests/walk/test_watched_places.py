@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import weakref
 from collections import deque
@@ -25,8 +26,20 @@ class OneSlot:
     __slots__ = "value"
 
 
+def _cycle():
+    one = []
+    one.append(one)
+    return one
+
+
+GLOBAL, OTHER = [1], None
+
+
 class Model(nn.Module):
     of_class = None
+
+    def forward(self, x):
+        return GLOBAL, OTHER, x
 
     def __init__(self, **attributes):
         super().__init__()
@@ -70,6 +83,24 @@ def test_a_place_that_is_bound_to_something_else_is_named_with_what_it_held():
     assert watched.written() == {}
 
 
+def test_a_variable_that_is_bound_to_something_else_is_named_with_what_it_held(monkeypatch):
+    watched, held = _watched(Model()), GLOBAL
+    monkeypatch.setattr(sys.modules[__name__], "GLOBAL", [2])
+    assert _named(watched.written()) == {f"{__name__}.GLOBAL": held}
+    watched.restore()
+    assert GLOBAL is held and watched.written() == {}
+
+
+def test_attributes_of_functions_are_nobodys_state():
+    model = Model(kept=[_cycle])
+    watched = _watched(model)
+    _cycle.note = 1
+    try:
+        assert watched.written() == {}
+    finally:
+        del _cycle.note
+
+
 def test_what_pytorch_and_python_keep_themselves_is_nobodys_state():
     model = Model()
     watched = _watched(model)
@@ -107,6 +138,7 @@ def test_a_buffer_that_is_lent_is_nobodys_state_and_another_tensor_is():
         (OneSlot, lambda one: setattr(one, "value", 2), lambda one: hasattr(one, "value")),
         (lambda: Slotted([1]), lambda one: one.value.append(2), lambda one: list(one.value)),
         (lambda: ({}, {"a": [[1], 2]}, {}), lambda one: one[1]["a"][0].clear(), lambda one: one[1]["a"][0][:]),
+        (_cycle, lambda one: one[0].append(1), len),
         (lambda: torch.ones(3), lambda one: one.mul_(2), lambda one: one.tolist()),
         (lambda: torch.ones(2**18 + 1), lambda one: one.mul_(2), lambda one: float(one.sum())),
         (lambda: [torch.ones(3)], lambda one: one[0].mul_(2), lambda one: one[0].tolist()),
@@ -120,8 +152,10 @@ def test_what_has_changed_inside_is_seen_at_every_place_that_refers_to_it_and_un
     change(value)
     model.number = 2
     assert read(value) != before
-    found = _named(watched.written())
+    written = watched.written()
+    found = _named(written)
     assert found.keys() == {".kept", ".other", ".number"} and found[".kept"] is value
+    assert any(place.get() is value for place in written)
     watched.restore()
     assert read(value) == before and model.kept is value and model.number == 1
     assert watched.written() == {}
