@@ -240,6 +240,43 @@ def test_a_batch_is_cancelled_only_when_its_thread_has_ended():
     assert batch.input is None and not batch.thread.is_alive()
 
 
+@pytest.mark.parametrize("position", [0, 61, 10**6])
+def test_a_batch_that_waits_at_any_position_has_not_ended(position):
+    batch = BatchThread(0, lambda: batch.wait_at(position, "layer", torch.ones(2)))
+    batch.resume()
+    assert batch.position == position != END
+    batch.resume()
+    assert batch.position == END
+    batch.thread.join()
+
+
+def test_what_a_batch_keeps_is_put_before_it_runs_and_taken_when_it_waits_or_ends():
+    calls = []
+
+    class Kept:
+        def put(self):
+            calls.append("put")
+
+        def take(self, *, at_end):
+            calls.append("end" if at_end else "taken")
+
+    def forward():
+        calls.append("first")
+        batch.wait_at(0, "layer", torch.ones(2))
+        calls.append("second")
+
+    batch = BatchThread(0, forward, kept=Kept())
+    batch.resume()
+    assert calls == ["put", "first", "taken"]
+    batch.resume()
+    assert calls[3:] == ["put", "second", "end"]
+    calls.clear()
+    batch = BatchThread(0, forward, kept=Kept())
+    batch.resume()
+    batch.cancel()  # a batch that is ended runs no more of the forward
+    assert calls == ["put", "first", "taken", "end"]
+
+
 @pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="notes came with Python 3.11")
 def test_an_error_tells_in_which_batch_it_was_raised():
     batch = BatchThread(7, lambda: 1 / 0)
