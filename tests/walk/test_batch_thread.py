@@ -250,6 +250,14 @@ def test_a_batch_that_waits_at_any_position_has_not_ended(position):
     batch.thread.join()
 
 
+def test_a_forward_runs_without_gradients_whatever_its_caller_has():
+    seen = []
+    with torch.enable_grad():
+        BatchThread(0, lambda: seen.append(torch.is_grad_enabled())).resume()
+        assert torch.is_grad_enabled()
+    assert seen == [False]
+
+
 def test_what_a_batch_keeps_is_put_before_it_runs_and_taken_when_it_waits_or_ends():
     calls = []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptq_plugin import distributed
-from gptq_plugin.walk.expert_hessians import ExpertHessians
+from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
 from gptq_plugin.walk.hessian import Hessian
 
 CPU = torch.device("cpu")
@@ -124,3 +124,37 @@ def test_sums_live_on_the_device_that_was_given():
         experts.entered("a", tokens)
         evidence = experts.weighted("a", True, own)
     torch.testing.assert_close(evidence.mean, (own.mean() * 3 + torch.ones(WIDTH, WIDTH) * WIDTH) / 9)
+
+
+def test_evidence_is_complete_with_a_mean_and_a_count():
+    evidence = Evidence(torch.zeros(2, 2), 3)
+    assert (evidence.damp_percent, evidence.deviations) == (0.0, ())
+
+
+@pytest.mark.parametrize("options, same", [({}, True), ({"exact": True}, True), ({"exact": False}, False)])
+def test_tokens_are_summed_exactly_unless_it_is_asked_otherwise(options, same):
+    parts, own, means = [rows(40, seed=seed).float() * 10.0**seed for seed in range(4)], hessian_of(rows(3)), []
+    for order in (parts, parts[::-1]):
+        experts = ExpertHessians(CPU, **options)
+        for part in order:
+            experts.entered("a", part)
+        means.append(experts.weighted("a", True, own).mean)
+    assert torch.equal(*means) == same
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_rank_without_tokens_sums_in_the_type_of_the_others(monkeypatch, exact):
+    messages = []
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    monkeypatch.setattr(distributed, "gather_objects", lambda width: [width, WIDTH])
+    monkeypatch.setattr(distributed, "sum_", lambda message, tokens: messages.append(message.dtype) or 1)
+    ExpertHessians(CPU, exact).weighted("a", True, hessian_of(rows(3)))
+    assert messages == [torch.float64 if exact else torch.float32]
+
+
+def test_one_token_and_narrow_layers_are_weighted_like_others():
+    experts = ExpertHessians(CPU)
+    assert experts.weighted("a", False, hessian_of(rows(1, 2))).damp_percent == pytest.approx(0.3 * 2**1.5)
+    own = hessian_of(rows(3, 1))
+    evidence = experts.weighted("never entered", True, own)
+    assert torch.equal(evidence.mean, own.mean())

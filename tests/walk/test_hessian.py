@@ -171,3 +171,19 @@ def test_no_tokens_add_nothing():
 def test_without_other_ranks_nothing_is_sent(monkeypatch):
     monkeypatch.setattr(hessians.distributed, "sum_", lambda *_: pytest.fail("a message was sent"))
     Hessian(4, "cpu").over_ranks()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_neither_the_default_dtype_nor_the_default_device_matters(dtype):
+    x = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    means = []
+    for default, device in ((torch.float32, "cpu"), (torch.float64, "meta"), (torch.bfloat16, "meta")):
+        hessian = Hessian(300, "cpu", dtype)
+        torch.set_default_dtype(default)
+        try:
+            with torch.device(device):
+                hessian.add(x)
+                means.append(hessian.mean())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert means[0].dtype == dtype and all(torch.equal(mean, means[0]) for mean in means)

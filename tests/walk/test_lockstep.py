@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import Group, find_groups
+from gptq_plugin.walk.kept_state import KeptState
 
 from walks import hooks_left, linears, threads_left, walk
 
@@ -325,3 +326,24 @@ def test_a_stop_does_not_keep_the_inputs_alive(ends):
     gc.collect()
     assert not any(x() is not None for x in inputs) and first.inputs == {}
     steps.close()
+
+
+def test_every_batch_has_its_own_values_where_the_state_knows_that_forwards_write():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.given = nn.Linear(4, 4), nn.Linear(4, 4), None
+
+        def forward(self, x):
+            self.given = x
+            self.a(x)
+            return self.b(self.given * 1)
+
+    model, seen = Remembers(), []
+    forwards = [lambda n=n: model(torch.full((1, 4), float(n))) for n in (1, 2)]
+    state = KeptState(model)
+    groups = find_groups(linears(model), forwards[0], state=state)
+    observe = lambda group, number, x: seen.append((group.names[0], float(x[0, 0])))  # noqa: E731
+    for _ in lockstep.walk(groups, linears(model), forwards, observe, state=state):
+        pass
+    assert seen == [("a", 1.0), ("a", 2.0), ("b", 1.0), ("b", 2.0)] and model.given is None

@@ -83,7 +83,7 @@ def walk(
     """
     steps = _Steps(groups, observe, notes if notes is not None else Notes())
     batches = [
-        BatchThread(number, forward, waiting, Values(state) if state else None)
+        BatchThread(number, forward, waiting, Values(state) if state is not None else None)
         for number, forward in enumerate(forwards)
     ]
     steps.owner = {batch.thread: batch for batch in batches}
