@@ -62,13 +62,9 @@ class WeightReads:
             stack.enter_context(_Arguments(self))
             yield
 
-    def is_own(self, parameter: nn.Parameter) -> bool:
-        """Return whether a module that holds the parameter is running."""
-        return any(parameter is one for module in self._inside.modules for one in module._parameters.values())
-
     def read(self, parameter: nn.Parameter) -> None:
-        """Called when a function gets this parameter."""
-        if self.is_own(parameter):
+        """Called when a function gets this parameter; counts unless a module that holds it is running."""
+        if any(parameter is one for module in self._inside.modules for one in module._parameters.values()):
             return
         for name, module in self._layers.items():
             if module._parameters.get("weight") is parameter:
@@ -78,11 +74,11 @@ class WeightReads:
         """The user's hook on a layer, during which the layer's forward is not running."""
 
         @functools.wraps(hook)
-        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def run(module: nn.Module, *args: Any) -> Any:
             inside = self._inside.modules
             own = inside.pop()
             try:
-                return hook(module, *args, **kwargs)
+                return hook(module, *args)
             finally:
                 inside.append(own)
 
@@ -125,7 +121,7 @@ class _Arguments(TorchFunctionMode):
         if getattr(function, "__name__", None) != "__get__":
             for parameter in parameters:
                 self._reads.read(parameter)
-        elif parameters and isinstance(result, Tensor) and not self._reads.is_own(parameters[0]):
+        elif parameters and isinstance(result, Tensor):
             # data or T; dtype and shape a QuantLinear has too
             self._views[id(result)] = result, parameters[0]
         return result
