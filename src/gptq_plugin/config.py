@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from gptq_plugin import __version__
+from gptq_plugin.expressions import check_expression, matches
 from gptq_plugin.kernels.reference import BITS
 
 COMPRESSED = "compressed-tensors"
@@ -169,7 +169,7 @@ class QuantizeConfig:
 
     def rule_for(self, name: str) -> tuple[str, Mapping[str, Any]]:
         """The `dynamic` rule of a module, the first whose pattern matches; ("", {}) if none does."""
-        return next((rule for rule in self.dynamic.items() if re.match(rule_regex(rule[0]), name)), ("", {}))
+        return next((rule for rule in self.dynamic.items() if matches(rule_regex(rule[0]), name)), ("", {}))
 
     def group_size_for(self, in_features: int) -> int:
         """Group size of a layer with `in_features` inputs: `group_size` if it divides them; else the largest of 128, 64
@@ -276,9 +276,9 @@ def rule_regex(pattern: str) -> str:
 
 def _check_rule(config: QuantizeConfig, pattern: str, overrides: Mapping[str, Any]) -> None:
     try:
-        re.compile(rule_regex(pattern))
-    except re.error as error:
-        raise ValueError(f"dynamic: {pattern!r} is not a regular expression: {error}") from error
+        check_expression(rule_regex(pattern))
+    except ValueError as error:
+        raise ValueError(f"dynamic: {error}") from error
     if pattern.startswith("-:"):
         if overrides:
             raise ValueError(f"dynamic: {pattern!r} leaves modules float, so it takes no overrides; got {overrides}")

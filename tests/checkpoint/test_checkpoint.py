@@ -77,6 +77,12 @@ def test_descriptions_that_cannot_be_right_are_refused(case: str, tmp_path: Path
         assert needle in str(caught.value)
 
 
+def test_a_rule_that_would_backtrack_for_ever_is_matched_at_once(tmp_path: Path) -> None:
+    rules = {f"-:({'.*a' * 9})+(a+)+!": {}}
+    folder = edited(LLAMA, tmp_path / "x", config=lambda c: set_quantization(c, dynamic=rules))
+    assert len(load_quantized(folder).model.layers) == 1
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, 20_000, -1], ids=lambda n: f"first {n} bytes")
 def test_truncated_weights_are_refused(keep: int, tmp_path: Path) -> None:
     folder = edited(LLAMA, tmp_path / "x")

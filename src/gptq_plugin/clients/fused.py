@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from gptq_plugin.clients.common import listed, nearest_group
 from gptq_plugin.clients.inventory import Inventory, LayerEntry
 from gptq_plugin.config import rule_regex
+from gptq_plugin.expressions import matches
 from gptq_plugin.model.experts import block_of_experts
 
 # Layers that vLLM and sglang compute as one, and its name: `packed_modules_mapping` of nearly all their models.
@@ -118,4 +118,4 @@ def _fused_name(layer: str) -> str | None:
 
 
 def _rule(inventory: Inventory, name: str) -> Mapping[str, Any]:
-    return next((rule for pattern, rule in inventory.rules.items() if re.match(rule_regex(pattern), name)), {})
+    return next((rule for pattern, rule in inventory.rules.items() if matches(rule_regex(pattern), name)), {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from gptq_plugin.clients.client import Rules
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.config import COMPRESSED, rule_regex
 from gptq_plugin.errors import some
+from gptq_plugin.expressions import matches
 
 
 def _problems(inventory: Inventory, ranks: int) -> Iterator[str]:
@@ -28,7 +28,7 @@ def _missing(inventory: Inventory, description: Mapping[str, Any]) -> Iterator[s
     if inventory.checkpoint_format == COMPRESSED:
         return
     rules = [rule_regex(pattern) for pattern in description.get("dynamic") or {} if pattern.startswith("-:")]
-    untold = [name for name in inventory.floats if not any(re.match(rule, name) for rule in rules)]
+    untold = [name for name in inventory.floats if not any(matches(rule, name) for rule in rules)]
     if untold:
         yield (
             f'{some(untold)} are float without a `dynamic` rule ("-:REGEX": {{}}), by which gptqmodel recognizes '

@@ -6,7 +6,6 @@ for the report; a configuration that the model contradicts is refused here, befo
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import TargetError, some
+from gptq_plugin.expressions import matches
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.experts import ExpertLinear
@@ -179,12 +179,12 @@ def unpackable(shape: tuple[int, ...], bits: int) -> str | None:
 def _names_only(pattern: str, modules: Collection[nn.Module], linears: Mapping[str, nn.Module]) -> bool:
     """True if a rule is for these modules alone: it matches no other layer."""
     others = (name for name, module in linears.items() if module not in modules)
-    return bool(pattern) and not any(re.match(rule_regex(pattern), name) for name in others)
+    return bool(pattern) and not any(matches(rule_regex(pattern), name) for name in others)
 
 
 def _check_patterns(config: QuantizeConfig, linears: Mapping[str, nn.Module]) -> None:
     for pattern in config.dynamic:
-        if not any(re.match(rule_regex(pattern), name) for name in linears):
+        if not any(matches(rule_regex(pattern), name) for name in linears):
             raise TargetError(
                 f"dynamic: {pattern!r} matches none of the {len(linears)} linear layers "
                 f"({some(list(linears))}). Rules are matched from the start of the full name, as re.match does"

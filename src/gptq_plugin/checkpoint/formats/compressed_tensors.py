@@ -42,6 +42,7 @@ from gptq_plugin.checkpoint.formats.format import (
 )
 from gptq_plugin.config import COMPRESSED, QuantizeConfig
 from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.expressions import matches
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros
 from gptq_plugin.model.experts import block_of_experts
@@ -246,7 +247,7 @@ def _is_name(target: str, name: str) -> bool:
 
 
 def _is_expression(target: str, name: str) -> bool:
-    return target.startswith("re:") and re.match(target[3:], name) is not None
+    return target.startswith("re:") and matches(target[3:], name)
 
 
 def _is_class(target: str, name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.expressions import check_expression
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.model.experts import block_of_experts
 
@@ -237,12 +237,12 @@ class Format(ABC):
 
 
 def check_expressions(expressions: Iterable[str], where: str) -> None:
-    """Raises CheckpointError, which begins with `where`, for what is no regular expression."""
+    """Raises CheckpointError, which begins with `where`, for what is no regular expression (`check_expression`)."""
     for expression in expressions:
         try:
-            re.compile(expression)
-        except re.error as error:
-            raise CheckpointError(f"{where}: {expression!r} is not a regular expression: {error}") from error
+            check_expression(expression)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from error
 
 
 def trivial_g_idx(in_features: int, group_size: int, device: torch.device | None = None) -> Tensor:

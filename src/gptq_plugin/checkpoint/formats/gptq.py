@@ -37,6 +37,7 @@ from gptq_plugin.checkpoint.formats.format import (
 )
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.expressions import matches
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
 
@@ -155,7 +156,7 @@ class GPTQ(Format):
     def fields(self, quantization: Mapping[str, Any], name: str) -> Scheme:
         rule: dict[str, Any] = dict(quantization)
         for pattern, overrides in (quantization.get("dynamic") or {}).items():
-            if re.match(rule_regex(pattern), name):
+            if matches(rule_regex(pattern), name):
                 rule.update(overrides or {})
                 break
         return Scheme(
