@@ -5,11 +5,15 @@ rank that has failed (`ending_together`) sends its error instead, and the others
 no rank waits for one that will not come, and none reduces while another broadcasts. The error also stands in the
 process group's store, where ranks find it that wait for a third one, or come when the failed one is gone.
 
+Gloo's threads hold the tensors of an operation a little longer than it takes. One that lets go of a tensor while the
+interpreter ends aborts the process, so what runs on gloo runs on the separate group, which is closed before that.
+
 Tested by tests/ranks/test_distributed.py: with all tests that start several ranks.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import time
@@ -39,14 +43,34 @@ class _CheckIns:
         group: Separate, so that check-ins never mix with the user's messages.
         store: The default group's.
         key: Where the first rank that fails leaves its error in the store.
-        waits: True from when a check-in is sent to when all ranks' have come.
+        sent: The operation of the last check-in.
     """
 
     world: Any
     group: Any
     store: Any
     key: str
-    waits: bool = False
+    sent: Any = None
+
+    def __post_init__(self) -> None:
+        atexit.register(self.close)
+
+    @property
+    def waits(self) -> bool:
+        """True from when a check-in is sent to when all ranks' have come."""
+        return self.sent is not None and not self.sent.is_completed()
+
+    def close(self) -> None:
+        """Destroys the group, which waits for gloo's threads; leaves it if one of them waits for another rank.
+
+        `atexit` then keeps the operation, so that the thread is not the last to hold its tensors.
+        """
+        if self.waits:
+            return
+        atexit.unregister(self.close)
+        with contextlib.suppress(ValueError):  # all groups are destroyed already
+            dist.destroy_process_group(self.group)
+        self.group = self.sent = None
 
 
 _check_ins: _CheckIns | None = None
@@ -77,11 +101,11 @@ def ending_together() -> Iterator[None]:
     Raises:
         RankError: Another rank failed in the block, or did not come to the first one.
     """
-    global _depth, _check_ins
+    global _depth
     _depth += 1
     try:
         if _depth == 1 and active():
-            _group_for_check_ins()  # while all are still there
+            _open()  # while all are still there
         yield
         if _depth == 1 and active():
             _check_in("the end")
@@ -89,7 +113,7 @@ def ending_together() -> Iterator[None]:
         if _depth == 1 and active() and not isinstance(error, GeneratorExit):
             if not isinstance(error, RankError):
                 _tell(error)
-            _check_ins = None  # some ranks may have left in the middle of one
+            _close()  # some ranks may have left in the middle of a check-in
         raise
     finally:
         _depth -= 1
@@ -166,7 +190,7 @@ def object_from_first(value: Any) -> Any:
     values = [value]
     _check_in("object_from_first")
     with _unreachable_as_rank_error():
-        dist.broadcast_object_list(values, src=0, group=_group_for_check_ins())
+        dist.broadcast_object_list(values, src=0, group=_open().group)
     return values[0]
 
 
@@ -177,7 +201,7 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     _check_in("gather_objects")
     with _unreachable_as_rank_error():
-        dist.all_gather_object(values, value, group=_group_for_check_ins())
+        dist.all_gather_object(values, value, group=_open().group)
     return values
 
 
@@ -201,12 +225,14 @@ def _exchange(code: int, number: int, text: str, timeout: timedelta | None = Non
     mine = torch.tensor([code, number])
     everyones = [torch.empty_like(mine) for _ in range(world_size())]
     with _unreachable_as_rank_error():
-        _wait(dist.all_gather(everyones, mine, group=_group_for_check_ins(), async_op=True), timeout)
+        check_ins = _open()
+        check_ins.sent = dist.all_gather(everyones, mine, group=check_ins.group, async_op=True)
+        _wait(check_ins.sent, timeout)
     if all(int(theirs[0]) == code and code & 1 == _FINE for theirs in everyones):
         return [int(theirs[1]) for theirs in everyones]
     texts: list[Any] = [None] * world_size()
     with _unreachable_as_rank_error():
-        dist.all_gather_object(texts, text, group=_group_for_check_ins())
+        dist.all_gather_object(texts, text, group=_open().group)
     failed = [n for n, theirs in enumerate(everyones) if int(theirs[0]) & 1 == _FAILED]
     if failed:
         raise RankError("; ".join(f"rank {n} failed: {texts[n]}" for n in failed))
@@ -216,36 +242,28 @@ def _exchange(code: int, number: int, text: str, timeout: timedelta | None = Non
 
 def _wait(work: Any, timeout: timedelta | None) -> None:
     """Waits for a check-in; without a timeout also for news of a rank that failed."""
-    assert _check_ins is not None
-    _check_ins.waits = True  # and stays so if the rank is interrupted
     deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
-    try:
-        while True:
-            try:
-                work.wait(_SLICE)
-                break
-            except RuntimeError:
-                if work.is_completed():
-                    work.wait()  # raises what it failed with
-                    break
-                if deadline is None:
-                    _raise_failure()
-                elif time.monotonic() > deadline:
-                    raise
-    except RuntimeError:
-        _check_ins.waits = False
-        raise
-    _check_ins.waits = False
+    while True:
+        try:
+            work.wait(_SLICE)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                work.wait()  # raises what it failed with
+                return
+            if deadline is None:
+                _raise_failure()
+            elif time.monotonic() > deadline:
+                raise
 
 
 def _tell(error: BaseException) -> None:
     """Tells the other ranks why this one failed."""
     text = f"{type(error).__name__}: {error}"
     with contextlib.suppress(RuntimeError):
-        _group_for_check_ins()
-        assert _check_ins is not None
-        _check_ins.store.set(_check_ins.key, f"rank {rank()} failed: {text}")
-        if not _check_ins.waits:  # else this rank's last check-in is still on its way
+        check_ins = _open()
+        check_ins.store.set(check_ins.key, f"rank {rank()} failed: {text}")
+        if not check_ins.waits:  # else this rank's last check-in is still on its way
             _exchange(_FAILED, 0, text, _GRACE)
 
 
@@ -274,22 +292,30 @@ def _unreachable_as_rank_error() -> Iterator[None]:
 
 
 def _group(tensor: Tensor) -> Any:
-    """The default group; the one for check-ins if the tensor is on a CPU and the default has no transport for it."""
-    serves = tensor.is_cuda or "gloo" in dist.get_backend_config()
-    return dist.group.WORLD if serves else _group_for_check_ins()
+    """The group for check-ins; for a GPU's tensors the default group, unless that runs on gloo too."""
+    on_gloo = not tensor.is_cuda or "cuda:gloo" in dist.get_backend_config()
+    return _open().group if on_gloo else dist.group.WORLD
 
 
-def _group_for_check_ins() -> Any:
-    """The group for check-ins. The first call of every rank makes it, when all have come."""
+def _open() -> _CheckIns:
+    """The check-ins beside the default group. The first call of every rank makes their group, when all have come."""
     global _check_ins
     world = dist.group.WORLD
     if _check_ins is None or _check_ins.world is not world:
+        _close()
         store, name = dist.distributed_c10d._get_default_store(), f"gptq_plugin/{next(_made)}"
         _meet(store, name)
         with _unreachable_as_rank_error():
             group = dist.new_group(backend="gloo", timeout=_timeout())
         _check_ins = _CheckIns(world, group, store, f"{name}/failed")
-    return _check_ins.group
+    return _check_ins
+
+
+def _close() -> None:
+    global _check_ins
+    if _check_ins is not None:
+        _check_ins.close()
+    _check_ins = None
 
 
 def _meet(store: Any, name: str) -> None:

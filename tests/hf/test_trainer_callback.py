@@ -353,8 +353,6 @@ try:
 except Exception as error:
     (out / f"error{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 assert not any(key.endswith("qweight") for key in model.state_dict())
-if "RANK" in os.environ:  # gloo may abort a process that ends behind a failure
-    os._exit(0)
 """
 
 
