@@ -18,7 +18,14 @@ from gptq_plugin.model.structure import Structure
 def client_config(
     structure: Structure, layers: Mapping[str, QuantLinear], config: QuantizeConfig, also_float: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """`quantization_config` of a model with these quantized layers.
+    """`quantization_config` of a model with these quantized layers; see `contents_of`."""
+    return describe(contents_of(structure, layers, config, also_float), config)
+
+
+def contents_of(
+    structure: Structure, layers: Mapping[str, QuantLinear], config: QuantizeConfig, also_float: Iterable[str] = ()
+) -> Contents:
+    """The contents of the checkpoint of a model with these quantized layers.
 
     Args:
         structure: Of the model: experts that stay float are linear layers to clients.
@@ -34,9 +41,7 @@ def client_config(
         return list(dict.fromkeys(other for name in own for other in (name, stored.get(name, name))))
 
     schemes = {n: scheme_of(name, layer, config) for name, layer in layers.items() for n in under_both_names([name])}
-    return describe(
-        Contents(schemes, [*under_both_names(floats), *also_float], head, under_both_names(scorers)), config
-    )
+    return Contents(schemes, [*under_both_names(floats), *also_float], head, under_both_names(scorers))
 
 
 def scheme_of(name: str, layer: QuantLinear, config: QuantizeConfig) -> Scheme:

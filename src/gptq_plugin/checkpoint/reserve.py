@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.checkpoint.description import client_config, most_and_others
+from gptq_plugin.checkpoint.description import contents_of, describe, most_and_others
 from gptq_plugin.checkpoint.files import CONFIG
-from gptq_plugin.checkpoint.formats.format import QuantizedLayer
+from gptq_plugin.checkpoint.formats.format import Contents, QuantizedLayer
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.hooks import share_hooks
@@ -144,16 +144,18 @@ def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]
         model: With its quantized layers.
         names: What `reserve` returned.
     """
-    changed = checkpoint.format.loaded(checkpoint.quantization)
-    if changed is not None:
-        return changed
     layers = {name: checkpoint.layers[stored] for name, stored in names.items()}
     most, rules = most_and_others(
         {name: {"bits": x.bits, "group_size": x.group_size, "sym": x.sym} for name, x in layers.items()}
     )
     config = QuantizeConfig(**most, dynamic=rules, checkpoint_format="gptq_v2")
-    loaded: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    return client_config(Structure.of_unfused(model), loaded, config)
+
+    def contents() -> Contents:
+        loaded: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+        return contents_of(Structure.of_unfused(model), loaded, config)
+
+    changed = checkpoint.format.loaded(checkpoint.quantization, contents)
+    return describe(contents(), config) if changed is None else changed
 
 
 def match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> dict[str, str]:

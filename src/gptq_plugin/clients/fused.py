@@ -12,10 +12,8 @@ from gptq_plugin.clients.inventory import Inventory, LayerEntry
 from gptq_plugin.config import rule_regex
 from gptq_plugin.expressions import matches
 from gptq_plugin.model.experts import block_of_experts
+from gptq_plugin.model.fused_names import fused_name
 
-# Layers that vLLM and sglang compute as one, and its name: `packed_modules_mapping` of nearly all their models.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_WHOLE = {member: whole for whole, members in _FUSED.items() for member in members}
 # An expert's layers as checkpoints name them; the second three are Mixtral's and its descendants'.
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
@@ -35,7 +33,7 @@ class FusedSet:
 
 def fused_sets(inventory: Inventory) -> list[FusedSet]:
     """The projections that servers fuse."""
-    return _sets(inventory, _fused_name)
+    return _sets(inventory, fused_name)
 
 
 def expert_blocks(inventory: Inventory) -> list[FusedSet]:
@@ -110,11 +108,6 @@ def _sets(inventory: Inventory, name_of: Callable[[str], str | None]) -> list[Fu
     for name in inventory.floats:
         floats[name_of(name) or ""].append(name)
     return [FusedSet(name, tuple(layers[name]), tuple(floats[name])) for name in sorted({*layers, *floats} - {""})]
-
-
-def _fused_name(layer: str) -> str | None:
-    prefix, _, last = layer.rpartition(".")
-    return f"{prefix}.{_WHOLE[last]}" if last in _WHOLE else None
 
 
 def _rule(inventory: Inventory, name: str) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.linears import is_linear
+from gptq_plugin.model.rule_checks import check_effects, check_rules
 from gptq_plugin.model.structure import Structure
 
 # Too few bits for a weight alone: whoever stores it so keeps its scale elsewhere.
@@ -138,6 +139,7 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
             "Load the model dequantized (transformers: FineGrainedFP8Config(dequantize=True) as quantization_config of "
             "from_pretrained), or leave these layers out with modules_to_not_convert"
         )
+    check_effects(config, dict.fromkeys(linears, "") | {skip.name: skip.reason for skip in skipped if skip.asked})
     if not targets:
         raise TargetError(_no_target(structure.model, skipped))
     _check_experts(targets, skipped)
@@ -183,12 +185,7 @@ def _names_only(pattern: str, modules: Collection[nn.Module], linears: Mapping[s
 
 
 def _check_patterns(config: QuantizeConfig, linears: Mapping[str, nn.Module]) -> None:
-    for pattern in config.dynamic:
-        if not any(matches(rule_regex(pattern), name) for name in linears):
-            raise TargetError(
-                f"dynamic: {pattern!r} matches none of the {len(linears)} linear layers "
-                f"({some(list(linears))}). Rules are matched from the start of the full name, as re.match does"
-            )
+    check_rules(config, linears)
     for part in config.modules_to_not_convert:
         if not any(_contains(name, part) for name in linears):
             raise TargetError(

@@ -22,6 +22,7 @@ from gptq_plugin.errors import TargetError, some
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.rule_checks import with_deciding_rules
 from gptq_plugin.model.targets import Target, unpackable
 from gptq_plugin.report.numbers import format_bits_per_weight
 
@@ -131,14 +132,14 @@ def _configured(plan: Plan, grids: Mapping[str, _Grid]) -> Plan:
     common = Counter(grids.values()).most_common(1)[0][0]
     shared = dataclasses.replace(plan.config, bits=common.bits, group_size=common.group_size)
     with contextlib.suppress(TargetError):
-        found = plan.with_config(_with_rules(shared, grids))
+        found = plan.with_config(_with_rules(shared, grids, plan))
         if [target.name for target in found.targets] == list(grids):
             return found
-    return plan.with_config(_with_rules(plan.config, grids))
+    return plan.with_config(_with_rules(plan.config, grids, plan))
 
 
-def _with_rules(config: QuantizeConfig, grids: Mapping[str, _Grid]) -> QuantizeConfig:
-    """Adds rules for single layers in front: the first rule that matches a name counts."""
+def _with_rules(config: QuantizeConfig, grids: Mapping[str, _Grid], plan: Plan) -> QuantizeConfig:
+    """Adds rules for single layers in front, and leaves out others that no longer decide for any."""
     own = {}
     for name, grid in grids.items():
         found, (_, rule) = config.for_module(name), config.rule_for(name)
@@ -146,4 +147,4 @@ def _with_rules(config: QuantizeConfig, grids: Mapping[str, _Grid]) -> QuantizeC
         if changed:
             own[f"{re.escape(name)}$"] = {**rule, **changed}
     others = {pattern: rule for pattern, rule in config.dynamic.items() if pattern not in own}
-    return dataclasses.replace(config, dynamic={**own, **others})
+    return with_deciding_rules(dataclasses.replace(config, dynamic={**own, **others}), plan.structure.linears)

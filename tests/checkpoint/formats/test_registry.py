@@ -87,8 +87,8 @@ class Toy(GPTQ):
     def describe(self, contents: Contents, config: QuantizeConfig) -> dict[str, Any]:
         return {"quant_method": "toy", "bits": config.bits, "group_size": config.group_size}
 
-    def loaded(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().loaded(quantization), "quant_method": "gptq"}
+    def loaded(self, quantization: Mapping[str, Any], contents: Callable[[], Contents]) -> dict[str, Any]:
+        return {**super().loaded(quantization, contents), "quant_method": "gptq"}
 
 
 def test_a_new_format_is_exported_checked_loaded_and_converted(

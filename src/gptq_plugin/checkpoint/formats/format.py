@@ -230,9 +230,16 @@ class Format(ABC):
             bits, group_size, sym, desc_act, lm_head, checkpoint_format and, where there are rules, dynamic.
         """
 
-    def loaded(self, quantization: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Returns the description of the layers once they are in memory, where `save_pretrained` writes gptq_v2; None
-        where it must be made anew from the layers."""
+    def loaded(self, quantization: Mapping[str, Any], contents: Callable[[], Contents]) -> dict[str, Any] | None:
+        """The description of the layers once they are in memory, where `save_pretrained` writes gptq_v2.
+
+        Args:
+            quantization: The description that was loaded.
+            contents: Called for the contents of the model.
+
+        Returns:
+            None where it must be made anew from the layers.
+        """
         return None
 
 

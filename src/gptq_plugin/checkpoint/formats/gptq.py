@@ -14,14 +14,14 @@ first ``dynamic`` rule whose regular expression matches its name on top (GPTQMod
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptq_plugin.checkpoint.formats.dynamic_rules import rules_in_any_order
 from gptq_plugin.checkpoint.formats.format import (
     FLOAT,
     INT32,
@@ -173,11 +173,7 @@ class GPTQ(Format):
         those that are quantized.
         """
         layers, floats = contents.schemes, contents.floats
-        dynamic = {
-            **{f"-:{rule}": {} for rule in _patterns(floats, contents)},
-            **_exact_rules(contents, config),
-            **{k: dict(v) for k, v in config.dynamic.items()},
-        }
+        dynamic = rules_in_any_order(contents, _grid(vars(config)), config.dynamic)
         description: dict[str, Any] = {
             "quant_method": self.quant_method,
             "bits": config.bits,
@@ -198,47 +194,20 @@ class GPTQ(Format):
     def settings(self, description: Mapping[str, Any], config: QuantizeConfig) -> Mapping[str, Any]:
         return description
 
-    def loaded(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
-        return {**quantization, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+    def loaded(self, quantization: Mapping[str, Any], contents: Callable[[], Contents]) -> dict[str, Any]:
+        changed = {**quantization, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+        if quantization.get("dynamic"):
+            rules = rules_in_any_order(contents(), _grid(quantization), quantization["dynamic"])
+            changed["dynamic"] = rules
+        return changed
 
 
 FORMATS = (GPTQ("gptq", 1), GPTQ("gptq_v2", 0))
 
 
-def _exact_rules(contents: Contents, config: QuantizeConfig) -> dict[str, dict[str, Any]]:
-    """Exact rules for layers that the configuration's own rules describe wrongly: where `group_size` does not divide
-    their inputs, and under names that the user's rules do not know, such as that of a block of experts."""
-    unit_of = contents.units()
-    wrong: dict[tuple[tuple[str, Any], ...], list[str]] = defaultdict(list)
-    for name, scheme in contents.schemes.items():
-        own = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
-        different: dict[str, Any] = {}
-        for known_as in (name, unit_of[name]):
-            by_rules = config.for_module(known_as) or config
-            different.update({key: value for key, value in own.items() if value != getattr(by_rules, key)})
-        if different:
-            wrong[tuple({**config.rule_for(name)[1], **different}.items())].append(name)
-    return {rule: dict(fields) for fields, names in wrong.items() for rule in _patterns(names, contents)}
-
-
-def _patterns(names: list[str], contents: Contents) -> list[str]:
-    """Expressions that match `names` and no layers that are otherwise: one for all blocks where they are alike in all,
-    and one for all experts, which matches the name of what holds them too. vLLM looks that up."""
-    unit_of = contents.units()
-    kinds: dict[str, set[Scheme | None]] = defaultdict(set)
-    for name, unit in unit_of.items():
-        kinds[_any_number(unit)].add(contents.schemes.get(name))
-    found: dict[str, None] = {}
-    for name in names:
-        every_block = _any_number(unit_of[name])
-        pattern = every_block if len(kinds[every_block]) == 1 else re.escape(unit_of[name])
-        found[pattern + ("$" if unit_of[name] == name else r"(\..*)?$")] = None
-    return list(found)
-
-
-def _any_number(name: str) -> str:
-    """An expression for a name with any numbers in place of its own."""
-    return re.sub(r"(^|\\\.)\d+(?=\\\.|$)", r"\1\\d+", re.escape(name))
+def _grid(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The grid of layers that no rule matches."""
+    return {"bits": values.get("bits"), "group_size": values.get("group_size", -1), "sym": values.get("sym", True)}
 
 
 def _kept_suffixes(floats: list[str], layers: Iterable[str]) -> list[str]:
