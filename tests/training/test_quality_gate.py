@@ -149,6 +149,8 @@ def test_a_metric_that_is_not_logged_is_named_with_those_that_are():
         match=r"names loss, accuracy, and validation logs acuracy, val_loss: did you mean val_loss, acuracy\?",
     ):
         QualityGate({"loss": 1, "accuracy": -1}).check_names(["val_loss", "acuracy"])
+    with pytest.raises(ValueError, match=r"did you mean val_loss\?$"):
+        QualityGate({"val_los": 1}).check_names(["val_loss", "val_loss_1", "val_loss_2"])
     with pytest.raises(ValueError) as caught:
         gate.check_names({})
     assert str(caught.value) == "max_degradation names loss, accuracy, rouge, and validation logs nothing"
