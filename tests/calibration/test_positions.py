@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +11,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForTokenClassification
 
 import gptq_plugin.quantize.one_pass as jobs
-from gptq_plugin import QuantizeModule, QuantLinear
+from gptq_plugin import QuantizeModule, QuantLinear, distributed
 from gptq_plugin.calibration.collect import Batch
+from gptq_plugin.calibration.layouts import UNKNOWN
 from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.calibration.sequences import TARGETS
+from gptq_plugin.calibration.verdicts import MATTERS, OBSERVED, UNSEEN, Findings, Rule
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.hf_models import predicts_next
 from gptq_plugin.walk.hessian import Hessian
@@ -269,8 +274,6 @@ def test_the_mask_is_that_of_the_call_of_the_batch_that_runs(by_name):
 
 
 def test_a_call_outside_of_the_batches_is_not_read():
-    import threading
-
     model, batch = llama(), batches(1)[0]
     positions = watched(model, [{}])
 
@@ -278,9 +281,8 @@ def test_a_call_outside_of_the_batches_is_not_read():
         with positions.watching():
             model(**batch)
 
-    thread = threading.Thread(target=run)  # nothing is known to run there
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as another:  # nothing is known to run there
+        another.submit(run).result()
     assert counted(positions) == (list(range(52)), None)
 
 
@@ -303,6 +305,12 @@ def test_labels_of_the_call_come_before_the_batchs():
         model(**{**batch, "labels": called})
     assert counted(positions) == (true_in(predicting({**batch, "labels": called})), None)
     Positions(model, [Batch({}, samples=4)], "labels").check()  # none were looked for in a batch
+    again = watched(model, [batch], "labels")
+    assert counted(again) == (true_in(predicting(batch)), None)  # of the batch, since no model has been called
+    with again.watching():
+        again.runs(0)
+        model(**{**batch, "labels": called})
+    assert counted(again) == counted(positions)
     positions.check()
 
 
@@ -328,6 +336,13 @@ def test_labels_on_padded_positions_do_not_count():
 def test_batches_without_labels_that_count_are_counted():
     blank = {**batches(1)[0], "labels": torch.full((4, 13), -100)}
     positions = watched(llama(), [blank, *batches(1), blank], "labels")
+    for number in range(3):
+        counted(positions, number)
+    assert list(positions.notes().values()) == [2]
+    del blank["attention_mask"]
+    positions = watched(
+        nn.ModuleList([nn.Linear(4, 4)]), [blank, {**blank, "labels": blank["input_ids"]}, blank], "labels"
+    )
     for number in range(3):
         counted(positions, number)
     assert list(positions.notes().values()) == [2]
@@ -387,18 +402,22 @@ def test_an_expert_counts_the_tokens_that_count_among_those_routed_to_it():
         strange = positions.rows(0, "block.experts.0", torch.randn(4, 64))
         sequences = torch.randn(4, 15, 64)
         sequence = positions.rows(0, "block.experts.1", sequences)
+        weighted = torch.randn(52, 64)  # every token, with a weight that may be 0
+        all_tokens = positions.rows(0, "block.experts.0", weighted)
     assert torch.equal(first.counted, inputs[0][mask[::3]]) and first.remark is None and first.are_tokens
     assert torch.equal(second.counted, inputs[1].reshape(-1, 64)[mask]) and second.are_tokens
     assert strange.counted.shape == (4, 64) and not strange.are_tokens
     assert strange.remark == "gets rows that are not tokens of its block's input: all of them counted, padding included"
     assert torch.equal(sequence.counted, sequences.reshape(-1, 64)) and sequence.remark == strange.remark
+    assert torch.equal(all_tokens.counted, weighted[mask]) and all_tokens.remark is None
     assert [experts for experts, _ in entered] == ["block.experts"] and torch.equal(entered[0][1], second.counted)
 
 
 def test_every_row_of_an_expert_counts_where_no_position_is_masked():
     torch.manual_seed(0)
     model, batch = Routed(), {"input_ids": batches(1)[0]["input_ids"]}
-    positions = watched(model, [batch])
+    positions, inputs = watched(model, [batch]), []
+    model.block.experts[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     with positions.watching():
         positions.runs(0)
         model(batch)
@@ -406,6 +425,12 @@ def test_every_row_of_an_expert_counts_where_no_position_is_masked():
             x = torch.randn(5, 64)
             rows = positions.rows(0, "block.experts.0", x)
         assert torch.equal(rows.counted, x) and rows.remark is None and not rows.are_tokens
+        routed = watched(model, [batch])
+    with routed.watching():
+        routed.runs(0)
+        model(batch)
+        rows = routed.rows(0, "block.experts.0", inputs[-1])
+        assert torch.equal(rows.counted, inputs[-1]) and rows.remark is None and rows.are_tokens
 
 
 # --- by sizes alone ---
@@ -454,7 +479,8 @@ def test_rows_that_cannot_be_matched_to_the_mask_all_count_and_that_is_reported(
 def test_one_row_a_sample_and_another_sequence_count_whole():
     ids, mask = padded()
     batch = {"input_ids": ids, "attention_mask": mask}
-    assert positions_of(batch, torch.randn(3, 8))[0].shape == (3, 8)  # a pooled vector
+    rows, remark = positions_of(batch, torch.randn(3, 8))  # a pooled vector
+    assert rows.shape == (3, 8) and "do not describe" in remark
     rows, remark = positions_of(batch, torch.randn(3, 5, 8))  # an image tower's patches
     assert rows.shape == (15, 8) and "do not describe" in remark
 
@@ -471,3 +497,85 @@ def test_a_mask_that_hides_nothing_leaves_the_rows_as_they_are():
     (ids, mask), x = padded(), torch.randn(3, 4, 8)
     rows, remark = positions_of({"input_ids": ids, "attention_mask": torch.ones_like(mask)}, x)
     assert rows.data_ptr() == x.data_ptr() and remark is None
+
+
+# --- as observed ---
+
+KEY = ("", "attention_mask")
+MASKED, WHOLE = Rule(KEY, "samples first"), Rule(None)
+
+
+def learned(*data, rules=(MASKED,), verdict=OBSERVED, model=None, weighting="all"):
+    positions = Positions(model or nn.Sequential(nn.Linear(8, 8)), [Batch(one, 3) for one in data], weighting)
+    positions.learn(Findings({"0": rules}, {KEY: verdict}))
+    return positions
+
+
+def numbers(positions, number=0, shape=(3, 4, 8)):
+    return len(positions.rows(number, "0", torch.zeros(shape)).counted)
+
+
+def data(padding=True):
+    ids, mask = padded()
+    return {"input_ids": ids, "attention_mask": mask if padding else torch.ones_like(mask)}
+
+
+def test_every_call_of_a_layer_has_its_rule_and_a_run_of_the_batch_begins_with_the_first():
+    positions = learned(data(), data(), rules=(WHOLE, MASKED, WHOLE))
+    assert [numbers(positions) for _ in range(2)] == [12, 9]
+    assert [numbers(positions, 1) for _ in range(4)] == [12, 9, 12, 9]  # a call more: by its sizes
+    positions.runs(1)
+    assert [numbers(positions, 1) for _ in range(2)] == [12, 9] and numbers(positions) == 12
+    positions.runs(0)
+    assert [numbers(positions) for _ in range(2)] == [12, 9]
+    assert [numbers(learned(data(), rules=(MASKED, MASKED))) for _ in range(3)] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("one", [{"input_ids": padded()[0]}, data(padding=False)])
+def test_every_row_counts_where_a_batch_has_no_such_mask_or_hides_nothing(one):
+    x = torch.randn(3, 4, 8)
+    rows = learned(one).rows(0, "0", x)
+    assert torch.equal(rows.counted, x.reshape(-1, 8)) and rows.remark is None
+
+
+def test_rows_in_no_known_layout_or_of_other_sizes_all_count_and_that_is_reported():
+    x = torch.randn(3, 4, 8)
+    rows = learned(data(), rules=(Rule(KEY, UNKNOWN),)).rows(0, "0", x)
+    assert len(rows.counted) == 12 and "do not describe" in rows.remark
+    rows = learned(data()).rows(0, "0", torch.randn(7, 8))
+    assert len(rows.counted) == 7 and "cannot be matched" in rows.remark
+
+
+def test_what_was_learned_takes_the_place_of_what_sizes_told():
+    positions = Positions(nn.Sequential(nn.Linear(8, 8)), [Batch(data(), 3)], "all")
+    assert numbers(positions) == 9 and positions.over_ranks() == {"`attention_mask`": UNSEEN}
+    positions.learn(Findings({"0": (WHOLE, MASKED)}, {KEY: OBSERVED}))
+    assert positions.over_ranks() == {}  # no batch has run since
+    assert [numbers(positions) for _ in range(2)] == [12, 9]
+    assert positions.over_ranks() == {"`attention_mask`": OBSERVED}
+    positions.learn(Findings({"0": (MASKED,)}, {KEY: MATTERS}))
+    assert numbers(positions) == 12
+
+
+def test_the_masks_of_all_ranks_are_told_with_what_was_observed_of_them(monkeypatch):
+    positions = learned(data())
+    numbers(positions)
+    told = []
+
+    def gather_objects(hiding):
+        told.append(hiding)
+        return [hiding, [("decoder", TARGETS), ("", "another_mask")]]
+
+    monkeypatch.setattr(distributed, "gather_objects", gather_objects)
+    assert positions.over_ranks() == {"`attention_mask`": OBSERVED} and told == [[KEY]]
+    positions.learn(Findings())
+    name = "padding behind a decoder's labels or in its mask of decoder"
+    assert positions.over_ranks() == {"`another_mask`": UNSEEN, name: UNSEEN}
+
+
+def test_a_mask_that_means_the_opposite_is_read_so_in_its_own_module_only():
+    hidden = 12 - 9
+    for inverted, count in ((frozenset({KEY}), hidden), (frozenset({("decoder", "attention_mask")}), 9)):
+        positions = learned(data())
+        positions.learn(Findings({"0": (MASKED,)}, {KEY: OBSERVED}, inverted))
+        assert numbers(positions) == count

@@ -216,7 +216,7 @@ class Positions:
         of_batch = masks_among(arguments_of(fields_of(self._batches[number].data) or {}))
         inverted = {mask for of_module, mask in self.findings.inverted if of_module == name}
         kept = self._kept.setdefault(number, {})
-        used = counts is None
+        used = False
         for mask, sequence in sequences_in(module, with_masks(arguments, of_batch), inverted).items():
             key, counted = (name, mask), sequence.kept
             if self.findings.ignores(key):
