@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -339,3 +341,98 @@ def test_the_bias_and_the_dtype_of_a_layer_are_kept():
     layers, _ = passed(model, [rows(100, 32).to(torch.bfloat16)])
     assert layers["0"].bias is None and torch.equal(layers["1"].bias, model[1].bias)
     assert {layer.weight.dtype for layer in layers.values()} == {torch.bfloat16}
+
+
+# --- what is let go of, and when ---
+
+
+def test_what_entered_experts_is_dropped_when_the_walk_leaves_them():
+    torch.manual_seed(0)
+    model, held = nn.Sequential(Listed(), nn.Linear(32, 32)), {}
+
+    def look(done, total, names):
+        experts = one_pass._observations._experts
+        held[names] = len(experts._sums) + len(experts._means)
+
+    one_pass = OnePass(plan_of(model), calibration_of([rows(400, 32)]), PassOptions(progress=look))
+    one_pass.run()
+    assert held["0.experts.3.0"] == 1 and held["1"] == 0
+
+
+def test_a_group_of_which_every_layer_stays_float_costs_no_run_of_the_batches(monkeypatch):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.behind = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.behind(self.read(x) + x @ self.read.weight)
+
+    monkeypatch.setattr(BatchRuns, "disturbance", lambda self, layers: "asked for")  # a run of all for every group
+    runs, before = [], []
+    passed(
+        Reads(), [rows(100, 32, seed) for seed in range(2)],
+        forward=lambda network, batch: runs.append(batch) or network(batch),
+        progress=lambda *_: before.append(len(runs)),
+    )  # fmt: skip
+    assert before == [1 + 2]  # the planning forward, and two batches to the only group
+
+
+class Files:
+    """Takes layers, and has their files at once."""
+
+    def __init__(self):
+        self.tensors = {}
+
+    def add(self, name, layer):
+        self.tensors[name] = {key: value.clone() for key, value in layer.named_buffers()}
+
+    def written(self, name):
+        return self.tensors[name]
+
+    def hold(self, name, layer):
+        return all(value is self.tensors[name][key] for key, value in layer.named_buffers())
+
+
+def test_the_memory_of_layers_that_are_in_files_is_let_go_during_the_walk_and_of_the_last_one_at_its_end():
+    model, files, seen = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))), Files(), []
+
+    def look(done, total, names):
+        seen.append([files.hold(name, layer) for name, layer in one_pass._finished.layers.items()])
+
+    options = PassOptions(layers_in=files, progress=look)
+    one_pass = OnePass(plan_of(model), calibration_of([rows(100, 32)]), options)
+    layers, _ = one_pass.run()
+    assert seen == [[False], [True, False], [True, True, False]]
+    assert len(layers) == 3 and all(files.hold(name, layer) for name, layer in layers.items())
+
+
+def test_the_time_of_calibration_is_without_the_solvers(monkeypatch):
+    def slow(*args, **options):
+        time.sleep(0.2)
+        return solve_shared(*args, **options)
+
+    solve_shared = passes.solve_shared
+    monkeypatch.setattr(passes, "solve_shared", slow)
+    started = time.perf_counter()
+    _, report = passed(Attention(), [rows(100, 32)])
+    assert report.seconds["solve"] >= 0.4  # of two groups
+    assert sum(report.seconds.values()) <= time.perf_counter() - started
+
+
+def test_the_largest_outputs_are_reported_beside_the_largest_inputs():
+    model, x = nn.Sequential(nn.Linear(32, 48)), rows(100, 32)
+    _, report = passed(model, [x], QuantizeConfig(bits=8, group_size=16, nsamples=1000))
+    (layer,) = report.modules
+    assert layer.max_input == pytest.approx(float(x.abs().max()))
+    assert layer.max_output == pytest.approx(float(model(x).detach().abs().max()), rel=0.01)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_that_moves_layers_outlives_the_pass(fails):
+    model = nn.Sequential(nn.Linear(32, 32))
+    one_pass = OnePass(plan_of(model), calibration_of([rows(31 if fails else 100, 32)]), PassOptions())
+    one_pass._finished._worker.submit(int).result()
+    with pytest.raises(CalibrationError) if fails else contextlib.nullcontext():
+        one_pass.run()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("finished-layers")]
