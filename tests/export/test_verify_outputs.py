@@ -10,6 +10,7 @@ from torch import nn
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.errors import ExportError
+from gptq_plugin.export import verify_outputs
 from gptq_plugin.export.export import export_model
 from gptq_plugin.export.verify_outputs import LENGTH, Sample, same_outputs
 
@@ -104,6 +105,20 @@ def test_a_sample_that_cannot_be_told_from_its_batch_is_run_with_it():
     assert Sample.of({"x": IDS, "y": torch.ones(5), "z": 3}, None, None).batch["x"].shape == (1, 100)
     assert Sample.of({"input_ids": IDS, "mask": torch.ones(5, 1, 100)}, None, None).batch["input_ids"].shape == (1, 64)
     assert Sample.of((torch.ones(4, 3), torch.ones(4)), None, None).batch[1].shape == (1,)
+    assert Sample.of(IDS, None, None).batch.shape == (1, 64)
+    assert Sample.of(IDS.float(), None, None).batch.shape == (1, 100)
+
+
+def test_a_model_that_does_not_run_a_part_of_a_batch_is_compared_on_all_of_it():
+    def forward(network, batch):
+        seen.append(tuple(batch.shape))
+        assert len(batch) == 5
+        return network(batch)
+
+    seen, sample = [], Sample.of(IDS, forward, torch.device("cpu"))
+    (args, _), _ = verify_outputs._called(nn.Embedding(128, 8), sample)
+    assert torch.equal(args[0], IDS) and seen == [(1, 64), (5, 100)]
+    assert [one.batch.shape for one in Sample.of(IDS[:1, :9], forward, None).sizes()] == [(1, 9)] * 2
 
 
 def test_a_plain_module_is_filled_anew_and_compared(tmp_path, caplog):

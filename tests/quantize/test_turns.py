@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +104,22 @@ def test_experts_quantized_one_batch_at_a_time_get_the_codes_of_lock_step(monkey
     assert set(alone.all_deviations()) - set(report.all_deviations()) == {
         f"{REASON}, each from its beginning for every group of layers: asked for"
     }
+
+
+def test_batches_of_a_model_that_keeps_what_cannot_be_copied_run_one_at_a_time():
+    class Locked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.lock, self.calls = nn.Linear(32, 32), nn.Linear(32, 32), Lock(), [0]
+
+        def forward(self, x):
+            y = self.first(x)
+            self.lock, self.calls[0] = Lock(), self.calls[0] + 1
+            return self.second(y)
+
+    model = Locked()
+    lock = model.lock
+    report = QuantizeModule(bits=8, group_size=32, batch_size=64).quantize(model, [torch.randn(64, 32)] * 2)
+    (told,) = report.deviations
+    assert told.startswith(REASON) and "what the forward keeps at .lock" in told and "cannot be copied" in told
+    assert len(report.quantized) == 2 and model.lock is lock and model.calls == [0]

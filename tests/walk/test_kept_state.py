@@ -374,6 +374,31 @@ def test_what_cannot_be_copied_is_named():
         Values(state).put()
 
 
+def test_a_batch_that_runs_alone_begins_with_what_cannot_be_copied_and_copies_of_all_else():
+    model = Outer(Attribute())
+    letters, numbers = (x for x in "ab"), [1]
+    model.block.condition, model.block.numbers = letters, numbers
+    state = KeptState(model)
+    model.block.condition = model.block.numbers = None
+    state.end_first()
+    own = Values(state, alone=True)
+    own.put()
+    assert model.block.condition is letters and model.block.numbers == [1] and model.block.numbers is not numbers
+    model.block.numbers.append(2)
+    own.take(at_end=True)
+    assert model.block.numbers is numbers == [1]
+
+
+def test_what_is_replaced_for_a_batch_is_no_writing_of_its_own():
+    model = Outer(Attribute())
+    state = KeptState(model)
+    own, other = Values(state, alone=True, looks=False), nn.Linear(8, 8)
+    own.put()
+    model.last = other
+    own.take(at_end=True)
+    assert model.last is other and state.initial == {}
+
+
 def test_an_object_that_holds_the_model_is_not_looked_into():
     model = Outer(Attribute())
     trainer = types.SimpleNamespace(model=model, step=0)

@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ class Sample:
     def of(cls, batch: Any, forward: Callable[[nn.Module, Any], Any], device: torch.device) -> Sample:
         """Cuts a batch to its first sample and `LENGTH` tokens; keeps it whole if its samples are not recognized."""
         return cls(_first(batch), forward, device, batch)
+
+    def sizes(self) -> Iterator[Sample]:
+        """The sample, and if it was cut the whole batch, for models that do not run a part of one."""
+        yield self
+        if self.whole is not None and self.whole is not self.batch:
+            yield replace(self, batch=self.whole, whole=None)
 
 
 def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> None:
@@ -150,16 +156,18 @@ def _called(model: nn.Module, sample: Sample) -> tuple[Arguments, torch.device] 
         if not seen:
             seen.append(tree_map(_cloned, (args, kwargs)))  # the forward may modify them
 
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with _on(model, sample.device):
-            sample.forward(model, sample.batch)
-    except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
-        log.info("a calibration sample alone does not go through the model (%s)", error)
-        return None
-    finally:
-        handle.remove()
-    return (seen[0], sample.device) if seen else None
+    for one in sample.sizes():
+        seen.clear()
+        handle = model.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            with _on(model, one.device):
+                one.forward(model, one.batch)
+            return (seen[0], one.device) if seen else None
+        except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
+            log.info("a calibration sample does not go through the model (%s)", error)
+        finally:
+            handle.remove()
+    return None
 
 
 def _dummies(model: Any) -> tuple[Arguments, torch.device] | None:
@@ -228,7 +236,7 @@ def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _first(batch: Any) -> Any:
     parts, samples = fields_of(batch), sample_count(batch)
-    ids = parts.get("input_ids") if parts is not None else None
+    ids = batch if isinstance(batch, Tensor) and not batch.is_floating_point() else (parts or {}).get("input_ids")
     length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
 
     def cut(value: Any) -> Any:

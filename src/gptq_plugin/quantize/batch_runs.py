@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from gptq_plugin.quantize.swap_check import check_swap
 from gptq_plugin.quantize.turns import disturbance
 from gptq_plugin.walk.batch_thread import BatchThread, Forward
 from gptq_plugin.walk.groups import Group, find_groups
-from gptq_plugin.walk.kept_state import KeptState, NotCopied, Values
+from gptq_plugin.walk.kept_state import KeptState, Values
 
 log = logging.getLogger(__name__)
 
@@ -150,17 +151,12 @@ class BatchRuns:
         """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do."""
         sample = self.sample()
         targets = [self._targets[name] for name in names]
-        return check_swap(self._plan.model, targets, sample, self._alone) if sample is not None else []
+        alone = partial(self._run_alone, looks=False)  # layers are replaced for it
+        return check_swap(self._plan.model, targets, sample, alone) if sample is not None else []
 
-    def _alone(self, forward: Forward) -> None:
+    def _run_alone(self, forward: Forward, number: int = 0, *, looks: bool = True) -> None:
         """Runs a forward from the state that the model was given in; what it keeps on the model is dropped."""
-        with contextlib.suppress(NotCopied):
-            for place, value in self.state.copies(self.state.initial).items():
-                place.put(value)
-        try:
-            BatchThread(0, forward).resume()
-        finally:
-            self.state.put_back()
+        BatchThread(number, forward, kept=Values(self.state, alone=True, looks=looks)).resume()
 
     def sample(self) -> Sample | None:
         """The first batch, cut to a sample; None without batches on this rank."""
@@ -190,7 +186,7 @@ class BatchRuns:
     def notice_masks(self, number: int) -> None:
         """Runs a batch for the masks in its calls alone; `find_groups` notices them by the way."""
         self._noticed = Noticed(self._plan.model, self._batches[number])
-        BatchThread(number, self._noticed.during(self.forward(number)), kept=Values(self.state)).resume()
+        self._run_alone(self._noticed.during(self.forward(number)), number)
 
     def observe_positions(
         self, layers: Mapping[str, nn.Module], disturbance: str | None = None, groups: Sequence[Group] | None = None

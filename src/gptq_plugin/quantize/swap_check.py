@@ -8,7 +8,6 @@ multiply for this as the float ones do (`_StandIn`): on most machines both runs 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.errors import TargetError, some
-from gptq_plugin.export.verify_outputs import LENGTH, Sample, difference, floats, tolerance
+from gptq_plugin.export.verify_outputs import Sample, difference, floats, tolerance
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.targets import Target
@@ -85,21 +84,20 @@ def check_swap(
     Raises:
         TargetError: The model computes something else, or fails. The message names the place.
     """
-    for batch in (_short(sample.batch), sample.batch, sample.whole):
-        sample = dataclasses.replace(sample, batch=batch)
+    for size in sample.sizes():
         try:
-            expected = _trace_float(model, targets, sample, alone)
+            expected = _trace_float(model, targets, size, alone)
             break
         except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
             failure = f"{_NOT_COMPARED}: a calibration batch does not run again ({type(error).__name__}: {error})"
     else:
         return [failure]
     try:
-        found = _trace_swapped(model, targets, sample, alone)
+        found = _trace_swapped(model, targets, size, alone)
         where = found.first_difference(expected)
         if where is None:
             return []
-        if _trace_swapped(model, targets, sample, alone).first_difference(found) is not None:
+        if _trace_swapped(model, targets, size, alone).first_difference(found) is not None:
             return [f"{_NOT_COMPARED}: two runs of the model gave different outputs"]
     except Exception as error:
         raise TargetError(
@@ -110,12 +108,6 @@ def check_swap(
         "with quantized layers in place of float ones of the same weights, the model computes something else: "
         f"{where}. Leave the layer that it uses by more than a call out with modules_to_not_convert"
     )
-
-
-def _short(batch: Any) -> Any:
-    """The first tokens of a batch that is a tensor of tokens; `Sample.of` cuts batches with names."""
-    is_tokens = isinstance(batch, Tensor) and batch.dim() == 2 and not batch.is_floating_point()
-    return batch[:, :LENGTH] if is_tokens else batch
 
 
 def _trace_float(model: nn.Module, targets: Sequence[Target], sample: Sample, alone: Alone) -> Trace:

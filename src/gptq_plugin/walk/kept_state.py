@@ -119,10 +119,14 @@ class Values:
 
     Args:
         state: Of the walk.
+        alone: No other batch runs before this one has ended: it begins with an initial value itself if that cannot be
+            copied.
+        looks: Find what it writes elsewhere; False if modules were replaced, which looks like that.
     """
 
-    def __init__(self, state: KeptState) -> None:
+    def __init__(self, state: KeptState, *, alone: bool = False, looks: bool = True) -> None:
         self._state = state
+        self._alone, self._looks_at_all = alone, looks
         self._own: dict[Place, Any] = {}
         self._looks = 0
 
@@ -135,7 +139,7 @@ class Values:
         initial = self._state.initial
         missing = {place: value for place, value in initial.items() if place not in self._own}
         if missing:
-            self._own |= self._state.copies(missing)
+            self._own |= self._copies(missing)
         for place, value in self._own.items():
             place.put(value)
 
@@ -146,12 +150,26 @@ class Values:
             NotCopied: A value cannot be copied.
         """
         self._looks += 1
-        new = self._state.look() if at_end or self._looks <= _LOOKS else {}
+        new = self._state.look() if self._looks_at_all and (at_end or self._looks <= _LOOKS) else {}
         for place in self._own:
             self._own[place] = place.get()
         if new:  # the first forward, of another batch, wrote nothing there
-            self._own |= self._state.copies({place: place.get() for place in new})
+            self._own |= self._copies({place: place.get() for place in new})
             self._state.restore()
         if at_end:
             self._own.clear()
         self._state.put_back()
+
+    def _copies(self, values: Mapping[Place, Any]) -> dict[Place, Any]:
+        try:
+            return self._state.copies(values)
+        except NotCopied:
+            if not self._alone:
+                raise
+        copied: dict[Place, Any] = {}
+        for place, value in values.items():
+            try:
+                copied |= self._state.copies({place: value})
+            except NotCopied:
+                copied[place] = value
+        return copied

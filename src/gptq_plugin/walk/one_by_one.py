@@ -68,7 +68,7 @@ class _RunTo:
         self.calls = 0
         self._group, self._observe = group, observe
         self._seen: list[SeenInput] = []
-        self._batch = BatchThread(number, forward, kept=Values(state) if state is not None else None)
+        self._batch = BatchThread(number, forward, kept=Values(state, alone=True) if state is not None else None)
 
     def result(self) -> Tensor | None:
         """Runs it. Returns the input of the last call if it holds NaN or infinity, else an empty one; None without."""
