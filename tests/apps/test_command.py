@@ -44,7 +44,7 @@ def test_tensor_parallelism_counts_for_clients_that_have_it(export, capsys):
 def test_what_cannot_be_checked_or_converted_exits_with_1_and_the_reason(export, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["check", f"{tmp_path}/empty"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "1 errors, 0 warnings"
+    assert capsys.readouterr().out.splitlines()[-1] == "1 error, 0 warnings"
     assert main(["check", str(export), "--float", f"{tmp_path}/empty"]) == 1
     assert capsys.readouterr().err.startswith(f"gptq-plugin check: {tmp_path}/empty")
     assert main(["convert", f"{tmp_path}/empty", f"{tmp_path}/out", "checkpoint_format=gptq_v2"]) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 
 import pytest
 import torch
@@ -80,6 +82,17 @@ def test_a_pretrained_model_without_a_name_or_with_an_unknown_dtype_is_refused()
 class Rank:
     def __init__(self, number):
         self.is_global_zero = number == 0
+
+
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_model_that_is_quantized_already_is_refused_before_its_weights_are_read(method, weights, base, tmp_path):
+    folder = shutil.copytree(base[0], tmp_path / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"quantized is quantized already \(quant_method {method}\): give the float"):
+        pretrained([], name_or_path=str(folder), weights=weights)
 
 
 def test_rank_0_saves_the_float_model_where_that_is_asked_for(tmp_path):

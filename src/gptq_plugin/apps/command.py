@@ -97,7 +97,11 @@ def _print(directory: str, found: Lint) -> None:
         for line in refusals or found.conditions[target]:
             print(f"  - {line}")
     warnings = sum(finding.level == "warning" for finding in found.findings)
-    print(f"{len(found.errors)} errors, {warnings} warnings")
+    print(f"{_count(len(found.errors), 'error')}, {_count(warnings, 'warning')}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _add_convert(commands: Any) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from gptq_plugin.apps.paths import folder_or_id
 from gptq_plugin.apps.tokenizer import train_tokenizer
+from gptq_plugin.checkpoint.formats.registry import FORMATS
 
 # Sizes in multiples of 128 fit every group size and every kernel.
 _ROUND = 128
@@ -176,7 +177,7 @@ def pretrained(
         **training: LanguageModel's learning_rate, warmup_steps, weight_decay.
 
     Raises:
-        ValueError: `name_or_path` is missing, or `dtype` is unknown.
+        ValueError: `name_or_path` is missing or holds a quantized model, or `dtype` is unknown.
         OSError: transformers finds no model there.
     """
     if name_or_path is None:
@@ -184,11 +185,23 @@ def pretrained(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"model.dtype={dtype!r} is not a dtype: choose float32, bfloat16, float16 or auto")
     name_or_path = folder_or_id(name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    _refuse_quantized(name_or_path, config)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     if weights:
         network = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
     else:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         chosen = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
         network = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
     return LanguageModel(network, tokenizer, **training)
+
+
+def _refuse_quantized(name_or_path: str, config: Any) -> None:
+    """Refuses our formats, for which transformers would ask for other packages first."""
+    stated = getattr(config, "quantization_config", None) or {}
+    method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
+    if method in {known.quant_method for known in FORMATS.values()}:
+        raise ValueError(
+            f"{name_or_path} is quantized already (quant_method {method}): give the float model it was made from. "
+            "`gptq-plugin check` tells what it is"
+        )

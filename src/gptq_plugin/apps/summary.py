@@ -92,15 +92,17 @@ class Summary:
             "float": f"{_megabytes(self.float_bytes)} ({self.float_dtype})",
             "gptq": _megabytes(self.gptq_bytes),
         }
-        rows = [("model", "perplexity", "mean NLL", "above float", "weights on disk")]
+        measured = ("perplexity", "mean NLL", "above float") if self.nll else ()
+        rows = [("model", *measured, "weights on disk")]
         for key, name in names.items():
-            rows.append((name, *_nll_cells(self.nll, key), sizes.get(key, "")))
+            if key in self.nll or key in sizes:
+                rows.append((name, *(_nll_cells(self.nll, key) if self.nll else ()), sizes.get(key, "")))
         lines = align(rows)
         lines.insert(1, "-" * max(map(len, lines)))
         if self.float_dtype == "float32":
             lines.append(f"(At 16 bits the float weights would take {_megabytes(self.float_bytes // 2)}.)")
-        lines.append("")
         if self.nll:
+            lines.append("")
             lines.append(f"Measured on {self.windows[0]} held-out windows of {self.windows[1]} tokens; the GPTQ model")
             lines.append("was reloaded from its files in a new process.")
         if self.text:

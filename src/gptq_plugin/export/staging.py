@@ -59,7 +59,10 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
             "folder, or move it away (`overwrite` replaces exports only)"
         )
     if not overwrite:
-        raise ExportError(f"{directory} holds an earlier export: pass overwrite=True to replace it, or choose another")
+        raise ExportError(
+            f"{directory} holds an earlier export: pass overwrite=True (gptq-plugin convert: --overwrite) to "
+            "replace it, or choose another"
+        )
     foreign = sorted(present - written)
     if foreign:
         raise ExportError(
