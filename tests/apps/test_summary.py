@@ -83,7 +83,16 @@ def test_a_runs_table_has_a_row_a_model_and_what_was_measured():
 
 def test_a_table_without_an_evaluation_names_no_perplexity_and_half_precision_needs_no_note():
     table = Summary(4, 128, 10_000_000, "bfloat16", 2_000_000).table()
-    for words in ("Measured on", "It continues", "At 16 bits", "Try next", "!"):
+    for words in (
+        "Measured on",
+        "It continues",
+        "At 16 bits",
+        "Try next",
+        "!",
+        "perplexity",
+        "round-to-nearest",
+        "\n\n\n",
+    ):
         assert words not in table
     assert "10.00 MB (bfloat16)" in table
 

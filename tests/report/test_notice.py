@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tqdm import tqdm
 
-from gptq_plugin.report.notice import show
+from gptq_plugin.report.notice import show, warn
 
 Script = Callable[[], logging.Logger]
 
@@ -97,3 +97,23 @@ def test_a_live_bar_stays_below_it(in_a_script: Script, capsys: pytest.CaptureFi
         err = capsys.readouterr().err
     before, _, after = err.partition("the result\n")
     assert "bar" not in before and "bar" in after
+
+
+@pytest.mark.parametrize("shown", [warn, show])
+def test_a_message_through_a_handler_has_a_line_to_itself_while_bars_are_live(
+    shown: Callable[[logging.Logger, str], None], in_a_script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = in_a_script()
+    logging.getLogger("gptq_plugin").addHandler(logging.StreamHandler())
+    logging.getLogger("gptq_plugin").setLevel(logging.INFO)
+    with tqdm(desc="outer", total=3), tqdm(desc="inner", total=3) as inner:
+        inner.update()
+        shown(log, "a message")
+        inner.update()
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "a message" in line)
+    assert line.replace("\x1b[A", "").rpartition("\r")[2] == "a message"  # \x1b[A: up to the outer bar's line
+
+
+def test_a_warning_is_one_without_any_configuration(in_a_script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    warn(in_a_script(), "100 %")
+    assert capsys.readouterr() == ("", "100 %\n")

@@ -11,7 +11,7 @@ from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.ending import ending, exported, layers_shown
-from gptq_plugin.report.notice import show
+from gptq_plugin.report.notice import show, warn
 from gptq_plugin.report.report import QuantizeReport
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class RunLog:
     def warn(self, line: str) -> None:
         """Warns of something, once in a run and on one rank."""
         if distributed.rank() == 0 and line not in self._warnings:
-            log.warning("%s", line)
+            warn(log, line)
         self._warnings.add(line)
 
     def end(self, report: QuantizeReport, folder: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Messages that users see without configuring logging: `show`."""
+"""Messages that users see without configuring logging, above live progress bars: `show`, `warn`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ def show(log: logging.Logger, text: str) -> None:
     level above INFO, set for the package's loggers or by `logging.disable`, silences it.
     """
     if log.isEnabledFor(logging.INFO) and _has_handler(log):
-        log.info("%s", text)
+        with tqdm.external_write_mode(file=sys.stderr):
+            log.info("%s", text)
     elif not _is_silenced(log):
         tqdm.write(text, file=sys.stderr)
+
+
+def warn(log: logging.Logger, text: str) -> None:
+    """Logs a text as a warning."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        log.warning("%s", text)
 
 
 def _has_handler(log: logging.Logger) -> bool:
