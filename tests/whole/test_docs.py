@@ -47,6 +47,13 @@ def test_the_site_is_built_without_a_warning_and_has_every_page(site):
         assert (site / page.relative_to(DOCS).with_suffix(".html")).exists(), page
 
 
+def test_what_the_notebook_exports_beside_itself_is_neither_a_page_nor_a_change_of_the_clone():
+    notebook = (DOCS / "tutorials" / "fine_tune_quantize_generate.ipynb").read_text()
+    (folder,) = set(re.findall(r'export_dir=\\"([\w-]+)\\"', notebook))
+    assert re.search(rf"^exclude_docs: /tutorials/{folder}/", (REPOSITORY / "mkdocs.yml").read_text(), re.M)
+    assert f"/docs/tutorials/{folder}/" in (REPOSITORY / ".gitignore").read_text().splitlines()
+
+
 def test_the_api_page_shows_every_public_name_with_its_arguments(site):
     page = (site / "reference" / "api.html").read_text()
     for public in gptq_plugin.__all__:
