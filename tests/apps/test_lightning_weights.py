@@ -82,3 +82,22 @@ def test_hyperparameters_of_any_kind_are_no_obstacle(tmp_path):
     fresh = torch.nn.Linear(3, 2)
     load_lightning_weights(fresh, open_lightning_weights(tmp_path / "run.ckpt"))
     assert torch.equal(fresh.weight, network.weight + 1) and torch.equal(fresh.bias, network.bias + 1)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(2, 3, dtype=torch.int8),
+        torch.ones(2, 3, dtype=torch.bool),
+        torch.ones(2, 3).to_sparse(),
+        torch.ones(2, 3, device="meta"),
+    ],
+    ids=["int8", "bool", "sparse", "meta"],
+)
+def test_tensors_that_are_no_values_of_a_weight_are_refused_by_name(weight, tmp_path):
+    network = torch.nn.Linear(3, 2)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.save({"state_dict": {"net.weight": weight, "net.bias": torch.ones(2)}}, tmp_path / "run.ckpt")
+    with pytest.raises(CheckpointError, match=r"run\.ckpt holds net\.weight .*only dense tensors are read"):
+        fine_tuned(network, ckpt=tmp_path / "run.ckpt")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

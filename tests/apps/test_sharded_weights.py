@@ -101,3 +101,14 @@ def test_a_folder_tells_the_shapes_of_its_tensors_and_fills_them_in_their_dtype(
     tensors = {"state_dict.weight": torch.zeros(2, 3, dtype=torch.float64)}
     read_sharded(folder, tensors)
     assert torch.equal(tensors["state_dict.weight"], linear.weight.double())
+
+
+@pytest.mark.parametrize("elsewhere", ["../elsewhere.distcp", "/elsewhere.distcp", "sub/elsewhere.distcp"])
+def test_an_index_that_points_outside_the_folder_is_refused(elsewhere, tmp_path):
+    folder = save_sharded(torch.nn.Linear(3, 2), tmp_path / "run.ckpt")
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    for info in index.storage_data.values():
+        info.relative_path = elsewhere
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match=r"its index names .*which is no file of the folder"):
+        fine_tuned(torch.nn.Linear(3, 2), ckpt=folder)

@@ -46,7 +46,7 @@ OF_THE_FLOAT_MODEL = {
 
 @pytest.mark.parametrize(
     "case",
-    ["2 bits symmetric", "3 bits asymmetric", "8 bits symmetric", "4 bits compressed-tensors"],
+    ["2 bits asymmetric", "3 bits asymmetric", "8 bits asymmetric", "4 bits compressed-tensors"],
 )
 @pytest.mark.parametrize("damage", OF_THE_FLOAT_MODEL)
 def test_damage_shows_beside_the_float_model_at_every_width(

@@ -53,8 +53,8 @@ def test_shards_are_those_of_the_index(tmp_path: Path) -> None:
 def test_a_folder_without_weights_and_a_damaged_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         FloatWeights(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="the float model cannot be read: .*no safetensors file"):
         FloatWeights(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"abc")
-    with pytest.raises(CheckpointError, match="of the float model cannot be read"):
+    with pytest.raises(CheckpointError, match="the float model cannot be read: .*truncated or corrupt"):
         FloatWeights(tmp_path)

@@ -177,8 +177,11 @@ def test_a_layer_is_read_in_the_dtype_and_onto_the_device_asked_for() -> None:
     assert checkpoint.read_layer(name, device="meta").qweight.is_meta
 
 
-def test_a_second_description_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+def test_a_second_description_is_none_or_is_read(tmp_path: Path) -> None:
     folder = edited(LLAMA, tmp_path / "x")
-    assert Checkpoint.open(folder).quantize_config()["bits"] == 4
+    assert Checkpoint.open(folder).quantize_config["bits"] == 4
+    (folder / "quantize_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"quantize_config\.json cannot be read as JSON"):
+        Checkpoint.open(folder)
     (folder / "quantize_config.json").unlink()
-    assert Checkpoint.open(folder).quantize_config() == {}
+    assert Checkpoint.open(folder).quantize_config == {}

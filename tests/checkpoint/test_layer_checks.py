@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.checkpoint.layer_checks import StoredLayer, described_layer
 from gptq_plugin.errors import CheckpointError
 
-from copies import DOWN, LLAMA, Tensors, drop, edited, expected, logits_of, put, with_value
+from copies import DOWN, LLAMA, Tensors, drop, edited, expected, logits_of, put, set_quantization, with_value
 
 BROKEN: dict[str, tuple[Callable[[Tensors], Any], list[str]]] = {
     "a group index is too high": (
@@ -44,6 +45,25 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Any], list[str]]] = {
         put(f"{DOWN}.scales", lambda t: t.float() * 1.0001),
         [f"{DOWN}.scales is F32 with values float16 cannot hold"],
     ),
+    "a scale is negative": (put(f"{DOWN}.scales", with_value(7, -0.01)), [f"{DOWN}.scales holds negative values"]),
+    "a scale is 0": (put(f"{DOWN}.scales", with_value(7, 0)), [f"{DOWN}.scales is 0 for weights whose codes are not"]),
+    "a zero is not symmetric": (
+        put(f"{DOWN}.qzeros", lambda t: t ^ 3),
+        [f"{DOWN}: sym=True promises zeros of 8, and most others are 11"],
+    ),
+    "a norm is NaN": (put("model.norm.weight", with_value(7, float("nan"))), ["model.norm.weight hold NaN"]),
+    "the output embedding is infinite": (
+        put("lm_head.weight", with_value(7, float("inf"))),
+        ["lm_head.weight hold NaN"],
+    ),
+    "the output embedding is stored as bool": (
+        put("lm_head.weight", lambda t: t > 0),
+        ["lm_head.weight is BOOL, no float, and belongs to no quantized layer"],
+    ),
+    "an embedding is stored as int8": (
+        put("model.embed_tokens.weight", lambda t: (t * 100).to(torch.int8)),
+        ["model.embed_tokens.weight is I8, no float"],
+    ),
     "zeros are one-dimensional": (
         put(f"{DOWN}.qzeros", lambda t: t[0]),
         [f"{DOWN}.qzeros has shape [8], not 2"],
@@ -58,6 +78,28 @@ def test_a_tensor_that_is_not_as_described_is_refused_and_named(case: str, tmp_p
         load_quantized(edited(LLAMA, tmp_path / "x", change))
     for needle in [*needles, str(tmp_path)]:
         assert needle in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "stated", "hint"),
+    [(LLAMA, "gptq", "a gptq_v2 file labelled gptq (v1)"), ("gptqmodel-w4g32", "gptq_v2", "a gptq (v1) file labelled")],
+)
+def test_symmetric_zeros_of_the_other_format_are_refused_by_name(
+    fixture: str, stated: str, hint: str, tmp_path: Path
+) -> None:
+    formats = {"checkpoint_format": stated, "format": stated}
+    folder = edited(fixture, tmp_path / "x", config=lambda c: set_quantization(c, **formats))
+    with pytest.raises(CheckpointError, match=re.escape(hint)):
+        load_quantized(folder)
+
+
+def test_a_scale_of_zero_is_taken_where_all_of_its_codes_are_zero_too(tmp_path: Path) -> None:
+    def prune(state: dict[str, torch.Tensor]) -> None:
+        state[f"{DOWN}.scales"][0] = 0
+        state[f"{DOWN}.qweight"][:4] = -0x77777778  # 32 inputs: codes of 8
+
+    model = load_quantized(edited(LLAMA, tmp_path / "x", prune))
+    assert not model.get_submodule(DOWN).dequantize()[:, :32].any()
 
 
 def test_act_order_without_its_group_indices_is_refused(tmp_path: Path) -> None:
@@ -77,11 +119,12 @@ def stored(name: str, **changed: torch.Tensor | None) -> StoredLayer:
     """A layer of 96 inputs and 40 outputs in groups of 32 at 4 bits; None removes a tensor."""
     form = FORMATS[name]
     tensors = {
-        suffix: torch.zeros(shape, dtype={"I32": torch.int32, "I64": torch.int64}.get(kind, torch.float16))
+        suffix: torch.ones(shape, dtype={"I32": torch.int32, "I64": torch.int64}.get(kind, torch.float16))
         for suffix, (kind, shape) in form.expected(96, 40, 3, 4, False).items()
     }
     if "weight_shape" in tensors:
         tensors["weight_shape"] = torch.tensor([40, 96])
+    tensors[form.g_idx] = torch.zeros(96, dtype=torch.int32)
     tensors = {suffix: tensor for suffix, tensor in {**tensors, **changed}.items() if tensor is not None}
     kinds = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16"}
     entries = {s: TensorEntry(Path("f"), kinds[t.dtype], tuple(t.shape)) for s, t in tensors.items()}
@@ -134,5 +177,7 @@ def test_what_does_not_fit_is_one_sentence_and_no_layer(layer: StoredLayer, sche
 
 def test_one_group_needs_no_g_idx_even_with_act_order() -> None:
     whole_rows = Scheme(4, -1, sym=True, desc_act=True)
-    layer = stored("gptq", g_idx=None, scales=torch.ones(1, 40).half(), qzeros=torch.zeros(1, 5, dtype=torch.int32))
+    layer = stored(
+        "gptq", g_idx=None, scales=torch.ones(1, 40).half(), qzeros=torch.full((1, 5), 0x77777777, dtype=torch.int32)
+    )
     assert described_layer(layer, whole_rows, []).groups == 1

@@ -92,7 +92,9 @@ def test_the_fixtures_cover_every_width_and_both_formats_with_and_without_act_or
 
 def test_zeros_read_one_too_high_are_noticed_by_the_logits(tmp_path: Path) -> None:
     name = "gptqmodel-w4g32"
-    wrong = edited(name, tmp_path / "x", config=lambda c: set_quantization(c, checkpoint_format="gptq_v2", format=None))
+    wrong = edited(
+        name, tmp_path / "x", config=lambda c: set_quantization(c, checkpoint_format="gptq_v2", format=None, sym=False)
+    )
     reference = expected(name)
     off = (logits_of(load_quantized(wrong, dtype=torch.float32), reference) - reference["logits"]).abs().max()
     assert off > 0.5
@@ -209,7 +211,7 @@ print(size, peak - before)
 
 
 def write_large(folder: Path) -> None:
-    """A Llama with 100 MiB of 4-bit words in 3 blocks, all zero, and few float weights."""
+    """A Llama with 100 MiB of 4-bit words in 3 blocks, all codes 0, and few float weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 3, "vocab_size": 64}
@@ -223,7 +225,7 @@ def write_large(folder: Path) -> None:
             state[name] = torch.zeros(weight.shape, dtype=torch.float16)
             continue
         state[f"{module}.qweight"] = torch.zeros(inputs[0] // 8, out, dtype=torch.int32)
-        state[f"{module}.qzeros"] = torch.zeros(inputs[0] // 128, out // 8, dtype=torch.int32)
+        state[f"{module}.qzeros"] = torch.full((inputs[0] // 128, out // 8), 0x77777777, dtype=torch.int32)
         state[f"{module}.scales"] = torch.ones(inputs[0] // 128, out, dtype=torch.float16)
         state[f"{module}.g_idx"] = torch.arange(inputs[0], dtype=torch.int32) // 128
     save_file(state, folder / "model.safetensors")
@@ -238,7 +240,7 @@ def write_large(folder: Path) -> None:
 def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     folder = edited(LLAMA, tmp_path / "x")
     (folder / "generation_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be used"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read as JSON"):
         load_quantized(folder)
 
 
@@ -272,3 +274,34 @@ def test_tensors_that_do_not_fit_the_model_are_refused_and_named(case: str, tmp_
         load_quantized(edited(LLAMA, tmp_path / "x", change))
     for needle in [*needles, str(tmp_path)]:
         assert needle in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["__name__", "models", "LlamaConfig", "AutoModelForCausalLM", "LlamaTokenizer", "a b"])
+def test_what_is_no_architecture_is_refused(name: str, tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x", config=lambda c: c.update(architectures=[name]))
+    with pytest.raises(CheckpointError, match=f"has no architecture '{name}'"):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts", "encoder_layers"])
+def test_more_layers_than_the_files_can_hold_are_refused_before_they_are_built(key: str, tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x", config=lambda c: c.update({key: 10**6}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} is 1000000, and the files hold"):
+        load_quantized(folder)
+
+
+def test_a_model_far_larger_than_the_files_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x", config=lambda c: c.update(vocab_size=2**40))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json describes a LlamaForCausalLM with .* such as model\.embed"
+    ):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_attention_heads": 0}, {"hidden_act": "poetry"}, {"rope_parameters": 3}], ids=str
+)
+def test_values_that_transformers_cannot_use_are_refused_by_file(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x", config=lambda c: c.update(values))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_quantized(folder)

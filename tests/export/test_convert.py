@@ -141,7 +141,7 @@ def test_how_we_quantized_it_is_stated_after_a_conversion_too(to, tmp_path, rtn)
     source = export_module.export_model(rtn(tiny_llama(), config), tmp_path / "source", config)
     out = convert(source, tmp_path / "out", to)
     for folder, form in ((out, to), (convert(out, tmp_path / "back", "gptq"), "gptq")):
-        content = Checkpoint.open(folder).quantize_config()
+        content = Checkpoint.open(folder).quantize_config
         kept = own_config(content)
         skipped = {rule: {} for rule in kept.dynamic if rule.startswith("-:")}
         assert kept == dataclasses.replace(config, checkpoint_format=form, dynamic={**skipped, **config.dynamic})
@@ -150,10 +150,10 @@ def test_how_we_quantized_it_is_stated_after_a_conversion_too(to, tmp_path, rtn)
 
 def test_how_another_tool_quantized_it_is_stated_in_its_terms_and_not_as_ours(tmp_path):
     source = FIXTURES / "gptqmodel-w4g32"
-    before = Checkpoint.open(source).quantize_config()
+    before = Checkpoint.open(source).quantize_config
     out = convert(source, tmp_path / "out", "gptq_v2")
     for folder in (out, convert(out, tmp_path / "ct", "compressed-tensors")):
-        after = Checkpoint.open(folder).quantize_config()
+        after = Checkpoint.open(folder).quantize_config
         assert own_config(after) is None and list(after["meta"]["gptq_plugin"]) == ["files"]
         others = {key: value for key, value in before["meta"].items() if key != "quantizer"}
         assert others and others.items() <= after["meta"].items()

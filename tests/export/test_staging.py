@@ -160,3 +160,25 @@ def test_a_name_beside_a_folder_is_cut_where_it_must(tmp_path: Path) -> None:
         cut = beside(tmp_path / name, "-12345678")
         cut.mkdir()
         assert cut.name.startswith(name[:100]) and cut.name.endswith("-12345678") and cut.name != name
+
+
+class LinkingTokenizer:
+    """Leaves a link to a file that is not the export's."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def save_pretrained(self, directory: Path) -> None:
+        (Path(directory) / "tokenizer.json").symlink_to(self.file)
+
+
+def test_a_link_in_an_export_becomes_the_file_and_what_it_led_to_keeps_its_mode(rtn: Rtn, tmp_path: Path) -> None:
+    outside = tmp_path / "tokenizer.json"
+    outside.write_text("{}")
+    outside.chmod(0o600)
+    config = QuantizeConfig(group_size=16)
+    out = export_model(rtn(Plain(), config), tmp_path / "out", config, tokenizer=LinkingTokenizer(outside))
+    assert outside.stat().st_mode & 0o777 == 0o600
+    assert not (out / "tokenizer.json").is_symlink() and (out / "tokenizer.json").read_text() == "{}"
+    with pytest.raises(ExportError, match=r"tokenizer\.json of the export is neither a file nor a folder"):
+        export_model(rtn(Plain(), config), tmp_path / "other", config, tokenizer=LinkingTokenizer(tmp_path / "out"))

@@ -7,8 +7,11 @@ import dataclasses
 import pytest
 import torch
 
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import (
+    COARSE_SCALE,
     QuantizedWeight,
+    coarse_scales,
     grid,
     grids,
     group_width,
@@ -181,3 +184,13 @@ def test_alternative_grids_cover_a_part_of_every_rows_range(sym, checkpoint_form
         assert torch.equal(scales[a], expected[0]) and torch.equal(zeros[a], expected[1])
     whole = grids(weight, spans, dataclasses.replace(config, group_size=-1))
     assert torch.equal(whole[0][0, :, 0], grid(weight, config)[0])
+
+
+def test_scales_too_small_for_float16_are_told() -> None:
+    assert coarse_scales(0) == []
+    (sentence,) = coarse_scales(3)
+    assert sentence.startswith("weights in 3 groups are so small that float16")
+    exact = 2.0 * 3e-5 / 15  # above the limit, float16 is off by less than a per cent
+    scales, _ = grid(torch.tensor([[3e-5, -3e-5], [1e-6, -1e-6], [1e-9, 0.0], [0.0, 0.0]]), QuantizeConfig(bits=4))
+    assert (scales < COARSE_SCALE).tolist() == [False, True, True, False]
+    assert abs(float(scales[0]) / exact - 1) < 0.01

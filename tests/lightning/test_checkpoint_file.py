@@ -205,3 +205,17 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
         read_checkpoint(tmp_path / "program.pt")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_checkpoint(tmp_path / "nowhere.ckpt")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    torch.save({"state_dict": {3: torch.ones(2)}}, tmp_path / "run.ckpt")
+    with pytest.raises(CheckpointError, match=r"run\.ckpt: state_dict has 3 among its names"):
+        read_checkpoint(tmp_path / "run.ckpt")
+
+
+def test_nobody_is_advised_to_run_what_a_file_holds(tmp_path):
+    content = {"state_dict": {}, "hyper_parameters": Options()}
+    torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="holds more than tensors and plain values") as caught:
+        read_checkpoint(tmp_path / "old.ckpt")
+    assert "weights_only" not in str(caught.value)

@@ -11,9 +11,10 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import digest
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.quantize.data_checks import (
     check_enough,
+    check_finite,
     count_samples,
     known_tokens,
     not_finite,
@@ -129,3 +130,15 @@ def test_digests_beyond_the_range_of_a_hash_wrap_around(with_rank):
     with_rank((1, 2**256 - 1, "x"))
     one = calibration_of([torch.ones(1, 8)])
     assert count_samples(one).sha256 == f"{one.digest - 1:064x}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_in_any_weight_is_refused_before_the_work(value):
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+    check_finite(model)
+    for name, parameter in model.named_parameters():
+        kept = parameter.data.clone()
+        parameter.data.view(-1)[-1] = value
+        with pytest.raises(TargetError, match=rf"{name} of Sequential hold NaN or infinity"):
+            check_finite(model)
+        parameter.data = kept

@@ -162,3 +162,12 @@ def test_counts_of_ranks_add_up_by_key(monkeypatch):
     assert sum_over_ranks({"a": 1}) == {"a": 1}
     monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, {"a": 2, "b": 3}, {}])
     assert sum_over_ranks({"a": 1}) == {"a": 3, "b": 3}
+
+
+def test_weights_too_small_for_float16s_scales_are_told_of_their_own_layer_alone():
+    model = pair()
+    model["b"].weight.data *= 1e-6
+    outcome, _ = solved(model, ("a", "b"))
+    a, b, _ = outcome.modules(unknown_ranges(("a", "b", "idle")), {})
+    assert not any("float16" in line for line in a.deviations)
+    assert any(line.startswith("weights in 32 groups are so small that float16") for line in b.deviations)

@@ -55,6 +55,18 @@ def open_lightning_weights(checkpoint: str | Path) -> LightningWeights:
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
     def read(wanted: dict[str, Tensor]) -> None:
+        wrong = [
+            f"{key} ({'meta' if stored.is_meta else stored.layout}, {stored.dtype})"
+            for key, tensor in wanted.items()
+            if (stored := tensors[key]).is_meta
+            or stored.layout is not torch.strided
+            or stored.is_floating_point() != tensor.is_floating_point()
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{path} holds {some(wrong)}, which are not the values of such weights: only dense tensors are read, "
+                "floating-point ones for floating-point weights"
+            )
         for key, tensor in wanted.items():
             tensor.copy_(tensors[key])
 

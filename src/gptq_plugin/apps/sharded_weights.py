@@ -66,6 +66,13 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / INDEX).open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
+        outside = {
+            info.relative_path
+            for info in (metadata.storage_data or {}).values()
+            if info.relative_path != Path(info.relative_path).name
+        }
+        if outside:
+            raise pickle.UnpicklingError(f"its index names {sorted(outside)[0]!r}, which is no file of the folder")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

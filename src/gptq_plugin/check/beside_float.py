@@ -29,7 +29,7 @@ class BesideFloat:
         self.summary = ""
         self._checkpoint = checkpoint
         self._floats = floats
-        self._config = own_config(checkpoint.quantize_config())
+        self._config = own_config(checkpoint.quantize_config)
         self._compared = 0
         self._unknown: list[str] = []
 

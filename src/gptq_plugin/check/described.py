@@ -14,6 +14,7 @@ from gptq_plugin.check.findings import Finding, error, warning
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG
 from gptq_plugin.clients.inventory import Inventory
+from gptq_plugin.device.finite import all_finite, any_nan
 from gptq_plugin.errors import some
 
 
@@ -38,9 +39,13 @@ def facts(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, str]:
 
 
 def file_findings(checkpoint: Checkpoint, inventory: Inventory) -> Iterator[Finding]:
-    """Faults that show without looking at a weight."""
+    """Faults that show without looking at a quantized weight."""
     return chain(
-        _contradictions(checkpoint), _tied_head(checkpoint, inventory), _scales_dtype(checkpoint), _no_g_idx(checkpoint)
+        _contradictions(checkpoint),
+        _tied_head(checkpoint, inventory),
+        _scales_dtype(checkpoint),
+        _no_g_idx(checkpoint),
+        _not_finite(checkpoint),
     )
 
 
@@ -55,7 +60,7 @@ def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _contradictions(checkpoint: Checkpoint) -> Iterator[Finding]:
-    inside, beside = checkpoint.quantization, checkpoint.quantize_config()
+    inside, beside = checkpoint.quantization, checkpoint.quantize_config
     for key in checkpoint.format.repeated:
         if key in inside and key in beside and inside[key] != beside[key]:
             yield error(
@@ -87,6 +92,17 @@ def _scales_dtype(checkpoint: Checkpoint) -> Iterator[Finding]:
             f"the scales of {kinds['F32']} layers are float32 and hold float16 values: no number changes, but GPTQ "
             "clients expect float16"
         )
+
+
+def _not_finite(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Masks may hold infinity, and have other names."""
+    wrong = []
+    for name in checkpoint.float_names:
+        value = checkpoint.read(name)
+        if any_nan(value) or (name.endswith(("weight", "bias")) and not all_finite(value)):
+            wrong.append(name)
+    if wrong:
+        yield error(f"{some(wrong)}: not quantized, and NaN or infinity are in it: the file is damaged")
 
 
 def _no_g_idx(checkpoint: Checkpoint) -> Iterator[Finding]:

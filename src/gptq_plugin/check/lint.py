@@ -49,9 +49,18 @@ def lint(
     floats = FloatWeights(float_dir, token) if float_dir is not None else None
     try:
         checkpoint = Checkpoint.open(local_folder(directory, revision=revision, token=token))
+        inventory = _find(checkpoint, floats, found)
     except CheckpointError as damage:
         found.add([error(str(damage))])
         return found
+    for target in targets if targets is not None else map(Client, CLIENTS):
+        missing = target.rules.missing(inventory, checkpoint.quantization)
+        found.refusals[target] = [*problems(inventory, target), *missing]
+        found.conditions[target] = conditions(inventory, target)
+    return found
+
+
+def _find(checkpoint: Checkpoint, floats: FloatWeights | None, found: Lint) -> Inventory:
     inventory = Inventory.of(checkpoint)
     beside = BesideFloat(checkpoint, floats) if floats is not None else None
     found.facts = facts(checkpoint, inventory)
@@ -60,11 +69,7 @@ def lint(
     if beside is not None:
         found.add(beside.rest())
         found.facts["compared"] = beside.summary
-    for target in targets if targets is not None else map(Client, CLIENTS):
-        missing = target.rules.missing(inventory, checkpoint.quantization)
-        found.refusals[target] = [*problems(inventory, target), *missing]
-        found.conditions[target] = conditions(inventory, target)
-    return found
+    return inventory
 
 
 def _of_layers(checkpoint: Checkpoint, inventory: Inventory, beside: BesideFloat | None) -> Iterator[Finding]:

@@ -14,31 +14,33 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_plugin.checkpoint.files import (
     CONFIG,
-    INDEX,
     QUANTIZE_CONFIG,
     TAKEN_OVER,
     TensorEntry,
     description_in,
     read_json,
-    weight_files,
 )
 from gptq_plugin.checkpoint.formats.format import Format, QuantizedLayer, Scheme, contiguous
 from gptq_plugin.checkpoint.formats.registry import stated_format
 from gptq_plugin.checkpoint.layer_checks import FLOATS, StoredLayer, described_layer
+from gptq_plugin.checkpoint.schema import check_description, check_model_config
+from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.qlinear import QuantLinear
+
+_LISTED = 20  # contradictions in a message
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +53,19 @@ class Checkpoint:
         directory: Where it is.
         model_config: Content of ``config.json``; empty when there is none.
         quantization: The description: ``quantization_config`` of ``config.json``, else ``quantize_config.json``.
+        quantize_config: Content of ``quantize_config.json``; empty when there is none.
         format: How its layers are stored.
-        tensors: Every tensor in the files.
+        shards: Its files of tensors.
         layers: The quantized layers.
     """
 
     directory: Path
     model_config: dict[str, Any]
     quantization: dict[str, Any]
+    quantize_config: dict[str, Any]
     format: Format
-    tensors: dict[str, TensorEntry]
+    shards: Shards
     layers: dict[str, QuantizedLayer] = field(default_factory=dict)
-    _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
@@ -75,19 +78,27 @@ class Checkpoint:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a folder: give the folder that holds {CONFIG} and the weights")
-        model_config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
-        quantization, source = description_in(directory, model_config)
+        model_config = _optional(directory / CONFIG, check_model_config) or {}
+        beside = _optional(directory / QUANTIZE_CONFIG, check_description)
+        quantization, source = description_in(model_config, beside, directory)
+        check_description(quantization, source)
         format_ = stated_format(quantization, source)
-        beside = directory / QUANTIZE_CONFIG
-        if format_.repeated and beside.is_file():
-            problem = format_.contradiction(quantization, read_json(beside))
+        if format_.repeated and beside is not None:
+            problem = format_.contradiction(quantization, beside)
             if problem is not None:
                 raise CheckpointError(f"{source} {problem}")
-        checkpoint = cls(directory, model_config, quantization, format_, {})
-        for file, promised in weight_files(directory, quantization).items():
-            checkpoint._scan(file, promised)
+        base = quantization.get("model_file_base_name") or "model"
+        if base != Path(base).name:
+            raise CheckpointError(f"{source}: model_file_base_name must be the name of a file, got {base!r}")
+        shards = Shards.open(directory, base)
+        checkpoint = cls(directory, model_config, quantization, beside or {}, format_, shards)
         checkpoint._find_layers()
         return checkpoint
+
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every tensor in the files."""
+        return self.shards.entries
 
     @property
     def checkpoint_format(self) -> str:
@@ -112,21 +123,13 @@ class Checkpoint:
         largest = max(entries, key=lambda entry: math.prod(entry.shape), default=None)
         return FLOATS[largest.dtype] if largest is not None else torch.float16
 
-    def quantize_config(self) -> dict[str, Any]:
-        """The content of quantize_config.json; empty if there is none, or it cannot be read."""
-        try:
-            return read_json(self.directory / QUANTIZE_CONFIG)
-        except CheckpointError:
-            return {}
-
     def read(self, name: str) -> Tensor:
         """One tensor as stored, on the CPU."""
-        tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(name)
-        return tensor
+        return self.shards.read(name)
 
     def lazy(self, name: str) -> Any:
         """One tensor as safetensors' slice, not read yet: transformers' loader reads it."""
-        return self._handles[self.tensors[name].file].get_slice(name)
+        return self.shards.lazy(name)
 
     def read_layer(
         self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -165,28 +168,6 @@ class Checkpoint:
         act_order = layer.has_g_idx and not contiguous(self.read(f"{name}.{self.format.g_idx}"), layer.group_size)
         return Scheme(layer.bits, layer.group_size, layer.sym, act_order)
 
-    def _scan(self, file: Path, promised: Iterable[str]) -> None:
-        """Opens one weights file and records its tensors."""
-        if not file.is_file():
-            raise CheckpointError(
-                f"{file} does not exist, and {INDEX} lists {some(promised)} in it: "
-                "fetch or copy the missing file, or export the model again"
-            )
-        try:
-            handle = safe_open(str(file), framework="pt", device="cpu")
-            for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
-                piece = handle.get_slice(name)
-                self.tensors[name] = TensorEntry(file, piece.get_dtype(), tuple(piece.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} ({file.stat().st_size} bytes) is truncated or corrupt, since safetensors cannot read it "
-                f"({error}): fetch or copy it again, or export the model again"
-            ) from error
-        self._handles[file] = handle
-        missing = sorted(set(promised) - {name for name, entry in self.tensors.items() if entry.file == file})
-        if missing:
-            raise CheckpointError(f"{file} lacks {', '.join(missing)}, which {INDEX} lists in it: fetch it again")
-
     def _find_layers(self) -> None:
         names = dict.fromkeys(n.rpartition(".")[0] for n in self.tensors if n.rpartition(".")[2] in self.format.marks)
         if not names:
@@ -202,15 +183,23 @@ class Checkpoint:
                 f"{self.directory} lacks {len(missing)} tensors of quantized layers: {', '.join(missing)}. "
                 "The checkpoint is incomplete: fetch all of its files again, or export the model again"
             )
-        problems: list[str] = []
+        owned = {f"{name}.{suffix}" for name in names for suffix in self.format.suffixes}
+        problems = [
+            f"{name} is {entry.dtype}, no float, and belongs to no quantized layer ({entry.file.name})"
+            for name, entry in self.tensors.items()
+            if name not in owned and name.rpartition(".")[2] in ("weight", "bias") and entry.dtype not in FLOATS
+        ]
         for name in names:
             layer = self._layer(name, problems)
             if layer is not None:
                 self.layers[name] = layer
         if problems:
             raise CheckpointError(
-                f"{self.directory} contradicts its own description:\n  " + "\n  ".join(problems) + "\n"
-                f"Correct the description in {CONFIG} and {QUANTIZE_CONFIG}, or fetch the checkpoint again"
+                f"{self.directory} contradicts its own description:\n  "
+                + "\n  ".join(problems[:_LISTED])
+                + "\n"
+                + (f"and {len(problems) - _LISTED} more like these. " if len(problems) > _LISTED else "")
+                + f"Correct the description in {CONFIG} and {QUANTIZE_CONFIG}, or fetch the checkpoint again"
             )
         derived = [layer.name for layer in self.layers.values() if not layer.has_g_idx]
         if derived and self.format.always_g_idx:
@@ -230,3 +219,12 @@ class Checkpoint:
         entries = {s: self.tensors[f"{name}.{s}"] for s in self.format.suffixes if f"{name}.{s}" in self.tensors}
         stored = StoredLayer(name, self.format, entries, lambda suffix: self.read(f"{name}.{suffix}"))
         return described_layer(stored, scheme, problems)
+
+
+def _optional(file: Path, check: Callable[[dict[str, Any], Path], None]) -> dict[str, Any] | None:
+    """The checked content of a JSON file; None if there is none."""
+    if not os.path.lexists(file):
+        return None
+    content = read_json(file)
+    check(content, file)
+    return content

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from gptq_plugin.checkpoint.files import TensorEntry
 from gptq_plugin.checkpoint.formats.format import FLOAT, Format, QuantizedLayer, Read, Scheme
+from gptq_plugin.device.finite import all_finite
+from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _HALF = "F16"
@@ -44,7 +46,14 @@ def described_layer(stored: StoredLayer, scheme: Scheme, problems: list[str]) ->
         problems += found
         return None
     shapes = {suffix: entry.shape for suffix, entry in stored.entries.items()}
-    in_features, out_features = stored.format.sizes(shapes, scheme.bits, stored.read)
+    try:
+        in_features, out_features = stored.format.sizes(shapes, scheme.bits, stored.read)
+    except ValueError as error:
+        problems.append(f"{stored.name}: {error}")
+        return None
+    if in_features < 1 or out_features < 1:
+        problems.append(f"{stored.name} has {in_features} inputs and {out_features} outputs")
+        return None
     groups = 1 if scheme.group_size == -1 else -(-in_features // scheme.group_size)
     layer = QuantizedLayer(
         stored.name,
@@ -58,7 +67,7 @@ def described_layer(stored: StoredLayer, scheme: Scheme, problems: list[str]) ->
         scheme.sym,
         scheme.desc_act,
     )
-    found = list(_wrong_shapes(stored, layer)) or list(_wrong_values(stored, groups))
+    found = list(_wrong_shapes(stored, layer)) or list(_wrong_values(stored, layer))
     problems += found
     return None if found else layer
 
@@ -94,18 +103,55 @@ def _wrong_shapes(stored: StoredLayer, layer: QuantizedLayer) -> Iterator[str]:
         yield f"{name}.{layout.g_idx} is missing, and with desc_act=true the groups cannot be told without it"
 
 
-def _wrong_values(stored: StoredLayer, groups: int) -> Iterator[str]:
+def _wrong_values(stored: StoredLayer, layer: QuantizedLayer) -> Iterator[str]:
     g_idx, scales = (f"{stored.name}.{suffix}" for suffix in (stored.format.g_idx, stored.format.scales))
     entry = stored.entries.get(stored.format.g_idx)
     if entry is not None:
         low, high = (int(value) for value in stored.read(stored.format.g_idx).aminmax())
-        if low < 0 or high >= groups:
+        if low < 0 or high >= layer.groups:
             yield (
-                f"{g_idx} holds values from {low} to {high}; with {groups} groups they must lie in 0..{groups - 1} "
-                f"({entry.file.name})"
+                f"{g_idx} holds values from {low} to {high}; with {layer.groups} groups they must lie in "
+                f"0..{layer.groups - 1} ({entry.file.name})"
             )
+            return
+    if layer.has_bias and not all_finite(stored.read("bias")):
+        yield f"{stored.name}.bias holds NaN or infinity ({stored.entries['bias'].file.name})"
     entry, values = stored.entries[stored.format.scales], stored.read(stored.format.scales)
-    if not bool(values.isfinite().all()):
+    if not all_finite(values):
         yield f"{scales} holds NaN or infinity ({entry.file.name})"
     elif entry.dtype != _HALF and not torch.equal(values.half().to(values.dtype), values):
         yield f"{scales} is {entry.dtype} with values float16 cannot hold ({entry.file.name})"
+    elif bool((values < 0).any()):
+        yield f"{scales} holds negative values, which no quantizer writes ({entry.file.name})"
+    else:
+        yield from _wrong_grid(stored, layer, entry.file.name)
+
+
+def _wrong_grid(stored: StoredLayer, layer: QuantizedLayer, file: str) -> Iterator[str]:
+    """Zeros that are not symmetric where that is promised, and codes whose scale is 0."""
+    read = stored.format.from_file(stored.read, replace(layer, has_bias=False)) if _needs_codes(stored, layer) else None
+    if read is None:
+        return
+    zeros = unpack_zeros(read["qzeros"], layer.bits, layer.out_features)
+    middle = 2 ** (layer.bits - 1)
+    wrong = zeros[zeros != middle]
+    if layer.sym and len(wrong):
+        value = int(wrong.mode().values)
+        yield (
+            f"{stored.name}: sym=True promises zeros of {middle}, and most others are {value}"
+            + stored.format.zeros_hint(value - middle)
+            + ": weights are off by whole steps. Correct sym, or the format"
+        )
+    elif bool((read["scales"] == 0).any()):
+        codes = unpack_weight(read["qweight"], layer.bits, layer.in_features)  # [out, in]
+        group = read["g_idx"].long()
+        lost = (read["scales"] == 0).T[:, group] & (codes != zeros.T[:, group])
+        if bool(lost.any()):
+            yield f"{stored.name}.{stored.format.scales} is 0 for weights whose codes are not ({file})"
+
+
+def _needs_codes(stored: StoredLayer, layer: QuantizedLayer) -> bool:
+    """True if zeros or scales are such that they must be looked at one by one."""
+    if bool((stored.read(stored.format.scales) == 0).any()):
+        return True
+    return layer.sym and not stored.format.has_symmetric_zeros(stored.read, layer)

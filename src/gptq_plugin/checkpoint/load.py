@@ -12,6 +12,8 @@ after everything has been compared by name and shape.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +23,17 @@ import torch
 from torch import nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.checkpoint.files import CONFIG
+from gptq_plugin.checkpoint.files import CONFIG, read_json
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load_plain import load_into
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.device.named import device_named
 from gptq_plugin.errors import CheckpointError
+
+_COUNTS = re.compile(
+    r"^(num|n)_.*(layer|block|expert|stage)|(layer|depth|block|expert|stage)s?$"
+)  # keys of config.json
+_MANY = 1024  # layers, or experts, that are built in a second or two
 
 
 def load_quantized(
@@ -131,18 +138,26 @@ def _load_transformers(
     if device_map is None and device.type != "cpu" and find_spec("accelerate") is not None:
         device_map = {"": device}
     names: dict[str, str] = {}  # module name -> name in the checkpoint
-    model, info = _with_hook(architecture, lambda model: names.update(reserve(checkpoint, model))).from_pretrained(
-        None,
-        config=config,
-        state_dict={
-            name: checkpoint.lazy(name) for name in checkpoint.float_names if not checkpoint.is_taken_over(name)
-        },
-        dtype=dtype or getattr(config, "dtype", None) or checkpoint.float_dtype,
-        device_map=device_map,
-        generation_config=_generation_config(checkpoint, architecture),
-        ignore_mismatched_sizes=True,  # they are in `info`, all of them, and refused below
-        output_loading_info=True,
-    )
+    hooked = _with_hook(architecture, checkpoint, lambda model: names.update(reserve(checkpoint, model)))
+    floats = {name: checkpoint.lazy(name) for name in checkpoint.float_names if not checkpoint.is_taken_over(name)}
+    try:
+        model, info = hooked.from_pretrained(
+            None,
+            config=config,
+            state_dict=floats,
+            dtype=dtype or getattr(config, "dtype", None) or checkpoint.float_dtype,
+            device_map=device_map,
+            generation_config=_generation_config(checkpoint, architecture),
+            ignore_mismatched_sizes=True,  # they are in `info`, all of them, and refused below
+            output_loading_info=True,
+        )
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever values that nobody expected lead to
+        raise CheckpointError(
+            f"{checkpoint.directory}: transformers cannot load it as {architecture.__name__} "
+            f"({type(error).__name__}: {error})"
+        ) from error
     model.__class__ = architecture
     problems = [
         f"{name} is missing: there is neither it nor its quantized form" for name in sorted(info["missing_keys"])
@@ -164,7 +179,9 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
 
     file = checkpoint.directory / CONFIG
     name = checkpoint.model_config["architectures"][0]
-    architecture = getattr(transformers, name, None)
+    architecture = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+        architecture = None
     reference = _own_class(checkpoint, name) if architecture is None else None
     if reference is not None and not trust_remote_code:
         raise CheckpointError(
@@ -176,18 +193,38 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
             f"{file}: transformers {transformers.__version__} has no architecture {name!r}: install a version that has "
             "it. The folder has no code for it: config.json names none in auto_map"
         )
+    _refuse_many_modules(checkpoint, checkpoint.model_config, file)
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=reference is not None)
         if reference is not None:
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
             architecture = get_class_from_dynamic_module(reference, str(checkpoint.directory))
-    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
+    except Exception as error:  # whatever values that nobody expected lead to
         raise CheckpointError(
             f"{file} is not a configuration of transformers {transformers.__version__}: {error}"
         ) from error
     forget_quantization(config)
     return architecture, config
+
+
+def _refuse_many_modules(checkpoint: Checkpoint, config: Mapping[str, Any], file: Path) -> None:
+    """Refuses numbers of layers, blocks and experts beyond what the files can hold: building them takes hours.
+
+    Raises:
+        CheckpointError: It names the field.
+    """
+    shapes = [entry.shape for entry in checkpoint.tensors.values()]
+    most = max(_MANY, len(shapes), *(shape[0] for shape in shapes if len(shape) > 2))
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_many_modules(checkpoint, value, file)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > most and _COUNTS.search(key):
+                raise CheckpointError(
+                    f"{file}: {key} is {number}, and the files hold {len(shapes)} tensors: correct it, or fetch the "
+                    "checkpoint again"
+                )
 
 
 def _own_class(checkpoint: Checkpoint, name: str) -> str | None:
@@ -209,20 +246,27 @@ def _generation_config(checkpoint: Checkpoint, architecture: Any) -> Any:
     import transformers
 
     file = checkpoint.directory / "generation_config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
+    read_json(file)
     try:
         kind = getattr(architecture, "generation_config_class", None) or transformers.GenerationConfig
         return kind.from_pretrained(checkpoint.directory)
-    except (ValueError, TypeError, OSError) as error:
+    except Exception as error:  # whatever values that nobody expected lead to
         raise CheckpointError(f"{file} cannot be used: {error}. Correct it, or remove it") from error
 
 
-def _with_hook(architecture: Any, hook: Callable[[nn.Module], None]) -> Any:
+def _with_hook(architecture: Any, checkpoint: Checkpoint, hook: Callable[[nn.Module], None]) -> Any:
     """`architecture`, calling `hook(model)` when constructed: before `from_pretrained` loads weights."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        architecture.__init__(self, *args, **kwargs)
+        try:
+            architecture.__init__(self, *args, **kwargs)
+        except Exception as error:  # whatever values that nobody expected lead to
+            raise CheckpointError(
+                f"{checkpoint.directory / CONFIG}: transformers cannot build {architecture.__name__} from it "
+                f"({type(error).__name__}: {error}): correct it, or fetch it again"
+            ) from error
         hook(self)
 
     return type(architecture.__name__, (architecture,), {"__init__": __init__, "__module__": architecture.__module__})

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.checkpoint.reserve import match, refuse, take_apart
+from gptq_plugin.device.finite import all_finite, any_nan
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.layers.qlinear import note_float_rest
 from gptq_plugin.layers.swap import swap_modules
@@ -45,13 +47,22 @@ def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dt
         wanted, found = tuple(state[group[0]].shape), checkpoint.tensors[present[0]].shape
         if wanted != found:
             problems.append(f"{present[0]} has shape {list(found)}, the model needs {list(wanted)}")
+        if state[group[0]].is_floating_point() and checkpoint.tensors[present[0]].dtype not in FLOATS:
+            problems.append(f"{present[0]} is stored as {checkpoint.tensors[present[0]].dtype}, and is a float there")
         sources[present[0]] = state[group[0]]
     problems += [f"{name} belongs to no module of the model" for name in sorted(stored)]
     refuse(checkpoint, type(model).__name__, problems)
+    values = {name: checkpoint.read(name) for name in sources}
+    parameters = {id(parameter) for parameter in model.parameters()}
+    wrong = [
+        name
+        for name, value in values.items()
+        if (any_nan(value) if id(sources[name]) not in parameters else not all_finite(value))
+    ]
+    refuse(checkpoint, type(model).__name__, [f"{name} holds NaN or infinity" for name in wrong])
     layers = {name: checkpoint.read_layer(stored, dtype=dtype, device=device) for name, stored in names.items()}
     for name, tensor in sources.items():
-        value = checkpoint.read(name)
-        tensor.data = value.to(device, dtype if value.is_floating_point() else None)
+        tensor.data = values[name].to(device, dtype if values[name].is_floating_point() else None)
     swap_modules(model, layers)
     note_float_rest(model)
     return model.to(device).eval()

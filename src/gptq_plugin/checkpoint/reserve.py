@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +13,19 @@ from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.description import contents_of, describe, most_and_others
 from gptq_plugin.checkpoint.files import CONFIG
 from gptq_plugin.checkpoint.formats.format import Contents, QuantizedLayer
+from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.finite import all_finite, any_nan
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
 from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.experts import place_experts, possible_experts
 from gptq_plugin.model.linears import is_linear, linear_shape
-from gptq_plugin.model.stored_names import expert_parts, plain_renaming, renaming
+from gptq_plugin.model.stored_names import expert_parts, key_renaming, plain_renaming, renaming
 from gptq_plugin.model.structure import Structure
+
+_SPARE = 2**29  # values that a model may have beside those in the files: tables and masks that it computes
 
 
 class Place(nn.Module):
@@ -58,11 +63,45 @@ def reserve(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     """
     take_apart(checkpoint, model, plain_renaming(model))
     names = match(checkpoint, model, renaming(model))
+    _refuse_other_kinds(checkpoint, model, key_renaming(model))
     places = {name: Place(checkpoint.layers[stored]) for name, stored in names.items()}
     for name, place in places.items():
         share_hooks(model.get_submodule(name), place)
     swap_modules(model, places)
+    _refuse_larger(checkpoint, model)
     return names
+
+
+def _refuse_other_kinds(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], Iterable[str]]) -> None:
+    """Refuses tensors that the model computes with as floats and that the files hold as anything else."""
+    state = model.state_dict(keep_vars=True)
+    problems = [
+        f"{name} is stored as {entry.dtype}, and is a float in the model"
+        for name in checkpoint.float_names
+        if (entry := checkpoint.tensors[name]).dtype not in FLOATS
+        and any(key in state and state[key].is_floating_point() for key in (name, *rename(name)))
+    ]
+    refuse(checkpoint, type(model).__name__, problems)
+
+
+def _refuse_larger(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuses, before memory is taken, a model that config.json makes far larger than the files are.
+
+    Args:
+        checkpoint: The files.
+        model: Without weights, its places made. A tied weight counts once.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    sizes = {name: tensor.numel() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    asked = {name: size for name, size in sizes.items() if name not in tied and not name.endswith(".room")}
+    stored = sum(math.prod(checkpoint.tensors[name].shape) for name in checkpoint.float_names)
+    if sum(asked.values()) > stored + _SPARE:
+        largest = max(asked, key=lambda name: asked[name])
+        raise CheckpointError(
+            f"{checkpoint.directory / CONFIG} describes a {type(model).__name__} with {sum(asked.values()):,} values "
+            f"that are not quantized, such as {largest} with {asked[largest]:,}, and the files hold {stored:,}: "
+            "correct it, or fetch the checkpoint again"
+        )
 
 
 def take_apart(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> None:
@@ -111,7 +150,7 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
         names: What `reserve` returned.
 
     Raises:
-        CheckpointError: The model's device map offloads modules.
+        CheckpointError: The model's device map offloads modules, or it holds NaN.
     """
     placed = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" in placed or ("cpu" in placed and len(placed) > 1):
@@ -134,6 +173,7 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
             add_hook_to_module(layers[name], hook)
     swap_modules(model, layers)
     note_float_rest(model)
+    refuse_not_finite(checkpoint, model)
 
 
 def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]) -> dict[str, Any]:
@@ -156,6 +196,21 @@ def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]
 
     changed = checkpoint.format.loaded(checkpoint.quantization, contents)
     return describe(contents(), config) if changed is None else changed
+
+
+def refuse_not_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuses a filled model whose parameters hold NaN or infinity, or whose buffers hold NaN (masks hold infinity).
+
+    Raises:
+        CheckpointError: It names them.
+    """
+    wrong = [name for name, value in model.named_parameters() if not (value.is_meta or all_finite(value))]
+    wrong += [name for name, value in model.named_buffers() if not value.is_meta and any_nan(value)]
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {some(wrong)} hold NaN or infinity in {type(model).__name__}: the files are "
+            "damaged, or hold values that the dtype it was loaded in does not"
+        )
 
 
 def match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> dict[str, str]:

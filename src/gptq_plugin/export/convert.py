@@ -8,7 +8,6 @@ written anew.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.converted_report import convert_report
+from gptq_plugin.export.copied_files import check_read, copy_files, files_to_copy
 from gptq_plugin.export.export import SHARD
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.side_files import write_quantize_config
 from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.verify_files import verify_same
+from gptq_plugin.export.writing import writing
 
 _HEAD = "lm_head"
 _MADE = (
@@ -61,7 +62,7 @@ def convert(
         The folder that was written, absolute.
 
     Raises:
-        CheckpointError: `directory` holds no checkpoint, or it is damaged.
+        CheckpointError: `directory` holds no checkpoint, it is damaged, or links lead out of it.
         ExportError: The format cannot hold it, or `out` cannot be used. Nothing is left there.
         ValueError: The format does not exist, or the checkpoint has it already.
     """
@@ -71,7 +72,7 @@ def convert(
     if checkpoint.checkpoint_format == checkpoint_format:
         raise ValueError(f"{directory} has checkpoint_format={checkpoint_format!r} already: copy it")
     schemes = {name: checkpoint.scheme(name) for name in checkpoint.layers}
-    source = checkpoint.quantize_config() or checkpoint.quantization
+    source = checkpoint.quantize_config or checkpoint.quantization
     try:
         config = _config(schemes, source, checkpoint_format)
     except ValueError as error:
@@ -79,29 +80,33 @@ def convert(
     description = describe(Contents(schemes, _float_linears(checkpoint), _HEAD), config)
     meta = checkpoint.quantization.get("meta") or {}
     description["meta"] = {**meta, "quantizer": [*_listed(meta.get("quantizer")), *description["meta"]["quantizer"]]}
+    files = files_to_copy(checkpoint.directory, (*_WEIGHTS, CONFIG, QUANTIZE_CONFIG, ".git", ".cache"))
+    check_read(checkpoint.directory, _read_files(checkpoint))
     staging = Staging(out, overwrite)
     writer = ShardWriter(staging.path, SHARD)
     try:
-        shutil.copytree(
-            checkpoint.directory,
-            staging.path,
-            ignore=shutil.ignore_patterns(*_WEIGHTS, CONFIG, QUANTIZE_CONFIG, ".git", ".cache"),
-            dirs_exist_ok=True,
-        )
-        _write(checkpoint, schemes, checkpoint_format, writer)
-        whole = {key: value for key, value in checkpoint.model_config.items() if key != "quantization_config"}
-        if isinstance(whole.get("text_config"), dict):
-            whole["text_config"] = {k: v for k, v in whole["text_config"].items() if k != "quantization_config"}
-        write_json(staging.path / CONFIG, {**whole, "quantization_config": description})
-        convert_report(checkpoint, staging.path, checkpoint_format, description)
-        write_quantize_config(staging.path, description, _settings(config, source))
+        with writing(staging.path):
+            copy_files(checkpoint.directory, files, staging.path)
+            _write(checkpoint, schemes, checkpoint_format, writer)
+            whole = {key: value for key, value in checkpoint.model_config.items() if key != "quantization_config"}
+            if isinstance(whole.get("text_config"), dict):
+                whole["text_config"] = {k: v for k, v in whole["text_config"].items() if k != "quantization_config"}
+            write_json(staging.path / CONFIG, {**whole, "quantization_config": description})
+            convert_report(checkpoint, staging.path, checkpoint_format, description)
+            write_quantize_config(staging.path, description, _settings(config, source))
         verify_same(checkpoint, staging.path)
-        staging.place()
+        with writing(staging.path):
+            staging.place()
     except BaseException:
         writer.abort()
         staging.remove()
         raise
     return staging.directory
+
+
+def _read_files(checkpoint: Checkpoint) -> list[Path]:
+    described = [checkpoint.directory / name for name in (CONFIG, QUANTIZE_CONFIG)]
+    return [file for file in described if file.is_file()] + sorted({e.file for e in checkpoint.tensors.values()})
 
 
 def _write(checkpoint: Checkpoint, schemes: dict[str, Scheme], checkpoint_format: str, writer: ShardWriter) -> None:

@@ -34,6 +34,7 @@ from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.unloaded import Unloaded
 from gptq_plugin.export.verify_files import verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
+from gptq_plugin.export.writing import writing
 from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
 from gptq_plugin.model.hf_models import check_savable, is_transformers
 from gptq_plugin.model.stored_names import renaming
@@ -217,11 +218,13 @@ class Export:
             _check_config(layers, self._config)
             if self._target is not None:
                 refuse(Inventory.of_layers(self._structure, _quantized(model), self._config, report), self._target)
-            self._write(model, layers, report, tokenizer)
+            with writing(self._staging.path):
+                self._write(model, layers, report, tokenizer)
             folder = self._staging.path
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
             same_outputs(model, folder, sample)
-            self._staging.place()
+            with writing(self._staging.path):
+                self._staging.place()
             self._over = True
         except BaseException:
             self.abort()

@@ -10,7 +10,6 @@ import ctypes
 import fcntl
 import glob
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ import time
 import uuid
 from pathlib import Path
 
-from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG, read_json
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import ExportError
 
@@ -187,7 +186,7 @@ def _refuse_long(directory: Path, existing: Path) -> None:
 def _manifest(directory: Path) -> set[str] | None:
     """The files an earlier export wrote into `directory`, or None if it is not an export of ours."""
     try:
-        description = json.loads((directory / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
+        description = read_json(directory / QUANTIZE_CONFIG)
         return set(description["meta"][QUANTIZER_NAME]["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -210,10 +209,19 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def _flush(staging: Path) -> None:
-    """Flushes all files to the disk and gives them the permissions of new files (safetensors makes its own private)."""
+    """Flushes all files to the disk and gives them the permissions of new files (safetensors makes its own private).
+
+    A link, such as a tokenizer may leave, becomes the file that it leads to, which is not touched itself.
+    """
     mode = stat.S_IMODE((staging / QUANTIZE_CONFIG).stat().st_mode)
     for path in [*staging.rglob("*"), staging]:
-        if not path.is_dir():
+        if path.is_symlink() and path.is_file():
+            content = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content)
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ExportError(f"{path.name} of the export is neither a file nor a folder: see who wrote it there")
+        if path.is_file():
             path.chmod(mode)
         _sync(path)
 

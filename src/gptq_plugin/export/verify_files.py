@@ -70,14 +70,20 @@ def _verify_layer(checkpoint: Checkpoint, name: str, layer: QuantLinear) -> None
 
 
 def _equal(stored: Tensor, ours: Tensor) -> bool:
-    """torch.equal on the device of `ours`, in pieces, so that it needs little memory there."""
+    """True if both have the same bits, NaN included. Compared on the device of `ours`, in pieces, so that it needs
+    little memory there."""
     if stored.shape != ours.shape or stored.dtype != ours.dtype:
         return False
     if not ours.numel():
         return True
     stored, ours = torch.atleast_1d(stored), torch.atleast_1d(ours)
     rows = max(1, _COMPARED * ours.shape[0] // ours.nbytes)
-    return all(torch.equal(s.to(o.device), o) for s, o in zip(stored.split(rows), ours.split(rows), strict=True))
+    pieces = zip(stored.split(rows), ours.split(rows), strict=True)
+    return all(torch.equal(_bits(one.to(other.device)), _bits(other)) for one, other in pieces)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _rows(layer: QuantLinear) -> Tensor:
@@ -127,7 +133,7 @@ def verify_same(source: Checkpoint, directory: Path) -> None:
         ours, stored = source.read_tensors(name), copy.read_tensors(name)
         differs = [suffix for suffix in ours if suffix not in stored or not _equal(stored[suffix], ours[suffix])]
         rows = min(_CHECKED_ROWS, layer.out_features)
-        if differs or not torch.equal(decoded_rows(copy, name, rows), decoded_rows(source, name, rows)):
+        if differs or not _equal(decoded_rows(copy, name, rows), decoded_rows(source, name, rows)):
             raise ExportError(f"the copy does not read back: {name} differs ({', '.join(differs) or 'its weights'})")
     for name in source.float_names:
         if not _equal(copy.read(name), source.read(name)):

@@ -16,6 +16,8 @@ from gptq_plugin.kernels import solver_passes
 SCALE_DTYPE = torch.float16  # as checkpoints store scales
 _SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 
+COARSE_SCALE = 2.0**-18  # below it float16 rounds by up to 0.8 %, then by more; at 2^-24 it ends
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -84,6 +86,14 @@ def grid(values: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
         zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(least, top)  # least: a group of zeros
     scales = torch.where(scales == 0, 1, scales)  # a group of zeros: any scale fits
     return scales.clamp(min=_SMALLEST_SCALE).to(SCALE_DTYPE).to(values.dtype), zeros
+
+
+def coarse_scales(groups: int) -> list[str]:
+    """A sentence for the report if scales of so many groups are below `COARSE_SCALE`; none for no groups."""
+    return [
+        f"weights in {groups} groups are so small that float16, in which scales are stored, rounds theirs by a per "
+        "cent or more, or loses them: multiply the weight by a power of two, and divide what reads the output by it"
+    ][: groups > 0]
 
 
 def explain_bad_scale(weight: Tensor) -> str:

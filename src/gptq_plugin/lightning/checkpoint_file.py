@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, some
 
 # None of these runs anything, whatever its arguments are.
 _CONTAINERS = {"bytearray", "complex", "frozenset", "set"}
@@ -52,9 +52,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = _load(path)
     except Exception as error:  # pickle, zip and torch each raise their own kinds
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+        advice = str(error).find("weights_only")  # torch's, which would run what the file holds
+        what = str(error) if advice < 0 else "it holds more than tensors and plain values"
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {what}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{path} has no state_dict: it is not a Lightning checkpoint")
+    others = [key for key in content["state_dict"] if not isinstance(key, str)]
+    if others:
+        raise CheckpointError(f"{path}: state_dict has {some(map(repr, others))} among its names: it is damaged")
     return content
 
 

@@ -7,11 +7,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
+from gptq_plugin.device.finite import all_finite, any_nan
 from gptq_plugin.errors import CalibrationError, TargetError, some
 from gptq_plugin.model.plan import Plan
 
@@ -80,8 +80,19 @@ def fewest_tokens(plan: Plan) -> int:
 
 def check_weight(layer: str, weight: Tensor) -> None:
     """Raises TargetError if a layer's weight holds NaN or infinity."""
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise TargetError(f"{layer}: the weight holds NaN or infinity. {_DIVERGED}")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuses a model whose weights hold NaN or infinity, whether they are quantized or not.
+
+    Raises:
+        TargetError: It names them.
+    """
+    broken = _not_finite_in(model)
+    if broken:
+        raise TargetError(f"{some(broken)} of {type(model).__name__} hold NaN or infinity. {_DIVERGED}")
 
 
 def not_finite(model: nn.Module, layer: str, where: str) -> CalibrationError:
@@ -106,8 +117,8 @@ def not_finite_on_ranks(model: nn.Module, layer: str, batches: Sequence[int]) ->
 
 def _not_finite_in(model: nn.Module) -> list[str]:
     """Names of parameters with NaN or infinity, and of buffers with NaN: masks hold infinity."""
-    found = [name for name, value in model.named_parameters() if not (value.is_meta or value.isfinite().all())]
-    return found + [name for name, value in model.named_buffers() if not value.is_meta and value.isnan().any()]
+    found = [name for name, value in model.named_parameters() if not (value.is_meta or all_finite(value))]
+    return found + [name for name, value in model.named_buffers() if not value.is_meta and any_nan(value)]
 
 
 def check_some_left(left_float: Mapping[str, str], plan: Plan) -> None:

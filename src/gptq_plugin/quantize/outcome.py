@@ -13,6 +13,7 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.device.streams import AsyncRead, Stopwatch
+from gptq_plugin.gptq.grid import COARSE_SCALE, coarse_scales
 from gptq_plugin.gptq.solver import Solution
 from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.linears import linear_shape
@@ -34,8 +35,8 @@ class Solved:
 
     Attributes:
         target: The layer.
-        losses: [3, layers], losses of the layers solved together, those of round-to-nearest, and the power of the
-            float layers' outputs, summed over rows.
+        losses: [4, layers], losses of the layers solved together, those of round-to-nearest, the power of the
+            float layers' outputs, and the number of coarse scales, summed over rows.
         number: The layer's column.
         share: The layer's share of the time.
         stopwatch: Measures the time of all.
@@ -54,7 +55,7 @@ class Solved:
 
     def report(self, remarks: tuple[str, ...], max_input: float, max_output: float) -> ModuleReport:
         """The layer's line in the report. Waits for the device."""
-        loss, rtn_loss, power = (of_all[self.number] for of_all in self.losses.get())
+        loss, rtn_loss, power, coarse = (of_all[self.number] for of_all in self.losses.get())
         near = near_float16(max_input, max_output)
         return module_report(
             self.target,
@@ -67,7 +68,7 @@ class Solved:
             seconds=self.stopwatch.seconds() * self.share,
             max_input=max_input,
             max_output=max_output,
-            deviations=(*self.deviations, *remarks, *([] if near is None else [near])),
+            deviations=(*self.deviations, *remarks, *([] if near is None else [near]), *coarse_scales(int(coarse))),
         )
 
 
@@ -94,7 +95,8 @@ class Outcome:
     def add(self, targets: Sequence[Target], solution: Solution, evidence: Evidence, stopwatch: Stopwatch) -> None:
         """Takes the solution of layers that were solved together, their rows one below the other."""
         rows = [target.weight.shape[0] for target in targets]
-        values = (solution.loss, solution.rtn_loss, solution.output_power)
+        coarse = (solution.weight.scales < COARSE_SCALE).sum(0).to(solution.loss)
+        values = (solution.loss, solution.rtn_loss, solution.output_power, coarse)
         sums = [torch.stack([part.sum() for part in value.split(rows)]) for value in values]
         losses = AsyncRead(torch.stack(sums))
         for number, (target, count) in enumerate(zip(targets, rows, strict=True)):

@@ -21,6 +21,7 @@ from gptq_plugin.errors import TargetError
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import learn_layouts, undeclared
 from gptq_plugin.model.plan import Plan, planned
+from gptq_plugin.quantize.data_checks import check_finite
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.same_on_ranks import check_same
 
@@ -41,7 +42,7 @@ def prepared(
     apart inside the block. With `alone`, this rank's batches are not exchanged with others': see `collect`.
 
     Raises:
-        TargetError: See `targets.find_targets`; or inference mode is on.
+        TargetError: See `targets.find_targets`; or inference mode is on, or a weight holds NaN or infinity.
         ExportError: `client` would not take the export.
         RankError: Ranks differ in what they are about to quantize.
         CalibrationError: See `calibration.collect.collect`.
@@ -52,6 +53,7 @@ def prepared(
             "call it outside of that block; torch.no_grad() may be on"
         )
     check_same(model, config, options, client)
+    check_finite(model)
     calibration = None
     if undeclared(model):
         check_client(model, config, client)

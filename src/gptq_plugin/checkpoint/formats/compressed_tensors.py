@@ -62,6 +62,8 @@ class CompressedTensors(Format):
     float16_scales, repeated = False, ()
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]], bits: int, read: Read) -> tuple[int, int]:
+        if shapes["weight_shape"] != (2,):
+            raise ValueError(f"weight_shape has shape {list(shapes['weight_shape'])}, not [2]")
         out_features, in_features = read("weight_shape").tolist()
         return in_features, out_features
 
@@ -119,6 +121,9 @@ class CompressedTensors(Format):
             "g_idx": read("weight_g_idx") if layer.has_g_idx else trivial_g_idx(layer.in_features, layer.group_size),
             **({"bias": read("bias")} if layer.has_bias else {}),
         }
+
+    def has_symmetric_zeros(self, read: Read, layer: QuantizedLayer) -> bool:
+        return True  # none are stored
 
     def first_rows(self, read: Read, layer: QuantizedLayer, rows: int) -> RawRows:
         words = -(-rows * layer.bits // 32)

@@ -159,6 +159,14 @@ class Format(ABC):
     def from_file(self, read: Read, layer: QuantizedLayer) -> dict[str, Tensor]:
         """The inverse of `to_file`."""
 
+    def has_symmetric_zeros(self, read: Read, layer: QuantizedLayer) -> bool:
+        """True if every stored zero of a layer is 2^(bits-1), as far as words tell; if False, zeros are decoded."""
+        return False
+
+    def zeros_hint(self, off: int) -> str:
+        """A part of a sentence about symmetric zeros that are off by this much, where the origin is known."""
+        return ""
+
     @abstractmethod
     def first_rows(self, read: Read, layer: QuantizedLayer, rows: int) -> RawRows:
         """Cuts `rows` output channels out of a layer, at most as many as it has; shares no code with `from_file`."""

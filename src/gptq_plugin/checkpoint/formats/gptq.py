@@ -113,6 +113,17 @@ class GPTQ(Format):
             return stored
         return pack_zeros((unpack_zeros(stored, bits, out_features) + self._less) & (2**bits - 1), bits)
 
+    def has_symmetric_zeros(self, read: Read, layer: QuantizedLayer) -> bool:
+        zero = torch.full((1, layer.out_features), 2 ** (layer.bits - 1) - self._less, dtype=torch.uint8)
+        return bool((read(self.zeros) == pack_zeros(zero, layer.bits)).all())
+
+    def zeros_hint(self, off: int) -> str:
+        if off == -1 and not self._less:
+            return ", as in a gptq (v1) file labelled gptq_v2"
+        if off == 1 and self._less:
+            return ", as in a gptq_v2 file labelled gptq (v1)"
+        return ""
+
     def first_rows(self, read: Read, layer: QuantizedLayer, rows: int) -> RawRows:
         words = -(-rows * layer.bits // 32)
         return RawRows(

@@ -1,0 +1,99 @@
+"""Which files hold a checkpoint's tensors, and which of two files with the same tensor counts."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptq_plugin import load_quantized
+from gptq_plugin.check.float_weights import FloatWeights
+from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.shards import Shards
+from gptq_plugin.errors import CheckpointError
+
+from copies import LLAMA, edited, sharded
+
+INDEX = "model.safetensors.index.json"
+
+
+def write(folder: Path, **files: dict[str, float]) -> None:
+    for name, tensors in files.items():
+        save_file({key: torch.tensor([value]) for key, value in tensors.items()}, folder / f"{name}.safetensors")
+
+
+def index(folder: Path, **weight_map: Any) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "", ".", "..", "/etc/passwd"])
+def test_an_index_that_points_outside_the_folder_is_refused(shard: str, tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "x")
+    content = json.loads((folder / INDEX).read_text())
+    content["weight_map"]["lm_head.weight"] = shard
+    (folder / INDEX).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="lists .* which is not the name of a file of this folder"):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize("shard", ["x" * 5000, "a\0b", "two"])
+def test_a_file_that_cannot_be_is_named(shard: str, tmp_path: Path) -> None:
+    index(tmp_path, a=shard)
+    with pytest.raises(CheckpointError, match=r"does not exist or is no regular file, and .* lists a in it"):
+        Shards.open(tmp_path)
+
+
+def test_a_pipe_in_place_of_weights_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        Shards.open(tmp_path)
+
+
+def test_the_weights_are_the_named_file_the_only_one_or_those_of_an_index(tmp_path: Path) -> None:
+    write(tmp_path, **{"gptq_model-4bit-128g": {"a": 1}})
+    for base in ("model", "gptq_model-4bit-128g"):
+        assert Shards.open(tmp_path, base).read("a") == 1
+    write(tmp_path, other={"a": 2})
+    assert Shards.open(tmp_path, "gptq_model-4bit-128g").read("a") == 1
+    with pytest.raises(CheckpointError, match=r"in one model\.safetensors, or in shards .* it has gptq_model"):
+        Shards.open(tmp_path)
+    (tmp_path / "gptq.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
+    assert Shards.open(tmp_path).read("a") == 2
+    (tmp_path / "gptq.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        Shards.open(tmp_path)
+    write(tmp_path, model={"a": 3})
+    assert Shards.open(tmp_path).read("a") == 3  # which counts before an index
+
+
+def test_of_a_tensor_in_two_shards_the_one_that_the_index_lists_counts(tmp_path: Path) -> None:
+    write(tmp_path, one={"a": 1, "b": 2}, two={"a": 3, "c": 4})
+    for home, value in (("one", 1), ("two", 3)):
+        index(tmp_path, a=f"{home}.safetensors", b="one.safetensors", c="two.safetensors")
+        assert Shards.open(tmp_path).read("a") == FloatWeights(tmp_path).tensor("a") == value
+    index(tmp_path, b="one.safetensors", c="two.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"two\.safetensors and one\.safetensors both hold a, which .* does not list"
+    ):
+        Shards.open(tmp_path)
+
+
+def test_a_checkpoint_loads_what_its_index_lists(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "x")
+    last = folder / "model-00002-of-00002.safetensors"
+    in_first = next(iter(load_file(folder / "model-00001-of-00002.safetensors")))
+    whole = Checkpoint.open(folder).read(in_first)
+    save_file({**load_file(last), in_first: whole * 0}, last)
+    assert torch.equal(Checkpoint.open(folder).read(in_first), whole)
