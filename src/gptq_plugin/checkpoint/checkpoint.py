@@ -92,7 +92,8 @@ class Checkpoint:
             raise CheckpointError(f"{source}: model_file_base_name must be the name of a file, got {base!r}")
         shards = Shards.open(directory, base)
         checkpoint = cls(directory, model_config, quantization, beside or {}, format_, shards)
-        checkpoint._find_layers()
+        with torch.device("cpu"):  # transformers opens it where tensors are made on the meta device
+            checkpoint._find_layers()
         return checkpoint
 
     @property

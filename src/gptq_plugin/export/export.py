@@ -218,8 +218,7 @@ class Export:
             _check_config(layers, self._config)
             if self._target is not None:
                 refuse(Inventory.of_layers(self._structure, _quantized(model), self._config, report), self._target)
-            with writing(self._staging.path):
-                self._write(model, layers, report, tokenizer)
+            self._write(model, layers, report, tokenizer)
             folder = self._staging.path
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
             same_outputs(model, folder, sample)
@@ -265,23 +264,25 @@ class Export:
         if self._unloaded.modules:
             description["meta"].setdefault(QUANTIZER_NAME, {})[TAKEN_OVER] = self._unloaded.modules
         floats = float_state(model, layers)
-        if is_transformers(model):
-            files = write_transformers(folder, model, floats, description)
-            for name in self._unloaded.tensors:
-                self._writer.add({name: self._unloaded.read(name)})
-            self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
-        else:
-            write_plain_config(folder, model, description)
-            for name, tensor in once(floats).items():
-                self._writer.add({name: tensor})
-            self._writer.finish()
+        with writing(folder):
+            if is_transformers(model):
+                files = write_transformers(folder, model, floats, description)
+                for name in self._unloaded.tensors:
+                    self._writer.add({name: self._unloaded.read(name)})
+                self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
+            else:
+                write_plain_config(folder, model, description)
+                for name, tensor in once(floats).items():
+                    self._writer.add({name: tensor})
+                self._writer.finish()
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if report is not None:
-            report.size = export_size(folder, {self._stored_names[name] for name in self._added})
-            settled = self._format.settings(description, report.config)
-            write_report(folder, publishable(report), model_facts(model, folder), settled)
-        write_quantize_config(folder, description, settings)
+        with writing(folder):
+            if report is not None:
+                report.size = export_size(folder, {self._stored_names[name] for name in self._added})
+                settled = self._format.settings(description, report.config)
+                write_report(folder, publishable(report), model_facts(model, folder), settled)
+            write_quantize_config(folder, description, settings)
 
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         if not layers:
