@@ -41,5 +41,7 @@ def targets() -> list[Target]:
 
 def _target(folder: str, file: Path) -> Target:
     elsewhere = re.search(r"^Tested by (\S+?\.py)\b", file.read_text(encoding="utf-8"), re.MULTILINE)
-    tests = elsewhere[1] if elsewhere else f"tests/{folder}/test_{file.stem}.py"
-    return Target(f"gptq_plugin.{folder}.{file.stem}", file, [tests])
+    nearest = REPOSITORY / "tests" / folder
+    found = [nearest / f"test_{file.stem}.py", *sorted(nearest.glob(f"test_{file.stem}_*.py"))]
+    tests = [elsewhere[1]] if elsewhere else [str(test.relative_to(REPOSITORY)) for test in found]
+    return Target(f"gptq_plugin.{folder}.{file.stem}", file, tests)

@@ -324,6 +324,17 @@ def test_labels_of_the_batch_are_read_once_where_no_model_has_been_called():
     assert counted(plain) == (true_in(batches(1)[0]["labels"] != -100), None)
 
 
+def test_where_labels_of_one_batch_are_read_every_batch_must_have_some():
+    model, batch = llama(), batches(1)[0]
+    positions = watched(model, [batch, {}], "labels")
+    positions.check()
+    with positions.watching():
+        positions.runs(0)
+        model(input_ids=batch["input_ids"])
+    with pytest.raises(CalibrationError, match="batch 1 has no labels"):
+        positions.check()
+
+
 def test_labels_on_padded_positions_do_not_count():
     batch = batches(1)[0]
     batch["labels"] = batch["input_ids"].clone()  # of padding too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.layers import qlinear
-from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest, output_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Roundings of the output; for bfloat16 also those of the 4-bit kernel's scales.
@@ -237,7 +238,7 @@ def test_a_new_layer_holds_zeros_in_the_shapes_and_types_of_a_checkpoint():
     for name, (shape, dtype) in expected.items():
         buffer = getattr(layer, name)
         assert (buffer.shape, buffer.dtype) == (shape, dtype) and not buffer.any(), name
-    assert torch.equal(layer.g_idx, torch.arange(100, dtype=torch.int32) // 32)
+    assert torch.equal(layer.g_idx, torch.arange(100) // 32) and layer.g_idx.dtype == torch.int32
     assert (layer.in_features, layer.out_features, layer.bits, layer.group_size) == (100, 45, 3, 32)
     assert not QuantLinear(100, 45, 3, -1).g_idx.any() and QuantLinear(8, 8, 4, 1).g_idx.tolist() == [*range(8)]
     assert not QuantLinear(24, 8, 4, 64).g_idx.any()  # a group longer than the layer
@@ -357,6 +358,51 @@ def test_the_gradient_has_the_inputs_dtype_and_the_dequantized_weights_values():
         upstream = torch.randn(3, 16, dtype=dtype)
         layer(x).backward(upstream)
         assert x.grad.dtype == dtype and torch.equal(x.grad, upstream @ layer.dequantize(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_a_compiler_traces_is_the_same_product_with_the_same_refusals(dtype, bias, monkeypatch):
+    layer = QuantLinear.from_quantized(random_weight(), torch.randn(48) if bias else None)
+    x = torch.randn(2, 3, 128).to(dtype)
+    expected = layer(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    y = layer(x)
+    assert y.dtype == dtype and y.shape == (2, 3, 48)
+    assert distance(y, expected.double()) < 2 * TOLERANCE[dtype]
+    for wrong, message in ((x[..., :64], "64"), (x.long(), "floating|int64")):
+        with pytest.raises(ValueError, match=message):
+            layer(wrong)
+    layer.qweight = layer.qweight[:-1]
+    with pytest.raises(ValueError, match="qweight"):
+        layer(x)
+
+
+def test_a_layer_in_train_mode_asks_if_anything_of_it_is_trained():
+    layer, asked = QuantLinear.from_quantized(random_weight()), []
+    layer.float_rest = types.SimpleNamespace(check_training=lambda: asked.append(1))
+    layer.eval()(torch.randn(2, 128))
+    assert not asked
+    layer.train()(torch.randn(2, 128))
+    assert asked == [1]
+
+
+def test_all_quantized_layers_of_a_model_share_what_was_left_float():
+    model = nn.Sequential(QuantLinear(8, 8, 4, 8), nn.Linear(8, 8), nn.Sequential(QuantLinear(8, 8, 4, 8)))
+    note_float_rest(model)
+    rest = model[0].float_rest
+    assert rest is not None and model[2][0].float_rest is rest and not hasattr(model[1], "float_rest")
+    with pytest.warns(UserWarning, match="only 2 float parameters"):
+        rest.check_training()
+
+
+def test_the_output_has_the_dtype_that_a_linear_layers_has():
+    for dtype in DTYPES:
+        x = torch.zeros(1, 2, dtype=dtype)
+        assert output_dtype(x) == dtype
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert output_dtype(x) == nn.Linear(2, 2, dtype=dtype)(x).dtype
+    assert output_dtype(torch.zeros(1, 2, device="meta")) == torch.float32
 
 
 @gpu

@@ -89,7 +89,7 @@ class Positions:
         self._counts: dict[int, Tensor] = {}  # by batch, what the loss looks at
         self._calls: Counter[tuple[int, str]] = Counter()
         self._hiding: set[Key] = set()
-        self._in_batch: set[int] = set()  # batches whose labels come from the batch
+        self._reads_batches = False  # whether labels were taken from a batch, not from a model's call
         self._without: set[int] = set()  # batches without a position that counts
         self._has_targets = any(writes_targets(one) for _, one in transformers_models(model))
         self._routed = RoutedTokens(model)
@@ -155,7 +155,7 @@ class Positions:
             CalibrationError: A batch has no labels.
         """
         for number, batch in enumerate(self._batches):
-            if self._in_batch and labels_of(batch.data) is None:
+            if self._reads_batches and labels_of(batch.data) is None:
                 raise CalibrationError(_no_labels(number))
 
     def notes(self) -> dict[str, int]:
@@ -245,11 +245,11 @@ class Positions:
         labels = arguments.get("labels")
         if not is_token_labels(labels):
             labels = labels_of(self._batches[number].data)
-            self._in_batch.add(number)
+            self._reads_batches = True
         if labels is None:
             raise CalibrationError(_no_labels(number))
         counts = in_the_loss(labels)
-        self._counts[number] = pad(counts[:, 1:], (0, 1), value=False) if predicts_next(module) else counts
+        self._counts[number] = pad(counts[:, 1:], (0, 1)) if predicts_next(module) else counts
         return self._counts[number]
 
 
