@@ -3,6 +3,7 @@
 python scripts/sweep_architectures.py                          # all, and docs/architectures.md
 python scripts/sweep_architectures.py --types llama,bert       # some, printed only
 python scripts/sweep_architectures.py --mappings ctc --out results.json
+python scripts/sweep_architectures.py --types bit --beside all.json   # these once more, and the table with the others
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--mappings", default="", help="auto mappings, with commas; all when left out")
     parser.add_argument("--seconds", type=float, default=90, help="a type may take")
     parser.add_argument("--out", type=Path, help="all results as JSON")
+    parser.add_argument("--beside", type=Path, help="results as JSON of types that are not run; the table has all")
     parser.add_argument("--docs", type=Path, help="where the table goes; docs/architectures.md when all types run")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,8 +63,11 @@ def main() -> None:
         print(line(result), flush=True)
         if args.out:
             args.out.write_text(json.dumps(results, indent=1, default=str))
+    if args.beside:
+        of_all = {(r["mapping"], r["type"]): r for r in [*json.loads(args.beside.read_text()), *results]}
+        results = [of_all[job] for job in rows() if job in of_all]
     print(summary(results))
-    docs = args.docs or (None if types or mappings else DOCS)
+    docs = args.docs or (None if (types or mappings) and not args.beside else DOCS)
     if docs:
         docs.write_text(page(results, "python scripts/sweep_architectures.py"))
 

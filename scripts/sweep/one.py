@@ -8,6 +8,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from maker import Batch
 from running import difference, equal, outputs, walk
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.report.report import QuantizeReport
 
 Result = dict[str, Any]
@@ -57,14 +58,21 @@ def _examine(mapping: str, kind: str, result: Result) -> None:
     result["inputs"], batches = batches_for(model)
     result["stage"] = "targets"
     config = QuantizeConfig(group_size=32, nsamples=10**6)
-    targets, skipped = QuantizeModule(config).check(model)
+    try:
+        targets, skipped = QuantizeModule(config).check(model)
+    except TargetError as error:
+        if "lm_head=false" not in str(error):
+            raise
+        config = replace(config, lm_head=True)
+        targets, skipped = QuantizeModule(config).check(model)
+        _note(result, "its only linear layer is the output head, which was quantized on request")
     tower = [s.name for s in skipped if s.reason.startswith("outside the language model")]
     names = [*(target.name for target in targets), *(skip.name for skip in skipped)]
     rule = rule_for(tower, [name for name in names if name not in tower])
     report = _quantized(model, batches, config, result, "")
     result |= figures(report)
     if tower and result["inputs"] != "text":
-        asked = QuantizeConfig(group_size=32, nsamples=10**6, dynamic={rule: {"bits": 4}})
+        asked = replace(config, dynamic={rule: {"bits": 4}})
         report = _quantized(build(mapping, kind), batches, asked, result, "towers: ")
         result["with_towers"] = sum(m.method != "float" for m in report.modules)
         if result["with_towers"] == result["quantized"]:

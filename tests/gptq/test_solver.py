@@ -178,6 +178,18 @@ def test_stacked_rows_get_the_codes_they_get_alone():
         torch.testing.assert_close(together.loss[start:stop], alone.loss)
 
 
+@pytest.mark.parametrize("options, shape", [({}, (2, 320, 32)), ({"in_blocks": False}, (1, 600, 32))])
+def test_rows_are_solved_in_blocks_unless_it_is_asked_otherwise_and_filling_is_cut_off(options, shape, monkeypatch):
+    weight, hessian = correlated(rows=600, n=32)
+    shapes, solve_all = [], solver.solve_blocks
+    monkeypatch.setattr(
+        solver, "solve_blocks", lambda blocks, *rest: shapes.append(blocks.shape) or solve_all(blocks, *rest)
+    )
+    solution = solve(weight, hessian, plain(group_size=32), **options)
+    assert shapes == [shape] and len(solution.loss) == 600
+    assert torch.equal(solution.weight.codes, plain_gptq(weight, hessian, plain(group_size=32))[0])
+
+
 def test_reported_losses_are_the_output_errors():
     weight, hessian = correlated(rows=6, n=64)
     config = plain(bits=3, group_size=32)
