@@ -127,6 +127,23 @@ def test_every_run_of_a_batch_begins_with_what_the_model_kept_before_the_walk():
     assert model.runs == 0
 
 
+def test_a_batch_that_keeps_what_cannot_be_copied_begins_with_it():
+    class Generating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.numbers = nn.Linear(4, 4), None
+
+        def forward(self, x):
+            numbers, self.numbers = self.numbers, (one for one in "ab")  # which cannot be copied
+            assert numbers is first
+            return self.layer(x)
+
+    model = Generating()
+    model.numbers = first = (one for one in "a")
+    _, counted = _one_by_one(model, [lambda: model(torch.ones(1, 4))] * 2)
+    assert [number for number, _ in counted["layer"]] == [0, 1] and model.numbers is first
+
+
 def test_layers_that_no_batch_reaches_are_left_out_unless_another_rank_reaches_them():
     class Either(nn.Module):
         def __init__(self):
