@@ -171,8 +171,8 @@ def gather_rows(parts: Sequence[Tensor], rows: int) -> list[list[Tensor]]:
     if not active():
         return [[part] for part in parts]
     mine = torch.cat([part.flatten().view(torch.uint8) for part in parts])
+    everyones = [torch.empty_like(mine) for _ in range(world_size())]  # a rank without room for it does not check in
     _check_in("gather_rows", rows)
-    everyones = [torch.empty_like(mine) for _ in range(world_size())]
     with _unreachable_as_rank_error():
         dist.all_gather(everyones, mine, group=_group(mine))
     gathered, start = [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -193,6 +194,78 @@ def test_packed_texts_without_a_mask_count_whole():
     positions = torch.cat([torch.arange(7), torch.arange(13)])[None]
     report, layers = quantized(llama(), lambda: {"input_ids": ids(1), "position_ids": positions}, batches=16)
     assert set(layers) == {320} and report.positions == {}
+
+
+# --- rows of several texts ---
+
+TEXTS = (7, 13, 30, 20)  # tokens; 280 in four batches
+
+
+def texts(seed):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, 64, (length,), generator=g).tolist() for length in TEXTS]
+
+
+def flattened(seed, **options):
+    collate = transformers.DataCollatorWithFlattening(return_tensors="pt", **options)
+    return collate([{"input_ids": text, "labels": text} for text in texts(seed)])
+
+
+def quantized_weights(data, **options):
+    model = llama()
+    report = QuantizeModule(**SMALL | options).quantize(model, data)
+    (tokens,) = {module.tokens for module in report.quantized}
+    return tokens, report.positions, {k: v for k, v in model.state_dict().items() if k.endswith("qweight")}
+
+
+@pytest.mark.parametrize("for_flash", [False, True])
+def test_flattened_texts_count_and_weigh_as_by_themselves(for_flash):
+    extra = {"return_flash_attn_kwargs": True, "return_seq_idx": True} if for_flash else {}
+    *apart, codes = quantized_weights([text for seed in range(4) for text in texts(seed)])
+    *together, theirs = quantized_weights([flattened(seed, **extra) for seed in range(4)])
+    assert apart == together == [280, {}]
+    assert all((codes[name] == theirs[name]).float().mean() > 0.99 for name in codes)
+    positions = [{**flattened(seed), "position_ids": torch.arange(70)[None]} for seed in range(4)]  # one long text
+    assert any((codes[n] == v).float().mean() < 0.95 for n, v in quantized_weights(positions)[2].items())
+
+
+def test_the_last_token_of_a_flattened_text_does_not_predict_the_next_ones_first():
+    tokens, *_ = quantized_weights([flattened(seed) for seed in range(4)], token_weighting="labels")
+    assert tokens == 280 - 4 * len(TEXTS)
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_padding_behind_flattened_texts_is_left_out_by_a_mask_that_numbers_them_or_not(numbered):
+    numbers = [torch.full((length,), n if numbered else 1) for n, length in enumerate(TEXTS, 1)]
+    mask = torch.cat([*numbers, torch.zeros(10, dtype=torch.long)])[None]
+    batches = [
+        {
+            "input_ids": torch.cat([one["input_ids"], ids(1, 10)], 1),
+            "position_ids": torch.cat([one["position_ids"], torch.arange(10)[None]], 1),
+            "attention_mask": mask,
+        }
+        for one in map(flattened, range(4))
+    ]
+    tokens, positions, _ = quantized_weights(batches)
+    assert (tokens, positions) == (280, {"`attention_mask`": verdicts.OBSERVED})
+
+
+def test_boundaries_of_ragged_texts_are_no_mask():
+    class Ragged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.out = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x, cu_seqlens):
+            ends = cu_seqlens.tolist()
+            parts = [self.mix(x[a:b]).mean(0).expand(b - a, -1) for a, b in pairwise(ends)]
+            return self.out(torch.cat(parts) + x)
+
+    def batch():
+        return {"x": torch.randn(70, 64), "cu_seqlens": torch.tensor([0, *torch.tensor(TEXTS).cumsum(0)])}
+
+    report, layers = quantized(made(Ragged), batch, batches=2)
+    assert layers == {140: {"mix", "out"}} and report.positions == {}
 
 
 def test_berts_pooled_vector_is_one_row_a_sample():

@@ -199,7 +199,9 @@ def test_exact_sums_reach_the_hessians_and_the_solver(exact, monkeypatch):
     made, asked = [], []
     hessian, solve_shared = evidence.Hessian, passes.solve_shared
     monkeypatch.setattr(evidence, "Hessian", lambda *args, exact: made.append(exact) or hessian(*args, exact=exact))
-    monkeypatch.setattr(passes, "solve_shared", lambda *args, in_blocks: asked.append(in_blocks) or solve_shared(*args))
+    monkeypatch.setattr(
+        passes, "solve_shared", lambda *args, in_blocks, make_room: asked.append(in_blocks) or solve_shared(*args)
+    )
     passed(Attention(), [rows(100, 32)], exact_sums=exact)
     assert set(made) == set(asked) == {exact}
 
@@ -316,15 +318,23 @@ def test_what_enters_experts_is_observed_once_a_batch_and_not_as_the_batches_mem
     assert any("one at a time" in one and "asked for" in one for one in caplog.messages) == alone
 
 
-def test_one_process_solves_again_with_more_room_and_ranks_do_not(monkeypatch):
-    rooms = []
-    monkeypatch.setattr(passes, "with_room", lambda solve, make_room: rooms.append(make_room) or solve())
-    passed(nn.Sequential(nn.Linear(32, 32)), [rows(100, 32)])
-    assert len(rooms) == 1
-    as_ranks = SimpleNamespace(**{**vars(passes.distributed), "active": lambda: True})
-    monkeypatch.setattr(passes, "distributed", as_ranks)
-    passed(nn.Sequential(nn.Linear(32, 32)), [rows(100, 32)])
-    assert len(rooms) == 1
+def test_layers_that_find_no_room_beside_each_other_are_put_there_again(monkeypatch):
+    torch.manual_seed(0)
+    model = Attention()
+    right, _ = passed(model, [rows(100, 32)])
+    calls, cat = [], torch.cat
+
+    def scarce(tensors, *args):
+        if isinstance(tensors, list):
+            calls.append(len(tensors))
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError("no room")
+        return cat(tensors, *args)
+
+    monkeypatch.setattr(passes, "torch", SimpleNamespace(**{**vars(torch), "cat": scarce}))
+    layers, report = passed(model, [rows(100, 32)])
+    assert calls == [3, 3] and all(torch.equal(right[name].qweight, layers[name].qweight) for name in "qkvo")
+    assert any("ran out of memory once" in one for one in report.deviations)
 
 
 def test_as_many_samples_as_asked_are_no_deviation_and_memory_and_all_ranks_remarks_are(monkeypatch):

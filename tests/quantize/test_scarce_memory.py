@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gptq_plugin import QuantizeModule
-from gptq_plugin.quantize import one_pass
+from gptq_plugin.quantize import solve_on_ranks
 
 CALLS = {"count": itertools.count(1), "fail": frozenset()}
 
@@ -68,14 +68,14 @@ def test_without_anything_left_to_free_the_error_is_raised_and_the_model_is_floa
 
 def test_a_solve_that_finds_no_room_runs_again(monkeypatch):
     right, _ = _quantized(())
-    solve, calls = one_pass.solve_shared, itertools.count(1)
+    solve, calls = solve_on_ranks.solve, itertools.count(1)
 
     def failing(*args, **options):
         if next(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return solve(*args, **options)
 
-    monkeypatch.setattr(one_pass, "solve_shared", failing)
+    monkeypatch.setattr(solve_on_ranks, "solve", failing)
     found, report = _quantized(())
     assert all(torch.equal(right[name], found[name]) for name in right)
     assert any("ran out of memory once" in one for one in report.all_deviations())

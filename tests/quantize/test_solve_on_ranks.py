@@ -70,6 +70,29 @@ def test_all_ranks_get_the_solution_of_the_whole(size, count, share, options, ra
         assert (solution.method, solution.damp_percent) == (alone.method, alone.damp_percent)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_finds_no_room_is_solved_again_by_the_rank_that_made_some(size, monkeypatch):
+    x = rows(96, 32)
+    weight, hessian, config = rows(512, 32, seed=1), x.T @ x / 96, QuantizeConfig(group_size=16)
+    alone = solve(weight, hessian, config)
+    name = "solve" if size == 1 else "solve_blocks"
+    right, made = getattr(solve_on_ranks, name), []
+
+    def scarce(*args, **options):
+        if not made:
+            raise torch.OutOfMemoryError("no room")
+        return right(*args, **options)
+
+    monkeypatch.setattr(solve_on_ranks, name, scarce)
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    monkeypatch.setattr(distributed, "gather_rows", lambda parts, count: [[part, part] for part in parts])
+    found = solve_shared(weight, hessian, config, make_room=lambda: made.append(True) or True)
+    assert made == [True] and torch.equal(found.weight.codes[:256], alone.weight.codes[:256])
+    with pytest.raises(torch.OutOfMemoryError):
+        made.clear()
+        solve_shared(weight, hessian, config, make_room=lambda: False)
+
+
 def test_without_a_process_group_it_is_the_solver(monkeypatch):
     monkeypatch.setattr(distributed, "gather_rows", lambda *_: pytest.fail("nobody to meet"))
     x, weight = rows(96, 32), rows(6, 32, seed=1)

@@ -213,9 +213,12 @@ class BatchRuns:
             return self.run_batch(self._plan.model, data)
 
     def over_budget(self) -> list[str]:
-        """Sentences if the device had no room, or more bytes were there than `device_memory` allows."""
-        short = [f"{self.device} ran out of memory once, and kept as little as possible from there on"]
-        short = short if self._ran_short else []
+        """Sentences if any rank's device had no room, or more was there than `device_memory` allows. Collective."""
+        short = [
+            f"{device} ran out of memory once, and kept as little as possible from there on"
+            for device in dict.fromkeys(distributed.gather_objects(str(self.device) if self._ran_short else None))
+            if device is not None
+        ]
         peak, allowed = peak_bytes(self.device), self._options.device_memory
         if peak is None or allowed is None or peak <= allowed:
             return short

@@ -191,12 +191,10 @@ class OnePass:
         if evidence.damp_percent > config.damp_percent:
             config = dataclasses.replace(config, damp_percent=evidence.damp_percent)
 
-        def solved() -> Solution:
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            return solve_shared(weight, evidence.mean, config, in_blocks=self._exact)
-
-        try:  # ranks solve together, so one of them cannot begin again
-            return solved() if distributed.active() else with_room(solved, self.runs.make_room)
+        room = self.runs.make_room
+        weight = weights[0] if len(weights) == 1 else with_room(lambda: torch.cat(weights), room)
+        try:
+            return solve_shared(weight, evidence.mean, config, in_blocks=self._exact, make_room=room)
         except ValueError as error:
             if not torch.isfinite(evidence.mean).all():
                 batches = self.runs.not_finite(stop.inputs)

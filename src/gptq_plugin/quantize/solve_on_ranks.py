@@ -6,6 +6,7 @@ factors the Hessian itself: the result is the same everywhere, and sending it wo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,31 +14,58 @@ from torch import Tensor
 
 from gptq_plugin import distributed
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.memory import with_room
 from gptq_plugin.gptq.row_blocks import divided
 from gptq_plugin.gptq.solver import Solution, solve, solve_blocks
 
 
-def solve_shared(weight: Tensor, hessian: Tensor, config: QuantizeConfig, *, in_blocks: bool = True) -> Solution:
+def solve_shared(
+    weight: Tensor,
+    hessian: Tensor,
+    config: QuantizeConfig,
+    *,
+    in_blocks: bool = True,
+    make_room: Callable[[], bool] = lambda: False,
+) -> Solution:
     """`solver.solve`, called by all ranks with the same arguments; all get the same solution, which is one rank's.
 
-    Several ranks solve in blocks in any case.
+    Several ranks solve in blocks in any case. A rank without room for its share makes some and solves it again, for
+    which the others wait.
+
+    Args:
+        weight, hessian, config, in_blocks: As for `solver.solve`.
+        make_room: As for `with_room`.
 
     Raises:
         ValueError: As `solver.solve`, on the ranks that solve the rows concerned.
+        torch.OutOfMemoryError: There is no room even then, on this rank.
     """
     size, rank = distributed.world_size(), distributed.rank()
     if size == 1:
-        return solve(weight, hessian, config, in_blocks=in_blocks)
+        return with_room(lambda: solve(weight, hessian, config, in_blocks=in_blocks), make_room)
     blocks = divided(weight)
     share = -(-len(blocks) // size)
     # All ranks send equally many rows, so the last ones begin early and solve some blocks of others again.
     starts = [min(one * share, len(blocks) - share) for one in range(size)]
-    mine = solve_blocks(blocks[starts[rank] : starts[rank] + share], hessian, config)
+    own = blocks[starts[rank] : starts[rank] + share]
+    mine = with_room(lambda: solve_blocks(own, hessian, config), make_room)
     w, rows = mine.weight, blocks.shape[1]
     values = [mine.loss, mine.rtn_loss, mine.output_power, w.scales.T, w.codes, w.zeros.T]
     gathered = distributed.gather_rows(values, share * rows)
+    skipped = [(one * share - start) * rows for one, start in enumerate(starts)]
+    return with_room(lambda: _whole(mine, gathered, skipped), make_room).first(len(weight))
+
+
+def _whole(mine: Solution, gathered: Sequence[Sequence[Tensor]], skipped: Sequence[int]) -> Solution:
+    """The solution of all rows.
+
+    Args:
+        mine: This rank's share.
+        gathered: For each part of a solution, all ranks'.
+        skipped: Rows at the beginning of each rank's share that are another's too.
+    """
     loss, rtn_loss, power, scales, codes, zeros = (
-        torch.cat([part[(one * share - starts[one]) * rows :] for one, part in enumerate(parts)]) for parts in gathered
+        torch.cat([part[start:] for start, part in zip(skipped, parts, strict=True)]) for parts in gathered
     )
-    whole = replace(w, codes=codes, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
-    return replace(mine, weight=whole, loss=loss, rtn_loss=rtn_loss, output_power=power).first(len(weight))
+    whole = replace(mine.weight, codes=codes, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
+    return replace(mine, weight=whole, loss=loss, rtn_loss=rtn_loss, output_power=power)
