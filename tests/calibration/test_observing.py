@@ -89,6 +89,28 @@ def test_t5s_sides_are_told_apart_where_sources_and_targets_are_padded_to_one_le
     assert set(report.positions.values()) == {verdicts.OBSERVED} and len(report.positions) == 2
 
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize(
+    ("device", "streamed"),
+    [("cpu", True), *(pytest.param("cuda", streamed, marks=ON_GPU) for streamed in (True, False))],
+)
+def test_sides_are_told_apart_where_weights_are_streamed_and_batches_run_on_a_gpu(device, streamed):
+    def batch():
+        ids = torch.randint(4, 64, (4, 40))
+        mask = (torch.arange(40) < torch.tensor(SOURCE)[:, None]).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels([30, 30, 20, 40], 40)}
+
+    model = t5()
+    quantizer = QuantizeModule(**SMALL, offload_weights=streamed or None, offload_activations=streamed or None)
+    report = quantizer.quantize(model, [batch() for _ in range(BATCHES)], device=device)
+    assert {module.tokens for module in report.quantized if is_of_source(module.name)} == {160}
+    assert {module.tokens for module in report.quantized if not is_of_source(module.name)} == {480}
+    assert set(report.positions.values()) == {verdicts.OBSERVED} and len(report.positions) == 2
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+
+
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_targets_are_cut_behind_their_last_label_where_no_source_is_padded(with_mask):
     def batch():
@@ -266,6 +288,7 @@ def test_boundaries_of_ragged_texts_are_no_mask():
 
     report, layers = quantized(made(Ragged), batch, batches=2)
     assert layers == {140: {"mix", "out"}} and report.positions == {}
+    assert not any("mask" in one for one in report.all_deviations())
 
 
 def test_berts_pooled_vector_is_one_row_a_sample():
