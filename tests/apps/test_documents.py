@@ -82,6 +82,23 @@ def test_a_missing_file_pattern_or_data_set_is_named(tmp_path):
         hub_documents("nobody/nothing-of-this-name")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", "na\xefve caf\xe9".encode("latin1"), "0xef in position 2: .* Convert it to UTF-8: iconv"),
+        ("a.csv", "text\ncaf\xe9\n".encode("latin1"), "0xe9 .* Convert it to UTF-8: iconv"),
+        ("a.jsonl", '{"text": "caf\xe9"}\n'.encode("latin1"), "0xe9 .* Convert it to UTF-8: iconv"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": b}\n', "JSON parse error: Invalid value. in row 1"),
+        ("a.csv", b'text,a\n"x', "EOF inside string starting at row 1"),
+        ("a.parquet", b"PAR1xx", "file size is 6 bytes"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, content, reason, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name} cannot be read: .*{reason}"):
+        file_documents(str(tmp_path / name))
+
+
 def test_empty_text_is_refused_and_named(tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.txt").write_text("  \n\n ")

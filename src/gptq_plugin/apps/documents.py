@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from gptq_plugin.apps.paths import folder_or_id, typed
 from gptq_plugin.calibration.text_rows import is_chat, render_chat
@@ -58,7 +59,7 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
 
     Raises:
         FileNotFoundError: A path does not exist, or a pattern matches nothing.
-        DataError: The files hold no text, or no such column, or some text and some chats.
+        DataError: The files hold no text, or no such column, or some text and some chats, or cannot be read.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
@@ -66,21 +67,32 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
     _check_cache()
     parts = []
     for file in (file for each in paths for file in _expand(each)):
-        builder = _BUILDERS.get(file.suffix, TEXT)
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty")
-        if builder == TEXT:
-            part = load_dataset(TEXT, data_files=str(file), split="train", sample_by="document")
-        else:
-            part = load_dataset(builder, data_files=str(file), split="train")
-        parts.append(_keep_column(part, column if builder != TEXT else TEXT, str(file)))
+        builder = _BUILDERS.get(file.suffix, TEXT)
+        parts.append(_keep_column(_read(file, builder), column if builder != TEXT else TEXT, str(file)))
     source = ", ".join(map(str, paths))
     try:
         return _refuse_empty(concatenate_datasets(parts), source)
+    except UnicodeDecodeError as error:
+        raise DataError(_unreadable(source, error)) from error
     except ValueError as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"the files of {source} do not hold the same kind of {column!r}: {error}") from error
+
+
+def _read(file: Path, builder: str) -> Dataset:
+    whole = {"sample_by": "document"} if builder == TEXT else {}
+    try:
+        return load_dataset(builder, data_files=str(file), split="train", **whole)
+    except (DatasetGenerationError, ValueError) as error:
+        raise DataError(_unreadable(str(file), error.__cause__ or error)) from error
+
+
+def _unreadable(source: str, error: BaseException) -> str:
+    remedy = ". Convert it to UTF-8: iconv -f latin1 -t utf-8" if isinstance(error, UnicodeDecodeError) else ""
+    return f"{source} cannot be read: {error}{remedy}"
 
 
 def hub_documents(path: str, name: str | None = None, split: str = "train", column: str = TEXT) -> Dataset:
