@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from gptq_plugin import __version__
+from gptq_plugin import __version__, fields
 from gptq_plugin.expressions import check_expression, matches
 from gptq_plugin.kernels.reference import BITS
 
@@ -47,6 +47,34 @@ _META_FIELDS = (
 )
 
 
+_SMALLEST_RATIO = 0.01
+_KINDS = {
+    "bits": fields.one_of(*BITS),
+    "group_size": fields.integer(1, also=-1),
+    "sym": fields.SWITCH,
+    "desc_act": fields.SWITCH,
+    "static_groups": fields.SWITCH,
+    "damp_percent": fields.share(),
+    "damp_auto_increment": fields.share(),
+    "clip_ratios": fields.list_of(
+        fields.Kind("", lambda ratio: fields.is_number(ratio) and _SMALLEST_RATIO <= ratio <= 1),
+        f"a list of 1 to 100 numbers in [{_SMALLEST_RATIO}, 1]",
+        least=1,
+        most=100,
+    ),
+    "true_sequential": fields.SWITCH,
+    "lm_head": fields.SWITCH,
+    "dynamic": fields.of_type("a mapping from regular expressions to the fields they change", Mapping),
+    "modules_to_not_convert": fields.list_of(fields.NAME, "a list of names, such as ['lm_head']"),
+    "model_seqlen": fields.integer(1),
+    "nsamples": fields.integer(1),
+    "batch_size": fields.integer(1),
+    "seed": fields.integer(-(2**63), 2**63 - 1),
+    "token_weighting": fields.one_of(*TOKEN_WEIGHTINGS),
+    "checkpoint_format": fields.one_of(*CHECKPOINT_FORMATS),
+}
+_EMPTY = ("dynamic", "modules_to_not_convert")  # None is an empty one
+
 _Config = TypeVar("_Config")
 
 
@@ -55,11 +83,11 @@ def _naming_the_nearest(config: type[_Config]) -> type[_Config]:
     init = config.__init__
 
     @functools.wraps(init)
-    def checked(self: _Config, *args: Any, **fields: Any) -> None:
-        unknown = _unknown_option(config, fields)
+    def checked(self: _Config, *args: Any, **given: Any) -> None:
+        unknown = _unknown_option(config, given)
         if unknown:
             raise TypeError(unknown)
-        init(self, *args, **fields)
+        init(self, *args, **given)
 
     setattr(config, "__init__", checked)  # noqa: B010  for mypy
     return config
@@ -133,32 +161,17 @@ class QuantizeConfig:
     checkpoint_format: str = "gptq"
 
     def __post_init__(self) -> None:
-        # YAML and JSON have lists, and None for empty collections.
+        for name, kind in _KINDS.items():
+            given = getattr(self, name)
+            if name not in _EMPTY or given is not None:  # YAML and JSON have None for empty collections
+                kind.check(name, given)
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert or ()))
-        object.__setattr__(self, "clip_ratios", tuple(self.clip_ratios or ()))
-        object.__setattr__(self, "dynamic", {k: dict(v or {}) for k, v in (self.dynamic or {}).items()})
-        _one_of("bits", self.bits, BITS)
-        _one_of("token_weighting", self.token_weighting, TOKEN_WEIGHTINGS)
-        _one_of("checkpoint_format", self.checkpoint_format, CHECKPOINT_FORMATS)
-        for name in ("sym", "desc_act", "static_groups", "true_sequential", "lm_head"):
-            _one_of(name, getattr(self, name), (True, False))
-        if not _is_int(self.group_size) or self.group_size == 0 or self.group_size < -1:
-            raise ValueError(f"group_size must be -1 or a positive integer, got {self.group_size!r}")
-        if not is_number(self.damp_percent) or not 0 <= self.damp_percent < 1:
-            raise ValueError(f"damp_percent must be a number in [0, 1), got {self.damp_percent!r}")
-        if not is_number(self.damp_auto_increment) or not 0 <= self.damp_auto_increment < 1:
-            raise ValueError(f"damp_auto_increment must be a number in [0, 1), got {self.damp_auto_increment!r}")
-        if not self.clip_ratios or not all(is_number(ratio) and 0 < ratio <= 1 for ratio in self.clip_ratios):
-            raise ValueError(f"clip_ratios must be numbers in (0, 1], at least one; got {self.clip_ratios!r}")
-        for name in ("model_seqlen", "nsamples", "batch_size"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        if not _is_int(self.seed):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if self.checkpoint_format == "compressed-tensors":
-            _check_compressed(self)
-        for pattern, overrides in self.dynamic.items():
+        object.__setattr__(self, "clip_ratios", tuple(self.clip_ratios))
+        for pattern, overrides in (self.dynamic or {}).items():
             _check_rule(self, pattern, overrides)
+        object.__setattr__(self, "dynamic", {k: dict(v or {}) for k, v in (self.dynamic or {}).items()})
+        if self.checkpoint_format == COMPRESSED:
+            _check_compressed(self)
 
     def for_module(self, name: str) -> QuantizeConfig | None:
         """The configuration of one module after the `dynamic` rules; None if a rule leaves it float."""
@@ -194,6 +207,7 @@ class QuantizeConfig:
         Raises:
             ValueError: An unknown option; the message names it and the most similar one.
         """
+        fields.MAPPING.check("a configuration", values)
         unknown = _unknown_option(cls, values)
         if unknown:
             raise ValueError(unknown)
@@ -205,8 +219,16 @@ class QuantizeConfig:
 
     @classmethod
     def from_yaml(cls, text: str) -> QuantizeConfig:
-        """The inverse of `to_yaml`."""
-        return cls.from_dict(yaml.safe_load(text) or {})
+        """The inverse of `to_yaml`.
+
+        Raises:
+            ValueError: It is no YAML, or as `from_dict`.
+        """
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"a configuration must be YAML: {error}") from error
+        return cls.from_dict({} if values is None else values)
 
     def to_quantize_config(self) -> dict[str, Any]:
         """The content of ``quantize_config.json``, AutoGPTQ's file, which GPTQModel, vLLM and others read.
@@ -235,27 +257,33 @@ class QuantizeConfig:
         Raises:
             ValueError: `bits` is missing, or a field has an invalid value.
         """
+        fields.MAPPING.check("a GPTQ configuration", values)
         if "bits" not in values:
-            raise ValueError("a GPTQ configuration needs `bits`; this one has " + ", ".join(sorted(values)))
+            raise ValueError("a GPTQ configuration needs `bits`; this one has " + ", ".join(sorted(map(str, values))))
         known = {f.name for f in dataclasses.fields(cls)}
-        ours = (values.get("meta") or {}).get(QUANTIZER_NAME)
-        merged = {**values, **(ours if isinstance(ours, Mapping) else {})}
-        fields = {k: v for k, v in merged.items() if k in known and v is not None}
-        fields.setdefault("checkpoint_format", values.get("format") or "gptq")
-        fields.setdefault("static_groups", False)
-        return cls(**fields)
+        merged = {**values, **_our_meta(values)}
+        found = {k: v for k, v in merged.items() if k in known and v is not None}
+        found.setdefault("checkpoint_format", values.get("format") or "gptq")
+        found.setdefault("static_groups", False)
+        return cls(**found)
 
 
 def own_config(values: Mapping[str, Any]) -> QuantizeConfig | None:
     """The configuration with which this package quantized, from ``quantize_config.json``; None if it did not, or the
     file does not hold it."""
-    ours = (values.get("meta") or {}).get(QUANTIZER_NAME)
-    if not isinstance(ours, Mapping) or "clip_ratios" not in ours:
+    if "clip_ratios" not in _our_meta(values):
         return None  # a converted checkpoint of another tool has only our list of files there
     try:
         return QuantizeConfig.from_quantize_config(values)
     except (ValueError, TypeError):
         return None
+
+
+def _our_meta(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Our part of a description's ``meta``; empty where it has none."""
+    meta = values.get("meta")
+    ours = meta.get(QUANTIZER_NAME) if isinstance(meta, Mapping) else None
+    return ours if isinstance(ours, Mapping) else {}
 
 
 def _unknown_option(config: type, values: Iterable[Any]) -> str:
@@ -274,25 +302,28 @@ def rule_regex(pattern: str) -> str:
     return pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
 
 
-def _check_rule(config: QuantizeConfig, pattern: str, overrides: Mapping[str, Any]) -> None:
+def _check_rule(config: QuantizeConfig, pattern: Any, overrides: Any) -> None:
+    fields.NAME.check("each key of dynamic", pattern)
+    rule = f"dynamic[{fields.shown(pattern)}]"
     try:
         check_expression(rule_regex(pattern))
     except ValueError as error:
         raise ValueError(f"dynamic: {error}") from error
+    fields.optional(fields.MAPPING, "no overrides").check(rule, overrides)
+    overrides = overrides or {}
     if pattern.startswith("-:"):
         if overrides:
-            raise ValueError(f"dynamic: {pattern!r} leaves modules float, so it takes no overrides; got {overrides}")
+            raise ValueError(f"{rule} leaves modules float, so it takes no overrides; got {fields.shown(overrides)}")
         return
-    unknown = sorted(set(overrides) - set(MODULE_FIELDS))
-    if unknown or not overrides:
+    if not overrides or any(name not in MODULE_FIELDS for name in overrides):
         raise ValueError(
-            f"dynamic: {pattern!r} must override some of {', '.join(MODULE_FIELDS)}; got {dict(overrides)}. "
+            f"{rule} must override some of {', '.join(MODULE_FIELDS)}; got {fields.shown(dict(overrides))}. "
             f"To leave modules float, write '-:{rule_regex(pattern)}': {{}}"
         )
     try:
         dataclasses.replace(config, **overrides, dynamic={})
     except ValueError as error:
-        raise ValueError(f"dynamic: {pattern!r}: {error}") from error
+        raise ValueError(f"{rule}: {error}") from error
 
 
 def _check_compressed(config: QuantizeConfig) -> None:
@@ -307,18 +338,3 @@ def _check_compressed(config: QuantizeConfig) -> None:
             "checkpoint_format='compressed-tensors' with bits=8 and sym=False runs on few GPUs, and is reported to "
             "fail there: use sym=True, or checkpoint_format='gptq_v2'"
         )
-
-
-def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    # Compare types too: True == 1, but bits=True and sym=1 are mistakes.
-    if not any(value == choice and type(value) is type(choice) for choice in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """True for an int or a float, NaN included; bool is neither."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

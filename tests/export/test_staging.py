@@ -14,7 +14,7 @@ from gptq_plugin import QuantizeConfig
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import staging
 from gptq_plugin.export.export import Export, export_model
-from gptq_plugin.export.staging import beside, check_export_dir, hidden_beside
+from gptq_plugin.export.export_dir import check_export_dir, hidden_beside
 from gptq_plugin.model.structure import Structure
 
 from exports import Tokenizer, description, files
@@ -34,12 +34,6 @@ def test_a_folder_that_is_not_ours_is_never_replaced(rtn: Rtn, tmp_path: Path) -
         with pytest.raises(ExportError, match="is not an export of gptq_plugin"):
             export_model(rtn(Plain(), config), target, config, overwrite=overwrite)
     assert files(target) == {"thesis.txt": b"years of work"}
-
-
-def test_another_tools_checkpoint_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}')
-    with pytest.raises(ExportError, match="is not an export of gptq_plugin"):
-        check_export_dir(tmp_path, overwrite=True)
 
 
 def test_an_earlier_export_is_replaced_only_on_request(rtn: Rtn, tmp_path: Path) -> None:
@@ -65,36 +59,17 @@ def test_files_someone_added_to_an_export_are_not_deleted_with_it(rtn: Rtn, tmp_
     assert (target / "notes.md").read_text() == "mine"
 
 
-def test_a_target_that_is_a_file_or_below_one_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ExportError, match="is a file"):
-        check_export_dir(tmp_path / "file")
-    with pytest.raises(ExportError, match="file is not a writable folder"):
-        check_export_dir(tmp_path / "file" / "below")
-
-
-def test_a_parent_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, whatever the mode says
-    with pytest.raises(ExportError, match="is not a writable folder"):
-        check_export_dir(tmp_path / "a" / "b")
-
-
-def test_checking_a_folder_creates_nothing(tmp_path: Path) -> None:
-    check_export_dir(tmp_path / "a" / "b")
-    (tmp_path / "empty").mkdir()
-    check_export_dir(tmp_path / "empty")
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-
-
 def test_what_a_killed_export_left_is_removed_by_the_next_and_a_running_one_is_not(rtn: Rtn, tmp_path: Path) -> None:
     config, long_ago = QuantizeConfig(group_size=16), time.time() - 3600
-    killed, young, other = (tmp_path / f".{name}.partial" for name in ("out.11111111", "out.22222222", "o.11111111"))
-    for folder in (killed, young, other):
+    killed, other, young, old = (
+        tmp_path / f".{name}" for name in ("out.11111111.partial", "o.11111111.partial", "out.2.new", "out.3.new")
+    )
+    for folder in (killed, young, other, old):
         (folder / "inside").mkdir(parents=True)
     model = rtn(Plain(), config)
     with Export(Structure.of(model), tmp_path / "out", config):
-        (running,) = set(tmp_path.glob(".out.*")) - {killed, young}
-        for folder in (killed, other, running):
+        (running,) = set(tmp_path.glob(".out.*")) - {killed, young, old}
+        for folder in (other, running, old):
             os.utime(folder, (long_ago, long_ago))
         export_model(model, tmp_path / "out", config)
         assert set(tmp_path.iterdir()) == {tmp_path / "out", young, other, running}
@@ -127,14 +102,6 @@ def test_a_name_that_leaves_no_room_for_a_hidden_one_beside_it_is_written_and_re
         assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_hidden_names_of_one_folder_begin_alike_and_those_of_another_do_not(tmp_path: Path) -> None:
-    for name in ("out", *LONG):
-        for other in (name[:-1], f"{name[:-1]}m"):
-            start = hidden_beside(tmp_path / name, "partial").name[: -len(".12345678.partial")]
-            assert hidden_beside(tmp_path / name, "partial").name.startswith(f"{start}.")
-            assert not hidden_beside(tmp_path / other, "partial").name.startswith(f"{start}.")
-
-
 def test_leftovers_beside_a_long_name_are_removed(rtn: Rtn, tmp_path: Path) -> None:
     config, target = QuantizeConfig(group_size=16), tmp_path / LONG[1]
     left = hidden_beside(target, "partial")
@@ -142,24 +109,6 @@ def test_leftovers_beside_a_long_name_are_removed(rtn: Rtn, tmp_path: Path) -> N
     os.utime(left, (0, 0))
     export_model(rtn(Plain(), config), target, config)
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
-
-
-def test_a_name_that_no_file_system_takes_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"n… has 256 bytes, and a name there may have 255; choose a shorter one"):
-        check_export_dir(tmp_path / ("n" * 256))
-    with pytest.raises(ExportError, match="é… has 256 bytes"):
-        check_export_dir(tmp_path / "new" / ("é" * 128) / "out")
-    with pytest.raises(ExportError, match="a path may have"):
-        check_export_dir(tmp_path.joinpath(*["n" * 200] * 20))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_name_beside_a_folder_is_cut_where_it_must(tmp_path: Path) -> None:
-    assert beside(tmp_path / "out", "-12345678") == tmp_path / "out-12345678"
-    for name in LONG[1:]:
-        cut = beside(tmp_path / name, "-12345678")
-        cut.mkdir()
-        assert cut.name.startswith(name[:100]) and cut.name.endswith("-12345678") and cut.name != name
 
 
 class LinkingTokenizer:

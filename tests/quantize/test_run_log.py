@@ -98,3 +98,18 @@ def test_a_warning_is_given_once_in_a_run(caplog: pytest.LogCaptureFixture) -> N
     for line in ("one", "other", "one"):
         log.warn(line)
     assert caplog.messages == ["one", "other"]
+
+
+def test_a_result_that_cannot_be_shown_is_no_failure(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is quantized and exported by then: an error would tell that it is as it was."""
+
+    def fails(*_: Any) -> str:
+        raise RuntimeError("no terminal")
+
+    monkeypatch.setattr(run_log, "layers_shown", fails)
+    model = tiny_llama()
+    QuantizeModule(**SMALL).quantize(model, BATCHES, export_dir=tmp_path / "out")
+    assert "its report could not be shown" in caplog.text and "no terminal" in caplog.text
+    assert hasattr(model.model.layers[0].mlp.up_proj, "qweight") and (tmp_path / "out").is_dir()

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSe
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.export.export_dir import check_export_dir
 from gptq_plugin.report.model_card import ModelFacts, hub_id, model_facts
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import format_bytes

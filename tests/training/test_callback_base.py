@@ -134,7 +134,11 @@ def test_on_a_failure_there_is_no_report_no_export_and_the_model_is_float(failin
 
     model, ending = tiny_llama(), callback(tmp_path / "out")
     quality = Quality(QualityGate({"loss": 0.1}), {"loss": 1.0}, lambda: {"loss": 2.0 if failing == "gate" else 1.0})
-    error, message = (QualityError, "loss went from 1 to 2") if failing == "gate" else (OSError, "disk full")
+    error, message = (
+        (QualityError, "loss went from 1 to 2")
+        if failing == "gate"
+        else (ExportError, "could not be written: disk full")
+    )
     with pytest.raises(error, match=message):
         ending.quantize_and_export(attempts(model, quality=quality, tokenizer=Full(), keep=True), Origin(""))
     assert ending.report is None and not (tmp_path / "out").exists()

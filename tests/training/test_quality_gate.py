@@ -120,14 +120,14 @@ def test_there_are_three_things_to_do_on_failure(on_fail):
 def test_anything_else_to_do_on_failure_is_refused():
     with pytest.raises(ValueError) as caught:
         QualityGate({}, "retry")
-    assert str(caught.value) == "on_fail must be one of raise, warn, escalate, got 'retry'"
+    assert str(caught.value) == "on_fail must be one of 'raise', 'warn', 'escalate'; got 'retry'"
 
 
 @pytest.mark.parametrize("max_bits", [0, 0.0, -1, math.nan, "4", True, False, [4]])
 def test_a_limit_of_bits_is_a_number_above_0(max_bits):
     with pytest.raises(ValueError) as caught:
         QualityGate({}, max_bits=max_bits)
-    assert str(caught.value) == f"max_bits must be a number above 0, or None for no limit; got {max_bits!r}"
+    assert str(caught.value) == f"max_bits must be a number above 0, or None (no limit); got {max_bits!r}"
 
 
 def test_bits_are_afforded_up_to_their_limit():

@@ -109,9 +109,9 @@ def test_an_earlier_export_is_replaced_if_asked_and_else_kept(quantized, tmp_pat
 
 
 def test_other_ranks_write_nothing_and_learn_the_folders_name(quantized, tmp_path, monkeypatch):
-    Ranks(monkeypatch, 1, first="out-1234abcd")
+    Ranks(monkeypatch, 1, first=tmp_path / "out-1234abcd")
     assert export_on_rank0(*quantized, tmp_path / "out") == tmp_path / "out-1234abcd"
     assert list(tmp_path.iterdir()) == []
     ranks = Ranks(monkeypatch, 0)
     assert export_on_rank0(*quantized, tmp_path / "out") == tmp_path / "out"
-    assert ranks.sent == ["out"] and load_quantized(tmp_path / "out")
+    assert ranks.sent == [tmp_path / "out"] and load_quantized(tmp_path / "out")

@@ -19,7 +19,16 @@ from paths import REPOSITORY
 PACKAGE = REPOSITORY / "src" / "gptq_plugin"
 KERNELS = REPOSITORY / "kernels" / "gptq_triton"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
-AT_THE_TOP = {"__init__.py", "__main__.py", "config.py", "distributed.py", "errors.py", "expressions.py", "py.typed"}
+AT_THE_TOP = {
+    "__init__.py",
+    "__main__.py",
+    "config.py",
+    "distributed.py",
+    "errors.py",
+    "expressions.py",
+    "fields.py",
+    "py.typed",
+}
 # Folders that users import from. autogptq/ stands in for a library: only the import line of its scripts changes.
 PUBLIC_FOLDERS = {"autogptq"}
 MODULE_LINES, CLASS_LINES, FUNCTION_CODE_LINES = 350, 250, 60

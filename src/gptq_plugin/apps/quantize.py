@@ -16,7 +16,7 @@ from gptq_plugin.apps.run_folder import launched
 from gptq_plugin.apps.setting_up import data_and_model, instantiate_plain, plain, start
 from gptq_plugin.apps.summary import Clock
 from gptq_plugin.device.named import device_named
-from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.export.export_dir import check_export_dir
 from gptq_plugin.memory.placement import fits
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import PassOptions

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gptq_plugin import fields
 from gptq_plugin.errors import CalibrationError, some
 
 
@@ -132,5 +133,5 @@ def _holds_numbers(array: numpy.ndarray[Any, Any]) -> bool:
 
 
 def _shown(value: Any) -> str:
-    shown = repr(value)
+    shown = fields.shown(value)
     return shown if len(shown) <= 60 else f"a {type(value).__name__}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from gptq_plugin import fields
 
 _REMEDY = (
     "Give a transformers tokenizer, or the folder or hub id to load it from; a tokenizer of the `tokenizers` library "
@@ -49,10 +50,11 @@ def _load(name_or_path: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:
-        kind = "a folder without a tokenizer" if Path(name_or_path).is_dir() else "neither a folder nor a hub id"
+        reason = str(error).encode(errors="backslashreplace").decode()  # the name may be no text
+        kind = "a folder without a tokenizer" if os.path.isdir(name_or_path) else "neither a folder nor a hub id"
         raise ValueError(
-            f"tokenizer={str(name_or_path)!r} is {kind} that transformers.AutoTokenizer can load: {error}. If its "
-            "options are needed (trust_remote_code, revision), load it yourself and give the object"
+            f"tokenizer={fields.shown(str(name_or_path))} is {kind} that transformers.AutoTokenizer can load: {reason}"
+            ". If its options are needed (trust_remote_code, revision), load it yourself and give the object"
         ) from error
 
 
@@ -85,5 +87,5 @@ def _reason_against(given: Any) -> str:
 
 
 def _brief(value: Any) -> str:
-    shown = repr(value)
+    shown = fields.shown(value)
     return shown if len(shown) <= 60 else f"<{type(value).__name__}>"

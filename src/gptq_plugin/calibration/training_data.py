@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from gptq_plugin import fields
 from gptq_plugin.calibration.given import rereadable
 from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, deal, require_single, sample_loaders
 from gptq_plugin.calibration.sources import Sources
-from gptq_plugin.config import QuantizeConfig, is_number
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
+
+_FRACTION = replace(fields.share(), words="a number in [0, 1) (to use only other data, give calibration=)")
 
 
 class TrainingData:
@@ -46,12 +50,13 @@ class TrainingData:
                 "calibration set: give a list of texts, [text]"
             )
         if not isinstance(calibration, str):
-            calibration = rereadable(calibration, config.nsamples, config.batch_size)
+            calibration = _given("calibration", calibration, config.nsamples, config.batch_size)
         self.config = config
         self.calibration = calibration
+        _FRACTION.check("mix_fraction", mix_fraction)
         self.nsamples_of_mix = 0 if mix is None else _part(mix_fraction, config.nsamples)
         self.mix = (
-            rereadable(mix, self.nsamples_of_mix, config.batch_size)
+            _given("mix", mix, self.nsamples_of_mix, config.batch_size)
             if mix is not None and self.nsamples_of_mix
             else None
         )
@@ -117,16 +122,19 @@ class TrainingData:
         return data if isinstance(data, DataLoader) else None
 
 
+def _given(name: str, data: Any, nsamples: int, batch_size: int) -> Iterable[Any]:
+    try:
+        return rereadable(data, nsamples, batch_size)
+    except CalibrationError as error:
+        raise CalibrationError(f"{name}: {error}") from error
+
+
 def _is_sampled(data: Any) -> bool:
     return isinstance(data, (str, DataLoader))
 
 
 def _part(fraction: float, nsamples: int) -> int:
     """Number of samples to take from `mix`: at least one, and not all."""
-    if not is_number(fraction) or not 0 <= fraction < 1:
-        raise ValueError(
-            f"mix_fraction must be a number in [0, 1), got {fraction!r}; to use only other data, give calibration="
-        )
     if fraction and nsamples < 2:
         raise ValueError("nsamples=1 cannot be mixed: raise nsamples, or leave mix out")
     return min(max(1, round(fraction * nsamples)), nsamples - 1) if fraction else 0

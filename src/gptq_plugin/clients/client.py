@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gptq_plugin import fields
+
 if TYPE_CHECKING:
     from gptq_plugin.clients.inventory import Inventory
     from gptq_plugin.clients.published import Published
@@ -57,12 +59,9 @@ class Client:
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.client not in CLIENTS:
-            raise ValueError(f"target must be one of {', '.join(map(repr, CLIENTS))}; got {self.client!r}")
-        size = self.tensor_parallel_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"tensor_parallel_size must be a positive integer, got {size!r}")
-        if size > 1 and not self.rules.tensor_parallel:
+        fields.one_of(*CLIENTS).check("target", self.client)
+        fields.integer(1).check("target's tensor_parallel_size", self.tensor_parallel_size)
+        if self.tensor_parallel_size > 1 and not self.rules.tensor_parallel:
             able = " and ".join(name for name in CLIENTS if rules_of(name).tensor_parallel)
             raise ValueError(f"tensor_parallel_size is for {able}; {self.client} takes whole layers")
 
@@ -89,9 +88,10 @@ class Client:
             return cls(value)
         if not isinstance(value, Mapping):
             raise TypeError(f"target must be a client's name, a mapping or a Client, got {type(value).__name__}")
-        unknown = sorted(set(value) - {"client", "tensor_parallel_size"})
-        if unknown or "client" not in value:
-            raise ValueError(f"target has the keys client and tensor_parallel_size (1 without it); got {dict(value)}")
+        if set(value) - {"client", "tensor_parallel_size"} or "client" not in value:
+            raise ValueError(
+                f"target has the keys client and tensor_parallel_size (1 without it); got {fields.shown(dict(value))}"
+            )
         return cls(**value)
 
 

@@ -1,4 +1,4 @@
 """Precision, streams and free memory of any device.
 
-Imports nothing of this package.
+Imports fields.
 """

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gptq_plugin import fields
 from gptq_plugin.device.memory import with_index
 
 
@@ -20,8 +21,10 @@ def device_named(device: Any) -> torch.device:
     """
     try:
         named = torch.device("cuda", device) if type(device) is int else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is no device: give 'cpu', 'cuda' or 'cuda:1' ({_brief(error)})") from error
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"device={fields.shown(device)} is no device: give 'cpu', 'cuda' or 'cuda:1' ({_brief(error)})"
+        ) from error
     if named.type == "cuda":
         _refuse_without_gpu(device, named.index)
     return with_index(named)
@@ -43,4 +46,4 @@ def _refuse_without_gpu(device: Any, index: int | None) -> None:
 
 
 def _brief(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return str(error).splitlines()[0][:200]

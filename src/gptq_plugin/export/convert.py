@@ -7,8 +7,9 @@ written anew.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.converted_report import convert_report
 from gptq_plugin.export.copied_files import check_read, copy_files, files_to_copy
+from gptq_plugin.export.disk_space import disk_errors_explained, refuse_full
 from gptq_plugin.export.export import SHARD
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.side_files import write_quantize_config
 from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.verify_files import verify_same
-from gptq_plugin.export.writing import writing
 
 _HEAD = "lm_head"
 _MADE = (
@@ -82,26 +83,34 @@ def convert(
     description["meta"] = {**meta, "quantizer": [*_listed(meta.get("quantizer")), *description["meta"]["quantizer"]]}
     files = files_to_copy(checkpoint.directory, (*_WEIGHTS, CONFIG, QUANTIZE_CONFIG, ".git", ".cache"))
     check_read(checkpoint.directory, _read_files(checkpoint))
+    size = sum(file.stat().st_size for file in {entry.file for entry in checkpoint.tensors.values()})
+    refuse_full(Path(out), size)
     staging = Staging(out, overwrite)
     writer = ShardWriter(staging.path, SHARD)
-    try:
-        with writing(staging.path):
-            copy_files(checkpoint.directory, files, staging.path)
-            _write(checkpoint, schemes, checkpoint_format, writer)
-            whole = {key: value for key, value in checkpoint.model_config.items() if key != "quantization_config"}
-            if isinstance(whole.get("text_config"), dict):
-                whole["text_config"] = {k: v for k, v in whole["text_config"].items() if k != "quantization_config"}
-            write_json(staging.path / CONFIG, {**whole, "quantization_config": description})
-            convert_report(checkpoint, staging.path, checkpoint_format, description)
-            write_quantize_config(staging.path, description, _settings(config, source))
+    with _writing(staging, writer, size):
+        copy_files(checkpoint.directory, files, staging.path)
+        _write(checkpoint, schemes, checkpoint_format, writer)
+        whole = {key: value for key, value in checkpoint.model_config.items() if key != "quantization_config"}
+        if isinstance(whole.get("text_config"), dict):
+            whole["text_config"] = {k: v for k, v in whole["text_config"].items() if k != "quantization_config"}
+        write_json(staging.path / CONFIG, {**whole, "quantization_config": description})
+        convert_report(checkpoint, staging.path, checkpoint_format, description)
+        write_quantize_config(staging.path, description, _settings(config, source))
         verify_same(checkpoint, staging.path)
-        with writing(staging.path):
-            staging.place()
+        staging.place()
+    return staging.directory
+
+
+@contextlib.contextmanager
+def _writing(staging: Staging, writer: ShardWriter, size: int) -> Iterator[None]:
+    """Removes everything that was written if the block raises, and explains errors of the disk."""
+    try:
+        with disk_errors_explained(staging.directory, lambda: size):
+            yield
     except BaseException:
         writer.abort()
         staging.remove()
         raise
-    return staging.directory
 
 
 def _read_files(checkpoint: Checkpoint) -> list[Path]:

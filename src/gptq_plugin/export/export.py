@@ -26,7 +26,8 @@ from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.errors import ExportError, some
-from gptq_plugin.export.export_size import export_size
+from gptq_plugin.export.disk_space import disk_errors_explained
+from gptq_plugin.export.export_size import export_size, tensor_bytes
 from gptq_plugin.export.model_files import float_state, once, write_plain_config, write_transformers
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.side_files import write_quantize_config, write_report
@@ -34,7 +35,6 @@ from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.unloaded import Unloaded
 from gptq_plugin.export.verify_files import verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
-from gptq_plugin.export.writing import writing
 from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
 from gptq_plugin.model.hf_models import check_savable, is_transformers
 from gptq_plugin.model.stored_names import renaming
@@ -218,11 +218,12 @@ class Export:
             _check_config(layers, self._config)
             if self._target is not None:
                 refuse(Inventory.of_layers(self._structure, _quantized(model), self._config, report), self._target)
-            self._write(model, layers, report, tokenizer)
             folder = self._staging.path
+            with disk_errors_explained(self._staging.directory, lambda: tensor_bytes(model)):
+                self._write(model, layers, report, tokenizer)
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
             same_outputs(model, folder, sample)
-            with writing(self._staging.path):
+            with disk_errors_explained(self._staging.directory, lambda: tensor_bytes(model)):
                 self._staging.place()
             self._over = True
         except BaseException:
@@ -264,25 +265,23 @@ class Export:
         if self._unloaded.modules:
             description["meta"].setdefault(QUANTIZER_NAME, {})[TAKEN_OVER] = self._unloaded.modules
         floats = float_state(model, layers)
-        with writing(folder):
-            if is_transformers(model):
-                files = write_transformers(folder, model, floats, description)
-                for name in self._unloaded.tensors:
-                    self._writer.add({name: self._unloaded.read(name)})
-                self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
-            else:
-                write_plain_config(folder, model, description)
-                for name, tensor in once(floats).items():
-                    self._writer.add({name: tensor})
-                self._writer.finish()
+        if is_transformers(model):
+            files = write_transformers(folder, model, floats, description)
+            for name in self._unloaded.tensors:
+                self._writer.add({name: self._unloaded.read(name)})
+            self._writer.finish(files, total_parameters=model.num_parameters())  # type: ignore[operator]
+        else:
+            write_plain_config(folder, model, description)
+            for name, tensor in once(floats).items():
+                self._writer.add({name: tensor})
+            self._writer.finish()
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        with writing(folder):
-            if report is not None:
-                report.size = export_size(folder, {self._stored_names[name] for name in self._added})
-                settled = self._format.settings(description, report.config)
-                write_report(folder, publishable(report), model_facts(model, folder), settled)
-            write_quantize_config(folder, description, settings)
+        if report is not None:
+            report.size = export_size(folder, {self._stored_names[name] for name in self._added})
+            settled = self._format.settings(description, report.config)
+            write_report(folder, publishable(report), model_facts(model, folder), settled)
+        write_quantize_config(folder, description, settings)
 
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         if not layers:

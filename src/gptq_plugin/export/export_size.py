@@ -1,4 +1,4 @@
-"""The size of an export by its files: `export_size`."""
+"""The size of an export: by its files, of a quantized model, and of a planned one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import json
 from collections.abc import Set
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from gptq_plugin.checkpoint.sizes import stored_bytes
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import ExportSize
 
 
@@ -23,6 +29,18 @@ def export_size(folder: Path, quantized: Set[str]) -> ExportSize:
             layer, _, suffix = name.rpartition(".")
             floats += size if layer not in quantized or suffix == "bias" else 0
     return ExportSize(sum(file.stat().st_size for file in files), floats)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a quantized model's tensors: about those of its export. Tied ones count once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if torch.is_tensor(tensor)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def planned_bytes(plan: Plan) -> int:
+    """Bytes of the parameters in the export of a planned quantization."""
+    packed = sum(stored_bytes(target.weight.shape, target.config) for target in plan.targets)
+    return Coverage.of(plan, packed).exported_bytes
 
 
 def _tensor_bytes(file: Path) -> dict[str, int]:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_plugin.checkpoint.files import INDEX, WEIGHTS
 from gptq_plugin.errors import ExportError
+from gptq_plugin.export.disk_space import disk_errors_explained
 
 Tensors = dict[str, Tensor]
 Prepare = Callable[[Tensors], Tensors]
@@ -132,16 +133,11 @@ class ShardWriter:
 
     def _write(self) -> None:
         file = self._directory / f"shard-{len(self._files) + 1:05d}.safetensors"
-        try:
+        with disk_errors_explained(file, lambda: _size(self._gathered)):
             save_file(self._gathered, file, metadata={"format": "pt"})
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # here, in the background, not at the end
             handle = safe_open(str(file), framework="pt", device="cpu")
-        except (OSError, SafetensorError) as error:
-            raise ExportError(
-                f"{file} could not be written: {error}. Make room there (this file needs {_size(self._gathered)} "
-                "bytes), or choose another target, and export again"
-            ) from error
         self._files.append(file)
         self._written.update(dict.fromkeys(self._gathered, handle))
         self._gathered = {}

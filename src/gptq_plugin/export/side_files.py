@@ -10,7 +10,7 @@ from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG, write_json
 from gptq_plugin.clients.loading import loading_sections
 from gptq_plugin.clients.published import Published
 from gptq_plugin.config import QUANTIZER_NAME
-from gptq_plugin.export.staging import files_in
+from gptq_plugin.export.export_dir import files_in
 from gptq_plugin.report.html_page import report_page
 from gptq_plugin.report.model_card import ModelFacts, heading, model_card
 from gptq_plugin.report.report import QuantizeReport

@@ -34,7 +34,7 @@ from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place,
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import ModelForward, PassOptions
 from gptq_plugin.training.attempts import Attempts
-from gptq_plugin.training.callback_base import CallbackBase, Origin
+from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options
 from gptq_plugin.training.log_metrics import total_metrics
 from gptq_plugin.training.optimizer_state import on_cpu
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
@@ -107,6 +107,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             overwrite=overwrite,
             target=target,
         )
+        check_options(forward=forward)
         self.forward = forward
         self._evaluations: Evaluations | None = None  # of the training in progress
 

@@ -49,7 +49,7 @@ from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.attempts import Attempts, Quality
-from gptq_plugin.training.callback_base import CallbackBase, Origin
+from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options
 from gptq_plugin.training.log_metrics import layer_metrics, quality_metrics, total_metrics
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 from gptq_plugin.training.quality_gate import QualityGate
@@ -137,8 +137,7 @@ class GPTQCallback(CallbackBase, pl.Callback):
             overwrite=overwrite,
             target=target,
         )
-        if calibration_step is not None and not callable(calibration_step):
-            raise TypeError(f"calibration_step must be callable, got {type(calibration_step).__name__}")
+        check_options(calibration_step=calibration_step, module=module, weights=weights, validate=validate)
         self.calibration_step = calibration_step
         self.module = module
         self.weights = str(weights)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import ExportError
+from gptq_plugin.export.export_dir import hidden_beside
 from gptq_plugin.export.shard_writer import ShardWriter
-from gptq_plugin.export.staging import hidden_beside
 from gptq_plugin.memory.shared_layers import SharedLayers
 
 log = logging.getLogger(__name__)

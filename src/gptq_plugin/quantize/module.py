@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_plugin import distributed
+from gptq_plugin import distributed, fields
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.export.disk_space import refuse_full
 from gptq_plugin.export.export import Export, export_model
-from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.export.export_dir import check_export_dir
+from gptq_plugin.export.export_size import planned_bytes
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -37,6 +39,9 @@ from gptq_plugin.quantize.run_log import RunLog
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import QuantizeReport
 
+_CONFIG = fields.of_type("a QuantizeConfig (QuantizeConfig.from_dict makes one of a mapping)", QuantizeConfig)
+_SWITCH = fields.Kind("true, false or null (decide from free memory)", fields.optional(fields.SWITCH, "").accepts)
+
 
 class QuantizeModule:
     """Quantizes a model in place with GPTQ and exports it.
@@ -50,7 +55,7 @@ class QuantizeModule:
             None keeps as many on the device as fit.
         exact_sums: True makes the result independent of the number of ranks, to the byte; None does so on CPUs and with
             several ranks. One GPU takes some percent longer for it.
-        **fields: QuantizeConfig's fields, instead of `config`: ``QuantizeModule(bits=3)``.
+        **given: QuantizeConfig's fields, instead of `config`: ``QuantizeModule(bits=3)``.
 
     Attributes:
         config: The configuration.
@@ -70,11 +75,11 @@ class QuantizeModule:
         offload_weights: bool | None = None,
         offload_activations: bool | None = None,
         exact_sums: bool | None = None,
-        **fields: Any,
+        **given: Any,
     ):
-        if config is not None and fields:
-            raise TypeError(f"give a QuantizeConfig or its fields, not both: got {', '.join(fields)} beside config")
-        self.config = config if config is not None else QuantizeConfig.from_dict(fields)
+        if config is not None and given:
+            raise TypeError(f"give a QuantizeConfig or its fields, not both: got {', '.join(given)} beside config")
+        self.config = config if config is not None else QuantizeConfig.from_dict(given)
         switches = {"offload_weights": offload_weights, "offload_activations": offload_activations}
         _check_options(self.config, **switches, exact_sums=exact_sums)
         self.exact_sums = exact_sums
@@ -229,7 +234,7 @@ class QuantizeModule:
             around.callback(setattr, self, "plan", None)
             export = None
             if export_dir is not None:
-                export = Export(plan.structure, export_dir, self.config, overwrite=overwrite, target=client)
+                export = _begun_export(plan, export_dir, overwrite, client)
                 chosen = dataclasses.replace(chosen, layers_in=inside.enter_context(export))
                 export.check(one.name for one in plan.targets)
             inside.enter_context(evaluating(model))
@@ -290,23 +295,30 @@ class QuantizeModule:
         return dataclasses.replace(given, **changed, exact_sums=self.exact_sums)
 
 
-def _check_options(config: QuantizeConfig, **offload: Any) -> None:
+def _check_options(config: QuantizeConfig, **switches: Any) -> None:
+    _CONFIG.check("config", config)
+    for name, value in switches.items():
+        _SWITCH.check(name, value)
     if not config.true_sequential:
         raise ValueError(
             "true_sequential=False saves time in tools that run the model once more for every layer. Lock-step "
             "calibration gives the result of true_sequential=True in one pass: leave the option out"
         )
-    for name, value in offload.items():
-        if not (value is None or isinstance(value, bool)):
-            raise ValueError(f"{name} must be true, false or null (decide from free memory), got {value!r}")
 
 
 def _check_export_dir(export_dir: str | Path | None, overwrite: bool) -> None:
+    fields.SWITCH.check("overwrite", overwrite)
+    fields.optional(fields.PATH, "nothing is exported").check("export_dir", export_dir)
     if export_dir is None:
         return
     if distributed.active():
         raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
     check_export_dir(export_dir, overwrite)
+
+
+def _begun_export(plan: Plan, directory: str | Path, overwrite: bool, client: Client | None) -> Export:
+    refuse_full(Path(directory), planned_bytes(plan))
+    return Export(plan.structure, directory, plan.config, overwrite=overwrite, target=client)
 
 
 def _rounded(plan: Plan) -> dict[str, QuantLinear]:

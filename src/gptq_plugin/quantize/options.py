@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_plugin import distributed
+from gptq_plugin import distributed, fields
 from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.calibration.lookups import lookups_explained
@@ -47,6 +47,10 @@ class PassOptions:
     exports: bool = False
 
     def __post_init__(self) -> None:
+        fields.optional(fields.FUNCTION, "calls the model").check("forward", self.forward)
+        fields.optional(fields.integer(1), "the configuration's").check("nsamples", self.nsamples)
+        fields.optional(fields.integer(1, 2**63 - 1), "all that is free").check("device_memory", self.device_memory)
+        fields.optional(fields.FUNCTION, "nothing is called").check("progress", self.progress)
         object.__setattr__(self, "tokenizer", as_tokenizer(self.tokenizer, saved=self.exports))
         _ = self.where  # a device that is not there is refused before any work
 

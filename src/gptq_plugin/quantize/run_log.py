@@ -52,7 +52,8 @@ class RunLog:
         self._warnings.add(line)
 
     def end(self, report: QuantizeReport, folder: Path | None) -> None:
-        """Shows the layers and the result; the next run logs everything anew.
+        """Shows the layers and the result; the next run logs everything anew. The model is quantized and exported by
+        then: an error here is logged, not raised, since it would tell that nothing had been done.
 
         Args:
             report: Of the accepted result.
@@ -60,7 +61,10 @@ class RunLog:
         """
         self._floats, self._warnings = None, set()
         if distributed.rank() == 0:
-            show(log, f"layers:\n{layers_shown(report)}\n{ending(report, folder)}")
+            try:
+                show(log, f"layers:\n{layers_shown(report)}\n{ending(report, folder)}")
+            except Exception:
+                log.exception("the model is quantized; its report could not be shown")
 
     def exported(self, report: QuantizeReport | None, folder: Path) -> None:
         """Shows an export that is no run's end."""

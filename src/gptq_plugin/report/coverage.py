@@ -70,7 +70,12 @@ class Coverage:
     @property
     def exported_share(self) -> float:
         """Share of the export's bytes that is float, biases included and g_idx left out."""
-        return self._float / max(1, self._float + self.packed)
+        return self._float / max(1, self.exported_bytes)
+
+    @property
+    def exported_bytes(self) -> int:
+        """Bytes of the export's parameters, g_idx left out."""
+        return self._float + self.packed
 
     @property
     def float_model(self) -> int:

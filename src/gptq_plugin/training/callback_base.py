@@ -9,16 +9,38 @@ from typing import Any
 
 from torch import nn
 
+from gptq_plugin import fields
 from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.calibration.training_data import TrainingData
 from gptq_plugin.clients.client import Client
-from gptq_plugin.export.staging import check_export_dir
+from gptq_plugin.export.export_dir import check_export_dir
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.report.provenance import plain_name
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.preflight import refuse_export
 from gptq_plugin.training.rank0_export import export_on_rank0, rank0_folder, refuse_run_folders
+
+_KINDS = {  # of the arguments of both callbacks; others are checked by the modules that use them
+    "export_dir": fields.optional(fields.PATH, "nothing is exported"),
+    "swap": fields.optional(fields.SWITCH, "decided by the module"),
+    "overwrite": fields.SWITCH,
+    "forward": fields.optional(fields.FUNCTION, "calls the model"),
+    "calibration_step": fields.optional(fields.FUNCTION, "the LightningModule's"),
+    "module": fields.optional(fields.TEXT, "found by itself"),
+    "weights": fields.PATH,
+    "validate": fields.optional(fields.SWITCH, "if there is a validation_step"),
+}
+
+
+def check_options(**options: Any) -> None:
+    """Checks arguments of the callbacks.
+
+    Raises:
+        ValueError: One has another type, or is out of range.
+    """
+    for name, value in options.items():
+        _KINDS[name].check(name, value)
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,7 @@ class CallbackBase:
     ) -> None:
         if not isinstance(quantizer, QuantizeModule):
             raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
+        check_options(export_dir=export_dir, swap=swap, overwrite=overwrite)
         if export_dir is None and swap is False:
             raise ValueError(
                 "with swap=False and no export_dir nothing of the quantization would remain: give an export_dir, or "

@@ -7,11 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gptq_plugin import distributed
 from gptq_plugin.clients.client import Client
 from gptq_plugin.errors import TargetError
+from gptq_plugin.export.disk_space import refuse_full
+from gptq_plugin.export.export_size import planned_bytes
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.hf_models import check_savable
+from gptq_plugin.model.plan import planned
 from gptq_plugin.quantize.module import QuantizeModule
 
 
@@ -35,10 +39,14 @@ def refuse_quantized(module: nn.Module, source: str) -> None:
 
 
 def refuse_export(quantizer: QuantizeModule, module: nn.Module, export_dir: Path | None, target: Client | None) -> None:
-    """Raises ExportError if the quantized module could not be saved, or its client would refuse it."""
+    """Raises ExportError if the quantized module could not be saved, or its client would refuse it, or if rank 0, which
+    writes it, has no room for it."""
     quantizer.check_target(module, target)
     if export_dir is not None:
         check_savable(module)
+        if distributed.rank() == 0:
+            with planned(module, quantizer.config) as plan:
+                refuse_full(export_dir, planned_bytes(plan))
 
 
 def refuse_offload(quantizer: QuantizeModule, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from gptq_plugin.config import is_number
+from gptq_plugin import fields
 
 ON_FAIL = ("raise", "warn", "escalate")
 
@@ -35,12 +35,13 @@ class Limit:
         relative = isinstance(value, str) and value.strip().endswith("%")
         try:
             amount = float(value.strip().removesuffix("%")) / 100 if relative else float(value)
-        except (TypeError, ValueError):
+        except Exception:  # noqa: BLE001  any object of a user
             amount = math.nan
         if not math.isfinite(amount) or amount == 0 or isinstance(value, bool):
             raise ValueError(
-                f"max_degradation[{metric!r}] must be a number or a percentage other than zero, such as 0.02 or '2%' "
-                f"for a metric that may rise by so much, -0.01 for one that may fall; got {value!r}"
+                f"max_degradation[{fields.shown(metric)}] must be a number or a percentage other than zero, such as "
+                "0.02 or '2%' for a metric that may rise by so much, -0.01 for one that may fall; got "
+                f"{fields.shown(value)}"
             )
         return cls(amount, relative)
 
@@ -67,10 +68,8 @@ class QualityGate:
     def __init__(
         self, max_degradation: Mapping[str, Any] | None, on_fail: str = "raise", max_bits: float | None = None
     ) -> None:
-        if on_fail not in ON_FAIL:
-            raise ValueError(f"on_fail must be one of {', '.join(ON_FAIL)}, got {on_fail!r}")
-        if max_bits is not None and not (is_number(max_bits) and max_bits > 0):
-            raise ValueError(f"max_bits must be a number above 0, or None for no limit; got {max_bits!r}")
+        fields.one_of(*ON_FAIL).check("on_fail", on_fail)
+        fields.optional(fields.above(0), "no limit").check("max_bits", max_bits)
         self.limits = _limits(max_degradation)
         self.on_fail = on_fail
         self.max_bits = max_bits
@@ -108,12 +107,14 @@ def _limits(max_degradation: Any) -> dict[str, Limit]:
     if not isinstance(max_degradation, Mapping):
         example = max_degradation if _is_limit(max_degradation) else 0.02
         raise ValueError(
-            f"max_degradation names a logged metric for each limit, such as {{'val_loss': {example!r}}}; got "
-            f"{max_degradation!r}"
+            f"max_degradation names a logged metric for each limit, such as {{'val_loss': {fields.shown(example)}}}; "
+            f"got {fields.shown(max_degradation)}"
         )
     for metric in max_degradation:
         if not isinstance(metric, str) or not metric:
-            raise ValueError(f"max_degradation's keys are names of logged metrics, such as 'val_loss'; got {metric!r}")
+            raise ValueError(
+                f"max_degradation's keys are names of logged metrics, such as 'val_loss'; got {fields.shown(metric)}"
+            )
     return {metric: Limit.parse(metric, value) for metric, value in max_degradation.items()}
 
 

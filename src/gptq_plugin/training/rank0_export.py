@@ -13,7 +13,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.clients.client import Client
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.staging import beside, check_export_dir
+from gptq_plugin.export.export_dir import beside, check_export_dir, works_inside
 from gptq_plugin.quantize.module import QuantizeModule
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def export_on_rank0(
     Args:
         quantizer: Quantized the module; its report is exported too.
         module: The quantized module.
-        directory: Folder to write; if the name was taken during training, one beside it with a suffix.
+        directory: Folder to write; if the name was taken during training, one beside it with a suffix, or in it where
+            `works_inside`.
         tokenizer, overwrite, target: As for `QuantizeModule.export`.
 
     Returns:
@@ -73,7 +74,8 @@ def export_on_rank0(
         if distributed.rank() == 0:
             directory = _free_name(quantizer, directory, overwrite)
             quantizer.export(module, directory, tokenizer=tokenizer, overwrite=overwrite, target=target)
-        return directory.with_name(distributed.object_from_first(directory.name))
+        folder: Path = distributed.object_from_first(directory)
+        return folder
 
 
 def _free_name(quantizer: QuantizeModule, directory: Path, overwrite: bool) -> Path:
@@ -81,7 +83,8 @@ def _free_name(quantizer: QuantizeModule, directory: Path, overwrite: bool) -> P
         check_export_dir(directory, overwrite=overwrite)
     except ExportError as error:
         # The name was free when training began. Days of training are not lost over it.
-        directory = beside(directory, f"-{uuid.uuid4().hex[:8]}")
+        free = beside(directory, f"-{uuid.uuid4().hex[:8]}")
+        directory = directory / free.name if works_inside(directory) else free
         log.warning("%s: exporting to %s instead", error, directory)
         assert quantizer.report is not None
         quantizer.report.deviations.append(f"{error}: exported to {directory.name} instead")

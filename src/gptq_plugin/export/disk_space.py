@@ -1,0 +1,57 @@
+"""Room on the disk: known before the work, and told where it runs out."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from gptq_plugin.errors import ExportError
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Bytes that are free for a folder, existing or not; None if the file system does not tell."""
+    for existing in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage(existing)
+            return usage.free if usage.total else None
+    return None
+
+
+def refuse_full(folder: Path, needed: int) -> None:
+    """Refuses an export for which there is no room.
+
+    Raises:
+        ExportError: Fewer than `needed` bytes are free; an earlier export there takes its room until it is replaced.
+    """
+    free = free_bytes(folder)
+    if free is not None and free < needed:
+        raise ExportError(
+            f"the export to {folder} needs about {needed} bytes, and {free} are free there: make room, or choose "
+            "another target"
+        )
+
+
+@contextlib.contextmanager
+def disk_errors_explained(folder: Path, needed: Callable[[], int]) -> Iterator[None]:
+    """Turns an error of the system or of safetensors, such as that of a full disk, into one that names the folder.
+
+    Args:
+        folder: Where the block writes.
+        needed: Called for the bytes it has to write.
+
+    Raises:
+        ExportError: In place of these errors, with the bytes needed and those free.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = free_bytes(folder)
+        raise ExportError(
+            f"{folder} could not be written: {error}. It needs {needed()} bytes, and "
+            f"{'an unknown number' if free is None else free} are free there: make room, or choose another target, and "
+            "export again"
+        ) from error
