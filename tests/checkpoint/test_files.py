@@ -64,3 +64,11 @@ def test_a_pipe_or_a_loop_of_links_in_place_of_a_file_is_refused(name: str, tmp_
     (folder / name).symlink_to(name)
     with pytest.raises(CheckpointError, match=rf"{name} does not exist or is no regular file"):
         load_quantized(folder)
+
+
+def test_nan_is_no_value_and_infinity_is(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text('{"time_step_limit": [0.0, Infinity, -Infinity]}')
+    assert read_json(tmp_path / "x") == {"time_step_limit": [0.0, float("inf"), -float("inf")]}
+    (tmp_path / "x").write_text('{"rms_norm_eps": NaN}')
+    with pytest.raises(CheckpointError, match=r"x cannot be read as JSON \(it holds NaN\)"):
+        read_json(tmp_path / "x")

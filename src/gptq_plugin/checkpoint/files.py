@@ -67,7 +67,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} does not exist or is no regular file: fetch it again, or export again")
     try:
         text = file.read_text(encoding="utf-8")
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_constant)
         if "\\u" in text:
             json.dumps(content, ensure_ascii=False).encode()  # halves of a letter cannot be printed
     except (OSError, ValueError, RecursionError) as error:
@@ -75,6 +75,13 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def _constant(name: str) -> float:
+    """Infinity, which the limits of some configurations are; NaN is no value of any."""
+    if name == "NaN":
+        raise ValueError("it holds NaN")
+    return float(name)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
