@@ -385,6 +385,11 @@ def test_a_batch_that_runs_alone_begins_with_what_cannot_be_copied_and_copies_of
     own.put()
     assert model.block.condition is letters and model.block.numbers == [1] and model.block.numbers is not numbers
     model.block.numbers.append(2)
+    model.block.condition = digits = (x for x in "12")
+    own.take(at_end=False)
+    assert model.block.condition is letters and model.block.numbers == [1]
+    own.put()
+    assert model.block.condition is digits and model.block.numbers == [1, 2]
     own.take(at_end=True)
     assert model.block.numbers is numbers == [1]
 
