@@ -442,7 +442,7 @@ def test_where_products_are_split_results_stay_as_accurate(monkeypatch):
         results = []
         for usable in (False, True):
             monkeypatch.setattr(solver.tensor_cores, "usable", lambda x, usable=usable: usable)
-            results.append(solve(weight, hessian, config))
+            results.append(solve_blocks(weight.unflatten(0, (2, 12)), hessian, config))
         whole, split = results
         assert bool(pushed) == config.static_groups and all(100 < one < 2**15 for one in pushed)
         assert (whole.weight.codes == split.weight.codes).float().mean() > 0.999
