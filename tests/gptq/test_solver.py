@@ -313,7 +313,7 @@ def test_an_outlier_is_refused_and_not_clipped_away_though_a_narrower_grid_could
     assert narrow.method == "gptq"  # as it was asked
 
 
-@pytest.mark.parametrize("ratios", [(1.0,), (1.0, 0.5, 0.45)])
+@pytest.mark.parametrize("ratios", [(1.0,), (1.0, 0.5, 0.45), (1.0, 0.5, 0.49, 0.48, 0.47)])
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_weight_that_cannot_be_stored_is_found_in_every_block_of_rows(order, block, ratios):
