@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import gptq_plugin
 from gptq_plugin import QuantizeModule
 from gptq_plugin.errors import TargetError
 
@@ -15,6 +21,10 @@ from models import tiny_llama
 
 # The step, and the calls of it that fail, one after the other.
 STEPS = {
+    "quantize.prepare.collect": (1,),
+    "model.plan.find_targets": (1,),
+    "walk.kept_state.WatchedPlaces": (1,),
+    "walk.kept_state.KeptState.end_first": (1,),
     "model.judgement._Check.before": (9,),
     "model.judgement.Judgement.reasons": (1,),
     "quantize.one_pass.solve_shared": (1, 8),
@@ -177,3 +187,97 @@ def test_a_weight_that_the_forward_writes_to_while_another_stands_in_for_it_is_b
         pass
     assert all(layer.weight is weight for layer, weight in zip(model, weights, strict=True))
     assert all(torch.equal(weight, value) for weight, value in zip(weights, before, strict=True))
+
+
+PUTTING_BACK = {"undo", "restore", "put_back", "remove", "abort", "__exit__", "put", "fuse", "leave", "_unlock"}
+
+
+def lines_of_the_package(run, cut_at=None, cuts=None):
+    """Runs something and returns the number of the package's lines, on all threads.
+
+    At line `cut_at` RuntimeError is raised, and `cuts` gets the names of the functions around it.
+    """
+    package, lock, state = str(Path(gptq_plugin.__file__).parent), threading.Lock(), {"lines": 0}
+
+    def at_line(frame, event, _):
+        if event == "line":
+            with lock:
+                state["lines"] += 1
+                cut = state["lines"] == cut_at
+            if cut:
+                while frame is not None:
+                    cuts.append(frame.f_code.co_name)
+                    frame = frame.f_back
+                raise RuntimeError("cut")
+        return at_line
+
+    def at_call(frame, *_):
+        return at_line if frame.f_code.co_filename.startswith(package) else None
+
+    before = sys.gettrace()
+    threading.settrace(at_call)
+    sys.settrace(at_call)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+        threading.settrace(before)
+    return state["lines"]
+
+
+def test_any_line_may_fail(tmp_path):
+    """Of data, plan, calibration, solve, swap and export of a plain module; not of what puts things back."""
+
+    def attempt(model, cut_at=None, cuts=None):
+        inputs = [torch.randn(40, 32, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+        quantizer = QuantizeModule(bits=4, group_size=32)
+        return lines_of_the_package(
+            lambda: quantizer.quantize(model, inputs, export_dir=tmp_path / "out"), cut_at, cuts
+        )
+
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+
+    def seen(model):
+        hooks = {n: [dict(m._forward_hooks), dict(m._forward_pre_hooks)] for n, m in model.named_modules()}
+        return dict(model.named_modules()), {name: id(one) for name, one in model.named_parameters()}, hooks
+
+    total = attempt(made())
+    shutil.rmtree(tmp_path / "out")
+    for part in range(1, 16):
+        model = made()
+        before, values = seen(model), [weight.detach().clone() for weight in model.parameters()]
+        try:
+            attempt(model, cut_at=total * part // 16)
+        except Exception:
+            assert seen(model) == before, part
+            assert all(torch.equal(weight, value) for weight, value in zip(model.parameters(), values, strict=True))
+            assert not (tmp_path / "out").exists(), part
+        else:  # a line whose failure is reported, not raised
+            shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [("quantize.one_pass.solve_shared", 4), ("memory.finished_layers.FinishedLayers.add", 9),
+     ("quantize.in_place.describe", 1), ("export.export.Export.finish", 1), ("walk.lockstep._Steps.arrive", 30),
+     ("walk.kept_state.WatchedPlaces", 1)],
+)  # fmt: skip
+def test_experts_are_together_again_whatever_fails(step, call, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 128, "num_experts": 2,
+             "num_experts_per_tok": 1}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes))
+    before = dict(model.named_parameters())
+    values = {name: weight.detach().clone() for name, weight in before.items()}
+    with monkeypatch.context() as patched:
+        calls = failing(step, patched, call, RuntimeError("power cut"))
+        with pytest.raises((RuntimeError, ValueError)):
+            QuantizeModule(bits=4, group_size=32).quantize(model, batches(), export_dir=tmp_path / "out")
+    assert len(calls) >= call, len(calls)
+    found = dict(model.named_parameters())
+    assert found.keys() == before.keys() and all(found[name] is before[name] for name in before)
+    assert all(torch.equal(found[name], value) for name, value in values.items())
+    assert not (tmp_path / "out").exists()

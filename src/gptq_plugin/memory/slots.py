@@ -104,9 +104,10 @@ class Substitution:
 
     def undo(self) -> None:
         """Puts the slot's own tensor back, unless the forward assigned another or wrote to a lasting one."""
-        given, self._given = self._given, None
+        given = self._given
         if given is not None and self._current is given and self._version in (None, given._version):
             self.slot.put(self.home)
+        self._given = None  # forgotten last: what raises before leaves it to the next `undo`
 
     def move_to_home_device(self) -> None:
         """After `undo`: moves a tensor that is still not the slot's own to the device of the one that is."""

@@ -78,12 +78,14 @@ class BatchRuns:
 
     def __enter__(self) -> BatchRuns:
         give_back(self.device)
-        self.weights = self._make_weights().__enter__()
-        self.state = KeptState(self._plan.model, self.weights.is_lent, self.device if self._streams() else None)
+        with contextlib.ExitStack() as entered:  # what was entered is left if the rest raises
+            self.weights = entered.enter_context(self._make_weights())
+            self.state = KeptState(self._plan.model, self.weights.is_lent, self.device if self._streams() else None)
+            self._entered_contexts = entered.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.weights.__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        self._entered_contexts.__exit__(*error)
 
     def forward(self, number: int) -> Forward:
         """The forward of a batch, for `lockstep.walk`."""
