@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gptq_plugin import GPTQTrainerCallback, QuantizeModule, load_quantized
-from gptq_plugin.errors import TargetError
+from gptq_plugin.errors import ExportError, TargetError
 
 from trainer_runs import SMALL, Rows, Tokenizer, Trainer, Untrained, llama, quantized, same, train
 
@@ -163,7 +163,7 @@ def test_when_quantization_fails_the_adapters_are_saved_where_no_checkpoint_hold
             raise OSError("disk full")
 
     model = adapted()
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ExportError, match="disk full"):
         train(model, [GPTQTrainerCallback(QuantizeModule(**SMALL), tmp_path / "out", tokenizer=Full())], tmp_path)
     reloaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "run" / "trained-3")
     assert same(reloaded, model)
