@@ -349,7 +349,7 @@ def fail_renaming(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], type[Exception], str]] = {
-    "the disk fills up": (fail_saving, ExportError, "no space left.*Make room"),
+    "the disk fills up": (fail_saving, ExportError, "no space left.*make room"),
     "the rename fails": (fail_renaming, ExportError, "stale file handle"),
     "codes are written wrongly": (
         lambda m: spoil_a_tensor(m, "0.qweight"),
