@@ -560,7 +560,7 @@ def test_the_memory_of_a_model_mapped_from_its_files_does_not_grow_with_its_size
         return float(run.stdout.split()[0]) / 1e3
 
     packed = 12 * 2.9  # MB: 12 layers of 2.9 million weights at 8 bits; their float weights are twice that
-    while len(grown) < 4 and min(grown, default=packed) >= 0.75 * packed:  # runs of the same differ by 20 MB
+    while len(grown) < 8 and min(grown, default=packed) >= 0.75 * packed:  # runs of the same differ by 30 MB
         grown.append(used(16) - used(4))
     assert min(grown) < 0.75 * packed  # about half is the allocator's; keeping the layers takes all of it
 

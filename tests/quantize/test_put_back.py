@@ -243,19 +243,21 @@ def test_any_line_may_fail(tmp_path):
         hooks = {n: [dict(m._forward_hooks), dict(m._forward_pre_hooks)] for n, m in model.named_modules()}
         return dict(model.named_modules()), {name: id(one) for name, one in model.named_parameters()}, hooks
 
-    total = attempt(made())
+    total, judged = attempt(made()), 0
     shutil.rmtree(tmp_path / "out")
     for part in range(1, 16):
-        model = made()
+        model, cuts = made(), []
         before, values = seen(model), [weight.detach().clone() for weight in model.parameters()]
         try:
-            attempt(model, cut_at=total * part // 16)
-        except Exception:
-            assert seen(model) == before, part
-            assert all(torch.equal(weight, value) for weight, value in zip(model.parameters(), values, strict=True))
-            assert not (tmp_path / "out").exists(), part
-        else:  # a line whose failure is reported, not raised
-            shutil.rmtree(tmp_path / "out")
+            attempt(model, cut_at=total * part // 16, cuts=cuts)
+        except RuntimeError:
+            if PUTTING_BACK.isdisjoint(cuts):
+                judged += 1
+                assert seen(model) == before, cuts
+                assert all(map(torch.equal, model.parameters(), values)), cuts
+                assert not (tmp_path / "out").exists(), cuts
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)  # where a line's failure is reported, not raised
+    assert judged > 5
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from gptq_plugin.quantize import evidence, same_on_ranks, solve_on_ranks
 from gptq_plugin.walk.hessian import Hessian
 
 SIZE, TIMEOUT, FAULTY = 3, 8, 1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may have it ignored
 
 def llama(layers=1, **sizes):
     torch.manual_seed(0)

@@ -205,7 +205,7 @@ def test_a_page_or_card_that_cannot_be_made_leaves_the_earlier_export(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(f"gptq_plugin.export.side_files.{writes}", fails)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ExportError, match="no space left"):
         quantizer.export(model, tmp_path / "out", overwrite=True)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -75,7 +75,7 @@ def test_layers_near_float16s_end_are_reported(tmp_path: Path) -> None:
         model.model.layers[1].mlp.gate_proj.weight *= factor**0.5
         model.model.layers[1].mlp.down_proj.weight *= 1e-4
     report = QuantizeModule(group_size=32).quantize(model, rows())
-    said = {m.name: [d for d in m.deviations if "float16" in d] for m in report.modules}
+    said = {m.name: [d for d in m.deviations if "float16 ends" in d] for m in report.modules}
     module = next(m for m in report.modules if m.name == DOWN)
     assert said[DOWN] == [
         f"its inputs reach {module.max_input:.4g} in calibration, and float16 ends at 65504: run it in bfloat16"

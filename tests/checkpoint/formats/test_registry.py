@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptq_plugin import QuantizeConfig, load_quantized
+from gptq_plugin import QuantizeConfig, fields, load_quantized
 from gptq_plugin import config as config_module
 from gptq_plugin.check.lint import lint
 from gptq_plugin.checkpoint.formats.format import Contents, QuantizedLayer, RawRows, Read, Shapes
@@ -95,8 +95,9 @@ def test_a_new_format_is_exported_checked_loaded_and_converted(
     rtn: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FORMATS, "toy", Toy("toy", 0))
-    for module in (config_module, convert_module):
-        monkeypatch.setattr(module, "CHECKPOINT_FORMATS", (*CHECKPOINT_FORMATS, "toy"))
+    names = (*CHECKPOINT_FORMATS, "toy")
+    monkeypatch.setattr(convert_module, "CHECKPOINT_FORMATS", names)
+    monkeypatch.setitem(config_module._KINDS, "checkpoint_format", fields.one_of(*names))
     config = QuantizeConfig(group_size=32, checkpoint_format="toy")
     model = rtn(tiny_llama(), config)
     folder = export_model(model, tmp_path / "toy", config)
