@@ -440,8 +440,9 @@ def test_every_row_of_an_expert_counts_where_no_position_is_masked():
     with routed.watching():
         routed.runs(0)
         model(batch)
-        rows = routed.rows(0, "block.experts.0", inputs[-1])
-        assert torch.equal(rows.counted, inputs[-1]) and rows.remark is None and rows.are_tokens
+        for _ in range(2):  # by its hashes, and as known from them
+            rows = routed.rows(0, "block.experts.0", inputs[-1])
+            assert torch.equal(rows.counted, inputs[-1]) and rows.remark is None and rows.are_tokens
 
 
 # --- by sizes alone ---
@@ -545,8 +546,10 @@ def test_every_call_of_a_layer_has_its_rule_and_a_run_of_the_batch_begins_with_t
 @pytest.mark.parametrize("one", [{"input_ids": padded()[0]}, data(padding=False)])
 def test_every_row_counts_where_a_batch_has_no_such_mask_or_hides_nothing(one):
     x = torch.randn(3, 4, 8)
-    rows = learned(one).rows(0, "0", x)
+    positions = learned(one)
+    rows = positions.rows(0, "0", x)
     assert torch.equal(rows.counted, x.reshape(-1, 8)) and rows.remark is None
+    assert positions.over_ranks() == {}  # no mask hides anything
 
 
 def test_rows_in_no_known_layout_or_of_other_sizes_all_count_and_that_is_reported():

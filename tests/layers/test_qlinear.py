@@ -373,6 +373,11 @@ def test_what_a_compiler_traces_is_the_same_product_with_the_same_refusals(dtype
     for wrong, message in ((x[..., :64], "64"), (x.long(), "floating|int64")):
         with pytest.raises(ValueError, match=message):
             layer(wrong)
+    if bias:
+        layer.bias, kept = layer.bias.to("meta"), layer.bias
+        with pytest.raises(ValueError, match="meta"):
+            layer(x)
+        layer.bias = kept
     layer.qweight = layer.qweight[:-1]
     with pytest.raises(ValueError, match="qweight"):
         layer(x)

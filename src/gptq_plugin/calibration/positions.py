@@ -183,7 +183,7 @@ class Positions:
         """The rows of a module's input that count: bool [rows], EVERY_ROW, or None if that is unknown."""
         if number not in self._kept:  # no model has been called yet
             self._read_batch(number)
-        kept = self._kept.get(number, {})
+        kept = self._kept[number]
         call, self._calls[number, name] = self._calls[number, name], self._calls[number, name] + 1
         rule = self._rule(name, call)
         if rule is None:
