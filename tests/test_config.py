@@ -12,7 +12,7 @@ import pytest
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.config import own_config
-from gptq_plugin.fields import is_number
+from gptq_plugin.options.fields import is_number
 
 UNUSUAL = QuantizeConfig(
     bits=3,

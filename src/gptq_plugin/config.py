@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from gptq_plugin import __version__, fields
-from gptq_plugin.expressions import check_expression, matches
+from gptq_plugin import __version__
 from gptq_plugin.kernels.reference import BITS
+from gptq_plugin.options import fields
+from gptq_plugin.options.expressions import check_expression, matches
 
 COMPRESSED = "compressed-tensors"
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2", COMPRESSED)

@@ -25,8 +25,6 @@ AT_THE_TOP = {
     "config.py",
     "distributed.py",
     "errors.py",
-    "expressions.py",
-    "fields.py",
     "py.typed",
 }
 # Folders that users import from. autogptq/ stands in for a library: only the import line of its scripts changes.

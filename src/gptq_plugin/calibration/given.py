@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gptq_plugin import fields
 from gptq_plugin.errors import CalibrationError, some
+from gptq_plugin.options import fields
 
 
 def items_of(data: Any, batch_size: int) -> Iterable[Any]:

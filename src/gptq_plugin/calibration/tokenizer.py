@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gptq_plugin import fields
+from gptq_plugin.options import fields
 
 _REMEDY = (
     "Give a transformers tokenizer, or the folder or hub id to load it from; a tokenizer of the `tokenizers` library "

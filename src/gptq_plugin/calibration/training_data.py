@@ -9,12 +9,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from gptq_plugin import fields
 from gptq_plugin.calibration.given import rereadable
 from gptq_plugin.calibration.sampling import TRAIN, VALIDATION, deal, require_single, sample_loaders
 from gptq_plugin.calibration.sources import Sources
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
+from gptq_plugin.options import fields
 
 _FRACTION = replace(fields.share(), words="a number in [0, 1) (to use only other data, give calibration=)")
 

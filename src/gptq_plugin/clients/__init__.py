@@ -1,4 +1,4 @@
 """The rules of vLLM, transformers, sglang and GPTQModel, a module each, and the inventory they are asked about.
 
-Imports checkpoint, report, model, layers, device, config, fields, expressions and errors; never export.
+Imports checkpoint, report, model, layers, device, config, options and errors; never export.
 """

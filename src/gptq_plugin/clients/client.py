@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gptq_plugin import fields
+from gptq_plugin.options import fields
 
 if TYPE_CHECKING:
     from gptq_plugin.clients.inventory import Inventory

@@ -10,9 +10,9 @@ from typing import Any
 from gptq_plugin.clients.common import listed, nearest_group
 from gptq_plugin.clients.inventory import Inventory, LayerEntry
 from gptq_plugin.config import rule_regex
-from gptq_plugin.expressions import matches
 from gptq_plugin.model.experts import block_of_experts
 from gptq_plugin.model.fused_names import fused_name
+from gptq_plugin.options.expressions import matches
 
 # An expert's layers as checkpoints name them; the second three are Mixtral's and its descendants'.
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")

@@ -10,7 +10,7 @@ from gptq_plugin.clients.client import Rules
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.config import COMPRESSED, rule_regex
 from gptq_plugin.errors import some
-from gptq_plugin.expressions import matches
+from gptq_plugin.options.expressions import matches
 
 
 def _problems(inventory: Inventory, ranks: int) -> Iterator[str]:

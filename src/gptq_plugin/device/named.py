@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from gptq_plugin import fields
 from gptq_plugin.device.memory import with_index
+from gptq_plugin.options import fields
 
 
 def device_named(device: Any) -> torch.device:

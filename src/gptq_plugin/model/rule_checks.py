@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import TargetError, some
-from gptq_plugin.expressions import matches
 from gptq_plugin.model.experts import block_of_experts
 from gptq_plugin.model.fused_names import fused_name
+from gptq_plugin.options.expressions import matches
 
 
 def check_rules(config: QuantizeConfig, names: Iterable[str]) -> None:

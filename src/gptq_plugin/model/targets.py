@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import TargetError, some
-from gptq_plugin.expressions import matches
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.linears import is_linear
 from gptq_plugin.model.rule_checks import check_effects, check_rules
 from gptq_plugin.model.structure import Structure
+from gptq_plugin.options.expressions import matches
 
 # Too few bits for a weight alone: whoever stores it so keeps its scale elsewhere.
 _SCALED_APART = {getattr(torch, name) for name in dir(torch) if name.startswith(("float8_", "float4_"))}

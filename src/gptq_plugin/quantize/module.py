@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_plugin import distributed, fields
+from gptq_plugin import distributed
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
@@ -29,6 +29,7 @@ from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.plan import Plan, planned
 from gptq_plugin.model.targets import Skipped, Target
+from gptq_plugin.options import fields
 from gptq_plugin.quantize.in_place import swapped
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_plugin import distributed, fields
+from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.calibration.lookups import lookups_explained
 from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.device.named import device_named
 from gptq_plugin.memory.finished_layers import LayerStore
+from gptq_plugin.options import fields
 
 ModelForward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, str], None]

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from gptq_plugin import fields
 from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.calibration.training_data import TrainingData
 from gptq_plugin.clients.client import Client
 from gptq_plugin.export.export_dir import check_export_dir
+from gptq_plugin.options import fields
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.report.provenance import plain_name
 from gptq_plugin.report.report import QuantizeReport

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from gptq_plugin import fields
+from gptq_plugin.options import fields
 
 ON_FAIL = ("raise", "warn", "escalate")
 

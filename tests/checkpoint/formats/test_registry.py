@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptq_plugin import QuantizeConfig, fields, load_quantized
+from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin import config as config_module
 from gptq_plugin.check.lint import lint
 from gptq_plugin.checkpoint.formats.format import Contents, QuantizedLayer, RawRows, Read, Shapes
@@ -22,6 +22,7 @@ from gptq_plugin.errors import CheckpointError
 from gptq_plugin.export import convert as convert_module
 from gptq_plugin.export.convert import convert
 from gptq_plugin.export.export import export_model
+from gptq_plugin.options import fields
 
 from exports import logits
 from models import tiny_llama

@@ -42,10 +42,10 @@ from gptq_plugin.checkpoint.formats.format import (
 )
 from gptq_plugin.config import COMPRESSED, QuantizeConfig
 from gptq_plugin.errors import CheckpointError, ExportError
-from gptq_plugin.expressions import matches
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros
 from gptq_plugin.model.experts import block_of_experts
+from gptq_plugin.options.expressions import matches
 
 _PACKED = "pack-quantized"
 

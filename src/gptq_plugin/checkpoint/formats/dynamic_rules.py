@@ -14,9 +14,9 @@ from typing import Any
 
 from gptq_plugin.checkpoint.formats.format import Contents, Scheme
 from gptq_plugin.config import rule_regex
-from gptq_plugin.expressions import matches
 from gptq_plugin.model.experts import block_of_experts
 from gptq_plugin.model.fused_names import fused_name
+from gptq_plugin.options.expressions import matches
 
 Rules = dict[str, dict[str, Any]]
 _BELOW = r"(\..*)?"  # the name itself, and everything in it

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.expressions import check_expression
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.model.experts import block_of_experts
+from gptq_plugin.options.expressions import check_expression
 
 INT32, INT64, FLOAT = "I32", "I64", "floating point"  # safetensors' names; any floating dtype
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # suffix -> kind of dtype, shape

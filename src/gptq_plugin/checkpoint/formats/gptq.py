@@ -37,9 +37,9 @@ from gptq_plugin.checkpoint.formats.format import (
 )
 from gptq_plugin.config import QuantizeConfig, rule_regex
 from gptq_plugin.errors import CheckpointError, ExportError
-from gptq_plugin.expressions import matches
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
+from gptq_plugin.options.expressions import matches
 
 
 class GPTQ(Format):

@@ -14,8 +14,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeConfig, QuantizeModule, fields
+from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeConfig, QuantizeModule
 from gptq_plugin.errors import TargetError
+from gptq_plugin.options import fields
 
 
 class Odd:

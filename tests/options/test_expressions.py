@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_plugin import expressions
-from gptq_plugin.expressions import check_expression, matches
+from gptq_plugin.options import expressions
+from gptq_plugin.options.expressions import check_expression, matches
 
 NAME = "model.layers.11.self_attn.q_proj" + "a" * 40
 
