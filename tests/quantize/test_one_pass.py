@@ -206,15 +206,18 @@ def test_exact_sums_reach_the_hessians_and_the_solver(exact, monkeypatch):
     assert set(made) == set(asked) == {exact}
 
 
+class Reads(nn.Module):
+    """Calls a layer, and reads its weight by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.behind = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.behind(self.read(x) + x @ self.read.weight)
+
+
 def test_a_layer_that_is_called_and_read_stays_float_though_it_is_alone_in_its_group():
-    class Reads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.read, self.behind = nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x):
-            return self.behind(self.read(x) + x @ self.read.weight)
-
     layers, report = passed(Reads(), [rows(100, 32)])
     assert set(layers) == {"behind"}
     assert [(m.name, m.method) for m in report.modules] == [("read", "float"), ("behind", "gptq")]
@@ -370,14 +373,6 @@ def test_what_entered_experts_is_dropped_when_the_walk_leaves_them():
 
 
 def test_a_group_of_which_every_layer_stays_float_costs_no_run_of_the_batches(monkeypatch):
-    class Reads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.read, self.behind = nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x):
-            return self.behind(self.read(x) + x @ self.read.weight)
-
     monkeypatch.setattr(BatchRuns, "disturbance", lambda self, layers: "asked for")  # a run of all for every group
     runs, before = [], []
     passed(

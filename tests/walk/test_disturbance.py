@@ -29,6 +29,15 @@ class Keeping(nn.Module):
         return self.second(self.first(x) + self.load(self))
 
 
+class Remembering(nn.Module):
+    """Has layers, and a memory that Python does not show; what it does with it is up to its forward."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(width, width) for _ in range(3))
+        self.memory = np.zeros(1, dtype=np.float32)
+
+
 def in_an_array():
     def store(model, value):
         model.memory[0] = value
@@ -97,28 +106,18 @@ def test_every_run_waits_as_it_is_told():
 
 @pytest.mark.parametrize("size", [8, 4096])
 def test_one_number_that_differs_is_a_disturbance(size):
-    class Last(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
-            self.memory = np.zeros(1, dtype=np.float32)
-
+    class Last(Remembering):
         def forward(self, x):
             self.memory[0] = x.sum().item()
             y = torch.zeros_like(self.first(x))
             y[0, 1 if size == 8 else 1024] = float(self.memory[0])
             return self.second(y)
 
-    assert _disturbed(Last(), torch.ones(1, size), torch.full((1, size), 5.0)) == "second"
+    assert _disturbed(Last(size), torch.ones(1, size), torch.full((1, size), 5.0)) == "second"
 
 
 def test_a_disturbance_is_seen_beside_noise_in_layers_of_any_scale():
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
-            self.memory = np.zeros(1, dtype=np.float32)
-
+    class Noisy(Remembering):
         def forward(self, x):
             self.memory[0] = x.mean().item()
             self.first(x)
@@ -130,12 +129,7 @@ def test_a_disturbance_is_seen_beside_noise_in_layers_of_any_scale():
 
 @pytest.mark.parametrize("other", ["another layer", "more rows"])
 def test_another_call_is_a_disturbance(other):
-    class Choosing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
-            self.memory = np.zeros(1, dtype=np.float32)
-
+    class Choosing(Remembering):
         def forward(self, x):
             self.memory[0] = x.mean().item()
             self.first(x)
@@ -163,14 +157,14 @@ def test_nan_in_the_data_is_no_disturbance():
 
 
 def test_a_disturbance_is_seen_beside_nan_in_the_data():
-    class Beside(Keeping):
+    class Beside(Remembering):
         def forward(self, x):
             self.memory[0] = x[0, 0].item()
             return self.second(self.first(x) * 0 + x + float(self.memory[0]))
 
     data = torch.ones(3, 8)
     data[2] = torch.nan
-    assert _disturbed(Beside(None, None), data, torch.full((3, 8), 5.0)) == "second"
+    assert _disturbed(Beside(), data, torch.full((3, 8), 5.0)) == "second"
 
 
 def test_another_number_of_calls_is_a_disturbance():

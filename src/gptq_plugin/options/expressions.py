@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from gptq_plugin.options.fields import shown
+
 try:
     from re import _compiler, _parser  # type: ignore[attr-defined]
 except ImportError:  # Python 3.10
@@ -165,9 +167,9 @@ def _parsed(expression: str) -> _Expression:
             raise RecursionError
         return _Expression.of(whole, parts)
     except (re.error, OverflowError) as error:
-        raise ValueError(f"{_short(expression)} is not a regular expression: {error}") from error
+        raise ValueError(f"{shown(expression)} is not a regular expression: {error}") from error
     except RecursionError:
-        raise ValueError(f"{_short(expression)} is nested too deeply for a regular expression") from None
+        raise ValueError(f"{shown(expression)} is nested too deeply for a regular expression") from None
 
 
 def _parts(parsed: Any, state: Any, flags: int) -> Iterator[_Part]:
@@ -208,7 +210,3 @@ def _bits(positions: int) -> Iterator[int]:
         lowest = positions & -positions
         yield lowest.bit_length() - 1
         positions ^= lowest
-
-
-def _short(expression: str) -> str:
-    return repr(expression if len(expression) <= 200 else f"{expression[:200]}…")
