@@ -15,7 +15,8 @@ import pytest
 from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.export import Export, export_model
-from gptq_plugin.export.export_dir import beside, check_export_dir, hidden_beside, works_inside
+from gptq_plugin.export.export_dir import check_export_dir
+from gptq_plugin.export.hidden_folders import hidden_beside, works_inside
 from gptq_plugin.model.structure import Structure
 
 from exports import files
@@ -54,14 +55,6 @@ def test_checking_a_folder_creates_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_hidden_names_of_one_folder_begin_alike_and_those_of_another_do_not(tmp_path: Path) -> None:
-    for name in ("out", *LONG):
-        for other in (name[:-1], f"{name[:-1]}m"):
-            start = hidden_beside(tmp_path / name, "partial").name[: -len(".12345678.partial")]
-            assert hidden_beside(tmp_path / name, "partial").name.startswith(f"{start}.")
-            assert not hidden_beside(tmp_path / other, "partial").name.startswith(f"{start}.")
-
-
 def test_a_name_that_no_file_system_takes_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"n… has 256 bytes, and a name there may have 255; choose a shorter one"):
         check_export_dir(tmp_path / ("n" * 256))
@@ -70,14 +63,6 @@ def test_a_name_that_no_file_system_takes_is_refused_before_the_work(tmp_path: P
     with pytest.raises(ExportError, match="a path may have"):
         check_export_dir(tmp_path.joinpath(*["n" * 200] * 20))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_name_beside_a_folder_is_cut_where_it_must(tmp_path: Path) -> None:
-    assert beside(tmp_path / "out", "-12345678") == tmp_path / "out-12345678"
-    for name in LONG[1:]:
-        cut = beside(tmp_path / name, "-12345678")
-        cut.mkdir()
-        assert cut.name.startswith(name[:100]) and cut.name.endswith("-12345678") and cut.name != name
 
 
 def test_a_circle_of_links_is_refused_and_named(tmp_path: Path) -> None:
@@ -186,7 +171,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from gptq_plugin import QuantizeModule, load_quantized
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.export_dir import is_mount
+from gptq_plugin.export.hidden_folders import is_mount
 from models import Plain
 
 def mounted(name, *how):

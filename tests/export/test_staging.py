@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from gptq_plugin import QuantizeConfig
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import staging
 from gptq_plugin.export.export import Export, export_model
-from gptq_plugin.export.export_dir import check_export_dir, hidden_beside
+from gptq_plugin.export.export_dir import check_export_dir
+from gptq_plugin.export.hidden_folders import hidden_beside
 from gptq_plugin.model.structure import Structure
 
 from exports import Tokenizer, description, files
@@ -60,19 +59,18 @@ def test_files_someone_added_to_an_export_are_not_deleted_with_it(rtn: Rtn, tmp_
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next_and_a_running_one_is_not(rtn: Rtn, tmp_path: Path) -> None:
-    config, long_ago = QuantizeConfig(group_size=16), time.time() - 3600
-    killed, other, young, old = (
-        tmp_path / f".{name}" for name in ("out.11111111.partial", "o.11111111.partial", "out.2.new", "out.3.new")
+    config = QuantizeConfig(group_size=16)
+    killed, sharded, other, foreign = (
+        tmp_path / f".{name}"
+        for name in ("out.11111111.partial", "out.11111111.unsharded", "o.11111111.partial", "out.mine.partial")
     )
-    for folder in (killed, young, other, old):
+    for folder in (killed, sharded, other, foreign):
         (folder / "inside").mkdir(parents=True)
     model = rtn(Plain(), config)
     with Export(Structure.of(model), tmp_path / "out", config):
-        (running,) = set(tmp_path.glob(".out.*")) - {killed, young, old}
-        for folder in (other, running, old):
-            os.utime(folder, (long_ago, long_ago))
+        (running,) = set(tmp_path.glob(".out.*")) - {killed, sharded, foreign}
         export_model(model, tmp_path / "out", config)
-        assert set(tmp_path.iterdir()) == {tmp_path / "out", young, other, running}
+        assert set(tmp_path.iterdir()) == {tmp_path / "out", other, foreign, running}
     assert not running.exists()
 
 
@@ -106,7 +104,6 @@ def test_leftovers_beside_a_long_name_are_removed(rtn: Rtn, tmp_path: Path) -> N
     config, target = QuantizeConfig(group_size=16), tmp_path / LONG[1]
     left = hidden_beside(target, "partial")
     left.mkdir()
-    os.utime(left, (0, 0))
     export_model(rtn(Plain(), config), target, config)
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 

@@ -1,29 +1,25 @@
 """Makes a folder appear as a whole or not at all: `Staging` is filled beside its target and renamed into place.
 
-A folder that cannot be exchanged for another (`export_dir.works_inside`) is filled in a hidden folder inside it; then
-the files are moved one by one, the descriptions last, so that what a kill leaves there is no checkpoint.
+A folder that cannot be exchanged for another (`hidden_folders.works_inside`) is filled in a hidden folder inside it;
+then the files are moved one by one, the descriptions last, so that what a kill leaves there is no checkpoint.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
-import glob
 import logging
 import os
 import shutil
 import stat
-import time
 from pathlib import Path
 
-from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.export_dir import check_export_dir, cut, entries, hidden_beside, resolved, works_inside
+from gptq_plugin.export.export_dir import check_export_dir, resolved
+from gptq_plugin.export.hidden_folders import HiddenFolder, entries, hidden_beside, locked
+from gptq_plugin.export.reclaim import LEAVING, PARTIAL, REPLACED, descriptions_last
 
 log = logging.getLogger(__name__)
-
-_YOUNG = 60  # seconds
 
 
 class Staging:
@@ -32,6 +28,9 @@ class Staging:
     Args:
         directory: The target; its parents are created.
         overwrite: Replace an earlier export.
+
+    Attributes:
+        path: The hidden folder.
 
     Raises:
         ExportError: See `check_export_dir`.
@@ -42,10 +41,9 @@ class Staging:
         self._overwrite = overwrite
         check_export_dir(self.directory, overwrite)
         self.directory.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(self.directory)
-        self.path = hidden_beside(self.directory, "partial")
+        self._folder = HiddenFolder(hidden_beside(self.directory, PARTIAL))
+        self.path = self._folder.path
         self._inside = self.path.parent == self.directory
-        self._lock = _make_locked(self.path)
 
     def place(self) -> None:
         """Flushes all files to the disk, then puts the folder in its target's place.
@@ -63,56 +61,43 @@ class Staging:
             _remove_earlier(self.path)
         else:
             _step_aside(self.path, self.directory)
-        self._unlock()
+        self._folder.release()
         _sync(self.directory if self._inside else self.directory.parent)
 
     def remove(self) -> None:
-        """Removes the folder, unless it was placed."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-
-def _make_locked(folder: Path) -> int:
-    """Makes a folder that is locked from its first moment under that name, and returns the lock's handle."""
-    new = folder.with_suffix(".new")
-    new.mkdir()
-    handle = os.open(new, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    new.rename(folder)
-    return handle
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Removes the hidden folders that killed exports to the same target left: those that no process has locked."""
-    start = "" if works_inside(directory) else cut(directory, ".", len(".12345678.partial"))
-    folder = directory if works_inside(directory) else directory.parent
-    for kind in ("partial", "new"):
-        for left in folder.glob(f"{glob.escape(start)}.*.{kind}"):
-            with contextlib.suppress(OSError):
-                if kind == "new" and time.time() - left.stat().st_mtime < _YOUNG:
-                    continue  # its lock may be about to be taken
-                handle = os.open(left, os.O_RDONLY)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(left)
-                    log.warning("removed %s, left by an export that was killed", left)
-                finally:
-                    os.close(handle)
+        """Removes the folder, unless it was placed, or is half-way to it: the next export then completes that."""
+        if self.path.with_suffix(f".{REPLACED}").exists():
+            self._folder.release()
+        else:
+            self._folder.remove()
 
 
 def _move_out(staging: Path, directory: Path) -> None:
     """Moves the files of a folder inside the target to it, in place of an earlier export's, which is moved back if that
-    fails."""
-    new, old = sorted(staging.iterdir(), key=_descriptions_last), sorted(entries(directory), key=_descriptions_last)
-    aside = hidden_beside(directory, "replaced")
-    moves = [*((path, aside / path.name) for path in reversed(old)), *((path, directory / path.name) for path in new)]
-    aside.mkdir()
+    fails.
+
+    The folder that the earlier ones are moved to has another name from when all are there: see `reclaim`.
+    """
+    new, old = sorted(staging.iterdir(), key=descriptions_last), sorted(entries(directory), key=descriptions_last)
+    leaving, replaced = staging.with_suffix(f".{LEAVING}"), staging.with_suffix(f".{REPLACED}")
+    moves = [(path, leaving / path.name) for path in reversed(old)]
+    moves += [(leaving, replaced), *((path, directory / path.name) for path in new)]
+    aside = HiddenFolder(leaving)
+    try:
+        try:
+            _rename_all(moves)
+        except BaseException:
+            if not any(leaving.iterdir()):
+                leaving.rmdir()
+            raise
+        staging.rmdir()
+        _remove_earlier(replaced)
+    finally:
+        aside.release()
+
+
+def _rename_all(moves: list[tuple[Path, Path]]) -> None:
+    """Renames one path after the other, and all back if one cannot be."""
     done = []
     try:
         for source, target in moves:
@@ -121,14 +106,7 @@ def _move_out(staging: Path, directory: Path) -> None:
     except BaseException:
         for source, target in reversed(done):
             target.rename(source)
-        aside.rmdir()
         raise
-    staging.rmdir()
-    shutil.rmtree(aside)
-
-
-def _descriptions_last(path: Path) -> tuple[bool, str]:
-    return path.name in (CONFIG, QUANTIZE_CONFIG), path.name
 
 
 def _flush(staging: Path) -> None:
@@ -166,16 +144,15 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove_earlier(folder: Path) -> None:
-    shutil.rmtree(folder)
+    """Removes a replaced export. What cannot be removed is left to the next export: the new one is in place."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        log.warning("the export that was replaced is still there as %s, and could not be removed: remove it", folder)
 
 
 def _step_aside(staging: Path, directory: Path) -> None:
     """Replaces a folder in two steps: the earlier export is renamed, and renamed back if the second step fails."""
-    aside = hidden_beside(directory, "replaced")
-    directory.rename(aside)
-    try:
-        staging.rename(directory)
-    except BaseException:
-        aside.rename(directory)
-        raise
-    shutil.rmtree(aside)
+    aside = staging.with_suffix(f".{REPLACED}")
+    with locked(directory):
+        _rename_all([(directory, aside), (staging, directory)])
+        _remove_earlier(aside)

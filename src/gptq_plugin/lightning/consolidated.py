@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.export_dir import hidden_beside
+from gptq_plugin.export.hidden_folders import HiddenFolder, hidden_beside
+from gptq_plugin.export.reclaim import UNSHARDED
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.memory.shared_layers import SharedLayers
 
@@ -91,12 +91,11 @@ def _folder(beside: Path, node: int, local_rank: int, stack: contextlib.ExitStac
 
 
 def _make(beside: Path, stack: contextlib.ExitStack) -> Path:
-    folder = hidden_beside(beside.resolve(), "unsharded")
+    path = hidden_beside(beside.resolve(), UNSHARDED)
     with _advice():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(HiddenFolder(path).remove)
+    return path
 
 
 def _write(tensors: Iterable[tuple[str, Tensor]], folder: Path | None) -> None:

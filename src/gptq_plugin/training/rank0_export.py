@@ -13,7 +13,8 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.clients.client import Client
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.export_dir import beside, check_export_dir, works_inside
+from gptq_plugin.export.export_dir import check_export_dir
+from gptq_plugin.export.hidden_folders import beside, works_inside
 from gptq_plugin.quantize.module import QuantizeModule
 
 log = logging.getLogger(__name__)
