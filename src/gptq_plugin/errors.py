@@ -33,6 +33,12 @@ class QualityError(ValueError):
     """The quantized model is worse than the limits allow."""
 
 
+def brief(text: object, most: int = 600) -> str:
+    """A value's or an error's text for a message, cut to its first `most` letters: files of strangers end up in it."""
+    whole = str(text)
+    return whole if len(whole) <= most else f"{whole[:most]}…"
+
+
 def some(names: Iterable[str], most: int = 4) -> str:
     """The first `most` names of a list, and the number of others, for a message."""
     listed = list(names)

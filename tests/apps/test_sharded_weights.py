@@ -13,7 +13,7 @@ import torch
 
 from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import pretrained
-from gptq_plugin.apps.sharded_weights import read_sharded, sharded_shapes
+from gptq_plugin.apps.sharded_weights import read_sharded, sharded_tensors
 from gptq_plugin.errors import CheckpointError
 
 from language_models import same_weights, save_sharded, tiny
@@ -97,7 +97,8 @@ def test_code_in_a_sharded_checkpoint_is_not_run(tmp_path):
 def test_a_folder_tells_the_shapes_of_its_tensors_and_fills_them_in_their_dtype(tmp_path):
     linear = torch.nn.Linear(3, 2)
     folder = save_sharded(linear, tmp_path / "run.ckpt")
-    assert sharded_shapes(folder) == {"state_dict.weight": (2, 3), "state_dict.bias": (2,)}
+    sizes = {name: entry.size for name, entry in sharded_tensors(folder).items()}
+    assert sizes == {"state_dict.weight": (2, 3), "state_dict.bias": (2,)}
     tensors = {"state_dict.weight": torch.zeros(2, 3, dtype=torch.float64)}
     read_sharded(folder, tensors)
     assert torch.equal(tensors["state_dict.weight"], linear.weight.double())

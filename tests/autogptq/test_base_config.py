@@ -88,7 +88,9 @@ def test_config_json_is_read_where_there_is_no_other_file(tmp_path: Path) -> Non
         ({}, "has neither quantize_config.json nor a quantization_config in config.json"),
         ({"config.json": "{}"}, "has neither quantize_config.json nor a quantization_config in config.json"),
         ({"quantize_config.json": '{"group_size": 1}'}, "quantize_config.json describes no GPTQ checkpoint: .* `bits`"),
-        ({"quantize_config.json": "no"}, "quantize_config.json describes no GPTQ checkpoint"),
+        ({"quantize_config.json": "no"}, "quantize_config.json cannot be read as JSON"),
+        ({"quantize_config.json": '{"bits": 4.0}'}, "quantize_config.json: .*bits"),
+        ({"config.json": '{"quantization_config": {"bits": 4, "sym": 1}}'}, "config.json: .*sym"),
     ],
 )
 def test_a_folder_without_a_description_is_refused(files: dict[str, str], match: str, tmp_path: Path) -> None:

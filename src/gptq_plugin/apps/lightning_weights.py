@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.apps.sharded_weights import INDEX, read_sharded, sharded_shapes
-from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.apps.sharded_weights import INDEX, read_sharded, sharded_tensors
+from gptq_plugin.errors import CheckpointError, brief, some
 from gptq_plugin.lightning.checkpoint_file import read_checkpoint
 
 # Parts of the names that PEFT gives to what it wraps.
@@ -55,18 +56,8 @@ def open_lightning_weights(checkpoint: str | Path) -> LightningWeights:
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
     def read(wanted: dict[str, Tensor]) -> None:
-        wrong = [
-            f"{key} ({'meta' if stored.is_meta else stored.layout}, {stored.dtype})"
-            for key, tensor in wanted.items()
-            if (stored := tensors[key]).is_meta
-            or stored.layout is not torch.strided
-            or stored.is_floating_point() != tensor.is_floating_point()
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"{path} holds {some(wrong)}, which are not the values of such weights: only dense tensors are read, "
-                "floating-point ones for floating-point weights"
-            )
+        layouts = {key: "meta" if tensors[key].is_meta else tensors[key].layout for key in wanted}
+        _refuse_other_kinds(path, wanted, {key: (layouts[key], tensors[key].dtype) for key in wanted})
         for key, tensor in wanted.items():
             tensor.copy_(tensors[key])
 
@@ -88,17 +79,46 @@ def _open_folder(path: Path) -> LightningWeights:
     if not (path / INDEX).is_file():
         raise CheckpointError(f"{path} is a folder without {INDEX}: it is not a sharded checkpoint")
     try:
-        shapes = sharded_shapes(path)
+        stored = sharded_tensors(path)
+        shapes = {key: torch.Size(entry.size) for key, entry in stored.items()}
+        kinds = {key: (entry.properties.layout, entry.properties.dtype) for key, entry in stored.items()}
     except Exception as error:  # a broken pickle may raise anything
-        raise CheckpointError(f"{path} cannot be read as a sharded checkpoint: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as a sharded checkpoint: {brief(error)}") from error
 
     def read(wanted: dict[str, Tensor]) -> None:
+        _refuse_other_kinds(path, wanted, kinds)
         try:
             read_sharded(path, wanted)
         except Exception as error:  # a shard that is cut off or missing, each in its own way
-            raise CheckpointError(f"{path} cannot be read as a sharded checkpoint: {error!r}") from error
+            raise CheckpointError(f"{path} cannot be read as a sharded checkpoint: {brief(repr(error))}") from error
 
     return LightningWeights(path, shapes, read)
+
+
+def _refuse_other_kinds(path: Path, wanted: Mapping[str, Tensor], kinds: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuses tensors whose values are no weights.
+
+    Args:
+        path: The checkpoint.
+        wanted: The network's, by name.
+        kinds: Layout (or "meta") and dtype of those in the checkpoint.
+
+    Raises:
+        CheckpointError: Some are not dense, or are not floating-point where the network's are, or the other way round.
+    """
+    wrong = [
+        f"{key} ({layout}, {dtype})"
+        for key, tensor in wanted.items()
+        for layout, dtype in [kinds[key]]
+        if layout is not torch.strided
+        or not isinstance(dtype, torch.dtype)
+        or dtype.is_floating_point != tensor.is_floating_point()
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path} holds {some(wrong)}, which are not the values of such weights: only dense tensors are read, "
+            "floating-point ones for floating-point weights"
+        )
 
 
 def _prefix(network: nn.Module, wanted: Mapping[str, Tensor], weights: LightningWeights) -> str:

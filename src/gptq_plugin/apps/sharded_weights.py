@@ -5,8 +5,10 @@ Its index is a pickle, from which PyTorch would run any code. Here it may only n
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from gptq_plugin.lightning.checksums import check_archive
 
 INDEX = ".metadata"
 
@@ -38,14 +42,14 @@ _NAMES = {
 }
 
 
-def sharded_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Returns the shapes of the tensors in the folder, by name.
+def sharded_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Returns the sizes and dtypes (``properties``) of the tensors in the folder, by name.
 
     Raises:
         pickle.UnpicklingError: The index names other classes or functions than those of an index.
     """
     entries = _Reader(folder).read_metadata().state_dict_metadata
-    return {key: entry.size for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -56,10 +60,25 @@ def read_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended here
+        reader = _Reader(folder)
+        _check_sums(folder, reader.read_metadata(), tensors)
         try:
-            dcp.load(dict(tensors), storage_reader=_Reader(folder), no_dist=True)
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
         except CheckpointException as error:  # a BaseException around the exception of each rank
             raise error.failures[0][0] from error
+
+
+def _check_sums(folder: Path, metadata: Metadata, names: Container[str]) -> None:
+    """Reads the parts of these tensors once, each an archive of its own.
+
+    Raises:
+        zipfile.BadZipFile: One is not what was written.
+    """
+    for index, info in (metadata.storage_data or {}).items():
+        if index.fqn in names:
+            with (folder / info.relative_path).open("rb") as file:
+                file.seek(info.offset)
+                check_archive(io.BytesIO(file.read(info.length)))
 
 
 class _Reader(dcp.FileSystemReader):
@@ -69,9 +88,9 @@ class _Reader(dcp.FileSystemReader):
         outside = {
             info.relative_path
             for info in (metadata.storage_data or {}).values()
-            if info.relative_path != Path(info.relative_path).name
+            if info.relative_path != Path(info.relative_path).name or not Path(self.path, info.relative_path).is_file()
         }
-        if outside:
+        if outside:  # or no file: opening a pipe would wait for ever
             raise pickle.UnpicklingError(f"its index names {sorted(outside)[0]!r}, which is no file of the folder")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

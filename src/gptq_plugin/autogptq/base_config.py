@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gptq_plugin.autogptq.options import HUB, IGNORED_BY_HUB, sort_out
-from gptq_plugin.checkpoint.checkpoint import CONFIG, QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG, write_json
 from gptq_plugin.checkpoint.hub import local_folder
+from gptq_plugin.checkpoint.schema import check_description, check_model_config, read_checked
 from gptq_plugin.config import QuantizeConfig, own_config
 from gptq_plugin.errors import CheckpointError
 
@@ -118,26 +118,30 @@ class BaseQuantizeConfig:
         """
         hub = sort_out(cls.from_pretrained, options, ignored=IGNORED_BY_HUB, forwarded=HUB)
         folder = local_folder(save_dir, **{"token": use_auth_token, **hub})
-        for file in (folder / QUANTIZE_CONFIG, folder / CONFIG):
-            try:
-                values = json.loads(file.read_text(encoding="utf-8"))
-                values = values if file.name == QUANTIZE_CONFIG else values["quantization_config"]
-                found = cls.from_quantize_config(QuantizeConfig.from_quantize_config(values))
-            except (FileNotFoundError, KeyError):
-                continue
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"{file} describes no GPTQ checkpoint: {error}") from error
-            found.model_name_or_path = str(save_dir)
-            found.model_file_base_name = values.get("model_file_base_name")
-            return found
-        raise CheckpointError(f"{folder} has neither {QUANTIZE_CONFIG} nor a quantization_config in {CONFIG}")
+        beside = read_checked(folder / QUANTIZE_CONFIG, check_description)
+        model_config = read_checked(folder / CONFIG, check_model_config) if beside is None else None
+        file = folder / (CONFIG if beside is None else QUANTIZE_CONFIG)
+        values = beside or (model_config or {}).get("quantization_config")
+        if values is None:
+            raise CheckpointError(f"{folder} has neither {QUANTIZE_CONFIG} nor a quantization_config in {CONFIG}")
+        check_description(values, file)
+        try:
+            found = cls.from_quantize_config(QuantizeConfig.from_quantize_config(values))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{file} describes no GPTQ checkpoint: {error}") from error
+        found.model_name_or_path = str(save_dir)
+        found.model_file_base_name = values.get("model_file_base_name")
+        return found
 
     def save_pretrained(self, save_dir: str | Path) -> None:
-        """Writes quantize_config.json, unless an export's is there, which tells the same and more."""
+        """Writes quantize_config.json, unless an export's is there, which tells the same and more.
+
+        Raises:
+            CheckpointError: There is one that cannot be read.
+        """
         file = Path(save_dir) / QUANTIZE_CONFIG
-        if file.is_file() and own_config(json.loads(file.read_text(encoding="utf-8"))) is not None:
-            return
-        file.write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
+        if own_config(read_checked(file, check_description) or {}) is None:
+            write_json(file, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields by name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from gptq_plugin.autogptq.base_config import BaseQuantizeConfig
 from gptq_plugin.autogptq.folders import check_basename
 from gptq_plugin.autogptq.gptq_model import BaseGPTQForCausalLM
 from gptq_plugin.autogptq.options import HUB, IGNORED_LOADING, IGNORED_LOADING_FLOAT, REFUSED_LOADING, sort_out
-from gptq_plugin.checkpoint.checkpoint import QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load import load_quantized
+from gptq_plugin.checkpoint.schema import check_description, read_checked
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.quantize.module import QuantizeModule
 
@@ -134,8 +134,7 @@ class AutoGPTQForCausalLM:
 
 def _described(folder: Path, model: Any) -> BaseQuantizeConfig:
     """What was loaded, and what quantize_config.json tells beside it."""
-    file = folder / QUANTIZE_CONFIG
-    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    told = read_checked(folder / QUANTIZE_CONFIG, check_description) or {}
     loaded = {**model.config.quantization_config, "checkpoint_format": told.get("checkpoint_format")}
     return BaseQuantizeConfig.from_quantize_config(QuantizeConfig.from_quantize_config({**told, **loaded}))
 

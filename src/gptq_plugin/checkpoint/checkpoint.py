@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,11 @@ from gptq_plugin.checkpoint.files import (
     TAKEN_OVER,
     TensorEntry,
     description_in,
-    read_json,
 )
 from gptq_plugin.checkpoint.formats.format import Format, QuantizedLayer, Scheme, contiguous
 from gptq_plugin.checkpoint.formats.registry import stated_format
 from gptq_plugin.checkpoint.layer_checks import FLOATS, StoredLayer, described_layer
-from gptq_plugin.checkpoint.schema import check_description, check_model_config
+from gptq_plugin.checkpoint.schema import check_description, check_model_config, read_checked
 from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError, some
@@ -78,8 +75,8 @@ class Checkpoint:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a folder: give the folder that holds {CONFIG} and the weights")
-        model_config = _optional(directory / CONFIG, check_model_config) or {}
-        beside = _optional(directory / QUANTIZE_CONFIG, check_description)
+        model_config = read_checked(directory / CONFIG, check_model_config) or {}
+        beside = read_checked(directory / QUANTIZE_CONFIG, check_description)
         quantization, source = description_in(model_config, beside, directory)
         check_description(quantization, source)
         format_ = stated_format(quantization, source)
@@ -220,12 +217,3 @@ class Checkpoint:
         entries = {s: self.tensors[f"{name}.{s}"] for s in self.format.suffixes if f"{name}.{s}" in self.tensors}
         stored = StoredLayer(name, self.format, entries, lambda suffix: self.read(f"{name}.{suffix}"))
         return described_layer(stored, scheme, problems)
-
-
-def _optional(file: Path, check: Callable[[dict[str, Any], Path], None]) -> dict[str, Any] | None:
-    """The checked content of a JSON file; None if there is none."""
-    if not os.path.lexists(file):
-        return None
-    content = read_json(file)
-    check(content, file)
-    return content

@@ -13,7 +13,6 @@ after everything has been compared by name and shape.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,14 +25,10 @@ from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.files import CONFIG, read_json
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load_plain import load_into
+from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.device.named import device_named
-from gptq_plugin.errors import CheckpointError
-
-_COUNTS = re.compile(
-    r"^(num|n)_.*(layer|block|expert|stage)|(layer|depth|block|expert|stage)s?$"
-)  # keys of config.json
-_MANY = 1024  # layers, or experts, that are built in a second or two
+from gptq_plugin.errors import CheckpointError, brief
 
 
 def load_quantized(
@@ -156,7 +151,7 @@ def _load_transformers(
     except Exception as error:  # whatever values that nobody expected lead to
         raise CheckpointError(
             f"{checkpoint.directory}: transformers cannot load it as {architecture.__name__} "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {brief(error)})"
         ) from error
     model.__class__ = architecture
     problems = [
@@ -193,7 +188,7 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
             f"{file}: transformers {transformers.__version__} has no architecture {name!r}: install a version that has "
             "it. The folder has no code for it: config.json names none in auto_map"
         )
-    _refuse_many_modules(checkpoint, checkpoint.model_config, file)
+    refuse_many_modules(checkpoint.model_config, file, checkpoint.tensors.values())
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=reference is not None)
         if reference is not None:
@@ -202,29 +197,10 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
             architecture = get_class_from_dynamic_module(reference, str(checkpoint.directory))
     except Exception as error:  # whatever values that nobody expected lead to
         raise CheckpointError(
-            f"{file} is not a configuration of transformers {transformers.__version__}: {error}"
+            f"{file} is not a configuration of transformers {transformers.__version__}: {brief(error)}"
         ) from error
     forget_quantization(config)
     return architecture, config
-
-
-def _refuse_many_modules(checkpoint: Checkpoint, config: Mapping[str, Any], file: Path) -> None:
-    """Refuses numbers of layers, blocks and experts beyond what the files can hold: building them takes hours.
-
-    Raises:
-        CheckpointError: It names the field.
-    """
-    shapes = [entry.shape for entry in checkpoint.tensors.values()]
-    most = max(_MANY, len(shapes), *(shape[0] for shape in shapes if len(shape) > 2))
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _refuse_many_modules(checkpoint, value, file)
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and number > most and _COUNTS.search(key):
-                raise CheckpointError(
-                    f"{file}: {key} is {number}, and the files hold {len(shapes)} tensors: correct it, or fetch the "
-                    "checkpoint again"
-                )
 
 
 def _own_class(checkpoint: Checkpoint, name: str) -> str | None:
@@ -253,7 +229,7 @@ def _generation_config(checkpoint: Checkpoint, architecture: Any) -> Any:
         kind = getattr(architecture, "generation_config_class", None) or transformers.GenerationConfig
         return kind.from_pretrained(checkpoint.directory)
     except Exception as error:  # whatever values that nobody expected lead to
-        raise CheckpointError(f"{file} cannot be used: {error}. Correct it, or remove it") from error
+        raise CheckpointError(f"{file} cannot be used: {brief(error)}. Correct it, or remove it") from error
 
 
 def _with_hook(architecture: Any, checkpoint: Checkpoint, hook: Callable[[nn.Module], None]) -> Any:
@@ -265,7 +241,7 @@ def _with_hook(architecture: Any, checkpoint: Checkpoint, hook: Callable[[nn.Mod
         except Exception as error:  # whatever values that nobody expected lead to
             raise CheckpointError(
                 f"{checkpoint.directory / CONFIG}: transformers cannot build {architecture.__name__} from it "
-                f"({type(error).__name__}: {error}): correct it, or fetch it again"
+                f"({type(error).__name__}: {brief(error)}): correct it, or fetch it again"
             ) from error
         hook(self)
 

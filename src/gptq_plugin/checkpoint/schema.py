@@ -4,16 +4,17 @@ A field that is not listed here is not read. Validated by huggingface_hub, as tr
 """
 # Without `from __future__ import annotations`: the validator reads the types as objects.
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
+from gptq_plugin.checkpoint.files import read_json
 from gptq_plugin.config import QUANTIZER_NAME
-from gptq_plugin.errors import CheckpointError
-
-_LONGEST = 300  # letters of a value in a message
+from gptq_plugin.errors import CheckpointError, brief
 
 _Object = dict[str, Any]
 
@@ -95,6 +96,19 @@ class Index(TypedDict, total=False):
     weight_map: dict[str, str]
 
 
+def read_checked(file: Path, check: Callable[[dict[str, Any], Path], None]) -> dict[str, Any] | None:
+    """The content of a JSON file, checked by one of the functions below; None if there is none.
+
+    Raises:
+        CheckpointError: It cannot be read, or is refused.
+    """
+    if not os.path.lexists(file):
+        return None
+    content = read_json(file)
+    check(content, file)
+    return content
+
+
 def check_model_config(content: _Object, file: Path) -> None:
     """Checks config.json, less its description of the quantization.
 
@@ -140,7 +154,6 @@ def _check(schema: type, content: _Object, file: Path, inside: str = "") -> None
         while cause is not None:
             causes.append(str(cause))
             cause = cause.__cause__
-        what = ": ".join(causes) or str(error)
-        what = what if len(what) <= _LONGEST else f"{what[:_LONGEST]}…"
+        what = brief(": ".join(causes) or error, 300)
         where = f"{file}, {inside}" if inside else str(file)
         raise CheckpointError(f"{where}: {what}. Correct it, or fetch the file again") from error

@@ -6,7 +6,7 @@ transformers leaves them out, and config.json goes on announcing them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.files import CONFIG, INDEX, WEIGHTS, TensorEntry, read_json
 from gptq_plugin.checkpoint.layer_checks import FLOATS
+from gptq_plugin.checkpoint.many_modules import refuse_many_modules
+from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.errors import CheckpointError, ExportError, some
 from gptq_plugin.model.hf_models import is_transformers, published_class
 from gptq_plugin.model.stored_names import key_renaming
@@ -35,23 +36,26 @@ class Unloaded:
     Attributes:
         tensors: By their names there.
         modules: The outermost of those modules.
+        shards: The source's files.
     """
 
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
+    shards: Shards = field(default_factory=Shards, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Unloaded:
         """Finds those of a model; none of other than transformers models.
 
         Raises:
-            ExportError: One is quantized, so that it cannot be taken over.
+            ExportError: One is quantized, or the files are damaged, so that they cannot be taken over.
         """
         folder = _source(model) if is_transformers(model) else None
-        found = _lacking(model, dict(_entries(folder))) if folder is not None else {}
+        shards = _shards(folder) if folder is not None else Shards()
+        found = _lacking(model, shards.entries)
         if folder is None or not found:
             return cls()
-        found = _lacking(_as_published(model, folder), {k: v for own in found.values() for k, v in own.items()})
+        found = _lacking(_as_published(model, folder, shards), {k: v for own in found.values() for k, v in own.items()})
         found = {module: own for module, own in found.items() if any(len(one.shape) > 1 for one in own.values())}
         tensors = {name: entry for own in found.values() for name, entry in own.items()}
         other = sorted({one.dtype for one in tensors.values() if one.dtype not in FLOATS})
@@ -61,7 +65,7 @@ class Unloaded:
                 "float tensors can be taken over into the export. Clear model.config._name_or_path to leave them out, "
                 "and remove what announces them from model.config"
             )
-        return cls(tensors, list(found))
+        return cls(tensors, list(found), shards)
 
     @property
     def layers(self) -> list[str]:
@@ -71,9 +75,7 @@ class Unloaded:
 
     def read(self, name: str) -> Tensor:
         """One of the tensors, on the CPU."""
-        with safe_open(self.tensors[name].file, "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return self.shards.read(name)
 
     def sentences(self) -> list[str]:
         """For the report."""
@@ -104,8 +106,9 @@ def _source(model: Any) -> Path | None:
     return folder if isinstance(named, list) and own in named else None
 
 
-def _as_published(model: Any, folder: Path) -> nn.Module:
+def _as_published(model: Any, folder: Path, shards: Shards) -> nn.Module:
     """A model made from the source's configuration, without values."""
+    refuse_many_modules(read_json(folder / CONFIG), folder / CONFIG, shards.entries.values())
     kind = published_class(model) or type(model)
     with torch.device("meta"):
         made: nn.Module = kind(type(model.config).from_pretrained(folder))
@@ -126,15 +129,21 @@ def _lacking(model: nn.Module, entries: Mapping[str, TensorEntry]) -> dict[str, 
     return found
 
 
-def _entries(folder: Path) -> Iterator[tuple[str, TensorEntry]]:
-    files = [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        files = [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
-    for path in filter(Path.is_file, files):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dictionary
-                part = file.get_slice(name)
-                yield name, TensorEntry(path, part.get_dtype(), tuple(part.get_shape()))
+def _shards(folder: Path) -> Shards:
+    """The safetensors files of a model's source; none if its weights are in files of another kind.
+
+    Raises:
+        ExportError: They are damaged, or some are missing.
+    """
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        return Shards()
+    try:
+        return Shards.open(folder)
+    except CheckpointError as error:
+        raise ExportError(
+            f"the model came from {folder}, and that is looked through for modules that transformers does not load: "
+            f"{error}. Or clear model.config._name_or_path, and nothing is taken over from there"
+        ) from error
 
 
 def _first_lacking(tensor: str, modules: Set[str]) -> str:

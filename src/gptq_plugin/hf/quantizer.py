@@ -34,8 +34,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.checkpoint.files import INDEX, WEIGHTS
+from gptq_plugin.checkpoint.files import CONFIG, INDEX, WEIGHTS
 from gptq_plugin.checkpoint.load import forget_quantization
+from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError
@@ -127,8 +128,15 @@ def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
     Args:
         name_or_path: A folder, or a name on the hub.
         kwargs: Options of `AutoConfig.from_pretrained`, such as `revision`.
+
+    Raises:
+        CheckpointError: The folder is damaged, or its config.json describes more modules than the files can hold.
     """
     register()
+    folder = Path(name_or_path, kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        checkpoint = Checkpoint.open(folder)
+        refuse_many_modules(checkpoint.model_config, folder / CONFIG, checkpoint.tensors.values())
     config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
     forget_quantization(config)
     config.quantization_config = {"quant_method": QUANTIZER_NAME}

@@ -8,6 +8,7 @@ Here tensors and plain values are read, and everything else becomes a `StandIn`,
 from __future__ import annotations
 
 import pickle
+import tarfile
 import types
 import zipfile
 from collections import OrderedDict
@@ -16,7 +17,8 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.errors import CheckpointError, brief, some
+from gptq_plugin.lightning.checksums import check_pickle, check_tensors
 
 # None of these runs anything, whatever its arguments are.
 _CONTAINERS = {"bytearray", "complex", "frozenset", "set"}
@@ -54,12 +56,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # pickle, zip and torch each raise their own kinds
         advice = str(error).find("weights_only")  # torch's, which would run what the file holds
         what = str(error) if advice < 0 else "it holds more than tensors and plain values"
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {what}") from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {brief(what)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{path} has no state_dict: it is not a Lightning checkpoint")
     others = [key for key in content["state_dict"] if not isinstance(key, str)]
     if others:
         raise CheckpointError(f"{path}: state_dict has {some(map(repr, others))} among its names: it is damaged")
+    try:
+        _check_tensors(path, content["state_dict"])
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Copy it again") from error
     return content
 
 
@@ -103,13 +109,22 @@ class StandIn:
 
 def _load(path: Path) -> Any:
     if not zipfile.is_zipfile(path):  # PyTorch's format before 1.6
+        if tarfile.is_tarfile(path):  # before 0.1.10, which PyTorch would unpack
+            raise pickle.UnpicklingError("it is a tar archive")
         return torch.load(path, map_location="cpu", weights_only=True)
     with zipfile.ZipFile(path) as archive:
+        check_pickle(archive)
         if any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist()):
             raise pickle.UnpicklingError("it is a TorchScript program")
     inert = types.ModuleType("inert_pickle")  # in place of `pickle`
     inert.Unpickler = _Unpickler  # type: ignore[attr-defined]
     return torch.load(path, map_location="cpu", pickle_module=inert, weights_only=False)
+
+
+def _check_tensors(path: Path, state: dict[str, Any]) -> None:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            check_tensors(archive, [value for value in state.values() if isinstance(value, torch.Tensor)])
 
 
 class _Unpickler(pickle._Unpickler):

@@ -6,9 +6,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.report.base_card import License
@@ -16,6 +17,8 @@ from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.model_card import ModelFacts
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.report import ExportSize, QuantizeReport
+
+_Record = TypeVar("_Record")
 
 
 def report_text(report: QuantizeReport, facts: ModelFacts) -> str:
@@ -32,8 +35,8 @@ def read_report(text: str) -> tuple[QuantizeReport, ModelFacts]:
     """
     try:
         values = json.loads(text)
-        return _report(values), _facts(values["model"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return _of_its_kinds(_report(values)), _facts(values["model"])
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"no report of this version: {error!r}") from error
 
 
@@ -46,7 +49,7 @@ def _report(values: Mapping[str, Any]) -> QuantizeReport:
         tokens=values["totals"]["tokens"],
         seconds=_numbers(values["seconds"]),
         coverage=_coverage(values["coverage"]),
-        size=None if values["size"] is None else ExportSize(**values["size"]),
+        size=None if values["size"] is None else _of_its_kinds(ExportSize(**values["size"])),
         metrics={name: _numbers(metric) for name, metric in values["metrics"].items()},
         **{name: values[name] for name in as_they_are},
     )
@@ -55,24 +58,42 @@ def _report(values: Mapping[str, Any]) -> QuantizeReport:
 def _module(values: Mapping[str, Any]) -> ModuleReport:
     fields = {field.name: values[field.name] for field in dataclasses.fields(ModuleReport)}
     for field in dataclasses.fields(ModuleReport):
-        if field.type == "float" and fields[field.name] is None:
-            fields[field.name] = math.nan
-    return ModuleReport(**{**fields, "shape": tuple(fields["shape"]), "deviations": tuple(fields["deviations"])})
+        if field.type == "float":
+            fields[field.name] = _number(fields[field.name])
+    fields = {**fields, "shape": tuple(fields["shape"]), "deviations": tuple(fields["deviations"])}
+    return _of_its_kinds(ModuleReport(**fields))
 
 
 def _coverage(values: Mapping[str, Any] | None) -> Coverage | None:
     if values is None:
         return None
-    floats = [FloatWeight(**{**weight, "shape": tuple(weight["shape"])}) for weight in values["floats"]]
-    return Coverage(floats, values["quantized_bytes"], values["packed_bytes"])
+    floats = [_of_its_kinds(FloatWeight(**{**one, "shape": tuple(one["shape"])})) for one in values["floats"]]
+    return _of_its_kinds(Coverage(floats, values["quantized_bytes"], values["packed_bytes"]))
 
 
 def _facts(values: Mapping[str, Any]) -> ModelFacts:
     dtype, known = getattr(torch, values["dtype"]), values["base_license"]
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{values['dtype']} is no dtype")
-    return ModelFacts(**{**values, "dtype": dtype, "base_license": None if known is None else License(**known)})
+    license = None if known is None else _of_its_kinds(License(**known))
+    return _of_its_kinds(ModelFacts(**{**values, "dtype": dtype, "base_license": license}))
 
 
-def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else value for name, value in values.items()}
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _number(value: Any) -> Any:
+    """The value of a figure; anything but None and numbers stays, to be refused."""
+    return math.nan if value is None else float(value) if type(value) is int else value
+
+
+def _of_its_kinds(record: _Record) -> _Record:
+    """The record, if its fields are of the kinds that its class declares: a stranger's file may hold others.
+
+    Raises:
+        TypeError: One is not.
+    """
+    for name, kind in get_type_hints(type(record)).items():
+        type_validator(name, getattr(record, name), kind)
+    return record
