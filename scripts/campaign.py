@@ -27,7 +27,7 @@ from campaigns.campaign import Campaign
 from campaigns.processes import run
 from campaigns.table import Result, faults, into_page, table
 
-NAMES = ("checkpoints", "ckpt")
+NAMES = ("configurations", "checkpoints", "ckpt")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "campaigns.md"
 
 

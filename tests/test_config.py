@@ -215,3 +215,9 @@ def test_the_constructor_keeps_its_signature_and_copies():
     assert QuantizeConfig(3, 64).group_size == 64
     config = QuantizeConfig(bits=3, dynamic={"x": {"bits": 8}})
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "bits: 2026-99-99", "!!python/object/apply:os.system [x]", "{bits: "])
+def test_text_that_is_no_yaml_is_refused_as_such(text):
+    with pytest.raises(ValueError, match="a configuration must be YAML"):
+        QuantizeConfig.from_yaml(text)

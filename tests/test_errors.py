@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptq_plugin.errors import some
+from gptq_plugin.errors import brief, some
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,7 @@ from gptq_plugin.errors import some
 )
 def test_a_long_list_ends_in_the_number_of_the_others(names: list[str], most: int, text: str) -> None:
     assert some(names, most) == some(iter(names), most) == text
+
+
+def test_a_strangers_text_is_cut_in_a_message() -> None:
+    assert brief("short") == "short" and brief(ValueError("x" * 1000)) == "x" * 600 + "…" and brief(10**30, 3) == "100…"

@@ -49,6 +49,10 @@ _bases: dict[str, Path] = {}
 _logits: dict[str, Tensor] = {}
 
 
+class CannotRun(Exception):
+    """A model was loaded, and its own code raises: config.json has a value that transformers takes and cannot use."""
+
+
 def plain() -> nn.Module:
     """A module that transformers does not know."""
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
@@ -91,11 +95,14 @@ def _computed(base: str, folder: Path) -> Tensor:
 
 
 def _outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        if isinstance(model, transformers.PreTrainedModel):
-            values: Tensor = model(input_ids=IDS).logits
-        else:
-            values = model(torch.linspace(-1, 1, 64)[None])
+    try:
+        with torch.no_grad():
+            if isinstance(model, transformers.PreTrainedModel):
+                values: Tensor = model(input_ids=IDS).logits
+            else:
+                values = model(torch.linspace(-1, 1, 64)[None])
+    except Exception as error:
+        raise CannotRun(f"{type(error).__name__}: {error}") from error
     if not values.isfinite().all():
         raise Wrong("its outputs hold NaN or infinity")
     return values
@@ -147,6 +154,8 @@ def _mutate(folder: Path, rng: Random) -> Damage:
 
 def _objection(error: Exception, folder: Path, damages: list[Damage]) -> str:
     """A refusal names the file, and the field where only one field of a description was changed."""
+    if isinstance(error, CannotRun) and any(damage.changes for damage in damages):
+        return ""
     if own_error(error):
         return own_error(error)
     message = str(error)

@@ -90,7 +90,8 @@ def _attack(case: Case, rng: Random) -> None:
     try:
         path, saved = _save(content, folder, rng)
     except Exception as error:  # noqa: BLE001  PyTorch cannot write everything
-        return case.is_of(f"{'; '.join(done)}: cannot be saved ({type(error).__name__})")
+        case.is_of(f"{'; '.join(done)}: cannot be saved ({type(error).__name__})")
+        return
     done.append(saved)
     if len(done) == 1 or rng.random() < 0.3:
         file = rng.choice([file for file in sorted(folder.rglob("*")) if file.is_file()])

@@ -18,7 +18,8 @@ import yaml
 from gptq_plugin import __version__
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.options import fields
-from gptq_plugin.options.expressions import check_expression, matches
+from gptq_plugin.options.expressions import check_expression
+from gptq_plugin.options.rules import matching_rules, rule_regex
 
 COMPRESSED = "compressed-tensors"
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2", COMPRESSED)
@@ -183,7 +184,8 @@ class QuantizeConfig:
 
     def rule_for(self, name: str) -> tuple[str, Mapping[str, Any]]:
         """The `dynamic` rule of a module, the first whose pattern matches; ("", {}) if none does."""
-        return next((rule for rule in self.dynamic.items() if matches(rule_regex(rule[0]), name)), ("", {}))
+        pattern = next(iter(matching_rules(self.dynamic, name)), "")
+        return pattern, self.dynamic[pattern] if pattern else {}
 
     def group_size_for(self, in_features: int) -> int:
         """Group size of a layer with `in_features` inputs: `group_size` if it divides them; else the largest of 128, 64
@@ -227,7 +229,7 @@ class QuantizeConfig:
         """
         try:
             values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise ValueError(f"a configuration must be YAML: {error}") from error
         return cls.from_dict({} if values is None else values)
 
@@ -296,11 +298,6 @@ def _unknown_option(config: type, values: Iterable[Any]) -> str:
             hint = f"did you mean {near[0]!r}? " if near else ""
             return f"unknown option {name!r}: {hint}{config.__name__} has {', '.join(known)}"
     return ""
-
-
-def rule_regex(pattern: str) -> str:
-    """The regular expression of a `dynamic` key, without GPTQModel's ``+:`` or ``-:`` prefix."""
-    return pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
 
 
 def _check_rule(config: QuantizeConfig, pattern: Any, overrides: Any) -> None:

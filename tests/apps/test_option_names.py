@@ -78,11 +78,21 @@ def test_a_name_that_does_not_exist_comes_with_the_nearest_that_does(override, s
         ["+model.anything=3", "model._target_=dict"],
         ["+hydra.job.env_set.X=1", "hydra.run.dir=out"],
         ["data=text", "data.path=[a.txt,b.txt]", "model=hf", "model.name_or_path=x"],
-        ["quantizer.bits=[", "seed=1"],  # Hydra's to judge
     ],
 )
 def test_names_that_exist_or_are_added_for_somebody_pass(overrides):
     assert unknown_names("finetune", overrides) == []
+
+
+@pytest.mark.parametrize("override", ["quantizer.bits=[", "callbacks.gptq.on_fail=a=b", "+x={a", "data.path=a b'"])
+def test_an_option_that_hydra_cannot_read_is_told_which_one_it_is(override):
+    (found,) = unknown_names("finetune", ["seed=1", override])
+    assert found.startswith(f"{override} cannot be read: ") and "See https" not in found
+
+
+def test_a_choice_that_is_no_name_is_told_the_names():
+    (found,) = unknown_names("finetune", ["quantizer=3"])
+    assert "there is no quantizer=3: " in found and "w4g128" in found
 
 
 def test_each_wrong_name_has_its_sentence_and_the_configuration_of_the_command_counts():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
 from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.language_model import pretrained
@@ -112,4 +115,45 @@ def test_an_index_that_points_outside_the_folder_is_refused(elsewhere, tmp_path)
         info.relative_path = elsewhere
     (folder / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(CheckpointError, match=r"its index names .*which is no file of the folder"):
+        fine_tuned(torch.nn.Linear(3, 2), ckpt=folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.complex64])
+def test_tensors_that_are_no_values_of_a_weight_are_refused_before_one_is_read(dtype, tmp_path):
+    network = torch.nn.Linear(3, 2)
+    before = network.weight.clone()
+    state = {"weight": torch.ones(2, 3, dtype=dtype), "bias": torch.ones(2)}
+    dcp.save({"state_dict": state}, checkpoint_id=tmp_path / "run.ckpt", no_dist=True)
+    with pytest.raises(CheckpointError, match=r"run\.ckpt holds state_dict\.weight .*only dense tensors are read"):
+        fine_tuned(network, ckpt=tmp_path / "run.ckpt")
+    assert torch.equal(network.weight, before)
+
+
+def test_bytes_that_are_not_those_that_were_written_are_seen_before_one_is_read(tmp_path):
+    folder = save_sharded(torch.nn.Linear(30, 20), tmp_path / "run.ckpt")
+    network = torch.nn.Linear(30, 20)
+    before = network.weight.clone()
+    (shard,) = folder.glob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    values = data.index(torch.load(io.BytesIO(_item(folder, shard)), weights_only=True).numpy().tobytes())
+    data[values + 100] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"run\.ckpt cannot be read .*not those that were written"):
+        fine_tuned(network, ckpt=folder)
+    assert torch.equal(network.weight, before)
+
+
+def _item(folder, shard):
+    """The bytes of the weight."""
+    stored = dcp.FileSystemReader(folder).read_metadata().storage_data
+    info = next(info for index, info in stored.items() if index.fqn.endswith("weight"))
+    return shard.read_bytes()[info.offset : info.offset + info.length]
+
+
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tmp_path):
+    folder = save_sharded(torch.nn.Linear(3, 2), tmp_path / "run.ckpt")
+    (shard,) = folder.glob("*.distcp")
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(CheckpointError, match="which is no file of the folder"):
         fine_tuned(torch.nn.Linear(3, 2), ckpt=folder)

@@ -17,6 +17,7 @@ from gptq_plugin.export import convert as converting
 from gptq_plugin.export import export as export_module
 from gptq_plugin.export.convert import convert
 
+from copies import edited
 from models import tiny_llama
 from paths import FIXTURES
 
@@ -183,3 +184,12 @@ def test_the_command_converts_and_prints_where_the_result_is(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["convert", source, out, "gptq"])
     assert ended.value.code == 2 and "write checkpoint_format=FORMAT" in capsys.readouterr().err
+
+
+def test_a_name_that_means_a_quantized_layer_in_the_other_format_is_refused_before_anything_is_written(tmp_path):
+    folder = edited(
+        "llmcompressor-w4g32", tmp_path / "x", tensors=lambda state: state.update({"model.norm.qweight": torch.ones(3)})
+    )
+    with pytest.raises(CheckpointError, match=r"x holds model\.norm\.qweight, which belong to no quantized layer"):
+        convert(folder, tmp_path / "out", "gptq_v2")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaModel
 
 from gptq_plugin import QuantizeModule, load_quantized
 from gptq_plugin.check.lint import lint
-from gptq_plugin.errors import ExportError
+from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.export.unloaded import Unloaded
 
 from models import tiny_llama
@@ -110,3 +110,22 @@ def test_what_is_quantized_in_the_source_is_refused_before_the_work(tmp_path):
         QuantizeModule(**SMALL).quantize(model, _ids(), export_dir=tmp_path / "export")
     assert not (tmp_path / "export").exists()
     assert not any(hasattr(layer, "qweight") for layer in model.modules())
+
+
+@pytest.mark.parametrize("damage", ["cut", "index", "missing", "layers"])
+def test_a_source_that_is_damaged_meanwhile_is_named_with_what_to_do(damage, tmp_path):
+    _published(tmp_path, shard="100KB" if damage in ("index", "missing") else None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    names = {"index": "model.safetensors.index.json", "missing": "mtp.safetensors", "layers": "config.json"}
+    file = tmp_path / names.get(damage, "model.safetensors")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:500])
+    elif damage == "index":
+        file.write_text('{"weight_map": [1]}')
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10**6}))
+    with pytest.raises((ExportError, CheckpointError), match=file.name) as caught:
+        Unloaded.of(model)
+    assert damage == "layers" or "clear model.config._name_or_path" in str(caught.value)

@@ -242,3 +242,19 @@ def test_a_device_map_counts_what_the_quantized_layers_will_take() -> None:
     for name, layer in checkpoint.layers.items():
         read = checkpoint.read_layer(name).buffers()
         assert Place(layer).room.numel() == sum(buffer.numel() * buffer.element_size() for buffer in read)
+
+
+@pytest.mark.parametrize("count", [10**6, 10**30, 1e308])
+def test_more_layers_than_the_files_can_hold_are_refused_before_any_is_built(count: float, tmp_path: Path) -> None:
+    folder = edited(tmp_path / "x")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "num_hidden_layers": count}))
+    with pytest.raises(CheckpointError, match=r"x/config\.json: num_hidden_layers is 1.* files hold"):
+        quantized_config(folder)
+
+
+def test_a_damaged_folder_is_refused_before_transformers_reads_it(tmp_path: Path) -> None:
+    folder = edited(tmp_path / "x")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"x/config\.json cannot be read as JSON"):
+        quantized_config(folder)

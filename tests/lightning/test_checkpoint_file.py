@@ -10,6 +10,7 @@ import functools
 import os
 import pickle
 import subprocess
+import tarfile
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from pathlib import Path, PurePosixPath
@@ -219,3 +220,48 @@ def test_nobody_is_advised_to_run_what_a_file_holds(tmp_path):
     with pytest.raises(CheckpointError, match="holds more than tensors and plain values") as caught:
         read_checkpoint(tmp_path / "old.ckpt")
     assert "weights_only" not in str(caught.value)
+
+
+def _with_a_bit_flipped(path, record):
+    """Flips a bit of a record where it lies."""
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read(next(name for name in archive.namelist() if name.endswith(record)))
+    data = bytearray(path.read_bytes())
+    data[data.index(content) + len(content) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("record", ["data/0", "data.pkl"])
+def test_bytes_that_are_not_those_that_were_written_are_seen(record, tmp_path):
+    torch.save({"state_dict": {"w": torch.randn(40), "view": torch.randn(9)[2:5]}}, tmp_path / "run.ckpt")
+    read_checkpoint(tmp_path / "run.ckpt")
+    _with_a_bit_flipped(tmp_path / "run.ckpt", record)
+    with pytest.raises(CheckpointError, match=r"run\.ckpt (is damaged|cannot be read)"):
+        read_checkpoint(tmp_path / "run.ckpt")
+
+
+def test_a_file_that_was_written_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"state_dict": {"w": torch.arange(4.0)}}, tmp_path / "run.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(tmp_path / "run.ckpt")["state_dict"]["w"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_pickle_that_has_less_of_a_storage_than_the_file_is_refused(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(48)}}, tmp_path / "whole.ckpt")
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as whole, zipfile.ZipFile(tmp_path / "run.ckpt", "w") as run:
+        for name in whole.namelist():
+            run.writestr(name, whole.read(name).replace(b"FloatStorage", b"HalfStorage"))
+    with pytest.raises(CheckpointError, match=r"run\.ckpt (is damaged|cannot be read)"):
+        read_checkpoint(tmp_path / "run.ckpt")
+
+
+def test_a_tar_archive_is_not_unpacked(tmp_path):
+    with tarfile.open(tmp_path / "run.ckpt", "w") as archive:
+        for name in ("pickle", "storages", "tensors"):
+            (tmp_path / name).write_bytes(b"x")
+            archive.add(tmp_path / name, name)
+    with pytest.raises(CheckpointError, match="it is a tar archive"):
+        read_checkpoint(tmp_path / "run.ckpt")

@@ -198,3 +198,13 @@ def test_kinds_take_their_values_and_no_others(kind: fields.Kind, good: list[Any
     for value in bad:
         with pytest.raises(ValueError, match="name must be "):
             kind.check("name", value)
+
+
+def test_values_that_hold_very_many_are_not_walked_to_be_shown() -> None:
+    doubled: list[Any] = []
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    itself: dict[str, Any] = {}
+    itself["a"] = [itself]
+    assert fields.shown(doubled) == "<list of 2>" and fields.shown(["0"] * 10**6) == "<list of 1000000>"
+    assert fields.shown(itself) == "<dict of 1>" and fields.shown({"a": [1, (2,)]}) == "{'a': [1, (2,)]}"

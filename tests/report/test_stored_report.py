@@ -68,3 +68,32 @@ def test_a_report_of_another_version_is_refused(change):
 def test_what_is_no_report_is_refused(text):
     with pytest.raises(ValueError, match="no report of this version"):
         read_report(text)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("modules", 0, "reason"), 0.5), (("modules", 0, "loss"), "1"), (("modules", 0, "loss"), True),
+        (("modules", 0, "shape"), [1]), (("modules", 0, "shape"), "ab"), (("modules", 0, "tokens"), 1.5),
+        (("modules", 0, "deviations"), [3]), (("modules", 0), None), (("modules",), {"a": 1}), (("positions",), ["a"]),
+        (("totals", "samples"), None), (("seconds",), {"total": "1"}), (("metrics",), {"a": {"b": []}}),
+        (("model", "name"), 3), (("model", "dtype"), "nn"), (("model", "base_license"), {"id": 1}), (("run_id",), 7),
+        (("coverage",), {"floats": [{}], "quantized_bytes": 1, "packed_bytes": 1}), (("deviations",), "text"),
+        (("modules", 0, "loss"), 10**400), (("size",), {"float_bytes": "1", "tensor_bytes": 2}),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_kind_makes_it_no_report(place, value):
+    values = json.loads(report_text(report_of((4, 128)), FACTS))
+    inside = values
+    for key in place[:-1]:
+        inside = inside[key]
+    assert inside[place[-1]] is not Ellipsis  # there is such a field
+    inside[place[-1]] = value
+    with pytest.raises(ValueError, match="no report of this version"):
+        read_report(json.dumps(values))
+
+
+def test_figures_without_a_point_are_figures():
+    values = json.loads(report_text(report_of((4, 128)), FACTS))
+    values["modules"][0]["loss"] = 3
+    assert read_report(json.dumps(values))[0].modules[0].loss == 3.0

@@ -37,10 +37,10 @@ def unknown_names(config_name: str, overrides: Sequence[str]) -> list[str]:
     bare = [one for one in overrides if "=" not in one and not one.startswith("~")]
     if bare:
         return [f"{one} has no value: options are written name=value, such as quantizer.bits=3" for one in bare]
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException:
-        return []
+    unreadable = [sentence for one in overrides for sentence in _unreadable(one)]
+    if unreadable:
+        return unreadable
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     with initialize_config_module(CONF, version_base="1.3"):
         repository = GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
         groups = {one.key_or_group for one in parsed if repository.group_exists(one.key_or_group)}
@@ -60,6 +60,15 @@ def unknown_names(config_name: str, overrides: Sequence[str]) -> list[str]:
         else:
             sentences = [_wrong_key(one, options) for one in keys if one not in added]
     return [sentence for sentence in sentences if sentence]
+
+
+def _unreadable(override: str) -> Iterator[str]:
+    """A sentence for an override that Hydra's grammar does not take."""
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        what = str(error).partition("\nSee ")[0].strip()
+        yield f"{override} cannot be read: {what}. Quote its value: '{override.partition('=')[0]}=\"...\"'"
 
 
 def _composed(config_name: str, overrides: Sequence[Override]) -> dict[str, Any] | None:
@@ -84,8 +93,9 @@ def _wrong_choices(override: Override) -> Iterator[str]:
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     known = GlobalHydra.instance().config_loader().get_group_options(group)
     for value in values:
-        if isinstance(value, str) and value not in known and not override.is_delete():
-            near = get_close_matches(value, known, n=1)
+        is_none = isinstance(value, (int, float)) or (isinstance(value, str) and value not in known)
+        if is_none and not override.is_delete():
+            near = get_close_matches(str(value), known, n=1)
             hint = f"did you mean {group}={near[0]}? " if near else ""
             yield f"there is no {group}={value}: {hint}{group} is one of {', '.join(known)}"
 

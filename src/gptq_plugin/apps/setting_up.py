@@ -20,10 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from gptq_plugin.apps.data import TextData
 from gptq_plugin.apps.documents import texts
 from gptq_plugin.apps.language_model import LanguageModel
+from gptq_plugin.apps.own_options import check_own_options
 
 
 def start(cfg: DictConfig) -> Path:
-    """Seeds everything and returns the folder Hydra gave this run."""
+    """Checks the command's own options, seeds everything and returns the folder Hydra gave this run."""
+    check_own_options(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     _once_and_without_advertisements()
     datasets.disable_progress_bars()

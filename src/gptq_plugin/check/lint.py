@@ -22,7 +22,7 @@ from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.clients.client import CLIENTS, Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import conditions, problems
-from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.errors import some
 
 
 def lint(
@@ -50,13 +50,12 @@ def lint(
     try:
         checkpoint = Checkpoint.open(local_folder(directory, revision=revision, token=token))
         inventory = _find(checkpoint, floats, found)
-    except CheckpointError as damage:
+        for target in targets if targets is not None else map(Client, CLIENTS):
+            missing = target.rules.missing(inventory, checkpoint.quantization)
+            found.refusals[target] = [*problems(inventory, target), *missing]
+            found.conditions[target] = conditions(inventory, target)
+    except ValueError as damage:  # CheckpointError, and rules that take too long
         found.add([error(str(damage))])
-        return found
-    for target in targets if targets is not None else map(Client, CLIENTS):
-        missing = target.rules.missing(inventory, checkpoint.quantization)
-        found.refusals[target] = [*problems(inventory, target), *missing]
-        found.conditions[target] = conditions(inventory, target)
     return found
 
 

@@ -1,4 +1,7 @@
-"""Compares the numbers of layers, blocks and experts in config.json with the files, before a model is built."""
+"""Compares the numbers of layers, blocks and experts in config.json with the files, before a model is built.
+
+Tested by tests/checkpoint/test_load.py: before a model is built; by tests/hf/test_quantizer.py through transformers.
+"""
 
 from __future__ import annotations
 

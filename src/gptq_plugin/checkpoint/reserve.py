@@ -194,8 +194,11 @@ def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]
         loaded: dict[str, Any] = {name: model.get_submodule(name) for name in names}
         return contents_of(Structure.of_unfused(model), loaded, config)
 
-    changed = checkpoint.format.loaded(checkpoint.quantization, contents)
-    return describe(contents(), config) if changed is None else changed
+    try:
+        changed = checkpoint.format.loaded(checkpoint.quantization, contents)
+        return describe(contents(), config) if changed is None else changed
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.directory / CONFIG}: {error}") from error
 
 
 def refuse_not_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -228,6 +231,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     problems: list[str] = []
     names: dict[str, str] = {}
+    found: set[nn.Module] = set()
     for stored, layer in checkpoint.layers.items():
         name = stored if stored in modules else rename(stored)
         module = modules.get(name)
@@ -248,8 +252,9 @@ def match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]
                 f"{stored} is quantized, but the model ties its weight to {tied[f'{name}.weight']}: set "
                 f"tie_word_embeddings to false in {CONFIG}"
             )
-        if all(modules[other] is not module for other in names):
+        if module not in found:
             names[name] = stored
+            found.add(module)
     refuse(checkpoint, type(model).__name__, problems)
     return names
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from gptq_plugin.clients.common import listed, nearest_group
 from gptq_plugin.clients.inventory import Inventory, LayerEntry
-from gptq_plugin.config import rule_regex
 from gptq_plugin.model.experts import block_of_experts
 from gptq_plugin.model.fused_names import fused_name
-from gptq_plugin.options.expressions import matches
+from gptq_plugin.options.rules import matching_rules
 
 # An expert's layers as checkpoints name them; the second three are Mixtral's and its descendants'.
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -111,4 +110,4 @@ def _sets(inventory: Inventory, name_of: Callable[[str], str | None]) -> list[Fu
 
 
 def _rule(inventory: Inventory, name: str) -> Mapping[str, Any]:
-    return next((rule for pattern, rule in inventory.rules.items() if matches(rule_regex(pattern), name)), {})
+    return next((inventory.rules[pattern] for pattern in matching_rules(inventory.rules, name)), {})

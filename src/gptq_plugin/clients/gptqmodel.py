@@ -8,9 +8,9 @@ from typing import Any
 from gptq_plugin.clients import common, fused
 from gptq_plugin.clients.client import Rules
 from gptq_plugin.clients.inventory import Inventory
-from gptq_plugin.config import COMPRESSED, rule_regex
+from gptq_plugin.config import COMPRESSED
 from gptq_plugin.errors import some
-from gptq_plugin.options.expressions import matches
+from gptq_plugin.options.rules import matching_rules
 
 
 def _problems(inventory: Inventory, ranks: int) -> Iterator[str]:
@@ -27,8 +27,8 @@ def _missing(inventory: Inventory, description: Mapping[str, Any]) -> Iterator[s
     """measured: it recognizes layers left float by rules."""
     if inventory.checkpoint_format == COMPRESSED:
         return
-    rules = [rule_regex(pattern) for pattern in description.get("dynamic") or {} if pattern.startswith("-:")]
-    untold = [name for name in inventory.floats if not any(matches(rule, name) for rule in rules)]
+    rules = [pattern for pattern in description.get("dynamic") or {} if pattern.startswith("-:")]
+    untold = [name for name in inventory.floats if not matching_rules(rules, name)]
     if untold:
         yield (
             f'{some(untold)} are float without a `dynamic` rule ("-:REGEX": {{}}), by which gptqmodel recognizes '

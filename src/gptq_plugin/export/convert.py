@@ -20,7 +20,7 @@ from gptq_plugin.checkpoint.formats.format import Contents, Scheme
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
-from gptq_plugin.errors import ExportError
+from gptq_plugin.errors import CheckpointError, ExportError, some
 from gptq_plugin.export.converted_report import convert_report
 from gptq_plugin.export.copied_files import check_read, copy_files, files_to_copy
 from gptq_plugin.export.disk_space import disk_errors_explained, refuse_full
@@ -72,13 +72,14 @@ def convert(
     checkpoint = Checkpoint.open(local_folder(directory, revision=revision, token=token))
     if checkpoint.checkpoint_format == checkpoint_format:
         raise ValueError(f"{directory} has checkpoint_format={checkpoint_format!r} already: copy it")
+    _refuse_other_marks(checkpoint, checkpoint_format)
     schemes = {name: checkpoint.scheme(name) for name in checkpoint.layers}
     source = checkpoint.quantize_config or checkpoint.quantization
     try:
         config = _config(schemes, source, checkpoint_format)
+        description = describe(Contents(schemes, _float_linears(checkpoint), _HEAD), config)
     except ValueError as error:
         raise ExportError(f"{directory} cannot be converted: {error}") from error
-    description = describe(Contents(schemes, _float_linears(checkpoint), _HEAD), config)
     meta = checkpoint.quantization.get("meta") or {}
     description["meta"] = {**meta, "quantizer": [*_listed(meta.get("quantizer")), *description["meta"]["quantizer"]]}
     files = files_to_copy(checkpoint.directory, (*_WEIGHTS, CONFIG, QUANTIZE_CONFIG, ".git", ".cache"))
@@ -99,6 +100,21 @@ def convert(
         verify_same(checkpoint, staging.path)
         staging.place()
     return staging.directory
+
+
+def _refuse_other_marks(checkpoint: Checkpoint, checkpoint_format: str) -> None:
+    """Refuses float tensors with names by which readers of the other format tell a quantized layer.
+
+    Raises:
+        CheckpointError: There are such.
+    """
+    marks = FORMATS[checkpoint_format].marks
+    wrong = [name for name in checkpoint.float_names if name.rpartition(".")[2] in marks]
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.directory} holds {some(wrong)}, which belong to no quantized layer, and readers of "
+            f"{checkpoint_format} would take them for parts of some: remove them"
+        )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Compares PyTorch's zip archives with their checksums, which PyTorch writes and does not look at.
 
-Tested by tests/lightning/test_checkpoint_file.py and tests/apps/test_sharded_weights.py: in the files that are read.
+Tested by tests/lightning/test_checkpoint_file.py: in files; by tests/apps/test_sharded_weights.py in folders.
 """
 
 from __future__ import annotations

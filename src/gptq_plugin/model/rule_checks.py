@@ -6,11 +6,12 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from gptq_plugin.config import QuantizeConfig, rule_regex
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.model.experts import block_of_experts
 from gptq_plugin.model.fused_names import fused_name
-from gptq_plugin.options.expressions import matches
+from gptq_plugin.options.fields import shown
+from gptq_plugin.options.rules import matching_rules
 
 
 def check_rules(config: QuantizeConfig, names: Iterable[str]) -> None:
@@ -23,27 +24,30 @@ def check_rules(config: QuantizeConfig, names: Iterable[str]) -> None:
     layers = list(names)
     fused = _fused(layers)
     decides: dict[str, list[str]] = defaultdict(list)
+    matching: dict[str, list[str]] = defaultdict(list)
     for name in (*layers, *fused):
         decides[config.rule_for(name)[0]].append(name)
+        for pattern in matching_rules(config.dynamic, name):
+            matching[pattern].append(name)
     for pattern in config.dynamic:
-        matched = [name for name in (*layers, *fused) if matches(rule_regex(pattern), name)]
+        matched = matching[pattern]
         if not matched:
             raise TargetError(
-                f"dynamic: {pattern!r} matches none of the {len(layers)} linear layers ({some(layers)}). Rules are "
-                "matched from the start of the full name, as re.match does"
+                f"dynamic: {shown(pattern)} matches none of the {len(layers)} linear layers ({some(layers)}). Rules "
+                "are matched from the start of the full name, as re.match does"
             )
         if not decides[pattern]:
             earlier = list(dict.fromkeys(config.rule_for(name)[0] for name in matched))
             raise TargetError(
-                f"dynamic: {pattern!r} has no effect: the first rule that matches a layer counts, which for "
+                f"dynamic: {shown(pattern)} has no effect: the first rule that matches a layer counts, which for "
                 f"{some(matched)} is {some(earlier)}. Put it first, or remove it"
             )
         for whole in set(decides[pattern]).intersection(fused).difference(layers):
             wrong = [name for name in fused[whole] if _grid(config, name) != _grid(config, whole)]
             if wrong and not any(name in layers for name in decides[pattern]):
                 raise TargetError(
-                    f"dynamic: {pattern!r} matches {whole}, under which servers compute {some(fused[whole])}, and no "
-                    "layer of the model: write a rule that matches those too"
+                    f"dynamic: {shown(pattern)} matches {whole}, under which servers compute {some(fused[whole])}, and "
+                    "no layer of the model: write a rule that matches those too"
                 )
 
 
@@ -57,14 +61,17 @@ def check_effects(config: QuantizeConfig, kept_float: Mapping[str, str]) -> None
     Raises:
         TargetError: All its layers stay float.
     """
+    decides: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, why in kept_float.items():
+        decides[config.rule_for(name)[0]][name] = why
     for pattern in config.dynamic:
         if not pattern.startswith("-:"):
-            reasons = {name: why for name, why in kept_float.items() if config.rule_for(name)[0] == pattern}
+            reasons = decides[pattern]
             if reasons and all(reasons.values()):
                 name, why = next(iter(reasons.items()))
                 raise TargetError(
-                    f"dynamic: {pattern!r} has no effect: all layers it decides for stay float ({name}: {why}). Remove "
-                    "it, or change what leaves them float"
+                    f"dynamic: {shown(pattern)} has no effect: all layers it decides for stay float ({name}: {why}). "
+                    "Remove it, or change what leaves them float"
                 )
 
 

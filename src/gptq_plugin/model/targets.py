@@ -6,14 +6,15 @@ for the report; a configuration that the model contradicts is refused here, befo
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.config import QuantizeConfig, rule_regex
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
@@ -21,7 +22,7 @@ from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.linears import is_linear
 from gptq_plugin.model.rule_checks import check_effects, check_rules
 from gptq_plugin.model.structure import Structure
-from gptq_plugin.options.expressions import matches
+from gptq_plugin.options.rules import matching_rules
 
 # Too few bits for a weight alone: whoever stores it so keeps its scale elsewhere.
 _SCALED_APART = {getattr(torch, name) for name in dir(torch) if name.startswith(("float8_", "float4_"))}
@@ -109,19 +110,20 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
     skipped: list[Skipped] = []
     scaled: list[str] = []
     scorers = {module for module in structure.routers.values() if is_linear(module)}
+    left_out = set(config.modules_to_not_convert)
     for name, module in linears.items():
         resolved = config.for_module(name)
         if resolved is None:
             skipped.append(Skipped(name, module, "left float by a `dynamic` rule", asked=True))
-        elif any(_contains(name, part) for part in config.modules_to_not_convert):
+        elif not left_out.isdisjoint(_runs(name)):
             skipped.append(Skipped(name, module, "left float by `modules_to_not_convert`", asked=True))
         elif module is structure.head and not config.lm_head:
             skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))
         elif module in structure.output_heads and not config.lm_head:
             skipped.append(Skipped(name, module, "output head of a classifier (lm_head=false)", asked=True))
-        elif module in scorers and not _names_only(config.rule_for(name)[0], scorers, linears):
+        elif module in scorers and not _names_only(config, name, scorers, linears):
             skipped.append(Skipped(name, module, _ROUTER, asked=True))
-        elif module in structure.outside and not _names_only(config.rule_for(name)[0], structure.outside, linears):
+        elif module in structure.outside and not _names_only(config, name, structure.outside, linears):
             skipped.append(Skipped(name, module, _OUTSIDE, asked=True))
         elif module.weight.dtype in _SCALED_APART:
             scaled.append(name)
@@ -178,16 +180,20 @@ def unpackable(shape: tuple[int, ...], bits: int) -> str | None:
     return None
 
 
-def _names_only(pattern: str, modules: Collection[nn.Module], linears: Mapping[str, nn.Module]) -> bool:
-    """True if a rule is for these modules alone: it matches no other layer."""
-    others = (name for name, module in linears.items() if module not in modules)
-    return bool(pattern) and not any(matches(rule_regex(pattern), name) for name in others)
+def _names_only(
+    config: QuantizeConfig, name: str, modules: Collection[nn.Module], linears: Mapping[str, nn.Module]
+) -> bool:
+    """True if the rule that decides for a layer is for these modules alone: it matches no other layer."""
+    pattern = config.rule_for(name)[0]
+    others = (other for other, module in linears.items() if module not in modules)
+    return bool(pattern) and not any(pattern in matching_rules(config.dynamic, other) for other in others)
 
 
 def _check_patterns(config: QuantizeConfig, linears: Mapping[str, nn.Module]) -> None:
     check_rules(config, linears)
+    known = {run for name in linears for run in _runs(name)} if config.modules_to_not_convert else set()
     for part in config.modules_to_not_convert:
-        if not any(_contains(name, part) for name in linears):
+        if part not in known:
             raise TargetError(
                 f"modules_to_not_convert: {part!r} is not a name, or a run of a name's components, of any of the "
                 f"{len(linears)} linear layers ({some(list(linears))})"
@@ -237,5 +243,8 @@ def _no_target(model: nn.Module, skipped: list[Skipped]) -> str:
     )
 
 
-def _contains(name: str, part: str) -> bool:
-    return f".{part}." in f".{name}."
+def _runs(name: str) -> Iterator[str]:
+    """A name's components, and all that stand in a row: a, a.b, b of a.b."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        yield from itertools.accumulate(parts[start:], "{}.{}".format)

@@ -52,6 +52,15 @@ def check_expression(expression: str) -> None:
     _parsed(expression)
 
 
+def literal_beginning(expression: str) -> str:
+    """Letters with which every name begins that the expression matches; empty if there are none.
+
+    Raises:
+        ValueError: See `check_expression`.
+    """
+    return _parsed(expression).beginning
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """A part of an expression.
@@ -90,16 +99,23 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Expression:
-    """A parsed expression; `whole` is safe for names of up to `short` letters."""
+    """A parsed expression.
+
+    Attributes:
+        whole: Safe for names of up to `short` letters.
+        parts: In order.
+        beginning: Letters with which all names begin that it matches.
+    """
 
     whole: re.Pattern[str]
     parts: tuple[_Part, ...]
     short: int
+    beginning: str
 
     @classmethod
-    def of(cls, whole: re.Pattern[str], parts: tuple[_Part, ...]) -> _Expression:
+    def of(cls, whole: re.Pattern[str], parts: tuple[_Part, ...], beginning: str) -> _Expression:
         safe = (n for n in _LENGTHS if math.prod(part.ways(n) for part in parts) <= _FEW)
-        return cls(whole, parts, max(safe, default=-1))
+        return cls(whole, parts, max(safe, default=-1), beginning)
 
     def matches(self, name: str) -> bool:
         if len(name) <= self.short:
@@ -165,11 +181,22 @@ def _parsed(expression: str) -> _Expression:
         parts = tuple(_parts(parsed, parsed.state, whole.flags))
         if max((part.depth for part in parts), default=0) > _DEEPEST:
             raise RecursionError
-        return _Expression.of(whole, parts)
+        return _Expression.of(whole, parts, "" if whole.flags & re.IGNORECASE else _beginning(parsed))
     except (re.error, OverflowError) as error:
         raise ValueError(f"{shown(expression)} is not a regular expression: {error}") from error
     except RecursionError:
         raise ValueError(f"{shown(expression)} is nested too deeply for a regular expression") from None
+
+
+def _beginning(parsed: Iterable[Any]) -> str:
+    """The letters before the first part that is no letter, nor the start of a name."""
+    letters = []
+    for kind, value in parsed:
+        if str(kind) == "LITERAL":
+            letters.append(chr(value))
+        elif (str(kind), str(value)) != ("AT", "AT_BEGINNING"):
+            break
+    return "".join(letters)
 
 
 def _parts(parsed: Any, state: Any, flags: int) -> Iterator[_Part]:

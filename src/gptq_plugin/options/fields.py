@@ -6,6 +6,7 @@ A refusal names the field, tells what is allowed, and shows the value. Types cou
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _LONGEST = 120  # letters of a value in a message
+_MOST = 1000  # values in one that is shown
 LARGEST = 2**31 - 1  # of counts and sizes
 
 
@@ -35,12 +37,27 @@ class Kind:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: cut, and by its type alone where it cannot be shown."""
+    """A value in a message: cut, and by its type alone where it cannot be shown, or holds more than a person reads."""
     try:
+        if _is_large(value):
+            return f"<{type(value).__name__} of {len(value)}>"
         text = repr(value)
     except Exception:  # noqa: BLE001  any object of a user
         return f"<{type(value).__name__}>"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({type(value).__name__})"
+
+
+def _is_large(value: Any) -> bool:
+    """True for a collection of very many values, itself or in those inside, which may be there many times."""
+    waiting, seen = [value], 0
+    while waiting and seen <= _MOST:
+        one = waiting.pop()
+        seen += 1
+        if isinstance(one, Mapping):
+            waiting += itertools.islice((part for item in one.items() for part in item), _MOST)
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            waiting += itertools.islice(one, _MOST)
+    return seen > _MOST
 
 
 def is_number(value: Any) -> bool:

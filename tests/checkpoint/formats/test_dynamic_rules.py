@@ -19,10 +19,10 @@ from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.formats.dynamic_rules import rules_in_any_order
 from gptq_plugin.checkpoint.formats.format import Contents, Scheme
 from gptq_plugin.checkpoint.formats.registry import FORMATS
-from gptq_plugin.config import rule_regex
 from gptq_plugin.export.export import export_model
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import find_targets
+from gptq_plugin.options.rules import rule_regex
 
 from exports import description, logits
 from models import tiny_llama

@@ -16,9 +16,10 @@ it, else one that is a class, such as ``Linear``.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros
 from gptq_plugin.model.experts import block_of_experts
-from gptq_plugin.options.expressions import matches
+from gptq_plugin.options.expression_table import ExpressionTable
 
 _PACKED = "pack-quantized"
 
@@ -169,7 +170,8 @@ class CompressedTensors(Format):
         )
 
     def leaves_float(self, quantization: Mapping[str, Any], name: str) -> bool:
-        return any(_is_name(entry, name) or _is_expression(entry, name) for entry in quantization.get("ignore") or ())
+        ignored = quantization.get("ignore") or ()
+        return name in ignored or _matches_one(ignored, name)
 
     def describe(self, contents: Contents, config: QuantizeConfig) -> dict[str, Any]:
         """A config group for each way a layer is quantized; the most common one takes every ``Linear`` that is not
@@ -240,23 +242,29 @@ def _group_problems(group: Mapping[str, Any], overall: Any) -> Iterator[str]:
 def _weights(quantization: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The config group's ``weights`` that count for a module."""
     groups = quantization["config_groups"].values()
-    for kind in (_is_name, _is_expression, _is_class):
+    for is_meant in (lambda targets: name in targets, lambda targets: _matches_one(targets, name), _has_class):
         for group in groups:
-            if any(kind(target, name) for target in group["targets"]):
+            if is_meant(group["targets"]):
                 return dict(group["weights"])
     raise ValueError("no config group has a target that matches it")
 
 
-def _is_name(target: str, name: str) -> bool:
-    return target == name
+def _matches_one(entries: Iterable[str], name: str) -> bool:
+    """True if one of the regular expressions among them matches.
+
+    Raises:
+        ValueError: They take too long to be matched (`ExpressionTable`).
+    """
+    return bool(_table(tuple(entries)).matching(name))
 
 
-def _is_expression(target: str, name: str) -> bool:
-    return target.startswith("re:") and matches(target[3:], name)
+@functools.lru_cache(16)
+def _table(entries: tuple[str, ...]) -> ExpressionTable:
+    return ExpressionTable([entry[3:] for entry in entries if entry.startswith("re:")], "ignore, or targets")
 
 
-def _is_class(target: str, name: str) -> bool:
-    return not target.startswith("re:") and "." not in target and target[:1].isupper()
+def _has_class(targets: Iterable[str]) -> bool:
+    return any(not target.startswith("re:") and "." not in target and target[:1].isupper() for target in targets)
 
 
 def _weights_entry(scheme: Scheme) -> dict[str, Any]:

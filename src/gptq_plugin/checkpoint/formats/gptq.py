@@ -35,11 +35,11 @@ from gptq_plugin.checkpoint.formats.format import (
     check_expressions,
     trivial_g_idx,
 )
-from gptq_plugin.config import QuantizeConfig, rule_regex
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
-from gptq_plugin.options.expressions import matches
+from gptq_plugin.options.rules import matching_rules, rule_regex
 
 
 class GPTQ(Format):
@@ -166,10 +166,9 @@ class GPTQ(Format):
 
     def fields(self, quantization: Mapping[str, Any], name: str) -> Scheme:
         rule: dict[str, Any] = dict(quantization)
-        for pattern, overrides in (quantization.get("dynamic") or {}).items():
-            if matches(rule_regex(pattern), name):
-                rule.update(overrides or {})
-                break
+        dynamic = quantization.get("dynamic") or {}
+        for pattern in matching_rules(dynamic, name)[:1]:
+            rule.update(dynamic[pattern] or {})
         return Scheme(
             rule.get("bits"),  # type: ignore[arg-type]
             rule.get("group_size", -1),
