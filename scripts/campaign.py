@@ -27,7 +27,7 @@ from campaigns.campaign import Campaign
 from campaigns.processes import run
 from campaigns.table import Result, faults, into_page, table
 
-NAMES = ("configurations", "checkpoints", "ckpt")
+NAMES = ("configurations", "checkpoints", "ckpt", "kills", "faults", "ranks", "soak")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "campaigns.md"
 
 
@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(NAMES)}; all when left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, help="as many as the campaign's long run when left out")
+    parser.add_argument("--short", action="store_true", help="as many as the campaign's short run")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="begin no case of a campaign after that long"
     )

@@ -40,16 +40,16 @@ class _CheckIns:
 
     Attributes:
         world: The default group.
-        group: Separate, so that check-ins never mix with the user's messages.
         store: The default group's.
         key: Where the first rank that fails leaves its error in the store.
+        group: Separate, so that check-ins never mix with the user's messages. None until all ranks have met.
         sent: The operation of the last check-in.
     """
 
     world: Any
-    group: Any
     store: Any
     key: str
+    group: Any = None
     sent: Any = None
 
     def __post_init__(self) -> None:
@@ -69,7 +69,8 @@ class _CheckIns:
             return
         atexit.unregister(self.close)
         with contextlib.suppress(ValueError):  # all groups are destroyed already
-            dist.destroy_process_group(self.group)
+            if self.group is not None:
+                dist.destroy_process_group(self.group)
         self.group = self.sent = None
 
 
@@ -111,8 +112,8 @@ def ending_together() -> Iterator[None]:
             _check_in("the end")
     except BaseException as error:
         if _depth == 1 and active() and not isinstance(error, GeneratorExit):
-            if not isinstance(error, RankError):
-                _tell(error)
+            if _check_ins is not None and not isinstance(error, RankError):
+                _tell(_check_ins, error)
             _close()  # some ranks may have left in the middle of a check-in
         raise
     finally:
@@ -257,13 +258,12 @@ def _wait(work: Any, timeout: timedelta | None) -> None:
                 raise
 
 
-def _tell(error: BaseException) -> None:
-    """Tells the other ranks why this one failed."""
+def _tell(check_ins: _CheckIns, error: BaseException) -> None:
+    """Tells the other ranks why this one failed, also those that are still to come to the first meeting."""
     text = f"{type(error).__name__}: {error}"
     with contextlib.suppress(RuntimeError):
-        check_ins = _open()
         check_ins.store.set(check_ins.key, f"rank {rank()} failed: {text}")
-        if not check_ins.waits:  # else this rank's last check-in is still on its way
+        if check_ins.group is not None and not check_ins.waits:  # else its last check-in is still on its way
             _exchange(_FAILED, 0, text, _GRACE)
 
 
@@ -301,13 +301,13 @@ def _open() -> _CheckIns:
     """The check-ins beside the default group. The first call of every rank makes their group, when all have come."""
     global _check_ins
     world = dist.group.WORLD
-    if _check_ins is None or _check_ins.world is not world:
+    if _check_ins is None or _check_ins.world is not world or _check_ins.group is None:
         _close()
         store, name = dist.distributed_c10d._get_default_store(), f"gptq_plugin/{next(_made)}"
+        _check_ins = _CheckIns(world, store, f"{name}/failed")
         _meet(store, name)
         with _unreachable_as_rank_error():
-            group = dist.new_group(backend="gloo", timeout=_timeout())
-        _check_ins = _CheckIns(world, group, store, f"{name}/failed")
+            _check_ins.group = dist.new_group(backend="gloo", timeout=_timeout())
     return _check_ins
 
 
@@ -322,13 +322,14 @@ def _meet(store: Any, name: str) -> None:
     """Waits until all ranks have come here, so that making a group, which nothing can interrupt, takes no time.
 
     Raises:
-        RankError: Some did not come within the process group's timeout.
+        RankError: One failed on its way, or did not come within the process group's timeout.
     """
     ranks = [f"{name}/{number}" for number in range(world_size())]
     with _unreachable_as_rank_error():
         store.set(ranks[rank()], "here")
         deadline, pause = time.monotonic() + _timeout().total_seconds(), 0.001
         while not store.check(ranks):
+            _raise_failure()
             if time.monotonic() > deadline:
                 missing = ", ".join(str(number) for number, key in enumerate(ranks) if not store.check([key]))
                 raise RankError(

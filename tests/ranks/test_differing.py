@@ -120,11 +120,13 @@ def run(rank, case):
         same_on_ranks.check_same = failing(kind)
         import gptq_plugin.quantize.prepare as prepare
         prepare.check_same = same_on_ranks.check_same
-    elif phase == "waiting" and faulty:  # interrupted while it waits for another at the first meeting
+    elif phase in ("waiting", "alone") and faulty:  # interrupted while it waits for another at the first meeting
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
         signal.alarm(2)
     elif phase == "waiting" and rank == 2:
         batches = data(rank, lambda number: time.sleep(4) if number == 5 else None)
+    elif phase == "alone" and rank == 2:
+        return time.sleep(20)
     elif phase == "never" and faulty:
         return time.sleep(20) if kind == "silent" else end(kind)
     elif phase == "calibration" and faulty:
@@ -201,7 +203,7 @@ PHASES = ("data", "late", "meeting", "calibration", "reduction", "solve")
 CAUSES = {"raise": "MemoryError: no room", "exit": "SystemExit: 3", "interrupt": "KeyboardInterrupt: "}
 KINDS = (*CAUSES, "kill")
 LOST = [f"{kind}-{phase}" for phase in PHASES for kind in KINDS]
-OTHERS = ["buffers-synced", "interrupt-waiting", "silent-never", "kill-never"]
+OTHERS = ["buffers-synced", "interrupt-waiting", "interrupt-alone", "silent-never", "kill-never"]
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +243,13 @@ def test_a_rank_that_is_interrupted_while_it_waits_ends_and_so_do_the_others(res
     assert interrupted["told"] == "KeyboardInterrupt: " and interrupted["seconds"] < 5
     assert first["told"] == late["told"] == "RankError: rank 1 failed: KeyboardInterrupt: "
     assert max(first["seconds"], late["seconds"]) < 8
+
+
+def test_a_rank_that_is_interrupted_at_the_first_meeting_ends_though_another_never_comes(results):
+    first, interrupted, _ = results["interrupt-alone"]
+    assert interrupted["told"] == "KeyboardInterrupt: "
+    assert first["told"] == "RankError: rank 1 failed: KeyboardInterrupt: "
+    assert max(first["seconds"], interrupted["seconds"]) < 6
 
 
 @pytest.mark.parametrize("case", ["silent-never", "kill-never"])
