@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import re
 import sys
@@ -18,6 +19,15 @@ from torch import nn
 from paths import REPOSITORY
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Looks for no garbage among what is imported, then or later: that is a million objects, needed to the end."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
