@@ -6,13 +6,30 @@ import pytest
 
 from gptq_plugin.apps.option_names import unknown_names
 
-
-@pytest.mark.parametrize(
-    ("override", "sentence"),
-    [
-        ("quantizer.bit=3", "there is no option quantizer.bit: did you mean quantizer.bits=3?"),
+WRONG = {
+    "added": [
         ("+quantizer.bit=3", "there is no option quantizer.bit: did you mean quantizer.bits=3?"),
         ("++quantizer.bit=3", "there is no option quantizer.bit: did you mean quantizer.bits=3?"),
+        ("+callbacks.gptqq.export_dir=x", "did you mean callbacks.gptq.export_dir=x?"),
+        ("+trainer.logger.nam=x", "did you mean trainer.logger.name=x?"),
+        ("+trainer.max_step=1", "there is no option trainer.max_step: did you mean trainer.max_steps=1?"),
+        ("+data.seqlen=9", "there is no option data.seqlen: did you mean data.seq_len=9?"),
+        ("+data.zzz=9", "there is no option data.zzz: data has seq_len"),
+        ("+evalute=false", "there is no option evalute: did you mean evaluate=false?"),
+        ("+model.name_or_pth=x", "small_llama has no model.name_or_pth: did you mean model=hf model.name_or_path=x?"),
+        ("++data.path=x", "data=builtin has no data.path: did you mean data=hub data.path=x or data=text data.path=x?"),
+    ],
+    "choices": [
+        ("quantizer=w4g12", "there is no quantizer=w4g12: did you mean quantizer=w4g128? quantizer is one of w2g128"),
+        ("quantizer=w4g128,w3g12", "there is no quantizer=w3g12: did you mean quantizer=w3g128?"),
+        ("data=wikipedia", "there is no data=wikipedia: data is one of builtin, hub, text"),
+        ("hydra/launcher=fast", "there is no hydra/launcher=fast: hydra/launcher is one of"),
+    ],
+    "bare": [
+        ("quantizer.bits", "quantizer.bits has no value: options are written name=value"),
+    ],
+    "keys": [
+        ("quantizer.bit=3", "there is no option quantizer.bit: did you mean quantizer.bits=3?"),
         ("~quantizer.bit", "there is no option quantizer.bit: did you mean ~quantizer.bits?"),
         ("quantizer.bit=2,3", "there is no option quantizer.bit: did you mean quantizer.bits=2,3?"),
         ("quantiser.bits=3", "there is no option quantiser.bits: did you mean quantizer.bits=3?"),
@@ -22,44 +39,38 @@ from gptq_plugin.apps.option_names import unknown_names
         ("target=vllm", "there is no option target: did you mean callbacks.gptq.target=vllm?"),
         ("callbacks.gptq.max_degredation=1", "did you mean callbacks.gptq.max_degradation=1?"),
         ("callbacks.gtpq.swap=true", "did you mean callbacks.gptq.swap=true?"),
-        ("+callbacks.gptqq.export_dir=x", "did you mean callbacks.gptq.export_dir=x?"),
         ("trainer.logger.nam=x", "did you mean trainer.logger.name=x?"),
-        ("+trainer.logger.nam=x", "did you mean trainer.logger.name=x?"),
         ("trainer.min_epoch=1", "there is no option trainer.min_epoch: did you mean +trainer.min_epochs=1?"),
-        ("+trainer.max_step=1", "there is no option trainer.max_step: did you mean trainer.max_steps=1?"),
         ("trainer.min_epochs=1", "is not in the configuration, but lightning.Trainer takes it: +trainer.min_epochs=1"),
-        ("+data.seqlen=9", "there is no option data.seqlen: did you mean data.seq_len=9?"),
         ("data.zzz=9", "there is no option data.zzz: data has seq_len, batch_size, bos, shuffle, seed, train_rows"),
-        ("+data.zzz=9", "there is no option data.zzz: data has seq_len"),
         ("zzz=9", "there is no option zzz: the configuration has model, data, quantizer, trainer, callbacks, seed"),
-        ("+evalute=false", "there is no option evalute: did you mean evaluate=false?"),
         ("hydra.run.dirr=x", "there is no option hydra.run.dirr: did you mean hydra.run.dir=x?"),
         ("callbacks.gptq.max_degradation.val_loss=1", "+callbacks.gptq.max_degradation.val_loss=1 adds it"),
         ("seed.x=1", "seed has no x: it is 0"),
         ("model.name_or_path=x", "has no model.name_or_path: did you mean model=hf model.name_or_path=x?"),
         ("data.path=x", "did you mean data=hub data.path=x or data=text data.path=x?"),
         ("model.name_or_pth=x", "small_llama has no model.name_or_pth: did you mean model=hf model.name_or_path=x?"),
-        ("+model.name_or_pth=x", "small_llama has no model.name_or_pth: did you mean model=hf model.name_or_path=x?"),
         ("data.pth=x", "data=builtin has no data.pth: did you mean data=hub data.path=x or data=text data.path=x?"),
         ("data.pth=x,y", "did you mean data=hub data.path=x,y or data=text data.path=x,y?"),
-        ("++data.path=x", "data=builtin has no data.path: did you mean data=hub data.path=x or data=text data.path=x?"),
         ("data.splt=x", "data=builtin has no data.splt: did you mean data=hub data.split=x?"),
         ("dta.path=x", "there is no option dta.path: did you mean data=hub data.path=x or data=text data.path=x?"),
         ("name_or_path=x", "there is no option name_or_path: did you mean model=hf model.name_or_path=x?"),
         ("data.zzz=9", "; data=hub also path, name, "),
         ("data.batch_sze=9", "there is no option data.batch_sze: did you mean data.batch_size=9?"),
         ("~data.pth", "there is no option data.pth: data has seq_len"),
-        ("quantizer=w4g12", "there is no quantizer=w4g12: did you mean quantizer=w4g128? quantizer is one of w2g128"),
-        ("quantizer=w4g128,w3g12", "there is no quantizer=w3g12: did you mean quantizer=w3g128?"),
-        ("data=wikipedia", "there is no data=wikipedia: data is one of builtin, hub, text"),
         ("callback=gptq", "there is no option callback: did you mean callbacks=gptq?"),
-        ("hydra/launcher=fast", "there is no hydra/launcher=fast: hydra/launcher is one of"),
-        ("quantizer.bits", "quantizer.bits has no value: options are written name=value"),
     ],
-)  # fmt: skip
-def test_a_name_that_does_not_exist_comes_with_the_nearest_that_does(override, sentence):
-    (found,) = unknown_names("finetune", ["seed=3", override, "trainer.max_steps=5"])
-    assert sentence in found
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_name_that_does_not_exist_comes_with_the_nearest_that_does(kind):
+    """All of a kind on one command line: each has its own sentence, whatever else is wrong there."""
+    overrides, sentences = zip(*WRONG[kind])
+    found = unknown_names("finetune", ["seed=3", *overrides, "trainer.max_steps=5"])
+    assert len(found) == len(sentences)
+    for sentence, told in zip(sentences, found):
+        assert sentence in told
 
 
 @pytest.mark.parametrize(
