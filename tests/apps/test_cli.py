@@ -30,6 +30,7 @@ from gptq_plugin.apps.summary import SUMMARY
 from gptq_plugin.errors import DataError, ExportError
 from gptq_plugin.model.adapters import merged_copy
 
+from forked_python import python
 from language_models import LORA, save_sharded, tiny
 from texts import CHAT_TEMPLATE, CHATS
 
@@ -50,10 +51,10 @@ TINY = [
 ]
 
 
-def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs an installed command as a user would."""
+def command(name: str, *arguments: str, cwd: Path, by: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs an installed command, by an interpreter that starts at once."""
     program = Path(sys.executable).parent / name
-    return subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600)
+    return subprocess.run([by or python(), program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 def succeeds(name: str, *arguments: str, cwd: Path) -> str:
@@ -69,7 +70,7 @@ def succeeds(name: str, *arguments: str, cwd: Path) -> str:
 def finetuned(tmp_path_factory):
     """The folder of one run on the built-in text, and what it printed; its other stream is in stderr.txt."""
     cwd = tmp_path_factory.mktemp("finetune")
-    done = command("gptq-finetune", *TINY, "hydra.run.dir=run", cwd=cwd)
+    done = command("gptq-finetune", *TINY, "hydra.run.dir=run", cwd=cwd, by=sys.executable)  # as for a user
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     (cwd / "stderr.txt").write_text(done.stderr)
     return cwd / "run", done.stdout

@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from gptq_plugin.apps.language_model import pretrained
 from gptq_plugin.apps.sharded_weights import read_sharded, sharded_tensors
 from gptq_plugin.errors import CheckpointError
 
+from forked_python import python
 from language_models import same_weights, save_sharded, tiny
 
 
@@ -66,7 +66,7 @@ def test_the_folder_of_a_model_parallel_run_on_two_processes_is_read(base, tmp_p
         trainer.save_checkpoint("run.ckpt")
         """)
     )
-    done = subprocess.run([sys.executable, "run.py", base[0]], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([python(), "run.py", base[0]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run.ckpt" / ".metadata").is_file()
     loaded = fine_tuned(pretrained([], name_or_path=str(base[0])).network, ckpt=tmp_path / "run.ckpt")

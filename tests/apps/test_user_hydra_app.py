@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from gptq_plugin import QuantLinear, load_quantized
+
+from forked_python import python
 
 CONFIG = """
 hydra:
@@ -74,7 +75,7 @@ def app(tmp_path):
     (tmp_path / "app.py").write_text(APP)
 
     def run(*overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "app.py", *overrides]
+        command = [python(), "app.py", *overrides]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     return run

@@ -20,6 +20,7 @@ from transformers import (
 from gptq_plugin import GPTQTrainerCallback, QuantizeModule, load_quantized
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
 
+from forked_python import python
 from paths import SUPPORT
 from trainer_runs import SMALL, Rows, Some, Stream, Tokenizer, Untrained, llama, quantized, same, train
 
@@ -366,7 +367,7 @@ def test_two_ranks_give_the_codes_of_one_count_each_sample_once_and_both_learn_o
     monkeypatch.setattr(sys, "path", sys.path[:])
     runpy.run_path(str(tmp_path / "rank.py"))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launcher, tmp_path / "rank.py", here, tmp_path / "2"]
+    command = [python(), *launcher, tmp_path / "rank.py", here, tmp_path / "2"]
     done = subprocess.run(command, cwd=tmp_path, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, samples in (("rows", 17), ("some", 5), ("stream", 24)):

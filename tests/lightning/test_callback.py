@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from gptq_plugin import GPTQCallback, QuantizeModule, load_quantized
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
 
+from forked_python import python
 from lightning_runs import (
     DDP,
     SMALL,
@@ -497,7 +498,7 @@ def on_one_and_on_two(tmp_path_factory):
         patch.setattr(sys, "argv", [*command, "1", "cpu", *SAMPLES])
         patch.setattr(sys, "path", sys.path[:])
         runpy.run_path(str(folder / "train.py"))
-    done = subprocess.run([sys.executable, *command, "2", "cpu", *SAMPLES], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([python(), *command, "2", "cpu", *SAMPLES], capture_output=True, text=True, timeout=300,
                           cwd=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from gptq_plugin import load_quantized
 
 import sharded_runs as runs
+from forked_python import python
 from paths import SUPPORT
 from ports import free_port
 
@@ -30,7 +30,7 @@ def launch(function, folder, **environment):
     command += f"runs.{function}(pathlib.Path(sys.argv[2]))"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", command, SUPPORT, folder],
+            [python(), "-c", command, SUPPORT, folder],
             env={**os.environ, **environment, "RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in "01"

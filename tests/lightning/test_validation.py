@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import textwrap
 
 import lightning.pytorch as pl
@@ -14,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from gptq_plugin.lightning.validation import validate, validation_loaders
 
+from forked_python import python
 from lightning_runs import Plain, Validated, fit, pair_loader, rows
 from paths import SUPPORT
 
@@ -186,7 +186,7 @@ from gptq_plugin.lightning.validation import validate
 @pytest.mark.slow
 def test_ranks_validate_their_shares_and_agree_on_the_values_and_on_what_to_do(tmp_path):
     (tmp_path / "train.py").write_text(textwrap.dedent(RANKS))
-    command = [sys.executable, tmp_path / "train.py", SUPPORT, tmp_path]
+    command = [python(), tmp_path / "train.py", SUPPORT, tmp_path]
     subprocess.run(command, check=True, timeout=200, cwd=tmp_path)
     (first, said), (second, said_too) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and said == said_too

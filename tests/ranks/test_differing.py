@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
+
+from forked_python import python
 
 # Every case forks ranks with a group whose timeout is some seconds; each writes how it ended.
 SCRIPT = """
@@ -211,7 +212,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     (out / "run.py").write_text(SCRIPT)
     cases = [*OTHERS, *LOST, *(f"differ-{what}" for what in DIFFERENCES)]  # those that wait begin first
-    done = subprocess.run([sys.executable, out / "run.py", out, *cases], timeout=550, capture_output=True, text=True)
+    done = subprocess.run([python(), out / "run.py", out, *cases], timeout=550, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "results.json").read_text())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ import torch
 from gptq_plugin import QuantizeConfig, distributed
 from gptq_plugin.gptq.solver import solve
 from gptq_plugin.quantize.solve_on_ranks import solve_shared
+
+from forked_python import python
 
 # Every scene runs on forked ranks in a new process group, and writes what it found.
 SCENES = """
@@ -171,7 +172,7 @@ for number, scene in enumerate((meetings, astray, failing, apart, busy, hessians
 def scenes(tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes")
     (out / "run.py").write_text(SCENES)
-    subprocess.run([sys.executable, out / "run.py", out], check=True, timeout=300)
+    subprocess.run([python(), out / "run.py", out], check=True, timeout=300)
     return lambda name: [json.loads((out / f"{name}{rank}.json").read_text()) for rank in range(3)]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
 
+from forked_python import python
 from lightning_runs import FAULTS
 from paths import SUPPORT
 
@@ -34,7 +34,7 @@ CASES = {
 def outcomes(tmp_path_factory):
     out = tmp_path_factory.mktemp("faults")
     (out / "run.py").write_text(FAULTS)
-    command = [sys.executable, out / "run.py", SUPPORT, out, str(RANKS), "cpu", *CASES]
+    command = [python(), out / "run.py", SUPPORT, out, str(RANKS), "cpu", *CASES]
     subprocess.run(command, check=True, timeout=400, cwd=out)
     return out, json.loads((out / "results.json").read_text())
 

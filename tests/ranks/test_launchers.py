@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from gptq_plugin import load_quantized
 from gptq_plugin.apps.sweeps import run_alone
 
+from forked_python import python
 from paths import SUPPORT
 
 pytestmark = pytest.mark.slow
@@ -62,13 +63,14 @@ TINY = [
 ]
 
 
-def run(launcher: str, cwd: Path, *arguments: str | Path) -> str:
+def run(launcher: str, cwd: Path, *arguments: str | Path, interpreter: str | None = None) -> str:
     """Runs Python with these arguments on two ranks, and returns what it prints; raises if it fails."""
-    commands = [[sys.executable, *arguments]]
+    interpreter = interpreter or python()
+    commands = [[interpreter, *arguments]]
     environments = [{**os.environ, "OMP_NUM_THREADS": "1"}]
     if launcher == "torchrun":
         module = "torch.distributed.run"
-        commands = [[sys.executable, "-m", module, "--standalone", "--nproc-per-node=2", *arguments]]
+        commands = [[interpreter, "-m", module, "--standalone", "--nproc-per-node=2", *arguments]]
     if launcher == "SLURM":  # as srun starts them
         job = {"SLURM_JOB_ID": str(os.getpid()),  # its last four digits become the port
                "SLURM_JOB_NAME": "tune", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1",
@@ -94,16 +96,17 @@ def totals(export: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "environment"),
+    ("launcher", "environment", "interpreter"),
     [
-        ("Lightning", "LightningEnvironment"),
-        ("torchrun", "TorchElasticEnvironment"),
-        ("SLURM", "SLURMEnvironment"),
+        ("Lightning", "LightningEnvironment", None),
+        ("torchrun", "TorchElasticEnvironment", sys.executable),  # as for a user: each rank imports for itself
+        ("SLURM", "SLURMEnvironment", None),
     ],
+    ids=lambda value: "" if value in (None, sys.executable) else value,
 )
-def test_the_callback_exports_once_and_all_ranks_have_its_codes(launcher, environment, tmp_path):
+def test_the_callback_exports_once_and_all_ranks_have_its_codes(launcher, environment, interpreter, tmp_path):
     (tmp_path / "fit.py").write_text(FIT)
-    run(launcher, tmp_path, tmp_path / "fit.py", SUPPORT)
+    run(launcher, tmp_path, tmp_path / "fit.py", SUPPORT, interpreter=interpreter)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["pid"] != second["pid"] and first["environment"] == second["environment"] == environment
     (export,) = tmp_path.glob("export-*")
@@ -146,7 +149,8 @@ def test_a_sweep_of_finetunes_leaves_one_folder_with_a_folder_a_run(launcher, tm
     assert printed.count(table.strip()) == 1 and "Try next" not in printed
 
 
-def test_a_sweep_ends_with_what_stopped_a_run(tmp_path, capfd):
+def test_a_sweep_ends_with_what_stopped_a_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "executable", python())
     with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
         where = [f"hydra.runtime.cwd={tmp_path}", "hydra.job.num=3", "hydra.job.config_name=finetune"]
         cfg = compose("finetune", ["quantizer.bits=5", *where], return_hydra_config=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from gptq_plugin import distributed
+
+from forked_python import python
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")]
 
@@ -64,7 +65,7 @@ for case, ranks in (("alone", 1), ("once", 2), ("always", 2)):
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("no-room")
     (out / "run.py").write_text(CASES)
-    subprocess.run([sys.executable, out / "run.py", out], check=True, timeout=200)
+    subprocess.run([python(), out / "run.py", out], check=True, timeout=200)
     return lambda case, rank=0: json.loads((out / f"{case}{rank}.json").read_text())
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from gptq_plugin.calibration import verdicts
+
+from forked_python import python
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs os.fork")]
 
@@ -78,7 +79,7 @@ def found(tmp_path_factory):
     """By scene, what one rank found, and what each of two did: tokens by layer, positions, state."""
     out = tmp_path_factory.mktemp("positions")
     (out / "run.py").write_text(SCRIPT)
-    subprocess.run([sys.executable, out / "run.py", out], check=True, timeout=300)
+    subprocess.run([python(), out / "run.py", out], check=True, timeout=300)
     return lambda scene: [torch.load(out / f"{scene}{who}.pt") for who in ("10", "20", "21")]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked_python import python
 from paths import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -89,7 +90,7 @@ def runs(tmp_path_factory):
     """The folder of all runs: NAME-RANKS/, with each rank's state, and the export and losses of the first."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, folder / "script.py", folder, str(SAMPLES), str(TOKENS)]
+    command = [python(), folder / "script.py", folder, str(SAMPLES), str(TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder

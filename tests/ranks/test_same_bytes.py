@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from rank_runs import PYCODE, saved
 
+from forked_python import python
 from paths import SUPPORT
+from rank_runs import PYCODE, saved
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,8 @@ needs_pycode = pytest.mark.skipif(not PYCODE.exists(), reason="needs ../shared/m
 
 
 def compare(scene: str, device: str, ranks: list[int], folder) -> None:
-    command = [sys.executable, SUPPORT / "rank_runs.py", folder, device, scene, "1", *map(str, ranks)]
+    interpreter = python() if device == "cpu" else sys.executable
+    command = [interpreter, SUPPORT / "rank_runs.py", folder, device, scene, "1", *map(str, ranks)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, env={**os.environ, "NODE_RANK": "0"})
     assert done.returncode == 0, done.stderr[-6000:]
     ((one, lines),) = saved(folder, scene, 1)

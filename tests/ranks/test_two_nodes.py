@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ import torch
 
 from gptq_plugin import load_quantized
 
+from forked_python import python
 from paths import SUPPORT
 
 pytestmark = [
@@ -24,6 +24,13 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("ip") is None or os.geteuid() != 0, reason="needs root and the command ip"),
 ]
 
+# The first lines of whatever runs on a node.
+JOIN = """
+import ctypes, os
+if "NAMESPACE" in os.environ:
+    with open(f"/run/netns/{os.environ['NAMESPACE']}") as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
+"""
 FIT = """
 import sys
 from pathlib import Path
@@ -79,27 +86,27 @@ def one(tmp_path_factory) -> dict[str, torch.Tensor]:
     """The state that one node ends with."""
     folder = tmp_path_factory.mktemp("one")
     (folder / "fit.py").write_text(FIT)
-    subprocess.run([sys.executable, "fit.py", SUPPORT, folder, "1"], check=True, cwd=folder, timeout=200)
+    subprocess.run([python(), "fit.py", SUPPORT, folder, "1"], check=True, cwd=folder, timeout=200)
     return torch.load(folder / "rank0.pt")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "Lightning"])
 def test_two_nodes_give_the_codes_of_one(launcher, nodes, one, tmp_path):
-    (tmp_path / "fit.py").write_text(FIT)
+    (tmp_path / "fit.py").write_text(JOIN + FIT)
     script = ["fit.py", str(SUPPORT), str(tmp_path), "2"]
     first_address, processes = nodes[0][2], []
     for number, (name, interface, _) in enumerate(nodes):
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface}
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "NAMESPACE": name}
         if launcher == "torchrun":
             where = ["--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1"]
             where += [f"--master-addr={first_address}", "--master-port=29700"]
-            command = [sys.executable, "-m", "torch.distributed.run", *where, *script]
+            agent = JOIN + "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+            command = [python(), "-c", agent, *where, *script]
         else:
-            command = [sys.executable, *script]
+            command = [python(), *script]
             environment |= {"MASTER_ADDR": first_address, "MASTER_PORT": "29700", "NODE_RANK": str(number)}
-        inside = ["ip", "netns", "exec", name, *command]
         options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(inside, **options, start_new_session=True))
+        processes.append(subprocess.Popen(command, **options, start_new_session=True))
     try:
         for process in processes:
             _, err = process.communicate(timeout=200)

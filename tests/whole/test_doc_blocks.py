@@ -27,6 +27,7 @@ from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quanti
 from gptq_plugin.apps.documents import builtin_documents, texts
 from gptq_plugin.apps.tokenizer import train_tokenizer
 
+from forked_python import python
 from pages import DOCS, blocks, name, pages
 
 _OWN_TEST = ("how-to/lightning-cli.md",)
@@ -206,7 +207,7 @@ def test_a_hydra_application_of_ones_own_finds_the_groups_through_its_search_pat
         (text,) = blocks(page, f'{language} title="{file}"')
         (tmp_path / file).write_text(text)
     done = subprocess.run(
-        [sys.executable, "app.py", "callbacks.gptq.export_dir=mine"],
+        [python(), "app.py", "callbacks.gptq.export_dir=mine"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from forked_python import python
 from paths import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ begin("end")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Both streams of each run, by its name."""
     out = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-c", SCRIPT, str(REPOSITORY / "tests" / "support"), str(out)]
+    command = [python(), "-c", SCRIPT, str(REPOSITORY / "tests" / "support"), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=_environment())
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, str] = {"out": str(out)}
