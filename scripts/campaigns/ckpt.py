@@ -38,6 +38,7 @@ from campaigns.watch import nothing_outside, untouched
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gptq_plugin.apps.lightning_weights import load_lightning_weights, open_lightning_weights
 
@@ -89,7 +90,7 @@ def _attack(case: Case, rng: Random) -> None:
     done = [rng.choice(_CONTENT)(content, prefix, rng, case.folder) for _ in range(rng.choice([0, 1, 1, 1, 2]))]
     try:
         path, saved = _save(content, folder, rng)
-    except Exception as error:  # noqa: BLE001  PyTorch cannot write everything
+    except (Exception, CheckpointException) as error:  # noqa: BLE001  PyTorch cannot write everything
         case.is_of(f"{'; '.join(done)}: cannot be saved ({type(error).__name__})")
         return
     done.append(saved)

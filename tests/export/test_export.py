@@ -315,6 +315,18 @@ def test_a_config_that_is_not_the_models_is_refused(rtn: Rtn, tmp_path: Path) ->
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2", "compressed-tensors"])
+def test_a_part_of_a_model_whose_rules_have_its_full_names_is_refused_with_what_differs(
+    checkpoint_format: str, rtn: Rtn, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(group_size=16, dynamic={r"inner\.0": {"sym": False}}, checkpoint_format=checkpoint_format)
+    model = rtn(Plain(), config)
+    assert export_model(model, tmp_path / "whole", config).is_dir()
+    with pytest.raises(ExportError, match=r"^0 is quantized with sym=False, and the given config has sym=True for it"):
+        export_model(model.inner, tmp_path / "part", config)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
 # --- failures on the way ------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.unloaded import Unloaded
 from gptq_plugin.export.verify_files import verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
+from gptq_plugin.layers.packing import are_symmetric
 from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
 from gptq_plugin.model.hf_models import check_savable, is_transformers
 from gptq_plugin.model.stored_names import renaming
@@ -310,4 +311,9 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
             raise ExportError(
                 f"{name} is quantized with bits={layer.bits}, group_size={layer.group_size}, and the given config "
                 f"{wanted}: pass the config the model was quantized with"
+            )
+        if asked.sym and not are_symmetric(layer.qzeros, layer.bits, layer.out_features):
+            raise ExportError(
+                f"{name} is quantized with sym=False, and the given config has sym=True for it: pass the config the "
+                "model was quantized with, its rules for the names that layers have in what is exported"
             )

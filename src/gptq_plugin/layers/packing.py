@@ -70,6 +70,11 @@ def unpack_zeros(qzeros: Tensor, bits: int, out_features: int) -> Tensor:
     return unpack(qzeros.t(), bits, out_features).t().contiguous()
 
 
+def are_symmetric(qzeros: Tensor, bits: int, out_features: int) -> bool:
+    """True if every packed true zero is 2^(bits-1)."""
+    return bool((unpack_zeros(qzeros, bits, out_features) == 2 ** (bits - 1)).all())
+
+
 def traceable_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Tensor:
     """W as float32 [out, in], the values of `reference.dequantize`, in operations that do not depend on values, so that
     they can be traced. No checks."""
