@@ -162,5 +162,4 @@ def _damage(folder: Path, file: Path, place: tuple[Any, ...], value: Any) -> Dam
     if place[0] != "quantization_config" or len(place) < 2:
         return Damage(told, changes=place[0] not in _PROVED)
     # v1 and v2 differ in what asymmetric zeros mean.
-    named = "" if value == "\ud800" else str(place[1])  # which cannot be printed, and no text with it
-    return Damage(told, changes=place[1] in ("format", "checkpoint_format"), field=named)
+    return Damage(told, changes=place[1] in ("format", "checkpoint_format"), field=str(place[1]))

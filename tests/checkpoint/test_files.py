@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -70,5 +71,26 @@ def test_nan_is_no_value_and_infinity_is(tmp_path: Path) -> None:
     (tmp_path / "x").write_text('{"time_step_limit": [0.0, Infinity, -Infinity]}')
     assert read_json(tmp_path / "x") == {"time_step_limit": [0.0, float("inf"), -float("inf")]}
     (tmp_path / "x").write_text('{"rms_norm_eps": NaN}')
-    with pytest.raises(CheckpointError, match=r"x cannot be read as JSON \(it holds NaN\)"):
+    with pytest.raises(CheckpointError, match=r"x cannot be read as JSON \(rms_norm_eps is NaN\)"):
         read_json(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"a": {"b": [1, {"c": NaN}]}}', "a.b[1].c is NaN"),
+        ('{"a": {"b": [1, "\\udfff"]}}', "a.b[1] has half of a letter"),
+        ('{"a": {"\\ud800": NaN}}', "a name in .a has half of a letter"),
+        ('{"\\ud800": {"b": 1}}', "a name in it has half of a letter"),
+    ],
+)
+def test_the_field_of_a_value_that_cannot_be_is_named(text, place, tmp_path):
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(place)) as caught:
+        read_json(tmp_path / "x")
+    str(caught.value).encode()
+
+
+def test_values_that_only_look_so_are_read(tmp_path):
+    (tmp_path / "x").write_text('{"NaN": ["\\u00e9", "\\ud83d\\ude00", Infinity, "NaN"]}')
+    assert read_json(tmp_path / "x") == {"NaN": ["é", "😀", float("inf"), "NaN"]}

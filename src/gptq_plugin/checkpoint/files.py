@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,9 +68,9 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} does not exist or is no regular file: fetch it again, or export again")
     try:
         text = file.read_text(encoding="utf-8")
-        content = json.loads(text, parse_constant=_constant)
-        if "\\u" in text:
-            json.dumps(content, ensure_ascii=False).encode()  # halves of a letter cannot be printed
+        content = json.loads(text)
+        if "\\u" in text or "NaN" in text:
+            _refuse_unusable(content)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON ({error}): fetch it again, or export again") from error
     if not isinstance(content, dict):
@@ -77,11 +78,32 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _constant(name: str) -> float:
-    """Infinity, which the limits of some configurations are; NaN is no value of any."""
-    if name == "NaN":
-        raise ValueError("it holds NaN")
-    return float(name)
+def _refuse_unusable(content: Any) -> None:
+    """Refuses NaN, which is no value of any configuration (infinity is), and halves of a letter, which print nowhere.
+
+    Raises:
+        ValueError: It names the field, dotted.
+    """
+    waiting: list[tuple[str, Any]] = [("", content)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{place}.{key}", inside) for key, inside in value.items()]
+            waiting += [(f"a name in {place or 'it'}", key) for key in value]
+        elif isinstance(value, list):
+            waiting += [(f"{place}[{number}]", inside) for number, inside in enumerate(value)]
+        elif isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{place.lstrip('.')} is NaN")
+        elif isinstance(value, str) and not _is_printable(value):
+            raise ValueError(f"{place.lstrip('.')} has half of a letter (a surrogate)")
+
+
+def _is_printable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
