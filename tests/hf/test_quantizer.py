@@ -258,3 +258,20 @@ def test_a_damaged_folder_is_refused_before_transformers_reads_it(tmp_path: Path
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"x/config\.json cannot be read as JSON"):
         quantized_config(folder)
+
+
+def test_a_tensor_in_two_files_is_refused_as_transformers_would_take_the_last(tmp_path: Path) -> None:
+    folder = edited(tmp_path / "x")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(state, folder / "model-1.safetensors")
+    save_file({"model.norm.weight": state["model.norm.weight"] * 0}, folder / "model-2.safetensors")
+    weights = dict.fromkeys(state, "model-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    assert loaded(folder) is not None  # nobody reads the second file
+    again = {"model.norm.weight": state["model.norm.weight"] * 0, "other": torch.ones(1)}
+    save_file(again, folder / "model-2.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {**weights, "other": "model-2.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"index\.json names one file for model\.norm\.weight"):
+        loaded(folder)

@@ -18,9 +18,15 @@ from gptq_plugin.errors import CheckpointError, some
 
 @dataclass
 class Shards:
-    """The tensors, by name. Where several files have one, the index decides."""
+    """The tensors, by name. Where several files have one, the index decides.
+
+    Attributes:
+        entries: Each where it is read from.
+        elsewhere: Names that another file has too.
+    """
 
     entries: dict[str, TensorEntry] = field(default_factory=dict)
+    elsewhere: set[str] = field(default_factory=set)
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -83,6 +89,7 @@ class Shards:
                 "fetch the files again, or export the model again"
             )
         self.entries.update(here)
+        self.elsewhere.update(found.keys() - here.keys())
         self._handles[file] = handle
 
 

@@ -20,9 +20,14 @@ from gptq_plugin.checkpoint.files import CONFIG, INDEX, WEIGHTS, TensorEntry, re
 from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.shards import Shards
-from gptq_plugin.errors import CheckpointError, ExportError, some
+from gptq_plugin.errors import CheckpointError, ExportError, brief, some
 from gptq_plugin.model.hf_models import is_transformers, published_class
 from gptq_plugin.model.stored_names import key_renaming
+
+_SOURCE = (
+    "the model came from {}, which is looked through for modules that transformers does not load, and is damaged: {}. "
+    "Mend it, or clear model.config._name_or_path, and nothing is taken over from there"
+)
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,20 @@ def _source(model: Any) -> Path | None:
 
 
 def _as_published(model: Any, folder: Path, shards: Shards) -> nn.Module:
-    """A model made from the source's configuration, without values."""
-    refuse_many_modules(read_json(folder / CONFIG), folder / CONFIG, shards.entries.values())
+    """A model made from the source's configuration, without values.
+
+    Raises:
+        ExportError: There is none that can be made.
+    """
     kind = published_class(model) or type(model)
-    with torch.device("meta"):
-        made: nn.Module = kind(type(model.config).from_pretrained(folder))
+    try:
+        refuse_many_modules(read_json(folder / CONFIG), folder / CONFIG, shards.entries.values())
+        with torch.device("meta"):
+            made: nn.Module = kind(type(model.config).from_pretrained(folder))
+    except Exception as error:  # whatever values that nobody expected lead to
+        raise ExportError(
+            _SOURCE.format(folder, f"{folder / CONFIG} ({type(error).__name__}: {brief(error)})")
+        ) from error
     return made
 
 
@@ -140,10 +154,7 @@ def _shards(folder: Path) -> Shards:
     try:
         return Shards.open(folder)
     except CheckpointError as error:
-        raise ExportError(
-            f"the model came from {folder}, and that is looked through for modules that transformers does not load: "
-            f"{error}. Or clear model.config._name_or_path, and nothing is taken over from there"
-        ) from error
+        raise ExportError(_SOURCE.format(folder, error)) from error
 
 
 def _first_lacking(tensor: str, modules: Set[str]) -> str:

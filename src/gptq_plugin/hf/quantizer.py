@@ -39,7 +39,7 @@ from gptq_plugin.checkpoint.load import forget_quantization
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.config import QUANTIZER_NAME
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.model.stored_names import key_renaming
 
 
@@ -81,6 +81,7 @@ class GPTQPluginQuantizer(HfQuantizer):
             )
         self._checkpoint = Checkpoint.open(Path(files[0]).parent)
         floats = set(self._checkpoint.float_names)
+        _refuse_two_files(self._checkpoint)
         rename = key_renaming(model)
         renamed = {name: rename(name) for name in self._checkpoint.tensors}
         self._names = reserve(self._checkpoint, model)
@@ -152,6 +153,16 @@ def _unexpected_weights_name(directory: Path) -> str | None:
         return None
     found = list(directory.glob("*.safetensors.index.json")) or list(directory.glob("*.safetensors"))
     return found[0].name if len(found) == 1 else None
+
+
+def _refuse_two_files(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for tensors that two files have: transformers takes the last file's, not the index's."""
+    if checkpoint.shards.elsewhere:
+        raise CheckpointError(
+            f"{checkpoint.directory / INDEX} names one file for {some(sorted(checkpoint.shards.elsewhere))}, which "
+            "another has too, and from_pretrained would take the last: load it with load_quantized, or fetch the files "
+            "again"
+        )
 
 
 def _refuse_missing(checkpoint: Checkpoint, model: Any, stored: set[str]) -> None:
