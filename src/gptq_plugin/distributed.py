@@ -223,7 +223,7 @@ def _exchange(code: int, number: int, text: str, timeout: timedelta | None = Non
     Raises:
         RankError: A rank failed, came to another call, or cannot be reached.
     """
-    mine = torch.tensor([code, number])
+    mine = torch.tensor([code, number], device="cpu")
     everyones = [torch.empty_like(mine) for _ in range(world_size())]
     with _unreachable_as_rank_error():
         check_ins = _open()

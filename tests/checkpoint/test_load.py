@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gptq_plugin import load_quantized
+from gptq_plugin import load_quantized, quantized_config
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.layers.packing import (
@@ -304,4 +304,22 @@ def test_a_model_far_larger_than_the_files_is_refused_before_it_takes_memory(tmp
 def test_values_that_transformers_cannot_use_are_refused_by_file(values: dict[str, Any], tmp_path: Path) -> None:
     folder = edited(LLAMA, tmp_path / "x", config=lambda c: c.update(values))
     with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_attention_that_lies_in_another_repository_is_not_fetched(field: str, tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x", config=lambda c: c.update({field: "owner/code"}))
+    for load in (load_quantized, quantized_config):
+        with pytest.raises(CheckpointError, match=f"{field.removeprefix('_')} is 'owner/code', code of another"):
+            load(folder)
+
+
+def test_code_of_another_repository_is_named_as_such(tmp_path: Path) -> None:
+    folder = edited(
+        LLAMA,
+        tmp_path / "x",
+        config=lambda c: c.update(architectures=["Own"], auto_map={"AutoModel": "owner/other--code.Own"}),
+    )
+    with pytest.raises(CheckpointError, match="finds Own in the code of the repository owner/other"):
         load_quantized(folder)

@@ -100,9 +100,11 @@ class TextData(LightningDataModule):
 
     def calibration(self, nsamples: int) -> list[Tensor]:
         """Returns `nsamples` rows of the training text, or all if it has fewer: int64 [seq_len] each."""
-        order = torch.arange(len(self.train))
+        order = torch.arange(len(self.train), device="cpu")
         if self.shuffle:
-            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
+            order = torch.randperm(
+                len(self.train), generator=torch.Generator("cpu").manual_seed(self.seed), device="cpu"
+            )
         return [self.train[index] for index in order[:nsamples]]
 
     def calibration_source(self, nsamples: int) -> Sources:

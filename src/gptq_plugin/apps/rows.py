@@ -46,7 +46,7 @@ def cut_rows(
     count = 0
     for document in _tokenized(texts, tokenizer):
         begun = document[:1] == start  # chat templates write it
-        tokens.append(torch.tensor(document if begun else start + document, dtype=torch.int32))
+        tokens.append(torch.tensor(document if begun else start + document, dtype=torch.int32, device="cpu"))
         count += len(tokens[-1])
         if limit is not None and count >= limit * seq_len:
             break

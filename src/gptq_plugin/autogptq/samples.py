@@ -30,8 +30,8 @@ def token_samples(examples: Iterable[Any]) -> list[Any]:
         if not isinstance(example, Mapping) or "input_ids" not in example:
             samples.append(example)
             continue
-        tensors = {key: torch.as_tensor(example[key]).long() for key in _KEPT if example.get(key) is not None}
-        rows = {key: tensor.reshape(-1, tensor.shape[-1]).cpu() for key, tensor in tensors.items()}
+        tensors = {key: _whole_numbers(example[key]) for key in _KEPT if example.get(key) is not None}
+        rows = {key: tensor.reshape(-1, tensor.shape[-1]) for key, tensor in tensors.items()}
         samples += [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
     return samples
 
@@ -72,7 +72,7 @@ def named_samples(name: str, tokenizer: Any, nsamples: int, seqlen: int, seed: i
     for tokens in _documents(name, tokenizer, choose):
         draws = nsamples if name == "wikitext2" else 1
         starts = [choose.randint(0, len(tokens) - seqlen) for _ in range(draws)] if len(tokens) >= seqlen else []
-        windows += [torch.tensor(tokens[start : start + seqlen]) for start in starts]
+        windows += [torch.tensor(tokens[start : start + seqlen], device="cpu") for start in starts]
         if len(windows) >= nsamples:
             return windows
     raise DataError(
@@ -117,3 +117,7 @@ def _load(path: str, config: str | None = None, **options: Any) -> Any:
             f"datasets.load_dataset could not read {path}: {error}. Without a network it must be in its cache; or give "
             "dataset a list of texts"
         ) from error
+
+
+def _whole_numbers(values: Any) -> Tensor:
+    return values.cpu().long() if isinstance(values, Tensor) else torch.tensor(values, device="cpu").long()

@@ -71,7 +71,7 @@ def _samples(edges: list[Tensor], samples: int) -> Tensor:
             chosen += [int(sums.argmin()), int(sums.argmax())]
     chosen = list(dict.fromkeys(chosen)) or [0]
     others = (number for number in range(samples) if number not in chosen)
-    return torch.tensor(chosen if len(chosen) > 1 else [*chosen, next(others, chosen[0])])
+    return torch.tensor(chosen if len(chosen) > 1 else [*chosen, next(others, chosen[0])], device="cpu")
 
 
 def _around_edge(mask: Tensor) -> slice:

@@ -49,7 +49,7 @@ def rereadable(data: Any, nsamples: int, batch_size: int = 1) -> Iterable[Any]:
 
 def tensor_of(array: numpy.ndarray[Any, Any]) -> Tensor:
     """An array as a tensor; NumPy's default dtype, float64, becomes PyTorch's, in which models are."""
-    tensor = torch.as_tensor(array)
+    tensor = torch.as_tensor(array, device="cpu")
     return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 
 
@@ -71,7 +71,7 @@ def refuse_single(data: Any) -> None:
             "read: give one column of texts, table['text'].to_list(), or the rows of numbers, table.to_numpy()"
         )
     if isinstance(data, Tensor) or (isinstance(data, numpy.ndarray) and _holds_numbers(data)):
-        _refuse_tensor(torch.as_tensor(data))
+        _refuse_tensor(data if isinstance(data, Tensor) else tensor_of(data))
         return
     if isinstance(data, numpy.ndarray) and data.ndim != 1:
         raise CalibrationError(f"calibration data is an array {data.shape} of {data.dtype}: give a list of samples")

@@ -181,7 +181,7 @@ def _tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     try:
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
 

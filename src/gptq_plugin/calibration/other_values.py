@@ -17,7 +17,8 @@ def other_floats(x: Tensor, chosen: Tensor) -> Tensor:
         x: [..., width].
         chosen: bool, of x's shape or of its leading sizes.
     """
-    noise = torch.randn(int(chosen.sum()), *x.shape[chosen.dim() :], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(int(chosen.sum()), *x.shape[chosen.dim() :], generator=generator, device="cpu")
     spread = float(x.detach().float().std()) if x.numel() > 1 else 0.0
     changed = x.detach().clone()
     changed[chosen] += (noise * (spread if 0 < spread < torch.inf else 1.0)).to(x)

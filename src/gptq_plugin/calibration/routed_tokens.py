@@ -24,7 +24,7 @@ class _EveryRow:
 
 
 EVERY_ROW = _EveryRow()
-_NOTHING = torch.empty(0, dtype=torch.int64)
+_NOTHING = torch.empty(0, dtype=torch.int64, device="cpu")
 Mask = Tensor | _EveryRow | None
 _AROUND = 3  # modules around an expert whose inputs are hashed: the experts, their block, and the block's caller
 _AT_ONCE = 2**24  # elements hashed at a time, which take eight bytes each
@@ -177,7 +177,7 @@ class RoutedTokens:
 def _hashes(rows: Tensor) -> Tensor:
     """Hashes of the rows' bits, int64 [rows]."""
     bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
-    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=torch.Generator().manual_seed(0))
-    factors = factors.to(bits.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator, device="cpu").to(bits.device)
     parts = bits.split(max(1, _AT_ONCE // max(1, bits.shape[1])))
     return torch.cat([(part.long() * factors).sum(-1) for part in parts])

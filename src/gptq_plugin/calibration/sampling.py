@@ -116,14 +116,14 @@ def _of_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) ->
     if _yields_batches(loader):
         chosen = {"batch_size": None, "sampler": [index for batch in batches for index in batch]}
     # No workers, which would take longer to start than to use; a separate generator leaves the global one unchanged.
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     return DataLoader(loader.dataset, collate_fn=loader.collate_fn, generator=generator, **chosen)
 
 
 def _choose(loaders: Sequence[DataLoader[Any]], seed: int, nsamples: int) -> tuple[list[tuple[int, int]], int]:
     """Chooses samples, as (loader, index), and returns the size of the population too."""
     population = [(number, index) for number, loader in enumerate(loaders) for index in _population(loader)]
-    order = torch.randperm(len(population), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(population), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return [population[i] for i in order[:nsamples].tolist()], len(population)
 
 

@@ -117,7 +117,7 @@ def _targets(arguments: Mapping[str, Tensor]) -> Sequence | None:
     if kept is None and labels is not None and tuple(labels.shape) == sizes:
         kept = in_the_loss(labels).flip(1).int().cummax(1).values.flip(1).bool()
     if kept is None:
-        kept = torch.ones(sizes, dtype=torch.bool)
+        kept = torch.ones(sizes, dtype=torch.bool, device="cpu")
     return Sequence(kept, tuple(held) or (labels,), is_labels=not held)  # type: ignore[arg-type]
 
 

@@ -34,6 +34,7 @@ from gptq_plugin.checkpoint.layer_checks import FLOATS, StoredLayer, described_l
 from gptq_plugin.checkpoint.schema import check_description, check_model_config, read_checked
 from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.config import QUANTIZER_NAME
+from gptq_plugin.device.surroundings import plain_defaults
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.qlinear import QuantLinear
 
@@ -89,7 +90,7 @@ class Checkpoint:
             raise CheckpointError(f"{source}: model_file_base_name must be the name of a file, got {base!r}")
         shards = Shards.open(directory, base)
         checkpoint = cls(directory, model_config, quantization, beside or {}, format_, shards)
-        with torch.device("cpu"):  # transformers opens it where tensors are made on the meta device
+        with plain_defaults():  # transformers opens it where tensors are made on the meta device
             checkpoint._find_layers()
         return checkpoint
 

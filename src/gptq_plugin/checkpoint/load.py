@@ -28,9 +28,11 @@ from gptq_plugin.checkpoint.load_plain import load_into
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.device.named import device_named
+from gptq_plugin.device.surroundings import alone, plain_defaults
 from gptq_plugin.errors import CheckpointError, brief
 
 
+@plain_defaults()
 def load_quantized(
     directory: str | Path,
     *,
@@ -103,6 +105,7 @@ def load_quantized(
     return loaded
 
 
+@plain_defaults()
 def load_as(directory: str | Path, architecture: Any, config_class: Any) -> Any:
     """`load_quantized` on the CPU with classes that are in memory: the folder's copy of their code is not imported.
 
@@ -136,16 +139,17 @@ def _load_transformers(
     hooked = _with_hook(architecture, checkpoint, lambda model: names.update(reserve(checkpoint, model)))
     floats = {name: checkpoint.lazy(name) for name in checkpoint.float_names if not checkpoint.is_taken_over(name)}
     try:
-        model, info = hooked.from_pretrained(
-            None,
-            config=config,
-            state_dict=floats,
-            dtype=dtype or getattr(config, "dtype", None) or checkpoint.float_dtype,
-            device_map=device_map,
-            generation_config=_generation_config(checkpoint, architecture),
-            ignore_mismatched_sizes=True,  # they are in `info`, all of them, and refused below
-            output_loading_info=True,
-        )
+        with alone("loading"):
+            model, info = hooked.from_pretrained(
+                None,
+                config=config,
+                state_dict=floats,
+                dtype=dtype or getattr(config, "dtype", None) or checkpoint.float_dtype,
+                device_map=device_map,
+                generation_config=_generation_config(checkpoint, architecture),
+                ignore_mismatched_sizes=True,  # they are in `info`, all of them, and refused below
+                output_loading_info=True,
+            )
     except (CheckpointError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever values that nobody expected lead to
@@ -180,7 +184,7 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
     reference = _own_class(checkpoint, name) if architecture is None else None
     if reference is not None and not trust_remote_code:
         raise CheckpointError(
-            f"{file} finds {name} in the folder's own code ({reference}), which loading it would run: read it, then "
+            f"{file} finds {name} in the {_home(reference)} ({reference}), which loading it would run: read it, then "
             "give load_quantized(..., trust_remote_code=True)"
         )
     if reference is None and architecture is None:
@@ -199,8 +203,13 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
         raise CheckpointError(
             f"{file} is not a configuration of transformers {transformers.__version__}: {brief(error)}"
         ) from error
+    refuse_foreign_kernels(config, file)
     forget_quantization(config)
     return architecture, config
+
+
+def _home(reference: str) -> str:
+    return f"code of the repository {reference.partition('--')[0]}" if "--" in reference else "folder's own code"
 
 
 def _own_class(checkpoint: Checkpoint, name: str) -> str | None:
@@ -209,6 +218,25 @@ def _own_class(checkpoint: Checkpoint, name: str) -> str | None:
         if isinstance(reference, str) and reference.rpartition(".")[2] == name:
             return reference
     return None
+
+
+def refuse_foreign_kernels(config: Any, source: object) -> None:
+    """Refuses a configuration of transformers that names a repository with code for attention or experts.
+
+    transformers would fetch and run it with the `kernels` package, whatever `trust_remote_code` is.
+
+    Raises:
+        CheckpointError: It names field and repository.
+    """
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
+    for part in parts:
+        for field in ("_attn_implementation", "_experts_implementation"):
+            named = getattr(part, field, None)
+            if isinstance(named, str) and "/" in named:
+                raise CheckpointError(
+                    f"{source}: {field.removeprefix('_')} is {named!r}, code of another repository, which loading it "
+                    "would run: remove the field, and choose the code in your own program (set_attn_implementation)"
+                )
 
 
 def forget_quantization(config: Any) -> None:

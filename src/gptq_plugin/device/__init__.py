@@ -1,4 +1,4 @@
-"""Precision, streams and free memory of any device.
+"""Precision, defaults, streams and free memory of any device.
 
 Imports options.
 """

@@ -8,22 +8,23 @@ from torch import Tensor
 
 def all_finite(tensor: Tensor) -> bool:
     """True if a tensor of any dtype holds neither NaN nor infinity."""
-    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    return bool(_extremes(tensor).isfinite().all())
+    least, largest = _extremes(tensor)
+    return bool(least.isfinite() & largest.isfinite())
 
 
 def any_nan(tensor: Tensor) -> bool:
     """True if a tensor of any dtype holds NaN."""
-    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return False
-    return bool(_extremes(tensor).isnan().any())
+    least, largest = _extremes(tensor)
+    return bool(least.isnan() | largest.isnan())
 
 
-def _extremes(tensor: Tensor) -> Tensor:
-    """The least and the largest value, both NaN if any is."""
+def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest value, both NaN if any is; zeros of a tensor that holds no floats."""
     tensor = tensor.detach()
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        zero = torch.zeros((), device="cpu")
+        return zero, zero
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if tensor.itemsize == 1:  # float8 has no order on most devices
         tensor = tensor.float()
-    return torch.stack(tensor.aminmax())
+    return tensor.aminmax()

@@ -23,7 +23,7 @@ class AsyncRead:
         self._arrived: torch.cuda.Event | None = None
         self._host = tensor
         if tensor.is_cuda:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._arrived = torch.cuda.current_stream(tensor.device).record_event()
 

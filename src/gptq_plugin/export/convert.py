@@ -20,6 +20,7 @@ from gptq_plugin.checkpoint.formats.format import Contents, Scheme
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
+from gptq_plugin.device.surroundings import plain_defaults
 from gptq_plugin.errors import CheckpointError, ExportError, some
 from gptq_plugin.export.converted_report import convert_report
 from gptq_plugin.export.copied_files import check_read, copy_files, files_to_copy
@@ -40,6 +41,7 @@ _MADE = (
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 
 
+@plain_defaults()
 def convert(
     directory: str | Path,
     out: str | Path,

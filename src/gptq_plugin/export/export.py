@@ -25,6 +25,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
+from gptq_plugin.device.surroundings import plain_defaults
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.export.disk_space import disk_errors_explained
 from gptq_plugin.export.export_size import export_size, tensor_bytes
@@ -191,6 +192,7 @@ class Export:
         tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in self._format.in_memory}
         return {suffix: t for suffix, t in tensors.items() if t is not None} or None
 
+    @plain_defaults()
     def finish(
         self,
         model: nn.Module,

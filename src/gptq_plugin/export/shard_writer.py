@@ -176,7 +176,7 @@ def _to_host(tensors: Tensors) -> tuple[Tensors, list[torch.cuda.Event]]:
     for name, tensor in tensors.items():
         if tensor.is_cuda:
             stream = torch.cuda.current_stream(tensor.device)
-            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             host[name] = pinned.copy_(tensor, non_blocking=True)
             tensor.record_stream(stream)  # its memory must not be reused before it is copied
             streams.add(stream)

@@ -102,21 +102,21 @@ def decoded_rows(checkpoint: Checkpoint, name: str, rows: int) -> Tensor:
     raw = checkpoint.format.first_rows(lambda suffix: checkpoint.read(f"{name}.{suffix}"), layer, rows)
     codes = _from_bits(raw.codes, layer.bits)[:, : layer.in_features]
     if raw.zeros is None:
-        zeros = torch.full((raw.scales.shape[1], rows), 2 ** (layer.bits - 1))
+        zeros = torch.full((raw.scales.shape[1], rows), 2 ** (layer.bits - 1), device="cpu")
     else:
         zeros = (_from_bits(raw.zeros, layer.bits)[:, :rows] + raw.less) % 2**layer.bits
     size = layer.group_size if layer.group_size > 0 else layer.in_features
-    group = torch.arange(layer.in_features) // size if raw.group_of is None else raw.group_of.long()
+    group = torch.arange(layer.in_features, device="cpu") // size if raw.group_of is None else raw.group_of.long()
     return (codes - zeros.T[:, group]).float() * raw.scales.float()[:, group]
 
 
 def _from_bits(words: Tensor, bits: int) -> Tensor:
     """Decodes int32 [n, w], a little-endian bit stream along each row, into codes, int32 [n, w * 32 // bits]."""
     words = words.clone(memory_format=torch.contiguous_format)  # a view of one column may pass for contiguous
-    single = (words.view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    single = (words.view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     stream = single.flatten(1)
     whole = stream.shape[1] // bits * bits
-    codes = stream[:, :whole].unflatten(1, (-1, bits)) << torch.arange(bits, dtype=torch.uint8)
+    codes = stream[:, :whole].unflatten(1, (-1, bits)) << torch.arange(bits, dtype=torch.uint8, device="cpu")
     return codes.sum(-1, dtype=torch.int32)
 
 

@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.files import CONFIG, INDEX, WEIGHTS
-from gptq_plugin.checkpoint.load import forget_quantization
+from gptq_plugin.checkpoint.load import forget_quantization, refuse_foreign_kernels
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.config import QUANTIZER_NAME
@@ -139,6 +139,7 @@ def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
         checkpoint = Checkpoint.open(folder)
         refuse_many_modules(checkpoint.model_config, folder / CONFIG, checkpoint.tensors.values())
     config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
+    refuse_foreign_kernels(config, name_or_path)
     forget_quantization(config)
     config.quantization_config = {"quant_method": QUANTIZER_NAME}
     weights = _unexpected_weights_name(Path(name_or_path))

@@ -210,7 +210,7 @@ class QuantLinear(nn.Module):
             if moved.dtype != original.dtype:
                 setattr(self, name, original.to(moved.device))
         self._prepared = None
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device="cpu")).dtype
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -37,7 +37,7 @@ def check_tensors(archive: zipfile.ZipFile, tensors: Iterable[Tensor]) -> None:
         return
     dense = [tensor for tensor in tensors if tensor.layout is torch.strided and tensor.device.type == "cpu"]
     for storage in {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in dense}.values():
-        values = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+        values = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy().data
         if (len(values), zlib.crc32(values)) not in records:
             raise zipfile.BadZipFile("bytes of its tensors are not those that were written")
 

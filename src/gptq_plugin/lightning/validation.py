@@ -123,7 +123,7 @@ class _Entry:
             return value, 1.0
         values = torch.stack(self.values).double()
         if self._averages:
-            weights = torch.tensor(self.weights, dtype=torch.float64)
+            weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")
             return float((values * weights).sum() / weights.sum()), float(weights.sum())
         return float(self._function(values)), 1.0
 
@@ -133,7 +133,7 @@ class _Entry:
             return parts[0][0]
         if self._averages:
             return sum(value * weight for value, weight in parts) / sum(weight for _, weight in parts)
-        return float(self._function(torch.tensor([value for value, _ in parts], dtype=torch.float64)))
+        return float(self._function(torch.tensor([value for value, _ in parts], dtype=torch.float64, device="cpu")))
 
     @property
     def _averages(self) -> bool:
@@ -194,7 +194,7 @@ class _Logged:
         if isinstance(value, Metric):
             entry.metric = value
             return
-        entry.values.append(torch.as_tensor(value).detach().float().mean().cpu())
+        entry.values.append(torch.as_tensor(value, device="cpu").detach().float().mean())
         if batch_size is None:
             batch_size = 1 if self._batch is None else extract_batch_size(self._batch)
         entry.weights.append(batch_size)

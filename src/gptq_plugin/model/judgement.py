@@ -184,7 +184,7 @@ class _Check:
     def __init__(self, target: Target) -> None:
         self.target = target
         self._made: tuple[SeenInput, torch.dtype] | None = None  # the weight, which may go home meanwhile
-        self._weight = self._bias = self._norm = torch.empty(0)
+        self._weight = self._bias = self._norm = torch.empty(0, device="cpu")
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor | str] | str:
         """The arguments that the forward is about to get.

@@ -20,6 +20,7 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.surroundings import alone
 from gptq_plugin.export.disk_space import refuse_full
 from gptq_plugin.export.export import Export, export_model
 from gptq_plugin.export.export_dir import check_export_dir
@@ -34,7 +35,7 @@ from gptq_plugin.quantize.in_place import swapped
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.outcome import float_reports, module_report
-from gptq_plugin.quantize.prepare import check_client, prepared
+from gptq_plugin.quantize.prepare import check_client, prepared, undisturbed
 from gptq_plugin.quantize.rehearsal import rehearse, rest_of
 from gptq_plugin.quantize.run_log import RunLog
 from gptq_plugin.report.coverage import Coverage
@@ -198,7 +199,7 @@ class QuantizeModule:
         """
         options = self._options(PassOptions(forward, tokenizer, device=device))
         ready = prepared(model, batches, self.config, options, alone=True)
-        with distributed.ending_together(), evaluating(model), ready as (plan, calibration):
+        with undisturbed(), evaluating(model), ready as (plan, calibration):
             rehearse(plan, calibration, options, whole=whole, rest=rest_of(plan, entire, options))
             self.run_log.coverage(plan)
 
@@ -228,7 +229,7 @@ class QuantizeModule:
         started = time.perf_counter()
         client, chosen = Client.of(target), self._options(options or PassOptions(), exports=export_dir is not None)
         with contextlib.ExitStack() as around, contextlib.ExitStack() as inside:
-            inside.enter_context(distributed.ending_together())
+            inside.enter_context(undisturbed())
             _check_export_dir(export_dir, overwrite)
             plan, calibration = around.enter_context(prepared(model, batches, self.config, chosen, client))
             self.plan = plan
@@ -259,7 +260,7 @@ class QuantizeModule:
     def round_to_nearest(self, model: nn.Module) -> QuantizeReport:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
         started = time.perf_counter()
-        with planned(model, self.config) as plan, swapped(plan, _rounded(plan)) as keep:
+        with alone("quantization"), planned(model, self.config) as plan, swapped(plan, _rounded(plan)) as keep:
             keep()
         self._sample = None
         modules = [module_report(target, method="rtn") for target in plan.targets]

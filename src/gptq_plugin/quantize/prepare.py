@@ -17,6 +17,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.surroundings import alone
 from gptq_plugin.errors import TargetError
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import learn_layouts, undeclared
@@ -24,6 +25,13 @@ from gptq_plugin.model.plan import Plan, planned
 from gptq_plugin.quantize.data_checks import check_finite
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.same_on_ranks import check_same
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keeps other threads out of the block, and ends it on all ranks if an error ends it on one."""
+    with alone("quantization"), distributed.ending_together():
+        yield
 
 
 @contextlib.contextmanager
@@ -51,6 +59,11 @@ def prepared(
         raise TargetError(
             "quantization was called inside torch.inference_mode, where PyTorch does not notice changes of tensors: "
             "call it outside of that block; torch.no_grad() may be on"
+        )
+    if torch.get_default_device().type == "meta":
+        raise TargetError(
+            "quantization was called where tensors are made on the meta device (torch.set_default_device, or a with "
+            "block): those that the forward makes would have no values. Call it outside of that"
         )
     check_same(model, config, options, client)
     check_finite(model)

@@ -41,7 +41,7 @@ def check_same(model: nn.Module, config: QuantizeConfig, options: PassOptions, c
         "the model's class": f"{type(model).__module__}.{type(model).__qualname__}",
         "target": str(client),
         "exact_sums": str(options.exact_sums),
-        "the kind of device": (options.where or next(model.parameters(), torch.empty(0)).device).type,
+        "the kind of device": (options.where or next(model.parameters(), torch.empty(0, device="cpu")).device).type,
         **{f"the configuration's {name}": repr(value) for name, value in config.to_dict().items()},
     }
     _refuse_other(facts)

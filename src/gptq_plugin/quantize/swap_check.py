@@ -43,7 +43,9 @@ class Trace:
     @classmethod
     def of(cls, sample: Sample, calls: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor]) -> Trace:
         sums = [x for _, x in calls]
-        return cls(sample, [n for n, _ in calls], torch.stack(sums).cpu() if sums else torch.zeros(0, 2), outputs)
+        return cls(
+            sample, [n for n, _ in calls], torch.stack(sums).cpu() if sums else torch.zeros(0, 2, device="cpu"), outputs
+        )
 
     def first_difference(self, other: Trace) -> str | None:
         """Where two runs part, in words; None if they do not."""

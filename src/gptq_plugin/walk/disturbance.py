@@ -74,7 +74,7 @@ def _inputs(
 def _differences(one: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]]) -> list[tuple[str, float]]:
     """By call its layer, and the norm of its inputs' difference to that of the input; infinity for another call."""
     found = []
-    for (name, a), (also, b) in itertools.zip_longest(one, other, fillvalue=("", torch.empty(0))):
+    for (name, a), (also, b) in itertools.zip_longest(one, other, fillvalue=("", torch.empty(0, device="cpu"))):
         if name != also or a.shape != b.shape:
             off = torch.inf
         elif torch.equal(a.nan_to_num(), b.nan_to_num()):

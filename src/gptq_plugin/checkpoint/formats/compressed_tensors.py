@@ -101,7 +101,7 @@ class CompressedTensors(Format):
         stored = {
             "weight_packed": tensors["qweight"].t().contiguous(),
             "weight_scale": tensors["scales"].t().contiguous(),
-            "weight_shape": torch.tensor([out_features, in_features]),
+            "weight_shape": torch.tensor([out_features, in_features], device="cpu"),
         }
         if not sym:
             stored["weight_zero_point"] = tensors["qzeros"].t().contiguous()
@@ -217,7 +217,7 @@ FORMATS = (CompressedTensors(),)
 
 def _symmetric_zeros(bits: int, groups: int, out_features: int) -> Tensor:
     """Packed true zeros of a symmetric grid, int32 [groups, ceil(out_features · bits / 32)]."""
-    return pack_zeros(torch.full((groups, out_features), 2 ** (bits - 1), dtype=torch.uint8), bits)
+    return pack_zeros(torch.full((groups, out_features), 2 ** (bits - 1), dtype=torch.uint8, device="cpu"), bits)
 
 
 def _group_problems(group: Mapping[str, Any], overall: Any) -> Iterator[str]:

@@ -114,7 +114,7 @@ class GPTQ(Format):
         return pack_zeros((unpack_zeros(stored, bits, out_features) + self._less) & (2**bits - 1), bits)
 
     def has_symmetric_zeros(self, read: Read, layer: QuantizedLayer) -> bool:
-        zero = torch.full((1, layer.out_features), 2 ** (layer.bits - 1) - self._less, dtype=torch.uint8)
+        zero = torch.full((1, layer.out_features), 2 ** (layer.bits - 1) - self._less, dtype=torch.uint8, device="cpu")
         return bool((read(self.zeros) == pack_zeros(zero, layer.bits)).all())
 
     def zeros_hint(self, off: int) -> str:

@@ -1,0 +1,61 @@
+"""Settings of PyTorch that callers may have changed: `plain_defaults` for a thread's, `alone` for the process's."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_AUTOCAST = ("cpu", "cuda")
+_turns: dict[int, threading.Lock] = {}  # by process: one that was forked has a lock of its own
+_has_turn = contextvars.ContextVar("has_turn", default=False)
+
+
+@contextlib.contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Inside the block new tensors are on the CPU and autocast changes no dtype, as what reads and writes files needs.
+
+    Both settings are a thread's own.
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def alone(what: str) -> Iterator[None]:
+    """Lets one thread of the process at a time into such blocks; another waits, and logs that.
+
+    The precision of products and the default dtype are the process's: of two threads that set and restore them, one
+    computes with the other's, and the later one restores what the other had set. transformers sets the default dtype,
+    and replaces functions of torch.nn.init, while it builds a model to load.
+
+    A block inside a block is entered at once, also on threads that were given its context (contextvars).
+
+    Args:
+        what: For the log, such as "loading".
+    """
+    if _has_turn.get():
+        yield
+        return
+    turn = _turns.setdefault(os.getpid(), threading.Lock())
+    if not turn.acquire(blocking=False):
+        log.info("%s waits until another thread of this process has quantized or loaded a model", what)
+        turn.acquire()
+    _has_turn.set(True)
+    try:
+        yield
+    finally:
+        _has_turn.set(False)
+        turn.release()
