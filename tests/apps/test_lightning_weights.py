@@ -91,8 +91,10 @@ def test_hyperparameters_of_any_kind_are_no_obstacle(tmp_path):
         torch.ones(2, 3, dtype=torch.bool),
         torch.ones(2, 3).to_sparse(),
         torch.ones(2, 3, device="meta"),
+        torch.ones(2, 3).to(torch.float8_e4m3fn),
+        torch.ones(2, 3, dtype=torch.complex64),
     ],
-    ids=["int8", "bool", "sparse", "meta"],
+    ids=["int8", "bool", "sparse", "meta", "float8", "complex"],
 )
 def test_tensors_that_are_no_values_of_a_weight_are_refused_by_name(weight, tmp_path):
     network = torch.nn.Linear(3, 2)

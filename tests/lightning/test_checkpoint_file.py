@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from gptq_plugin.errors import CheckpointError
-from gptq_plugin.lightning.checkpoint_file import StandIn, read_checkpoint
+from gptq_plugin.lightning.checkpoint_file import read_checkpoint
+from gptq_plugin.lightning.unpickler import StandIn
 
 Point = namedtuple("Point", "x y")
 
@@ -214,14 +215,6 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
         read_checkpoint(tmp_path / "run.ckpt")
 
 
-def test_nobody_is_advised_to_run_what_a_file_holds(tmp_path):
-    content = {"state_dict": {}, "hyper_parameters": Options()}
-    torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="holds more than tensors and plain values") as caught:
-        read_checkpoint(tmp_path / "old.ckpt")
-    assert "weights_only" not in str(caught.value)
-
-
 def _with_a_bit_flipped(path, record):
     """Flips a bit of a record where it lies."""
     with zipfile.ZipFile(path) as archive:
@@ -265,3 +258,81 @@ def test_a_tar_archive_is_not_unpacked(tmp_path):
             archive.add(tmp_path / name, name)
     with pytest.raises(CheckpointError, match="it is a tar archive"):
         read_checkpoint(tmp_path / "run.ckpt")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_an_old_file_is_read_as_a_new_one_is_and_runs_nothing(protocol, tmp_path):
+    mark, state = tmp_path / "ran", state_dict()
+    for payload in (Options(), hostile(mark)["os.system"], hostile(mark)["nested entries"], HYPERPARAMETERS["paths"]):
+        content = {"hyper_parameters": payload, "state_dict": state}
+        torch.save(content, tmp_path / "x", _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+        read = read_checkpoint(tmp_path / "x")["state_dict"]
+        assert all(torch.equal(read[name], value) for name, value in state.items()) and not mark.exists()
+
+
+def rewritten(path, changed, compression=zipfile.ZIP_STORED):
+    """A checkpoint of three tensors with changed records; a changed record may be None, which leaves it out."""
+    torch.save({"state_dict": {name: torch.ones(16) for name in "abc"}}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in records.items():
+            content = changed(name.rpartition("/")[2], content)
+            if content is not None:
+                archive.writestr(name, content)
+    return path
+
+
+def program(*steps):
+    return lambda name, content: b"\x80\x04" + b"".join(steps) + b"." if name == "data.pkl" else content
+
+
+def twice(times):
+    """A tuple that holds a tuple twice, and so on."""
+    return b"K\x01" + b"2\x86" * times
+
+
+SMALL_FILES_OF_MUCH = {
+    "compressed": (lambda name, content: content + bytes(2**20), "it is compressed"),
+    "a key of 2^60 parts": (program(b"}", twice(60), b"K\x01s"), "a tuple of more than 1,000,000 parts"),
+    "a name of 2^30 parts": (program(b"}\x8c\nstate_dict}", twice(30), b"K\x01ss"), "a tuple of more than"),
+    "a set of 2^60 parts": (program(b"\x8f(", twice(60), b"\x90"), "a tuple of more than 1,000,000 parts"),
+    "a frozenset": (program(b"cbuiltins\nfrozenset\n(](", twice(60), b"etR"), "a tuple of more than 1,000,000 parts"),
+    "32 GB of bytes": (program(b"cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x08\x85R"), "makes bytes of a int"),
+    "32 GB of storage": (program(b"ctorch.storage\nUntypedStorage\n\x8a\x05\0\0\0\0\x08\x85R"), "takes no arguments"),
+    "storage made anew": (program(b"ctorch.storage\nUntypedStorage\n\x8a\x05\0\0\0\0\x08\x85\x81"), "no arguments"),
+    "a size of a tensor": (program(b"ctorch\nSize\nctorch\nfloat32\n\x85R"), "makes a container of a dtype"),
+    "a storage beyond its record": (
+        lambda name, content: content.replace(b"K\x10t", b"J\xff\xff\xff\x7ft"),
+        "numbers in storage 0, whose size is another",
+    ),
+    "a record that is cut": (lambda name, content: content[:8] if name == "0" else content, "whose size is another"),
+    "2,000 classes": (program(*(b"c%d\nx\n0" % n for n in range(2000)), b"N"), "more than 1,000 classes"),
+    "something else than a storage": (
+        lambda name, content: content.replace(b"X\x07\0\0\0storage", b"X\x07\0\0\0modules"),
+        "not to a storage",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SMALL_FILES_OF_MUCH)
+def test_a_small_file_takes_neither_much_time_nor_much_memory(kind, tmp_path):
+    changed, words = SMALL_FILES_OF_MUCH[kind]
+    compression = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
+    with pytest.raises(CheckpointError, match=words):
+        read_checkpoint(rewritten(tmp_path / "x.ckpt", changed, compression))
+
+
+def test_an_archive_whose_records_lie_in_one_another_is_refused(tmp_path):
+    path = rewritten(tmp_path / "x.ckpt", lambda name, content: content)
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(archive.namelist()[0], b"N.")
+    with pytest.raises(CheckpointError, match="have one name, or lie in one another"):
+        read_checkpoint(path)
+
+
+def test_a_tuple_may_be_large_and_may_be_used_often(tmp_path):
+    whole = tuple((n, str(n)) for n in range(1000))
+    torch.save({"state_dict": {}, "kept": [whole] * 5000, whole: 1}, tmp_path / "x.ckpt")
+    read = read_checkpoint(tmp_path / "x.ckpt")
+    assert read["kept"][-1] == whole and read[whole] == 1

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from gptq_plugin.lightning.checksums import check_archive
+from gptq_plugin.lightning.unpickler import BoundedUnpickler
 
 INDEX = ".metadata"
 
@@ -97,7 +98,7 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(BoundedUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _NAMES.get(module, ()):
