@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from gptq_plugin import QuantizeModule
 from gptq_plugin.check.lint import lint
 
 from damage import (
@@ -128,3 +130,34 @@ def test_a_float_model_without_its_layers_is_reported_and_compares_nothing(
     assert found.facts["compared"].startswith("0 layers")
     assert "has no weight of that name and shape" in found.findings[0].message
     assert "has no tensor of that name and shape" in found.findings[1].message
+
+
+def test_a_constant_layer_is_unusual_alone_and_sound_beside_the_float_model(
+    damaged: Callable[..., Path], float_dir: Path, tmp_path: Path
+) -> None:
+    floats = {key: t for file in float_dir.glob("*.safetensors") for key, t in load_file(file).items()}
+    floats[f"{LAYER}.weight"] = torch.zeros_like(floats[f"{LAYER}.weight"])
+    save_file(floats, tmp_path / "model.safetensors")
+
+    def all_zeros(tensors: dict[str, torch.Tensor], bits: int) -> None:
+        tensors[f"{LAYER}.qweight"].fill_(-2004318072)  # 0x88888888: the zero of 4 bits, eight times
+        tensors[f"{LAYER}.scales"].fill_(1)
+
+    out = damaged("4 bits symmetric", all_zeros)
+    (alone,) = [finding for finding in lint(out).findings if "every code is 8" in finding.message]
+    assert alone.level == "warning"
+    assert not lint(out, tmp_path).errors and "every code" not in str(lint(out, tmp_path).findings)
+    assert f"{LAYER}: it does not hold the float model's weights" in str(lint(out, float_dir).errors)
+
+
+def test_weights_below_the_smallest_scale_are_told_as_such_and_not_as_damage(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-7)
+    (tmp_path / "float").mkdir()
+    save_file(model.state_dict(), tmp_path / "float/model.safetensors")
+    quantizer = QuantizeModule(group_size=16)
+    quantizer.round_to_nearest(model)
+    quantizer.export(model, tmp_path / "out")
+    (found,) = lint(tmp_path / "out", tmp_path / "float").findings
+    assert (found.level, found.message.partition(": ")[0]) == ("warning", "1") and "loses most of them" in found.message

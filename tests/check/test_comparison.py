@@ -119,3 +119,44 @@ SOUND = Comparison(0.1, 1.2, 0.99, 0.01, 0.0, 0.99, float("nan"), float("nan"), 
 def test_each_limit_has_its_sentence(changed: dict[str, float], bits: int, words: str | None) -> None:
     found = verdict(dataclasses.replace(SOUND, **changed), bits)
     assert (len(found), words is None or words in found[0]) == (words is not None, True), found
+
+
+def test_a_comparison_does_not_depend_on_the_default_dtype(request):
+    torch.manual_seed(0)
+    weight, config = torch.randn(32, 64) * 0.02, QuantizeConfig(bits=4, group_size=32)
+    layer = QuantLinear.from_quantized(round_to_nearest(weight, config), None, torch.float32)
+    usual = compare(layer, weight, config, (1.0, 0.95))
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.bfloat16)
+    assert compare(layer, weight, config, (1.0, 0.95)) == usual and usual.off_grid == 0
+
+
+CONSTANT = {
+    "zeros": lambda weight: torch.zeros_like(weight),
+    "one constant": lambda weight: torch.full_like(weight, 0.03),
+    "one negative constant": lambda weight: torch.full_like(weight, -0.03),
+    "a constant in every row": lambda weight: weight[:, :1].expand_as(weight).contiguous(),
+    "half of zeros": lambda weight: torch.cat([weight[:36] * 0, weight[36:]]),
+    "one weight": lambda weight: torch.zeros_like(weight).index_put_(
+        (torch.tensor(3), torch.tensor(5)), torch.ones(())
+    ),
+    "its largest twice as large": lambda weight: weight.clamp(-0.1, 0.1),
+}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("kind", CONSTANT)
+def test_a_layer_of_zeros_or_constants_is_sound(kind: str, sym: bool, bits: int, weight: torch.Tensor) -> None:
+    """A symmetric grid has no point for a positive constant; that is its rounding, not a shift."""
+    config = dataclasses.replace(FOUR, bits=bits, sym=sym)
+    unusual = CONSTANT[kind](weight)
+    layer = layer_of(config, unusual)
+    for ratios in ((), (1.0,)):
+        assert not verdict(compare(layer, unusual, config, ratios), bits)
+
+
+def test_a_layer_of_zeros_that_holds_something_else_is_told(weight: torch.Tensor) -> None:
+    for one, other in ((weight, weight * 0), (weight * 0, weight)):
+        (only,) = verdict(compare(layer_of(FOUR, one), other, FOUR), 4)
+        assert "does not hold the float model's weights" in only

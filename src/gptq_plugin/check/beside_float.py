@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from gptq_plugin.check.comparison import compare, verdict
 from gptq_plugin.check.described import short
@@ -16,6 +17,8 @@ from gptq_plugin.clients.inventory import LayerEntry
 from gptq_plugin.config import QuantizeConfig, own_config
 from gptq_plugin.errors import some
 from gptq_plugin.layers.qlinear import QuantLinear
+
+_LEAST_STEP = 2.0**-22  # four times float16's smallest number: below it scales are off by more than 12 %
 
 
 class BesideFloat:
@@ -30,7 +33,7 @@ class BesideFloat:
         self._checkpoint = checkpoint
         self._floats = floats
         self._config = own_config(checkpoint.quantize_config)
-        self._compared = 0
+        self._compared: set[str] = set()
         self._unknown: list[str] = []
 
     def layer(self, entry: LayerEntry, layer: QuantLinear) -> Iterator[Finding]:
@@ -39,11 +42,18 @@ class BesideFloat:
         if weight is None:
             self._unknown.append(entry.name)
             return
-        self._compared += 1
+        self._compared.add(entry.name)
+        if max(_step(weight, entry.bits), float(layer.scales.max())) < _LEAST_STEP:
+            yield warning("weights are so small that float16, in which scales are stored, loses most of them")
+            return
         comparison = compare(layer, weight, *self._grid_of(entry))
         scales = self._checkpoint.tensors[f"{entry.name}.{self._checkpoint.format.scales}"]
         for message in verdict(comparison, entry.bits, bfloat16_scales=scales.dtype == "BF16"):
             yield error(message)
+
+    def has_compared(self, entry: LayerEntry) -> bool:
+        """True after a call of `layer` if the float model has the layer's weight."""
+        return entry.name in self._compared
 
     def rest(self) -> Iterator[Finding]:
         """Compares embeddings, norms, biases and float layers, which must be the float model's, or cast from them."""
@@ -69,7 +79,7 @@ class BesideFloat:
                 cast[f"{short(theirs.dtype)} to {short(ours.dtype)}"] += 1
         casts = "".join(f", {count} of them cast from {kinds}" for kinds, count in cast.items())
         self.summary = (
-            f"{self._compared} layers with those of {self._floats.name}; {same} other tensors are equal{casts}"
+            f"{len(self._compared)} layers with those of {self._floats.name}; {same} other tensors are equal{casts}"
         )
         if off:
             worst = max(off, key=lambda name: off[name])
@@ -88,3 +98,8 @@ class BesideFloat:
             return ours, ours.clip_ratios
         v1 = self._checkpoint.checkpoint_format == "gptq"
         return QuantizeConfig(bits=entry.bits, sym=entry.sym, checkpoint_format="gptq" if v1 else "gptq_v2"), ()
+
+
+def _step(weight: Tensor, bits: int) -> float:
+    """The step of a symmetric grid that covers a weight."""
+    return 2 * float(weight.abs().max()) / (2**bits - 1)

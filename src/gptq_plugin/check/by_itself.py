@@ -20,7 +20,9 @@ _SAMPLED_ROWS = 256
 _HUGE = 1000.0  # a scale over the layer's median
 
 
-def layer_findings(entry: LayerEntry, layer: QuantLinear, checkpoint_format: str, desc_act: bool) -> Iterator[Finding]:
+def layer_findings(
+    entry: LayerEntry, layer: QuantLinear, checkpoint_format: str, desc_act: bool, *, compared: bool = False
+) -> Iterator[Finding]:
     """Compares a layer with its description: zeros, groups, scales, padding and codes.
 
     Args:
@@ -28,13 +30,15 @@ def layer_findings(entry: LayerEntry, layer: QuantLinear, checkpoint_format: str
         layer: On the CPU, with true zeros.
         checkpoint_format: Of the files.
         desc_act: The description allows groups that are not contiguous.
+        compared: With its float weight, which shows whether codes that are unusual are right.
     """
     zeros = unpack_zeros(layer.qzeros, layer.bits, layer.out_features)
     yield from _zeros(entry, zeros, checkpoint_format)
     yield from _groups(entry, layer, desc_act)
     yield from _scales(layer.scales)
     yield from _padding(layer)
-    yield from _codes(layer, zeros)
+    if not compared:
+        yield from _codes(layer, zeros)
 
 
 def _zeros(entry: LayerEntry, zeros: Tensor, checkpoint_format: str) -> Iterator[Finding]:

@@ -25,8 +25,9 @@ _DECODED, _LEAST_ROWS, _MOST_ROWS = 2**28, 64, 512  # weights decoded to find ch
 # Limits. Beside each: what a third of the layers of 21 quantizations of pycode-29m had (2, 3, 4 and 8 bits, symmetric
 # and not, groups of 32, 64 and a row, every order of columns, with clip_ratios and without), then those damaged so.
 _CORRELATION = 0.4  # at least 0.74; channels moved: at most 0.03
-_SHIFT = 0.4  # at most 0.06; zeros off by one: at least 0.94
-_SHIFTED_GROUPS = 0.01  # none; zeros of a group off by one: that group
+_AS_NEAREST = 0.1  # of a step, of a group's mean: where Q is N, what W has beyond it is no shift
+_SHIFT = 0.4  # at most 0.03; zeros off by one: at least 0.93
+_SHIFTED_GROUPS = 0.01  # at most 0.0003; zeros of a group off by one: that group
 _OFF_GRID = 0.01  # none; scales times 1.05: at least 0.08
 _ROUNDED = 0.05  # none; scales rounded to bfloat16: at least 0.09
 _GAIN = 1.02  # at most 1.000; scales times 1.05: at least 1.038 at 4 and 8 bits and 3 bits without clip_ratios
@@ -37,15 +38,18 @@ _OVER_NEAREST = 5  # at most 1.67; channels moved at 4 bits: at least 12
 
 @dataclass(frozen=True)
 class Comparison:
-    """Statistics of a layer W and its quantized form Q, with step s and error W − Q.
+    """Statistics of a layer W, its quantized form Q, with step s and error W − Q, and N, W rounded to Q's grids.
+
+    A symmetric grid has no point for its largest weight, and a clipped one for none beyond it: N lacks those too.
 
     Attributes:
         error: ‖W − Q‖ / ‖W‖.
-        over_nearest: ‖W − Q‖ over what rounding W to the nearest points of the same grids gives.
-        correlation: Of W and Q: about 0 if rows or columns changed places.
-        shift: Mean of (W − Q) / s: 1 if zeros are off by one.
+        over_nearest: ‖W − Q‖ / ‖W − N‖.
+        correlation: Of W and Q: about 0 if rows or columns changed places; NaN if both are all zeros.
+        shift: Mean of (W − Q) / s, 0 for groups where Q is N on average: 1 if zeros are off by one.
         shifted_groups: Share of the groups in which that mean exceeds 0.5 in size.
-        gain: Σ W·Q / Σ W·W: at most about 1, since errors shrink weights; 1.05 if scales are 5 % too large.
+        gain: Σ W·Q / Σ W·W, or / Σ W·N if that is nearer to 1: at most about 1, since errors shrink weights; 1.05 if
+            scales are 5 % too large.
         off_grid: Share of the groups whose step quantizing W gives for none of the `ratios`; NaN without ratios.
         rounded: The same without allowance for a float model that was itself rounded to its dtype.
         misplaced: Share of the channels whose codes fit another group's grid better than their own, on sampled rows.
@@ -80,8 +84,8 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
     counts = torch.bincount(group, minlength=groups)
     even = bool((counts == counts[0]).all())
     zeros = unpack_zeros(layer.qzeros, bits, layer.out_features)
-    known = torch.tensor(list(ratios))
-    sums = torch.zeros(7, dtype=torch.float64)
+    known = torch.tensor(list(ratios), dtype=torch.float32, device="cpu")
+    sums = torch.zeros(8, dtype=torch.float64, device="cpu")
     off_grid, rounded = [], []
     rows = max(1, _PART // layer.in_features)
     for start in range(0, layer.out_features, rows):
@@ -91,19 +95,24 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
         s, offset = scales[:, group], z[:, group]
         codes = unpack_weight(layer.qweight[:, part].contiguous(), bits, layer.in_features)
         q = codes.float().sub_(offset).mul_(s)
-        steps = (w - q) / torch.where(s == 0, 1, s)
-        nearest = (w / torch.where(s == 0, 1, s)).add_(offset).round_().clamp_(0, top).sub_(offset).mul_(s)
-        means = torch.zeros_like(scales).index_add_(1, group, steps) / counts.clamp(min=1)
+        unit = torch.where(s == 0, 1, s)
+        nearest = (w / unit).add_(offset).round_().clamp_(0, top).sub_(offset).mul_(s)
+        moved, missed = (
+            torch.zeros_like(scales).index_add_(1, group, (target - q) / unit) / counts.clamp(min=1)
+            for target in (w, nearest)
+        )
+        means = torch.where(missed.abs() > _AS_NEAREST, moved, 0)
         sums += torch.stack(
             [
                 total.double()
                 for total in (
                     (w * w).sum(),
                     (w * q).sum(),
+                    (w * nearest).sum(),
                     (q * q).sum(),
                     (w - q).square().sum(),
                     (w - nearest).square().sum(),
-                    steps.sum(),
+                    (means * counts).sum(),
                     (means.abs() > 0.5).sum(),
                 )
             ]
@@ -114,15 +123,15 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
             slack = 1e-3 + 2.0**-24 / full  # of a scale in float16, where that is tiny too
             rounded.append((nearest_ratio > slack).flatten())
             off_grid.append((nearest_ratio > slack + torch.finfo(weight.dtype).eps / 2).flatten())
-    ww, wq, qq, ee, nn, shift, shifted = (float(value) for value in sums)
+    ww, wq, wn, qq, ee, nn, shift, shifted = (float(value) for value in sums)
     nan = float("nan")
     return Comparison(
         error=(ee / ww) ** 0.5 if ww else nan,
         over_nearest=(ee / nn) ** 0.5 if nn else 1.0,
-        correlation=wq / (ww * qq) ** 0.5 if ww and qq else nan,
+        correlation=wq / (ww * qq) ** 0.5 if ww and qq else nan if ww == qq else 0.0,
         shift=shift / weight.numel(),
         shifted_groups=shifted / (groups * layer.out_features),
-        gain=wq / ww if ww else nan,
+        gain=max(wq / ww, min(1.0, wq / wn)) if ww and wn else nan,
         off_grid=float(torch.cat(off_grid).float().mean()) if off_grid else nan,
         rounded=float(torch.cat(rounded).float().mean()) if rounded else nan,
         misplaced=_misplaced(layer, zeros, weight),

@@ -22,9 +22,11 @@ from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.clients.client import CLIENTS, Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import conditions, problems
+from gptq_plugin.device.surroundings import plain_defaults
 from gptq_plugin.errors import some
 
 
+@plain_defaults()
 def lint(
     directory: str | Path,
     float_dir: str | Path | None = None,
@@ -77,8 +79,10 @@ def _of_layers(checkpoint: Checkpoint, inventory: Inventory, beside: BesideFloat
     for entry in inventory.layers:
         layer = checkpoint.read_layer(entry.name)
         desc_act = checkpoint.layers[entry.name].desc_act
-        own = layer_findings(entry, layer, checkpoint.checkpoint_format, desc_act)
-        for finding in (*own, *(beside.layer(entry, layer) if beside is not None else ())):
+        damage = list(beside.layer(entry, layer)) if beside is not None else []
+        compared = beside is not None and beside.has_compared(entry)
+        own = layer_findings(entry, layer, checkpoint.checkpoint_format, desc_act, compared=compared)
+        for finding in (*own, *damage):
             names[finding].append(entry.name)
     total = len(checkpoint.layers)
     for finding, those in names.items():
