@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -96,3 +99,18 @@ def test_python_m_runs_it(export, tmp_path):
 def test_its_help_names_the_subcommands():
     done = subprocess.run([Path(sys.executable).parent / "gptq-plugin", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "check" in done.stdout and "convert" in done.stdout
+
+
+def test_names_beyond_ascii_are_printed_in_any_encoding_and_command_no_terminal(export, tmp_path, monkeypatch):
+    """Files are UTF-8 all the same."""
+    folder, out, raw = tmp_path / "漢字\x1b[2J", tmp_path / "Maß", io.BytesIO()
+    shutil.copytree(export, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Maß\n\x1b[2J"]}))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(["check", str(folder)]) == 0
+    assert main(["convert", str(folder), str(out), "checkpoint_format=gptq_v2"]) == 0
+    printed = raw.getvalue().decode("ascii").splitlines()
+    assert printed[0].endswith("\\u6f22\\u5b57\\x1b[2J") and printed[-1].startswith(f"{tmp_path}/Ma\\xdf has ")
+    assert "  model:       Ma\\xdf \\x1b[2J" in printed
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["architectures"] == ["Maß\n\x1b[2J"]

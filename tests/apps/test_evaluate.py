@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -74,3 +76,14 @@ def test_what_stopped_the_other_process_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(RuntimeError, match=r"could not be evaluated: .*empty[\s\S]*CheckpointError"):
         evaluate.evaluate_export(tmp_path / "empty", tmp_path, torch.randint(0, 100, (3, 20)))
+
+
+def test_a_text_beyond_ascii_is_printed_as_escapes_where_the_output_is_ascii(export, tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(evaluate, "continue_text", lambda *_: "漢字")
+    (tmp_path / "some.txt").write_text("The value of the expression is the object itself. " * 40)
+    options = [f"--text={tmp_path}/some.txt", "--seq-len=32", "--rows=3", f"--json={tmp_path}/result.json"]
+    evaluate.main([str(export), *options])
+    assert b"is continued by '\\u6f22\\u5b57'" in raw.getvalue()
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["text"] == "漢字"

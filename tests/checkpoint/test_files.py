@@ -94,3 +94,11 @@ def test_the_field_of_a_value_that_cannot_be_is_named(text, place, tmp_path):
 def test_values_that_only_look_so_are_read(tmp_path):
     (tmp_path / "x").write_text('{"NaN": ["\\u00e9", "\\ud83d\\ude00", Infinity, "NaN"]}')
     assert read_json(tmp_path / "x") == {"NaN": ["é", "😀", float("inf"), "NaN"]}
+
+
+def test_a_key_that_occurs_twice_is_refused_since_readers_take_one_or_the_other(tmp_path: Path) -> None:
+    many = ", ".join(f'"{n}": 1' for n in range(20_000))
+    for text in ('{"bits": 4, "bits": 8}', '{"a": [{"bits": 4, "bits": 4}]}', f'{{{many}, "bits": 1, "bits": 2}}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"x\.json cannot be read as JSON \(it holds 'bits' twice\)"):
+            read_json(tmp_path / "x.json")

@@ -97,3 +97,18 @@ def test_a_checkpoint_loads_what_its_index_lists(tmp_path: Path) -> None:
     whole = Checkpoint.open(folder).read(in_first)
     save_file({**load_file(last), in_first: whole * 0}, last)
     assert torch.equal(Checkpoint.open(folder).read(in_first), whole)
+
+
+@pytest.mark.parametrize("name", ["a\nerror: all is well", "\x1b[2Ja", "a\u202eb", "a\0", "n" * 1001])
+def test_a_tensor_whose_name_would_mislead_who_reads_it_is_refused(name: str, tmp_path: Path) -> None:
+    save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="has a tensor named .*made to mislead") as refused:
+        Shards.open(tmp_path)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 500
+
+
+def test_a_tensor_may_have_any_name_that_can_be_read(tmp_path: Path) -> None:
+    """It is a name among modules, and no path."""
+    names = {"../../etc/passwd", "漢字.weight", "a b", "n" * 1000, ""}
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "model.safetensors")
+    assert set(Shards.open(tmp_path).entries) == names

@@ -90,3 +90,12 @@ def test_architectures_of_conv1d_have_layers_that_are_no_linear():
     assert any(isinstance(module, Conv1D) for module in model.modules())
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     assert torch.is_tensor(model(torch.zeros(1, 3, dtype=torch.long)).last_hidden_state)
+
+
+def test_a_module_whose_name_cannot_be_printed_is_refused_before_the_export():
+    model = nn.Sequential()
+    model.add_module("a/b 漢字", nn.Linear(2, 2))
+    hf_models.check_savable(model)
+    model.add_module("a\nb", nn.Linear(2, 2))
+    with pytest.raises(ExportError, match=r"a module is named 'a\\nb'.*another name"):
+        hf_models.check_savable(model)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptq_plugin import __version__
-from gptq_plugin.apps.closed_pipe import output_may_be_closed
+from gptq_plugin.apps.output import output_never_fails, printable
 from gptq_plugin.clients.client import CLIENTS, Client, rules_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_check, _add_convert):
         add(commands)
-    with output_may_be_closed():
+    with output_never_fails():
         parsed = parser.parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = parsed.run
         return run(parsed)
@@ -79,7 +79,7 @@ def _check(parsed: argparse.Namespace) -> int:
         targets = [target(client) for client in CLIENTS]
         found = lint(parsed.directory, parsed.float_dir, targets, revision=parsed.revision, token=parsed.token)
     except CheckpointError as error:
-        print(f"gptq-plugin check: {error}", file=sys.stderr)
+        print(printable(f"gptq-plugin check: {error}"), file=sys.stderr)
         return 1
     _print(parsed.directory, found)
     refused = [client for client in parsed.target or () if found.refusals.get(target(client))]
@@ -87,15 +87,15 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _print(directory: str, found: Lint) -> None:
-    print(directory)
+    print(printable(directory))
     for heading, fact in found.facts.items():
-        print(f"  {heading + ':':12} {fact}")
+        print(printable(f"  {heading + ':':12} {' '.join(fact.splitlines())}"))
     for finding in found.findings:
-        print(f"{finding.level}: {finding.message}")
+        print(printable(f"{finding.level}: {finding.message}"))
     for target, refusals in found.refusals.items():
         print(f"{target}: {'refuses it' if refusals else 'takes it'}")
         for line in refusals or found.conditions[target]:
-            print(f"  - {line}")
+            print(printable(f"  - {line}"))
     warnings = sum(finding.level == "warning" for finding in found.findings)
     print(f"{_count(len(found.errors), 'error')}, {_count(warnings, 'warning')}")
 
@@ -138,7 +138,7 @@ def _convert(parsed: argparse.Namespace) -> int:
             token=parsed.token,
         )
     except (CheckpointError, ExportError, ValueError) as error:
-        print(f"gptq-plugin convert: {error}", file=sys.stderr)
+        print(printable(f"gptq-plugin convert: {error}"), file=sys.stderr)
         return 1
     print(f"{folder} has checkpoint_format={parsed.checkpoint_format}")
     return 0

@@ -12,8 +12,8 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from gptq_plugin import __version__
-from gptq_plugin.apps.closed_pipe import output_may_be_closed
 from gptq_plugin.apps.option_names import CONF, unknown_names
+from gptq_plugin.apps.output import output_never_fails
 
 Task = Callable[[DictConfig], Any]
 
@@ -32,7 +32,7 @@ def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
         def command(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
                 return run(cfg)
-            with output_may_be_closed():
+            with output_never_fails():
                 _before_hydra(config_name)
                 return run()
 

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gptq_plugin.apps.output import output_never_fails
+
 _WINDOWS = "windows"
 
 
@@ -85,16 +87,21 @@ def evaluate_export(
     command = [sys.executable, "-m", "gptq_plugin.apps.evaluate", str(directory)]
     command += ["--windows", str(windows_file), "--json", str(result_file)]
     command += ["--batch-size", str(batch_size), "--device", device]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     if done.returncode:
         raise RuntimeError(f"the export could not be evaluated: {' '.join(command)}\n{done.stdout[-4000:]}")
-    result: dict[str, Any] = json.loads(result_file.read_text())
+    result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Loads an export, evaluates it, lets it continue a text, and prints both."""
     options = _parser().parse_args(arguments)
+    with output_never_fails():
+        _evaluate(options)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from gptq_plugin import load_quantized
@@ -122,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
     }
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2))
+        options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
     print(f"perplexity {result['perplexity']:.4f} (mean NLL {nll:.5f}) over {len(windows)} windows")
     print(f"{result['prompt']!r} is continued by {text!r}")
 

@@ -79,7 +79,7 @@ class Summary:
 
     def write(self, directory: Path) -> None:
         """Writes ``summary.json``."""
-        (directory / SUMMARY).write_text(json.dumps(dataclasses.asdict(self), indent=2))
+        (directory / SUMMARY).write_text(json.dumps(dataclasses.asdict(self), indent=2), encoding="utf-8")
 
     def table(self) -> str:
         """Returns the summary as text."""
@@ -131,7 +131,7 @@ class SweepTable(Callback):
         directory = Path(config.hydra.sweep.dir)
         table = sweep_table(directory)
         if table:
-            (directory / "sweep.txt").write_text(table + "\n")
+            (directory / "sweep.txt").write_text(table + "\n", encoding="utf-8")
             print(f"\n{table}\n\n{directory.resolve()}")
 
 
@@ -139,9 +139,10 @@ def sweep_table(directory: Path) -> str:
     """Returns a table of the runs below `directory`, in the order they were started; empty if there are none."""
     rows = []
     for file in sorted(directory.glob(f"*/{SUMMARY}"), key=lambda file: _run_number(file.parent.name)):
-        run = json.loads(file.read_text())
+        run = json.loads(file.read_text(encoding="utf-8"))
         overrides = file.parent / ".hydra" / "overrides.yaml"
-        name = ", ".join(line[2:] for line in overrides.read_text().splitlines()) if overrides.exists() else ""
+        lines = overrides.read_text(encoding="utf-8").splitlines() if overrides.exists() else []
+        name = ", ".join(line[2:] for line in lines)
         nll, saved = run["nll"], f"{_megabytes(run['gptq_bytes'])} of {_megabytes(run['float_bytes'])}"
         perplexities = [_perplexity(nll.get(key)) for key in ("float", "rtn", "gptq")]
         rows.append(

@@ -46,7 +46,7 @@ def run_alone(folder: Path) -> float | None:
     done = subprocess.run(_command(folder), cwd=HydraConfig.get().runtime.cwd, check=False)
     if done.returncode:
         raise RuntimeError(f"the run in {folder} failed (exit status {done.returncode}): see its output above")
-    nll: dict[str, float] = json.loads((folder / SUMMARY).read_text())["nll"]
+    nll: dict[str, float] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["nll"]
     return nll.get("gptq")
 
 

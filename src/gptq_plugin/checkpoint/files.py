@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +69,22 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} does not exist or is no regular file: fetch it again, or export again")
     try:
         text = file.read_text(encoding="utf-8")
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_repeats)
         if "\\u" in text or "NaN" in text:
             _refuse_unusable(content)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON ({error}): fetch it again, or export again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Of a key that occurs twice one reader takes the first value, and another the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"it holds {key!r} twice")
     return content
 
 

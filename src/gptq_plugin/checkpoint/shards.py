@@ -14,6 +14,9 @@ from torch import Tensor
 from gptq_plugin.checkpoint.files import INDEX, WEIGHTS, TensorEntry, is_regular, read_json
 from gptq_plugin.checkpoint.schema import check_index
 from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.options import fields
+
+_LONGEST_NAME = 1000  # of a tensor, in letters
 
 
 @dataclass
@@ -78,6 +81,12 @@ class Shards:
                 f"{file} ({file.stat().st_size} bytes) is truncated or corrupt, since safetensors cannot read it "
                 f"({error}): fetch or copy it again, or export the model again"
             ) from error
+        strange = [name for name in found if not name.isprintable() or len(name) > _LONGEST_NAME]
+        if strange:
+            raise CheckpointError(
+                f"{file} has a tensor named {fields.shown(strange[0])}: names have printable letters, at most "
+                f"{_LONGEST_NAME}. It is damaged, or made to mislead"
+            )
         missing = sorted(set(promised) - set(found))
         if missing:
             raise CheckpointError(f"{file} lacks {', '.join(missing)}, which {INDEX} lists in it: fetch it again")

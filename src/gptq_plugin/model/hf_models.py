@@ -60,12 +60,17 @@ def published_class(model: nn.Module) -> type | None:
 
 
 def check_savable(model: nn.Module) -> None:
-    """Refuses a generation config that transformers would refuse to save, before any work: one that was changed and
-    contradicts itself.
+    """Refuses, before any work, a generation config that transformers would refuse to save, one that was changed and
+    contradicts itself; and names of modules that cannot be printed, which no reader takes.
 
     Raises:
-        ExportError: With transformers' message, which tells what to change.
+        ExportError: With transformers' message, which tells what to change, or with the name.
     """
+    strange = [name for name, _ in model.named_modules() if not name.isprintable()]
+    if strange:
+        raise ExportError(
+            f"a module is named {strange[0]!a}, and names in an export have printable letters: give it another name"
+        )
     generation_config = getattr(model, "generation_config", None) if is_transformers(model) else None
     if generation_config is None:
         return

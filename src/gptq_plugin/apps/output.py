@@ -1,4 +1,4 @@
-"""Output whose reader is gone (``| head``, ``| true``) goes nowhere: `output_may_be_closed`."""
+"""Output whose reader is gone, or whose encoding lacks a letter, stops no command: `output_never_fails`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any, TextIO, cast
 
 
 @contextmanager
-def output_may_be_closed() -> Iterator[None]:
-    """Inside, both standard streams may lose their reader: what is written afterwards is dropped, and the command goes
-    on to its end and its own exit status.
+def output_never_fails() -> Iterator[None]:
+    """Inside, both standard streams may lose their reader (``| head``, ``| true``): what is written afterwards is
+    dropped, and the command goes on to its end and its own exit status. Letters that their encoding lacks
+    (``PYTHONIOENCODING=ascii``) are written as escapes, as ``\\u6f22``.
 
     A run that trains is not thrown away by a pager that was quit, and no rank leaves the others in a collective.
     """
-    out, err = _Dropping(sys.stdout), _Dropping(sys.stderr)
+    out, err = _Stream(sys.stdout), _Stream(sys.stderr)
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         try:
             yield
@@ -25,8 +26,15 @@ def output_may_be_closed() -> Iterator[None]:
             err.flush()
 
 
-class _Dropping:
-    """A text stream that drops what nobody reads any more; in all else the stream it is made of."""
+def printable(text: str) -> str:
+    """A text in which control characters are escapes, ``\\x1b``, so that names in a foreign file do not command the
+    terminal; lines stay lines."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+class _Stream:
+    """A text stream that drops what nobody reads any more, and writes what it cannot as escapes; in all else the stream
+    it is made of."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -39,7 +47,10 @@ class _Dropping:
             return self._stream.write(text)
         except BrokenPipeError:
             self._drop()
-            return len(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

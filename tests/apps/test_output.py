@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptq_plugin.apps.closed_pipe import output_may_be_closed
+from gptq_plugin.apps.output import output_never_fails, printable
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def unread(monkeypatch):
 def test_what_is_printed_or_logged_without_a_reader_is_dropped_and_the_work_is_done(buffering, unread):
     streams = unread(buffering)
     done = []
-    with output_may_be_closed():
+    with output_never_fails():
         handler = logging.StreamHandler(sys.stdout)
         for number in range(3):
             print("a line" * 5000)
@@ -52,7 +52,7 @@ def test_what_is_printed_or_logged_without_a_reader_is_dropped_and_the_work_is_d
 
 
 def test_what_is_read_arrives_and_other_errors_are_raised(capsys):
-    with pytest.raises(BrokenPipeError, match="a socket"), output_may_be_closed():
+    with pytest.raises(BrokenPipeError, match="a socket"), output_never_fails():
         print("out")
         print("err", file=sys.stderr)
         raise BrokenPipeError("a socket")
@@ -80,3 +80,17 @@ def test_the_installed_commands_end_quietly_with_their_own_status(line, status, 
         os.close(writer)
     assert done.returncode == status and "pipe" not in done.stderr and "Traceback" not in done.stderr
     assert status or not done.stderr
+
+
+def test_letters_that_the_encoding_lacks_are_escapes_and_nothing_fails(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with output_never_fails():
+        print("ein Maß, 漢字 and \U0001f600")
+        sys.stdout.writelines(["…\n"])
+    assert raw.getvalue() == b"ein Ma\\xdf, \\u6f22\\u5b57 and \\U0001f600\n\\u2026\n"
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("two\nlines\tof 漢字") == "two\nlines\tof 漢字"
+    assert printable("\x1b[2J\r\x9b\u202e\udc80") == "\\x1b[2J\\r\\x9b\\u202e\\udc80"
