@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gptq_plugin import QuantizeConfig, load_quantized
+from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
+from gptq_plugin.checkpoint import load_plain
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.export.export import export_model
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -127,3 +129,55 @@ def test_the_export_of_a_part_is_refused_with_the_part_to_load_it_into(plain_exp
 def test_another_model_is_told_apart_from_another_prefix(plain_export: Path) -> None:
     with pytest.raises(CheckpointError, match="is quantized in the checkpoint and no module in the model"):
         load_quantized(plain_export, model=nn.Sequential(nn.Linear(48, 96)))
+
+
+class Experts(nn.Module):
+    """Two experts whose matrices are one parameter each, among other layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.gate = nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 2)
+        self.experts = Matrices()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x))
+        return self.experts(x, self.gate(x).softmax(-1))
+
+
+class Matrices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 32, 32)), nn.Parameter(torch.randn(2, 32, 32))
+
+    def forward(self, x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        outputs = [torch.relu(x @ self.up[e].T) @ self.down[e].T * share[..., e : e + 1] for e in range(2)]
+        return outputs[0] + outputs[1]
+
+
+@pytest.mark.parametrize("failure", ["a tensor lacks", "a tensor more", "NaN", "swap_modules", "note_float_rest"])
+def test_what_cannot_be_loaded_leaves_a_model_with_experts_as_it_was(
+    failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantizer, model = QuantizeModule(group_size=32), Experts()
+    quantizer.quantize(model, [torch.randn(60, 32) for _ in range(3)], export_dir=tmp_path / "out")
+    file = tmp_path / "out/model.safetensors"
+    tensors = load_file(file)
+    if failure == "a tensor lacks":
+        del tensors["norm.weight"]
+    elif failure == "a tensor more":
+        tensors["more"] = torch.ones(1)
+    elif failure == "NaN":
+        tensors["norm.weight"][3] = float("nan")
+    else:
+        monkeypatch.setattr(load_plain, failure, lambda *_: 1 / 0)
+    save_file(tensors, file)
+    fresh = Experts()
+    modules, parameters = dict(fresh.named_modules()), dict(fresh.named_parameters())
+    values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with pytest.raises((CheckpointError, ZeroDivisionError)):
+        load_quantized(tmp_path / "out", model=fresh)
+    assert dict(fresh.named_modules()) == modules
+    found = dict(fresh.named_parameters())
+    assert found.keys() == parameters.keys() and all(found[name] is parameters[name] for name in found)
+    assert all(torch.equal(found[name], values[name]) for name in found)
+    assert fresh.training

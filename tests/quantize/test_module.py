@@ -606,3 +606,22 @@ def test_a_model_on_the_cpu_is_quantized_on_a_gpu_and_stays_where_it_is(offload,
 def test_weights_that_are_on_the_gpu_cannot_be_streamed_to_it():
     with pytest.raises(ValueError, match=r"call model.to\('cpu'\) first"):
         QuantizeModule(**SMALL, offload_weights=True).quantize(llama().cuda(), tokens())
+
+
+@pytest.mark.parametrize("sizes", [(32, 0), (0, 32)])
+def test_a_layer_without_weights_stays_float_with_the_reason(sizes, tmp_path):
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.empty, self.full = nn.Linear(*sizes), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.full(x).sum() + self.empty(x[:, : sizes[0]]).sum()
+
+    report = QuantizeModule(group_size=32).quantize(
+        Beside(), [torch.randn(60, 32) for _ in range(3)], export_dir=tmp_path / "out"
+    )
+    assert [module.name for module in report.quantized] == ["full"]
+    assert load_quantized(tmp_path / "out", model=Beside()).full.bits == 4
+    with pytest.raises(TargetError, match=r"empty: (in|out)_features is 0"):
+        QuantizeModule(group_size=32).check(nn.ModuleDict({"empty": nn.Linear(*sizes)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 
 import torch
@@ -23,7 +24,21 @@ def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dt
         CheckpointError: The checkpoint does not fit the model.
     """
     _refuse_other_root(checkpoint, model)
-    take_apart(checkpoint, model, lambda name: name)
+    with contextlib.ExitStack() as undo:
+        take_apart(checkpoint, model, lambda name: name, undo)
+        _fill(checkpoint, model, device, dtype, undo)
+        undo.pop_all()
+    return model.eval()
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Compares everything, reads everything, and only then changes the model; `undo` gets what changes it back."""
     names = match(checkpoint, model, lambda name: name)
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced = {modules[name] for name in names}
@@ -61,11 +76,15 @@ def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dt
     ]
     refuse(checkpoint, type(model).__name__, [f"{name} holds NaN or infinity" for name in wrong])
     layers = {name: checkpoint.read_layer(stored, dtype=dtype, device=device) for name, stored in names.items()}
+    moved = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in values.items()}
+    floats = {name: modules[name] for name in names}
     for name, tensor in sources.items():
-        tensor.data = values[name].to(device, dtype if values[name].is_floating_point() else None)
+        undo.callback(setattr, tensor, "data", tensor.data)
+        tensor.data = moved[name]
+    undo.callback(swap_modules, model, floats)
     swap_modules(model, layers)
     note_float_rest(model)
-    return model.to(device).eval()
+    model.to(device)
 
 
 def _refuse_other_root(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -61,9 +62,11 @@ def reserve(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     Raises:
         CheckpointError: The checkpoint's layers do not fit the model; it is then as it was.
     """
-    take_apart(checkpoint, model, plain_renaming(model))
-    names = match(checkpoint, model, renaming(model))
-    _refuse_other_kinds(checkpoint, model, key_renaming(model))
+    with contextlib.ExitStack() as undo:
+        take_apart(checkpoint, model, plain_renaming(model), undo)
+        names = match(checkpoint, model, renaming(model))
+        _refuse_other_kinds(checkpoint, model, key_renaming(model))
+        undo.pop_all()
     places = {name: Place(checkpoint.layers[stored]) for name, stored in names.items()}
     for name, place in places.items():
         share_hooks(model.get_submodule(name), place)
@@ -104,8 +107,16 @@ def _refuse_larger(checkpoint: Checkpoint, model: nn.Module) -> None:
         )
 
 
-def take_apart(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]) -> None:
+def take_apart(
+    checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str], undo: contextlib.ExitStack
+) -> None:
     """Replaces parameters that hold experts' matrices by a Linear each, where the checkpoint quantized them.
+
+    Args:
+        checkpoint: Its layers.
+        model: For float ones.
+        rename: Gives the model's name of a layer in the checkpoint.
+        undo: Gets what puts each parameter back.
 
     Raises:
         CheckpointError: Some experts of a parameter are quantized and others are not, or they have other sizes.
@@ -137,7 +148,7 @@ def take_apart(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str],
                 ]
                 for own in parts[key]
             ]
-            place_experts(experts, parts[key], empty)
+            undo.callback(place_experts(experts, parts[key], empty))
     refuse(checkpoint, type(model).__name__, list(problems.values()))
 
 

@@ -175,6 +175,8 @@ def _refuse_adapters(model: nn.Module) -> None:
 def unpackable(shape: tuple[int, ...], bits: int) -> str | None:
     """The reason why a weight [out, in] cannot be stored at that width, or None if it can."""
     for label, size in zip(("out_features", "in_features"), shape, strict=True):
+        if not size:
+            return f"{label} is 0: it has no weights"
         if size * bits % 32:
             return f"{label} {size} at {bits} bits does not fill whole 32-bit words, which GPTQ clients need"
     return None
