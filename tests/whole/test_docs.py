@@ -198,6 +198,18 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
                 assert (page.parent / file).exists(), (page.name, link)
 
 
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/explanation/right-or-refused.md"])
+def test_the_tests_that_keep_a_promise_exist(page):
+    rows = [
+        line
+        for line in (REPOSITORY / page).read_text(encoding="utf-8").splitlines()
+        if line[:1] == "|" and ".py`" in line
+    ]
+    named = [re.findall(r"`(\w+/test_\w+\.py)`", row) for row in rows]
+    assert len(rows) > 8 and all(named)
+    assert [file for files in named for file in files if not (REPOSITORY / "tests" / file).is_file()] == []
+
+
 def test_the_readmes_figures_are_those_of_the_benchmarks():
     measured = "".join(page.read_text() for page in (DOCS / "benchmarks").glob("*.md"))
     losses = re.findall(r"(?<![\d\w])\.\d{5}\b", README.read_text())
