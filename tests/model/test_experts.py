@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -132,42 +134,47 @@ def test_a_forward_is_the_same_to_the_bit_while_experts_are_apart_and_afterwards
     assert torch.equal(apart, logits(in_plain_code(network)))
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Any, Any, Path]]:
+    """quantized(kind, checkpoint_format): the model, its report and its export; made once, and left as it is."""
+
+    @cache
+    def made(kind: str, checkpoint_format: str) -> tuple[Any, Any, Path]:
+        network = model(kind)
+        quantizer = QuantizeModule(bits=4, group_size=32, checkpoint_format=checkpoint_format)
+        report = quantizer.quantize(network, batches())
+        return network, report, quantizer.export(network, tmp_path_factory.mktemp("quantized") / "out")
+
+    return made
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "compressed-tensors"])
-def test_an_export_loads_and_computes_what_the_model_does(kind: str, checkpoint_format: str, tmp_path: Path) -> None:
-    network = model(kind)
-    quantizer = QuantizeModule(bits=4, group_size=32, checkpoint_format=checkpoint_format)
-    report = quantizer.quantize(network, batches())
+def test_an_export_loads_and_computes_what_the_model_does(kind: str, checkpoint_format: str, quantized: Any) -> None:
+    network, report, out = quantized(kind, checkpoint_format)
     expert_layers = [module for module in report.quantized if "expert" in module.name or "_linear." in module.name]
     assert len(expert_layers) >= 2 * 4 and all(module.method == "gptq" for module in expert_layers)
-    loaded = load_quantized(quantizer.export(network, tmp_path / "out"))
-    assert torch.equal(logits(loaded), logits(network))
+    assert torch.equal(logits(load_quantized(out)), logits(network))
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
-def test_the_tensors_have_the_names_that_the_hub_gives_them(kind: str, tmp_path: Path) -> None:
+def test_the_tensors_have_the_names_that_the_hub_gives_them(kind: str, quantized: Any, tmp_path: Path) -> None:
     model(kind).save_pretrained(tmp_path / "float")
-    network = model(kind)
-    quantizer = QuantizeModule(CONFIG)
-    report = quantizer.quantize(network, batches())
-    quantizer.export(network, tmp_path / "out")
+    _, report, out = quantized(kind, "gptq")
     with safe_open(str(tmp_path / "float" / "model.safetensors"), "pt") as file:
         stored = set(file.keys())
-    with safe_open(str(tmp_path / "out" / "model.safetensors"), "pt") as file:
+    with safe_open(str(out / "model.safetensors"), "pt") as file:
         ours = set(file.keys())
-    quantized = {name.removesuffix(".qweight") for name in ours if name.endswith(".qweight")}
-    assert len(quantized) == len(report.quantized)
-    assert {f"{name}.weight" for name in quantized} <= stored
-    assert ours == (stored - {f"{name}.weight" for name in quantized}) | {
-        f"{name}.{suffix}" for name in quantized for suffix in ("qweight", "qzeros", "scales", "g_idx")
+    layers = {name.removesuffix(".qweight") for name in ours if name.endswith(".qweight")}
+    assert len(layers) == len(report.quantized)
+    assert {f"{name}.weight" for name in layers} <= stored
+    assert ours == (stored - {f"{name}.weight" for name in layers}) | {
+        f"{name}.{suffix}" for name in layers for suffix in ("qweight", "qzeros", "scales", "g_idx")
     }
 
 
-def test_from_pretrained_takes_them_too(tmp_path: Path) -> None:
-    network = model("mixtral")
-    quantizer = QuantizeModule(CONFIG)
-    quantizer.quantize(network, batches())
-    out = quantizer.export(network, tmp_path / "out")
+def test_from_pretrained_takes_them_too(quantized: Any) -> None:
+    network, _, out = quantized("mixtral", "gptq")
     loaded = AutoModelForCausalLM.from_pretrained(out, config=quantized_config(out))
     assert torch.equal(logits(loaded), logits(network))
 
@@ -416,11 +423,8 @@ def test_padding_is_no_token_of_an_expert(kind: str) -> None:
     assert counts[0] == counts[1]
 
 
-def test_an_expert_that_is_missing_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    network = model("mixtral")
-    quantizer = QuantizeModule(CONFIG)
-    quantizer.quantize(network, batches())
-    out = quantizer.export(network, tmp_path / "out")
+def test_an_expert_that_is_missing_in_a_checkpoint_is_refused(quantized: Any, tmp_path: Path) -> None:
+    out = shutil.copytree(quantized("mixtral", "gptq")[2], tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     config["num_local_experts"] = 5
     (out / "config.json").write_text(json.dumps(config))

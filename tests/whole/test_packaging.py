@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -113,47 +114,57 @@ def test_the_editable_install_works_from_another_folder(tmp_path):
     assert printed.strip()
 
 
-def test_importing_the_package_does_nothing_but_name_its_parts(tmp_path):
-    code = """
-import os, sys
+IMPORTS = """
+import json, os, sys
+
+def loaded():
+    return sorted({name.split(".")[0] for name in sys.modules})
+
 before = dict(os.environ)
 import gptq_plugin
-heavy = {"torch", "lightning", "transformers", "datasets", "hydra", "triton", "yaml", "numpy"}
-assert not heavy & {name.split(".")[0] for name in sys.modules}
-assert {name for name in sys.modules if name.startswith("gptq_plugin")} == {"gptq_plugin"}
-assert dict(os.environ) == before
-public = ["GPTQCallback", "GPTQTrainerCallback", "QuantLinear", "QuantizeConfig", "QuantizeModule", "in_every_trainer",
-          "load_quantized", "merged_copy", "quantized_config"]
-assert gptq_plugin.__all__ == public and set(public) <= set(dir(gptq_plugin))
+found = {"package": loaded(), "own": sorted(n for n in sys.modules if n.startswith("gptq_plugin")),
+         "public": gptq_plugin.__all__, "dir": dir(gptq_plugin), "environment": dict(os.environ) == before}
 try:
     gptq_plugin.GPTQCalback
 except AttributeError as error:
-    assert "GPTQCalback" in str(error)
-else:
-    raise SystemExit("a misspelt name was found")
-for name in public:
-    assert getattr(gptq_plugin, name).__name__ == name
-"""
-    python(code, tmp_path)
-
-
-def test_the_library_needs_neither_lightning_nor_hydra(tmp_path):
-    code = """
-import sys
-import gptq_plugin
+    found["misspelt"] = str(error)
 gptq_plugin.QuantizeModule, gptq_plugin.QuantizeConfig, gptq_plugin.QuantLinear, gptq_plugin.load_quantized
-loaded = {name.split(".")[0] for name in sys.modules}
-assert not loaded & {"lightning", "pytorch_lightning", "hydra", "omegaconf", "datasets"}, loaded
 import torch
-assert not torch.cuda.is_initialized()
+found |= {"library": loaded(), "cuda": torch.cuda.is_initialized()}
+found["names"] = [getattr(gptq_plugin, name).__name__ for name in gptq_plugin.__all__]
+sys.path.insert(0, "")
+from transformers import LlamaForCausalLM
+print(json.dumps(found))
 """
-    python(code, tmp_path)
 
 
-def test_transformers_imports_llama_from_the_repositorys_root():
+@pytest.fixture(scope="module")
+def imported():
+    """What one process found that imported the package, then the library, then every name, in the repository's root."""
+    return json.loads(python(IMPORTS, REPOSITORY))
+
+
+def test_importing_the_package_does_nothing_but_name_its_parts(imported):
+    heavy = {"torch", "lightning", "transformers", "datasets", "hydra", "triton", "yaml", "numpy"}
+    assert not heavy & {*imported["package"]}
+    assert imported["own"] == ["gptq_plugin"]
+    assert imported["environment"]
+    public = ["GPTQCallback", "GPTQTrainerCallback", "QuantLinear", "QuantizeConfig", "QuantizeModule",
+              "in_every_trainer", "load_quantized", "merged_copy", "quantized_config"]  # fmt: skip
+    assert imported["public"] == public == imported["names"] and set(public) <= {*imported["dir"]}
+    assert "GPTQCalback" in imported["misspelt"]
+
+
+def test_the_library_needs_neither_lightning_nor_hydra(imported):
+    loaded = {*imported["library"]}
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "pytorch_lightning", "hydra", "omegaconf", "datasets"}
+    assert not imported["cuda"]
+
+
+def test_transformers_imports_llama_from_the_repositorys_root(imported):
+    """The last import of the process above."""
     assert not (REPOSITORY / "kernels" / "__init__.py").exists(), "it would shadow the PyPI package `kernels`"
-    code = "import sys; sys.path.insert(0, ''); import gptq_plugin; from transformers import LlamaForCausalLM"
-    python(code, REPOSITORY)
 
 
 def pinned():
