@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptq_plugin.apps.option_names import unknown_names
+from gptq_plugin.apps.option_names import unknown_names, unreadable_overrides
 
 WRONG = {
     "added": [
@@ -97,7 +97,7 @@ def test_names_that_exist_or_are_added_for_somebody_pass(overrides):
 
 @pytest.mark.parametrize("override", ["quantizer.bits=[", "callbacks.gptq.on_fail=a=b", "+x={a", "data.path=a b'"])
 def test_an_option_that_hydra_cannot_read_is_told_which_one_it_is(override):
-    (found,) = unknown_names("finetune", ["seed=1", override])
+    (found,) = unreadable_overrides(["seed=1", override])
     assert found.startswith(f"{override} cannot be read: ") and "See https" not in found
 
 

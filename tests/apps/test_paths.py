@@ -9,9 +9,11 @@ from pathlib import Path
 import hydra
 import pytest
 
+from gptq_plugin import load_quantized
 from gptq_plugin.apps.documents import file_documents, hub_documents
+from gptq_plugin.apps.lightning_weights import open_lightning_weights
 from gptq_plugin.apps.paths import folder_or_id, typed
-from gptq_plugin.errors import DataError
+from gptq_plugin.errors import CheckpointError, DataError
 
 
 @pytest.fixture(params=["true", "false"])
@@ -83,3 +85,20 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_way_to_another(cache, 
         read(str(text))
     assert f"keeps what it reads in {folder}, which cannot be written" in str(caught.value)
     assert "set HF_HOME, or HF_DATASETS_CACHE, to a folder that can" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("inf"), 3, None, {"a": 1}, ["x"], ""])
+def test_what_is_no_path_is_refused_with_the_value(value):
+    with pytest.raises(ValueError, match="must be a path"):
+        typed(value)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a/" * 3000])
+def test_a_name_that_no_file_system_takes_is_no_file(name):
+    assert folder_or_id(name) == name
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        open_lightning_weights(name)
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        load_quantized(name)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        file_documents(name)

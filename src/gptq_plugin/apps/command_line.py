@@ -12,7 +12,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from gptq_plugin import __version__
-from gptq_plugin.apps.option_names import CONF, unknown_names
+from gptq_plugin.apps.option_names import CONF, unknown_names, unreadable_overrides
 from gptq_plugin.apps.output import output_never_fails
 
 Task = Callable[[DictConfig], Any]
@@ -52,6 +52,9 @@ def _before_hydra(default: str) -> None:
     program = f"gptq-{default}"
     if unknown:
         _fail(program, [f"there is no flag {unknown[0]}: options are written name=value, such as quantizer.bits=3"])
+    unreadable = unreadable_overrides(given.overrides)
+    if unreadable:
+        _fail(program, unreadable)
     if given.config_path or given.config_dir or any("hydra.searchpath" in one for one in given.overrides):
         return
     wrong = unknown_names(name, given.overrides)

@@ -5,6 +5,7 @@ Three functions, one for each config of the group `data`, differ only in where t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,5 +171,5 @@ def hub(
     """A data set of the hub, or a folder; see `documents.hub_documents`. `options` are TextData's."""
     documents = hub_documents(path, name, split, column)
     held_out = None if eval_split is None else hub_documents(path, name, eval_split, column)
-    what = [Path(path).name if Path(path).exists() else path, name, split]
+    what = [Path(path).name if os.path.exists(path) else path, name, split]
     return TextData(documents, held_out, source=" ".join(filter(None, what)), **options)

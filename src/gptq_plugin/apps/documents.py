@@ -8,6 +8,7 @@ Text from files is memory-mapped from the cache of `datasets`.
 from __future__ import annotations
 
 import glob
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +21,16 @@ from datasets.exceptions import DatasetGenerationError
 from gptq_plugin.apps.paths import folder_or_id, typed
 from gptq_plugin.calibration.text_rows import is_chat, render_chat
 from gptq_plugin.errors import CalibrationError, DataError
+from gptq_plugin.options import fields
 
 TEXT = "text"
 _CHAT = "messages"
 _TOOLS = "tools"
 # Readers of `datasets` by suffix; any other file is plain text, one document a file.
+_PATHS = fields.Kind(
+    "a path, a pattern, or a list of these",
+    lambda value: fields.PATH.accepts(value) or (fields.is_list(value) and all(map(fields.PATH.accepts, value))),
+)
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -59,9 +65,11 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
 
     Raises:
         FileNotFoundError: A path does not exist, or a pattern matches nothing.
+        ValueError: `path` is no path, nor a list of these.
         DataError: The files hold no text, or no such column, or some text and some chats, or cannot be read.
     """
-    paths = [path] if isinstance(path, str) else list(path)
+    _PATHS.check("data.path", path)
+    paths = [path] if isinstance(path, (str, Path)) else list(path)
     if not paths:
         raise DataError("no files are given: set data.path to a file, a folder, a pattern, or a list of these")
     _check_cache()
@@ -139,9 +147,9 @@ def _check_cache() -> None:
 
 def _expand(path: str) -> list[Path]:
     where = typed(path)
-    if where.is_file():
+    if os.path.isfile(where):
         return [where]
-    if where.is_dir():
+    if os.path.isdir(where):
         files = sorted(file for file in where.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
             raise DataError(f"the folder {where} holds no files")

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from gptq_plugin.apps.paths import folder_or_id
 from gptq_plugin.apps.tokenizer import train_tokenizer
 from gptq_plugin.checkpoint.formats.registry import FORMATS
+from gptq_plugin.options import fields
 
 # Sizes in multiples of 128 fit every group size and every kernel.
 _ROUND = 128
@@ -182,7 +183,8 @@ def pretrained(
     """
     if name_or_path is None:
         raise ValueError("model=hf needs model.name_or_path=PATH_OR_HUB_ID: a folder with config.json, or a hub id")
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    fields.PATH.check("model.name_or_path", name_or_path)
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"model.dtype={dtype!r} is not a dtype: choose float32, bfloat16, float16 or auto")
     name_or_path = folder_or_id(name_or_path)
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def open_lightning_weights(checkpoint: str | Path) -> LightningWeights:
         CheckpointError: It is not a Lightning checkpoint.
     """
     path = Path(checkpoint).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_folder(path)
     state = read_checkpoint(path)["state_dict"]
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}

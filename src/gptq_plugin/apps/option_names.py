@@ -27,19 +27,30 @@ from gptq_plugin.apps.other_choices import Options
 CONF = "gptq_plugin.conf"
 
 
+def unreadable_overrides(overrides: Sequence[str]) -> list[str]:
+    """Returns a sentence for each override that Hydra's grammar does not take; Hydra's own names none."""
+    found = []
+    for override in overrides:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            what = str(error).partition("\nSee ")[0].strip()
+            hint = f"'{override.partition('=')[0]}=\"...\"'"
+            found.append(f"{override} cannot be read: {what}. Quote its value: {hint}")
+    return found
+
+
 def unknown_names(config_name: str, overrides: Sequence[str]) -> list[str]:
     """Returns a sentence for each override whose key, group or choice does not exist. Hydra judges everything else.
 
     Args:
         config_name: ``"finetune"`` or ``"quantize"``.
-        overrides: As on the command line: ``quantizer.bits=3``, ``quantizer=w3g128``, ``+trainer.min_epochs=2``.
+        overrides: As on the command line: ``quantizer.bits=3``, ``quantizer=w3g128``, ``+trainer.min_epochs=2``; those
+            that can be read.
     """
     bare = [one for one in overrides if "=" not in one and not one.startswith("~")]
     if bare:
         return [f"{one} has no value: options are written name=value, such as quantizer.bits=3" for one in bare]
-    unreadable = [sentence for one in overrides for sentence in _unreadable(one)]
-    if unreadable:
-        return unreadable
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     with initialize_config_module(CONF, version_base="1.3"):
         repository = GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
@@ -60,15 +71,6 @@ def unknown_names(config_name: str, overrides: Sequence[str]) -> list[str]:
         else:
             sentences = [_wrong_key(one, options) for one in keys if one not in added]
     return [sentence for sentence in sentences if sentence]
-
-
-def _unreadable(override: str) -> Iterator[str]:
-    """A sentence for an override that Hydra's grammar does not take."""
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        what = str(error).partition("\nSee ")[0].strip()
-        yield f"{override} cannot be read: {what}. Quote its value: '{override.partition('=')[0]}=\"...\"'"
 
 
 def _composed(config_name: str, overrides: Sequence[Override]) -> dict[str, Any] | None:

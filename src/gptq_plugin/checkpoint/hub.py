@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -39,7 +40,7 @@ def local_folder(
         CheckpointError: There is no such folder, and no such repository, or it cannot be fetched.
     """
     folder = Path(name_or_path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         within = f"{subfolder}/" if subfolder else ""
         try:
             validate_repo_id(str(name_or_path))

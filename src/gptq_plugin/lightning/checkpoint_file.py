@@ -7,6 +7,7 @@ Here tensors and plain values are read, and everything else becomes a `StandIn`,
 
 from __future__ import annotations
 
+import os
 import pickle
 import tarfile
 import types
@@ -31,7 +32,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: It is no checkpoint, or has no ``state_dict``.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
         content = _load(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,7 +103,7 @@ def _content(trainer: pl.Trainer, path: Path) -> dict[str, Any]:
 def _path(trainer: pl.Trainer, weights: str) -> Path:
     if weights != "best":
         path = Path(weights).expanduser()
-        if not path.exists():
+        if not os.path.exists(path):
             raise CheckpointError(f"weights={weights!r}: the checkpoint does not exist")
         return path
     callback = _monitoring(trainer)
