@@ -101,6 +101,11 @@ def test_an_option_that_hydra_cannot_read_is_told_which_one_it_is(override):
     assert found.startswith(f"{override} cannot be read: ") and "See https" not in found
 
 
+def test_a_list_of_choices_that_are_no_names_is_refused_by_its_group():
+    (found,) = unreadable_overrides(["+callbacks=[1.0,0.9]", "callbacks=[gptq]", "quantizer.clip_ratios=[1.0,0.9]"])
+    assert found.startswith("+callbacks=[1.0,0.9]: callbacks is chosen by names")
+
+
 def test_a_choice_that_is_no_name_is_told_the_names():
     (found,) = unknown_names("finetune", ["quantizer=3"])
     assert "there is no quantizer=3: " in found and "w4g128" in found

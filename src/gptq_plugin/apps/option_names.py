@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from importlib.resources import files
 from typing import Any
 
 import yaml
@@ -28,11 +29,20 @@ CONF = "gptq_plugin.conf"
 
 
 def unreadable_overrides(overrides: Sequence[str]) -> list[str]:
-    """Returns a sentence for each override that Hydra's grammar does not take; Hydra's own names none."""
+    """Returns a sentence for each override that Hydra's grammar does not take, and for each group whose choice is no
+    name; Hydra's own sentences do not tell which."""
+    groups = {folder.name for folder in files(CONF).iterdir() if folder.is_dir()}
     found = []
     for override in overrides:
         try:
-            OverridesParser.create().parse_override(override)
+            parsed = OverridesParser.create().parse_override(override)
+            chosen = parsed.value()
+            if (
+                parsed.key_or_group in groups
+                and isinstance(chosen, list)
+                and not all(isinstance(x, str) for x in chosen)
+            ):
+                found.append(f"{override}: {parsed.key_or_group} is chosen by names, such as those that --help lists")
         except HydraException as error:
             what = str(error).partition("\nSee ")[0].strip()
             hint = f"'{override.partition('=')[0]}=\"...\"'"
