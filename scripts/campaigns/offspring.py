@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
+import time
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
@@ -17,6 +19,19 @@ def adopt() -> None:
 
 def offspring() -> list[str]:
     """Those that live, as number and name."""
+    return [f"{process} {name}" for process, name in _living().items()]
+
+
+def end_offspring() -> None:
+    """Kills them, also those that they start meanwhile."""
+    while living := _living():
+        for process in living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _living() -> dict[int, str]:
     parents, names = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -30,4 +45,4 @@ def offspring() -> list[str]:
         children = {process for process, parent in parents.items() if parent in found} - found
         found |= children
         more = bool(children)
-    return [f"{process} {names[process]}" for process in sorted(found - {os.getpid()})]
+    return {process: names[process] for process in sorted(found - {os.getpid()})}

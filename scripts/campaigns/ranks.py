@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  before the forks
 from campaigns.campaign import Campaign, Case, Wrong
-from campaigns.offspring import adopt, offspring
+from campaigns.offspring import adopt, end_offspring, offspring
 from campaigns.rank_run import start_by_hand
 
 from gptq_plugin.export.export_dir import check_export_dir
@@ -48,7 +48,10 @@ def _cells(seed: int, count: int) -> Iterator[Cell]:
 
 def _attack(case: Case, cell: Cell) -> None:
     case.is_of(", ".join(cell))
-    case.attempt("end", lambda: _lose(case.folder, *cell), lambda error: "raised")
+    try:
+        case.attempt("end", lambda: _lose(case.folder, *cell), lambda error: "raised")
+    finally:
+        end_offspring()
 
 
 def _lose(folder: Path, launcher: str, kind: str, phase: str) -> None:
