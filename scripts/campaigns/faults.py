@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,15 +34,17 @@ from typing import Any
 import torch
 from campaigns.campaign import Campaign, Case, Wrong, own_error
 from campaigns.examples import randoms
+from campaigns.kills import nothing_hidden, whole
 from campaigns.scenes import SCENES, Convert, Scene
 from campaigns.trainings import QUANTIZER, llama, samples
 
 import gptq_plugin
 from gptq_plugin import QuantizeModule
+from gptq_plugin.export.export_dir import check_export_dir
 
 _PACKAGE = str(Path(gptq_plugin.__file__).parent)
 _PUTTING_BACK = {"undo", "restore", "put_back", "remove", "abort", "__exit__", "put", "fuse", "leave", "close",
-                 "release", "reclaim"}  # fmt: skip
+                 "release", "reclaim", "_remove_earlier"}  # fmt: skip
 
 
 class PowerCut(Exception):
@@ -298,8 +301,10 @@ def _attack(case: Case, given: tuple[str, Random]) -> None:
     folder = case.folder / "run"
     folder.mkdir()
     what, fault, error = kind(scene, case.folder, rng)
+    has_earlier = rng.random() < 0.5
     case.is_of(f"{scene}: {what}")
-    case.attempt(kind.__name__.strip("_"), lambda: _run(scene, folder, rng.random() < 0.5, fault, error), lambda e: "")
+    run = _in_fork if kind is _little_memory else _run
+    case.attempt(kind.__name__.strip("_"), lambda: run(scene, folder, has_earlier, fault, error), lambda error: "")
 
 
 def _run(scene: str, folder: Path, has_earlier: bool, fault: Fault, error: type[BaseException]) -> None:
@@ -310,7 +315,7 @@ def _run(scene: str, folder: Path, has_earlier: bool, fault: Fault, error: type[
             one.run()
     except BaseException as raised:
         objection = _objection(raised, error)
-        if one is not None:
+        if one is not None and not (_was_told(raised) and _is_done(one)):
             one.check_is_back()
         if objection:
             raise Wrong(objection) from raised
@@ -319,6 +324,47 @@ def _run(scene: str, folder: Path, has_earlier: bool, fault: Fault, error: type[
         return
     if one is not None:
         one.check_done()
+
+
+def _in_fork(scene: str, folder: Path, has_earlier: bool, fault: Fault, error: type[BaseException]) -> None:
+    """The same where C code may end the process: then the folder is judged."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        told = "ok"
+        try:
+            _run(scene, folder, has_earlier, fault, error)
+        except Wrong as wrong:
+            told = f"wrong: {wrong}"
+        except BaseException as refused:  # noqa: BLE001  it is told
+            told = f"refused: {refused}"
+        os.write(write, told.encode()[:4000])
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    kind, _, text = os.fdopen(read).read().partition(": ")
+    if kind == "wrong":
+        raise Wrong(text)
+    if kind == "refused":
+        raise MemoryError(text)
+    if not kind:
+        check_export_dir(folder / "export", overwrite=True)
+        if has_earlier or (folder / "export").exists():
+            whole(folder / "export", Convert.source)
+        nothing_hidden(folder)
+
+
+def _was_told(raised: BaseException) -> bool:
+    """True if the result was being told to users: then all had been done."""
+    return any(frame.name in ("end", "tell_result") for frame in traceback.extract_tb(raised.__traceback__))
+
+
+def _is_done(scene: Scene) -> bool:
+    try:
+        scene.check_done()
+    except Wrong:
+        return False
+    return True
 
 
 def _objection(raised: BaseException, injected: type[BaseException]) -> str:

@@ -154,7 +154,8 @@ def whole(export: Path, earlier: Path) -> None:
 
 
 def nothing_hidden(folder: Path) -> None:
-    hidden = [one.name for place in (folder, folder / "export") for one in place.iterdir() if is_hidden(one)]
+    places = [place for place in (folder, folder / "export") if place.is_dir()]
+    hidden = [one.name for place in places for one in place.iterdir() if is_hidden(one)]
     if hidden:
         raise Wrong(f"hidden folders are left: {hidden}")
 

@@ -126,14 +126,18 @@ def _cycle(work: Path, mapping: str, kind: str, batches: list[Any], options: dic
         loaded = load_quantized(work / "out")
         found = lint(work / "out")
         other = rng.choice([name for name in CHECKPOINT_FORMATS if name != options["checkpoint_format"]])
-        converted = _converted(work, other)
+        others = {other: _converted(work, other)}
+        if rng.random() < 0.3:
+            model.save_pretrained(work / "saved")
+            others["saved by transformers"] = load_quantized(work / "saved")
         _compare(before, _global_state())
         before = None
         in_memory = outputs(model, batches)
         if not equal(outputs(loaded, batches), in_memory):
             raise Wrong("the reloaded model computes something else")
-        if converted is not None and not equal(outputs(converted, batches), in_memory):
-            raise Wrong(f"converted to {other} it computes something else")
+        for how, one in others.items():
+            if one is not None and not equal(outputs(one, batches), in_memory):
+                raise Wrong(f"as {how} it computes something else")
         if found.errors:
             raise Wrong(f"check finds {found.errors[:3]}")
     except Exception:
@@ -170,7 +174,7 @@ def _global_state() -> dict[str, Any]:
     return {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
-        "random numbers of torch": torch.get_rng_state().sum().item(),
+        "random numbers of torch": torch.get_rng_state().numpy().tobytes(),
         "random numbers of Python": hash(random.getstate()),
         "random numbers of numpy": numpy.random.get_state()[1].tobytes(),  # type: ignore[union-attr,call-overload,index]
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),

@@ -23,6 +23,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.lightning.calibration_forward import forward_as_in_training
+from gptq_plugin.lightning.launched_ranks import EndsLaunchedRanks
 from gptq_plugin.lightning.module_choice import choose_module
 from gptq_plugin.lightning.monitors import check_directions
 from gptq_plugin.lightning.parallel_check import ParallelOutputs, may_differ
@@ -55,7 +56,7 @@ from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, re
 from gptq_plugin.training.quality_gate import QualityGate
 
 
-class GPTQCallback(CallbackBase, pl.Callback):
+class GPTQCallback(CallbackBase, EndsLaunchedRanks):
     """Quantizes the trained module at the end of `Trainer.fit`, and exports it.
 
     By default the transformers model that the LightningModule is, holds or contains is quantized; without one, the

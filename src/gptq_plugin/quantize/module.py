@@ -162,7 +162,7 @@ class QuantizeModule:
             ExportError: `export_dir` cannot be written, or `target` would not take the export.
             RankError: Another rank was lost, or raised one of these or any other error.
 
-        On any error the model and `export_dir` are as they were before.
+        On any error before the result is told, the model and `export_dir` are as they were before.
         """
         options = PassOptions(forward, tokenizer, nsamples, device, device_memory, progress)
         with self.temporarily(
