@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -10,13 +12,15 @@ from hydra.core.hydra_config import HydraConfig
 from gptq_plugin.apps import cli
 from gptq_plugin.apps.tokenizer import train_tokenizer
 
+from forked_python import python
 from language_models import tiny
 from texts import PROSE
 
 
 @pytest.fixture
-def app(tmp_path):
+def app(tmp_path, monkeypatch):
     """app("finetune", "data.seq_len=64", ...) runs the application in this process, as Hydra would."""
+    monkeypatch.setattr(sys, "executable", python())  # evaluates the export
 
     def run(name: str, *overrides: str):
         with initialize_config_module("gptq_plugin.conf", version_base="1.3"):

@@ -17,6 +17,7 @@ from gptq_plugin.apps.documents import file_documents, texts
 from gptq_plugin.apps.evaluate import mean_nll
 from gptq_plugin.apps.rows import cut_rows
 
+from forked_python import python
 from language_models import tiny
 
 
@@ -72,7 +73,8 @@ def test_a_text_is_continued_greedily_with_so_many_tokens(export):
 
 
 @pytest.mark.slow
-def test_what_stopped_the_other_process_is_told(tmp_path):
+def test_what_stopped_the_other_process_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", python())
     (tmp_path / "empty").mkdir()
     with pytest.raises(RuntimeError, match=r"could not be evaluated: .*empty[\s\S]*CheckpointError"):
         evaluate.evaluate_export(tmp_path / "empty", tmp_path, torch.randint(0, 100, (3, 20)))
