@@ -47,9 +47,17 @@ READ_AT_IMPORT = ("PYTHON", "HF_", "TRANSFORMERS_", "TRITON_")
 def python() -> str:
     """The path of the stand-in. The first call starts the server; it ends with this process.
 
-    Where there are no pidfds, elsewhere than on Linux: `sys.executable`.
+    Where there are no pidfds, as elsewhere than on Linux, it is `sys.executable`.
     """
-    return _start() if hasattr(os, "pidfd_open") else sys.executable
+    return _start() if has_pidfds() else sys.executable
+
+
+def has_pidfds() -> bool:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):  # not in this Python, or not in this kernel
+        return False
+    return True
 
 
 @cache

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from forked_python import python
+from forked_python import has_pidfds, python
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux's pidfds")
+pytestmark = pytest.mark.skipif(not has_pidfds(), reason="needs Linux's pidfds")
 
 CODES = {
     "arguments and place": "import os, sys; print(sys.argv, sys.path[0], os.getcwd(), os.environ['OWN'], __name__)",
