@@ -50,7 +50,7 @@ _logits: dict[str, Tensor] = {}
 
 
 class CannotRun(Exception):
-    """A model was loaded, and its own code raises: config.json has a value that transformers takes and cannot use."""
+    """A model was loaded and does not run: a value may be so, but its code cannot use it, or it is far too large."""
 
 
 def plain() -> nn.Module:
@@ -104,7 +104,7 @@ def _outputs(model: nn.Module) -> Tensor:
     except Exception as error:
         raise CannotRun(f"{type(error).__name__}: {error}") from error
     if not values.isfinite().all():
-        raise Wrong("its outputs hold NaN or infinity")
+        raise CannotRun("its outputs hold NaN or infinity")
     return values
 
 

@@ -40,7 +40,7 @@ def brief(text: object, most: int = 600) -> str:
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
-    """The first `most` names of a list, and the number of others, for a message."""
-    listed = list(names)
+    """The first `most` names of a list, each cut, and the number of others, for a message."""
+    listed = [brief(name, 200) for name in names]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

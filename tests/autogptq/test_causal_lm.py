@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from gptq_plugin.autogptq.options import IGNORED_LOADING, IGNORED_LOADING_FLOAT,
 from gptq_plugin.errors import CheckpointError
 
 from hub_caches import cache_checkpoint
+from paths import FIXTURES
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,14 @@ def test_a_checkpoint_is_loaded_by_its_name_on_the_hub(export: Path, tmp_path: P
 def test_it_is_not_made_by_itself() -> None:
     with pytest.raises(TypeError, match="call its from_pretrained or from_quantized"):
         AutoGPTQForCausalLM()
+
+
+def test_a_field_that_cannot_be_is_refused_with_its_file(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    shutil.copytree(FIXTURES / "autogptq-w4g32", folder)
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    content["quantization_config"]["true_sequential"] = 8
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"x/\w+\.json describes no GPTQ checkpoint: true_sequential must be"):
+        AutoGPTQForCausalLM.from_quantized(folder, device="cpu")

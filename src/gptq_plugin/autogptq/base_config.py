@@ -12,6 +12,7 @@ from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.schema import check_description, check_model_config, read_checked
 from gptq_plugin.config import QuantizeConfig, own_config
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.options.fields import shown
 
 _FIELDS = ("bits", "group_size", "damp_percent", "desc_act", "static_groups", "sym", "true_sequential")
 
@@ -77,7 +78,7 @@ class BaseQuantizeConfig:
         if checkpoint_format == "marlin":
             raise ValueError(f"BaseQuantizeConfig does not take checkpoint_format='marlin': {marlin}")
         if quant_method != "gptq":
-            raise ValueError(f"BaseQuantizeConfig does not take quant_method={quant_method!r}: only 'gptq'")
+            raise ValueError(f"BaseQuantizeConfig does not take quant_method={shown(quant_method)}: only 'gptq'")
         self.bits = bits
         self.group_size = group_size
         self.damp_percent = damp_percent

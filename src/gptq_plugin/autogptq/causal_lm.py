@@ -13,11 +13,12 @@ from gptq_plugin.autogptq.base_config import BaseQuantizeConfig
 from gptq_plugin.autogptq.folders import check_basename
 from gptq_plugin.autogptq.gptq_model import BaseGPTQForCausalLM
 from gptq_plugin.autogptq.options import HUB, IGNORED_LOADING, IGNORED_LOADING_FLOAT, REFUSED_LOADING, sort_out
-from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load import load_quantized
 from gptq_plugin.checkpoint.schema import check_description, read_checked
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CheckpointError
 from gptq_plugin.quantize.module import QuantizeModule
 
 _FOR_TRANSFORMERS = (*HUB, "attn_implementation", "code_revision", "config", "use_safetensors", "variant")
@@ -134,9 +135,14 @@ class AutoGPTQForCausalLM:
 
 def _described(folder: Path, model: Any) -> BaseQuantizeConfig:
     """What was loaded, and what quantize_config.json tells beside it."""
-    told = read_checked(folder / QUANTIZE_CONFIG, check_description) or {}
+    file = folder / QUANTIZE_CONFIG
+    told = read_checked(file, check_description) or {}
     loaded = {**model.config.quantization_config, "checkpoint_format": told.get("checkpoint_format")}
-    return BaseQuantizeConfig.from_quantize_config(QuantizeConfig.from_quantize_config({**told, **loaded}))
+    try:
+        return BaseQuantizeConfig.from_quantize_config(QuantizeConfig.from_quantize_config({**told, **loaded}))
+    except (ValueError, TypeError) as error:
+        where = file if told else folder / CONFIG
+        raise CheckpointError(f"{where} describes no GPTQ checkpoint: {error}") from error
 
 
 def _refuse_contradiction(folder: Path, given: BaseQuantizeConfig | None, found: BaseQuantizeConfig) -> None:

@@ -16,6 +16,7 @@ from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.device.finite import all_finite, any_nan
 from gptq_plugin.errors import some
+from gptq_plugin.options.fields import shown
 
 
 def facts(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, str]:
@@ -64,8 +65,8 @@ def _contradictions(checkpoint: Checkpoint) -> Iterator[Finding]:
     for key in checkpoint.format.repeated:
         if key in inside and key in beside and inside[key] != beside[key]:
             yield error(
-                f"{CONFIG} has {key}={inside[key]!r} and {QUANTIZE_CONFIG} has {beside[key]!r}: clients read one or "
-                "the other, so correct the wrong one"
+                f"{CONFIG} has {key}={shown(inside[key])} and {QUANTIZE_CONFIG} has {shown(beside[key])}: clients read "
+                "one or the other, so correct the wrong one"
             )
 
 

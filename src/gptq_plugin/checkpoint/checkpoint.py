@@ -37,6 +37,7 @@ from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.device.surroundings import plain_defaults
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.options.fields import shown
 
 _LISTED = 20  # contradictions in a message
 
@@ -87,7 +88,7 @@ class Checkpoint:
                 raise CheckpointError(f"{source} {problem}")
         base = quantization.get("model_file_base_name") or "model"
         if base != Path(base).name:
-            raise CheckpointError(f"{source}: model_file_base_name must be the name of a file, got {base!r}")
+            raise CheckpointError(f"{source}: model_file_base_name must be the name of a file, got {shown(base)}")
         shards = Shards.open(directory, base)
         checkpoint = cls(directory, model_config, quantization, beside or {}, format_, shards)
         with plain_defaults():  # transformers opens it where tensors are made on the meta device

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.options.fields import shown
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"  # the name AutoGPTQ gave it, read by every tool
@@ -84,7 +85,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"it holds {key!r} twice")
+        raise ValueError(f"it holds {shown(key)} twice")
     return content
 
 

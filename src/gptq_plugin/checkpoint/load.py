@@ -30,6 +30,7 @@ from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.device.named import device_named
 from gptq_plugin.device.surroundings import alone, plain_defaults
 from gptq_plugin.errors import CheckpointError, brief
+from gptq_plugin.options.fields import shown
 
 
 @plain_defaults()
@@ -189,8 +190,8 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
         )
     if reference is None and architecture is None:
         raise CheckpointError(
-            f"{file}: transformers {transformers.__version__} has no architecture {name!r}: install a version that has "
-            "it. The folder has no code for it: config.json names none in auto_map"
+            f"{file}: transformers {transformers.__version__} has no architecture {shown(name)}: install a version "
+            "that has it. The folder has no code for it: config.json names none in auto_map"
         )
     refuse_many_modules(checkpoint.model_config, file, checkpoint.tensors.values())
     try:
@@ -234,8 +235,8 @@ def refuse_foreign_kernels(config: Any, source: object) -> None:
             named = getattr(part, field, None)
             if isinstance(named, str) and "/" in named:
                 raise CheckpointError(
-                    f"{source}: {field.removeprefix('_')} is {named!r}, code of another repository, which loading it "
-                    "would run: remove the field, and choose the code in your own program (set_attn_implementation)"
+                    f"{source}: {field.removeprefix('_')} is {shown(named)}, code of another repository, which loading "
+                    "it would run: remove the field, and choose the code in your own program (set_attn_implementation)"
                 )
 
 

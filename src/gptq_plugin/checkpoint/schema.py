@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from gptq_plugin.checkpoint.files import read_json
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError, brief
+from gptq_plugin.options.fields import shown
 
 _Object = dict[str, Any]
 
@@ -127,10 +128,10 @@ def check_description(content: _Object, file: Path) -> None:
     """
     _check(Description, content, file)
     for pattern, rule in (content.get("dynamic") or {}).items():
-        _check(Rule, rule or {}, file, f"dynamic[{pattern!r}]")
+        _check(Rule, rule or {}, file, f"dynamic[{shown(pattern)}]")
     for name, group in (content.get("config_groups") or {}).items():
-        _check(ConfigGroup, group, file, f"config_groups[{name!r}]")
-        _check(GroupWeights, group.get("weights") or {}, file, f"config_groups[{name!r}].weights")
+        _check(ConfigGroup, group, file, f"config_groups[{shown(name)}]")
+        _check(GroupWeights, group.get("weights") or {}, file, f"config_groups[{shown(name)}].weights")
     ours = (content.get("meta") or {}).get(QUANTIZER_NAME)
     if isinstance(ours, dict):
         _check(Ours, ours, file, f"meta.{QUANTIZER_NAME}")

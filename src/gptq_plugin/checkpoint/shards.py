@@ -15,6 +15,7 @@ from gptq_plugin.checkpoint.files import INDEX, WEIGHTS, TensorEntry, is_regular
 from gptq_plugin.checkpoint.schema import check_index
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.options import fields
+from gptq_plugin.options.fields import shown
 
 _LONGEST_NAME = 1000  # of a tensor, in letters
 
@@ -117,7 +118,7 @@ def _listed(directory: Path, base: str) -> dict[Path, list[str]]:
             raise CheckpointError(f"{indices[0]} has no weight_map: fetch it again, or export the model again")
         files: dict[Path, list[str]] = {}
         for name, shard in index["weight_map"].items():
-            _check_name(shard, indices[0], f"weight_map lists {name} in {shard!r}")
+            _check_name(shard, indices[0], f"weight_map lists {name} in {shown(shard)}")
             files.setdefault(directory / shard, []).append(name)
         return files
     found = [directory / f"{base}.safetensors"]

@@ -152,6 +152,7 @@ class Export:
         self.check([name])
         stored = self._stored_names[name]
         _check_config({name: layer}, self._config)
+        _check_symmetry(name, layer, self._config)
         bits, sym = layer.bits, (self._config.for_module(name) or self._config).sym
 
         def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -314,8 +315,12 @@ def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> Non
                 f"{name} is quantized with bits={layer.bits}, group_size={layer.group_size}, and the given config "
                 f"{wanted}: pass the config the model was quantized with"
             )
-        if asked.sym and not are_symmetric(layer.qzeros, layer.bits, layer.out_features):
-            raise ExportError(
-                f"{name} is quantized with sym=False, and the given config has sym=True for it: pass the config the "
-                "model was quantized with, its rules for the names that layers have in what is exported"
-            )
+
+
+def _check_symmetry(name: str, layer: QuantLinear, config: QuantizeConfig) -> None:
+    own = config.for_module(name)
+    if own is not None and own.sym and not are_symmetric(layer.qzeros, layer.bits, layer.out_features):
+        raise ExportError(
+            f"{name} is quantized with sym=False, and the given config has sym=True for it: pass the config the model "
+            "was quantized with, its rules for the names that layers have in what is exported"
+        )

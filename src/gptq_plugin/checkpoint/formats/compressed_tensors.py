@@ -47,6 +47,7 @@ from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros
 from gptq_plugin.model.experts import block_of_experts
 from gptq_plugin.options.expression_table import ExpressionTable
+from gptq_plugin.options.fields import shown
 
 _PACKED = "pack-quantized"
 
@@ -140,12 +141,14 @@ class CompressedTensors(Format):
         """Refuses everything but weights of a few bits, packed."""
         groups = quantization.get("config_groups")
         if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
-            raise CheckpointError(f"{source}: config_groups must describe how modules are quantized, got {groups!r}")
+            raise CheckpointError(
+                f"{source}: config_groups must describe how modules are quantized, got {shown(groups)}"
+            )
         for key, group in groups.items():
             problems = list(_group_problems(group, quantization.get("format")))
             if problems:
                 raise CheckpointError(
-                    f"{source}: config_groups[{key!r}]: {'; '.join(problems)}. Load it with transformers"
+                    f"{source}: config_groups[{shown(key)}]: {'; '.join(problems)}. Load it with transformers"
                 )
             expressions = (target.removeprefix("re:") for target in group["targets"] if target.startswith("re:"))
             check_expressions(expressions, f"{source}: targets")
@@ -225,18 +228,18 @@ def _group_problems(group: Mapping[str, Any], overall: Any) -> Iterator[str]:
     weights = group.get("weights")
     stated = group.get("format") or overall
     if stated != _PACKED:
-        yield f"format is {stated!r}; this package reads {_PACKED!r}"
+        yield f"format is {shown(stated)}; this package reads {_PACKED!r}"
     if not isinstance(weights, dict):
         yield "weights are not quantized"
     elif weights.get("type", "int") != "int" or weights.get("dynamic"):
-        yield f"weights are {weights.get('type')!r}, dynamic {weights.get('dynamic')!r}, not ints"
+        yield f"weights are {shown(weights.get('type'))}, dynamic {shown(weights.get('dynamic'))}, not ints"
     elif weights.get("strategy") not in (None, "group", "channel"):
-        yield f"strategy is {weights['strategy']!r}; this package reads 'group' and 'channel'"
+        yield f"strategy is {shown(weights['strategy'])}; this package reads 'group' and 'channel'"
     if group.get("input_activations") or group.get("output_activations"):
         yield "activations are quantized too"
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        yield f"targets must be a list of names, got {targets!r}"
+        yield f"targets must be a list of names, got {shown(targets)}"
 
 
 def _weights(quantization: Mapping[str, Any], name: str) -> dict[str, Any]:

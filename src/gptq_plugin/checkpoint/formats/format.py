@@ -18,6 +18,7 @@ from gptq_plugin.errors import CheckpointError
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.model.experts import block_of_experts
 from gptq_plugin.options.expressions import check_expression
+from gptq_plugin.options.fields import shown
 
 INT32, INT64, FLOAT = "I32", "I64", "floating point"  # safetensors' names; any floating dtype
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # suffix -> kind of dtype, shape
@@ -199,10 +200,10 @@ class Format(ABC):
         """
         found = self.fields(quantization, name)
         if type(found.bits) is not int or found.bits not in BITS:
-            raise ValueError(f"bits is {found.bits!r}; it must be one of {', '.join(map(str, BITS))}")
+            raise ValueError(f"bits is {shown(found.bits)}; it must be one of {', '.join(map(str, BITS))}")
         size = found.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
-            raise ValueError(f"group_size is {size!r}; it must be -1 or a positive integer")
+            raise ValueError(f"group_size is {shown(size)}; it must be -1 or a positive integer")
         return found
 
     @abstractmethod

@@ -39,6 +39,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
+from gptq_plugin.options.fields import shown
 from gptq_plugin.options.rules import matching_rules, rule_regex
 
 
@@ -138,7 +139,7 @@ class GPTQ(Format):
         """AutoGPTQ's files predate the key and are v1; `format` is GPTQModel's alias of it."""
         packing = quantization.get("pack_dtype", "int32")
         if packing not in ("int32", "torch.int32"):
-            raise CheckpointError(f"{source}: pack_dtype is {packing!r}; this package reads int32 words")
+            raise CheckpointError(f"{source}: pack_dtype is {shown(packing)}; this package reads int32 words")
         dynamic = quantization.get("dynamic") or {}
         if not isinstance(dynamic, dict):
             raise CheckpointError(f"{source}: dynamic must map regular expressions to overrides")
@@ -148,7 +149,7 @@ class GPTQ(Format):
             names.append("marlin")
         if len(set(names)) > 1:
             raise CheckpointError(
-                f"{source}: checkpoint_format and format disagree ({' and '.join(map(repr, names))}), and the "
+                f"{source}: checkpoint_format and format disagree ({' and '.join(map(shown, names))}), and the "
                 "zeros of one read as the other are off by one: correct the wrong one"
             )
         return names[0] if names else "gptq"
@@ -159,8 +160,8 @@ class GPTQ(Format):
         if not one or not other or one == other:
             return None
         return (
-            f"has the format {one!r} and quantize_config.json has {other!r}, and the zeros of one read as the other "
-            "are off by one. Correct the wrong one: symmetric zeros are stored as 2^(bits-1) - 1 in 'gptq' "
+            f"has the format {shown(one)} and quantize_config.json has {shown(other)}, and the zeros of one read as "
+            "the other are off by one. Correct the wrong one: symmetric zeros are stored as 2^(bits-1) - 1 in 'gptq' "
             "(0x77777777 at 4 bits) and as 2^(bits-1) in 'gptq_v2' (0x88888888)"
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 from gptq_plugin.checkpoint.formats import compressed_tensors, gptq
 from gptq_plugin.checkpoint.formats.format import Format
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.options.fields import shown
 
 FORMATS: dict[str, Format] = {known.name: known for known in (*gptq.FORMATS, *compressed_tensors.FORMATS)}
 
@@ -27,15 +28,15 @@ def stated_format(quantization: Mapping[str, Any], source: Path) -> Format:
     methods = list(dict.fromkeys(known.quant_method for known in FORMATS.values()))
     if method not in methods:
         raise CheckpointError(
-            f"{source}: quant_method is {method!r}; this package reads {' and '.join(map(repr, methods))}. Load such a "
-            "checkpoint with transformers"
+            f"{source}: quant_method is {shown(method)}; this package reads {' and '.join(map(repr, methods))}. Load "
+            "such a checkpoint with transformers"
         )
     of_method = [known for known in FORMATS.values() if known.quant_method == method]
     name = of_method[0].stated(quantization, source)
     if name not in [known.name for known in of_method]:
         others = " and ".join(repr(other) for other in methods if other != method)
         raise CheckpointError(
-            f"{source}: checkpoint_format is {name!r}; this package reads "
+            f"{source}: checkpoint_format is {shown(name)}; this package reads "
             f"{' and '.join(repr(known.name) for known in of_method)}, and quant_method {others}"
         )
     return FORMATS[name]
