@@ -397,6 +397,6 @@ CAMPAIGN = Campaign(
     given=_given,
     attack=_attack,
     prepare=_prepare,
-    seconds=60,
+    seconds=120,
     memory=None,
 )

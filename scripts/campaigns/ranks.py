@@ -121,7 +121,7 @@ def _judge(folder: Path, code: int, launcher: str, kind: str, phase: str) -> Non
     tales = {file.name: file.read_text() for file in sorted(folder.glob("[01].txt"))}
     if launcher == "by hand" and phase == "export" and "Connection closed by peer" in tales.get("1.txt", ""):
         del tales["1.txt"]  # it waited in the user's own barrier: only the launcher can tell it why
-    for name, tale in {**tales, "all output": output}.items():
+    for name, tale in {**tales, "all output": output + str(tales)}.items():
         if not any(cause in tale for cause in CAUSES[kind]):
             raise Wrong(f"{name} has no cause: {tale[-1500:]}")
     if (folder / "export").exists():

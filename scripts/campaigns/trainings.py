@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,11 +24,14 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule
 from gptq_plugin.export import export, staging
 from gptq_plugin.quantize import one_pass
+
+tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays locked where one of them is killed
 
 QUANTIZER = {"group_size": 32, "nsamples": 16, "batch_size": 4}
 STEPS, SAVE_EVERY = 6, 2
