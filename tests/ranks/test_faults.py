@@ -1,4 +1,7 @@
-"""A failure on one rank ends all ranks within seconds, with its cause, and leaves the checkpoints."""
+"""A failure on one rank ends all ranks within seconds, with its cause, and leaves the checkpoints.
+
+Other phases, kinds and launchers are those of scripts/campaigns/ranks.py.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,9 @@ RANKS = 3
 CASES = {
     "raise-setup": "MemoryError: not on this node",
     "raise-rehearsal": "MemoryError: a bad sample",
-    "raise-calibration": "MemoryError: a bad sample",
     "nan-calibration": "holds NaN or infinity in calibration batches [0] (rank 1)",
-    "kill-calibration": "cannot reach the others",
-    "raise-reduction": "MemoryError: out of memory",
     "nan-reduction": "the sum over all batches",
-    "kill-reduction": "cannot reach the others",
-    "raise-solve": "MemoryError: no room for the factor",
     "nan-solve": "the weight holds NaN",
-    "kill-solve": "cannot reach the others",
     "raise-export": "MemoryError: disk full",
     "kill-export": "cannot reach the others",
 }
