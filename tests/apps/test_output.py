@@ -94,3 +94,15 @@ def test_letters_that_the_encoding_lacks_are_escapes_and_nothing_fails(monkeypat
 def test_control_characters_do_not_reach_the_terminal():
     assert printable("two\nlines\tof 漢字") == "two\nlines\tof 漢字"
     assert printable("\x1b[2J\r\x9b\u202e\udc80") == "\\x1b[2J\\r\\x9b\\u202e\\udc80"
+
+
+def test_streams_that_are_closed_from_the_beginning_take_everything(monkeypatch):
+    """Python has None for them."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    done = []
+    with output_never_fails():
+        print("out 漢字")
+        print("err", file=sys.stderr, flush=True)
+        done.append(sys.stdout.isatty())
+    assert done == [False] and sys.stdout is None

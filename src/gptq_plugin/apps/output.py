@@ -5,25 +5,28 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
 
 @contextmanager
 def output_never_fails() -> Iterator[None]:
-    """Inside, both standard streams may lose their reader (``| head``, ``| true``): what is written afterwards is
-    dropped, and the command goes on to its end and its own exit status. Letters that their encoding lacks
-    (``PYTHONIOENCODING=ascii``) are written as escapes, as ``\\u6f22``.
+    """Inside, both standard streams may lose their reader (``| head``, ``| true``), or be closed from the beginning
+    (``>&-``): what is written is dropped, and the command goes on to its end and its own exit status. Letters that
+    their encoding lacks (``PYTHONIOENCODING=ascii``) are written as escapes, as ``\\u6f22``.
 
     A run that trains is not thrown away by a pager that was quit, and no rank leaves the others in a collective.
     """
-    out, err = _Stream(sys.stdout), _Stream(sys.stderr)
-    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
-        try:
-            yield
-        finally:
-            out.flush()  # at the process's end it would be too late
-            err.flush()
+    with ExitStack() as stack:
+        out, err = (
+            _Stream(stack.enter_context(open(os.devnull, "w", encoding="utf-8")) if stream is None else stream)
+            for stream in (sys.stdout, sys.stderr)
+        )
+        stack.callback(err.flush)
+        stack.callback(out.flush)  # at the process's end it would be too late
+        stack.enter_context(redirect_stdout(cast(TextIO, out)))
+        stack.enter_context(redirect_stderr(cast(TextIO, err)))
+        yield
 
 
 def printable(text: str) -> str:
