@@ -283,3 +283,20 @@ def test_experts_are_together_again_whatever_fails(step, call, monkeypatch, tmp_
     assert found.keys() == before.keys() and all(found[name] is before[name] for name in before)
     assert all(torch.equal(found[name], value) for name, value in values.items())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("step", "call"), [("model.experts._put", 3), ("model.experts._use_plain_code", 1),
+                                            ("quantize.module.module_report", 2)])  # fmt: skip
+def test_experts_are_together_again_if_taking_them_apart_fails_or_rounding_them(step, call, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 128, "num_experts": 2,
+             "num_experts_per_tok": 1}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes))
+    modules, parameters = list(model.named_modules()), list(model.named_parameters())
+    calls = failing(step, monkeypatch, call, RuntimeError("power cut"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        QuantizeModule(bits=4, group_size=32).round_to_nearest(model)
+    assert len(calls) == call
+    assert list(model.named_modules()) == modules
+    assert [(name, id(one)) for name, one in model.named_parameters()] == [(name, id(one)) for name, one in parameters]

@@ -111,7 +111,7 @@ def learn_layouts(model: nn.Module, run: Callable[[], object]) -> None:
         stack.enter_context(_plain_code([module for module, _, _ in watched]))
         for module, parameter, stand_in in watched:
             _use_plain_code(module)
-            stack.callback(_replace(module, parameter, stand_in))
+            _replace(module, parameter, stand_in, stack)
         run()
     for module, parameter, stand_in in watched:
         if stand_in.uses:
@@ -290,21 +290,22 @@ def place_experts(
     """
     module, whole = experts.module, experts.whole
     names = [[part.name for part in own] for own in parts]
-    for own_names, own in zip(names, layers, strict=True):
-        for name, layer in zip(own_names, own, strict=True):
-            _put(module, name, layer.train(module.training))
-    undo = _replace(module, experts.parameter, ExpertWeights(module, names, whole.shape, whole.dtype, layout))
-    _use_plain_code(module)
+    with contextlib.ExitStack() as undo:
+        for name in {name for own in names for name in own}:
+            undo.callback(_remove, module, name)
+        for own_names, own in zip(names, layers, strict=True):
+            for name, layer in zip(own_names, own, strict=True):
+                _put(module, name, layer.train(module.training))
+        _replace(module, experts.parameter, ExpertWeights(module, names, whole.shape, whole.dtype, layout), undo)
+        _use_plain_code(module)
+        put_parameter_back = undo.pop_all()
 
     def put_back() -> None:
         if experts.parameter not in module.__dict__:
             return
         there = [module.get_submodule(name) for own in names for name in own]
-        if any(isinstance(layer, QuantLinear) for layer in there):
-            return
-        for name in {name for own in names for name in own}:
-            _remove(module, name)
-        undo()
+        if not any(isinstance(layer, QuantLinear) for layer in there):
+            put_parameter_back.close()
 
     return put_back
 
@@ -321,23 +322,24 @@ def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
 
 def _remove(module: nn.Module, name: str) -> None:
     first, _, rest = name.partition(".")
-    if rest and first in module._modules:
+    if first not in module._modules:
+        return
+    if rest:
         _remove(module.get_submodule(first), rest)
     if not rest or not module.get_submodule(first)._modules:
         module._modules.pop(first, None)
 
 
-def _replace(module: nn.Module, name: str, stand_in: object) -> Callable[[], None]:
-    """Puts an attribute in place of a parameter. Returns the undo; the parameters keep their order."""
-    order = list(module._parameters)
-    parameter = module._parameters.pop(name)
+def _replace(module: nn.Module, name: str, stand_in: object, undo: contextlib.ExitStack) -> None:
+    """Puts an attribute in place of a parameter. The parameters keep their order when `undo` puts it back."""
+    order, parameter = list(module._parameters), module._parameters[name]
+
+    def put_back() -> None:
+        module.__dict__.pop(name, None)
+        for one in order[order.index(name) :]:
+            if one == name or one in module._parameters:
+                module._parameters[one] = parameter if one == name else module._parameters.pop(one)
+
+    undo.callback(put_back)
     module.__dict__[name] = stand_in
-
-    def undo() -> None:
-        del module.__dict__[name]
-        module._parameters[name] = parameter
-        for later in order[order.index(name) + 1 :]:
-            if later in module._parameters:
-                module._parameters[later] = module._parameters.pop(later)
-
-    return undo
+    del module._parameters[name]

@@ -261,12 +261,12 @@ class QuantizeModule:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
         started = time.perf_counter()
         with alone("quantization"), planned(model, self.config) as plan, swapped(plan, _rounded(plan)) as keep:
+            modules = [module_report(target, method="rtn") for target in plan.targets]
+            report = QuantizeReport(self.config, modules + float_reports(plan.skipped))
+            report.seconds["round-to-nearest"] = time.perf_counter() - started
             keep()
-        self._sample = None
-        modules = [module_report(target, method="rtn") for target in plan.targets]
-        self.report = QuantizeReport(self.config, modules + float_reports(plan.skipped))
-        self.report.seconds["round-to-nearest"] = time.perf_counter() - started
-        return self.report
+        self.report, self._sample = report, None
+        return report
 
     def export(
         self,
