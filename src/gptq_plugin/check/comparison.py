@@ -24,6 +24,7 @@ _DECODED, _LEAST_ROWS, _MOST_ROWS = 2**28, 64, 512  # weights decoded to find ch
 
 # Limits. Beside each: what a third of the layers of 21 quantizations of pycode-29m had (2, 3, 4 and 8 bits, symmetric
 # and not, groups of 32, 64 and a row, every order of columns, with clip_ratios and without), then those damaged so.
+# Shifts are of five such quantizations, at 2 to 4 bits.
 _CORRELATION = 0.4  # at least 0.74; channels moved: at most 0.03
 _AS_NEAREST = 0.1  # of a step, of a group's mean: where Q is N, what W has beyond it is no shift
 _SHIFT = 0.4  # at most 0.03; zeros off by one: at least 0.93
