@@ -22,6 +22,7 @@ from gptq_plugin.apps.rows import cut_rows
 from gptq_plugin.calibration.collect import Sources
 from gptq_plugin.calibration.sampling import deal
 from gptq_plugin.errors import DataError, some
+from gptq_plugin.options import fields
 
 
 class TextData(LightningDataModule):
@@ -64,6 +65,9 @@ class TextData(LightningDataModule):
         source: str = "",
     ):
         super().__init__()
+        fields.integer(1).check("data.seq_len", seq_len)
+        fields.integer(1).check("data.batch_size", batch_size)
+        fields.integer(-(2**63), 2**63 - 1).check("data.seed", seed)
         if not 0 < eval_fraction < 1:
             raise DataError(f"eval_fraction must lie between 0 and 1, got {eval_fraction}")
         self.documents = documents

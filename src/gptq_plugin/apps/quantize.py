@@ -18,6 +18,7 @@ from gptq_plugin.apps.summary import Clock
 from gptq_plugin.device.named import device_named
 from gptq_plugin.export.export_dir import check_export_dir
 from gptq_plugin.memory.placement import fits
+from gptq_plugin.options import fields
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.training.progress import tqdm_progress
@@ -36,7 +37,8 @@ def quantize(cfg: DictConfig) -> float | None:
     if cfg.ckpt is None and cfg.model.get("weights") is False:
         raise ValueError("model.weights=false leaves the model's weights random: give ckpt=PATH to load them from")
     with clock("prepare"):
-        quantizer: QuantizeModule = instantiate_plain(cfg.quantizer)
+        quantizer = instantiate_plain(cfg.quantizer)
+        fields.of_type("a QuantizeModule, as in conf/quantizer/", QuantizeModule).check("quantizer", quantizer)
         data, model = data_and_model(cfg)
         model.network = fine_tuned(model.network, ckpt=cfg.ckpt, adapter=cfg.adapter)
         device = _device(cfg.device)

@@ -154,8 +154,8 @@ def _entry(name: str, layer: QuantLinear | QuantizedLayer, scheme: Scheme) -> La
     )
 
 
-def _grid_rules(dynamic: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {pattern: dict(rule) for pattern, rule in dynamic.items() if not pattern.startswith("-:")}
+def _grid_rules(dynamic: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    return {pattern: dict(rule or {}) for pattern, rule in dynamic.items() if not pattern.startswith("-:")}
 
 
 def _in_blocks(names: Iterable[str], quantized: Iterable[str]) -> tuple[str, ...]:
