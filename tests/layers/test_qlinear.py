@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import round_to_nearest
-from gptq_plugin.layers import qlinear
+from gptq_plugin.layers import int4_cpu
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest, output_dtype
+from gptq_plugin.layers.stored_weight import TENSORS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Roundings of the output; for bfloat16 also those of the 4-bit kernel's scales.
@@ -102,7 +103,7 @@ def test_bfloat16_on_a_cpu_uses_pytorchs_four_bit_kernel_where_that_applies(shap
     if applies:
         expected = x.double() @ formula(weight).t() + layer.bias.double()
         assert distance(y, expected) < TOLERANCE[torch.bfloat16]
-    layer(x.repeat(qlinear._INT4_ROWS, 1))
+    layer(x.repeat(int4_cpu.MOST_ROWS, 1))
     assert plain, "many rows are dequantized"
 
 
@@ -127,7 +128,7 @@ def test_the_state_dict_has_the_names_of_a_gptq_checkpoint_and_nothing_forward_m
     layer(torch.randn(1, 128, dtype=torch.bfloat16))
     assert layer._prepared.int4 is not None
     assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
-    assert not list(layer.parameters()) and set(qlinear.TENSORS) == set(layer.state_dict())
+    assert not list(layer.parameters()) and set(TENSORS) == set(layer.state_dict())
     assert set(QuantLinear(128, 48, 4, 32).state_dict()) == {"qweight", "qzeros", "scales", "g_idx"}
 
 
@@ -276,7 +277,7 @@ def test_a_packed_result_keeps_what_it_was_given():
 
 
 @pytest.mark.parametrize(
-    ("rows", "fast"), [(0, False), (1, True), (qlinear._INT4_ROWS, True), (qlinear._INT4_ROWS + 1, False)]
+    ("rows", "fast"), [(0, False), (1, True), (int4_cpu.MOST_ROWS, True), (int4_cpu.MOST_ROWS + 1, False)]
 )
 def test_the_four_bit_kernel_takes_few_rows_in_bfloat16_only(rows, fast, monkeypatch):
     layer, plain, matmul = QuantLinear.from_quantized(random_weight()), [], reference.matmul
@@ -456,3 +457,74 @@ def test_pytorchs_fused_encoder_does_not_read_the_placeholder(padded):
         got = encoder(x, src_key_padding_mask=mask)
     kept = ~mask if padded else torch.ones(3, 6, dtype=torch.bool)
     torch.testing.assert_close(got[kept], wanted[kept])
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"n_in": 512, "n_out": 100}, {"act_order": True}, {"bits": 3, "n_out": 45}, {"group_size": -1}], ids=str
+)
+def test_a_layer_that_computes_again_takes_the_kernels_layout(shape, dtype):
+    weight = random_weight(**shape)
+    layer = QuantLinear.from_quantized(weight, torch.randn(len(weight.codes))).cuda()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    rounded, bias = formula(weight).to(dtype).double(), layer.bias.cpu().double()
+    for number in range(3):
+        x = torch.randn(3, weight.codes.shape[1], dtype=dtype, device="cuda", requires_grad=True)
+        y = layer(x)
+        assert (layer.arranged() is not None) == (number > 0)
+        y.sum().backward()
+        assert distance(y.detach(), x.detach().cpu().double() @ rounded.t() + bias) < TOLERANCE[dtype]
+        assert distance(x.grad, rounded.sum(0).expand(3, -1)) < max(TOLERANCE[dtype], 1e-5)
+    assert torch.equal(layer.dequantize(dtype).cpu(), formula(weight).to(dtype))
+    assert "few_rows" in repr(layer) and layer.arranged() is not None
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    with pytest.raises(ValueError, match="cast x"):
+        layer(x.double())
+    with pytest.raises(ValueError, match="x is on cpu"):
+        layer(x.cpu())
+
+
+def arranged_on_a_gpu() -> tuple[nn.Module, Tensor]:
+    layer = QuantLinear.from_quantized(random_weight(n_in=1024, n_out=64, group_size=128), torch.randn(64)).cuda()
+    assert layer.arrange()
+    return nn.Sequential(layer, nn.ReLU(inplace=True)), torch.randn(5, 1024, dtype=torch.float16, device="cuda")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_an_arranged_layer_compiles_as_one_graph_with_its_gradient(mode):
+    model, x = arranged_on_a_gpu()
+    x.requires_grad_()
+    expected = model(x)
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):
+        y = compiled(x)
+        assert distance(y.detach().cpu(), expected.detach().cpu().double()) < TOLERANCE[torch.float16]
+        (found,) = torch.autograd.grad(y.sum(), x)
+        assert distance(found.cpu(), gradient.cpu().double()) < 1e-2
+
+
+@gpu
+@needs_gpu
+def test_an_arranged_layer_is_exported():
+    model, x = arranged_on_a_gpu()
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(exported(x), model(x))
+
+
+@gpu
+@needs_gpu
+def test_an_arranged_layer_is_captured_in_a_graph():
+    model, x = arranged_on_a_gpu()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        model(x)
+        with torch.cuda.graph(graph):
+            captured = model(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(captured, model(x))

@@ -30,6 +30,7 @@ from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.device.named import device_named
 from gptq_plugin.device.surroundings import alone, plain_defaults
 from gptq_plugin.errors import CheckpointError, brief
+from gptq_plugin.layers.stored_weight import arrange_layers
 from gptq_plugin.options.fields import shown
 
 
@@ -170,7 +171,9 @@ def _load_transformers(
     refuse(checkpoint, architecture.__name__, problems)
     fill(checkpoint, model, names)
     model.config.quantization_config = in_memory(checkpoint, model, names)
-    return (model if device_map is not None else model.to(device)).eval()
+    model = (model if device_map is not None else model.to(device)).eval()
+    arrange_layers(model)
+    return model
 
 
 def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:

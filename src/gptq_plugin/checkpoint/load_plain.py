@@ -14,6 +14,7 @@ from gptq_plugin.checkpoint.reserve import match, refuse, take_apart
 from gptq_plugin.device.finite import all_finite, any_nan
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.layers.qlinear import note_float_rest
+from gptq_plugin.layers.stored_weight import arrange_layers
 from gptq_plugin.layers.swap import swap_modules
 
 
@@ -28,6 +29,7 @@ def load_into(checkpoint: Checkpoint, model: nn.Module, device: torch.device, dt
         take_apart(checkpoint, model, lambda name: name, undo)
         _fill(checkpoint, model, device, dtype, undo)
         undo.pop_all()
+    arrange_layers(model)
     return model.eval()
 
 

@@ -37,7 +37,8 @@ from gptq_plugin.export.unloaded import Unloaded
 from gptq_plugin.export.verify_files import verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
 from gptq_plugin.layers.packing import are_symmetric
-from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.stored_weight import TENSORS
 from gptq_plugin.model.hf_models import check_savable, is_transformers
 from gptq_plugin.model.stored_names import renaming
 from gptq_plugin.model.structure import Structure

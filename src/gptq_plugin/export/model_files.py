@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gptq_plugin.checkpoint.files import CONFIG, write_json
 from gptq_plugin.errors import ExportError
-from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.stored_weight import TENSORS
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.hf_models import is_encoder_decoder, published_class
 

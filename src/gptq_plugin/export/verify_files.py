@@ -15,7 +15,8 @@ from torch import Tensor
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels import reference
-from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.stored_weight import TENSORS
 
 _CHECKED_ROWS = 32  # output channels of every layer that are decoded again from the file
 _COMPARED = 2**26  # bytes of a tensor that are compared at a time

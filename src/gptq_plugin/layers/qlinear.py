@@ -1,7 +1,9 @@
 """QuantLinear, a linear layer whose weights stay quantized.
 
-On CUDA one Triton kernel dequantizes and multiplies. Elsewhere plain PyTorch does so tile by tile; on a CPU, bfloat16
-inputs of few rows use PyTorch's own 4-bit kernel, which for one row is faster than a float layer.
+On a GPU a layer that computes again with the tensors of a checkpoint takes them into the layout of the kernels
+(`kernel_layout`), in which one copy stays; `kernels.matmul` serves the first time, and layers which that layout does
+not take. Elsewhere plain PyTorch multiplies tile by tile; on a CPU, bfloat16 inputs of few rows use PyTorch's own 4-bit
+kernel, which for one row is faster than a float layer.
 """
 
 from __future__ import annotations
@@ -15,18 +17,15 @@ from torch import Tensor, nn
 
 from gptq_plugin.kernels import reference
 from gptq_plugin.layers.float_rest import FloatRest
-from gptq_plugin.layers.packing import pack_weight, pack_zeros, traceable_weight, unpack_weight, unpack_zeros
+from gptq_plugin.layers.int4_cpu import MOST_ROWS, Int4
+from gptq_plugin.layers.packing import pack_weight, pack_zeros, traceable_weight
+from gptq_plugin.layers.product_op import arranged_linear
+from gptq_plugin.layers.stored_weight import StoredWeight
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from gptq_plugin.gptq.grid import QuantizedWeight
-
-_PACKED = ("qweight", "qzeros", "scales", "g_idx")
-TENSORS = (*_PACKED, "bias")  # of a layer, in memory and in a GPTQ file
-
-# torch.ops.aten._weight_int4pack_mm_for_cpu: the group sizes it takes, and the most rows at which it is faster than
-# dequantizing (its time grows with every row; scripts/bench_qlinear.py measures both).
-_INT4_GROUPS = (256, 128, 64, 32)
-_INT4_ROWS = 128
 
 _State = tuple[tuple[Tensor, int | None], ...]
 
@@ -36,7 +35,7 @@ class _Placeholder(Tensor):
     `nn.TransformerEncoder` does, leave that alone where one is no plain tensor."""
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(StoredWeight):
     """y = x Wᵀ + bias, with W[o, i] = scales[g_idx[i], o] * (q[i, o] - z[g_idx[i], o]).
 
     Buffers have the names and layout of GPTQ checkpoints, except that `qzeros` always holds true zeros (see `packing`).
@@ -63,12 +62,6 @@ class QuantLinear(nn.Module):
         ValueError: `bits` or `group_size` is invalid.
     """
 
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-    g_idx: Tensor
-    bias: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -80,29 +73,10 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        if group_size != -1 and group_size < 1:
-            raise ValueError(f"group_size must be -1 or positive, got {group_size}")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.bits = bits
-        self.group_size = group_size
+        super().__init__(in_features, out_features, bits, group_size, device)
         self._prepared: _Prepared | None = None
         self.float_rest: FloatRest | None = None  # of the model it is in, see `note_float_rest`
         self._dtype = dtype
-        channels = self._channels_per_group()
-        groups = -(-in_features // channels)
-        shapes = {
-            "qweight": (reference.words_for(in_features, bits), out_features),
-            "qzeros": (groups, reference.words_for(out_features, bits)),
-        }
-        reference.stream_period(bits)  # refuses other widths
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
-        self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16, device=device))
-        # On the CPU: on the meta device PyTorch's integer division takes milliseconds.
-        natural = torch.arange(in_features, dtype=torch.int32, device="cpu") // channels
-        self.register_buffer("g_idx", natural.to(device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
 
     @classmethod
@@ -119,9 +93,11 @@ class QuantLinear(nn.Module):
         out_features, in_features = weight.codes.shape
         dtype = dtype or (torch.float32 if bias is None else bias.dtype)
         layer = cls(in_features, out_features, weight.bits, weight.group_size, dtype=dtype, device="meta")
-        layer.qweight = pack_weight(weight.codes, weight.bits)
-        layer.qzeros = pack_zeros(weight.zeros, weight.bits)
-        layer.scales = weight.scales.detach().clone(memory_format=torch.contiguous_format)
+        layer._buffers.update(
+            qweight=pack_weight(weight.codes, weight.bits),
+            qzeros=pack_zeros(weight.zeros, weight.bits),
+            scales=weight.scales.detach().clone(memory_format=torch.contiguous_format),
+        )
         layer.g_idx = weight.g_idx.clone()
         layer.bias = None if bias is None else bias.detach().clone()
         reference.check_weight(layer.qweight, layer.qzeros, layer.scales, layer.g_idx, layer.bits)
@@ -131,7 +107,7 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """A placeholder, [out, in] of NaN, for models that read a weight's dtype, device or shape. It takes one number
         in memory; `dequantize` gives the values."""
-        nan = torch.full((), torch.nan, dtype=self._dtype, device=self.scales.device)
+        nan = torch.full((), torch.nan, dtype=self._dtype, device=self.device)
         return nan.expand(self.out_features, self.in_features).as_subclass(_Placeholder)
 
     def forward(self, input: Tensor) -> Tensor:  # the name under which nn.Linear's callers know it
@@ -150,39 +126,69 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W as [out_features, in_features] in `dtype`: exact in float32, otherwise rounded once."""
-        packed = (self.qweight, self.qzeros, self.scales, self.g_idx, self.bits)
-        if self.qweight.is_cuda and dtype != torch.float64:
+        if self.device.type == "cuda" and dtype != torch.float64:
+            arranged = self.arranged()
+            if arranged is not None:
+                from gptq_plugin.kernels.product import products  # imported here: needs Triton
+
+                return products.weight(arranged.layout, arranged.tensors, dtype, arranged.order)
             from gptq_plugin.kernels import matmul  # imported here: needs Triton
 
-            return matmul.dequantize(*packed, dtype)  # reading g_idx first would synchronize
-        return reference.dequantize(*packed, dtype)
+            return matmul.dequantize(*self.packed(), self.bits, dtype)  # reading g_idx first would synchronize
+        return reference.dequantize(*self.packed(), self.bits, dtype)
 
     def extra_repr(self) -> str:
-        return (
+        shown = (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, bias={self.bias is not None}"
         )
+        arranged = self.arranged()
+        if arranged is None:
+            return shown
+        from gptq_plugin.kernels.product import products  # imported here: needs Triton
 
-    def _channels_per_group(self) -> int:
-        return self.in_features if self.group_size == -1 else min(self.group_size, self.in_features)
+        return f"{shown}, kernels=({products.described(arranged.layout, self.device)})"
 
     def _product(self, x: Tensor) -> Tensor:
-        packed = (self.qweight, self.qzeros, self.scales, self.g_idx, self.bits)
-        if x.is_cuda:
-            from gptq_plugin.kernels import matmul  # imported here: needs Triton
-
-            return matmul.quant_matmul(x, *packed, self.bias, group_size=self._prepare().group_size)
+        if x.device.type == "cuda":
+            return self._product_on_gpu(x)
+        packed = self.packed()
         rows = x.numel() // max(1, self.in_features)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and 0 < rows <= _INT4_ROWS:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and 0 < rows <= MOST_ROWS:
             int4 = self._prepare().int4
             if int4 is not None:
-                reference.check_input(x, self.qweight, self.g_idx, self.bias)
+                reference.check_input(x, packed.qweight, packed.g_idx, self.bias)
                 return int4.matmul(x, self.bias)
-        return reference.matmul(x, *packed, self.bias)
+        return reference.matmul(x, *packed, self.bits, self.bias)
+
+    def _product_on_gpu(self, x: Tensor) -> Tensor:
+        from gptq_plugin.kernels import matmul  # imported here: needs Triton
+
+        arranged = self.arranged()
+        if arranged is None:
+            prepared = self._prepare()
+            # Tensors that were here before are here to stay: offloaded ones come anew for every product.
+            if prepared.served and prepared.can_be_arranged and not torch.cuda.is_current_stream_capturing():
+                prepared.can_be_arranged = self.arrange()
+                arranged = self.arranged()
+            prepared.served = True
+            if arranged is None:
+                return matmul.quant_matmul(x, *self.packed(), self.bits, self.bias, group_size=prepared.group_size)
+        from gptq_plugin.kernels.product import products  # imported here: needs Triton
+
+        products.check(x, arranged.layout, arranged.tensors, self.bias)
+        return products.product(x, arranged.layout, arranged.tensors, self.bias, arranged.order)
 
     def _traceable(self, x: Tensor) -> Tensor:
         """The product in operations that `torch.compile` and `torch.export` trace: none depends on a buffer's values,
         so that a graph stays right whatever g_idx is loaded into it."""
+        layout = self._layout
+        if layout is not None:
+            (words, high, scales, zeros), order = self._arranged_tensors()
+            return arranged_linear(  # type: ignore[no-any-return]
+                x, words, high, scales, zeros, order, self.bias,
+                layout.bits, layout.group, layout.n_in, layout.n_out, layout.group_size,
+            )  # fmt: skip
         packed = (self.qweight, self.qzeros, self.scales, self.g_idx, self.bits)
         reference.check_weight(*packed)
         reference.check_input(x, self.qweight, self.g_idx, self.bias)
@@ -191,24 +197,25 @@ class QuantLinear(nn.Module):
 
     def _prepare(self) -> _Prepared:
         """Derives what forward needs from the buffers; cached until a buffer changes."""
-        state = tuple((t, None if t.is_inference() else t._version) for t in map(self.get_buffer, _PACKED))
+        packed = self.packed()
+        state = tuple((t, None if t.is_inference() else t._version) for t in packed)
         prepared = self._prepared
         if prepared is None or not _unchanged(prepared.state, state):
-            channels = self._channels_per_group()
-            natural = torch.arange(self.in_features, dtype=torch.int32, device=self.g_idx.device) // channels
-            group_size = channels if torch.equal(self.g_idx, natural) else None
-            prepared = _Prepared(state, group_size, _Int4.repack(self, group_size))
+            channels = self.channels_per_group()
+            natural = torch.arange(self.in_features, dtype=torch.int32, device=packed.g_idx.device) // channels
+            group_size = channels if torch.equal(packed.g_idx, natural) else None
+            prepared = _Prepared(state, group_size, Int4.repack(packed, self.bits, group_size))
             self._prepared = prepared
         return prepared
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Moves every buffer; casts the bias only."""
-        before = {name: self.get_buffer(name) for name in _PACKED}
+    def arrange(self) -> bool:
+        done = super().arrange()
+        if done:
+            self._prepared = None  # it holds the tensors
+        return done
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        for name, original in before.items():
-            moved = self.get_buffer(name)
-            if moved.dtype != original.dtype:
-                setattr(self, name, original.to(moved.device))
         self._prepared = None
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device="cpu")).dtype
         return self
@@ -227,48 +234,13 @@ class QuantLinear(nn.Module):
         return {**self.__dict__, "_prepared": None}  # copies and pickles derive it again
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Prepared:
     state: _State  # the buffers it was derived from, with their versions
     group_size: int | None  # channels per group; None unless g_idx[i] is i // group_size
-    int4: _Int4 | None  # the layer for PyTorch's 4-bit CPU kernel; None if that does not apply
-
-
-@dataclass(frozen=True)
-class _Int4:
-    """A layer repacked for `_weight_int4pack_mm_for_cpu`: W = (q - 8) * scale + zero in bfloat16."""
-
-    weight: Tensor  # uint8 [out, in / 2], in the kernel's own order
-    scales_and_zeros: Tensor  # bfloat16 [in / group_size, out, 2]
-    group_size: int
-
-    @classmethod
-    def repack(cls, layer: QuantLinear, group_size: int | None) -> _Int4 | None:
-        """Repacks a layer; None if the kernel does not take its width, order, size or device."""
-        n_in, n_out = layer.in_features, layer.out_features
-        if layer.qweight.device.type != "cpu" or layer.bits != 4 or group_size is None:
-            return None
-        if n_out % 16 or n_in % group_size:
-            return None
-        # A longer group becomes several of the kernel's with the same scale.
-        finer = next((g for g in _INT4_GROUPS if group_size % g == 0), None)
-        if finer is None:
-            return None
-        codes = unpack_weight(layer.qweight, 4, n_in).int()
-        scales = layer.scales.float()
-        zeros = (8 - unpack_zeros(layer.qzeros, 4, n_out).float()) * scales
-        pairs = torch.stack([scales, zeros], dim=-1).repeat_interleave(group_size // finer, dim=0)
-        weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        return cls(weight, pairs.bfloat16().contiguous(), finer)
-
-    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows, self.weight, self.group_size, self.scales_and_zeros
-        )
-        if bias is not None:
-            y += bias.to(y.dtype)
-        return y.view(*x.shape[:-1], y.shape[1])
+    int4: Int4 | None  # the layer for PyTorch's 4-bit CPU kernel; None if that does not apply
+    served: bool = False  # a product on a GPU
+    can_be_arranged: bool = True
 
 
 def _unchanged(old: _State, new: _State) -> bool:

@@ -1,0 +1,121 @@
+"""x Wᵀ for few rows: the weights are the wide side of the tensor cores' product, and stay in registers.
+
+A tile of words is loaded as it lies, expanded plane by plane (`codes`) and multiplied with the plane's channels of x;
+a group's sum is scaled in float32. Where tiles are too few for the GPU, several programs share one, each with a part
+of the channels, and the last of them adds the parts in order: deterministic, in one launch.
+
+Tested by tests/kernels/test_products.py: by its results.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..needs_triton import tl, triton
+from .codes import centered, of_pair, scale_of
+from .layout import Arranged, Layout
+from .workspace import Workspace
+
+
+@triton.jit
+def store_sum(
+    acc, bias, out, parts, counters, n, m, M, N, tile, part,
+    HAS_BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile [BN, BM] of the result, transposed; with SPLIT > 1 the last program to come adds all parts."""
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    last = True
+    if SPLIT > 1:
+        own = parts + tile.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
+        tl.store(own + part * (BN * BM), acc, mask=(m < M)[None, :])
+        tl.debug_barrier()  # every thread's stores come before the count
+        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            acc = tl.zeros((BN, BM), tl.float32)
+            for i in tl.static_range(SPLIT):
+                acc += tl.load(own + i * (BN * BM), mask=(m < M)[None, :], other=0, cache_modifier=".cg")
+            tl.store(counters + tile, 0)  # ready for the next product
+    if last:
+        if HAS_BIAS:
+            acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[:, None]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _few_rows_kernel(
+    x, words, high, scales, zeros, bias, out, parts, counters, M, N, K, outputs, steps,
+    BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pn, part, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+    EACH: tl.constexpr = GROUP // LANES  # planes that share a scale
+    PAIRS: tl.constexpr = BLOCKS * PLANES // EACH // 2
+    n = pn * BN + tl.arange(0, BN)
+    m = pm * BM + tl.arange(0, BM)
+    lane = tl.arange(0, LANES)
+    at = n[:, None] * LANES + lane[None, :]
+    row = x + m.to(tl.int64)[:, None] * K + lane[None, :]
+    there = (m < M)[:, None]
+    size = outputs.to(tl.int64) * LANES  # words of a block
+    kind = tl.zeros([1], x.dtype.element_ty)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in tl.range(part * steps // SPLIT, (part + 1) * steps // SPLIT, num_stages=STAGES):
+        if BITS == 3:
+            upper = tl.load(high + size * step + at, eviction_policy="evict_first")
+        for index in tl.static_range(BLOCKS * PLANES):  # planes of the step
+            if index % PLANES == 0:
+                w = tl.load(words + size * (step * BLOCKS + index // PLANES) + at, eviction_policy="evict_first")
+                if BITS != 3:
+                    upper = w
+            if index % (2 * EACH) == 0:
+                pair = (step * PAIRS + index // (2 * EACH)) * outputs + n
+                s = tl.load(scales + pair)
+                z = s
+                if not SYMMETRIC:
+                    z = tl.load(zeros + pair)
+            if index % EACH == 0:
+                total = tl.zeros((BN, BM), tl.float32)
+                zero = tl.full((BN, 1), 2 ** (BITS - 1), tl.int32)
+                if not SYMMETRIC:
+                    zero = of_pair(z, index // EACH % 2)[:, None]
+            k = (step * (BLOCKS * PLANES) + index) * LANES
+            inside = there if WHOLE else there & (k + lane < K)[None, :]
+            a = tl.load(row + k, mask=inside, other=0)
+            q = centered(w, upper, zero, kind, index % PLANES, index // PLANES, BITS, BF16, SYMMETRIC)
+            total = tl.dot(q, tl.trans(a), total, input_precision="ieee")
+            if index % EACH == EACH - 1:
+                acc += total * scale_of(s, index // EACH % 2)[:, None]
+    store_sum(acc, bias, out, parts, counters, n, m, M, N, pm * tl.num_programs(0) + pn, part, HAS_BIAS, BN, BM, SPLIT)
+
+
+def few_rows(
+    x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
+    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2,
+) -> None:  # fmt: skip
+    """Writes x Wᵀ + bias, accumulated in float32.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, in], contiguous, its channels in the weight's order.
+        layout, arranged: The weight.
+        bias: [out], any floating dtype, or None.
+        out: [M, out] in x's dtype, contiguous.
+        workspace: Of the current stream.
+        BN, BM: Outputs and rows of a tile.
+        SPLIT: Programs that share a tile.
+        STAGES: Depth of the pipeline of loads.
+        warps: Of a program.
+    """
+    rows = len(x)
+    tiles = layout.outputs // BN * triton.cdiv(rows, BM)
+    parts, counters = workspace.of(tiles, tiles * SPLIT * BN * BM) if SPLIT > 1 else (out, out)
+    _few_rows_kernel[(layout.outputs // BN, SPLIT, triton.cdiv(rows, BM))](
+        x, arranged.words, arranged.high, arranged.scales, arranged.zeros, bias, out, parts, counters,
+        rows, layout.n_out, layout.n_in, layout.outputs, layout.steps,
+        BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
+        SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,
+        BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, num_warps=warps, num_stages=STAGES,
+    )  # fmt: skip

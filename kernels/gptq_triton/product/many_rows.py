@@ -1,0 +1,288 @@
+"""x Wᵀ for many rows on Hopper, in Gluon: 4 bits, groups of 128 channels here.
+
+A program for every multiprocessor goes through the tiles of the result. One of its warps has the copy engine fetch
+words and x into a ring of buffers in shared memory; two groups of four warps expand words into weights in registers,
+rounded once to x's dtype, while the tensor cores multiply those before. In plain Triton the compiler waits for every
+product of weights that lie in registers, which costs a third.
+
+Tested by tests/kernels/test_products.py: by its results.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..needs_triton import triton
+from .codes import ptx, start
+from .layout import Arranged, Layout
+from .workspace import Workspace
+
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7 renamed it
+
+_LANES = 32  # half a word's lanes: what a stage of the ring holds
+
+
+@triton.constexpr_function
+def _ptx_scaled(plane, bfloat16, symmetric):
+    """PTX of $0 = two weights, of the operands of `codes.ptx` and the scales (in bfloat16 the upper part, then the
+    rest), rounded once: a code times the rest of a scale, of three bits, is exact."""
+    code = ptx(plane, 4, bfloat16, 0, symmetric).replace("$0", "v")[:-1]
+    scale = 2 if symmetric else 3
+    if not bfloat16:
+        return code + f"mul.rn.f16x2 $0, v, ${scale};}}"
+    return code + f"mov.b32 f, 0x80008000; fma.rn.bf16x2 t, v, ${scale + 1}, f; fma.rn.bf16x2 $0, v, ${scale}, t;}}"
+
+
+@gluon.jit
+def _weights(words, scales, zeros, PLANE: gl.constexpr, BF16: gl.constexpr, SYMMETRIC: gl.constexpr, kind):
+    """A plane's weights in the dtype of `kind`, of words [n, lanes] and of the pairs [n] of scales and zeros."""
+    CODE: gl.constexpr = _ptx_scaled(PLANE, BF16, SYMMETRIC)
+    scale = _of_pair(scales, PLANE // 2).to(gl.int16).to(gl.float16, bitcast=True)
+    if BF16:
+        wide = scale.to(gl.float32)
+        upper = wide.to(gl.bfloat16)
+        rest = gl.expand_dims((wide - upper.to(gl.float32)).to(gl.bfloat16), 1)
+        scale = gl.expand_dims(upper, 1)
+        if SYMMETRIC:
+            w = gl.inline_asm_elementwise(
+                CODE, "=r,r,r,r", [words, scale, rest], dtype=kind.dtype, is_pure=True, pack=2
+            )
+        else:
+            first = _first(zeros, PLANE, BF16, kind)
+            w = gl.inline_asm_elementwise(
+                CODE, "=r,r,r,r,r", [words, first, scale, rest], dtype=kind.dtype, is_pure=True, pack=2
+            )
+    else:
+        scale = gl.expand_dims(scale, 1)
+        if SYMMETRIC:
+            w = gl.inline_asm_elementwise(CODE, "=r,r,r", [words, scale], dtype=kind.dtype, is_pure=True, pack=2)
+        else:
+            first = _first(zeros, PLANE, BF16, kind)
+            w = gl.inline_asm_elementwise(
+                CODE, "=r,r,r,r", [words, first, scale], dtype=kind.dtype, is_pure=True, pack=2
+            )
+    return w
+
+
+@gluon.jit
+def _first(zeros, PLANE: gl.constexpr, BF16: gl.constexpr, kind):
+    START: gl.constexpr = start(PLANE, 4, BF16)
+    bits = (START[0] + (_of_pair(zeros, PLANE // 2) << START[1])).to(gl.int16)
+    return gl.expand_dims(bits.to(kind.dtype, bitcast=True), 1)
+
+
+@gluon.jit
+def _of_pair(pairs, SECOND: gl.constexpr):
+    return (pairs >> 16) & 0xFFFF if SECOND else pairs & 0xFFFF
+
+
+@gluon.jit
+def _place(tile, M, outputs, BN: gl.constexpr, BM: gl.constexpr, WIDTH: gl.constexpr):
+    """(n, m) of a tile: columns of tiles in bands of WIDTH, so that programs at work share words and rows of x."""
+    down, across = gl.cdiv(M, BM), gl.cdiv(outputs, BN)
+    first = tile // (WIDTH * down) * WIDTH
+    width = gl.minimum(across - first, WIDTH)
+    within = tile % (WIDTH * down)
+    return (first + within % width) * BN, within // width * BM
+
+
+@gluon.jit
+def _fetch(
+    x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, halves,
+    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    turn = 0
+    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN) * SPLIT
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        n, m = _place(tile // SPLIT, M, outputs, 2 * BN, BM, WIDTH)
+        for half in range(tile % SPLIT * halves // SPLIT, (tile % SPLIT + 1) * halves // SPLIT):
+            stage = turn % STAGES
+            phase = turn // STAGES & 1
+            mbarrier.wait(words_free.index(stage), phase ^ 1)
+            mbarrier.expect(words_full.index(stage), 2 * BN * 32 * 2)
+            row = half // 2 * outputs + n
+            tma.async_copy_global_to_shared(words, [row, half % 2 * 32], words_full.index(stage), ring.index(2 * stage))
+            tma.async_copy_global_to_shared(
+                words, [row + BN, half % 2 * 32], words_full.index(stage), ring.index(2 * stage + 1)
+            )
+            for plane in gl.static_range(4):
+                mbarrier.wait(x_free.index(4 * stage + plane), phase ^ 1)
+                mbarrier.expect(x_full.index(4 * stage + plane), BM * 32 * 2)
+                tma.async_copy_global_to_shared(
+                    x, [m, half // 2 * 256 + half % 2 * 32 + 64 * plane],
+                    x_full.index(4 * stage + plane), x_ring.index(4 * stage + plane),
+                )  # fmt: skip
+            turn += 1
+
+
+@gluon.jit
+def _store(acc, bias, out, n, m, M, N, HAS_BIAS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, L: gl.constexpr):
+    if HAS_BIAS:
+        columns = n + gl.arange(0, BN, gl.SliceLayout(1, L))
+        acc += gl.expand_dims(gl.load(bias + columns, mask=columns < N, other=0).to(gl.float32), 1)
+    S: gl.constexpr = gl.BlockedLayout([8, 1], [BN // 8, 256 // BN], [1, 4], [0, 1])
+    y = gl.convert_layout(acc.to(out.dtype.element_ty), S)
+    row = m + gl.arange(0, BM, gl.SliceLayout(0, S))
+    column = n + gl.arange(0, BN, gl.SliceLayout(1, S))
+    at = out + row.to(gl.int64)[None, :] * N + column[:, None]
+    gl.store(at, y, mask=(row < M)[None, :] & (column < N)[:, None])
+
+
+@gluon.jit
+def _store_sum(
+    acc, bias, out, parts, counters, slot, part, n, m, M, N,
+    HAS_BIAS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
+    """The last of a tile's programs adds all parts, in order."""
+    own = parts + slot * (SPLIT * BN * BM)
+    own += gl.arange(0, BN, gl.SliceLayout(1, L))[:, None] * BM + gl.arange(0, BM, gl.SliceLayout(0, L))[None, :]
+    gl.store(own + part * (BN * BM), acc)
+    _barrier()
+    if gl.atomic_add(counters + slot, 1, sem="acq_rel") == SPLIT - 1:
+        total = gl.zeros([BN, BM], gl.float32, L)
+        for i in gl.static_range(SPLIT):
+            total += gl.load(own + i * (BN * BM), cache_modifier=".cg")
+        _store(total, bias, out, n, m, M, N, HAS_BIAS, BN, BM, L)
+        gl.store(counters + slot, 0)  # ready for the next product
+
+
+@gluon.jit
+def _multiply(
+    scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
+    M, N, outputs, halves, HALF: gl.constexpr,
+    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
+    SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
+    R: gl.constexpr = gl.SliceLayout(1, A)
+    BF16: gl.constexpr = out.dtype.element_ty == gl.bfloat16
+    kind = gl.zeros([BN], out.dtype.element_ty, R)
+    turn = 0
+    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN) * SPLIT
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        n0, m0 = _place(tile // SPLIT, M, outputs, 2 * BN, BM, WIDTH)
+        first = tile % SPLIT * halves // SPLIT
+        end = (tile % SPLIT + 1) * halves // SPLIT
+        n = gl.minimum(n0 + HALF * BN + gl.arange(0, BN, R), outputs - 1)
+        acc = gl.zeros([BN, BM], gl.float32, L)
+        s = gl.load(scales + first // 2 * outputs + n)
+        z = s if SYMMETRIC else gl.load(zeros + first // 2 * outputs + n)
+        mbarrier.wait(words_full.index(turn % STAGES), turn // STAGES & 1)
+        w = ring.index(2 * (turn % STAGES) + HALF).load(A)
+        mbarrier.arrive(words_free.index(turn % STAGES), count=1)
+        a = _weights(w, s, z, 0, BF16, SYMMETRIC, kind)
+        for half in range(first, end):
+            stage = turn % STAGES
+            phase = turn // STAGES & 1
+            following = gl.minimum(half + 1, end - 1) // 2 * outputs + n
+            next_s = gl.load(scales + following)
+            next_z = next_s if SYMMETRIC else gl.load(zeros + following)
+            for plane in gl.static_range(4):
+                mbarrier.wait(x_full.index(4 * stage + plane), phase)
+                x = x_ring.index(4 * stage + plane).permute((1, 0))
+                token = warpgroup_mma(a, x, acc, is_async=True)
+                # The next weights are expanded while the tensor cores multiply these.
+                if plane < 3:
+                    a = _weights(w, s, z, plane + 1, BF16, SYMMETRIC, kind)
+                else:
+                    s = next_s
+                    z = next_z
+                    if half + 1 < end:
+                        after = (turn + 1) % STAGES
+                        mbarrier.wait(words_full.index(after), (turn + 1) // STAGES & 1)
+                        w = ring.index(2 * after + HALF).load(A)
+                        mbarrier.arrive(words_free.index(after), count=1)
+                    a = _weights(w, s, z, 0, BF16, SYMMETRIC, kind)
+                acc = warpgroup_mma_wait(0, deps=[token])
+                mbarrier.arrive(x_free.index(4 * stage + plane), count=1)
+            turn += 1
+        n0 += HALF * BN
+        if SPLIT > 1:
+            slot = tile // SPLIT * 2 + HALF
+            _store_sum(acc, bias, out, parts, counters, slot, tile % SPLIT, n0, m0, M, N, HAS_BIAS, BN, BM, SPLIT, L)
+        else:
+            _store(acc, bias, out, n0, m0, M, N, HAS_BIAS, BN, BM, L)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _many_rows_kernel(
+    x, words, scales, zeros, bias, out, parts, counters, M, N, outputs, halves,
+    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
+    SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    ring = gl.allocate_shared_memory(gl.int16, [2 * STAGES, BN, 32], words.layout)
+    x_ring = gl.allocate_shared_memory(x.dtype, [4 * STAGES, BM, 32], x.layout)
+    words_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    words_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
+    x_free = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(words_full.index(i), count=1)
+        mbarrier.init(words_free.index(i), count=2)
+    for i in gl.static_range(4 * STAGES):
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(x_free.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_multiply, (
+            scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
+            M, N, outputs, halves, 0, BN, BM, STAGES, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
+        )),
+        (_multiply, (
+            scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
+            M, N, outputs, halves, 1, BN, BM, STAGES, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
+        )),
+        (_fetch, (
+            x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, halves,
+            BN, BM, STAGES, WIDTH, SPLIT,
+        )),
+    ], [4, 1], [232, 40])  # fmt: skip
+
+
+def takes(layout: Layout, dtype: torch.dtype) -> bool:
+    """True for 4 bits, 128 channels a group, and x in float16 or bfloat16 with rows of a multiple of 16 bytes."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and layout.n_in % 8 == 0 and layout.bits == 4 and layout.group == 128
+
+
+def many_rows(
+    x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
+    *, BN: int = 64, BM: int = 256, STAGES: int = 3, WIDTH: int = 2, SPLIT: int = 1,
+) -> None:  # fmt: skip
+    """Writes x Wᵀ + bias, accumulated in float32, with weights rounded once to x's dtype.
+
+    Args:
+        x: [M, in] at a multiple of 16 bytes, contiguous, its channels in the weight's order; see `takes`.
+        layout, arranged: The weight.
+        bias: [out], any floating dtype, or None.
+        out: [M, out] in x's dtype, contiguous.
+        workspace: Of the current stream.
+        BN, BM: Outputs of each of the two groups of warps, and rows, of a tile.
+        STAGES: Length of the ring of buffers.
+        WIDTH: Columns of tiles in a band.
+        SPLIT: Programs that share a tile.
+    """
+    shared = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+    flat = arranged.words.view(-1, layout.lanes)
+    tiles = triton.cdiv(len(x), BM) * triton.cdiv(layout.outputs, 2 * BN)
+    parts, counters = workspace.of(2 * tiles, tiles * SPLIT * 2 * BN * BM) if SPLIT > 1 else (out, out)
+    programs = min(tiles * SPLIT, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    _many_rows_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x, [BM, _LANES], shared), TensorDescriptor.from_tensor(flat, [BN, _LANES], shared),
+        arranged.scales, arranged.zeros, bias, out, parts, counters, len(x), layout.n_out, layout.outputs,
+        2 * layout.steps, BN=BN, BM=BM, STAGES=STAGES, WIDTH=WIDTH, SPLIT=SPLIT, SYMMETRIC=layout.symmetric,
+        HAS_BIAS=bias is not None, num_warps=4,
+    )  # fmt: skip

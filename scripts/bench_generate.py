@@ -1,0 +1,101 @@
+"""Times decoding of a Llama-3-8B-shaped model with quantized layers against float16, on one GPU.
+
+    python scripts/bench_generate.py [--batches 1,16] [--context 512]
+
+One token a row with a static cache, as the replay of a CUDA graph; random weights: time does not depend on them. 4
+bits, group 128, the output embedding in float16. Peak memory is that of the replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+
+import torch
+from bench_qlinear import random_layer
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from gptq_plugin.layers.swap import swap_modules
+
+TOKENS = 64
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        return LlamaForCausalLM._from_config(config, dtype=torch.float16).eval()
+
+
+def quantize(model: nn.Module) -> None:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    for name in names:
+        old = model.get_submodule(name)
+        layer = random_layer(old.in_features, old.out_features, 4, 128, "cuda", True)
+        layer.scales.mul_(0.1)
+        assert layer.arrange()
+        swap_modules(model, {name: layer})
+        del old
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def seconds_a_token(model: LlamaForCausalLM, batch: int, context: int) -> float:
+    cache = StaticCache(config=model.config, max_cache_len=context + TOKENS + 8)
+    ids = torch.randint(0, 128256, (batch, context), device="cuda")
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    token = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+    position = torch.full((batch, 1), context, device="cuda")
+
+    def step() -> torch.Tensor:
+        return model(token, past_key_values=cache, position_ids=position).logits
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(TOKENS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return sorted(times)[TOKENS // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", default="1,16", help="rows, comma-separated")
+    parser.add_argument("--context", type=int, default=512, help="tokens before the ones timed")
+    options = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, context {options.context}")
+    model = llama()
+    found: dict[int, float] = {}
+    for label in ("float16", "4 bits"):
+        if label == "4 bits":
+            quantize(model)
+        for batch in map(int, options.batches.split(",")):
+            seconds = seconds_a_token(model, batch, options.context)
+            gc.collect()
+            ratio = f", {found[batch] / seconds:.2f} times float16's" if batch in found else ""
+            found.setdefault(batch, seconds)
+            print(
+                f"{label}, batch {batch}: {batch / seconds:.0f} tokens/s ({seconds * 1e3:.2f} ms a step{ratio}), "
+                f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The machine code of the product's kernels, compiled without a GPU: Ampere, Ada and Hopper."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from gptq_plugin.kernels.product.layout import Layout
+
+from kernel_cases import INTERPRETED
+
+triton = pytest.importorskip("triton")
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def machine_code(kernel, types, constants, capability, options, folder) -> tuple[str, str, str]:
+    """The kernel's intermediate code, machine code and use of resources."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {name: "constexpr" if name in constants else types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name not in constants and (types[name].startswith("*") or name in ("N", "K", "outputs"))
+        },
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    code, resources = (
+        subprocess.run([TOOLS / "cuobjdump", option, binary], capture_output=True, text=True, check=True).stdout
+        for option in ("-sass", "-res-usage")
+    )
+    return compiled.asm["ttgir"], code, resources
+
+
+def longest_loop(code: str) -> list[str]:
+    """Operations between the target of a backward branch and the branch, of the longest such."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)([^;]*);", code, re.M)
+    longest: list[str] = []
+    for address, operation, rest in lines:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if operation.startswith("BRA") and target and int(target[1], 16) < int(address, 16):
+            loop = [o for a, o, _ in lines if int(target[1], 16) <= int(a, 16) <= int(address, 16)]
+            longest = max(longest, loop, key=len)
+    return longest
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="needs the tools that Triton comes with")
+@pytest.mark.parametrize(
+    ("capability", "kind", "block", "warps"), [(80, "bf16", 8, 2), (89, "fp16", 64, 4), (90, "fp16", 8, 2)]
+)
+def test_weights_go_from_memory_to_the_tensor_cores_without_detours(capability, kind, block, warps, tmp_path):
+    from gptq_plugin.kernels.product.few_rows import _few_rows_kernel
+
+    layout = Layout.of(4, 128, 8192, 8192, True)
+    types = {
+        "x": f"*{kind}", "words": "*i16", "scales": "*i32", "out": f"*{kind}", "parts": "*fp32", "counters": "*i32",
+        "M": "i32", "N": "i32", "K": "i32", "outputs": "i32", "steps": "i32",
+    }  # fmt: skip
+    sizes = {
+        "BITS": 4, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
+        "SYMMETRIC": True, "HAS_BIAS": False, "WHOLE": True, "BN": 64, "BM": block, "SPLIT": 1, "STAGES": 3,
+        "high": None, "zeros": None, "bias": None,
+    }  # fmt: skip
+    options = {"num_warps": warps, "num_stages": 3}
+    graph, code, resources = machine_code(_few_rows_kernel, types, sizes, capability, options, tmp_path)
+    assert re.search(r"STACK:0\b", resources), "registers are spilled"
+    converted = [line for line in graph.splitlines() if "convert_layout" in line]
+    assert not [line for line in converted if "xi16" in line or f"64x64x{kind[:-2]}16" in line], "weights are moved"
+    loop = longest_loop(code)
+    # Expansion, product and scales; with 64 rows of x most are products.
+    weights = layout.step * 64 / (32 * warps)
+    assert 0 < len(loop) / weights < (2.2 if block == 8 else 4.2)

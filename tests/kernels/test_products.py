@@ -1,0 +1,202 @@
+"""The layout of the GPU's kernels and the products that read it, against the formula in float64."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from gptq_plugin.kernels.product.layout import Arranged, Layout, arrange, high_bit, restore
+from torch import Tensor
+
+from kernel_cases import NAN, TOLERANCE, needs_gpu, triton_device
+
+BITS = [2, 3, 4, 8]
+# (channels, outputs, group size): ragged, padded and exact; groups that are repeated, and one of all channels.
+SIZES = [(1, 1, 10**9), (100, 65, 32), (1000, 37, 64), (96, 70, 96), (1056, 130, 256), (2048, 128, 128), (75, 64, 160)]
+
+
+@dataclass(frozen=True)
+class Weight:
+    layout: Layout
+    codes: Tensor  # uint8 [in, out]
+    scales: Tensor
+    zeros: Tensor
+    arranged: Arranged
+    value: Tensor  # float64 [out, in]: the formula
+
+
+def make_weight(bits, n_in, n_out, group_size, symmetric, device="cpu") -> Weight:
+    generator = torch.Generator().manual_seed(n_in + bits)
+    groups = -(-n_in // group_size)
+    codes = torch.randint(0, 2**bits, (n_in, n_out), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(groups, n_out, generator=generator) + 0.1).half()
+    zeros = torch.randint(0, 2**bits, (groups, n_out), generator=generator, dtype=torch.uint8)
+    if symmetric:
+        zeros.fill_(2 ** (bits - 1))
+    layout = Layout.of(bits, group_size, n_in, n_out, symmetric)
+    group = torch.arange(n_in) // group_size
+    value = ((codes.double() - zeros.double()[group]) * scales.double()[group]).t()
+    tensors = (tensor.to(device) for tensor in (codes, scales, zeros))
+    return Weight(layout, codes, scales, zeros, arrange(layout, *tensors), value)
+
+
+def check(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> None:
+    """No worse than a product with the weight rounded to x's dtype, in float64, rounded to y's."""
+    expected = x.cpu().double() @ weight.value.t()
+    if bias is not None:
+        expected += bias.cpu().double()
+    error = (y.cpu().double() - expected).norm() / expected.norm()
+    assert y.dtype == x.dtype and error < TOLERANCE[x.dtype], f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_is_arranged_is_restored_bit_for_bit(size, bits):
+    for symmetric in (True, False):
+        weight = make_weight(bits, *size, symmetric)
+        codes, scales, zeros = restore(weight.layout, weight.arranged)
+        assert torch.equal(codes, weight.codes) and torch.equal(zeros, weight.zeros)
+        assert torch.equal(scales, weight.scales) and (weight.arranged.zeros is None) == symmetric
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_code_lies_where_the_layout_says(bits):
+    weight = make_weight(bits, 1056, 70, 64, symmetric=False)
+    layout, (words, high, scales, zeros) = weight.layout, weight.arranged
+    for channel, output in ((0, 0), (63, 69), (64, 5), (700, 64), (1055, 69)):
+        block, within = divmod(channel, layout.planes * layout.lanes)
+        plane, lane = divmod(within, layout.lanes)
+        low = min(bits, 2) if bits == 3 else bits
+        code = (int(words[block, output, lane]) >> (low * plane)) & (2**low - 1)
+        if high is not None:
+            code |= (int(high[block // 2, output, lane]) >> high_bit(block % 2, plane) & 1) << 2
+        assert code == weight.codes[channel, output]
+        group, step = channel // 64, channel // layout.step
+        pair, second = divmod(group - step * layout.step // 64, 2)
+        found = int(scales[step, pair, output]) >> (16 * second) & 0xFFFF
+        assert found == int(weight.scales.view(torch.int16)[group, output]) & 0xFFFF
+        assert int(zeros[step, pair, output]) >> (16 * second) & 0xFFFF == weight.zeros[group, output]
+
+
+def test_groups_that_are_no_multiple_of_32_have_no_layout():
+    for group_size in (1, 15, 16, 48, 100):
+        assert Layout.of(4, group_size, 128, 64, True) is None
+    assert Layout.of(4, 100, 100, 64, True).group == 128  # one group of all
+
+
+KERNEL_CASES = [
+    (4, (1056, 70, 128), True), (4, (320, 65, 64), False), (4, (100, 37, 32), True), (3, (1100, 64, 128), False),
+    (3, (96, 33, 32), True), (2, (600, 70, 10**9), False), (8, (300, 37, 64), True), (8, (200, 64, 32), False),
+]  # fmt: skip
+
+
+@triton_device
+@pytest.mark.parametrize(("bits", "size", "symmetric"), KERNEL_CASES, ids=str)
+def test_the_triton_kernels_of_the_layout_are_the_formula(bits, size, symmetric, device):
+    from gptq_plugin.kernels.product.dense import dense
+    from gptq_plugin.kernels.product.few_rows import few_rows
+    from gptq_plugin.kernels.product.workspace import workspace_of
+
+    weight = make_weight(bits, *size, symmetric, device)
+    # The interpreter is slow, and wrong in bfloat16.
+    everything = itertools.product(TOLERANCE.keys() - {torch.float64}, ((1, 8), (3, 8), (17, 16), (70, 64)), (1, 2, 4))
+    a_few = ((torch.float16, (3, 8), 2),)
+    for dtype, (rows, block), split in everything if device == "cuda" else a_few:
+        assert torch.equal(dense(weight.layout, weight.arranged, dtype).cpu(), weight.value.to(dtype))
+        x = torch.randn(rows, size[0], dtype=dtype, device=device)
+        bias = torch.randn(size[1], device=device) if split > 1 else None
+        out = torch.full((rows, size[1]), NAN, dtype=dtype, device=device)
+        few_rows(x, weight.layout, weight.arranged, bias, out, workspace_of(x.device), BM=block, SPLIT=split)
+        check(out, x, weight, bias)
+
+
+def gpu(test):
+    for mark in needs_gpu:
+        test = mark(test)
+    return test
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_product_of_many_rows_is_the_formula(symmetric, dtype):
+    from gptq_plugin.kernels.product.many_rows import many_rows
+    from gptq_plugin.kernels.product.workspace import workspace_of
+
+    for (n_in, n_out), (BN, BM, stages), split, rows in (
+        ((1056, 130), (64, 256, 3), 1, 300), ((2048, 4096), (64, 256, 3), 1, 1000), ((512, 192), (128, 64, 6), 2, 65),
+        ((1000, 37), (64, 128, 5), 2, 129), ((256, 128), (64, 256, 3), 1, 1),
+    ):  # fmt: skip
+        weight = make_weight(4, n_in, n_out, 128, symmetric, "cuda")
+        x = torch.randn(rows, n_in, dtype=dtype, device="cuda")
+        bias = torch.randn(n_out, device="cuda") if rows != 1 else None
+        out = torch.full((rows, n_out), NAN, dtype=dtype, device="cuda")
+        options = {"BN": BN, "BM": BM, "STAGES": stages, "SPLIT": split}
+        many_rows(x, weight.layout, weight.arranged, bias, out, workspace_of(x.device), **options)
+        check(out, x, weight, bias)
+
+
+@gpu
+@pytest.mark.parametrize("size", [(1056, 70, 128), (4096, 1024, 128), (320, 65, 64), (75, 64, 160)], ids=str)
+def test_every_number_of_rows_finds_a_kernel_that_computes_it(size):
+    from gptq_plugin.kernels.product import products
+
+    for bits, symmetric in ((4, True), (3, False)):
+        weight = make_weight(bits, *size, symmetric, "cuda")
+        order = torch.randperm(size[0], device="cuda")
+        for rows, dtype in itertools.product((0, 1, 5, 31, 64, 65, 256, 1500), TOLERANCE.keys() - {torch.float64}):
+            x = torch.randn(rows, size[0], dtype=dtype, device="cuda")
+            bias = torch.randn(size[1], device="cuda", dtype=torch.float32)
+            y = products.product(x[None], weight.layout, weight.arranged, bias, order)
+            assert y.shape == (1, rows, size[1])
+            if rows:
+                check(y[0], x[:, order], weight, bias)
+        matrix = products.weight(weight.layout, weight.arranged, torch.float32, order).cpu()
+        assert torch.equal(matrix[:, order.cpu()].double(), weight.value)
+
+
+@gpu
+def test_programs_that_share_a_tile_give_the_same_bytes_on_streams_and_in_graphs_that_run_side_by_side():
+    from gptq_plugin.kernels.product.few_rows import few_rows
+    from gptq_plugin.kernels.product.workspace import prepare, workspace_of
+
+    prepare(torch.device("cuda", torch.cuda.current_device()))
+    weight = make_weight(4, 4096, 512, 128, True, "cuda")
+    x = torch.randn(4, 16, 4096, dtype=torch.float16, device="cuda")
+
+    def multiply(i, out):
+        few_rows(x[i], weight.layout, weight.arranged, None, out, workspace_of(x.device), BM=16, SPLIT=4)
+
+    expected = torch.full((4, 16, 512), NAN, dtype=torch.float16, device="cuda")
+    for i in range(4):
+        multiply(i, expected[i])
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    outs, graphs = torch.full((4, 16, 512), NAN, dtype=torch.float16, device="cuda"), []
+    torch.cuda.synchronize()
+    for i, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                multiply(i, outs[i])
+        graphs.append(torch.cuda.CUDAGraph())
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graphs[i]):
+            for _ in range(20):
+                multiply(i, outs[i])
+    torch.cuda.synchronize()
+    assert torch.equal(outs, expected)
+    outs.fill_(NAN)
+    torch.cuda.synchronize()
+    for graph, stream in zip(graphs, streams, strict=True):
+        with torch.cuda.stream(stream):
+            for _ in range(5):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(outs, expected)
