@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_plugin import load_quantized, quantized_config
+from gptq_plugin import QuantizeModule, load_quantized, quantized_config
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.layers.packing import (
@@ -323,3 +324,24 @@ def test_code_of_another_repository_is_named_as_such(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="finds Own in the code of the repository owner/other"):
         load_quantized(folder)
+
+
+def test_exporting_and_loading_draw_no_random_numbers(tmp_path):
+    """Mamba 2 initializes parameters at random, also those that are read afterwards."""
+    config = AutoConfig.for_model(
+        "mamba2",
+        hidden_size=64,
+        num_hidden_layers=1,
+        vocab_size=64,
+        num_heads=8,
+        head_dim=16,
+        state_size=16,
+        n_groups=1,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    quantizer = QuantizeModule(group_size=32, nsamples=4)
+    quantizer.quantize(model, list(torch.randint(0, 64, (4, 32))))
+    before = torch.get_rng_state()
+    quantizer.export(model, tmp_path / "export")
+    load_quantized(tmp_path / "export")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -60,7 +60,8 @@ def test_what_it_starts_has_it_for_python():
 )
 def test_a_signal_reaches_the_process(number, status):
     code = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 print(os.getpid(), flush=True)
 try:
     time.sleep(100)

@@ -28,7 +28,7 @@ from gptq_plugin.checkpoint.load_plain import load_into
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.device.named import device_named
-from gptq_plugin.device.surroundings import alone, plain_defaults
+from gptq_plugin.device.surroundings import alone, plain_defaults, same_random_numbers
 from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.layers.stored_weight import arrange_layers
 from gptq_plugin.options.fields import shown
@@ -141,7 +141,7 @@ def _load_transformers(
     hooked = _with_hook(architecture, checkpoint, lambda model: names.update(reserve(checkpoint, model)))
     floats = {name: checkpoint.lazy(name) for name in checkpoint.float_names if not checkpoint.is_taken_over(name)}
     try:
-        with alone("loading"):
+        with alone("loading"), same_random_numbers():  # some architectures initialize what is read afterwards
             model, info = hooked.from_pretrained(
                 None,
                 config=config,

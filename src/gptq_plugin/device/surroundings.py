@@ -1,4 +1,4 @@
-"""Settings of PyTorch that callers may have changed: `plain_defaults` for a thread's, `alone` for the process's."""
+"""Settings of PyTorch that callers may have changed: `plain_defaults`, `same_random_numbers`, `alone`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ def plain_defaults() -> Iterator[None]:
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """What comes after the block draws the random numbers it would have drawn without it."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(list(gpus)):
         yield
 
 

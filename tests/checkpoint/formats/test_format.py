@@ -44,7 +44,8 @@ def test_what_a_format_writes_is_what_it_expects_and_reads(name: str, bits: int,
     from gptq_plugin import QuantizeConfig
     from gptq_plugin.checkpoint.formats.format import QuantizedLayer
     from gptq_plugin.gptq.solver import round_to_nearest
-    from gptq_plugin.layers.qlinear import TENSORS, QuantLinear
+    from gptq_plugin.layers.qlinear import QuantLinear
+    from gptq_plugin.layers.stored_weight import TENSORS
 
     form, kinds = FORMATS[name], {torch.int32: "I32", torch.int64: "I64", torch.float16: "floating point"}
     config = QuantizeConfig(bits=bits, group_size=32, sym=sym)
