@@ -62,8 +62,8 @@ def test_a_signal_reaches_the_process(number, status):
     code = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
-print(os.getpid(), flush=True)
 try:
+    print(os.getpid(), flush=True)
     time.sleep(100)
 except KeyboardInterrupt:
     sys.exit(5)
