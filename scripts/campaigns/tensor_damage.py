@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +30,20 @@ def weights(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*.safetensors")) if file.is_file() and not file.is_symlink()]
 
 
-def tensor(folder: Path, rng: Random) -> Damage:
+def _of_one_file(damage: Callable[[Path, Random], Damage]) -> Callable[[Path, Random], Damage]:
+    """The damage to one of a folder's files of weights, if it has any."""
+
+    @functools.wraps(damage)
+    def of_folder(folder: Path, rng: Random) -> Damage:
+        files = weights(folder)
+        return damage(rng.choice(files), rng) if files else NOTHING
+
+    return of_folder
+
+
+@_of_one_file
+def tensor(file: Path, rng: Random) -> Damage:
     """Changes one tensor."""
-    files = weights(folder)
-    if not files:
-        return NOTHING
-    file = rng.choice(files)
     state = load_file(file)
     if not state:
         return NOTHING
@@ -130,12 +139,9 @@ _KINDS: dict[str, Callable[[dict[str, Tensor], str, Random], None]] = {
 }
 
 
-def header(folder: Path, rng: Random) -> Damage:
+@_of_one_file
+def header(file: Path, rng: Random) -> Damage:
     """Changes a header as JSON, its length kept right."""
-    files = weights(folder)
-    if not files:
-        return NOTHING
-    file = rng.choice(files)
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     try:
@@ -184,12 +190,9 @@ def header(folder: Path, rng: Random) -> Damage:
     return Damage(f"{file.name} header, {name}: {kind}", changed)
 
 
-def bits(folder: Path, rng: Random) -> Damage:
+@_of_one_file
+def bits(file: Path, rng: Random) -> Damage:
     """Flips bits in a header, in the length before it, or in the data after it."""
-    files = weights(folder)
-    if not files:
-        return NOTHING
-    file = rng.choice(files)
     data = bytearray(file.read_bytes())
     if len(data) < 9:
         return NOTHING
@@ -202,12 +205,9 @@ def bits(folder: Path, rng: Random) -> Damage:
     return Damage(f"{file.name}: bits of its {where}", changes=where != "length")
 
 
-def cut(folder: Path, rng: Random) -> Damage:
+@_of_one_file
+def cut(file: Path, rng: Random) -> Damage:
     """Cuts a file off, or writes on."""
-    files = weights(folder)
-    if not files:
-        return NOTHING
-    file = rng.choice(files)
     data = file.read_bytes()
     at = rng.choice([0, 3, 8, 20, rng.randrange(len(data) + 1), max(0, len(data) - 1), len(data) + 100])
     file.write_bytes(data[:at] + bytes(max(0, at - len(data))))

@@ -19,7 +19,7 @@ from .workspace import Workspace
 
 
 @triton.jit
-def store_sum(
+def _store_sum(
     acc, bias, out, parts, counters, n, m, M, N, tile, part,
     HAS_BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _few_rows_kernel(
             total = tl.dot(q, tl.trans(a), total, input_precision="ieee")
             if index % EACH == EACH - 1:
                 acc += total * scale_of(s, index // EACH % 2)[:, None]
-    store_sum(acc, bias, out, parts, counters, n, m, M, N, pm * tl.num_programs(0) + pn, part, HAS_BIAS, BN, BM, SPLIT)
+    _store_sum(acc, bias, out, parts, counters, n, m, M, N, pm * tl.num_programs(0) + pn, part, HAS_BIAS, BN, BM, SPLIT)
 
 
 def few_rows(

@@ -13,9 +13,8 @@ from typing import Any
 from gptq_plugin.checkpoint.files import TensorEntry
 from gptq_plugin.errors import CheckpointError, brief
 
-_COUNTS = re.compile(
-    r"^(num|n)_.*(layer|block|expert|stage)|(layer|depth|block|expert|stage)s?$"
-)  # keys of config.json
+# Keys of config.json.
+_COUNTS = re.compile(r"^(num|n)_.*(layer|block|expert|stage)|(layer|depth|block|expert|stage)s?$")
 _MANY = 1024  # layers, or experts, that are built in a second or two
 
 

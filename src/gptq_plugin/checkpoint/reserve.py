@@ -16,7 +16,7 @@ from gptq_plugin.checkpoint.files import CONFIG
 from gptq_plugin.checkpoint.formats.format import Contents, QuantizedLayer
 from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.device.finite import all_finite, any_nan
+from gptq_plugin.device.finite import not_finite_in
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
@@ -218,8 +218,7 @@ def refuse_not_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
     Raises:
         CheckpointError: It names them.
     """
-    wrong = [name for name, value in model.named_parameters() if not (value.is_meta or all_finite(value))]
-    wrong += [name for name, value in model.named_buffers() if not value.is_meta and any_nan(value)]
+    wrong = not_finite_in(model)
     if wrong:
         raise CheckpointError(
             f"{checkpoint.directory}: {some(wrong)} hold NaN or infinity in {type(model).__name__}: the files are "

@@ -1,9 +1,9 @@
-"""Finds NaN and infinity: `all_finite`, `any_nan`. Both read a tensor once and make no copy of it."""
+"""Finds NaN and infinity: `all_finite`, `any_nan`, `not_finite_in`. A tensor is read once and not copied."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -16,6 +16,12 @@ def any_nan(tensor: Tensor) -> bool:
     """True if a tensor of any dtype holds NaN."""
     least, largest = _extremes(tensor)
     return bool(least.isnan() | largest.isnan())
+
+
+def not_finite_in(model: nn.Module) -> list[str]:
+    """Names of parameters with NaN or infinity, and of buffers with NaN: masks hold infinity."""
+    found = [name for name, value in model.named_parameters() if not (value.is_meta or all_finite(value))]
+    return found + [name for name, value in model.named_buffers() if not value.is_meta and any_nan(value)]
 
 
 def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:

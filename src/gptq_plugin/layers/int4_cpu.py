@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_plugin.kernels.reference import unpack
 from gptq_plugin.layers.kernel_layout import Packed
-from gptq_plugin.layers.packing import unpack_zeros
+from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
 
 # torch.ops.aten._weight_int4pack_mm_for_cpu: the group sizes it takes, and the most rows at which it is faster than
 # dequantizing (its time grows with every row; scripts/bench_qlinear.py measures both).
@@ -46,7 +45,7 @@ class Int4:
         finer = next((g for g in _GROUPS if group_size % g == 0), None)
         if finer is None:
             return None
-        codes = unpack(packed.qweight, 4, n_in).t().contiguous().int()
+        codes = unpack_weight(packed.qweight, 4, n_in).int()
         scales = packed.scales.float()
         zeros = (8 - unpack_zeros(packed.qzeros, 4, n_out).float()) * scales
         pairs = torch.stack([scales, zeros], dim=-1).repeat_interleave(group_size // finer, dim=0)

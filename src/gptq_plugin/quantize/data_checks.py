@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
-from gptq_plugin.device.finite import all_finite, any_nan
+from gptq_plugin.device.finite import all_finite, not_finite_in
 from gptq_plugin.errors import CalibrationError, TargetError, some
 from gptq_plugin.model.plan import Plan
 
@@ -90,14 +90,14 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         TargetError: It names them.
     """
-    broken = _not_finite_in(model)
+    broken = not_finite_in(model)
     if broken:
         raise TargetError(f"{some(broken)} of {type(model).__name__} hold NaN or infinity. {_DIVERGED}")
 
 
 def not_finite(model: nn.Module, layer: str, where: str) -> CalibrationError:
     """The error for a layer whose input holds NaN or infinity."""
-    broken = _not_finite_in(model)
+    broken = not_finite_in(model)
     if broken:
         return CalibrationError(
             f"the input of {layer} holds NaN or infinity, since {some(broken)} of the model does. {_DIVERGED}"
@@ -113,12 +113,6 @@ def not_finite_on_ranks(model: nn.Module, layer: str, batches: Sequence[int]) ->
     of_all = distributed.gather_objects(list(batches))
     where = [f"calibration batches {one} (rank {rank})" for rank, one in enumerate(of_all) if one]
     return not_finite(model, layer, ", ".join(where) or "the sum over all batches")
-
-
-def _not_finite_in(model: nn.Module) -> list[str]:
-    """Names of parameters with NaN or infinity, and of buffers with NaN: masks hold infinity."""
-    found = [name for name, value in model.named_parameters() if not (value.is_meta or all_finite(value))]
-    return found + [name for name, value in model.named_buffers() if not value.is_meta and any_nan(value)]
 
 
 def check_some_left(left_float: Mapping[str, str], plan: Plan) -> None:
