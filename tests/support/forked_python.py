@@ -88,11 +88,14 @@ def ask(folder: str, *arguments: str) -> int:
     """The stand-in: returns what the process that is forked for it ended with."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(f"{folder}/socket")
+        # From when the process runs until they can be handed on, signals wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)
         request = json.dumps([arguments, os.getcwd(), dict(os.environ)])
         socket.send_fds(server, [request.encode()], [0, 1, 2])
         pid = int(server.recv(64))
         for number in HANDED_ON:
             signal.signal(number, lambda received, _: os.kill(pid, received))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
         ended = os.waitstatus_to_exitcode(int(server.recv(64)))
     if ended < 0:
         for number in HANDED_ON:
