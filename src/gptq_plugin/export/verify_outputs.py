@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from gptq_plugin.model.hf_models import has_own_code, is_transformers
 log = logging.getLogger(__name__)
 
 LENGTH = 64  # tokens of a sample that are run
+_PIECE = 2**24  # numbers that are compared at a time
 # Largest difference over the largest output: the same kernels add in the same order, but a float32 part of a 16-bit
 # model is loaded in 16 bits, and a GPU's order of addition may vary.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -136,13 +136,18 @@ def tolerance(*tensors: Tensor) -> float:
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference over the largest value; infinite unless both are finite in the same places."""
-    one, other = one.double().cpu(), other.double().cpu()
-    finite = other.isfinite()
-    if not torch.equal(finite, one.isfinite()):
-        return math.inf
-    one, other = one[finite], other[finite]
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-30)) if len(other) else 0.0
+    """Largest difference over the largest value; infinite unless both are finite in the same places. Computed where
+    `one` is, in pieces."""
+    if not other.numel():
+        return 0.0
+    worst = []
+    for a, b in zip(one.flatten().split(_PIECE), other.to(one.device).flatten().split(_PIECE), strict=True):
+        a, b, finite = a.double(), b.double(), b.isfinite()
+        apart = torch.where(finite, a - b, 0).abs().amax()
+        alike = (finite == a.isfinite()).all()
+        worst.append(torch.stack([torch.where(alike, apart, torch.inf), torch.where(finite, b, 0).abs().amax()]))
+    apart, largest = torch.stack(worst).amax(0).tolist()
+    return apart / max(largest, 1e-30)
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -250,7 +250,9 @@ def _unchanged(old: _State, new: _State) -> bool:
 def output_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which nn.Linear maps x: x's or, if autocast is on, autocast's, which leaves float64 alone."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # is_autocast_available breaks the graph of torch.compile in PyTorch 2.11
+    has_autocast = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    if x.dtype == torch.float64 or not has_autocast or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 

@@ -1,9 +1,7 @@
 """Judges layers by value: a forward's real output against x·Wᵀ + b on its real input. `Judgement`.
 
 A class tells little: a subclass may scale its weight, a forward may be set on the instance, a tensor may multiply in
-its own way. All rows of all outputs are compared, in a few of the matmul's operations: with random vectors R,
-y R = x (Wᵀ R) + b R costs in + out multiplications a row and vector, where x·Wᵀ costs in · out
-(Freivalds, 1977, Probabilistic machines can use less running time).
+its own way. All rows of all outputs are compared, by `projections`.
 
 Hooks are not judged. They go on around the layer that takes the place (`layers.hooks.share_hooks`); what is compared is
 the forward between them, on the input that the last of them leaves.
@@ -12,29 +10,21 @@ the forward between them, on the input that the last of them leaves.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptq_plugin.device.precision import full_precision
 from gptq_plugin.errors import TargetError
 from gptq_plugin.layers.qlinear import output_dtype
 from gptq_plugin.model.experts import ExpertLinear
+from gptq_plugin.model.projections import Comparison, LayerProjections, apart, random_rows
 from gptq_plugin.model.targets import Target
-from gptq_plugin.walk.layer_inputs import SeenInput
 
-_VECTORS = 8
-_PIECE = 2**24  # entries converted to float32 at a time
 _TRIAL_ROWS = 8
+_TOGETHER = 2**23  # bytes of comparisons that wait to be computed together
 _ALONE = "it is called with {}, and a quantized layer takes its input alone"
-# Tolerated differences, relative to the norms of a row's output and of its terms. 16-bit outputs are rounded at 2^-9,
-# and float32 products that PyTorch may compute in fewer bits (TF32, bfloat16) as far.
-_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
-_FEWER_BITS = 1e-2
-_ALONG = 0.2  # tolerated differences along the outputs, in parts of those in any direction
 
 
 class Judgement:
@@ -50,6 +40,7 @@ class Judgement:
     def __init__(self, targets: Sequence[Target]) -> None:
         self._targets = {one.name: one for one in targets if not isinstance(one.module, ExpertLinear)}
         self._checks = {name: _Check(target) for name, target in self._targets.items()}
+        self._waiting: list[tuple[str, Comparison]] = []
         self._apart: list[tuple[str, Tensor]] = []
         self._reasons: dict[str, str] = {}
         self.reached: set[str] = set()
@@ -58,12 +49,9 @@ class Judgement:
     def watching(self) -> Iterator[None]:
         """Judges every call of the layers. To be entered when all other hooks that may change inputs are registered."""
 
-        def judge(name: str, found: Tensor | str) -> None:
+        def judge(name: str, found: Comparison | str) -> None:
             self.reached.add(name)
-            if isinstance(found, str):
-                self._reasons.setdefault(name, found)
-            else:
-                self._apart.append((name, found))
+            self._judge(name, found)
 
         with _hooked(self._checks, judge):
             yield
@@ -86,10 +74,10 @@ class Judgement:
         """
         waiting = {name: self._checks[name] for name in names if name in self._checks}
 
-        def judge(name: str, found: Tensor | str) -> None:
+        def judge(name: str, found: Comparison | str) -> None:
             if waiting.pop(name, None) is None:
                 return
-            reason = found if isinstance(found, str) else _reason(self._targets[name], found.tolist())
+            reason = found if isinstance(found, str) else _reason(self._targets[name], apart([found])[0].tolist())
             if reason is not None:
                 raise TargetError(
                     f"{name} is called by this batch for the first time, and {reason}. It cannot stay float any more: "
@@ -112,20 +100,18 @@ class Judgement:
                 continue
             present(target)
             weight = target.weight
-            x = _random(_TRIAL_ROWS, weight.shape[1]).to(weight.device, weight.dtype)
+            x = random_rows(_TRIAL_ROWS, weight.shape[1]).to(weight.device, weight.dtype)
             try:
                 with torch.no_grad():
                     pending = self._checks[name].before((x,), {})
                     found = pending if isinstance(pending, str) else pending(target.module.forward(x))
             except Exception as error:  # noqa: BLE001 - whatever a forward does with an input of its width alone
                 found = f"its forward does not run on its input alone ({type(error).__name__}: {error})"
-            if isinstance(found, str):
-                self._reasons.setdefault(name, found)
-            else:
-                self._apart.append((name, found))
+            self._judge(name, found)
 
     def reasons(self) -> dict[str, str]:
         """Why layers have to stay float, by name. Waits for the device."""
+        self._compare()
         if self._apart:
             values = torch.stack([value for _, value in self._apart]).tolist()
             for (name, _), value in zip(self._apart, values, strict=True):
@@ -135,17 +121,30 @@ class Judgement:
             self._apart.clear()
         return dict(self._reasons)
 
+    def _judge(self, name: str, found: Comparison | str) -> None:
+        if isinstance(found, str):
+            self._reasons.setdefault(name, found)
+            return
+        self._waiting.append((name, found))
+        if sum(one.bytes for _, one in self._waiting) > _TOGETHER:
+            self._compare()
+
+    def _compare(self) -> None:
+        names = [name for name, _ in self._waiting]
+        self._apart += zip(names, apart([one for _, one in self._waiting]), strict=True)
+        self._waiting.clear()
+
     def replaced_forwards(self) -> list[str]:
         """Names of the layers with a forward set on the instance (accelerate's hooks do that)."""
         return [name for name, target in self._targets.items() if "forward" in vars(target.module)]
 
 
-Judge = Callable[[str, "Tensor | str"], None]
+Judge = Callable[[str, "Comparison | str"], None]
 
 
 @contextlib.contextmanager
 def _hooked(checks: dict[str, _Check], judge: Judge, *, afterwards: bool = False) -> Iterator[None]:
-    """Calls judge(name, `_apart` or a reason) after each forward of the layers, before their own forward hooks.
+    """Calls judge(name, comparison or reason) after each forward of the layers, before their own forward hooks.
 
     Args:
         checks: By the layer's name.
@@ -183,14 +182,13 @@ class _Check:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self._made: tuple[SeenInput, torch.dtype] | None = None  # the weight, which may go home meanwhile
-        self._weight = self._bias = self._norm = torch.empty(0, device="cpu")
+        self._projections = LayerProjections(target)
 
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor | str] | str:
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Comparison | str] | str:
         """The arguments that the forward is about to get.
 
         Returns:
-            Why they cannot be a quantized layer's; or a function that takes the output and returns `_apart`, or
+            Why they cannot be a quantized layer's; or a function that takes the output and returns the comparison, or
             why the output cannot be a quantized layer's.
         """
         if len(args) + len(kwargs) != 1:
@@ -201,77 +199,15 @@ class _Check:
         rows, columns = self.target.weight.shape
         if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point() or x.shape[-1:] != (columns,):
             return f"it is called with {_described(x)}, not with {columns} channels of a floating dtype"
-        dtype, shape, tolerance = output_dtype(x), (*x.shape[:-1], rows), _tolerance(output_dtype(x))
-        with full_precision(x.device):
-            expected, terms = self._expected(x.detach().to(dtype).reshape(-1, columns))
+        dtype, shape = output_dtype(x), (*x.shape[:-1], rows)
+        expected = self._projections.expected(x, dtype)
 
-        def difference(output: Any) -> Tensor | str:
+        def against(output: Any) -> Comparison | str:
             if not isinstance(output, Tensor) or output.shape != shape or output.dtype != dtype:
                 return f"it returns {_described(output)}, where x·Wᵀ + b is {dtype} {list(shape)}"
-            with full_precision(x.device):
-                found = _projected(output.detach().reshape(-1, rows), _vectors(rows, x.device))
-                return _apart(found, expected, terms, tolerance, overflows=dtype == torch.float16)
+            return expected.against(output)
 
-        return difference
-
-    def _expected(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (Wᵀ R) + b R, [rows, vectors], and the size of what each row's outputs are sums of, [rows]."""
-        self._multiply(x.dtype, x.device)
-        expected = _projected(x, self._weight) + self._bias
-        norms = torch.linalg.vector_norm(x, dim=-1, dtype=_exact(x.dtype))
-        return expected, norms * self._norm  # above the outputs' norm where their terms cancel, and rounding shows more
-
-    def _multiply(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes Wᵀ R, [in, vectors], b R, [vectors], and the norm of W over √in, unless W is the same as before."""
-        parameter, bias = self.target.parameter, self.target.bias
-        if self._made is not None and self._made[0].is_same(parameter) and self._made[1] == dtype:
-            return
-        weight = self.target.weight.to(device, dtype)
-        vectors = _vectors(len(weight), device)
-        self._weight = _projected(weight.T, vectors)
-        self._norm = torch.linalg.vector_norm(weight, dtype=_exact(dtype)) / weight.shape[1] ** 0.5
-        self._bias = self._weight.new_zeros(_VECTORS)
-        if bias is not None:
-            self._bias = _projected(bias.detach().to(device, dtype)[None], vectors)[0]
-        self._made = SeenInput(parameter), dtype
-
-
-def _projected(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """The product [rows, vectors] of a matrix, [rows, columns], in float32, or in float64 for such a matrix.
-
-    Args:
-        matrix: In the dtype that the layer computes in.
-        vectors: [columns, vectors]. Those of `_vectors` are exact in every dtype.
-    """
-    exact = _exact(matrix.dtype)
-    if matrix.is_cuda and matrix.dtype == torch.bfloat16 and vectors.dtype == torch.bfloat16:
-        return torch.mm(matrix, vectors, out_dtype=exact)  # type: ignore[call-overload, no-any-return]
-    vectors = vectors.to(exact)
-    pieces = matrix.split(max(1, _PIECE // max(1, matrix.shape[1])))
-    return torch.cat([piece.to(exact) @ vectors for piece in pieces])
-
-
-def _apart(found: Tensor, expected: Tensor, terms: Tensor, tolerance: float, *, overflows: bool) -> Tensor:
-    """How far outputs are from the expected ones, [2]: in tolerances, and relative to the expected ones.
-
-    The first is the larger of two: the largest difference of a row, and the part of all differences together that goes
-    along with the outputs, which for rounding is small (a forward that scales by 1.01 in bfloat16 shows there).
-
-    Rows that are not finite by x·Wᵀ + b are left out, since padding may hold anything, and where sums overflow those
-    that are not finite in the output, which are refused elsewhere.
-    """
-    counted = expected.isfinite().all(-1)
-    if overflows:
-        counted &= found.isfinite().all(-1)
-    difference = torch.where(counted[:, None], found - expected, 0)
-    expected, terms = torch.where(counted[:, None], expected, 0), torch.where(counted, terms, 1)
-    tiny = torch.finfo(terms.dtype).tiny
-    sizes, of_rows = expected.square().mean(-1).sqrt(), difference.square().mean(-1).sqrt()
-    allowed = (sizes + terms) * tolerance
-    along = (difference * expected).mean(-1).sum().abs() / (allowed * sizes).sum().clamp(min=tiny)
-    most = (of_rows / allowed.clamp(min=tiny)).nan_to_num(nan=torch.inf).amax() if len(found) else along * 0
-    relative = difference.square().sum().sqrt() / expected.square().sum().sqrt().clamp(min=tiny)
-    return torch.stack([torch.maximum(most, along.nan_to_num(nan=torch.inf) / _ALONG), relative])
+        return against
 
 
 def _reason(target: Target, apart: Sequence[float]) -> str | None:
@@ -281,26 +217,6 @@ def _reason(target: Target, apart: Sequence[float]) -> str | None:
     module = target.module
     which = "the forward set on it" if "forward" in vars(module) else f"{type(module).__name__}.forward"
     return f"{which} computes something else than x·Wᵀ + b: its outputs differ by {relative:.2g} of them"
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
-    return _TOLERANCE.get(dtype, _FEWER_BITS) if exact else _FEWER_BITS
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-@functools.lru_cache(maxsize=64)
-def _vectors(length: int, device: torch.device) -> Tensor:
-    """Random vectors in bfloat16, [length, vectors], the same for the same length."""
-    return _random(length, _VECTORS).to(device, torch.bfloat16)
-
-
-def _random(rows: int, columns: int) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(rows)
-    return torch.randn(rows, columns, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _described(value: Any) -> str:

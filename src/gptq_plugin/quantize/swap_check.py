@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export.verify_outputs import Sample, difference, floats, tolerance
@@ -61,8 +62,8 @@ class Trace:
             return f"layers are called {len(self.calls)} times instead of {len(other.calls)}"
         if [t.shape for t in self.outputs] != [t.shape for t in other.outputs]:
             return "the shapes of the outputs differ"
-        pairs = zip(self.outputs, other.outputs, strict=True)
-        share = max((difference(a, b) for a, b in pairs if difference(a, b) > tolerance(a, b)), default=0.0)
+        pairs = [(a, b, difference(a, b)) for a, b in zip(self.outputs, other.outputs, strict=True)]
+        share = max((apart for a, b, apart in pairs if apart > tolerance(a, b)), default=0.0)
         return f"an output differs by {share:.3g} of the largest" if share else None
 
 
@@ -172,7 +173,9 @@ def _run(model: nn.Module, sample: Sample, alone: Alone) -> list[Tensor]:
     """The floating-point tensors of the sample's outputs. Random numbers are the same in every run."""
     outputs: list[Tensor] = []
     devices = [sample.device] if sample.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    # Not cuDNN's attention, which plans anew on every thread, for longer than a run takes.
+    attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with torch.no_grad(), torch.random.fork_rng(devices), attention:
         torch.manual_seed(0)
         alone(lambda: outputs.extend(floats(sample.forward(model, sample.batch))))
     return outputs
@@ -180,8 +183,8 @@ def _run(model: nn.Module, sample: Sample, alone: Alone) -> list[Tensor]:
 
 def _sums(x: Tensor) -> Tensor:
     """The sum and the sum of magnitudes, [2]."""
-    exact = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    return torch.stack([exact.sum(), exact.abs().sum()])
+    x, exact = x.detach(), torch.promote_types(x.dtype, torch.float32)
+    return torch.stack([x.sum(dtype=exact), torch.linalg.vector_norm(x, 1, dtype=exact)])
 
 
 def _same_sums(mine: Tensor, theirs: Tensor) -> bool:

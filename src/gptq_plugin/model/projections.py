@@ -1,0 +1,227 @@
+"""Outputs of a layer against x·Wᵀ + b, by projections: `LayerProjections`, `apart`.
+
+All rows are compared, in a few of the product's operations: with random vectors R, y R = x (Wᵀ R) + b R takes in + out
+multiplications a row and vector, where x·Wᵀ takes in · out (Freivalds, 1977, Probabilistic machines can use less
+running time).
+
+Tested by tests/model/test_judgement.py: through the judgement of layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.device.precision import full_precision
+from gptq_plugin.model.targets import Target
+from gptq_plugin.walk.layer_inputs import SeenInput
+
+_VECTORS = 8
+_PIECE = 2**24  # entries converted to float32 at a time
+# Tolerated differences, relative to the norms of a row's output and of its terms. 16-bit outputs are rounded at 2^-9,
+# and float32 products that PyTorch may compute in fewer bits (TF32, bfloat16) as far.
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
+_FEWER_BITS = 1e-2
+_ALONG = 0.2  # tolerated differences along the outputs, in parts of those in any direction
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is left of the input and the output of one call.
+
+    Attributes:
+        found: y R, [rows, vectors].
+        expected: x (Wᵀ R) + b R, [rows, vectors].
+        terms: The size of what each row's outputs are sums of, [rows]: above the outputs' where their terms cancel, and
+            rounding shows more.
+        tolerance: Relative.
+        overflows: Outputs may be infinite where the product is finite: they are float16.
+    """
+
+    found: Tensor
+    expected: Tensor
+    terms: Tensor
+    tolerance: float
+    overflows: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in (self.found, self.expected, self.terms))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is left of the input of one call; `against` its output it is a comparison."""
+
+    expected: Tensor
+    terms: Tensor
+    vectors: Tensor
+    dtype: torch.dtype
+    tolerance: float
+
+    def against(self, output: Tensor) -> Comparison:
+        """The comparison with the output, [..., out]."""
+        with full_precision(output.device):
+            found = _projected(output.detach().reshape(-1, len(self.vectors)), self.vectors)
+        return Comparison(found, self.expected, self.terms, self.tolerance, self.dtype == torch.float16)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight's projections.
+
+    Attributes:
+        seen: The parameter, which may go home meanwhile.
+        dtype: In which the layer computes.
+        vectors: R, [out, vectors].
+        addends: Those of Wᵀ R / scale, [in, addends · vectors].
+        scale: [].
+        bias: b R, [vectors].
+        norm: Of W, over √in, [].
+    """
+
+    seen: SeenInput
+    dtype: torch.dtype
+    vectors: Tensor
+    addends: Tensor
+    scale: Tensor
+    bias: Tensor
+    norm: Tensor
+
+
+class LayerProjections:
+    """Projects the calls of one layer.
+
+    Args:
+        target: The layer.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._weight: _Weight | None = None
+
+    def expected(self, x: Tensor, dtype: torch.dtype) -> Expected:
+        """What outputs have to agree with.
+
+        Args:
+            x: The layer's input, [..., in].
+            dtype: In which the layer multiplies it.
+        """
+        with full_precision(x.device):
+            weight = self._current(dtype, x.device)
+            rows = x.detach().to(dtype).reshape(-1, x.shape[-1])
+            addends = _projected(rows, weight.addends).unflatten(-1, (-1, _VECTORS)).sum(-2)
+            expected = torch.addcmul(weight.bias, addends, weight.scale)
+            terms = torch.linalg.vector_norm(rows, dim=-1, dtype=_exact(dtype)) * weight.norm
+        return Expected(expected, terms, weight.vectors, dtype, _tolerance(dtype))
+
+    def _current(self, dtype: torch.dtype, device: torch.device) -> _Weight:
+        """The weight's projections, made anew if it is another than before."""
+        parameter = self._target.parameter
+        if self._weight is None or not self._weight.seen.is_same(parameter) or self._weight.dtype != dtype:
+            self._weight = _projected_weight(self._target, dtype, device)
+        return self._weight
+
+
+def apart(comparisons: Sequence[Comparison]) -> list[Tensor]:
+    """How far outputs are from the expected ones, [2] each: in tolerances, and relative to the expected ones.
+
+    The first is the larger of two: the largest difference of a row, and the part of all differences together that goes
+    along with the outputs, which for rounding is small (a forward that scales by 1.01 in bfloat16 shows there).
+
+    Rows that are not finite by x·Wᵀ + b are left out, since padding may hold anything, and where sums overflow those
+    that are not finite in the output, which are refused elsewhere.
+    """
+    alike: dict[object, list[int]] = {}
+    for number, one in enumerate(comparisons):
+        key = one.found.shape, one.found.dtype, one.found.device, one.tolerance, one.overflows
+        alike.setdefault(key, []).append(number)
+    found: dict[int, Tensor] = {}
+    for numbers in alike.values():
+        found |= zip(numbers, _apart([comparisons[number] for number in numbers]), strict=True)
+    return [found[number] for number in range(len(comparisons))]
+
+
+def _apart(alike: Sequence[Comparison]) -> Sequence[Tensor]:
+    """`apart` of comparisons of one shape, together: their operations are many and small."""
+    found, expected, terms = (
+        torch.stack(parts) for parts in zip(*((one.found, one.expected, one.terms) for one in alike), strict=True)
+    )
+    counted = expected.isfinite().all(-1)
+    if alike[0].overflows:
+        counted &= found.isfinite().all(-1)
+    difference = torch.where(counted[..., None], found - expected, 0)
+    expected, terms = torch.where(counted[..., None], expected, 0), torch.where(counted, terms, 1)
+    tiny = torch.finfo(terms.dtype).tiny
+    sizes, of_rows = expected.square().mean(-1).sqrt(), difference.square().mean(-1).sqrt()
+    allowed = (sizes + terms) * alike[0].tolerance
+    along = (difference * expected).mean(-1).sum(-1).abs() / (allowed * sizes).sum(-1).clamp(min=tiny)
+    excess = along.nan_to_num(nan=torch.inf) / _ALONG
+    if found.shape[1]:
+        most = (of_rows / allowed.clamp(min=tiny)).nan_to_num(nan=torch.inf).amax(-1)
+        excess = torch.maximum(most, excess)
+    relative = difference.square().sum((1, 2)).sqrt() / expected.square().sum((1, 2)).sqrt().clamp(min=tiny)
+    return torch.stack([excess, relative], dim=-1).unbind()
+
+
+def random_rows(rows: int, columns: int) -> Tensor:
+    """Normal random numbers, float32 [rows, columns], the same for the same number of rows."""
+    generator = torch.Generator("cpu").manual_seed(rows)
+    return torch.randn(rows, columns, generator=generator, device="cpu", dtype=torch.float32)
+
+
+def _projected_weight(target: Target, dtype: torch.dtype, device: torch.device) -> _Weight:
+    weight = target.weight.to(device, dtype)
+    vectors = _vectors(len(weight), dtype, device)
+    projected = _projected(weight.T, vectors)
+    scale = projected.new_ones(())
+    if _on_tensor_cores(vectors):
+        # Two addends leave 2^-16 of a number. The largest becomes 1, since float16 ends at 65504.
+        scale = torch.linalg.vector_norm(projected, torch.inf).clamp(min=torch.finfo(projected.dtype).tiny)
+        projected = projected / scale
+        first = projected.to(dtype)
+        projected = torch.cat([first, (projected - first).to(dtype)], dim=1)
+    bias = projected.new_zeros(_VECTORS, dtype=scale.dtype)
+    if target.bias is not None:
+        bias = _projected(target.bias.detach().to(device, dtype)[None], vectors)[0]
+    norm = torch.linalg.vector_norm(weight, dtype=_exact(dtype)) / weight.shape[1] ** 0.5
+    return _Weight(SeenInput(target.parameter), dtype, vectors, projected, scale, bias, norm)
+
+
+def _projected(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """The product [rows, vectors] of a matrix, [rows, columns], in float32, or in float64 for such a matrix.
+
+    Args:
+        matrix: In the dtype that the layer computes in.
+        vectors: [columns, vectors].
+    """
+    exact = _exact(matrix.dtype)
+    if _on_tensor_cores(vectors) and matrix.dtype == vectors.dtype:
+        return torch.mm(matrix, vectors, out_dtype=exact)  # type: ignore[call-overload, no-any-return]
+    vectors = vectors.to(exact)
+    pieces = matrix.split(max(1, _PIECE // max(1, matrix.shape[1])))
+    return torch.cat([piece.to(exact) @ vectors for piece in pieces])
+
+
+def _on_tensor_cores(vectors: Tensor) -> bool:
+    """True for vectors by which a GPU multiplies a matrix of 16 bits as it is, reading it once."""
+    return vectors.is_cuda and vectors.dtype in (torch.float16, torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=64)
+def _vectors(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random vectors, [length, vectors] in `dtype`; their numbers have at most 8 significant bits."""
+    return random_rows(length, _VECTORS).to(torch.bfloat16).to(device, dtype)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    return _TOLERANCE.get(dtype, _FEWER_BITS) if exact else _FEWER_BITS
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
