@@ -20,6 +20,14 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, tor
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+
+def gpu(test):
+    """Marks a test that needs a GPU."""
+    for mark in needs_gpu:
+        test = mark(test)
+    return test
+
+
 triton_device = pytest.mark.parametrize(
     "device",
     [

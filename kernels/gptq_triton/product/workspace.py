@@ -31,6 +31,10 @@ class Workspace:
         """Parts, float32, and counters, int32, for a product with so many tiles and numbers in its parts."""
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return torch.empty(floats, device=self._device), _captured_counters(self._device, tiles)
+        return self.kept(tiles, floats)
+
+    def kept(self, tiles: int, floats: int) -> tuple[Tensor, Tensor]:
+        """The stream's own parts and counters, made longer where they are too short."""
         if self._parts is None or self._parts.numel() < floats:
             self._parts = torch.empty(floats, device=self._device)
         if self._counters is None or len(self._counters) < tiles:

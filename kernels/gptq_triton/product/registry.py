@@ -1,0 +1,152 @@
+"""The kernels between which is chosen, each with the options it can run with: `KERNELS`, `run`.
+
+A further kernel is a line in `KERNELS`, and a clause in `rule` if it is to be chosen without having been measured.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import rule
+from .choice import Choice, Gpu
+from .dense import dense
+from .few_rows import few_rows
+from .hopper import gluon
+from .layout import Arranged, Layout
+from .workspace import Workspace
+
+Options = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to multiply.
+
+    Attributes:
+        multiply: Writes x Wᵀ + bias, as `few_rows.few_rows`; its keyword-only arguments are the options.
+        fits: (layout, rows, dtype, gpu, options): true if the options, all of them, are right for a layout and so many
+            rows at most, and their shared memory is there.
+        near: (layout, rows, dtype, gpu): options that are worth a measurement, the likeliest first.
+    """
+
+    multiply: Callable[..., None]
+    fits: Callable[[Layout, int, torch.dtype, Gpu, Mapping[str, int]], bool]
+    near: Callable[[Layout, int, torch.dtype, Gpu], Iterator[Options]]
+
+    @property
+    def options(self) -> Options:
+        """Names of the options with what they are where they are left out."""
+        arguments = inspect.signature(self.multiply).parameters.values()
+        return {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
+
+
+def run(
+    choice: Choice, x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor,
+    workspace: Workspace,
+) -> None:  # fmt: skip
+    """Writes x Wᵀ + bias by the kernel chosen; arguments are those of `few_rows.few_rows`."""
+    KERNELS[choice.kernel].multiply(x, layout, arranged, bias, out, workspace, **dict(choice.options))
+
+
+def fits(choice: Choice, layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> bool:
+    """True if there is such a kernel on the GPU, and it takes the layout and so many rows with these options."""
+    kernel = KERNELS.get(choice.kernel)
+    if kernel is None:
+        return False
+    options, given = kernel.options, dict(choice.options)
+    if not given.keys() <= options.keys() or len(given) < len(choice.options):
+        return False
+    return kernel.fits(layout, rows, dtype, gpu, options | given)
+
+
+def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
+    BN, BM, SPLIT, STAGES, warps = (options[name] for name in ("BN", "BM", "SPLIT", "STAGES", "warps"))
+    return (
+        rows <= rule.FEW_ROWS_TILED
+        and BN in (32, 64, 128)
+        and layout.outputs % BN == 0
+        and BM in (8, 16, 32, 64, 128)
+        and 1 <= SPLIT <= layout.steps
+        and 1 <= STAGES <= 8
+        and warps in (1, 2, 4, 8)
+        and rule.shared_of_few(layout, dtype, BN, BM, STAGES) <= gpu.shared
+    )
+
+
+def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
+    own = rule.few(layout, rows, dtype, gpu)
+    BN, BM, SPLIT, STAGES, warps = own.values()
+    for change in (
+        {}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, {"STAGES": 8 - STAGES}, {"BN": 96 - BN},
+        {"BN": 96 - BN, "SPLIT": SPLIT // 2 if BN == 64 else 2 * SPLIT}, {"warps": 6 - warps}, {"STAGES": 4},
+        {"BM": BM // 2, "warps": 2 if BM <= 32 else 4}, {"SPLIT": 3}, {"BN": 128, "warps": 4},
+        {"SPLIT": 2 * SPLIT, "STAGES": 8 - STAGES}, {"BM": 2 * BM, "warps": 4} if rows > BM else {},
+    ):  # fmt: skip
+        yield own | change
+
+
+def _many_rows(
+    x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
+    *, BN: int = 64, BM: int = 256, STAGES: int = 3, WIDTH: int = 2, SPLIT: int = 1,
+) -> None:  # fmt: skip
+    """`many_rows`; `dense` where x lies at an address that the copy engine does not take."""
+    if x.data_ptr() % 16:
+        return _dense(x, layout, arranged, bias, out, workspace)
+    module = gluon()
+    assert module is not None
+    module.many_rows(x, layout, arranged, bias, out, workspace, BN=BN, BM=BM, STAGES=STAGES, WIDTH=WIDTH, SPLIT=SPLIT)
+    return None
+
+
+def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
+    BN, BM, STAGES, WIDTH, SPLIT = (options[name] for name in ("BN", "BM", "STAGES", "WIDTH", "SPLIT"))
+    module = gluon() if gpu.hopper else None
+    return (
+        module is not None
+        and module.takes(layout, dtype)
+        and BN in (64, 128)
+        and BM in (64, 128, 256)
+        and BN * BM <= 1 << 14  # accumulators of a thread: more spill
+        and 2 <= STAGES <= 8
+        and 1 <= WIDTH <= 64
+        and 1 <= SPLIT <= (2 * layout.steps if rows <= rule.FEW_ROWS_TILED else 1)  # parts of many rows take memory
+        and gpu.shared >= STAGES * (2 * BN + 4 * BM) * 64 + 2048  # the rings, and barriers
+    )
+
+
+def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
+    if rows < rule.FEW_ROWS // 2:
+        return
+    narrow = ((128, 64, 6, 4, 1), (128, 64, 6, 4, 2), (64, 128, 5, 4, 1), (64, 128, 5, 4, 2), (64, 64, 6, 4, 2))
+    wide = ((64, 256, 3, 2, 1), (64, 256, 3, 4, 1), (64, 256, 3, 8, 1), (128, 128, 4, 4, 1), (64, 256, 3, 4, 2))
+    for numbers in narrow if rows <= rule.FEW_ROWS else (*wide, *narrow):
+        yield dict(zip(("BN", "BM", "STAGES", "WIDTH", "SPLIT"), numbers, strict=True))
+
+
+def _dense(
+    x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace
+) -> None:
+    """The vendor's product with the weight made anew."""
+    weight = dense(layout, arranged, x.dtype)
+    torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+
+
+def _dense_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
+    return True
+
+
+def _near_dense(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
+    if rows >= rule.FEW_ROWS // 2:
+        yield {}
+
+
+KERNELS: dict[str, Kernel] = {
+    "few_rows": Kernel(few_rows, _few_fits, _near_few),
+    "many_rows": Kernel(_many_rows, _many_fits, _near_many),
+    "dense": Kernel(_dense, _dense_fits, _near_dense),
+}

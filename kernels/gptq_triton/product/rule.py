@@ -1,0 +1,55 @@
+"""The kernel for a product by rule, which fits what was fastest on an H100 (scripts/bench_qlinear.py): `by_rule`."""
+
+from __future__ import annotations
+
+import torch
+
+from ..needs_triton import triton
+from .choice import Choice, Gpu
+from .hopper import gluon
+from .layout import OUTPUTS, Layout
+
+FEW_ROWS = 64  # up to which the weights' bytes, not arithmetic, take the time
+FEW_ROWS_TILED = 256  # up to which tiles of 64 rows are faster where outputs are too few for larger ones
+_PROGRAMS = 1.6  # for every multiprocessor: as many share the channels of a tile as it takes to have these
+
+
+def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
+    """The kernel for so many rows."""
+    if rows <= FEW_ROWS:
+        return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
+    hopper = gluon() if gpu.hopper else None
+    if hopper is None or not hopper.takes(layout, dtype):
+        return Choice("dense")
+    tiles = layout.outputs // 128 * triton.cdiv(rows, 256)
+    if rows <= FEW_ROWS_TILED and tiles * 2 < gpu.processors:
+        return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
+    return Choice.of("many_rows", BN=64, BM=256, STAGES=3, WIDTH=2 if rows > 1024 else 4)
+
+
+def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
+    """Options of `few_rows`; fits weights of 4096 to 28672 outputs."""
+    block = min(64, max(8, triton.next_power_of_2(rows)))
+    stages = 3
+    while block > 8 and shared_of_few(layout, dtype, OUTPUTS, block, 2) > gpu.shared:
+        block //= 2
+    tiles = layout.outputs // OUTPUTS * triton.cdiv(rows, block)
+    split = next((n for n in (1, 2, 4) if tiles * n >= _PROGRAMS * gpu.processors), 4)
+    split = min(split, layout.steps)
+    narrow = split == 4 and block == 8 and layout.bits != 3
+    if layout.steps // split >= 8 and tiles * split < 3 * gpu.processors and block <= 16 and not narrow:
+        stages = 5
+    while stages > 1 and shared_of_few(layout, dtype, OUTPUTS, block, stages) > gpu.shared:
+        stages -= 1
+    return {
+        "BN": OUTPUTS // 2 if narrow else OUTPUTS,
+        "BM": block,
+        "SPLIT": split,
+        "STAGES": stages,
+        "warps": 2 if block <= 16 and layout.bits != 3 else 4,  # of 3 bits a step has too many codes for two
+    }
+
+
+def shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int) -> int:
+    """Bytes of shared memory that so many steps' words and rows of x take in `few_rows`."""
+    return STAGES * layout.step * (BN * layout.bits // 8 + BM * dtype.itemsize) + 4096

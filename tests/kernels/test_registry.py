@@ -1,0 +1,68 @@
+"""The kernels between which is chosen: the options each can run with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gptq_plugin.kernels.product.choice import Choice, Gpu
+from gptq_plugin.kernels.product.layout import Layout, arrange
+from gptq_plugin.kernels.product.registry import KERNELS, fits, run
+from gptq_plugin.kernels.product.workspace import workspace_of
+
+from gpus import A100, H100, L4
+from kernel_cases import NAN, assert_product, gpu
+
+LAYOUT = Layout.of(4, 128, 4096, 4096, True)
+
+
+def right(text, layout=LAYOUT, rows=16, dtype=torch.float16, on=H100):
+    return fits(Choice.parse(text), layout, rows, dtype, on)
+
+
+def test_every_kernel_has_options_with_defaults():
+    assert KERNELS["few_rows"].options == {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2}
+    assert set(KERNELS["many_rows"].options) == {"BN", "BM", "STAGES", "WIDTH", "SPLIT"}
+    assert KERNELS["dense"].options == {}
+    assert all(type(value) is int for kernel in KERNELS.values() for value in kernel.options.values())
+
+
+def test_options_left_out_are_the_kernels_own():
+    assert right("few_rows") and right("many_rows") and right("dense") and right("few_rows BN=32 BM=8")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no_such_kernel", "run", "dense BN=64", "few_rows WIDTH=2", "few_rows BN=64 BN=64", "few_rows BN=48",
+        "few_rows BN=256", "few_rows BM=4", "few_rows BM=24", "few_rows SPLIT=0", "few_rows SPLIT=17",
+        "few_rows STAGES=0", "few_rows STAGES=9", "few_rows warps=3", "few_rows BM=128 STAGES=4", "many_rows BN=32",
+        "many_rows BM=512", "many_rows BM=256 BN=128", "many_rows STAGES=4", "many_rows WIDTH=0", "many_rows SPLIT=33",
+    ],
+)  # fmt: skip
+def test_options_that_a_kernel_cannot_run_with_do_not_fit(text):
+    assert not right(text)
+
+
+def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
+    assert not right("few_rows BN=128", Layout.of(4, 128, 4096, 4100, True)) and right("few_rows BN=128")
+    assert not right("few_rows", rows=1024) and not right("many_rows SPLIT=2", rows=1024)
+    assert right("many_rows SPLIT=2", rows=256) and right("many_rows", rows=1024)
+    assert not right("many_rows", on=A100) and not right("many_rows", dtype=torch.float32)
+    assert not right("few_rows BM=64 STAGES=3", on=L4) and right("few_rows BM=64 STAGES=3", on=A100)
+    assert not right("few_rows BM=64 STAGES=3", dtype=torch.float32, on=A100)
+
+
+@gpu
+def test_every_kernel_runs_by_its_name_and_x_at_an_odd_address_is_multiplied_too():
+    codes = torch.randint(0, 16, (1024, 192), dtype=torch.uint8)
+    scales, zeros = torch.rand(8, 192).half() + 0.1, torch.full((8, 192), 8, dtype=torch.uint8)
+    layout = Layout.of(4, 128, 1024, 192, True)
+    arranged = arrange(layout, codes.cuda(), scales.cuda(), zeros.cuda())
+    weight = (codes.double() - 8) * scales.double().repeat_interleave(128, 0)
+    held = torch.randn(33 * 1024 + 1, dtype=torch.float16, device="cuda")
+    for x in (held[:-1].view(33, 1024), held[1:].view(33, 1024)):
+        for name in KERNELS:
+            if fits(Choice(name), layout, 64, x.dtype, Gpu.of(x.device)):
+                out = torch.full((33, 192), NAN, dtype=x.dtype, device="cuda")
+                run(Choice(name), x, layout, arranged, None, out, workspace_of(x.device))
+                assert_product(out, x, weight.t(), None)

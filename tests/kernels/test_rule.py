@@ -1,0 +1,51 @@
+"""The rule that chooses a kernel where nothing was measured: as it was fitted on an H100."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gptq_plugin.kernels.product import rule
+from gptq_plugin.kernels.product.choice import Choice
+from gptq_plugin.kernels.product.layout import Layout
+from gptq_plugin.kernels.product.registry import fits
+from gptq_plugin.kernels.product.rule import by_rule
+
+from gpus import A100, GPUS, H100, L4
+
+SIZES = [(4096, 4096), (14336, 4096), (8192, 28672), (1000, 37), (64, 64)]
+
+
+def chosen(rows, n_in=4096, n_out=4096, bits=4, group=128, dtype=torch.float16, gpu=H100):
+    return str(by_rule(Layout.of(bits, group, n_in, n_out, True), rows, dtype, gpu))
+
+
+def test_on_an_h100_the_choice_is_what_was_fastest_there():
+    assert chosen(1) == "few_rows BN=32 BM=8 SPLIT=4 STAGES=3 warps=2"
+    assert chosen(16) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=3 warps=2"
+    assert chosen(64) == "few_rows BN=64 BM=64 SPLIT=4 STAGES=3 warps=4"
+    assert chosen(256) == "few_rows BN=64 BM=64 SPLIT=1 STAGES=3 warps=4"
+    assert chosen(2048) == "many_rows BN=64 BM=256 STAGES=3 WIDTH=2"
+    assert chosen(1, n_out=14336) == "few_rows BN=64 BM=8 SPLIT=1 STAGES=5 warps=2"
+    assert chosen(256, 8192, 28672) == "many_rows BN=64 BM=256 STAGES=3 WIDTH=4"
+
+
+def test_many_rows_are_dense_where_the_kernel_for_hopper_does_not_apply(monkeypatch):
+    assert chosen(2048, gpu=A100) == chosen(65, gpu=L4) == "dense"
+    assert chosen(2048, bits=8) == chosen(2048, group=64) == chosen(2048, dtype=torch.float32) == "dense"
+    assert chosen(2048, n_in=1001) == "dense"
+    monkeypatch.setattr(rule, "gluon", lambda: None)
+    assert chosen(2048) == "dense" and by_rule(Layout.of(4, 128, 4096, 4096, True), 2048, torch.float16, H100) == (
+        Choice("dense")
+    )
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_what_the_rule_chooses_fits(gpu, dtype):
+    for size in SIZES:
+        for bits in (2, 3, 4, 8):
+            for group in (32, 64, 128, 10**9):
+                layout = Layout.of(bits, group, *size, True)
+                for rows in (1, 2, 9, 33, 64, 65, 256, 257, 3000):
+                    choice = by_rule(layout, rows, dtype, gpu)
+                    assert fits(choice, layout, rows, dtype, gpu), f"{choice} for {rows} rows of {layout}"
