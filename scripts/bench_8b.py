@@ -31,6 +31,7 @@ from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
 from gptq_plugin.gptq import solver
 from gptq_plugin.gptq.factor import factorize
 from gptq_plugin.gptq.losses import rounding_loss
+from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.walk.hessian import Hessian
 
 PEERS = {"GPTQModel 7.7": 17.5, "llm-compressor 0.14": 7.39, "a rough prototype": 0.64}
@@ -144,7 +145,7 @@ def block() -> None:
                 lambda: factorize(mean[None], config, torch.float32, 0.01)  # noqa: B023
             )
             parts[f"{label} {name}: columns"] = seconds(
-                lambda: solver._Recursion(wide[None], factor, config).visit()  # noqa: B023
+                lambda: Recursion(wide[None], factor, config).visit()  # noqa: B023
             )
             parts[f"{label} {name}: RTN's loss"] = seconds(
                 lambda: rounding_loss(wide[None], mean, config)  # noqa: B023

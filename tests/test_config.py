@@ -11,8 +11,9 @@ import pickle
 import pytest
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
-from gptq_plugin.config import own_config
+from gptq_plugin.config import MODULE_FIELDS, own_config
 from gptq_plugin.options.fields import is_number
+from gptq_plugin.options.methods import METHOD_FIELDS, METHODS
 
 UNUSUAL = QuantizeConfig(
     bits=3,
@@ -53,6 +54,11 @@ UNUSUAL = QuantizeConfig(
         ("damp_auto_increment", 2, "damp_auto_increment"),
         ("clip_ratios", (), "clip_ratios"),
         ("clip_ratios", (1.5,), "clip_ratios"),
+        ("method", "worst", "method must be one of 'gptq', 'best'"),
+        ("method", ["best"], "method must be one of 'gptq', 'best'"),
+        ("clip_candidates", 0, "clip_candidates must be an integer from 1 to 100"),
+        ("scale_rounds", -1, "scale_rounds must be an integer from 0 to 100"),
+        ("refit_rounds", True, "refit_rounds must be an integer from 0 to 100"),
         ("nsamples", 0, "nsamples must be a positive integer"),
         ("model_seqlen", "512", "model_seqlen"),
         ("batch_size", 0, "batch_size"),
@@ -221,3 +227,31 @@ def test_the_constructor_keeps_its_signature_and_copies():
 def test_text_that_is_no_yaml_is_refused_as_such(text):
     with pytest.raises(ValueError, match="a configuration must be YAML"):
         QuantizeConfig.from_yaml(text)
+
+
+def test_a_method_is_the_values_of_its_fields_that_are_not_given():
+    gptq, best = QuantizeConfig(), QuantizeConfig(method="best")
+    assert (gptq.method, gptq.damp_percent, gptq.clip_candidates, gptq.scale_rounds) == ("gptq", 0.01, 2, 0)
+    assert (best.damp_percent, best.clip_candidates, best.scale_rounds, best.refit_rounds) == (0.1, 13, 3, 3)
+    assert len(gptq.clip_ratios) == 11 and len(best.clip_ratios) == 13
+    some = QuantizeConfig(method="best", scale_rounds=0, damp_percent=0.02)
+    assert (some.scale_rounds, some.damp_percent, some.refit_rounds) == (0, 0.02, 3)
+    assert QuantizeConfig(refit_rounds=1).refit_rounds == 1  # a piece alone
+    assert QuantizeConfig(method="best", **dict.fromkeys(METHOD_FIELDS)) == best  # YAML's null
+    for config in (best, some):
+        assert QuantizeConfig.from_yaml(config.to_yaml()) == config
+        assert QuantizeConfig.from_quantize_config(config.to_quantize_config()) == config
+
+
+def test_every_method_has_a_value_for_every_field_and_only_for_those():
+    for values in METHODS.values():
+        assert tuple(values) == METHOD_FIELDS and set(METHOD_FIELDS) <= set(MODULE_FIELDS)
+
+
+def test_a_rule_that_sets_the_method_sets_its_fields_but_for_those_that_it_gives():
+    config = QuantizeConfig(dynamic={"a": {"method": "best"}, "b": {"method": "best", "damp_percent": 0.05}})
+    best = QuantizeConfig(method="best")
+    assert config.for_module("a") == best and config.for_module("other") == QuantizeConfig()
+    assert config.for_module("b") == dataclasses.replace(best, damp_percent=0.05)
+    back = QuantizeConfig(method="best", damp_percent=0.2, dynamic={"a": {"method": "gptq"}})
+    assert back.for_module("a") == QuantizeConfig() and back.for_module("b").damp_percent == 0.2

@@ -1,8 +1,7 @@
 """Kernels, imported as `gptq_plugin.kernels`. Needs torch, and Triton on a GPU only.
 
-`reference` and `plain_sums` define every operation in plain PyTorch; they are also the CPU path and the oracle of the
-tests. Triton
-modules are imported where they are called, so that the package imports without Triton.
+`reference`, `plain_sums` and `plain_steps` define every operation in plain PyTorch; they are also the CPU path and the
+oracle of the tests. Triton modules are imported where they are called, so that the package imports without Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import plain_sums, reference
+from . import plain_steps, plain_sums, reference
 
 
 def solver_loops(x: Tensor) -> ModuleType:
@@ -40,3 +39,12 @@ def exact_sums(x: Tensor) -> ModuleType:
 
         return sums
     return plain_sums
+
+
+def grid_passes(x: Tensor) -> ModuleType:
+    """The module with `grid_errors`, chosen likewise."""
+    if x.is_cuda and x.dtype == torch.float32:
+        from . import passes  # imported here: needs Triton
+
+        return passes
+    return plain_steps

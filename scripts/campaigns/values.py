@@ -99,7 +99,11 @@ RIGHT: dict[str, SearchStrategy[Any]] = {
     "static_groups": st.booleans(),
     "damp_percent": st.floats(0, 1, exclude_max=True),
     "damp_auto_increment": st.floats(0, 1, exclude_max=True),
-    "clip_ratios": st.lists(st.floats(0.01, 1), min_size=1, max_size=4),
+    "method": st.sampled_from(["gptq", "best"]),
+    "clip_ratios": st.lists(st.floats(0.01, 1.25), min_size=1, max_size=4),
+    "clip_candidates": st.sampled_from([None, 1, 3, 100]),
+    "scale_rounds": st.sampled_from([None, 0, 2]),
+    "refit_rounds": st.sampled_from([None, 0, 2]),
     "true_sequential": st.just(True),
     "lm_head": st.booleans(),
     "dynamic": st.sampled_from(

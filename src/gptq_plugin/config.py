@@ -7,11 +7,9 @@ dicts, YAML and ``quantize_config.json``.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -19,6 +17,8 @@ from gptq_plugin import __version__
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.options import fields
 from gptq_plugin.options.expressions import check_expression
+from gptq_plugin.options.known_names import naming_the_nearest, unknown_option
+from gptq_plugin.options.methods import METHOD_FIELDS, METHODS
 from gptq_plugin.options.rules import matching_rules, rule_regex
 
 COMPRESSED = "compressed-tensors"
@@ -33,13 +33,14 @@ MODULE_FIELDS = (
     "sym",
     "desc_act",
     "static_groups",
-    "damp_percent",
+    "method",
+    *METHOD_FIELDS,
     "damp_auto_increment",
-    "clip_ratios",
 )
 # Fields unknown to other tools; quantize_config.json has them under `meta`, which clients ignore.
 _META_FIELDS = (
-    "clip_ratios",
+    "method",
+    *(name for name in METHOD_FIELDS if name != "damp_percent"),
     "modules_to_not_convert",
     "model_seqlen",
     "nsamples",
@@ -49,21 +50,26 @@ _META_FIELDS = (
 )
 
 
-_SMALLEST_RATIO = 0.01
+_SMALLEST_RATIO, _LARGEST_RATIO = 0.01, 1.25
+_MOST_ROUNDS = 100
 _KINDS = {
     "bits": fields.one_of(*BITS),
     "group_size": fields.integer(1, also=-1),
     "sym": fields.SWITCH,
     "desc_act": fields.SWITCH,
     "static_groups": fields.SWITCH,
+    "method": fields.one_of(*METHODS),
     "damp_percent": fields.share(),
     "damp_auto_increment": fields.share(),
     "clip_ratios": fields.list_of(
-        fields.Kind("", lambda ratio: fields.is_number(ratio) and _SMALLEST_RATIO <= ratio <= 1),
-        f"a list of 1 to 100 numbers in [{_SMALLEST_RATIO}, 1]",
+        fields.Kind("", lambda ratio: fields.is_number(ratio) and _SMALLEST_RATIO <= ratio <= _LARGEST_RATIO),
+        f"a list of 1 to 100 numbers in [{_SMALLEST_RATIO}, {_LARGEST_RATIO}]",
         least=1,
         most=100,
     ),
+    "clip_candidates": fields.integer(1, 100),
+    "scale_rounds": fields.integer(0, _MOST_ROUNDS),
+    "refit_rounds": fields.integer(0, _MOST_ROUNDS),
     "true_sequential": fields.SWITCH,
     "lm_head": fields.SWITCH,
     "dynamic": fields.of_type("a mapping from regular expressions to the fields they change", Mapping),
@@ -76,26 +82,10 @@ _KINDS = {
     "checkpoint_format": fields.one_of(*CHECKPOINT_FORMATS),
 }
 _EMPTY = ("dynamic", "modules_to_not_convert")  # None is an empty one
-
-_Config = TypeVar("_Config")
-
-
-def _naming_the_nearest(config: type[_Config]) -> type[_Config]:
-    """Has a dataclass answer an argument that it does not have with the nearest field."""
-    init = config.__init__
-
-    @functools.wraps(init)
-    def checked(self: _Config, *args: Any, **given: Any) -> None:
-        unknown = _unknown_option(config, given)
-        if unknown:
-            raise TypeError(unknown)
-        init(self, *args, **given)
-
-    setattr(config, "__init__", checked)  # noqa: B010  for mypy
-    return config
+_OF_METHOD: Any = None  # the method's value
 
 
-@_naming_the_nearest
+@naming_the_nearest
 @dataclass(frozen=True)
 class QuantizeConfig:
     """How to quantize a model.
@@ -117,11 +107,20 @@ class QuantizeConfig:
         sym: Symmetric grid, with the zero fixed at 2^(bits-1); False stores a zero for every group.
         desc_act: Activation order, with groups along that order (see above).
         static_groups: Scales of the original, contiguous groups, fixed before the solve (see above).
-        damp_percent: Share of the mean of diag(H) that is added to diag(H), in [0, 1).
+        method: ``"gptq"``, or ``"best"``: the most accurate codes, in more time. It is a set of values for
+            `damp_percent`, `clip_ratios`, `clip_candidates`, `scale_rounds` and `refit_rounds` (`METHODS`), which those
+            of them have that are None when a configuration is made.
+        damp_percent: Share of the mean of diag(H) that is added to diag(H), in [0, 1). gptq: 0.01, best: 0.1.
         damp_auto_increment: Added to damp_percent if the Hessian has no Cholesky factor even in float64, ten times as
             much at each further attempt; 0 falls back to round-to-nearest at once.
-        clip_ratios: Parts of a group's range that its grid may cover. For each row the two with the least expected
-            output error are solved, and the better one is kept; ``(1.0,)`` is plain GPTQ.
+        clip_ratios: Parts of a group's range that its grid may cover; ``(1.0,)`` is plain GPTQ. gptq: eleven
+            from 1 to 0.5, best: thirteen from 1.1 to 0.45.
+        clip_candidates: Ratios solved for each row, those with the least expected output error; the best solution is
+            kept. gptq: 2, best: all 13.
+        scale_rounds: Times that scales (and zeros) are picked anew to suit the targets, which earlier errors have moved
+            away from the weights, and solved; kept for the rows whose output error falls. gptq: 0, best: 3.
+        refit_rounds: Times that the best scales for the codes are computed, then each code once is set to the best for
+            all others (coordinate descent); kept for the rows whose output error falls. gptq: 0, best: 3.
         true_sequential: Calibrate each layer on the outputs of the quantized layers before it. Lock-step calibration
             does so in one pass; False only occurs in other tools' files.
         lm_head: Also quantize the output embedding, or the output layer of a classifier.
@@ -148,9 +147,9 @@ class QuantizeConfig:
     sym: bool = True
     desc_act: bool = False
     static_groups: bool = True
-    damp_percent: float = 0.01
+    damp_percent: float = _OF_METHOD
     damp_auto_increment: float = 0.0025
-    clip_ratios: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+    clip_ratios: tuple[float, ...] = _OF_METHOD
     true_sequential: bool = True
     lm_head: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -161,8 +160,16 @@ class QuantizeConfig:
     seed: int = 0
     token_weighting: str = "all"
     checkpoint_format: str = "gptq"
+    method: str = "gptq"
+    clip_candidates: int = _OF_METHOD
+    scale_rounds: int = _OF_METHOD
+    refit_rounds: int = _OF_METHOD
 
     def __post_init__(self) -> None:
+        _KINDS["method"].check("method", self.method)
+        for name, value in METHODS[self.method].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name, kind in _KINDS.items():
             given = getattr(self, name)
             if name not in _EMPTY or given is not None:  # YAML and JSON have None for empty collections
@@ -180,12 +187,17 @@ class QuantizeConfig:
         pattern, overrides = self.rule_for(name)
         if pattern.startswith("-:"):
             return None
-        return dataclasses.replace(self, **overrides, dynamic={}) if self.dynamic else self
+        return _overridden(self, overrides) if self.dynamic else self
 
     def rule_for(self, name: str) -> tuple[str, Mapping[str, Any]]:
         """The `dynamic` rule of a module, the first whose pattern matches; ("", {}) if none does."""
         pattern = next(iter(matching_rules(self.dynamic, name)), "")
         return pattern, self.dynamic[pattern] if pattern else {}
+
+    @property
+    def keeps_ratios(self) -> bool:
+        """True if every scale comes from its group's range in the float weight and one of `clip_ratios`."""
+        return self.static_groups and not self.scale_rounds and not self.refit_rounds
 
     def group_size_for(self, in_features: int) -> int:
         """Group size of a layer with `in_features` inputs: `group_size` if it divides them; else the largest of 128, 64
@@ -211,7 +223,7 @@ class QuantizeConfig:
             ValueError: An unknown option; the message names it and the most similar one.
         """
         fields.MAPPING.check("a configuration", values)
-        unknown = _unknown_option(cls, values)
+        unknown = unknown_option(cls, values)
         if unknown:
             raise ValueError(unknown)
         return cls(**values)
@@ -289,15 +301,10 @@ def _our_meta(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return ours if isinstance(ours, Mapping) else {}
 
 
-def _unknown_option(config: type, values: Iterable[Any]) -> str:
-    """A sentence for the first name that is no field, with the nearest one; empty if all are."""
-    known = [f.name for f in dataclasses.fields(config)]
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            return f"unknown option {name!r}: {hint}{config.__name__} has {', '.join(known)}"
-    return ""
+def _overridden(config: QuantizeConfig, overrides: Mapping[str, Any]) -> QuantizeConfig:
+    """The configuration under a rule. A rule that sets the method sets its fields too, but for those that it gives."""
+    of_method = dict.fromkeys(METHOD_FIELDS) if "method" in overrides else {}
+    return dataclasses.replace(config, **{**of_method, **overrides}, dynamic={})
 
 
 def _check_rule(config: QuantizeConfig, pattern: Any, overrides: Any) -> None:
@@ -319,7 +326,7 @@ def _check_rule(config: QuantizeConfig, pattern: Any, overrides: Any) -> None:
             f"To leave modules float, write '-:{rule_regex(pattern)}': {{}}"
         )
     try:
-        dataclasses.replace(config, **overrides, dynamic={})
+        _overridden(config, overrides)
     except ValueError as error:
         raise ValueError(f"{rule}: {error}") from error
 

@@ -58,7 +58,7 @@ def test_the_options_are_the_configuration_that_the_overrides_give():
 
 def test_the_choices_of_each_group_have_their_headings_and_a_mark():
     text = help_text("finetune", ["quantizer=w3g128"])
-    assert "* quantizer=w3g128   GPTQ, 3 bits, groups of 128" in text and "    data=text " in text
+    assert "* quantizer=w3g128       GPTQ, 3 bits, groups of 128" in text and "    data=text " in text
     assert "# GPTQ, 3 bits, groups of 128; all else as in w4g128.\nquantizer:" in text
     assert "run=" not in text.partition(OPTIONS)[0]
 

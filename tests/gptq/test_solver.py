@@ -9,7 +9,7 @@ import torch
 from gptq_plugin.kernels import reference
 
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.gptq import solver
+from gptq_plugin.gptq import solver, sweep
 from gptq_plugin.gptq.grid import grid, round_to_nearest
 from gptq_plugin.gptq.losses import output_error
 from gptq_plugin.gptq.row_blocks import divided
@@ -42,7 +42,7 @@ def test_odd_shapes_equal_the_paper(n, size, order):
 @pytest.mark.parametrize("order", ORDERS)
 def test_static_groups_are_solved_in_spans_of_their_own_width_and_others_group_by_group(order, monkeypatch):
     """A span that leaves one column for the last is solved too."""
-    monkeypatch.setattr(solver, "SPAN", 32)
+    monkeypatch.setattr(sweep, "SPAN", 32)
     spans, solve_span = [], reference.solve_span
     monkeypatch.setattr(
         reference, "solve_span", lambda pushed, *rest: spans.append(pushed.shape[1]) or solve_span(pushed, *rest)
@@ -429,19 +429,19 @@ def test_the_forecast_knows_what_an_error_costs_and_how_far_targets_move(order, 
 def test_where_products_are_split_results_stay_as_accurate(monkeypatch):
     """As on a GPU, on a CPU: errors of a span are pushed on as float16 parts, and round-to-nearest's loss is rough."""
     weight, hessian = (t.float() for t in correlated(rows=24, n=160))
-    monkeypatch.setattr(solver, "SPAN", 32)
-    pushed, right_operand = [], solver.tensor_cores.right_operand
+    monkeypatch.setattr(sweep, "SPAN", 32)
+    pushed, right_operand = [], sweep.tensor_cores.right_operand
 
     def watch(x, scale):
         pushed.append(float((x * scale).abs().max()))
         return right_operand(x, scale)
 
-    monkeypatch.setattr(solver.tensor_cores, "right_operand", watch)
+    monkeypatch.setattr(sweep.tensor_cores, "right_operand", watch)
     for order in ORDERS.values():
         config = plain(bits=3, group_size=32, **order)
         results = []
         for usable in (False, True):
-            monkeypatch.setattr(solver.tensor_cores, "usable", lambda x, usable=usable: usable)
+            monkeypatch.setattr(sweep.tensor_cores, "usable", lambda x, usable=usable: usable)
             results.append(solve_blocks(weight.unflatten(0, (2, 12)), hessian, config))
         whole, split = results
         assert bool(pushed) == config.static_groups and all(100 < one < 2**15 for one in pushed)
@@ -455,8 +455,8 @@ def test_where_products_are_split_results_stay_as_accurate(monkeypatch):
 def test_where_products_are_split_small_rows_are_as_accurate_as_large_ones(monkeypatch):
     """Each is solved in its own unit: float16 parts would lose the errors of a row in a larger one's."""
     weight, hessian = (t.float() for t in correlated(rows=6, n=96))
-    monkeypatch.setattr(solver, "SPAN", 16)
-    monkeypatch.setattr(solver.tensor_cores, "usable", lambda x: True)
+    monkeypatch.setattr(sweep, "SPAN", 16)
+    monkeypatch.setattr(sweep.tensor_cores, "usable", lambda x: True)
     sizes = 2.0 ** torch.tensor([-6, -3, 0, 2, 5, 9])
     config = plain(bits=3, group_size=32)
     plain_size, sized = (solve(w, hessian, config) for w in (weight, weight * sizes[:, None]))

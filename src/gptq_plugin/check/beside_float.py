@@ -92,10 +92,10 @@ class BesideFloat:
 
     def _grid_of(self, entry: LayerEntry) -> tuple[QuantizeConfig, tuple[float, ...]]:
         """The layer's grid, and the clip ratios of its groups if these come from the float weight: in our own
-        checkpoints with static groups."""
+        checkpoints with static groups, unless scales were improved."""
         ours = self._config.for_module(entry.name) if self._config is not None else None
-        if ours is not None and ours.static_groups:
-            return ours, ours.clip_ratios
+        if ours is not None:
+            return ours, ours.clip_ratios if ours.keeps_ratios else ()
         v1 = self._checkpoint.checkpoint_format == "gptq"
         return QuantizeConfig(bits=entry.bits, sym=entry.sym, checkpoint_format="gptq" if v1 else "gptq_v2"), ()
 

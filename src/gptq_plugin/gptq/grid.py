@@ -78,14 +78,24 @@ def grid(values: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
         scales = 2 * values.abs().amax(-1) / top
         zeros = torch.full_like(scales, 2 ** (config.bits - 1))
     else:
-        # v1 stores z − 1, and clients read z = 0 differently: widen the grid until z is at least 1.
-        least = 1 if config.checkpoint_format == "gptq" else 0
+        least = least_zero(config)  # widen the grid until z is as large
         high = values.amax(-1).clamp(min=0)
         low = torch.minimum(values.amin(-1), -high * least / (top - least))
         scales = (high - low) / top
         zeros = torch.round(-low / torch.where(scales == 0, 1, scales)).clamp(least, top)  # least: a group of zeros
     scales = torch.where(scales == 0, 1, scales)  # a group of zeros: any scale fits
     return scales.clamp(min=_SMALLEST_SCALE).to(SCALE_DTYPE).to(values.dtype), zeros
+
+
+def least_zero(config: QuantizeConfig) -> int:
+    """The smallest zero a checkpoint can have. v1 stores z − 1, and clients read z = 0 differently."""
+    return 1 if config.checkpoint_format == "gptq" else 0
+
+
+def stored_scales(scales: Tensor) -> Tensor:
+    """The nearest scales that a checkpoint can store, in the same dtype."""
+    largest = torch.finfo(SCALE_DTYPE).max
+    return scales.clamp(_SMALLEST_SCALE, largest).to(SCALE_DTYPE).to(scales.dtype)
 
 
 def coarse_scales(groups: int) -> list[str]:

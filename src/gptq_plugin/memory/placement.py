@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.device.memory import free_bytes
+from gptq_plugin.gptq.improve import CHUNK, CHUNK_BYTES, improves
 from gptq_plugin.memory.slots import distinct_tensors
 from gptq_plugin.model.targets import Target
 
@@ -28,6 +29,9 @@ _OVERLAYS = 4 * _GIB
 # weights solved together (in two layouts, the errors pushed to them for two candidates, and round-to-nearest's error).
 _BYTES_HESSIAN = 12
 _BYTES_WEIGHT = 30
+# Where rounding is improved: the Hessian's rows for coordinate descent, a chunk's tensors, and those of all weights.
+_BYTES_DESCENT = 8
+_BYTES_OUTSIDE = 16
 _BYTES_THREAD = 33 * 2**20  # a CUDA library's workspace on each batch's thread
 
 
@@ -144,11 +148,18 @@ def bytes_away(model: nn.Module, device: torch.device) -> int:
 
 def solver_bytes(targets: Sequence[Target]) -> int:
     """The most bytes that solving takes: layers of one parent with equally many inputs may be solved together."""
-    rows: dict[tuple[str, int], int] = defaultdict(int)
+    rows: dict[tuple[str, int, bool], int] = defaultdict(int)
     for target in targets:
         out_features, in_features = target.weight.shape
-        rows[target.name.rpartition(".")[0], in_features] += out_features
-    return max(n * n * _BYTES_HESSIAN + n * out * _BYTES_WEIGHT for (_, n), out in rows.items())
+        rows[target.name.rpartition(".")[0], in_features, improves(target.config)] += out_features
+    return max(_solver_bytes(out, n, improved) for (_, n, improved), out in rows.items())
+
+
+def _solver_bytes(out: int, n: int, improved: bool) -> int:
+    if not improved:
+        return n * n * _BYTES_HESSIAN + n * out * _BYTES_WEIGHT
+    of_weights = n * out * _BYTES_OUTSIDE + min(n * out, CHUNK) * CHUNK_BYTES
+    return n * n * (_BYTES_HESSIAN + _BYTES_DESCENT) + of_weights
 
 
 def fixed_bytes(targets: Sequence[Target], device: torch.device, batches: int) -> int:

@@ -16,6 +16,7 @@ import yaml
 
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.model.hf_models import is_transformers, published_class
+from gptq_plugin.options.methods import METHOD_FIELDS
 from gptq_plugin.report.base_card import License, base_license
 from gptq_plugin.report.card_metadata import metadata
 from gptq_plugin.report.figures import bit_widths, bits_label, metric_values
@@ -192,9 +193,7 @@ def _options(settings: Mapping[str, Any], report: QuantizeReport) -> list[tuple[
     request = report.config
     return [
         *options,
-        ("`static_groups`", code(request.static_groups)),
-        ("`damp_percent`", code(request.damp_percent)),
-        ("`clip_ratios`", code(list(request.clip_ratios))),
+        *((f"`{name}`", code(request.to_dict()[name])) for name in ("static_groups", "method", *METHOD_FIELDS)),
     ]
 
 

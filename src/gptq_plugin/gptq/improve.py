@@ -1,0 +1,91 @@
+"""The recursion and the steps of `refine` behind it, in chunks of rows that fit: `Improvement`.
+
+Rows are independent, so a chunk goes through all steps before the next begins. Its size follows from the shapes alone,
+so that a row's result does not depend on how many ranks share the rows.
+
+Tested by tests/gptq/test_refine.py: with the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.gptq.factor import Factor
+from gptq_plugin.gptq.grid import grids
+from gptq_plugin.gptq.recursion import Recursion
+from gptq_plugin.gptq.refine import Rounding, Rows, descent_columns, improved, rounding
+
+CHUNK = 2**26  # weights at a time, at up to `_ALTERNATIVES` of each row
+CHUNK_BYTES = 70  # for each: five for every alternative, and those of the steps
+_ALTERNATIVES = 13
+_MULTIPLE = 32  # rows, as of blocks
+
+
+def improves(config: QuantizeConfig) -> bool:
+    """True if solving takes more than the recursion with few alternatives."""
+    return config.scale_rounds > 0 or config.refit_rounds > 0 or _alternatives(config) > 2
+
+
+class Improvement:
+    """Rounds B blocks of rows as `recursion.Recursion` does, and improves on it.
+
+    Args:
+        blocks: [B, rows, in], the targets.
+        hessian: [in, in].
+        factor: Of the Hessian.
+        config: As for `solve`.
+
+    Attributes:
+        fits: bool [], all scales are finite in float16; with static groups known before `visit`.
+        codes: uint8 [B, in, rows], after `visit`, as are all others.
+        scales, zeros: [B, G, rows].
+        loss: [B, rows], as of the targets.
+        g_idx: Returns the group of every channel, int32 [in].
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    loss: Tensor
+    g_idx: Callable[[], Tensor]
+
+    def __init__(self, blocks: Tensor, hessian: Tensor, factor: Factor, config: QuantizeConfig):
+        self.config = config
+        self._blocks, self._hessian, self._factor = blocks, hessian, factor
+        self.fits = torch.ones((), dtype=torch.bool, device=blocks.device)
+        if config.static_groups:
+            whole = blocks.new_full((1, blocks.shape[1]), max(config.clip_ratios))
+            for block in blocks:
+                self.fits &= torch.isfinite(grids(block, whole, config)[0]).all()
+
+    def visit(self) -> None:
+        """Fills codes, scales, zeros and loss."""
+        found = [[self._improved(chunk) for chunk in _chunks(block, self.config)] for block in self._blocks]
+        for name in Rounding.__annotations__:
+            of_blocks = [torch.cat([getattr(part, name) for part in parts], -1) for parts in found]
+            setattr(self, name, torch.stack(of_blocks))
+
+    def _improved(self, chunk: Tensor) -> Rounding:
+        """The rounding of some rows, [rows, in]; in the weights' units."""
+        start = Recursion(chunk[None], self._factor, self.config)
+        start.visit_in_units()
+        self.fits &= start.fits
+        self.g_idx = start.g_idx
+        descent = descent_columns(self._hessian, start.columns, self.config)
+        rows = Rows.of(start, self._hessian, descent)
+        found = improved(rows, rounding(rows, start.codes[0], start.scales[0], start.zeros[0]))
+        return Rounding(found.codes, found.scales * rows.unit, found.zeros, found.loss * rows.unit.square())
+
+
+def _alternatives(config: QuantizeConfig) -> int:
+    return min(config.clip_candidates, len(config.clip_ratios))
+
+
+def _chunks(block: Tensor, config: QuantizeConfig) -> Iterator[Tensor]:
+    """Yields the rows [rows, in] in chunks."""
+    most = CHUNK // block.shape[1] * _ALTERNATIVES // max(_ALTERNATIVES, _alternatives(config))
+    yield from block.split(max(_MULTIPLE, most // _MULTIPLE * _MULTIPLE))

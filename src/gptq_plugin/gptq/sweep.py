@@ -1,0 +1,108 @@
+"""One sweep over the columns of blocks of rows, the last position first: the loop of GPTQ's recursion.
+
+A column's target is its weight plus what was pushed to it, and the error of its rounding is pushed to the positions
+before it. With the rows of a factor that is GPTQ (`recursion`); with those of the Hessian, each divided by its diagonal
+entry, it is coordinate descent (`refine`).
+
+Tested by tests/gptq/test_solver.py: on whole solutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.gptq import tensor_cores
+from gptq_plugin.kernels import solver_loops
+
+SPAN = 512  # columns whose errors are pushed to the others in one large product
+_SCALE = 2.0**12  # in `tensor_cores`, of errors that are below 4
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns in the order of their visits: position n − 1 first.
+
+    Attributes:
+        channel: int32 [n], the input channel at each position.
+        group: int32 [n], the group at each position.
+        rows: [1, n, n]; entry (j, k) is the share of the error at k > j that is pushed to j.
+        gain, damping: [n], see `reference.solve_span`.
+        bounded: Errors are below 4 and entries of `rows` below `tensor_cores.LARGEST`, so that tensor cores may
+            multiply them.
+    """
+
+    channel: Tensor
+    group: Tensor
+    rows: Tensor
+    gain: Tensor
+    damping: Tensor
+    bounded: bool
+
+
+def sweep(
+    columns: Columns,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    pushed: Tensor,
+    bits: int,
+    width: int = 0,
+    before: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rounds every column to its group's grid.
+
+    Args:
+        columns: The order of visits, and what is pushed.
+        weight: [B, n, rows], shared by A alternatives of each row.
+        scales, zeros: [B, G, A·rows], the grids.
+        pushed: [B, n, A·rows], to each position at the beginning; overwritten.
+        bits: Width of a code.
+        width: Positions in a span; 0 is `SPAN`.
+        before: Called as before(start, stop) when the errors of all spans after that one are pushed to it.
+
+    Returns:
+        Codes, uint8 [B, n, A·rows] by channel, and losses [B, A·rows] as in `reference.solve_span`.
+    """
+    codes, loss = torch.empty_like(pushed, dtype=torch.uint8), torch.zeros_like(pushed[:, 0])
+    width = width or SPAN
+    for stop in range(pushed.shape[1], 0, -width):
+        start = max(stop - width, 0)
+        if before is not None:
+            before(start, stop)
+        here, errors = slice(start, stop), torch.empty_like(pushed[:, start:stop])
+        solver_loops(weight).solve_span(
+            pushed[:, here],
+            weight,
+            columns.rows[0, here, here],
+            scales,
+            zeros,
+            columns.group[here],
+            columns.channel[here],
+            columns.gain[here],
+            columns.damping[here],
+            codes,
+            errors,
+            loss,
+            bits,
+        )
+        if start:
+            add_products(pushed[:, :start], columns.rows[:, :start, here], errors, columns.bounded)
+    return codes, loss
+
+
+def add_products(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool) -> None:
+    """out[b] += rows @ errors[b] for blocks of rows, [B, m, width], [1, m, k] and [B, k, width], one after the other.
+
+    A library may choose another kernel for another number of blocks.
+    """
+    if tensor_cores.usable(rows) and bounded:
+        left, right = tensor_cores.left_operand(rows, 1.0), tensor_cores.right_operand(errors, _SCALE)
+        for block, of_block in zip(out.split(1), right.split(1), strict=True):
+            tensor_cores.add_product(block, left, of_block, alpha=1 / _SCALE)
+    else:
+        for block, of_block in zip(out.split(1), errors.split(1), strict=True):
+            torch.baddbmm(block, rows, of_block, out=block)

@@ -1,0 +1,87 @@
+"""The definitions of the steps that improve rounded rows, by what they are to achieve; and the Triton pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gptq_plugin.kernels import grid_passes, plain_steps
+
+from kernel_cases import triton_device
+
+
+def problem(n=24, bits=3, seed=0):
+    """A row, its Hessian, codes on two groups, scales, zeros and the groups."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3 * n, n, generator=g, dtype=torch.float64) @ torch.randn(n, n, generator=g, dtype=torch.float64)
+    weight, group = torch.randn(n, generator=g, dtype=torch.float64), torch.arange(n) % 2
+    scales, zeros = torch.tensor([0.5, 0.4], dtype=torch.float64), torch.tensor([3.0, 4.0], dtype=torch.float64)
+    codes = (weight / scales[group] + zeros[group]).round().clamp(0, 2**bits - 1)
+    return weight, x.T @ x / len(x), codes, scales, zeros, group
+
+
+def loss(weight, hessian, codes, scales, zeros, group):
+    e = weight - scales[group] * (codes - zeros[group])
+    return e @ hessian @ e
+
+
+def test_no_other_scales_have_less_loss_for_the_codes():
+    weight, hessian, codes, _, zeros, group = problem()
+    fitted = plain_steps.fitted_scales(weight, hessian, codes, zeros, group)
+    least = loss(weight, hessian, codes, fitted, zeros, group)
+    for change in ([1e-3, 0], [-1e-3, 0], [0, 1e-3], [0, -1e-3], [1e-3, -1e-3]):
+        assert loss(weight, hessian, codes, fitted + torch.tensor(change), zeros, group) > least
+
+
+def test_after_sweeps_of_descent_no_code_alone_can_lower_the_loss():
+    weight, hessian, codes, scales, zeros, group = problem()
+    order, none = torch.randperm(24, generator=torch.Generator().manual_seed(1)), torch.zeros(24)
+    losses = [loss(weight, hessian, codes, scales, zeros, group)]
+    for _ in range(20):
+        codes = plain_steps.descended_codes(weight, hessian, codes, scales[group], zeros[group], order, none, 3)
+        losses.append(loss(weight, hessian, codes, scales, zeros, group))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+    for j in range(24):
+        for step in (-1, 1):
+            other = codes.clone()
+            other[j] = (other[j] + step).clamp(0, 7)
+            assert loss(weight, hessian, other, scales, zeros, group) >= losses[-1]
+
+
+def test_the_whole_correction_gives_the_float_outputs_from_the_quantized_models_inputs():
+    torch.manual_seed(0)
+    x = torch.randn(200, 12, dtype=torch.float64)
+    seen = x + 0.3 * torch.randn(200, 12, dtype=torch.float64)
+    weight = torch.randn(5, 12, dtype=torch.float64)
+    hessian, drift = seen.T @ seen / 200, (x - seen).T @ seen / 200
+    wanted = torch.linalg.lstsq(seen, x @ weight.T).solution.T
+    found = plain_steps.asymmetric_target(weight, hessian, drift, torch.zeros(12), 1.0)
+    torch.testing.assert_close(found, wanted)
+    half = plain_steps.asymmetric_target(weight, hessian, drift, torch.zeros(12), 0.5)
+    torch.testing.assert_close(half, (weight + wanted) / 2)
+    assert torch.equal(plain_steps.asymmetric_target(weight, hessian, drift, torch.zeros(12), 0.0), weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_error_of_a_grid_is_that_of_rounding_to_it(bits):
+    torch.manual_seed(0)
+    targets, gain = torch.randn(5, 21, dtype=torch.float64), torch.rand(21, dtype=torch.float64)
+    scales = torch.rand(4, 5, 3, dtype=torch.float64) + 0.1
+    zeros = torch.randint(0, 2**bits, (4, 5, 3)).double()
+    found = grid_passes(targets).grid_errors(targets, scales, zeros, gain, bits)
+    points = torch.arange(2**bits) - zeros[..., None]  # [A, rows, G, codes]
+    away = targets.unflatten(1, (3, 7))[None, ..., None] - (scales[..., None] * points)[:, :, :, None]
+    wanted = (away.square().amin(-1) * gain.view(3, 7)).sum(-1)
+    torch.testing.assert_close(found, wanted)
+
+
+@triton_device
+@pytest.mark.parametrize(("rows", "groups", "size"), [(1, 1, 7), (19, 3, 32), (5, 2, 200)])
+def test_the_triton_errors_of_grids_are_the_plain_ones(rows, groups, size, device):
+    from gptq_plugin.kernels import passes
+
+    torch.manual_seed(0)
+    targets, gain = torch.randn(rows, groups * size, device=device), torch.rand(groups * size, device=device)
+    scales = torch.rand(4, rows, groups, device=device) + 0.1
+    zeros = torch.randint(0, 8, (4, rows, groups), device=device).float()
+    found = passes.grid_errors(targets, scales, zeros, gain, 3)
+    torch.testing.assert_close(found, plain_steps.grid_errors(targets, scales, zeros, gain, 3), rtol=1e-4, atol=1e-5)
