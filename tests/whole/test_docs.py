@@ -71,12 +71,19 @@ def test_the_errors_page_explains_every_error():
             assert f"| `{public}` |" in page and public in page.rpartition("members:")[2], public
 
 
-def test_every_configuration_file_is_shown_or_differs_in_its_width_only():
+def test_every_configuration_file_is_shown_or_differs_in_its_grid_and_method_only():
     shown = "".join((_REFERENCE / page).read_text() for page in ("configuration.md", "commands.md"))
-    widths = {f"quantizer/w{bits}g128.yaml" for bits in (2, 3, 8)}
+    others = {file for file in (REPOSITORY / "conf" / "quantizer").glob("w*.yaml") if file.stem != "w4g128"}
+    for file in others:
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert given.pop("defaults") == ["w4g128", "_self_"] and given.keys() <= {"bits", "group_size", "method"}
+        grid = re.fullmatch(r"w(\d)g(\d+)(_best)?", file.stem)
+        wanted = {"bits": int(grid[1]), "group_size": int(grid[2]), "method": "best" if grid[3] else "gptq"}
+        assert {"bits": 4, "group_size": 128, "method": "gptq", **given} == wanted
+        assert f"`{file.stem}`" in shown
     for file in (REPOSITORY / "conf").rglob("*.yaml"):
         path = file.relative_to(REPOSITORY / "conf").as_posix()
-        assert f'--8<-- "conf/{path}"' in shown or path in widths, path
+        assert f'--8<-- "conf/{path}"' in shown or file in others, path
 
 
 def test_every_file_that_a_page_shows_is_named_as_the_site_reads_it():
