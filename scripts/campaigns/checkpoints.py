@@ -140,7 +140,9 @@ def _attack(case: Case, rng: Random) -> None:
         # transformers reads before we do, and raises what it raises; but it must not hang, nor load other numbers.
         attempt("transformers", lambda: _by_transformers(folder, loaded, base), lambda error: "")
     if rng.random() < 0.25:
-        attempt("autogptq", lambda: _by_autogptq(folder, loaded, base))
+        # AutoGPTQ's entry takes no plain module, damaged or not.
+        plain = (lambda error: _objection(error, folder, [])) if base == _PLAIN else None
+        attempt("autogptq", lambda: _by_autogptq(folder, loaded, base), plain)
         attempt("float model", lambda: _as_float(folder))
 
 

@@ -242,7 +242,7 @@ class QuantizeConfig:
         try:
             values = yaml.safe_load(text)
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise ValueError(f"a configuration must be YAML: {error}") from error
+            raise ValueError(f"a configuration must be YAML: {str(error)[:600]}") from error
         return cls.from_dict({} if values is None else values)
 
     def to_quantize_config(self) -> dict[str, Any]:

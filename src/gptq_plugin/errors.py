@@ -34,8 +34,9 @@ class QualityError(ValueError):
 
 
 def brief(text: object, most: int = 600) -> str:
-    """A value's or an error's text for a message, cut to its first `most` letters: files of strangers end up in it."""
-    whole = str(text)
+    """A value's or an error's text for a message: cut to its first `most` letters, and with escapes for what cannot be
+    printed. Files of strangers end up in it."""
+    whole = str(text).encode(errors="backslashreplace").decode()
     return whole if len(whole) <= most else f"{whole[:most]}…"
 
 

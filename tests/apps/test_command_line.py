@@ -76,3 +76,46 @@ def test_configurations_of_the_users_own_are_left_to_hydra(called, tmp_path):
     (tmp_path / "own" / "quantizer" / "mine.yaml").write_text("defaults: [w4g128, _self_]\nbits: 8\n")
     (config,) = called("--config-dir=own", "quantizer=mine", "hydra.run.dir=out")
     assert config.quantizer.bits == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["callbacks=inf"], "gptq-finetune: callbacks=inf: Config group override must be a string or a list"),
+        (["quantizer.bits=3", "trainer=1e400", "-m"], "gptq-finetune: trainer=1e400: Config group override"),
+        (["quantizer@x=1e400"], "gptq-finetune: quantizer@x=1e400: "),
+        (["quantizer.bits.x=1"], "gptq-finetune: quantizer.bits.x=1: "),
+        (["hydra.run.dir=${nothing}"], "hydra.run.dir=${nothing}: Interpolation key 'nothing' not found"),
+        (["--config-name=broken"], "the configuration broken: Interpolation key 'nothing' not found"),
+        (["--config-name=unreadable"], "the configuration unreadable: "),
+        (["--config-name=absent"], "the configuration absent: Cannot find primary config 'absent'"),
+        (["--config-name=lost", "--cfg", "job", "--resolve"], "the configuration lost: Interpolation key 'nothing'"),
+        (["--cfg=job", "--info=all"], "give one of --run, --multirun, --cfg, --info"),
+        (["--resolve"], "--resolve belongs to --cfg"),
+        (["--config-dir=nowhere"], "--config-dir=nowhere is no folder"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_configuration_is_told_by_its_override_or_file(words, message, called, capsys, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    start = "defaults: [finetune, _self_]\n"
+    (own / "broken.yaml").write_text(start + "hydra: {run: {dir: '${nothing}'}}\n")
+    (own / "unreadable.yaml").write_text(start + "quantizer: [\n")
+    (own / "lost.yaml").write_text(start + "quantizer: {sym: '${nothing}'}\n")
+    with pytest.raises(SystemExit) as ended:
+        called("--config-dir=own", *words)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and message in told and "Traceback" not in told
+    assert [one.name for one in tmp_path.iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize(("value", "cause"), [("${nothing}", "not found"), ("${quantizer}", "parent node")])
+def test_a_value_that_cannot_be_had_is_told_without_a_traceback(value, cause, capsys, monkeypatch, tmp_path):
+    from gptq_plugin.apps import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gptq-finetune", f"quantizer.sym={value}", "hydra.run.dir=out"])
+    with pytest.raises(SystemExit):
+        cli.finetune()
+    told = capsys.readouterr().err
+    assert "quantizer.sym has a value that cannot be had" in told and cause in told and "Traceback" not in told

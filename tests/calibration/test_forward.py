@@ -158,9 +158,13 @@ def test_tokens_beyond_the_vocabulary_are_refused_before_the_forward(batch):
     ("model", "batch", "message"),
     [
         (nn.Bilinear(3, 3, 2), X, r"tensor \(2, 3\) torch.float32. does not fit Bilinear.forward"),
-        (nn.Bilinear(3, 3, 2), (X, X), "tuple. does not fit Bilinear.forward"),
+        (
+            nn.Bilinear(3, 3, 2),
+            (X, X),
+            r"tuple of 2, the first a tensor \(2, 3\) torch.float32. does not fit",
+        ),
         (tiny_llama(), {"pixels": X}, "keys pixels. does not fit LlamaForCausalLM.forward.*calibration_step"),
-        (tiny_llama(), (IDS, torch.ones_like(IDS)), "tuple. does not fit LlamaForCausalLM.forward"),
+        (tiny_llama(), (IDS, torch.ones_like(IDS)), r"tuple of 2, .*int64. does not fit LlamaForCausalLM.forward"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused_with_the_remedy(model, batch, message):
@@ -174,7 +178,9 @@ def test_a_transformers_model_takes_a_tuple_of_one():
 
 def test_a_batch_is_described_in_a_few_words():
     assert describe({"a": X, "b": 1}) == "keys a, b" and describe(Sample(X, 1, "")) == "keys x, shift, note"
-    assert describe(X) == "tensor (2, 3) torch.float32" and describe([X]) == "list"
+    assert describe(X) == "tensor (2, 3) torch.float32" and describe([]) == "list"
+    assert describe((X, 1)) == "tuple of 2, the first a tensor (2, 3) torch.float32"
+    assert len(describe({f"{n}" * 500: X for n in range(99)})) < 4000
 
 
 def test_every_modules_own_mode_is_restored_also_after_an_error():

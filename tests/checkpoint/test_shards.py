@@ -38,17 +38,18 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
         load_quantized(folder)
 
 
-@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "", ".", "..", "/etc/passwd"])
+@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "", ".", "..", "/etc/passwd", "x" * 10**5])
 def test_an_index_that_points_outside_the_folder_is_refused(shard: str, tmp_path: Path) -> None:
     folder = sharded(tmp_path / "x")
     content = json.loads((folder / INDEX).read_text())
     content["weight_map"]["lm_head.weight"] = shard
     (folder / INDEX).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="lists .* which is not the name of a file of this folder"):
+    with pytest.raises(CheckpointError, match="lists .* which is not the name of a file of this folder") as told:
         load_quantized(folder)
+    assert len(str(told.value)) < 1000
 
 
-@pytest.mark.parametrize("shard", ["x" * 5000, "a\0b", "two"])
+@pytest.mark.parametrize("shard", ["x" * 255, "a\0b", "two"])
 def test_a_file_that_cannot_be_is_named(shard: str, tmp_path: Path) -> None:
     index(tmp_path, a=shard)
     with pytest.raises(CheckpointError, match=r"does not exist or is no regular file, and .* lists a in it"):

@@ -49,6 +49,24 @@ def test_an_earlier_export_is_replaced_only_on_request(rtn: Rtn, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_disk_that_cannot_be_flushed_once_the_folder_is_in_place_is_told_and_fails_nothing(
+    rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, own = QuantizeConfig(group_size=16), staging._sync
+
+    def sync(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        own(path)
+
+    monkeypatch.setattr(staging, "_sync", sync)
+    model = rtn(Plain(), config)
+    for overwrite in (False, True):
+        export_model(model, tmp_path / "out", config, overwrite=overwrite)
+    assert caplog.text.count("is in place, and the disk may not keep it: [Errno 5]") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_files_someone_added_to_an_export_are_not_deleted_with_it(rtn: Rtn, tmp_path: Path) -> None:
     config = QuantizeConfig(group_size=16)
     target = export_model(rtn(Plain(), config), tmp_path / "out", config)

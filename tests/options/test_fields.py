@@ -30,6 +30,9 @@ class Odd:
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
 
+    def __fspath__(self) -> str:
+        raise RuntimeError("no path")
+
 
 WRONG: list[Any] = [
     Odd(), object(), 1 + 2j, b"bytes", numpy.array([1, 2]), torch.tensor([1.0, 2.0]), numpy.int64(4), {1, 2}, "",
@@ -195,7 +198,7 @@ def test_a_value_is_shown_short_and_by_its_type_where_it_cannot_be_shown() -> No
         (fields.above(0), [1e-9, 10**400], [0, float("inf"), float("nan"), True]),
         (fields.optional(fields.SWITCH, "x"), [None, True], [0, "true"]),
         (fields.list_of(fields.NAME, "x", least=1), [["a"], ("a", "b")], [[], "ab", {"a"}, [""], [1], b"a", range(2)]),
-        (fields.PATH, ["a", Path("b")], ["", b"a", 4, None]),
+        (fields.PATH, ["a", Path("b")], ["", b"a", 4, None, Odd()]),
         (fields.FUNCTION, [len, lambda: 0], [None, 4]),
     ],
 )

@@ -358,7 +358,7 @@ def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeyp
     else:
         activation = model.model.layers[1].mlp.act_fn
         monkeypatch.setattr(activation, "forward", fail_at(6, activation.forward))
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(CalibrationError if where == "model" else RuntimeError, match="out of memory"):
         QuantizeModule(**SMALL).quantize(model, tokens(), forward=lambda m, b: call(m, b))
     assert unchanged(model, before) and quantized(model) == []
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
@@ -454,7 +454,7 @@ def test_a_streamed_models_own_weights_are_the_same_objects_afterwards(fails):
     batches = wide_batches()
     if fails:
         model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(CalibrationError, match="raised ZeroDivisionError"):
             quantizer.quantize(model, batches)
     else:
         with quantizer.temporarily(model, batches):
@@ -483,7 +483,7 @@ def test_a_failure_leaves_neither_a_folder_nor_a_changed_model(tmp_path):
     model = llama()
     before = state(model)
     model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(CalibrationError, match="raised ZeroDivisionError"):
         QuantizeModule(**SMALL).quantize(model, tokens(), export_dir=tmp_path / "out")
     assert list(tmp_path.iterdir()) == [] and unchanged(model, before) and not quantized(model)
 

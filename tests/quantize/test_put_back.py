@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gptq_plugin
 from gptq_plugin import QuantizeModule
-from gptq_plugin.errors import TargetError
+from gptq_plugin.errors import CalibrationError, TargetError
 
 from models import tiny_llama
 
@@ -46,9 +46,18 @@ STEPS = {
     "layers.swap.share_hooks": (5, 33),
     "export.export.Export.add": (7,),
     "export.export.Export.finish": (1,),
+    "quantize.module._copy_training_flags": (1,),
+    "quantize.in_place.note_float_rest": (1,),
+    "export.staging._sync": (5,),
+    "export.staging.check_export_dir": (2,),
     "export.verify_outputs.load_quantized": (1,),
 }
-INTERRUPTED = {"layers.qlinear.pack_zeros", "walk.batch_thread.BatchThread.wait_at", "quantize.in_place.describe"}
+INTERRUPTED = {
+    "quantize.module._copy_training_flags",
+    "layers.qlinear.pack_zeros",
+    "walk.batch_thread.BatchThread.wait_at",
+    "quantize.in_place.describe",
+}
 
 
 def failing(path, monkeypatch, when, error):
@@ -250,7 +259,7 @@ def test_any_line_may_fail(tmp_path):
         before, values = seen(model), [weight.detach().clone() for weight in model.parameters()]
         try:
             attempt(model, cut_at=total * part // 16, cuts=cuts)
-        except RuntimeError:
+        except (RuntimeError, CalibrationError):
             if PUTTING_BACK.isdisjoint(cuts):
                 judged += 1
                 assert seen(model) == before, cuts

@@ -9,6 +9,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from gptq_plugin.apps.command_line import hydra_command
+from gptq_plugin.apps.composition import options_explained
 
 
 @hydra_command("finetune")
@@ -16,7 +17,8 @@ def finetune(cfg: DictConfig) -> float | None:
     """Runs `apps.finetune.finetune`."""
     from gptq_plugin.apps.finetune import finetune as run
 
-    return run(cfg)
+    with options_explained(cfg):
+        return run(cfg)
 
 
 @hydra_command("quantize")
@@ -24,7 +26,8 @@ def quantize(cfg: DictConfig) -> float | None:
     """Runs `apps.quantize.quantize`."""
     from gptq_plugin.apps.quantize import quantize as run
 
-    return run(cfg)
+    with options_explained(cfg):
+        return run(cfg)
 
 
 if __name__ == "__main__":  # for torchrun, and for runs of a sweep that need a separate process

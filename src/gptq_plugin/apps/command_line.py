@@ -12,10 +12,12 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from gptq_plugin import __version__
+from gptq_plugin.apps.composition import composition_problems
 from gptq_plugin.apps.option_names import CONF, unknown_names, unreadable_overrides
 from gptq_plugin.apps.output import output_never_fails
 
 Task = Callable[[DictConfig], Any]
+_COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of Hydra's, of which a line has one
 
 
 def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
@@ -42,8 +44,9 @@ def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
 
 
 def _before_hydra(default: str) -> None:
-    """Answers ``--version`` and ``--help``, and refuses unknown flags and names. Configurations of the user's own
-    (``--config-dir``, ``--config-path``, ``hydra.searchpath``) are left to Hydra."""
+    """Answers ``--version`` and ``--help``, and refuses unknown flags and names, and what makes no configuration. The
+    names in configurations of the user's own (``--config-dir``, ``--config-path``, ``hydra.searchpath``) are left to
+    Hydra."""
     if "--version" in sys.argv[1:]:
         print(f"gptq-{default} {__version__}")
         sys.exit(0)
@@ -52,15 +55,18 @@ def _before_hydra(default: str) -> None:
     program = f"gptq-{default}"
     if unknown:
         _fail(program, [f"there is no flag {unknown[0]}: options are written name=value, such as quantizer.bits=3"])
+    commands = [flag for flag in _COMMANDS if getattr(given, flag)]
+    if len(commands) > 1 or (given.resolve and not given.cfg):
+        _fail(program, [f"give one of {', '.join(f'--{flag}' for flag in _COMMANDS)}; --resolve belongs to --cfg"])
     unreadable = unreadable_overrides(given.overrides)
     if unreadable:
         _fail(program, unreadable)
-    if given.config_path or given.config_dir or any("hydra.searchpath" in one for one in given.overrides):
-        return
-    wrong = unknown_names(name, given.overrides)
+    is_own = given.config_path or given.config_dir or any("hydra.searchpath" in one for one in given.overrides)
+    wrong = [] if is_own else unknown_names(name, given.overrides)
+    wrong = wrong or composition_problems(given, name, f"pkg://{CONF}")
     if wrong:
         _fail(program, wrong)
-    if given.help:
+    if given.help and not is_own:
         from gptq_plugin.apps.help_text import help_text
 
         print(help_text(name, given.overrides))

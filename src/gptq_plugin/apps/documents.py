@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from gptq_plugin.apps.paths import folder_or_id, typed
 from gptq_plugin.calibration.text_rows import is_chat, render_chat
-from gptq_plugin.errors import CalibrationError, DataError
+from gptq_plugin.errors import CalibrationError, DataError, brief
 from gptq_plugin.options import fields
 
 TEXT = "text"
@@ -87,7 +87,7 @@ def file_documents(path: str | Sequence[str], column: str = TEXT) -> Dataset:
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"the files of {source} do not hold the same kind of {column!r}: {error}") from error
+        raise DataError(f"the files of {source} do not hold the same kind of {column!r}: {brief(error)}") from error
 
 
 def _read(file: Path, builder: str) -> Dataset:
@@ -100,7 +100,7 @@ def _read(file: Path, builder: str) -> Dataset:
 
 def _unreadable(source: str, error: BaseException) -> str:
     remedy = ". Convert it to UTF-8: iconv -f latin1 -t utf-8" if isinstance(error, UnicodeDecodeError) else ""
-    return f"{source} cannot be read: {error}{remedy}"
+    return f"{source} cannot be read: {brief(error)}{remedy}"
 
 
 def hub_documents(path: str, name: str | None = None, split: str = "train", column: str = TEXT) -> Dataset:
@@ -121,7 +121,7 @@ def hub_documents(path: str, name: str | None = None, split: str = "train", colu
         documents = load_dataset(folder_or_id(path), name, split=split)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"datasets.load_dataset could not read {what}: {error}. Without a network, use a data set "
+            f"datasets.load_dataset could not read {what}: {brief(error)}. Without a network, use a data set "
             "in its cache, a local folder (data.path=FOLDER), or files (data=text data.path=FILES)"
         ) from error
     return _refuse_empty(_keep_column(documents, column, what), what)

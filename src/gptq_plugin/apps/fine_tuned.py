@@ -12,7 +12,7 @@ from torch import nn
 
 from gptq_plugin.apps.lightning_weights import load_lightning_weights, open_lightning_weights
 from gptq_plugin.apps.paths import folder_or_id, typed
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.model.adapters import import_peft, merged_copy
 
 
@@ -71,4 +71,4 @@ def _adapter_errors(adapter: str | Path) -> Iterator[None]:
         try:
             yield
         except (ValueError, RuntimeError, KeyError, OSError, UserWarning) as error:
-            raise CheckpointError(f"adapter={adapter} cannot be put on the model: {error}") from error
+            raise CheckpointError(f"adapter={adapter} cannot be put on the model: {brief(error)}") from error

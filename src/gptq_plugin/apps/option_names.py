@@ -20,8 +20,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from gptq_plugin.apps.composition import first_of
 from gptq_plugin.apps.nearest_option import TARGET, known_part, nearest
 from gptq_plugin.apps.other_choices import Options
 
@@ -86,18 +86,11 @@ def unknown_names(config_name: str, overrides: Sequence[str]) -> list[str]:
 def _composed(config_name: str, overrides: Sequence[Override]) -> dict[str, Any] | None:
     """The configuration as plain values, of a sweep its first; None if it cannot be composed."""
     try:
-        config = compose(config_name, [_first(one) for one in overrides], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException):
+        config = compose(config_name, [first_of(one) for one in overrides], return_hydra_config=True)
+    except Exception:  # noqa: BLE001  `composition` tells of it
         return None
     tree: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
     return tree
-
-
-def _first(override: Override) -> str:
-    line = override.input_line or ""
-    if not override.is_sweep_override():
-        return line
-    return f"{line.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
 
 
 def _wrong_choices(override: Override) -> Iterator[str]:

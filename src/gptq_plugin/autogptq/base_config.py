@@ -11,7 +11,7 @@ from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG, write_json
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.schema import check_description, check_model_config, read_checked
 from gptq_plugin.config import QuantizeConfig, own_config
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.options.fields import shown
 
 _FIELDS = ("bits", "group_size", "damp_percent", "desc_act", "static_groups", "sym", "true_sequential")
@@ -129,7 +129,7 @@ class BaseQuantizeConfig:
         try:
             found = cls.from_quantize_config(QuantizeConfig.from_quantize_config(values))
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{file} describes no GPTQ checkpoint: {error}") from error
+            raise CheckpointError(f"{file} describes no GPTQ checkpoint: {brief(error)}") from error
         found.model_name_or_path = str(save_dir)
         found.model_file_base_name = values.get("model_file_base_name")
         return found

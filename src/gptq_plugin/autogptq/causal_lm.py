@@ -18,7 +18,7 @@ from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load import load_quantized
 from gptq_plugin.checkpoint.schema import check_description, read_checked
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.quantize.module import QuantizeModule
 
 _FOR_TRANSFORMERS = (*HUB, "attn_implementation", "code_revision", "config", "use_safetensors", "variant")
@@ -142,7 +142,7 @@ def _described(folder: Path, model: Any) -> BaseQuantizeConfig:
         return BaseQuantizeConfig.from_quantize_config(QuantizeConfig.from_quantize_config({**told, **loaded}))
     except (ValueError, TypeError) as error:
         where = file if told else folder / CONFIG
-        raise CheckpointError(f"{where} describes no GPTQ checkpoint: {error}") from error
+        raise CheckpointError(f"{where} describes no GPTQ checkpoint: {brief(error)}") from error
 
 
 def _refuse_contradiction(folder: Path, given: BaseQuantizeConfig | None, found: BaseQuantizeConfig) -> None:

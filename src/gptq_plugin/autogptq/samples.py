@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.errors import DataError
+from gptq_plugin.errors import DataError, brief
 
 _NAMES = ("wikitext2", "c4", "c4-new")
 _KEPT = ("input_ids", "attention_mask")
@@ -114,8 +114,8 @@ def _load(path: str, config: str | None = None, **options: Any) -> Any:
         return load_dataset(path, config, split="train", **options)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"datasets.load_dataset could not read {path}: {error}. Without a network it must be in its cache; or give "
-            "dataset a list of texts"
+            f"datasets.load_dataset could not read {path}: {brief(error)}. Without a network it must be in its cache; "
+            "or give dataset a list of texts"
         ) from error
 
 

@@ -14,8 +14,13 @@ from torch import nn
 from gptq_plugin.calibration.batches import fields_of, to_device
 from gptq_plugin.calibration.takes import Takes, check_tokens, fields_taken, receiver
 from gptq_plugin.calibration.text_rows import unread_text
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, some
 from gptq_plugin.model.hf_models import is_transformers
+
+REMEDY = (
+    "Give batches that it takes, or define how to run one: quantize(..., forward=lambda model, batch: ...), or a "
+    "`calibration_step(batch)` method on the LightningModule"
+)
 
 
 def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torch.device | None = None) -> Any:
@@ -61,9 +66,7 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
     if text:
         raise CalibrationError(text)
     raise CalibrationError(
-        f"a calibration batch ({describe(data)}) does not fit {type(inner).__name__}.forward{signature}. Give "
-        "batches that do, or define how to run one: quantize(..., forward=lambda model, batch: ...), or a "
-        "`calibration_step(batch)` method on the LightningModule"
+        f"a calibration batch ({describe(data)}) does not fit {type(inner).__name__}.forward{signature}. {REMEDY}"
     )
 
 
@@ -125,9 +128,11 @@ def describe(data: Any) -> str:
     """Describes a batch in a few words, for errors."""
     parts = fields_of(data)
     if parts is not None:
-        return "keys " + ", ".join(map(str, parts))
+        return f"keys {some(map(str, parts), 16)}" if parts else "no keys"
     if isinstance(data, torch.Tensor):
         return f"tensor {tuple(data.shape)} {data.dtype}"
+    if isinstance(data, (list, tuple)) and data:
+        return f"{type(data).__name__} of {len(data)}, the first a {describe(data[0])}"
     return type(data).__name__
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gptq_plugin.calibration.batches import leaves
 from gptq_plugin.errors import CalibrationError, some
 from gptq_plugin.options import fields
 
@@ -90,7 +91,7 @@ def refuse_single(data: Any) -> None:
 
 
 def refuse_item(item: Any) -> None:
-    """Refuses an item that is no sample and no batch: a number, or None.
+    """Refuses an item that is no sample and no batch: a number, or None; and tensors without values or of no one shape.
 
     Raises:
         CalibrationError: With what to give instead.
@@ -102,6 +103,16 @@ def refuse_item(item: Any) -> None:
             f"the calibration data holds numbers ({_shown(item)}, ...), and one sample is a list of them: give a list "
             "of samples, [[1, 2, 3]]"
         )
+    for _, value in leaves(item):
+        if isinstance(value, Tensor) and value.is_nested:
+            raise CalibrationError(
+                "the calibration data holds a nested tensor, whose rows differ in length: give each row as a sample "
+                "of its own, or pad them and give an attention_mask (torch.nested.to_padded_tensor)"
+            )
+        if isinstance(value, Tensor) and value.is_meta:
+            raise CalibrationError(
+                "the calibration data holds a tensor on the meta device, which has no values: give real data"
+            )
 
 
 def _refuse_mapping(data: Mapping[Any, Any]) -> None:

@@ -17,7 +17,7 @@ from gptq_plugin.calibration.batches import fields_of
 from gptq_plugin.calibration.given import refuse_item, tensor_of
 from gptq_plugin.calibration.takes import Takes
 from gptq_plugin.calibration.text_rows import encoded
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, brief
 
 # Fields that are part of a token sample whatever the model takes: calibration itself reads them.
 _TOKEN_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "labels"})
@@ -134,7 +134,8 @@ def _stack(chunk: list[Any]) -> Any:
         return default_collate(chunk)
     except (TypeError, RuntimeError) as error:
         raise CalibrationError(
-            f"samples of the calibration data cannot be put into a batch ({error}): give a DataLoader with a collate_fn"
+            f"samples of the calibration data cannot be put into a batch ({brief(error)}): give a DataLoader with a "
+            "collate_fn"
         ) from error
 
 

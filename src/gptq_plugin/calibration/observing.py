@@ -15,6 +15,7 @@ from gptq_plugin.calibration.mask_calls import Key, MaskCalls, watch_calls
 from gptq_plugin.calibration.observation import Observation
 from gptq_plugin.calibration.sequences import TARGETS, arguments_of, masks_among
 from gptq_plugin.calibration.verdicts import FAILED, Findings, judge
+from gptq_plugin.errors import brief
 from gptq_plugin.walk.batch_thread import Forward, Waiting
 from gptq_plugin.walk.kept_state import KeptState
 
@@ -90,7 +91,7 @@ def observe_positions(watched: Watched, batches: Sequence[Batch], noticed: Notic
         try:
             return _observed(watched, keys, data)
         except Exception as error:  # noqa: BLE001 - of a forward that takes no fewer samples, or no other values
-            failure = f"{FAILED}, {type(error).__name__}: {error}"
+            failure = f"{FAILED}, {type(error).__name__}: {brief(error)}"
     return Findings(masks=dict.fromkeys(keys, failure))
 
 

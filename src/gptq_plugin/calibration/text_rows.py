@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from gptq_plugin.errors import CalibrationError, some
+from gptq_plugin.errors import CalibrationError, brief, some
 
 # The columns of a row that may hold its text, in the order they are tried.
 COLUMNS = ("messages", "text")
@@ -112,7 +112,7 @@ def render_chat(messages: Any, tokenizer: Any, tools: Any = None) -> str:
         rendered: str = template.apply_chat_template(chat, tools=tools or None, tokenize=False)
     except Exception as error:
         roles = some(str(message["role"]) for message in chat)
-        raise CalibrationError(f"the tokenizer's chat template refuses a chat of {roles}: {error}") from error
+        raise CalibrationError(f"the tokenizer's chat template refuses a chat of {roles}: {brief(error)}") from error
     return rendered
 
 

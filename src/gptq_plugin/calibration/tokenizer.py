@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptq_plugin.errors import brief
 from gptq_plugin.options import fields
 
 _REMEDY = (
@@ -50,11 +51,10 @@ def _load(name_or_path: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:
-        reason = str(error).encode(errors="backslashreplace").decode()  # the name may be no text
         kind = "a folder without a tokenizer" if os.path.isdir(name_or_path) else "neither a folder nor a hub id"
         raise ValueError(
-            f"tokenizer={fields.shown(str(name_or_path))} is {kind} that transformers.AutoTokenizer can load: {reason}"
-            ". If its options are needed (trust_remote_code, revision), load it yourself and give the object"
+            f"tokenizer={fields.shown(str(name_or_path))} is {kind} that transformers.AutoTokenizer can load: "
+            f"{brief(error)}. If its options are needed (trust_remote_code, revision), load it yourself and give it"
         ) from error
 
 
@@ -77,7 +77,7 @@ def _reason_against(given: Any) -> str:
     try:
         tokens = given("A text.")
     except Exception as error:  # noqa: BLE001  any object, called to find out
-        return f"called on a text it raised {type(error).__name__}: {error}"
+        return f"called on a text it raised {type(error).__name__}: {brief(error)}"
     ids = tokens.get("input_ids") if isinstance(tokens, Mapping) else tokens
     if isinstance(ids, Tensor):
         found = ids.dim() > 0 and not ids.is_floating_point()

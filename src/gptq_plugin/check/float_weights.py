@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.shards import Shards
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, brief
 
 
 class FloatWeights:
@@ -28,7 +28,7 @@ class FloatWeights:
         try:
             self._shards = Shards.open(folder)
         except CheckpointError as error:
-            raise CheckpointError(f"{folder} of the float model cannot be read: {error}") from error
+            raise CheckpointError(f"{folder} of the float model cannot be read: {brief(error)}") from error
         # Conv1D's weight is transposed and has the name of Linear's: the first matrix that is not square tells which.
         self._transposed = False
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.options.fields import shown
 
 CONFIG = "config.json"
@@ -74,7 +74,9 @@ def read_json(file: Path) -> dict[str, Any]:
         if "\\u" in text or "NaN" in text:
             _refuse_unusable(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error}): fetch it again, or export again") from error
+        raise CheckpointError(
+            f"{file} cannot be read as JSON ({brief(error)}): fetch it again, or export again"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
     return content

@@ -10,7 +10,7 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, brief
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def local_folder(
         except Exception as error:
             raise CheckpointError(
                 f"{name_or_path} is neither a folder (looked in {Path.cwd()}) nor a repository that huggingface_hub "
-                f"could fetch from the hub: {error}"
+                f"could fetch from the hub: {brief(error)}"
             ) from error
     elif revision is not None:
         log.warning("%s is a folder here, so nothing is fetched from the hub: revision=%s is ignored", folder, revision)

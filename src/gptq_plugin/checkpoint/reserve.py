@@ -17,7 +17,7 @@ from gptq_plugin.checkpoint.formats.format import Contents, QuantizedLayer
 from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.finite import not_finite_in
-from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.errors import CheckpointError, brief, some
 from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
 from gptq_plugin.layers.swap import swap_modules
@@ -209,7 +209,7 @@ def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]
         changed = checkpoint.format.loaded(checkpoint.quantization, contents)
         return describe(contents(), config) if changed is None else changed
     except ValueError as error:
-        raise CheckpointError(f"{checkpoint.directory / CONFIG}: {error}") from error
+        raise CheckpointError(f"{checkpoint.directory / CONFIG}: {brief(error)}") from error
 
 
 def refuse_not_finite(checkpoint: Checkpoint, model: nn.Module) -> None:

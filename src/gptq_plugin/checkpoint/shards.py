@@ -13,11 +13,12 @@ from torch import Tensor
 
 from gptq_plugin.checkpoint.files import INDEX, WEIGHTS, TensorEntry, is_regular, read_json
 from gptq_plugin.checkpoint.schema import check_index
-from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.errors import CheckpointError, brief, some
 from gptq_plugin.options import fields
 from gptq_plugin.options.fields import shown
 
 _LONGEST_NAME = 1000  # of a tensor, in letters
+_LONGEST_FILE_NAME = 255  # bytes
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Shards:
         try:
             tensor: Tensor = self._handles[entry.file].get_tensor(name)
         except Exception as error:  # safetensors and torch each raise their own kinds
-            raise CheckpointError(f"{entry.file}: {name} ({entry.dtype}) cannot be read: {error}") from error
+            raise CheckpointError(f"{entry.file}: {name} ({entry.dtype}) cannot be read: {brief(error)}") from error
         return tensor
 
     def lazy(self, name: str) -> Any:
@@ -80,7 +81,7 @@ class Shards:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file} ({file.stat().st_size} bytes) is truncated or corrupt, since safetensors cannot read it "
-                f"({error}): fetch or copy it again, or export the model again"
+                f"({brief(error)}): fetch or copy it again, or export the model again"
             ) from error
         strange = [name for name in found if not name.isprintable() or len(name) > _LONGEST_NAME]
         if strange:
@@ -90,7 +91,7 @@ class Shards:
             )
         missing = sorted(set(promised) - set(found))
         if missing:
-            raise CheckpointError(f"{file} lacks {', '.join(missing)}, which {INDEX} lists in it: fetch it again")
+            raise CheckpointError(f"{file} lacks {some(missing)}, which {INDEX} lists in it: fetch it again")
         here = {name: entry for name, entry in found.items() if home.get(name, file) == file}
         twice = sorted(set(here) & set(self.entries))
         if twice:
@@ -118,7 +119,7 @@ def _listed(directory: Path, base: str) -> dict[Path, list[str]]:
             raise CheckpointError(f"{indices[0]} has no weight_map: fetch it again, or export the model again")
         files: dict[Path, list[str]] = {}
         for name, shard in index["weight_map"].items():
-            _check_name(shard, indices[0], f"weight_map lists {name} in {shown(shard)}")
+            _check_name(shard, indices[0], f"weight_map lists {brief(name, 200)} in {shown(shard)}")
             files.setdefault(directory / shard, []).append(name)
         return files
     found = [directory / f"{base}.safetensors"]
@@ -134,7 +135,7 @@ def _listed(directory: Path, base: str) -> dict[Path, list[str]]:
 
 def _check_name(name: str, file: Path, what: str) -> None:
     """Refuses what is not the name of a file in its folder."""
-    if not name or name != Path(name).name or name == "..":
+    if not name or name != Path(name).name or name == ".." or len(os.fsencode(name)) > _LONGEST_FILE_NAME:
         raise CheckpointError(
             f"{file}: {what}, which is not the name of a file of this folder: fetch it again, or export the model again"
         )

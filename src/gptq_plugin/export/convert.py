@@ -100,6 +100,7 @@ def convert(
         convert_report(checkpoint, staging.path, checkpoint_format, description)
         write_quantize_config(staging.path, description, _settings(config, source))
         verify_same(checkpoint, staging.path)
+        staging.flush()
         staging.place()
     return staging.directory
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gptq_plugin.errors import ExportError
+from gptq_plugin.errors import ExportError, brief
 
 
 def free_bytes(folder: Path) -> int | None:
@@ -51,7 +51,7 @@ def disk_errors_explained(folder: Path, needed: Callable[[], int]) -> Iterator[N
     except (OSError, SafetensorError) as error:
         free = free_bytes(folder)
         raise ExportError(
-            f"{folder} could not be written: {error}. It needs {needed()} bytes, and "
+            f"{folder} could not be written: {brief(error)}. It needs {needed()} bytes, and "
             f"{'an unknown number' if free is None else free} are free there: make room, or choose another target, and "
             "export again"
         ) from error

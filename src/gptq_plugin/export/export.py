@@ -96,14 +96,15 @@ def export_model(
     with Export(structure, directory, config, overwrite=overwrite) as export:
         for name, layer in layers.items():
             export.add(name, layer)
-        return export.finish(model, report=report, tokenizer=tokenizer, sample=sample)
+        export.finish(model, report=report, tokenizer=tokenizer, sample=sample)
+        return export.place()
 
 
 class Export:
     """`export_model` in steps: finished layers are written while others are still being quantized.
 
-    Every layer is given to `add` once, then the quantized model to `finish`. As a context manager it removes its files
-    if it is left without `finish`, for whatever reason; the target is then unchanged.
+    Every layer is given to `add` once, then the quantized model to `finish`; `place` makes it the target. As a context
+    manager it removes its files if it is left without `place`, for whatever reason; the target is then unchanged.
 
     Args:
         structure: The model's; its layers may be quantized already, or not yet.
@@ -131,7 +132,8 @@ class Export:
         self._stored_names = structure.stored_names
         self._unloaded = Unloaded.of(structure.model)
         self._added: set[str] = set()
-        self._over = False
+        self._is_finished = self._over = False
+        self._bytes = 0
         self._staging = Staging(directory, overwrite)
         self._writer = ShardWriter(self._staging.path, SHARD)
 
@@ -202,19 +204,16 @@ class Export:
         report: QuantizeReport | None = None,
         tokenizer: Any = None,
         sample: Sample | None = None,
-    ) -> Path:
-        """Writes everything else, verifies the files and their outputs, and puts the folder in its place.
+    ) -> None:
+        """Writes everything else, verifies the files and their outputs, and flushes them to the disk.
 
         Args:
             model: The quantized model, with the layers that were added; not changed.
             report, tokenizer, sample: See `export_model`.
 
-        Returns:
-            The folder, absolute.
-
         Raises:
             ExportError: The model's layers are not those added, or the files could not be written, do not read back as
-                the model, or compute something else. The target is then unchanged.
+                the model, or compute something else. The export is given up.
         """
         self._check_open()
         try:
@@ -224,11 +223,30 @@ class Export:
             if self._target is not None:
                 refuse(Inventory.of_layers(self._structure, _quantized(model), self._config, report), self._target)
             folder = self._staging.path
-            with disk_errors_explained(self._staging.directory, lambda: tensor_bytes(model)):
+            self._bytes = tensor_bytes(model)
+            with disk_errors_explained(self._staging.directory, lambda: self._bytes):
                 self._write(model, layers, report, tokenizer)
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
             same_outputs(model, folder, sample)
-            with disk_errors_explained(self._staging.directory, lambda: tensor_bytes(model)):
+            with disk_errors_explained(self._staging.directory, lambda: self._bytes):
+                self._staging.flush()
+            self._is_finished = True
+        except BaseException:
+            self.abort()
+            raise
+
+    def place(self) -> Path:
+        """Puts the finished folder in its target's place, and returns it, absolute.
+
+        Raises:
+            ExportError: The export is not finished, or the target can no longer be used. The export is given up, and
+                the target unchanged.
+        """
+        self._check_open()
+        try:
+            if not self._is_finished:
+                raise ExportError(f"the export to {self._staging.directory} is not finished: call `finish` before")
+            with disk_errors_explained(self._staging.directory, lambda: self._bytes):
                 self._staging.place()
             self._over = True
         except BaseException:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG, read_json
 from gptq_plugin.config import QUANTIZER_NAME
-from gptq_plugin.errors import ExportError
+from gptq_plugin.errors import ExportError, brief
 from gptq_plugin.export.hidden_folders import entries, existing, longest_name, works_inside, writable
 from gptq_plugin.export.reclaim import reclaim
 
@@ -36,7 +36,7 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
     try:
         _check(directory, overwrite)
     except OSError as error:
-        raise ExportError(f"cannot write an export to {directory}: {error}; choose another target") from error
+        raise ExportError(f"cannot write an export to {directory}: {brief(error)}; choose another target") from error
 
 
 def resolved(directory: str | Path) -> Path:
@@ -59,7 +59,7 @@ def resolved(directory: str | Path) -> Path:
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             return path
         raise ExportError(
-            f"cannot write an export to {os.fspath(directory)!a}: {error}; choose another target"
+            f"cannot write an export to {os.fspath(directory)!a}: {brief(error)}; choose another target"
         ) from error
     return path
 

@@ -6,6 +6,7 @@ then the files are moved one by one, the descriptions last, so that what a kill 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -45,13 +46,20 @@ class Staging:
         self.path = self._folder.path
         self._inside = self.path.parent == self.directory
 
+    def flush(self) -> None:
+        """Flushes all files to the disk, before `place`.
+
+        Raises:
+            ExportError: Something is neither a file nor a folder.
+        """
+        _flush(self.path)
+
     def place(self) -> None:
-        """Flushes all files to the disk, then puts the folder in its target's place.
+        """Puts the folder in its target's place. Nothing fails once it is there.
 
         Raises:
             ExportError: The target can no longer be used.
         """
-        _flush(self.path)
         check_export_dir(self.directory, self._overwrite)  # again: it may have changed
         if self._inside:
             _move_out(self.path, self.directory)
@@ -62,7 +70,10 @@ class Staging:
         else:
             _step_aside(self.path, self.directory)
         self._folder.release()
-        _sync(self.directory if self._inside else self.directory.parent)
+        try:
+            _sync(self.directory if self._inside else self.directory.parent)
+        except OSError as error:
+            log.warning("%s is in place, and the disk may not keep it: %s", self.directory, error)
 
     def remove(self) -> None:
         """Removes the folder, unless it was placed, or is half-way to it: the next export then completes that."""
@@ -90,7 +101,8 @@ def _move_out(staging: Path, directory: Path) -> None:
             if not any(leaving.iterdir()):
                 leaving.rmdir()
             raise
-        staging.rmdir()
+        with contextlib.suppress(OSError):
+            staging.rmdir()
         _remove_earlier(replaced)
     finally:
         aside.release()

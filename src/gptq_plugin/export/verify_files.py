@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.errors import CheckpointError, ExportError
+from gptq_plugin.errors import CheckpointError, ExportError, brief
 from gptq_plugin.kernels import reference
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import TENSORS
@@ -57,7 +57,7 @@ def _opened(directory: Path, what: str) -> Checkpoint:
     try:
         return Checkpoint.open(directory)
     except CheckpointError as error:
-        raise ExportError(f"the {what} does not read back: {error}") from error
+        raise ExportError(f"the {what} does not read back: {brief(error)}") from error
 
 
 def _verify_layer(checkpoint: Checkpoint, name: str, layer: QuantLinear) -> None:

@@ -25,6 +25,7 @@ from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.hf_models import has_own_code, is_transformers
+from gptq_plugin.walk.layer_inputs import is_dense
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ def _first(batch: Any) -> Any:
     length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
 
     def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != samples:
+        if not is_dense(value) or not value.dim() or value.shape[0] != samples:
             return value
         value = value[:1]
         return value[:, :LENGTH] if length is not None and value.dim() > 1 and value.shape[1] == length else value

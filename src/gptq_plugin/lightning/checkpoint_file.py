@@ -49,7 +49,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         _check_tensors(path, content["state_dict"])
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Copy it again") from error
+        raise CheckpointError(f"{path} is damaged: {brief(error)}. Copy it again") from error
     return content
 
 

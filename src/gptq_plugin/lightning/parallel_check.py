@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from gptq_plugin import distributed
-from gptq_plugin.errors import TargetError
+from gptq_plugin.errors import TargetError, brief
 
 _TOLERANCE = 0.1  # of the outputs' norm: in bfloat16, another order of addition alone makes some hundredths
 _REMEDY = (
@@ -50,7 +50,7 @@ class ParallelOutputs:
             whole = self._outputs()
         except Exception as error:
             raise TargetError(
-                f"the module runs in parallel, and not with whole weights ({error}): {_REMEDY}"
+                f"the module runs in parallel, and not with whole weights ({brief(error)}): {_REMEDY}"
             ) from error
         for expected, found in zip(self._sharded, whole, strict=False):
             if expected.shape == found.shape and (found - expected).norm() > _TOLERANCE * expected.norm():

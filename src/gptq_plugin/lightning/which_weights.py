@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.errors import CheckpointError
+from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.lightning.checkpoint_file import read_checkpoint
 from gptq_plugin.lightning.roots import in_any_root
 
@@ -88,7 +88,7 @@ def _load(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> Non
         pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
     except Exception as error:
         raise CheckpointError(
-            f"the weights of {path} cannot be loaded into {type(pl_module).__name__}: {error}"
+            f"the weights of {path} cannot be loaded into {type(pl_module).__name__}: {brief(error)}"
         ) from error
 
 

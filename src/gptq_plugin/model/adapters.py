@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.device.precision import full_precision
-from gptq_plugin.errors import TargetError, some
+from gptq_plugin.errors import TargetError, brief, some
 from gptq_plugin.model.hf_models import transformers_models
 from gptq_plugin.model.sharing_copy import sharing_copy
 
@@ -95,7 +95,7 @@ def import_peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"PEFT adapters need peft ({error}): pip install 'gptq-plugin[peft]'") from error
+        raise ImportError(f"PEFT adapters need peft ({brief(error)}): pip install 'gptq-plugin[peft]'") from error
     return peft
 
 
@@ -215,7 +215,7 @@ def _merged(layer: Any, name: str) -> nn.Module:
             elif merge:
                 layer.merge(safe_merge=True)
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            raise TargetError(f"the adapters of {name} cannot be merged into its weights: {error}") from error
+            raise TargetError(f"the adapters of {name} cannot be merged into its weights: {brief(error)}") from error
     _cast(base, lambda key, tensor: dtypes.get(key, tensor.dtype))
     return base  # type: ignore[no-any-return]
 

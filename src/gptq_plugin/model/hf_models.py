@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from gptq_plugin.errors import ExportError
+from gptq_plugin.errors import ExportError, brief
 
 # model_type of the architectures whose layers are transformers' Conv1D instead of nn.Linear.
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
@@ -78,7 +78,9 @@ def check_savable(model: nn.Module) -> None:
         with tempfile.TemporaryDirectory() as folder:
             generation_config.save_pretrained(folder)
     except ValueError as error:
-        raise ExportError(f"the model's generation_config cannot be saved, so the model could not: {error}") from error
+        raise ExportError(
+            f"the model's generation_config cannot be saved, so the model could not: {brief(error)}"
+        ) from error
 
 
 def has_own_code(model: nn.Module) -> bool:

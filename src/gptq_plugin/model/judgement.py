@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_plugin.errors import TargetError
+from gptq_plugin.errors import TargetError, brief
 from gptq_plugin.layers.qlinear import output_dtype
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.projections import Comparison, LayerProjections, apart, random_rows
 from gptq_plugin.model.targets import Target
+from gptq_plugin.walk.layer_inputs import is_dense
 
 _TRIAL_ROWS = 8
 _TOGETHER = 2**23  # bytes of comparisons that wait to be computed together
@@ -106,7 +107,7 @@ class Judgement:
                     pending = self._checks[name].before((x,), {})
                     found = pending if isinstance(pending, str) else pending(target.module.forward(x))
             except Exception as error:  # noqa: BLE001 - whatever a forward does with an input of its width alone
-                found = f"its forward does not run on its input alone ({type(error).__name__}: {error})"
+                found = f"its forward does not run on its input alone ({type(error).__name__}: {brief(error)})"
             self._judge(name, found)
 
     def reasons(self) -> dict[str, str]:
@@ -197,13 +198,13 @@ class _Check:
             return _ALONE.format(f"the keyword {next(iter(kwargs))!r}")
         x = args[0] if args else kwargs["input"]
         rows, columns = self.target.weight.shape
-        if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point() or x.shape[-1:] != (columns,):
+        if not is_dense(x) or not x.is_floating_point() or x.shape[-1:] != (columns,):
             return f"it is called with {_described(x)}, not with {columns} channels of a floating dtype"
         dtype, shape = output_dtype(x), (*x.shape[:-1], rows)
         expected = self._projections.expected(x, dtype)
 
         def against(output: Any) -> Comparison | str:
-            if not isinstance(output, Tensor) or output.shape != shape or output.dtype != dtype:
+            if not is_dense(output) or output.shape != shape or output.dtype != dtype:
                 return f"it returns {_described(output)}, where x·Wᵀ + b is {dtype} {list(shape)}"
             return expected.against(output)
 
@@ -220,6 +221,8 @@ def _reason(target: Target, apart: Sequence[float]) -> str | None:
 
 
 def _described(value: Any) -> str:
-    return (
-        f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) and not value.is_nested else str(type(value))
-    )
+    if not isinstance(value, Tensor):
+        return str(type(value))
+    if value.is_nested:
+        return "a nested tensor"
+    return f"{value.dtype} {list(value.shape)}" + ("" if is_dense(value) else f" ({value.layout})")

@@ -31,9 +31,13 @@ class Kind:
     accepts: Callable[[Any], bool]
 
     def check(self, name: str, value: Any) -> None:
-        """Raises ValueError, with `name` and `value`, if the value is of another kind."""
-        if not self.accepts(value):
-            raise ValueError(f"{name} must be {self.words}; got {shown(value)}")
+        """Raises ValueError, with `name` and `value`, if the value is of another kind, or cannot be asked."""
+        try:
+            accepted, cause = self.accepts(value), None
+        except Exception as error:  # noqa: BLE001  any object of a user
+            accepted, cause = False, error
+        if not accepted:
+            raise ValueError(f"{name} must be {self.words}; got {shown(value)}") from cause
 
 
 def shown(value: Any) -> str:

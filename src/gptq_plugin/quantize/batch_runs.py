@@ -64,6 +64,7 @@ class BatchRuns:
     def __init__(self, plan: Plan, calibration: Calibration, positions: Positions, options: PassOptions) -> None:
         self.device = _device(plan.targets, options)
         self.run_batch = options.runner(every_logit=plan.config.lm_head)
+        self._run_explained = options.runner(every_logit=plan.config.lm_head, explains=True)
         self.activations = Activations(self.device, None, make_room=self.make_room)
         self._ran_short = False
         self._run = (0, 0)  # the running batch, and the number of runs so far
@@ -94,7 +95,7 @@ class BatchRuns:
             self._run = (number, self._run[1] + 1)
             self._positions.runs(number)
             with self.activations.running(number):
-                return self.run_batch(self._plan.model, self._batches[number].data)
+                return self._run_explained(self._plan.model, self._batches[number].data)
 
         return run
 
@@ -168,7 +169,7 @@ class BatchRuns:
         """Returns why the batches cannot take turns, on any rank; None if they can. After `find_groups`."""
 
         def run(data: Any) -> Any:
-            return self.run_batch(self._plan.model, data)
+            return self._run_explained(self._plan.model, data)
 
         def present(name: str) -> None:
             self.weights.present(self._targets[name])

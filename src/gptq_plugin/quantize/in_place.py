@@ -17,17 +17,19 @@ from gptq_plugin.model.structure import Structure
 
 
 @contextlib.contextmanager
-def swapped(plan: Plan, layers: dict[str, QuantLinear]) -> Iterator[Callable[[], None]]:
+def swapped(plan: Plan, layers: dict[str, QuantLinear]) -> Iterator[Callable[..., None]]:
     """Puts quantized layers in the model's tree; on exit the float ones are there again.
 
     Yields:
-        Call it to keep the quantized layers.
+        Call it, as keep(last), to keep the quantized layers. It calls `last` as the last thing that can fail.
     """
     floats = {target.name: target.module for target in plan.targets if target.name in layers}
     kept = False
 
-    def keep() -> None:
+    def keep(last: Callable[[], object] = lambda: None) -> None:
         nonlocal kept
+        note_float_rest(plan.model)
+        last()
         kept = True
 
     try:
@@ -35,9 +37,7 @@ def swapped(plan: Plan, layers: dict[str, QuantLinear]) -> Iterator[Callable[[],
         describe(plan.structure, layers, plan.config)
         yield keep
     finally:
-        if kept:
-            note_float_rest(plan.model)
-        else:
+        if not kept:
             swap_modules(plan.model, floats)
             describe(plan.structure, {}, plan.config)
 

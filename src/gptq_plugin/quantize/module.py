@@ -221,7 +221,7 @@ class QuantizeModule:
             model: As for `quantize`.
             batches: As for `quantize`.
             options: The other options of `quantize`, and where finished layers lie: see `PassOptions`.
-            export_dir: As for `quantize`.
+            export_dir: As for `quantize`. The export is there after the block, unless that raises.
             overwrite: As for `quantize`.
             target: As for `quantize`.
             keep: Leave the model quantized, unless the block raises.
@@ -237,7 +237,7 @@ class QuantizeModule:
             export = None
             if export_dir is not None:
                 export = _begun_export(plan, export_dir, overwrite, client)
-                chosen = dataclasses.replace(chosen, layers_in=inside.enter_context(export))
+                chosen = dataclasses.replace(chosen, layers_in=around.enter_context(export))
                 export.check(one.name for one in plan.targets)
             inside.enter_context(evaluating(model))
             one_pass, coverage = OnePass(plan, calibration, chosen), self.run_log.coverage(plan)
@@ -254,8 +254,8 @@ class QuantizeModule:
                 inside.close()  # restores the training flags, of float layers too
                 _copy_training_flags(plan, layers)
                 yield report
-                if keep:
-                    keep_them()
+                place = export.place if export is not None else _nothing
+                keep_them(place) if keep else place()
 
     def round_to_nearest(self, model: nn.Module) -> QuantizeReport:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
@@ -336,6 +336,10 @@ def _finish(export: Export, model: nn.Module, report: QuantizeReport, tokenizer:
     started = time.perf_counter()
     export.finish(model, report=report, tokenizer=tokenizer, sample=sample)
     report.seconds["export"] = time.perf_counter() - started
+
+
+def _nothing() -> None:
+    pass
 
 
 def _copy_training_flags(plan: Plan, layers: Mapping[str, QuantLinear]) -> None:

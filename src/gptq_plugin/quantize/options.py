@@ -11,7 +11,8 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import to_device
-from gptq_plugin.calibration.forward import call
+from gptq_plugin.calibration.failed_forward import failures_explained
+from gptq_plugin.calibration.forward import CallsModels, call
 from gptq_plugin.calibration.lookups import lookups_explained
 from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.device.named import device_named
@@ -64,12 +65,22 @@ class PassOptions:
         """True if sums on the device must not depend on the number of ranks."""
         return self.exact_sums if self.exact_sums is not None else device.type != "cuda" or distributed.active()
 
-    def runner(self, *, every_logit: bool) -> ModelForward:
+    def runner(self, *, every_logit: bool, explains: bool = False) -> ModelForward:
         """Runs a batch on `where`, through `forward` or the model.
 
         Args:
             every_logit: See `calibration.forward.call`.
+            explains: An error of the forward is explained by its batch: see `failures_explained`.
         """
+        if explains:
+            run_batch = self.runner(every_logit=every_logit)
+            by_user = self.forward is not None and not isinstance(self.forward, CallsModels)
+
+            def run_explained(model: nn.Module, batch: Any) -> Any:
+                with failures_explained(model, batch, by_user=by_user):
+                    return run_batch(model, batch)
+
+            return run_explained
         where = self.where
 
         def run(model: nn.Module, batch: Any) -> Any:

@@ -114,7 +114,7 @@ def _learn_layouts(model: nn.Module, calibration: Calibration, config: QuantizeC
         batch = distributed.gather_objects(batch if distributed.rank() == first else None)[first]
 
     def run_first() -> None:
-        run = options.runner(every_logit=config.lm_head)
+        run = options.runner(every_logit=config.lm_head, explains=True)
         with evaluating(model), streamed_to(model, options.where), torch.no_grad():
             run(model, batch)
 

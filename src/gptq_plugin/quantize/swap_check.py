@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gptq_plugin.errors import TargetError, some
+from gptq_plugin.errors import TargetError, brief, some
 from gptq_plugin.export.verify_outputs import Sample, difference, floats, tolerance
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
@@ -92,7 +92,8 @@ def check_swap(
             expected = _trace_float(model, targets, size, alone)
             break
         except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
-            failure = f"{_NOT_COMPARED}: a calibration batch does not run again ({type(error).__name__}: {error})"
+            cause = f"{type(error).__name__}: {brief(error)}"
+            failure = f"{_NOT_COMPARED}: a calibration batch does not run again ({cause})"
     else:
         return [failure]
     try:
@@ -104,8 +105,9 @@ def check_swap(
             return [f"{_NOT_COMPARED}: two runs of the model gave different outputs"]
     except Exception as error:
         raise TargetError(
-            f"the model does not run with quantized layers in place of float ones ({type(error).__name__}: {error}). "
-            "Leave the layer that it uses by more than a call out with modules_to_not_convert"
+            "the model does not run with quantized layers in place of float ones "
+            f"({type(error).__name__}: {brief(error)}). Leave the layer that it uses by more than a call out with "
+            "modules_to_not_convert"
         ) from error
     raise TargetError(
         "with quantized layers in place of float ones of the same weights, the model computes something else: "

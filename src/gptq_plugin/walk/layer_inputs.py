@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 
 @contextlib.contextmanager
 def watch_inputs(layers: Mapping[str, nn.Module], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Calls visit(name, input) before every forward of a layer while the context is open.
+    """Calls visit(name, input) before every forward of a layer on a dense tensor while the context is open. Some others
+    the layer itself refuses, and called with the rest it stays float (`model.judgement`).
 
     Args:
         layers: The layers by name.
@@ -21,7 +23,9 @@ def watch_inputs(layers: Mapping[str, nn.Module], visit: Callable[[str, Tensor],
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            visit(name, args[0] if args else next(iter(kwargs.values())))
+            x = next(iter((*args, *kwargs.values())), None)
+            if is_dense(x):
+                visit(name, x)
 
         return before
 
@@ -29,6 +33,11 @@ def watch_inputs(layers: Mapping[str, nn.Module], visit: Callable[[str, Tensor],
         for name, module in layers.items():
             hooks.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
         yield
+
+
+def is_dense(value: Any) -> TypeGuard[Tensor]:
+    """True for a tensor that is not sparse, and whose rows are of one length."""
+    return isinstance(value, Tensor) and not value.is_nested and value.layout is torch.strided
 
 
 class SeenInput:
