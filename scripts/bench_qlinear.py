@@ -2,20 +2,31 @@
 
     python scripts/bench_qlinear.py                  # the GPU if there is one, else the CPU
     python scripts/bench_qlinear.py --device cpu --threads 2 --shapes 4096x4096 --rows 1,16,128
+    python scripts/bench_qlinear.py --bits 8,3,2 --dtypes float16,bfloat16 --zero-points
+    python scripts/bench_qlinear.py --ragged         # channels and outputs that fill no tile
+    python scripts/bench_qlinear.py --write-table    # measure kernels, and write the package's table for this GPU
 
 On a GPU every number is the replay of one CUDA graph over copies of the weights that together exceed the cache, and
-every layer's result is compared with that of its dequantized weight first. `floor` is codes, scales, x and y once at
-3.0 TB/s (what an H100 reads); `standard` is the kernel for a checkpoint's layout, `tinygemm` PyTorch's (bfloat16, at
-most 16 rows). The columns `int4` and `tiles` (CPU) are the layer's implementations; `QuantLinear` is the one it
-selects, and on a GPU the line ends with it.
+every layer's result is compared with that of its dequantized weight first. `floor` is codes, scales, zeros, x and y
+once at 3.0 TB/s (what an H100 reads); `standard` is the kernel for a checkpoint's layout, `tinygemm` PyTorch's
+(bfloat16, at most 16 rows). The columns `int4` and `tiles` (CPU) are the layer's implementations; `QuantLinear` is the
+one it selects. On a GPU the line ends with its time in floors, its error against float64, relative to the norm (and
+that of the dequantized weight's product), its largest error of one number in units of the outputs' root mean square,
+and the kernel.
+
+With --write-table nothing else is timed: every product of the chosen shapes, bits, rows and dtypes is measured with a
+dozen choices of kernels and options, and the fastest are added to the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from gptq_plugin.kernels import reference
@@ -27,17 +38,25 @@ from gptq_plugin.layers.qlinear import QuantLinear
 
 BYTES_PER_SECOND = 3.0e12
 ROTATE_BYTES = 256 * 2**20
+SECONDS_OF_A_PRODUCT = 3.5  # --write-table, on average
 
 
 def random_layer(n_in: int, n_out: int, bits: int, group_size: int, device: str, symmetric: bool) -> QuantLinear:
     layer = QuantLinear(n_in, n_out, bits, group_size, device=device)
     layer.qweight.random_(-(2**31), 2**31 - 1)
+    layer.qweight[-1] &= last_word(n_in * bits)
     if symmetric:
         layer.qzeros = pack_zeros(torch.full(layer.scales.shape, 2 ** (bits - 1), dtype=torch.uint8).to(device), bits)
     else:
         layer.qzeros.random_(-(2**31), 2**31 - 1)
+        layer.qzeros[:, -1] &= last_word(n_out * bits)
     layer.scales.uniform_(0.001, 0.01)
     return layer
+
+
+def last_word(bits: int) -> int:
+    """The part of the last word of a row of bits that is used."""
+    return (1 << bits % 32) - 1 if bits % 32 else -1
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
@@ -94,7 +113,7 @@ def bench_gpu(
     from gptq_plugin.kernels.product import products
 
     x = torch.randn(rows, n_in, dtype=dtype, device="cuda")
-    size = n_in * n_out * bits / 8 + n_in / group_size * n_out * 2
+    size = n_in * n_out * bits / 8 + -(-n_in // group_size) * n_out * (2 if symmetric else 2 + bits / 8)
     layers = [
         random_layer(n_in, n_out, bits, group_size, "cuda", symmetric) for _ in range(-(-ROTATE_BYTES // int(size)))
     ]
@@ -108,7 +127,7 @@ def bench_gpu(
         times["standard"] = gpu_seconds(
             [lambda p=p: matmul.quant_matmul(x, *p, bits, group_size=group_size) for p in packed]  # type: ignore[misc]
         )
-    if rows <= 16 and bits == 4:
+    if rows <= 16 and bits == 4 and n_in % 128 == 0 and n_out % 8 == 0 and group_size in (32, 64, 128, 256):
         times["tinygemm"] = tinygemm_seconds(x.bfloat16(), n_out, group_size, len(layers))
     expected = linear(x.double(), layers[0].dequantize().double())
     exact = linear(x, layers[0].dequantize(dtype))
@@ -116,14 +135,17 @@ def bench_gpu(
     if not all(layer.arrange() for layer in layers):
         raise SystemExit(f"the kernels do not take groups of {group_size}")
     found = layers[0](x)
-    error, of_float = ((y.double() - expected).norm() / expected.norm() for y in (found, exact))
+    error, of_float = (float((y.double() - expected).norm() / expected.norm()) for y in (found, exact))
     if not error <= 1.05 * of_float:
-        raise SystemExit(f"the error is {float(error):.1e}, that of the dequantized weight's product {of_float:.1e}")
+        raise SystemExit(f"the error is {error:.1e}, that of the dequantized weight's product {of_float:.1e}")
+    largest = float((found.double() - expected).abs().max() / expected.square().mean().sqrt())
     times["QuantLinear"] = gpu_seconds([lambda q=q: q(x) for q in layers])  # type: ignore[misc]
-    times["floor"] = (size + 2 * rows * (n_in + n_out)) / BYTES_PER_SECOND
+    times["floor"] = (size + x.element_size() * rows * (n_in + n_out)) / BYTES_PER_SECOND
     arranged = layers[0].arranged()
     assert arranged is not None
-    return times, str(products.choose(arranged.layout, rows, dtype, x.device))
+    floors = times["QuantLinear"] / times["floor"]
+    choice = products.choose(arranged.layout, rows, dtype, x.device)
+    return times, f"{floors:.2f} floors, error {error:.1e} ({of_float:.1e}), largest {largest:.1e}; {choice}"
 
 
 def tinygemm_seconds(x: Tensor, n_out: int, group_size: int, copies: int) -> float:
@@ -142,12 +164,58 @@ def tinygemm_seconds(x: Tensor, n_out: int, group_size: int, copies: int) -> flo
     )
 
 
+def write_table(
+    shapes: Sequence[str],
+    rows: Sequence[str],
+    bits: Sequence[str],
+    dtypes: Sequence[str],
+    group_size: int,
+    symmetric: bool,
+    file: Path | None,
+) -> None:
+    """Measures the kernels for every product, and adds the fastest to the table of this GPU."""
+    from gptq_plugin.kernels.product import table as tables
+    from gptq_plugin.kernels.product.autotune import search, versions
+    from gptq_plugin.kernels.product.choice import Gpu
+    from gptq_plugin.kernels.product.layout import Layout
+    from gptq_plugin.kernels.product.timing import measure
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = Gpu.of(device)
+    file = file or Path(tables.__file__).parent / "tables" / f"{tables.slug(gpu.name)}.json"
+    table = tables.Table.parse(file.read_bytes()) if file.exists() else tables.Table(gpu.name, gpu.processors)
+    if not table.is_for(gpu):
+        raise SystemExit(f"{file} is the table of {table.gpu} with {table.processors} processors, not of {gpu}")
+    wanted = {}
+    for dtype, shape, width, number in itertools.product(dtypes, shapes, bits, rows):
+        layout = Layout.of(int(width), group_size, *map(int, shape.split("x")), symmetric)
+        if layout is None:
+            raise SystemExit(f"the kernels do not take groups of {group_size}")
+        kind = getattr(torch, dtype)
+        wanted[tables.Key.of(layout, int(number), kind)] = layout, kind
+    begun, left = time.perf_counter(), len(wanted)
+    for found in search(wanted, gpu, functools.partial(measure, device), SECONDS_OF_A_PRODUCT):
+        table.choices[found.key] = found.choice
+        first, best = next(iter(found.times.items())), found.times[found.choice]
+        left -= 1
+        print(
+            f"{found}, {best / first[1]:.2f} of {first[0]}, {len(found.times)} measured"
+            + ("" if found.complete else ", not all: the time was over"),
+            f"[{found.key.n_in}x{found.key.n_out}, {found.key.bits} bits, {found.key.dtype}]",
+            flush=True,
+        )
+    table.made_by = f"scripts/bench_qlinear.py --write-table, {datetime.date.today()}, {versions()}"
+    file.write_text(table.to_json(), encoding="utf-8")
+    print(f"{file}: {len(table.choices)} choices, {time.perf_counter() - begun:.0f} s; not measured: {left}")
+
+
 CPU = {"shapes": "512x512,4096x4096,4096x14336", "rows": "1,8,64,128,256", "dtypes": "bfloat16,float32"}
 GPU = {
     "shapes": "4096x4096,4096x14336,14336x4096,8192x28672",
     "rows": "1,4,16,64,256,2048",
     "dtypes": "float16",
 }
+RAGGED = "4100x4100,4104x14340,11000x4090"
 
 
 def main() -> None:
@@ -160,14 +228,27 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--zero-points", action="store_true", help="zeros that are not all 2^(bits - 1)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--ragged", action="store_true", help=f"shapes {RAGGED}")
+    parser.add_argument(
+        "--write-table", nargs="?", type=Path, const=True, metavar="FILE",
+        help="measure kernels, and add the fastest to the package's table for this GPU, or to FILE",
+    )  # fmt: skip
     options = parser.parse_args()
     gpu = options.device == "cuda"
     torch.set_num_threads(options.threads)
     bench, unit, scale = (bench_gpu, "µs", 1e6) if gpu else (bench_cpu, "ms", 1e3)
-    print(f"{options.device}, torch {torch.__version__}, group {options.group_size}; {unit} (ratio to float)")
+    if options.ragged and options.shapes is None:
+        options.shapes = RAGGED
     names = {**(GPU if gpu else CPU), **{k: v for k, v in vars(options).items() if v is not None}}
-    choices = (names[name].split(",") for name in ("dtypes", "shapes", "bits", "rows"))
-    for dtype, shape, bits, rows in itertools.product(*choices):
+    dtypes, shapes, widths, numbers = (names[name].split(",") for name in ("dtypes", "shapes", "bits", "rows"))
+    if options.write_table:
+        if not gpu:
+            parser.error("--write-table needs a GPU")
+        file = None if options.write_table is True else options.write_table
+        write_table(shapes, numbers, widths, dtypes, options.group_size, not options.zero_points, file)
+        return
+    print(f"{options.device}, torch {torch.__version__}, group {options.group_size}; {unit} (ratio to float)")
+    for dtype, shape, bits, rows in itertools.product(dtypes, shapes, widths, numbers):
         n_in, n_out = map(int, shape.split("x"))
         with torch.no_grad():
             times, choice = bench(

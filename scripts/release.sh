@@ -29,7 +29,7 @@ wanted = {
     f"gptq_plugin/{folder}{path.relative_to(root).as_posix()}"
     for root, folder in roots.items()
     for path in Path(root).rglob("*")
-    if path.suffix in (".py", ".yaml", ".typed")
+    if path.suffix in (".py", ".yaml", ".json", ".typed")
 }
 found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 assert found == wanted, f"wheel lacks {sorted(wanted - found)}, and has {sorted(found - wanted)}"

@@ -78,7 +78,7 @@ def test_a_wheel_holds_the_code_the_kernels_and_every_config(wheel):
         f"gptq_plugin/{folder}{path.relative_to(REPOSITORY / root).as_posix()}"
         for root, folder in (("src/gptq_plugin", ""), ("kernels/gptq_triton", "kernels/"), ("conf", "conf/"))
         for path in (REPOSITORY / root).rglob("*")
-        if path.suffix in (".py", ".yaml", ".typed")
+        if path.suffix in (".py", ".yaml", ".json", ".typed")
     }
     assert len(expected) > 40
     assert {name for name in names if ".dist-info/" not in name} == expected

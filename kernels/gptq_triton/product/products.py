@@ -13,6 +13,8 @@ from .dense import dense
 from .layout import Arranged, Layout
 from .registry import run
 from .rule import FEW_ROWS, by_rule
+from .table import shipped
+from .tuned import tuned
 from .workspace import workspace_of
 
 log = logging.getLogger(__name__)
@@ -20,16 +22,33 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def choose(layout: Layout, rows: int, dtype: torch.dtype, device: torch.device) -> Choice:
-    """The kernel for so many rows; the log tells once which."""
-    choice = by_rule(layout, rows, dtype, Gpu.of(device))
-    log.debug("%s rows of %s by %s: %s", rows, dtype, layout, choice)
+    """The kernel for so many rows; the log tells once which kernels there are, and why."""
+    gpu = Gpu.of(device)
+    choice, reason = _decided(layout, rows, dtype, gpu)
+    log.debug("%s rows of %s by %s: %s (%s)", rows, dtype, layout, choice, reason)
+    _tell(choice, reason, gpu.name)
     return choice
 
 
-def described(layout: Layout, device: torch.device) -> str:
+def described(layout: Layout, dtype: torch.dtype, device: torch.device) -> str:
     """The kernels for one row and for many, in words."""
-    few, many = (choose(layout, rows, torch.float16, device) for rows in (1, 2048))
+    gpu = Gpu.of(device)
+    few, many = (_decided(layout, rows, dtype, gpu)[0] for rows in (1, 2048))
     return f"1 row: {few}; 2048: {many}"
+
+
+def _decided(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> tuple[Choice, str]:
+    """The choice, and where it is from."""
+    for table, reason in ((tuned(gpu), "measured here"), (shipped(gpu), "the package's table")):
+        choice = None if table is None else table.find(layout, rows, dtype, gpu)
+        if choice is not None:
+            return choice, reason
+    return by_rule(layout, rows, dtype, gpu), "rule"
+
+
+@functools.cache
+def _tell(choice: Choice, reason: str, gpu: str) -> None:
+    log.info("quantized layers on %s multiply by %s (%s)", gpu, choice, reason)
 
 
 def check(x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None) -> None:

@@ -5,6 +5,7 @@ A further kernel is a line in `KERNELS`, and a clause in `rule` if it is to be c
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Kernel:
     fits: Callable[[Layout, int, torch.dtype, Gpu, Mapping[str, int]], bool]
     near: Callable[[Layout, int, torch.dtype, Gpu], Iterator[Options]]
 
-    @property
+    @functools.cached_property
     def options(self) -> Options:
         """Names of the options with what they are where they are left out."""
         arguments = inspect.signature(self.multiply).parameters.values()
@@ -115,17 +116,24 @@ def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options:
         and 2 <= STAGES <= 8
         and 1 <= WIDTH <= 64
         and 1 <= SPLIT <= (2 * layout.steps if rows <= rule.FEW_ROWS_TILED else 1)  # parts of many rows take memory
-        and gpu.shared >= STAGES * (2 * BN + 4 * BM) * 64 + 2048  # the rings, and barriers
+        and gpu.shared >= STAGES * (2 * BN + 4 * BM) * 64 + 5120  # the rings, and barriers
     )
 
 
 def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     if rows < rule.FEW_ROWS // 2:
         return
-    narrow = ((128, 64, 6, 4, 1), (128, 64, 6, 4, 2), (64, 128, 5, 4, 1), (64, 128, 5, 4, 2), (64, 64, 6, 4, 2))
-    wide = ((64, 256, 3, 2, 1), (64, 256, 3, 4, 1), (64, 256, 3, 8, 1), (128, 128, 4, 4, 1), (64, 256, 3, 4, 2))
-    for numbers in narrow if rows <= rule.FEW_ROWS else (*wide, *narrow):
-        yield dict(zip(("BN", "BM", "STAGES", "WIDTH", "SPLIT"), numbers, strict=True))
+    shared = {"WIDTH": 4}
+    narrow = [
+        {"BN": 128, "BM": 64, "STAGES": 6} | shared,
+        {"BN": 64, "BM": 128, "STAGES": 5} | shared,
+        {"BN": 64, "BM": 128, "STAGES": 5, "SPLIT": 2} | shared,
+        {"BN": 128, "BM": 64, "STAGES": 6, "SPLIT": 2} | shared,
+        {"BN": 64, "BM": 64, "STAGES": 6, "SPLIT": 2} | shared,
+    ]
+    wide = [{"BN": 64, "BM": 256, "STAGES": 3, "WIDTH": width} for width in (2, 4, 8, 1)]
+    wide.append({"BN": 128, "BM": 128, "STAGES": 4} | shared)
+    yield from narrow if rows <= rule.FEW_ROWS else wide + narrow
 
 
 def _dense(

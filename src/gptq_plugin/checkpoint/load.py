@@ -30,8 +30,9 @@ from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.device.named import device_named
 from gptq_plugin.device.surroundings import alone, plain_defaults, same_random_numbers
 from gptq_plugin.errors import CheckpointError, brief
+from gptq_plugin.layers.autotune import autotune as tune_layers
 from gptq_plugin.layers.stored_weight import arrange_layers
-from gptq_plugin.options.fields import shown
+from gptq_plugin.options.fields import PATH, SWITCH, optional, shown
 
 
 @plain_defaults()
@@ -47,6 +48,8 @@ def load_quantized(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    autotune: bool | None = None,
+    autotune_dir: str | Path | None = None,
 ) -> Any:
     """Loads a checkpoint of this package, GPTQModel, AutoGPTQ, optimum or llm-compressor (pack-quantized) with
     `QuantLinear` layers, in evaluation mode.
@@ -71,6 +74,10 @@ def load_quantized(
         token: For a private or gated repository; None is the one of ``hf auth login``.
         cache_dir: Where downloads are kept; None is huggingface_hub's cache.
         local_files_only: Take the repository from the cache.
+        autotune: Measure which kernels are fastest for layers on GPUs: for sizes that the package's table of a GPU's
+            kind lacks (True), on GPUs without a table only (None), or never (False). It takes up to ten seconds for
+            each size of layer, once: later loads read what was found. See `gptq_plugin.layers.autotune.autotune`.
+        autotune_dir: Folder for what was found; None is one in Triton's cache.
 
     Returns:
         The transformers model, ready for `generate`, or `model`. Its config describes what is in memory
@@ -81,8 +88,11 @@ def load_quantized(
         CheckpointError: The checkpoint is incomplete, corrupt, contradicts itself or does not fit the model.
             The message names every file, tensor and module; `model` is then as it was. Or there is neither such a
             folder nor such a repository.
-        ValueError: `device_map` together with `device` or `model`, or a `device` that is not there.
+        ValueError: `device_map` together with `device` or `model`, a `device` that is not there, or an `autotune` or
+            `autotune_dir` of another type.
     """
+    optional(SWITCH, "on GPUs without a table").check("autotune", autotune)
+    optional(PATH, "a folder in Triton's cache").check("autotune_dir", autotune_dir)
     if device_map is not None and (model is not None or torch.device(device).type != "cpu"):
         raise ValueError(
             "device_map places every module of a transformers model: give it without `device`, and place a `model` of "
@@ -94,7 +104,7 @@ def load_quantized(
     )
     checkpoint = Checkpoint.open(folder)
     if model is not None:
-        return load_into(checkpoint, model, device, dtype)
+        return _tuned(load_into(checkpoint, model, device, dtype), autotune, autotune_dir)
     if not checkpoint.model_config.get("architectures"):
         raise CheckpointError(
             f"{checkpoint.directory / CONFIG} names no transformers architecture, so it is the export of a plain "
@@ -104,7 +114,13 @@ def load_quantized(
     architecture, config = _architecture(checkpoint, trust_remote_code)
     loaded: Any = _load_transformers(checkpoint, architecture, config, device, device_map, dtype)
     loaded.name_or_path = str(directory)
-    return loaded
+    return _tuned(loaded, autotune, autotune_dir)
+
+
+def _tuned(model: nn.Module, autotune: bool | None, folder: str | Path | None) -> nn.Module:
+    if autotune is not False:
+        tune_layers(model, always=autotune is True, folder=folder)
+    return model
 
 
 @plain_defaults()

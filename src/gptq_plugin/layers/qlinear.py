@@ -147,7 +147,7 @@ class QuantLinear(StoredWeight):
             return shown
         from gptq_plugin.kernels.product import products  # imported here: needs Triton
 
-        return f"{shown}, kernels=({products.described(arranged.layout, self.device)})"
+        return f"{shown}, kernels=({products.described(arranged.layout, self._dtype, self.device)})"
 
     def _product(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda":
