@@ -42,13 +42,13 @@ class _OneStream(Workspace):
 
 
 def bytes_needed(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> int:
-    """Memory that a measurement takes: words past the cache, the dequantized weight, inputs and outputs, scales, and
-    parts of programs that share a tile (at most eight)."""
+    """Memory that a measurement takes: words past the cache, the dequantized weight (the reference's, and in a
+    graph), inputs and outputs, scales, and parts of programs that share a tile (at most eight)."""
     channels = layout.steps * layout.step
     weight = layout.outputs * channels
     return (
         _length(layout, gpu) * (weight * layout.bits // 8)
-        + (weight + rows * (layout.n_in + 3 * layout.outputs)) * dtype.itemsize
+        + (2 * weight + rows * (layout.n_in + 3 * layout.outputs)) * dtype.itemsize
         + weight // layout.group * 8
         + min(rows, 256) * layout.outputs * 4 * 8
     )

@@ -25,8 +25,8 @@ def autotune(model: nn.Module, *, always: bool = False, folder: str | os.PathLik
     their last bits from those before.
 
     `load_quantized` calls it. Call it between runs, not in them: it waits for the GPU, and takes memory meanwhile
-    (twice the GPU's L2 cache, and a float copy of the largest layer; what does not fit in half of the free memory is
-    not measured). While a CUDA graph is captured, or a compiler traces, it does nothing but warn.
+    (twice the GPU's L2 cache, and two float copies of the largest layer; what does not fit in half of the free memory
+    is not measured). While a CUDA graph is captured, or a compiler traces, it does nothing but warn.
 
     Args:
         model: Any module; its layers on GPUs are taken into the kernels' layout.
