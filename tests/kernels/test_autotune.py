@@ -193,6 +193,33 @@ def test_a_product_sees_what_was_measured_since_its_kernel_was_chosen(tmp_path, 
     assert str(after) in products.described(LAYOUT, HALF, device)
 
 
+def test_where_memory_or_a_compiler_is_missing_nothing_fails(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: A100))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    device, free = torch.device("cuda", 0), [1 << 20, 1 << 40]
+    monkeypatch.setattr(timing, "_free_bytes", lambda device: free.pop(0))
+
+    def raising(error):
+        def times(*product):
+            raise error
+
+        return times
+
+    monkeypatch.setattr(timing, "_times", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    assert [timing.measure(device, LAYOUT, 1, HALF, [Choice("dense")], 1.0) for _ in range(2)] == [{}, {}]
+    assert (
+        "more than half of what is free: not measured" in caplog.text
+        and "are not measured: CUDA out of memory" in caplog.text
+    )
+    monkeypatch.setattr(module, "measure", raising(RuntimeError("Failed to find C compiler")))
+    autotune([(LAYOUT, HALF)], device, folder=tmp_path)
+    assert "not measured, a rule chooses: Failed to find C compiler" in caplog.text
+    monkeypatch.setattr(module, "measure", raising(torch.AcceleratorError("an illegal memory access")))
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        autotune([(LAYOUT, HALF)], device, folder=tmp_path)
+
+
 def test_each_choice_is_logged_once_with_its_reason(monkeypatch, caplog):
     monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: A100))
     products._tell.cache_clear()

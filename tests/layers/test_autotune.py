@@ -51,6 +51,12 @@ def test_each_size_is_measured_once_in_its_dtype_and_layers_are_in_the_kernels_l
     assert model[0].arranged() is not None and model[4].arranged() is None
 
 
+def test_without_triton_loading_goes_on(calls, monkeypatch, caplog):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    autotune(make(n_in=256, n_out=64, group_size=128))
+    assert calls == [] and "without Triton" in caplog.text
+
+
 def test_a_model_that_is_not_on_a_gpu_is_left_alone(monkeypatch):
     monkeypatch.setattr(product_autotune, "autotune", lambda *rest, **options: pytest.fail("measured"))
     layer = make(n_in=256, n_out=64, group_size=128)

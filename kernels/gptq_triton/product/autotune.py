@@ -60,15 +60,20 @@ def autotune(
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         log.warning("kernels are not measured while a CUDA graph is captured or a compiler traces: call it before")
         return
-    gpu = Gpu.of(device)
-    if not always and shipped(gpu) is not None:
-        log.debug("kernels are not measured: %s has a table", gpu.name)
-        return
-    with _one_at_a_time:
-        timer = functools.partial(measure, device)
-        if tune(dict.fromkeys(wanted), gpu, file_of(gpu, folder), timer, seconds):
-            torch.cuda.empty_cache()
-        products.choose.cache_clear()
+    try:
+        gpu = Gpu.of(device)
+        if not always and shipped(gpu) is not None:
+            log.debug("kernels are not measured: %s has a table", gpu.name)
+            return
+        with _one_at_a_time:
+            timer = functools.partial(measure, device)
+            if tune(dict.fromkeys(wanted), gpu, file_of(gpu, folder), timer, seconds):
+                torch.cuda.empty_cache()
+            products.choose.cache_clear()
+    except torch.AcceleratorError:  # the GPU is lost to this process
+        raise
+    except (triton.TritonError, RuntimeError) as error:  # Triton finds no compiler: products will tell
+        log.warning("kernels are not measured, a rule chooses: %s", error)
 
 
 def tune(

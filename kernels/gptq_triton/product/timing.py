@@ -73,15 +73,27 @@ def measure(
     gpu = Gpu.of(device)
     needed, free = bytes_needed(layout, rows, dtype, gpu), _free_bytes(device)
     if needed > free // 2:
-        log.info("%s rows of %s need %.1f GB, half of what is free: not measured", rows, layout, needed / 1e9)
+        log.info("%s rows of %s need %.1f GB, more than half of what is free: not measured", rows, layout, needed / 1e9)
         return {}
+    try:
+        return _times(layout, _length(layout, gpu), rows, dtype, choices, device, deadline)
+    except torch.OutOfMemoryError as error:
+        log.info("%s rows of %s are not measured: %s", rows, layout, error)
+        return {}
+
+
+def _times(
+    layout: Layout, length: int, rows: int, dtype: torch.dtype, choices: Sequence[Choice], device: torch.device,
+    deadline: float,
+) -> dict[Choice, float]:  # fmt: skip
+    """Seconds by choice, over so many copies of the words."""
     stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
+    found: dict[Choice, float] = {}
     with torch.cuda.stream(stream), torch.no_grad(), torch.autocast("cuda", enabled=False):
-        copies = _copies(layout, _length(layout, gpu), device)
+        copies = _copies(layout, length, device)
         x = torch.randn(rows, layout.n_in, dtype=dtype, device=device, generator=_generator(device))
         expected = torch.mm(x, dense(layout, copies[0], dtype).t())
-        found: dict[Choice, float] = {}
         for choice in choices:
             if found and time.perf_counter() > deadline:
                 break

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from gptq_plugin.kernels.product.layout import Layout
 from gptq_plugin.layers.kernel_layout import is_served
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import arrange_layers
+
+log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -41,6 +45,9 @@ def autotune(model: nn.Module, *, always: bool = False, folder: str | os.PathLik
             arranged, dtype = module.arranged(), module.weight.dtype
             if arranged is not None and dtype in _DTYPES:
                 wanted[module.device][arranged.layout, dtype] = None
+    if wanted and find_spec("triton") is None:
+        log.warning("kernels are not measured without Triton, which products of quantized layers on a GPU need")
+        return
     for device, products in wanted.items():
         from gptq_plugin.kernels.product import autotune  # imported here: needs Triton
 
