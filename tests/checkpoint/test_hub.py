@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +15,9 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoModelForCausalLM
 
-from gptq_plugin import QuantizeModule, load_quantized
+from gptq_plugin import QuantizeModule, load_quantized, quantized_config
 from gptq_plugin.apps.command import main
 from gptq_plugin.check.lint import lint
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
@@ -167,3 +170,21 @@ def test_revision_and_token_reach_the_hub(export: Path, tmp_path: Path) -> None:
     assert found.splitlines()[-2:] == ["0 errors, 0 warnings", "1 0"]
     assert {request.token for request in hub.requests} == {None, "secret"}
     assert any("/revision/v1" in request.path for request in hub.requests)
+
+
+def test_from_pretrained_loads_a_name_and_refuses_one_that_describes_far_more_than_it_holds(
+    cached: Path, export: Path, tmp_path: Path
+) -> None:
+    wanted = logits(load_quantized(NAME))
+    options = {"cache_dir": cached, "local_files_only": True}
+    config = quantized_config(NAME, **options)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(NAME, config=config, **options)), wanted)
+    hostile = tmp_path / "hostile"
+    shutil.copytree(export, hostile)
+    content = json.loads((hostile / "config.json").read_text())
+    (hostile / "config.json").write_text(json.dumps({**content, "num_hidden_layers": 10**6}))
+    cache_checkpoint(cached, "someone/hostile", hostile)
+    with pytest.raises(CheckpointError, match=r"config\.json: num_hidden_layers is 1000000, and the files hold"):
+        quantized_config("someone/hostile", **options)
+    with pytest.raises(CheckpointError, match="neither a folder .* nor a repository"):
+        quantized_config("someone/absent", **options)

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptq_plugin import QuantizeModule, load_quantized
 from gptq_plugin.check.lint import lint
@@ -119,12 +120,39 @@ def test_a_transformers_model_is_loaded_as_elsewhere(around, tmp_path):
     assert same(again.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("how", ["quantize", "rehearse"])
-def test_quantization_where_tensors_have_no_values_is_refused(how):
-    model = small()
-    with meta(), pytest.raises(TargetError, match=r"on the meta device.*outside"):
-        getattr(QuantizeModule(bits=4, group_size=16), how)(model, inputs())
+@pytest.mark.parametrize(("around", "where"), [(meta, "on the meta device"), (FakeTensorMode, "FakeTensorMode")])
+@pytest.mark.parametrize("how", ["quantize", "rehearse", "round_to_nearest"])
+def test_quantization_where_tensors_have_no_values_is_refused(how, around, where):
+    model, given = small(), [inputs()] if how != "round_to_nearest" else []
+    with around(), pytest.raises(TargetError, match=rf"{where}.*outside"):
+        getattr(QuantizeModule(bits=4, group_size=16), how)(model, *given)
     assert same(model.state_dict(), small().state_dict())
+
+
+@pytest.mark.parametrize("how", ["quantize", "rehearse", "round_to_nearest"])
+def test_a_model_without_values_is_refused(how):
+    given = [inputs()] if how != "round_to_nearest" else []
+    for around in (meta, FakeTensorMode):
+        with around():
+            model = small()
+        with pytest.raises(TargetError, match=r"no values|FakeTensor, which may multiply"):
+            getattr(QuantizeModule(bits=4, group_size=16), how)(model, *given)
+
+
+def test_files_are_neither_read_nor_written_in_fake_tensor_mode(tmp_path):
+    model = small()
+    quantizer = QuantizeModule(bits=4, group_size=16)
+    quantizer.round_to_nearest(model)
+    folder = quantizer.export(model, tmp_path / "export")
+    for call in (
+        lambda: load_quantized(folder, model=small()),
+        lambda: lint(folder),
+        lambda: convert(folder, tmp_path / "converted", "gptq_v2"),
+        lambda: quantizer.export(model, tmp_path / "again"),
+    ):
+        with FakeTensorMode(), pytest.raises(ValueError, match="outside of PyTorch's FakeTensorMode"):
+            call()
+    assert [one.name for one in tmp_path.iterdir()] == ["export"]
 
 
 def test_every_tensor_that_the_package_makes_has_a_device_or_that_of_another():

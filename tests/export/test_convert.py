@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin.apps.command import main
@@ -193,3 +194,22 @@ def test_a_name_that_means_a_quantized_layer_in_the_other_format_is_refused_befo
     with pytest.raises(CheckpointError, match=r"x holds model\.norm\.qweight, which belong to no quantized layer"):
         convert(folder, tmp_path / "out", "gptq_v2")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [("model.norm.weight", float("nan"), True), ("model.embed_tokens.weight", float("inf"), True),
+     ("lm_head.weight", -float("inf"), True), ("model.mask", float("inf"), False), ("model.mask", float("nan"), True)],
+)  # fmt: skip
+def test_nan_and_infinity_are_not_copied(name, value, refused, tmp_path, rtn):
+    config = QuantizeConfig(group_size=16)
+    folder = export_module.export_model(rtn(tiny_llama(), config), tmp_path / "out", config)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.setdefault(name, torch.zeros(4, 4))[..., 1] = value
+    save_file(tensors, folder / "model.safetensors")
+    if refused:
+        with pytest.raises(CheckpointError, match=rf"model\.safetensors: {name} holds (NaN|infinity)"):
+            convert(folder, tmp_path / "converted", "gptq_v2")
+        assert [one.name for one in tmp_path.iterdir()] == ["out"]
+    else:
+        assert convert(folder, tmp_path / "converted", "gptq_v2").is_dir()

@@ -1,4 +1,4 @@
 """Calibration data: turns texts, tokens or dataloaders into batches, and finds the positions that count.
 
-Imports model, walk, distributed, config, options and errors; never report, memory or checkpoint.
+Imports model, walk, device, distributed, config, options and errors; never report, memory or checkpoint.
 """

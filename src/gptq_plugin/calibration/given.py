@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gptq_plugin.calibration.batches import leaves
+from gptq_plugin.device.finite import has_values
 from gptq_plugin.errors import CalibrationError, some
 from gptq_plugin.options import fields
 
@@ -109,9 +110,10 @@ def refuse_item(item: Any) -> None:
                 "the calibration data holds a nested tensor, whose rows differ in length: give each row as a sample "
                 "of its own, or pad them and give an attention_mask (torch.nested.to_padded_tensor)"
             )
-        if isinstance(value, Tensor) and value.is_meta:
+        if isinstance(value, Tensor) and not has_values(value):
             raise CalibrationError(
-                "the calibration data holds a tensor on the meta device, which has no values: give real data"
+                "the calibration data holds a tensor on the meta device, or of FakeTensorMode, which has no values: "
+                "give real data"
             )
 
 

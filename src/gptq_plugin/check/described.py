@@ -13,8 +13,8 @@ import torch
 from gptq_plugin.check.findings import Finding, error, warning
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.layer_checks import damage_of
 from gptq_plugin.clients.inventory import Inventory
-from gptq_plugin.device.finite import all_finite, any_nan
 from gptq_plugin.errors import some
 from gptq_plugin.options.fields import shown
 
@@ -96,12 +96,7 @@ def _scales_dtype(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _not_finite(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Masks may hold infinity, and have other names."""
-    wrong = []
-    for name in checkpoint.float_names:
-        value = checkpoint.read(name)
-        if any_nan(value) or (name.endswith(("weight", "bias")) and not all_finite(value)):
-            wrong.append(name)
+    wrong = [name for name in checkpoint.float_names if damage_of(name, checkpoint.read(name))]
     if wrong:
         yield error(f"{some(wrong)}: not quantized, and NaN or infinity are in it: the file is damaged")
 

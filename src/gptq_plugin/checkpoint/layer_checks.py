@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from gptq_plugin.checkpoint.files import TensorEntry
 from gptq_plugin.checkpoint.formats.format import FLOAT, Format, QuantizedLayer, Read, Scheme
-from gptq_plugin.device.finite import all_finite
+from gptq_plugin.device.finite import all_finite, any_nan
 from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -101,6 +102,16 @@ def _wrong_shapes(stored: StoredLayer, layer: QuantizedLayer) -> Iterator[str]:
             )
     if not layer.has_g_idx and layer.groups > 1 and layer.desc_act:
         yield f"{name}.{layout.g_idx} is missing, and with desc_act=true the groups cannot be told without it"
+
+
+def damage_of(name: str, value: Tensor) -> str:
+    """Tells what a tensor that is not quantized must not hold and does, "NaN" or "infinity"; empty if nothing.
+
+    Masks may hold infinity, and have other names than weights and biases.
+    """
+    if any_nan(value):
+        return "NaN"
+    return "infinity" if name.endswith(("weight", "bias")) and not all_finite(value) else ""
 
 
 def _wrong_values(stored: StoredLayer, layer: QuantizedLayer) -> Iterator[str]:

@@ -1,9 +1,18 @@
-"""Finds NaN and infinity: `all_finite`, `any_nan`, `not_finite_in`. A tensor is read once and not copied."""
+"""Finds NaN and infinity: `all_finite`, `any_nan`, `not_finite_in`. A tensor is read once and not copied.
+
+Some tensors have no values: `has_values`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False on the meta device, and for tensors that were made inside PyTorch's FakeTensorMode."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -20,8 +29,8 @@ def any_nan(tensor: Tensor) -> bool:
 
 def not_finite_in(model: nn.Module) -> list[str]:
     """Names of parameters with NaN or infinity, and of buffers with NaN: masks hold infinity."""
-    found = [name for name, value in model.named_parameters() if not (value.is_meta or all_finite(value))]
-    return found + [name for name, value in model.named_buffers() if not value.is_meta and any_nan(value)]
+    found = [name for name, value in model.named_parameters() if has_values(value) and not all_finite(value)]
+    return found + [name for name, value in model.named_buffers() if has_values(value) and any_nan(value)]
 
 
 def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from gptq_plugin.device.finite import has_values
+
 log = logging.getLogger(__name__)
 
 _AUTOCAST = ("cpu", "cuda")
@@ -18,12 +20,34 @@ _turns: dict[int, threading.Lock] = {}  # by process: one that was forked has a 
 _has_turn = contextvars.ContextVar("has_turn", default=False)
 
 
+def without_values() -> str:
+    """Tells where the caller is, if tensors that are made there have no values: "inside ..."; else empty."""
+    if torch.get_default_device().type == "meta":
+        return (
+            "where tensors are made on the meta device (torch.set_default_device, or a with block): those that the "
+            "forward makes would have no values"
+        )
+    return (
+        ""
+        if has_values(torch.zeros(1, device="cpu"))
+        else "inside PyTorch's FakeTensorMode, where tensors have no values"
+    )
+
+
 @contextlib.contextmanager
 def plain_defaults() -> Iterator[None]:
     """Inside the block new tensors are on the CPU and autocast changes no dtype, as what reads and writes files needs.
 
     Both settings are a thread's own.
+
+    Raises:
+        ValueError: Inside FakeTensorMode.
     """
+    if not has_values(torch.zeros(1, device="cpu")):
+        raise ValueError(
+            "files of checkpoints are read and written outside of PyTorch's FakeTensorMode, where tensors have no "
+            "values: leave its block before"
+        )
     with contextlib.ExitStack() as stack:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))

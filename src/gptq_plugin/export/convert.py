@@ -19,6 +19,7 @@ from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG, write_json
 from gptq_plugin.checkpoint.formats.format import Contents, Scheme
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.checkpoint.hub import local_folder
+from gptq_plugin.checkpoint.layer_checks import damage_of
 from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
 from gptq_plugin.device.surroundings import plain_defaults
 from gptq_plugin.errors import CheckpointError, ExportError, some
@@ -146,7 +147,14 @@ def _write(checkpoint: Checkpoint, schemes: dict[str, Scheme], checkpoint_format
             raise ExportError(f"{name}: {error}") from error
         writer.add({f"{name}.{suffix}": tensor for suffix, tensor in stored.items()})
     for name in checkpoint.float_names:
-        writer.add({name: checkpoint.read(name)})
+        value = checkpoint.read(name)
+        damage = damage_of(name, value)
+        if damage:
+            raise CheckpointError(
+                f"{checkpoint.tensors[name].file}: {name} holds {damage}, with which no model computes: it is damaged. "
+                "Fetch it again, or export again"
+            )
+        writer.add({name: value})
     writer.finish()
 
 

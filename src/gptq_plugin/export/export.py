@@ -27,6 +27,7 @@ from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.device.surroundings import plain_defaults
 from gptq_plugin.errors import ExportError, some
+from gptq_plugin.export.config_checks import check_config, check_symmetry
 from gptq_plugin.export.disk_space import disk_errors_explained
 from gptq_plugin.export.export_size import export_size, tensor_bytes
 from gptq_plugin.export.model_files import float_state, once, write_plain_config, write_transformers
@@ -36,7 +37,6 @@ from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.unloaded import Unloaded
 from gptq_plugin.export.verify_files import verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
-from gptq_plugin.layers.packing import are_symmetric
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import TENSORS
 from gptq_plugin.model.hf_models import check_savable, is_transformers
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
 
 
+@plain_defaults()
 def export_model(
     model: nn.Module,
     directory: str | Path,
@@ -134,6 +135,7 @@ class Export:
         self._added: set[str] = set()
         self._is_finished = self._over = False
         self._bytes = 0
+        self._settled: Mapping[str, Any] = {}  # how the export is quantized, for its report
         self._staging = Staging(directory, overwrite)
         self._writer = ShardWriter(self._staging.path, SHARD)
 
@@ -154,8 +156,8 @@ class Export:
             raise ExportError(f"{name} was added to the export before: add every layer once")
         self.check([name])
         stored = self._stored_names[name]
-        _check_config({name: layer}, self._config)
-        _check_symmetry(name, layer, self._config)
+        check_config({name: layer}, self._config)
+        check_symmetry(name, layer, self._config)
         bits, sym = layer.bits, (self._config.for_module(name) or self._config).sym
 
         def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -219,7 +221,7 @@ class Export:
         try:
             layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
             self._check_layers(model, layers)
-            _check_config(layers, self._config)
+            check_config(layers, self._config)
             if self._target is not None:
                 refuse(Inventory.of_layers(self._structure, _quantized(model), self._config, report), self._target)
             folder = self._staging.path
@@ -227,7 +229,10 @@ class Export:
             with disk_errors_explained(self._staging.directory, lambda: self._bytes):
                 self._write(model, layers, report, tokenizer)
             verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
-            same_outputs(model, folder, sample)
+            told = same_outputs(model, folder, sample)
+            if report is not None and told:
+                report.deviations += [sentence for sentence in told if sentence not in report.deviations]
+                self._write_report(model, report)
             with disk_errors_explained(self._staging.directory, lambda: self._bytes):
                 self._staging.flush()
             self._is_finished = True
@@ -302,9 +307,13 @@ class Export:
             tokenizer.save_pretrained(folder)
         if report is not None:
             report.size = export_size(folder, {self._stored_names[name] for name in self._added})
-            settled = self._format.settings(description, report.config)
-            write_report(folder, publishable(report), model_facts(model, folder), settled)
+            self._settled = self._format.settings(description, report.config)
+            self._write_report(model, report)
         write_quantize_config(folder, description, settings)
+
+    def _write_report(self, model: nn.Module, report: QuantizeReport) -> None:
+        folder = self._staging.path
+        write_report(folder, publishable(report), model_facts(model, folder), self._settled)
 
     def _check_layers(self, model: nn.Module, layers: dict[str, QuantLinear]) -> None:
         if not layers:
@@ -323,23 +332,3 @@ class Export:
 def _quantized(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized layers by name, a shared one under its first."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-def _check_config(layers: dict[str, QuantLinear], config: QuantizeConfig) -> None:
-    for name, layer in layers.items():
-        asked = config.for_module(name)
-        if asked is None or (asked.bits, asked.group_size_for(layer.in_features)) != (layer.bits, layer.group_size):
-            wanted = "leaves it float" if asked is None else f"has bits={asked.bits}, group_size={asked.group_size}"
-            raise ExportError(
-                f"{name} is quantized with bits={layer.bits}, group_size={layer.group_size}, and the given config "
-                f"{wanted}: pass the config the model was quantized with"
-            )
-
-
-def _check_symmetry(name: str, layer: QuantLinear, config: QuantizeConfig) -> None:
-    own = config.for_module(name)
-    if own is not None and own.sym and not are_symmetric(layer.qzeros, layer.bits, layer.out_features):
-        raise ExportError(
-            f"{name} is quantized with sym=False, and the given config has sym=True for it: pass the config the model "
-            "was quantized with, its rules for the names that layers have in what is exported"
-        )

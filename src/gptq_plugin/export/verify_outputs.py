@@ -21,6 +21,7 @@ from gptq_plugin.calibration.batches import fields_of, sample_count
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.checkpoint.load import load_as, load_quantized
 from gptq_plugin.errors import CheckpointError, ExportError, some
+from gptq_plugin.export.unsaved import other_buffers
 from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.streamed_to import streamed_to
@@ -65,7 +66,7 @@ class Sample:
             yield replace(self, batch=self.whole, whole=None)
 
 
-def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> None:
+def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> list[str]:
     """Loads the export in `directory` and compares its outputs with the model's.
 
     Args:
@@ -74,39 +75,47 @@ def same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> No
         sample: The input. Without one, or if its forward does not call the model as a whole, a transformers model runs
             its `dummy_inputs`. The log tells if nothing could be compared.
 
+    Returns:
+        Sentences, which the log has too, on what differs within what is tolerated: see `unsaved.other_buffers`.
+
     Raises:
         ExportError: The export does not load, or computes something else.
     """
     with torch.no_grad(), evaluating(model):
-        _same_outputs(model, directory, sample)
+        told = _same_outputs(model, directory, sample)
+    for sentence in told:
+        log.warning("%s", sentence)
+    return told
 
 
-def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> None:
+def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> list[str]:
     called = _called(model, sample) if sample is not None else None
     if called is None and is_transformers(model):
         called = _dummies(model)
     if called is None:
         log.warning("the export was not run: no calibration sample went through the model as a whole")
-        return
+        return []
     (args, kwargs), device = called
     with _on(model, device):  # not the sample's forward, which may use autocast
         expected, repeated = (floats(model(*args, **kwargs)) for _ in range(2))
     if not expected:
         log.warning("the export was not compared with the model: its outputs hold no floating-point tensors")
-        return
+        return []
     if any(difference(a, b) > tolerance(a, b) for a, b in zip(repeated, expected, strict=True)):
         log.warning("the export was not compared with the model: two runs of the model gave different outputs")
-        return
+        return []
     try:
         again = _reload(model, directory)
     except CheckpointError as error:
         raise ExportError(f"the export does not load: {error}") from error
     if again is None:
-        return
+        return []
     with streamed_to(again, device, capacity=0):
         found = floats(again(*args, **kwargs))
     replaced = "forward" in vars(model)  # as accelerate does, to run the model under autocast
     _compare(found, expected, _TOLERANCE_16_BITS if replaced else 0.0, _causes(model))
+    share = max(difference(theirs, ours) for theirs, ours in zip(found, expected, strict=True))
+    return other_buffers(model, again, share)
 
 
 def _causes(model: nn.Module) -> str:

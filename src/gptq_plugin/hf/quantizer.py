@@ -35,12 +35,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.files import CONFIG, INDEX, WEIGHTS
+from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load import forget_quantization, refuse_foreign_kernels
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.model.stored_names import key_renaming
+
+_OF_THE_HUB = {"revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder"}
 
 
 class GPTQPluginConfig(QuantizationConfigMixin):
@@ -127,22 +130,22 @@ def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
     """Returns the model's configuration, for ``from_pretrained(name_or_path, config=...)``. Calls `register`.
 
     Args:
-        name_or_path: A folder, or a name on the hub.
+        name_or_path: A folder, or a name on the hub, whose files are fetched now and are in the cache afterwards.
         kwargs: Options of `AutoConfig.from_pretrained`, such as `revision`.
 
     Raises:
-        CheckpointError: The folder is damaged, or its config.json describes more modules than the files can hold.
+        CheckpointError: There is no such folder and no such name, the files are damaged, or config.json describes more
+            modules than they can hold.
     """
     register()
-    folder = Path(name_or_path, kwargs.get("subfolder") or "")
-    if folder.is_dir():
-        checkpoint = Checkpoint.open(folder)
-        refuse_many_modules(checkpoint.model_config, folder / CONFIG, checkpoint.tensors.values())
+    folder = local_folder(name_or_path, **{name: kwargs[name] for name in _OF_THE_HUB & kwargs.keys()})
+    checkpoint = Checkpoint.open(folder)
+    refuse_many_modules(checkpoint.model_config, folder / CONFIG, checkpoint.tensors.values())
     config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
     refuse_foreign_kernels(config, name_or_path)
     forget_quantization(config)
     config.quantization_config = {"quant_method": QUANTIZER_NAME}
-    weights = _unexpected_weights_name(Path(name_or_path))
+    weights = _unexpected_weights_name(folder)
     if weights is not None:
         config.transformers_weights = weights
     return config
@@ -150,7 +153,7 @@ def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
 
 def _unexpected_weights_name(directory: Path) -> str | None:
     """Name of the weights' file if transformers does not expect it: AutoGPTQ put bits and group size into the name."""
-    if not directory.is_dir() or (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
+    if (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
         return None
     found = list(directory.glob("*.safetensors.index.json")) or list(directory.glob("*.safetensors"))
     return found[0].name if len(found) == 1 else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gptq_plugin.device.finite import has_values
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.memory.copier import Transfer
 from gptq_plugin.memory.slots import Substitution, all_slots, distinct_tensors, own_slots
@@ -50,11 +51,11 @@ def divide(model: nn.Module, unit_bytes: int) -> dict[nn.Module, tuple[Unit, ...
     Raises:
         TargetError: A tensor is on the meta device.
     """
-    meta = [slot.name for slot in all_slots(model) if slot.tensor.is_meta]
+    meta = [slot.name for slot in all_slots(model) if not has_values(slot.tensor)]
     if meta:
         raise TargetError(
-            f"{some(meta)} of {type(model).__name__} are on the meta device, where tensors have no values: load the "
-            "weights first, all of them into memory (no device_map that offloads, no init_empty_weights)"
+            f"{some(meta)} of {type(model).__name__} are on the meta device, or of FakeTensorMode, and have no values: "
+            "load the weights first, all of them into memory (no device_map that offloads, no init_empty_weights)"
         )
     names = {module: name for name, module in model.named_modules()}
     needs: dict[nn.Module, dict[Unit, None]] = defaultdict(dict)

@@ -35,7 +35,7 @@ from gptq_plugin.quantize.in_place import swapped
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.outcome import float_reports, module_report
-from gptq_plugin.quantize.prepare import check_client, prepared, undisturbed
+from gptq_plugin.quantize.prepare import check_client, prepared, refuse_without_values, undisturbed
 from gptq_plugin.quantize.rehearsal import rehearse, rest_of
 from gptq_plugin.quantize.run_log import RunLog
 from gptq_plugin.report.coverage import Coverage
@@ -50,9 +50,8 @@ class QuantizeModule:
 
     Args:
         config: What to quantize and how; QuantizeConfig's defaults when None.
-        offload_weights: True copies weights to the device block by block, so that a model may be larger than its
-            memory; False keeps all there; None decides from free memory. For models that are not on the device: see
-            `quantize`.
+        offload_weights: True copies weights to the device block by block, so that a model elsewhere may be larger than
+            its memory; False keeps all there; None decides from free memory. See `quantize`.
         offload_activations: True keeps the activations of waiting calibration batches on the CPU, False on the device;
             None keeps as many on the device as fit.
         exact_sums: True makes the result independent of the number of ranks, to the byte; None does so on CPUs and with
@@ -260,6 +259,7 @@ class QuantizeModule:
     def round_to_nearest(self, model: nn.Module) -> QuantizeReport:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
         started = time.perf_counter()
+        refuse_without_values(model)
         with alone("quantization"), planned(model, self.config) as plan, swapped(plan, _rounded(plan)) as keep:
             modules = [module_report(target, method="rtn") for target in plan.targets]
             report = QuantizeReport(self.config, modules + float_reports(plan.skipped))

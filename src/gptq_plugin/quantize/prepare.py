@@ -17,8 +17,9 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.device.surroundings import alone
-from gptq_plugin.errors import TargetError
+from gptq_plugin.device.finite import has_values
+from gptq_plugin.device.surroundings import alone, without_values
+from gptq_plugin.errors import TargetError, some
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import learn_layouts, undeclared
 from gptq_plugin.model.plan import Plan, planned
@@ -60,11 +61,7 @@ def prepared(
             "quantization was called inside torch.inference_mode, where PyTorch does not notice changes of tensors: "
             "call it outside of that block; torch.no_grad() may be on"
         )
-    if torch.get_default_device().type == "meta":
-        raise TargetError(
-            "quantization was called where tensors are made on the meta device (torch.set_default_device, or a with "
-            "block): those that the forward makes would have no values. Call it outside of that"
-        )
+    refuse_without_values()
     check_same(model, config, options, client)
     check_finite(model)
     calibration = None
@@ -75,6 +72,20 @@ def prepared(
     with planned(model, config) as plan:
         _refuse(plan, client)
         yield plan, _collect(model, batches, config, options, alone) if calibration is None else calibration
+
+
+def refuse_without_values(model: nn.Module | None = None) -> None:
+    """Refuses to quantize where tensors have no values, or a model without values.
+
+    Raises:
+        TargetError: It tells where that is, or which parameters lack them.
+    """
+    where = without_values()
+    if where:
+        raise TargetError(f"quantization was called {where}. Call it outside of that")
+    without = [] if model is None else [name for name, one in model.named_parameters() if not has_values(one)]
+    if without:
+        raise TargetError(f"{some(without)} of {type(model).__name__} have no values: load the weights first")
 
 
 def collected(plan: Plan, batches: Iterable[Any], options: PassOptions) -> Calibration:
