@@ -75,19 +75,31 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
         and 1 <= SPLIT <= layout.steps
         and 1 <= STAGES <= 8
         and warps in (1, 2, 4, 8)
-        and rule.shared_of_few(layout, dtype, BN, BM, STAGES) <= gpu.shared
+        and _shared_of_few(layout, dtype, BN, BM, STAGES) <= gpu.shared
     )
+
+
+def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int) -> int:
+    """Bytes of shared memory at most: words, scales and zeros of all stages but one, and x of all (offline, Triton
+    3.7.1). The rule asks for more."""
+    words, x = BN * layout.step * layout.bits // 8, BM * layout.step * dtype.itemsize
+    pairs = layout.step // layout.group // 2 * BN * 4 * (1 if layout.symmetric else 2)
+    return (STAGES - 1) * (words + pairs) + STAGES * x
 
 
 def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     own = rule.few(layout, rows, dtype, gpu)
     BN, BM, SPLIT, STAGES, warps = own.values()
-    for change in (
-        {}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, {"STAGES": 8 - STAGES}, {"BN": 96 - BN},
-        {"BN": 96 - BN, "SPLIT": SPLIT // 2 if BN == 64 else 2 * SPLIT}, {"warps": 6 - warps}, {"STAGES": 4},
-        {"BM": BM // 2, "warps": 2 if BM <= 32 else 4}, {"SPLIT": 3}, {"BN": 128, "warps": 4},
-        {"SPLIT": 2 * SPLIT, "STAGES": 8 - STAGES}, {"BM": 2 * BM, "warps": 4} if rows > BM else {},
-    ):  # fmt: skip
+    deeper = {"STAGES": 5 if STAGES == 3 else 3}
+    fewest = 4 if layout.bits == 3 else 2  # two warps of 3 bits, or with 64 rows, spill
+    changes: list[Options] = [
+        {}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, deeper, {"BN": 96 - BN},
+        {"BN": 96 - BN, "SPLIT": SPLIT // 2 if BN == 64 else 2 * SPLIT},
+        {"warps": fewest if warps == 4 and BM < 64 else 2 * warps}, {"STAGES": 4},
+        {"BM": BM // 2, "warps": fewest if BM <= 32 else 4}, {"SPLIT": 3}, {"BN": 128, "warps": 4},
+        {"SPLIT": 2 * SPLIT} | deeper, {"BM": 2 * BM, "warps": 4} if rows > BM else {},
+    ]  # fmt: skip
+    for change in changes:
         yield own | change
 
 
@@ -123,17 +135,18 @@ def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options:
 def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     if rows < rule.FEW_ROWS // 2:
         return
-    shared = {"WIDTH": 4}
-    narrow = [
-        {"BN": 128, "BM": 64, "STAGES": 6} | shared,
-        {"BN": 64, "BM": 128, "STAGES": 5} | shared,
-        {"BN": 64, "BM": 128, "STAGES": 5, "SPLIT": 2} | shared,
-        {"BN": 128, "BM": 64, "STAGES": 6, "SPLIT": 2} | shared,
-        {"BN": 64, "BM": 64, "STAGES": 6, "SPLIT": 2} | shared,
-    ]
-    wide = [{"BN": 64, "BM": 256, "STAGES": 3, "WIDTH": width} for width in (2, 4, 8, 1)]
-    wide.append({"BN": 128, "BM": 128, "STAGES": 4} | shared)
-    yield from narrow if rows <= rule.FEW_ROWS else wide + narrow
+
+    def tile(BN: int, BM: int, STAGES: int, WIDTH: int = 4, **split: int) -> Options:
+        return {"BN": BN, "BM": BM, "STAGES": STAGES, "WIDTH": WIDTH, **split}
+
+    in_two = [tile(64, 128, 5, SPLIT=2), tile(128, 64, 6, SPLIT=2)]
+    if rows <= rule.FEW_ROWS:
+        yield from (tile(128, 64, 6), tile(64, 128, 5), *in_two, tile(64, 64, 6, SPLIT=2))
+    elif rows <= rule.FEW_ROWS_TILED:
+        yield from (tile(64, 256, 3), *in_two, tile(128, 128, 4), tile(64, 128, 5), tile(128, 64, 6))
+    else:
+        yield from (tile(64, 256, 3, width) for width in (4, 2, 8, 1))
+        yield from (tile(128, 128, 4), tile(64, 128, 5))
 
 
 def _dense(

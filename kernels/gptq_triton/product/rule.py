@@ -31,7 +31,7 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
     """Options of `few_rows`; fits weights of 4096 to 28672 outputs."""
     block = min(64, max(8, triton.next_power_of_2(rows)))
     stages = 3
-    while block > 8 and shared_of_few(layout, dtype, OUTPUTS, block, 2) > gpu.shared:
+    while block > 8 and _shared(layout, dtype, OUTPUTS, block, 2) > gpu.shared:
         block //= 2
     tiles = layout.outputs // OUTPUTS * triton.cdiv(rows, block)
     split = next((n for n in (1, 2, 4) if tiles * n >= _PROGRAMS * gpu.processors), 4)
@@ -39,7 +39,7 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
     narrow = split == 4 and block == 8 and layout.bits != 3
     if layout.steps // split >= 8 and tiles * split < 3 * gpu.processors and block <= 16 and not narrow:
         stages = 5
-    while stages > 1 and shared_of_few(layout, dtype, OUTPUTS, block, stages) > gpu.shared:
+    while stages > 1 and _shared(layout, dtype, OUTPUTS, block, stages) > gpu.shared:
         stages -= 1
     return {
         "BN": OUTPUTS // 2 if narrow else OUTPUTS,
@@ -50,6 +50,6 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
     }
 
 
-def shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int) -> int:
+def _shared(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int) -> int:
     """Bytes of shared memory that so many steps' words and rows of x take in `few_rows`."""
     return STAGES * layout.step * (BN * layout.bits // 8 + BM * dtype.itemsize) + 4096
