@@ -134,6 +134,12 @@ def test_the_time_is_bounded_and_the_rest_is_left_to_the_rule_and_to_the_next_pr
     assert tune(both, A100, file, Clock()) == 2 * len(MEASURED) - len(kept)
 
 
+def test_a_layer_so_small_that_launching_it_takes_the_time_is_left_to_the_rule(tmp_path):
+    clock, small = Clock(), Layout.of(4, 128, 2048, 1000, True)
+    assert tune([(small, HALF)], A100, tmp_path / "file.json", clock) == 0 and clock.asked == []
+    assert tune([(Layout.of(4, 128, 2048, 1024, True), HALF)], A100, tmp_path / "file.json", clock) == len(MEASURED)
+
+
 def test_what_cannot_be_measured_is_left_to_the_rule(tmp_path):
     file = tmp_path / "file.json"
     assert tune([(LAYOUT, HALF)], A100, file, lambda *rest: {}) == 0  # memory is short
@@ -247,7 +253,7 @@ def test_a_measurement_takes_memory_for_words_past_the_cache_and_two_dense_weigh
 @pytest.mark.parametrize(("bits", "symmetric", "dtype"), [(4, True, HALF), (3, False, torch.bfloat16), (8, True, HALF)])
 def test_on_a_gpu_what_is_measured_is_right_and_leaves_no_memory_behind(bits, symmetric, dtype, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    layout, device = Layout.of(bits, 128, 1024, 1100, symmetric), torch.device("cuda", torch.cuda.current_device())
+    layout, device = Layout.of(bits, 128, 4096, 1100, symmetric), torch.device("cuda", torch.cuda.current_device())
     state = torch.cuda.get_rng_state()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -256,14 +262,14 @@ def test_on_a_gpu_what_is_measured_is_right_and_leaves_no_memory_behind(bits, sy
     assert torch.cuda.memory_allocated() - before < 64 << 20  # the vendor's workspace
     found = tuned.tuned(Gpu.of(device)).choices
     assert len(found) >= len(MEASURED) and "measured in" in caplog.text and "its error is" not in caplog.text
-    codes = torch.randint(0, 2**bits, (1024, 1100), dtype=torch.uint8)
-    scales, zeros = torch.rand(8, 1100).half() + 0.1, torch.randint(0, 2**bits, (8, 1100), dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (4096, 1100), dtype=torch.uint8)
+    scales, zeros = torch.rand(32, 1100).half() + 0.1, torch.randint(0, 2**bits, (32, 1100), dtype=torch.uint8)
     if symmetric:
         zeros.fill_(2 ** (bits - 1))
     arranged = arrange(layout, codes.cuda(), scales.cuda(), zeros.cuda())
     weight = (codes.double() - zeros.double().repeat_interleave(128, 0)) * scales.double().repeat_interleave(128, 0)
     for rows in (1, 3, 8, 20, 64, 100, 256, 700, 1500):
-        x = torch.randn(rows, 1024, dtype=dtype, device="cuda")
+        x = torch.randn(rows, 4096, dtype=dtype, device="cuda")
         y = products.product(x, layout, arranged, None)
         expected = x.cpu().double() @ weight
         error = (y.cpu().double() - expected).norm() / expected.norm()

@@ -48,8 +48,8 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
     assert not right("few_rows", rows=1024) and not right("many_rows SPLIT=2", rows=1024)
     assert right("many_rows SPLIT=2", rows=256) and right("many_rows", rows=1024)
     assert not right("many_rows", on=A100) and not right("many_rows", dtype=torch.float32)
-    assert not right("few_rows BM=64 STAGES=3", on=L4) and right("few_rows BM=64 STAGES=3", on=A100)
-    assert not right("few_rows BM=64 STAGES=3", dtype=torch.float32, on=A100)
+    assert not right("few_rows BM=64 STAGES=4", on=L4) and right("few_rows BM=64 STAGES=4", on=A100)
+    assert not right("few_rows BM=64 STAGES=4", dtype=torch.float32, on=A100)
 
 
 @gpu

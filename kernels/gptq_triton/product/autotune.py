@@ -28,6 +28,7 @@ from .tuned import file_of, read, tuned, write
 log = logging.getLogger(__name__)
 
 SECONDS = 1.0  # for a layout and a range of rows, on average; what is compiled counts
+SMALL = 1 << 20  # bytes of words, below which every kernel takes little more than its launch
 _FASTER = 0.97  # another choice takes at most this part of the time of the rule's: less is chance
 
 # (layout, rows, dtype, choices, deadline): seconds by choice; see `timing.measure`, whose first argument it lacks.
@@ -94,6 +95,7 @@ def tune(
         for key, (layout, dtype) in products_of.items()
         if known.find(layout, key.rows, dtype, gpu) is None
         and (table is None or table.find(layout, key.rows, dtype, gpu) is None)
+        and layout.n_in * layout.n_out * layout.bits >= 8 * SMALL
         and len(candidates(layout, key.rows, dtype, gpu)) > 1
     }
     log.info("%s: kernels of %d products to be measured, %d in %s", gpu.name, len(missing), len(on_disk), file)

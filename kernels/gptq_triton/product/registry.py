@@ -75,16 +75,16 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
         and 1 <= SPLIT <= layout.steps
         and 1 <= STAGES <= 8
         and warps in (1, 2, 4, 8)
-        and _shared_of_few(layout, dtype, BN, BM, STAGES) <= gpu.shared
+        and _shared_of_few(layout, dtype, BN, BM, STAGES, gpu.hopper) <= gpu.shared
     )
 
 
-def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int) -> int:
-    """Bytes of shared memory at most: words, scales and zeros of all stages but one, and x of all (offline, Triton
-    3.7.1). The rule asks for more."""
-    words, x = BN * layout.step * layout.bits // 8, BM * layout.step * dtype.itemsize
+def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int, hopper: bool) -> int:
+    """Bytes of shared memory at most: words, scales, zeros and x of all stages but one; beside them x as the tensor
+    cores read it, of a step on Hopper, else of a plane (Triton 3.7.1). The rule asks for more."""
+    words, row = BN * layout.step * layout.bits // 8, BM * dtype.itemsize
     pairs = layout.step // layout.group // 2 * BN * 4 * (1 if layout.symmetric else 2)
-    return (STAGES - 1) * (words + pairs) + STAGES * x
+    return (STAGES - 1) * (words + pairs + row * layout.step) + row * (layout.step if hopper else layout.lanes)
 
 
 def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:

@@ -23,10 +23,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def autotune(model: nn.Module, *, always: bool = False, folder: str | os.PathLike[str] | None = None) -> None:
     """Finds the fastest kernels for quantized layers on GPUs of a kind for which the package has no table of them.
 
-    Every size of layer is measured for ten ranges of rows, at most a dozen choices each, for a second on average; a
-    file keeps what was found, and later calls read it. The log (INFO) tells what was chosen, and how long it took.
-    Until then, and where it is never called, a rule chooses. Other choices add in another order: outputs may differ in
-    their last bits from those before.
+    Every size of layer with a megabyte of codes or more is measured for ten ranges of rows, at most a dozen choices
+    each, for a second on average; a file keeps what was found, and later calls read it. The log (INFO) tells what was
+    chosen, and how long it took. Until then, and where it is never called, a rule chooses. Other choices add in another
+    order: outputs may differ in their last bits from those before.
 
     `load_quantized` calls it. Call it between runs, not in them: it waits for the GPU, and takes memory meanwhile
     (twice the GPU's L2 cache, and two float copies of the largest layer; what does not fit in half of the free memory
