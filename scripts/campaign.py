@@ -4,6 +4,8 @@ python scripts/campaign.py                                    # all campaigns at
 python scripts/campaign.py checkpoints --cases 300 --seed 7   # one, or some, printed only
 python scripts/campaign.py checkpoints --seed 7 --only 123    # a case once more
 python scripts/campaign.py checkpoints --page                 # one at full length, and its row in docs/campaigns.md
+python scripts/campaign.py checkpoints --rows FILE            # elsewhere: its row is added to a file,
+python scripts/campaign.py --take FILE                        # and here put into docs/campaigns.md
 
 Needs `pip install -e '.[test]'`. Runs on the CPU, offline, with --processes at a time. Ends with 1 if there are faults.
 A campaign is a module of scripts/campaigns/ with a `CAMPAIGN` (see campaigns/campaign.py).
@@ -25,9 +27,9 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREA
 
 from campaigns.campaign import Campaign
 from campaigns.processes import run
-from campaigns.table import Result, faults, into_page, table
+from campaigns.table import Result, commit, faults, into_page, table
 
-NAMES = ("configurations", "checkpoints", "ckpt", "kills", "faults", "ranks", "soak")
+NAMES = ("configurations", "command_lines", "checkpoints", "ckpt", "kills", "faults", "ranks", "soak")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "campaigns.md"
 
 
@@ -37,7 +39,7 @@ def fight(name: str, arguments: argparse.Namespace) -> Result:
     if arguments.only is not None:
         count = arguments.only + 1
     cases = itertools.islice(enumerate(campaign.given(arguments.seed, count)), arguments.only or 0, None)
-    result, start = Result(name, campaign.about, arguments.seed), time.monotonic()
+    result, start = Result(name, campaign.about, arguments.seed, arguments.commit), time.monotonic()
     in_time = itertools.takewhile(lambda _: time.monotonic() - start < arguments.seconds, cases)
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=arguments.folder) as folder:
         made = Path(folder, "prepared")
@@ -66,14 +68,25 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, help="where cases have their folders")
     parser.add_argument("--page", action="store_true", help="put the rows into docs/campaigns.md")
+    parser.add_argument("--rows", type=Path, help="add the rows to this file")
+    parser.add_argument("--take", type=Path, nargs="+", help="run nothing, and put these files' rows into the page")
+    parser.add_argument("--commit", default=commit(), help="for the rows, where the code is no git repository")
     arguments = parser.parse_args()
+    if arguments.take:
+        into_page(PAGE, [row for file in arguments.take for row in file.read_text(encoding="utf-8").splitlines()])
+        return 0
     unknown = set(arguments.names) - set(NAMES)
     if unknown:
         parser.error(f"no such campaign: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
-    results = [fight(name, arguments) for name in arguments.names or NAMES]
+    results = []
+    for name in arguments.names or NAMES:
+        results.append(fight(name, arguments))
+        if arguments.rows:  # at once: a machine may be taken away
+            with arguments.rows.open("a", encoding="utf-8") as file:
+                file.write(f"{results[-1].row}\n")
     print(table(results))
-    if arguments.page or not (arguments.names or arguments.cases or arguments.short):
-        into_page(PAGE, results)
+    if arguments.page or not (arguments.names or arguments.cases or arguments.short or arguments.rows):
+        into_page(PAGE, [result.row for result in results])
     return int(any(result.faulty for result in results))
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 OK, REFUSED, FAULT = "ok", "refused", "fault"
 
+_LONGEST = 2000  # letters of a message
 _REFUSALS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
 
 _Value = TypeVar("_Value")
@@ -21,6 +22,10 @@ _Value = TypeVar("_Value")
 
 class Wrong(Exception):
     """Something was done that must not be: wrong numbers, a file outside, something lost."""
+
+
+class Refused(Exception):
+    """A command ended with what it printed."""
 
 
 class Outcome(NamedTuple):
@@ -58,7 +63,7 @@ class Campaign:
 def own_error(error: Exception) -> str:
     """Why this is no refusal; empty if it is one of this package's errors, or one of Python's that a ``raise`` of this
     package raised."""
-    if type(error).__module__.startswith("gptq_plugin."):
+    if type(error).__module__.startswith("gptq_plugin.") or isinstance(error, Refused):
         return ""
     frames = traceback.extract_tb(error.__traceback__)
     raised = frames and "/gptq_plugin/" in frames[-1].filename and (frames[-1].line or "").startswith("raise ")
@@ -66,10 +71,19 @@ def own_error(error: Exception) -> str:
 
 
 def names(*words: str) -> Callable[[Exception], str]:
-    """Refusals that are this package's and have one of these words, such as the field's name."""
+    """Refusals that are this package's, can be shown, and have one of these words, such as the field's name."""
 
     def objection(error: Exception) -> str:
-        return own_error(error) or ("" if any(word in str(error) for word in words) else f"names none of {words}")
+        message = str(error)
+        if own_error(error):
+            return own_error(error)
+        if len(message) > _LONGEST:
+            return f"a message of {len(message)} letters"
+        try:
+            message.encode()
+        except UnicodeEncodeError:
+            return "a message that cannot be printed"
+        return "" if any(word in message for word in words) else f"names none of {', '.join(words)[:200]}"
 
     return objection
 

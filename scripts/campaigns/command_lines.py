@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from campaigns.campaign import Case
+from campaigns.campaign import Campaign, Case, Refused, names
+from campaigns.examples import examples
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from omegaconf import OmegaConf
-
-_Naming = Callable[..., Callable[[Exception], str]]
 
 _KEYS = (
     "quantizer.bits", "quantizer.group_size", "quantizer.sym", "quantizer.damp_percent", "quantizer.clip_ratios",
@@ -52,15 +53,15 @@ _FLAGS = (
 )
 
 
-def overrides() -> SearchStrategy[tuple[Any, ...]]:
-    """("overrides", the command, its arguments, the YAML of a configuration of the user's own or None)."""
+def _lines() -> SearchStrategy[tuple[str, list[str], str | None]]:
+    """The command, its arguments, the YAML of a configuration of the user's own or None."""
     one = st.tuples(st.sampled_from(_SIGNS), st.sampled_from(_KEYS), st.sampled_from(_VALUES))
     option = one.map(lambda parts: f"{parts[0]}{parts[1]}" + ("" if parts[0] == "~" else f"={parts[2]}"))
     line = st.lists(option, min_size=1, max_size=3)
     with_flags = st.tuples(line, st.sampled_from(_FLAGS)).map(lambda both: [*both[0], both[1]])
     own = st.none() | st.lists(st.tuples(st.sampled_from(_KEYS), st.sampled_from(_YAML)), max_size=3).map(_tree)
     command = st.sampled_from(["finetune", "quantize"])
-    return st.tuples(st.just("overrides"), command, st.one_of(line, line, line, with_flags), own)
+    return st.tuples(command, st.one_of(line, line, line, with_flags), own)
 
 
 _YAML = (
@@ -101,16 +102,14 @@ def yaml_texts() -> SearchStrategy[tuple[str, str]]:
     return st.tuples(st.just("yaml"), lines | whole)
 
 
-class Refused(Exception):
-    """The command ended with what it printed."""
-
-
 class _Works(Exception):
     """Training or quantization began."""
 
 
-def prepare(folder: Path) -> None:
+def _prepare(folder: Path) -> None:
     """Imports the commands, and has them stop where work would begin; makes a model for ``gptq-quantize``."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
     from lightning import Trainer
 
     from gptq_plugin.apps import language_model
@@ -130,19 +129,20 @@ _model: list[str] = []
 _starts: dict[tuple[type, str], Callable[..., None]] = {}
 
 
-def attack_yaml(case: Case, text: str, naming: _Naming) -> None:
+def attack_yaml(case: Case, text: str) -> None:
     from gptq_plugin import QuantizeConfig
 
     case.is_of(f"YAML {text[:80]!r}")
     words = [line.partition(":")[0].strip("- {") for line in text.splitlines()] or ["YAML"]
-    named = naming("YAML", "configuration", "unknown option", *filter(None, words))
+    named = names("YAML", "configuration", "unknown option", *filter(None, words))
     case.attempt("from_yaml", lambda: QuantizeConfig.from_yaml(text), named)
 
 
-def attack_overrides(case: Case, command: str, arguments: list[str], own: str | None, naming: _Naming) -> None:
+def _attack(case: Case, given: tuple[str, list[str], str | None]) -> None:
     """Runs a command in this process until its work would begin."""
     from gptq_plugin.apps import cli
 
+    command, arguments, own = given
     case.is_of(f"gptq-{command} {' '.join(arguments)[:200]!r} {own and own[:200]!r}")
     if own is not None:
         Path("conf").mkdir()
@@ -171,7 +171,7 @@ def attack_overrides(case: Case, command: str, arguments: list[str], own: str | 
                 ) from error
             raise
 
-    case.attempt(f"gptq-{command}", run, naming(*_words(arguments, own)))
+    case.attempt(f"gptq-{command}", run, names(*_words(arguments, own)))
 
 
 def _is_hydras(error: Exception) -> bool:
@@ -213,3 +213,13 @@ def _flat(text: str) -> list[str]:
 
     walk(content, "")
     return found
+
+
+CAMPAIGN = Campaign(
+    about="command lines of gptq-finetune and gptq-quantize, up to where work begins",
+    cases=600,
+    few=16,
+    given=lambda seed, count: examples([_lines()], seed, count),
+    attack=_attack,
+    prepare=_prepare,
+)

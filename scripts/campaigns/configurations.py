@@ -1,8 +1,8 @@
 """Configurations, right and odd: what is accepted acts, and what is refused is named.
 
 Hypothesis makes the cases (the strategies are in `values`, `rules` and `command_lines`): fields of `QuantizeConfig`,
-`dynamic` rules, arguments of the callbacks and of `quantize`, descriptions that other tools wrote, YAML, and command
-lines. Accepted fields and rules quantize a model, whose layers must then have what was asked for, in memory and in an
+`dynamic` rules, arguments of the callbacks and of `quantize`, descriptions that other tools wrote, and YAML. Accepted
+fields and rules quantize a model, whose layers must then have what was asked for, in memory and in an
 export whose JSON another tool has sorted.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from campaigns import command_lines, rules
-from campaigns.campaign import Campaign, Case, Wrong, own_error
+from campaigns.campaign import Campaign, Case, Wrong, names
 from campaigns.examples import examples
 from campaigns.json_damage import ODD as ODD_JSON
 from campaigns.values import ODD, RIGHT, odd
@@ -34,7 +34,6 @@ from gptq_plugin.options.fields import shown
 
 FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
 Values = dict[str, Any]
-_LONGEST = 2000  # letters of a message
 
 _FIELDS = st.tuples(
     st.just("fields"),
@@ -96,7 +95,7 @@ def _description(draw: st.DrawFn) -> tuple[str, int, dict[str, Any]]:
 
 _CASES = (
     _FIELDS, _arguments(), rules.cases(), _description(), command_lines.yaml_texts(), _FIELDS, _arguments(),
-    rules.cases(), _FIELDS, command_lines.overrides(),
+    rules.cases(), _FIELDS,
 )  # fmt: skip
 
 _descriptions: list[Values] = []
@@ -105,7 +104,6 @@ _descriptions: list[Values] = []
 def _prepare(folder: Path) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    command_lines.prepare(folder)
     for file in sorted(FIXTURES.glob("*/*.json")):
         content = json.loads(file.read_text())
         described = content if file.name == "quantize_config.json" else content.get("quantization_config")
@@ -130,9 +128,9 @@ def _attack(case: Case, given: Any) -> None:
 def _fields(case: Case, right: Values, wrong: Values, way: str) -> None:
     fields = {**right, **wrong}
     case.is_of(f"{way} {_shown(fields)}")
-    quantizer = case.attempt(f"fields by {way}", lambda: _made(fields, way), _naming(*fields))
+    quantizer = case.attempt(f"fields by {way}", lambda: _made(fields, way), names(*fields))
     if quantizer is not None:
-        case.attempt("quantize", lambda: _quantized(quantizer, _model(), _data()), _naming(*fields))
+        case.attempt("quantize", lambda: _quantized(quantizer, _model(), _data()), names(*fields))
 
 
 def _made(fields: Values, way: str) -> QuantizeModule:
@@ -185,7 +183,7 @@ def _rules(case: Case, dynamic: dict[str, Values], known: bool) -> None:
         if not torch.equal(again(inputs), model(inputs)):
             raise Wrong("the export computes something else")
 
-    case.attempt("rules", quantize, _naming("dynamic"))
+    case.attempt("rules", quantize, names("dynamic"))
 
 
 def _given(case: Case, what: str, arguments: Values, wrong: str) -> None:
@@ -203,7 +201,7 @@ def _given(case: Case, what: str, arguments: Values, wrong: str) -> None:
             if isinstance(callback, GPTQCallback) and not isinstance(arguments.get("export_dir"), (str, bytes)):
                 _fit(callback)
 
-    case.attempt(what, call, _naming(_OTHER_WORDS.get(wrong, wrong), *arguments))
+    case.attempt(what, call, names(_OTHER_WORDS.get(wrong, wrong), *arguments))
 
 
 def _fit(callback: GPTQCallback) -> None:
@@ -244,32 +242,12 @@ def _described(case: Case, number: int, changes: Values) -> None:
         if QuantizeConfig.from_quantize_config(json.loads(json.dumps(config.to_quantize_config()))) != config:
             raise Wrong("written and read it is another configuration")
 
-    case.attempt("from_quantize_config", read, _naming(*changes))
+    case.attempt("from_quantize_config", read, names(*changes))
     try:
         (case.folder / "quantize_config.json").write_text(json.dumps(values))
     except (ValueError, RecursionError):
         return
-    case.attempt(
-        "BaseQuantizeConfig", lambda: BaseQuantizeConfig.from_pretrained(case.folder), _naming(*changes, "JSON")
-    )
-
-
-def _naming(*names: str) -> Callable[[Exception], str]:
-    """Refusals of ours that name one of these, and can be shown."""
-
-    def objection(error: Exception) -> str:
-        message = str(error)
-        if own_error(error) and not isinstance(error, command_lines.Refused):
-            return own_error(error)
-        if len(message) > _LONGEST:
-            return f"a message of {len(message)} letters"
-        try:
-            message.encode()
-        except UnicodeEncodeError:
-            return "a message that cannot be printed"
-        return "" if any(name in message for name in names) else f"names none of {', '.join(names)[:200]}"
-
-    return objection
+    case.attempt("BaseQuantizeConfig", lambda: BaseQuantizeConfig.from_pretrained(case.folder), names(*changes, "JSON"))
 
 
 def _shown(value: Any) -> str:
@@ -286,12 +264,11 @@ _ATTACKS: dict[str, Callable[..., None]] = {
     "arguments": _given,
     "rules": _rules,
     "description": _described,
-    "yaml": lambda case, text: command_lines.attack_yaml(case, text, _naming),
-    "overrides": lambda case, *given: command_lines.attack_overrides(case, *given, naming=_naming),
+    "yaml": command_lines.attack_yaml,
 }
 
 CAMPAIGN = Campaign(
-    about="configurations, arguments, rules, YAML and command lines",
+    about="configurations, arguments, rules and YAML",
     cases=6000,
     few=80,
     given=lambda seed, count: examples(_CASES, seed, count),

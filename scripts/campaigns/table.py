@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ class Result:
 
     Attributes:
         name, about, seed: The campaign.
+        commit: Of the code.
         seconds: It took.
         cases: How many ended.
         counts: Of attempts, by kind of outcome.
@@ -30,6 +32,7 @@ class Result:
     name: str
     about: str
     seed: int
+    commit: str
     seconds: float = 0
     cases: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -44,7 +47,7 @@ class Result:
     @property
     def row(self) -> str:
         counts = [sum(self.counts.values()), *(self.counts[kind] for kind in (OK, REFUSED, FAULT))]
-        cells = [self.name, self.about, self.cases, *counts, f"{self.seconds:.0f}", self.seed, _commit(), _today()]
+        cells = [self.name, self.about, self.cases, *counts, f"{self.seconds:.0f}", self.seed, self.commit, _today()]
         return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -59,18 +62,22 @@ def table(results: list[Result]) -> str:
     return "\n".join([_HEAD, _RULE, *(result.row for result in results)])
 
 
-def into_page(page: Path, results: list[Result]) -> None:
-    """Puts the rows into a page's table, in place of those of the same campaigns."""
+def into_page(page: Path, new: list[str]) -> None:
+    """Puts rows into a page's table, in place of those of the same campaigns."""
     before, rule, rows = page.read_text(encoding="utf-8").partition(f"{_RULE}\n")
     if not rule:
         raise ValueError(f"{page} has no table of campaigns")
     lines = rows.splitlines()
     end = next((at for at, line in enumerate(lines) if not line.startswith("|")), len(lines))
-    kept = {line.split("|")[1].strip(): line for line in lines[:end]} | {one.name: one.row for one in results}
+    kept = {line.split("|")[1].strip(): line for line in [*lines[:end], *new]}
     page.write_text("\n".join([before + rule.rstrip(), *kept.values(), *lines[end:], ""]), encoding="utf-8")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The revision of the repository around this file, and whether it has changes; empty without one, or git."""
+    if shutil.which("git") is None:
+        return ""
+
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False).stdout.strip()

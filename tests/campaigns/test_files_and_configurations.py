@@ -12,19 +12,21 @@ from paths import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
+NAMES = {"configurations": 40, "command_lines": 16, "checkpoints": 40, "ckpt": 40}  # with the cases of a short run
+
 
 @pytest.fixture(scope="module")
 def run() -> subprocess.CompletedProcess[str]:
-    """All three in one process, which imports once what each needs."""
-    names = ["configurations", "checkpoints", "ckpt"]
-    command = [sys.executable, REPOSITORY / "scripts" / "campaign.py", *names, "--short", "--processes", "1"]
+    """All in one process, which imports once what each needs."""
+    command = [sys.executable, REPOSITORY / "scripts" / "campaign.py", *NAMES, "--short", "--processes", "1"]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
-@pytest.mark.parametrize("name", ["configurations", "checkpoints", "ckpt"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_few_cases_are_right_or_refused(name: str, run: subprocess.CompletedProcess[str]) -> None:
     row = next(line for line in run.stdout.splitlines() if line.startswith(f"| {name} |"))
     cases, attempts, ok, refused, faults = map(int, re.findall(r"(?<=\| )\d+(?= \|)", row)[:5])
     assert faults == 0, run.stdout
-    assert attempts >= cases >= 40 and ok > cases / 10 and refused > cases / 10
+    assert attempts >= cases * 0.9 and cases >= NAMES[name]
+    assert ok > (0 if name == "command_lines" else cases / 10) and refused > cases / 10
     assert run.returncode == 0

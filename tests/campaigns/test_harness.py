@@ -131,13 +131,13 @@ def test_rows_of_a_page_are_replaced_by_name_and_the_others_stay(tmp_path):
     from campaigns.table import Result, into_page, table
 
     page = tmp_path / "page.md"
-    first, second = Result("one", "files", 3), Result("two", "kills", 4)
+    first, second = Result("one", "files", 3, "abc"), Result("two", "kills", 4, "abc")
     page.write_text("# Title\n\n" + table([]) + "\n\nAfter.\n")
     first.add(Ended(0, "case", [Outcome("load", "ok"), Outcome("check", "fault", "x")]))
-    into_page(page, [first, second])
+    into_page(page, [first.row, second.row])
     assert "| one | files | 1 | 2 | 1 | 0 | 1 |" in page.read_text()
     first.add(Ended(1, "case", [Outcome("load", "refused")]))
-    into_page(page, [first])
+    into_page(page, [first.row])
     text = page.read_text()
     assert text.count("| one |") == text.count("| two |") == 1 and "| one | files | 2 | 3 | 1 | 1 | 1 |" in text
     assert text.startswith("# Title\n") and text.endswith("\n\nAfter.\n")
