@@ -118,6 +118,23 @@ def gpu(test):
     return test
 
 
+@triton_device
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_kernel_of_one_row_is_the_formula(symmetric, device):
+    from gptq_plugin.kernels.product.one_row import one_row, takes
+
+    # The interpreter is slow.
+    for size in ((1024, 70, 128), (512, 4, 10**9), (4608, 65, 256)) if device == "cuda" else ((2304, 5, 256),):
+        weight = make_weight(4, *size, symmetric, device)
+        for dtype in (torch.float16, torch.bfloat16) if device == "cuda" else (torch.float16,):
+            assert takes(weight.layout, dtype)
+            x = torch.randn(1, size[0], dtype=dtype, device=device)
+            for bias, chunks in ((None, 64), (torch.randn(size[1], device=device), 128)):
+                out = torch.full((1, size[1]), NAN, dtype=dtype, device=device)
+                one_row(x, weight.layout, weight.arranged, bias, out, CHUNKS=chunks)
+                check(out, x, weight, bias)
+
+
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
