@@ -122,6 +122,7 @@ def gpu(test):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_kernel_of_one_row_is_the_formula(symmetric, device):
     from gptq_plugin.kernels.product.one_row import one_row, takes
+    from gptq_plugin.kernels.product.workspace import workspace_of
 
     # The interpreter is slow.
     for size in ((1024, 70, 128), (512, 4, 10**9), (4608, 65, 256)) if device == "cuda" else ((2304, 5, 256),):
@@ -131,7 +132,7 @@ def test_the_kernel_of_one_row_is_the_formula(symmetric, device):
             x = torch.randn(1, size[0], dtype=dtype, device=device)
             for bias, chunks in ((None, 64), (torch.randn(size[1], device=device), 128)):
                 out = torch.full((1, size[1]), NAN, dtype=dtype, device=device)
-                one_row(x, weight.layout, weight.arranged, bias, out, CHUNKS=chunks)
+                one_row(x, weight.layout, weight.arranged, bias, out, workspace_of(x.device), CHUNKS=chunks)
                 check(out, x, weight, bias)
 
 

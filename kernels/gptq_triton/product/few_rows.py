@@ -94,7 +94,7 @@ def _few_rows_kernel(
 
 def few_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2, registers: int | None = None,
+    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32.
 
@@ -108,7 +108,6 @@ def few_rows(
         SPLIT: Programs that share a tile.
         STAGES: Depth of the pipeline of loads.
         warps: Of a program.
-        registers: The most of a thread; None for as many as the compiler takes.
     """
     rows = len(x)
     tiles = layout.outputs // BN * triton.cdiv(rows, BM)
@@ -119,5 +118,4 @@ def few_rows(
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,
         BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, num_warps=warps, num_stages=STAGES,
-        maxnreg=registers,
     )  # fmt: skip

@@ -7,7 +7,8 @@ x, the ones and the zeros into one sum a chunk. All arithmetic is in float32.
 Tested by tests/kernels/test_products.py: by its results.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
+# ruff: noqa: RUF005  (Triton has no unpacking)
 from __future__ import annotations
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..needs_triton import tl, triton
 from .codes import of_pair, scale_of
 from .layout import Arranged, Layout
+from .workspace import Workspace
 
 _PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 _OUTPUTS = 4  # of a program
@@ -72,7 +74,7 @@ def _one_row_kernel(
     chunk = tl.arange(0, CHUNKS)[:, None]
     u = chunk % 8 * 4 + tl.arange(0, 4)[None, :]
     acc = ()
-    for r in tl.static_range(4):
+    for _ in tl.static_range(4):
         acc = acc + (tl.zeros((CHUNKS, 1), tl.float32),)
     for start in range(0, blocks, CHUNKS // 8):
         block = start + chunk // 8
@@ -116,8 +118,9 @@ def _one_row_kernel(
 
 
 def one_row(
-    x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, *, CHUNKS: int = 64
-) -> None:
+    x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
+    *, CHUNKS: int = 64,
+) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32.
 
     Args:
@@ -125,6 +128,7 @@ def one_row(
         layout, arranged: The weight; see `takes`.
         bias: [out], any floating dtype, or None.
         out: [1, out] in x's dtype, contiguous.
+        workspace: Not used.
         CHUNKS: Of 16 bytes of words, that a program takes at a time: as many as it has threads.
     """
     _one_row_kernel[(layout.outputs // _OUTPUTS,)](

@@ -19,6 +19,8 @@ from .dense import dense
 from .few_rows import few_rows
 from .hopper import gluon
 from .layout import Arranged, Layout
+from .one_row import one_row
+from .one_row import takes as takes_one_row
 from .workspace import Workspace
 
 Options = dict[str, int]
@@ -166,7 +168,28 @@ def _near_dense(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iter
         yield {}
 
 
+def _one_row(
+    x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
+    *, CHUNKS: int = 64,
+) -> None:  # fmt: skip
+    """`one_row`; `few_rows` where x lies at an address from which two inputs cannot be read at a time."""
+    if x.data_ptr() % 4:
+        return few_rows(x, layout, arranged, bias, out, workspace, BM=8)
+    return one_row(x, layout, arranged, bias, out, workspace, CHUNKS=CHUNKS)
+
+
+def _one_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
+    return rows == 1 and takes_one_row(layout, dtype) and options["CHUNKS"] in (32, 64, 128, 256)
+
+
+def _near_one(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
+    if rows == 1:
+        for chunks in (64, 32, 128):
+            yield {"CHUNKS": chunks}
+
+
 KERNELS: dict[str, Kernel] = {
+    "one_row": Kernel(_one_row, _one_fits, _near_one),
     "few_rows": Kernel(few_rows, _few_fits, _near_few),
     "many_rows": Kernel(_many_rows, _many_fits, _near_many),
     "dense": Kernel(_dense, _dense_fits, _near_dense),

@@ -5,17 +5,21 @@ from __future__ import annotations
 import torch
 
 from ..needs_triton import triton
+from . import one_row
 from .choice import Choice, Gpu
 from .hopper import gluon
 from .layout import OUTPUTS, Layout
 
 FEW_ROWS = 64  # up to which the weights' bytes, not arithmetic, take the time
 FEW_ROWS_TILED = 256  # up to which tiles of 64 rows are faster where outputs are too few for larger ones
+_ONE_ROW = 1 << 25  # weights up to which tensor cores start too slowly for one row
 _PROGRAMS = 1.6  # for every multiprocessor: as many share the channels of a tile as it takes to have these
 
 
 def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
     """The kernel for so many rows."""
+    if rows == 1 and one_row.takes(layout, dtype) and layout.n_in * layout.outputs <= _ONE_ROW:
+        return Choice.of("one_row", CHUNKS=128 if layout.outputs < 16 * gpu.processors else 64)
     if rows <= FEW_ROWS:
         return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
     hopper = gluon() if gpu.hopper else None
@@ -24,7 +28,7 @@ def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
     tiles = layout.outputs // 128 * triton.cdiv(rows, 256)
     if rows <= FEW_ROWS_TILED and tiles * 2 < gpu.processors:
         return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
-    return Choice.of("many_rows", BN=64, BM=256, STAGES=3, WIDTH=2 if rows > 1024 else 4)
+    return Choice.of("many_rows", BN=64, BM=256, STAGES=3, WIDTH=2)
 
 
 def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
