@@ -235,7 +235,7 @@ def test_each_choice_is_logged_once_with_its_reason(monkeypatch, caplog):
             products.choose(layout, rows, HALF, torch.device("cuda", 0))
     told = [record.getMessage() for record in caplog.records]
     assert told == [f"quantized layers on {A100.name} multiply by {choice} (rule)" for choice in dict.fromkeys(
-        by_rule(layout, rows, HALF, A100) for layout in (LAYOUT, OTHER) for rows in (1, 2048)
+        by_rule(layout, rows, HALF, A100) for layout in (LAYOUT, OTHER) for rows in (1, 4, 2048)
     )]  # fmt: skip
 
 

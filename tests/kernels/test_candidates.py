@@ -36,8 +36,9 @@ def test_there_are_a_dozen_at_most_the_rules_first_and_each_fits(gpu, bits):
         assert all(set(dict(choice.options)) <= set(KERNELS[choice.kernel].options) for choice in found)
 
 
-def test_one_row_tries_other_tiles_splits_stages_and_warps_of_the_same_kernel():
-    found = of(1, n_out=14336)
+def test_few_rows_try_other_tiles_splits_stages_and_warps_of_the_same_kernel():
+    assert {choice.kernel for choice in of(1, n_out=14336)} == {"one_row", "few_rows"}
+    found = of(4, n_out=14336)
     assert {choice.kernel for choice in found} == {"few_rows"} and len(found) >= 8
     for option in ("BN", "SPLIT", "STAGES", "warps"):
         assert len({dict(choice.options)[option] for choice in found}) > 1, option
