@@ -35,10 +35,10 @@ _ERROR = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 5e-3}
 
 
 class _OneStream(Workspace):
-    """The same memory for captured products, whose graphs here are replayed one after the other."""
+    """The same counters for captured products, whose graphs here are replayed one after the other."""
 
     def of(self, tiles: int, floats: int) -> tuple[Tensor, Tensor]:
-        return self.kept(tiles, floats)
+        return torch.empty(floats, dtype=torch.float32, device=self._device), self.counters(tiles)
 
 
 def bytes_needed(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> int:

@@ -32,11 +32,13 @@ class Workspace:
     def of(self, tiles: int, floats: int) -> tuple[Tensor, Tensor]:
         """Parts, float32, and counters, int32, for a product with so many tiles and numbers in its parts."""
         parts = torch.empty(floats, dtype=torch.float32, device=self._device)
-        if _captures(self._device):
-            return parts, _take(self._device, tiles)
+        return parts, _take(self._device, tiles) if _captures(self._device) else self.counters(tiles)
+
+    def counters(self, tiles: int) -> Tensor:
+        """The stream's, also while it captures: for graphs that run one after the other."""
         if self._counters is None or len(self._counters) < tiles:
             self._counters = _take(self._device, max(tiles, _COUNTERS))
-        return parts, self._counters
+        return self._counters
 
 
 _of_streams: dict[tuple[torch.device, int], Workspace] = {}
