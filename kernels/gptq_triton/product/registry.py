@@ -82,11 +82,15 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
 
 
 def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int, hopper: bool) -> int:
-    """Bytes of shared memory at most: words, scales, zeros and x of all stages but one; beside them x as the tensor
-    cores read it, of a step on Hopper, else of a plane (Triton 3.7.1). The rule asks for more."""
-    words, row = BN * layout.step * layout.bits // 8, BM * dtype.itemsize
+    """About the bytes of shared memory: words, scales, zeros and x of all stages but one; beside them, in float32, a
+    plane of weights or x, and, on Hopper, a step of x (Triton 3.7.1). The rule asks for more."""
+    words, x = BN * layout.step * layout.bits // 8, BM * layout.step * dtype.itemsize
     pairs = layout.step // layout.group // 2 * BN * 4 * (1 if layout.symmetric else 2)
-    return (STAGES - 1) * (words + pairs + row * layout.step) + row * (layout.step if hopper else layout.lanes)
+    if dtype == torch.float32:
+        beside = max(BN, BM) * layout.lanes * 4
+    else:
+        beside = x if hopper else 0
+    return (STAGES - 1) * (words + pairs + x) + beside
 
 
 def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
