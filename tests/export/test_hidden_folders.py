@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from gptq_plugin.export.hidden_folders import HiddenFolder, beside, hidden_beside, locked
 
@@ -47,3 +51,24 @@ def test_a_folder_that_is_taken_for_a_leftover_before_it_is_locked_is_made_anew(
     finally:
         os.kill(remover, signal.SIGKILL)
         os.waitpid(remover, 0)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError("no room")])
+@pytest.mark.parametrize("step", ["os.open", "fcntl.flock"])
+def test_a_folder_that_could_not_be_locked_does_not_stay(
+    step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name = step.split(".")
+    own, errors = getattr({"os": os, "fcntl": fcntl}[module], name), [error]
+
+    def fails(*given: Any, **named: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return own(*given, **named)
+
+    monkeypatch.setattr(step, fails)
+    with pytest.raises(type(error)):
+        HiddenFolder(tmp_path / ".out.12345678.partial")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    HiddenFolder(tmp_path / ".out.12345678.partial").remove()

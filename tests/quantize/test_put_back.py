@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gptq_plugin
 from gptq_plugin import QuantizeModule
-from gptq_plugin.errors import CalibrationError, TargetError
+from gptq_plugin.errors import TargetError
 
 from models import tiny_llama
 
@@ -45,6 +45,7 @@ STEPS = {
     "quantize.outcome.Outcome.report": (1,),
     "layers.swap.share_hooks": (5, 33),
     "export.export.Export.add": (7,),
+    "export.export.ShardWriter": (1,),
     "export.export.Export.finish": (1,),
     "quantize.module._copy_training_flags": (1,),
     "quantize.in_place.note_float_rest": (1,),
@@ -259,7 +260,7 @@ def test_any_line_may_fail(tmp_path):
         before, values = seen(model), [weight.detach().clone() for weight in model.parameters()]
         try:
             attempt(model, cut_at=total * part // 16, cuts=cuts)
-        except (RuntimeError, CalibrationError):
+        except (RuntimeError, ValueError):
             if PUTTING_BACK.isdisjoint(cuts):
                 judged += 1
                 assert seen(model) == before, cuts

@@ -89,9 +89,7 @@ def convert(
     check_read(checkpoint.directory, _read_files(checkpoint))
     size = sum(file.stat().st_size for file in {entry.file for entry in checkpoint.tensors.values()})
     refuse_full(Path(out), size)
-    staging = Staging(out, overwrite)
-    writer = ShardWriter(staging.path, SHARD)
-    with _writing(staging, writer, size):
+    with _writing(out, overwrite, size) as (staging, writer):
         copy_files(checkpoint.directory, files, staging.path)
         _write(checkpoint, schemes, checkpoint_format, writer)
         whole = {key: value for key, value in checkpoint.model_config.items() if key != "quantization_config"}
@@ -122,15 +120,16 @@ def _refuse_other_marks(checkpoint: Checkpoint, checkpoint_format: str) -> None:
 
 
 @contextlib.contextmanager
-def _writing(staging: Staging, writer: ShardWriter, size: int) -> Iterator[None]:
+def _writing(out: str | Path, overwrite: bool, size: int) -> Iterator[tuple[Staging, ShardWriter]]:
     """Removes everything that was written if the block raises, and explains errors of the disk."""
-    try:
+    with contextlib.ExitStack() as undo:
+        staging = Staging(out, overwrite)
+        undo.callback(staging.remove)
+        writer = ShardWriter(staging.path, SHARD)
+        undo.callback(writer.abort)
         with disk_errors_explained(staging.directory, lambda: size):
-            yield
-    except BaseException:
-        writer.abort()
-        staging.remove()
-        raise
+            yield staging, writer
+        undo.pop_all()
 
 
 def _read_files(checkpoint: Checkpoint) -> list[Path]:

@@ -137,7 +137,11 @@ class Export:
         self._bytes = 0
         self._settled: Mapping[str, Any] = {}  # how the export is quantized, for its report
         self._staging = Staging(directory, overwrite)
-        self._writer = ShardWriter(self._staging.path, SHARD)
+        try:
+            self._writer = ShardWriter(self._staging.path, SHARD)
+        except BaseException:
+            self._staging.remove()
+            raise
 
     def add(self, name: str, layer: QuantLinear) -> None:
         """Writes a finished layer in the background. Waits for no device, and for the disk only while two shards

@@ -33,12 +33,19 @@ class HiddenFolder:
         self.path, self._lock = path, -1
         while self._lock < 0:  # one that was taken for a leftover, and removed, before it was locked is made anew
             path.mkdir()
-            with contextlib.suppress(FileNotFoundError):
-                self._lock = os.open(path, os.O_RDONLY)
-                with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
-                    fcntl.flock(self._lock, fcntl.LOCK_EX)
-                if not _is_open_at(self._lock, path):
-                    self.release()
+            try:
+                self._lock_it()
+            except BaseException:
+                self.remove()
+                raise
+
+    def _lock_it(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._lock = os.open(self.path, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if not _is_open_at(self._lock, self.path):
+                self.release()
 
     def remove(self) -> None:
         """Removes the folder, if it is there."""
