@@ -94,20 +94,24 @@ def _times(
         copies = _copies(layout, length, device)
         x = torch.randn(rows, layout.n_in, dtype=dtype, device=device, generator=_generator(device))
         expected = torch.mm(x, dense(layout, copies[0], dtype).t())
+        workspace = _OneStream(device)
         for choice in choices:
             if found and time.perf_counter() > deadline:
                 break
-            seconds = _seconds(choice, x, layout, copies, expected)
-            if seconds is not None:
+            seconds = _seconds(choice, x, layout, copies, expected, workspace)
+            if seconds is None:
+                workspace = _OneStream(device)  # who knows how it left the counters
+            else:
                 found[choice] = seconds
         stream.synchronize()  # what is freed now may be used by other streams
     return found
 
 
-def _seconds(choice: Choice, x: Tensor, layout: Layout, copies: list[Arranged], expected: Tensor) -> float | None:
+def _seconds(
+    choice: Choice, x: Tensor, layout: Layout, copies: list[Arranged], expected: Tensor, workspace: Workspace
+) -> float | None:
     """Seconds of a product by one choice; None where it is left out."""
     out = torch.full_like(expected, torch.nan)
-    workspace = _OneStream(x.device)
 
     def multiply(arranged: Arranged) -> None:
         run(choice, x, layout, arranged, None, out, workspace)
