@@ -2,7 +2,7 @@
 
 All rows are compared, in a few of the product's operations: with random vectors R, y R = x (Wᵀ R) + b R takes in + out
 multiplications a row and vector, where x·Wᵀ takes in · out (Freivalds, 1977, Probabilistic machines can use less
-running time).
+running time). The parts are operators, so that the modes in which a calibration batch runs see one operation for each.
 
 Tested by tests/model/test_judgement.py: through the judgement of layers.
 """
@@ -10,8 +10,9 @@ Tested by tests/model/test_judgement.py: through the judgement of layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from gptq_plugin.device.precision import full_precision
 from gptq_plugin.model.targets import Target
 from gptq_plugin.walk.layer_inputs import SeenInput
 
+_OPERATORS = torch.library.Library("gptq_plugin", "FRAGMENT")
 _VECTORS = 8
 _PIECE = 2**24  # entries converted to float32 at a time
 # Tolerated differences, relative to the norms of a row's output and of its terms. 16-bit outputs are rounded at 2^-9,
@@ -27,6 +29,19 @@ _PIECE = 2**24  # entries converted to float32 at a time
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 _FEWER_BITS = 1e-2
 _ALONG = 0.2  # tolerated differences along the outputs, in parts of those in any direction
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function an operator. `torch.library.custom_op` takes longer for a call than most of these take."""
+
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+        _OPERATORS.define(schema)
+        name = schema.partition("(")[0]
+        _OPERATORS.impl(name, function, "CompositeExplicitAutograd")
+        operator: Callable[..., Any] = getattr(torch.ops.gptq_plugin, name).default
+        return operator
+
+    return define
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class Expected:
     def against(self, output: Tensor) -> Comparison:
         """The comparison with the output, [..., out]."""
         with full_precision(output.device):
-            found = _projected(output.detach().reshape(-1, len(self.vectors)), self.vectors)
+            found = _project(output, self.vectors)
         return Comparison(found, self.expected, self.terms, self.tolerance, self.dtype == torch.float16)
 
 
@@ -113,10 +128,7 @@ class LayerProjections:
         """
         with full_precision(x.device):
             weight = self._current(dtype, x.device)
-            rows = x.detach().to(dtype).reshape(-1, x.shape[-1])
-            addends = _projected(rows, weight.addends).unflatten(-1, (-1, _VECTORS)).sum(-2)
-            expected = torch.addcmul(weight.bias, addends, weight.scale)
-            terms = torch.linalg.vector_norm(rows, dim=-1, dtype=_exact(dtype)) * weight.norm
+            expected, terms = _project_input(x, dtype, weight.addends, weight.scale, weight.bias, weight.norm)
         return Expected(expected, terms, weight.vectors, dtype, _tolerance(dtype))
 
     def _current(self, dtype: torch.dtype, device: torch.device) -> _Weight:
@@ -148,24 +160,34 @@ def apart(comparisons: Sequence[Comparison]) -> list[Tensor]:
 
 def _apart(alike: Sequence[Comparison]) -> Sequence[Tensor]:
     """`apart` of comparisons of one shape, together: their operations are many and small."""
-    found, expected, terms = (
-        torch.stack(parts) for parts in zip(*((one.found, one.expected, one.terms) for one in alike), strict=True)
-    )
-    counted = expected.isfinite().all(-1)
-    if alike[0].overflows:
-        counted &= found.isfinite().all(-1)
-    difference = torch.where(counted[..., None], found - expected, 0)
-    expected, terms = torch.where(counted[..., None], expected, 0), torch.where(counted, terms, 1)
-    tiny = torch.finfo(terms.dtype).tiny
-    sizes, of_rows = expected.square().mean(-1).sqrt(), difference.square().mean(-1).sqrt()
-    allowed = (sizes + terms) * alike[0].tolerance
-    along = (difference * expected).mean(-1).sum(-1).abs() / (allowed * sizes).sum(-1).clamp(min=tiny)
+    parts = ([one.found for one in alike], [one.expected for one in alike], [one.terms for one in alike])
+    rows: Sequence[Tensor] = _compare(*parts, alike[0].tolerance, alike[0].overflows).unbind()
+    return rows
+
+
+@_operator(
+    "compare_projections(Tensor[] found, Tensor[] expected, Tensor[] terms, float tolerance, bool overflows) -> Tensor"
+)
+def _compare(
+    found: list[Tensor], expected: list[Tensor], terms: list[Tensor], tolerance: float, overflows: bool
+) -> Tensor:
+    """[comparisons, 2]; see `apart`."""
+    outputs, products, sums = torch.stack(found), torch.stack(expected), torch.stack(terms)
+    counted = products.isfinite().all(-1)
+    if overflows:
+        counted &= outputs.isfinite().all(-1)
+    difference = torch.where(counted[..., None], outputs - products, 0)
+    products, sums = torch.where(counted[..., None], products, 0), torch.where(counted, sums, 1)
+    tiny = torch.finfo(sums.dtype).tiny
+    sizes, of_rows = products.square().mean(-1).sqrt(), difference.square().mean(-1).sqrt()
+    allowed = (sizes + sums) * tolerance
+    along = (difference * products).mean(-1).sum(-1).abs() / (allowed * sizes).sum(-1).clamp(min=tiny)
     excess = along.nan_to_num(nan=torch.inf) / _ALONG
-    if found.shape[1]:
+    if outputs.shape[1]:
         most = (of_rows / allowed.clamp(min=tiny)).nan_to_num(nan=torch.inf).amax(-1)
         excess = torch.maximum(most, excess)
-    relative = difference.square().sum((1, 2)).sqrt() / expected.square().sum((1, 2)).sqrt().clamp(min=tiny)
-    return torch.stack([excess, relative], dim=-1).unbind()
+    relative = difference.square().sum((1, 2)).sqrt() / products.square().sum((1, 2)).sqrt().clamp(min=tiny)
+    return torch.stack([excess, relative], dim=-1)
 
 
 def random_rows(rows: int, columns: int) -> Tensor:
@@ -175,8 +197,19 @@ def random_rows(rows: int, columns: int) -> Tensor:
 
 
 def _projected_weight(target: Target, dtype: torch.dtype, device: torch.device) -> _Weight:
-    weight = target.weight.to(device, dtype)
-    vectors = _vectors(len(weight), dtype, device)
+    vectors = _vectors(len(target.weight), dtype, device)
+    addends, scale, bias, norm = _project_weight(target.weight, target.bias, vectors, dtype)
+    return _Weight(SeenInput(target.parameter), dtype, vectors, addends, scale, bias, norm)
+
+
+@_operator(
+    "project_weight(Tensor weight, Tensor? bias, Tensor vectors, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _project_weight(
+    weight: Tensor, bias: Tensor | None, vectors: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Addends, scale, bias and norm of `_Weight`."""
+    weight = weight.to(vectors.device, dtype)
     projected = _projected(weight.T, vectors)
     scale = projected.new_ones(())
     if _on_tensor_cores(vectors):
@@ -185,11 +218,31 @@ def _projected_weight(target: Target, dtype: torch.dtype, device: torch.device) 
         projected = projected / scale
         first = projected.to(dtype)
         projected = torch.cat([first, (projected - first).to(dtype)], dim=1)
-    bias = projected.new_zeros(_VECTORS, dtype=scale.dtype)
-    if target.bias is not None:
-        bias = _projected(target.bias.detach().to(device, dtype)[None], vectors)[0]
+    of_bias = scale.new_zeros(_VECTORS)
+    if bias is not None:
+        of_bias = _projected(bias.to(vectors.device, dtype)[None], vectors)[0]
     norm = torch.linalg.vector_norm(weight, dtype=_exact(dtype)) / weight.shape[1] ** 0.5
-    return _Weight(SeenInput(target.parameter), dtype, vectors, projected, scale, bias, norm)
+    return projected, scale, of_bias, norm
+
+
+@_operator(
+    "project_input(Tensor x, ScalarType dtype, Tensor addends, Tensor scale, Tensor bias, Tensor norm)"
+    " -> (Tensor, Tensor)"
+)
+def _project_input(
+    x: Tensor, dtype: torch.dtype, addends: Tensor, scale: Tensor, bias: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`expected` and `terms` of `Comparison`, of x, [..., in]."""
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    sums = _projected(rows, addends).unflatten(-1, (-1, _VECTORS)).sum(-2)
+    terms = torch.linalg.vector_norm(rows, dim=-1, dtype=_exact(dtype)) * norm
+    return torch.addcmul(bias, sums, scale), terms
+
+
+@_operator("project(Tensor output, Tensor vectors) -> Tensor")
+def _project(output: Tensor, vectors: Tensor) -> Tensor:
+    """y R, [rows, vectors], of y, [..., out]."""
+    return _projected(output.reshape(-1, len(vectors)), vectors)
 
 
 def _projected(matrix: Tensor, vectors: Tensor) -> Tensor:
