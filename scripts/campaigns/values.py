@@ -104,6 +104,7 @@ RIGHT: dict[str, SearchStrategy[Any]] = {
     "clip_candidates": st.sampled_from([None, 1, 3, 100]),
     "scale_rounds": st.sampled_from([None, 0, 2]),
     "refit_rounds": st.sampled_from([None, 0, 2]),
+    "asymmetric_alpha": st.sampled_from([None, 0, 0.5, 1.0]),
     "true_sequential": st.just(True),
     "lm_head": st.booleans(),
     "dynamic": st.sampled_from(

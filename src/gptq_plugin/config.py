@@ -70,6 +70,7 @@ _KINDS = {
     "clip_candidates": fields.integer(1, 100),
     "scale_rounds": fields.integer(0, _MOST_ROUNDS),
     "refit_rounds": fields.integer(0, _MOST_ROUNDS),
+    "asymmetric_alpha": fields.Kind("a number in [0, 1]", lambda alpha: fields.is_number(alpha) and 0 <= alpha <= 1),
     "true_sequential": fields.SWITCH,
     "lm_head": fields.SWITCH,
     "dynamic": fields.of_type("a mapping from regular expressions to the fields they change", Mapping),
@@ -121,6 +122,9 @@ class QuantizeConfig:
             away from the weights, and solved; kept for the rows whose output error falls. gptq: 0, best: 3.
         refit_rounds: Times that the best scales for the codes are computed, then each code once is set to the best for
             all others (coordinate descent); kept for the rows whose output error falls. gptq: 0, best: 3.
+        asymmetric_alpha: Share, in [0, 1], of the correction with which layers make up for what the quantized layers
+            before them did to their inputs: W + α·W·C·(H + Λ)⁻¹ is rounded, C the mean of (x − x̂) x̂ᵀ. Above 0 every
+            batch also runs through the float model. gptq: 0, best: 0.5.
         true_sequential: Calibrate each layer on the outputs of the quantized layers before it. Lock-step calibration
             does so in one pass; False only occurs in other tools' files.
         lm_head: Also quantize the output embedding, or the output layer of a classifier.
@@ -164,6 +168,7 @@ class QuantizeConfig:
     clip_candidates: int = _OF_METHOD
     scale_rounds: int = _OF_METHOD
     refit_rounds: int = _OF_METHOD
+    asymmetric_alpha: float = _OF_METHOD
 
     def __post_init__(self) -> None:
         _KINDS["method"].check("method", self.method)
@@ -197,7 +202,7 @@ class QuantizeConfig:
     @property
     def keeps_ratios(self) -> bool:
         """True if every scale comes from its group's range in the float weight and one of `clip_ratios`."""
-        return self.static_groups and not self.scale_rounds and not self.refit_rounds
+        return self.static_groups and not (self.scale_rounds or self.refit_rounds or self.asymmetric_alpha)
 
     def group_size_for(self, in_features: int) -> int:
         """Group size of a layer with `in_features` inputs: `group_size` if it divides them; else the largest of 128, 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import threading
 import weakref
@@ -18,7 +19,7 @@ from gptq_plugin import QuantizeConfig
 from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import find_targets
-from gptq_plugin.walk import lockstep
+from gptq_plugin.walk import float_walk, lockstep
 from gptq_plugin.walk.groups import find_groups
 
 from module_tensors import held_tensors, rounded, size
@@ -171,6 +172,26 @@ def test_outputs_are_bit_identical_and_every_tensor_is_back_afterwards(kind, uni
     assert held_tensors(model) == before and not any(module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(value, contents[name]) for name, value in model.state_dict().items())
     assert (weights.copied_bytes > 0) == (weights.peak_bytes > 0) == stream
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("capacity", [0, BLOCK, UNLIMITED])
+@pytest.mark.parametrize("unit_bytes", [0, BLOCK, UNLIMITED])
+def test_each_of_two_walks_runs_with_its_own_weights_of_quantized_layers(unit_bytes, capacity, stream):
+    model = llama()
+    before, plain, layers = held_tensors(model), logits(model), {}
+    in_float_walk = float_walk.in_float(lambda: logits(model))
+    with Weights(model, CPU, stream=stream, capacity=capacity, unit_bytes=unit_bytes, two_walks=True) as weights:
+        for name, target in list(by_name(model).items())[::4]:
+            layers[name] = rounded(target)
+            weights.quantize(target, layers[name])
+            wanted = logits(quantized(llama(), layers))
+            for _ in range(2):
+                assert torch.equal(contextvars.copy_context().run(in_float_walk), plain)
+                assert torch.equal(logits(model), wanted)
+            assert not torch.equal(plain, wanted)
+            assert torch.equal(weights.present(target), layers[name].dequantize(target.parameter.dtype))
+    assert held_tensors(model) == before and torch.equal(logits(model), plain)
 
 
 def test_every_tensor_is_back_after_an_error_in_the_middle_of_a_forward():

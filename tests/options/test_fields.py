@@ -154,6 +154,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "clip_candidates": st.sampled_from([None, 1, 3, 100]),
     "scale_rounds": st.sampled_from([None, 0, 2]),
     "refit_rounds": st.sampled_from([None, 0, 2]),
+    "asymmetric_alpha": st.sampled_from([None, 0, 0.5, 1.0]),
     "dynamic": st.sampled_from([None, {"0": {"bits": 8}}, {"-:0": {}}, {"2": {"sym": False}, ".*": {"bits": 2}}]),
     "modules_to_not_convert": st.sampled_from([None, (), ["2"]]),
     "model_seqlen": st.sampled_from([1, 2048, fields.LARGEST]),

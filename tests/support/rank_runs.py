@@ -61,6 +61,12 @@ def experts() -> tuple[Any, list[Any], dict[str, Any]]:
     return model, [torch.randint(0, 64, (30 + 10 * (n % 2),)) for n in range(20)], {"group_size": 32, "batch_size": 3}
 
 
+def best() -> tuple[Any, list[Any], dict[str, Any]]:
+    """The padded batches with the best method, whose float walk takes turns with the other."""
+    model, batches, _ = padded()
+    return model, batches, {"group_size": 64, "method": "best", "bits": 3}
+
+
 def wide() -> tuple[Any, list[Any], dict[str, Any]]:
     """A block as wide as a real model's, whose rows are many blocks to a GPU's solver."""
     torch.manual_seed(0)
@@ -76,6 +82,7 @@ SCENES: dict[str, Callable[[], tuple[Any, list[Any], dict[str, Any]]]] = {
     "trained-bfloat16": lambda: trained(None, torch.bfloat16, 512),
     "padded": padded,
     "experts": experts,
+    "best": best,
     "wide": wide,
 }
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from gptq_plugin.walk import lockstep
+from gptq_plugin.walk.float_walk import Walks, serves_float
 from gptq_plugin.walk.groups import Group, find_groups
 from gptq_plugin.walk.kept_state import KeptState
 
@@ -347,3 +348,26 @@ def test_every_batch_has_its_own_values_where_the_state_knows_that_forwards_writ
     for _ in lockstep.walk(groups, linears(model), forwards, observe, state=state):
         pass
     assert seen == [("a", 1.0), ("a", 2.0), ("b", 1.0), ("b", 2.0)] and model.given is None
+
+
+def test_float_forwards_come_just_before_the_others_and_only_wait_where_inputs_are_compared():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    layers, order = linears(model), []
+    groups = [Group((name,)) for name in layers]
+    walks = Walks(frozenset({"0", "2"}))
+    forwards = walks.forwards(2, lambda batch, number: lambda: model(torch.full((3, 8), float(batch))))
+
+    def observe(group, number, x):
+        assert serves_float() == walks.is_float(number)
+        order.append((group.names[0], walks.batch(number), walks.is_float(number)))
+
+    stops = []
+    for stop in lockstep.walk(groups, layers, forwards, observe, walks=walks):
+        stops.append((stop.group.names[0], sorted(stop.inputs)))
+    assert order == [
+        ("0", 0, True), ("0", 0, False), ("0", 1, True), ("0", 1, False),
+        ("2", 0, True), ("1", 0, False), ("2", 1, True), ("1", 1, False),  # float ones pass layer 1
+        ("2", 0, False), ("2", 1, False),
+    ]  # fmt: skip
+    assert stops == [("0", [0, 1, 2, 3]), ("1", [1, 3]), ("2", [0, 1, 2, 3])]
+    assert not serves_float() and threads_left() == []

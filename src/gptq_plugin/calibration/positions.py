@@ -44,11 +44,13 @@ class Rows(NamedTuple):
         counted: [rows, in].
         remark: A sentence for the report, or None.
         are_tokens: For a layer of an expert: the rows are tokens of the block's input, not the expert's intermediates.
+        mask: bool [all rows of the input], those that count; None if all do.
     """
 
     counted: Tensor
     remark: str | None
     are_tokens: bool = False
+    mask: Tensor | None = None
 
 
 class _Kept(NamedTuple):
@@ -142,7 +144,7 @@ class Positions:
             return self._experts_rows(number, layer, rows)
         mask = self._mask_of(number, layer, x)
         if isinstance(mask, Tensor):
-            return Rows(rows[mask], None)
+            return Rows(rows[mask], None, mask=mask)
         if mask is EVERY_ROW:
             return Rows(rows, None)
         one_each = rows.shape[0] == self._batches[number].samples
@@ -176,7 +178,7 @@ class Positions:
         if kept is None:
             kept = self._mask_of(number, "", rows)  # every token, with a weight that may be 0
         if isinstance(kept, Tensor):
-            return Rows(rows[kept], None, are_tokens)
+            return Rows(rows[kept], None, are_tokens, kept)
         return Rows(rows, _UNKNOWN_TOKENS if kept is None else None, are_tokens)
 
     def _mask_of(self, number: int, name: str, x: Tensor) -> Mask:

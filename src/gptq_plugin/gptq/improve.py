@@ -40,6 +40,7 @@ class Improvement:
         config: As for `solve`.
 
     Attributes:
+        targets: The blocks, as given.
         fits: bool [], all scales are finite in float16; with static groups known before `visit`.
         codes: uint8 [B, in, rows], after `visit`, as are all others.
         scales, zeros: [B, G, rows].
@@ -54,8 +55,8 @@ class Improvement:
     g_idx: Callable[[], Tensor]
 
     def __init__(self, blocks: Tensor, hessian: Tensor, factor: Factor, config: QuantizeConfig):
-        self.config = config
-        self._blocks, self._hessian, self._factor = blocks, hessian, factor
+        self.targets, self.config = blocks, config
+        self._hessian, self._factor = hessian, factor
         self.fits = torch.ones((), dtype=torch.bool, device=blocks.device)
         if config.static_groups:
             whole = blocks.new_full((1, blocks.shape[1]), max(config.clip_ratios))
@@ -64,7 +65,7 @@ class Improvement:
 
     def visit(self) -> None:
         """Fills codes, scales, zeros and loss."""
-        found = [[self._improved(chunk) for chunk in _chunks(block, self.config)] for block in self._blocks]
+        found = [[self._improved(chunk) for chunk in _chunks(block, self.config)] for block in self.targets]
         for name in Rounding.__annotations__:
             of_blocks = [torch.cat([getattr(part, name) for part in parts], -1) for parts in found]
             setattr(self, name, torch.stack(of_blocks))

@@ -29,11 +29,15 @@ class Recursion:
         weights: [B, rows, in].
         factor: Of one Hessian, for all blocks.
         config: As for `solve`.
+
+    Attributes:
+        targets: The weights, as given.
+        fits: bool [], all scales are finite in float16; with static groups known before `visit`.
     """
 
     def __init__(self, weights: Tensor, factor: Factor, config: QuantizeConfig):
         batch, self.rows, n = weights.shape
-        self.factor, self.config = factor, config
+        self.targets, self.factor, self.config = weights, factor, config
         self.order = factor.order[0]
         self.size = group_width(n, config)
         exponent = torch.frexp(weights.abs().amax(2)).exponent.clamp(_LEAST_UNIT, 100)

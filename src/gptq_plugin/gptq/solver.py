@@ -30,6 +30,7 @@ from torch import Tensor
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.device.streams import AsyncRead, on_side_stream
+from gptq_plugin.gptq.asymmetric import asymmetric_target
 from gptq_plugin.gptq.factor import Factor, attempts, factorize
 from gptq_plugin.gptq.grid import SCALE_DTYPE, QuantizedWeight, explain_bad_scale, round_to_nearest
 from gptq_plugin.gptq.improve import Improvement, improves
@@ -44,7 +45,7 @@ class Solution:
 
     Attributes:
         weight: The quantized matrix.
-        loss: [out], mean over tokens of the squared output error of each row, without damping.
+        loss: [out], mean over tokens of the squared output error of each row, (W − Ŵ) x̂, without damping.
         rtn_loss: [out], the same for round-to-nearest on the unclipped grid.
         output_power: [out], mean over tokens of the squared output of the float weight.
         method: "gptq", or "rtn" if the Hessian was unusable.
@@ -73,7 +74,9 @@ class Solution:
         )
 
 
-def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig, *, in_blocks: bool = True) -> Solution:
+def solve(
+    weight: Tensor, hessian: Tensor, config: QuantizeConfig, drift: Tensor | None = None, *, in_blocks: bool = True
+) -> Solution:
     """Solves one matrix, or several that read the same input, stacked along their rows.
 
     Args:
@@ -83,20 +86,23 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantizeConfig, *, in_blocks:
         in_blocks: Solve the rows in blocks, as ranks that share them do; see `row_blocks`.
         config: bits, group_size, sym, desc_act, static_groups, damping, checkpoint_format, and the method's fields are
             read.
+        drift: C [in, in], the mean over tokens of (x − x̂) x̂ᵀ, in the Hessian's dtype, for `asymmetric_target`; None
+            rounds the weight itself.
 
     Raises:
-        ValueError: The weight or the Hessian is not finite, or a scale exceeds float16.
+        ValueError: The weight, the Hessian or the drift is not finite, or a scale exceeds float16.
     """
-    return solve_blocks(divided(weight) if in_blocks else weight[None], hessian, config).first(len(weight))
+    return solve_blocks(divided(weight) if in_blocks else weight[None], hessian, config, drift).first(len(weight))
 
 
-def solve_blocks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
+def solve_blocks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig, drift: Tensor | None = None) -> Solution:
     """`solve` for rows in blocks of one size, each with the same result whatever other blocks are beside it.
 
     Args:
         blocks: [B, rows, in].
         hessian: As for `solve`.
         config: As for `solve`.
+        drift: As for `solve`.
 
     Returns:
         The solution of all B·rows rows.
@@ -106,8 +112,10 @@ def solve_blocks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Sol
         with on_side_stream(blocks.device) as join:
             beside = _beside(blocks, hessian, config)
         factor, good = factorize(hessian[None], config, hessian.dtype, config.damp_percent)
-        rounded = _begun(blocks, hessian, factor, config)
+        rounded = _begun(blocks, hessian, factor, config, drift)
         finite = torch.isfinite(hessian.diagonal()).all()
+        if drift is not None:
+            finite &= torch.isfinite(drift).all()
 
         def read() -> AsyncRead:
             return AsyncRead(torch.stack([good[0], finite, rounded.fits]))
@@ -116,19 +124,19 @@ def solve_blocks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Sol
         verdict = read() if config.static_groups else None
         rounded.visit()
         join()
-        solution = _solution(rounded, beside, config.damp_percent, ())
+        solution = _solution(rounded, blocks, hessian, beside, config.damp_percent, ())
         # Without static groups, grids are fitted along with the columns.
         is_good, is_finite, has_scales = (verdict or read()).get()
         if not is_finite:
             raise ValueError("the Hessian holds NaN or infinity")
         if not is_good:
-            return _solve_with_fallbacks(blocks, hessian, config)
+            return _solve_with_fallbacks(blocks, hessian, config, drift)
         if not has_scales:
             raise ValueError(explain_bad_scale(blocks))
         return solution
 
 
-def _solve_with_fallbacks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Solution:
+def _solve_with_fallbacks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig, drift: Tensor | None) -> Solution:
     """Solves after the requested factorization failed: in float64, with more damping, at last by round-to-nearest."""
     for dtype, damp_percent in islice(attempts(hessian.dtype, config), 1, None):
         factor, good = factorize(hessian[None], config, dtype, damp_percent)
@@ -136,11 +144,12 @@ def _solve_with_fallbacks(blocks: Tensor, hessian: Tensor, config: QuantizeConfi
             deviations = ["Hessian factored in float64 after float32 failed"] if dtype != hessian.dtype else []
             if damp_percent != config.damp_percent:
                 deviations.append(f"damp_percent raised from {config.damp_percent:g} to {damp_percent:g}")
-            rounded = _begun(blocks, hessian, factor, config)
+            rounded = _begun(blocks, hessian, factor, config, drift)
             rounded.visit()
             if not rounded.fits.item():
                 raise ValueError(explain_bad_scale(blocks))
-            return _solution(rounded, _beside(blocks, hessian, config), damp_percent, tuple(deviations))
+            beside = _beside(blocks, hessian, config)
+            return _solution(rounded, blocks, hessian, beside, damp_percent, tuple(deviations))
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian holds NaN or infinity")
     if (hessian.diagonal() > 0).any():
@@ -149,8 +158,7 @@ def _solve_with_fallbacks(blocks: Tensor, hessian: Tensor, config: QuantizeConfi
     else:
         damp_percent, why = config.damp_percent, "no calibration input reached this layer"
     nearest = round_to_nearest(blocks.flatten(0, 1), config)
-    errors = blocks - nearest.dequantize(blocks.dtype).view_as(blocks)
-    loss = torch.cat([output_error(error, hessian) for error in errors])
+    loss = _loss(blocks, hessian, nearest)
     power = output_power(blocks, hessian)
     return Solution(nearest, loss, loss, power, "rtn", damp_percent, (f"{why}: round-to-nearest",))
 
@@ -160,27 +168,42 @@ def _beside(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> tuple[Te
     return rounding_loss(blocks, hessian, config), output_power(blocks, hessian)
 
 
-def _begun(blocks: Tensor, hessian: Tensor, factor: Factor, config: QuantizeConfig) -> Recursion | Improvement:
+def _loss(blocks: Tensor, hessian: Tensor, rounded: QuantizedWeight) -> Tensor:
+    errors = blocks - rounded.dequantize(blocks.dtype).view_as(blocks)
+    return torch.cat([output_error(error, hessian) for error in errors])
+
+
+def _begun(
+    blocks: Tensor, hessian: Tensor, factor: Factor, config: QuantizeConfig, drift: Tensor | None
+) -> Recursion | Improvement:
+    if drift is not None and config.asymmetric_alpha:
+        blocks = asymmetric_target(blocks, drift, factor, config.asymmetric_alpha)
     if improves(config):
         return Improvement(blocks, hessian, factor, config)
     return Recursion(blocks, factor, config)
 
 
 def _solution(
-    rounded: Recursion | Improvement, beside: tuple[Tensor, Tensor], damp_percent: float, deviations: tuple[str, ...]
+    rounded: Recursion | Improvement,
+    blocks: Tensor,
+    hessian: Tensor,
+    beside: tuple[Tensor, Tensor],
+    damp_percent: float,
+    deviations: tuple[str, ...],
 ) -> Solution:
     config, (rtn_loss, power) = rounded.config, beside
     codes, scales, zeros = (torch.cat(list(of), 1) for of in (rounded.codes, rounded.scales, rounded.zeros))
+    weight = QuantizedWeight(
+        codes=codes.T,
+        scales=scales.to(SCALE_DTYPE),
+        zeros=zeros.to(torch.uint8),
+        g_idx=rounded.g_idx(),
+        bits=config.bits,
+        group_size=config.group_size,
+    )
     return Solution(
-        weight=QuantizedWeight(
-            codes=codes.T,
-            scales=scales.to(SCALE_DTYPE),
-            zeros=zeros.to(torch.uint8),
-            g_idx=rounded.g_idx(),
-            bits=config.bits,
-            group_size=config.group_size,
-        ),
-        loss=rounded.loss.flatten().clamp(min=0),
+        weight=weight,
+        loss=rounded.loss.flatten().clamp(min=0) if rounded.targets is blocks else _loss(blocks, hessian, weight),
         rtn_loss=rtn_loss,
         output_power=power,
         method="gptq",

@@ -29,9 +29,10 @@ _OVERLAYS = 4 * _GIB
 # weights solved together (in two layouts, the errors pushed to them for two candidates, and round-to-nearest's error).
 _BYTES_HESSIAN = 12
 _BYTES_WEIGHT = 30
-# Where rounding is improved: the Hessian's rows for coordinate descent, a chunk's tensors, and those of all weights.
+# Where rounding is improved: the Hessian's rows for coordinate descent, and the tensors outside of a chunk.
 _BYTES_DESCENT = 8
 _BYTES_OUTSIDE = 16
+_BYTES_DRIFT = 12  # for each entry of the Hessian, the sum and the mean of a drift
 _BYTES_THREAD = 33 * 2**20  # a CUDA library's workspace on each batch's thread
 
 
@@ -148,18 +149,19 @@ def bytes_away(model: nn.Module, device: torch.device) -> int:
 
 def solver_bytes(targets: Sequence[Target]) -> int:
     """The most bytes that solving takes: layers of one parent with equally many inputs may be solved together."""
-    rows: dict[tuple[str, int, bool], int] = defaultdict(int)
+    together: dict[tuple[str, int], list[Target]] = defaultdict(list)
     for target in targets:
-        out_features, in_features = target.weight.shape
-        rows[target.name.rpartition(".")[0], in_features, improves(target.config)] += out_features
-    return max(_solver_bytes(out, n, improved) for (_, n, improved), out in rows.items())
+        together[target.name.rpartition(".")[0], target.weight.shape[1]].append(target)
+    return max(_solver_bytes(some, n) for (_, n), some in together.items())
 
 
-def _solver_bytes(out: int, n: int, improved: bool) -> int:
+def _solver_bytes(targets: Sequence[Target], n: int) -> int:
+    rows, improved = sum(one.weight.shape[0] for one in targets), any(improves(one.config) for one in targets)
+    drift = _BYTES_DRIFT * any(one.config.asymmetric_alpha for one in targets)
     if not improved:
-        return n * n * _BYTES_HESSIAN + n * out * _BYTES_WEIGHT
-    of_weights = n * out * _BYTES_OUTSIDE + min(n * out, CHUNK) * CHUNK_BYTES
-    return n * n * (_BYTES_HESSIAN + _BYTES_DESCENT) + of_weights
+        return n * n * (_BYTES_HESSIAN + drift) + n * rows * _BYTES_WEIGHT
+    of_weights = n * rows * _BYTES_OUTSIDE + min(n * rows, CHUNK) * CHUNK_BYTES
+    return n * n * (_BYTES_HESSIAN + _BYTES_DESCENT + drift) + of_weights
 
 
 def fixed_bytes(targets: Sequence[Target], device: torch.device, batches: int) -> int:

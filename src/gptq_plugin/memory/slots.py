@@ -74,11 +74,13 @@ class Substitution:
     Attributes:
         slot: As given.
         home: Its own tensor.
+        of_walks: Of a quantized weight on the device, that of the float model and the quantized one.
     """
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self.home = slot.tensor
+        self.of_walks: tuple[Tensor, Tensor] | None = None
         self._given: Tensor | None = None
         self._version: int | None = 0  # of the given tensor when it was put there; None: it does not matter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from gptq_plugin.device.finite import has_values
 from gptq_plugin.errors import TargetError, some
@@ -26,6 +26,7 @@ class Unit:
         transfer: Copies on their way.
         present: True while its modules point to the tensors they run with.
         used: Count of stops at its last use.
+        float_walk: True while its quantized layers have the float model's weights.
         next: The unit first brought after this one.
     """
 
@@ -35,7 +36,26 @@ class Unit:
     transfer: Transfer | None = None
     present: bool = False
     used: int = -1
+    float_walk: bool = False
     next: Unit | None = None
+
+    def weight_of(self, module: nn.Module) -> Substitution | None:
+        """The module's weight, if it is in this unit."""
+        return next((one for one in self.tensors if one.slot.module is module and one.slot.key == "weight"), None)
+
+    def put_quantized(self, weight: Substitution, made: Tensor, original: Tensor | None) -> None:
+        """Puts a quantized layer's weight in its place; also keeps the original if the float model walks too."""
+        weight.of_walks = None if original is None else (original, made)
+        weight.put(made if original is None or not self.float_walk else original, lasting=False)
+
+    def serve(self, *, float_walk: bool) -> None:
+        """Has quantized layers run with the weights of that walk, where they have both."""
+        if self.float_walk == float_walk:
+            return
+        self.float_walk = float_walk
+        for tensor in self.tensors:
+            if tensor.of_walks is not None and not tensor.is_of_forward:
+                tensor.put(tensor.of_walks[0 if float_walk else 1], lasting=False)
 
 
 def divide(model: nn.Module, unit_bytes: int) -> dict[nn.Module, tuple[Unit, ...]]:

@@ -27,6 +27,7 @@ from gptq_plugin.memory.copier import Copier, Copies
 from gptq_plugin.memory.slots import Substitution
 from gptq_plugin.memory.units import Unit, divide
 from gptq_plugin.model.targets import Target
+from gptq_plugin.walk.float_walk import serves_float
 
 
 class Weights:
@@ -51,14 +52,14 @@ class Weights:
             the weights of quantized layers are temporary.
         capacity: Bytes of temporary tensors to keep on the device; the units of one call stay even if they are more.
         unit_bytes: Size up to which a module is brought as a whole.
+        two_walks: Quantized layers keep their float weights too, for the walk of the float model.
         make_room: Called when the device has no room for a copy; returns False if nothing was left to free.
 
     Attributes:
         copied_bytes: Bytes copied to the device so far.
         peak_bytes: The most bytes of temporary tensors at any time, those on their way included.
-        total_bytes: Bytes of all units together, as far as they have to be copied to the device.
-        min_resident_bytes: Bytes of the three neighbours among them that need most; with less, blocks come and go
-            needlessly.
+        total_bytes: Bytes of all units together that have to be copied to the device; twice for two walks.
+        min_resident_bytes: Of the three neighbours that need most; with less, blocks come and go needlessly.
         capacity: As given. Setting it while no batch runs sends home units that are now too much.
 
     Raises:
@@ -73,17 +74,19 @@ class Weights:
         stream: bool,
         capacity: int,
         unit_bytes: int,
+        two_walks: bool = False,
         make_room: Callable[[], bool] = lambda: False,
     ) -> None:
         self.copied_bytes = 0
         self.peak_bytes = 0
         self._device = device = with_index(device)
         self._stream = stream
+        self._two_walks = two_walks
         self._free_more = make_room
         self._capacity = capacity
         self._quantized: dict[nn.Module, tuple[Target, QuantLinear]] = {}
         self._needs = divide(model, unit_bytes)
-        sizes = [self._size(unit) for unit in self._units()]
+        sizes = [self._size(unit) * (1 + two_walks) for unit in self._units()]
         self.total_bytes = sum(sizes)
         self.min_resident_bytes = max(sum(sizes[i : i + 3]) for i in range(max(1, len(sizes))))
         self._copier = Copier(device)
@@ -130,7 +133,7 @@ class Weights:
         return self._resident_bytes < before
 
     def present(self, target: Target) -> Tensor:
-        """The weight the layer runs with, [out, in] in its dtype, on the device: float until it is quantized.
+        """The weight the layer runs with on this thread, [out, in] in its dtype, on the device.
 
         Raises:
             RuntimeError: Its unit cannot be copied to the device.
@@ -150,12 +153,11 @@ class Weights:
         self._stops += 1
         self._quantized[target.module] = (target, layer)
         for unit in self._needs[target.module]:
-            weight = next(
-                (one for one in unit.tensors if one.slot.module is target.module and one.slot.key == "weight"), None
-            )
+            weight = unit.weight_of(target.module)
             if weight is not None and unit.present:
                 self._make_room(self._size(unit) - unit.bytes, keep=self._needs[target.module])
-                weight.put(_dequantized(target, layer, self._device), lasting=False)
+                original = weight.slot.tensor if self._two_walks else None
+                unit.put_quantized(weight, _dequantized(target, layer, self._device), original)
                 self._set_bytes(unit, self._size(unit))
 
     def _units(self) -> list[Unit]:
@@ -168,11 +170,8 @@ class Weights:
         # Some models send an input to the device of a weight, which they ask for before the weight has been brought.
         if not any(_is_on_cpu(value) for value in (*args, *kwargs.values())):
             return None
-        moved = tuple(self._moved(value) for value in args)
-        return moved, {name: self._moved(value) for name, value in kwargs.items()}
-
-    def _moved(self, value: Any) -> Any:
-        return value.to(self._device) if _is_on_cpu(value) else value
+        moved = tuple(_moved(value, self._device) for value in args)
+        return moved, {name: _moved(value, self._device) for name, value in kwargs.items()}
 
     def _use(self, module: nn.Module) -> None:
         units = self._in_use = self._needs[module]
@@ -183,6 +182,7 @@ class Weights:
                 self._bring(unit, units)
             unit.used = self._stops
             self._resident.move_to_end(unit)
+            unit.serve(float_walk=serves_float())
         if first:
             self._prefetch(units[-1].next)
 
@@ -193,7 +193,7 @@ class Weights:
         try:
             copies = with_room(lambda: self._arrived(unit), self._free_more)
             for tensor in unit.tensors:
-                self._substitute(tensor, copies)
+                self._substitute(unit, tensor, copies)
         except Exception as error:
             self._send_home(unit)
             raise RuntimeError(f"the weights of {unit.name} could not be brought to {self._device}: {error}") from error
@@ -208,7 +208,7 @@ class Weights:
         transfer, unit.transfer = unit.transfer or self._copier.start(self._to_copy(unit)), None
         return self._copier.result(transfer)
 
-    def _substitute(self, tensor: Substitution, copies: Copies) -> None:
+    def _substitute(self, unit: Unit, tensor: Substitution, copies: Copies) -> None:
         if tensor.is_of_forward:
             return
         quantized = self._quantized_layer(tensor)
@@ -217,7 +217,7 @@ class Weights:
             made = with_room(
                 lambda: self._copier.call(lambda: _dequantized(target, layer, self._device)), self._free_more
             )
-            tensor.put(made, lasting=False)
+            unit.put_quantized(tensor, made, copies.get(id(tensor.home), tensor.home) if self._two_walks else None)
         elif id(tensor.home) in copies:
             tensor.put(copies[id(tensor.home)])
 
@@ -253,6 +253,7 @@ class Weights:
             unit.transfer = None
         for tensor in unit.tensors:
             tensor.undo()
+            tensor.of_walks = None
         unit.present = False
         self._set_bytes(unit, 0)
         self._copier.note_freed()
@@ -274,11 +275,15 @@ class Weights:
             for one in unit.tensors
             if self._stream
             and (one.home.device != self._device or self._device.type == "cpu")
-            and self._quantized_layer(one) is None
+            and (self._two_walks or self._quantized_layer(one) is None)
         }
 
     def _quantized_layer(self, tensor: Substitution) -> tuple[Target, QuantLinear] | None:
         return self._quantized.get(tensor.slot.module) if tensor.slot.key == "weight" else None
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if _is_on_cpu(value) else value
 
 
 def _is_on_cpu(value: Any) -> bool:

@@ -16,6 +16,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "clip_candidates": 2,
         "scale_rounds": 0,
         "refit_rounds": 0,
+        "asymmetric_alpha": 0.0,
     },
     "best": {
         "damp_percent": 0.1,
@@ -23,6 +24,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "clip_candidates": 13,
         "scale_rounds": 3,
         "refit_rounds": 3,
+        "asymmetric_alpha": 0.5,
     },
 }
 METHOD_FIELDS = tuple(METHODS["gptq"])

@@ -24,11 +24,13 @@ from gptq_plugin.memory.activations import Activations
 from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
+from gptq_plugin.quantize.drifts import asks_for_drift
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.replaceable import Replaceable
 from gptq_plugin.quantize.swap_check import check_swap
 from gptq_plugin.quantize.turns import disturbance
 from gptq_plugin.walk.batch_thread import BatchThread, Forward
+from gptq_plugin.walk.float_walk import Walks, serves_float
 from gptq_plugin.walk.groups import Group, find_groups
 from gptq_plugin.walk.kept_state import KeptState, Values
 
@@ -49,6 +51,7 @@ class BatchRuns:
         run_batch: Runs the data of a batch there, as run_batch(model, data).
         weights: Inside the context.
         activations: Those of waiting batches.
+        walks: Whether the float model walks too, and the numbers of the forwards then.
         replaceable: Which layers can be replaced, as the forward that finds the groups shows.
         state: Inside the context, what forwards keep on the model; complete once the groups are found.
 
@@ -76,6 +79,7 @@ class BatchRuns:
         self._options = options
         self._targets = {target.name: target for target in plan.targets}
         self.replaceable = Replaceable(plan)
+        self.walks = Walks(frozenset(target.name for target in plan.targets if asks_for_drift(target)))
 
     def __enter__(self) -> BatchRuns:
         give_back(self.device)
@@ -88,14 +92,16 @@ class BatchRuns:
     def __exit__(self, *error: Any) -> None:
         self._entered_contexts.__exit__(*error)
 
-    def forward(self, number: int) -> Forward:
-        """The forward of a batch, for `lockstep.walk`."""
+    def forward(self, batch: int, number: int | None = None) -> Forward:
+        """A batch's forward for `lockstep.walk`, with that number (or the batch's) among those that take turns."""
+        number = batch if number is None else number
 
         def run() -> Any:
-            self._run = (number, self._run[1] + 1)
-            self._positions.runs(number)
+            if not serves_float():
+                self._run = (batch, self._run[1] + 1)
+                self._positions.runs(batch)
             with self.activations.running(number):
-                return self._run_explained(self._plan.model, self._batches[number].data)
+                return self._run_explained(self._plan.model, self._batches[batch].data)
 
         return run
 
@@ -105,8 +111,8 @@ class BatchRuns:
         return self._entered.setdefault((experts, number), run) == run
 
     def forwards(self) -> list[Forward]:
-        """The forwards of all batches, by number."""
-        return [self.forward(number) for number in range(len(self._batches))]
+        """The forwards of all batches, by their numbers in `walks`."""
+        return self.walks.forwards(len(self._batches), self.forward)
 
     @contextlib.contextmanager
     def waiting(self, number: int, name: str) -> Iterator[None]:
@@ -116,13 +122,13 @@ class BatchRuns:
         self.weights.present(self._targets[name])
 
     def not_finite(self, inputs: Mapping[int, torch.Tensor]) -> list[int]:
-        """Numbers of the waiting batches whose inputs hold NaN or infinity."""
+        """Numbers of the batches whose inputs, by their forwards' numbers, hold NaN or infinity."""
         found = []
         for number, x in inputs.items():
             with self.activations.on_device(number):
                 if not torch.isfinite(x).all():
-                    found.append(number)
-        return found
+                    found.append(self.walks.batch(number))
+        return list(dict.fromkeys(found))
 
     def find_groups(self, layers: Mapping[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
         """Finds the groups with a forward of the largest batch, judges the layers by what they compute in it, and
@@ -240,6 +246,7 @@ class BatchRuns:
             stream=self._streams(),
             capacity=placement.UNLIMITED if free is None or options.offload_weights is False else free // 2,
             unit_bytes=placement.unit_bytes(self._plan.model, free),
+            two_walks=self.walks.two,
             make_room=self.make_room,
         )
         if options.offload_weights:
@@ -260,10 +267,10 @@ class BatchRuns:
         waiting = self.activations.peak_bytes
         needs = placement.Needs(
             weights=self.weights.total_bytes,
-            fixed=placement.fixed_bytes(self._plan.targets, self.device, len(self._batches)),
+            fixed=placement.fixed_bytes(self._plan.targets, self.device, len(self._batches) * (1 + self.walks.two)),
             solver=placement.solver_bytes(self._plan.targets),
             forward=peak - self.weights.peak_bytes,
-            activations=int(waiting * share),
+            activations=int(waiting * share) * (1 + self.walks.two),
             batch=waiting,
         )
         least, options = self.weights.min_resident_bytes, self._options

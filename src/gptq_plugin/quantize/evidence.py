@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.model.experts import experts_of, in_expert
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
+from gptq_plugin.quantize.drifts import Drifts
 from gptq_plugin.quantize.outcome import sum_over_ranks
 from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
 from gptq_plugin.walk.groups import Group
@@ -41,6 +43,7 @@ class Observations:
         self._hessians: dict[tuple[str, ...], Hessian] = {}  # by the names of a group
         self._exact = exact
         self._experts = ExpertHessians(device, exact)
+        self._drifts = Drifts(plan, device, exact)
         self._remarks: dict[tuple[str, str], int] = defaultdict(int)  # batches, by layer and remark
         self._read_tokens: set[str] = set()  # experts' layers, see `positions.Rows`
 
@@ -54,7 +57,12 @@ class Observations:
         if rows.are_tokens:
             self._read_tokens.add(first)
         self._hessian(group).add(rows.counted)
+        self._drifts.add(group, number, x, rows)
         self.ranges.read(group.names, x)
+
+    def observe_float(self, group: Group, number: int, x: Tensor) -> None:
+        """Notes the float model's input of a group, [..., in]; the batch's other one, of the same call, comes later."""
+        self._drifts.note(group, number, x)
 
     def observe_experts(self, experts: str, rows: Tensor) -> None:
         """Adds the rows [tokens, in] that enter a block of experts and count."""
@@ -65,15 +73,19 @@ class Observations:
         hessian = self._hessian(group)
         del self._hessians[group.names]
         hessian.over_ranks()
+        mean = hessian.mean()
+        drift, unmatched = self._drifts.mean(group, mean, hessian.tokens)
         first = self._targets[group.names[0]]
         experts = experts_of(first.name, first.module)
         if experts is not None and hessian.tokens:
             layers = [in_expert(experts, name) for name in group.names]
             reads = self._experts.reads_tokens(experts, layers, first.name in self._read_tokens)
-            return self._experts.weighted(experts, reads, hessian)
+            evidence = self._experts.weighted(experts, reads, hessian)
+            return replace(evidence, deviations=evidence.deviations + unmatched)
         tokens, width = hessian.tokens, hessian.in_features
         few = f"only {tokens} calibration tokens for {width} inputs: the Hessian is singular"
-        return Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
+        deviations = ((few,) if 0 < tokens < width else ()) + unmatched
+        return Evidence(mean, tokens, deviations=deviations, drift=drift)
 
     def of_unreached(self, experts: str, target: Target) -> Evidence:
         """The evidence for an expert's layer that no token reached: that of its block."""
@@ -91,6 +103,7 @@ class Observations:
     def discard(self, group: Group) -> None:
         """Drops what was observed of a group that is solved."""
         self._hessians.pop(group.names, None)
+        self._drifts.discard(group)
 
     def leave(self, experts: str) -> None:
         """Drops what entered a block of experts."""

@@ -127,13 +127,17 @@ class OnePass:
     def _walk(self, groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> Iterator[lockstep.Stop]:
         walked = groups, modules, self.runs.forwards(), self._observe, distributed.minimum
         if self._disturbance is None:
-            return lockstep.walk(*walked, self._outcome.notes, self.runs.waiting, self.runs.state)
+            return lockstep.walk(*walked, self._outcome.notes, self.runs.waiting, self.runs.state, self.runs.walks)
         log.warning("%s", _alone(self._disturbance))
-        return walk_one_by_one(*walked, self.runs.state)
+        return walk_one_by_one(*walked, self.runs.state, self.runs.walks)
 
     def _observe(self, group: Group, number: int, x: Tensor) -> None:
+        batch = self.runs.walks.batch(number)
+        if self.runs.walks.is_float(number):
+            self._observations.observe_float(group, batch, x)  # what that keeps is one of the forward's activations
+            return
         with self.runs.activations.untracked():
-            self._observations.observe(group, number, x)
+            self._observations.observe(group, batch, x)
 
     def _observe_experts(self, experts: str, rows: Tensor) -> None:
         with self.runs.activations.untracked():
@@ -144,7 +148,8 @@ class OnePass:
         members = [self._targets[name] for name in stop.group.names if name not in self._outcome.solved]
         if not members:  # a batch came back to experts that the walk had left
             self._observations.discard(stop.group)
-            self._outcome.add_late(stop.group.names[0], len(stop.inputs))
+            late = [number for number in stop.inputs if not self.runs.walks.is_float(number)]
+            self._outcome.add_late(stop.group.names[0], len(late))
             return
         self._leave_experts(experts_of(members[0].name, members[0].module))
         evidence = self._observations.of_group(stop.group)
@@ -194,9 +199,11 @@ class OnePass:
         room = self.runs.make_room
         weight = weights[0] if len(weights) == 1 else with_room(lambda: torch.cat(weights), room)
         try:
-            return solve_shared(weight, evidence.mean, config, in_blocks=self._exact, make_room=room)
+            return solve_shared(
+                weight, evidence.mean, config, drift=evidence.drift, in_blocks=self._exact, make_room=room
+            )
         except ValueError as error:
-            if not torch.isfinite(evidence.mean).all():
+            if not all(torch.isfinite(t).all() for t in (evidence.mean, evidence.drift) if t is not None):
                 batches = self.runs.not_finite(stop.inputs)
                 raise not_finite_on_ranks(self._plan.model, same[0].name, batches) from error
             for target, weight in zip(same, weights, strict=True):

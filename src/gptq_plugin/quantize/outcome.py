@@ -186,6 +186,7 @@ class Outcome:
         return [
             f"{name}: {calls} calls came after it was quantized; their inputs are not in its Hessian"
             for name, calls in sum_over_ranks({**self.notes.late, **self._returned}).items()
+            if calls
         ]
 
     def _damped(self) -> list[str]:

@@ -23,6 +23,7 @@ def solve_shared(
     weight: Tensor,
     hessian: Tensor,
     config: QuantizeConfig,
+    drift: Tensor | None = None,
     *,
     in_blocks: bool = True,
     make_room: Callable[[], bool] = lambda: False,
@@ -33,7 +34,7 @@ def solve_shared(
     which the others wait.
 
     Args:
-        weight, hessian, config, in_blocks: As for `solver.solve`.
+        weight, hessian, config, drift, in_blocks: As for `solver.solve`.
         make_room: As for `with_room`.
 
     Raises:
@@ -42,13 +43,13 @@ def solve_shared(
     """
     size, rank = distributed.world_size(), distributed.rank()
     if size == 1:
-        return with_room(lambda: solve(weight, hessian, config, in_blocks=in_blocks), make_room)
+        return with_room(lambda: solve(weight, hessian, config, drift, in_blocks=in_blocks), make_room)
     blocks = divided(weight)
     share = -(-len(blocks) // size)
     # All ranks send equally many rows, so the last ones begin early and solve some blocks of others again.
     starts = [min(one * share, len(blocks) - share) for one in range(size)]
     own = blocks[starts[rank] : starts[rank] + share]
-    mine = with_room(lambda: solve_blocks(own, hessian, config), make_room)
+    mine = with_room(lambda: solve_blocks(own, hessian, config, drift), make_room)
     w, rows = mine.weight, blocks.shape[1]
     values = [mine.loss, mine.rtn_loss, mine.output_power, w.scales.T, w.codes, w.zeros.T]
     gathered = distributed.gather_rows(values, share * rows)

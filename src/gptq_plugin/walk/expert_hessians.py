@@ -35,6 +35,7 @@ class Evidence:
         mean: Mean of x xᵀ, [in, in].
         tokens: Number of the layer's own tokens, over all ranks.
         damp_percent: Least damping to solve with.
+        drift: Mean of (x − x̂) x̂ᵀ, [in, in]; None for a target that is the weight itself.
         deviations: Sentences for the report.
     """
 
@@ -42,6 +43,7 @@ class Evidence:
     tokens: int
     damp_percent: float = 0.0
     deviations: tuple[str, ...] = ()
+    drift: Tensor | None = None
 
 
 class ExpertHessians:

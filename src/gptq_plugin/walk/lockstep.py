@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from gptq_plugin.walk.batch_thread import END, BatchThread, Forward, Waiting
+from gptq_plugin.walk.float_walk import ONE_WALK, Walks
 from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.kept_state import KeptState, Values
 from gptq_plugin.walk.layer_inputs import SeenInput, watch_inputs
@@ -57,6 +58,7 @@ def walk(
     notes: Notes | None = None,
     waiting: Waiting | None = None,
     state: KeptState | None = None,
+    walks: Walks = ONE_WALK,
 ) -> Iterator[Stop]:
     """Runs all forwards in lock-step and yields each group once, when it is ready to be quantized.
 
@@ -77,11 +79,12 @@ def walk(
             before it waits at the layer and left when it goes on through it. A batch that is cancelled leaves it
             with an exception.
         state: As `groups.find_groups` left it; None where forwards keep nothing outside their local variables.
+        walks: Which of the forwards are the float model's.
 
     Raises:
         Exception: An exception of a forward, with the number of its batch in a note.
     """
-    steps = _Steps(groups, observe, notes if notes is not None else Notes())
+    steps = _Steps(groups, observe, notes if notes is not None else Notes(), walks)
     batches = [
         BatchThread(number, forward, waiting, Values(state) if state is not None else None)
         for number, forward in enumerate(forwards)
@@ -92,9 +95,13 @@ def walk(
             for batch in batches:
                 batch.resume()
             while True:
-                position = agree(min((batch.position for batch in batches), default=END))
+                leading = (batch.position for batch in batches if not walks.is_float(batch.number))
+                position = agree(min(leading, default=END))
                 if position == END:
                     break
+                for batch in batches:
+                    while batch.position < position:  # a float one, at a layer where no other comes
+                        batch.resume()
                 here = [batch for batch in batches if batch.position == position]
                 stop = Stop(groups[position], {b.number: b.input for b in here if b.input is not None})
                 try:
@@ -116,7 +123,10 @@ def walk(
 class _Steps:
     """Decides at every call of a target layer if its input is counted and if the batch waits."""
 
-    def __init__(self, groups: Sequence[Group], observe: Callable[[Group, int, Tensor], None], notes: Notes) -> None:
+    def __init__(
+        self, groups: Sequence[Group], observe: Callable[[Group, int, Tensor], None], notes: Notes, walks: Walks
+    ) -> None:
+        self.walks = walks
         self.groups = groups
         self.position = {name: i for i, group in enumerate(groups) for name in group.names}
         self.observe = observe
@@ -127,18 +137,21 @@ class _Steps:
 
     def arrive(self, name: str, x: Tensor) -> None:
         batch = self.owner.get(threading.current_thread())
-        if batch is None:
-            return  # a forward of the model outside the walk
+        if batch is None or self.walks.passes(batch.number, name):
+            return  # or a forward of the model outside the walk
         position = self.position[name]
         seen = batch.seen.setdefault(position, [])
         if any(one.is_same(x) for one in seen):
             return  # another layer of the group, reading the input that was counted
         if position in self.done:
+            if self.walks.is_float(batch.number):
+                return
             self.notes.late[name] = self.notes.late.get(name, 0) + 1
             return
         group = self.groups[position]
         self.observe(group, batch.number, x)
-        self.observed.add(position)
+        if not self.walks.is_float(batch.number):
+            self.observed.add(position)
         seen.append(SeenInput(x))
         if len(seen) == group.calls:
             batch.wait_at(position, name, x)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.walk.batch_thread import END, BatchThread, Forward
+from gptq_plugin.walk.float_walk import ONE_WALK, Walks
 from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.kept_state import KeptState, Values
 from gptq_plugin.walk.layer_inputs import SeenInput, watch_inputs
@@ -22,6 +23,7 @@ def walk_one_by_one(
     observe: Callable[[Group, int, Tensor], None],
     agree: Callable[[int], int] = lambda position: position,
     state: KeptState | None = None,
+    walks: Walks = ONE_WALK,
 ) -> Iterator[Stop]:
     """Yields each group once, when it is ready to be quantized, as `lockstep.walk` does and with the same inputs.
 
@@ -35,6 +37,7 @@ def walk_one_by_one(
         observe: Called as (group, batch number, input).
         agree: Given a position, or END, returns the least over all ranks.
         state: As `groups.find_groups` left it.
+        walks: As for `lockstep.walk`.
 
     Raises:
         Exception: An exception of a forward, with the number of its batch in a note.
@@ -43,10 +46,12 @@ def walk_one_by_one(
         inputs: dict[int, Tensor] = {}
         observed = False
         for number, forward in enumerate(forwards):
+            if all(walks.passes(number, name) for name in group.names):
+                continue
             run = _RunTo(group, number, forward, observe, state)
             with watch_inputs({name: layers[name] for name in group.names}, run.arrive):
                 found = run.result()
-            observed |= run.calls > 0
+            observed |= run.calls > 0 and not walks.is_float(number)
             if found is not None:
                 inputs[number] = found
         if agree(position if observed else END) != END:

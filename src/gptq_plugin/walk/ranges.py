@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gptq_plugin import distributed
 from gptq_plugin.device.precision import FLOAT16
+from gptq_plugin.walk.float_walk import serves_float
 
 _MARGIN = 2  # other samples reach further than calibration's: values nearer than this to `FLOAT16` are reported
 
@@ -36,7 +37,11 @@ class Ranges:
         """Includes the outputs of the layers while batches run."""
 
         def hook(name: str) -> Any:
-            return lambda module, args, output: _include(self._outputs, [name], output)
+            def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if not serves_float():  # a client runs the quantized model
+                    _include(self._outputs, [name], output)
+
+            return after
 
         handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
         try:

@@ -1,0 +1,71 @@
+"""The running sum of (x − x̂) x̂ᵀ over calibration tokens: `Drift`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptq_plugin import distributed
+from gptq_plugin.device.precision import full_precision
+from gptq_plugin.kernels import exact_sums
+
+_STRIP = 1024  # rows of a product at a time
+
+
+class Drift:
+    """Sum of (x − x̂) x̂ᵀ: x is a token's input of a layer in the float model, x̂ in the model quantized so far.
+
+    Products are added as a `Hessian`'s are: exactly in float64, so that neither their order matters nor the ranks they
+    were made on, or in float32 as they come. A product's entries are rounded to multiples of a quantum that the sums of
+    squares of its rows and columns fix, as a Hessian's diagonal does there.
+
+    Args:
+        in_features: Width of the layer's input.
+        device: Device of the sum; inputs must be there too.
+        exact: Add float32 products exactly.
+
+    Attributes:
+        tokens: Rows counted so far.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str, *, exact: bool = True):
+        self.tokens = 0
+        self._exact = exact
+        self._sum = torch.zeros(
+            in_features, in_features, dtype=torch.float64 if exact else torch.float32, device=device
+        )
+
+    def add(self, x: Tensor, seen: Tensor) -> None:
+        """Adds rows [tokens, in] of the float model's input and of the quantized model's, in one dtype.
+
+        16-bit inputs on a GPU are subtracted in their dtype, which rounds the difference to its precision, and
+        multiplied without conversion; others in float32 without TF32.
+        """
+        self.tokens += x.shape[0]
+        if not x.shape[0]:
+            return
+        with full_precision(x.device):
+            narrow = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+            seen = seen if narrow else seen.float()
+            away = x - seen if narrow else x.float() - seen
+            if self._exact:
+                squares = torch.cat([seen.float().square().sum(0), away.float().square().sum(0)])
+            for start in range(0, x.shape[1], _STRIP):
+                strip, left = self._sum[start : start + _STRIP], away[:, start : start + _STRIP].T
+                if not self._exact and narrow:
+                    torch.addmm(strip, left, seen, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
+                    continue
+                product = torch.mm(left, seen, out_dtype=torch.float32) if narrow else left @ seen
+                if self._exact:
+                    exact_sums(product).add_product(strip, product, squares, x.shape[1] + start)
+                else:
+                    strip += product
+
+    def over_ranks(self) -> None:
+        """Adds up the sums and the tokens of all ranks, on every rank."""
+        if distributed.active():
+            self.tokens = distributed.sum_(self._sum, self.tokens)
+
+    def mean(self, tokens: int) -> Tensor:
+        """The sum divided by a number of tokens, float32 [in, in]."""
+        return (self._sum / max(1, tokens)).float()
