@@ -200,7 +200,7 @@ def test_exact_sums_reach_the_hessians_and_the_solver(exact, monkeypatch):
     hessian, solve_shared = evidence.Hessian, passes.solve_shared
     monkeypatch.setattr(evidence, "Hessian", lambda *args, exact: made.append(exact) or hessian(*args, exact=exact))
     monkeypatch.setattr(
-        passes, "solve_shared", lambda *args, in_blocks, make_room: asked.append(in_blocks) or solve_shared(*args)
+        passes, "solve_shared", lambda *args, in_blocks, **rest: asked.append(in_blocks) or solve_shared(*args, **rest)
     )
     passed(Attention(), [rows(100, 32)], exact_sums=exact)
     assert set(made) == set(asked) == {exact}

@@ -17,7 +17,6 @@ from gptq_plugin.model.targets import Target
 from gptq_plugin.walk.drift import Drift
 from gptq_plugin.walk.groups import Group
 
-
 # The mean of (x − x̂)·x̂ to that of x̂·x̂. Noise that is as large as x gives -1/2, rows of other tokens about -1. On
 # pycode-29m at 2 bits it is -0.05 at least.
 _MOST = 0.5
