@@ -94,13 +94,12 @@ class BatchRuns:
 
     def forward(self, batch: int, number: int | None = None) -> Forward:
         """A batch's forward for `lockstep.walk`, with that number (or the batch's) among those that take turns."""
-        number = batch if number is None else number
 
         def run() -> Any:
             if not serves_float():
                 self._run = (batch, self._run[1] + 1)
                 self._positions.runs(batch)
-            with self.activations.running(number):
+            with self.activations.running(batch if number is None else number):
                 return self._run_explained(self._plan.model, self._batches[batch].data)
 
         return run
