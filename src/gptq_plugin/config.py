@@ -244,6 +244,7 @@ class QuantizeConfig:
         Raises:
             ValueError: It is no YAML, or as `from_dict`.
         """
+        fields.TEXT.check("text", text)
         try:
             values = yaml.safe_load(text)
         except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -85,6 +85,7 @@ def test_configurations_of_the_users_own_are_left_to_hydra(called, tmp_path):
         (["quantizer.bits=3", "trainer=1e400", "-m"], "gptq-finetune: trainer=1e400: Config group override"),
         (["quantizer@x=1e400"], "gptq-finetune: quantizer@x=1e400: "),
         (["quantizer.bits.x=1"], "gptq-finetune: quantizer.bits.x=1: "),
+        (["-m", "quantizer.bits=glob(*)", "callbacks=inf"], "gptq-finetune: callbacks=inf: "),
         (["hydra.run.dir=${nothing}"], "hydra.run.dir=${nothing}: Interpolation key 'nothing' not found"),
         (["--config-name=broken"], "the configuration broken: Interpolation key 'nothing' not found"),
         (["--config-name=unreadable"], "the configuration unreadable: "),

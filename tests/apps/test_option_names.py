@@ -115,3 +115,9 @@ def test_each_wrong_name_has_its_sentence_and_the_configuration_of_the_command_c
     assert len(unknown_names("finetune", ["quantizer.bit=3", "seeed=1", "data.shuffle=true"])) == 2
     assert unknown_names("quantize", ["target=vllm", "model.name_or_path=x"]) == []
     assert "has no option" not in "".join(unknown_names("quantize", ["trainer.max_steps=1"]))
+
+
+def test_a_sweep_over_the_choices_that_a_pattern_matches_passes():
+    assert unknown_names("finetune", ["quantizer=glob(w*)"]) == []
+    (sentence,) = unknown_names("finetune", ["quantizer=glob(w*)", "seeed=1"])
+    assert sentence.endswith("did you mean seed=1?")

@@ -38,15 +38,20 @@ def composition_problems(given: Namespace, name: str, config_path: str) -> list[
     """
     if given.config_dir is not None and not os.path.isdir(given.config_dir):
         return [f"--config-dir={given.config_dir} is no folder"]
-    overrides = [first_of(one) for one in OverridesParser.create().parse_overrides(list(given.overrides))]
-    if _error(given, name, config_path, overrides) is None:
+    if _error(given, name, config_path, given.overrides) is None:
         return []
-    for count in range(len(overrides) + 1):
-        error = _error(given, name, config_path, overrides[:count])
+    for count in range(len(given.overrides) + 1):
+        error = _error(given, name, config_path, given.overrides[:count])
         if error is not None:
             what = given.overrides[count - 1] if count else f"the configuration {name}"
             return [f"{brief(what, 200)}: {_told(error)}"]
     return []
+
+
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    """Overrides that can be read. Hydra must be initialized: ``glob`` looks for a group's choices."""
+    loader = GlobalHydra.instance().config_loader()
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
 def first_of(override: Override) -> str:
@@ -54,7 +59,7 @@ def first_of(override: Override) -> str:
     line = override.input_line or ""
     if not override.is_sweep_override():
         return line
-    return f"{line.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+    return f"{line.partition('=')[0]}={next(iter(override.sweep_string_iterator()), 'null')}"
 
 
 @contextlib.contextmanager
@@ -75,7 +80,8 @@ def _error(given: Namespace, name: str, config_path: str, overrides: Sequence[st
             own, before = f"file://{os.path.abspath(given.config_dir)}", SearchPathQuery(provider="schema")
             search_path.prepend(provider="command-line", path=own, anchor=before)
         hydra = Hydra.create_main_hydra2("composition", search_path)
-        config = hydra.compose_config(name, list(overrides), RunMode.RUN)
+        lines = [first_of(one) for one in parsed(overrides)]
+        config = hydra.compose_config(name, lines, RunMode.RUN)
         HydraConfig.instance().set_config(config)
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             OmegaConf.select(config, key)

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from gptq_plugin.apps.composition import first_of
+from gptq_plugin.apps.composition import first_of, parsed
 from gptq_plugin.apps.nearest_option import TARGET, known_part, nearest
 from gptq_plugin.apps.other_choices import Options
 
@@ -61,17 +61,17 @@ def unknown_names(config_name: str, overrides: Sequence[str]) -> list[str]:
     bare = [one for one in overrides if "=" not in one and not one.startswith("~")]
     if bare:
         return [f"{one} has no value: options are written name=value, such as quantizer.bits=3" for one in bare]
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
     with initialize_config_module(CONF, version_base="1.3"):
+        given = parsed(overrides)
         repository = GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
-        groups = {one.key_or_group for one in parsed if repository.group_exists(one.key_or_group)}
-        choices = [one for one in parsed if one.key_or_group in groups]
+        groups = {one.key_or_group for one in given if repository.group_exists(one.key_or_group)}
+        choices = [one for one in given if one.key_or_group in groups]
         wrong = [sentence for one in choices for sentence in _wrong_choices(one)]
         if wrong:
             return wrong
-        keys = [one for one in parsed if one.key_or_group not in groups]
+        keys = [one for one in given if one.key_or_group not in groups]
         tree = _composed(config_name, choices)
-        result = _composed(config_name, parsed)
+        result = _composed(config_name, given)
         if tree is None:
             return []
         added = [one for one in keys if one.is_add() or one.is_force_add()]

@@ -11,6 +11,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gptq_plugin.errors import CheckpointError, brief
+from gptq_plugin.options import fields
+
+# huggingface_hub looks for it among the files of its cache.
+_REVISION = fields.Kind(
+    "the name of a branch, a tag or a commit, or None (main)",
+    lambda value: value is None or (isinstance(value, str) and ".." not in value and not value.startswith("/")),
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +46,8 @@ def local_folder(
     Raises:
         CheckpointError: There is no such folder, and no such repository, or it cannot be fetched.
     """
+    fields.PATH.check("the checkpoint", name_or_path)
+    _REVISION.check("revision", revision)
     folder = Path(name_or_path)
     if not os.path.isdir(folder):
         within = f"{subfolder}/" if subfolder else ""
@@ -46,7 +55,8 @@ def local_folder(
             validate_repo_id(str(name_or_path))
         except HFValidationError:
             raise CheckpointError(
-                f"{name_or_path} is not a folder: give the folder of the checkpoint, or its id on the hub, owner/name"
+                f"{brief(name_or_path)} is not a folder: give the folder of the checkpoint, or its id on the hub, "
+                "owner/name"
             ) from None
         try:
             folder = Path(
@@ -62,8 +72,8 @@ def local_folder(
             )
         except Exception as error:
             raise CheckpointError(
-                f"{name_or_path} is neither a folder (looked in {Path.cwd()}) nor a repository that huggingface_hub "
-                f"could fetch from the hub: {brief(error)}"
+                f"{brief(name_or_path)} is neither a folder (looked in {Path.cwd()}) nor a repository that "
+                f"huggingface_hub could fetch from the hub: {brief(error)}"
             ) from error
     elif revision is not None:
         log.warning("%s is a folder here, so nothing is fetched from the hub: revision=%s is ignored", folder, revision)

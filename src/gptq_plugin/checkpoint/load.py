@@ -32,7 +32,13 @@ from gptq_plugin.device.surroundings import alone, plain_defaults, same_random_n
 from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.layers.autotune import autotune as tune_layers
 from gptq_plugin.layers.stored_weight import arrange_layers
-from gptq_plugin.options.fields import PATH, SWITCH, optional, shown
+from gptq_plugin.model.plan import MODEL
+from gptq_plugin.options.fields import PATH, SWITCH, Kind, optional, shown
+
+_DTYPE = Kind(
+    "a floating torch.dtype, or None (the checkpoint's)",
+    lambda value: value is None or (isinstance(value, torch.dtype) and value.is_floating_point),
+)
 
 
 @plain_defaults()
@@ -98,6 +104,8 @@ def load_quantized(
             "device_map places every module of a transformers model: give it without `device`, and place a `model` of "
             "your own with `device`"
         )
+    optional(MODEL, "config.json names a transformers architecture").check("model", model)
+    _DTYPE.check("dtype", dtype)
     device = device_named(device)
     folder = local_folder(
         directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only

@@ -27,10 +27,12 @@ from gptq_plugin.export.converted_report import convert_report
 from gptq_plugin.export.copied_files import check_read, copy_files, files_to_copy
 from gptq_plugin.export.disk_space import disk_errors_explained, refuse_full
 from gptq_plugin.export.export import SHARD
+from gptq_plugin.export.export_dir import check_export_dir
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.side_files import write_quantize_config
 from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.verify_files import verify_same
+from gptq_plugin.options.fields import shown
 
 _HEAD = "lm_head"
 _MADE = (
@@ -71,7 +73,10 @@ def convert(
         ValueError: The format does not exist, or the checkpoint has it already.
     """
     if checkpoint_format not in CHECKPOINT_FORMATS:
-        raise ValueError(f"checkpoint_format must be one of {', '.join(CHECKPOINT_FORMATS)}; got {checkpoint_format!r}")
+        raise ValueError(
+            f"checkpoint_format must be one of {', '.join(CHECKPOINT_FORMATS)}; got {shown(checkpoint_format)}"
+        )
+    check_export_dir(out, overwrite)
     checkpoint = Checkpoint.open(local_folder(directory, revision=revision, token=token))
     if checkpoint.checkpoint_format == checkpoint_format:
         raise ValueError(f"{directory} has checkpoint_format={checkpoint_format!r} already: copy it")

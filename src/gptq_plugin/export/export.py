@@ -40,6 +40,7 @@ from gptq_plugin.export.verify_outputs import Sample, same_outputs
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import TENSORS
 from gptq_plugin.model.hf_models import check_savable, is_transformers
+from gptq_plugin.model.plan import MODEL
 from gptq_plugin.model.stored_names import renaming
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.report.model_card import model_facts
@@ -90,6 +91,7 @@ def export_model(
             unchanged.
         TypeError, ValueError: `tokenizer` is not one; see `calibration.tokenizer.as_tokenizer`.
     """
+    MODEL.check("model", model)
     tokenizer = as_tokenizer(tokenizer, saved=True)
     structure, layers, client = Structure.of_unfused(model), _quantized(model), Client.of(target)
     if client is not None and layers:

@@ -15,6 +15,7 @@ from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import ExportError, brief
 from gptq_plugin.export.hidden_folders import entries, existing, longest_name, works_inside, writable
 from gptq_plugin.export.reclaim import reclaim
+from gptq_plugin.options import fields
 
 _LONGEST_PATH = 4095 - 256  # bytes; the rest is for the hidden name and the files in it
 
@@ -44,7 +45,9 @@ def resolved(directory: str | Path) -> Path:
 
     Raises:
         ExportError: There is none: its links lead in a circle, or no file can have that name.
+        ValueError: It is no path.
     """
+    fields.PATH.check("the export's folder", directory)
     try:
         path = Path(directory).resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -40,7 +40,7 @@ from gptq_plugin.checkpoint.load import forget_quantization, refuse_foreign_kern
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.config import QUANTIZER_NAME
-from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.errors import CheckpointError, brief, some
 from gptq_plugin.model.stored_names import key_renaming
 
 _OF_THE_HUB = {"revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder"}
@@ -141,7 +141,17 @@ def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
     folder = local_folder(name_or_path, **{name: kwargs[name] for name in _OF_THE_HUB & kwargs.keys()})
     checkpoint = Checkpoint.open(folder)
     refuse_many_modules(checkpoint.model_config, folder / CONFIG, checkpoint.tensors.values())
-    config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
+    if not checkpoint.model_config.get("model_type"):
+        raise CheckpointError(
+            f"{folder / CONFIG} has no model_type, so transformers cannot build its model: load the export of a plain "
+            "module with load_quantized(folder, model=it)"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
+    except Exception as error:  # whatever values that nobody expected lead to
+        raise CheckpointError(
+            f"{folder / CONFIG} is not a configuration of transformers {transformers.__version__}: {brief(error)}"
+        ) from error
     refuse_foreign_kernels(config, name_or_path)
     forget_quantization(config)
     config.quantization_config = {"quant_method": QUANTIZER_NAME}

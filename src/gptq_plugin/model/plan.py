@@ -12,6 +12,9 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.model.experts import unfused
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import Skipped, Target, find_targets
+from gptq_plugin.options import fields
+
+MODEL = fields.of_type("a torch.nn.Module", nn.Module)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def planned(model: nn.Module, config: QuantizeConfig) -> Iterator[Plan]:
 
     Raises:
         TargetError: See `targets.find_targets`.
+        ValueError: `model` is no module.
     """
+    MODEL.check("model", model)
     with unfused(model) as fuse:
         structure = Structure.of(model)
         yield Plan(structure, config, *find_targets(structure, config), fuse)

@@ -198,7 +198,7 @@ class QuantizeModule:
         """
         options = self._options(PassOptions(forward, tokenizer, device=device))
         ready = prepared(model, batches, self.config, options, alone=True)
-        with undisturbed(), evaluating(model), ready as (plan, calibration):
+        with undisturbed(), ready as (plan, calibration), evaluating(model):
             rehearse(plan, calibration, options, whole=whole, rest=rest_of(plan, entire, options))
             self.run_log.coverage(plan)
 

@@ -22,7 +22,7 @@ from gptq_plugin.device.surroundings import alone, without_values
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import learn_layouts, undeclared
-from gptq_plugin.model.plan import Plan, planned
+from gptq_plugin.model.plan import MODEL, Plan, planned
 from gptq_plugin.quantize.data_checks import check_finite
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.same_on_ranks import check_same
@@ -62,6 +62,7 @@ def prepared(
             "call it outside of that block; torch.no_grad() may be on"
         )
     refuse_without_values()
+    MODEL.check("model", model)
     check_same(model, config, options, client)
     check_finite(model)
     calibration = None
@@ -83,6 +84,8 @@ def refuse_without_values(model: nn.Module | None = None) -> None:
     where = without_values()
     if where:
         raise TargetError(f"quantization was called {where}. Call it outside of that")
+    if model is not None:
+        MODEL.check("model", model)
     without = [] if model is None else [name for name, one in model.named_parameters() if not has_values(one)]
     if without:
         raise TargetError(f"{some(without)} of {type(model).__name__} have no values: load the weights first")
