@@ -182,9 +182,8 @@ def descended(rows: Rows, now: Rounding) -> Rounding:
     errors, below = rows.by_position(rows.errors(now.codes, now.scales, now.zeros)), rows.descent.rows
     pushed = torch.zeros_like(errors)
     for start in range(0, errors.shape[1], _STRIP):
-        stop = min(start + _STRIP, errors.shape[1])
-        strip = below[:, start:stop, :stop].tril(start - 1)
-        add_products(pushed[:, start:stop], strip, errors[:, :stop].contiguous(), rows.descent.bounded)
+        here = slice(start, start + _STRIP)
+        add_products(pushed[:, start:], below[:, start:, here].tril(-1), errors[:, here], rows.descent.bounded)
     codes, _ = sweep(rows.descent, rows.weight, now.scales[None], now.zeros[None], pushed, rows.config.bits)
     return rounding(rows, codes[0], now.scales, now.zeros)
 
@@ -194,9 +193,9 @@ def _targets(rows: Rows, now: Rounding) -> Tensor:
     errors = rows.by_position(rows.errors(now.codes, now.scales, now.zeros))
     moved = rows.by_position(rows.weight[0])
     for start in range(0, errors.shape[1], _STRIP):
-        stop = min(start + _STRIP, errors.shape[1])
-        strip = rows.recursion.rows[:, start:stop, start:].triu(1)
-        add_products(moved[:, start:stop], strip, errors[:, start:].contiguous(), rows.recursion.bounded)
+        here, stop = slice(start, start + _STRIP), min(start + _STRIP, errors.shape[1])
+        strip = rows.recursion.rows[:, :stop, here].triu(1 - start)
+        add_products(moved[:, :stop], strip, errors[:, here], rows.recursion.bounded)
     return torch.empty_like(moved[0]).index_copy_(0, rows.recursion.channel.long(), moved[0])
 
 
