@@ -124,8 +124,8 @@ def test_what_layers_read_is_learned_once_so_that_rows_are_hashed_only_then(monk
     hashed: list[int] = []
     from gptq_plugin.calibration import routed_tokens
 
-    hashes = routed_tokens._hashes
-    monkeypatch.setattr(routed_tokens, "_hashes", lambda rows: hashed.append(len(rows)) or hashes(rows))
+    hashes = routed_tokens.row_hashes
+    monkeypatch.setattr(routed_tokens, "row_hashes", lambda rows: hashed.append(len(rows)) or hashes(rows))
     monkeypatch.setitem(ROUTES, 2, [3])
     found, entered = run(EVERY_ROW, before=TOKENS)
     assert hashed == [10, 3, 3]  # the block's input and the first expert's layers, in the first batch

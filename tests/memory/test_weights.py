@@ -180,7 +180,7 @@ def test_outputs_are_bit_identical_and_every_tensor_is_back_afterwards(kind, uni
 def test_each_of_two_walks_runs_with_its_own_weights_of_quantized_layers(unit_bytes, capacity, stream):
     model = llama()
     before, plain, layers = held_tensors(model), logits(model), {}
-    in_float_walk = float_walk.in_float(lambda: logits(model))
+    in_float_walk = float_walk.running_as(lambda: logits(model), 0, True)
     with Weights(model, CPU, stream=stream, capacity=capacity, unit_bytes=unit_bytes, two_walks=True) as weights:
         for name, target in list(by_name(model).items())[::4]:
             layers[name] = rounded(target)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from plans import Attention, Listed, calibration_of, plan_of, rows
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeModule
 from gptq_plugin.config import QuantizeConfig
@@ -178,20 +179,46 @@ def test_layers_that_one_walk_alone_reaches_are_as_if_there_were_no_other(solved
     assert of["last"].tokens == 60
 
 
-def test_experts_are_rounded_as_they_are_and_told_and_layers_around_them_make_up_for_drift(solved):
+def test_an_experts_rows_are_paired_with_what_the_float_model_gives_its_block_for_the_same_tokens(solved):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), Listed(), nn.Linear(32, 32))
     batches = [rows(200, 32, seed) for seed in range(2)]
     layers, report = passed(model, batches)
-    drifts = {shape: drift for shape, _, drift in solved}
-    assert drifts[64, 32] is None and drifts[32, 64] is None
-    x, seen = inputs_of(model, "2", batches), inputs_of(with_layers(model, layers), "2", batches)
+    quantized = with_layers(model, layers)
+    x, seen = (inputs_of(one, "1", batches) for one in (model, quantized))
+    chosen = quantized[1].gate(seen)[:, :-1].argmax(-1)
+    assert (chosen != model[1].gate(x)[:, :-1].argmax(-1)).any()  # the float model chooses others for some
+    of_experts = [drift for shape, _, drift in solved if shape == (64, 32)]
+    assert len(of_experts) == 4 and of_experts[3] is None  # no token reached the last
+    for expert, drift in enumerate(of_experts[:3]):
+        mine = chosen == expert
+        wanted = (x - seen)[mine].T @ seen[mine] / (int(mine.sum()) + 32)  # as many tokens as the Hessian has
+        torch.testing.assert_close(drift, wanted, rtol=1e-2, atol=1e-5)
+    assert all(drift is None for shape, _, drift in solved if shape == (32, 64))
+    x, seen = inputs_of(model, "2", batches), inputs_of(quantized, "2", batches)
     torch.testing.assert_close(solved[-1][2], (x - seen).T @ seen / 400, rtol=1e-2, atol=1e-4)
-    told = "asymmetric_alpha is not applied: an expert's tokens are others in the float model"
+    told = "asymmetric_alpha is not applied: the expert gets other tokens in the float model"
     for one in report.modules:
-        is_expert = ".experts." in one.name and one.tokens > 0
-        assert (told in one.deviations) == is_expert, one.name
+        assert (told in one.deviations) == (one.name.endswith(".2") and one.tokens > 0), one.name
+        assert not any("no counterpart" in deviation for deviation in one.deviations)
     assert not any("calls came after" in deviation for deviation in report.deviations)
+
+
+def test_experts_of_one_parameter_and_padded_batches_are_paired_too(monkeypatch, solved):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=64,
+        num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    mask = (torch.arange(40) < torch.tensor([[40], [25], [33]])).long()
+    batches = [{"input_ids": torch.randint(0, 64, (3, 40)), "attention_mask": mask} for _ in range(3)]
+    report = QuantizeModule(bits=2, group_size=32, nsamples=9, asymmetric_alpha=0.5).quantize(model, batches)
+    first = [one for one in report.modules if one.name.endswith((".gate_proj", ".up_proj"))]
+    assert len(first) == 16 and sum(one.tokens for one in first if "layers.0" in one.name) == 2 * 2 * 3 * 98
+    assert not any("no counterpart" in deviation for one in report.modules for deviation in one.deviations)
+    drifts = [drift for shape, _, drift in solved if shape == (64, 64) and drift is not None]
+    assert len(drifts) >= 8 and all(drift.any() for drift in drifts)
 
 
 def test_a_rule_asks_for_it_for_some_layers_only(solved):

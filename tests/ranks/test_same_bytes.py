@@ -35,7 +35,13 @@ def compare(scene: str, device: str, ranks: list[int], folder) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize(
     ("scene", "ranks"),
-    [pytest.param("trained", [4], marks=needs_pycode), ("padded", [2]), ("experts", [3]), ("best", [2, 4])],
+    [
+        pytest.param("trained", [4], marks=needs_pycode),
+        ("padded", [2]),
+        ("experts", [3]),
+        ("best", [2, 4]),
+        ("experts-drift", [2]),
+    ],
 )
 def test_processes_give_the_bytes_of_one(scene, ranks, tmp_path):
     """Of another number of them each; `test_ranks.py` has all on one scene."""
@@ -53,6 +59,7 @@ def test_processes_give_the_bytes_of_one(scene, ranks, tmp_path):
         "padded",
         "experts",
         "best",
+        "experts-drift",
     ],
 )
 def test_two_gpus_give_the_bytes_of_one(scene, tmp_path):

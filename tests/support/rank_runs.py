@@ -83,6 +83,7 @@ SCENES: dict[str, Callable[[], tuple[Any, list[Any], dict[str, Any]]]] = {
     "padded": padded,
     "experts": experts,
     "best": best,
+    "experts-drift": lambda: (*experts()[:2], {**experts()[2], "asymmetric_alpha": 0.5}),
     "wide": wide,
 }
 

@@ -119,6 +119,10 @@ class Positions:
         """The blocks of experts and modules around them, whose input is matched with masks too."""
         return self._routed.around
 
+    def sources(self) -> dict[str, nn.Module]:
+        """See `RoutedTokens.sources`."""
+        return self._routed.sources()
+
     def learn(self, findings: Findings) -> None:
         """Takes over what was observed; to be called before the batches run, and before `watching`."""
         self.findings = findings

@@ -85,6 +85,10 @@ class RoutedTokens:
                 self._around.setdefault(around, []).extend([experts] if around == source else [])
                 around = around.rpartition(".")[0]
 
+    def sources(self) -> dict[str, nn.Module]:
+        """By experts, the module whose input is the tokens that they are given."""
+        return {experts: self.around[name] for name, passed in self._around.items() for experts in passed}
+
     @contextlib.contextmanager
     def watching(
         self,
@@ -109,12 +113,12 @@ class RoutedTokens:
             rows, mask = x.reshape(-1, x.shape[-1]), mask_of(number, name, x)
             if mask is EVERY_ROW:
                 known = self._knows(self._around[name])
-                hashes = _NOTHING if known else _hashes(rows)
+                hashes = _NOTHING if known else row_hashes(rows)
                 self._blocks[number] = _Block(True, hashes, hashes)
                 for experts in self._around[name]:
                     entered(experts, rows)
                 return
-            hashes = _hashes(rows)
+            hashes = row_hashes(rows)
             if isinstance(mask, Tensor):
                 self._blocks[number] = _Block(False, hashes[mask], hashes)
             else:
@@ -154,7 +158,7 @@ class RoutedTokens:
             return None, False
         if block.everything and kind in self._reads_tokens:
             return EVERY_ROW, self._reads_tokens[kind]
-        tokens = self._among(number, _hashes(rows))
+        tokens = self._among(number, row_hashes(rows))
         self._reads_tokens[kind] = tokens is not None
         if tokens is not None:
             block.kept[expert] = tokens
@@ -174,7 +178,7 @@ class RoutedTokens:
         return torch.isin(hashes, block.counted)
 
 
-def _hashes(rows: Tensor) -> Tensor:
+def row_hashes(rows: Tensor) -> Tensor:
     """Hashes of the rows' bits, int64 [rows]."""
     bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
     generator = torch.Generator("cpu").manual_seed(0)

@@ -6,14 +6,17 @@ Tested by tests/quantize/test_asymmetric.py: with both walks.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_plugin.calibration.positions import Rows
 from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
+from gptq_plugin.quantize.float_tokens import FloatTokens
 from gptq_plugin.walk.drift import Drift
 from gptq_plugin.walk.groups import Group
 
@@ -30,8 +33,8 @@ def asks_for_drift(target: Target) -> bool:
 class Drifts:
     """Pairs the inputs of a group in both walks, call by call, and sums up their drift until the group is solved.
 
-    An expert gets other tokens in the float model than in the quantized one, in an order of its own, so that its rows
-    cannot be paired: its layers are rounded as they are.
+    An expert gets other tokens in the float model than in the quantized one. So the rows of its layers that read tokens
+    are paired with what the float model gives its block for these; layers behind those are rounded as they are.
 
     Args:
         plan: The layers.
@@ -43,6 +46,8 @@ class Drifts:
         self._device, self._exact = device, exact
         self._widths = {target.name: target.weight.shape[1] for target in plan.targets}
         self._wanted = {target.name for target in plan.targets if target.config.asymmetric_alpha}
+        self._experts = {target.name: experts_of(target.name, target.module) for target in plan.targets}
+        self._tokens = FloatTokens()
         self._pairable = {target.name for target in plan.targets if asks_for_drift(target)}
         self._sums: dict[tuple[str, ...], Drift] = {}  # by the names of a group
         self._noted: dict[tuple[str, ...], dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
@@ -54,31 +59,50 @@ class Drifts:
 
     def add(self, group: Group, number: int, x: Tensor, rows: Rows) -> None:
         """Adds the drift of a batch's input x, [..., in], of which these rows count."""
-        if not self._pairs(group):
+        if self._wanted.isdisjoint(group.names):
             return
-        drift, noted = self._of(group), self._noted[group.names][number]
-        original = noted.pop(0) if noted else None
-        if original is not None and original.shape == x.shape and original.dtype == x.dtype:
-            flat = original.reshape(-1, x.shape[-1])
-            drift.add(flat if rows.mask is None else flat[rows.mask], rows.counted)
+        experts, flat = self._experts[group.names[0]], x.reshape(-1, x.shape[-1])
+        if experts is not None:
+            original = self._tokens.of_rows(experts, number, flat) if rows.are_tokens else None
+        else:
+            noted = self._noted[group.names][number]
+            original = noted.pop(0) if noted else None
+            same = original is not None and original.shape == x.shape and original.dtype == x.dtype
+            original = original.reshape(flat.shape) if original is not None and same else None
+        if original is not None:
+            counted = original if rows.mask is None else original[rows.mask]
+            self._of(group).add(counted, rows.counted)
 
-    def mean(self, group: Group, hessian: Tensor, tokens: int) -> tuple[Tensor | None, tuple[str, ...]]:
+    def watching(self, sources: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+        """Takes in what enters blocks of experts while batches run.
+
+        Args:
+            sources: By experts, the module whose input they get.
+        """
+        wanted = {self._experts[name] for name in self._wanted} if self._pairable else set()
+        return self._tokens.watching({experts: module for experts, module in sources.items() if experts in wanted})
+
+    def mean(
+        self, group: Group, hessian: Tensor, tokens: int, weight: int, *, paired: bool
+    ) -> tuple[Tensor | None, tuple[str, ...]]:
         """The mean drift of a group's input over all ranks' tokens, and sentences for the report. Collective.
 
         Args:
             group: Forgotten afterwards.
             hessian: The group's, over all ranks.
-            tokens: Those in the group's Hessian, over all ranks. One without a partner in the float walk counts as if
-                it had not drifted.
+            tokens: Those of the group, over all ranks. One without a partner in the float walk counts as if it had
+                not drifted.
+            weight: Tokens in the group's Hessian, those of an expert's block included.
+            paired: False for an expert's layer that reads no tokens.
         """
         if self._wanted.isdisjoint(group.names):
             return None, ()
-        if not self._pairs(group):
-            return None, ("asymmetric_alpha is not applied: an expert's tokens are others in the float model",)
+        if not paired:
+            return None, ("asymmetric_alpha is not applied: the expert gets other tokens in the float model",)
         drift = self._of(group)
         self.discard(group)
         drift.over_ranks()
-        mean, missing = drift.mean(tokens), tokens - drift.tokens
+        mean, missing = drift.mean(weight), tokens - drift.tokens
         if mean.trace() < -_MOST * hessian.trace():
             return None, ("asymmetric_alpha is not applied: its inputs have little to do with the float model's",)
         told = (f"{missing} of {tokens} tokens have no counterpart in the float model: taken as not drifted",)
@@ -88,6 +112,10 @@ class Drifts:
         """Drops what is known of a group."""
         self._sums.pop(group.names, None)
         self._noted.pop(group.names, None)
+
+    def leave(self, experts: str) -> None:
+        """Drops what entered a block of experts."""
+        self._tokens.leave(experts)
 
     def _pairs(self, group: Group) -> bool:
         return not self._pairable.isdisjoint(group.names)

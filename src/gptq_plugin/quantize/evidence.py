@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -64,6 +65,10 @@ class Observations:
         """Notes the float model's input of a group, [..., in]; the batch's other one, of the same call, comes later."""
         self._drifts.note(group, number, x)
 
+    def watching_experts(self) -> AbstractContextManager[None]:
+        """Takes in what enters blocks of experts in both walks, while batches run."""
+        return self._drifts.watching(self._positions.sources())
+
     def observe_experts(self, experts: str, rows: Tensor) -> None:
         """Adds the rows [tokens, in] that enter a block of experts and count."""
         self._experts.entered(experts, rows)
@@ -73,19 +78,21 @@ class Observations:
         hessian = self._hessian(group)
         del self._hessians[group.names]
         hessian.over_ranks()
-        mean = hessian.mean()
-        drift, unmatched = self._drifts.mean(group, mean, hessian.tokens)
         first = self._targets[group.names[0]]
         experts = experts_of(first.name, first.module)
         if experts is not None and hessian.tokens:
             layers = [in_expert(experts, name) for name in group.names]
             reads = self._experts.reads_tokens(experts, layers, first.name in self._read_tokens)
             evidence = self._experts.weighted(experts, reads, hessian)
-            return replace(evidence, deviations=evidence.deviations + unmatched)
+            return self._with_drift(group, evidence, hessian.tokens + reads * hessian.in_features, paired=reads)
         tokens, width = hessian.tokens, hessian.in_features
         few = f"only {tokens} calibration tokens for {width} inputs: the Hessian is singular"
-        deviations = ((few,) if 0 < tokens < width else ()) + unmatched
-        return Evidence(mean, tokens, deviations=deviations, drift=drift)
+        evidence = Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
+        return self._with_drift(group, evidence, tokens, paired=experts is None)
+
+    def _with_drift(self, group: Group, evidence: Evidence, weight: int, *, paired: bool) -> Evidence:
+        drift, told = self._drifts.mean(group, evidence.mean, evidence.tokens, weight, paired=paired)
+        return replace(evidence, drift=drift, deviations=evidence.deviations + told)
 
     def of_unreached(self, experts: str, target: Target) -> Evidence:
         """The evidence for an expert's layer that no token reached: that of its block."""
@@ -108,6 +115,7 @@ class Observations:
     def leave(self, experts: str) -> None:
         """Drops what entered a block of experts."""
         self._experts.leave(experts)
+        self._drifts.leave(experts)
 
     def _hessian(self, group: Group) -> Hessian:
         if group.names not in self._hessians:

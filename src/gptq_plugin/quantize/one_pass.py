@@ -107,6 +107,7 @@ class OnePass:
                 with (
                     self._positions.watching(self._observe_experts),
                     self._observations.ranges.watching(modules),
+                    self._observations.watching_experts(),
                     self.runs.replaceable.judging_first_calls(),
                 ):
                     for stop in self._walk(_without(left_float, groups), modules):

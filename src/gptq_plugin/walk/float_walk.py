@@ -15,19 +15,26 @@ from typing import Any
 
 from gptq_plugin.walk.batch_thread import Forward
 
-_serves_float: ContextVar[bool] = ContextVar("the forward on this thread is the float model's", default=False)
+_running: ContextVar[tuple[int, bool] | None] = ContextVar("batch, and if it is the float model's", default=None)
+
+
+def running_batch() -> int | None:
+    """Number of the batch whose forward is on this thread, in either of two walks; None elsewhere."""
+    running = _running.get()
+    return None if running is None else running[0]
 
 
 def serves_float() -> bool:
     """True on the thread of a forward of the float model."""
-    return _serves_float.get()
+    running = _running.get()
+    return running is not None and running[1]
 
 
-def in_float(forward: Forward) -> Forward:
-    """The forward, in the walk of the float model."""
+def running_as(forward: Forward, batch: int, is_float: bool) -> Forward:
+    """The forward of a batch, in the walk of the float model or in the other one."""
 
     def run() -> Any:
-        _serves_float.set(True)  # for this thread, whose context is its own
+        _running.set((batch, is_float))  # for this thread, whose context is its own
         return forward()
 
     return run
@@ -52,8 +59,9 @@ class Walks:
 
     def forwards(self, batches: int, forward: Callable[[int, int], Forward]) -> list[Forward]:
         """All forwards by number, made as forward(batch, number)."""
-        made = [forward(self.batch(number), number) for number in range(batches * (1 + self.two))]
-        return [in_float(one) if self.is_float(number) else one for number, one in enumerate(made)]
+        numbers = range(batches * (1 + self.two))
+        made = [(forward(self.batch(number), number), number) for number in numbers]
+        return [running_as(one, self.batch(number), self.is_float(number)) for one, number in made]
 
     def batch(self, number: int) -> int:
         """The batch of a forward."""
