@@ -1,6 +1,6 @@
 """Times decoding of a Llama-3-8B-shaped model with quantized layers against float16, on one GPU.
 
-    python scripts/bench_generate.py [--batches 1,16] [--context 512]
+    python scripts/bench_generate.py [--batches 1,16] [--context 512] [--fuse]
 
 One token a row with a static cache, as the replay of a CUDA graph; random weights: time does not depend on them. 4
 bits, group 128, the output embedding in float16. Peak memory is that of the replays.
@@ -16,6 +16,7 @@ from bench_qlinear import random_layer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from gptq_plugin.layers.fuse import fuse_layers
 from gptq_plugin.layers.swap import swap_modules
 
 TOKENS = 64
@@ -78,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", default="1,16", help="rows, comma-separated")
     parser.add_argument("--context", type=int, default=512, help="tokens before the ones timed")
+    parser.add_argument("--fuse", action="store_true", help="one product for q, k and v, and one for gate and up")
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, context {options.context}")
     model = llama()
@@ -85,6 +87,8 @@ def main() -> None:
     for label in ("float16", "4 bits"):
         if label == "4 bits":
             quantize(model)
+            if options.fuse:
+                print(f"{len(fuse_layers(model, torch.zeros(1, 2, dtype=torch.long, device='cuda')))} groups fused")
         for batch in map(int, options.batches.split(",")):
             seconds = seconds_a_token(model, batch, options.context)
             gc.collect()

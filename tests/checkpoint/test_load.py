@@ -26,6 +26,7 @@ from gptq_plugin.layers.packing import (
 from gptq_plugin.layers.qlinear import QuantLinear
 
 from copies import DOWN, LLAMA, UP, Tensors, drop, edited, expected, logits_of, put, set_quantization
+from gpu_products import stand_in
 from paths import FIXTURES
 
 COMPRESSED = sorted(path.name for path in FIXTURES.glob("llmcompressor-*") if path.is_dir())
@@ -139,6 +140,39 @@ def test_on_a_gpu_it_computes_the_same(name: str) -> None:
     model = load_quantized(FIXTURES / name, device="cuda", dtype=torch.float32)
     on_gpu = {"input_ids": reference["input_ids"].cuda(), "logits": reference["logits"]}
     torch.testing.assert_close(logits_of(model, on_gpu).cpu(), reference["logits"], atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fused_it_computes_and_holds_the_same(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reference, plain = expected(name), load_quantized(FIXTURES / name, dtype=torch.float32)
+    products = stand_in(monkeypatch)
+    model = load_quantized(FIXTURES / name, dtype=torch.float32, fuse=True)
+    products.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(model, reference), reference["logits"], atol=2e-4, rtol=0)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert bool(products) == any(layer.siblings for layer in layers) == any(layer.arranged() for layer in layers)
+    before = plain.state_dict()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for each, folder in ((plain, "plain"), (model, "fused")):
+        each.save_pretrained(tmp_path / folder)
+    written = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("plain", "fused")]
+    assert written[0] == written[1]
+    print(name, products)
+
+
+def test_what_cannot_be_fused_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_quantized(FIXTURES / NAMES[0], fuse=True)
+    assert "no layers are fused: none is on a GPU that the kernels serve" in caplog.text
+    with pytest.raises(ValueError, match="fuse_layers\\(model, inputs\\)"):
+        load_quantized(FIXTURES / NAMES[0], model=torch.nn.Linear(2, 2), fuse=True)
+    with pytest.raises(ValueError, match="fuse"):
+        load_quantized(FIXTURES / NAMES[0], fuse="yes")
+    stand_in(monkeypatch)
+    monkeypatch.setattr("transformers.PreTrainedModel.dummy_inputs", {"input_ids": torch.zeros(1, 2)})
+    load_quantized(FIXTURES / NAMES[0], fuse=True)
+    assert "does not run with its own dummy_inputs" in caplog.text
 
 
 def test_tied_embeddings_stay_tied() -> None:

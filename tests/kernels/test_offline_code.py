@@ -65,7 +65,7 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_detours(capability, 
     layout = Layout.of(4, 128, 8192, 8192, True)
     types = {
         "x": f"*{kind}", "words": "*i16", "scales": "*i32", "out": f"*{kind}", "parts": "*fp32", "counters": "*i32",
-        "M": "i32", "N": "i32", "K": "i32", "outputs": "i32", "steps": "i32",
+        "M": "i32", "N": "i32", "K": "i32", "stride": "i32", "steps": "i32",
     }  # fmt: skip
     sizes = {
         "BITS": 4, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,

@@ -136,6 +136,36 @@ def test_the_kernel_of_one_row_is_the_formula(symmetric, device):
                 check(out, x, weight, bias)
 
 
+@triton_device
+@pytest.mark.parametrize(("bits", "n_in", "group"), [(4, 256, 64), (4, 512, 128), (3, 320, 32)], ids=str)
+def test_some_outputs_out_of_a_larger_weight_are_multiplied_where_they_lie(bits, n_in, group, device):
+    from gptq_plugin.kernels.product.dense import dense
+    from gptq_plugin.kernels.product.few_rows import few_rows
+    from gptq_plugin.kernels.product.one_row import one_row, takes
+    from gptq_plugin.kernels.product.workspace import workspace_of
+
+    whole = [make_weight(bits, n_in, n_out, group, False, device) for n_out in (70, 37, 64)]
+    words, high, scales, zeros = zip(*(weight.arranged for weight in whole), strict=True)
+    stack = (
+        torch.cat(words, 1),
+        None if high[0] is None else torch.cat(high, 1),
+        torch.cat(scales, 2),
+        torch.cat(zeros, 2),
+    )
+    for weight, start in zip(whole, (0, 128, 192), strict=True):
+        dims = zip(stack, (1, 1, 2, 2), strict=True)
+        part = Arranged(*(t if t is None else t.narrow(dim, start, weight.layout.outputs) for t, dim in dims))
+        assert part.stride == 256 and part.contiguous().stride == weight.layout.outputs
+        assert all(map(torch.equal, restore(weight.layout, part), restore(weight.layout, weight.arranged)))
+        for arranged in (part, part.contiguous()):
+            assert torch.equal(dense(weight.layout, arranged, torch.float32).cpu(), weight.value.float())
+            x = torch.randn(1, n_in, dtype=torch.float16, device=device)
+            for kernel in (few_rows, one_row) if takes(weight.layout, x.dtype) else (few_rows,):
+                out = torch.full((1, weight.layout.n_out), NAN, dtype=x.dtype, device=device)
+                kernel(x, weight.layout, arranged, None, out, workspace_of(x.device))
+                check(out, x, weight)
+
+
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )

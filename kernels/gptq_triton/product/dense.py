@@ -18,7 +18,7 @@ _OUTPUTS = 16  # of a program
 
 @triton.jit
 def _dense_kernel(
-    words, high, scales, zeros, out, N, K, outputs,
+    words, high, scales, zeros, out, N, K, stride,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def _dense_kernel(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     lane = tl.arange(0, LANES)
     at = n[:, None] * LANES + lane[None, :]
-    size = outputs.to(tl.int64) * LANES  # words of a block
+    size = stride.to(tl.int64) * LANES  # words of a block
     kind = tl.zeros([1], tl.float16)  # which holds every code less its zero
     row = out + n.to(tl.int64)[:, None] * K
     if BITS == 3:
@@ -39,7 +39,7 @@ def _dense_kernel(
             if BITS != 3:
                 upper = w
         if index % (2 * EACH) == 0:
-            pair = (step * PAIRS + index // (2 * EACH)) * outputs + n
+            pair = (step * PAIRS + index // (2 * EACH)) * stride + n
             s = tl.load(scales + pair)
             z = s
             if not SYMMETRIC:
@@ -58,7 +58,7 @@ def dense(layout: Layout, arranged: Arranged, dtype: torch.dtype) -> Tensor:
     out = torch.empty(layout.n_out, layout.n_in, dtype=dtype, device=arranged.words.device)
     _dense_kernel[(triton.cdiv(layout.n_out, _OUTPUTS), layout.steps)](
         arranged.words, arranged.high, arranged.scales, arranged.zeros, out,
-        layout.n_out, layout.n_in, layout.outputs,
+        layout.n_out, layout.n_in, arranged.stride,
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, BN=_OUTPUTS, num_warps=4,
     )  # fmt: skip

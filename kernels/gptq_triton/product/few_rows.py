@@ -45,7 +45,7 @@ def _store_sum(
 
 @triton.jit(do_not_specialize=["M"])
 def _few_rows_kernel(
-    x, words, high, scales, zeros, bias, out, parts, counters, M, N, K, outputs, steps,
+    x, words, high, scales, zeros, bias, out, parts, counters, M, N, K, stride, steps,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -60,7 +60,7 @@ def _few_rows_kernel(
     at = n[:, None] * LANES + lane[None, :]
     row = x + m.to(tl.int64)[:, None] * K + lane[None, :]
     there = (m < M)[:, None]
-    size = outputs.to(tl.int64) * LANES  # words of a block
+    size = stride.to(tl.int64) * LANES  # words of a block
     kind = tl.zeros([1], x.dtype.element_ty)
     acc = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(part * steps // SPLIT, (part + 1) * steps // SPLIT, num_stages=STAGES):
@@ -72,7 +72,7 @@ def _few_rows_kernel(
                 if BITS != 3:
                     upper = w
             if index % (2 * EACH) == 0:
-                pair = (step * PAIRS + index // (2 * EACH)) * outputs + n
+                pair = (step * PAIRS + index // (2 * EACH)) * stride + n
                 s = tl.load(scales + pair)
                 z = s
                 if not SYMMETRIC:
@@ -114,7 +114,7 @@ def few_rows(
     parts, counters = workspace.of(tiles, tiles * SPLIT * BN * BM) if SPLIT > 1 else (out, out)
     _few_rows_kernel[(layout.outputs // BN, SPLIT, triton.cdiv(rows, BM))](
         x, arranged.words, arranged.high, arranged.scales, arranged.zeros, bias, out, parts, counters,
-        rows, layout.n_out, layout.n_in, layout.outputs, layout.steps,
+        rows, layout.n_out, layout.n_in, arranged.stride, layout.steps,
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,
         BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, num_warps=warps, num_stages=STAGES,

@@ -88,12 +88,27 @@ class Layout:
 
 
 class Arranged(NamedTuple):
-    """A weight's tensors in the kernels' layout; see the module's docstring."""
+    """A weight's tensors in the kernels' layout; see the module's docstring.
+
+    They may be those of some outputs, out of tensors of more.
+    """
 
     words: Tensor
     high: Tensor | None
     scales: Tensor
     zeros: Tensor | None
+
+    @property
+    def stride(self) -> int:
+        """Outputs, with padding, of the tensors that they lie in."""
+        return self.words.stride(0) // self.words.stride(1)
+
+    def contiguous(self) -> Arranged:
+        """The same in tensors of their own: itself, or a copy."""
+        if self.stride == self.words.shape[1]:
+            return self
+        copies = (None if t is None else t.clone(memory_format=torch.contiguous_format) for t in self)
+        return Arranged(*copies)  # type: ignore[arg-type]
 
 
 def arrange(layout: Layout, codes: Tensor, scales: Tensor, zeros: Tensor) -> Arranged:

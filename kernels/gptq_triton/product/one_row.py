@@ -67,7 +67,7 @@ def _scaled(x, AT: tl.constexpr):
 
 @triton.jit
 def _one_row_kernel(
-    x, words, scales, zeros, bias, out, N, outputs, blocks,
+    x, words, scales, zeros, bias, out, N, stride, blocks,
     BF16: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * 4
@@ -82,7 +82,7 @@ def _one_row_kernel(
         w = ()
         s = ()
         for r in tl.static_range(4):
-            row = block * outputs + first + r
+            row = block * stride + first + r
             w = w + (tl.load(words + row.to(tl.int64) * 32 + u, mask=there, other=0, eviction_policy="evict_first"),)
             s = s + (tl.load(scales + row, mask=there, other=0),)
         new = acc
@@ -105,7 +105,7 @@ def _one_row_kernel(
                 products += _code(w[r], 8 * half + 20) * b1
                 total = tl.sum(products, 1, keep_dims=True) - less
                 if not SYMMETRIC:
-                    z = tl.load(zeros + block * outputs + first + r, mask=there, other=0)
+                    z = tl.load(zeros + block * stride + first + r, mask=there, other=0)
                     total -= of_pair(z, half).to(tl.float32) * plain
                 new = new + (old[r] + scale_of(s[r], half) * total,)
         acc = new
@@ -133,7 +133,7 @@ def one_row(
     """
     _one_row_kernel[(layout.outputs // _OUTPUTS,)](
         x.view(torch.int32), arranged.words.view(torch.int32), arranged.scales, arranged.zeros, bias, out,
-        layout.n_out, layout.outputs, layout.steps,
+        layout.n_out, arranged.stride, layout.steps,
         BF16=x.dtype == torch.bfloat16, SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, CHUNKS=CHUNKS,
         num_warps=CHUNKS // 32,
     )  # fmt: skip

@@ -113,12 +113,15 @@ def _many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
     *, BN: int = 64, BM: int = 256, STAGES: int = 3, WIDTH: int = 2, SPLIT: int = 1,
 ) -> None:  # fmt: skip
-    """`many_rows`; `dense` where x lies at an address that the copy engine does not take."""
+    """`many_rows`; `dense` where x lies at an address that the copy engine does not take. Some outputs out of more are
+    copied: beside the product of many rows that takes little."""
     if x.data_ptr() % 16:
         return _dense(x, layout, arranged, bias, out, workspace)
     module = gluon()
     assert module is not None
-    module.many_rows(x, layout, arranged, bias, out, workspace, BN=BN, BM=BM, STAGES=STAGES, WIDTH=WIDTH, SPLIT=SPLIT)
+    module.many_rows(
+        x, layout, arranged.contiguous(), bias, out, workspace, BN=BN, BM=BM, STAGES=STAGES, WIDTH=WIDTH, SPLIT=SPLIT
+    )
     return None
 
 

@@ -12,6 +12,7 @@ after everything has been compared by name and shape.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ from gptq_plugin.device.named import device_named
 from gptq_plugin.device.surroundings import alone, plain_defaults, same_random_numbers
 from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.layers.autotune import autotune as tune_layers
+from gptq_plugin.layers.fuse import fuse_layers
 from gptq_plugin.layers.stored_weight import arrange_layers
 from gptq_plugin.model.plan import MODEL
 from gptq_plugin.options.fields import PATH, SWITCH, Kind, optional, shown
@@ -39,6 +41,8 @@ _DTYPE = Kind(
     "a floating torch.dtype, or None (the checkpoint's)",
     lambda value: value is None or (isinstance(value, torch.dtype) and value.is_floating_point),
 )
+
+log = logging.getLogger(__name__)
 
 
 @plain_defaults()
@@ -56,6 +60,7 @@ def load_quantized(
     local_files_only: bool = False,
     autotune: bool | None = None,
     autotune_dir: str | Path | None = None,
+    fuse: bool = False,
 ) -> Any:
     """Loads a checkpoint of this package, GPTQModel, AutoGPTQ, optimum or llm-compressor (pack-quantized) with
     `QuantLinear` layers, in evaluation mode.
@@ -84,6 +89,10 @@ def load_quantized(
             kind lacks (True), on GPUs without a table only (None), or never (False). It takes up to ten seconds for
             each size of layer, once: later loads read what was found. See `gptq_plugin.layers.autotune.autotune`.
         autotune_dir: Folder for what was found; None is one in Triton's cache.
+        fuse: Let one product serve the layers on a GPU that are called with one tensor, such as the projections to
+            queries, keys and values, in generation and other inference. Names, state dicts and files stay as they are.
+            One forward with the model's ``dummy_inputs`` finds them; the log (INFO) tells what came of it. See
+            `gptq_plugin.layers.fuse.fuse_layers`. For transformers models only.
 
     Returns:
         The transformers model, ready for `generate`, or `model`. Its config describes what is in memory
@@ -94,11 +103,17 @@ def load_quantized(
         CheckpointError: The checkpoint is incomplete, corrupt, contradicts itself or does not fit the model.
             The message names every file, tensor and module; `model` is then as it was. Or there is neither such a
             folder nor such a repository.
-        ValueError: `device_map` together with `device` or `model`, a `device` that is not there, or an `autotune` or
-            `autotune_dir` of another type.
+        ValueError: `device_map` together with `device` or `model`, `fuse` together with `model`, a `device` that is not
+            there, or an `autotune`, `autotune_dir` or `fuse` of another type.
     """
     optional(SWITCH, "on GPUs without a table").check("autotune", autotune)
     optional(PATH, "a folder in Triton's cache").check("autotune_dir", autotune_dir)
+    SWITCH.check("fuse", fuse)
+    if fuse and model is not None:
+        raise ValueError(
+            "fuse=True is for transformers models, which tell what they can be called with: load yours without it, and "
+            "then call gptq_plugin.layers.fuse.fuse_layers(model, inputs)"
+        )
     if device_map is not None and (model is not None or torch.device(device).type != "cpu"):
         raise ValueError(
             "device_map places every module of a transformers model: give it without `device`, and place a `model` of "
@@ -122,7 +137,24 @@ def load_quantized(
     architecture, config = _architecture(checkpoint, trust_remote_code)
     loaded: Any = _load_transformers(checkpoint, architecture, config, device, device_map, dtype)
     loaded.name_or_path = str(directory)
+    if fuse:
+        _fuse(loaded)
     return _tuned(loaded, autotune, autotune_dir)
+
+
+def _fuse(model: Any) -> None:
+    inputs = {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
+    try:
+        fuse_layers(model, inputs)
+    except torch.AcceleratorError:  # the GPU is lost to this process
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a model's forward leads to
+        log.warning(
+            "no layers are fused: %s does not run with its own dummy_inputs (%s). Call "
+            "gptq_plugin.layers.fuse.fuse_layers(model, inputs) with inputs that it takes",
+            type(model).__name__,
+            brief(error) or type(error).__name__,
+        )
 
 
 def _tuned(model: nn.Module, autotune: bool | None, folder: str | Path | None) -> nn.Module:

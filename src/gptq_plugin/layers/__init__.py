@@ -1,4 +1,4 @@
 """QuantLinear and its packed words.
 
-Imports gptq and kernels; never walk or model.
+Imports device, gptq and kernels; never walk or model.
 """

@@ -45,6 +45,9 @@ def autotune(model: nn.Module, *, always: bool = False, folder: str | os.PathLik
             arranged, dtype = module.arranged(), module.weight.dtype
             if arranged is not None and dtype in _DTYPES:
                 wanted[module.device][arranged.layout, dtype] = None
+                stacked = None if module.siblings is None else module.siblings.stacked()
+                if stacked is not None:
+                    wanted[module.device][stacked.weight.layout, dtype] = None
     if wanted and find_spec("triton") is None:
         log.warning("kernels are not measured without Triton, which products of quantized layers on a GPU need")
         return

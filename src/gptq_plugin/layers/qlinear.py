@@ -19,6 +19,7 @@ from gptq_plugin.kernels import reference
 from gptq_plugin.layers.float_rest import FloatRest
 from gptq_plugin.layers.int4_cpu import MOST_ROWS, Int4
 from gptq_plugin.layers.packing import pack_weight, pack_zeros, traceable_weight
+from gptq_plugin.layers.product_function import Product
 from gptq_plugin.layers.product_op import arranged_linear
 from gptq_plugin.layers.stored_weight import StoredWeight
 
@@ -121,8 +122,8 @@ class QuantLinear(StoredWeight):
             return self._traceable(x)
         if self.training and self.float_rest is not None:
             self.float_rest.check_training()
-        y: Tensor = _Product.apply(x, self)
-        return y
+        y: Tensor | None = None if self.siblings is None else self.siblings.part(self, input, x)
+        return Product.apply(x, self) if y is None else y
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W as [out_features, in_features] in `dtype`: exact in float32, otherwise rounded once."""
@@ -147,9 +148,14 @@ class QuantLinear(StoredWeight):
             return shown
         from gptq_plugin.kernels.product import products  # imported here: needs Triton
 
-        return f"{shown}, kernels=({products.described(arranged.layout, self._dtype, self.device)})"
+        stacked = None if self.siblings is None else self.siblings.stacked()
+        if stacked is not None:
+            shown = f"{shown}, fused={len(stacked.starts)}"
+        layout = arranged.layout if stacked is None else stacked.weight.layout
+        return f"{shown}, kernels=({products.described(layout, self._dtype, self.device)})"
 
-    def _product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ + bias in x's dtype, without a gradient."""
         if x.device.type == "cuda":
             return self._product_on_gpu(x)
         packed = self.packed()
@@ -231,7 +237,7 @@ class QuantLinear(StoredWeight):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # copies and pickles derive it again
+        return {**super().__getstate__(), "_prepared": None}  # copies and pickles derive it again
 
 
 @dataclass
@@ -255,28 +261,6 @@ def output_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not has_autocast or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
-
-
-class _Product(torch.autograd.Function):
-    """The product, with a gradient for x: dL/dx = dL/dy W. Backward dequantizes W again instead of keeping it."""
-
-    @staticmethod
-    def forward(x: Tensor, layer: QuantLinear) -> Tensor:
-        y = layer._product(x)
-        # A view that a Function returns cannot be changed in place; PyTorch's own products end in the same operation.
-        return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, QuantLinear], output: Tensor) -> None:
-        ctx.layer = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dequantize(grad.dtype), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, layer: QuantLinear) -> tuple[Tensor, int]:
-        return _Product.apply(x.movedim(in_dims[0], 0), layer), 0  # any number of dimensions leads
 
 
 def note_float_rest(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from gptq_plugin.kernels import reference
 from gptq_plugin.kernels.product.layout import Arranged, Layout
 from gptq_plugin.kernels.product.workspace import prepare
 from gptq_plugin.layers.kernel_layout import ArrangedWeight, Packed, is_served
+from gptq_plugin.layers.stacked_weight import Group
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,7 +22,7 @@ PACKED = ("qweight", "qzeros", "scales", "g_idx")
 TENSORS = (*PACKED, "bias")  # of a layer, in memory and in a GPTQ file
 _STANDARD = PACKED[:3]  # what the kernels' layout stands in for
 _ARRANGED = ("words", "high", "group_scales", "group_zeros", "order")
-_exchanging = threading.RLock()  # of one layout for the other, while other threads compute
+exchanging = threading.RLock()  # of one layout for the other, while other threads compute
 
 
 class StoredWeight(nn.Module):
@@ -40,6 +41,8 @@ class StoredWeight(nn.Module):
 
     g_idx: Tensor
     bias: Tensor | None
+    siblings: Group | None = None  # layers with which one product serves it, and its place among them
+    place = 0
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int, device: torch.device | str | None
@@ -89,7 +92,7 @@ class StoredWeight(nn.Module):
 
     def packed(self) -> Packed:
         """The tensors of a checkpoint, made for the caller while the layer's are in the kernels' layout."""
-        with _exchanging:
+        with exchanging:
             own = [self._buffers.get(name) for name in _STANDARD]
             if self._layout is not None and any(tensor is None for tensor in own):
                 with torch.inference_mode(False), torch.no_grad():
@@ -99,7 +102,7 @@ class StoredWeight(nn.Module):
 
     def arranged(self) -> ArrangedWeight | None:
         """The weight in the kernels' layout; None if it is not in it, or somebody has put other tensors in place."""
-        with _exchanging:
+        with exchanging:
             if self._layout is None or any(name in self._buffers for name in _STANDARD):
                 return None
             return ArrangedWeight(self._layout, *self._arranged_tensors())
@@ -110,7 +113,7 @@ class StoredWeight(nn.Module):
         Returns:
             False if the kernels do not take them (`ArrangedWeight.of`); they are then as they were.
         """
-        with _exchanging, torch.inference_mode(False), torch.no_grad():
+        with exchanging, torch.inference_mode(False), torch.no_grad():
             if self.arranged() is not None:
                 return True
             made = ArrangedWeight.of(self.packed(), self.bits, self.group_size)
@@ -123,11 +126,22 @@ class StoredWeight(nn.Module):
 
     def restore(self) -> None:
         """Takes the tensors back into a checkpoint's layout."""
-        with _exchanging:
+        with exchanging:
             if self._layout is not None:
                 packed = self.packed()
                 self._layout = None
                 self._exchange(_ARRANGED, dict(zip(PACKED, packed, strict=True)))
+                if self.siblings is not None:
+                    self.siblings.separate()
+
+    def put(self, tensors: Arranged) -> None:
+        """Sets the tensors of the kernels' layout, whose values it has already."""
+        self._buffers.update({name: t for name, t in zip(_ARRANGED, tensors, strict=False) if t is not None})
+
+    def holds(self, tensors: Arranged) -> bool:
+        """Whether its weight is these very tensors."""
+        names = zip(_ARRANGED, tensors, strict=False)
+        return not self._buffers.keys() & _STANDARD and all(self._buffers.get(name) is t for name, t in names)
 
     def channels_per_group(self) -> int:
         """Input channels that share a scale."""
@@ -177,6 +191,21 @@ class StoredWeight(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.restore()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has tensors of its own, not those of its siblings."""
+        with exchanging:
+            arranged = None if self.siblings is None else self.arranged()
+            if arranged is None:
+                return dict(self.__dict__)
+            own = dict(zip(_ARRANGED, arranged.tensors.contiguous(), strict=False))
+            buffers = {name: own.get(name, tensor) for name, tensor in self._buffers.items()}
+            return {**self.__dict__, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.siblings is not None:
+            self.siblings.join(self)
 
 
 def arrange_layers(model: nn.Module) -> None:
