@@ -19,6 +19,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "4 bits act-order": {"desc_act": True, "static_groups": False},
     "3 bits a row": {"bits": 3, "group_size": -1},
     "4 bits compressed-tensors": {"checkpoint_format": "compressed-tensors", "sym": False},
+    "4 bits best": {"method": "best"},
     "4 bits natural order": {"static_groups": False, "clip_ratios": (1.0,)},
 }
 

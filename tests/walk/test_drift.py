@@ -43,6 +43,16 @@ def test_sums_are_the_same_to_the_bit_in_any_order():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_a_drift_that_is_small_beside_the_inputs_is_as_exact_as_a_large_one():
+    _, seen = inputs()
+    x = seen + 1e-5 * seen.roll(1, 0)
+    drift = Drift(20, "cpu")
+    drift.add(x, seen)
+    wanted = (x - seen).double().T @ seen.double() / 50
+    scale = ((x - seen).double().square().mean(0)[:, None] * seen.double().square().mean(0)).sqrt()
+    assert ((drift.mean(50).double() - wanted).abs() / scale).max() < 1e-6
+
+
 def test_ranks_add_up_their_sums(monkeypatch):
     drift = Drift(20, "cpu")
     drift.add(*inputs())
