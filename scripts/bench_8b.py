@@ -31,7 +31,6 @@ from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
 from gptq_plugin.gptq import solver
 from gptq_plugin.gptq.factor import factorize
 from gptq_plugin.gptq.losses import rounding_loss
-from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.walk.hessian import Hessian
 
 PEERS = {"GPTQModel 7.7": 17.5, "llm-compressor 0.14": 7.39, "a rough prototype": 0.64}
@@ -104,7 +103,7 @@ def block() -> None:
     shapes = {"q, k, v": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
     tokens, weights = SAMPLES * LENGTH, sum(rows * n for rows, n in shapes.values())
     quantize(llama(2), samples(16))  # compiles the kernels
-    for label, options in (("clip_ratios=[1.0]", PLAIN), ("default", {})):
+    for label, options in (("clip_ratios=[1.0]", PLAIN), ("default", {}), ("best", {"method": "best"})):
         for batch_size in (BATCH, 2 * BATCH):
             clear()
             total, each = blocks(10, batch_size=batch_size, **options)
@@ -134,7 +133,11 @@ def block() -> None:
             Hessian(n, "cuda", exact=False),
         )
         parts[f"Hessian {n}"] = seconds(lambda: hessian.add(x)) * SAMPLES / BATCH * times_used  # noqa: B023
-    for label, config in (("plain", QuantizeConfig(**PLAIN)), ("default", QuantizeConfig())):
+    for label, config in (
+        ("plain", QuantizeConfig(**PLAIN)),
+        ("default", QuantizeConfig()),
+        ("best", QuantizeConfig(method="best")),
+    ):
         for name, (count, n) in shapes.items():
             clear()
             x = torch.randn(2 * n, n, device="cuda") * torch.logspace(-1, 1, n, device="cuda")
@@ -145,7 +148,7 @@ def block() -> None:
                 lambda: factorize(mean[None], config, torch.float32, 0.01)  # noqa: B023
             )
             parts[f"{label} {name}: columns"] = seconds(
-                lambda: Recursion(wide[None], factor, config).visit()  # noqa: B023
+                lambda: solver.begun(wide[None], mean, factor, config).visit()  # noqa: B023
             )
             parts[f"{label} {name}: RTN's loss"] = seconds(
                 lambda: rounding_loss(wide[None], mean, config)  # noqa: B023

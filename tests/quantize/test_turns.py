@@ -123,3 +123,12 @@ def test_batches_of_a_model_that_keeps_what_cannot_be_copied_run_one_at_a_time()
     (told,) = report.deviations
     assert told.startswith(REASON) and "what the forward keeps at .lock" in told and "cannot be copied" in told
     assert len(report.quantized) == 2 and model.lock is lock and model.calls == [0]
+
+
+def test_a_batch_by_itself_takes_turns_with_its_float_forward_and_is_tried_for_it():
+    (batch,) = [{name: torch.cat([one[name] for one in _batches()]) for name in _batches()[0]}]
+    batch["condition"] = torch.arange(1.0, 1 + len(batch["x"]))[:, None].expand(-1, 32).clone()
+    options = {"batch_size": 1024, "nsamples": 1024}
+    for alpha, tried in ((0.0, False), (0.5, True)):
+        _, report = _quantized(Conditioned("array"), [batch], asymmetric_alpha=alpha, **options)
+        assert any(REASON in one for one in report.all_deviations()) == tried

@@ -112,7 +112,7 @@ def solve_blocks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig, drift:
         with on_side_stream(blocks.device) as join:
             beside = _beside(blocks, hessian, config)
         factor, good = factorize(hessian[None], config, hessian.dtype, config.damp_percent)
-        rounded = _begun(blocks, hessian, factor, config, drift)
+        rounded = begun(blocks, hessian, factor, config, drift)
         finite = torch.isfinite(hessian.diagonal()).all()
         if drift is not None:
             finite &= torch.isfinite(drift).all()
@@ -144,7 +144,7 @@ def _solve_with_fallbacks(blocks: Tensor, hessian: Tensor, config: QuantizeConfi
             deviations = ["Hessian factored in float64 after float32 failed"] if dtype != hessian.dtype else []
             if damp_percent != config.damp_percent:
                 deviations.append(f"damp_percent raised from {config.damp_percent:g} to {damp_percent:g}")
-            rounded = _begun(blocks, hessian, factor, config, drift)
+            rounded = begun(blocks, hessian, factor, config, drift)
             rounded.visit()
             if not rounded.fits.item():
                 raise ValueError(explain_bad_scale(blocks))
@@ -173,9 +173,10 @@ def _loss(blocks: Tensor, hessian: Tensor, rounded: QuantizedWeight) -> Tensor:
     return torch.cat([output_error(error, hessian) for error in errors])
 
 
-def _begun(
-    blocks: Tensor, hessian: Tensor, factor: Factor, config: QuantizeConfig, drift: Tensor | None
+def begun(
+    blocks: Tensor, hessian: Tensor, factor: Factor, config: QuantizeConfig, drift: Tensor | None = None
 ) -> Recursion | Improvement:
+    """The solution of blocks [B, rows, in] that `visit` of it makes, with `solve`'s other arguments."""
     if drift is not None and config.asymmetric_alpha:
         blocks = asymmetric_target(blocks, drift, factor, config.asymmetric_alpha)
     if improves(config):

@@ -179,7 +179,8 @@ class BatchRuns:
         def present(name: str) -> None:
             self.weights.present(self._targets[name])
 
-        own = disturbance(layers, [batch.data for batch in self._batches[:2]], run, present, self.state)
+        data = [batch.data for batch in self._batches[:2]]
+        own = disturbance(layers, data, run, present, self.state, self.walks.two)
         return next(filter(None, distributed.gather_objects(own)), None)
 
     def make_room(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq_plugin.calibration.batches import row_of
+from gptq_plugin.calibration.batches import row_of, sample_count
 from gptq_plugin.walk.disturbance import disturbed_layer
 from gptq_plugin.walk.kept_state import KeptState, NotCopied
 
@@ -19,6 +19,7 @@ def disturbance(
     run: Callable[[Any], Any],
     present: Callable[[str], None],
     state: KeptState,
+    two_walks: bool = False,
 ) -> str | None:
     """Returns why the batches cannot take turns, or None if they can: tried on one sample of each of two batches.
 
@@ -28,7 +29,10 @@ def disturbance(
         run: Runs a batch through the model.
         present: Brings the weights of a layer back before it runs.
         state: What forwards keep on the model.
+        two_walks: A batch by itself takes turns with its float forward: its first two samples are tried then.
     """
+    if two_walks and len(batches) == 1 and (sample_count(batches[0]) or 0) > 1:
+        batches = [batches[0], row_of(batches[0], 1)]
     try:
         state.copies(state.initial)
     except NotCopied as error:
