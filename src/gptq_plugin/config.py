@@ -49,9 +49,7 @@ _META_FIELDS = (
     "token_weighting",
 )
 
-
-_SMALLEST_RATIO, _LARGEST_RATIO = 0.01, 1.25
-_MOST_ROUNDS = 100
+_SMALLEST_RATIO, _LARGEST_RATIO, _MOST_ROUNDS = 0.01, 1.25, 100
 _KINDS = {
     "bits": fields.one_of(*BITS),
     "group_size": fields.integer(1, also=-1),

@@ -122,12 +122,11 @@ class BatchRuns:
 
     def not_finite(self, inputs: Mapping[int, torch.Tensor]) -> list[int]:
         """Numbers of the batches whose inputs, by their forwards' numbers, hold NaN or infinity."""
-        found = []
+        found: dict[int, None] = {}
         for number, x in inputs.items():
             with self.activations.on_device(number):
-                if not torch.isfinite(x).all():
-                    found.append(self.walks.batch(number))
-        return list(dict.fromkeys(found))
+                found |= {} if torch.isfinite(x).all() else {self.walks.batch(number): None}
+        return list(found)
 
     def find_groups(self, layers: Mapping[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
         """Finds the groups with a forward of the largest batch, judges the layers by what they compute in it, and
