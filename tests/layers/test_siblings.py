@@ -17,7 +17,6 @@ import torch
 from random_weights import random_weight
 from torch import nn
 
-from gptq_plugin.layers import product_op
 from gptq_plugin.layers.fuse import fuse_layers
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
@@ -352,6 +351,7 @@ def test_a_tensor_in_the_kernels_layout_that_somebody_puts_in_place_counts(fused
 def test_a_shallow_copy_of_a_layer_is_none_of_them(fused, products):
     model, plain = fused
     other, state, x = copy.copy(model.k), Attention().k.state_dict(), torch.randn(2, 128)
+    assert model.k.siblings.present() == [model.q, model.k, model.v]
     same(model, plain, x)
     assert products == [229]
     other.load_state_dict(state)
@@ -374,19 +374,23 @@ def test_parts_that_nobody_fetches_go_with_their_input(fused):
         assert model(torch.randn(2, 128)) == []
 
 
-def test_a_compiler_sees_each_layer_by_itself(fused, products, monkeypatch):
-    model, _ = fused
-    seen = []
-
-    def linear(x, words, high, scales, zeros, order, bias, *sizes):
-        seen.append(sizes[3])
-        return x.new_zeros(*x.shape[:-1], sizes[3])
-
-    monkeypatch.setattr("gptq_plugin.layers.qlinear.arranged_linear", linear)
-    assert product_op.arranged_linear is not linear
-    with torch.no_grad():
-        torch.compile(model, fullgraph=True, backend="eager")(torch.randn(2, 128))
-    assert not products
+@pytest.mark.parametrize("how", ["compile", "export", "compile with gradients"])
+def test_a_compiler_sees_each_layer_by_itself(fused, products, how):
+    model, plain = fused
+    for module in fused:
+        module.forward = lambda x, module=module: (module.q(x), module.k(x.mul_(2)), module.v(x))
+    x = torch.randn(2, 128)
+    with torch.set_grad_enabled("gradients" in how):
+        expected = plain(x.clone())
+        if how == "export":
+            compute = torch.export.export(model, (x,)).module()
+        else:
+            compute = torch.compile(model, fullgraph=True, backend="aot_eager")
+        products.clear()
+        found = compute(x.clone())
+    for y, z in zip(found, expected, strict=True):
+        assert torch.allclose(y, z, rtol=1e-5, atol=1e-3)
+    assert products == [100, 64, 37]
 
 
 @pytest.fixture
