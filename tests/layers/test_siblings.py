@@ -17,6 +17,7 @@ import torch
 from random_weights import random_weight
 from torch import nn
 
+from gptq_plugin.layers import traced_part
 from gptq_plugin.layers.fuse import fuse_layers
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
@@ -54,8 +55,9 @@ class Attention(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh():
     torch.manual_seed(0)
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -374,7 +376,54 @@ def test_parts_that_nobody_fetches_go_with_their_input(fused):
         assert model(torch.randn(2, 128)) == []
 
 
-@pytest.mark.parametrize("how", ["compile", "export", "compile with gradients"])
+@pytest.mark.parametrize(
+    ("change", "backend"),
+    [
+        ("", "inductor"),
+        ("in place", "eager"),
+        ("in place", "aot_eager"),
+        ("through a view", "aot_eager"),
+        ("in inference mode", "aot_eager"),
+        ("autocast", "aot_eager"),
+    ],
+)
+def test_a_compiler_sees_one_product_of_one_tensor(fused, products, change, backend):
+    model, plain = fused
+    changes = {
+        "in place": lambda x: x.mul_(2),
+        "in inference mode": lambda x: x.mul_(2),
+        "through a view": lambda x: x.view(-1)[3:90].mul_(2),
+    }
+    for module in fused:
+        module.between = changes.get(change, nothing)
+    compute = torch.compile(model, fullgraph=True, backend=backend)
+    mode = torch.inference_mode if change == "in inference mode" else torch.no_grad
+    with mode(), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        for rows in (2, 2, 5):
+            x = torch.randn(rows, 128)
+            expected = plain(x.clone())
+            products.clear()
+            y = compute(x.clone())
+            tolerance = {"rtol": 0.05, "atol": 5} if change == "autocast" else {"rtol": 1e-5, "atol": 1e-3}
+            assert torch.allclose(y, expected, **tolerance)
+    # Their own, with the one of another input.
+    by_themselves, together = [100, 64, 37, 128], [229] * (2 if changes.get(change) else 1) + [128]
+    assert sorted(products) == sorted(by_themselves if backend == "eager" else together)
+    assert not any(type(part) is torch.Tensor for part in traced_part._traced.last.parts.values())
+
+
+def test_what_a_compiler_joined_may_be_changed_and_is_contiguous(fused):
+    model, plain = fused
+    for module in fused:
+        module.forward = lambda x, module=module: (module.q(x).mul_(2), module.q(x), module.k(x), module.v(x).add_(1))
+    x = torch.randn(2, 128)
+    with torch.no_grad():
+        found, expected = torch.compile(model, fullgraph=True, backend="aot_eager")(x), plain(x)
+    for y, z in zip(found, expected, strict=True):
+        assert torch.allclose(y, z, rtol=1e-5, atol=1e-3) and y.is_contiguous()
+
+
+@pytest.mark.parametrize("how", ["export", "strict export", "compile with gradients", "separate"])
 def test_a_compiler_sees_each_layer_by_itself(fused, products, how):
     model, plain = fused
     for module in fused:
@@ -382,8 +431,10 @@ def test_a_compiler_sees_each_layer_by_itself(fused, products, how):
     x = torch.randn(2, 128)
     with torch.set_grad_enabled("gradients" in how):
         expected = plain(x.clone())
-        if how == "export":
-            compute = torch.export.export(model, (x,)).module()
+        if how == "separate":
+            model.q.siblings.separate()
+        if "export" in how:
+            compute = torch.export.export(model, (x,), strict="strict" in how).module()
         else:
             compute = torch.compile(model, fullgraph=True, backend="aot_eager")
         products.clear()

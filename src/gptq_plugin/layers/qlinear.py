@@ -119,7 +119,7 @@ class QuantLinear(StoredWeight):
         """
         x = input.to(output_dtype(input))
         if torch.compiler.is_compiling():
-            return self._traceable(x)
+            return self._traceable(input, x)
         if self.training and self.float_rest is not None:
             self.float_rest.check_training()
         y: Tensor | None = None if self.siblings is None else self.siblings.part(self, input, x)
@@ -185,11 +185,14 @@ class QuantLinear(StoredWeight):
         products.check(x, arranged.layout, arranged.tensors, self.bias)
         return products.product(x, arranged.layout, arranged.tensors, self.bias, arranged.order)
 
-    def _traceable(self, x: Tensor) -> Tensor:
+    def _traceable(self, input: Tensor, x: Tensor) -> Tensor:
         """The product in operations that `torch.compile` and `torch.export` trace: none depends on a buffer's values,
         so that a graph stays right whatever g_idx is loaded into it."""
         layout = self._layout
         if layout is not None:
+            y = None if self.siblings is None else self.siblings.traced(self, input, x.dtype)
+            if y is not None:
+                return y
             (words, high, scales, zeros), order = self._arranged_tensors()
             return arranged_linear(  # type: ignore[no-any-return]
                 x, words, high, scales, zeros, order, self.bias,

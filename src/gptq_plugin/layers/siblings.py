@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.layers.product_function import Product, not_a_view
-from gptq_plugin.layers.stacked_weight import StackedWeight, difference
+from gptq_plugin.layers.stacked_weight import StackedWeight, difference, joined_bias
 from gptq_plugin.layers.stored_weight import StoredWeight, exchanging
+from gptq_plugin.layers.traced_part import make_traceable, traced_part
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ class Siblings:
     While their module computes, the first of them that is called computes the outputs of all, and the others hand out
     theirs if they are given the very same tensor, unchanged. Everything else a layer computes by itself: what is called
     with another input, outside of the module's call, with gradients on, or with a tensor of inference mode, which does
-    not count its changes; what `torch.compile` or `torch.export` trace; and all of it once another tensor is in a
-    layer's place.
+    not count its changes; what `torch.export` traces; and all of it once another tensor is in a layer's place. Where
+    `torch.compile` traces, the layers that are traced with one tensor share a product likewise.
 
     Layers that were taken out of the kernels' layout (moved, loaded anew, read) are stacked again when all are back in
     it. A copy of the module has a group of its own; a copy of one layer has none.
@@ -108,13 +109,28 @@ class Siblings:
     def _compute(self, stack: StackedWeight, call: _Call, input: Tensor, x: Tensor, stream: Any) -> None:
         layers = [None if ref is None else ref() for ref in self._layers]
         biases = [None if sibling is None else sibling.bias for sibling in layers]
-        y: Tensor = Product.apply(x, _All(stack, stack.bias(biases)))
+        y: Tensor = Product.apply(x, _All(stack, joined_bias(biases, stack.starts, stack.widths, x.device)))
         call.input, call.version, call.dtype, call.stream = None, input._version, x.dtype, stream
         call.parts = parts = {
             place: _Part(not_a_view(y.narrow(-1, start, width)), _state(bias))
             for place, (start, width, bias) in enumerate(zip(stack.starts, stack.widths, biases, strict=True))
         }
         call.input = weakref.ref(input, lambda _: parts.clear())  # parts live no longer than their input
+
+    def traced(self, layer: StoredWeight, input: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """As `part`, where `torch.compile` traces; an export keeps every layer by itself."""
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return None
+        stack = self.stacked()
+        there = self._layers[layer.place]
+        if stack is None or there is None or there() is not layer:
+            return None
+        layout, own = stack.weight.layout, stack.parts[layer.place]
+        biases = [None if ref is None else ref().bias for ref in self._layers]  # type: ignore[union-attr]
+        return traced_part(
+            input, dtype, tuple(own), tuple(stack.weight.tensors), stack.weight.order, biases,
+            stack.starts, stack.widths, layer.place, (layout.bits, layout.group, layout.n_in, layout.group_size),
+        )  # fmt: skip
 
     def separate(self) -> None:
         """Gives every layer tensors of its own."""
@@ -142,6 +158,7 @@ class Siblings:
                 log.info("layers are fused no more: what they hold now differs (%s)", found)
                 return None
             stack = StackedWeight.of(there)
+            make_traceable(stack)
             for layer, tensors in zip(layers, stack.parts, strict=True):
                 layer.put(tensors)
             self._stack = stack

@@ -49,18 +49,26 @@ class StackedWeight:
         layout = replace(weights[0].layout, n_out=starts[-1] + widths[-1])
         return cls(ArrangedWeight(layout, tensors, weights[0].order), starts, widths, tuple(parts))
 
-    def bias(self, of_layers: Sequence[Tensor | None]) -> Tensor | None:
-        """The layers' biases in the places of their outputs, zero elsewhere; None if none has one."""
-        if all(bias is None for bias in of_layers):
-            return None
-        device, pieces = self.weight.tensors.words.device, []
-        ends = (*self.starts[1:], self.weight.layout.n_out)
-        for bias, start, end, width in zip(of_layers, self.starts, ends, self.widths, strict=True):
-            if bias is None:
-                pieces.append(torch.zeros(end - start, dtype=torch.float16, device=device))
-            else:
-                pieces.append(nn.functional.pad(bias, (0, end - start - width)) if end - start > width else bias)
-        return torch.cat(pieces)
+
+def joined_bias(
+    biases: Sequence[Tensor | None], starts: Sequence[int], widths: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """Layers' biases in the places of their outputs, zero elsewhere; None if none has one.
+
+    Args:
+        biases: [width] of every layer, or None.
+        starts, widths: See `StackedWeight`.
+        device: The layers'.
+    """
+    if all(bias is None for bias in biases):
+        return None
+    pieces = []
+    for bias, start, end, width in zip(biases, starts, (*starts[1:], starts[-1] + widths[-1]), widths, strict=True):
+        if bias is None:
+            pieces.append(torch.zeros(end - start, dtype=torch.float16, device=device))
+        else:
+            pieces.append(nn.functional.pad(bias, (0, end - start - width)) if end - start > width else bias)
+    return torch.cat(pieces)
 
 
 class Group(Protocol):
@@ -73,6 +81,8 @@ class Group(Protocol):
     def stacked(self) -> StackedWeight | None: ...
 
     def part(self, layer: Any, input: Tensor, x: Tensor) -> Tensor | None: ...
+
+    def traced(self, layer: Any, input: Tensor, dtype: torch.dtype) -> Tensor | None: ...
 
     def separate(self) -> None: ...
 
