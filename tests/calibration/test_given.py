@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gptq_plugin.calibration.given import items_of, refuse_item, refuse_single, rereadable
+from gptq_plugin.calibration.items import Items
+from gptq_plugin.calibration.takes import Takes
 from gptq_plugin.errors import CalibrationError
 
 
@@ -102,3 +104,10 @@ def test_data_can_be_read_twice_and_of_an_iterator_as_much_is_kept_as_may_be_nee
     assert rereadable(loader, 2) is loader
     with pytest.raises(CalibrationError, match="one text"):
         rereadable("text", 2)
+
+
+@pytest.mark.parametrize("array", [numpy.array([object(), None]), numpy.array([[1, 2], [3]], dtype=object)])
+def test_arrays_that_hold_no_numbers_are_refused(array):
+    for data in ([array], [{"x": array}], [(array, 1)]):
+        with pytest.raises(CalibrationError, match="array .* of object, which are no numbers"):
+            Items(None, 16, Takes()).read(data[0])

@@ -50,8 +50,18 @@ def rereadable(data: Any, nsamples: int, batch_size: int = 1) -> Iterable[Any]:
 
 
 def tensor_of(array: numpy.ndarray[Any, Any]) -> Tensor:
-    """An array as a tensor; NumPy's default dtype, float64, becomes PyTorch's, in which models are."""
-    tensor = torch.as_tensor(array, device="cpu")
+    """An array as a tensor; NumPy's default dtype, float64, becomes PyTorch's, in which models are.
+
+    Raises:
+        CalibrationError: It does not hold numbers.
+    """
+    try:
+        tensor = torch.as_tensor(array, device="cpu")
+    except TypeError as error:
+        raise CalibrationError(
+            f"the calibration data holds an array {array.shape} of {array.dtype}, which are no numbers: give lists of "
+            "numbers of one length, or texts"
+        ) from error
     return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 
 
