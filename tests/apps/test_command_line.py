@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from gptq_plugin.apps.command_line import hydra_command
 
@@ -103,10 +105,12 @@ def test_what_makes_no_configuration_is_told_by_its_override_or_file(words, mess
     (own / "broken.yaml").write_text(start + "hydra: {run: {dir: '${nothing}'}}\n")
     (own / "unreadable.yaml").write_text(start + "quantizer: [\n")
     (own / "lost.yaml").write_text(start + "quantizer: {sym: '${nothing}'}\n")
+    before = HydraConfig.instance().cfg
     with pytest.raises(SystemExit) as ended:
         called("--config-dir=own", *words)
     told = capsys.readouterr().err
     assert ended.value.code == 2 and message in told and "Traceback" not in told
+    assert not GlobalHydra.instance().is_initialized() and HydraConfig.instance().cfg is before
     assert [one.name for one in tmp_path.iterdir()] == ["own"]
 
 

@@ -74,6 +74,7 @@ def options_explained(config: DictConfig) -> Iterator[None]:
 
 
 def _error(given: Namespace, name: str, config_path: str, overrides: Sequence[str]) -> Exception | None:
+    state = HydraConfig.instance().cfg
     try:
         search_path = create_automatic_config_search_path(None, _COMMANDS, given.config_path or config_path)
         if given.config_dir is not None:
@@ -95,6 +96,7 @@ def _error(given: Namespace, name: str, config_path: str, overrides: Sequence[st
     except Exception as error:  # noqa: BLE001  Hydra lets what it does not expect pass
         return error
     finally:
+        HydraConfig.instance().cfg = state
         GlobalHydra.instance().clear()
     return None
 
