@@ -1,9 +1,10 @@
 """Times decoding of a Llama-3-8B-shaped model with quantized layers against float16, on one GPU.
 
-    python scripts/bench_generate.py [--batches 1,16] [--context 512] [--fuse]
+    python scripts/bench_generate.py [--batches 1,16] [--context 512] [--compile] [--fuse]
 
-One token a row with a static cache, as the replay of a CUDA graph; random weights: time does not depend on them. 4
-bits, group 128, the output embedding in float16. Peak memory is that of the replays.
+One token a row with a static cache, as the replay of a CUDA graph of the model's own code or, with --compile, of what
+torch.compile makes of it; random weights: time does not depend on them. 4 bits, group 128, the output embedding in
+float16. Peak memory is that of the replays.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def quantize(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def seconds_a_token(model: LlamaForCausalLM, batch: int, context: int) -> float:
+def seconds_a_token(model: LlamaForCausalLM, batch: int, context: int, compiled: bool) -> float:
     cache = StaticCache(config=model.config, max_cache_len=context + TOKENS + 8)
     ids = torch.randint(0, 128256, (batch, context), device="cuda")
     model(ids, past_key_values=cache, logits_to_keep=1)
@@ -55,6 +56,9 @@ def seconds_a_token(model: LlamaForCausalLM, batch: int, context: int) -> float:
     def step() -> torch.Tensor:
         return model(token, past_key_values=cache, position_ids=position).logits
 
+    if compiled:
+        torch.compiler.reset()
+        step = torch.compile(step, fullgraph=True, dynamic=False)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         step()
@@ -80,8 +84,10 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16", help="rows, comma-separated")
     parser.add_argument("--context", type=int, default=512, help="tokens before the ones timed")
     parser.add_argument("--fuse", action="store_true", help="one product for q, k and v, and one for gate and up")
+    parser.add_argument("--compile", action="store_true", help="compile a step before it is captured (minutes)")
     options = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, context {options.context}")
+    how = "compiled" if options.compile else "the model's own code"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, context {options.context}, {how}")
     model = llama()
     found: dict[int, float] = {}
     for label in ("float16", "4 bits"):
@@ -90,7 +96,7 @@ def main() -> None:
             if options.fuse:
                 print(f"{len(fuse_layers(model, torch.zeros(1, 2, dtype=torch.long, device='cuda')))} groups fused")
         for batch in map(int, options.batches.split(",")):
-            seconds = seconds_a_token(model, batch, options.context)
+            seconds = seconds_a_token(model, batch, options.context, options.compile)
             gc.collect()
             ratio = f", {found[batch] / seconds:.2f} times float16's" if batch in found else ""
             found.setdefault(batch, seconds)
