@@ -16,7 +16,7 @@ from . import plain_steps, plain_sums, reference
 
 def solver_loops(x: Tensor) -> ModuleType:
     """The module with `solve_span` for tensors like x: Triton's for float32 on a GPU, else `reference`."""
-    if x.is_cuda and x.dtype == torch.float32:
+    if _by_triton(x):
         from . import solve  # imported here: needs Triton
 
         return solve
@@ -25,7 +25,7 @@ def solver_loops(x: Tensor) -> ModuleType:
 
 def solver_passes(x: Tensor) -> ModuleType:
     """The module with `permute`, `split_to_float16`, `clipping_errors` and `nearest_errors`, chosen likewise."""
-    if x.is_cuda and x.dtype == torch.float32:
+    if _by_triton(x):
         from . import passes  # imported here: needs Triton
 
         return passes
@@ -34,7 +34,7 @@ def solver_passes(x: Tensor) -> ModuleType:
 
 def exact_sums(x: Tensor) -> ModuleType:
     """The module with `add_product`, chosen likewise for a float32 product."""
-    if x.is_cuda and x.dtype == torch.float32:
+    if _by_triton(x):
         from . import sums  # imported here: needs Triton
 
         return sums
@@ -43,8 +43,12 @@ def exact_sums(x: Tensor) -> ModuleType:
 
 def grid_passes(x: Tensor) -> ModuleType:
     """The module with `grid_errors`, chosen likewise."""
-    if x.is_cuda and x.dtype == torch.float32:
+    if _by_triton(x):
         from . import passes  # imported here: needs Triton
 
         return passes
     return plain_steps
+
+
+def _by_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.float32

@@ -70,19 +70,25 @@ def own_error(error: Exception) -> str:
     return "" if raised and isinstance(error, _REFUSALS) else "not ours"
 
 
+def message_fault(message: str, longest: int = _LONGEST) -> str:
+    """Why a message cannot be shown to a user; empty if it can."""
+    if len(message) > longest:
+        return f"a message of {len(message)} letters"
+    try:
+        message.encode()
+    except UnicodeEncodeError:
+        return "a message that cannot be printed"
+    return ""
+
+
 def names(*words: str) -> Callable[[Exception], str]:
     """Refusals that are this package's, can be shown, and have one of these words, such as the field's name."""
 
     def objection(error: Exception) -> str:
         message = str(error)
-        if own_error(error):
-            return own_error(error)
-        if len(message) > _LONGEST:
-            return f"a message of {len(message)} letters"
-        try:
-            message.encode()
-        except UnicodeEncodeError:
-            return "a message that cannot be printed"
+        fault = own_error(error) or message_fault(message)
+        if fault:
+            return fault
         return "" if any(word in message for word in words) else f"names none of {', '.join(words)[:200]}"
 
     return objection

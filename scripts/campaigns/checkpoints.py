@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from campaigns import file_damage, json_damage, tensor_damage
-from campaigns.campaign import Campaign, Case, Wrong, own_error
+from campaigns.campaign import Campaign, Case, Wrong, message_fault, own_error
 from campaigns.damage import Damage
 from campaigns.examples import randoms
 from campaigns.watch import nothing_outside, untouched
@@ -158,15 +158,10 @@ def _objection(error: Exception, folder: Path, damages: list[Damage]) -> str:
     """A refusal names the file, and the field where only one field of a description was changed."""
     if isinstance(error, CannotRun) and any(damage.changes for damage in damages):
         return ""
-    if own_error(error):
-        return own_error(error)
     message = str(error)
-    if len(message) > 20_000:
-        return f"a message of {len(message)} letters"
-    try:
-        message.encode()
-    except UnicodeEncodeError:
-        return "a message that cannot be printed"
+    fault = own_error(error) or message_fault(message, 20_000)
+    if fault:
+        return fault
     if not any(file.name in message for file in folder.iterdir()) and str(folder) not in message:
         return "names no file"
     told = isinstance(error, CheckpointError) and len(damages) == 1

@@ -10,7 +10,7 @@ import torch
 from gptq_plugin.kernels.product.layout import Arranged, Layout, arrange, high_bit, restore
 from torch import Tensor
 
-from kernel_cases import NAN, TOLERANCE, needs_gpu, triton_device
+from kernel_cases import NAN, TOLERANCE, gpu, triton_device
 
 BITS = [2, 3, 4, 8]
 # (channels, outputs, group size): ragged, padded and exact; groups that are repeated, and one of all channels.
@@ -110,12 +110,6 @@ def test_the_triton_kernels_of_the_layout_are_the_formula(bits, size, symmetric,
         out = torch.full((rows, size[1]), NAN, dtype=dtype, device=device)
         few_rows(x, weight.layout, weight.arranged, bias, out, workspace_of(x.device), BM=block, SPLIT=split)
         check(out, x, weight, bias)
-
-
-def gpu(test):
-    for mark in needs_gpu:
-        test = mark(test)
-    return test
 
 
 @triton_device

@@ -342,33 +342,32 @@ def test_a_forward_on_the_instance_that_agrees_is_replaced_and_that_is_reported(
 SPECIAL = ["plain", "large channels", "no rows", "one row", "NaN in padding"]
 
 
+def special_input(special: str, width: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    x = torch.randn({"no rows": 0, "one row": 1}.get(special, 40), width, dtype=dtype, device=device)
+    if special == "large channels":
+        x[:, 3] *= 300
+    if special == "NaN in padding":
+        x[7:] = torch.nan
+    return x
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [33, 96, 1000])
 @pytest.mark.parametrize("special", SPECIAL)
 def test_rounding_is_no_difference(dtype, width, special):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(width, 80), nn.GELU(), nn.Linear(80, 24, bias=False)).to(dtype)
-    x = torch.randn({"no rows": 0, "one row": 1}.get(special, 40), width, dtype=dtype)
-    if special == "large channels":
-        x[:, 3] *= 300
-    if special == "NaN in padding":
-        x[7:] = torch.nan
+    x = special_input(special, width, dtype)
     assert judged(layers, lambda: layers(x)) == {}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "special", ["plain", "large channels", "no rows", "one row", "NaN in padding", "large weights"]
-)
+@pytest.mark.parametrize("special", [*SPECIAL, "large weights"])
 def test_a_gpu_judges_as_a_cpu_does(dtype, special):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(1000, 80), nn.Linear(80, 24, bias=False)).to("cuda", dtype)
-    x = torch.randn({"no rows": 0, "one row": 1}.get(special, 40), 1000, dtype=dtype, device="cuda")
-    if special == "large channels":
-        x[:, 3] *= 300
-    if special == "NaN in padding":
-        x[7:] = torch.nan
+    x = special_input(special, 1000, dtype, "cuda")
     if special == "large weights":  # (Wᵀ R) is beyond float16 there
         layers[0].weight.data[:, 5], x[:, 5] = 3e4, 1e-3
     assert judged(layers, lambda: layers(x)) == {}

@@ -14,7 +14,7 @@ from ..needs_triton import tl, triton
 from .layout import high_bit
 
 # Triton's interpreter runs no PTX.
-_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 
 _high_bit = triton.constexpr_function(high_bit)
 
@@ -106,7 +106,7 @@ def centered(
         SYMMETRIC: Every zero is 2^(BITS - 1). It is then a constant of the code: an operand would make the compiler
             lay the words out anew.
     """
-    if _PTX and kind.dtype != tl.float32:
+    if PTX and kind.dtype != tl.float32:
         CODE: tl.constexpr = ptx(PLANE, BITS, BF16, BLOCK, SYMMETRIC)
         if SYMMETRIC:
             if BITS == 3:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from ..needs_triton import tl, triton
-from .codes import of_pair, scale_of
+from .codes import PTX, of_pair, scale_of
 from .layout import Arranged, Layout
 from .workspace import Workspace
 
-_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
-_OUTPUTS = 4  # of a program
+_OUTPUTS = tl.constexpr(4)  # of a program
 
 
 def takes(layout: Layout, dtype: torch.dtype) -> bool:
@@ -45,7 +44,7 @@ def _code(word, AT: tl.constexpr):
     """1 + q 2^(AT + distance - 23) in float32, of the code at bit AT of int32 words."""
     MOVE: tl.constexpr = _distance(AT)
     moved = word << MOVE if MOVE >= 0 else word >> -MOVE
-    if _PTX:
+    if PTX:
         CODE: tl.constexpr = _in_mantissa(15 << (AT + MOVE))
         bits = tl.inline_asm_elementwise(CODE, "=r,r", [moved], dtype=tl.int32, is_pure=True, pack=1)
     else:
@@ -70,18 +69,18 @@ def _one_row_kernel(
     x, words, scales, zeros, bias, out, N, stride, blocks,
     BF16: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * 4
+    first = tl.program_id(0) * _OUTPUTS
     chunk = tl.arange(0, CHUNKS)[:, None]
     u = chunk % 8 * 4 + tl.arange(0, 4)[None, :]
     acc = ()
-    for _ in tl.static_range(4):
+    for _ in tl.static_range(_OUTPUTS):
         acc = acc + (tl.zeros((CHUNKS, 1), tl.float32),)
     for start in range(0, blocks, CHUNKS // 8):
         block = start + chunk // 8
         there = block < blocks
         w = ()
         s = ()
-        for r in tl.static_range(4):
+        for r in tl.static_range(_OUTPUTS):
             row = block * stride + first + r
             w = w + (tl.load(words + row.to(tl.int64) * 32 + u, mask=there, other=0, eviction_policy="evict_first"),)
             s = s + (tl.load(scales + row, mask=there, other=0),)
@@ -98,7 +97,7 @@ def _one_row_kernel(
                 less += 8.0 * plain
             old = new
             new = ()
-            for r in tl.static_range(4):
+            for r in tl.static_range(_OUTPUTS):
                 products = _code(w[r], 8 * half) * a0
                 products += _code(w[r], 8 * half + 16) * a1
                 products += _code(w[r], 8 * half + 4) * b0
@@ -110,8 +109,8 @@ def _one_row_kernel(
                 new = new + (old[r] + scale_of(s[r], half) * total,)
         acc = new
     y = tl.join(tl.join(acc[0], acc[2]), tl.join(acc[1], acc[3]))
-    y = tl.sum(tl.reshape(y, (CHUNKS, 4)), 0)
-    n = first + tl.arange(0, 4)
+    y = tl.sum(tl.reshape(y, (CHUNKS, _OUTPUTS)), 0)
+    n = first + tl.arange(0, _OUTPUTS)
     if HAS_BIAS:
         y += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
     tl.store(out + n, y.to(out.dtype.element_ty), mask=n < N)
@@ -131,7 +130,7 @@ def one_row(
         workspace: Not used.
         CHUNKS: Of 16 bytes of words, that a program takes at a time: as many as it has threads.
     """
-    _one_row_kernel[(layout.outputs // _OUTPUTS,)](
+    _one_row_kernel[(layout.outputs // _OUTPUTS.value,)](
         x.view(torch.int32), arranged.words.view(torch.int32), arranged.scales, arranged.zeros, bias, out,
         layout.n_out, arranged.stride, layout.steps,
         BF16=x.dtype == torch.bfloat16, SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, CHUNKS=CHUNKS,

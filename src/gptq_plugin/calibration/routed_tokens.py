@@ -107,7 +107,7 @@ class RoutedTokens:
 
         def watch(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             number = running()
-            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+            x = block_input(args, kwargs)
             if number is None or x is None:
                 return
             rows, mask = x.reshape(-1, x.shape[-1]), mask_of(number, name, x)
@@ -176,6 +176,12 @@ class RoutedTokens:
         if block is None or not len(hashes) or not bool(torch.isin(hashes, block.all).all()):
             return None
         return torch.isin(hashes, block.counted)
+
+
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a block of experts is called with: the first floating-point tensor among the arguments, if any."""
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
 def row_hashes(rows: Tensor) -> Tensor:

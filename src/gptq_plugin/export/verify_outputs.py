@@ -113,8 +113,7 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> l
     with streamed_to(again, device, capacity=0):
         found = floats(again(*args, **kwargs))
     replaced = "forward" in vars(model)  # as accelerate does, to run the model under autocast
-    _compare(found, expected, _TOLERANCE_16_BITS if replaced else 0.0, _causes(model))
-    share = max(difference(theirs, ours) for theirs, ours in zip(found, expected, strict=True))
+    share = _compare(found, expected, _TOLERANCE_16_BITS if replaced else 0.0, _causes(model))
     return other_buffers(model, again, share)
 
 
@@ -126,19 +125,21 @@ def _causes(model: nn.Module) -> str:
     return f"no checkpoint holds the hooks on {some(hooked)}; remove them for the export, or quantize without one"
 
 
-def _compare(found: list[Tensor], expected: list[Tensor], least: float, causes: str) -> None:
+def _compare(found: list[Tensor], expected: list[Tensor], least: float, causes: str) -> float:
+    """The largest difference of an output, which is tolerated; an ExportError for one that is not."""
     if [t.shape for t in found] != [t.shape for t in expected]:
         raise ExportError(
             f"the export computes something else than the model: outputs of {[list(t.shape) for t in found]}, the "
             f"model's are {[list(t.shape) for t in expected]}"
         )
-    for theirs, ours in zip(found, expected, strict=True):
-        share = difference(theirs, ours)
+    shares = [difference(theirs, ours) for theirs, ours in zip(found, expected, strict=True)]
+    for share, theirs, ours in zip(shares, found, expected, strict=True):
         if share > max(least, tolerance(theirs, ours)):
             raise ExportError(
                 f"the export computes something else than the model: an output differs by {share:.3g} of the largest. "
                 f"The model in memory differs from its class and configuration ({causes})"
             )
+    return max(shares)
 
 
 def tolerance(*tensors: Tensor) -> float:

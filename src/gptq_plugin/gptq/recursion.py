@@ -11,7 +11,7 @@ from torch import Tensor
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.factor import Factor
 from gptq_plugin.gptq.grid import grid, grids, group_width
-from gptq_plugin.gptq.sweep import Columns, sweep
+from gptq_plugin.gptq.sweep import Columns, keep_best, sweep
 from gptq_plugin.kernels import solver_passes
 
 _LEAST_UNIT = -17  # exponent of the range of 8 bits with float16's smallest scale
@@ -81,7 +81,9 @@ class Recursion:
         del self.pushed
         if not self.config.static_groups:
             self.fits &= torch.isfinite(self.scales).all()
-        self._keep_best()
+        if self.loss.shape[1] > self.rows:
+            found = keep_best(self.loss, self.rows, self.scales, self.zeros, self.codes)
+            self.loss, self.scales, self.zeros, self.codes = found
 
     def g_idx(self) -> Tensor:
         """The group of every channel, int32 [in]."""
@@ -124,14 +126,3 @@ class Recursion:
         scales, zeros = grid((moved * (self.span * unit)[:, None]).movedim(1, -1), self.config)
         group = (self.weight.shape[1] - stop) // self.size
         self.scales[:, group], self.zeros[:, group] = (scales / unit).flatten(1), zeros.flatten(1)
-
-    def _keep_best(self) -> None:
-        if self.loss.shape[1] == self.rows:
-            return
-        self.loss, best = self.loss.unflatten(1, (-1, self.rows)).min(1)
-
-        def kept(values: Tensor) -> Tensor:
-            wide = values.unflatten(2, (-1, self.rows))
-            return wide.take_along_dim(best[:, None, None], 2).squeeze(2)
-
-        self.scales, self.zeros, self.codes = kept(self.scales), kept(self.zeros), kept(self.codes)

@@ -23,7 +23,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import least_zero, stored_scales
 from gptq_plugin.gptq.losses import output_error
 from gptq_plugin.gptq.recursion import Recursion
-from gptq_plugin.gptq.sweep import Columns, add_products, sweep
+from gptq_plugin.gptq.sweep import Columns, add_products, keep_best, sweep
 from gptq_plugin.gptq.tensor_cores import LARGEST
 from gptq_plugin.kernels import grid_passes
 
@@ -150,12 +150,8 @@ def regridded(rows: Rows, now: Rounding) -> Rounding:
     pushed = rows.weight.new_zeros(*rows.weight.shape[:2], scales.shape[1])
     codes, loss = sweep(rows.recursion, rows.weight, scales[None], zeros[None], pushed, rows.config.bits)
     del pushed
-    best = loss.view(2, -1).argmin(0)
-
-    def kept(values: Tensor) -> Tensor:
-        return values.unflatten(1, (2, -1)).take_along_dim(best[None, None], 1).squeeze(1)
-
-    return rounding(rows, kept(codes[0]), kept(scales), kept(zeros))
+    _, codes, scales, zeros = keep_best(loss, rows.weight.shape[2], codes, scales[None], zeros[None])
+    return rounding(rows, codes[0], scales[0], zeros[0])
 
 
 def refitted(rows: Rows, now: Rounding) -> Rounding:

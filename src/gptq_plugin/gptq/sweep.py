@@ -94,6 +94,22 @@ def sweep(
     return codes, loss
 
 
+def keep_best(loss: Tensor, rows: int, *values: Tensor) -> tuple[Tensor, ...]:
+    """The alternative of each row with the least loss.
+
+    Args:
+        loss: [B, A·rows].
+        rows: Number of rows.
+        values: [B, m, A·rows], what the alternatives have.
+
+    Returns:
+        The least losses, [B, rows], and of the values those of that alternative, [B, m, rows].
+    """
+    least, best = loss.unflatten(1, (-1, rows)).min(1)
+    kept = (v.unflatten(2, (-1, rows)).take_along_dim(best[:, None, None], 2).squeeze(2) for v in values)
+    return least, *kept
+
+
 def add_products(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool) -> None:
     """out[b] += rows @ errors[b] for blocks of rows, [B, m, width], [1, m, k] and [B, k, width], one after the other.
 

@@ -84,6 +84,17 @@ class ArrangedWeight:
             codes = torch.empty_like(codes).index_copy_(0, self.order, codes)
         return Packed(pack(codes, self.layout.bits), pack_zeros(zeros, self.layout.bits), scales, g_idx)
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + bias; see `kernels.product.products.product`.
+
+        Raises:
+            ValueError: The kernels do not take x or the bias.
+        """
+        from gptq_plugin.kernels.product import products  # imported here: needs Triton
+
+        products.check(x, self.layout, self.tensors, bias)
+        return products.product(x, self.layout, self.tensors, bias, self.order)
+
     def _gives(self, packed: Packed) -> bool:
         return all(map(torch.equal, self.packed(packed.g_idx), packed))
 

@@ -180,10 +180,7 @@ class QuantLinear(StoredWeight):
             prepared.served = True
             if arranged is None:
                 return matmul.quant_matmul(x, *self.packed(), self.bits, self.bias, group_size=prepared.group_size)
-        from gptq_plugin.kernels.product import products  # imported here: needs Triton
-
-        products.check(x, arranged.layout, arranged.tensors, self.bias)
-        return products.product(x, arranged.layout, arranged.tensors, self.bias, arranged.order)
+        return arranged.product(x, self.bias)
 
     def _traceable(self, input: Tensor, x: Tensor) -> Tensor:
         """The product in operations that `torch.compile` and `torch.export` trace: none depends on a buffer's values,

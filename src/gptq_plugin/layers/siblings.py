@@ -56,8 +56,7 @@ class Siblings:
 
     def join(self, layer: StoredWeight) -> None:
         """Takes a layer into its place, unless that is taken."""
-        there = self._layers[layer.place]
-        if there is None or there() is None:
+        if self._layer_at(layer.place) is None:
             self._layers[layer.place] = weakref.ref(layer)
 
     def begin(self, module: nn.Module, args: Any) -> None:
@@ -93,8 +92,7 @@ class Siblings:
         if layer.bias is not None and layer.bias.is_inference():  # its changes are not counted either
             return None
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        there = self._layers[layer.place]
-        if there is None or there() is not layer:
+        if self._layer_at(layer.place) is not layer:
             return None
         stack = self.stacked() or self._stack_again()
         if stack is None:
@@ -107,8 +105,7 @@ class Siblings:
         return found.y if found is not None and found.bias == _state(layer.bias) else None
 
     def _compute(self, stack: StackedWeight, call: _Call, input: Tensor, x: Tensor, stream: Any) -> None:
-        layers = [None if ref is None else ref() for ref in self._layers]
-        biases = [None if sibling is None else sibling.bias for sibling in layers]
+        biases = self._biases()
         y: Tensor = Product.apply(x, _All(stack, joined_bias(biases, stack.starts, stack.widths, x.device)))
         call.input, call.version, call.dtype, call.stream = None, input._version, x.dtype, stream
         call.parts = parts = {
@@ -122,13 +119,11 @@ class Siblings:
         if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return None
         stack = self.stacked()
-        there = self._layers[layer.place]
-        if stack is None or there is None or there() is not layer:
+        if stack is None or self._layer_at(layer.place) is not layer:
             return None
         layout, own = stack.weight.layout, stack.parts[layer.place]
-        biases = [None if ref is None else ref().bias for ref in self._layers]  # type: ignore[union-attr]
         return traced_part(
-            input, dtype, tuple(own), tuple(stack.weight.tensors), stack.weight.order, biases,
+            input, dtype, tuple(own), tuple(stack.weight.tensors), stack.weight.order, self._biases(),
             stack.starts, stack.widths, layer.place, (layout.bits, layout.group, layout.n_in, layout.group_size),
         )  # fmt: skip
 
@@ -137,8 +132,8 @@ class Siblings:
         with exchanging, torch.inference_mode(False), torch.no_grad():
             stack, self._stack = self._stack, None
             if stack is not None:
-                for layer, tensors in zip(self._layers, stack.parts, strict=True):
-                    there = None if layer is None else layer()
+                for place, tensors in enumerate(stack.parts):
+                    there = self._layer_at(place)
                     if there is not None and there.holds(tensors):
                         there.put(tensors.contiguous())
 
@@ -166,9 +161,17 @@ class Siblings:
 
     def present(self) -> list[StoredWeight] | None:
         """All layers; None where one is no more, as in the copy of another one alone."""
-        found = [None if layer is None else layer() for layer in self._layers]
+        found = [self._layer_at(place) for place in range(len(self._layers))]
         there = [layer for layer in found if layer is not None]
         return there if len(there) == len(found) else None
+
+    def _layer_at(self, place: int) -> StoredWeight | None:
+        layer = self._layers[place]
+        return None if layer is None else layer()
+
+    def _biases(self) -> list[Tensor | None]:
+        layers = [self._layer_at(place) for place in range(len(self._layers))]
+        return [None if layer is None else layer.bias for layer in layers]
 
     def __reduce__(self) -> tuple[type[Siblings], tuple[int]]:
         return Siblings, (len(self._layers),)  # copied layers join it
@@ -208,11 +211,7 @@ class _All:
     bias: Tensor | None
 
     def product(self, x: Tensor) -> Tensor:
-        from gptq_plugin.kernels.product import products  # imported here: needs Triton
-
-        layout, tensors, order = self.stack.weight.layout, self.stack.weight.tensors, self.stack.weight.order
-        products.check(x, layout, tensors, self.bias)
-        return products.product(x, layout, tensors, self.bias, order)
+        return self.stack.weight.product(x, self.bias)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         raise AssertionError("it is computed without gradients only")

@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in (self.found, self.expected, self.terms))
+        return self.found.nbytes + self.expected.nbytes + self.terms.nbytes
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,13 @@ class Expected:
     expected: Tensor
     terms: Tensor
     vectors: Tensor
-    dtype: torch.dtype
     tolerance: float
 
     def against(self, output: Tensor) -> Comparison:
         """The comparison with the output, [..., out]."""
         with full_precision(output.device):
             found = _project(output, self.vectors)
-        return Comparison(found, self.expected, self.terms, self.tolerance, self.dtype == torch.float16)
+        return Comparison(found, self.expected, self.terms, self.tolerance, self.vectors.dtype == torch.float16)
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,7 @@ class _Weight:
 
     Attributes:
         seen: The parameter, which may go home meanwhile.
-        dtype: In which the layer computes.
-        vectors: R, [out, vectors].
+        vectors: R, [out, vectors], in the dtype in which the layer computes.
         addends: Those of Wᵀ R / scale, [in, addends · vectors].
         scale: [].
         bias: b R, [vectors].
@@ -100,7 +98,6 @@ class _Weight:
     """
 
     seen: SeenInput
-    dtype: torch.dtype
     vectors: Tensor
     addends: Tensor
     scale: Tensor
@@ -129,12 +126,12 @@ class LayerProjections:
         with full_precision(x.device):
             weight = self._current(dtype, x.device)
             expected, terms = _project_input(x, dtype, weight.addends, weight.scale, weight.bias, weight.norm)
-        return Expected(expected, terms, weight.vectors, dtype, _tolerance(dtype))
+        return Expected(expected, terms, weight.vectors, _tolerance(dtype))
 
     def _current(self, dtype: torch.dtype, device: torch.device) -> _Weight:
         """The weight's projections, made anew if it is another than before."""
         parameter = self._target.parameter
-        if self._weight is None or not self._weight.seen.is_same(parameter) or self._weight.dtype != dtype:
+        if self._weight is None or not self._weight.seen.is_same(parameter) or self._weight.vectors.dtype != dtype:
             self._weight = _projected_weight(self._target, dtype, device)
         return self._weight
 
@@ -199,7 +196,7 @@ def random_rows(rows: int, columns: int) -> Tensor:
 def _projected_weight(target: Target, dtype: torch.dtype, device: torch.device) -> _Weight:
     vectors = _vectors(len(target.weight), dtype, device)
     addends, scale, bias, norm = _project_weight(target.weight, target.bias, vectors, dtype)
-    return _Weight(SeenInput(target.parameter), dtype, vectors, addends, scale, bias, norm)
+    return _Weight(SeenInput(target.parameter), vectors, addends, scale, bias, norm)
 
 
 @_operator(

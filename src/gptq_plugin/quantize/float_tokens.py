@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.calibration.routed_tokens import row_hashes
+from gptq_plugin.calibration.routed_tokens import block_input, row_hashes
 from gptq_plugin.walk.float_walk import running_batch, serves_float
 
 
@@ -58,7 +58,7 @@ class FloatTokens:
 
     def _enter(self, experts: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = running_batch()
-        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+        x = block_input(args, kwargs)
         if batch is None or x is None or not x.numel():
             return
         rows = x.detach().reshape(-1, x.shape[-1])
