@@ -265,9 +265,9 @@ def test_the_mask_is_that_of_the_call_of_the_batch_that_runs(by_name):
     with positions.watching():
         model(**data[0])  # no batch of ours
         for number, batch in enumerate(data):
-            positions.runs(number)
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            model(input_ids=ids, attention_mask=mask) if by_name else model(ids, mask)
+            with positions.running(number):
+                model(input_ids=ids, attention_mask=mask) if by_name else model(ids, mask)
         for number, batch in enumerate(data):
             assert counted(positions, number) == (true_in(batch["attention_mask"]), None)
     assert not model._forward_pre_hooks and not model.model.layers[0].mlp._forward_pre_hooks
@@ -283,14 +283,16 @@ def test_a_call_outside_of_the_batches_is_not_read():
 
     with ThreadPoolExecutor(1) as another:  # nothing is known to run there
         another.submit(run).result()
+    with positions.running(0):
+        pass
+    run()  # the batch ran before, on this very thread
     assert counted(positions) == (list(range(52)), None)
 
 
 def test_a_call_without_a_mask_leaves_the_batchs_own():
     model, batch = llama(), batches(1)[0]
     positions = watched(model, [batch])
-    with positions.watching():
-        positions.runs(0)
+    with positions.watching(), positions.running(0):
         model(input_ids=batch["input_ids"])
         assert counted(positions) == (true_in(batch["attention_mask"]), None)
 
@@ -300,15 +302,13 @@ def test_labels_of_the_call_come_before_the_batchs():
     called = batch["labels"].clone()
     called[:, :9] = -100
     positions = watched(model, [batch], "labels")
-    with positions.watching():
-        positions.runs(0)
+    with positions.watching(), positions.running(0):
         model(**{**batch, "labels": called})
     assert counted(positions) == (true_in(predicting({**batch, "labels": called})), None)
     Positions(model, [Batch({}, samples=4)], "labels").check()  # none were looked for in a batch
     again = watched(model, [batch], "labels")
     assert counted(again) == (true_in(predicting(batch)), None)  # of the batch, since no model has been called
-    with again.watching():
-        again.runs(0)
+    with again.watching(), again.running(0):
         model(**{**batch, "labels": called})
     assert counted(again) == counted(positions)
     positions.check()
@@ -328,8 +328,7 @@ def test_where_labels_of_one_batch_are_read_every_batch_must_have_some():
     model, batch = llama(), batches(1)[0]
     positions = watched(model, [batch, {}], "labels")
     positions.check()
-    with positions.watching():
-        positions.runs(0)
+    with positions.watching(), positions.running(0):
         model(input_ids=batch["input_ids"])
     with pytest.raises(CalibrationError, match="batch 1 has no labels"):
         positions.check()
@@ -405,8 +404,7 @@ def test_an_expert_counts_the_tokens_that_count_among_those_routed_to_it():
     positions = watched(model, [batch])
     for number, expert in enumerate(model.block.experts):
         expert.register_forward_pre_hook(lambda _, args, number=number: inputs.update({number: args[0].detach()}))
-    with positions.watching(lambda experts, rows: entered.append((experts, rows))):
-        positions.runs(0)
+    with positions.watching(lambda experts, rows: entered.append((experts, rows))), positions.running(0):
         model({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
         first = positions.rows(0, "block.experts.0", inputs[0])
         second = positions.rows(0, "block.experts.1", inputs[1])
@@ -429,16 +427,14 @@ def test_every_row_of_an_expert_counts_where_no_position_is_masked():
     model, batch = Routed(), {"input_ids": batches(1)[0]["input_ids"]}
     positions, inputs = watched(model, [batch]), []
     model.block.experts[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
-    with positions.watching():
-        positions.runs(0)
+    with positions.watching(), positions.running(0):
         model(batch)
         for _ in range(2):
             x = torch.randn(5, 64)
             rows = positions.rows(0, "block.experts.0", x)
         assert torch.equal(rows.counted, x) and rows.remark is None and not rows.are_tokens
         routed = watched(model, [batch])
-    with routed.watching():
-        routed.runs(0)
+    with routed.watching(), routed.running(0):
         model(batch)
         for _ in range(2):  # by its hashes, and as known from them
             rows = routed.rows(0, "block.experts.0", inputs[-1])
@@ -536,10 +532,10 @@ def test_every_call_of_a_layer_has_its_rule_and_a_run_of_the_batch_begins_with_t
     positions = learned(data(), data(), rules=(WHOLE, MASKED, WHOLE))
     assert [numbers(positions) for _ in range(2)] == [12, 9]
     assert [numbers(positions, 1) for _ in range(4)] == [12, 9, 12, 9]  # a call more: by its sizes
-    positions.runs(1)
-    assert [numbers(positions, 1) for _ in range(2)] == [12, 9] and numbers(positions) == 12
-    positions.runs(0)
-    assert [numbers(positions) for _ in range(2)] == [12, 9]
+    with positions.running(1):
+        assert [numbers(positions, 1) for _ in range(2)] == [12, 9] and numbers(positions) == 12
+    with positions.running(0):
+        assert [numbers(positions) for _ in range(2)] == [12, 9]
     assert [numbers(learned(data(), rules=(MASKED, MASKED))) for _ in range(3)] == [9, 9, 9]
 
 

@@ -115,8 +115,7 @@ def routed():
         )
         for target in plan.targets
     ]
-    with positions.watching(seen.observe_experts), torch.no_grad():
-        positions.runs(0)
+    with positions.watching(seen.observe_experts), positions.running(0), torch.no_grad():
         model(x)
     for handle in handles:
         handle.remove()

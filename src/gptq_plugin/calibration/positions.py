@@ -131,11 +131,16 @@ class Positions:
         self._calls.clear()
         self._hiding.clear()
 
-    def runs(self, number: int) -> None:
-        """Marks batch `number` as running on this thread; called before its forward, each time it runs."""
-        _running.set(number)
+    @contextlib.contextmanager
+    def running(self, number: int) -> Iterator[None]:
+        """Marks batch `number` as running on this thread inside the block, which surrounds its forward."""
         for called in [called for called in self._calls if called[0] == number]:
             del self._calls[called]
+        before = _running.set(number)
+        try:
+            yield
+        finally:
+            _running.reset(before)
 
     def rows(self, number: int, layer: str, x: Tensor) -> Rows:
         """The rows of a layer's input that count; an expert's, by the tokens routed to it.

@@ -96,10 +96,11 @@ class BatchRuns:
         """A batch's forward for `lockstep.walk`, with that number (or the batch's) among those that take turns."""
 
         def run() -> Any:
-            if not serves_float():
-                self._run = (batch, self._run[1] + 1)
-                self._positions.runs(batch)
-            with self.activations.running(batch if number is None else number):
+            with contextlib.ExitStack() as stack:
+                if not serves_float():
+                    self._run = (batch, self._run[1] + 1)
+                    stack.enter_context(self._positions.running(batch))
+                stack.enter_context(self.activations.running(batch if number is None else number))
                 return self._run_explained(self._plan.model, self._batches[batch].data)
 
         return run
