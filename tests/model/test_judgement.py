@@ -175,6 +175,28 @@ def test_a_layer_that_is_called_with_more_than_its_input_stays_float():
     assert apart < 0.02
 
 
+class Writing(nn.Linear):
+    """It returns the product, and writes to what it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        x.mul_(2)
+        return output
+
+
+def test_a_layer_that_writes_to_its_input_stays_float():
+    report, apart = quantized(Net(Writing(64, 64)))
+    assert reason_of(report).startswith("its forward writes to its input") and apart < 0.02
+    layer = Writing(64, 64)
+    with torch.inference_mode():
+        x = torch.randn(4, 64)
+    with torch.inference_mode():  # nothing tells of it there; what is judged is the product of the input as it was
+        judgement = Judgement(targets_of(layers := nn.Sequential(layer)))
+        with judgement.watching():
+            layers(x)
+    assert judgement.reasons() == {}
+
+
 def test_a_layer_may_be_called_with_its_input_by_name():
     class Named(Net):
         def forward(self, x):

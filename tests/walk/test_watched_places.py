@@ -83,6 +83,27 @@ def test_a_place_that_is_bound_to_something_else_is_named_with_what_it_held():
     assert watched.written() == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("last.first", lambda model: model.last.register_buffer("first", None)),  # among buffers that were none
+        ("last.note", lambda model: setattr(model.last, "note", None)),  # behind all others, alike the last
+        ("buffer", lambda model: model._buffers.clear()),
+        ("Model.new", lambda model: setattr(Model, "new", None)),
+    ],
+    ids=["empty", "last", "emptied", "class"],
+)
+def test_one_place_that_comes_or_goes_is_seen(name, change):
+    model = Model()
+    watched = _watched(model)
+    change(model)
+    try:
+        assert [str(place).removeprefix(".") for place in watched.written()] == [name]
+    finally:
+        watched.restore()
+    assert watched.written() == {}
+
+
 def test_a_variable_that_is_bound_to_something_else_is_named_with_what_it_held(monkeypatch):
     watched, held = _watched(Model()), GLOBAL
     monkeypatch.setattr(sys.modules[__name__], "GLOBAL", [2])

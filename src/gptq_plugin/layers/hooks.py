@@ -22,8 +22,7 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
 
     Both hold the same dictionaries from then on: a handle's `remove()`, and hooks registered later, reach both.
     """
-    for name in _CALL_HOOKS:
-        setattr(new, name, getattr(old, name))
+    vars(new).update({name: getattr(old, name) for name in _CALL_HOOKS})
 
 
 def saves_its_own(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from gptq_plugin.layers.qlinear import output_dtype
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.projections import Comparison, LayerProjections, apart, random_rows
 from gptq_plugin.model.targets import Target
-from gptq_plugin.walk.layer_inputs import is_dense
+from gptq_plugin.walk.layer_inputs import SeenInput, is_dense
 
 _TRIAL_ROWS = 8
 _TOGETHER = 2**23  # bytes of comparisons that wait to be computed together
@@ -42,6 +42,7 @@ class Judgement:
         self._targets = {one.name: one for one in targets if not isinstance(one.module, ExpertLinear)}
         self._checks = {name: _Check(target) for name, target in self._targets.items()}
         self._waiting: list[tuple[str, Comparison]] = []
+        self._waiting_bytes = 0
         self._apart: list[tuple[str, Tensor]] = []
         self._reasons: dict[str, str] = {}
         self.reached: set[str] = set()
@@ -127,13 +128,15 @@ class Judgement:
             self._reasons.setdefault(name, found)
             return
         self._waiting.append((name, found))
-        if sum(one.bytes for _, one in self._waiting) > _TOGETHER:
+        self._waiting_bytes += found.bytes
+        if self._waiting_bytes > _TOGETHER:
             self._compare()
 
     def _compare(self) -> None:
         names = [name for name, _ in self._waiting]
         self._apart += zip(names, apart([one for _, one in self._waiting]), strict=True)
         self._waiting.clear()
+        self._waiting_bytes = 0
 
     def replaced_forwards(self) -> list[str]:
         """Names of the layers with a forward set on the instance (accelerate's hooks do that)."""
@@ -141,6 +144,8 @@ class Judgement:
 
 
 Judge = Callable[[str, "Comparison | str"], None]
+# A batch runs in a mode that sees every attribute of a tensor that is read (`weight_reads`), and hooks read many.
+_without_modes = torch._C.DisableTorchFunction
 
 
 @contextlib.contextmanager
@@ -156,12 +161,17 @@ def _hooked(checks: dict[str, _Check], judge: Judge, *, afterwards: bool = False
     pending: dict[str, list[Any]] = {name: [] for name in checks}
 
     def before(name: str) -> Any:
-        return lambda module, args, kwargs: pending[name].append(checks[name].before(args, kwargs))
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            with _without_modes():
+                pending[name].append(checks[name].before(args, kwargs))
+
+        return hook
 
     def after(name: str) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            expected = checks[name].before(args, kwargs) if afterwards else pending[name].pop()
-            judge(name, expected if isinstance(expected, str) else expected(output))
+            with _without_modes():
+                of_output = checks[name].before(args, kwargs) if afterwards else pending[name].pop()
+                judge(name, of_output if isinstance(of_output, str) else of_output(output))
 
         return hook
 
@@ -201,14 +211,17 @@ class _Check:
         if not is_dense(x) or not x.is_floating_point() or x.shape[-1:] != (columns,):
             return f"it is called with {_described(x)}, not with {columns} channels of a floating dtype"
         dtype, shape = output_dtype(x), (*x.shape[:-1], rows)
-        expected = self._projections.expected(x, dtype)
+        x = x.clone() if x.is_inference() else x  # which does not tell if it is written to
+        entered = SeenInput(x)
 
-        def against(output: Any) -> Comparison | str:
+        def of_output(output: Any) -> Comparison | str:
             if not is_dense(output) or output.shape != shape or output.dtype != dtype:
                 return f"it returns {_described(output)}, where x·Wᵀ + b is {dtype} {list(shape)}"
-            return expected.against(output)
+            if not entered.is_same(x):
+                return "its forward writes to its input"
+            return self._projections.compare(x, output, dtype)
 
-        return against
+        return of_output
 
 
 def _reason(target: Target, apart: Sequence[float]) -> str | None:

@@ -45,46 +45,6 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What is left of the input and the output of one call.
-
-    Attributes:
-        found: y R, [rows, vectors].
-        expected: x (Wᵀ R) + b R, [rows, vectors].
-        terms: The size of what each row's outputs are sums of, [rows]: above the outputs' where their terms cancel, and
-            rounding shows more.
-        tolerance: Relative.
-        overflows: Outputs may be infinite where the product is finite: they are float16.
-    """
-
-    found: Tensor
-    expected: Tensor
-    terms: Tensor
-    tolerance: float
-    overflows: bool
-
-    @property
-    def bytes(self) -> int:
-        return self.found.nbytes + self.expected.nbytes + self.terms.nbytes
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What is left of the input of one call; `against` its output it is a comparison."""
-
-    expected: Tensor
-    terms: Tensor
-    vectors: Tensor
-    tolerance: float
-
-    def against(self, output: Tensor) -> Comparison:
-        """The comparison with the output, [..., out]."""
-        with full_precision(output.device):
-            found = _project(output, self.vectors)
-        return Comparison(found, self.expected, self.terms, self.tolerance, self.vectors.dtype == torch.float16)
-
-
-@dataclass(frozen=True)
 class _Weight:
     """A weight's projections.
 
@@ -105,6 +65,28 @@ class _Weight:
     norm: Tensor
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What is left of the input and the output of one call.
+
+    Attributes:
+        found: y R, [rows, vectors].
+        addends: Those of x (Wᵀ R) / scale, [rows, addends · vectors].
+        sizes: The norm of each row of x, [rows]. By the weight's it tells the size of what a row's outputs are sums of:
+            above the outputs' where their terms cancel, and rounding shows more.
+        weight: That of the layer, and its bias.
+    """
+
+    found: Tensor
+    addends: Tensor
+    sizes: Tensor
+    weight: _Weight
+
+    @property
+    def bytes(self) -> int:
+        return self.found.nbytes + self.addends.nbytes + self.sizes.nbytes
+
+
 class LayerProjections:
     """Projects the calls of one layer.
 
@@ -116,17 +98,18 @@ class LayerProjections:
         self._target = target
         self._weight: _Weight | None = None
 
-    def expected(self, x: Tensor, dtype: torch.dtype) -> Expected:
-        """What outputs have to agree with.
+    def compare(self, x: Tensor, output: Tensor, dtype: torch.dtype) -> Comparison:
+        """What is left of a call that has just ended.
 
         Args:
             x: The layer's input, [..., in].
-            dtype: In which the layer multiplies it.
+            output: Its output, [..., out].
+            dtype: In which the layer multiplies x.
         """
         with full_precision(x.device):
             weight = self._current(dtype, x.device)
-            expected, terms = _project_input(x, dtype, weight.addends, weight.scale, weight.bias, weight.norm)
-        return Expected(expected, terms, weight.vectors, _tolerance(dtype))
+            found, addends, sizes = _project_call(x, output, dtype, weight.addends, weight.vectors)
+        return Comparison(found, addends, sizes, weight)
 
     def _current(self, dtype: torch.dtype, device: torch.device) -> _Weight:
         """The weight's projections, made anew if it is another than before."""
@@ -147,7 +130,7 @@ def apart(comparisons: Sequence[Comparison]) -> list[Tensor]:
     """
     alike: dict[object, list[int]] = {}
     for number, one in enumerate(comparisons):
-        key = one.found.shape, one.found.dtype, one.found.device, one.tolerance, one.overflows
+        key = one.found.shape, one.addends.shape, one.weight.vectors.dtype, one.found.device
         alike.setdefault(key, []).append(number)
     found: dict[int, Tensor] = {}
     for numbers in alike.values():
@@ -156,29 +139,41 @@ def apart(comparisons: Sequence[Comparison]) -> list[Tensor]:
 
 
 def _apart(alike: Sequence[Comparison]) -> Sequence[Tensor]:
-    """`apart` of comparisons of one shape, together: their operations are many and small."""
-    parts = ([one.found for one in alike], [one.expected for one in alike], [one.terms for one in alike])
-    rows: Sequence[Tensor] = _compare(*parts, alike[0].tolerance, alike[0].overflows).unbind()
+    """`apart` of comparisons of one shape and dtype, together: their operations are many and small."""
+    calls = ([one.found for one in alike], [one.addends for one in alike], [one.sizes for one in alike])
+    weights = [one.weight for one in alike]
+    of_weights = ([one.scale for one in weights], [one.bias for one in weights], [one.norm for one in weights])
+    rows: Sequence[Tensor] = _compare(*calls, *of_weights, weights[0].vectors.dtype).unbind()
     return rows
 
 
 @_operator(
-    "compare_projections(Tensor[] found, Tensor[] expected, Tensor[] terms, float tolerance, bool overflows) -> Tensor"
+    "compare_projections(Tensor[] found, Tensor[] addends, Tensor[] sizes, Tensor[] scales, Tensor[] biases,"
+    " Tensor[] norms, ScalarType dtype) -> Tensor"
 )
 def _compare(
-    found: list[Tensor], expected: list[Tensor], terms: list[Tensor], tolerance: float, overflows: bool
+    found: list[Tensor],
+    addends: list[Tensor],
+    sizes: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    norms: list[Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """[comparisons, 2]; see `apart`."""
-    outputs, products, sums = torch.stack(found), torch.stack(expected), torch.stack(terms)
+    """[comparisons, 2]; see `apart`. `dtype` is that in which the layers compute."""
+    outputs, tolerance = torch.stack(found), _tolerance(dtype)
+    products = torch.stack(addends).unflatten(-1, (-1, _VECTORS)).sum(-2)
+    products = torch.addcmul(torch.stack(biases)[:, None], products, torch.stack(scales)[:, None, None])
+    sums = torch.stack(sizes) * torch.stack(norms)[:, None]
     counted = products.isfinite().all(-1)
-    if overflows:
+    if dtype == torch.float16:  # outputs may be infinite where the product is finite
         counted &= outputs.isfinite().all(-1)
     difference = torch.where(counted[..., None], outputs - products, 0)
     products, sums = torch.where(counted[..., None], products, 0), torch.where(counted, sums, 1)
     tiny = torch.finfo(sums.dtype).tiny
-    sizes, of_rows = products.square().mean(-1).sqrt(), difference.square().mean(-1).sqrt()
-    allowed = (sizes + sums) * tolerance
-    along = (difference * products).mean(-1).sum(-1).abs() / (allowed * sizes).sum(-1).clamp(min=tiny)
+    of_outputs, of_rows = products.square().mean(-1).sqrt(), difference.square().mean(-1).sqrt()
+    allowed = (of_outputs + sums) * tolerance
+    along = (difference * products).mean(-1).sum(-1).abs() / (allowed * of_outputs).sum(-1).clamp(min=tiny)
     excess = along.nan_to_num(nan=torch.inf) / _ALONG
     if outputs.shape[1]:
         most = (of_rows / allowed.clamp(min=tiny)).nan_to_num(nan=torch.inf).amax(-1)
@@ -210,10 +205,10 @@ def _project_weight(
     projected = _projected(weight.T, vectors)
     scale = projected.new_ones(())
     if _on_tensor_cores(vectors):
-        # Two addends leave 2^-16 of a number. The largest becomes 1, since float16 ends at 65504.
-        scale = torch.linalg.vector_norm(projected, torch.inf).clamp(min=torch.finfo(projected.dtype).tiny)
-        projected = projected / scale
-        first = projected.to(dtype)
+        if dtype == torch.float16:  # it ends at 65504: the largest becomes 1
+            scale = torch.linalg.vector_norm(projected, torch.inf).clamp(min=torch.finfo(projected.dtype).tiny)
+            projected = projected / scale
+        first = projected.to(dtype)  # two addends leave 2^-16 of a number
         projected = torch.cat([first, (projected - first).to(dtype)], dim=1)
     of_bias = scale.new_zeros(_VECTORS)
     if bias is not None:
@@ -223,23 +218,16 @@ def _project_weight(
 
 
 @_operator(
-    "project_input(Tensor x, ScalarType dtype, Tensor addends, Tensor scale, Tensor bias, Tensor norm)"
-    " -> (Tensor, Tensor)"
+    "project_call(Tensor x, Tensor output, ScalarType dtype, Tensor addends, Tensor vectors)"
+    " -> (Tensor, Tensor, Tensor)"
 )
-def _project_input(
-    x: Tensor, dtype: torch.dtype, addends: Tensor, scale: Tensor, bias: Tensor, norm: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`expected` and `terms` of `Comparison`, of x, [..., in]."""
+def _project_call(
+    x: Tensor, output: Tensor, dtype: torch.dtype, addends: Tensor, vectors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`found`, `addends` and `sizes` of `Comparison`, of x, [..., in], and y, [..., out]."""
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    sums = _projected(rows, addends).unflatten(-1, (-1, _VECTORS)).sum(-2)
-    terms = torch.linalg.vector_norm(rows, dim=-1, dtype=_exact(dtype)) * norm
-    return torch.addcmul(bias, sums, scale), terms
-
-
-@_operator("project(Tensor output, Tensor vectors) -> Tensor")
-def _project(output: Tensor, vectors: Tensor) -> Tensor:
-    """y R, [rows, vectors], of y, [..., out]."""
-    return _projected(output.reshape(-1, len(vectors)), vectors)
+    found = _projected(output.reshape(-1, len(vectors)), vectors)
+    return found, _projected(rows, addends), torch.linalg.vector_norm(rows, dim=-1, dtype=_exact(dtype))
 
 
 def _projected(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -253,6 +241,8 @@ def _projected(matrix: Tensor, vectors: Tensor) -> Tensor:
     if _on_tensor_cores(vectors) and matrix.dtype == vectors.dtype:
         return torch.mm(matrix, vectors, out_dtype=exact)  # type: ignore[call-overload, no-any-return]
     vectors = vectors.to(exact)
+    if matrix.numel() <= _PIECE:
+        return matrix.to(exact) @ vectors
     pieces = matrix.split(max(1, _PIECE // max(1, matrix.shape[1])))
     return torch.cat([piece.to(exact) @ vectors for piece in pieces])
 

@@ -96,11 +96,10 @@ class BatchRuns:
         """A batch's forward for `lockstep.walk`, with that number (or the batch's) among those that take turns."""
 
         def run() -> Any:
-            with contextlib.ExitStack() as stack:
-                if not serves_float():
-                    self._run = (batch, self._run[1] + 1)
-                    stack.enter_context(self._positions.running(batch))
-                stack.enter_context(self.activations.running(batch if number is None else number))
+            counts = not serves_float()
+            self._run = (batch, self._run[1] + 1) if counts else self._run
+            marked = self._positions.running(batch) if counts else contextlib.nullcontext()
+            with marked, self.activations.running(batch if number is None else number):
                 return self._run_explained(self._plan.model, self._batches[batch].data)
 
         return run
@@ -179,8 +178,8 @@ class BatchRuns:
         def present(name: str) -> None:
             self.weights.present(self._targets[name])
 
-        data = [batch.data for batch in self._batches[:2]]
-        own = disturbance(layers, data, run, present, self.state, self.walks.two)
+        two = [batch.data for batch in self._batches[:2]]
+        own = disturbance(layers, two, run, present, self.state, self.walks.two)
         return next(filter(None, distributed.gather_objects(own)), None)
 
     def make_room(self) -> bool:

@@ -42,11 +42,8 @@ class Trace:
     outputs: Sequence[Tensor]
 
     @classmethod
-    def of(cls, sample: Sample, calls: Sequence[tuple[str, Tensor]], outputs: Sequence[Tensor]) -> Trace:
-        sums = [x for _, x in calls]
-        return cls(
-            sample, [n for n, _ in calls], torch.stack(sums).cpu() if sums else torch.zeros(0, 2, device="cpu"), outputs
-        )
+    def of(cls, sample: Sample, calls: _Calls, outputs: Sequence[Tensor]) -> Trace:
+        return cls(sample, calls.names, calls.sums(), outputs)
 
     def first_difference(self, other: Trace) -> str | None:
         """Where two runs part, in words; None if they do not."""
@@ -115,15 +112,37 @@ def check_swap(
     )
 
 
+class _Calls:
+    """Calls of layers in their order.
+
+    Attributes:
+        names: The layers'.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._sums: list[Tensor] = []
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Takes in a call with this input."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        self.names.append(name)
+        self._sums += [x.detach().sum(dtype=exact), torch.linalg.vector_norm(x.detach(), 1, dtype=exact)]
+
+    def sums(self) -> Tensor:
+        """The sum and the sum of magnitudes of every input, [calls, 2]. Waits for the device."""
+        return torch.stack(self._sums).cpu().reshape(-1, 2) if self._sums else torch.zeros(0, 2, device="cpu")
+
+
 def _trace_float(model: nn.Module, targets: Sequence[Target], sample: Sample, alone: Alone) -> Trace:
-    calls: list[tuple[str, Tensor]] = []
+    calls = _Calls()
     with contextlib.ExitStack() as hooks:
         for target in targets:
 
             def record(
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = target.name
             ) -> None:
-                calls.append((name, _sums(args[0] if args else next(iter(kwargs.values())))))
+                calls.add(name, args[0] if args else next(iter(kwargs.values())))
 
             hooks.callback(target.module.register_forward_pre_hook(record, with_kwargs=True).remove)
         outputs = _run(model, sample, alone)
@@ -131,8 +150,8 @@ def _trace_float(model: nn.Module, targets: Sequence[Target], sample: Sample, al
 
 
 def _trace_swapped(model: nn.Module, targets: Sequence[Target], sample: Sample, alone: Alone) -> Trace:
-    calls: list[tuple[str, Tensor]] = []
-    stand_ins = {one.name: _StandIn(one, calls) for one in targets}
+    calls = _Calls()
+    stand_ins = _stand_ins(targets, calls)
     with _in_place(model, stand_ins, {one.name: one.module for one in targets}):
         outputs = _run(model, sample, alone)
     return Trace.of(sample, calls, outputs)
@@ -146,20 +165,42 @@ class _StandIn(QuantLinear):
         calls: Gets the layer's name, and the sums of the input, at every call.
     """
 
-    def __init__(self, target: Target, calls: list[tuple[str, Tensor]]) -> None:
-        out_features, in_features = target.weight.shape
-        bits, group_size, dtype = target.config.bits, target.config.group_size, target.parameter.dtype
-        bias = target.bias is not None
+    def __init__(self, target: Target, calls: _Calls) -> None:
+        in_features, out_features, bits, group_size, bias, dtype = _arguments(target)
         super().__init__(in_features, out_features, bits, group_size, bias=bias, dtype=dtype, device="meta")
         self._target, self._calls = target, calls
+
+    def copy_for(self, target: Target) -> _StandIn:
+        """The stand-in of a layer with the same arguments; the constructor takes longer than the layer's forward."""
+        other, own = _StandIn.__new__(_StandIn), vars(self)
+        vars(other).update({key: one.copy() if isinstance(one, (dict, set)) else one for key, one in own.items()})
+        other._target = target
+        return other
 
     @property
     def weight(self) -> Tensor:
         return super().weight.new_full((), torch.nan, device=self._target.parameter.device).expand(super().weight.shape)
 
     def forward(self, input: Tensor) -> Tensor:
-        self._calls.append((self._target.name, _sums(input)))
+        self._calls.add(self._target.name, input)
         return self._target.product(input)
+
+
+def _arguments(target: Target) -> tuple[Any, ...]:
+    """Those of QuantLinear that differ between layers."""
+    out_features, in_features = target.weight.shape
+    config, bias = target.config, target.bias is not None
+    return in_features, out_features, config.bits, config.group_size, bias, target.parameter.dtype
+
+
+def _stand_ins(targets: Sequence[Target], calls: _Calls) -> dict[str, _StandIn]:
+    made: dict[tuple[Any, ...], _StandIn] = {}
+    found = {}
+    for one in targets:
+        arguments = _arguments(one)
+        found[one.name] = made[arguments].copy_for(one) if arguments in made else _StandIn(one, calls)
+        made.setdefault(arguments, found[one.name])
+    return found
 
 
 @contextlib.contextmanager
@@ -183,14 +224,10 @@ def _run(model: nn.Module, sample: Sample, alone: Alone) -> list[Tensor]:
     return outputs
 
 
-def _sums(x: Tensor) -> Tensor:
-    """The sum and the sum of magnitudes, [2]."""
-    x, exact = x.detach(), torch.promote_types(x.dtype, torch.float32)
-    return torch.stack([x.sum(dtype=exact), torch.linalg.vector_norm(x, 1, dtype=exact)])
-
-
 def _same_sums(mine: Tensor, theirs: Tensor) -> bool:
     """Compares sums, which rounding moves by little of the sum of magnitudes; NaN is equal to NaN."""
+    if torch.equal(mine, theirs):
+        return True
     (a, size), (b, other_size) = mine.tolist(), theirs.tolist()
     if not torch.isfinite(mine).all():
         return bool(torch.equal(mine.isfinite(), theirs.isfinite()))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -42,6 +43,7 @@ class WatchedPlaces:
         ]
         holders += [(kind, vars(kind), kind.__qualname__) for kind in own_classes(model)]
         self._attributes = [(holder, items, dict(items), name) for holder, items, name in holders]
+        self._as_they_were = _Identities([items for _, items, _ in holders])
         self._variables = {place: place.get() for place in variables(model)}
         self._behind: dict[int, tuple[_Contents | _Bytes, dict[Place, None]]] = {}  # places refer to it; by id
         reached: dict[int, list[Any]] = {}  # by id of a place's value
@@ -78,7 +80,7 @@ class WatchedPlaces:
         yield from self._variables.items()
 
     def _rebound(self) -> Iterator[tuple[Place, Any]]:
-        for holder, items, saved, name in self._attributes:
+        for holder, items, saved, name in [] if self._as_they_were.hold() else self._attributes:
             if len(items) == len(saved) and all(map(is_, items.values(), saved.values())):
                 continue
             for key in filter(_is_watched, items.keys() | saved.keys()):
@@ -105,6 +107,31 @@ class WatchedPlaces:
                 found[id(one)] = one
                 left += parts or []
         return list(found.values())
+
+
+class _Identities:
+    """What many mappings hold, compared without a step in Python for each: a forward is stopped often to ask.
+
+    Args:
+        mappings: Their values are kept alive.
+    """
+
+    def __init__(self, mappings: Sequence[Mapping[str, Any]]) -> None:
+        self._empty = [one for one in mappings if not one]
+        self._filled = [one for one in mappings if one]
+        self._sizes = list(map(len, self._filled))
+        self._values = list(self._held())
+
+    def hold(self) -> bool:
+        """True while all hold the very same values."""
+        return (
+            not any(self._empty)
+            and list(map(len, self._filled)) == self._sizes
+            and all(map(is_, self._held(), self._values))
+        )
+
+    def _held(self) -> Iterator[Any]:
+        return chain.from_iterable(one.values() for one in self._filled)
 
 
 def _is_watched(key: str) -> bool:
