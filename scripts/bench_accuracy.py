@@ -1,7 +1,8 @@
-"""Measures the loss of accuracy: `gptq-quantize` on pycode-29m beside GPTQModel and llm-compressor.
+"""Measures the loss of accuracy: `gptq-quantize` on pycode-29m beside AutoRound, llm-compressor and GPTQModel.
 
     python scripts/bench_accuracy.py                    # 4, 3 and 2 bits; about two minutes each on two cores
     python scripts/bench_accuracy.py --bits 3 quantizer.sym=false quantizer.checkpoint_format=gptq_v2
+    python scripts/bench_accuracy.py --bits 3 quantizer=w3g128_best
 
 Needs ../shared (the model, its texts, and clients/gptq_ref.py). That independent reader dequantizes the exported files
 in float32; the results are the mean negative log-likelihood on the first 200 windows of 512 tokens of eval.jsonl, and
@@ -25,12 +26,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL, TEXTS = SHARED / "models" / "pycode-29m", SHARED / "data" / "pycode"
-# Loss above the float model, symmetric, group 128, measured with the same rows (shared/notes/algorithms.md).
+# Loss above the float model, symmetric, group 128, the same rows, at their best (docs/benchmarks/accuracy.md).
 PEERS = {
-    4: {"GPTQModel 7.6": 0.01873, "llm-compressor 0.14": 0.01854},
-    3: {"GPTQModel 7.6": 0.09963, "llm-compressor 0.14": 0.09928},
-    2: {"GPTQModel 7.6": 0.97697, "llm-compressor 0.14": 0.90680},
+    4: {"AutoRound 0.16.1": 0.01092, "llm-compressor 0.14, imatrix_mse": 0.01484, "GPTQModel 7.6": 0.01873},
+    3: {"AutoRound 0.16.1": 0.04498, "llm-compressor 0.14, imatrix_mse": 0.06341, "GPTQModel 7.6": 0.09963},
+    2: {"AutoRound 0.16.1": 0.23541, "llm-compressor 0.14, imatrix_mse": 0.35656, "GPTQModel 7.6": 0.97697},
 }
+AUTOROUND = {4: 0.0153, 3: 0.0611, 2: 0.2836}  # its divergence
 
 
 def windows(path: Path, count: int, length: int = 512) -> torch.Tensor:
@@ -87,6 +89,8 @@ def main() -> None:
         peers = "  ".join(
             f"{name} {loss:.5f} (ours {above / loss:.2f} of it)" for name, loss in PEERS.get(bits, {}).items()
         )
+        if bits in AUTOROUND:
+            peers += f"  KL of AutoRound {AUTOROUND[bits]:.4f} (ours {divergence / AUTOROUND[bits]:.2f} of it)"
         print(f"{bits} bits  +{above:.5f}  KL {divergence:.5f}  {seconds:.0f} s  {peers}", flush=True)
 
 
