@@ -1,8 +1,8 @@
 """Measures the loss of accuracy: `gptq-quantize` on pycode-29m beside AutoRound, llm-compressor and GPTQModel.
 
     python scripts/bench_accuracy.py                    # 4, 3 and 2 bits; about two minutes each on two cores
-    python scripts/bench_accuracy.py --bits 3 quantizer.sym=false quantizer.checkpoint_format=gptq_v2
-    python scripts/bench_accuracy.py --bits 3 quantizer=w3g128_best
+    python scripts/bench_accuracy.py quantizer.sym=false quantizer.checkpoint_format=gptq_v2 --bits 3
+    python scripts/bench_accuracy.py quantizer=w3g128_best --bits 3
 
 Needs ../shared (the model, its texts, and clients/gptq_ref.py). That independent reader dequantizes the exported files
 in float32; the results are the mean negative log-likelihood on the first 200 windows of 512 tokens of eval.jsonl, and

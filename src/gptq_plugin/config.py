@@ -23,7 +23,7 @@ from gptq_plugin.options.rules import matching_rules, rule_regex
 
 COMPRESSED = "compressed-tensors"
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2", COMPRESSED)
-TOKEN_WEIGHTINGS = ("all", "labels")
+TOKEN_WEIGHTINGS = ("all", "labels", "gradients")
 QUANTIZER_NAME = "gptq_plugin"
 
 # Fields that a `dynamic` rule may override for the modules it matches.
@@ -136,6 +136,7 @@ class QuantizeConfig:
         seed: Seed for choosing calibration samples.
         token_weighting: Positions of a calibration batch that count: ``"all"`` except padding, or ``"labels"``, those
             that enter the loss (label not -100). A causal model's loss compares position i with label i + 1.
+            ``"gradients"`` weights each, for each layer, by its mean (∂loss/∂output)²: a backward of every batch.
         checkpoint_format: ``"gptq"`` (v1, stores zeros minus one), ``"gptq_v2"`` or ``"compressed-tensors"`` (its
             pack-quantized, which vLLM also loads with asymmetric grids).
 

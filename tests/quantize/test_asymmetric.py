@@ -12,8 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeModule
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.gptq.solver import solve
-from gptq_plugin.quantize import one_pass as passes
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
@@ -21,19 +19,6 @@ from gptq_plugin.quantize.options import PassOptions
 from models import tiny_gpt2, tiny_llama
 
 CONFIG = QuantizeConfig(bits=2, group_size=16, nsamples=1000, batch_size=2, asymmetric_alpha=0.5)
-
-
-@pytest.fixture
-def solved(monkeypatch):
-    """What the solver was given, call by call."""
-    calls = []
-
-    def solve_shared(weight, hessian, config, drift=None, **_):
-        calls.append((tuple(weight.shape), hessian.clone(), None if drift is None else drift.clone()))
-        return solve(weight, hessian, config, drift)
-
-    monkeypatch.setattr(passes, "solve_shared", solve_shared)
-    return calls
 
 
 def passed(model, batches, config=CONFIG, **options):

@@ -84,7 +84,7 @@ def test_all_ranks_take_the_groups_of_the_largest_batch_of_all_and_of_these_the_
 def test_a_batch_runs_under_its_number(monkeypatch):
     plan, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [rows(1, 32, seed=n) for n in range(3)])
     told = []
-    monkeypatch.setattr(runs._positions, "runs", told.append)
+    monkeypatch.setattr(runs._positions, "running", lambda number: contextlib.nullcontext(told.append(number)))
     with runs:
         outputs = [forward() for forward in runs.forwards()]
         again = runs.forward(2)()
@@ -187,9 +187,9 @@ def test_ranks_compare_the_size_and_the_number_of_their_largest_batches(monkeypa
 
 def test_sizes_are_samples_where_another_rank_does_not_know_its_tokens(monkeypatch):
     _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [[1] * 3, [1] * 9])
-    assert runs._sizes() == [3, 9]
+    assert batch_runs._sizes(runs._batches) == [3, 9]
     monkeypatch.setattr(distributed, "minimum", lambda value: False)
-    assert runs._sizes() == [1, 1]
+    assert batch_runs._sizes(runs._batches) == [1, 1]
 
 
 def test_batches_run_one_at_a_time_if_one_rank_has_to(monkeypatch):

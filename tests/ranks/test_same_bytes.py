@@ -41,6 +41,7 @@ def compare(scene: str, device: str, ranks: list[int], folder) -> None:
         ("experts", [3]),
         ("best", [2, 4]),
         ("experts-drift", [2]),
+        ("gradients", [2]),
     ],
 )
 def test_processes_give_the_bytes_of_one(scene, ranks, tmp_path):

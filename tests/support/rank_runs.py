@@ -76,6 +76,12 @@ def wide() -> tuple[Any, list[Any], dict[str, Any]]:
     return model, list(torch.randint(0, 2048, (33, 512))), {}
 
 
+def gradients() -> tuple[Any, list[Any], dict[str, Any]]:
+    """The padded batches, whose tokens are weighted by the loss of the next ones."""
+    model, batches, options = padded()
+    return model, batches, {**options, "token_weighting": "gradients", "bits": 3}
+
+
 SCENES: dict[str, Callable[[], tuple[Any, list[Any], dict[str, Any]]]] = {
     "trained": lambda: trained(1, torch.float32, 64),
     "trained-whole": lambda: trained(None, torch.float32, 512),
@@ -83,6 +89,7 @@ SCENES: dict[str, Callable[[], tuple[Any, list[Any], dict[str, Any]]]] = {
     "padded": padded,
     "experts": experts,
     "best": best,
+    "gradients": gradients,
     "experts-drift": lambda: (*experts()[:2], {**experts()[2], "asymmetric_alpha": 0.5}),
     "wide": wide,
 }

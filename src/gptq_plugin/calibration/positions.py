@@ -45,12 +45,20 @@ class Rows(NamedTuple):
         remark: A sentence for the report, or None.
         are_tokens: For a layer of an expert: the rows are tokens of the block's input, not the expert's intermediates.
         mask: bool [all rows of the input], those that count; None if all do.
+        roots: The square roots of their weights, float32 [rows]; None if all weigh the same.
     """
 
     counted: Tensor
     remark: str | None
     are_tokens: bool = False
     mask: Tensor | None = None
+    roots: Tensor | None = None
+
+    def weighted(self, rows: Tensor) -> Tensor:
+        """Rows like `counted`, [rows, in], each times the root of its weight: in float32 at least, if they have any."""
+        if self.roots is None:
+            return rows
+        return rows.to(torch.promote_types(rows.dtype, torch.float32)) * self.roots[:, None]
 
 
 class _Kept(NamedTuple):

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.forward import CallsModels, call, to_device
+from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
@@ -194,7 +195,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
 
     def calibration_forward(self, args: TrainingArguments) -> Callable[[nn.Module, Any], Any]:
         """Returns the function that runs a batch: on the training's device, under its autocast."""
-        every_logit = self.quantizer.config.lm_head
+        every_logit = reads_every_logit(self.quantizer.config)
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         mixed = args.bf16 or args.fp16
 

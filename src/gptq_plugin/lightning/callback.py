@@ -19,6 +19,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.forward import takes_of
+from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
@@ -273,7 +274,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
     ) -> Callable[[nn.Module, Any], Any]:
         """Returns the function that runs a batch; override to run it otherwise. See `forward_as_in_training`."""
-        every_logit = self.quantizer.config.lm_head
+        every_logit = reads_every_logit(self.quantizer.config)
         return forward_as_in_training(trainer, pl_module, module, step=self.calibration_step, every_logit=every_logit)
 
     def _rehearse(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.collect import Calibration
+from gptq_plugin.calibration.collect import Batch, Calibration
+from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.observing import Noticed, Watched, observe_positions
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.calibration.verdicts import DISTURBED, Findings
@@ -23,8 +24,8 @@ from gptq_plugin.memory import placement
 from gptq_plugin.memory.activations import Activations
 from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.plan import Plan
-from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.drifts import asks_for_drift
+from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.replaceable import Replaceable
 from gptq_plugin.quantize.swap_check import check_swap
@@ -57,7 +58,7 @@ class BatchRuns:
 
     Raises:
         TargetError: The layers are on several devices.
-        ValueError: `offload_weights` is to stream a model that is on a GPU.
+        ValueError: `offload_weights` is to stream a model that is on a GPU, or one that is to run backward.
     """
 
     weights: Weights
@@ -65,9 +66,9 @@ class BatchRuns:
     _noticed: Noticed
 
     def __init__(self, plan: Plan, calibration: Calibration, positions: Positions, options: PassOptions) -> None:
-        self.device = _device(plan.targets, options)
-        self.run_batch = options.runner(every_logit=plan.config.lm_head)
-        self._run_explained = options.runner(every_logit=plan.config.lm_head, explains=True)
+        self.device = _device(plan, options)
+        self.run_batch = options.runner(every_logit=reads_every_logit(plan.config))
+        self._run_explained = options.runner(every_logit=reads_every_logit(plan.config), explains=True)
         self.activations = Activations(self.device, None, make_room=self.make_room)
         self._ran_short = False
         self._run = (0, 0)  # the running batch, and the number of runs so far
@@ -142,7 +143,7 @@ class BatchRuns:
         """
         free, measured = free_bytes(self.device, self._options.device_memory), Peak(self.device)
         groups, share, place = None, 0.0, (1, 0)
-        sizes = self._sizes()
+        sizes = _sizes(self._batches)
         if sizes:
             largest = sizes.index(max(sizes))
             self._noticed = Noticed(self._plan.model, self._batches[largest])
@@ -164,6 +165,12 @@ class BatchRuns:
     def _run_alone(self, forward: Forward, number: int = 0, *, looks: bool = True) -> None:
         """Runs a forward from the state that the model was given in; what it keeps on the model is dropped."""
         BatchThread(number, forward, kept=Values(self.state, alone=True, looks=looks)).resume()
+
+    def measure(self, weights: GradientWeights, numbers: Iterable[int]) -> None:
+        """Runs batches forward and backward, each from the state that the model was given in."""
+        for number in numbers:
+            forward, data = self.forward(number), self._batches[number].data
+            self._run_alone(partial(weights.measure, number, forward, data), number)
 
     def sample(self) -> Sample | None:
         """The first batch, cut to a sample; None without batches on this rank."""
@@ -280,24 +287,31 @@ class BatchRuns:
             self.device, placed.activations, prefetch=placed.prefetch, make_room=self.make_room
         )
 
-    def _sizes(self) -> list[int]:
-        """Numbers to which the batches' activations are proportional: tokens, or samples if some do not tell tokens,
-        on any rank."""
-        tokens = [batch.tokens for batch in self._batches]
-        known = [count for count in tokens if count is not None]
-        all_know = distributed.minimum(len(known) == len(tokens))
-        return known if all_know else [batch.samples for batch in self._batches]
+
+def _sizes(batches: Sequence[Batch]) -> list[int]:
+    """Numbers to which the batches' activations are proportional: tokens, or samples if some do not tell tokens, on any
+    rank."""
+    tokens = [batch.tokens for batch in batches]
+    known = [count for count in tokens if count is not None]
+    all_know = distributed.minimum(len(known) == len(tokens))
+    return known if all_know else [batch.samples for batch in batches]
 
 
-def _device(targets: Sequence[Target], options: PassOptions) -> torch.device:
-    devices = {str(target.weight.device): target.name for target in targets}
+def _device(plan: Plan, options: PassOptions) -> torch.device:
+    devices = {str(target.weight.device): target.name for target in plan.targets}
     if len(devices) > 1:
         raise TargetError(
             f"the layers to quantize are on several devices ({some([f'{n} on {d}' for d, n in devices.items()])}): "
             "move the model to one, or load it on the CPU and give quantize(..., device='cuda')"
         )
-    home = targets[0].weight.device
+    home = plan.targets[0].weight.device
     device = options.where or home
+    if plan.config.token_weighting == "gradients" and (device != home or options.offload_weights):
+        raise ValueError(
+            f"token_weighting='gradients' runs the model backward, on {device}, and its weights would come there only "
+            f"for a while: call model.to({str(device)!r}) first, with offload_weights at null, or give "
+            "token_weighting='all'"
+        )
     if options.offload_weights and device.type == home.type == "cuda":
         raise ValueError(
             f"offload_weights=True streams a model from the CPU, and this one is on {home}: call model.to('cpu') "

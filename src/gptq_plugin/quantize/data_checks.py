@@ -69,7 +69,7 @@ def check_enough(tokens: int, samples: int, plan: Plan) -> None:
         f"narrowest layer has {least} inputs, so no Hessian would have full rank. Give more samples "
         f"(nsamples is {config.nsamples}{f', and {needed} like these are enough' if needed else ''}) or longer ones "
         f"(model_seqlen is {config.model_seqlen})"
-        + (", or count all tokens: token_weighting is 'labels'" if config.token_weighting != "all" else "")
+        + (", or count all tokens: token_weighting is 'labels'" if config.token_weighting == "labels" else "")
     )
 
 

@@ -71,7 +71,7 @@ class Drifts:
             original = original.reshape(flat.shape) if original is not None and same else None
         if original is not None:
             counted = original if rows.mask is None else original[rows.mask]
-            self._of(group).add(counted, rows.counted)
+            self._of(group).add(rows.weighted(counted), rows.weighted(rows.counted))
 
     def watching(self, sources: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
         """Takes in what enters blocks of experts while batches run.

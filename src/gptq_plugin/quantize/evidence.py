@@ -9,16 +9,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.calibration.positions import Positions, Rows
 from gptq_plugin.model.experts import experts_of, in_expert
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.drifts import Drifts
+from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.outcome import sum_over_ranks
 from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
 from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.hessian import Hessian
 from gptq_plugin.walk.ranges import Ranges
+
+_NOT_WEIGHTED = "token_weighting='gradients' is not applied: no gradient is known for the rows of its input"
 
 
 class Observations:
@@ -47,17 +50,22 @@ class Observations:
         self._drifts = Drifts(plan, device, exact)
         self._remarks: dict[tuple[str, str], int] = defaultdict(int)  # batches, by layer and remark
         self._read_tokens: set[str] = set()  # experts' layers, see `positions.Rows`
+        self._weights: GradientWeights | None = None
+
+    def weight_by(self, weights: GradientWeights) -> None:
+        """Weights the tokens of layers from now on; to be called before any is observed. Groups hold one layer each."""
+        self._weights = weights
 
     def observe(self, group: Group, number: int, x: Tensor) -> None:
         """Adds a batch's input of a group, [..., in]."""
         first = group.names[0]
-        rows = self._positions.rows(number, first, x)
+        rows = self._weighted(first, number, self._positions.rows(number, first, x), x)
         if rows.remark is not None:
             for name in group.names:
                 self._remarks[name, rows.remark] += 1
         if rows.are_tokens:
             self._read_tokens.add(first)
-        self._hessian(group).add(rows.counted)
+        self._hessian(group).add(rows.weighted(rows.counted))
         self._drifts.add(group, number, x, rows)
         self.ranges.read(group.names, x)
 
@@ -116,6 +124,15 @@ class Observations:
         """Drops what entered a block of experts."""
         self._experts.leave(experts)
         self._drifts.leave(experts)
+
+    def _weighted(self, name: str, number: int, rows: Rows, x: Tensor) -> Rows:
+        if self._weights is None:
+            return rows
+        roots = self._weights.take(name, number, x.numel() // x.shape[-1])
+        if roots is None:
+            self._remarks[name, _NOT_WEIGHTED] += 1
+            return rows
+        return rows._replace(roots=roots if rows.mask is None else roots[rows.mask])
 
     def _hessian(self, group: Group) -> Hessian:
         if group.names not in self._hessians:

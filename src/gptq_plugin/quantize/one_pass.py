@@ -38,6 +38,7 @@ from gptq_plugin.quantize.data_checks import (
     not_finite_on_ranks,
 )
 from gptq_plugin.quantize.evidence import Observations
+from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.outcome import Outcome, sum_over_ranks
 from gptq_plugin.quantize.solve_on_ranks import solve_shared
@@ -103,6 +104,9 @@ class OnePass:
                     self._disturbance = self.runs.disturbance(modules)
                 found = self.runs.observe_positions(modules, self._disturbance, groups)
                 self._positions.learn(most_seen(distributed.gather_objects(found)))
+                if self._plan.config.token_weighting == "gradients":
+                    self._weight_by_gradients(modules)
+                    groups = [dataclasses.replace(group, names=(name,)) for group in groups for name in group.names]
                 planned = time.perf_counter() - started
                 with (
                     self._positions.watching(self._observe_experts),
@@ -124,6 +128,13 @@ class OnePass:
         report = self._outcome.report(reports, samples, self._calibration, seconds, self._deviations(samples))
         report.positions = self._positions.over_ranks()
         return self._finished.layers, report
+
+    def _weight_by_gradients(self, layers: Mapping[str, nn.Module]) -> None:
+        """Layers that read one input are weighted differently, so that each needs a Hessian of its own."""
+        weights = GradientWeights.of(self._plan.model, layers)
+        self.runs.measure(weights, range(len(self._calibration.batches)))
+        weights.over_ranks()
+        self._observations.weight_by(weights)
 
     def _walk(self, groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> Iterator[lockstep.Stop]:
         walked = groups, modules, self.runs.forwards(), self._observe, distributed.minimum

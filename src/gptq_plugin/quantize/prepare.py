@@ -12,6 +12,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration, collect
 from gptq_plugin.calibration.forward import evaluating, takes_of
+from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.sampling import share_of
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
@@ -128,7 +129,7 @@ def _learn_layouts(model: nn.Module, calibration: Calibration, config: QuantizeC
         batch = distributed.gather_objects(batch if distributed.rank() == first else None)[first]
 
     def run_first() -> None:
-        run = options.runner(every_logit=config.lm_head, explains=True)
+        run = options.runner(every_logit=reads_every_logit(config), explains=True)
         with evaluating(model), streamed_to(model, options.where), torch.no_grad():
             run(model, batch)
 

@@ -28,6 +28,7 @@ from gptq_plugin.quantize.data_checks import (
     not_finite,
     unreached,
 )
+from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.prepare import collected
 from gptq_plugin.walk import lockstep
@@ -143,6 +144,9 @@ class _Rehearsal:
                 self._samples += self._calibration.batches[number].samples
             if replacing:
                 self._check_replaced(runs)
+                if self._plan.config.token_weighting == "gradients":
+                    weights = GradientWeights.of(self._plan.model, modules)
+                    runs.measure(weights, self._calibration.first_batches)
         self._positions.check()
 
     def suffices(self, samples: int) -> bool:

@@ -1,0 +1,81 @@
+"""The loss of a calibration batch: `loss_of`.
+
+Tested by tests/quantize/test_gradient_weights.py: with the weights that it gives tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin.calibration.batches import fields_of, labels_of
+from gptq_plugin.calibration.sequences import IGNORED_LABEL
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CalibrationError
+from gptq_plugin.model.hf_models import predicts_next, transformers_models
+
+
+def reads_every_logit(config: QuantizeConfig) -> bool:
+    """True if calibration needs the logits of all positions: for the output embedding, or for the loss."""
+    return config.lm_head or config.token_weighting == "gradients"
+
+
+def loss_of(model: nn.Module, output: Any, data: Any) -> Tensor:
+    """The loss that a forward computed, or that of its logits.
+
+    Args:
+        model: What was quantized; holds the transformers model, if any.
+        output: A scalar, which is the loss; or an output of transformers with a `loss`, or with `logits`: the sum of
+            the cross-entropies of the batch's labels, or, if it has none and the model generates, of its next tokens.
+        data: The batch.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        CalibrationError: The batch has no such loss.
+    """
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return output.reshape(())
+    loss = _part(output, "loss")
+    if loss is not None and loss.numel() == 1:
+        return loss.reshape(())
+    logits = _part(output, "logits")
+    if logits is None and isinstance(output, Tensor):
+        logits = output
+    generating = [one for _, one in transformers_models(model) if predicts_next(one)]
+    targets = _targets(data, bool(generating))
+    if logits is None or targets is None or logits.shape[:2] != targets.shape:
+        raise CalibrationError(
+            "token_weighting='gradients' needs the loss of every calibration batch: give batches with `labels` to a "
+            "transformers model, or a calibration_step (quantize(..., forward=...)) that returns the loss, or leave "
+            "token_weighting at 'all'"
+        )
+    if generating:
+        logits, targets = logits[:, :-1], targets[:, 1:]
+    targets = targets.to(logits.device).reshape(-1)
+    return torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+
+
+def _part(output: Any, name: str) -> Tensor | None:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def _targets(data: Any, generates: bool) -> Tensor | None:
+    """Labels, int64 [samples, positions], or the tokens themselves where the attention mask keeps them."""
+    labels = labels_of(data)
+    if labels is not None or not generates:
+        return None if labels is None else labels.long()
+    fields = fields_of(data) or ({"input_ids": data} if isinstance(data, Tensor) else {})
+    ids, mask = fields.get("input_ids"), fields.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return None
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        return ids.long().masked_fill(mask.to(ids.device) == 0, IGNORED_LABEL)
+    return ids.long()

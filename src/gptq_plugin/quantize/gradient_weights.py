@@ -1,0 +1,136 @@
+"""Weights of calibration tokens by how much the loss depends on what layers make of them: `GradientWeights`.
+
+A layer's error matters where the loss reacts to its output y: there (∂loss/∂y)² is large. Its mean over the outputs
+weights the token in the layer's Hessian (Kim et al., 2025, GuidedQuant, with one Hessian a layer). It takes one forward
+and one backward of every batch through the float model before the walk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin import distributed
+from gptq_plugin.calibration.loss import loss_of
+from gptq_plugin.errors import CalibrationError, brief
+from gptq_plugin.model.experts import experts_of
+
+
+class GradientWeights:
+    """Measures and keeps the weights of some layers, by batch and call, until they are taken.
+
+    Args:
+        model: Their model, on one device.
+        layers: By name.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._model, self._layers = model, layers
+        self._weights: dict[tuple[str, int], list[Tensor | None]] = defaultdict(list)  # by layer and batch
+        self._exponents: dict[str, int] = {}  # of the power of two by which a layer's weights are about 1
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Mapping[str, nn.Module]) -> GradientWeights:
+        """Those of the layers that get the same tokens in the float model as in the quantized one: experts do not."""
+        return cls(model, {name: layer for name, layer in layers.items() if experts_of(name, layer) is None})
+
+    def measure(self, number: int, forward: Callable[[], Any], data: Any) -> None:
+        """Runs a batch forward and backward. To be called where no forward is being watched.
+
+        Args:
+            number: The batch's.
+            forward: Runs it; returns what the loss is computed of (`loss_of`).
+            data: The batch.
+
+        Raises:
+            CalibrationError: It has no loss, or the loss has no gradient.
+        """
+        with torch.enable_grad(), _frozen(self._model), self._watching(number):
+            loss = loss_of(self._model, forward(), data)
+            if not loss.requires_grad:
+                raise CalibrationError(
+                    f"token_weighting='gradients': the loss of calibration batch {number} depends on no layer that is "
+                    "to be quantized (does its forward run under torch.no_grad?). Give token_weighting='all'"
+                )
+            try:
+                loss.backward()
+            except torch.OutOfMemoryError as error:
+                raise CalibrationError(
+                    f"token_weighting='gradients': there is no room for the backward of calibration batch {number}: "
+                    "give a smaller batch_size, or token_weighting='all'"
+                ) from error
+            except RuntimeError as error:
+                raise CalibrationError(
+                    f"token_weighting='gradients': calibration batch {number} has no backward ({brief(error)}). Give "
+                    "token_weighting='all'"
+                ) from error
+
+    def over_ranks(self) -> None:
+        """Scales each layer's weights, by a power of two, to a mean between 1 and 2 over all ranks. Collective."""
+        sums: dict[str, Tensor] = {}
+        for (name, _), calls in self._weights.items():
+            for weights in calls:
+                if weights is not None:
+                    values = torch.stack([weights.double().sum(), weights.new_tensor(len(weights), dtype=torch.double)])
+                    sums[name] = sums[name] + values if name in sums else values
+        total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for of_rank in distributed.gather_objects({name: one.tolist() for name, one in sums.items()}):
+            for name, (weight, rows) in of_rank.items():
+                total[name] = [total[name][0] + weight, total[name][1] + rows]
+        for name, (weight, rows) in total.items():
+            if weight > 0 and math.isfinite(weight):
+                self._exponents[name] = math.floor(math.log2(weight / rows))
+
+    @property
+    def names(self) -> set[str]:
+        """The layers whose weights are known; the loss of no batch depends on others."""
+        return set(self._exponents)
+
+    def take(self, name: str, number: int, rows: int) -> Tensor | None:
+        """The roots of the weights in a batch's next call of a layer, float32 [rows]; None if they are not known."""
+        calls = self._weights.get((name, number))
+        weights = calls.pop(0) if calls else None
+        if weights is None or name not in self._exponents or len(weights) != rows:
+            return None
+        return torch.ldexp(weights, torch.tensor(-self._exponents[name])).sqrt_()
+
+    @contextlib.contextmanager
+    def _watching(self, number: int) -> Iterator[None]:
+        def watch(name: str, _: nn.Module, args: Any, output: Any) -> Tensor | None:
+            calls = self._weights[name, number]
+            calls.append(None)
+            if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point()):
+                return None
+            # A leaf cannot be written to in place, as an activation may do.
+            watched = output if output.requires_grad else output.detach().requires_grad_().clone()
+            watched.register_hook(partial(keep, calls, len(calls) - 1))
+            return watched
+
+        def keep(calls: list[Tensor | None], call: int, gradient: Tensor) -> None:
+            rows = gradient.detach().reshape(-1, gradient.shape[-1])
+            calls[call] = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().div_(rows.shape[-1])
+
+        with contextlib.ExitStack() as hooks:
+            for name, layer in self._layers.items():
+                hooks.callback(layer.register_forward_hook(partial(watch, name)).remove)
+            yield
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Computes no gradients of parameters inside the block."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
