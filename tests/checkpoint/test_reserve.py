@@ -70,7 +70,7 @@ def test_the_description_of_what_is_in_memory_is_of_gptq_v2() -> None:
         found = in_memory(checkpoint, model, names)
         assert (found["quant_method"], found["checkpoint_format"], found["format"]) == ("gptq", "gptq_v2", "gptq_v2")
         for module, stored in names.items():
-            assert FORMATS["gptq_v2"].scheme(found, module).bits == checkpoint.layers[stored].bits
+            assert FORMATS["gptq_v2"].schemes(found)(module).bits == checkpoint.layers[stored].bits
 
 
 def test_a_layer_that_the_model_does_not_have_is_refused_and_named(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_every_expression_matches_what_it_matches_in_python(expression: str, nam
     except re.error:  # what is behind has no fixed width
         return
     assert matches(expression, name) == expected
-    stepwise = expressions._Walk(name).after(expressions._parsed(expression).parts, 1)
+    stepwise = expressions._Walk(expression, name).after(expressions._parsed_wholly(expression).parts, 1)
     assert bool(stepwise) == expected, "by the positions that its parts reach"
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptq_plugin.apps.output import output_never_fails
+from gptq_plugin.options.limited_files import check_sizes
 
 _WINDOWS = "windows"
 
@@ -109,6 +110,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     network = load_quantized(options.directory, device=options.device)
     loaded = time.perf_counter()
+    check_sizes(options.directory)
     tokenizer = AutoTokenizer.from_pretrained(options.directory)
     windows = _windows(options, tokenizer)
     ready = time.perf_counter()

@@ -22,6 +22,7 @@ from gptq_plugin.apps.paths import folder_or_id
 from gptq_plugin.apps.tokenizer import train_tokenizer
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.options import fields
+from gptq_plugin.options.limited_files import check_sizes
 
 # Sizes in multiples of 128 fit every group size and every kernel.
 _ROUND = 128
@@ -187,6 +188,7 @@ def pretrained(
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"model.dtype={dtype!r} is not a dtype: choose float32, bfloat16, float16 or auto")
     name_or_path = folder_or_id(name_or_path)
+    check_sizes(name_or_path)
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     _refuse_quantized(name_or_path, config)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

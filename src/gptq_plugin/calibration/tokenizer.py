@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.errors import brief
 from gptq_plugin.options import fields
+from gptq_plugin.options.limited_files import check_sizes
 
 _REMEDY = (
     "Give a transformers tokenizer, or the folder or hub id to load it from; a tokenizer of the `tokenizers` library "
@@ -49,6 +50,7 @@ def _load(name_or_path: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        check_sizes(name_or_path)
         return AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:
         kind = "a folder without a tokenizer" if os.path.isdir(name_or_path) else "neither a folder nor a hub id"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,9 @@ class Checkpoint:
             for name, entry in self.tensors.items()
             if name not in owned and name.rpartition(".")[2] in ("weight", "bias") and entry.dtype not in FLOATS
         ]
+        scheme_of = self.format.schemes(self.quantization)
         for name in names:
-            layer = self._layer(name, problems)
+            layer = self._layer(name, scheme_of, problems)
             if layer is not None:
                 self.layers[name] = layer
         if problems:
@@ -209,10 +211,10 @@ class Checkpoint:
                 some(derived),
             )
 
-    def _layer(self, name: str, problems: list[str]) -> QuantizedLayer | None:
+    def _layer(self, name: str, scheme_of: Callable[[str], Scheme], problems: list[str]) -> QuantizedLayer | None:
         """The layer; None if something does not fit, which is added to `problems`."""
         try:
-            scheme = self.format.scheme(self.quantization, name)
+            scheme = scheme_of(name)
         except ValueError as error:
             problems.append(f"{name}: {error}")
             return None

@@ -13,6 +13,7 @@ from typing import Any
 
 from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.options.fields import shown
+from gptq_plugin.options.limited_files import parse_json, read_text
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"  # the name AutoGPTQ gave it, read by every tool
@@ -64,13 +65,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: The file cannot be read, or holds something else.
+        CheckpointError: The file cannot be read, is larger than any that is written, or holds something else.
     """
     if not is_regular(file):  # reading a pipe would wait for ever
         raise CheckpointError(f"{file} does not exist or is no regular file: fetch it again, or export again")
     try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_without_repeats)
+        text = read_text(file)
+        content = parse_json(text, _without_repeats)
         if "\\u" in text or "NaN" in text:
             _refuse_unusable(content)
     except (OSError, ValueError, RecursionError) as error:

@@ -18,6 +18,7 @@ from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.options.fields import shown
 
 _Object = dict[str, Any]
+_MOST_RULES = 2**17  # of `dynamic`; the largest models have fewer layers
 
 
 class ModelConfig(TypedDict, total=False):
@@ -127,7 +128,13 @@ def check_description(content: _Object, file: Path) -> None:
         CheckpointError: A field has another type; the message names file and field.
     """
     _check(Description, content, file)
-    for pattern, rule in (content.get("dynamic") or {}).items():
+    rules = content.get("dynamic") or {}
+    if len(rules) > _MOST_RULES:
+        raise CheckpointError(
+            f"{file}: dynamic has {len(rules):,} rules; at most {_MOST_RULES:,} are read, and no model has as many "
+            "layers. Write one rule for all layers that are alike"
+        )
+    for pattern, rule in {repr(rule): (pattern, rule) for pattern, rule in rules.items()}.values():  # most are alike
         _check(Rule, rule or {}, file, f"dynamic[{shown(pattern)}]")
     for name, group in (content.get("config_groups") or {}).items():
         _check(ConfigGroup, group, file, f"config_groups[{shown(name)}]")

@@ -24,7 +24,7 @@ from gptq_plugin.config import CHECKPOINT_FORMATS, QuantizeConfig, own_config
 from gptq_plugin.device.surroundings import plain_defaults
 from gptq_plugin.errors import CheckpointError, ExportError, some
 from gptq_plugin.export.converted_report import convert_report
-from gptq_plugin.export.copied_files import check_read, copy_files, files_to_copy
+from gptq_plugin.export.copied_files import check_read, copy_files, files_to_copy, occupied_bytes
 from gptq_plugin.export.disk_space import disk_errors_explained, refuse_full
 from gptq_plugin.export.export import SHARD
 from gptq_plugin.export.export_dir import check_export_dir
@@ -92,7 +92,8 @@ def convert(
     description["meta"] = {**meta, "quantizer": [*_listed(meta.get("quantizer")), *description["meta"]["quantizer"]]}
     files = files_to_copy(checkpoint.directory, (*_WEIGHTS, CONFIG, QUANTIZE_CONFIG, ".git", ".cache"))
     check_read(checkpoint.directory, _read_files(checkpoint))
-    size = sum(file.stat().st_size for file in {entry.file for entry in checkpoint.tensors.values()})
+    weights = {entry.file for entry in checkpoint.tensors.values()}
+    size = sum(file.stat().st_size for file in weights) + occupied_bytes(checkpoint.directory, files)
     refuse_full(Path(out), size)
     with _writing(out, overwrite, size) as (staging, writer):
         copy_files(checkpoint.directory, files, staging.path)
@@ -196,11 +197,12 @@ def _fields(scheme: Scheme) -> dict[str, Any]:
 def _float_linears(checkpoint: Checkpoint) -> list[str]:
     """Names of possible linear layers left float: matrices in numbered blocks, and modules described as ignored."""
     names = []
+    is_left_float = checkpoint.format.left_float(checkpoint.quantization)
     for tensor in checkpoint.float_names:
         name, _, suffix = tensor.rpartition(".")
         matrix = suffix == "weight" and len(checkpoint.tensors[tensor].shape) == 2 and name != _HEAD
         in_block = any(part.isdigit() for part in name.split("."))
-        if matrix and (in_block or checkpoint.format.leaves_float(checkpoint.quantization, name)):
+        if matrix and (in_block or is_left_float(name)):
             names.append(name)
     return names
 

@@ -13,6 +13,7 @@ from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.export.export_size import export_size
 from gptq_plugin.export.side_files import CARD, PAGE, REPORT, export_card, write_report
+from gptq_plugin.options.limited_files import read_text
 from gptq_plugin.report.merged_text import merged
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.report import QuantizeReport
@@ -80,8 +81,8 @@ def _converted(report: QuantizeReport, folder: Path, checkpoint_format: str, sou
 
 
 def _text(file: Path) -> str:
-    """A file's content; empty if there is none, or it is no text."""
+    """A file's content; empty if there is none, or it is no text, or too large for what it should be."""
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except (OSError, ValueError):
         return ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gptq_plugin.errors import CheckpointError
+
+_BLOCK = 1 << 24  # bytes
 
 
 def files_to_copy(folder: Path, ignored: Sequence[str]) -> list[Path]:
@@ -31,10 +33,46 @@ def files_to_copy(folder: Path, ignored: Sequence[str]) -> list[Path]:
 
 
 def copy_files(folder: Path, files: Sequence[Path], target: Path) -> None:
-    """Copies files, by their paths relative to a folder, into another. Links become files."""
+    """Copies files, by their paths relative to a folder, into another. Links become files; holes stay holes."""
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / file, target / file)
+        _copy(folder / file, target / file)
+
+
+def occupied_bytes(folder: Path, files: Sequence[Path]) -> int:
+    """Bytes that copies of the files take on a disk: of sparse files, less than their sizes."""
+    found = [(folder / file).stat() for file in files]
+    return sum(min(one.st_size, getattr(one, "st_blocks", one.st_size) * 512) for one in found)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("wb") as written:
+        for start, end in _written_parts(read.fileno()):
+            read.seek(start)
+            written.seek(start)
+            while start < end:
+                block = read.read(min(_BLOCK, end - start))
+                if not block:  # it has become shorter
+                    break
+                start += written.write(block)
+        written.truncate(os.fstat(read.fileno()).st_size)
+
+
+def _written_parts(file: int) -> Iterator[tuple[int, int]]:
+    """Yields where a file's parts between holes begin and end; a file system without holes has one."""
+    end, size = 0, os.fstat(file).st_size
+    if not hasattr(os, "SEEK_DATA"):  # Windows
+        yield 0, size
+        return
+    while end < size:
+        try:
+            start = os.lseek(file, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # a hole up to the end
+        end = os.lseek(file, start, os.SEEK_HOLE)
+        yield start, end
 
 
 def check_read(folder: Path, files: Sequence[Path]) -> None:

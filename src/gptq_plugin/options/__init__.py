@@ -1,4 +1,4 @@
-"""What the value of an option may be: kinds of values, and regular expressions that a stranger wrote.
+"""What the value of an option may be: kinds of values, regular expressions that a stranger wrote, and files.
 
 Imports nothing of this package.
 """

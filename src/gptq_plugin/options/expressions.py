@@ -3,7 +3,8 @@
 Rules of checkpoints and configurations are Python's expressions, and Python's matcher backtracks: ``(a+)+b`` takes
 longer than a life on a name of 60 letters. RE2 does not, but lacks the lookaheads that published checkpoints have. So
 Python parses an expression and matches its characters, and runs it as a whole if there are few ways through a name.
-Otherwise the positions that each part can reach are computed, once for each start.
+Otherwise the positions that each part can reach are computed, once for each start, in a limited number of steps. Names
+that are only escaped, as most rules of files are, need neither.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ except ImportError:  # Python 3.10
 _FEW = 20_000  # ways through a name that backtracking may try: less than a millisecond
 _LENGTHS = (16, 32, 48, 64, 96, 128, 256, 1024, 2**16)  # of names, in letters
 _DEEPEST = 50  # groups in each other
-_KNOWN = 2**14  # expressions that are kept: an export may have a rule for every expert
+_STEPS = 500_000  # through an expression and a name: a second
+_KNOWN = 2**14  # expressions that are kept
+_NAME = re.compile(r"\^?((?:[A-Za-z0-9_/-]|\\[^A-Za-z0-9])*)(\$?)", re.DOTALL)  # an escaped name
 
 _REPEATS, _LOOKS = ("MAX_REPEAT", "MIN_REPEAT"), ("ASSERT", "ASSERT_NOT")
 _BACK = ("GROUPREF", "GROUPREF_EXISTS", "GROUPREF_IGNORE", "ATOMIC_GROUP", "POSSESSIVE_REPEAT")
@@ -37,7 +40,7 @@ def matches(expression: str, name: str) -> bool:
     """True if the expression matches the name from its start, as ``re.match`` does.
 
     Raises:
-        ValueError: See `check_expression`.
+        ValueError: See `check_expression`; or it takes too many steps.
     """
     return _parsed(expression).matches(name)
 
@@ -50,6 +53,11 @@ def check_expression(expression: str) -> None:
             backtrack, which only backtracking can match.
     """
     _parsed(expression)
+
+
+def is_name(expression: str) -> bool:
+    """True for an escaped name, anchored or not: nothing in it has to be parsed."""
+    return _NAME.fullmatch(expression) is not None
 
 
 def literal_beginning(expression: str) -> str:
@@ -87,7 +95,7 @@ class _Part:
 
     def ways(self, length: int) -> float:
         """An upper bound of the ways that a backtracking matcher can take through a name."""
-        each = sum(math.prod(part.ways(length) for part in choice) for choice in self.choices)
+        each = sum(_ways(choice, length) for choice in self.choices)
         if self.kind != "repeat":
             return max(each, 1)
         if each == 1:
@@ -97,42 +105,76 @@ class _Part:
         return sum(each**times for times in range(self.least, int(self.most) + 1))
 
 
+def _ways(parts: Iterable[_Part], length: int) -> float:
+    """An upper bound of the ways through a name that a sequence of parts leaves; infinity if they are not few."""
+    found: float = 1
+    for part in parts:
+        found *= part.ways(length)
+        if found > _FEW:
+            return math.inf
+    return found
+
+
+@dataclass(frozen=True)
+class _Name:
+    """An escaped name.
+
+    Attributes:
+        beginning: Letters with which all names begin that it matches.
+        is_whole: And end.
+    """
+
+    beginning: str
+    is_whole: bool
+
+    def matches(self, name: str) -> bool:
+        return name.startswith(self.beginning) and (not self.is_whole or name[len(self.beginning) :] in ("", "\n"))
+
+
 @dataclass(frozen=True)
 class _Expression:
     """A parsed expression.
 
     Attributes:
+        text: It.
         whole: Safe for names of up to `short` letters.
         parts: In order.
         beginning: Letters with which all names begin that it matches.
     """
 
+    text: str
     whole: re.Pattern[str]
     parts: tuple[_Part, ...]
     short: int
     beginning: str
 
     @classmethod
-    def of(cls, whole: re.Pattern[str], parts: tuple[_Part, ...], beginning: str) -> _Expression:
-        safe = (n for n in _LENGTHS if math.prod(part.ways(n) for part in parts) <= _FEW)
-        return cls(whole, parts, max(safe, default=-1), beginning)
+    def of(cls, text: str, whole: re.Pattern[str], parts: tuple[_Part, ...], beginning: str) -> _Expression:
+        safe = (n for n in _LENGTHS if _ways(parts, n) <= _FEW)
+        return cls(text, whole, parts, max(safe, default=-1), beginning)
 
     def matches(self, name: str) -> bool:
         if len(name) <= self.short:
             return self.whole.match(name) is not None
-        return bool(_Walk(name).after(self.parts, 1))
+        return bool(_Walk(self.text, name).after(self.parts, 1))
 
 
 class _Walk:
     """The positions that parts of an expression can reach in a name; sets of positions are the bits of an integer."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, expression: str, name: str) -> None:
+        self._expression, self._name = expression, name
+        self._steps = 0
         self._known: dict[tuple[_Part, int], int] = {}
 
     def after(self, parts: Iterable[_Part], starts: int) -> int:
-        """The ends of a sequence of parts."""
+        """The ends of a sequence of parts.
+
+        Raises:
+            ValueError: They take too many steps.
+        """
         for part in parts:
+            self._step()
             if part.kind == "repeat" and [one.kind for one in part.choices[0]] == ["character"]:
                 starts = self._repeated(part, starts)
                 continue
@@ -144,7 +186,16 @@ class _Walk:
             starts = ends
         return starts
 
+    def _step(self) -> None:
+        self._steps += 1
+        if self._steps > _STEPS:
+            raise ValueError(
+                f"{shown(self._expression)} takes more than {_STEPS:,} steps to be matched with {shown(self._name)}: "
+                "write a simpler expression"
+            )
+
     def _ends(self, part: _Part, start: int) -> int:
+        self._step()
         here = 1 << start
         if part.kind == "any of":
             return functools.reduce(lambda ends, choice: ends | self.after(choice, here), part.choices, 0)
@@ -173,15 +224,24 @@ class _Walk:
         return reached
 
 
+def _parsed(expression: str) -> _Name | _Expression:
+    name = _NAME.fullmatch(expression)
+    return (
+        _parsed_wholly(expression)
+        if name is None
+        else _Name(re.sub(r"\\(.)", r"\1", name[1], flags=re.DOTALL), bool(name[2]))
+    )
+
+
 @functools.lru_cache(_KNOWN)
-def _parsed(expression: str) -> _Expression:
+def _parsed_wholly(expression: str) -> _Expression:
     try:
-        whole = re.compile(expression)
         parsed = _parser.parse(expression)
+        whole = _compiler.compile(parsed)
         parts = tuple(_parts(parsed, parsed.state, whole.flags))
         if max((part.depth for part in parts), default=0) > _DEEPEST:
             raise RecursionError
-        return _Expression.of(whole, parts, "" if whole.flags & re.IGNORECASE else _beginning(parsed))
+        return _Expression.of(expression, whole, parts, "" if whole.flags & re.IGNORECASE else _beginning(parsed))
     except (re.error, OverflowError) as error:
         raise ValueError(f"{shown(expression)} is not a regular expression: {error}") from error
     except RecursionError:

@@ -16,16 +16,30 @@ def rule_regex(pattern: str) -> str:
     return pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
 
 
-def matching_rules(patterns: Iterable[str], name: str) -> list[str]:
-    """Those of `dynamic` keys that match a module, in order.
+class RuleTable:
+    """Keys of `dynamic`, in order.
 
-    Raises:
-        ValueError: They take too long to be matched (`ExpressionTable`).
+    Args:
+        patterns: The keys.
     """
-    ordered = tuple(patterns)
-    return [ordered[place] for place in _table(ordered).matching(name)]
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._patterns = tuple(patterns)
+        self._table = ExpressionTable([rule_regex(pattern) for pattern in self._patterns], "dynamic")
+
+    def matching(self, name: str) -> list[str]:
+        """Those that match a module, in order.
+
+        Raises:
+            ValueError: They take too long to be matched (`ExpressionTable`).
+        """
+        return [self._patterns[place] for place in self._table.matching(name)]
 
 
-@functools.lru_cache(16)
-def _table(patterns: tuple[str, ...]) -> ExpressionTable:
-    return ExpressionTable([rule_regex(pattern) for pattern in patterns], "dynamic")
+def matching_rules(patterns: Iterable[str], name: str) -> list[str]:
+    """`RuleTable.matching` for one name. For many names and thousands of rules, make a table: here each name costs as
+    much as there are rules."""
+    return _table(tuple(patterns)).matching(name)
+
+
+_table = functools.lru_cache(16)(RuleTable)

@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 
+from gptq_plugin.options.limited_files import read_text
+
 _CARD = "README.md"
+_METADATA = 2**18  # letters of a card, of which its metadata are the first
 _ID = re.compile(r"[\w.-]{1,64}")  # the hub's identifiers: apache-2.0, llama3.1, other
 _NAME = re.compile(r"[\w.+ -]{1,96}")
 _LINK = re.compile(r"https://[^\s<>\"'`]{1,500}")
@@ -55,7 +58,7 @@ def _of_card(card: Path | None, hub_id: str | None) -> License | None:
     from huggingface_hub import ModelCard
 
     try:
-        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard(read_text(card)[:_METADATA], ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError):  # unreadable, or no YAML: a card of somebody else
         return None
     kind, link = _plain(data.get("license"), _ID), _plain(data.get("license_link"), _LINK)

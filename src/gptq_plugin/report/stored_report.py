@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.dataclasses import type_validator
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.options.limited_files import parse_json
 from gptq_plugin.report.base_card import License
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.model_card import ModelFacts
@@ -34,7 +35,7 @@ def read_report(text: str) -> tuple[QuantizeReport, ModelFacts]:
         ValueError: The text is no report of this version.
     """
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         return _of_its_kinds(_report(values)), _facts(values["model"])
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"no report of this version: {error!r}") from error

@@ -220,17 +220,17 @@ def described(*groups: dict[str, Any], **fields: Any) -> dict[str, Any]:
 def test_a_name_counts_before_an_expression_and_that_before_a_class() -> None:
     eight, three = {**WEIGHTS, "num_bits": 8}, {**WEIGHTS, "num_bits": 3}
     quantization = described({}, {"targets": ["re:.*up$"], "weights": eight}, {"targets": ["a.up"], "weights": three})
-    found = {name: PACK.scheme(quantization, name).bits for name in ("down", "b.up", "a.up")}
+    found = {name: PACK.schemes(quantization)(name).bits for name in ("down", "b.up", "a.up")}
     assert found == {"down": 4, "b.up": 8, "a.up": 3}
     with pytest.raises(ValueError, match="no config group has a target"):
-        PACK.scheme(described({"targets": ["re:.*up$"]}), "down")
+        PACK.schemes(described({"targets": ["re:.*up$"]}))("down")
 
 
 def test_a_channel_is_one_group_and_groups_along_act_order_are_known() -> None:
     channel = described({"weights": {**WEIGHTS, "strategy": "channel", "group_size": None}})
-    assert PACK.scheme(channel, "x") == Scheme(4, -1, True, False)
+    assert PACK.schemes(channel)("x") == Scheme(4, -1, True, False)
     for actorder, desc_act in ((None, False), ("weight", False), ("static", False), ("group", True), (True, True)):
-        assert PACK.scheme(described({"weights": {**WEIGHTS, "actorder": actorder}}), "x").desc_act is desc_act
+        assert PACK.schemes(described({"weights": {**WEIGHTS, "actorder": actorder}}))("x").desc_act is desc_act
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_what_is_not_packed_weights_of_a_few_bits_is_refused(quantization: dict[
 
 def test_modules_left_float_are_named_or_matched() -> None:
     quantization = described(ignore=["lm_head", r"re:.*\.gate$"])
-    found = [name for name in ("lm_head", "a.gate", "a.gate.b", "a.up") if PACK.leaves_float(quantization, name)]
+    found = [name for name in ("lm_head", "a.gate", "a.gate.b", "a.up") if PACK.left_float(quantization)(name)]
     assert found == ["lm_head", "a.gate"]
 
 

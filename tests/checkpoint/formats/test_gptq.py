@@ -144,10 +144,10 @@ def test_the_first_rule_that_matches_the_name_from_its_start_overrides_the_descr
         "desc_act": True,
         "dynamic": {r"+:.*\.up": {"bits": 8, "sym": True}, r".*up": {"bits": 2}, "up": {"bits": 3}},
     }
-    assert V1.scheme(described, "layers.0.down") == Scheme(4, 128, False, True)
-    assert V1.scheme(described, "layers.0.up") == Scheme(8, 128, True, True)
-    assert V1.scheme(described, "0up") == Scheme(2, 128, False, True)
-    assert V1.scheme({"bits": 4}, "x") == Scheme(4, -1, True, False)
+    assert V1.schemes(described)("layers.0.down") == Scheme(4, 128, False, True)
+    assert V1.schemes(described)("layers.0.up") == Scheme(8, 128, True, True)
+    assert V1.schemes(described)("0up") == Scheme(2, 128, False, True)
+    assert V1.schemes({"bits": 4})("x") == Scheme(4, -1, True, False)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_first_rule_that_matches_the_name_from_its_start_overrides_the_descr
 )  # fmt: skip
 def test_a_scheme_that_cannot_be_is_refused(described: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        V1.scheme(described, "x")
+        V1.schemes(described)("x")
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ it, else one that is a class, such as ``Linear``.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,31 +149,35 @@ class CompressedTensors(Format):
                 raise CheckpointError(
                     f"{source}: config_groups[{shown(key)}]: {'; '.join(problems)}. Load it with transformers"
                 )
-            expressions = (target.removeprefix("re:") for target in group["targets"] if target.startswith("re:"))
-            check_expressions(expressions, f"{source}: targets")
+        targets = (target for group in groups.values() for target in group["targets"])
+        check_expressions(_expressions(targets), f"{source}: targets")
         sparsity = quantization.get("sparsity_config") or {}
         if sparsity.get("format", "dense") != "dense" or quantization.get("transform_config"):
             raise CheckpointError(
                 f"{source}: sparse or transformed weights are not read by this package: use transformers"
             )
-        check_expressions(
-            (entry[3:] for entry in quantization.get("ignore") or () if entry.startswith("re:")), f"{source}: ignore"
-        )
+        check_expressions(_expressions(quantization.get("ignore") or ()), f"{source}: ignore")
         return self.name
 
-    def fields(self, quantization: Mapping[str, Any], name: str) -> Scheme:
-        weights = _weights(quantization, name)
-        size = weights.get("group_size")
-        return Scheme(
-            weights.get("num_bits"),  # type: ignore[arg-type]
-            -1 if weights.get("strategy") == "channel" or size is None else size,
-            bool(weights.get("symmetric", True)),
-            weights.get("actorder") in ("group", "dynamic", True),
-        )
+    def fields(self, quantization: Mapping[str, Any]) -> Callable[[str], Scheme]:
+        groups = _Groups(list(quantization["config_groups"].values()))
 
-    def leaves_float(self, quantization: Mapping[str, Any], name: str) -> bool:
+        def of(name: str) -> Scheme:
+            weights = groups.weights(name)
+            size = weights.get("group_size")
+            return Scheme(
+                weights.get("num_bits"),  # type: ignore[arg-type]
+                -1 if weights.get("strategy") == "channel" or size is None else size,
+                bool(weights.get("symmetric", True)),
+                weights.get("actorder") in ("group", "dynamic", True),
+            )
+
+        return of
+
+    def left_float(self, quantization: Mapping[str, Any]) -> Callable[[str], bool]:
         ignored = quantization.get("ignore") or ()
-        return name in ignored or _matches_one(ignored, name)
+        names, expressions = set(ignored), ExpressionTable(_expressions(ignored), "ignore")
+        return lambda name: name in names or bool(expressions.matching(name))
 
     def describe(self, contents: Contents, config: QuantizeConfig) -> dict[str, Any]:
         """A config group for each way a layer is quantized; the most common one takes every ``Linear`` that is not
@@ -242,28 +245,34 @@ def _group_problems(group: Mapping[str, Any], overall: Any) -> Iterator[str]:
         yield f"targets must be a list of names, got {shown(targets)}"
 
 
-def _weights(quantization: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The config group's ``weights`` that count for a module."""
-    groups = quantization["config_groups"].values()
-    for is_meant in (lambda targets: name in targets, lambda targets: _matches_one(targets, name), _has_class):
-        for group in groups:
-            if is_meant(group["targets"]):
-                return dict(group["weights"])
-    raise ValueError("no config group has a target that matches it")
+class _Groups:
+    """Config groups by what they are for: names, else expressions, else a class. Of several the first counts."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._by_name = {target: group for group in reversed(groups) for target in group["targets"]}
+        matched = [(expression, group) for group in groups for expression in _expressions(group["targets"])]
+        self._table = ExpressionTable([expression for expression, _ in matched], "targets")
+        self._by_place = [group for _, group in matched]
+        self._by_class = next((group for group in groups if _has_class(group["targets"])), None)
+
+    def weights(self, name: str) -> Mapping[str, Any]:
+        """The ``weights`` that count for a module.
+
+        Raises:
+            ValueError: No group is for it, or expressions take too long to be matched (`ExpressionTable`).
+        """
+        group = self._by_name.get(name)
+        if group is None:
+            group = next((self._by_place[place] for place in self._table.matching(name)), self._by_class)
+        if group is None:
+            raise ValueError("no config group has a target that matches it")
+        found: Mapping[str, Any] = group["weights"]
+        return found
 
 
-def _matches_one(entries: Iterable[str], name: str) -> bool:
-    """True if one of the regular expressions among them matches.
-
-    Raises:
-        ValueError: They take too long to be matched (`ExpressionTable`).
-    """
-    return bool(_table(tuple(entries)).matching(name))
-
-
-@functools.lru_cache(16)
-def _table(entries: tuple[str, ...]) -> ExpressionTable:
-    return ExpressionTable([entry[3:] for entry in entries if entry.startswith("re:")], "ignore, or targets")
+def _expressions(entries: Iterable[str]) -> list[str]:
+    """The regular expressions among names."""
+    return [entry[3:] for entry in entries if entry.startswith("re:")]
 
 
 def _has_class(targets: Iterable[str]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from gptq_plugin.checkpoint.formats.format import Contents, Scheme
 from gptq_plugin.model.experts import block_of_experts
 from gptq_plugin.model.fused_names import fused_name
-from gptq_plugin.options.rules import matching_rules
+from gptq_plugin.options.rules import RuleTable
 
 Rules = dict[str, dict[str, Any]]
 _BELOW = r"(\..*)?"  # the name itself, and everything in it
@@ -62,7 +62,8 @@ def _matching(contents: Contents, rules: Mapping[str, Any]) -> dict[str, list[st
     """The rules that match each name a reader looks up, in order: of layers, blocks of experts and fused layers."""
     units = contents.units()
     names = dict.fromkeys([*units, *units.values(), *filter(None, map(_fused, units))])
-    return {name: matching_rules(rules, name) for name in names}
+    table = RuleTable(rules)
+    return {name: table.matching(name) for name in names}
 
 
 def _results(

@@ -17,11 +17,12 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.model.experts import block_of_experts
-from gptq_plugin.options.expressions import check_expression
+from gptq_plugin.options.expressions import check_expression, is_name
 from gptq_plugin.options.fields import shown
 
 INT32, INT64, FLOAT = "I32", "I64", "floating point"  # safetensors' names; any floating dtype
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # suffix -> kind of dtype, shape
+_MOST_EXPRESSIONS, _MOST_LETTERS = 2**14, 2**18  # of a file; parsed in up to six seconds
 _ITEM_BYTES = {INT32: 4, FLOAT: 2}  # as written: scales are float16
 Read = Callable[[str], Tensor]  # a layer's tensor as stored, by its suffix
 
@@ -192,31 +193,21 @@ class Format(ABC):
         """Returns how the description in config.json and quantize_config.json contradict each other, or None."""
         return None
 
-    def scheme(self, quantization: Mapping[str, Any], name: str) -> Scheme:
-        """Returns how a quantized module is described.
+    def schemes(self, quantization: Mapping[str, Any]) -> Callable[[str], Scheme]:
+        """Returns a function that tells, by name, how a quantized module is described.
 
-        Raises:
-            ValueError: Not at all, or with values that cannot be.
+        It raises ValueError where a module is not described at all, or with values that cannot be.
         """
-        found = self.fields(quantization, name)
-        if type(found.bits) is not int or found.bits not in BITS:
-            raise ValueError(f"bits is {shown(found.bits)}; it must be one of {', '.join(map(str, BITS))}")
-        size = found.group_size
-        if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
-            raise ValueError(f"group_size is {shown(size)}; it must be -1 or a positive integer")
-        return found
+        fields = self.fields(quantization)
+        return lambda name: _possible(fields(name))
 
     @abstractmethod
-    def fields(self, quantization: Mapping[str, Any], name: str) -> Scheme:
-        """The same with whatever values the description has.
+    def fields(self, quantization: Mapping[str, Any]) -> Callable[[str], Scheme]:
+        """The same with whatever values the description has."""
 
-        Raises:
-            ValueError: It does not cover the module.
-        """
-
-    def leaves_float(self, quantization: Mapping[str, Any], name: str) -> bool:
-        """True if a description names the module among those left float."""
-        return False
+    def left_float(self, quantization: Mapping[str, Any]) -> Callable[[str], bool]:
+        """Returns a function that tells, by name, whether a description has a module among those left float."""
+        return lambda name: False
 
     @abstractmethod
     def describe(self, contents: Contents, config: QuantizeConfig) -> dict[str, Any]:
@@ -252,9 +243,39 @@ class Format(ABC):
         return None
 
 
+def _possible(scheme: Scheme) -> Scheme:
+    """The scheme.
+
+    Raises:
+        ValueError: No module can be quantized so.
+    """
+    if type(scheme.bits) is not int or scheme.bits not in BITS:
+        raise ValueError(f"bits is {shown(scheme.bits)}; it must be one of {', '.join(map(str, BITS))}")
+    size = scheme.group_size
+    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+        raise ValueError(f"group_size is {shown(size)}; it must be -1 or a positive integer")
+    return scheme
+
+
 def check_expressions(expressions: Iterable[str], where: str) -> None:
-    """Raises CheckpointError, which begins with `where`, for what is no regular expression (`check_expression`)."""
-    for expression in expressions:
+    """Checks regular expressions of a file.
+
+    Args:
+        expressions: Any number of escaped names, and as many others as are parsed in seconds.
+        where: File and field.
+
+    Raises:
+        CheckpointError: There are too many, or one is none (`check_expression`).
+    """
+    parsed = [expression for expression in expressions if not is_name(expression)]
+    letters = sum(map(len, parsed))
+    if len(parsed) > _MOST_EXPRESSIONS or letters > _MOST_LETTERS:
+        raise CheckpointError(
+            f"{where}: {len(parsed):,} regular expressions that are no escaped names, of {letters:,} letters; at most "
+            f"{_MOST_EXPRESSIONS:,} of {_MOST_LETTERS:,} letters are read. Write fewer or shorter ones, or names with "
+            "their dots escaped"
+        )
+    for expression in parsed:
         try:
             check_expression(expression)
         except ValueError as error:

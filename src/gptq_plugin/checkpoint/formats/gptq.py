@@ -14,6 +14,7 @@ first ``dynamic`` rule whose regular expression matches its name on top (GPTQMod
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels.reference import words_for
 from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
 from gptq_plugin.options.fields import shown
-from gptq_plugin.options.rules import matching_rules, rule_regex
+from gptq_plugin.options.rules import RuleTable, rule_regex
 
 
 class GPTQ(Format):
@@ -165,17 +166,21 @@ class GPTQ(Format):
             "(0x77777777 at 4 bits) and as 2^(bits-1) in 'gptq_v2' (0x88888888)"
         )
 
-    def fields(self, quantization: Mapping[str, Any], name: str) -> Scheme:
-        rule: dict[str, Any] = dict(quantization)
+    def fields(self, quantization: Mapping[str, Any]) -> Callable[[str], Scheme]:
         dynamic = quantization.get("dynamic") or {}
-        for pattern in matching_rules(dynamic, name)[:1]:
-            rule.update(dynamic[pattern] or {})
-        return Scheme(
-            rule.get("bits"),  # type: ignore[arg-type]
-            rule.get("group_size", -1),
-            bool(rule.get("sym", True)),
-            bool(rule.get("desc_act", False)),
-        )
+        rules = RuleTable(dynamic)
+
+        def of(name: str) -> Scheme:
+            first = next(iter(rules.matching(name)), None)
+            found = ChainMap({} if first is None else dynamic[first] or {}, quantization)  # type: ignore[arg-type]
+            return Scheme(
+                found.get("bits"),  # type: ignore[arg-type]
+                found.get("group_size", -1),
+                bool(found.get("sym", True)),
+                bool(found.get("desc_act", False)),
+            )
+
+        return of
 
     def describe(self, contents: Contents, config: QuantizeConfig) -> dict[str, Any]:
         """Only keys that GPTQModel, transformers and vLLM all take.

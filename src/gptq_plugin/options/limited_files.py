@@ -1,0 +1,81 @@
+"""Files that a stranger wrote, read up to a size and a number of values: `read_text`, `parse_json`.
+
+A sparse file of 64 GB costs its author nothing, and a value of JSON takes up to fifty times its text in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LARGEST = 128 << 20  # bytes; the index of a model of 100,000 experts has half of them
+_MOST_VALUES = 2**21  # half a gigabyte in memory
+_OF_TOKENIZERS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def read_text(file: Path) -> str:
+    """A file's text, UTF-8.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is too large, or no text.
+    """
+    with file.open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        _refuse_large(file, size)
+        return opened.read(size).decode("utf-8")
+
+
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value that a text of JSON describes.
+
+    Args:
+        text: What `read_text` returned.
+        pairs: Makes objects, as ``object_pairs_hook``.
+
+    Raises:
+        ValueError: It is no JSON, or describes too many values.
+        RecursionError: They are too deep in each other.
+    """
+    values = sum(map(text.count, ",[{"))
+    if values > _MOST_VALUES:
+        raise ValueError(f"it holds up to {values:,} values, and at most {_MOST_VALUES:,} are read")
+    return json.loads(text, object_pairs_hook=pairs)
+
+
+def check_sizes(folder: str | os.PathLike[str]) -> None:
+    """Checks the files of a tokenizer or processor, which other libraries read whole. No folder has none.
+
+    Raises:
+        ValueError: One is too large.
+    """
+    for file in (Path(folder, name) for name in _OF_TOKENIZERS):
+        if os.path.isfile(file):
+            _refuse_large(file, file.stat().st_size)
+
+
+def _refuse_large(file: Path, size: int) -> None:
+    if size > LARGEST:
+        raise ValueError(
+            f"{file} has {size:,} bytes, and at most {LARGEST:,} of such a file are read: fetch it again, or remove it"
+        )
