@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TargetError(ValueError):
@@ -38,6 +38,12 @@ def brief(text: object, most: int = 600) -> str:
     printed. Files of strangers end up in it."""
     whole = str(text).encode(errors="backslashreplace").decode()
     return whole if len(whole) <= most else f"{whole[:most]}…"
+
+
+def lines(problems: Sequence[str], most: int = 20) -> str:
+    """The first `most` of several problems, a line each, and the number of others, for a message."""
+    more = [f"and {len(problems) - most} more like these"] if len(problems) > most else []
+    return "".join(f"\n  {problem}" for problem in [*problems[:most], *more])
 
 
 def some(names: Iterable[str], most: int = 4) -> str:

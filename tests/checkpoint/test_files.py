@@ -12,7 +12,9 @@ from gptq_plugin import load_quantized
 from gptq_plugin.checkpoint.files import description_in, read_json, write_json
 from gptq_plugin.errors import CheckpointError
 
-from copies import LLAMA, edited
+from copies import LLAMA, edited, sharded
+
+INDEX = "model.safetensors.index.json"
 
 
 def test_a_folder_without_a_description_is_refused(tmp_path: Path) -> None:
@@ -102,3 +104,12 @@ def test_a_key_that_occurs_twice_is_refused_since_readers_take_one_or_the_other(
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"x\.json cannot be read as JSON \(it holds 'bits' twice\)"):
             read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "quantize_config.json", "generation_config.json", INDEX])
+def test_a_sparse_file_of_json_is_refused_by_name_and_size(name: str, tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "x") if name == INDEX else edited(LLAMA, tmp_path / "x")
+    with (folder / name).open("ab") as file:
+        file.truncate(64 << 30)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} has 68,719,476,736 bytes, and at most 134,217,728"):
+        load_quantized(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,47 @@ def edit(name: str, tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> 
     change(content)
     (folder / "config.json").write_text(json.dumps(content))
     return folder
+
+
+def test_more_rules_than_any_model_has_layers_are_refused_by_field_and_number(tmp_path: Path) -> None:
+    rules: dict[str, Any] = {rf"x\.{i}$": {"bits": 4} for i in range(2**17 + 1)}
+    folder = edited(LLAMA, tmp_path / "x", config=lambda c: set_quantization(c, dynamic=rules))
+    with pytest.raises(CheckpointError, match=r"config\.json: dynamic has 131,073 rules; at most 131,072 are read"):
+        Checkpoint.open(folder)
+
+
+def test_a_hundred_thousand_rules_for_names_are_read_in_seconds_and_the_first_that_matches_counts(
+    tmp_path: Path,
+) -> None:
+    rules: dict[str, Any] = {rf"-:x\.{i}$": {} for i in range(100_000)} | {"(?i)MODEL": {"bits": 4, "group_size": 32}}
+    folder = edited(LLAMA, tmp_path / "x", config=lambda c: set_quantization(c, dynamic=rules))
+    start = time.process_time()
+    assert Checkpoint.open(folder).layers
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        (
+            [f".*x{i}$" for i in range(20_000)],
+            "20,000 regular expressions that are no escaped names, of 168,890 letters",
+        ),
+        (["." * 300_000], "1 regular expressions that are no escaped names, of 300,000 letters"),
+        (["(?i)" + "[Ā-\U0010ffff]" * 200], "1 regular expressions that are no escaped names, of 401,004 letters"),
+        (["(?i)" + r"[\u0100-\U0010ffff]" * 200], "1 regular expressions that are no escaped names"),
+    ],
+)
+@pytest.mark.parametrize("name", [LLAMA, CT])
+def test_expressions_that_take_long_to_parse_are_refused_by_field_and_number(
+    name: str, rules: list[str], told: str, tmp_path: Path
+) -> None:
+    described = {"ignore": [f"re:{rule}" for rule in rules]} if name == CT else {"dynamic": {key: {} for key in rules}}
+    folder = shutil.copytree(FIXTURES / name, tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    set_quantization(config, **described)
+    (folder / "config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=rf"config\.json: {next(iter(described))}: {told}"):
+        Checkpoint.open(folder)
+    assert time.process_time() - start < 1

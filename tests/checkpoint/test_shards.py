@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gptq_plugin import load_quantized
 from gptq_plugin.check.float_weights import FloatWeights
+from gptq_plugin.check.lint import lint
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.errors import CheckpointError
@@ -113,3 +114,41 @@ def test_a_tensor_may_have_any_name_that_can_be_read(tmp_path: Path) -> None:
     names = {"../../etc/passwd", "漢字.weight", "a b", "n" * 1000, ""}
     save_file({name: torch.ones(1) for name in names}, tmp_path / "model.safetensors")
     assert set(Shards.open(tmp_path).entries) == names
+
+
+def test_weights_of_which_most_were_never_written_are_refused_as_a_download_that_did_not_end(tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x")
+    data = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, end = json.loads(data[8 : 8 + size]), len(data) - 8 - size
+    header["x.weight"] = {"dtype": "F16", "shape": [10 << 20, 1 << 10], "data_offsets": [end, end + (20 << 30)]}
+    made = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(made).to_bytes(8, "little") + made + data[8 + size :])
+        file.truncate(file.tell() + (20 << 30))
+    for read in (load_quantized, lint):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors .* is a sparse file, of which less than half"):
+            refuse(read(folder))
+
+
+def refuse(found: Any) -> None:
+    """Raises what `lint` finds."""
+    raise CheckpointError(found.errors[0])
+
+
+def test_thousands_of_tensors_without_values_are_refused(tmp_path: Path) -> None:
+    empty = torch.empty(0)
+    save_file({f"x{i}": empty.clone() for i in range(1001)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1001 tensors without values \(x0, x1, .* and 997 more\)"):
+        Shards.open(tmp_path)
+    save_file({f"x{i}": empty.clone() for i in range(1000)}, tmp_path / "model.safetensors")
+    assert len(Shards.open(tmp_path).entries) == 1000
+
+
+def test_a_message_about_many_tensors_names_some_and_counts_the_others(tmp_path: Path) -> None:
+    folder = edited(LLAMA, tmp_path / "x")
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, **{f"x{i}": torch.ones(1) for i in range(500)}}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"x0 belongs to no module[\s\S]*and 480 more like these") as told:
+        load_quantized(folder)
+    assert len(str(told.value)) < 3000

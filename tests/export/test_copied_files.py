@@ -9,7 +9,7 @@ import pytest
 
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.export.convert import convert
-from gptq_plugin.export.copied_files import copy_files, files_to_copy
+from gptq_plugin.export.copied_files import copy_files, files_to_copy, occupied_bytes
 
 from copies import LLAMA, edited
 
@@ -73,3 +73,31 @@ def test_in_the_hubs_cache_links_may_lead_to_the_repositorys_blobs_alone(tmp_pat
     assert files_to_copy(snapshot, ["ignored"]) == files
     with pytest.raises(CheckpointError, match="ignored is a link to"):
         files_to_copy(snapshot, [])
+
+
+def test_a_sparse_file_is_copied_with_its_holes_and_counts_by_what_was_written(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    with (source / "x").open("wb") as file:
+        file.write(b"a" * 10_000)
+        file.seek(64 << 30)
+        file.write(b"end")
+    (source / "empty").touch()
+    files = [Path("x"), Path("empty")]
+    assert 10_000 <= occupied_bytes(source, files) < 1 << 20
+    copy_files(source, files, target)
+    with (target / "x").open("rb") as copy:
+        assert copy.read(10_001) == b"a" * 10_000 + b"\0"
+        copy.seek(64 << 30)
+        assert copy.read() == b"end"
+    assert occupied_bytes(target, files) < 1 << 20 and (target / "empty").read_bytes() == b""
+
+
+def test_folders_very_deep_in_each_other_are_refused(folder: Path, tmp_path: Path) -> None:
+    below = folder
+    for _ in range(50):
+        below = below / "d"
+        below.mkdir()
+    with pytest.raises(CheckpointError, match="is 50 folders below the checkpoint's"):
+        convert(folder, tmp_path / "out", "gptq")
+    assert not (tmp_path / "out").exists()

@@ -65,6 +65,36 @@ def test_no_expression_takes_long(expression: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "expression", [".*" * 20_000 + "!", "(?=.*)" * 5000 + "!", "(?=.*" * 40 + "!" + ")" * 40, "(?:.|a)*" * 5000 + "!"]
+)
+def test_an_expression_that_takes_too_many_steps_is_refused_by_its_text_and_the_name(expression: str) -> None:
+    check_expression(expression)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"\(str\) takes more than 500,000 steps to be matched with 'model\.x\.x"):
+        matches(expression, "model" + ".x" * 490)
+    assert time.process_time() - start < 5
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.text("ab._-/$^\\\n éß1*(", max_size=5),
+    st.sampled_from(["", "$"]),
+    st.text("ab._-/$\\\n éß1*(", max_size=5),
+)
+def test_an_escaped_name_is_matched_as_python_does_without_being_parsed(letters: str, end: str, other: str) -> None:
+    expression = re.escape(letters) + end
+    assert expressions.is_name(expression)
+    for name in (letters, letters + other, letters + "\n", other):
+        assert matches(expression, name) == (re.match(expression, name) is not None)
+    assert expressions.literal_beginning(expression) == letters
+
+
+@pytest.mark.parametrize("expression", ["a.b", r"a\d", r"\1", "a*", "(a)", "a|b", "[a]", "a$b", r"\Z", "a$$", "{1}"])
+def test_what_is_no_escaped_name_is_parsed(expression: str) -> None:
+    assert not expressions.is_name(expression)
+
+
+@pytest.mark.parametrize(
     ("expression", "because"),
     [
         ("(", "is not a regular expression: missing"),

@@ -36,11 +36,9 @@ from gptq_plugin.checkpoint.schema import check_description, check_model_config,
 from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.device.surroundings import plain_defaults
-from gptq_plugin.errors import CheckpointError, some
+from gptq_plugin.errors import CheckpointError, lines, some
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.options.fields import shown
-
-_LISTED = 20  # contradictions in a message
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +179,7 @@ class Checkpoint:
         missing = [name for name in needed if name not in self.tensors]
         if missing:
             raise CheckpointError(
-                f"{self.directory} lacks {len(missing)} tensors of quantized layers: {', '.join(missing)}. "
+                f"{self.directory} lacks {len(missing)} tensors of quantized layers: {some(missing, 20)}. "
                 "The checkpoint is incomplete: fetch all of its files again, or export the model again"
             )
         owned = {f"{name}.{suffix}" for name in names for suffix in self.format.suffixes}
@@ -197,11 +195,8 @@ class Checkpoint:
                 self.layers[name] = layer
         if problems:
             raise CheckpointError(
-                f"{self.directory} contradicts its own description:\n  "
-                + "\n  ".join(problems[:_LISTED])
-                + "\n"
-                + (f"and {len(problems) - _LISTED} more like these. " if len(problems) > _LISTED else "")
-                + f"Correct the description in {CONFIG} and {QUANTIZE_CONFIG}, or fetch the checkpoint again"
+                f"{self.directory} contradicts its own description:{lines(problems)}\n"
+                f"Correct the description in {CONFIG} and {QUANTIZE_CONFIG}, or fetch the checkpoint again"
             )
         derived = [layer.name for layer in self.layers.values() if not layer.has_g_idx]
         if derived and self.format.always_g_idx:

@@ -17,7 +17,7 @@ from gptq_plugin.checkpoint.formats.format import Contents, QuantizedLayer
 from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.finite import not_finite_in
-from gptq_plugin.errors import CheckpointError, brief, some
+from gptq_plugin.errors import CheckpointError, brief, lines, some
 from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
 from gptq_plugin.layers.swap import swap_modules
@@ -270,9 +270,9 @@ def match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]
 
 
 def refuse(checkpoint: Checkpoint, model: str, problems: list[str]) -> None:
-    """Raises a CheckpointError that names all `problems`, if there are any."""
+    """Raises a CheckpointError that names the first of `problems` and their number, if there are any."""
     if problems:
         raise CheckpointError(
-            f"{checkpoint.directory} does not fit {model}:\n  " + "\n  ".join(problems) + "\n"
+            f"{checkpoint.directory} does not fit {model}:{lines(problems)}\n"
             "Nothing was loaded. The checkpoint is incomplete, or of another model or another version of it"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from gptq_plugin.checkpoint.schema import check_index
 from gptq_plugin.errors import CheckpointError, brief, some
 from gptq_plugin.options import fields
 from gptq_plugin.options.fields import shown
+from gptq_plugin.options.limited_files import is_mostly_holes
 
 _LONGEST_NAME = 1000  # of a tensor, in letters
+_MOST_EMPTY = 1000
 _LONGEST_FILE_NAME = 255  # bytes
 
 
@@ -72,23 +74,27 @@ class Shards:
                 + (f", and {INDEX} lists {some(promised)} in it" if promised else "")
                 + ": fetch or copy it again, or export the model again"
             )
+        if is_mostly_holes(file):
+            raise CheckpointError(
+                f"{file} ({file.stat().st_size} bytes) is a sparse file, of which less than half was ever written, as "
+                "where a download did not end: fetch or copy it again"
+            )
         found: dict[str, TensorEntry] = {}
         try:
             handle = safe_open(str(file), framework="pt", device="cpu")
             for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
                 piece = handle.get_slice(name)
                 found[name] = TensorEntry(file, piece.get_dtype(), tuple(piece.get_shape()))
+        except MemoryError as error:
+            raise CheckpointError(
+                f"{file} ({file.stat().st_size} bytes) is larger than what this process may address: {brief(error)}"
+            ) from error
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file} ({file.stat().st_size} bytes) is truncated or corrupt, since safetensors cannot read it "
                 f"({brief(error)}): fetch or copy it again, or export the model again"
             ) from error
-        strange = [name for name in found if not name.isprintable() or len(name) > _LONGEST_NAME]
-        if strange:
-            raise CheckpointError(
-                f"{file} has a tensor named {fields.shown(strange[0])}: names have printable letters, at most "
-                f"{_LONGEST_NAME}. It is damaged, or made to mislead"
-            )
+        _check_entries(file, found)
         missing = sorted(set(promised) - set(found))
         if missing:
             raise CheckpointError(f"{file} lacks {some(missing)}, which {INDEX} lists in it: fetch it again")
@@ -102,6 +108,22 @@ class Shards:
         self.entries.update(here)
         self.elsewhere.update(found.keys() - here.keys())
         self._handles[file] = handle
+
+
+def _check_entries(file: Path, found: Mapping[str, TensorEntry]) -> None:
+    """Refuses tensors that no tool writes."""
+    strange = [name for name in found if not name.isprintable() or len(name) > _LONGEST_NAME]
+    if strange:
+        raise CheckpointError(
+            f"{file} has a tensor named {fields.shown(strange[0])}: names have printable letters, at most "
+            f"{_LONGEST_NAME}. It is damaged, or made to mislead"
+        )
+    empty = [name for name, entry in found.items() if 0 in entry.shape]
+    if len(empty) > _MOST_EMPTY:
+        raise CheckpointError(
+            f"{file} has {len(empty)} tensors without values ({some(empty)}), and no tool writes as many. It is "
+            "damaged, or made to mislead"
+        )
 
 
 def _listed(directory: Path, base: str) -> dict[Path, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import os
 import stat
@@ -10,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.options.limited_files import written_parts
 
 _BLOCK = 1 << 24  # bytes
+_DEEPEST = 50  # folders in each other
 
 
 def files_to_copy(folder: Path, ignored: Sequence[str]) -> list[Path]:
@@ -47,7 +48,7 @@ def occupied_bytes(folder: Path, files: Sequence[Path]) -> int:
 
 def _copy(source: Path, target: Path) -> None:
     with source.open("rb") as read, target.open("wb") as written:
-        for start, end in _written_parts(read.fileno()):
+        for start, end in written_parts(read.fileno()):
             read.seek(start)
             written.seek(start)
             while start < end:
@@ -58,23 +59,6 @@ def _copy(source: Path, target: Path) -> None:
         written.truncate(os.fstat(read.fileno()).st_size)
 
 
-def _written_parts(file: int) -> Iterator[tuple[int, int]]:
-    """Yields where a file's parts between holes begin and end; a file system without holes has one."""
-    end, size = 0, os.fstat(file).st_size
-    if not hasattr(os, "SEEK_DATA"):  # Windows
-        yield 0, size
-        return
-    while end < size:
-        try:
-            start = os.lseek(file, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return  # a hole up to the end
-        end = os.lseek(file, start, os.SEEK_HOLE)
-        yield start, end
-
-
 def check_read(folder: Path, files: Sequence[Path]) -> None:
     """Checks files that are read, not copied, as `files_to_copy` does."""
     roots = _roots(folder)
@@ -82,12 +66,14 @@ def check_read(folder: Path, files: Sequence[Path]) -> None:
         _checked(file, roots)
 
 
-def _walk(folder: Path, ignored: Sequence[str]) -> Iterator[Path]:
+def _walk(folder: Path, ignored: Sequence[str], deeper: int = _DEEPEST) -> Iterator[Path]:
+    if not deeper:
+        raise CheckpointError(f"{folder} is {_DEEPEST} folders below the checkpoint's, and is not copied: remove it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if any(fnmatch.fnmatch(entry.name, pattern) for pattern in ignored):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), ignored)
+            yield from _walk(Path(entry.path), ignored, deeper - 1)
         else:
             yield Path(entry.path)
 

@@ -29,7 +29,7 @@ _LENGTHS = (16, 32, 48, 64, 96, 128, 256, 1024, 2**16)  # of names, in letters
 _DEEPEST = 50  # groups in each other
 _STEPS = 500_000  # through an expression and a name: a second
 _KNOWN = 2**14  # expressions that are kept
-_NAME = re.compile(r"\^?((?:[A-Za-z0-9_/-]|\\[^A-Za-z0-9])*)(\$?)", re.DOTALL)  # an escaped name
+_NAME = re.compile(r"\^?((?:[\w/-]|\\[^A-Za-z0-9])*)(\$?)", re.DOTALL)  # an escaped name
 
 _REPEATS, _LOOKS = ("MAX_REPEAT", "MIN_REPEAT"), ("ASSERT", "ASSERT_NOT")
 _BACK = ("GROUPREF", "GROUPREF_EXISTS", "GROUPREF_IGNORE", "ATOMIC_GROUP", "POSSESSIVE_REPEAT")

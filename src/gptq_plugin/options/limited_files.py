@@ -5,14 +5,15 @@ A sparse file of 64 GB costs its author nothing, and a value of JSON takes up to
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 LARGEST = 128 << 20  # bytes; the index of a model of 100,000 experts has half of them
-_MOST_VALUES = 2**21  # half a gigabyte in memory
+_MOST_VALUES = 2**20  # ten rules, or three tensors, for each layer of the largest models
 _OF_TOKENIZERS = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -72,6 +73,41 @@ def check_sizes(folder: str | os.PathLike[str]) -> None:
     for file in (Path(folder, name) for name in _OF_TOKENIZERS):
         if os.path.isfile(file):
             _refuse_large(file, file.stat().st_size)
+
+
+def written_parts(file: int) -> Iterator[tuple[int, int]]:
+    """Yields where an open file's parts between holes begin and end; a file system without holes has one."""
+    end, size = 0, os.fstat(file).st_size
+    if not hasattr(os, "SEEK_DATA"):  # Windows
+        yield 0, size
+        return
+    while end < size:
+        try:
+            start = os.lseek(file, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # a hole up to the end
+        end = os.lseek(file, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def is_mostly_holes(file: Path) -> bool:
+    """True for a large file of which less than half was ever written, as where a download did not end.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with file.open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size <= LARGEST:
+            return False
+        written = 0
+        for start, end in written_parts(opened.fileno()):
+            written += end - start
+            if 2 * written >= size:
+                return False
+    return True
 
 
 def _refuse_large(file: Path, size: int) -> None:
