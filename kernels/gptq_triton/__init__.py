@@ -41,12 +41,12 @@ def exact_sums(x: Tensor) -> ModuleType:
     return plain_sums
 
 
-def grid_passes(x: Tensor) -> ModuleType:
-    """The module with `grid_errors`, chosen likewise."""
+def step_passes(x: Tensor) -> ModuleType:
+    """The module with `rounding_errors`, `grid_errors`, `grouped_hessian` and `scale_equations`, chosen likewise."""
     if _by_triton(x):
-        from . import passes  # imported here: needs Triton
+        from . import steps  # imported here: needs Triton
 
-        return passes
+        return steps
     return plain_steps
 
 

@@ -129,20 +129,6 @@ def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tenso
     Raises:
         ValueError: Wrong dtype, shape or stride.
     """
-    return _clipping_errors(weight, scales, zeros, spread, gain, bits).sum(-1)
-
-
-def grid_errors(targets: Tensor, scales: Tensor, zeros: Tensor, gain: Tensor, bits: int) -> Tensor:
-    """`plain_steps.grid_errors` on a GPU; all tensors float32 and contiguous.
-
-    Raises:
-        ValueError: Wrong dtype, shape or stride.
-    """
-    return _clipping_errors(targets, scales, zeros, torch.zeros_like(gain), gain, bits)
-
-
-def _clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:
-    """`clipping_errors` for each group, [A, rows, G]."""
     (rows, n), (alternatives, _, groups) = weight.shape, scales.shape
     _check(
         (
@@ -162,7 +148,7 @@ def _clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tens
         TOP=float(2**bits - 1), ROWS=_SCORED_ROWS,
         COLUMNS=min(_SCORED_COLUMNS, max(16, triton.next_power_of_2(size))),
     )  # fmt: skip
-    return parts
+    return parts.sum(-1)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""The steps that improve rounded rows, in plain PyTorch: their definitions, one row at a time in float64 or any dtype.
+"""The steps that improve rounded rows, in plain PyTorch.
 
-`grid_errors` is also the CPU path. The others define what `gptq_plugin.gptq.refine` computes for many rows at once.
-H is the mean of x xᵀ, w a row's target, s, z and q the scales, zeros and codes, and e = w − s·(q − z) its error; the
-row's loss is e H eᵀ.
+The first four are the CPU path, for many rows at once, [n, rows]; `steps` has them in Triton. The others define what
+`gptq_plugin.gptq.refine` makes of them, one row at a time in float64 or any dtype. H is the mean of x xᵀ, w a row's
+target, s, z and q the scales, zeros and codes, and e = w − s·(q − z) its error; the row's loss is e H eᵀ.
 """
 
 from __future__ import annotations
@@ -11,25 +11,88 @@ import torch
 from torch import Tensor
 
 
-def grid_errors(targets: Tensor, scales: Tensor, zeros: Tensor, gain: Tensor, bits: int) -> Tensor:
+def rounding_errors(
+    weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, channel: Tensor
+) -> Tensor:
+    """Errors w − s·(q − z) of the channels in some order.
+
+    Args:
+        weight: [n, rows], by channel.
+        codes: uint8 [n, rows], by channel.
+        scales, zeros: [G, rows].
+        group: int64 [n], of every channel.
+        channel: int64 [n], the order.
+
+    Returns:
+        [n, rows], in that order.
+    """
+    grid = group[channel]
+    rounded = (codes[channel].to(scales.dtype) - zeros[grid]).mul_(scales[grid])
+    return torch.sub(weight[channel], rounded, out=rounded)
+
+
+def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor, gain: Tensor, bits: int) -> Tensor:
     """Error of rounding targets to the nearest points of A grids, Σ_j gain_j·(t_j − Round(t_j))² for each group.
 
     Args:
-        targets: [rows, in], groups contiguous.
-        scales, zeros: [A, rows, G], the grids.
-        gain: [in], the weights.
+        targets: [n, rows].
+        channel: int64 [n], which of them are the first group's, the second's and so on.
+        scales, zeros: [A, G, rows], the grids.
+        gain: [n], the weights.
         bits: Width of a code.
 
     Returns:
-        [A, rows, G], in the targets' dtype.
+        [A, G, rows], in the targets' dtype.
     """
-    groups = targets.unflatten(1, (scales.shape[2], -1))
-    weights, found = gain.view(scales.shape[2], -1), []
-    for scale, zero in zip(scales[..., None], zeros[..., None], strict=True):
+    groups = targets[channel].mT.contiguous().unflatten(1, (scales.shape[1], -1))
+    weights, found = gain[channel].view(scales.shape[1], -1), []
+    for scale, zero in zip(scales.mT[..., None], zeros.mT[..., None], strict=True):
         q = (groups / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
         error = torch.sub(groups, q.sub_(zero).mul_(scale), out=q).square_()
-        found.append(error.mul_(weights).sum(-1))
+        found.append(error.mul_(weights).sum(-1).mT)
     return torch.stack(found)
+
+
+def grouped_hessian(hessian: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+    """The Hessian as `scale_equations` reads it: the channels of the first group, the second and so on, and a factor.
+
+    Args:
+        hessian: [n, n].
+        channel: int64 [n], the order.
+    """
+    return hessian[channel][:, channel], hessian.new_ones(())
+
+
+def scale_equations(
+    hessian: tuple[Tensor, Tensor], codes: Tensor, zeros: Tensor, errors: Tensor, channel: Tensor, some: slice
+) -> tuple[Tensor, Tensor]:
+    """M and b of the loss as a function of a change d of the scales, e H eᵀ − 2 b·d + d M dᵀ.
+
+    M_gh = c_g H c_hᵀ and b_g = c_g H eᵀ, with c_g the row's q − z in group g and 0 elsewhere.
+
+    Args:
+        hessian: From `grouped_hessian` with this order of channels.
+        codes: uint8 [n, rows], by channel.
+        zeros: [G, rows].
+        errors: [n, rows], group by group.
+        channel: int64 [n], the channels group by group.
+        some: The rows wanted.
+
+    Returns:
+        float64 [some, G, G] and [some, G].
+    """
+    (whole, unit), groups = hessian, len(zeros)
+    size = len(errors) // groups
+    errors = errors[:, some]
+    centred = codes[:, some][channel].to(errors.dtype) - zeros[:, some].repeat_interleave(size, 0)
+    right = (centred * (whole @ errors)).unflatten(0, (groups, size)).sum(1).mT
+    matrix = right.new_zeros(centred.shape[1], groups, groups, dtype=torch.float64)
+    for group in range(groups):
+        start, stop = group * size, (group + 1) * size
+        product = (whole[:stop, start:stop] @ centred[start:stop]).mul_(centred[:stop])
+        matrix[:, group, : group + 1] = product.unflatten(0, (group + 1, size)).sum(1).mT
+        matrix[:, :group, group] = matrix[:, group, :group]
+    return matrix.mul_(unit), right.double().mul_(unit)
 
 
 def fitted_scales(weight: Tensor, hessian: Tensor, codes: Tensor, zeros: Tensor, group: Tensor) -> Tensor:

@@ -227,6 +227,7 @@ def solve_span(
     errors: Tensor,
     loss: Tensor,
     bits: int,
+    changes: bool = False,
 ) -> None:
     """Runs GPTQ's recursion over some columns, the last one first, for B blocks of rows that share a Hessian.
 
@@ -247,6 +248,7 @@ def solve_span(
         errors: [B, columns, A·rows], weight − scale·(code − zero); written.
         loss: [B, A·rows]; added to.
         bits: Width of a code.
+        changes: The codes are those so far, and the loss that they would add is subtracted.
     """
     batch, columns, width = pushed.shape
     alternatives, channels, groups = width // weight.shape[2], channel.tolist(), group.tolist()
@@ -264,8 +266,13 @@ def solve_span(
             scale, zero = scales[:, groups[j]], zeros[:, groups[j]]
             q = torch.round(t / scale + zero).clamp_(0, 2**bits - 1)
             rounded = scale * (q - zero)
+            if changes:
+                before = codes[:, channels[j]].to(q.dtype)
+                both = rounded + scale * (before - zero)
+                loss += scale * (before - q) * (gain[j] * (2 * t - both) - damping[j] * (2 * w - both))
             codes[:, channels[j]], errors[:, j] = q, w - rounded
-            loss += gain[j] * (t - rounded).square_() - damping[j] * errors[:, j].square()
+            if not changes:
+                loss += gain[j] * (t - rounded).square_() - damping[j] * errors[:, j].square()
 
 
 def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:

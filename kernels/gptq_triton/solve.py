@@ -22,7 +22,7 @@ BLOCK = 128  # columns per launch
 def _solve_block_kernel(
     pushed, weight, factor, scales, zeros, group, channel, gain, damping, codes, errors, loss,
     columns, width, rows, groups, n, factor_stride, error_batch, push_batch,
-    TOP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    TOP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, CHANGES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -68,7 +68,13 @@ def _solve_block_kernel(
                 rounded = scale * (q - zero)
                 e = w - rounded
                 off = target - rounded
-                total += tl.load(gain + j) * off * off - tl.load(damping + j) * e * e
+                if CHANGES:
+                    before = tl.load(codes + mine * width + r, mask=inside, other=0).to(tl.float32)
+                    sum_ = rounded + scale * (before - zero)
+                    slope = tl.load(gain + j) * (2 * target - sum_) - tl.load(damping + j) * (2 * w - sum_)
+                    total += scale * (before - q) * slope
+                else:
+                    total += tl.load(gain + j) * off * off - tl.load(damping + j) * e * e
                 tl.store(codes + mine * width + r, q.to(tl.uint8), mask=inside)
                 tl.store(errors + j * width + r, e, mask=inside)
                 t += a[:, None] * e[None, :]
@@ -90,6 +96,7 @@ def solve_span(
     errors: Tensor,
     loss: Tensor,
     bits: int,
+    changes: bool = False,
 ) -> None:
     """`reference.solve_span` on a GPU: for every 128 columns a product that pushes later errors to them, and a launch.
 
@@ -102,6 +109,7 @@ def solve_span(
         factor: As there, float32; its last stride is 1.
         group, channel, gain, damping: As there, contiguous; floats are float32.
         bits: Width of a code.
+        changes: As there.
 
     Raises:
         ValueError: Wrong dtype, shape or stride; the message names the tensor.
@@ -145,5 +153,5 @@ def solve_span(
             offset, weight, factor[here, here], scales, zeros, group[here], channel[here],
             gain[here], damping[here], codes, errors[:, here], loss,
             stop - start, width, rows, groups, n, factor.stride(0), errors.stride(0), offset.stride(0),
-            TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, num_warps=_WARPS,
+            TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, CHANGES=changes, num_warps=_WARPS,
         )  # fmt: skip

@@ -28,22 +28,22 @@ def started(rows=6, n=96, **fields):
     factor, _ = factorize(hessian[None], config, torch.float64, config.damp_percent)
     start = Recursion(weight[None], factor, config)
     start.visit_in_units()
-    rows = refine.Rows.of(start, hessian, refine.descent_columns(hessian, start.columns, config))
-    return rows, refine.rounding(rows, start.codes[0], start.scales[0], start.zeros[0]), start.g_idx().long()
+    groups = refine.grouped_channels(start.order, config)
+    rows = refine.Rows.of(start, refine.Arranged.of(hessian, start.columns, groups, config))
+    now = refine.Rounding(start.codes[0], start.scales[0], start.zeros[0], start.loss[0])
+    return rows, now, start.g_idx().long(), hessian
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_scales_are_those_with_the_least_loss_for_the_codes(grid, order, monkeypatch):
-    rows, now, group = started(**GRIDS[grid], **ORDERS[order])
+    rows, now, group, hessian = started(**GRIDS[grid], **ORDERS[order])
     monkeypatch.setattr(refine, "stored_scales", lambda scales: scales)
     monkeypatch.setattr(refine, "_RIDGE", 0.0)
     monkeypatch.setattr(refine, "_EQUATIONS", 9 * 4)  # some rows at a time
     found = refine.refitted(rows, now)
     for row in range(6):
-        wanted = plain_steps.fitted_scales(
-            rows.weight[0, :, row], rows.hessian, now.codes[:, row], now.zeros[:, row], group
-        )
+        wanted = plain_steps.fitted_scales(rows.weight[0, :, row], hessian, now.codes[:, row], now.zeros[:, row], group)
         near = (wanted > now.scales[:, row] / 2) & (wanted < now.scales[:, row] * 2)
         wanted = torch.where(near, wanted, now.scales[:, row])
         torch.testing.assert_close(found.scales[:, row], wanted, rtol=1e-9, atol=0)
@@ -54,7 +54,7 @@ def test_scales_are_those_with_the_least_loss_for_the_codes(grid, order, monkeyp
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("n", "span", "strip"), [(96, 512, 1024), (96, 32, 40), (160, 40, 33)])
 def test_a_sweep_of_descent_sets_each_code_to_the_best_for_all_others(grid, order, n, span, strip, monkeypatch):
-    rows, now, group = started(n=n, **GRIDS[grid], **ORDERS[order])
+    rows, now, group, hessian = started(n=n, **GRIDS[grid], **ORDERS[order])
     monkeypatch.setattr(refine.sweep.__globals__["tensor_cores"], "usable", lambda x: False)
     monkeypatch.setitem(refine.sweep.__globals__, "SPAN", span)
     monkeypatch.setattr(refine, "_STRIP", strip)
@@ -63,7 +63,7 @@ def test_a_sweep_of_descent_sets_each_code_to_the_best_for_all_others(grid, orde
     damping[rows.recursion.channel.long()] = rows.recursion.damping
     for row in range(6):
         codes = plain_steps.descended_codes(
-            rows.weight[0, :, row], rows.hessian, now.codes[:, row], now.scales[group, row], now.zeros[group, row],
+            rows.weight[0, :, row], hessian, now.codes[:, row], now.scales[group, row], now.zeros[group, row],
             rows.recursion.channel.long().flip(0), damping, 3,
         )  # fmt: skip
         assert torch.equal(found.codes[:, row].double(), codes)
@@ -74,16 +74,16 @@ def test_a_sweep_of_descent_sets_each_code_to_the_best_for_all_others(grid, orde
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_round_picks_grids_that_suit_the_targets_and_solves_on_them(grid, order, monkeypatch):
-    rows, now, group = started(**GRIDS[grid], **ORDERS[order])
+    rows, now, group, hessian = started(**GRIDS[grid], **ORDERS[order])
     monkeypatch.setattr(refine, "_STRIP", 40)
     errors = rows.weight[0] - now.scales[group] * (now.codes - now.zeros[group])
     visited = rows.recursion.channel.long().flip(0)
     lower = torch.linalg.cholesky(
-        (rows.hessian[visited][:, visited] + rows.recursion.damping.flip(0).diag()).flip(0, 1)
+        (hessian[visited][:, visited] + rows.recursion.damping.flip(0).diag()).flip(0, 1)
     ).flip(0, 1)
     targets = torch.empty_like(errors)
     targets[visited] = (rows.weight[0] - errors)[visited] + (lower / lower.diagonal()).T @ errors[visited]
-    torch.testing.assert_close(refine._targets(rows, now), targets)
+    torch.testing.assert_close(refine._targets(rows, now), targets[rows.by_position])
     gain = torch.empty(96, dtype=torch.float64)
     gain[visited] = lower.diagonal().square()
 
@@ -92,7 +92,7 @@ def test_a_round_picks_grids_that_suit_the_targets_and_solves_on_them(grid, orde
         off = (targets - scales[group] * (q - zeros[group])).square() * gain[:, None]
         return torch.zeros_like(scales).index_add_(0, group, off)
 
-    scales, zeros = refine._picked_grids(rows, targets, now)
+    scales, zeros = refine._picked_grids(rows, targets[rows.by_position], now)
     least = 1 if grid == "v1 zeros" else 0
     tried = [
         error(rows.storable(now.scales * factor, z := (now.zeros + move).clamp(least, 7)), z)
@@ -111,11 +111,11 @@ def test_a_round_picks_grids_that_suit_the_targets_and_solves_on_them(grid, orde
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_loss_of_no_row_rises_through_any_step(bits, grid, order):
-    rows, now, group = started(rows=16, bits=bits, method="best", **GRIDS[grid], **ORDERS[order])
+    rows, now, group, hessian = started(rows=16, bits=bits, method="best", **GRIDS[grid], **ORDERS[order])
 
     def exact(rounding):
         error = rows.weight[0] - rounding.scales[group] * (rounding.codes - rounding.zeros[group])
-        return output_error(error.T, rows.hessian)
+        return output_error(error.T, hessian)
 
     first, steps = exact(now), [refine.regridded] * 2 + [refine.refitted, refine.descended] * 2
     for step in steps:

@@ -1,12 +1,10 @@
-"""The definitions of the steps that improve rounded rows, by what they are to achieve; and the Triton pass."""
+"""The definitions of the steps that improve rounded rows, by what they are to achieve."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from gptq_plugin.kernels import grid_passes, plain_steps
-
-from kernel_cases import triton_device
+from gptq_plugin.kernels import plain_steps, step_passes
 
 
 def problem(n=24, bits=3, seed=0):
@@ -64,24 +62,39 @@ def test_the_whole_correction_gives_the_float_outputs_from_the_quantized_models_
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_error_of_a_grid_is_that_of_rounding_to_it(bits):
     torch.manual_seed(0)
-    targets, gain = torch.randn(5, 21, dtype=torch.float64), torch.rand(21, dtype=torch.float64)
-    scales = torch.rand(4, 5, 3, dtype=torch.float64) + 0.1
-    zeros = torch.randint(0, 2**bits, (4, 5, 3)).double()
-    found = grid_passes(targets).grid_errors(targets, scales, zeros, gain, bits)
-    points = torch.arange(2**bits) - zeros[..., None]  # [A, rows, G, codes]
-    away = targets.unflatten(1, (3, 7))[None, ..., None] - (scales[..., None] * points)[:, :, :, None]
-    wanted = (away.square().amin(-1) * gain.view(3, 7)).sum(-1)
+    targets, gain = torch.randn(21, 5, dtype=torch.float64), torch.rand(21, dtype=torch.float64)
+    scales, channel = torch.rand(4, 3, 5, dtype=torch.float64) + 0.1, torch.randperm(21)
+    zeros = torch.randint(0, 2**bits, (4, 3, 5)).double()
+    found = step_passes(targets).grid_errors(targets, channel, scales, zeros, gain, bits)
+    points = scales[..., None] * (torch.arange(2**bits) - zeros[..., None])  # [A, G, rows, codes]
+    away = targets[channel].unflatten(0, (3, 7))[None, ..., None] - points[:, :, None]
+    wanted = (away.square().amin(-1) * gain[channel].view(3, 7, 1)).sum(2)
     torch.testing.assert_close(found, wanted)
 
 
-@triton_device
-@pytest.mark.parametrize(("rows", "groups", "size"), [(1, 1, 7), (19, 3, 32), (5, 2, 200)])
-def test_the_triton_errors_of_grids_are_the_plain_ones(rows, groups, size, device):
-    from gptq_plugin.kernels import passes
-
+def test_equations_for_scales_give_the_loss_after_any_change_of_them():
     torch.manual_seed(0)
-    targets, gain = torch.randn(rows, groups * size, device=device), torch.rand(groups * size, device=device)
-    scales = torch.rand(4, rows, groups, device=device) + 0.1
-    zeros = torch.randint(0, 8, (4, rows, groups), device=device).float()
-    found = passes.grid_errors(targets, scales, zeros, gain, 3)
-    torch.testing.assert_close(found, plain_steps.grid_errors(targets, scales, zeros, gain, 3), rtol=1e-4, atol=1e-5)
+    rows, group, channel = 5, torch.tensor([1, 0, 2] * 4), torch.tensor([1, 4, 7, 10, 0, 3, 6, 9, 2, 5, 8, 11])
+    weight, half = torch.randn(12, rows, dtype=torch.float64), torch.randn(12, 12, dtype=torch.float64)
+    hessian, codes = half @ half.T, torch.randint(0, 8, (12, rows), dtype=torch.uint8)
+    scales, zeros = torch.rand(3, rows, dtype=torch.float64), torch.randint(0, 8, (3, rows)).double()
+    natural = torch.arange(12)
+
+    def losses(scales):
+        error = plain_steps.rounding_errors(weight, codes, scales, zeros, group, natural)
+        torch.testing.assert_close(error, weight - scales[group] * (codes.double() - zeros[group]))
+        return torch.einsum("ir,ij,jr->r", error, hessian, error)
+
+    errors = plain_steps.rounding_errors(weight, codes, scales, zeros, group, channel)
+    torch.testing.assert_close(errors, (weight - scales[group] * (codes.double() - zeros[group]))[channel])
+    some, change = slice(1, 4), torch.randn(3, rows, dtype=torch.float64)
+    matrix, right = plain_steps.scale_equations(
+        plain_steps.grouped_hessian(hessian, channel), codes, zeros, errors, channel, some
+    )
+    d = change[:, some].T
+    found = losses(scales)[some] - 2 * (right * d).sum(1) + torch.einsum("rg,rgh,rh->r", d, matrix, d)
+    torch.testing.assert_close(found, losses(scales + change)[some])
+    fitted = scales[:, 1] + torch.linalg.solve(matrix[0], right[0])
+    torch.testing.assert_close(
+        fitted, plain_steps.fitted_scales(weight[:, 1], hessian, codes[:, 1], zeros[:, 1], group)
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 from gptq_plugin.kernels import reference
@@ -31,6 +34,27 @@ def test_the_triton_block_is_the_plain_one(columns, rows, batch, alternatives, b
     torch.testing.assert_close(found.loss[same].double(), wanted.loss[same], atol=1e-4, rtol=1e-4)
     for name in ("pushed", "weight", "factor", "scales", "zeros", "group", "channel", "gain", "damping"):
         assert torch.equal(getattr(found, name), getattr(block, name))  # only outputs are written
+
+
+@triton_device
+@pytest.mark.parametrize("bits", [2, 8])
+def test_from_codes_so_far_the_triton_block_gives_the_change_of_the_loss(bits, device):
+    from gptq_plugin.kernels import solve
+
+    columns, rows = (32, 20) if device == "cpu" else (300, 300)
+    block = make_block(columns, rows, bits, device, alternatives=2)
+    codes = torch.randint(0, 2**bits, block.codes.shape, dtype=torch.uint8, device=device)
+    block = dataclasses.replace(block, codes=codes, loss=torch.zeros_like(block.loss))
+    exact = Block(**{k: v.double() if v.is_floating_point() else v for k, v in vars(block).items()})
+    found = block.solve(functools.partial(solve.solve_span, changes=True), bits)
+    wanted = exact.solve(functools.partial(reference.solve_span, changes=True), bits)
+    same = (found.codes == wanted.codes).all(dim=1)
+    assert same.double().mean() > 0.95
+    torch.testing.assert_close(found.loss[same].double(), wanted.loss[same], atol=1e-4, rtol=1e-4)
+    again = dataclasses.replace(found, pushed=block.pushed, errors=block.errors, loss=block.loss)
+    again.codes[:, :, 0] ^= 1  # of one row; the others' change is none at all
+    last = again.solve(functools.partial(solve.solve_span, changes=True), bits).loss
+    assert last[0, 0] != 0 and not last[0, 1:].any()
 
 
 @triton_device

@@ -17,7 +17,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.factor import Factor
 from gptq_plugin.gptq.grid import grids
 from gptq_plugin.gptq.recursion import Recursion
-from gptq_plugin.gptq.refine import Rounding, Rows, descent_columns, improved, rounding
+from gptq_plugin.gptq.refine import Arranged, Rounding, Rows, grouped_channels, improved
 
 CHUNK = 2**26  # weights at a time, at up to `_ALTERNATIVES` of each row
 CHUNK_BYTES = 70  # for each: five for every alternative, and those of the steps
@@ -57,6 +57,7 @@ class Improvement:
     def __init__(self, blocks: Tensor, hessian: Tensor, factor: Factor, config: QuantizeConfig):
         self.targets, self.config = blocks, config
         self._hessian, self._factor = hessian, factor
+        self._arranged: Arranged | None = None
         self.fits = torch.ones((), dtype=torch.bool, device=blocks.device)
         if config.static_groups:
             whole = blocks.new_full((1, blocks.shape[1]), max(config.clip_ratios))
@@ -76,9 +77,11 @@ class Improvement:
         start.visit_in_units()
         self.fits &= start.fits
         self.g_idx = start.g_idx
-        descent = descent_columns(self._hessian, start.columns, self.config)
-        rows = Rows.of(start, self._hessian, descent)
-        found = improved(rows, rounding(rows, start.codes[0], start.scales[0], start.zeros[0]))
+        if self._arranged is None:
+            groups = grouped_channels(start.order, self.config)
+            self._arranged = Arranged.of(self._hessian, start.columns, groups, self.config)
+        rows = Rows.of(start, self._arranged)
+        found = improved(rows, Rounding(start.codes[0], start.scales[0], start.zeros[0], start.loss[0]))
         return Rounding(found.codes, found.scales * rows.unit, found.zeros, found.loss * rows.unit.square())
 
 

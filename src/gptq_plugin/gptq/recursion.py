@@ -74,9 +74,9 @@ class Recursion:
 
     def visit_in_units(self) -> None:
         """Fills codes and loss, and keeps each row's best alternative. Scales and losses are in the rows' units."""
-        width, before = (0, None) if self.config.static_groups else (self.size, self._set_grid)
+        width, begin = (0, None) if self.config.static_groups else (self.size, self._set_grid)
         self.codes, self.loss = sweep(
-            self.columns, self.weight, self.scales, self.zeros, self.pushed, self.config.bits, width, before
+            self.columns, self.weight, self.scales, self.zeros, self.pushed, self.config.bits, width, begin
         )
         del self.pushed
         if not self.config.static_groups:

@@ -2,7 +2,8 @@
 
 Each step is a function of the rows to round (`Rows`: targets, Hessian, order of columns) and of how they are rounded
 (`Rounding`: codes and grids), to another rounding; a row takes that where its loss, (w − q) H (w − q)ᵀ without damping,
-falls. Scales are as stored, in float16, whenever a loss is computed. `plain_steps` of the kernels defines the steps.
+falls. A step yields its loss, or how much that changes, by the way: no product with the whole Hessian is left for it.
+Scales are as stored, in float16, whenever a loss is computed. `plain_steps` of the kernels defines the steps.
 
 - `regridded`: scales (and zeros) that suit the compensated targets t = q + A·(w − q), which earlier errors have moved
   away from the weights, each column weighted by its share D_j of the loss; then the recursion on these grids.
@@ -21,11 +22,10 @@ from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import least_zero, stored_scales
-from gptq_plugin.gptq.losses import output_error
 from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.gptq.sweep import Columns, add_products, keep_best, sweep
 from gptq_plugin.gptq.tensor_cores import LARGEST
-from gptq_plugin.kernels import grid_passes
+from gptq_plugin.kernels import solver_passes, step_passes
 
 _FACTORS = (1.0, 0.8, 0.85, 0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.16, 1.25)  # of scales tried in a round
 _LARGEST_POINT = 3.0  # of a grid, in units of the row, where weights are below 1: errors stay below 4
@@ -41,33 +41,31 @@ class Rows:
     Attributes:
         weight: The targets, [1, n, rows].
         unit: [rows], by which scales are multiplied before they are stored.
-        hessian: [n, n], without damping.
         recursion: GPTQ's order and factor.
-        descent: The same order, with the damped Hessian's rows, each divided by its diagonal entry.
+        hessian: Without damping, for `refitted` and `descended`.
         groups: int64 [n], the input channels group by group.
         config: bits, sym and checkpoint_format are read.
     """
 
     weight: Tensor
     unit: Tensor
-    hessian: Tensor
     recursion: Columns
-    descent: Columns
+    hessian: Arranged
     groups: Tensor
     config: QuantizeConfig
 
     @staticmethod
-    def of(start: Recursion, hessian: Tensor, descent: Columns) -> Rows:
+    def of(start: Recursion, hessian: Arranged) -> Rows:
         """The one block of rows that a recursion was made for."""
-        order = start.order if start.config.static_groups else start.order.flip(0)
-        groups = order.sort().values if start.config.static_groups else order
-        return Rows(start.weight, start.unit[0], hessian, start.columns, descent, groups, start.config)
+        groups = grouped_channels(start.order, start.config)
+        return Rows(start.weight, start.unit[0], start.columns, hessian, groups, start.config)
 
-    def errors(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        """w − q, [n, rows] by channel."""
-        group = self.group_of_channel()
-        q = (codes.to(scales.dtype) - zeros[group]).mul_(scales[group])
-        return torch.sub(self.weight[0], q, out=q)
+    def errors(self, now: Rounding, order: Tensor) -> Tensor:
+        """w − q of the channels in some order, [n, rows]."""
+        passes = step_passes(self.weight)
+        return passes.rounding_errors(
+            self.weight[0], now.codes, now.scales, now.zeros, self.group_of_channel(), order.contiguous()
+        )
 
     def group_of_channel(self) -> Tensor:
         """int64 [n]."""
@@ -76,20 +74,21 @@ class Rows:
         return found.scatter_(0, self.groups, torch.arange(len(found), device=found.device) // size)
 
     @property
+    def by_position(self) -> Tensor:
+        """int64 [n], the channel at each position."""
+        return self.recursion.channel.long()
+
+    @property
     def group_count(self) -> int:
         size = self.config.group_size
         return 1 if size == -1 else len(self.groups) // size
 
-    def by_position(self, values: Tensor) -> Tensor:
-        """[n, rows] by channel, in the order of positions, [1, n, rows]."""
-        return values[self.recursion.channel.long()][None]
-
-    def storable(self, scales: Tensor, zeros: Tensor) -> Tensor:
-        """Scales [..., rows] as they would be stored; no grid goes beyond `_LARGEST_POINT`."""
+    def storable(self, scales: Tensor, zeros: Tensor, some: slice = slice(None)) -> Tensor:
+        """Scales [..., rows] of some rows as they would be stored; no grid goes beyond `_LARGEST_POINT`."""
         top = 2**self.config.bits - 1
         if self.recursion.bounded:
             scales = torch.minimum(scales, _LARGEST_POINT / torch.maximum(zeros, top - zeros))
-        return stored_scales(scales * self.unit) / self.unit
+        return stored_scales(scales * self.unit[some]) / self.unit[some]
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,43 @@ class Rounding:
     scales: Tensor
     zeros: Tensor
     loss: Tensor
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """A Hessian in the orders in which steps read it.
+
+    Attributes:
+        descent: Columns with which a sweep is one of coordinate descent: entry (j, k) of rows is H_jk / (H_jj + Λ_j).
+        grouped: From `plain_steps.grouped_hessian`.
+    """
+
+    descent: Columns
+    grouped: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(hessian: Tensor, recursion: Columns, groups: Tensor, config: QuantizeConfig) -> Arranged:
+        """A Hessian [n, n] without damping.
+
+        Args:
+            hessian: It stays as it is.
+            recursion: The order of visits, and the damping.
+            groups: The channels group by group.
+            config: damp_percent is read.
+        """
+        channel, one = recursion.channel.long(), hessian.new_ones(1)
+        rows = solver_passes(hessian).permute(hessian[None], channel[None], one)
+        gain = rows[0].diagonal() + recursion.damping
+        rows /= gain[:, None]
+        # Entries are at most √(H_kk / Λ_j) / 2, and H_kk at most the trace.
+        bounded = recursion.bounded and len(channel) <= 4 * config.damp_percent * LARGEST**2
+        descent = dataclasses.replace(recursion, rows=rows, gain=gain, bounded=bounded)
+        return Arranged(descent, step_passes(hessian).grouped_hessian(hessian, groups.contiguous()))
+
+
+def grouped_channels(order: Tensor, config: QuantizeConfig) -> Tensor:
+    """The input channels group by group, int64 [n]; order has the channel at each position."""
+    return order.sort().values if config.static_groups else order.flip(0)
 
 
 def improved(rows: Rows, now: Rounding) -> Rounding:
@@ -126,48 +162,35 @@ def better(now: Rounding, other: Rounding) -> Rounding:
     )
 
 
-def rounding(rows: Rows, codes: Tensor, scales: Tensor, zeros: Tensor) -> Rounding:
-    """These codes on these grids, with their losses."""
-    loss = output_error(rows.errors(codes, scales, zeros).mT, rows.hessian)
-    return Rounding(codes, scales, zeros, loss)
-
-
-def descent_columns(hessian: Tensor, columns: Columns, config: QuantizeConfig) -> Columns:
-    """Columns with which a sweep is one of coordinate descent: entry (j, k) of rows is H_jk / (H_jj + Λ_j)."""
-    channel = columns.channel.long()
-    rows = hessian[channel][:, channel]
-    rows /= (rows.diagonal() + columns.damping)[:, None]
-    # Entries are at most √(H_kk / Λ_j) / 2, and H_kk at most the trace.
-    bounded = columns.bounded and len(channel) <= 4 * config.damp_percent * LARGEST**2
-    return dataclasses.replace(columns, rows=rows[None], bounded=bounded)
-
-
 def regridded(rows: Rows, now: Rounding) -> Rounding:
     """Solves on grids picked for the compensated targets, and on those half way to them."""
     scales, zeros = _picked_grids(rows, _targets(rows, now), now)
     half = rows.storable((scales * now.scales).sqrt(), now.zeros)
-    scales, zeros = torch.cat([scales, half], 1), torch.cat([zeros, now.zeros], 1)
-    pushed = rows.weight.new_zeros(*rows.weight.shape[:2], scales.shape[1])
-    codes, loss = sweep(rows.recursion, rows.weight, scales[None], zeros[None], pushed, rows.config.bits)
+    scales, zeros = torch.cat([scales, half], 1)[None], torch.cat([zeros, now.zeros], 1)[None]
+    pushed = rows.weight.new_zeros(*rows.weight.shape[:2], scales.shape[2])
+    codes, loss = sweep(rows.recursion, rows.weight, scales, zeros, pushed, rows.config.bits)
     del pushed
-    _, codes, scales, zeros = keep_best(loss, rows.weight.shape[2], codes, scales[None], zeros[None])
-    return rounding(rows, codes[0], scales[0], zeros[0])
+    loss, codes, scales, zeros = keep_best(loss, rows.weight.shape[2], codes, scales, zeros)
+    return Rounding(codes[0], scales[0], zeros[0], loss[0])
 
 
 def refitted(rows: Rows, now: Rounding) -> Rounding:
     """The scales with the least loss for the codes as they are, where they are not far from the scales so far.
 
-    Solves for the change of the scales, M·d = b with M_gh = c_g H c_hᵀ and b_g = c_g H eᵀ, in float64.
+    Solves M·d = b for the change of the scales, see `plain_steps.scale_equations`, in float64.
     """
-    centred = now.codes.to(now.scales.dtype) - now.zeros[rows.group_of_channel()]
-    found = [
-        _refitted_scales(rows, centred[:, part], now.scales[:, part], rows.weight[0, :, part])
-        for part in _slices(centred.shape[1], _EQUATIONS // rows.group_count**2)
-    ]
-    fitted = torch.cat(found, 1)
-    near = (fitted > now.scales / 2) & (fitted < now.scales * 2)
-    scales = rows.storable(torch.where(near, fitted, now.scales), now.zeros)
-    return rounding(rows, now.codes, scales, now.zeros)
+    errors, equations = rows.errors(now, rows.groups), step_passes(rows.weight).scale_equations
+    found = []
+    for some in _slices(errors.shape[1], _EQUATIONS // rows.group_count**2):
+        matrix, right = equations(rows.hessian.grouped, now.codes, now.zeros, errors, rows.groups, some)
+        before = now.scales[:, some]
+        fitted = before + _solution(matrix, right).mT.to(before.dtype)
+        near = (fitted > before / 2) & (fitted < before * 2)
+        scales = rows.storable(torch.where(near, fitted, before), now.zeros[:, some], some)
+        change = (scales - before).mT.double()
+        found.append((scales, now.loss[some] + _change(matrix, right, change).to(now.loss.dtype)))
+    scales, losses = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    return Rounding(now.codes, scales, now.zeros, losses)
 
 
 def descended(rows: Rows, now: Rounding) -> Rounding:
@@ -175,24 +198,26 @@ def descended(rows: Rows, now: Rounding) -> Rounding:
 
     It is the recursion with other rows: a column's target also takes the errors that columns still to come have so far.
     """
-    errors, below = rows.by_position(rows.errors(now.codes, now.scales, now.zeros)), rows.descent.rows
+    errors, descent = rows.errors(now, rows.by_position)[None], rows.hessian.descent
     pushed = torch.zeros_like(errors)
     for start in range(0, errors.shape[1], _STRIP):
         here = slice(start, start + _STRIP)
-        add_products(pushed[:, start:], below[:, start:, here].tril(-1), errors[:, here], rows.descent.bounded)
-    codes, _ = sweep(rows.descent, rows.weight, now.scales[None], now.zeros[None], pushed, rows.config.bits)
-    return rounding(rows, codes[0], now.scales, now.zeros)
+        add_products(pushed[:, start:], descent.rows[:, start:, here].tril(-1), errors[:, here], descent.bounded)
+    del errors
+    scales, zeros, before = now.scales[None], now.zeros[None], now.codes[None]
+    codes, change = sweep(descent, rows.weight, scales, zeros, pushed, rows.config.bits, before=before)
+    return Rounding(codes[0], now.scales, now.zeros, now.loss + change[0])
 
 
 def _targets(rows: Rows, now: Rounding) -> Tensor:
-    """t = q + A·(w − q) [n, rows], by channel: what the recursion would have rounded to these points."""
-    errors = rows.by_position(rows.errors(now.codes, now.scales, now.zeros))
-    moved = rows.by_position(rows.weight[0])
+    """t = q + A·(w − q) [n, rows], by position: what the recursion would have rounded to these points."""
+    errors = rows.errors(now, rows.by_position)[None]
+    moved = rows.weight[:, rows.by_position]
     for start in range(0, errors.shape[1], _STRIP):
         here, stop = slice(start, start + _STRIP), min(start + _STRIP, errors.shape[1])
         strip = rows.recursion.rows[:, :stop, here].triu(1 - start)
         add_products(moved[:, :stop], strip, errors[:, here], rows.recursion.bounded)
-    return torch.empty_like(moved[0]).index_copy_(0, rows.recursion.channel.long(), moved[0])
+    return moved[0]
 
 
 def _picked_grids(rows: Rows, targets: Tensor, now: Rounding) -> tuple[Tensor, Tensor]:
@@ -200,40 +225,28 @@ def _picked_grids(rows: Rows, targets: Tensor, now: Rounding) -> tuple[Tensor, T
     config, top = rows.config, 2**rows.config.bits - 1
     moves = (0,) if config.sym else (0, -1, 1)
     zeros = torch.stack([(now.zeros + move).clamp(least_zero(config), top) for move in moves for _ in _FACTORS])
-    scales = torch.stack([now.scales * factor for _ in moves for factor in _FACTORS])
-    scales = rows.storable(scales, zeros)
-    gain = torch.empty_like(rows.recursion.gain).index_copy_(0, rows.recursion.channel.long(), rows.recursion.gain)
-    grouped = targets[rows.groups].mT.contiguous()
-    errors = grid_passes(grouped).grid_errors(
-        grouped, scales.mT.contiguous(), zeros.mT.contiguous(), gain[rows.groups], config.bits
+    scales = rows.storable(torch.stack([now.scales * factor for _ in moves for factor in _FACTORS]), zeros)
+    position = torch.empty_like(rows.groups)
+    position[rows.by_position] = torch.arange(len(position), device=position.device)
+    errors = step_passes(targets).grid_errors(
+        targets, position[rows.groups], scales, zeros, rows.recursion.gain, config.bits
     )
-    best = errors.argmin(0).mT[None]  # [1, G, rows]
+    best = errors.argmin(0)[None]  # [1, G, rows]
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
-def _refitted_scales(rows: Rows, centred: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
-    """The fitted scales [G, rows] of some rows; NaN where M is singular.
-
-    Args:
-        rows: Of which these are some.
-        centred: c = q − z, [n, rows], by channel.
-        scales: So far, [G, rows].
-        weight: [n, rows], by channel.
-    """
-    groups, size = len(scales), len(centred) // len(scales)
-    hessian = rows.hessian[rows.groups][:, rows.groups]
-    centred = centred[rows.groups].contiguous()
-    errors = weight[rows.groups] - centred * scales.repeat_interleave(size, 0)
-    right = (centred * (hessian @ errors)).unflatten(0, (groups, size)).sum(1)  # [G, rows]
-    matrix = right.new_zeros(centred.shape[1], groups, groups, dtype=torch.float64)
-    for group in range(groups):
-        start, stop = group * size, (group + 1) * size
-        product = (hessian[:stop, start:stop] @ centred[start:stop]).mul_(centred[:stop])
-        matrix[:, group, : group + 1] = product.unflatten(0, (group + 1, size)).sum(1).mT
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
+def _solution(matrix: Tensor, right: Tensor) -> Tensor:
+    """d of M d = b for every row, [rows, G], with a ridge; NaN where M is singular even so."""
+    ridged = matrix.clone()
+    diagonal = ridged.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal.mean(1, keepdim=True)
-    lower, _ = torch.linalg.cholesky_ex(matrix)
-    return scales + torch.cholesky_solve(right.mT[:, :, None].double(), lower)[:, :, 0].mT.to(scales.dtype)
+    lower, _ = torch.linalg.cholesky_ex(ridged)
+    return torch.cholesky_solve(right[:, :, None], lower)[:, :, 0]
+
+
+def _change(matrix: Tensor, right: Tensor, change: Tensor) -> Tensor:
+    """By how much losses change with the scales, d M dᵀ − 2 b·d, [rows]."""
+    return ((matrix @ change[:, :, None])[:, :, 0] - 2 * right).mul_(change).sum(1)
 
 
 def _slices(length: int, width: int) -> Iterator[slice]:

@@ -51,7 +51,8 @@ def sweep(
     pushed: Tensor,
     bits: int,
     width: int = 0,
-    before: Callable[[int, int], None] | None = None,
+    begin: Callable[[int, int], None] | None = None,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rounds every column to its group's grid.
 
@@ -62,17 +63,19 @@ def sweep(
         pushed: [B, n, A·rows], to each position at the beginning; overwritten.
         bits: Width of a code.
         width: Positions in a span; 0 is `SPAN`.
-        before: Called as before(start, stop) when the errors of all spans after that one are pushed to it.
+        begin: Called as begin(start, stop) when the errors of all spans after that one are pushed to it.
+        before: Codes so far: with them, losses are the changes from theirs.
 
     Returns:
         Codes, uint8 [B, n, A·rows] by channel, and losses [B, A·rows] as in `reference.solve_span`.
     """
-    codes, loss = torch.empty_like(pushed, dtype=torch.uint8), torch.zeros_like(pushed[:, 0])
+    codes = torch.empty_like(pushed, dtype=torch.uint8) if before is None else before.clone()
+    loss = torch.zeros_like(pushed[:, 0])
     width = width or SPAN
     for stop in range(pushed.shape[1], 0, -width):
         start = max(stop - width, 0)
-        if before is not None:
-            before(start, stop)
+        if begin is not None:
+            begin(start, stop)
         here, errors = slice(start, stop), torch.empty_like(pushed[:, start:stop])
         solver_loops(weight).solve_span(
             pushed[:, here],
@@ -88,6 +91,7 @@ def sweep(
             errors,
             loss,
             bits,
+            before is not None,
         )
         if start:
             add_products(pushed[:, :start], columns.rows[:, :start, here], errors, columns.bounded)

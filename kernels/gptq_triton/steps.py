@@ -1,0 +1,203 @@
+"""The steps that improve rounded rows, in Triton; `plain_steps` defines them. Columns are contiguous, [n, rows]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import plain_steps
+from .needs_triton import tl, triton
+from .passes import permute, split_to_float16
+
+_LANES = 256  # rows of a program of `rounding_errors`, ...
+_COLUMNS = 8  # ... and the columns it takes
+_TRIED_ROWS = 128  # rows of a program of `grid_errors`
+# Of `scale_equations`: rows of a program, channels of a product beside and along its sum (at most the largest power of
+# two that divides a group's size), warps, stages of operands on their way, and programs, one after another, that take
+# the same group of other rows.
+_ROWS, _UPPER, _INNER, _WARPS, _STAGES, _TOGETHER = 128, 64, 128, 8, 2, 8
+_LEAST_INNER = 16
+_SCALE = 2.0**12  # of a Hessian with a diagonal of at most 4, before it is split
+
+
+@triton.jit
+def _rounding_errors_kernel(
+    weight, codes, scales, zeros, group, channel, out, n, rows, LANES: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    r = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    inside = r < rows
+    for i in range(COLUMNS):
+        j = tl.program_id(1) * COLUMNS + i
+        if j < n:
+            mine = tl.load(channel + j).to(tl.int64)
+            grid = tl.load(group + mine).to(tl.int64) * rows + r
+            scale = tl.load(scales + grid, mask=inside, other=1.0)
+            offset = tl.load(codes + mine * rows + r, mask=inside, other=0).to(tl.float32)
+            offset -= tl.load(zeros + grid, mask=inside, other=0.0)
+            w = tl.load(weight + mine * rows + r, mask=inside, other=0.0)
+            tl.store(out + j.to(tl.int64) * rows + r, w - scale * offset, mask=inside)
+
+
+def rounding_errors(
+    weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, channel: Tensor
+) -> Tensor:
+    """`plain_steps.rounding_errors` on a GPU, in one pass; floats are float32, codes uint8, all contiguous.
+
+    Raises:
+        ValueError: Wrong dtype, shape or stride.
+    """
+    (n, rows), groups = weight.shape, len(scales)
+    _check(
+        ("weight", weight, torch.float32, (n, rows)),
+        ("codes", codes, torch.uint8, (n, rows)),
+        ("scales", scales, torch.float32, (groups, rows)),
+        ("zeros", zeros, torch.float32, (groups, rows)),
+        ("group", group, torch.int64, (n,)),
+        ("channel", channel, torch.int64, (n,)),
+    )
+    out = torch.empty_like(weight)
+    if out.numel():
+        _rounding_errors_kernel[(triton.cdiv(rows, _LANES), triton.cdiv(n, _COLUMNS))](
+            weight, codes, scales, zeros, group, channel, out, n, rows, LANES=_LANES, COLUMNS=_COLUMNS
+        )
+    return out
+
+
+@triton.jit
+def _grid_errors_kernel(
+    targets, channel, scales, zeros, gain, out, rows, groups, size, grids, TOP: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    g = tl.program_id(1)
+    inside = r < rows
+    for a in range(grids):
+        at = (a * groups + g).to(tl.int64) * rows + r
+        scale = tl.load(scales + at, mask=inside, other=1.0)
+        zero = tl.load(zeros + at, mask=inside, other=0.0)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        points = 1 / scale  # a unit: near enough to compare grids
+        for i in range(size):
+            mine = tl.load(channel + g * size + i).to(tl.int64)
+            target = tl.load(targets + mine * rows + r, mask=inside, other=0.0)
+            q = tl.minimum(tl.maximum(target * points + zero, 0.0), TOP)
+            off = target - scale * ((q + 12582912.0) - 12582912.0 - zero)  # half to even, as in solve.py
+            total += off * off * tl.load(gain + mine)
+        tl.store(out + at, total, mask=inside)
+
+
+def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor, gain: Tensor, bits: int) -> Tensor:
+    """`plain_steps.grid_errors` on a GPU; floats are float32, all contiguous.
+
+    Raises:
+        ValueError: Wrong dtype, shape or stride.
+    """
+    (n, rows), (grids, groups, _) = targets.shape, scales.shape
+    _check(
+        ("targets", targets, torch.float32, (n, rows)),
+        ("channel", channel, torch.int64, (n,)),
+        ("scales", scales, torch.float32, (grids, groups, rows)),
+        ("zeros", zeros, torch.float32, (grids, groups, rows)),
+        ("gain", gain, torch.float32, (n,)),
+    )
+    out = torch.empty_like(scales)
+    if out.numel():
+        _grid_errors_kernel[(triton.cdiv(rows, _TRIED_ROWS), groups)](
+            targets, channel, scales, zeros, gain, out, rows, groups, n // groups, grids,
+            TOP=float(2**bits - 1), ROWS=_TRIED_ROWS,
+        )  # fmt: skip
+    return out
+
+
+def grouped_hessian(hessian: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+    """`plain_steps.grouped_hessian` on a GPU: the sum of two float16 matrices, [2, n, n], times 2^12."""
+    exponent = torch.frexp(hessian.diagonal().amax()).exponent
+    unit = torch.ldexp(torch.ones_like(exponent, dtype=hessian.dtype), exponent.clamp(-100, 100))
+    grouped = permute(hessian[None], channel[None], (1 / unit)[None])
+    return split_to_float16(grouped, _SCALE, "hl", 1).view(2, *hessian.shape), unit / _SCALE
+
+
+@triton.jit
+def _centred(codes, channel, zero, k, lane, rows, there):
+    mine = tl.load(channel + k).to(tl.int64)
+    q = tl.load(codes + mine[:, None] * rows + lane[None, :], mask=there[None, :], other=0).to(tl.float32)
+    return tl.where(there[None, :], q - zero[None, :], 0.0)
+
+
+@triton.jit
+def _scale_equations_kernel(
+    parts, codes, zeros, errors, channel, matrix, right, n, rows, first, count, groups,
+    SIZE: tl.constexpr, UPPER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    # Programs that run at the same time take a few blocks of rows, whose errors stay in the cache, and all groups.
+    wave = tl.program_id(0) // (TOGETHER * groups)
+    several = tl.minimum(tl.cdiv(count, ROWS) - wave * TOGETHER, TOGETHER)
+    within = tl.program_id(0) % (TOGETHER * groups)
+    g = within // several
+    r = (wave * TOGETHER + within % several) * ROWS + tl.arange(0, ROWS)
+    there = r < count
+    lane = first + r
+    low = parts + n.to(tl.int64) * n
+    zero = tl.load(zeros + g * rows + lane, mask=there, other=0.0)
+    inner = tl.arange(0, INNER)
+    mine = _centred(codes, channel, zero, g * SIZE + inner, lane, rows, there).to(tl.float16)  # exact
+    m = tl.zeros([ROWS], dtype=tl.float32)
+    b = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, n, UPPER):
+        i = start + tl.arange(0, UPPER)
+        product = tl.zeros([UPPER, ROWS], dtype=tl.float32)
+        for begin in tl.static_range(0, SIZE, INNER):
+            k = g * SIZE + begin + inner
+            if SIZE > INNER:
+                mine = _centred(codes, channel, zero, k, lane, rows, there).to(tl.float16)
+            at = i.to(tl.int64)[:, None] * n + k[None, :]
+            product = tl.dot(tl.load(low + at), mine, acc=product)
+            product = tl.dot(tl.load(parts + at), mine, acc=product)
+        e = tl.load(errors + i.to(tl.int64)[:, None] * rows + lane[None, :], mask=there[None, :], other=0.0)
+        b += tl.sum(product * e, axis=0)
+        h = start // SIZE
+        zero_h = tl.load(zeros + h * rows + lane, mask=there, other=0.0)
+        m = tl.where(start % SIZE == 0, 0.0, m)
+        m += tl.sum(product * _centred(codes, channel, zero_h, i, lane, rows, there), axis=0)
+        tl.store(matrix + (r.to(tl.int64) * groups + g) * groups + h, m, mask=there)
+    tl.store(right + r.to(tl.int64) * groups + g, b, mask=there)
+
+
+def scale_equations(
+    hessian: tuple[Tensor, Tensor], codes: Tensor, zeros: Tensor, errors: Tensor, channel: Tensor, some: slice
+) -> tuple[Tensor, Tensor]:
+    """`plain_steps.scale_equations` on a GPU, where groups are of a size that 16 divides: on tensor cores, which take
+    codes less their zeros as they are.
+
+    Raises:
+        ValueError: Wrong dtype, shape or stride.
+    """
+    (n, rows), groups = errors.shape, len(zeros)
+    parts, unit = hessian
+    _check(
+        ("hessian", parts, torch.float16, (2, n, n)),
+        ("codes", codes, torch.uint8, (n, rows)),
+        ("zeros", zeros, torch.float32, (groups, rows)),
+        ("errors", errors, torch.float32, (n, rows)),
+        ("channel", channel, torch.int64, (n,)),
+    )
+    size = n // groups
+    tile = min(_INNER, size & -size)
+    if tile < _LEAST_INNER:
+        whole = parts.to(errors.dtype).sum(0).mul_(unit), errors.new_ones(())
+        return plain_steps.scale_equations(whole, codes, zeros, errors, channel, some)
+    first, count = some.start, some.stop - some.start
+    matrix, right = errors.new_empty(count, groups, groups), errors.new_empty(count, groups)
+    _scale_equations_kernel[(triton.cdiv(count, _ROWS) * groups,)](
+        parts, codes, zeros, errors, channel, matrix, right, n, rows, first, count, groups,
+        SIZE=size, UPPER=min(_UPPER, tile), INNER=tile, ROWS=_ROWS, TOGETHER=_TOGETHER,
+        num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip
+    return matrix.double().mul_(unit), right.double().mul_(unit)
+
+
+def _check(*tensors: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) -> None:
+    for name, tensor, dtype, shape in tensors:
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )

@@ -1,0 +1,114 @@
+"""The Triton passes of the steps that improve rounded rows, against the plain ones in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gptq_plugin.kernels import plain_steps
+
+from kernel_cases import triton_device
+
+
+def rounded(groups, size, rows, bits=3, device="cpu", shuffled=True):
+    """Weights, codes, grids, the groups of channels, an order of channels and the channels group by group."""
+    g, n = torch.Generator().manual_seed(groups * size + rows), groups * size
+    weight = torch.randn(n, rows, generator=g)
+    codes = torch.randint(0, 2**bits, (n, rows), generator=g, dtype=torch.uint8)
+    scales = (torch.rand(groups, rows, generator=g) + 0.1).half().float()
+    zeros = torch.randint(0, 2**bits, (groups, rows), generator=g).float()
+    channels = torch.randperm(n, generator=g) if shuffled else torch.arange(n)
+    group = torch.empty(n, dtype=torch.int64).scatter_(0, channels, torch.arange(n) // size)
+    order = torch.randperm(n, generator=g)
+    return tuple(t.to(device) for t in (weight, codes, scales, zeros, group, order, channels))
+
+
+def correlated(n, device, scale=1.0):
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(3 * n, n, generator=g) @ torch.randn(n, n, generator=g) * torch.logspace(-1, 1, n)
+    return ((x.T @ x / len(x)) * scale).to(device)
+
+
+def doubled(*tensors):
+    return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
+@triton_device
+@pytest.mark.parametrize(("groups", "size", "rows"), [(1, 7, 1), (3, 32, 300), (2, 48, 33)])
+def test_the_triton_errors_of_a_rounding_are_the_plain_ones(groups, size, rows, device):
+    from gptq_plugin.kernels import steps
+
+    *of_rounding, group, order, _ = rounded(groups, size, min(rows, 40) if device == "cpu" else rows, device=device)
+    found = steps.rounding_errors(*of_rounding, group, order)
+    wanted = plain_steps.rounding_errors(*doubled(*of_rounding), group, order)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@triton_device
+@pytest.mark.parametrize(("rows", "groups", "size"), [(1, 1, 7), (19, 3, 32), (150, 2, 200)])
+def test_the_triton_errors_of_grids_are_the_plain_ones(rows, groups, size, device):
+    from gptq_plugin.kernels import steps
+
+    if device == "cpu":  # the interpreter is slow
+        size = min(size, 9)
+    targets, _, _, _, _, _, channels = rounded(groups, size, rows, device=device)
+    gain = torch.rand(groups * size, device=device)
+    scales = torch.rand(4, groups, rows, device=device) + 0.1
+    zeros = torch.randint(0, 8, (4, groups, rows), device=device).float()
+    found = steps.grid_errors(targets, channels, scales, zeros, gain, 3)
+    wanted = plain_steps.grid_errors(*doubled(targets, channels, scales, zeros, gain), 3)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@triton_device
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+@pytest.mark.parametrize(
+    ("groups", "size", "rows"),
+    [(3, 32, 70), (2, 128, 5), (1, 256, 140), (2, 48, 33), (5, 16, 1), (3, 20, 9), (1, 7, 2)],
+)
+def test_the_triton_equations_for_scales_are_the_plain_ones(groups, size, rows, scale, bits, device):
+    from gptq_plugin.kernels import steps
+
+    weight, codes, scales, zeros, group, _, channels = rounded(groups, size, rows, bits, device)
+    hessian = correlated(groups * size, device, scale)
+    errors = plain_steps.rounding_errors(weight, codes, scales / 2**bits, zeros, group, channels)
+    some = slice(rows // 3, rows)
+    matrix, right = steps.scale_equations(
+        steps.grouped_hessian(hessian, channels), codes, zeros, errors, channels, some
+    )
+    exact = plain_steps.grouped_hessian(hessian.double(), channels)
+    wanted = plain_steps.scale_equations(exact, codes, zeros.double(), errors.double(), channels, some)
+    size_of = wanted[0].diagonal(dim1=1, dim2=2).sqrt()
+    assert matrix.dtype == right.dtype == torch.float64
+    torch.testing.assert_close(matrix / size_of[:, :, None] / size_of[:, None], wanted[0] / size_of[:, :, None] / size_of[:, None], rtol=0, atol=4e-6)  # fmt: skip  # noqa: E501
+    most = torch.einsum("ir,ij,jr->r", errors[:, some].double(), exact[0], errors[:, some].double()).sqrt()
+    torch.testing.assert_close(right / size_of / most[:, None], wanted[1] / size_of / most[:, None], rtol=0, atol=4e-5)
+
+
+@triton_device
+def test_the_triton_equations_of_many_rows_are_those_of_each(device):
+    from gptq_plugin.kernels import steps
+
+    rows = 300 if device == "cpu" else 128 * 19 + 5  # beyond the rows that programs take together
+    _, codes, _, zeros, _, _, channels = rounded(3, 16, rows, 4, device, shuffled=False)
+    errors, hessian = torch.randn(48, rows, device=device), steps.grouped_hessian(correlated(48, device), channels)
+    matrix, right = steps.scale_equations(hessian, codes, zeros, errors, channels, slice(0, rows))
+    assert not matrix.isnan().any() and not right.isnan().any()
+    for first in (0, 128, rows - 7):
+        some = slice(first, min(first + 40, rows))
+        part = steps.scale_equations(hessian, codes, zeros, errors, channels, some)
+        assert torch.equal(matrix[some], part[0]) and torch.equal(right[some], part[1])
+
+
+@triton_device
+def test_the_triton_passes_name_what_they_cannot_take(device):
+    from gptq_plugin.kernels import steps
+
+    weight, codes, scales, zeros, group, order, channels = rounded(2, 16, 5, device=device)
+    with pytest.raises(ValueError, match=r"codes must be contiguous torch.uint8 \[32, 5\]"):
+        steps.rounding_errors(weight, codes.int(), scales, zeros, group, order)
+    with pytest.raises(ValueError, match=r"channel must be contiguous torch.int64 \[32\]"):
+        steps.grid_errors(weight, channels[:16], scales[None], zeros[None], torch.ones(32, device=device), 3)
+    with pytest.raises(ValueError, match=r"errors must be contiguous torch.float32 \[32, 5\], got torch.float64"):
+        hessian = steps.grouped_hessian(correlated(32, device), channels)
+        steps.scale_equations(hessian, codes, zeros, weight.double(), channels, slice(0, 5))
