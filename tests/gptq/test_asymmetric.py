@@ -7,11 +7,13 @@ import torch
 from gptq_plugin.kernels import plain_steps
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.gptq import asymmetric
 from gptq_plugin.gptq.asymmetric import asymmetric_target
 from gptq_plugin.gptq.factor import factorize
 from gptq_plugin.gptq.losses import output_error
 from gptq_plugin.gptq.solver import solve, solve_blocks
 
+from kernel_cases import needs_gpu
 from plain_gptq import ORDERS, correlated, plain
 
 
@@ -38,6 +40,31 @@ def test_the_target_is_the_plain_one_for_every_block(alpha, order):
     found = asymmetric_target(blocks, drift, factor, alpha)
     for one, block in zip(found, blocks, strict=True):
         torch.testing.assert_close(one, plain_steps.asymmetric_target(block, hessian, drift, damping, alpha))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+@pytest.mark.parametrize("order", ORDERS)
+def test_where_products_are_split_the_target_is_as_near_to_the_plain_one_as_in_float32(
+    order, size, device, monkeypatch
+):
+    weight, hessian, drift, _, _ = problem(n=160)
+    weight[2] *= 1e4
+    hessian, drift = hessian * size, drift * size
+    config = plain(group_size=32, **ORDERS[order])
+    factor, _ = factorize(hessian[None].float().to(device), config, torch.float32, 0.1)
+    damping = torch.empty(160).index_copy_(0, factor.order[0].cpu(), factor.damping[0].cpu())
+    wanted = plain_steps.asymmetric_target(weight, hessian, drift, damping, 0.5) - weight
+    monkeypatch.setattr(asymmetric, "_SPAN", 48)
+    monkeypatch.setattr(asymmetric, "_STRIP", 70)
+    off = []
+    for usable in (False, True):
+        monkeypatch.setattr(asymmetric.tensor_cores, "usable", lambda x, usable=usable: usable)
+        block = weight.float().to(device)
+        found = asymmetric_target(block[None], drift.float().to(device), factor, 0.5)[0].cpu().double() - weight
+        off.append((found - wanted).norm(dim=1) / wanted.norm(dim=1))
+    assert bool((off[1] < 1e-4).all()) and bool((off[1] < 3 * off[0] + 1e-6).all())
+    assert not torch.equal(off[0], off[1])
 
 
 @pytest.mark.parametrize("order", ORDERS)

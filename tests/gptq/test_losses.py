@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptq_plugin.gptq import tensor_cores
+from gptq_plugin.gptq import losses, tensor_cores
 from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.gptq.losses import output_error, output_power, rounding_loss
 
+from kernel_cases import needs_gpu
 from plain_gptq import correlated, plain
 
 
@@ -56,6 +57,22 @@ def test_where_a_gpu_multiplies_in_bfloat16_losses_are_near_and_of_the_weights_t
     for found, expected in zip((rounding_loss(blocks, hessian, config), output_power(blocks, hessian)), exact):
         assert found.dtype == torch.float32 and not torch.equal(found, expected)
         assert abs(float(found.sum() / expected.sum()) - 1) < 2e-3
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("n", [5, 1024, 1100])
+def test_where_products_are_split_losses_of_float32_errors_are_as_near_as_in_float32(n, device, monkeypatch):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, n, generator=generator) * torch.logspace(-2, 2, n)
+    error = torch.randn(7, n, generator=generator) * torch.logspace(-9, 9, 7)[:, None]
+    hessian = x.T @ x / n
+    expected = torch.einsum("oi,ij,oj->o", error.double(), hessian.double(), error.double())
+    monkeypatch.setattr(tensor_cores, "usable", lambda tensor: True)
+    found = output_error(error.to(device), hessian.to(device))
+    assert found.dtype == torch.float32 and torch.equal(
+        found, losses._split_output_error(error.to(device), hessian.to(device))
+    )
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=0)
 
 
 def test_losses_are_where_the_errors_are():

@@ -10,13 +10,17 @@ from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.gptq.grid import nearest_errors
 
 _STRIP = 1024  # columns per product of a loss
+_SCALE = 2.0**12  # in `tensor_cores`, of numbers below 1
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     """e H eᵀ for every row e = w − q of [out, in]: the mean over tokens of the squared output error, [out].
 
-    Computes half of the product, since H is symmetric. 16-bit errors are summed in float32.
+    Computes half of the product, since H is symmetric. 16-bit errors are summed in float32; float32 ones are multiplied
+    on a GPU's tensor cores, as pairs of numbers.
     """
+    if error.dtype == torch.float32 and tensor_cores.usable(error):
+        return _split_output_error(error, hessian)
     loss = torch.zeros(len(error), dtype=torch.promote_types(error.dtype, torch.float32), device=error.device)
     for start in range(0, error.shape[1], _STRIP):
         here = error[:, start : start + _STRIP]
@@ -25,6 +29,22 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
         if start:
             loss += 2 * ((here @ rows[:, :start]) * error[:, :start]).sum(1, dtype=loss.dtype)
     return loss.clamp_(min=0)
+
+
+def _split_output_error(error: Tensor, hessian: Tensor) -> Tensor:
+    unit, of_hessian = tensor_cores.unit_above(error, 1), tensor_cores.unit_above(hessian.diagonal())
+    error = error / unit[:, None]
+    loss = torch.zeros_like(unit)
+    for start in range(0, error.shape[1], _STRIP):
+        here = error[:, start : start + _STRIP]
+        rows = hessian[start : start + _STRIP, : start + here.shape[1]] / of_hessian
+        product = torch.zeros_like(error[:, : rows.shape[1]])
+        left, right = tensor_cores.left_operand(here[None], _SCALE), tensor_cores.right_operand(rows[None], _SCALE)
+        tensor_cores.add_product(product[None], left, right, alpha=_SCALE**-2)
+        loss += (product[:, start:] * here).sum(1)
+        if start:
+            loss += 2 * (product[:, :start] * error[:, :start]).sum(1)
+    return loss.clamp_(min=0).mul_(unit.square()).mul_(of_hessian)
 
 
 def rounding_loss(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Tensor:

@@ -25,6 +25,12 @@ def usable(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32
 
 
+def unit_above(x: Tensor, dim: int | None = None) -> Tensor:
+    """A power of two, above every |x| along a dimension, or of all; within 2^±100."""
+    most = x.abs().amax() if dim is None else x.abs().amax(dim)
+    return torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent.clamp(-100, 100))
+
+
 def left_operand(x: Tensor, scale: float) -> Tensor:
     """Makes x [B, m, k] the left operand of `add_product`, float16 [B, m, 3k]."""
     return solver_passes(x).split_to_float16(x, scale, "lhh", 2)
