@@ -132,7 +132,9 @@ def solve_span(
         ("loss", loss, (batch, width), torch.float32, (width, 1)),
     ):
         # The stride of a dimension of size 1 is arbitrary.
-        laid = all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=False))
+        laid = tensor.stride() == strides or all(
+            size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=False)
+        )
         if tensor.shape != shape or tensor.dtype != dtype or not laid:
             raise ValueError(
                 f"{name} must be {dtype} {list(shape)} with strides {list(strides)}, got {tensor.dtype} "

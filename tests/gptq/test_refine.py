@@ -176,7 +176,7 @@ def test_rows_are_improved_in_chunks_that_change_nothing(rows, order, monkeypatc
     weight, hessian = correlated(rows=rows, n=64)
     config = QuantizeConfig(bits=3, group_size=16, method="best", **ORDERS[order])
     whole, sizes = solve(weight, hessian, config), []
-    monkeypatch.setattr(improve, "CHUNK", 40 * 64)
+    monkeypatch.setattr(improve, "CHUNK_BYTES", 40 * 64 * (15 + 5 * config.clip_candidates))
     begin = improve.Recursion
     monkeypatch.setattr(improve, "Recursion", lambda w, *rest: sizes.append(w.shape[1]) or begin(w, *rest))
     parts = solve(weight, hessian, config)

@@ -19,9 +19,8 @@ from gptq_plugin.gptq.grid import grids
 from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.gptq.refine import Arranged, Rounding, Rows, grouped_channels, improved
 
-CHUNK = 2**26  # weights at a time, at up to `_ALTERNATIVES` of each row
-CHUNK_BYTES = 70  # for each: five for every alternative, and those of the steps
-_ALTERNATIVES = 13
+CHUNK_BYTES = 2**32  # of a chunk's tensors, at most
+_BYTES, _BYTES_ALTERNATIVE = 15, 5  # for every weight, and for each of its alternatives; a step has two
 _MULTIPLE = 32  # rows, as of blocks
 
 
@@ -89,7 +88,16 @@ def _alternatives(config: QuantizeConfig) -> int:
     return min(config.clip_candidates, len(config.clip_ratios))
 
 
+def chunk_bytes(weights: int, config: QuantizeConfig) -> int:
+    """The most bytes that improving so many weights of one matrix takes at a time."""
+    return min(weights * _bytes_of_weight(config), CHUNK_BYTES)
+
+
+def _bytes_of_weight(config: QuantizeConfig) -> int:
+    return _BYTES + _BYTES_ALTERNATIVE * max(2, _alternatives(config))
+
+
 def _chunks(block: Tensor, config: QuantizeConfig) -> Iterator[Tensor]:
     """Yields the rows [rows, in] in chunks."""
-    most = CHUNK // block.shape[1] * _ALTERNATIVES // max(_ALTERNATIVES, _alternatives(config))
+    most = CHUNK_BYTES // _bytes_of_weight(config) // block.shape[1]
     yield from block.split(max(_MULTIPLE, most // _MULTIPLE * _MULTIPLE))

@@ -31,7 +31,7 @@ _FACTORS = (1.0, 0.8, 0.85, 0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.16, 1.25)  # of 
 _LARGEST_POINT = 3.0  # of a grid, in units of the row, where weights are below 1: errors stay below 4
 _RIDGE = 1e-7  # of the mean diagonal entry, added to the equations for scales
 _STRIP = 1024  # columns of a triangle per product
-_EQUATIONS = 2**25  # entries of equations for scales at a time
+_EQUATIONS = 2**24  # entries of equations for scales at a time
 
 
 @dataclass(frozen=True)

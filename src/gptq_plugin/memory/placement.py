@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.device.memory import free_bytes
-from gptq_plugin.gptq.improve import CHUNK, CHUNK_BYTES, improves
+from gptq_plugin.gptq.improve import chunk_bytes, improves
 from gptq_plugin.memory.slots import distinct_tensors
 from gptq_plugin.model.targets import Target
 
@@ -29,8 +29,9 @@ _OVERLAYS = 4 * _GIB
 # weights solved together (in two layouts, the errors pushed to them for two candidates, and round-to-nearest's error).
 _BYTES_HESSIAN = 12
 _BYTES_WEIGHT = 30
-# Where rounding is improved: the Hessian's rows for coordinate descent, and the tensors outside of a chunk.
-_BYTES_DESCENT = 8
+# Where rounding is improved: the Hessian's rows for coordinate descent and its parts for the scales' equations, and the
+# tensors outside of a chunk.
+_BYTES_DESCENT = 12
 _BYTES_OUTSIDE = 16
 _BYTES_DRIFT = 12  # for each entry of the Hessian, the sum and the mean of a drift
 _BYTES_THREAD = 33 * 2**20  # a CUDA library's workspace on each batch's thread
@@ -156,11 +157,11 @@ def solver_bytes(targets: Sequence[Target]) -> int:
 
 
 def _solver_bytes(targets: Sequence[Target], n: int) -> int:
-    rows, improved = sum(one.weight.shape[0] for one in targets), any(improves(one.config) for one in targets)
+    rows, improved = sum(one.weight.shape[0] for one in targets), [t.config for t in targets if improves(t.config)]
     drift = _BYTES_DRIFT * any(one.config.asymmetric_alpha for one in targets)
     if not improved:
         return n * n * (_BYTES_HESSIAN + drift) + n * rows * _BYTES_WEIGHT
-    of_weights = n * rows * _BYTES_OUTSIDE + min(n * rows, CHUNK) * CHUNK_BYTES
+    of_weights = n * rows * _BYTES_OUTSIDE + max(chunk_bytes(n * rows, config) for config in improved)
     return n * n * (_BYTES_HESSIAN + _BYTES_DESCENT + drift) + of_weights
 
 
