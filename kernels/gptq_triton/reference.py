@@ -232,8 +232,7 @@ def solve_span(
     """Runs GPTQ's recursion over some columns, the last one first, for B blocks of rows that share a Hessian.
 
     Column j's target is its weight plus what is pushed to it from outside the span and from later columns of the span,
-    t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to the grid of its group. No block's result depends
-    on the others: every product is of one block.
+    t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to its group's grid. Every product is of one block.
 
     Args:
         pushed: [B, columns, A·rows].
@@ -242,8 +241,7 @@ def solve_span(
         scales, zeros: [B, G, A·rows], the grids.
         group: int32 [columns], each column's grid.
         channel: int32 [columns], which of the n channels each column is.
-        gain, damping: [columns], the factors with which a column's squared deviation t − q adds to the loss, and its
-            squared error w − q is subtracted.
+        gain, damping: [columns], with which a column's (t − q)² adds to the loss, and its (w − q)² is subtracted.
         codes: uint8 [B, n, A·rows]; the columns' channels are written.
         errors: [B, columns, A·rows], weight − scale·(code − zero); written.
         loss: [B, A·rows]; added to.
@@ -254,8 +252,7 @@ def solve_span(
     alternatives, channels, groups = width // weight.shape[2], channel.tolist(), group.tolist()
     for stop in range(columns, 0, -_BLOCK):
         start = max(stop - _BLOCK, 0)
-        # One product pushes the errors of later columns to the block.
-        later = factor[None, start:stop, stop:]
+        later = factor[None, start:stop, stop:]  # one product pushes the errors of later columns to the block
         offset = torch.cat(
             [torch.baddbmm(pushed[b : b + 1, start:stop], later, errors[b : b + 1, stop:]) for b in range(batch)]
         )
@@ -266,13 +263,12 @@ def solve_span(
             scale, zero = scales[:, groups[j]], zeros[:, groups[j]]
             q = torch.round(t / scale + zero).clamp_(0, 2**bits - 1)
             rounded = scale * (q - zero)
-            if changes:
-                before = codes[:, channels[j]].to(q.dtype)
-                both = rounded + scale * (before - zero)
-                loss += scale * (before - q) * (gain[j] * (2 * t - both) - damping[j] * (2 * w - both))
+            if changes:  # none, exactly, where the code stays
+                moved = scale * (q - codes[:, channels[j]].to(q.dtype))
+                loss -= moved * (gain[j] * (2 * (t - rounded) + moved) - damping[j] * (2 * (w - rounded) + moved))
+            else:
+                loss += gain[j] * (t - rounded).square() - damping[j] * (w - rounded).square()
             codes[:, channels[j]], errors[:, j] = q, w - rounded
-            if not changes:
-                loss += gain[j] * (t - rounded).square_() - damping[j] * errors[:, j].square()
 
 
 def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:

@@ -69,10 +69,8 @@ def _solve_block_kernel(
                 e = w - rounded
                 off = target - rounded
                 if CHANGES:
-                    before = tl.load(codes + mine * width + r, mask=inside, other=0).to(tl.float32)
-                    sum_ = rounded + scale * (before - zero)
-                    slope = tl.load(gain + j) * (2 * target - sum_) - tl.load(damping + j) * (2 * w - sum_)
-                    total += scale * (before - q) * slope
+                    moved = scale * (q - tl.load(codes + mine * width + r, mask=inside, other=0).to(tl.float32))
+                    total -= moved * (tl.load(gain + j) * (2 * off + moved) - tl.load(damping + j) * (2 * e + moved))
                 else:
                     total += tl.load(gain + j) * off * off - tl.load(damping + j) * e * e
                 tl.store(codes + mine * width + r, q.to(tl.uint8), mask=inside)
