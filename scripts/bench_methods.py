@@ -46,6 +46,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "+ asymmetric target: best": BEST,
     "best, damping .01": {**BEST, "damp_percent": 0.01},
     "best, asymmetric_alpha=1": {**BEST, "asymmetric_alpha": 1.0},
+    "best, weighted by gradients": {**BEST, "token_weighting": "gradients"},
     "gptq, zero-points": ZERO_POINTS,
     "best, zero-points": {**BEST, **ZERO_POINTS},
 }
