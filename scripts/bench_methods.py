@@ -35,15 +35,16 @@ from gptq_plugin import QuantizeModule, QuantLinear
 LENGTH, ROWS, JUDGED = 512, 128, 200
 BEST = {"method": "best"}
 ZERO_POINTS = {"sym": False, "checkpoint_format": "gptq_v2"}
-RATIOS = {"clip_ratios": [1.1, *(k / 100 for k in range(100, 44, -5))], "clip_candidates": 13}
+RATIOS = {"clip_ratios": [1.1, *(k / 100 for k in range(100, 44, -5))]}
 PARTS: dict[str, dict[str, Any]] = {
     "gptq, plain": {"clip_ratios": [1.0]},
     "gptq": {},
-    "+ every ratio solved": RATIOS,
+    "+ ratios 1.1 and .45": RATIOS,
     "+ rounds of scales": {**RATIOS, "scale_rounds": 3},
     "+ rounds of refitting": {**RATIOS, "scale_rounds": 3, "refit_rounds": 3},
     "+ damping .1": {**BEST, "asymmetric_alpha": 0.0},
     "+ asymmetric target: best": BEST,
+    "best, every ratio solved": {**BEST, "clip_candidates": 13},
     "best, damping .01": {**BEST, "damp_percent": 0.01},
     "best, asymmetric_alpha=1": {**BEST, "asymmetric_alpha": 1.0},
     "best, weighted by gradients": {**BEST, "token_weighting": "gradients"},
