@@ -16,6 +16,7 @@ import yaml
 from gptq_plugin import __version__
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.options import fields
+from gptq_plugin.options.compressed import check_compressed
 from gptq_plugin.options.expressions import check_expression
 from gptq_plugin.options.known_names import naming_the_nearest, unknown_option
 from gptq_plugin.options.methods import METHOD_FIELDS, METHODS
@@ -47,6 +48,7 @@ _META_FIELDS = (
     "batch_size",
     "seed",
     "token_weighting",
+    "target_bits",
 )
 
 _SMALLEST_RATIO, _LARGEST_RATIO, _MOST_ROUNDS = 0.01, 1.25, 100
@@ -79,6 +81,7 @@ _KINDS = {
     "seed": fields.integer(-(2**63), 2**63 - 1),
     "token_weighting": fields.one_of(*TOKEN_WEIGHTINGS),
     "checkpoint_format": fields.one_of(*CHECKPOINT_FORMATS),
+    "target_bits": fields.optional(fields.between(2, 16), "`bits` and `group_size` hold"),
 }
 _EMPTY = ("dynamic", "modules_to_not_convert")  # None is an empty one
 _OF_METHOD: Any = None  # the method's value
@@ -139,6 +142,10 @@ class QuantizeConfig:
             ``"gradients"`` weights each, for each layer, by its mean (∂loss/∂output)²: a backward of every batch.
         checkpoint_format: ``"gptq"`` (v1, stores zeros minus one), ``"gptq_v2"`` or ``"compressed-tensors"`` (its
             pack-quantized, which vLLM also loads with asymmetric grids).
+        target_bits: Bits per weight of all quantized layers together, with scales and zeros as stored. Widths, and
+            groups of `group_size` and smaller ones, are chosen for each layer so that the model's outputs stay nearest
+            to the float model's. Layers whose `dynamic` rule has bits or group_size keep theirs, and count. None:
+            `bits`, which only tells else which layers can be packed, and `group_size` hold for all.
 
     Raises:
         ValueError: A field has an invalid value; the message names the field and the choices.
@@ -164,6 +171,7 @@ class QuantizeConfig:
     token_weighting: str = "all"
     checkpoint_format: str = "gptq"
     method: str = "gptq"
+    target_bits: float | None = None
     clip_candidates: int = _OF_METHOD
     scale_rounds: int = _OF_METHOD
     refit_rounds: int = _OF_METHOD
@@ -184,7 +192,7 @@ class QuantizeConfig:
             _check_rule(self, pattern, overrides)
         object.__setattr__(self, "dynamic", {k: dict(v or {}) for k, v in (self.dynamic or {}).items()})
         if self.checkpoint_format == COMPRESSED:
-            _check_compressed(self)
+            check_compressed(self)
 
     def for_module(self, name: str) -> QuantizeConfig | None:
         """The configuration of one module after the `dynamic` rules; None if a rule leaves it float."""
@@ -334,17 +342,3 @@ def _check_rule(config: QuantizeConfig, pattern: Any, overrides: Any) -> None:
         _overridden(config, overrides)
     except ValueError as error:
         raise ValueError(f"{rule}: {error}") from error
-
-
-def _check_compressed(config: QuantizeConfig) -> None:
-    """Refuses combinations that no client reads."""
-    if config.desc_act and not config.static_groups:
-        raise ValueError(
-            "checkpoint_format='compressed-tensors' no longer supports groups in act-order (desc_act=True, "
-            "static_groups=False): use desc_act=False, which is static act-order, or checkpoint_format='gptq'"
-        )
-    if config.bits == 8 and not config.sym:
-        raise ValueError(
-            "checkpoint_format='compressed-tensors' with bits=8 and sym=False runs on few GPUs, and is reported to "
-            "fail there: use sym=True, or checkpoint_format='gptq_v2'"
-        )

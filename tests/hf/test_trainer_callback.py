@@ -390,3 +390,10 @@ def test_two_ranks_give_the_codes_of_one_count_each_sample_once_and_both_learn_o
     raised, told = ((tmp_path / "2" / f"error{rank}.txt").read_text() for rank in (0, 1))
     assert raised.startswith("ExportError: ") and "could not be written: disk full" in raised
     assert "rank 0 failed: ExportError: " in told and "disk full" in told
+
+
+def test_a_budget_of_bits_is_divided_at_the_end_of_training_by_the_logits_of_all_positions(tmp_path):
+    callback = GPTQTrainerCallback(QuantizeModule(target_bits=4.2, **SMALL), export_dir=tmp_path / "out")
+    train(llama(), [callback], tmp_path)
+    assert callback.report.bits_per_weight <= 4.2
+    assert callback.report.allocation.tokens == 4 * 16  # a batch of 4 samples

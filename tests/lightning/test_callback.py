@@ -522,3 +522,22 @@ def test_two_ranks_give_the_codes_of_one_and_count_each_sample_once(samples, on_
     assert {report["samples"] for report in reports} == {min(int(samples), 24)}
     assert {report["tokens"] for report in reports} == {min(int(samples), 24) * 16}
     assert load_quantized(folder / "2" / "export").generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)
+
+
+def test_a_budget_of_bits_is_divided_at_the_end_of_training_by_the_logits_of_all_positions(tmp_path):
+    callback = GPTQCallback(QuantizeModule(target_bits=4.2, **SMALL), export_dir=tmp_path / "out")
+    fit(Holds(), token_loader(), [callback], tmp_path)
+    assert callback.report.bits_per_weight <= 4.2
+    assert callback.report.allocation.tokens == 4 * 16  # a batch of 4 samples
+    loaded = load_quantized(tmp_path / "out")
+    assert {m.bits for m in callback.report.quantized} == {loaded.get_submodule(n).bits for n in quantized(loaded)}
+
+
+def test_a_budget_that_cannot_be_is_refused_before_training(tmp_path):
+    class Untrained(Holds):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("trained")
+
+    callback = GPTQCallback(QuantizeModule(target_bits=2.1, **SMALL), export_dir=tmp_path / "out")
+    with pytest.raises(TargetError, match="target_bits=2.1: the quantized layers take"):
+        fit(Untrained(), token_loader(), [callback], tmp_path)

@@ -40,6 +40,7 @@ def compare(scene: str, device: str, ranks: list[int], folder) -> None:
         ("padded", [2]),
         ("experts", [3]),
         ("best", [2, 4]),
+        ("budget", [2, 4]),
         ("experts-drift", [2]),
         ("gradients", [2]),
     ],

@@ -5,6 +5,7 @@ Each rank saves its state and losses as FOLDER/SCENE-RANKS-RANK.pt. On GPUs ever
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -67,6 +68,12 @@ def best() -> tuple[Any, list[Any], dict[str, Any]]:
     return model, batches, {"group_size": 64, "method": "best", "bits": 3}
 
 
+def budget() -> tuple[Any, list[Any], dict[str, Any]]:
+    """The padded batches, of which some are on one rank only, with a budget of bits for the layers."""
+    model, batches, _ = padded()
+    return model, batches, {"group_size": 64, "target_bits": 3.5}
+
+
 def wide() -> tuple[Any, list[Any], dict[str, Any]]:
     """A block as wide as a real model's, whose rows are many blocks to a GPU's solver."""
     torch.manual_seed(0)
@@ -90,6 +97,7 @@ SCENES: dict[str, Callable[[], tuple[Any, list[Any], dict[str, Any]]]] = {
     "experts": experts,
     "best": best,
     "gradients": gradients,
+    "budget": budget,
     "experts-drift": lambda: (*experts()[:2], {**experts()[2], "asymmetric_alpha": 0.5}),
     "wide": wide,
 }
@@ -108,6 +116,8 @@ def work(rank: int, ranks: int, folder: str, device: str, scene: str) -> None:
     report = quantizer.quantize(model.eval().to(device), data[rank::ranks])
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     lines = [(one.name, one.method, one.loss, one.rtn_loss, one.tokens, one.deviations) for one in report.modules]
+    if report.allocation is not None:
+        lines += [dataclasses.astuple(unit) for unit in report.allocation.units]
     torch.save((state, lines), f"{folder}/{scene}-{ranks}-{rank}.pt")
     if ranks > 1:
         dist.destroy_process_group()

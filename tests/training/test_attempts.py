@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.errors import QualityError
+from gptq_plugin.quantize import allocate
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.quality_gate import QualityGate
@@ -57,6 +58,30 @@ def test_the_first_attempt_that_is_good_enough_is_kept_and_its_report_tells_of_t
     assert {name: layer.bits for name, layer in _quantized(model)} == {m.name: m.bits for m in report.quantized}
     loaded = load_quantized(folder)
     assert loaded.get_submodule(raised[0]).bits == 8 and len(_quantized(loaded)) == 7
+
+
+def test_a_budget_that_is_not_good_enough_is_followed_by_larger_ones_divided_by_the_same_measurements(
+    loop, monkeypatch
+):
+    measured = []
+    original = allocate.measure_sensitivities
+    monkeypatch.setattr(allocate, "measure_sensitivities", lambda *given: measured.append(1) or original(*given))
+    quantizer = QuantizeModule(target_bits=4.1, group_size=32, nsamples=16, batch_size=4)
+    report, model, folder = loop([1.3, 1.2, 1.05], quantizer, on_fail="escalate")
+    assert len(measured) == 1
+    first, second = report.deviations
+    assert first.startswith("escalated, a budget of 4.35 bits per weight, ") and "loss went from 1 to 1.3" in first
+    assert second.startswith("escalated, a budget of 4.6 bits per weight, ")
+    assert 4.1 < report.bits_per_weight <= 4.6
+    assert {n: layer.bits for n, layer in _quantized(load_quantized(folder))} == {
+        m.name: m.bits for m in report.quantized
+    }
+
+
+def test_budgets_above_the_limit_of_bits_are_not_tried(loop):
+    quantizer = QuantizeModule(target_bits=4.1, group_size=32, nsamples=16, batch_size=4)
+    with pytest.raises(QualityError, match="there is nothing else to try within max_bits=4.2"):
+        loop([1.3], quantizer, on_fail="escalate", max_bits=4.2)
 
 
 def test_smaller_groups_alone_leave_an_export_with_one_grid(loop):

@@ -55,13 +55,14 @@ def compare(
     """
     float_bytes, float_dtype = weights_size(run.model.network)
     summary = Summary(
-        bits=quantizer.config.bits,
-        group_size=quantizer.config.group_size,
+        bits=report.config.bits,
+        group_size=report.config.group_size,
         float_bytes=float_bytes,
         float_dtype=float_dtype,
         gptq_bytes=files_size(export_dir),
         seconds=run.clock.seconds,
         deviations=report.deviation_lines(),
+        bits_per_weight=None if report.allocation is None else report.bits_per_weight,
     )
     if run.cfg.evaluate:
         _evaluate(run, quantizer, export_dir, device, summary)

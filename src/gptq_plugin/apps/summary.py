@@ -47,7 +47,7 @@ class Summary:
     """One run of gptq-finetune or gptq-quantize.
 
     Attributes:
-        bits: Width of a code.
+        bits: Width of a code; with `target_bits` the most common one.
         group_size: Channels a group, or -1.
         nll: Mean negative log-likelihood in nats by model: ``float``, ``rtn`` (round-to-nearest), ``gptq``.
             Empty if nothing was evaluated.
@@ -61,6 +61,7 @@ class Summary:
         text: The exported model's continuation of it.
         deviations: Differences from what was requested, a sentence each.
         next_command: A command to try.
+        bits_per_weight: Average with scales and zeros, where `target_bits` gave layers widths of their own; else None.
     """
 
     bits: int
@@ -76,6 +77,7 @@ class Summary:
     text: str = ""
     deviations: list[str] = field(default_factory=list)
     next_command: str = ""
+    bits_per_weight: float | None = None
 
     def write(self, directory: Path) -> None:
         """Writes ``summary.json``."""
@@ -83,11 +85,8 @@ class Summary:
 
     def table(self) -> str:
         """Returns the summary as text."""
-        names = {
-            "float": "float",
-            "rtn": f"round-to-nearest, {self.bits} bits",
-            "gptq": f"GPTQ, {self.bits} bits",
-        }
+        width = f"{self.bits} bits" if self.bits_per_weight is None else f"{self.bits_per_weight:.2f} bits per weight"
+        names = {"float": "float", "rtn": f"round-to-nearest, {width}", "gptq": f"GPTQ, {width}"}
         sizes = {
             "float": f"{_megabytes(self.float_bytes)} ({self.float_dtype})",
             "gptq": _megabytes(self.gptq_bytes),

@@ -19,8 +19,8 @@ from gptq_plugin.model.hf_models import predicts_next, transformers_models
 
 
 def reads_every_logit(config: QuantizeConfig) -> bool:
-    """True if calibration needs the logits of all positions: for the output embedding, or for the loss."""
-    return config.lm_head or config.token_weighting == "gradients"
+    """True if calibration needs the logits of all positions: for the output embedding, the loss, or to compare them."""
+    return config.lm_head or config.token_weighting == "gradients" or config.target_bits is not None
 
 
 def loss_of(model: nn.Module, output: Any, data: Any) -> Tensor:

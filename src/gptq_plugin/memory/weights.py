@@ -160,18 +160,18 @@ class Weights:
                 unit.put_quantized(weight, _dequantized(target, layer, self._device), original)
                 self._set_bytes(unit, self._size(unit))
 
+    def restore(self, target: Target) -> None:
+        """From now on the layer runs with its float weight again. To be called as `quantize`."""
+        del self._quantized[target.module]
+        for unit in filter(self._resident.__contains__, self._needs[target.module]):
+            self._send_home(unit)
+
     def _units(self) -> list[Unit]:
         return list(dict.fromkeys(unit for units in self._needs.values() for unit in units))
 
     def _hook(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._use(module)  # which may not be the one called: another has its place and hooks for a time
-        if self._device.type == "cpu":
-            return None
-        # Some models send an input to the device of a weight, which they ask for before the weight has been brought.
-        if not any(_is_on_cpu(value) for value in (*args, *kwargs.values())):
-            return None
-        moved = tuple(_moved(value, self._device) for value in args)
-        return moved, {name: _moved(value, self._device) for name, value in kwargs.items()}
+        return None if self._device.type == "cpu" else _on_device(args, kwargs, self._device)
 
     def _use(self, module: nn.Module) -> None:
         units = self._in_use = self._needs[module]
@@ -280,6 +280,15 @@ class Weights:
 
     def _quantized_layer(self, tensor: Substitution) -> tuple[Target, QuantLinear] | None:
         return self._quantized.get(tensor.slot.module) if tensor.slot.key == "weight" else None
+
+
+def _on_device(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> Any:
+    """A call's arguments with the CPU's tensors on the device; None if there are none. Some models send an input to the
+    device of a weight, which they ask for before the weight has been brought."""
+    if not any(_is_on_cpu(value) for value in (*args, *kwargs.values())):
+        return None
+    moved = tuple(_moved(value, device) for value in args)
+    return moved, {name: _moved(value, device) for name, value in kwargs.items()}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -94,6 +94,11 @@ def share(*, least: float = 0.0) -> Kind:
     return Kind(f"a number in [{least:g}, 1)", lambda value: is_number(value) and least <= value < 1)
 
 
+def between(least: float, most: float) -> Kind:
+    """A number in [least, most]."""
+    return Kind(f"a number from {least:g} to {most:g}", lambda value: is_number(value) and least <= value <= most)
+
+
 def above(bound: float) -> Kind:
     """A finite number above a bound."""
     return Kind(

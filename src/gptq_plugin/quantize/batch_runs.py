@@ -157,12 +157,11 @@ class BatchRuns:
 
     def check_swap(self, names: Collection[str]) -> list[str]:
         """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do."""
-        sample = self.sample()
+        sample, alone = self.sample(), partial(self.run_alone, looks=False)  # layers are replaced for it
         targets = [self._targets[name] for name in names]
-        alone = partial(self._run_alone, looks=False)  # layers are replaced for it
         return check_swap(self._plan.model, targets, sample, alone) if sample is not None else []
 
-    def _run_alone(self, forward: Forward, number: int = 0, *, looks: bool = True) -> None:
+    def run_alone(self, forward: Forward, number: int = 0, *, looks: bool = True) -> None:
         """Runs a forward from the state that the model was given in; what it keeps on the model is dropped."""
         BatchThread(number, forward, kept=Values(self.state, alone=True, looks=looks)).resume()
 
@@ -201,7 +200,7 @@ class BatchRuns:
     def notice_masks(self, number: int) -> None:
         """Runs a batch for the masks in its calls alone; `find_groups` notices them by the way."""
         self._noticed = Noticed(self._plan.model, self._batches[number])
-        self._run_alone(self._noticed.during(self.forward(number)), number)
+        self.run_alone(self._noticed.during(self.forward(number)), number)
 
     def observe_positions(
         self, layers: Mapping[str, nn.Module], disturbance: str | None = None, groups: Sequence[Group] | None = None

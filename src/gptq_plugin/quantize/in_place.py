@@ -9,6 +9,7 @@ from typing import Any
 
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
 from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.hf_models import transformers_models
@@ -58,3 +59,20 @@ def describe(structure: Structure, layers: Mapping[str, QuantLinear], config: Qu
             inner.config.quantization_config = client_config(own, within, in_memory)
         elif hasattr(inner.config, "quantization_config"):
             del inner.config.quantization_config
+
+
+def rounded(plan: Plan) -> dict[str, QuantLinear]:
+    """A plan's layers, rounded to nearest."""
+    return {
+        target.name: QuantLinear.from_quantized(
+            round_to_nearest(target.weight, target.config), target.bias, target.parameter.dtype
+        )
+        for target in plan.targets
+    }
+
+
+def copy_training_flags(plan: Plan, layers: Mapping[str, QuantLinear]) -> None:
+    """Gives quantized layers the training flags of the float ones that they replace."""
+    for target in plan.targets:
+        if target.name in layers:
+            layers[target.name].train(target.module.training)

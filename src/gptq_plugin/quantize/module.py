@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gptq_plugin import distributed
+from gptq_plugin.allocation.budget import check_budget
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
@@ -26,22 +27,22 @@ from gptq_plugin.export.export import Export, export_model
 from gptq_plugin.export.export_dir import check_export_dir
 from gptq_plugin.export.export_size import planned_bytes
 from gptq_plugin.export.verify_outputs import Sample
-from gptq_plugin.gptq.grid import round_to_nearest
-from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.plan import Plan, planned
 from gptq_plugin.model.targets import Skipped, Target
 from gptq_plugin.options import fields
-from gptq_plugin.quantize.in_place import swapped
+from gptq_plugin.quantize.allocate import Allocated, allocate, with_chosen_grids
+from gptq_plugin.quantize.in_place import copy_training_flags, rounded, swapped
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
-from gptq_plugin.quantize.outcome import float_reports, module_report
-from gptq_plugin.quantize.prepare import check_client, prepared, refuse_without_values, undisturbed
+from gptq_plugin.quantize.outcome import rounded_report
+from gptq_plugin.quantize.prepare import budgeted, check_client, prepared, refuse_without_values, undisturbed
 from gptq_plugin.quantize.rehearsal import rehearse, rest_of
 from gptq_plugin.quantize.run_log import RunLog
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import QuantizeReport
 
 _CONFIG = fields.of_type("a QuantizeConfig (QuantizeConfig.from_dict makes one of a mapping)", QuantizeConfig)
+_SWITCHES = ("offload_weights", "offload_activations", "exact_sums")
 _SWITCH = fields.Kind("true, false or null (decide from free memory)", fields.optional(fields.SWITCH, "").accepts)
 
 
@@ -61,7 +62,7 @@ class QuantizeModule:
     Attributes:
         config: The configuration.
         report: Of the last `quantize` or `round_to_nearest`; None before.
-        plan: Of the quantization under way, the with block of `temporarily` included; else None.
+        allocated: The layers of the quantization under way, the with block of `temporarily` included; else None.
         run_log: Tells users what it does.
 
     Raises:
@@ -83,10 +84,13 @@ class QuantizeModule:
         self.config = config if config is not None else QuantizeConfig.from_dict(given)
         switches = {"offload_weights": offload_weights, "offload_activations": offload_activations}
         _check_options(self.config, **switches, exact_sums=exact_sums)
-        self.exact_sums = exact_sums
-        self.offload_weights, self.offload_activations = offload_weights, offload_activations
+        self.exact_sums, self.offload_weights, self.offload_activations = (
+            exact_sums,
+            offload_weights,
+            offload_activations,
+        )
         self.report: QuantizeReport | None = None
-        self.plan: Plan | None = None
+        self.allocated: Allocated | None = None
         self.run_log = RunLog()
         self._sample: Sample | None = None  # of the calibration, for the export to prove itself with
 
@@ -96,7 +100,7 @@ class QuantizeModule:
         Raises:
             TargetError: See `targets.find_targets`.
         """
-        with planned(model, self.config) as plan:
+        with budgeted(model, self.config) as plan:
             return list(plan.targets), list(plan.skipped)
 
     def coverage(self, model: nn.Module) -> Coverage:
@@ -106,7 +110,7 @@ class QuantizeModule:
         Raises:
             TargetError: See `targets.find_targets`.
         """
-        with planned(model, self.config) as plan:
+        with budgeted(model, self.config) as plan:
             return self.run_log.coverage(plan, again=True)
 
     def check_target(self, model: nn.Module, target: Client | str | Mapping[str, Any] | None) -> None:
@@ -200,7 +204,7 @@ class QuantizeModule:
         ready = prepared(model, batches, self.config, options, alone=True)
         with undisturbed(), ready as (plan, calibration), evaluating(model):
             rehearse(plan, calibration, options, whole=whole, rest=rest_of(plan, entire, options))
-            self.run_log.coverage(plan)
+            self.run_log.coverage(check_budget(plan, None))
 
     @contextlib.contextmanager
     def temporarily(
@@ -231,17 +235,18 @@ class QuantizeModule:
             inside.enter_context(undisturbed())
             _check_export_dir(export_dir, overwrite)
             plan, calibration = around.enter_context(prepared(model, batches, self.config, chosen, client))
-            self.plan = plan
-            around.callback(setattr, self, "plan", None)
+            inside.enter_context(evaluating(model))
+            self.allocated = allocate(plan, calibration, chosen, client)
+            around.callback(setattr, self, "allocated", None)
+            plan = self.allocated.plan
             export = None
             if export_dir is not None:
                 export = _begun_export(plan, export_dir, overwrite, client)
                 chosen = dataclasses.replace(chosen, layers_in=around.enter_context(export))
                 export.check(one.name for one in plan.targets)
-            inside.enter_context(evaluating(model))
             one_pass, coverage = OnePass(plan, calibration, chosen), self.run_log.coverage(plan)
             layers, report = one_pass.run()
-            report.coverage = coverage
+            report.note(coverage, self.allocated.record)
             self._sample = one_pass.runs.sample()
             with swapped(plan, layers) as keep_them:
                 plan.fuse()  # the experts that stay float
@@ -251,7 +256,7 @@ class QuantizeModule:
                 if export is not None:
                     _finish(export, model, report, chosen.tokenizer, self._sample)
                 inside.close()  # restores the training flags, of float layers too
-                _copy_training_flags(plan, layers)
+                copy_training_flags(plan, layers)
                 yield report
                 place = export.place if export is not None else _nothing
                 keep_them(place) if keep else place()
@@ -260,9 +265,9 @@ class QuantizeModule:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""
         started = time.perf_counter()
         refuse_without_values(model)
-        with alone("quantization"), planned(model, self.config) as plan, swapped(plan, _rounded(plan)) as keep:
-            modules = [module_report(target, method="rtn") for target in plan.targets]
-            report = QuantizeReport(self.config, modules + float_reports(plan.skipped))
+        planning = planned(model, with_chosen_grids(self.config, self.report, "round_to_nearest"))
+        with alone("quantization"), planning as plan, swapped(plan, rounded(plan)) as keep:
+            report = rounded_report(plan)
             report.seconds["round-to-nearest"] = time.perf_counter() - started
             keep()
         self.report, self._sample = report, None
@@ -287,14 +292,14 @@ class QuantizeModule:
             target: As for `quantize`.
         """
         given: dict[str, Any] = {"tokenizer": tokenizer, "overwrite": overwrite, "target": target}
-        folder = export_model(model, directory, self.config, report=self.report, sample=self._sample, **given)
-        if self.plan is None:  # else the run's end tells
+        given["config"] = with_chosen_grids(self.config, self.report, "export")
+        folder = export_model(model, directory, report=self.report, sample=self._sample, **given)
+        if self.allocated is None:  # else the run's end tells
             self.run_log.exported(self.report, Path(directory))
         return folder
 
     def _options(self, given: PassOptions, **changed: Any) -> PassOptions:
-        changed |= {"offload_weights": self.offload_weights, "offload_activations": self.offload_activations}
-        return dataclasses.replace(given, **changed, exact_sums=self.exact_sums)
+        return dataclasses.replace(given, **changed, **{name: getattr(self, name) for name in _SWITCHES})
 
 
 def _check_options(config: QuantizeConfig, **switches: Any) -> None:
@@ -323,15 +328,6 @@ def _begun_export(plan: Plan, directory: str | Path, overwrite: bool, client: Cl
     return Export(plan.structure, directory, plan.config, overwrite=overwrite, target=client)
 
 
-def _rounded(plan: Plan) -> dict[str, QuantLinear]:
-    return {
-        target.name: QuantLinear.from_quantized(
-            round_to_nearest(target.weight, target.config), target.bias, target.parameter.dtype
-        )
-        for target in plan.targets
-    }
-
-
 def _finish(export: Export, model: nn.Module, report: QuantizeReport, tokenizer: Any, sample: Sample | None) -> None:
     started = time.perf_counter()
     export.finish(model, report=report, tokenizer=tokenizer, sample=sample)
@@ -340,9 +336,3 @@ def _finish(export: Export, model: nn.Module, report: QuantizeReport, tokenizer:
 
 def _nothing() -> None:
     pass
-
-
-def _copy_training_flags(plan: Plan, layers: Mapping[str, QuantLinear]) -> None:
-    for target in plan.targets:
-        if target.name in layers:
-            layers[target.name].train(target.module.training)

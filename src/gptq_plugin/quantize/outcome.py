@@ -228,6 +228,12 @@ def module_report(target: Target, method: str, **values: Any) -> ModuleReport:
     )
 
 
+def rounded_report(plan: Plan) -> QuantizeReport:
+    """The report of a plan whose layers are rounded to nearest."""
+    modules = [module_report(target, method="rtn") for target in plan.targets]
+    return QuantizeReport(plan.config, [*modules, *float_reports(plan.skipped)])
+
+
 def float_reports(skipped: Iterable[Skipped]) -> list[ModuleReport]:
     """The report's lines of layers that stay float as planned."""
     return [

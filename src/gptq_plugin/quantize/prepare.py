@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gptq_plugin import distributed
+from gptq_plugin.allocation.budget import check_budget
 from gptq_plugin.calibration.collect import Calibration, collect
 from gptq_plugin.calibration.forward import evaluating, takes_of
 from gptq_plugin.calibration.loss import reads_every_logit
@@ -97,6 +98,17 @@ def collected(plan: Plan, batches: Iterable[Any], options: PassOptions) -> Calib
     return _collect(plan.model, batches, plan.config, options, alone=False)
 
 
+@contextlib.contextmanager
+def budgeted(model: nn.Module, config: QuantizeConfig, client: Client | None = None) -> Iterator[Plan]:
+    """Plans the quantization of a float model, as `planned`; with `target_bits`, a plan of that size.
+
+    Raises:
+        TargetError, ExportError: As `planned` and `check_budget`.
+    """
+    with planned(model, config) as plan:
+        yield check_budget(plan, client)
+
+
 def check_client(model: nn.Module, config: QuantizeConfig, client: Client | None) -> None:
     """Refuses a model whose export a client would not take; None is no client.
 
@@ -104,11 +116,12 @@ def check_client(model: nn.Module, config: QuantizeConfig, client: Client | None
         ExportError: With all its reasons, and what it takes instead.
     """
     if client is not None:
-        with planned(model, config) as plan:
-            _refuse(plan, client)
+        with budgeted(model, config, client) as plan:
+            refuse(Inventory.of_plan(plan), client)
 
 
 def _refuse(plan: Plan, client: Client | None) -> None:
+    plan = check_budget(plan, client)
     if client is not None:
         refuse(Inventory.of_plan(plan), client)
 

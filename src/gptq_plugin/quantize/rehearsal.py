@@ -31,6 +31,7 @@ from gptq_plugin.quantize.data_checks import (
 from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.prepare import collected
+from gptq_plugin.quantize.sensitivity import check_batches
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.layer_inputs import watch_inputs
@@ -76,6 +77,8 @@ def rehearse(
             with layers replaced.
     """
     samples, tokens = count_samples(calibration), known_tokens(calibration)
+    if whole and plan.config.target_bits is not None:
+        check_batches(sum(distributed.gather_objects(len(calibration.batches))))
     if whole and tokens is not None:
         check_enough(tokens, samples.count, plan)
     first = _Rehearsal(plan, calibration, options)

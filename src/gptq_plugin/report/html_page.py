@@ -41,6 +41,7 @@ def report_page(report: QuantizeReport, title: str) -> str:
         error_chart(report.quantized),
         "<h2>Modules</h2>",
         layers_table(report.modules, report.grouped_deviations()),
+        _allocation(report),
         _floats(report),
         _seconds(report.seconds),
         _config(report),
@@ -117,6 +118,15 @@ def _floats(report: QuantizeReport) -> str:
     ]
     head = ("reason", "size", "of the model", "parameters")
     return f"<h2>What stays float</h2><div class='wide free'>{_table(head, rows, text=(0, 3))}</div>"
+
+
+def _allocation(report: QuantizeReport) -> str:
+    """What `target_bits` chose, and why."""
+    if report.allocation is None:
+        return ""
+    head, *rows = report.allocation.rows()
+    made = _table(head, map(_cells, rows))
+    return f"<h2>Bits at a budget</h2><p>{escape(report.allocation.summary())}</p><div class='wide free'>{made}</div>"
 
 
 def _before_after(report: QuantizeReport) -> Iterator[tuple[str, str]]:

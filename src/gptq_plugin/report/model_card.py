@@ -125,6 +125,7 @@ def model_card(
         _license(facts),
         "## Quantization",
         table(("option", "value"), _options(settings, report)),
+        *_allocation(report),
         "## Calibration",
         _calibration(report),
         *_metrics(report),
@@ -194,6 +195,18 @@ def _options(settings: Mapping[str, Any], report: QuantizeReport) -> list[tuple[
     return [
         *options,
         *((f"`{name}`", code(request.to_dict()[name])) for name in ("static_groups", "method", *METHOD_FIELDS)),
+    ]
+
+
+def _allocation(report: QuantizeReport) -> list[str]:
+    if report.allocation is None:
+        return []
+    head, *rows = report.allocation.rows()
+    return [
+        "## Bits at a budget",
+        f"{report.allocation.summary()}. KL(float || model) with these layers alone quantized, in nats: on the grid "
+        "that was chosen, and as measured at each width.",
+        table(head, [[escaped(cell) for cell in row] for row in rows]),
     ]
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.report.allocation import Allocation
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.deviations import Deviation, grouped
 from gptq_plugin.report.module_report import ModuleReport
-from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes
+from gptq_plugin.report.numbers import align, format_bits_per_weight, format_bytes
 from gptq_plugin.report.table import layer_table
 
 
@@ -48,6 +49,7 @@ class QuantizeReport:
         coverage: The planned division into quantized and float parameters; None if not computed.
         size: The export's size; None without an export.
         positions: How padding was told from positions that count: by the name of each mask that hides some, a sentence.
+        allocation: What `target_bits` chose, and why; None without it.
         metrics: Results of the user's evaluation by metric, such as ``val_loss``: ``{"float": 2.31, "gptq": 2.33}``.
     """
 
@@ -65,6 +67,7 @@ class QuantizeReport:
     size: ExportSize | None = None
     positions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    allocation: Allocation | None = None
 
     @property
     def quantized(self) -> list[ModuleReport]:
@@ -92,6 +95,18 @@ class QuantizeReport:
     def bits_per_weight(self) -> float:
         """`stored_bytes` as bits, averaged over the quantized weights; NaN without any."""
         return 8 * self.stored_bytes / self.weights if self.weights else math.nan
+
+    def note(self, coverage: Coverage, allocation: Allocation | None) -> None:
+        """Takes in what stays float and how the grids were chosen; notes if the layers quantized take more than
+        `target_bits` allows, since the pass left others float."""
+        self.coverage, self.allocation = coverage, allocation
+        if allocation is not None:
+            self.seconds = {"allocate": allocation.seconds, **self.seconds}
+            if self.bits_per_weight > allocation.target_bits:
+                self.deviations.append(
+                    f"the quantized layers take {self.bits_per_weight:.4g} bits per weight, more than "
+                    f"target_bits={allocation.target_bits:g}: layers that were to take fewer stayed float in the pass"
+                )
 
     def all_deviations(self) -> Iterator[str]:
         """Yields every deviation as a sentence that names its module."""
@@ -139,6 +154,7 @@ class QuantizeReport:
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "positions": self.positions,
             "metrics": self.metrics,
+            "allocation": None if self.allocation is None else dataclasses.asdict(self.allocation),
             "deviations": self.deviations,
             "modules": [{**dataclasses.asdict(m), "relative_error": m.relative_error} for m in self.modules],
         }
@@ -164,6 +180,7 @@ class QuantizeReport:
             + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         )
         lines += [self.coverage.summary()] if self.coverage is not None else []
+        lines += [] if self.allocation is None else [self.allocation.summary(), *align(self.allocation.rows())]
         lines += [f"! {deviation}" for deviation in self.deviation_lines()]
         return "\n".join(lines)
 

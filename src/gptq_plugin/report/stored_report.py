@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import type_validator
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.options.limited_files import parse_json
+from gptq_plugin.report.allocation import Allocation, UnitChoice
 from gptq_plugin.report.base_card import License
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.model_card import ModelFacts
@@ -51,6 +52,7 @@ def _report(values: Mapping[str, Any]) -> QuantizeReport:
         seconds=_numbers(values["seconds"]),
         coverage=_coverage(values["coverage"]),
         size=None if values["size"] is None else _of_its_kinds(ExportSize(**values["size"])),
+        allocation=_allocation(values["allocation"]),
         metrics={name: _numbers(metric) for name, metric in values["metrics"].items()},
         **{name: values[name] for name in as_they_are},
     )
@@ -70,6 +72,19 @@ def _coverage(values: Mapping[str, Any] | None) -> Coverage | None:
         return None
     floats = [_of_its_kinds(FloatWeight(**{**one, "shape": tuple(one["shape"])})) for one in values["floats"]]
     return _of_its_kinds(Coverage(floats, values["quantized_bytes"], values["packed_bytes"]))
+
+
+def _allocation(values: Mapping[str, Any] | None) -> Allocation | None:
+    if values is None:
+        return None
+    units = [
+        _of_its_kinds(
+            UnitChoice(**{**one, "divergence": _number(one["divergence"]), "measured": _numbers(one["measured"])})
+        )
+        for one in values["units"]
+    ]
+    figures = {name: _number(values[name]) for name in ("target_bits", "bits", "seconds")}
+    return _of_its_kinds(Allocation(**{**values, **figures, "units": units}))
 
 
 def _facts(values: Mapping[str, Any]) -> ModelFacts:

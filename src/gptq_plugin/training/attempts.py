@@ -24,7 +24,7 @@ from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.report.report import QuantizeReport
-from gptq_plugin.training.escalation import Step, steps
+from gptq_plugin.training.escalation import Step, budget_steps, steps
 from gptq_plugin.training.output_noise import output_noise
 from gptq_plugin.training.quality_gate import QualityGate
 
@@ -54,10 +54,10 @@ class _NotGoodEnough(Exception):
     """Ends an attempt, so that the model gets its float weights back.
 
     Attributes:
-        first: The plan and the relative output error by layer after the first attempt of an escalation; else None.
+        first: After the first attempt of an escalation, what to try next; else None.
     """
 
-    def __init__(self, failures: list[str], first: tuple[Plan, Mapping[str, float]] | None) -> None:
+    def __init__(self, failures: list[str], first: Iterator[Step] | None) -> None:
         super().__init__("; ".join(failures))
         self.first = first
 
@@ -104,7 +104,7 @@ class Attempts:
                 return self._attempt(attempt, tried, finish)
             except _NotGoodEnough as failure:
                 if failure.first is not None:
-                    untried = steps(*failure.first)
+                    untried = failure.first
                 step = next((step for step in untried if self._is_allowed(step)), None)
                 if step is None:
                     raise QualityError(
@@ -127,7 +127,7 @@ class Attempts:
                     _warn("not good enough, and accepted because of on_fail='warn': %s", failure)
             elif failures:
                 is_first = gate.on_fail == "escalate" and not tried
-                raise _NotGoodEnough(failures, self._noise(quantizer, report) if is_first else None)
+                raise _NotGoodEnough(failures, self._steps(quantizer, report) if is_first else None)
             finish(quantizer, report)
             return report
 
@@ -144,9 +144,16 @@ class Attempts:
             return False
         return self.target is None or not problems(Inventory.of_plan(step.plan), self.target)
 
+    def _steps(self, quantizer: QuantizeModule, report: QuantizeReport) -> Iterator[Step]:
+        """What to try after this attempt, as far as that has to be measured before its end."""
+        allocated = quantizer.allocated
+        if allocated is not None and allocated.budget is not None:
+            return budget_steps(allocated)
+        return steps(*self._noise(quantizer, report))
+
     def _noise(self, quantizer: QuantizeModule, report: QuantizeReport) -> tuple[Plan, dict[str, float]]:
-        plan = quantizer.plan
-        assert plan is not None  # the model is quantized
+        assert quantizer.allocated is not None  # the model is quantized
+        plan = quantizer.allocated.plan
         options = self.options
         takes = takes_of(self.model, options.forward)
         data = collect(self.data(), quantizer.config, options.tokenizer, takes=takes)

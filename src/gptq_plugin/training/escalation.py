@@ -1,32 +1,32 @@
-"""Configurations to try if a quantized model is not good enough: `steps`.
+"""Configurations to try if a quantized model is not good enough: `steps`; with `target_bits`, `budget_steps`.
 
-There are two means. Smaller groups in the whole model keep one grid for all layers, which every client reads. More bits
-for the noisiest layers may cost less, but only this package and GPTQModel read mixed grids; transformers does not, and
-vLLM only if the layers that it fuses agree. So at every width smaller groups come first, then more bits for a few
-layers at a time, until all have the next width, which is one grid again.
+Without a budget there are two means. Smaller groups in the whole model keep one grid for all layers, which every
+client reads. More bits for the noisiest layers may cost less, but only this package and GPTQModel read mixed grids;
+transformers does not, and vLLM only if the layers that it fuses agree. So at every width smaller groups come first,
+then more bits for a few layers at a time, until all have the next width, which is one grid again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import math
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gptq_plugin.checkpoint.sizes import stored_bytes
+from gptq_plugin.allocation.grids import Grid, average_bits, with_grids
+from gptq_plugin.allocation.units import GROUP_SIZES
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.plan import Plan
-from gptq_plugin.model.rule_checks import with_deciding_rules
 from gptq_plugin.model.targets import Target, unpackable
+from gptq_plugin.quantize.allocate import Allocated
 from gptq_plugin.report.numbers import format_bits_per_weight
 
-GROUP_SIZES = (128, 64, 32)  # servers have fast kernels for these
+_MORE_BITS = 0.25  # from one budget to the next
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the layers, that get more bits step by step
 
 
@@ -49,14 +49,6 @@ class Step:
         return self.plan.config
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The stored form of a layer's weights."""
-
-    bits: int
-    group_size: int
-
-
 def steps(plan: Plan, noise: Mapping[str, float]) -> Iterator[Step]:
     """Yields configurations that should give better models than the plan's, with the bits each takes.
 
@@ -71,19 +63,15 @@ def steps(plan: Plan, noise: Mapping[str, float]) -> Iterator[Step]:
     together = _group_by_parameter(targets, noise)
     ranked = [name for names in together for name in names]
     shapes = {target.name: tuple(target.weight.shape) for target in targets}
-    configs = {target.name: target.config for target in targets}
-    first = {target.name: _Grid(target.config.bits, target.config.group_size) for target in targets}
+    first = {target.name: Grid.of(target.config) for target in targets}
 
-    def step(grids: dict[str, _Grid], size: int | None = None) -> Step:
-        stored = [
-            stored_bytes(shapes[name], dataclasses.replace(configs[name], **vars(grids[name]))) for name in ranked
-        ]
-        average = 8 * sum(stored) / sum(math.prod(shapes[name]) for name in ranked)
+    def step(grids: dict[str, Grid], size: int | None = None) -> Step:
+        average = average_bits([target for target in targets if target.name in noise], grids)
         raised = [name for name in ranked if grids[name].bits != first[name].bits]
         means = [f"more bits for {len(raised)} of {len(ranked)} layers ({some(raised)})"] if raised else []
         means += [f"groups of {size} or less in all layers"] if size else []
         what = f"{' and '.join(means)}, {format_bits_per_weight(average)}"
-        return Step(_configured(plan, grids), average, what)
+        return Step(with_grids(plan, grids), average, what)
 
     now = first
     while True:
@@ -105,6 +93,24 @@ def steps(plan: Plan, noise: Mapping[str, float]) -> Iterator[Step]:
             yield step(now)
 
 
+def budget_steps(allocated: Allocated) -> Iterator[Step]:
+    """Yields larger budgets of a run with `target_bits`, a quarter of a bit at a time, up to the largest that its grids
+    allow, each divided by what was measured for the first.
+
+    Args:
+        allocated: Of the first attempt, with a budget.
+    """
+    assert allocated.record is not None
+    for number in itertools.count(1):
+        bits = allocated.record.target_bits + number * _MORE_BITS
+        try:
+            plan = allocated.within(bits)
+        except TargetError:
+            return
+        average = average_bits(plan.targets, {target.name: Grid.of(target.config) for target in plan.targets})
+        yield Step(plan, average, f"a budget of {bits:g} bits per weight, {format_bits_per_weight(average)}")
+
+
 def _group_by_parameter(targets: Sequence[Target], noise: Mapping[str, float]) -> list[list[str]]:
     """Groups of layers that get more bits together, noisiest first: single layers, or all experts of one parameter."""
     parameters: dict[str, list[str]] = defaultdict(list)
@@ -115,36 +121,9 @@ def _group_by_parameter(targets: Sequence[Target], noise: Mapping[str, float]) -
     return sorted(parameters.values(), key=lambda names: -sum(noise[name] for name in names) / len(names))
 
 
-def _at_most(grid: _Grid, size: int) -> int:
+def _at_most(grid: Grid, size: int) -> int:
     return grid.group_size if 0 < grid.group_size <= size else size
 
 
 def _next_width(bits: int, shape: tuple[int, ...]) -> int | None:
     return next((width for width in BITS if width > bits and unpackable(shape, width) is None), None)
-
-
-def _configured(plan: Plan, grids: Mapping[str, _Grid]) -> Plan:
-    """Returns the plan with these grids.
-
-    The most common grid becomes that of the configuration, which clients without rules read, unless it would reach
-    layers that are float now, such as those that cannot be packed at the old width.
-    """
-    common = Counter(grids.values()).most_common(1)[0][0]
-    shared = dataclasses.replace(plan.config, bits=common.bits, group_size=common.group_size)
-    with contextlib.suppress(TargetError):
-        found = plan.with_config(_with_rules(shared, grids, plan))
-        if [target.name for target in found.targets] == list(grids):
-            return found
-    return plan.with_config(_with_rules(plan.config, grids, plan))
-
-
-def _with_rules(config: QuantizeConfig, grids: Mapping[str, _Grid], plan: Plan) -> QuantizeConfig:
-    """Adds rules for single layers in front, and leaves out others that no longer decide for any."""
-    own = {}
-    for name, grid in grids.items():
-        found, (_, rule) = config.for_module(name), config.rule_for(name)
-        changed = {field: value for field, value in vars(grid).items() if getattr(found, field) != value}
-        if changed:
-            own[f"{re.escape(name)}$"] = {**rule, **changed}
-    others = {pattern: rule for pattern, rule in config.dynamic.items() if pattern not in own}
-    return with_deciding_rules(dataclasses.replace(config, dynamic={**own, **others}), plan.structure.linears)

@@ -15,8 +15,8 @@ from gptq_plugin.export.export_size import planned_bytes
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.hf_models import check_savable
-from gptq_plugin.model.plan import planned
 from gptq_plugin.quantize.module import QuantizeModule
+from gptq_plugin.quantize.prepare import budgeted
 
 
 def leaves_quantized(module: nn.Module, swap: bool | None) -> bool:
@@ -45,7 +45,7 @@ def refuse_export(quantizer: QuantizeModule, module: nn.Module, export_dir: Path
     if export_dir is not None:
         check_savable(module)
         if distributed.rank() == 0:
-            with planned(module, quantizer.config) as plan:
+            with budgeted(module, quantizer.config, target) as plan:
                 refuse_full(export_dir, planned_bytes(plan))
 
 

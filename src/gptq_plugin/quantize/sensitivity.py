@@ -1,0 +1,196 @@
+"""What single quantized layers do to a model's outputs: `measure_sensitivities`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from gptq_plugin import distributed
+from gptq_plugin.allocation.grids import Grid
+from gptq_plugin.allocation.nearest import nearest
+from gptq_plugin.allocation.units import Unit
+from gptq_plugin.calibration.collect import Calibration
+from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.errors import CalibrationError
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.options.methods import METHOD_FIELDS
+from gptq_plugin.quantize.batch_runs import BatchRuns
+from gptq_plugin.quantize.divergence import Divergence
+from gptq_plugin.quantize.one_pass import OnePass
+from gptq_plugin.quantize.options import PassOptions
+
+log = logging.getLogger(__name__)
+
+_WIDTHS = (2, 3, 4)  # measured; the divergence at 8 bits is below what a measurement resolves
+_HELD_OUT_TOKENS = 8192  # that divergences are measured on, and no trial's Hessian has seen
+_TRIAL_SAMPLES = 32  # that the layers of a trial are solved with
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What units do to the model, each alone.
+
+    Attributes:
+        measured: By unit, then width: KL(float || that unit quantized alone), mean over positions, in nats.
+        damages: By unit, the same for each of its grids, scaled from a measured one.
+        tokens: Positions that were compared, over all ranks.
+        quantized: Names of the layers that the trials quantized; others are to stay float after all.
+    """
+
+    measured: Mapping[str, Mapping[int, float]]
+    damages: Mapping[str, Mapping[Grid, float]]
+    tokens: int
+    quantized: Set[str]
+
+
+def measure_sensitivities(
+    plan: Plan, units: Sequence[Unit], calibration: Calibration, options: PassOptions
+) -> Sensitivities:
+    """Quantizes the model once for each width, in a trial that nothing is kept of, and puts single units of its layers
+    into the float model. Every rank calls it, and gets the same values.
+
+    Trials use the method gptq and few samples. Divergences are measured on others. Grids of other groups, or of a width
+    that is not measured, differ from a measured one as the squared errors of nearest rounding do.
+
+    Args:
+        plan: The layers.
+        units: Those to choose grids for.
+        calibration: This rank's batches.
+        options: How batches run.
+
+    Raises:
+        CalibrationError: There are fewer than two batches; or as `Divergence` and `OnePass.run`.
+        TargetError: As `Divergence` and `OnePass.run`.
+    """
+    held_out, others = divided(calibration)
+    measured: dict[str, dict[int, float]] = {unit.name: {} for unit in units}
+    tokens, quantized = 0, set[str]()
+    for width in _measured_widths(units):
+        started = time.perf_counter()
+        layers = _trial(plan, width, others, options)
+        quantized |= layers.keys()
+        own = [unit for unit in units if any(grid.bits == width for grid in unit.grids)]
+        found, tokens = _alone(plan, own, layers, held_out, options)
+        for unit, divergence in zip(own, found, strict=True):
+            measured[unit.name][width] = divergence
+        if distributed.rank() == 0:
+            seconds = time.perf_counter() - started
+            log.info("target_bits: %d units of layers, each alone at %d bits: %.1f s", len(own), width, seconds)
+    return Sensitivities(
+        measured, {unit.name: _damages(unit, measured[unit.name]) for unit in units}, tokens, quantized
+    )
+
+
+def divided(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """Batches to measure on, evenly spaced among those of all ranks, and others for trials: this rank's of each.
+
+    Raises:
+        CalibrationError: There are fewer than two.
+    """
+    total = calibration.of_all_ranks
+    check_batches(total)
+    own = [(number, batch.samples, batch.tokens) for number, batch in zip(
+        calibration.numbers, calibration.batches, strict=True)]  # fmt: skip
+    sizes = sorted(one for of_rank in distributed.gather_objects(own) for one in of_rank)
+    tokens = [count if count is not None else samples for _, samples, count in sizes]
+    wanted = -(-_HELD_OUT_TOKENS * total // max(1, sum(tokens)))
+    count = min(max(1, wanted), max(1, total // 4))
+    measured_on = {sizes[(2 * place + 1) * total // (2 * count)][0] for place in range(count)}
+    rest = [one for one in sizes if one[0] not in measured_on]
+    trials: set[int] = set()
+    samples = 0
+    for number, of_batch, _ in rest:
+        if samples < _TRIAL_SAMPLES:
+            trials.add(number)
+            samples += of_batch
+    return _part(calibration, measured_on), _part(calibration, trials)
+
+
+def check_batches(count: int) -> None:
+    """Raises CalibrationError if so many batches cannot be divided into those to measure on and those for trials."""
+    if count < 2:
+        raise CalibrationError(
+            "target_bits measures on calibration batches that its trials are not calibrated on, and there is "
+            f"{count} batch: give more samples, or a smaller batch_size"
+        )
+
+
+def _part(calibration: Calibration, numbers: Collection[int]) -> Calibration:
+    kept = [place for place, number in enumerate(calibration.numbers) if number in numbers]
+    return Calibration(
+        [calibration.batches[place] for place in kept],
+        [calibration.numbers[place] for place in kept],
+        len(numbers),
+        first_batches=[0] if kept else [],
+    )
+
+
+def _measured_widths(units: Sequence[Unit]) -> list[int]:
+    """The widths of trials: those of `_WIDTHS` that units can have, else their narrowest."""
+    found = set()
+    for unit in units:
+        widths = {grid.bits for grid in unit.grids}
+        found |= widths.intersection(_WIDTHS) or {min(widths)}
+    return sorted(found)
+
+
+def _trial(plan: Plan, width: int, calibration: Calibration, options: PassOptions) -> Mapping[str, QuantLinear]:
+    """The layers quantized at a width; those that cannot be, or are left float, are missing."""
+    of_method: dict[str, Any] = {**dict.fromkeys(METHOD_FIELDS), "method": "gptq"}
+    config = dataclasses.replace(plan.config, target_bits=None, bits=width, **of_method)
+    options = dataclasses.replace(options, layers_in=None, progress=None)
+    layers, _ = OnePass(plan.with_config(config), calibration, options).run()
+    return layers
+
+
+def _alone(
+    plan: Plan, units: Sequence[Unit], layers: Mapping[str, QuantLinear], calibration: Calibration, options: PassOptions
+) -> tuple[list[float], int]:
+    """The divergence with each unit's layers of a trial in the float model, and the number of positions."""
+    one_walk = [
+        dataclasses.replace(one, config=dataclasses.replace(one.config, asymmetric_alpha=0.0)) for one in plan.targets
+    ]
+    every_logit = dataclasses.replace(plan.config, lm_head=True)
+    measured = dataclasses.replace(plan, targets=one_walk, config=every_logit)
+    positions = Positions(plan.model, calibration.batches, plan.config.token_weighting)
+    found = []
+    with BatchRuns(measured, calibration, positions, options) as runs:
+        with positions.watching():
+            runs.find_groups({target.name: target.module for target in plan.targets})
+        divergence = Divergence(runs, positions, plan.structure, calibration.numbers, calibration.of_all_ranks)
+        for unit in units:
+            quantized = [target for target in unit.targets if target.name in layers]
+            for target in quantized:
+                runs.weights.quantize(target, layers[target.name])
+            found.append(divergence.measure() if quantized else 0.0)
+            for target in quantized:
+                runs.weights.restore(target)
+    return found, divergence.tokens
+
+
+def _damages(unit: Unit, measured: Mapping[int, float]) -> dict[Grid, float]:
+    """The divergence for each of the unit's grids: scaled from the nearest width that was measured, whose groups were
+    the unit's largest."""
+    errors = {grid: _errors(unit, grid) for grid in unit.grids}
+    damages = {}
+    for grid in unit.grids:
+        width = min(measured, key=lambda known: (abs(known - grid.bits), known))
+        reference = next(one for one in unit.grids if one.bits == width)
+        damages[grid] = measured[width] * (errors[grid] / errors[reference] if errors[reference] else 1.0)
+    return damages
+
+
+def _errors(unit: Unit, grid: Grid) -> float:
+    """The squared errors of nearest rounding, each layer's as a share of its squared weights."""
+    shares = []
+    for target in unit.targets:
+        weight = target.weight
+        _, error = nearest(weight, dataclasses.replace(target.config, **vars(grid)))
+        power = float(weight.double().square().sum())
+        shares.append(float(error) / power if power else 0.0)
+    return sum(shares)
