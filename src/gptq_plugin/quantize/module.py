@@ -84,11 +84,8 @@ class QuantizeModule:
         self.config = config if config is not None else QuantizeConfig.from_dict(given)
         switches = {"offload_weights": offload_weights, "offload_activations": offload_activations}
         _check_options(self.config, **switches, exact_sums=exact_sums)
-        self.exact_sums, self.offload_weights, self.offload_activations = (
-            exact_sums,
-            offload_weights,
-            offload_activations,
-        )
+        self.exact_sums = exact_sums
+        self.offload_weights, self.offload_activations = offload_weights, offload_activations
         self.report: QuantizeReport | None = None
         self.allocated: Allocated | None = None
         self.run_log = RunLog()
@@ -104,8 +101,7 @@ class QuantizeModule:
             return list(plan.targets), list(plan.skipped)
 
     def coverage(self, model: nn.Module) -> Coverage:
-        """Returns and logs which parameters would be quantized, which stay float, and why. The log is a warning if most
-        of the export would be float.
+        """Returns and logs which parameters would be quantized, which stay float, and why; warns if most stay float.
 
         Raises:
             TargetError: See `targets.find_targets`.
