@@ -114,6 +114,20 @@ def test_grids_that_were_not_measured_are_scaled_from_those_that_were(monkeypatc
         )
 
 
+@pytest.mark.parametrize(
+    ("measured", "floor"),
+    [
+        ([(4.0, 0.5), (2.0, 0.3), (1.0, 0.2)], 0.1),  # 0.1 beside 0.1 for each unit of error
+        ([(2.0, 0.3), (1.0, 0.1)], 0.0),  # more than proportional
+        ([(2.0, 0.1), (1.0, 0.2)], 0.2),  # noise: no more than what was measured
+        ([(1.0, 0.2)], 0.0),
+        ([(0.0, 0.0), (0.0, 0.0)], 0.0),
+    ],
+)
+def test_what_the_rounding_of_activations_adds_to_a_divergence_is_not_scaled(measured, floor):
+    assert sensitivity._floor(measured) == pytest.approx(floor)
+
+
 def test_batches_to_measure_on_are_spread_over_all_and_in_no_trial():
     calibration = collect([{"input_ids": torch.zeros(4, 512, dtype=torch.long)}] * 40, CONFIG, nsamples=160, alone=True)
     held_out, others = divided(calibration)

@@ -174,15 +174,33 @@ def _alone(
 
 
 def _damages(unit: Unit, measured: Mapping[int, float]) -> dict[Grid, float]:
-    """The divergence for each of the unit's grids: scaled from the nearest width that was measured, whose groups were
-    the unit's largest."""
+    """The divergence for each of the unit's grids: that of the nearest width that was measured, in the unit's largest
+    groups, of which all but the floor is scaled."""
     errors = {grid: _errors(unit, grid) for grid in unit.grids}
+    references = {width: next(grid for grid in unit.grids if grid.bits == width) for width in measured}
+    floor = _floor([(errors[references[width]], measured[width]) for width in sorted(measured)])
     damages = {}
     for grid in unit.grids:
         width = min(measured, key=lambda known: (abs(known - grid.bits), known))
-        reference = next(one for one in unit.grids if one.bits == width)
-        damages[grid] = measured[width] * (errors[grid] / errors[reference] if errors[reference] else 1.0)
+        error = errors[references[width]]
+        scale = errors[grid] / error if error else 1.0
+        damages[grid] = floor + (measured[width] - floor) * scale
     return damages
+
+
+def _floor(measured: Sequence[tuple[float, float]]) -> float:
+    """The divergence that is left where errors vanish, since every change of weights moves the rounding of activations:
+    by the line through the two widest widths, and 0 where that has none.
+
+    Args:
+        measured: Squared errors and divergences, the widest width last.
+    """
+    if len(measured) < 2:
+        return 0.0
+    (wide_error, narrower), (error, divergence) = measured[-2:]
+    if wide_error <= error:
+        return 0.0
+    return min(max(0.0, divergence - error * (narrower - divergence) / (wide_error - error)), divergence)
 
 
 def _errors(unit: Unit, grid: Grid) -> float:
