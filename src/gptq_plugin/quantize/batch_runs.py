@@ -169,7 +169,7 @@ class BatchRuns:
         """Runs batches forward and backward, each from the state that the model was given in."""
         for number in numbers:
             forward, data = self.forward(number), self._batches[number].data
-            self._run_alone(partial(weights.measure, number, forward, data), number)
+            self.run_alone(partial(weights.measure, number, forward, data), number)
 
     def sample(self) -> Sample | None:
         """The first batch, cut to a sample; None without batches on this rank."""
