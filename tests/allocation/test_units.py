@@ -19,15 +19,22 @@ def units(model, client=None, **options):
     return {unit.name: unit for unit in units_of(plan_of(model, config), client)}
 
 
-def test_layers_that_servers_compute_as_one_are_one_unit():
-    found = units(tiny_llama(num_hidden_layers=1))
+@pytest.mark.parametrize("client", [None, "gptqmodel"])
+def test_every_layer_is_a_unit_of_its_own_where_no_client_fuses_some(client):
+    found = units(tiny_llama(num_hidden_layers=1), None if client is None else Client(client))
+    assert len(found) == 7 and all(unit.names == [name] for name, unit in found.items())
+
+
+@pytest.mark.parametrize("options", [{"checkpoint_format": "compressed-tensors"}, {}])
+def test_layers_that_the_client_computes_as_one_are_one_unit(options):
+    found = units(tiny_llama(num_hidden_layers=1), Client("vllm"), **options)
     assert {name: len(unit.targets) for name, unit in found.items()} == {
         "model.layers.0.self_attn.qkv_proj": 3,
         "model.layers.0.self_attn.o_proj": 1,
         "model.layers.0.mlp.gate_up_proj": 2,
         "model.layers.0.mlp.down_proj": 1,
     }
-    assert all(len(unit.targets) == 1 for unit in units(tiny_gpt2()).values())
+    assert all(len(unit.targets) == 1 for unit in units(tiny_gpt2(), Client("vllm"), **options).values())
 
 
 def test_all_experts_of_a_list_are_one_unit_on_grids_that_all_can_have():

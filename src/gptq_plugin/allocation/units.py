@@ -53,8 +53,8 @@ def is_fixed(target: Target, config: QuantizeConfig) -> bool:
 def units_of(plan: Plan, client: Client | None) -> list[Unit]:
     """The units of a plan's layers, but for those whose `dynamic` rules fix their grids.
 
-    q, k and v are one unit, gate and up too, and all layers of a block of experts, whatever the client: so one that
-    fuses them reads the checkpoint as well.
+    All layers of a block of experts are one unit. q, k and v are one, and gate and up, if the client refuses them on
+    different grids.
 
     Args:
         plan: The layers.
@@ -63,34 +63,55 @@ def units_of(plan: Plan, client: Client | None) -> list[Unit]:
     Raises:
         ExportError: The client takes none of the grids of a unit; with its reasons.
     """
+    free = [target for target in plan.targets if not is_fixed(target, plan.config)]
+    reader = _Reader(Inventory.of_plan(plan), client) if client is not None else None
     together: dict[str, list[Target]] = defaultdict(list)
-    for target in plan.targets:
-        if not is_fixed(target, plan.config):
-            together[_unit_name(target)].append(target)
-    inventory = Inventory.of_plan(plan) if client is not None else None
-    return [
-        Unit(name if len(targets) > 1 else targets[0].name, tuple(targets), _grids(targets, inventory, client, plan))
-        for name, targets in together.items()
-    ]
+    for target in free:
+        together[experts_of(target.name, target.module) or fused_name(target.name) or target.name].append(target)
+    units = []
+    for name, targets in together.items():
+        whole = len(targets) > 1 and (
+            experts_of(targets[0].name, targets[0].module) is not None
+            or (reader is not None and reader.fuses(targets, plan.config.group_size))
+        )
+        for members in [targets] if whole else [[target] for target in targets]:
+            grids = _grids(members, plan.config.group_size, reader)
+            units.append(Unit(name if whole else members[0].name, tuple(members), grids))
+    return units
 
 
-def _unit_name(target: Target) -> str:
-    return experts_of(target.name, target.module) or fused_name(target.name) or target.name
+@dataclass(frozen=True)
+class _Reader:
+    """A client, asked about layers of an inventory on other grids."""
+
+    inventory: Inventory
+    client: Client
+
+    def problems(self, targets: Sequence[Target], grids: Sequence[Grid]) -> list[str]:
+        """Why the client refuses these layers by themselves, each on its grid."""
+        wanted = {target.name: grid for target, grid in zip(targets, grids, strict=True)}
+        layers = tuple(
+            dataclasses.replace(one, **vars(wanted[one.name])) for one in self.inventory.layers if one.name in wanted
+        )
+        return problems(dataclasses.replace(self.inventory, layers=layers, floats=(), rules={}), self.client)
+
+    def fuses(self, targets: Sequence[Target], largest: int) -> bool:
+        """True if it refuses the layers on different grids, each of which it takes for all of them."""
+        taken = [g for g in _possible(targets, largest) if not self.problems(targets, [g] * len(targets))]
+        return len(taken) > 1 and bool(self.problems(targets, [taken[-1], *[taken[0]] * (len(targets) - 1)]))
 
 
-def _grids(
-    targets: Sequence[Target], inventory: Inventory | None, client: Client | None, plan: Plan
-) -> tuple[Grid, ...]:
-    possible = list(_possible(targets, plan.config.group_size))
-    if inventory is None or client is None:
-        return tuple(possible)
-    refused = {grid: problems(_inventory_of(targets, grid, inventory), client) for grid in possible}
+def _grids(targets: Sequence[Target], largest: int, reader: _Reader | None) -> tuple[Grid, ...]:
+    possible = tuple(_possible(targets, largest))
+    if reader is None:
+        return possible
+    refused = {grid: reader.problems(targets, [grid] * len(targets)) for grid in possible}
     taken = tuple(grid for grid, reasons in refused.items() if not reasons)
     if not taken:
         reasons = dict.fromkeys(reason for of_grid in refused.values() for reason in of_grid)
+        names = some([target.name for target in targets])
         raise ExportError(
-            f"{client} takes {some([target.name for target in targets])} on no grid that target_bits could give:\n  "
-            + "\n  ".join(reasons)
+            f"{reader.client} takes {names} on no grid that target_bits could give:\n  " + "\n  ".join(reasons)
         )
     return taken
 
@@ -112,13 +133,6 @@ def _can_have(target: Target, grid: Grid) -> bool:
     except ValueError:  # a combination that no client reads
         return False
     return unpackable(tuple(target.weight.shape), grid.bits) is None
-
-
-def _inventory_of(targets: Sequence[Target], grid: Grid, whole: Inventory) -> Inventory:
-    """The inventory of these layers alone on a grid."""
-    names = {target.name for target in targets}
-    layers = tuple(dataclasses.replace(one, **vars(grid)) for one in whole.layers if one.name in names)
-    return dataclasses.replace(whole, layers=layers, floats=(), rules={})
 
 
 def grids_of(units: Sequence[Unit], chosen: Sequence[Grid], plan: Plan) -> Mapping[str, Grid]:
