@@ -75,20 +75,20 @@ def test_it_is_the_divergence_of_the_outputs_with_the_layers_of_a_trial_alone(ma
     held_out, others = divided(calibration)
     with planned(model, dataclasses.replace(CONFIG, bits=2, target_bits=None)) as plan, evaluating(model):
         layers, _ = OnePass(plan, others, PassOptions()).run()
-        unit = units_of(plan, None)[0]
-    altered = copy.deepcopy(model)
-    for name in unit.names:
-        altered.get_submodule(name).weight.data = layers[name].dequantize()
-    inner = altered.inner if wrap is Wrapped else altered
-    total = count = 0
-    with torch.no_grad():
-        for batch in held_out.batches:
-            kept = batch.data["attention_mask"].bool()
-            before, after = (one(**batch.data).logits[kept].log_softmax(-1) for one in (network, inner))
-            total += (before.exp() * (before - after)).sum().item()
-            count += int(kept.sum())
-    assert unit.names == [unit.name] and found.tokens == count
-    assert found.measured[unit.name] == {2: pytest.approx(total / count, rel=1e-4)} and total > 0
+        units = units_of(plan, None)
+    for unit in (units[0], units[-1]):
+        altered = copy.deepcopy(model)
+        altered.get_submodule(unit.name).weight.data = layers[unit.name].dequantize()
+        inner = altered.inner if wrap is Wrapped else altered
+        total = count = 0
+        with torch.no_grad():
+            for batch in held_out.batches:
+                kept = batch.data["attention_mask"].bool()
+                before, after = (one(**batch.data).logits[kept].log_softmax(-1) for one in (network, inner))
+                total += (before.exp() * (before - after)).sum().item()
+                count += int(kept.sum())
+        assert found.tokens == count
+        assert found.measured[unit.name] == {2: pytest.approx(total / count, rel=1e-4)} and total > 0
 
 
 def test_the_model_is_as_it_was(monkeypatch):
