@@ -145,13 +145,16 @@ def _scale_equations_kernel(
     for start in range(0, n, UPPER):
         i = start + tl.arange(0, UPPER)
         product = tl.zeros([UPPER, ROWS], dtype=tl.float32)
-        for begin in tl.static_range(0, SIZE, INNER):
-            k = g * SIZE + begin + inner
-            if SIZE > INNER:
-                mine = _centred(codes, channel, zero, k, lane, rows, there).to(tl.float16)
-            at = i.to(tl.int64)[:, None] * n + k[None, :]
+        at = i.to(tl.int64)[:, None] * n + (g * SIZE + inner)[None, :]
+        if SIZE == INNER:
             product = tl.dot(tl.load(low + at), mine, acc=product)
             product = tl.dot(tl.load(parts + at), mine, acc=product)
+        else:
+            for begin in range(0, SIZE, INNER):
+                k = g * SIZE + begin + inner
+                mine = _centred(codes, channel, zero, k, lane, rows, there).to(tl.float16)
+                product = tl.dot(tl.load(low + at + begin), mine, acc=product)
+                product = tl.dot(tl.load(parts + at + begin), mine, acc=product)
         e = tl.load(errors + i.to(tl.int64)[:, None] * rows + lane[None, :], mask=there[None, :], other=0.0)
         b += tl.sum(product * e, axis=0)
         h = start // SIZE
