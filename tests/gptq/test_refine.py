@@ -8,7 +8,6 @@ import pytest
 import torch
 from gptq_plugin.kernels import plain_steps
 
-from gptq_plugin import kernels
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq import improve, refine
 from gptq_plugin.gptq.factor import factorize
@@ -17,7 +16,6 @@ from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.gptq.row_blocks import divided
 from gptq_plugin.gptq.solver import solve, solve_blocks
 
-from kernel_cases import INTERPRETED
 from plain_gptq import ORDERS, correlated, plain
 
 GRIDS = {"symmetric": {"sym": True}, "v1 zeros": {"sym": False}, "v2": {"sym": False, "checkpoint_format": "gptq_v2"}}
@@ -265,19 +263,3 @@ def test_a_gpu_improves_rows_as_the_cpu_does(grid, order):
     error = weight.double() - gpu.weight.dequantize(torch.float64).cpu()
     torch.testing.assert_close(gpu.loss.cpu().double(), output_error(error, hessian.double()), rtol=1e-3, atol=0)
     assert abs(float(gpu.loss.sum().cpu() / cpu.loss.sum()) - 1) < 0.01
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
-@pytest.mark.parametrize("options", [{}, {"sym": False, "checkpoint_format": "gptq_v2"}, {"group_size": -1}], ids=str)
-def test_kernels_and_split_products_improve_rows_as_plain_pytorch_does(options, monkeypatch):
-    weight, hessian = (t.float() for t in correlated(rows=20, n=64))
-    drift = 0.02 * hessian + 0.01 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    config = QuantizeConfig(**{"bits": 3, "group_size": 32, "method": "best", **options})
-    plain_ones = solve(weight, hessian, config, drift)
-    monkeypatch.setattr(kernels, "_by_triton", lambda x: x.dtype == torch.float32)
-    monkeypatch.setattr(refine.sweep.__globals__["tensor_cores"], "usable", lambda x: x.dtype == torch.float32)
-    found = solve(weight, hessian, config, drift)
-    error = weight.double() - found.weight.dequantize(torch.float64)
-    torch.testing.assert_close(found.loss.double(), output_error(error, hessian.double()), rtol=1e-5, atol=0)
-    assert (found.weight.codes == plain_ones.weight.codes).all(1).double().mean() > 0.8
-    assert abs(float(found.loss.sum() / plain_ones.loss.sum()) - 1) < 0.01

@@ -6,6 +6,11 @@ import pytest
 import torch
 from gptq_plugin.kernels import plain_steps
 
+from gptq_plugin import kernels
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.gptq import tensor_cores
+from gptq_plugin.gptq.solver import solve
+
 from kernel_cases import triton_device
 
 
@@ -60,12 +65,13 @@ def test_the_triton_errors_of_grids_are_the_plain_ones(rows, groups, size, devic
 
 
 @triton_device
-@pytest.mark.parametrize("bits", [2, 8])
-@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
 @pytest.mark.parametrize(
-    ("groups", "size", "rows"),
-    [(3, 32, 70), (2, 128, 5), (1, 256, 140), (2, 48, 33), (5, 16, 1), (3, 20, 9), (1, 7, 2)],
-)
+    ("groups", "size", "rows", "scale", "bits"),
+    [
+        (3, 32, 70, 1.0, 2), (2, 128, 5, 1e9, 8), (1, 256, 140, 1.0, 8), (2, 48, 33, 1e-9, 2),
+        (5, 16, 1, 1.0, 8), (3, 20, 9, 1e9, 2), (1, 7, 2, 1e-9, 8),
+    ],
+)  # fmt: skip
 def test_the_triton_equations_for_scales_are_the_plain_ones(groups, size, rows, scale, bits, device):
     from gptq_plugin.kernels import steps
 
@@ -112,3 +118,23 @@ def test_the_triton_passes_name_what_they_cannot_take(device):
     with pytest.raises(ValueError, match=r"errors must be contiguous torch.float32 \[32, 5\], got torch.float64"):
         hessian = steps.grouped_hessian(correlated(32, device), channels)
         steps.scale_equations(hessian, codes, zeros, weight.double(), channels, slice(0, 5))
+
+
+@triton_device
+@pytest.mark.parametrize("options", [{}, {"sym": False, "static_groups": False, "group_size": -1}], ids=str)
+def test_with_the_triton_kernels_rows_are_improved_as_in_plain_pytorch(options, device, monkeypatch):
+    weight, hessian = torch.randn(6, 32), correlated(32, "cpu") + torch.eye(32)
+    drift = 0.02 * hessian + 0.01 * torch.randn(32, 32)
+    config = QuantizeConfig(
+        **{"bits": 3, "group_size": 16, "method": "best", "scale_rounds": 1, "refit_rounds": 1, **options}
+    )
+    plain = solve(weight, hessian, config, drift)
+    if device == "cpu":
+        monkeypatch.setattr(kernels, "_by_triton", lambda x: x.dtype == torch.float32)
+        monkeypatch.setattr(tensor_cores, "usable", lambda x: x.dtype == torch.float32)
+    found = solve(*(t.to(device) for t in (weight, hessian)), config, drift.to(device))
+    error = weight.double() - found.weight.dequantize(torch.float64).cpu()
+    exact = torch.einsum("oi,ij,oj->o", error, hessian.double(), error)
+    torch.testing.assert_close(found.loss.cpu().double(), exact, rtol=1e-4, atol=0)
+    assert (found.weight.codes.cpu() == plain.weight.codes).double().mean() > 0.6
+    assert abs(float(found.loss.sum().cpu() / plain.loss.sum()) - 1) < 0.02
