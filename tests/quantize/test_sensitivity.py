@@ -15,7 +15,7 @@ from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.model.plan import planned
-from gptq_plugin.quantize import sensitivity
+from gptq_plugin.quantize import divergence, sensitivity
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.sensitivity import divided, measure_sensitivities
@@ -89,6 +89,16 @@ def test_it_is_the_divergence_of_the_outputs_with_the_layers_of_a_trial_alone(ma
                 count += int(kept.sum())
         assert found.tokens == count
         assert found.measured[unit.name] == {2: pytest.approx(total / count, rel=1e-4)} and total > 0
+
+
+def test_of_more_logits_than_are_kept_evenly_spaced_ones_are_compared(monkeypatch):
+    monkeypatch.setattr(sensitivity, "_WIDTHS", (2,))
+    whole, calibration = measured(tiny_llama(initializer_range=0.2), padded(4))
+    monkeypatch.setattr(divergence, "_KEPT_BYTES", 20 * 128 * 4)  # of 20 positions
+    part, _ = measured(tiny_llama(initializer_range=0.2), padded(4))
+    assert 10 < part.tokens <= 20 < whole.tokens
+    for name, of_unit in part.measured.items():
+        assert of_unit[2] == pytest.approx(whole.measured[name][2], rel=1)
 
 
 def test_the_model_is_as_it_was(monkeypatch):
