@@ -336,14 +336,19 @@ def split_to_float16(x: Tensor, scale: float, pieces: str, dim: int) -> Tensor:
     """Splits x · scale into a sum of two float16 numbers, high and low, concatenated along a dimension.
 
     Args:
-        x: [B, rows, columns]; |x · scale| must be below 65504.
+        x: [B, rows, columns], rows contiguous; |x · scale| must be below 65504.
         scale: A power of two.
         pieces: The order of concatenation, "h" for the high part and "l" for the low one, such as "hlh".
         dim: 1 or 2; becomes len(pieces) times as long.
 
     Returns:
         float16, contiguous.
+
+    Raises:
+        ValueError: Rows are not contiguous, which the kernel for a GPU does not read.
     """
+    if x.shape[2] > 1 and x.stride(2) != 1:
+        raise ValueError(f"x must have contiguous rows, got {list(x.shape)} with strides {list(x.stride())}")
     value = x * scale
     high = value.half()
     parts = {"h": high, "l": (value - high).half()}

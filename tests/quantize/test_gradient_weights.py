@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -181,6 +182,18 @@ def test_a_batch_without_a_loss_is_refused_before_training_and_before_any_work(f
     with pytest.raises(CalibrationError, match=message):
         QuantizeModule(CONFIG).quantize(model, batches, forward=forward)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_weights_tokens_as_a_cpu_does(solved):
+    batches = pairs()
+    torch.manual_seed(0)
+    model = Attention()
+    passed(copy.deepcopy(model), batches, forward=loss_to_targets)
+    passed(model.cuda(), batches, forward=loss_to_targets, device="cuda")
+    for (_, here, _), (_, there, _) in zip(solved[:1], solved[4:5], strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_is_streamed_is_refused():

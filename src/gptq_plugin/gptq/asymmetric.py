@@ -82,6 +82,7 @@ def _subtract(x: Tensor, left: Tensor, solved: Tensor) -> None:
     """x −= left @ solved, for the left operand of a product on tensor cores and numbers of any size."""
     unit = tensor_cores.unit_above(solved)
     product = torch.zeros_like(x)[None]
-    right = tensor_cores.right_operand((solved / unit)[None], _SCALE)
+    scaled = (solved / unit).contiguous()  # cuBLAS solves in columns
+    right = tensor_cores.right_operand(scaled[None], _SCALE)
     tensor_cores.add_product(product, left, right, alpha=1 / _SCALE)
     x -= product[0].mul_(unit)

@@ -99,7 +99,7 @@ class GradientWeights:
         weights = calls.pop(0) if calls else None
         if weights is None or name not in self._exponents or len(weights) != rows:
             return None
-        return torch.ldexp(weights, torch.tensor(-self._exponents[name])).sqrt_()
+        return weights.mul(2.0 ** min(127, -self._exponents[name])).sqrt_()
 
     @contextlib.contextmanager
     def _watching(self, number: int) -> Iterator[None]:
