@@ -9,10 +9,11 @@
 On a GPU every number is the replay of one CUDA graph over copies of the weights that together exceed the cache, and
 every layer's result is compared with that of its dequantized weight first. `floor` is codes, scales, zeros, x and y
 once at 3.0 TB/s (what an H100 reads); `standard` is the kernel for a checkpoint's layout, `tinygemm` PyTorch's
-(bfloat16, at most 16 rows). The columns `int4` and `tiles` (CPU) are the layer's implementations; `QuantLinear` is the
-one it selects. On a GPU the line ends with its time in floors, its error against float64, relative to the norm (and
-that of the dequantized weight's product), its largest error of one number in units of the outputs' root mean square,
-and the kernel.
+(bfloat16, at most 16 rows). On a CPU the calls take turns, each with its weight out of the cache; `int4` is PyTorch's
+4-bit kernel on bfloat16 rows, up to 128 of them, `before` the plain definition (`reference.matmul`), up to 16. The line
+ends with the error against float64, relative to the norm, and that of the dequantized weight's product. On a GPU it
+ends with the time in floors, the same errors, the largest error of one number in units of the outputs' root mean
+square, and the kernel.
 
 With --write-table nothing else is timed: every product of the chosen shapes, bits, rows and dtypes is measured with a
 dozen choices of kernels and options, and the fastest are added to the table.
@@ -25,7 +26,7 @@ import datetime
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,12 +34,15 @@ from gptq_plugin.kernels import reference
 from torch import Tensor
 from torch.nn.functional import linear
 
+from gptq_plugin.layers.cpu_product import CpuProduct
 from gptq_plugin.layers.packing import pack_zeros
 from gptq_plugin.layers.qlinear import QuantLinear
 
 BYTES_PER_SECOND = 3.0e12
 ROTATE_BYTES = 256 * 2**20
 SECONDS_OF_A_PRODUCT = 3.5  # --write-table, on average
+
+Times = dict[str, float]
 
 
 def random_layer(n_in: int, n_out: int, bits: int, group_size: int, device: str, symmetric: bool) -> QuantLinear:
@@ -59,14 +63,20 @@ def last_word(bits: int) -> int:
     return (1 << bits % 32) - 1 if bits % 32 else -1
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
-    """Seconds of the fastest call within a fifth of a second, after a warm-up."""
-    call()
-    best, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < 0.2:
-        before = time.perf_counter()
+def cpu_seconds(calls: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> Times:
+    """Seconds of every call's fastest run, by turns, after a warm-up: others use the machine too."""
+    best = dict.fromkeys(calls, float("inf"))
+    others = torch.zeros(2**24)  # more than a cache
+    for call in calls.values():
         call()
-        best = min(best, time.perf_counter() - before)
+    start, turns = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds or turns < 5:
+        turns += 1
+        for name, call in calls.items():
+            others += 1
+            before = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - before)
     return best
 
 
@@ -90,20 +100,22 @@ def gpu_seconds(calls: Sequence[Callable[[], object]]) -> float:
     return sorted(times[2:])[10]
 
 
-Times = dict[str, float]
-
-
 def bench_cpu(
     n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype, symmetric: bool
 ) -> tuple[Times, str]:
     layer = random_layer(n_in, n_out, bits, group_size, "cpu", symmetric)
     x, weight = torch.randn(rows, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
-    int4 = layer._prepare().int4
-    times = {"float": cpu_seconds(lambda: linear(x, weight)), "QuantLinear": cpu_seconds(lambda: layer(x))}
-    if int4 is not None and dtype == torch.bfloat16:
-        times["int4"] = cpu_seconds(lambda: int4.matmul(x, None))
-    times["tiles"] = cpu_seconds(lambda: reference.matmul(x, *layer.packed(), bits))
-    return times, ""
+    int4 = CpuProduct(layer.packed(), bits, layer.channels_per_group()).int4
+    calls: dict[str, Callable[[], object]] = {"float": lambda: linear(x, weight), "QuantLinear": lambda: layer(x)}
+    if int4 is not None and rows <= 128:
+        narrow = x.bfloat16()
+        calls["int4"] = lambda: int4.matmul(narrow)
+    if rows <= 16:
+        calls["before"] = lambda: reference.matmul(x, *layer.packed(), bits)
+    expected = linear(x.double(), layer.dequantize(torch.float64))
+    found = (layer(x), linear(x, layer.dequantize(dtype)))
+    error, of_float = (float((y.double() - expected).norm() / expected.norm()) for y in found)
+    return cpu_seconds(calls), f"error {error:.1e} ({of_float:.1e})"
 
 
 def bench_gpu(
@@ -209,7 +221,7 @@ def write_table(
     print(f"{file}: {len(table.choices)} choices, {time.perf_counter() - begun:.0f} s; not measured: {left}")
 
 
-CPU = {"shapes": "512x512,4096x4096,4096x14336", "rows": "1,8,64,128,256", "dtypes": "bfloat16,float32"}
+CPU = {"shapes": "1024x1024,4096x4096,4096x14336", "rows": "1,4,16,64,256,2048", "dtypes": "bfloat16,float32"}
 GPU = {
     "shapes": "4096x4096,4096x14336,14336x4096,8192x28672",
     "rows": "1,4,16,64,256,2048",

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gptq_plugin.kernels import reference
 from random_weights import Weight, random_weight
 from torch import Tensor, nn
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.layers import int4_cpu
+from gptq_plugin.layers.code_table import CodeTable
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest, output_dtype
 from gptq_plugin.layers.stored_weight import TENSORS
 
@@ -83,8 +83,8 @@ def test_any_leading_dimensions_pass_through_also_no_rows_at_all(leading, dtype)
         ({"n_in": 96, "group_size": 96}, True),  # as three of the kernel's groups
         ({"n_in": 512, "group_size": -1}, True),
         ({"bits": 8}, False),
-        ({"act_order": True}, False),
-        ({"n_out": 40}, False),
+        ({"act_order": True}, True),
+        ({"n_out": 40}, True),
         ({"group_size": 16}, False),
         ({"n_in": 100}, False),
     ],
@@ -94,9 +94,7 @@ def test_bfloat16_on_a_cpu_uses_pytorchs_four_bit_kernel_where_that_applies(shap
     weight = random_weight(**shape)
     layer = QuantLinear.from_quantized(weight, torch.randn(weight.codes.shape[0]))
     plain = []
-    monkeypatch.setattr(
-        reference, "matmul", lambda x, *rest: plain.append(1) or x.new_zeros(len(x), layer.out_features)
-    )
+    monkeypatch.setattr(CodeTable, "matmul", lambda self, x: plain.append(1) or x.new_zeros(len(x), layer.out_features))
     x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
     y = layer(x)
     assert bool(plain) is not applies
@@ -126,7 +124,8 @@ def test_casting_the_module_casts_the_bias_and_leaves_codes_and_scales_alone():
 def test_the_state_dict_has_the_names_of_a_gptq_checkpoint_and_nothing_forward_made():
     layer = QuantLinear.from_quantized(random_weight(), torch.randn(48))
     layer(torch.randn(1, 128, dtype=torch.bfloat16))
-    assert layer._prepared.int4 is not None
+    layer(torch.randn(1, 128))
+    assert {"int4", "table"} <= vars(layer._prepared.cpu).keys()
     assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
     assert not list(layer.parameters()) and set(TENSORS) == set(layer.state_dict())
     assert set(QuantLinear(128, 48, 4, 32).state_dict()) == {"qweight", "qzeros", "scales", "g_idx"}
@@ -280,14 +279,15 @@ def test_a_packed_result_keeps_what_it_was_given():
     ("rows", "fast"), [(0, False), (1, True), (int4_cpu.MOST_ROWS, True), (int4_cpu.MOST_ROWS + 1, False)]
 )
 def test_the_four_bit_kernel_takes_few_rows_in_bfloat16_only(rows, fast, monkeypatch):
-    layer, plain, matmul = QuantLinear.from_quantized(random_weight()), [], reference.matmul
-    monkeypatch.setattr(reference, "matmul", lambda *args: plain.append(1) or matmul(*args))
+    layer, taken, matmul = QuantLinear.from_quantized(random_weight()), [], int4_cpu.Int4.matmul
+    monkeypatch.setattr(int4_cpu.Int4, "matmul", lambda *args: taken.append(1) or matmul(*args))
     x = torch.randn(rows, 128)
     layer(x.bfloat16())
-    assert bool(plain) is not fast
-    plain.clear()
+    assert bool(taken) is fast
+    taken.clear()
     layer(x.half())
-    assert plain
+    layer(x)
+    assert not taken
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
@@ -298,7 +298,7 @@ def test_the_four_bit_kernel_computes_every_group_it_takes(group_size, bias):
     x = torch.randn(2, 3, 512, dtype=torch.bfloat16)
     y = layer(x.mT.contiguous().mT)
     expected = x.double() @ formula(weight).t() + (0 if bias is None else layer.bias.double())
-    assert layer._prepared.int4.group_size == group_size
+    assert layer._prepared.cpu.int4.group_size == group_size
     assert y.shape == (2, 3, 32) and distance(y, expected) < TOLERANCE[torch.bfloat16]
 
 

@@ -2,8 +2,7 @@
 
 On a GPU a layer that computes again with the tensors of a checkpoint takes them into the layout of the kernels
 (`kernel_layout`), in which one copy stays; `kernels.matmul` serves the first time, and layers which that layout does
-not take. Elsewhere plain PyTorch multiplies tile by tile; on a CPU, bfloat16 inputs of few rows use PyTorch's own 4-bit
-kernel, which for one row is faster than a float layer.
+not take. A CPU has ways of its own (`cpu_product`); elsewhere plain PyTorch multiplies tile by tile.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.kernels import reference
+from gptq_plugin.layers.cpu_product import CpuProduct
 from gptq_plugin.layers.float_rest import FloatRest
-from gptq_plugin.layers.int4_cpu import MOST_ROWS, Int4
 from gptq_plugin.layers.packing import pack_weight, pack_zeros, traceable_weight
 from gptq_plugin.layers.product_function import Product
 from gptq_plugin.layers.product_op import arranged_linear
@@ -158,14 +157,10 @@ class QuantLinear(StoredWeight):
         """x Wᵀ + bias in x's dtype, without a gradient."""
         if x.device.type == "cuda":
             return self._product_on_gpu(x)
-        packed = self.packed()
-        rows = x.numel() // max(1, self.in_features)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and 0 < rows <= MOST_ROWS:
-            int4 = self._prepare().int4
-            if int4 is not None:
-                reference.check_input(x, packed.qweight, packed.g_idx, self.bias)
-                return int4.matmul(x, self.bias)
-        return reference.matmul(x, *packed, self.bits, self.bias)
+        cpu = self._prepare().cpu if x.device.type == self.device.type == "cpu" else None
+        if cpu is not None:
+            return cpu.matmul(x, self.bias)
+        return reference.matmul(x, *self.packed(), self.bits, self.bias)
 
     def _product_on_gpu(self, x: Tensor) -> Tensor:
         from gptq_plugin.kernels import matmul  # imported here: needs Triton
@@ -210,7 +205,8 @@ class QuantLinear(StoredWeight):
             channels = self.channels_per_group()
             natural = torch.arange(self.in_features, dtype=torch.int32, device=packed.g_idx.device) // channels
             group_size = channels if torch.equal(packed.g_idx, natural) else None
-            prepared = _Prepared(state, group_size, Int4.repack(packed, self.bits, group_size))
+            cpu = CpuProduct(packed, self.bits, channels) if packed.qweight.device.type == "cpu" else None
+            prepared = _Prepared(state, group_size, cpu)
             self._prepared = prepared
         return prepared
 
@@ -244,7 +240,7 @@ class QuantLinear(StoredWeight):
 class _Prepared:
     state: _State  # the buffers it was derived from, with their versions
     group_size: int | None  # channels per group; None unless g_idx[i] is i // group_size
-    int4: Int4 | None  # the layer for PyTorch's 4-bit CPU kernel; None if that does not apply
+    cpu: CpuProduct | None  # its product if it is on a CPU
     served: bool = False  # a product on a GPU
     can_be_arranged: bool = True
 

@@ -1,0 +1,68 @@
+"""The product of a quantized layer on a CPU, and the choice of how: `CpuProduct`.
+
+Tested by tests/layers/test_qlinear.py: through the layer that has it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.kernels import reference
+from gptq_plugin.layers.code_table import CodeTable
+from gptq_plugin.layers.int4_cpu import MOST_ROWS, Int4
+from gptq_plugin.layers.kernel_layout import Packed
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class CpuProduct:
+    """A layer that multiplies on a CPU. Each way repacks the codes when it first serves, and keeps them beside the
+    layer's own: half a byte a weight of 4 bits for PyTorch's 4-bit kernel, as much for tables.
+
+    Args:
+        packed: The layer's tensors, which must not change.
+        bits: Width of a code.
+        group_size: Channels that share a scale.
+
+    Raises:
+        ValueError: A tensor has the wrong dtype, shape or device; the message names it.
+    """
+
+    def __init__(self, packed: Packed, bits: int, group_size: int) -> None:
+        reference.check_weight(*packed, bits)
+        self._packed, self._bits, self._group_size = packed, bits, group_size
+
+    @functools.cached_property
+    def int4(self) -> Int4 | None:
+        """For PyTorch's 4-bit kernel; None if that does not take the layer."""
+        return Int4.repack(self._packed, self._bits, self._group_size)
+
+    @functools.cached_property
+    def table(self) -> CodeTable:
+        """As tables of embeddings."""
+        return CodeTable.of(self._packed, self._bits)
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + bias in x's dtype.
+
+        Args:
+            x: Any floating dtype, [..., in].
+            bias: [out], rounded to x's dtype, or None.
+
+        Raises:
+            ValueError: x or the bias has the wrong dtype, shape or device; the message names it.
+        """
+        reference.check_input(x, self._packed.qweight, self._packed.g_idx, bias)
+        if not x.numel() or not self._packed.qweight.shape[1] or x.dtype not in _DTYPES:
+            return reference.matmul(x, *self._packed, self._bits, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if x.dtype == torch.bfloat16 and len(rows) <= MOST_ROWS and self.int4 is not None:
+            y = self.int4.matmul(rows)
+        else:
+            y = self.table.matmul(rows)
+        if bias is not None:
+            y += bias.to(y.dtype)
+        return y.view(*x.shape[:-1], y.shape[1])

@@ -1,0 +1,120 @@
+"""The product of quantized layers on a CPU from tables of embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from random_weights import Weight, random_weight
+from torch import Tensor
+
+from gptq_plugin.layers.code_table import CodeTable
+from gptq_plugin.layers.qlinear import QuantLinear
+
+SHAPES = [
+    {},
+    {"n_out": 45},
+    {"n_in": 75, "n_out": 37, "group_size": 15},
+    {"n_in": 100},
+    {"act_order": True},
+    {"n_in": 300, "n_out": 9, "group_size": -1},
+    {"n_in": 600, "n_out": 600, "group_size": 200, "act_order": True},
+    {"n_in": 1, "n_out": 1, "group_size": 1},
+    {"n_in": 1100, "n_out": 1031, "group_size": 128},
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def formula(weight: Weight) -> Tensor:
+    group = weight.g_idx.long()
+    return (weight.codes.double() - weight.zeros.double()[group].t()) * weight.scales.double()[group].t()
+
+
+def table_of(weight: Weight) -> CodeTable:
+    return CodeTable.of(QuantLinear.from_quantized(weight).packed(), weight.bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_few_and_many_rows_have_the_accuracy_of_a_float_product(shape, bits, symmetric):
+    weight = random_weight(bits=bits, **shape)
+    if symmetric:
+        weight = replace(weight, zeros=torch.full_like(weight.zeros, 2 ** (bits - 1)))
+    table, w = table_of(weight), formula(weight)
+    assert (table.offsets is None) or not symmetric
+    for rows in (1, 6, 7, 40):
+        x = torch.randn(rows, w.shape[1])
+        expected = x.double() @ w.t()
+        error = (table.matmul(x).double() - expected).abs()
+        assert bool((error <= 1e-6 * (x.double().abs() @ w.abs().t() + expected.abs().max())).all())
+        for dtype, most in ((torch.float16, 6e-4), (torch.bfloat16, 5e-3)):
+            narrow = x.to(dtype)
+            y = table.matmul(narrow)
+            expected = narrow.double() @ w.t()
+            assert y.dtype == dtype and float((y.double() - expected).norm()) <= most * float(expected.norm())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_its_weights_are_those_of_the_layer_bit_for_bit(bits):
+    for shape in SHAPES:
+        weight = random_weight(bits=bits, **shape)
+        for dtype in (torch.float32, torch.bfloat16):
+            table = table_of(weight)
+            panels = torch.cat([panel.clone() for panel in table._panels(dtype)], 1)[:, : table.n_out]
+            w = formula(weight).t()
+            assert torch.equal(panels, (w if table.order is None else w[table.order]).to(dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_group_of_zeros_gives_zero_whatever_its_scale(rows):
+    weight = random_weight(bits=4)
+    weight.codes[5] = weight.zeros[:, 5].repeat_interleave(32)
+    weight.scales[:, 5] = 1000
+    assert not table_of(weight).matmul(torch.randn(rows, 128))[:, 5].any()
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    table, x = table_of(random_weight(n_out=600)), torch.randn(6, 128)
+    assert torch.equal(table.matmul(x), torch.cat([table.matmul(row[None]) for row in x]))
+
+
+def test_groups_of_any_channels_and_none_are_served():
+    weight = random_weight()
+    weight = replace(weight, g_idx=torch.tensor([0, 2, 3, 3], dtype=torch.int32).repeat(32))
+    for rows in (2, 20):
+        x = torch.randn(rows, 128)
+        expected = x.double() @ formula(weight).t()
+        assert float((table_of(weight).matmul(x).double() - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("group", [-1, 4])
+def test_a_group_that_does_not_exist_is_refused(group):
+    layer = QuantLinear.from_quantized(random_weight())
+    layer.g_idx[3] = group
+    with pytest.raises(ValueError, match=r"g_idx must be in \[0, 4\)"):
+        layer(torch.randn(2, 128))
+
+
+def test_autocast_to_float16_does_not_reach_the_sums():
+    layer = QuantLinear.from_quantized(random_weight(n_in=1024))
+    x = torch.randn(20, 1024)
+    with torch.autocast("cpu", torch.float16):
+        y = layer(x)
+    assert torch.equal(y, layer(x.half()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_inputs_of_any_strides_are_served(dtype):
+    layer = QuantLinear.from_quantized(random_weight(act_order=True), torch.randn(48))
+    x = torch.randn(2, 128, 5).to(dtype).mT
+    assert torch.equal(layer(x), layer(x.contiguous()))
