@@ -63,7 +63,7 @@ def last_word(bits: int) -> int:
     return (1 << bits % 32) - 1 if bits % 32 else -1
 
 
-def cpu_seconds(calls: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> Times:
+def cpu_seconds(calls: Mapping[str, Callable[[], object]], seconds: float = 4.0) -> Times:
     """Seconds of every call's fastest run, by turns, after a warm-up: others use the machine too."""
     best = dict.fromkeys(calls, float("inf"))
     others = torch.zeros(2**24)  # more than a cache

@@ -118,3 +118,9 @@ def test_inputs_of_any_strides_are_served(dtype):
     layer = QuantLinear.from_quantized(random_weight(act_order=True), torch.randn(48))
     x = torch.randn(2, 128, 5).to(dtype).mT
     assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+def test_a_long_group_is_added_in_parts():
+    table, x = table_of(weight := random_weight(n_in=8192, n_out=64, group_size=-1)), torch.randn(1, 8192)
+    expected = x.double() @ formula(weight).t()
+    assert float((table.matmul(x).double() - expected).norm() / expected.norm()) < 8e-7
