@@ -124,3 +124,13 @@ def test_a_long_group_is_added_in_parts():
     table, x = table_of(weight := random_weight(n_in=8192, n_out=64, group_size=-1)), torch.randn(1, 8192)
     expected = x.double() @ formula(weight).t()
     assert float((table.matmul(x).double() - expected).norm() / expected.norm()) < 8e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_change_in_place_is_noticed_also_where_none_is_counted(inference, dtype):
+    with torch.inference_mode(inference):
+        layer, x = QuantLinear.from_quantized(random_weight()), torch.randn(20, 128).to(dtype)
+        before = layer(x)
+        layer.scales.mul_(2)
+        assert torch.equal(layer(x), before * 2)
