@@ -122,14 +122,19 @@ def text(folder: Path, rng: Random) -> Damage:
 
 
 def json_files(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.glob("*.json")) if file.is_file() and not file.is_symlink()]
+    """The files to damage; not those that were made large."""
+    return [file for file in sorted(folder.glob("*.json")) if not file.is_symlink() and _is_small(file)]
 
 
 def _content(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return json.loads(file.read_text(encoding="utf-8")) if _is_small(file) else None
     except (ValueError, RecursionError):  # an earlier mutation's
         return None
+
+
+def _is_small(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size < 16 << 20
 
 
 def _is_json(data: bytes) -> bool:

@@ -57,3 +57,15 @@ def test_a_module_is_linear_if_it_computes_what_linear_does(layer, linear):
 @pytest.mark.parametrize("layer", [nn.Linear(4, 6), Conv1D(6, 4)])
 def test_the_shape_is_outputs_by_inputs_in_either_layout(layer):
     assert linear_shape(layer) == (6, 4) == (layer(torch.zeros(4)).numel(), 4)
+
+
+def test_looking_at_a_class_for_the_first_time_draws_no_random_numbers():
+    class Unseen(nn.Linear):
+        """Computes what Linear does, in a forward of its own."""
+
+        def forward(self, x):
+            return super().forward(x)
+
+    layer, before = Unseen(4, 6), torch.get_rng_state()
+    assert is_linear(layer)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gptq_plugin.device.surroundings import same_random_numbers
+
 
 def is_linear(module: nn.Module) -> bool:
     """Returns whether the module computes x·Wᵀ + b: Linear, a subclass that computes the same, or Conv1D."""
@@ -34,8 +36,8 @@ def _computes_linear(kind: type[nn.Module]) -> bool:
     """Returns whether a subclass with another forward computes what Linear does, by running a small instance that has
     a Linear's parameters and nothing else."""
     layer = kind.__new__(kind)
-    nn.Linear.__init__(layer, 5, 3, device="cpu", dtype=torch.float64)  # type: ignore[arg-type]
-    with torch.no_grad():
+    with torch.no_grad(), same_random_numbers():  # initializing draws some
+        nn.Linear.__init__(layer, 5, 3, device="cpu", dtype=torch.float64)  # type: ignore[arg-type]
         x = torch.linspace(-1, 1, 40, dtype=torch.float64, device="cpu").reshape(2, 4, 5)
         wanted = functional.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
         try:
