@@ -120,3 +120,12 @@ def test_a_quantizer_takes_a_name_and_refuses_what_is_none_before_it_works(folde
         quantizer.export(model, tmp_path / "out", tokenizer=len)
     assert not (tmp_path / "out").exists()
     assert (quantizer.export(model, tmp_path / "out", tokenizer=folder) / "tokenizer.json").is_file()
+
+
+def test_a_path_that_cannot_be_told_is_refused():
+    class Broken:
+        def __fspath__(self):
+            raise RuntimeError("no disk")
+
+    with pytest.raises(ValueError, match=r"tokenizer=.* tells no path: no disk\. Give a transformers tokenizer"):
+        as_tokenizer(Broken())

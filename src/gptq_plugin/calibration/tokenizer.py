@@ -50,6 +50,10 @@ def _load(name_or_path: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        name_or_path = os.fspath(name_or_path)
+    except Exception as error:
+        raise ValueError(f"tokenizer={_brief(name_or_path)} tells no path: {brief(error)}. {_REMEDY}") from error
+    try:
         check_sizes(name_or_path)
         return AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:
