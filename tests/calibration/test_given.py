@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import time
+
 import numpy
 import pandas
 import pytest
@@ -10,9 +13,11 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.given import items_of, refuse_item, refuse_single, rereadable
 from gptq_plugin.calibration.items import Items
 from gptq_plugin.calibration.takes import Takes
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 
 
@@ -74,6 +79,34 @@ def test_data_is_let_through(data):
 def test_an_item_that_is_no_sample_is_refused(item):
     with pytest.raises(CalibrationError):
         refuse_item(item)
+
+
+def _doubled(times):
+    whole = []
+    for _ in range(times):
+        whole = [whole, whole]
+    return whole
+
+
+def _in_itself():
+    whole = {"x": torch.ones(2)}
+    whole["y"] = [whole]
+    return whole
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: _doubled(40), _in_itself, lambda: functools.reduce(lambda x, _: [x], range(99), 1)]
+)
+def test_an_item_that_cannot_be_walked_in_time_is_refused_at_once(make):
+    item = make()
+    for data in (item, [item], [torch.ones(1, 2), {"x": item}]):
+        started = time.perf_counter()
+        with pytest.raises(
+            CalibrationError, match="holds more than 4,194,304 values, lists in more than 64 others, or"
+        ):
+            collect(data if isinstance(data, list) else [data], QuantizeConfig(nsamples=4), None)
+        assert time.perf_counter() - started < 2
+    refuse_item(_doubled(20))
 
 
 @pytest.mark.parametrize("item", ["", "text", [1], [], torch.tensor([1]), {"x": 1}, (1, 2), numpy.ones(2)])

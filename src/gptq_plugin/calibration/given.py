@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -15,6 +16,8 @@ from gptq_plugin.calibration.batches import leaves
 from gptq_plugin.device.finite import has_values
 from gptq_plugin.errors import CalibrationError, some
 from gptq_plugin.options import fields
+
+_MOST_VALUES, _DEEPEST = 2**22, 64  # of an item; one that holds no tensors takes seconds to read then
 
 
 def items_of(data: Any, batch_size: int) -> Iterable[Any]:
@@ -114,6 +117,11 @@ def refuse_item(item: Any) -> None:
             f"the calibration data holds numbers ({_shown(item)}, ...), and one sample is a list of them: give a list "
             "of samples, [[1, 2, 3]]"
         )
+    if not _is_walkable(item):
+        raise CalibrationError(
+            f"an item of the calibration data, a {type(item).__name__}, holds more than {_MOST_VALUES:,} values, lists "
+            f"in more than {_DEEPEST} others, or itself: give numbers as tensors or arrays"
+        )
     for _, value in leaves(item):
         if isinstance(value, Tensor) and value.is_nested:
             raise CalibrationError(
@@ -125,6 +133,25 @@ def refuse_item(item: Any) -> None:
                 "the calibration data holds a tensor on the meta device, or of FakeTensorMode, which has no values: "
                 "give real data"
             )
+
+
+def _is_walkable(item: Any) -> bool:
+    """True for an item whose lists and mappings may be walked: each time one occurs in them it is walked again."""
+    sizes: dict[int, int] = {}  # numbers of values by the container's id
+
+    def count(value: Any, depth: int) -> int:
+        if not isinstance(value, (list, tuple, dict, UserDict)):
+            return 1
+        if depth > _DEEPEST:
+            return _MOST_VALUES + 1
+        if id(value) not in sizes:
+            sizes[id(value)] = _MOST_VALUES + 1  # one that it is in itself
+            inner = list(value.values() if isinstance(value, (dict, UserDict)) else value)
+            nested = [one for one in inner if isinstance(one, (list, tuple, dict, UserDict))]
+            sizes[id(value)] = len(inner) - len(nested) + 1 + sum(count(one, depth + 1) for one in nested)
+        return sizes[id(value)]
+
+    return count(item, 0) <= _MOST_VALUES
 
 
 def _refuse_mapping(data: Mapping[Any, Any]) -> None:
