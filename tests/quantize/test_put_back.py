@@ -47,14 +47,14 @@ STEPS = {
     "export.export.Export.add": (7,),
     "export.export.ShardWriter": (1,),
     "export.export.Export.finish": (1,),
-    "quantize.module._copy_training_flags": (1,),
+    "quantize.module.copy_training_flags": (1,),
     "quantize.in_place.note_float_rest": (1,),
     "export.staging._sync": (5,),
     "export.staging.check_export_dir": (2,),
     "export.verify_outputs.load_quantized": (1,),
 }
 INTERRUPTED = {
-    "quantize.module._copy_training_flags",
+    "quantize.module.copy_training_flags",
     "layers.qlinear.pack_zeros",
     "walk.batch_thread.BatchThread.wait_at",
     "quantize.in_place.describe",
@@ -296,7 +296,7 @@ def test_experts_are_together_again_whatever_fails(step, call, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize(("step", "call"), [("model.experts._put", 3), ("model.experts._use_plain_code", 1),
-                                            ("quantize.module.module_report", 2)])  # fmt: skip
+                                            ("quantize.outcome.module_report", 2)])  # fmt: skip
 def test_experts_are_together_again_if_taking_them_apart_fails_or_rounding_them(step, call, monkeypatch):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1,
