@@ -20,7 +20,7 @@ WRONG = {
         ("++data.path=x", "data=builtin has no data.path: did you mean data=hub data.path=x or data=text data.path=x?"),
     ],
     "choices": [
-        ("quantizer=w4g12", "there is no quantizer=w4g12: did you mean quantizer=w4g128? quantizer is one of mixed3_best"),
+        ("quantizer=w4g12", "there is no quantizer=w4g12: did you mean quantizer=w4g128? quantizer is one of mixed"),
         ("quantizer=w4g128,w3g12", "there is no quantizer=w3g12: did you mean quantizer=w3g128?"),
         ("data=wikipedia", "there is no data=wikipedia: data is one of builtin, hub, text"),
         ("hydra/launcher=fast", "there is no hydra/launcher=fast: hydra/launcher is one of"),

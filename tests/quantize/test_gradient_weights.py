@@ -10,10 +10,12 @@ import torch
 from plans import Attention, Listed, calibration_of, plan_of, rows
 from torch import nn
 from torch.nn import functional
+from transformers import T5Config, T5ForConditionalGeneration
 
 from gptq_plugin import QuantizeModule
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
+from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 
@@ -148,7 +150,10 @@ def test_layers_that_the_loss_does_not_depend_on_are_not_weighted_and_that_is_re
     torch.testing.assert_close(solved[0][1], x.T @ x / len(x), rtol=1e-4, atol=1e-6)
     told = {one.name: [text for text in one.deviations if "token_weighting" in text] for one in report.modules}
     assert told == {
-        "q": ["token_weighting='gradients' is not applied: no gradient is known for the rows of its input (2 batches)"],
+        "q": [
+            "token_weighting='gradients' is not applied: no gradient is known for the rows of its input, or all are 0 "
+            "(2 batches)"
+        ],
         "k": [],
         "v": [],
         "o": [],
@@ -194,6 +199,99 @@ def test_a_gpu_weights_tokens_as_a_cpu_does(solved):
     passed(model.cuda(), batches, forward=loss_to_targets, device="cuda")
     for (_, here, _), (_, there, _) in zip(solved[:1], solved[4:5], strict=True):
         torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-5)
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+
+
+def test_a_token_weighs_the_same_in_a_short_batch_as_in_a_long_one(solved):
+    model, batches = t5(), []
+    for targets in (3, 40):
+        ids = torch.randint(1, 96, (2, 30), generator=torch.Generator().manual_seed(targets))
+        batches.append({"input_ids": ids, "labels": torch.randint(1, 96, (2, targets))})
+    passed(model, batches)
+    name = "encoder.block.0.layer.0.SelfAttention.q"
+
+    def summed(model, batch):
+        logits = model(**batch).logits
+        return functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+
+    weights, x = plain_weights(model, name, summed, batches)
+    torch.testing.assert_close(solved[0][1], (x * scaled(weights)[:, None]).T @ x / len(x), rtol=1e-3, atol=1e-5)
+
+
+def test_a_classifiers_loss_is_that_of_its_samples_labels(solved):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16)), rows(60, 32)
+    batch = {"x": x, "labels": torch.randint(0, 16, (60,))}
+    passed(model, [batch], forward=lambda model, batch: model(batch["x"]))
+
+    def summed(model, batch):
+        return functional.cross_entropy(model(batch["x"]), batch["labels"], reduction="sum")
+
+    weights, _ = plain_weights(model, "0", summed, [batch])
+    torch.testing.assert_close(solved[0][1], (x * scaled(weights)[:, None]).T @ x / 60, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_that_float16_would_round_to_zero_are_kept():
+    """Of the mean of a batch: those of the sum are larger by the number of its rows."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), rows(500, 32)
+    run = {"x": x, "y": rows(500, 32, 1)}
+    weights = []
+    for dtype in (torch.float32, torch.float16):
+        one = copy.deepcopy(model).to(dtype)
+        found = GradientWeights(one, dict(one.named_children()))
+        batch = {name: value.to(dtype) for name, value in run.items()}
+        found.measure(
+            0, lambda one=one, batch=batch: (one(batch["x"]) - batch["y"]).float().square().mean() / 30, batch
+        )
+        found.over_ranks()
+        weights.append(found.take("0", 0, 500).square())
+    assert bool((weights[1] > 0).all())
+    assert ((weights[0] - weights[1]).abs() / weights[0]).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda model, batch: loss_to_targets(model, batch) * torch.nan, "the loss of calibration batch 0 is nan"),
+        (
+            lambda model, batch: (model(batch["x"]).sum() * 0.0).sqrt(),
+            "gradients of calibration batch 0 at the outputs",
+        ),
+        (lambda model, batch: loss_to_targets(model, batch) * 0.0, "gradients of zero alone"),
+    ],
+    ids=["NaN", "infinite gradients", "zero"],
+)
+def test_a_loss_that_gives_no_weights_is_refused(forward, message):
+    with pytest.raises(CalibrationError, match=message):
+        passed(Attention(), pairs(), forward=forward)
+
+
+def test_parameters_made_in_inference_mode_are_refused_and_flags_stay():
+    with torch.inference_mode():
+        made = nn.Linear(32, 32)
+    model = nn.Sequential(nn.Linear(32, 32), made)
+    with pytest.raises(CalibrationError, match=r"parameters made in torch\.inference_mode"):
+        GradientWeights(model, {}).measure(0, lambda: None, None)
+    assert all(parameter.requires_grad for parameter in model[0].parameters())
+
+
+class Twice(Attention):
+    """It calls `q` once more where gradients are computed."""
+
+    def forward(self, x):
+        return super().forward(x) + (self.q(x) if torch.is_grad_enabled() else 0)
+
+
+def test_calls_that_only_the_forward_with_gradients_makes_are_reported():
+    _, report = passed(Twice(), pairs(), forward=loss_to_targets)
+    told = {one.name: [text for text in one.deviations if "more often" in text] for one in report.modules}
+    assert [name for name, found in told.items() if found] == ["q"] and "(2 batches)" in told["q"][0]
 
 
 def test_a_model_that_is_streamed_is_refused():

@@ -6,12 +6,11 @@ Tested by tests/quantize/test_gradient_weights.py: with the weights that it give
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from gptq_plugin.calibration.batches import fields_of, labels_of
+from gptq_plugin.calibration.batches import fields_of, labels_of, leaves
 from gptq_plugin.calibration.sequences import IGNORED_LABEL
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
@@ -23,43 +22,50 @@ def reads_every_logit(config: QuantizeConfig) -> bool:
     return config.lm_head or config.token_weighting == "gradients" or config.target_bits is not None
 
 
-def loss_of(model: nn.Module, output: Any, data: Any) -> Tensor:
+class Loss(NamedTuple):
+    """The loss of a batch.
+
+    Attributes:
+        value: A scalar.
+        is_sum: Over positions or samples, as far as is known; else it may be a mean.
+    """
+
+    value: Tensor
+    is_sum: bool
+
+
+def loss_of(model: nn.Module, output: Any, data: Any) -> Loss:
     """The loss that a forward computed, or that of its logits.
 
     Args:
         model: What was quantized; holds the transformers model, if any.
-        output: A scalar, which is the loss; or an output of transformers with a `loss`, or with `logits`: the sum of
-            the cross-entropies of the batch's labels, or, if it has none and the model generates, of its next tokens.
+        output: A scalar, which is the loss; or logits, or an output of transformers with `logits`: the sum of the
+            cross-entropies of the batch's labels, or, if it has none and the model generates, of its next tokens. Else
+            the output's `loss`.
         data: The batch.
-
-    Returns:
-        A scalar.
 
     Raises:
         CalibrationError: The batch has no such loss.
     """
     if isinstance(output, Tensor) and output.numel() == 1:
-        return output.reshape(())
-    loss = _part(output, "loss")
-    if loss is not None and loss.numel() == 1:
-        return loss.reshape(())
-    logits = _part(output, "logits")
-    if logits is None and isinstance(output, Tensor):
-        logits = output
+        return Loss(output.reshape(()), is_sum=False)
+    logits = output if isinstance(output, Tensor) else _part(output, "logits")
     generating = [one for _, one in transformers_models(model) if predicts_next(one)]
     targets = _targets(data, bool(generating))
-    if logits is None or targets is None or logits.shape[:2] != targets.shape:
+    if logits is None or targets is None or logits.shape[:-1] != targets.shape:
+        loss = _part(output, "loss")
+        if loss is not None and loss.numel() == 1:
+            return Loss(loss.reshape(()), is_sum=False)
         raise CalibrationError(
-            "token_weighting='gradients' needs the loss of every calibration batch: give batches with `labels` to a "
-            "transformers model, or a calibration_step (quantize(..., forward=...)) that returns the loss, or leave "
-            "token_weighting at 'all'"
+            "token_weighting='gradients' needs the loss of every calibration batch: give token or class `labels` with "
+            "logits of their shape, or a forward that returns the loss (a calibration_step, or quantize(..., "
+            "forward=lambda model, batch: model(**batch))), or leave token_weighting at 'all'"
         )
-    if generating:
+    if generating and targets.dim() == 2:
         logits, targets = logits[:, :-1], targets[:, 1:]
     targets = targets.to(logits.device).reshape(-1)
-    return torch.nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum"
-    )
+    rows = logits.reshape(-1, logits.shape[-1]).float()
+    return Loss(nn.functional.cross_entropy(rows, targets, ignore_index=IGNORED_LABEL, reduction="sum"), is_sum=True)
 
 
 def _part(output: Any, name: str) -> Tensor | None:
@@ -67,9 +73,15 @@ def _part(output: Any, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
+def _are_classes(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
+
+
 def _targets(data: Any, generates: bool) -> Tensor | None:
-    """Labels, int64 [samples, positions], or the tokens themselves where the attention mask keeps them."""
+    """Labels, int64 [samples, positions] or [samples], or the tokens themselves where the attention mask keeps them."""
     labels = labels_of(data)
+    if labels is None:
+        labels = next((value for name, value in leaves(data) if name == "labels" and _are_classes(value)), None)
     if labels is not None or not generates:
         return None if labels is None else labels.long()
     fields = fields_of(data) or ({"input_ids": data} if isinstance(data, Tensor) else {})

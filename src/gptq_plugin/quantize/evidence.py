@@ -21,7 +21,12 @@ from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.hessian import Hessian
 from gptq_plugin.walk.ranges import Ranges
 
-_NOT_WEIGHTED = "token_weighting='gradients' is not applied: no gradient is known for the rows of its input"
+_NOT_WEIGHTED = (
+    "token_weighting='gradients' is not applied: no gradient is known for the rows of its input, or all are 0"
+)
+_OTHER_CALLS = (
+    "is called more often forward and backward than in the walk: its tokens may have the weights of other calls"
+)
 
 
 class Observations:
@@ -87,6 +92,8 @@ class Observations:
         del self._hessians[group.names]
         hessian.over_ranks()
         first = self._targets[group.names[0]]
+        if self._weights is not None and (left := self._weights.left(first.name)):
+            self._remarks[first.name, _OTHER_CALLS] += left
         experts = experts_of(first.name, first.module)
         if experts is not None and hessian.tokens:
             layers = [in_expert(experts, name) for name in group.names]

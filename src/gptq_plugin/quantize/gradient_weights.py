@@ -35,6 +35,7 @@ class GradientWeights:
         self._model, self._layers = model, layers
         self._weights: dict[tuple[str, int], list[Tensor | None]] = defaultdict(list)  # by layer and batch
         self._exponents: dict[str, int] = {}  # of the power of two by which a layer's weights are about 1
+        self._rows, self._exponent = 0, 0  # of the batch that runs: most rows of a layer; the loss is times 2^exponent
 
     @classmethod
     def of(cls, model: nn.Module, layers: Mapping[str, nn.Module]) -> GradientWeights:
@@ -52,15 +53,27 @@ class GradientWeights:
         Raises:
             CalibrationError: It has no loss, or the loss has no gradient.
         """
+        if any(parameter.is_inference() for parameter in self._model.parameters()):
+            raise CalibrationError(
+                "token_weighting='gradients': the model has parameters made in torch.inference_mode, through which "
+                "nothing runs backward: load it outside of that, or give token_weighting='all'"
+            )
         with torch.enable_grad(), _frozen(self._model), self._watching(number):
-            loss = loss_of(self._model, forward(), data)
+            loss, is_sum = loss_of(self._model, forward(), data)
+            if not torch.isfinite(loss):
+                raise CalibrationError(
+                    f"token_weighting='gradients': the loss of calibration batch {number} is {loss.item()}: leave the "
+                    "batch out, or give token_weighting='all'"
+                )
             if not loss.requires_grad:
                 raise CalibrationError(
                     f"token_weighting='gradients': the loss of calibration batch {number} depends on no layer that is "
                     "to be quantized (does its forward run under torch.no_grad?). Give token_weighting='all'"
                 )
+            # float16 does not hold the small gradients of a mean over a batch.
+            self._exponent = 0 if is_sum else self._rows.bit_length()
             try:
-                loss.backward()
+                (loss * 2.0**self._exponent).backward()
             except torch.OutOfMemoryError as error:
                 raise CalibrationError(
                     f"token_weighting='gradients': there is no room for the backward of calibration batch {number}: "
@@ -71,9 +84,26 @@ class GradientWeights:
                     f"token_weighting='gradients': calibration batch {number} has no backward ({brief(error)}). Give "
                     "token_weighting='all'"
                 ) from error
+        self._check_finite(number)
+
+    def _check_finite(self, number: int) -> None:
+        sums: dict[str, Tensor] = {}
+        for (name, batch), calls in self._weights.items():
+            known = [weights.sum() for weights in calls if weights is not None] if batch == number else []
+            sums |= {name: torch.stack(known).sum()} if known else {}
+        if sums and not torch.isfinite(torch.stack(list(sums.values()))).all():
+            name = next(name for name, one in sums.items() if not torch.isfinite(one))
+            raise CalibrationError(
+                f"token_weighting='gradients': the gradients of calibration batch {number} at the outputs of {name} "
+                "are not finite: leave the batch out, run in bfloat16 or float32, or give token_weighting='all'"
+            )
 
     def over_ranks(self) -> None:
-        """Scales each layer's weights, by a power of two, to a mean between 1 and 2 over all ranks. Collective."""
+        """Scales each layer's weights, by a power of two, to a mean between 1 and 2 over all ranks. Collective.
+
+        Raises:
+            CalibrationError: All weights of all ranks are zero.
+        """
         sums: dict[str, Tensor] = {}
         for (name, _), calls in self._weights.items():
             for weights in calls:
@@ -85,13 +115,17 @@ class GradientWeights:
             for name, (weight, rows) in of_rank.items():
                 total[name] = [total[name][0] + weight, total[name][1] + rows]
         for name, (weight, rows) in total.items():
-            if weight > 0 and math.isfinite(weight):
+            if weight > 0:
                 self._exponents[name] = math.floor(math.log2(weight / rows))
+        if total and not self._exponents:
+            raise CalibrationError(
+                "token_weighting='gradients': the loss of every calibration batch has gradients of zero alone (are all "
+                "labels -100?). Give batches with labels that count, or token_weighting='all'"
+            )
 
-    @property
-    def names(self) -> set[str]:
-        """The layers whose weights are known; the loss of no batch depends on others."""
-        return set(self._exponents)
+    def left(self, name: str) -> int:
+        """Number of batches that called a layer more often here than they asked for weights of."""
+        return sum(bool(calls) for (one, _), calls in self._weights.items() if one == name)
 
     def take(self, name: str, number: int, rows: int) -> Tensor | None:
         """The roots of the weights in a batch's next call of a layer, float32 [rows]; None if they are not known."""
@@ -106,6 +140,8 @@ class GradientWeights:
         def watch(name: str, _: nn.Module, args: Any, output: Any) -> Tensor | None:
             calls = self._weights[name, number]
             calls.append(None)
+            if isinstance(output, Tensor) and output.dim():
+                self._rows = max(self._rows, output.numel() // max(1, output.shape[-1]))
             if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point()):
                 return None
             # A leaf cannot be written to in place, as an activation may do.
@@ -115,8 +151,10 @@ class GradientWeights:
 
         def keep(calls: list[Tensor | None], call: int, gradient: Tensor) -> None:
             rows = gradient.detach().reshape(-1, gradient.shape[-1])
-            calls[call] = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().div_(rows.shape[-1])
+            norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).mul_(0.5**self._exponent)
+            calls[call] = norms.square_().div_(rows.shape[-1])
 
+        self._rows = 0
         with contextlib.ExitStack() as hooks:
             for name, layer in self._layers.items():
                 hooks.callback(layer.register_forward_hook(partial(watch, name)).remove)
