@@ -213,7 +213,7 @@ def _held(temporary: Path) -> dict[str, Any]:
     """What the process holds between two cycles."""
     gc.collect()
     objects = gc.get_objects()
-    # Caches have an entry for each width and dtype that was met.
+    # Caches of limited size have an entry for each width and dtype that was met; endless ones would be leaks.
     cached = {id(value) for one in objects if type(one) is _CACHE for value in gc.get_referents(one)}
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {

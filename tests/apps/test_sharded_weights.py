@@ -157,3 +157,12 @@ def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tmp_path):
     os.mkfifo(shard)
     with pytest.raises(CheckpointError, match="which is no file of the folder"):
         fine_tuned(torch.nn.Linear(3, 2), ckpt=folder)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_file_with_holes_is_refused_before_it_is_read(name, tmp_path):
+    folder = save_sharded(torch.nn.Linear(3, 2), tmp_path / "run.ckpt")
+    with (folder / name).open("r+b") as file:
+        file.truncate(1 << 36)
+    with pytest.raises(pickle.UnpicklingError, match=f"{name} is a sparse file"):
+        read_sharded(folder, {"state_dict.weight": torch.zeros(2, 3)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import time
@@ -125,6 +126,21 @@ def test_state_that_changed_and_what_grows_with_every_cycle_are_wrong():
         grown = [{**steady, what: [""] * n if isinstance(steady[what], list) else n * size} for n in range(6)]
         with pytest.raises(Wrong, match="grown"):
             _check_leaks(grown)
+
+
+def test_tensors_count_as_held_unless_a_cache_of_limited_size_holds_them(tmp_path):
+    from campaigns.soak import _held
+
+    limited, endless = functools.lru_cache(maxsize=8)(torch.ones), functools.lru_cache(maxsize=None)(torch.ones)
+    before = _held(tmp_path)["tensors"]
+    for size in range(1, 6):
+        limited(size)
+    assert _held(tmp_path)["tensors"] == before
+    for size in range(1, 6):
+        endless(size)
+    assert _held(tmp_path)["tensors"] == before + 5
+    kept = [torch.ones(size) for size in range(1, 6)]
+    assert _held(tmp_path)["tensors"] == before + 5 + len(kept)
 
 
 def test_ranks_that_end_without_the_cause_or_leave_an_export_are_wrong(tmp_path):

@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import tarfile
+import time
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from pathlib import Path, PurePosixPath
@@ -336,3 +337,16 @@ def test_a_tuple_may_be_large_and_may_be_used_often(tmp_path):
     torch.save({"state_dict": {}, "kept": [whole] * 5000, whole: 1}, tmp_path / "x.ckpt")
     read = read_checkpoint(tmp_path / "x.ckpt")
     assert read["kept"][-1] == whole and read[whole] == 1
+
+
+def test_a_file_with_holes_in_place_of_weights_is_refused_at_once(tmp_path):
+    path = tmp_path / "holes.ckpt"
+    torch.save({"state_dict": state_dict()}, path)
+    with path.open("r+b") as file:
+        file.truncate(1 << 36)
+    began = time.monotonic()
+    with pytest.raises(
+        CheckpointError, match=r"holes\.ckpt is a sparse file, of which less than half was ever written"
+    ):
+        read_checkpoint(path)
+    assert time.monotonic() - began < 5

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from gptq_plugin.lightning.checksums import check_archive
 from gptq_plugin.lightning.unpickler import BoundedUnpickler
+from gptq_plugin.options.limited_files import SPARSE, is_mostly_holes
 
 INDEX = ".metadata"
 
@@ -84,7 +85,8 @@ def _check_sums(folder: Path, metadata: Metadata, names: Container[str]) -> None
 
 class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / INDEX).open("rb") as file:
+        _refuse_holes(Path(self.path, INDEX))
+        with Path(self.path, INDEX).open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
         outside = {
             info.relative_path
@@ -93,9 +95,16 @@ class _Reader(dcp.FileSystemReader):
         }
         if outside:  # or no file: opening a pipe would wait for ever
             raise pickle.UnpicklingError(f"its index names {sorted(outside)[0]!r}, which is no file of the folder")
+        for name in sorted({info.relative_path for info in (metadata.storage_data or {}).values()}):
+            _refuse_holes(Path(self.path, name))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _refuse_holes(file: Path) -> None:
+    if is_mostly_holes(file):
+        raise pickle.UnpicklingError(f"{file.name} {SPARSE}")
 
 
 class _Unpickler(BoundedUnpickler):

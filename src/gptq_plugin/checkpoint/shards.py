@@ -16,7 +16,7 @@ from gptq_plugin.checkpoint.schema import check_index
 from gptq_plugin.errors import CheckpointError, brief, some
 from gptq_plugin.options import fields
 from gptq_plugin.options.fields import shown
-from gptq_plugin.options.limited_files import is_mostly_holes
+from gptq_plugin.options.limited_files import SPARSE, is_mostly_holes
 
 _LONGEST_NAME = 1000  # of a tensor, in letters
 _MOST_EMPTY = 1000
@@ -75,10 +75,7 @@ class Shards:
                 + ": fetch or copy it again, or export the model again"
             )
         if is_mostly_holes(file):
-            raise CheckpointError(
-                f"{file} ({file.stat().st_size} bytes) is a sparse file, of which less than half was ever written, as "
-                "where a download did not end: fetch or copy it again"
-            )
+            raise CheckpointError(f"{file} ({file.stat().st_size} bytes) {SPARSE}")
         found: dict[str, TensorEntry] = {}
         try:
             handle = safe_open(str(file), framework="pt", device="cpu")

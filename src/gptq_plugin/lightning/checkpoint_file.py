@@ -22,6 +22,7 @@ from gptq_plugin.errors import CheckpointError, brief, some
 from gptq_plugin.lightning.checksums import check_pickle, check_tensors
 from gptq_plugin.lightning.unpickler import InertUnpickler
 from gptq_plugin.options import fields
+from gptq_plugin.options.limited_files import SPARSE, is_mostly_holes
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such checkpoint: {path}")
+    if is_mostly_holes(path):
+        raise CheckpointError(f"{path} {SPARSE}")
     try:
         content = _load(path)
     except Exception as error:  # pickle, zip and torch each raise their own kinds

@@ -34,6 +34,10 @@ _OF_TOKENIZERS = (
 )
 
 
+SPARSE = "is a sparse file, of which less than half was ever written, as where a download did not end: copy it again"
+"""What to tell about a file that `is_mostly_holes`."""
+
+
 def read_text(file: Path) -> str:
     """A file's text, UTF-8.
 
