@@ -16,11 +16,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -35,6 +37,7 @@ tqdm.set_lock(threading.RLock())  # its own is shared between processes, and sta
 
 QUANTIZER = {"group_size": 32, "nsamples": 16, "batch_size": 4}
 STEPS, SAVE_EVERY = 6, 2
+TIMEOUT = timedelta(seconds=20)  # of the process group; it is 30 minutes where nobody sets it
 
 Tell = Callable[..., None]
 
@@ -74,6 +77,12 @@ def digests(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in shown}
 
 
+def _limit_waiting() -> None:
+    """Lets ranks wait `TIMEOUT` for each other, from here on: they have come together, however long it took."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT)
+
+
 @dataclass(frozen=True)
 class Training:
     """A training.
@@ -108,6 +117,9 @@ class Training:
                 super()._save_checkpoint(trainer, filepath)
                 tell("saved", filepath, digests(Path(filepath)))
 
+            def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+                _limit_waiting()
+
             def on_train_batch_start(self, *_: Any) -> None:
                 tell("training")
 
@@ -122,6 +134,9 @@ class Training:
 
     def _transformers(self, tell: Tell) -> None:
         class Told(transformers.TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                _limit_waiting()
+
             def on_step_begin(self, *_: Any, **__: Any) -> None:
                 tell("training")
 
