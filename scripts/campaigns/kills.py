@@ -30,7 +30,7 @@ from gptq_plugin import QuantizeModule, load_quantized
 from gptq_plugin.checkpoint.files import read_json
 from gptq_plugin.export.export_dir import check_export_dir, files_in
 
-STEPS = {"training": 6, "calibration": 15, "solve": 14, "export": 7}
+STEPS = {"training": 6, "calibration": 9, "solve": 8, "export": 7}  # as many as a training tells of
 PAUSES = {"training": 0.1, "calibration": 0.05, "solve": 0.02, "export": 0.15}  # seconds that the longest take
 MOVES = 16  # "export" steps of a folder whose files are moved one by one
 SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT]
