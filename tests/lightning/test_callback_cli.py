@@ -9,7 +9,8 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from gptq_plugin import GPTQCallback
+from gptq_plugin import GPTQCallback, QuantizeConfig
+from gptq_plugin.apps.tokenizer import train_tokenizer
 from gptq_plugin.clients.client import Client
 from gptq_plugin.training.quality_gate import Limit
 
@@ -27,8 +28,9 @@ class Data(pl.LightningDataModule):
 def make(tmp_path, monkeypatch):
     """make(**options): the callback that LightningCLI makes from these options in a file."""
 
-    def callback(**options) -> GPTQCallback:
-        quantizer = {"class_path": "gptq_plugin.QuantizeModule", "init_args": {"config": {"bits": 4, "group_size": 32}}}
+    def callback(init_args=None, **options) -> GPTQCallback:
+        init_args = {"bits": 4, "group_size": 32} if init_args is None else init_args
+        quantizer = {"class_path": "gptq_plugin.QuantizeModule", "init_args": init_args}
         arguments = {"quantizer": quantizer, "export_dir": str(tmp_path / "out"), **options}
         trainer = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False,
                    "callbacks": [{"class_path": "gptq_plugin.GPTQCallback", "init_args": arguments}]}  # fmt: skip
@@ -40,6 +42,77 @@ def make(tmp_path, monkeypatch):
         return made
 
     return callback
+
+
+RULES = {".*down": {"bits": 8}, "-:.*gate": {}}
+
+
+@pytest.mark.parametrize(
+    ("init_args", "wanted"),
+    [
+        ({}, QuantizeConfig()),
+        ({"bits": 3, "method": "best"}, QuantizeConfig(bits=3, method="best")),
+        ({"clip_ratios": [1, 0.9], "damp_percent": 0.05}, QuantizeConfig(clip_ratios=(1, 0.9), damp_percent=0.05)),
+        ({"dynamic": RULES, "modules_to_not_convert": ["head"]},
+         QuantizeConfig(dynamic=RULES, modules_to_not_convert=("head",))),
+        ({"config": {"bits": 8, "group_size": -1}}, QuantizeConfig(bits=8, group_size=-1)),
+    ],
+)  # fmt: skip
+def test_options_of_the_configuration_stand_among_the_quantizers_own(init_args, wanted, make):
+    assert make(init_args).quantizer.config == wanted
+
+
+def test_options_beside_a_configuration_are_refused_unless_they_are_defaults(make):
+    assert make({"config": {"bits": 3}, "bits": 4}).quantizer.config == QuantizeConfig(bits=3)
+    with pytest.raises(ValueError, match="not both: got group_size beside config"):
+        make({"config": {"bits": 3}, "group_size": 64})
+
+
+@pytest.mark.parametrize(("init_args", "told"), [({"bitz": 4}, "'bitz' is not accepted"), ({"bits": "x"}, "bits")])
+def test_options_that_are_none_are_refused_while_the_file_is_read(init_args, told, make, capsys):
+    with pytest.raises(SystemExit):
+        make(init_args)
+    assert told in capsys.readouterr().err
+
+
+FLAGS = ["--trainer.logger=false", "--trainer.callbacks+=gptq_plugin.GPTQCallback",
+         "--trainer.callbacks.quantizer=gptq_plugin.QuantizeModule", "--trainer.callbacks.quantizer.bits=3",
+         '--trainer.callbacks.quantizer.dynamic={".*down": {"bits": 8}}', "--trainer.callbacks.calibration=val",
+         "--trainer.callbacks.export_dir=out"]  # fmt: skip
+
+
+def cli(*arguments: str) -> LightningCLI:
+    return LightningCLI(Plain, Data, run=False, save_config_callback=None, args=list(arguments))
+
+
+def test_flags_give_what_yaml_gives_and_the_printed_configuration_is_read_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        cli(*FLAGS, "--print_config")
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        cli("--config", str(tmp_path / "printed.yaml"), "--print_config")
+    assert capsys.readouterr().out == printed
+    for made in (cli(*FLAGS), cli("--config", str(tmp_path / "printed.yaml"))):
+        (callback,) = [one for one in made.trainer.callbacks if isinstance(one, GPTQCallback)]
+        assert callback.quantizer.config == QuantizeConfig(bits=3, dynamic={".*down": {"bits": 8}})
+        assert callback.data.calibration == "val" and callback.export_dir.name == "out"
+
+
+def test_the_help_has_a_line_for_every_option(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        cli(*FLAGS[:2], "--trainer.callbacks.quantizer.help", "gptq_plugin.QuantizeModule")
+    told = " ".join(capsys.readouterr().out.split())
+    for name in QuantizeConfig().to_dict():
+        assert f"--quantizer.{name} " in told
+    assert "Width of a code: 2, 3, 4 or 8." in told and "Share of the mean of diag(H)" in told
+
+
+def test_a_tokenizer_is_loaded_from_its_folder(tmp_path, make):
+    train_tokenizer(["a few words of text"] * 50, vocab_size=300).save_pretrained(tmp_path / "tokenizer")
+    assert make(tokenizer=str(tmp_path / "tokenizer")).tokenizer("text")["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -187,12 +187,13 @@ def test_the_python_blocks_of_a_page_run(page, folders, tokenizer, tmp_path, mon
         exec(compile(code, f"{name(page)}, block {number}", "exec"), namespace)
 
 
-def test_lightning_cli_takes_the_configuration_that_its_page_shows(tmp_path, monkeypatch):
+def test_lightning_cli_takes_the_configuration_that_its_page_shows(tmp_path, monkeypatch, tokenizer):
     """In this process, as `python train.py fit --config gptq.yaml`."""
     page = DOCS / "how-to" / "lightning-cli.md"
     (script,), (configuration,) = blocks(page, "python"), blocks(page, "yaml")
     monkeypatch.chdir(tmp_path)
     Path("gptq.yaml").write_text(configuration)
+    tokenizer.save_pretrained("tokenizer")
     quick = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", "gptq.yaml", *quick])
     exec(compile(script, name(page), "exec"), {"__name__": "__main__", "FineTune": FineTune, "Data": Data})

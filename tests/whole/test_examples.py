@@ -21,7 +21,7 @@ _TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 def test_every_example_is_run_here():
     small = {"plain_loop", "fabric", "hf_trainer", "lightning_callback"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == small | {"own_data"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == small | {"own_data", "lightning_cli"}
 
 
 def ends_with_an_export_that_loads(printed, out):
@@ -41,6 +41,18 @@ def test_an_example_ends_with_an_export_that_loads(name, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "out"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     ends_with_an_export_that_loads(capsys.readouterr().out, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_lightning_cli_quantizes_by_the_yaml_beside_the_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning_cli.py", "fit", "--config", str(EXAMPLES / "lightning_cli.yaml")])
+    runpy.run_path(str(EXAMPLES / "lightning_cli.py"), run_name="__main__")
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["calibration_samples"] == 64 and report["metrics"]["val_loss"]
+    model = load_quantized(tmp_path / "out")
+    assert {layer.bits for layer in model.modules() if isinstance(layer, QuantLinear)} == {4}
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 @pytest.mark.slow

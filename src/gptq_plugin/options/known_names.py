@@ -38,3 +38,14 @@ def unknown_option(options: type, values: Iterable[Any]) -> str:
             hint = f"did you mean {near[0]!r}? " if near else ""
             return f"unknown option {name!r}: {hint}{options.__name__} has {', '.join(known)}"
     return ""
+
+
+def field_defaults(options: type) -> dict[str, Any]:
+    """The default of every field of a dataclass, by name; fields without one are left out."""
+    found = {}
+    for field in dataclasses.fields(options):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found

@@ -30,6 +30,7 @@ from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.model.plan import Plan, planned
 from gptq_plugin.model.targets import Skipped, Target
 from gptq_plugin.options import fields
+from gptq_plugin.quantize import arguments
 from gptq_plugin.quantize.allocate import Allocated, allocate, with_chosen_grids
 from gptq_plugin.quantize.in_place import copy_training_flags, rounded, swapped
 from gptq_plugin.quantize.one_pass import OnePass
@@ -40,10 +41,6 @@ from gptq_plugin.quantize.rehearsal import rehearse, rest_of
 from gptq_plugin.quantize.run_log import RunLog
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import QuantizeReport
-
-_CONFIG = fields.of_type("a QuantizeConfig (QuantizeConfig.from_dict makes one of a mapping)", QuantizeConfig)
-_SWITCHES = ("offload_weights", "offload_activations", "exact_sums")
-_SWITCH = fields.Kind("true, false or null (decide from free memory)", fields.optional(fields.SWITCH, "").accepts)
 
 
 class QuantizeModule:
@@ -79,11 +76,10 @@ class QuantizeModule:
         exact_sums: bool | None = None,
         **given: Any,
     ):
-        if config is not None and given:
-            raise TypeError(f"give a QuantizeConfig or its fields, not both: got {', '.join(given)} beside config")
-        self.config = config if config is not None else QuantizeConfig.from_dict(given)
+        arguments.check_fields(config, given)
+        self.config = config if config is not None else QuantizeConfig(**given)  # jsonargparse finds the fields here
         switches = {"offload_weights": offload_weights, "offload_activations": offload_activations}
-        _check_options(self.config, **switches, exact_sums=exact_sums)
+        arguments.check_options(self.config, **switches, exact_sums=exact_sums)
         self.exact_sums = exact_sums
         self.offload_weights, self.offload_activations = offload_weights, offload_activations
         self.report: QuantizeReport | None = None
@@ -295,18 +291,7 @@ class QuantizeModule:
         return folder
 
     def _options(self, given: PassOptions, **changed: Any) -> PassOptions:
-        return dataclasses.replace(given, **changed, **{name: getattr(self, name) for name in _SWITCHES})
-
-
-def _check_options(config: QuantizeConfig, **switches: Any) -> None:
-    _CONFIG.check("config", config)
-    for name, value in switches.items():
-        _SWITCH.check(name, value)
-    if not config.true_sequential:
-        raise ValueError(
-            "true_sequential=False saves time in tools that run the model once more for every layer. Lock-step "
-            "calibration gives the result of true_sequential=True in one pass: leave the option out"
-        )
+        return dataclasses.replace(given, **changed, **{name: getattr(self, name) for name in arguments.SWITCHES})
 
 
 def _check_export_dir(export_dir: str | Path | None, overwrite: bool) -> None:

@@ -1,0 +1,39 @@
+"""Checks of the arguments with which a QuantizeModule is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.options import fields
+from gptq_plugin.options.known_names import field_defaults, unknown_option
+
+SWITCHES = ("offload_weights", "offload_activations", "exact_sums")
+_CONFIG = fields.of_type("a QuantizeConfig (QuantizeConfig.from_dict makes one of a mapping)", QuantizeConfig)
+_SWITCH = fields.Kind("true, false or null (decide from free memory)", fields.optional(fields.SWITCH, "").accepts)
+
+
+def check_fields(config: QuantizeConfig | None, given: Mapping[str, Any]) -> None:
+    """Refuses fields that are unknown, or asked for beside a configuration. A parser of command lines gives all of
+    them; those at their defaults ask for nothing."""
+    unknown = unknown_option(QuantizeConfig, given)
+    if unknown:
+        raise ValueError(unknown)
+    if config is None:
+        return
+    defaults = field_defaults(QuantizeConfig)
+    asked = [name for name, value in given.items() if len(given) < len(defaults) or value != defaults[name]]
+    if asked:
+        raise TypeError(f"give a QuantizeConfig or its fields, not both: got {', '.join(asked)} beside config")
+
+
+def check_options(config: QuantizeConfig, **switches: Any) -> None:
+    _CONFIG.check("config", config)
+    for name, value in switches.items():
+        _SWITCH.check(name, value)
+    if not config.true_sequential:
+        raise ValueError(
+            "true_sequential=False saves time in tools that run the model once more for every layer. Lock-step "
+            "calibration gives the result of true_sequential=True in one pass: leave the option out"
+        )
