@@ -22,7 +22,7 @@ from lightning import Trainer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gptq_plugin import QuantizeConfig, load_quantized
+from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
 from gptq_plugin.apps import data
 from gptq_plugin.apps.evaluate import mean_nll
 from gptq_plugin.apps.language_model import LanguageModel
@@ -290,7 +290,8 @@ def test_the_default_quantizer_is_the_configurations_defaults():
     switches = {"offload_weights", "offload_activations", "exact_sums"}
     assert [getattr(quantizer, name) for name in switches] == [None] * 3
     fields = {field.name for field in dataclasses.fields(QuantizeConfig)}
-    assert set(cfg.quantizer) - {"_target_"} == fields | switches
+    assert (quantizer.cache_dir, quantizer.cache_gb) == (None, QuantizeModule().cache_gb)
+    assert set(cfg.quantizer) - {"_target_"} == fields | switches | {"cache_dir", "cache_gb"}
 
 
 # --- bad input, before anything is trained ---

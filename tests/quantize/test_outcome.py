@@ -110,7 +110,7 @@ def test_the_report_adds_up_what_ranks_tell(monkeypatch):
     }
     monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, others[repr(own)]])
     modules = outcome.modules(unknown_ranges(("a", "b", "idle")), {})
-    report = outcome.report(modules, SAMPLES, calibration, {"solve": 1.0}, ["memory"])
+    report = outcome.report(modules, SAMPLES, calibration, {"solve": 1.0}, ["memory"], outcome.late())
     assert report.deviations == [
         "dropped 1",
         "dropped 2",
@@ -133,7 +133,7 @@ def test_experts_that_are_damped_more_are_told_in_one_sentence_and_other_layers_
         solved(model, (name,), outcome, damp_percent=damp)
     plan = plan_of(model)
     modules = outcome.modules(unknown_ranges([target.name for target in plan.targets]), {})
-    report = outcome.report(modules, SAMPLES, calibration_of([rows(3, 32)]), {}, [])
+    report = outcome.report(modules, SAMPLES, calibration_of([rows(3, 32)]), {}, [], outcome.late())
     (told,) = (deviation for deviation in report.deviations if "damped" in deviation)
     assert told.startswith("2 layers of experts are damped more than damp_percent asks, up to 0.3, ")
     assert "0.gate" in [module.name for module in report.modules]  # the router, which the plan leaves float

@@ -236,7 +236,8 @@ def test_the_picture_is_drawn_from_the_benchmarks_table():
 
 
 def test_no_page_names_an_option_that_quantize_config_does_not_have():
-    known = {field.name for field in dataclasses.fields(QuantizeConfig)} | {"offload_weights", "offload_activations"}
+    known = {field.name for field in dataclasses.fields(QuantizeConfig)}
+    known |= {"offload_weights", "offload_activations", "cache_dir"}
     for page in pages():
         for block in blocks(page, "python"):
             for call in re.findall(r"(?:QuantizeConfig|QuantizeModule)\(([^()]*)\)", block):

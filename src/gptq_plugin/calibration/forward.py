@@ -89,6 +89,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def standing_for(forward: Callable[[nn.Module, Any], Any], *parts: Any) -> Callable[[nn.Module, Any], Any]:
+    """The forward, with what it depends on beside its code, in place of all that its closure holds.
+
+    Args:
+        forward: Runs a batch.
+        parts: Models, functions and plain values; see `cache.fingerprint`.
+    """
+    forward.depends_on = parts  # type: ignore[attr-defined]
+    return forward
+
+
 @dataclass(frozen=True)
 class CallsModels:
     """A forward that gives a batch's fields, by `call`, to the first of some modules that accepts them: fields that

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.forward import CallsModels, call, to_device
+from gptq_plugin.calibration.forward import CallsModels, call, standing_for, to_device
 from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
@@ -206,6 +206,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                     return self.forward(model, batch)
                 return call(model, batch, every_logit=every_logit)
 
+        standing_for(forward, self.forward, mixed, dtype, args.device.type, every_logit)
         return forward if self.forward is not None else CallsModels(forward)
 
     def _evaluation_dataloaders(self) -> list[Any]:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from gptq_plugin.calibration.batches import fields_of
-from gptq_plugin.calibration.forward import CallsModels, accepts, call
+from gptq_plugin.calibration.forward import CallsModels, accepts, call, standing_for
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.lightning.roots import in_any_root, overrides
 from gptq_plugin.lightning.surroundings import forward_device
@@ -63,6 +63,8 @@ def forward_as_in_training(
             runner = default if parts is None else next((m for m in runners if accepts(m, parts)), default)
             return call(runner, batch, every_logit=every_logit, device=forward_device(trainer))
 
+    precision = trainer.precision_plugin
+    standing_for(forward, pl_module, run_step, runners, type(precision).__qualname__, precision.precision, every_logit)
     only_fields = runners and not callable(run_step) and not any(overrides(pl_module, hook) for hook in _TRANSFERS)
     return CallsModels(forward, runners) if only_fields else forward
 

@@ -136,7 +136,15 @@ TEXT = of_type("a text", str)
 NAME = Kind("a text that is not empty", lambda value: isinstance(value, str) and bool(value))
 FUNCTION = Kind("a function, or another object that can be called", callable)
 PATH = Kind("a path", lambda value: isinstance(value, (str, os.PathLike)) and bool(_path(value)))
+FOLDER = Kind(
+    "a path, in UTF-8, with names of at most 255 bytes", lambda value: PATH.accepts(value) and _is_plain(value)
+)
 MAPPING = of_type("a mapping", Mapping)
+
+
+def _is_plain(value: Any) -> bool:
+    path = _path(value).encode()  # raises where it cannot be
+    return b"\0" not in path and len(path) < 4000 and all(len(name) <= 255 for name in path.split(b"/"))
 
 
 def _path(value: Any) -> str:

@@ -9,9 +9,15 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.options import fields
 from gptq_plugin.options.known_names import field_defaults, unknown_option
 
-SWITCHES = ("offload_weights", "offload_activations", "exact_sums")
 _CONFIG = fields.of_type("a QuantizeConfig (QuantizeConfig.from_dict makes one of a mapping)", QuantizeConfig)
 _SWITCH = fields.Kind("true, false or null (decide from free memory)", fields.optional(fields.SWITCH, "").accepts)
+OPTIONS = {
+    "offload_weights": _SWITCH,
+    "offload_activations": _SWITCH,
+    "exact_sums": _SWITCH,
+    "cache_dir": fields.optional(fields.FOLDER, "nothing is kept"),
+    "cache_gb": fields.between(0.001, 1e6),
+}
 
 
 def check_fields(config: QuantizeConfig | None, given: Mapping[str, Any]) -> None:
@@ -28,10 +34,10 @@ def check_fields(config: QuantizeConfig | None, given: Mapping[str, Any]) -> Non
         raise TypeError(f"give a QuantizeConfig or its fields, not both: got {', '.join(asked)} beside config")
 
 
-def check_options(config: QuantizeConfig, **switches: Any) -> None:
+def check_options(config: QuantizeConfig, options: Mapping[str, Any]) -> None:
     _CONFIG.check("config", config)
-    for name, value in switches.items():
-        _SWITCH.check(name, value)
+    for name, value in options.items():
+        OPTIONS[name].check(name, value)
     if not config.true_sequential:
         raise ValueError(
             "true_sequential=False saves time in tools that run the model once more for every layer. Lock-step "

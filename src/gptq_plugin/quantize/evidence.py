@@ -42,10 +42,12 @@ class Observations:
 
     Attributes:
         ranges: Of the inputs that were observed; of the outputs too, while it watches.
+        known: Groups, by the names of their layers, whose evidence is known: nothing is summed up for them.
     """
 
     def __init__(self, plan: Plan, positions: Positions, device: torch.device, exact: bool = True) -> None:
         self.ranges = Ranges()
+        self.known: set[tuple[str, ...]] = set()
         self._targets = {target.name: target for target in plan.targets}
         self._positions = positions
         self._device = device
@@ -70,13 +72,15 @@ class Observations:
                 self._remarks[name, rows.remark] += 1
         if rows.are_tokens:
             self._read_tokens.add(first)
-        self._hessian(group).add(rows.weighted(rows.counted))
-        self._drifts.add(group, number, x, rows)
+        if group.names not in self.known:
+            self._hessian(group).add(rows.weighted(rows.counted))
+            self._drifts.add(group, number, x, rows)
         self.ranges.read(group.names, x)
 
     def observe_float(self, group: Group, number: int, x: Tensor) -> None:
         """Notes the float model's input of a group, [..., in]; the batch's other one, of the same call, comes later."""
-        self._drifts.note(group, number, x)
+        if group.names not in self.known:
+            self._drifts.note(group, number, x)
 
     def watching_experts(self) -> AbstractContextManager[None]:
         """Takes in what enters blocks of experts in both walks, while batches run."""
@@ -86,14 +90,18 @@ class Observations:
         """Adds the rows [tokens, in] that enter a block of experts and count."""
         self._experts.entered(experts, rows)
 
+    def count_other_calls(self, group: Group) -> None:
+        """Notes the weights of a group's tokens that no call asked for, once all its calls were observed."""
+        first = group.names[0]
+        if self._weights is not None and (left := self._weights.left(first)):
+            self._remarks[first, _OTHER_CALLS] += left
+
     def of_group(self, group: Group) -> Evidence:
         """Sums a group's Hessian over all ranks, and drops it: it is as large as the mean that is returned."""
         hessian = self._hessian(group)
         del self._hessians[group.names]
         hessian.over_ranks()
         first = self._targets[group.names[0]]
-        if self._weights is not None and (left := self._weights.left(first.name)):
-            self._remarks[first.name, _OTHER_CALLS] += left
         experts = experts_of(first.name, first.module)
         if experts is not None and hessian.tokens:
             layers = [in_expert(experts, name) for name in group.names]

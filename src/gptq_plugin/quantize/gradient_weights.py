@@ -123,6 +123,10 @@ class GradientWeights:
                 "labels -100?). Give batches with labels that count, or token_weighting='all'"
             )
 
+    def known(self) -> list[Any]:
+        """All weights, and their exponents, as plain values and tensors."""
+        return [sorted(self._weights.items(), key=lambda item: item[0]), sorted(self._exponents.items())]
+
     def left(self, name: str) -> int:
         """Number of batches that called a layer more often here than they asked for weights of."""
         return sum(bool(calls) for (one, _), calls in self._weights.items() if one == name)

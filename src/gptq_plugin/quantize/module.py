@@ -48,12 +48,11 @@ class QuantizeModule:
 
     Args:
         config: What to quantize and how; QuantizeConfig's defaults when None.
-        offload_weights: True copies weights to the device block by block, so that a model elsewhere may be larger than
-            its memory; False keeps all there; None decides from free memory. See `quantize`.
-        offload_activations: True keeps the activations of waiting calibration batches on the CPU, False on the device;
-            None keeps as many on the device as fit.
-        exact_sums: True makes the result independent of the number of ranks, to the byte; None does so on CPUs and with
-            several ranks. One GPU takes some percent longer for it.
+        offload_weights: True copies weights to the device block by block, False all; None decides. See `quantize`.
+        offload_activations: True keeps what waiting batches hold on the CPU, False on the device; None what fits there.
+        exact_sums: True gives the same bytes on any number of ranks; None does, but not on one GPU, where it costs time.
+        cache_dir: Folder in which Hessians and solutions are kept for later runs with the same model and data, or None.
+        cache_gb: Gigabytes (10^9 bytes) that its files may take; those unused for longest are removed first.
         **given: QuantizeConfig's fields, instead of `config`: ``QuantizeModule(bits=3)``.
 
     Attributes:
@@ -74,14 +73,15 @@ class QuantizeModule:
         offload_weights: bool | None = None,
         offload_activations: bool | None = None,
         exact_sums: bool | None = None,
+        cache_dir: str | Path | None = None,
+        cache_gb: float = 50.0,
         **given: Any,
     ):
         arguments.check_fields(config, given)
         self.config = config if config is not None else QuantizeConfig(**given)  # jsonargparse finds the fields here
-        switches = {"offload_weights": offload_weights, "offload_activations": offload_activations}
-        arguments.check_options(self.config, **switches, exact_sums=exact_sums)
-        self.exact_sums = exact_sums
         self.offload_weights, self.offload_activations = offload_weights, offload_activations
+        self.exact_sums, self.cache_dir, self.cache_gb = exact_sums, cache_dir, cache_gb
+        arguments.check_options(self.config, {name: getattr(self, name) for name in arguments.OPTIONS})
         self.report: QuantizeReport | None = None
         self.allocated: Allocated | None = None
         self.run_log = RunLog()
@@ -291,7 +291,7 @@ class QuantizeModule:
         return folder
 
     def _options(self, given: PassOptions, **changed: Any) -> PassOptions:
-        return dataclasses.replace(given, **changed, **{name: getattr(self, name) for name in arguments.SWITCHES})
+        return dataclasses.replace(given, **changed, **{name: getattr(self, name) for name in arguments.OPTIONS})
 
 
 def _check_export_dir(export_dir: str | Path | None, overwrite: bool) -> None:

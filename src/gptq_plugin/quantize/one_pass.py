@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,12 @@ from gptq_plugin.quantize.data_checks import (
 )
 from gptq_plugin.quantize.evidence import Observations
 from gptq_plugin.quantize.gradient_weights import GradientWeights
+from gptq_plugin.quantize.kept_pass import KeptPass, Stop, alike
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.outcome import Outcome, sum_over_ranks
+from gptq_plugin.quantize.pass_identity import PassIdentity
 from gptq_plugin.quantize.solve_on_ranks import solve_shared
+from gptq_plugin.quantize.walk_record import WalkRecord
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.expert_hessians import Evidence
@@ -80,6 +83,8 @@ class OnePass:
         self._observations = Observations(plan, self._positions, self.runs.device, self._exact)
         self._finished = FinishedLayers(plan.targets[0].weight.device, options.layers_in)
         self._outcome = Outcome(plan)
+        self._kept = KeptPass(options.kept_files(), self._targets, self.runs.device, self._exact)
+        self._identity: PassIdentity | None = None  # None if nothing is to be kept
         self._disturbance: str | None = None  # why the batches cannot take turns
         self._unchecked: list[str] = []  # why the quantized layers could not be compared in the model
         self._experts: str | None = None  # the block of experts that the walk is in
@@ -94,49 +99,71 @@ class OnePass:
         started = time.perf_counter()
         with contextlib.closing(self._finished):
             samples = count_samples(self._calibration)
+            if self._options.cache_dir is not None:
+                self._identity = PassIdentity(
+                    self._plan, self._calibration, self._options, self.runs.device, self._exact
+                )
             with self.runs:
-                modules = {target.name: target.module for target in self._plan.targets}
-                with self._positions.watching():
-                    groups, left_float = self.runs.find_groups(modules)
-                    self._outcome.left_float.update(left_float)
-                    for name in left_float:
-                        del modules[name]
-                    self._disturbance = self.runs.disturbance(modules)
-                found = self.runs.observe_positions(modules, self._disturbance, groups)
-                self._positions.learn(most_seen(distributed.gather_objects(found)))
-                if self._plan.config.token_weighting == "gradients":
-                    self._weight_by_gradients(modules)
-                    groups = [dataclasses.replace(group, names=(name,)) for group in groups for name in group.names]
+                groups, modules = self._planned()
                 planned = time.perf_counter() - started
                 with (
                     self._positions.watching(self._observe_experts),
                     self._observations.ranges.watching(modules),
                     self._observations.watching_experts(),
                     self.runs.replaceable.judging_first_calls(),
+                    contextlib.closing(self._walk(groups, modules)) as stops,
                 ):
-                    for stop in self._walk(_without(left_float, groups), modules):
+                    for stop in stops:
                         self._finished.take_home()
                         self._quantize_group(stop, samples)
+                        if self._kept.record is not None:
+                            break  # all that the walk would show is known
                     self._leave_experts(None)
+                self._take_rest()
                 self._outcome.check_reached()
                 self._unchecked = self.runs.check_swap(self._outcome.solved)
                 self._finished.take_home(wait=True)
-        ranges = self._observations.ranges.over_ranks(self._targets, self.runs.device)
-        reports = self._outcome.modules(ranges, self._observations.remarks())
+        record = self._kept.record or self._record()
+        self._kept.end(record)
+        reports = self._outcome.modules(record.ranges, record.remarks)
         solving = self._outcome.solving_seconds()
         seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
-        report = self._outcome.report(reports, samples, self._calibration, seconds, self._deviations(samples))
-        report.positions = self._positions.over_ranks()
+        told = self._deviations(samples, record)
+        report = self._outcome.report(reports, samples, self._calibration, seconds, told, record.late)
+        report.positions, report.cache = dict(record.positions), self._kept.totals()
         return self._finished.layers, report
 
-    def _weight_by_gradients(self, layers: Mapping[str, nn.Module]) -> None:
+    def _planned(self) -> tuple[list[Group], dict[str, nn.Module]]:
+        """The groups of layers, in the order of the walk, and the layers by name."""
+        modules = {target.name: target.module for target in self._plan.targets}
+        probing = contextlib.nullcontext() if self._identity is None else self._identity.probing(modules)
+        with self._positions.watching():
+            with probing:
+                groups, left_float = self.runs.find_groups(modules)
+            self._outcome.left_float.update(left_float)
+            for name in left_float:
+                del modules[name]
+            self._disturbance = self.runs.disturbance(modules)
+        found = self.runs.observe_positions(modules, self._disturbance, groups)
+        self._positions.learn(most_seen(distributed.gather_objects(found)))
+        weights = None
+        if self._plan.config.token_weighting == "gradients":
+            weights = self._weight_by_gradients(modules)
+            groups = [dataclasses.replace(group, names=(name,)) for group in groups for name in group.names]
+        groups = _without(left_float, groups)
+        if self._identity is not None:
+            self._identity.settle(groups, self._positions.findings, self._disturbance, self.runs.state, weights)
+        return groups, modules
+
+    def _weight_by_gradients(self, layers: Mapping[str, nn.Module]) -> GradientWeights:
         """Layers that read one input are weighted differently, so that each needs a Hessian of its own."""
         weights = GradientWeights.of(self._plan.model, layers)
         self.runs.measure(weights, range(len(self._calibration.batches)))
         weights.over_ranks()
         self._observations.weight_by(weights)
+        return weights
 
-    def _walk(self, groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> Iterator[lockstep.Stop]:
+    def _walk(self, groups: Sequence[Group], modules: Mapping[str, nn.Module]) -> Generator[lockstep.Stop, None, None]:
         walked = groups, modules, self.runs.forwards(), self._observe, distributed.minimum
         if self._disturbance is None:
             return lockstep.walk(*walked, self._outcome.notes, self.runs.waiting, self.runs.state, self.runs.walks)
@@ -149,6 +176,8 @@ class OnePass:
             self._observations.observe_float(group, batch, x)  # what that keeps is one of the forward's activations
             return
         with self.runs.activations.untracked():
+            if self._identity is not None and not self._outcome.solved:
+                self._identity.see_first(batch, x)
             self._observations.observe(group, batch, x)
 
     def _observe_experts(self, experts: str, rows: Tensor) -> None:
@@ -164,15 +193,28 @@ class OnePass:
             self._outcome.add_late(stop.group.names[0], len(late))
             return
         self._leave_experts(experts_of(members[0].name, members[0].module))
-        evidence = self._observations.of_group(stop.group)
+        self._observations.count_other_calls(stop.group)
+        shown = None
         if not self._outcome.solved:
-            check_enough(evidence.tokens, samples.count, self._plan)
-        # Rows are solved independently, so layers of one configuration are one matrix to the solver.
-        alike: dict[str, list[Target]] = defaultdict(list)
-        for target in members:
-            alike[repr(target.config)].append(target)
-        for same in alike.values():
-            self._quantize(same, evidence, stop)
+            shown = self._observations.of_group(stop.group)
+            check_enough(shown.tokens, samples.count, self._plan)
+            if self._identity is not None:  # which the first layers' inputs complete
+                self._kept.begin(*self._identity.key())
+        kept = self._kept.stop(stop.group.names, lambda: self._observations.of_group(stop.group), shown=shown)
+        self._quantize_stop(kept, members, stop)
+        self._observations.known = {names for names, link in self._kept.ahead.items() if link.reached}
+
+    def _quantize_stop(self, kept: Stop, members: list[Target], stop: lockstep.Stop) -> None:
+        for same in alike(members):
+            self._quantize(same, kept, stop)
+        kept.end()
+
+    def _take_rest(self) -> None:
+        """Takes the layers of the stops to which the batches need not walk."""
+        for names in list(self._kept.ahead) if self._kept.record is not None else ():
+            members = [self._targets[name] for name in names if name not in self._outcome.solved]
+            nowhere = lockstep.Stop(Group(names), {})
+            self._quantize_stop(self._kept.stop(names, _not_walked), members, nowhere)
 
     def _leave_experts(self, entered: str | None) -> None:
         """Called when the walk leaves a block of experts. Quantizes experts no token reached: clients need all or
@@ -182,14 +224,19 @@ class OnePass:
             return
         for target in self._of_experts[left]:
             if target.name not in self._outcome.solved and target.name not in self._outcome.left_float:
-                nowhere = lockstep.Stop(Group((target.name,)), {})
-                self._quantize([target], self._observations.of_unreached(left, target), nowhere)
+                self._quantize_unreached(left, target)
         self._observations.leave(left)
 
-    def _quantize(self, same: list[Target], evidence: Evidence, stop: lockstep.Stop) -> None:
+    def _quantize_unreached(self, experts: str, target: Target) -> None:
+        names = (target.name,)
+        kept = self._kept.stop(names, lambda: self._observations.of_unreached(experts, target), reached=False)
+        self._quantize_stop(kept, [target], lockstep.Stop(Group(names), {}))
+
+    def _quantize(self, same: list[Target], kept: Stop, stop: lockstep.Stop) -> None:
         stopwatch = Stopwatch(self.runs.device)
-        solution = self._solve(same, evidence, stop)
-        self._outcome.add(same, solution, evidence, stopwatch)
+        solved = kept.solve(same, lambda evidence: self._solve(same, evidence, stop))
+        solution = solved.solution
+        self._outcome.add(same, solution, solved, stopwatch)
         start = 0
         for target in same:
             end = start + target.weight.shape[0]
@@ -222,15 +269,29 @@ class OnePass:
                 check_weight(target.name, weight)
             raise TargetError(f"{_largest(same, weights)}: {error}") from error
 
-    def _deviations(self, samples: Samples) -> list[str]:
+    def _record(self) -> WalkRecord:
+        return WalkRecord(
+            self._observations.ranges.over_ranks(self._targets, self.runs.device),
+            self._observations.remarks(),
+            self._outcome.late(),
+            sum_over_ranks(self._positions.notes()),
+            self._positions.over_ranks(),
+        )
+
+    def _deviations(self, samples: Samples, record: WalkRecord) -> list[str]:
         """Deviations of memory and data, the same on every rank but for its device's memory."""
-        wanted, notes = self._plan.config.nsamples, sum_over_ranks(self._positions.notes())
+        wanted, notes = self._plan.config.nsamples, record.notes
         few = [f"{samples.count} calibration samples used, nsamples={wanted} asked"] if samples.count < wanted else []
         told = [f"{batches} calibration batches {note}" for note, batches in notes.items() if batches]
         alone = [_alone(self._disturbance)] if self._disturbance is not None else []
-        masks = [f"{mask} {verdict}" for mask, verdict in self._positions.over_ranks().items() if departs(verdict)]
+        masks = [f"{mask} {verdict}" for mask, verdict in record.positions.items() if departs(verdict)]
         replaced = self.runs.replaceable.replaced_forwards(self._outcome.left_float)
-        return [*self.runs.over_budget(), *replaced, *self._unchecked, *few, *alone, *told, *masks]
+        over, kept = self.runs.over_budget(), self._kept.told()
+        return [*over, *replaced, *self._unchecked, *few, *alone, *told, *masks, *kept]
+
+
+def _not_walked() -> Evidence:
+    raise AssertionError("all layers ahead are known")
 
 
 def _alone(reason: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from gptq_plugin import distributed
+from gptq_plugin.cache.files import KeptFiles
 from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.failed_forward import failures_explained
 from gptq_plugin.calibration.forward import CallsModels, call
@@ -33,7 +35,7 @@ class PassOptions:
         exports: The tokenizer is to be saved with an export.
         layers_in: Where finished layers go as they come, such as an `Export`, or a `SharedLayers`, which holds those of
             a model on the CPU for all ranks of a node; None keeps them in memory.
-        offload_weights, offload_activations, exact_sums: See `QuantizeModule`.
+        offload_weights, offload_activations, exact_sums, cache_dir, cache_gb: See `QuantizeModule`.
     """
 
     forward: ModelForward | None = None
@@ -47,6 +49,8 @@ class PassOptions:
     offload_activations: bool | None = None
     exact_sums: bool | None = None
     exports: bool = False
+    cache_dir: str | Path | None = None
+    cache_gb: float = 50.0
 
     def __post_init__(self) -> None:
         fields.optional(fields.FUNCTION, "calls the model").check("forward", self.forward)
@@ -60,6 +64,10 @@ class PassOptions:
     def where(self) -> torch.device | None:
         """The device to compute on, with its number; None is where the model is."""
         return None if self.device is None else device_named(self.device)
+
+    def kept_files(self) -> KeptFiles | None:
+        """The folder of what passes keep for others; None if there is none."""
+        return None if self.cache_dir is None else KeptFiles(Path(self.cache_dir), int(self.cache_gb * 1e9))
 
     def sums_exactly(self, device: torch.device) -> bool:
         """True if sums on the device must not depend on the number of ranks."""

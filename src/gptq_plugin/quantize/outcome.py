@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -22,11 +22,20 @@ from gptq_plugin.model.targets import Skipped, Target
 from gptq_plugin.quantize.data_checks import Samples, unreached
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.report import QuantizeReport
-from gptq_plugin.walk.expert_hessians import Evidence
 from gptq_plugin.walk.lockstep import Notes
 from gptq_plugin.walk.ranges import near_float16
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+class Observed(Protocol):
+    """What the report tells of the inputs that layers were solved with, such as an `Evidence`."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def deviations(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Outcome:
         self._returned: dict[str, int] = defaultdict(int)
         self._stopwatches: list[Stopwatch] = []
 
-    def add(self, targets: Sequence[Target], solution: Solution, evidence: Evidence, stopwatch: Stopwatch) -> None:
+    def add(self, targets: Sequence[Target], solution: Solution, observed: Observed, stopwatch: Stopwatch) -> None:
         """Takes the solution of layers that were solved together, their rows one below the other."""
         rows = [target.weight.shape[0] for target in targets]
         coarse = (solution.weight.scales < COARSE_SCALE).sum(0).to(solution.loss)
@@ -108,14 +117,18 @@ class Outcome:
                 stopwatch=stopwatch,
                 method=solution.method,
                 damp_percent=solution.damp_percent,
-                tokens=evidence.tokens,
-                deviations=solution.deviations + evidence.deviations,
+                tokens=observed.tokens,
+                deviations=solution.deviations + observed.deviations,
             )
         self._stopwatches.append(stopwatch)
 
     def add_late(self, layer: str, calls: int) -> None:
         """Counts calls of a layer that came after it was solved."""
         self._returned[layer] += calls
+
+    def late(self) -> dict[str, int]:
+        """By layer, the calls on all ranks that came after it was solved. Collective."""
+        return sum_over_ranks({**self.notes.late, **self._returned})
 
     def solving_seconds(self) -> float:
         """Time of all solutions. Waits for the device."""
@@ -141,6 +154,7 @@ class Outcome:
         calibration: Calibration,
         seconds: dict[str, float],
         deviations: Iterable[str],
+        late: Mapping[str, int],
     ) -> QuantizeReport:
         """The report of all ranks' pass. All ranks call it.
 
@@ -150,6 +164,7 @@ class Outcome:
             calibration: This rank's.
             seconds: By phase.
             deviations: Of data and memory, the same on every rank.
+            late: As `late` gives them.
         """
         found: dict[str, None] = {}
         for one in distributed.gather_objects(calibration.deviations):
@@ -161,7 +176,7 @@ class Outcome:
             samples=samples.count,
             tokens=max(module.tokens for module in modules),
             seconds=seconds,
-            deviations=[*found, *deviations, *self._late(), *self._damped()],
+            deviations=[*found, *deviations, *_late(late), *self._damped()],
             calibration="; ".join(f"{count} samples of {source}" for source, count in sources.items()),
             calibration_sha256=samples.sha256,
             run_id=samples.run_id,
@@ -182,13 +197,6 @@ class Outcome:
         reason = f"{self.left_float.get(target.name, 'never called in calibration')}: left float"
         return module_report(target, method="float", reason=reason, deviations=(reason,))
 
-    def _late(self) -> list[str]:
-        return [
-            f"{name}: {calls} calls came after it was quantized; their inputs are not in its Hessian"
-            for name, calls in sum_over_ranks({**self.notes.late, **self._returned}).items()
-            if calls
-        ]
-
     def _damped(self) -> list[str]:
         few = [
             one.damp_percent
@@ -202,6 +210,14 @@ class Outcome:
             f"{len(few)} layers of experts are damped more than damp_percent asks, up to {max(few):.2g}, for the few "
             "tokens that were routed to them"
         ]
+
+
+def _late(calls: Mapping[str, int]) -> list[str]:
+    return [
+        f"{name}: {count} calls came after it was quantized; their inputs are not in its Hessian"
+        for name, count in calls.items()
+        if count
+    ]
 
 
 def sum_over_ranks(counts: Mapping[Key, int]) -> dict[Key, int]:

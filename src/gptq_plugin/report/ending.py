@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from gptq_plugin.report.cache import cache_summary
 from gptq_plugin.report.figures import bits_label, metric_values
 from gptq_plugin.report.numbers import (
     format_bytes,
@@ -29,7 +30,9 @@ def ending(report: QuantizeReport, folder: Path | None) -> str:
         folder: Its export; None without one.
     """
     export = _export(report, folder) if folder is not None else ()
-    return "\n".join([_layers(report), *_metrics(report), *_worst(report), *_differences(report), *export])
+    return "\n".join(
+        [_layers(report), *_metrics(report), *_worst(report), *_taken(report), *_differences(report), *export]
+    )
 
 
 def exported(report: QuantizeReport, folder: Path) -> str:
@@ -73,6 +76,12 @@ def _worst(report: QuantizeReport) -> Iterator[str]:
     if len(known) > 1:
         worst = max(known, key=lambda module: module.relative_error)
         yield f"largest relative error: {format_share(worst.relative_error)}, {worst.name}"
+
+
+def _taken(report: QuantizeReport) -> Iterator[str]:
+    summary = cache_summary(report.cache)
+    if summary is not None:
+        yield summary
 
 
 def _differences(report: QuantizeReport) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from gptq_plugin.errors import some
+from gptq_plugin.report.cache import cache_summary
 from gptq_plugin.report.chart import error_chart
 from gptq_plugin.report.figures import bits_label, metric_values
 from gptq_plugin.report.layer_rows import layers_table
@@ -44,6 +45,7 @@ def report_page(report: QuantizeReport, title: str) -> str:
         _allocation(report),
         _floats(report),
         _seconds(report.seconds),
+        _cache(report),
         _config(report),
     ]
     return (
@@ -127,6 +129,11 @@ def _allocation(report: QuantizeReport) -> str:
     head, *rows = report.allocation.rows()
     made = _table(head, map(_cells, rows))
     return f"<h2>Bits at a budget</h2><p>{escape(report.allocation.summary())}</p><div class='wide free'>{made}</div>"
+
+
+def _cache(report: QuantizeReport) -> str:
+    summary = cache_summary(report.cache)
+    return "" if summary is None else f"<p>{escape(summary)}</p>"
 
 
 def _before_after(report: QuantizeReport) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.report.allocation import Allocation
+from gptq_plugin.report.cache import cache_summary
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.deviations import Deviation, grouped
 from gptq_plugin.report.module_report import ModuleReport
@@ -50,6 +51,7 @@ class QuantizeReport:
         size: The export's size; None without an export.
         positions: How padding was told from positions that count: by the name of each mask that hides some, a sentence.
         allocation: What `target_bits` chose, and why; None without it.
+        cache: With `cache_dir`, what was taken from earlier runs and what was not; see `cache_summary`.
         metrics: Results of the user's evaluation by metric, such as ``val_loss``: ``{"float": 2.31, "gptq": 2.33}``.
     """
 
@@ -68,6 +70,7 @@ class QuantizeReport:
     positions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     allocation: Allocation | None = None
+    cache: dict[str, int] = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[ModuleReport]:
@@ -155,6 +158,7 @@ class QuantizeReport:
             "positions": self.positions,
             "metrics": self.metrics,
             "allocation": None if self.allocation is None else dataclasses.asdict(self.allocation),
+            "cache": self.cache,
             "deviations": self.deviations,
             "modules": [{**dataclasses.asdict(m), "relative_error": m.relative_error} for m in self.modules],
         }
@@ -181,6 +185,7 @@ class QuantizeReport:
         )
         lines += [self.coverage.summary()] if self.coverage is not None else []
         lines += [] if self.allocation is None else [self.allocation.summary(), *align(self.allocation.rows())]
+        lines += filter(None, [cache_summary(self.cache)])
         lines += [f"! {deviation}" for deviation in self.deviation_lines()]
         return "\n".join(lines)
 

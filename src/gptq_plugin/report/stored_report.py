@@ -43,7 +43,8 @@ def read_report(text: str) -> tuple[QuantizeReport, ModelFacts]:
 
 
 def _report(values: Mapping[str, Any]) -> QuantizeReport:
-    as_they_are = ("deviations", "calibration", "calibration_sha256", "run_id", "float_checkpoint", "positions")
+    texts = ("calibration", "calibration_sha256", "run_id", "float_checkpoint")
+    as_they_are = ("deviations", *texts, "positions", "cache")
     return QuantizeReport(
         config=QuantizeConfig.from_dict(values["config"]),
         modules=[_module(module) for module in values["modules"]],

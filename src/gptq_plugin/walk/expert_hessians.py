@@ -15,7 +15,7 @@ n = d / 4 tokens for d inputs and the expert's tokens alone, the error on tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class Evidence:
     damp_percent: float = 0.0
     deviations: tuple[str, ...] = ()
     drift: Tensor | None = None
+
+    def to(self, device: torch.device) -> Evidence:
+        """The evidence on a device."""
+        drift = None if self.drift is None else self.drift.to(device)
+        return replace(self, mean=self.mean.to(device), drift=drift)
 
 
 class ExpertHessians:

@@ -13,7 +13,7 @@ them read the very same tensor.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def walk(
     waiting: Waiting | None = None,
     state: KeptState | None = None,
     walks: Walks = ONE_WALK,
-) -> Iterator[Stop]:
+) -> Generator[Stop, None, None]:
     """Runs all forwards in lock-step and yields each group once, when it is ready to be quantized.
 
     Between two yields the consumer points the layers to other weights; the suspended batches go on through those.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def walk_one_by_one(
     agree: Callable[[int], int] = lambda position: position,
     state: KeptState | None = None,
     walks: Walks = ONE_WALK,
-) -> Iterator[Stop]:
+) -> Generator[Stop, None, None]:
     """Yields each group once, when it is ready to be quantized, as `lockstep.walk` does and with the same inputs.
 
     For every group each batch runs from its beginning to that group, through what is quantized by then: with n groups
