@@ -50,7 +50,7 @@ class QuantizeModule:
         config: What to quantize and how; QuantizeConfig's defaults when None.
         offload_weights: True copies weights to the device block by block, False all; None decides. See `quantize`.
         offload_activations: True keeps what waiting batches hold on the CPU, False on the device; None what fits there.
-        exact_sums: True gives the same bytes on any number of ranks; None does, but not on one GPU, where it costs time.
+        exact_sums: True gives the same bytes on any number of ranks; None does too, but for one GPU alone.
         cache_dir: Folder in which Hessians and solutions are kept for later runs with the same model and data, or None.
         cache_gb: Gigabytes (10^9 bytes) that its files may take; those unused for longest are removed first.
         **given: QuantizeConfig's fields, instead of `config`: ``QuantizeModule(bits=3)``.
