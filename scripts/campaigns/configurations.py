@@ -64,7 +64,7 @@ _ARGUMENTS: dict[str, Values] = {
         "batches": [],
     },
 }  # fmt: skip
-_OTHER_WORDS = {"mix": "calibration data", "batches": "calibration"}
+_OTHER_WORDS = {"mix": "calibration data", "batches": "calibration", "export_dir": "an export to"}
 
 
 @st.composite

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from gptq_plugin import load_quantized
 from gptq_plugin.check.lint import lint
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.schema import check_model_config
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.export.convert import convert
 
@@ -154,3 +156,14 @@ def test_expressions_that_take_long_to_parse_are_refused_by_field_and_number(
     with pytest.raises(CheckpointError, match=rf"config\.json: {next(iter(described))}: {told}"):
         Checkpoint.open(folder)
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    "given", ["\U000e0001" * 10_000_000, {"AutoModel": ["\U000e0001" * 10_000_000, 1]}], ids=["text", "in a list"]
+)
+def test_a_long_text_in_place_of_another_value_is_refused_without_much_memory(given: Any) -> None:
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"config\.json: Field 'auto_map'"):
+        check_model_config({"auto_map": given}, Path("config.json"))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()

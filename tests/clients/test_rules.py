@@ -46,7 +46,9 @@ def test_values_that_float16_cannot_hold_are_refused_by_every_client(client: str
 
 def test_without_a_target_nothing_is_refused_and_with_one_all_reasons_are_given() -> None:
     refuse(inventory(bits=3, group_size=16), None)
-    with pytest.raises(ExportError, match=r"(?s)^vllm would not take this checkpoint:\n  .*4 and 8 bits.*\n  .*not 16"):
+    with pytest.raises(
+        ExportError, match=r"(?s)^target: vllm would not take this checkpoint:\n  .*4 and 8 bits.*\n  .*not 16"
+    ):
         refuse(inventory(bits=3, group_size=16), Client("vllm"))
 
 

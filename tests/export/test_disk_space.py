@@ -31,7 +31,7 @@ def leave(monkeypatch: pytest.MonkeyPatch, free: int, total: int = 10**6) -> Non
 
 def test_room_is_asked_for_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leave(monkeypatch, 1000)
-    words = r"out needs about \d{4,5} bytes, and 1000 are free there: make room, or choose another target"
+    words = r"out needs about \d{4,5} bytes, and 1000 are free there: make room, or choose another folder"
     with pytest.raises(ExportError, match=words):
         QuantizeModule(group_size=16).quantize(Plain(), [torch.arange(32)] * 8, export_dir=tmp_path / "out")
     with pytest.raises(ExportError, match=words):

@@ -70,7 +70,7 @@ def test_a_circle_of_links_is_refused_and_named(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to("a")
     for target in ("a", "b/out", "a/new/out"):
         with pytest.raises(
-            ExportError, match="cannot write an export to .*(loop|symbolic links).*choose another target"
+            ExportError, match="cannot write an export to .*(loop|symbolic links).*choose another folder"
         ):
             check_export_dir(tmp_path / target)
 
@@ -79,7 +79,7 @@ def test_a_circle_of_links_is_refused_and_named(tmp_path: Path) -> None:
 def test_a_name_that_files_in_it_could_not_have_is_refused_in_words_that_can_be_printed(
     name: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match="cannot write an export to .*choose another target") as refused:
+    with pytest.raises(ExportError, match="cannot write an export to .*choose another folder") as refused:
         check_export_dir(tmp_path / name)
     str(refused.value).encode("ascii")
 

@@ -20,6 +20,8 @@ from gptq_plugin.options.fields import shown
 _Object = dict[str, Any]
 _MOST_RULES = 2**17  # of `dynamic`; the largest models have fewer layers
 
+_LONGEST_TEXT = 200
+
 
 class ModelConfig(TypedDict, total=False):
     """config.json."""
@@ -154,8 +156,9 @@ def check_index(content: _Object, file: Path) -> None:
 
 
 def _check(schema: type, content: _Object, file: Path, inside: str = "") -> None:
+    outlines = {key: _outline(content[key]) for key in schema.__annotations__ if key in content}
     try:
-        validate_typed_dict(schema, {key: content[key] for key in schema.__annotations__ if key in content})
+        validate_typed_dict(schema, outlines)
     except StrictDataclassFieldValidationError as error:
         causes: list[str] = []
         cause: BaseException | None = error.__cause__
@@ -165,3 +168,14 @@ def _check(schema: type, content: _Object, file: Path, inside: str = "") -> None
         what = brief(": ".join(causes) or error, 300)
         where = f"{file}, {inside}" if inside else str(file)
         raise CheckpointError(f"{where}: {what}. Correct it, or fetch the file again") from error
+
+
+def _outline(value: Any, levels: int = 3) -> Any:
+    """A value as deep as the types above look, with texts cut: an error holds all of it several times."""
+    if isinstance(value, str):
+        return value[:_LONGEST_TEXT]
+    if isinstance(value, list):
+        return [_outline(one, levels - 1) for one in value] if levels else []
+    if isinstance(value, dict):
+        return {key[:_LONGEST_TEXT]: _outline(one, levels - 1) for key, one in value.items()} if levels else {}
+    return value

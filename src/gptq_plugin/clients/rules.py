@@ -17,7 +17,7 @@ def refuse(inventory: Inventory, target: Client | None) -> None:
     """Raises ExportError with every reason why `target` does not take the checkpoint; refuses nothing without one."""
     found = problems(inventory, target) if target is not None else []
     if found:
-        raise ExportError(f"{target} would not take this checkpoint:\n  " + "\n  ".join(found))
+        raise ExportError(f"target: {target} would not take this checkpoint:\n  " + "\n  ".join(found))
 
 
 def problems(inventory: Inventory, target: Client) -> list[str]:

@@ -31,7 +31,7 @@ def refuse_full(folder: Path, needed: int) -> None:
     if free is not None and free < needed:
         raise ExportError(
             f"the export to {folder} needs about {needed} bytes, and {free} are free there: make room, or choose "
-            "another target"
+            "another folder"
         )
 
 
@@ -52,6 +52,6 @@ def disk_errors_explained(folder: Path, needed: Callable[[], int]) -> Iterator[N
         free = free_bytes(folder)
         raise ExportError(
             f"{folder} could not be written: {brief(error)}. It needs {needed()} bytes, and "
-            f"{'an unknown number' if free is None else free} are free there: make room, or choose another target, and "
+            f"{'an unknown number' if free is None else free} are free there: make room, or choose another folder, and "
             "export again"
         ) from error

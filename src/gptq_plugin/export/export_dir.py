@@ -26,7 +26,7 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
     Behind exports to it that were killed it clears up first (`reclaim`).
 
     Args:
-        directory: The target folder.
+        directory: The folder to be written.
         overwrite: An earlier export of this package may be replaced.
 
     Raises:
@@ -37,7 +37,7 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
     try:
         _check(directory, overwrite)
     except OSError as error:
-        raise ExportError(f"cannot write an export to {directory}: {brief(error)}; choose another target") from error
+        raise ExportError(f"cannot write an export to {directory}: {brief(error)}; choose another folder") from error
 
 
 def resolved(directory: str | Path) -> Path:
@@ -56,13 +56,13 @@ def resolved(directory: str | Path) -> Path:
     except UnicodeEncodeError:
         raise ExportError(
             f"cannot write an export to {os.fspath(directory)!a}: its path {str(path)!a} is not UTF-8, which "
-            "safetensors and JSON need; choose another target"
+            "safetensors and JSON need; choose another folder"
         ) from None
     except (OSError, RuntimeError, ValueError) as error:
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             return path
         raise ExportError(
-            f"cannot write an export to {os.fspath(directory)!a}: {brief(error)}; choose another target"
+            f"cannot write an export to {os.fspath(directory)!a}: {brief(error)}; choose another folder"
         ) from error
     return path
 
@@ -80,7 +80,7 @@ def _check(directory: Path, overwrite: bool) -> None:
     if works_inside(directory):
         parent = directory
     if not parent.is_dir() or not writable(parent):
-        raise ExportError(f"cannot create {directory}: {parent} is not a writable folder; choose another target")
+        raise ExportError(f"cannot create {directory}: {parent} is not a writable folder; choose another folder")
     if not directory.exists():
         return
     if not directory.is_dir():
