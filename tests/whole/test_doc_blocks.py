@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import create_autospec
 
 import huggingface_hub
 import lightning
@@ -28,6 +27,7 @@ from gptq_plugin.apps.documents import builtin_documents, texts
 from gptq_plugin.apps.tokenizer import train_tokenizer
 
 from forked_python import python
+from hub_uploads import hub_for_uploads
 from pages import DOCS, blocks, name, pages
 
 _OWN_TEST = ("how-to/lightning-cli.md",)
@@ -160,6 +160,14 @@ def folders(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """huggingface_hub uploads to a server in this process."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with hub_for_uploads():
+        yield
+
+
 class QuickTrainer(lightning.Trainer):
     """Lightning's, on the CPU, for one epoch unless the page asks for another number, and quiet."""
 
@@ -169,11 +177,12 @@ class QuickTrainer(lightning.Trainer):
 
 
 @pytest.mark.parametrize("page", _PAGES, ids=name)
-def test_the_python_blocks_of_a_page_run(page, folders, tokenizer, tmp_path, monkeypatch, capsys):
+def test_the_python_blocks_of_a_page_run(page, folders, tokenizer, tmp_path, monkeypatch, capsys, request):
     """In order, in one namespace; what a page says of its names ("yours") is made anew for each block."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "Trainer", QuickTrainer)
-    monkeypatch.setattr(huggingface_hub, "HfApi", create_autospec(huggingface_hub.HfApi))
+    if page.name == "upload.md":
+        request.getfixturevalue("hub")
     shutil.copytree(folders / "first", tmp_path / "first")
     if page.name in _WITH_EXPORT:
         shutil.copytree(folders / "out", tmp_path / "out")

@@ -27,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default that of the process, and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="gptq-plugin",
-        description="Check quantized checkpoints, and convert them. gptq-finetune and gptq-quantize make them.",
+        description="Check quantized checkpoints, convert and upload them. gptq-finetune and gptq-quantize make them.",
     )
     parser.add_argument("--version", action="version", version=f"gptq-plugin {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_check, _add_convert):
+    for add in (_add_check, _add_convert, _add_push):
         add(commands)
     with output_never_fails():
         parsed = parser.parse_args(arguments)
@@ -141,6 +141,34 @@ def _convert(parsed: argparse.Namespace) -> int:
         print(printable(f"gptq-plugin convert: {error}"), file=sys.stderr)
         return 1
     print(f"{folder} has checkpoint_format={parsed.checkpoint_format}")
+    return 0
+
+
+def _add_push(commands: Any) -> None:
+    parser = commands.add_parser(
+        "push",
+        help="upload an export to the Hugging Face hub, in one commit",
+        description="Uploads an export of this package to the Hugging Face hub, in one commit: weights, descriptions, "
+        "tokenizer, report and card. The repository is made, private, if it is not there.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="folder of the export")
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository")
+    parser.add_argument("--public", action="store_true", help="publish it; else a public repository is refused")
+    _add_hub(parser)
+    parser.set_defaults(run=_push)
+
+
+def _push(parsed: argparse.Namespace) -> int:
+    from gptq_plugin.errors import CheckpointError, ExportError
+    from gptq_plugin.export.upload import Repository
+
+    try:
+        repository = Repository(parsed.repo_id, not parsed.public, parsed.revision)
+        address = repository.push(parsed.directory, parsed.token)
+    except (CheckpointError, ExportError, ValueError) as error:
+        print(printable(f"gptq-plugin push: {error}"), file=sys.stderr)
+        return 1
+    print(printable(f"{parsed.directory} is at {address}"))
     return 0
 
 

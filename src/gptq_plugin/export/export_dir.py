@@ -73,6 +73,15 @@ def files_in(directory: Path) -> list[str]:
     return [path.relative_to(directory).as_posix() for path in found if path.is_symlink() or not path.is_dir()]
 
 
+def manifest(directory: Path) -> set[str] | None:
+    """The files an export wrote into `directory`, or None if it is not an export of ours."""
+    try:
+        description = read_json(directory / QUANTIZE_CONFIG)
+        return set(description["meta"][QUANTIZER_NAME]["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _check(directory: Path, overwrite: bool) -> None:
     parent = existing(directory.parent)
     _refuse_long(directory, parent)
@@ -87,7 +96,7 @@ def _check(directory: Path, overwrite: bool) -> None:
         raise ExportError(f"{directory} is a file: choose a folder that does not exist yet")
     if not entries(directory):
         return
-    written = _manifest(directory)
+    written = manifest(directory)
     if written is None:  # what else is there is not looked at: it may be a whole disk
         raise ExportError(
             f"{directory} exists, is not empty and is not an export of {QUANTIZER_NAME}: choose another "
@@ -128,12 +137,3 @@ def _refuse_long(directory: Path, folder: Path) -> None:
 def _short(directory: Path) -> str:
     path = str(directory)
     return path if len(path) <= 400 else f"{path[:200]}…{path[-100:]}"
-
-
-def _manifest(directory: Path) -> set[str] | None:
-    """The files an earlier export wrote into `directory`, or None if it is not an export of ours."""
-    try:
-        description = read_json(directory / QUANTIZE_CONFIG)
-        return set(description["meta"][QUANTIZER_NAME]["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

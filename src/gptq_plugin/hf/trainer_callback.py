@@ -75,6 +75,8 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         target: The client that is to load the export ("vllm", "transformers", "sglang", "gptqmodel", or
             ``{"client": "vllm", "tensor_parallel_size": 2}``). If it would refuse the export, so does the callback,
             before training.
+        push_to_hub: Uploads the export to the Hugging Face hub when all else is done: ``"owner/name"``, private unless
+            ``{"repo_id": "owner/name", "private": False}``. Made, or checked, before training.
 
     Attributes:
         report: Result of the last `train`; None before.
@@ -96,6 +98,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         swap: bool | None = None,
         overwrite: bool = False,
         target: Client | str | Mapping[str, Any] | None = None,
+        push_to_hub: str | Mapping[str, Any] | None = None,
     ):
         super().__init__(
             quantizer,
@@ -107,6 +110,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             swap=swap,
             overwrite=overwrite,
             target=target,
+            push_to_hub=push_to_hub,
         )
         check_options(forward=forward)
         self.forward = forward
@@ -188,6 +192,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         drop_replaced_parameters(optimizer, model)
         state.log_history.append({**total_metrics(report), "step": state.global_step})
         self.tell_result(report)
+        self.upload()
 
     def calibration_data(self, train_dataloader: Any) -> Iterable[Any]:
         """Returns this rank's calibration data; override to choose other samples."""

@@ -22,7 +22,6 @@ from gptq_plugin.calibration.forward import takes_of
 from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
-from gptq_plugin.errors import CalibrationError
 from gptq_plugin.lightning.calibration_forward import forward_as_in_training
 from gptq_plugin.lightning.launched_ranks import EndsLaunchedRanks
 from gptq_plugin.lightning.module_choice import choose_module
@@ -43,7 +42,7 @@ from gptq_plugin.lightning.surroundings import (
     without_training_state,
 )
 from gptq_plugin.lightning.unsharded import refuse_unknown_sharding
-from gptq_plugin.lightning.validation import check_metrics, validate, validation_loaders
+from gptq_plugin.lightning.validation import check_metrics, loaders_to_calibrate, validate, validation_loaders
 from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
@@ -103,6 +102,8 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             the noisiest outputs, until the limits hold.
         max_bits: Average bits per weight (scales and zeros included, g_idx not) that "escalate" may not exceed: if
             nothing within them is good enough, it raises. None sets no limit.
+        push_to_hub: Uploads the export to the Hugging Face hub when all else is done: ``"owner/name"``, private unless
+            ``{"repo_id": "owner/name", "private": False}``. Made, or checked, before training.
 
     Attributes:
         report: Result of the last `fit`; None before.
@@ -127,6 +128,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         max_degradation: Mapping[str, float | str] | None = None,
         on_fail: str = "raise",
         max_bits: float | None = None,
+        push_to_hub: str | Mapping[str, Any] | None = None,
     ):
         super().__init__(
             quantizer,
@@ -138,6 +140,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             swap=swap,
             overwrite=overwrite,
             target=target,
+            push_to_hub=push_to_hub,
         )
         check_options(calibration_step=calibration_step, module=module, weights=weights, validate=validate)
         self.calibration_step = calibration_step
@@ -229,7 +232,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             trained(trainer, pl_module, self.weights, self.export_dir) as state,
             progress_like(trainer) as progress,
         ):
-            quality = self._measure_float(trainer, pl_module)
+            quality = _float_quality(self, trainer, pl_module)
             swap = self.leaves_quantized(trainer, pl_module)
             chosen = self.module_to_quantize(pl_module)
             with without_adapters(trainer, pl_module, chosen, merged_in_place) as module:
@@ -257,6 +260,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
                 drop_optimizers(trainer)
         _log(trainer, report)
         self.tell_result(report)
+        self.upload()
 
     def leaves_quantized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Returns whether the module stays quantized after `fit`."""
@@ -268,7 +272,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
 
     def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
         """Returns this rank's calibration data; override to choose other samples."""
-        return self.data.sources(trainer.train_dataloader, partial(_validation_loaders, trainer))
+        return self.data.sources(trainer.train_dataloader, partial(loaders_to_calibrate, trainer))
 
     def calibration_forward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
@@ -299,12 +303,14 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             entire=entire,
         )
 
-    def _measure_float(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Quality:
-        wanted = self.validate is not False and validation_loaders(trainer)
-        with streamed_to(pl_module, forward_device(trainer)):
-            before = validate(trainer, pl_module) if wanted else {}
-        self.gate.check_names(before)
-        return Quality(self.gate, before, partial(validate, trainer, pl_module))
+
+def _float_quality(callback: GPTQCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Quality:
+    """The float module's metrics, and how the quantized one is measured and judged by them."""
+    wanted = callback.validate is not False and validation_loaders(trainer)
+    with streamed_to(pl_module, forward_device(trainer)):
+        before = validate(trainer, pl_module) if wanted else {}
+    callback.gate.check_names(before)
+    return Quality(callback.gate, before, partial(validate, trainer, pl_module))
 
 
 def _parallel_outputs(
@@ -330,16 +336,6 @@ def _refuse_after_swap(callback: GPTQCallback, trainer: pl.Trainer, pl_module: p
             "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
             "quantize: give all but the last swap=False"
         )
-
-
-def _validation_loaders(trainer: pl.Trainer) -> list[Any]:
-    loaders = validation_loaders(trainer)
-    if not loaders:
-        raise CalibrationError(
-            "calibration='val' takes its samples from the validation dataloader, and the trainer has none: give it "
-            "one (with a validation_step, and limit_val_batches above 0), or GPTQCallback(calibration=LOADER)"
-        )
-    return loaders
 
 
 def _log(trainer: pl.Trainer, report: QuantizeReport) -> None:

@@ -22,6 +22,7 @@ from torchmetrics import Metric
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.forward import evaluating
+from gptq_plugin.errors import CalibrationError
 from gptq_plugin.training.quality_gate import QualityGate
 
 log = logging.getLogger(__name__)
@@ -220,6 +221,17 @@ def validation_loaders(trainer: pl.Trainer) -> list[Any]:
     trainer.fit_loop.epoch_loop.val_loop.setup_data()  # does nothing after the first validation
     loaders: list[Any] = tree_leaves(trainer.val_dataloaders)
     return [loader for loader in loaders if loader is not None]
+
+
+def loaders_to_calibrate(trainer: pl.Trainer) -> list[Any]:
+    """The validation dataloaders; raises CalibrationError if there are none."""
+    loaders = validation_loaders(trainer)
+    if not loaders:
+        raise CalibrationError(
+            "calibration='val' takes its samples from the validation dataloader, and the trainer has none: give it "
+            "one (with a validation_step, and limit_val_batches above 0), or GPTQCallback(calibration=LOADER)"
+        )
+    return loaders
 
 
 def _limit(trainer: pl.Trainer, loader: Any) -> int | None:

@@ -16,21 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_plugin import distributed
 from gptq_plugin.allocation.budget import check_budget
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.clients.client import Client
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.surroundings import alone
-from gptq_plugin.export.disk_space import refuse_full
-from gptq_plugin.export.export import Export, export_model
-from gptq_plugin.export.export_dir import check_export_dir
-from gptq_plugin.export.export_size import planned_bytes
+from gptq_plugin.export.export import export_model
 from gptq_plugin.export.verify_outputs import Sample
-from gptq_plugin.model.plan import Plan, planned
+from gptq_plugin.model.plan import planned
 from gptq_plugin.model.targets import Skipped, Target
-from gptq_plugin.options import fields
-from gptq_plugin.quantize import arguments
+from gptq_plugin.quantize import arguments, export_on_the_way
 from gptq_plugin.quantize.allocate import Allocated, allocate, with_chosen_grids
 from gptq_plugin.quantize.in_place import copy_training_flags, rounded, swapped
 from gptq_plugin.quantize.one_pass import OnePass
@@ -39,11 +34,12 @@ from gptq_plugin.quantize.outcome import rounded_report
 from gptq_plugin.quantize.prepare import budgeted, check_client, prepared, refuse_without_values, undisturbed
 from gptq_plugin.quantize.rehearsal import rehearse, rest_of
 from gptq_plugin.quantize.run_log import RunLog
+from gptq_plugin.quantize.uploads import Uploads
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import QuantizeReport
 
 
-class QuantizeModule:
+class QuantizeModule(Uploads):
     """Quantizes a model in place with GPTQ and exports it.
 
     Args:
@@ -163,7 +159,7 @@ class QuantizeModule:
         with self.temporarily(
             model, batches, options, keep=True, export_dir=export_dir, overwrite=overwrite, target=target
         ) as report:
-            pass
+            self.exported = self.exported if export_dir is None else Path(export_dir)
         self.run_log.end(report, None if export_dir is None else Path(export_dir))
         return report
 
@@ -225,7 +221,7 @@ class QuantizeModule:
         client, chosen = Client.of(target), self._options(options or PassOptions(), exports=export_dir is not None)
         with contextlib.ExitStack() as around, contextlib.ExitStack() as inside:
             inside.enter_context(undisturbed())
-            _check_export_dir(export_dir, overwrite)
+            export_on_the_way.check(export_dir, overwrite)
             plan, calibration = around.enter_context(prepared(model, batches, self.config, chosen, client))
             inside.enter_context(evaluating(model))
             self.allocated = allocate(plan, calibration, chosen, client)
@@ -233,7 +229,7 @@ class QuantizeModule:
             plan = self.allocated.plan
             export = None
             if export_dir is not None:
-                export = _begun_export(plan, export_dir, overwrite, client)
+                export = export_on_the_way.begun(plan, export_dir, overwrite, client)
                 chosen = dataclasses.replace(chosen, layers_in=around.enter_context(export))
                 export.check(one.name for one in plan.targets)
             one_pass, coverage = OnePass(plan, calibration, chosen), self.run_log.coverage(plan)
@@ -246,7 +242,7 @@ class QuantizeModule:
                 self.report = report
                 self.run_log.deviations(report)
                 if export is not None:
-                    _finish(export, model, report, chosen.tokenizer, self._sample)
+                    export_on_the_way.finish(export, model, report, chosen.tokenizer, self._sample)
                 inside.close()  # restores the training flags, of float layers too
                 copy_training_flags(plan, layers)
                 yield report
@@ -286,33 +282,13 @@ class QuantizeModule:
         given: dict[str, Any] = {"tokenizer": tokenizer, "overwrite": overwrite, "target": target}
         given["config"] = with_chosen_grids(self.config, self.report, "export")
         folder = export_model(model, directory, report=self.report, sample=self._sample, **given)
+        self.exported = folder
         if self.allocated is None:  # else the run's end tells
             self.run_log.exported(self.report, Path(directory))
         return folder
 
     def _options(self, given: PassOptions, **changed: Any) -> PassOptions:
         return dataclasses.replace(given, **changed, **{name: getattr(self, name) for name in arguments.OPTIONS})
-
-
-def _check_export_dir(export_dir: str | Path | None, overwrite: bool) -> None:
-    fields.SWITCH.check("overwrite", overwrite)
-    fields.optional(fields.PATH, "nothing is exported").check("export_dir", export_dir)
-    if export_dir is None:
-        return
-    if distributed.active():
-        raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
-    check_export_dir(export_dir, overwrite)
-
-
-def _begun_export(plan: Plan, directory: str | Path, overwrite: bool, client: Client | None) -> Export:
-    refuse_full(Path(directory), planned_bytes(plan))
-    return Export(plan.structure, directory, plan.config, overwrite=overwrite, target=client)
-
-
-def _finish(export: Export, model: nn.Module, report: QuantizeReport, tokenizer: Any, sample: Sample | None) -> None:
-    started = time.perf_counter()
-    export.finish(model, report=report, tokenizer=tokenizer, sample=sample)
-    report.seconds["export"] = time.perf_counter() - started
 
 
 def _nothing() -> None:

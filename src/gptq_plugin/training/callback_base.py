@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from gptq_plugin import distributed
 from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.calibration.training_data import TrainingData
 from gptq_plugin.clients.client import Client
 from gptq_plugin.export.export_dir import check_export_dir
+from gptq_plugin.export.upload import Repository
 from gptq_plugin.options import fields
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.report.provenance import plain_name
@@ -20,6 +23,8 @@ from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.preflight import refuse_export
 from gptq_plugin.training.rank0_export import export_on_rank0, rank0_folder, refuse_run_folders
+
+log = logging.getLogger(__name__)
 
 _KINDS = {  # of the arguments of both callbacks; others are checked by the modules that use them
     "export_dir": fields.optional(fields.PATH, "nothing is exported"),
@@ -67,12 +72,13 @@ class CallbackBase:
     """Base class of GPTQCallback and GPTQTrainerCallback.
 
     Args:
-        quantizer, export_dir, tokenizer, calibration, mix, mix_fraction, swap, overwrite, target: As for the
-            callbacks, which document them.
+        quantizer, export_dir, tokenizer, calibration, mix, mix_fraction, swap, overwrite, target, push_to_hub: As for
+            the callbacks, which document them.
 
     Attributes:
         data: Chooses the calibration data.
         target: The client to export for, or None.
+        repository: Where the export is uploaded, or None.
         report: Result of the last run; None before.
 
     Raises:
@@ -94,6 +100,7 @@ class CallbackBase:
         swap: bool | None,
         overwrite: bool,
         target: Client | str | Mapping[str, Any] | None,
+        push_to_hub: str | Mapping[str, Any] | None,
     ) -> None:
         if not isinstance(quantizer, QuantizeModule):
             raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
@@ -110,6 +117,9 @@ class CallbackBase:
         self.swap = swap
         self.overwrite = overwrite
         self.target = Client.of(target)
+        self.repository = Repository.of(push_to_hub)
+        if self.repository is not None and export_dir is None:
+            raise ValueError(f"push_to_hub={self.repository} uploads the export, and there is none: give an export_dir")
         self.report: QuantizeReport | None = None
 
     def agree_on_export_dir(self, run_folders: Iterable[tuple[str, Any]]) -> None:
@@ -119,12 +129,15 @@ class CallbackBase:
             run_folders: Name and path of each folder the run itself writes to; see `refuse_run_folders`.
 
         Raises:
-            ExportError: The folder belongs to the run, or exists and must not be replaced.
+            ExportError: The folder belongs to the run, or exists and must not be replaced; or the hub's repository
+                cannot be written to.
         """
         if self.export_dir is not None:
             self.export_dir = rank0_folder(self.export_dir)
             refuse_run_folders(self.export_dir, run_folders)
             check_export_dir(self.export_dir, overwrite=self.overwrite)
+            if self.repository is not None and distributed.rank() == 0:
+                self.repository.claim()
 
     def check_layers(self, module: nn.Module) -> None:
         """Refuses a module without layers to quantize, or one whose export could not be written or loaded.
@@ -172,3 +185,13 @@ class CallbackBase:
     def tell_result(self, report: QuantizeReport) -> None:
         """Shows users the layers and the result, on rank 0. To be called when no progress bar is in the way."""
         self.quantizer.run_log.end(report, self.export_dir)
+
+    @distributed.ending_together()
+    def upload(self) -> None:
+        """Uploads the export from rank 0, if the run asks for it. The last step: nothing is lost if it fails.
+
+        Raises:
+            ExportError: The hub did not take it; the message has the command that tries again.
+        """
+        if self.repository is not None and self.export_dir is not None and distributed.rank() == 0:
+            log.info("uploaded to %s", self.repository.push(self.export_dir))
