@@ -1,98 +1,33 @@
-"""Times two ranks of one thread each against one rank of one thread.
+"""Times what several ranks do, on the GPUs of one host or on CPUs.
 
-    python scripts/bench_ranks.py                      # five rounds of one rank and two in turn; minutes on two cores
-    python scripts/bench_ranks.py --ranks 1 2 4 --rounds 3
+    python scripts/bench_ranks.py turns                                  # two ranks of one thread against one
+    python scripts/bench_ranks.py words --ranks 2 4 8 16 32 64           # what the ranks tell each other, over gloo
+    python scripts/bench_ranks.py blocks --ranks 1 2 4 8 --more          # Llama-3-8B's shape on 1 to 8 GPUs
+    python scripts/bench_ranks.py sharded --ranks 8 --layers 80          # Llama-3-70B's, FSDP2, fit to export
+    python scripts/bench_ranks.py sharded --how tp --ranks 8 --layers 80 # the same by tensor parallelism
+    python scripts/bench_ranks.py kill --ranks 8                         # a rank is killed; when do the others end?
 
-Every round quantizes the same random Llama from the same samples, dealt to the ranks, over gloo. Seconds are those of
-the slowest rank from a common start; "cpu" is the compute time of the busiest rank, which is little affected by other
-users of the machine but leaves out waiting. The table shows medians, the range of the totals, and the speed relative to
-the first number of ranks: by medians, by the fastest rounds, and by "cpu".
+Without a GPU all run on the CPU over gloo, for which the sizes must be small: ``--width 256 --vocab 512 --tokens 64``.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
-import time
-from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from transformers import LlamaConfig, LlamaForCausalLM
+from rank_benches import blocks, kill, sharded, turns, words
 
-from gptq_plugin import QuantizeModule
-
-PHASES = ("plan", "calibrate", "solve", "total", "cpu")
-
-
-def llama(width: int, layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, vocab_size=1024)).eval()
-
-
-def work(rank: int, world: int, folder: str, options: argparse.Namespace) -> None:
-    """Runs one rank of one round; the first writes the seconds into the folder."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    model = llama(options.width, options.layers)
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randint(0, 1024, (options.samples, options.tokens), generator=generator)
-    quantizer = QuantizeModule(bits=4, group_size=128, nsamples=options.samples, batch_size=options.batch_size)
-    dist.barrier()
-    started, computed = time.perf_counter(), time.process_time()
-    report = quantizer.quantize(model, list(samples[rank::world]))
-    done = {"total": time.perf_counter() - started, "cpu": time.process_time() - computed}
-    of_all: list[Any] = [None] * world
-    dist.all_gather_object(of_all, report.seconds | done)
-    if rank == 0:
-        torch.save({phase: max(one[phase] for one in of_all) for phase in PHASES}, f"{folder}/seconds.pt")
-    dist.destroy_process_group()
-
-
-def measure(world: int, options: argparse.Namespace) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(work, (world, folder, options), nprocs=world, start_method="fork")
-        seconds: dict[str, float] = torch.load(Path(folder) / "seconds.pt")
-    return seconds
+COMMANDS = {"turns": turns, "words": words, "blocks": blocks, "sharded": sharded, "kill": kill}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=4)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        assert module.__doc__ is not None
+        described = argparse.RawDescriptionHelpFormatter
+        module.add_options(commands.add_parser(name, description=module.__doc__, formatter_class=described))
     options = parser.parse_args()
-    torch.set_num_threads(1)  # before the ranks are forked
-    seconds: dict[int, list[dict[str, float]]] = {world: [] for world in options.ranks}
-    for number in range(options.rounds):
-        for world in options.ranks:
-            seconds[world].append(measure(world, options))
-            print(f"round {number + 1}, {world} ranks: {seconds[world][-1]['total']:.2f} s", flush=True)
-    print(f"\n{'ranks':>5}" + "".join(f"{phase:>11}" for phase in PHASES) + f"{'total':>18}{'times as fast':>24}")
-    for world, rounds in seconds.items():
-        first = seconds[options.ranks[0]]
-        medians = [median(rounds, phase) for phase in PHASES]
-        totals = [one["total"] for one in rounds]
-        times = [median(first, "total") / medians[-2], min(one["total"] for one in first) / min(totals)]
-        times.append(median(first, "cpu") / medians[-1])
-        print(
-            f"{world:>5}"
-            + "".join(f"{seconds:>11.2f}" for seconds in medians)
-            + f"{f'({min(totals):.2f} to {max(totals):.2f})':>18}"
-            + "".join(f"{ratio:>8.2f}" for ratio in times)
-        )
-
-
-def median(rounds: list[dict[str, float]], phase: str) -> float:
-    return statistics.median(one[phase] for one in rounds)
+    COMMANDS[options.command].main(options)
 
 
 if __name__ == "__main__":

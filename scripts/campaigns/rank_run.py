@@ -41,12 +41,12 @@ class Loss:
         if rank != self.lost_rank():
             return
         self.is_armed = True
-        from gptq_plugin import distributed
+        from gptq_plugin import check_ins
         from gptq_plugin.export import export
         from gptq_plugin.quantize import solve_on_ranks
 
         if self.phase == "meeting":
-            distributed._meet = self.happens  # type: ignore[assignment]
+            check_ins._meet = self.happens  # type: ignore[assignment]
         elif self.phase == "reduction":
             dist.all_reduce = self.happens
         elif self.phase == "solve":

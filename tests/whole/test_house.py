@@ -22,6 +22,7 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 AT_THE_TOP = {
     "__init__.py",
     "__main__.py",
+    "check_ins.py",
     "config.py",
     "distributed.py",
     "errors.py",

@@ -1,0 +1,1 @@
+"""The subcommands of scripts/bench_ranks.py, a module each."""
