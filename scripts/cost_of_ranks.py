@@ -9,12 +9,13 @@ one H200 (docs/benchmarks/8b-model.md: Llama-3-8B's shapes, 262,144 tokens).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log2
 
 STRIP = 1024  # hessian._STRIP on a GPU
 LEAST_ROWS, MOST_BLOCKS, MULTIPLE = 4096, 4, 32  # of row_blocks, on a GPU
 MEETINGS = 3  # words per group: to choose the next one, before the sum, and before the rows
-STEP = 50e-6  # seconds for each of the P - 1 steps in which a word goes round over TCP; assumed
+STEP = 50e-6  # seconds of a message over TCP; assumed
+READ = 5e-6  # seconds in which rank 0 reads each of the P - 1 words that come to it; assumed
 GROUP_SIZE = 128
 
 
@@ -65,17 +66,34 @@ def block_rows(rows: int) -> tuple[int, int]:
 
 
 def share(rows: int, ranks: int) -> int:
-    """The rows that each rank solves and sends: whole blocks."""
+    """The rows that each rank solves: whole blocks."""
     blocks, size = block_rows(rows)
     return ceil(blocks / ranks) * size
+
+
+def sharers(rows: int, ranks: int) -> int:
+    """How many ranks send their rows."""
+    blocks, _ = block_rows(rows)
+    return ceil(blocks / ceil(blocks / ranks))
+
+
+def passed_on(n: int, rows: int, ranks: int) -> int:
+    """Bytes of rows that a rank of the ring sends: all but its own, or all where some ranks have none of their own."""
+    of = sharers(rows, ranks)
+    return (of - (of == ranks)) * share(rows, ranks) * row_bytes(n)
+
+
+def steps(ranks: int) -> int:
+    """Messages behind each other in a word: to rank 0, and back along a tree."""
+    return 1 + ceil(log2(ranks))
 
 
 def exchange(shape: Shape, network: Network) -> tuple[float, float, float]:
     """Milliseconds of a block's sums, rows and words, with ring algorithms at the link's full rate."""
     p = network.ranks
     sums = 2 * (p - 1) / p * sum(hessian_bytes(n) for n, _ in shape.groups()) / network.rate
-    rows = (p - 1) * sum(share(rows, p) * row_bytes(n) for n, rows in shape.groups()) / network.rate
-    words = MEETINGS * len(shape.groups()) * (p - 1) * STEP
+    rows = sum(passed_on(n, rows, p) for n, rows in shape.groups()) / network.rate
+    words = MEETINGS * len(shape.groups()) * (steps(p) * STEP + (p - 1) * READ)
     return 1e3 * sums, 1e3 * rows, 1e3 * words
 
 

@@ -112,14 +112,19 @@ def time_collectives(ranks: int, options: argparse.Namespace, device: torch.devi
     groups = shape.groups()
     sums = [torch.zeros(cost.hessian_bytes(n) // 8, dtype=torch.float64, device=device) for n, _ in groups]
     sizes = [cost.share(rows, ranks) * cost.row_bytes(n) for n, rows in groups]
-    rows = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
+    sharers = [cost.sharers(rows, ranks) for _, rows in groups]
+    rows = [(torch.zeros(size, dtype=torch.uint8, device=device), of) for size, of in zip(sizes, sharers, strict=True)]
     parts: list[tuple[str, Callable[[], Any], float]] = [
         (
             "sums",
             lambda: [distributed.sum_(one) for one in sums],
             2 * (ranks - 1) / ranks * sum(t.nbytes for t in sums),
         ),
-        ("rows", lambda: [distributed.gather_rows([one], len(one)) for one in rows], (ranks - 1) * sum(sizes)),
+        (
+            "rows",
+            lambda: [distributed.gather_rows([one], len(one), of) for one, of in rows],
+            sum(cost.passed_on(n, rows, ranks) for n, rows in groups),
+        ),
         ("words", lambda: [distributed.minimum(0) for _ in range(cost.MEETINGS * len(groups))], 0.0),
     ]
     for name, call, sent in parts:

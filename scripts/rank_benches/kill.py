@@ -2,7 +2,7 @@
 
 Processes started by hand, which no launcher ends: every other rank has to learn of it by itself. A phase is where the
 rank is killed: in a calibration forward; before the all-reduce of a Hessian, which the others are in by then; in the
-solve; before the all-gather of the rows, likewise. Exits with 1 unless all end within 30 seconds and tell the cause.
+solve; before the rows are gathered, likewise. Exits with 1 unless all end within 30 seconds and tell the cause.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from gptq_plugin import QuantizeModule
+from gptq_plugin import QuantizeModule, distributed
 from gptq_plugin.quantize import solve_on_ranks
 from rank_benches.llamas import add_sizes, begin, join, llama, samples, started
 
@@ -89,13 +89,19 @@ def arm(model: Any, phase: str, folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("a killed process goes on")
 
-    def after(calls: int, function: Any) -> Any:
+    def after(calls: int, function: Any, then: Any = dies) -> Any:
         def counted(*arguments: Any, **named: Any) -> Any:
             nonlocal seen
             seen += 1
-            return dies() if seen > calls else function(*arguments, **named)
+            return (then if seen > calls else function)(*arguments, **named)
 
         return counted
+
+    gather = distributed.gather_rows
+
+    def dies_inside(*arguments: Any) -> Any:
+        distributed._group = dies  # where it is asked for, all have checked in
+        return gather(*arguments)
 
     if phase == "calibration":
         model.model.layers[-1].mlp.register_forward_pre_hook(after(1, lambda *_: None))
@@ -104,4 +110,4 @@ def arm(model: Any, phase: str, folder: Path) -> None:
     elif phase == "solve":
         solve_on_ranks.solve_blocks = after(4, solve_on_ranks.solve_blocks)
     else:
-        dist.all_gather = after(4, dist.all_gather)
+        distributed.gather_rows = after(4, gather, dies_inside)

@@ -103,27 +103,32 @@ def minimum(value: int) -> int:
     return min(check_in("minimum", value)) if active() else value
 
 
-def gather_rows(parts: Sequence[Tensor], rows: int) -> list[list[Tensor]]:
-    """All ranks' tensors on every rank, as one message.
+def gather_rows(parts: Sequence[Tensor], rows: int, sharers: int) -> list[list[Tensor]]:
+    """The first ranks' tensors on every rank, as one message of each.
 
     Args:
         parts: Tensors [rows, ...] of the same shapes on every rank, the wider dtypes first.
         rows: The same on every rank.
+        sharers: How many ranks' tensors, the same on every rank. Those of the others are not sent.
 
     Returns:
-        For each part, a list of every rank's, in the order of ranks.
+        For each part, a list of every sharer's, in the order of ranks.
     """
     if not active():
         return [[part] for part in parts]
     mine = torch.cat([part.flatten().view(torch.uint8) for part in parts])
-    everyones = [torch.empty_like(mine) for _ in range(world_size())]  # a rank without room for it does not check in
+    messages = [torch.empty_like(mine) for _ in range(sharers)]  # a rank without room for it does not check in
     check_in("gather_rows", rows)
     with unreachable_as_rank_error():
-        dist.all_gather(everyones, mine, group=_group(mine))
+        if sharers == world_size():
+            dist.all_gather(messages, mine, group=_group(mine))
+        else:
+            for number, message in enumerate(messages):
+                dist.broadcast(message.copy_(mine), src=number, group=_group(mine))
     gathered, start = [], 0
     for part in parts:
         stop = start + part.nbytes
-        gathered.append([message[start:stop].view(part.dtype).view(part.shape) for message in everyones])
+        gathered.append([message[start:stop].view(part.dtype).view(part.shape) for message in messages])
         start = stop
     return gathered
 

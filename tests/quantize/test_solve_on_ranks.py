@@ -20,24 +20,28 @@ class Met(Exception):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """ranks(size, weight, hessian, config): each rank's solution, and the blocks each solved. The ranks run one after
-    the other: first up to where they meet, and then on from there."""
+    """ranks(size, weight, hessian, config): each rank's solution, the blocks each solved, and the rows that are sent.
+    The ranks run one after the other: first up to where they meet, and then on from there."""
 
     def run(size, weight, hessian, config):
-        messages, shares = [], []
+        messages, shares, sent = [], [], []
 
         def solved(own, *args):
             shares.append(len(own))
             return solve_blocks(own, *args)
 
-        def leave(parts, count):
+        def leave(parts, count, sharers):
             assert {len(part) for part in parts} == {count}
             messages.append(parts)
             raise Met
 
+        def go_on(parts, count, sharers):
+            sent.append(sharers * count)
+            return [list(of_all[:sharers]) for of_all in zip(*messages, strict=True)]
+
         monkeypatch.setattr(distributed, "world_size", lambda: size)
         monkeypatch.setattr(solve_on_ranks, "solve_blocks", solved)
-        for meet in (leave, lambda parts, count: [list(of_all) for of_all in zip(*messages, strict=True)]):
+        for meet in (leave, go_on):
             solutions = []
             monkeypatch.setattr(distributed, "gather_rows", meet)
             for rank in range(size):
@@ -46,7 +50,7 @@ def ranks(monkeypatch):
                     solutions.append(solve_shared(weight, hessian, config))
                 except Met:
                     continue
-        return solutions, shares[:size]
+        return solutions, shares[:size], sent
 
     return run
 
@@ -60,8 +64,9 @@ def test_all_ranks_get_the_solution_of_the_whole(size, count, share, options, ra
     weight, hessian = rows(count, 32, seed=1), (x.T @ x / 96).float()
     config = QuantizeConfig(**{"bits": 3, "group_size": 16, **options})
     alone = solve(weight, hessian, config)
-    solutions, shares = ranks(size, weight, hessian, config)
+    solutions, shares, sent = ranks(size, weight, hessian, config)
     assert shares == [share] * size
+    assert sent == [sent[0]] * size and count <= sent[0] < count + (share + 1) * 256  # no block is sent by every rank
     for solution in solutions:
         for part in ("codes", "scales", "zeros", "g_idx"):
             assert torch.equal(getattr(solution.weight, part), getattr(alone.weight, part)), part
@@ -85,7 +90,7 @@ def test_what_finds_no_room_is_solved_again_by_the_rank_that_made_some(size, mon
 
     monkeypatch.setattr(solve_on_ranks, name, scarce)
     monkeypatch.setattr(distributed, "world_size", lambda: size)
-    monkeypatch.setattr(distributed, "gather_rows", lambda parts, count: [[part, part] for part in parts])
+    monkeypatch.setattr(distributed, "gather_rows", lambda parts, *_: [[part, part] for part in parts])
     found = solve_shared(weight, hessian, config, make_room=lambda: made.append(True) or True)
     assert made == [True] and torch.equal(found.weight.codes[:256], alone.weight.codes[:256])
     with pytest.raises(torch.OutOfMemoryError):

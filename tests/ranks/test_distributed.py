@@ -17,7 +17,7 @@ from forked_python import python
 
 # Every scene runs on forked ranks in a new process group, and writes what it found.
 SCENES = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -40,10 +40,10 @@ def meetings(rank):
     tensor = torch.full((3,), float(rank))
     count = distributed.sum_(tensor, rank)
     parts = [torch.full((2, 3), rank, dtype=torch.float64), torch.full((2,), rank, dtype=torch.uint8)]
-    gathered = distributed.gather_rows(parts, 2)
+    gathered = [distributed.gather_rows(parts, 2, sharers) for sharers in (3, 2, 1)]
     return [
         tensor.tolist(), count, distributed.minimum(5 - rank), distributed.object_from_first(f"rank {rank}"),
-        distributed.gather_objects(rank), [[one.tolist() for one in part] for part in gathered],
+        distributed.gather_objects(rank), [[[one.tolist() for one in part] for part in one] for one in gathered],
     ]
 
 def astray(rank):
@@ -78,6 +78,32 @@ def busy(rank):
                 raise KeyError("lost")
             time.sleep(3)
     return [raised(run), time.time() - started]
+
+def interrupted(rank, who):
+    # Rank 1 comes late; one of those that wait for it, in the middle of their check-in, is interrupted.
+    def run():
+        with distributed.ending_together():
+            if rank == 1:
+                time.sleep(2.5)
+            distributed.minimum(0)
+    if rank == who:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+    distributed.minimum(0)
+    started = time.time()
+    try:
+        found = raised(run)
+    except KeyboardInterrupt:
+        found = "KeyboardInterrupt"
+    seconds = time.time() - started
+    time.sleep(0 if rank == 1 else 3)  # rank 0 has the store, and rank 1 is still to come
+    return [found, seconds]
+
+def interrupted_first(rank):
+    return interrupted(rank, 0)
+
+def interrupted_last(rank):
+    return interrupted(rank, 2)
 
 def hessians(rank):
     torch.manual_seed(0)
@@ -153,7 +179,10 @@ def experts(rank):
     return [found, {k: v.double().sum().item() for k, v in model.state_dict().items()}]
 
 out, size = Path(sys.argv[1]), 3
-for number, scene in enumerate((meetings, astray, failing, apart, busy, hessians, ranges, rows, branches, experts)):
+for number, scene in enumerate((
+    meetings, astray, failing, apart, busy, interrupted_first, interrupted_last, hessians, ranges, rows, branches,
+    experts,
+)):
     children = []
     for rank in range(size):
         pid = os.fork()
@@ -182,7 +211,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(__import__("os"),
 def test_what_is_exchanged_is_the_same_on_every_rank(scenes):
     for found in scenes("meetings"):
         wide, narrow = [[[rank] * 3] * 2 for rank in range(3)], [[rank] * 2 for rank in range(3)]
-        assert found == [[3.0] * 3, 3, 3, "rank 0", [0, 1, 2], [wide, narrow]]
+        rows = [[wide[:sharers], narrow[:sharers]] for sharers in (3, 2, 1)]
+        assert found == [[3.0] * 3, 3, 3, "rank 0", [0, 1, 2], rows]
 
 
 def test_ranks_that_do_different_things_are_told_instead_of_waiting(scenes):
@@ -207,6 +237,17 @@ def test_a_rank_that_failed_does_not_wait_for_others_that_are_busy(scenes):
 def test_a_block_without_a_meeting_ends_on_all_ranks_or_on_none(scenes):
     others = "RankError: rank 1 failed: KeyError: 'lost'"
     assert scenes("apart") == [others, "KeyError: 'lost'", others]
+
+
+@pytest.mark.parametrize(("scene", "who"), [("interrupted_first", 0), ("interrupted_last", 2)])
+def test_ranks_in_the_middle_of_a_check_in_learn_that_one_of_them_was_interrupted(scene, who, scenes):
+    found = scenes(scene)
+    for rank, (error, seconds) in enumerate(found):
+        if rank == who:
+            assert error == "KeyboardInterrupt" and seconds < 2
+        else:
+            assert error.startswith(f"RankError: rank {who} failed: KeyboardInterrupt") and seconds < 4
+    assert found[2 - who][1] < 2.4  # before the late one comes
 
 
 def test_hessians_add_up_though_half_of_each_travels_and_a_rank_has_no_tokens(scenes):

@@ -91,7 +91,7 @@ def test_a_rank_without_room_for_the_rows_of_all_does_not_check_in(monkeypatch):
 
     monkeypatch.setattr(distributed, "active", lambda: True)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "_check_in", lambda *_: pytest.fail("the others would begin to send"))
+    monkeypatch.setattr(distributed, "check_in", lambda *_: pytest.fail("the others would begin to send"))
     monkeypatch.setattr(torch, "empty_like", scarce)
     with pytest.raises(torch.OutOfMemoryError):
-        distributed.gather_rows([torch.zeros(3)], 3)
+        distributed.gather_rows([torch.zeros(3)], 3, 2)

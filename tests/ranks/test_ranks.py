@@ -66,13 +66,14 @@ def counting(collective, sizes):
 def work(rank, world):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store{world}", rank=rank, world_size=world)
-    sums, rows, told = [], [], []
-    originals = dist.all_reduce, dist.all_gather, dist.gather
-    dist.all_reduce, dist.all_gather = counting(dist.all_reduce, sums), counting(dist.all_gather, rows)
-    dist.gather = counting(dist.gather, told)
+    calls = {name: [] for name in ("all_reduce", "all_gather", "gather", "broadcast")}
+    originals = {name: getattr(dist, name) for name in calls}
+    for name, sizes in calls.items():
+        setattr(dist, name, counting(originals[name], sizes))
     quantize("float32-", rank, world, world, batch_size=8)
-    dist.all_reduce, dist.all_gather, dist.gather = originals
-    torch.save((sums, rows, told), out / f"float32-{world}" / f"bytes{rank}.pt")
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    torch.save(calls, out / f"float32-{world}" / f"bytes{rank}.pt")
     if world == 1:
         quantize("other-", rank, world, world, batch_size=8, seed=3)
     else:
@@ -172,9 +173,14 @@ def test_what_is_exchanged_is_what_the_model_of_the_cost_counts(ranks, runs):
     cost.STRIP, cost.LEAST_ROWS, cost.MOST_BLOCKS = 256, 64, 16  # on a CPU, and as in SCRIPT
     groups = cost.Shape("of SCRIPT", 128, 192, 64).groups() * 2
     for rank in range(ranks):
-        sums, sent, told = torch.load(runs / f"float32-{ranks}" / f"bytes{rank}.pt")
+        calls = torch.load(runs / f"float32-{ranks}" / f"bytes{rank}.pt")
         ranges = 14 * 2 * 4  # of every layer its largest input and output, once at the end
-        assert sums == [*(cost.hessian_bytes(n) for n, _ in groups), ranges]
-        assert sent == [cost.share(rows, ranks) * cost.row_bytes(n, group_size=64) for n, rows in groups]
-        words = [size for size in told if size == 16]
+        assert calls["all_reduce"] == [*(cost.hessian_bytes(n) for n, _ in groups), ranges]
+        messages = [
+            (cost.share(r, ranks) * cost.row_bytes(n, group_size=64), cost.sharers(r, ranks)) for n, r in groups
+        ]
+        assert calls["all_gather"] == [size for size, sharers in messages if sharers == ranks]
+        broadcast = [size for size, sharers in messages if sharers < ranks for _ in range(sharers)]
+        assert [size for size in calls["broadcast"] if size in set(broadcast)] == broadcast
+        words = [size for size in calls["gather"] if size == 16]
         assert cost.MEETINGS * len(groups) <= len(words) <= cost.MEETINGS * len(groups) + 24  # at the start and the end

@@ -46,13 +46,15 @@ def solve_shared(
         return with_room(lambda: solve(weight, hessian, config, drift, in_blocks=in_blocks), make_room)
     blocks = divided(weight)
     share = -(-len(blocks) // size)
-    # All ranks send equally many rows, so the last ones begin early and solve some blocks of others again.
-    starts = [min(one * share, len(blocks) - share) for one in range(size)]
-    own = blocks[starts[rank] : starts[rank] + share]
+    sharers = -(-len(blocks) // share)  # the first ranks; any others solve the last one's share, and do not send it
+    # All send equally many rows, so the last one begins early and solves some blocks of another again.
+    starts = [min(one * share, len(blocks) - share) for one in range(sharers)]
+    begin = starts[min(rank, sharers - 1)]
+    own = blocks[begin : begin + share]
     mine = with_room(lambda: solve_blocks(own, hessian, config, drift), make_room)
     w, rows = mine.weight, blocks.shape[1]
     values = [mine.loss, mine.rtn_loss, mine.output_power, w.scales.T, w.codes, w.zeros.T]
-    gathered = distributed.gather_rows(values, share * rows)
+    gathered = distributed.gather_rows(values, share * rows, sharers)
     skipped = [(one * share - start) * rows for one, start in enumerate(starts)]
     return with_room(lambda: _whole(mine, gathered, skipped), make_room).first(len(weight))
 
@@ -62,8 +64,8 @@ def _whole(mine: Solution, gathered: Sequence[Sequence[Tensor]], skipped: Sequen
 
     Args:
         mine: This rank's share.
-        gathered: For each part of a solution, all ranks'.
-        skipped: Rows at the beginning of each rank's share that are another's too.
+        gathered: For each part of a solution, every sharer's.
+        skipped: Rows at the beginning of each sharer's that are another's too.
     """
     loss, rtn_loss, power, scales, codes, zeros = (
         torch.cat([part[start:] for start, part in zip(skipped, parts, strict=True)]) for parts in gathered
