@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def join(rank: int, ranks: int, folder: Path, name: str = "store") -> None:
 def started(work: Callable[..., Any], ranks: int, *arguments: Any) -> list[torch.multiprocessing.Process]:
     """Starts work(rank, *arguments) in processes of their own; a GPU does not survive a fork."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it, for the processes
-    context = torch.multiprocessing.get_context("spawn")
+    torch.set_num_threads(1)
+    context: Any = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
@@ -80,10 +82,13 @@ def started(work: Callable[..., Any], ranks: int, *arguments: Any) -> list[torch
 
 
 def run(work: Callable[..., Any], ranks: int, *arguments: Any) -> None:
-    """Runs work(rank, folder, *arguments) on all ranks, and exits with 1 if one of them failed."""
+    """Runs work(rank, folder, *arguments) on all ranks; exits with 1, and ends the others, if one of them failed."""
     with tempfile.TemporaryDirectory() as folder:
         processes = started(work, ranks, Path(folder), *arguments)
+        while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+            time.sleep(0.05)
+        codes = [process.exitcode for process in processes]
         for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise SystemExit(f"exit codes of the ranks: {[process.exitcode for process in processes]}")
+            process.kill()
+        if any(codes):
+            raise SystemExit(f"a rank failed; exit codes (None: it was ended): {codes}")

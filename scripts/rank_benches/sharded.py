@@ -102,8 +102,8 @@ class Tuned(pl.LightningModule):
             for part in (*self.model.model.layers, self.model):
                 fully_shard(part, mesh=mesh["data_parallel"])
         self.model.to_empty(device=device)
-        with device:  # its buffers are computed, and in no checkpoint
-            self.model.model.rotary_emb = type(self.model.model.rotary_emb)(self.model.config)
+        rotary = type(self.model.model.rotary_emb)(self.model.config)  # its buffers are computed, and in no checkpoint
+        self.model.model.rotary_emb = rotary.to(device)
         self.model.gradient_checkpointing_enable()
         draw(self.model, self.global_rank)
 

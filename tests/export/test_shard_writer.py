@@ -74,6 +74,21 @@ def test_what_fits_in_one_shard_is_one_file_without_an_index(tmp_path: Path) -> 
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_shard_is_on_the_disk_before_the_next_one_only_if_it_is_to_last(
+    durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(shards.os, "fsync", flushed.append)
+    writer = ShardWriter(tmp_path, 4 * KB, durable=durable)
+    given = tensors("x") | tensors("y")
+    for name in ("x", "y"):
+        writer.add({key: value for key, value in given.items() if key.startswith(name)})
+    writer.finish()
+    assert len(flushed) == (2 if durable else 0)
+    assert all(torch.equal(value, given[name]) for name, value in content(tmp_path).items())
+
+
 def test_more_is_written_in_shards_with_an_index_that_names_every_tensor(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, 10 * KB)
     given = {f"l{i}": tensors(f"l{i}") for i in range(7)}

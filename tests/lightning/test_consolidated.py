@@ -5,6 +5,8 @@ tests/lightning/test_unsharded.py has two ranks, and two nodes without a common 
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -29,6 +31,12 @@ def test_the_tensors_lie_in_a_folder_beside_the_export_for_the_length_of_the_blo
             found = files.tensors[name]
             assert torch.equal(found, tensor) and found.dtype == tensor.dtype and found.shape == tensor.shape
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_files_that_go_after_the_block_are_not_flushed_to_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waits for the disk"))
+    with one_rank(TENSORS.items(), tmp_path / "out") as files:
+        assert files.tensors.keys() == TENSORS.keys()
 
 
 def test_a_tensor_is_written_before_the_next_one_takes_its_memory(tmp_path):

@@ -134,6 +134,11 @@ def test_calibration_runs_on_plain_modules_whose_weights_lie_in_files(name, out)
         assert one["layers mapped"] >= len(one["quantized"]) - 1  # the last one may not have been written yet
 
 
+@pytest.mark.parametrize("name", ["fsdp", "tp", "flat", "transformers", "plain-fsdp", "plain-tp"])
+def test_what_the_rehearsal_mapped_takes_no_room_on_the_disk_while_the_module_is_trained(name, out):
+    assert [one["mapped in training"] for one in said(out, name)] == [False, False]
+
+
 @pytest.mark.parametrize("name", ["fsdp", "tp", "transformers"])
 def test_the_module_stays_sharded_and_computes_as_before(name, out):
     for one in said(out, name):

@@ -171,9 +171,13 @@ STRATEGIES = {
 
 
 class Watching(GPTQCallback):
-    """Keeps what the module was like when it had its last calibration data."""
+    """Keeps what the module was like when it had its last calibration data, and what was mapped in training."""
 
     seen: dict
+    mapped_in_training = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.mapped_in_training |= ".unsharded/" in Path("/proc/self/maps").read_text()
 
     def calibration_data(self, trainer):
         module = trainer.lightning_module
@@ -230,6 +234,7 @@ def run(name, strategy, module, data, out, **options):
         "left": sum(isinstance(m, QuantLinear) for m in module.modules()),
         "kinds": sorted({type(p.data).__name__ for p in module.parameters()}),
         "folders": len(list((out / name).glob(".*"))),
+        "mapped in training": callback.mapped_in_training,
         "loss": loss,
         "layers mapped": getattr(module, "layers_mapped", None),
     }

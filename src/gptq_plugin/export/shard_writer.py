@@ -37,11 +37,13 @@ class ShardWriter:
     Args:
         directory: An existing folder. Files named shard-*.safetensors there belong to this writer.
         shard_bytes: A shard is written as soon as it has this many bytes.
+        durable: Wait until each shard is on the disk; False leaves that to the system, for files that go anyway.
     """
 
-    def __init__(self, directory: Path, shard_bytes: int) -> None:
+    def __init__(self, directory: Path, shard_bytes: int, *, durable: bool = True) -> None:
         self._directory = directory
         self._shard_bytes = shard_bytes
+        self._durable = durable
         self._worker = ThreadPoolExecutor(1, "shards")
         self._changed = threading.Condition()
         self._held = 0  # bytes that were added and are not on disk yet
@@ -135,8 +137,9 @@ class ShardWriter:
         file = self._directory / f"shard-{len(self._files) + 1:05d}.safetensors"
         with disk_errors_explained(file, lambda: _size(self._gathered)):
             save_file(self._gathered, file, metadata={"format": "pt"})
-            with file.open("rb") as written:
-                os.fsync(written.fileno())  # here, in the background, not at the end
+            if self._durable:
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())  # here, in the background, not at the end
             handle = safe_open(str(file), framework="pt", device="cpu")
         self._files.append(file)
         self._written.update(dict.fromkeys(self._gathered, handle))

@@ -103,7 +103,7 @@ def _write(tensors: Iterable[tuple[str, Tensor]], folder: Path | None) -> None:
 
     A failure is raised after the last tensor: until then the other ranks wait for this one's part of each.
     """
-    writer = None if folder is None else ShardWriter(folder, _SHARD)
+    writer = None if folder is None else ShardWriter(folder, _SHARD, durable=False)
     failure: Exception | None = None
     try:
         for name, tensor in tensors:

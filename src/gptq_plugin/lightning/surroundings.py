@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ def whole(trainer: pl.Trainer, pl_module: pl.LightningModule, export_dir: Path |
     assert export_dir is not None  # `refuse_for_shards` has checked it
     with unsharded(trainer, pl_module, export_dir) as files:
         yield files
+    del files
+    gc.collect()  # cycles of what ran in the block keep its files mapped, and with them their room on the disk
 
 
 @contextlib.contextmanager
