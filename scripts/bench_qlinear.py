@@ -9,11 +9,11 @@
 On a GPU every number is the replay of one CUDA graph over copies of the weights that together exceed the cache, and
 every layer's result is compared with that of its dequantized weight first. `floor` is codes, scales, zeros, x and y
 once at 3.0 TB/s (what an H100 reads); `standard` is the kernel for a checkpoint's layout, `tinygemm` PyTorch's
-(bfloat16, at most 16 rows). On a CPU the calls take turns, each with its weight out of the cache; `int4` is PyTorch's
-4-bit kernel on bfloat16 rows, up to 128 of them, `before` the plain definition (`reference.matmul`), up to 16. The line
-ends with the error against float64, relative to the norm, and that of the dequantized weight's product. On a GPU it
-ends with the time in floors, the same errors, the largest error of one number in units of the outputs' root mean
-square, and the kernel.
+(bfloat16, at most 16 rows). On a CPU the calls take turns, each with its weight out of the cache; with one thread its
+own seconds count. `int4` is PyTorch's 4-bit kernel on bfloat16 rows, up to 128 of them, `before` the plain definition
+(`reference.matmul`), up to 16. The line ends with the error against float64, relative to the norm, and that of the
+dequantized weight's product. On a GPU it ends with the time in floors, the same errors, the largest error of one number
+in units of the outputs' root mean square, and the kernel.
 
 With --write-table nothing else is timed: every product of the chosen shapes, bits, rows and dtypes is measured with a
 dozen choices of kernels and options, and the fastest are added to the table.
@@ -64,7 +64,9 @@ def last_word(bits: int) -> int:
 
 
 def cpu_seconds(calls: Mapping[str, Callable[[], object]], seconds: float = 4.0) -> Times:
-    """Seconds of every call's fastest run, by turns, after a warm-up: others use the machine too."""
+    """Seconds of every call's fastest run, by turns, after a warm-up: others use the machine too, so that with one
+    thread its own time is what counts."""
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     best = dict.fromkeys(calls, float("inf"))
     others = torch.zeros(2**24)  # more than a cache
     for call in calls.values():
@@ -74,9 +76,9 @@ def cpu_seconds(calls: Mapping[str, Callable[[], object]], seconds: float = 4.0)
         turns += 1
         for name, call in calls.items():
             others += 1
-            before = time.perf_counter()
+            before = now()
             call()
-            best[name] = min(best[name], time.perf_counter() - before)
+            best[name] = min(best[name], now() - before)
     return best
 
 

@@ -46,13 +46,13 @@ def table_of(weight: Weight) -> CodeTable:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_few_and_many_rows_have_the_accuracy_of_a_float_product(shape, bits, symmetric):
+def test_few_rows_have_the_accuracy_of_a_float_product(shape, bits, symmetric):
     weight = random_weight(bits=bits, **shape)
     if symmetric:
         weight = replace(weight, zeros=torch.full_like(weight.zeros, 2 ** (bits - 1)))
     table, w = table_of(weight), formula(weight)
     assert (table.offsets is None) or not symmetric
-    for rows in (1, 6, 7, 40):
+    for rows in (1, 6):
         x = torch.randn(rows, w.shape[1])
         expected = x.double() @ w.t()
         error = (table.matmul(x).double() - expected).abs()
@@ -64,23 +64,11 @@ def test_few_and_many_rows_have_the_accuracy_of_a_float_product(shape, bits, sym
             assert y.dtype == dtype and float((y.double() - expected).norm()) <= most * float(expected.norm())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_its_weights_are_those_of_the_layer_bit_for_bit(bits):
-    for shape in SHAPES:
-        weight = random_weight(bits=bits, **shape)
-        for dtype in (torch.float32, torch.bfloat16):
-            table = table_of(weight)
-            panels = torch.cat([panel.clone() for panel in table._panels(dtype)], 1)[:, : table.n_out]
-            w = formula(weight).t()
-            assert torch.equal(panels, (w if table.order is None else w[table.order]).to(dtype))
-
-
-@pytest.mark.parametrize("rows", [1, 20])
-def test_a_group_of_zeros_gives_zero_whatever_its_scale(rows):
+def test_a_group_of_zeros_gives_zero_whatever_its_scale():
     weight = random_weight(bits=4)
     weight.codes[5] = weight.zeros[:, 5].repeat_interleave(32)
     weight.scales[:, 5] = 1000
-    assert not table_of(weight).matmul(torch.randn(rows, 128))[:, 5].any()
+    assert not table_of(weight).matmul(torch.randn(1, 128))[:, 5].any()
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
@@ -91,10 +79,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 def test_groups_of_any_channels_and_none_are_served():
     weight = random_weight()
     weight = replace(weight, g_idx=torch.tensor([0, 2, 3, 3], dtype=torch.int32).repeat(32))
-    for rows in (2, 20):
-        x = torch.randn(rows, 128)
-        expected = x.double() @ formula(weight).t()
-        assert float((table_of(weight).matmul(x).double() - expected).norm() / expected.norm()) < 1e-6
+    x = torch.randn(2, 128)
+    expected = x.double() @ formula(weight).t()
+    assert float((table_of(weight).matmul(x).double() - expected).norm() / expected.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("group", [-1, 4])

@@ -18,6 +18,7 @@ from gptq_plugin.layers import int4_cpu
 from gptq_plugin.layers.code_table import CodeTable
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest, output_dtype
 from gptq_plugin.layers.stored_weight import TENSORS
+from gptq_plugin.layers.weight_table import WeightTable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Roundings of the output; for bfloat16 also those of the 4-bit kernel's scales.
@@ -94,7 +95,8 @@ def test_bfloat16_on_a_cpu_uses_pytorchs_four_bit_kernel_where_that_applies(shap
     weight = random_weight(**shape)
     layer = QuantLinear.from_quantized(weight, torch.randn(weight.codes.shape[0]))
     plain = []
-    monkeypatch.setattr(CodeTable, "matmul", lambda self, x: plain.append(1) or x.new_zeros(len(x), layer.out_features))
+    for table in (CodeTable, WeightTable):
+        monkeypatch.setattr(table, "matmul", lambda _, x: plain.append(1) or x.new_zeros(len(x), layer.out_features))
     x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
     y = layer(x)
     assert bool(plain) is not applies
@@ -125,7 +127,7 @@ def test_the_state_dict_has_the_names_of_a_gptq_checkpoint_and_nothing_forward_m
     layer = QuantLinear.from_quantized(random_weight(), torch.randn(48))
     layer(torch.randn(1, 128, dtype=torch.bfloat16))
     layer(torch.randn(1, 128))
-    assert {"int4", "table"} <= vars(layer._prepared.cpu).keys()
+    assert {"int4", "codes"} <= vars(layer._prepared.cpu).keys()
     assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
     assert not list(layer.parameters()) and set(TENSORS) == set(layer.state_dict())
     assert set(QuantLinear(128, 48, 4, 32).state_dict()) == {"qweight", "qzeros", "scales", "g_idx"}

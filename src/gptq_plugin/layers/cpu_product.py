@@ -14,8 +14,13 @@ from gptq_plugin.kernels import reference
 from gptq_plugin.layers.code_table import CodeTable
 from gptq_plugin.layers.int4_cpu import MOST_ROWS, Int4
 from gptq_plugin.layers.kernel_layout import Packed
+from gptq_plugin.layers.weight_table import WeightTable
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# An embedding bag reads every code anew for each row of x, on one thread; unpacking weights takes as long as this many
+# rows, on all threads (scripts/bench_qlinear.py --device cpu measures both).
+_ROWS_OF_A_THREAD = 6
 
 
 class CpuProduct:
@@ -41,9 +46,14 @@ class CpuProduct:
         return Int4.repack(self._packed, self._bits, self._group_size)
 
     @functools.cached_property
-    def table(self) -> CodeTable:
-        """As tables of embeddings."""
+    def codes(self) -> CodeTable:
+        """As tables for few rows."""
         return CodeTable.of(self._packed, self._bits)
+
+    @functools.cached_property
+    def weights(self) -> WeightTable:
+        """As a table for many rows."""
+        return WeightTable.of(self._packed, self._bits)
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + bias in x's dtype.
@@ -63,8 +73,10 @@ class CpuProduct:
             y = self.int4.matmul(rows)
         elif any(tensor.is_inference() for tensor in self._packed):
             return reference.matmul(x, *self._packed, self._bits, bias)  # nobody counts what is written to these
+        elif len(rows) * torch.get_num_threads() <= _ROWS_OF_A_THREAD:
+            y = self.codes.matmul(rows)
         else:
-            y = self.table.matmul(rows)
+            y = self.weights.matmul(rows)
         if bias is not None:
             y += bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[1])

@@ -16,11 +16,11 @@ from gptq_plugin.layers.kernel_layout import Packed
 from gptq_plugin.layers.packing import unpack_zeros
 
 # torch.ops.aten._weight_int4pack_mm_for_cpu: the group sizes it takes, and the most rows at which it is faster than
-# dequantizing (its time grows with every row; scripts/bench_qlinear.py measures both). It is fast in bfloat16 only:
-# for float32 and float16 it has no vector code on x86, and takes 50 times as long.
+# unpacking weights (its time grows with every row; scripts/bench_qlinear.py measures both). It is fast in bfloat16
+# only: for float32 and float16 it has no vector code on x86, and takes 50 times as long.
 _GROUPS = (256, 128, 64, 32)
 _OUTPUTS = 16  # a multiple of these
-MOST_ROWS = 32
+MOST_ROWS = 24
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""A layer's weights as rows of a table of PyTorch's quantized embeddings, for many rows of x: `WeightTable`.
+
+A row holds an output's codes of a group or a part of one, with the group's scale as the row's own, so that the operator
+that unpacks rows gives weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from gptq_plugin.layers.kernel_layout import Packed
+from gptq_plugin.layers.table_rows import GroupedCodes, operator, own_dtype, table_rows
+
+_LENGTHS = (256, 128, 64, 32, 16, 8)  # of a row, in codes
+_UNPACKED = 2**19  # weights unpacked at a time, in float32
+_PANEL = 2**21  # weights multiplied at a time
+_LARGE_PANEL = 2**22  # likewise with many rows of x, all of which are read for every panel
+_MANY_ROWS = 512
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """A layer as a table: W = code * own scale + own offset + offset, exact in float32.
+
+    Attributes:
+        bits: Of a code in the table: 2, 4 or 8.
+        rows: uint8 [out, parts, bytes].
+        length: Codes of a row.
+        offsets: float32 [out, parts], or None if all are 0.
+        channels: int64 [parts * length], the channel of x of every code, or the number of channels where a group fills
+            no row; None if they are x's.
+        n_in: Channels of x.
+    """
+
+    bits: int
+    rows: Tensor
+    length: int
+    offsets: Tensor | None
+    channels: Tensor | None
+    n_in: int
+
+    @classmethod
+    def of(cls, packed: Packed, bits: int) -> WeightTable:
+        """Makes the table of any layer that has channels and outputs.
+
+        Args:
+            packed: Its tensors, on a CPU.
+            bits: Width of a code.
+
+        Raises:
+            ValueError: A channel's group does not exist.
+        """
+        of = GroupedCodes.of(packed, bits)
+        n_in = len(of.codes)
+        length = _length(of.starts, of.bits)
+        ends = enumerate(itertools.pairwise(of.starts))
+        parts = [(at, end, group) for group, (begin, end) in ends for at in range(begin, end, length)]
+        groups = [group for _, _, group in parts]
+        place = torch.tensor([at for at, _, _ in parts], device="cpu")[:, None] + torch.arange(length, device="cpu")
+        place[place >= torch.tensor([end for _, end, _ in parts], device="cpu")[:, None]] = n_in
+        place = place.flatten()
+        order = torch.arange(n_in, device="cpu") if of.order is None else of.order
+        natural = of.order is None and len(place) == n_in
+        codes = of.codes if len(place) == n_in else pad(of.codes, (0, 0, 0, 1), value=2 ** (of.bits - 1))[place]
+        zeros, scales = (values.float().t()[:, groups].contiguous() for values in (of.zeros, of.scales))
+        own, offsets = _own(zeros, scales, of.bits)
+        return cls(
+            bits=of.bits,
+            rows=table_rows(codes.t().reshape(-1, len(parts), length), own, of.bits),
+            length=length,
+            offsets=offsets,
+            channels=None if natural else pad(order, (0, 1), value=n_in)[place],
+            n_in=n_in,
+        )
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x Wᵀ, with float32 sums. W is exact for float32 and float16, and rounded once for bfloat16.
+
+        Args:
+            x: float32, float16 or bfloat16 [rows, in].
+        """
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        rows = x.to(dtype)
+        if self.channels is not None:
+            rows = pad(rows, (0, 1)).index_select(1, self.channels)
+        y = torch.empty(len(x), len(self.rows), dtype=x.dtype, device="cpu")
+        with torch.autocast("cpu", enabled=False):  # it would take float32 for float16
+            for start, panel in self.panels(dtype, _LARGE_PANEL if len(x) >= _MANY_ROWS else _PANEL):
+                y[:, start : start + len(panel)] = linear(rows, panel)
+        return y
+
+    def panels(self, dtype: torch.dtype, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields so many weights at a time, in the same memory: the first output's number, and
+        [outputs, parts * length] in `dtype`.
+        """
+        n_out, parts, _ = self.rows.shape
+        width = parts * self.length
+        outputs, tile = (min(n_out, max(1, number // width)) for number in (size, _UNPACKED))
+        panel = torch.empty(outputs, width, dtype=dtype, device="cpu")
+        for start in range(0, n_out, outputs):
+            there = panel[: n_out - start]
+            for first in range(0, len(there), tile):
+                into = there[first : first + tile]
+                into.copy_(self._weights(start + first, len(into)))
+            yield start, there
+
+    def _weights(self, start: int, number: int) -> Tensor:
+        """The weights of some outputs, float32 [outputs, parts * length]."""
+        rows = self.rows[start : start + number]
+        unpacked: Tensor = operator(self.bits, "unpack")(rows.flatten(0, 1)).view(number, -1, self.length)
+        if self.offsets is not None:
+            unpacked += self.offsets[start : start + number, :, None]
+        return unpacked.flatten(1)
+
+
+def _length(starts: Sequence[int], bits: int) -> int:
+    """The number of codes in a row with which a table is smallest."""
+    sizes = [end - begin for begin, end in itertools.pairwise(starts)]
+    own = 2 * own_dtype(bits).itemsize
+    return min(_LENGTHS, key=lambda length: sum(-(-size // length) for size in sizes) * (length * bits // 8 + own))
+
+
+def _own(zeros: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """(scale and offset of every row, offsets beside them or None), so that nothing is rounded.
+
+    Args:
+        zeros, scales: float32 [out, parts].
+        bits: Width of a code.
+    """
+    kind = own_dtype(bits)
+    middle = zeros if kind == torch.float32 else torch.full_like(zeros, 2.0 ** (bits - 1))
+    if not bool((scales.abs() * middle <= torch.finfo(kind).max).all()):
+        middle = torch.zeros_like(zeros)
+    offsets = (middle - zeros) * scales
+    return torch.stack([scales, -middle * scales], -1).to(kind), offsets if offsets.any() else None
