@@ -118,7 +118,7 @@ class QuantizeConfig:
         clip_ratios: Parts of a group's range that its grid may cover; ``(1.0,)`` is plain GPTQ. gptq: eleven
             from 1 to 0.5, best: thirteen from 1.1 to 0.45.
         clip_candidates: Ratios solved for each row, those with the least expected output error; the best solution is
-            kept. gptq: 2, best: all 13.
+            kept. 2.
         scale_rounds: Times that scales (and zeros) are picked anew to suit the targets, which earlier errors have moved
             away from the weights, and solved; kept for the rows whose output error falls. gptq: 0, best: 3.
         refit_rounds: Times that the best scales for the codes are computed, then each code once is set to the best for

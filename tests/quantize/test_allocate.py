@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import CalibrationError, ExportError, TargetError
+from gptq_plugin.quantize import sensitivity
 
 from models import tiny_gpt2, tiny_llama
 
@@ -209,3 +211,29 @@ def test_a_layer_that_is_never_called_counts_for_nothing():
     _, report = quantized(model)
     assert not any("spare" in unit.name for unit in report.allocation.units)
     assert report.bits_per_weight <= 3.6
+
+
+def test_on_a_trained_model_a_budget_does_less_than_one_width_of_the_same_size(shared, monkeypatch):
+    """Judged on tokens that neither was calibrated on; the first block of pycode-29m."""
+    monkeypatch.setattr(sensitivity, "_TRIAL_SAMPLES", 16)
+    model = AutoModelForCausalLM.from_pretrained(shared / "models" / "pycode-29m", dtype=torch.float32).eval()
+    model.model.layers = model.model.layers[:1]
+    ids = pycode_rows(shared, 40)
+    judged, others = ids[:16], [{"input_ids": rows} for rows in ids[16:].split(4)]
+    divergence, bits = {}, {}
+    for name, options in {"uniform": {"bits": 3}, "budget": {"target_bits": 3.1484375}}.items():
+        one = copy.deepcopy(model)
+        report = QuantizeModule(group_size=128, nsamples=24, batch_size=4, **options).quantize(one, others)
+        bits[name] = report.bits_per_weight
+        with torch.no_grad():
+            theirs, ours = (each(judged).logits.log_softmax(-1) for each in (model, one))
+        divergence[name] = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert 3.12 < bits["budget"] <= 3.1484375 == bits["uniform"]
+    assert divergence["budget"] < 0.9 * divergence["uniform"]
+
+
+def pycode_rows(shared, count, length=128):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "pycode-29m")
+    with (shared / "data" / "pycode" / "calib.jsonl").open(encoding="utf-8") as lines:
+        text = "".join(json.loads(next(lines))["text"] for _ in range(30))
+    return torch.tensor(tokenizer(text)["input_ids"][: count * length]).reshape(count, length)

@@ -101,7 +101,9 @@ def test_an_export_of_a_quantized_model_asks_it_once(
     }  # fmt: skip
 
 
-def test_an_escalation_asks_the_model_once_an_attempt(asked: Callable[[nn.Module], Counter[str]]) -> None:
+def test_an_escalation_asks_the_model_once_an_attempt_and_once_to_measure_its_layers(
+    asked: Callable[[nn.Module], Counter[str]],
+) -> None:
     model = moe("mixtral")
     losses = iter([9.0, 9.0, 1.0])
     quality = Quality(QualityGate({"loss": 0.1}, "escalate"), {"loss": 1.0}, lambda: {"loss": next(losses)})
@@ -110,4 +112,5 @@ def test_an_escalation_asks_the_model_once_an_attempt(asked: Callable[[nn.Module
     report = attempts.quantize(quantizer, lambda accepted, report: None)
     assert sum("escalated" in deviation for deviation in report.deviations) == 2  # three attempts
     counts = asked(model)
-    assert {counts[name] for name in ("find_experts", "expert_parts", "routers", "stored_names")} == {3}
+    asked_for = {counts[name] for name in ("find_experts", "expert_parts", "routers", "stored_names")}
+    assert max(asked_for) == 4 and min(asked_for) == 3  # what only a pass or an export asks

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import defaultdict
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.allocation.units import units_of
+from gptq_plugin.allocation.units import parameter_name, units_of
 from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.errors import CalibrationError, TargetError
@@ -18,7 +20,7 @@ from gptq_plugin.model.plan import planned
 from gptq_plugin.quantize import divergence, sensitivity
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
-from gptq_plugin.quantize.sensitivity import divided, measure_sensitivities
+from gptq_plugin.quantize.sensitivity import divided, measure_layers, measure_sensitivities
 
 from models import tiny_llama
 
@@ -89,6 +91,53 @@ def test_it_is_the_divergence_of_the_outputs_with_the_layers_of_a_trial_alone(ma
                 count += int(kept.sum())
         assert found.tokens == count
         assert found.measured[unit.name] == {2: pytest.approx(total / count, rel=1e-4)} and total > 0
+
+
+def test_a_layer_is_measured_on_the_grid_it_has_for_each_of_its_weights():
+    model, rows = tiny_llama(initializer_range=0.2), padded()
+    config = dataclasses.replace(CONFIG, bits=3, target_bits=None, dynamic={".*up_proj": {"bits": 2}})
+    with planned(model, config) as plan, evaluating(model):
+        calibration = collect(rows, config, alone=True)
+        found = measure_layers(plan, calibration, PassOptions())
+        names = {target.name: target for target in plan.targets}
+        assert set(found) == set(names)
+        held_out, others = divided(calibration)
+        trials = {
+            bits: OnePass(plan.with_config(dataclasses.replace(config, bits=bits)), others, PassOptions()).run()[0]
+            for bits in (2, 3)
+        }
+    for name, bits in (("model.layers.0.mlp.up_proj", 2), ("model.layers.0.self_attn.q_proj", 3)):
+        altered = copy.deepcopy(model)
+        altered.get_submodule(name).weight.data = trials[bits][name].dequantize()
+        total = count = 0
+        with torch.no_grad():
+            for batch in held_out.batches:
+                kept = batch.data["attention_mask"].bool()
+                before, after = (one(**batch.data).logits[kept].log_softmax(-1) for one in (model, altered))
+                total += (before.exp() * (before - after)).sum().item()
+                count += int(kept.sum())
+        assert found[name] == pytest.approx(total / count / names[name].weight.numel(), rel=1e-4) and total > 0
+
+
+def test_experts_of_one_parameter_have_one_value():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes)).eval()
+    config = QuantizeConfig(bits=3, group_size=32)
+    rows = [{"input_ids": torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(n))} for n in range(4)]
+    with planned(model, config) as plan, evaluating(model):
+        found = measure_layers(plan, collect(rows, config, alone=True), PassOptions())
+        parameters = defaultdict(set)
+        for target in plan.targets:
+            parameters[parameter_name(target)].add(found[target.name])
+    assert all(len(values) == 1 for values in parameters.values()) and len(parameters) < len(found)
+
+
+def test_layers_of_a_model_without_logits_are_not_measured():
+    model, config = nn.Sequential(nn.Linear(32, 32)), QuantizeConfig(group_size=32)
+    with planned(model, config) as plan, pytest.raises(TargetError, match="Sequential has no output embedding"):
+        measure_layers(plan, collect([torch.randn(4, 32)] * 2, config, alone=True), PassOptions())
 
 
 def test_of_more_logits_than_are_kept_evenly_spaced_ones_are_compared(monkeypatch):

@@ -11,6 +11,8 @@ from gptq_plugin.calibration.forward import call
 from gptq_plugin.errors import QualityError
 from gptq_plugin.quantize import allocate
 from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.quantize.sensitivity import measure_model
+from gptq_plugin.training import attempts
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.quality_gate import QualityGate
 
@@ -31,7 +33,7 @@ def loop(tmp_path):
         quantizer = quantizer or QuantizeModule(group_size=-1, nsamples=16, batch_size=4)
         values = iter(metrics)
         finished = []
-        attempts = Attempts(
+        several = Attempts(
             model,
             data=lambda: [{"input_ids": row[None]} for row in ids],
             options=PassOptions(call),
@@ -39,7 +41,7 @@ def loop(tmp_path):
             keep=True,
         )
         folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-        report = attempts.quantize(quantizer, lambda used, report: finished.append(used.export(model, folder)))
+        report = several.quantize(quantizer, lambda used, report: finished.append(used.export(model, folder)))
         assert next(values, None) is None and len(finished) == 1
         return report, model, finished[0]
 
@@ -58,6 +60,34 @@ def test_the_first_attempt_that_is_good_enough_is_kept_and_its_report_tells_of_t
     assert {name: layer.bits for name, layer in _quantized(model)} == {m.name: m.bits for m in report.quantized}
     loaded = load_quantized(folder)
     assert loaded.get_submodule(raised[0]).bits == 8 and len(_quantized(loaded)) == 7
+
+
+def test_the_layers_that_get_more_bits_do_most_to_the_model_on_tokens_that_they_are_not_calibrated_on(loop):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(30)
+        model.model.layers[0].mlp.gate_proj.weight.mul_(1e-3)
+    rows = [
+        {"input_ids": row[None]} for row in torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(0))
+    ]
+    quantizer = QuantizeModule(group_size=-1, nsamples=16, batch_size=4)
+    alone = measure_model(model, rows, quantizer.config, PassOptions(call))
+    most = max(alone, key=alone.__getitem__)
+    report, _, _ = loop([1.3, 1.2, 1.05], model=model, on_fail="escalate")
+    assert [module.name for module in report.quantized if module.bits == 8] == [most]
+    assert report.deviations[1].startswith(f"escalated, more bits for 1 of 7 layers ({most}), ")
+
+
+def test_nothing_is_measured_before_layers_are_to_get_more_bits(loop, monkeypatch):
+    monkeypatch.setattr(attempts, "measure_model", lambda *given: pytest.fail("measured"))
+    loop([1.3, 1.05], on_fail="escalate")  # in smaller groups
+
+
+def test_where_layers_cannot_be_measured_their_outputs_decide_and_that_is_reported(loop):
+    quantizer = QuantizeModule(group_size=-1, nsamples=16, batch_size=16)
+    report, _, _ = loop([1.3, 1.2, 1.05], quantizer, on_fail="escalate")
+    assert "; by their outputs' errors on calibration tokens: " in report.deviations[1]
+    assert "and there is 1 batch" in report.deviations[1]
 
 
 def test_a_budget_that_is_not_good_enough_is_followed_by_larger_ones_divided_by_the_same_measurements(

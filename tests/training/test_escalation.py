@@ -10,7 +10,8 @@ from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.model.plan import Plan, planned
 from gptq_plugin.model.structure import Structure
-from gptq_plugin.training.escalation import steps
+from gptq_plugin.training.escalation import Ranking
+from gptq_plugin.training.escalation import steps as steps_of
 
 from lightning_runs import llama
 
@@ -27,6 +28,11 @@ def grids(model: nn.Module, config: QuantizeConfig) -> dict[str, tuple[int, int]
 def plan_of(model: nn.Module, config: QuantizeConfig) -> Plan:
     with planned(model, config) as plan:
         return plan
+
+
+def steps(plan, ranks, remark=""):
+    """The steps of a plan whose quantized layers have these ranks."""
+    return steps_of(plan, ranks, lambda: Ranking(ranks, remark))
 
 
 def seen(model, config, noise, most=100.0):

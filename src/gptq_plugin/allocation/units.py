@@ -14,7 +14,7 @@ from gptq_plugin.clients.rules import problems
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.kernels.reference import BITS
-from gptq_plugin.model.experts import experts_of
+from gptq_plugin.model.experts import ExpertLinear, experts_of
 from gptq_plugin.model.fused_names import fused_name
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target, unpackable
@@ -43,6 +43,11 @@ class Unit:
     def bytes_on(self, grid: Grid) -> int:
         """Bytes that the layers' weights take on a grid."""
         return sum(grid.bytes_of(target) for target in self.targets)
+
+
+def parameter_name(target: Target) -> str:
+    """Name of the parameter that holds a layer's weights: the layer's own, or that of all its block's experts."""
+    return target.module.parameter if isinstance(target.module, ExpertLinear) else target.name
 
 
 def is_fixed(target: Target, config: QuantizeConfig) -> bool:

@@ -98,8 +98,8 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         max_degradation: How far logged metrics may move: ``{"val_loss": 0.02}`` may rise by 0.02, ``"2%"`` by so much
             of the float model's value; ``{"val_acc": -0.01}`` may fall by 0.01.
         on_fail: What to do when a metric moves further: "raise" exports nothing and raises QualityError; "warn" logs a
-            warning and exports; "escalate" quantizes again, in smaller groups and with more bits for the layers with
-            the noisiest outputs, until the limits hold.
+            warning and exports; "escalate" quantizes again, in smaller groups and with more bits for the layers that
+            do most to the model, until the limits hold.
         max_bits: Average bits per weight (scales and zeros included, g_idx not) that "escalate" may not exceed: if
             nothing within them is good enough, it raises. None sets no limit.
         push_to_hub: Uploads the export to the Hugging Face hub when all else is done: ``"owner/name"``, private unless

@@ -57,14 +57,16 @@ class Divergence:
         self.tokens = sum(map(sum, counts))
         if not self.tokens:
             raise CalibrationError(
-                f"target_bits: no position of the calibration batches counts where {self._name} computes logits. Give "
-                "samples with tokens that count, and a forward that computes the logits"
+                f"single layers are measured by logits (target_bits, on_fail='escalate'), and no position of the "
+                f"calibration batches counts where {self._name} computes them. Give samples with tokens that count, "
+                "and a forward that computes the logits"
             )
         again = self.measure()
         if not again <= _SAME:
             raise CalibrationError(
-                f"target_bits: two runs of the float model on the same batches differ by {again:.3g} nats, so that "
-                "what single layers do cannot be measured. Make the forward repeatable in evaluation mode"
+                f"two runs of the float model on the same batches differ by {again:.3g} nats, so that what "
+                "single layers do cannot be measured (target_bits, on_fail='escalate'). Make the forward repeatable in "
+                "evaluation mode"
             )
 
     def measure(self) -> float:
@@ -95,8 +97,9 @@ class Divergence:
             self._runs.run_alone(self._runs.forward(batch), batch, looks=False)
         if not found:
             raise TargetError(
-                f"target_bits compares logits, and the forward of calibration batch {batch} does not compute any with "
-                f"{self._name}: define a forward (or a calibration_step) that calls the model for its logits"
+                f"single layers are measured by logits (target_bits, on_fail='escalate'), and the forward of "
+                f"calibration batch {batch} does not compute any with {self._name}: define a forward (or a "
+                "calibration_step) that calls the model for its logits"
             )
         logits = torch.cat(found)
         if not torch.isfinite(logits).all():

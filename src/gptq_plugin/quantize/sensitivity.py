@@ -1,28 +1,35 @@
-"""What single quantized layers do to a model's outputs: `measure_sensitivities`."""
+"""What single quantized layers do to a model's outputs: `measure_sensitivities`, `measure_layers`."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.allocation.grids import Grid
 from gptq_plugin.allocation.nearest import nearest
-from gptq_plugin.allocation.units import Unit
+from gptq_plugin.allocation.units import Unit, parameter_name
 from gptq_plugin.calibration.collect import Calibration
+from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.calibration.positions import Positions
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.targets import Target
 from gptq_plugin.options.methods import METHOD_FIELDS
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.divergence import Divergence
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.quantize.prepare import prepared, undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +87,42 @@ def measure_sensitivities(
             measured[unit.name][width] = divergence
         if distributed.rank() == 0:
             seconds = time.perf_counter() - started
-            log.info("target_bits: %d units of layers, each alone at %d bits: %.1f s", len(own), width, seconds)
+            log.info("%d units of layers, each alone at %d bits: %.1f s", len(own), width, seconds)
     return Sensitivities(
         measured, {unit.name: _damages(unit, measured[unit.name]) for unit in units}, tokens, quantized
     )
+
+
+def measure_layers(plan: Plan, calibration: Calibration, options: PassOptions) -> Mapping[str, float]:
+    """What each layer does to the model on the grid that it has, for each of its weights, by name.
+
+    Experts of one parameter are measured together, and have one value. Every rank calls it, and gets the same values.
+
+    Raises:
+        CalibrationError, TargetError: As `measure_sensitivities`; or the model has no output embedding.
+    """
+    if plan.structure.head is None:
+        raise TargetError(f"{type(plan.model).__name__} has no output embedding, by whose logits layers are measured")
+    parameters: dict[str, list[Target]] = defaultdict(list)
+    for target in plan.targets:
+        parameters[parameter_name(target)].append(target)
+    units = [Unit(name, tuple(of), (Grid.of(of[0].config),)) for name, of in parameters.items()]
+    found = measure_sensitivities(plan, units, calibration, options)
+    alone = {unit.name: found.damages[unit.name][unit.grids[0]] for unit in units}
+    weights = {unit.name: sum(target.weight.numel() for target in unit.targets) for unit in units}
+    return {name: alone[unit.name] / weights[unit.name] for unit in units for name in unit.names}
+
+
+def measure_model(
+    model: nn.Module, batches: Iterable[Any], config: QuantizeConfig, options: PassOptions
+) -> Mapping[str, float]:
+    """`measure_layers` of a float model, which stays as it is.
+
+    Raises:
+        CalibrationError, TargetError, RankError: As `prepared` and `measure_layers`.
+    """
+    with undisturbed(), prepared(model, batches, config, options) as (plan, calibration), evaluating(model):
+        return measure_layers(plan, calibration, options)
 
 
 def divided(calibration: Calibration) -> tuple[Calibration, Calibration]:
@@ -115,8 +154,8 @@ def check_batches(count: int) -> None:
     """Raises CalibrationError if so many batches cannot be divided into those to measure on and those for trials."""
     if count < 2:
         raise CalibrationError(
-            "target_bits measures on calibration batches that its trials are not calibrated on, and there is "
-            f"{count} batch: give more samples, or a smaller batch_size"
+            "target_bits and on_fail='escalate' measure single layers on calibration batches that these are not "
+            f"calibrated on, and there is {count} batch: give more samples, or a smaller batch_size"
         )
 
 

@@ -17,20 +17,22 @@ from gptq_plugin.calibration.forward import takes_of
 from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import problems
-from gptq_plugin.errors import QualityError
+from gptq_plugin.errors import CalibrationError, QualityError, RankError, TargetError
 from gptq_plugin.memory.shared_layers import SharedLayers
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.plan import Plan
+from gptq_plugin.quantize import arguments
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.quantize.sensitivity import measure_model
 from gptq_plugin.report.report import QuantizeReport
-from gptq_plugin.training.escalation import Step, budget_steps, steps
+from gptq_plugin.training.escalation import Ranking, Step, budget_steps, steps
 from gptq_plugin.training.output_noise import output_noise
 from gptq_plugin.training.quality_gate import QualityGate
 
 log = logging.getLogger(__name__)
 
-_NOISE_BATCHES = 2  # enough to rank layers by noise
+_NOISE_BATCHES = 2  # enough to rank layers by noise, where they cannot be measured otherwise
 
 Finish = Callable[[QuantizeModule, QuantizeReport], None]
 
@@ -147,13 +149,22 @@ class Attempts:
     def _steps(self, quantizer: QuantizeModule, report: QuantizeReport) -> Iterator[Step]:
         """What to try after this attempt, as far as that has to be measured before its end."""
         allocated = quantizer.allocated
-        if allocated is not None and allocated.budget is not None:
+        assert allocated is not None  # the model is quantized
+        if allocated.budget is not None:
             return budget_steps(allocated)
-        return steps(*self._noise(quantizer, report))
+        noise = self._noise(quantizer, allocated.plan, report)
+        return steps(allocated.plan, noise, lambda: self._ranking(quantizer, noise))
 
-    def _noise(self, quantizer: QuantizeModule, report: QuantizeReport) -> tuple[Plan, dict[str, float]]:
-        assert quantizer.allocated is not None  # the model is quantized
-        plan = quantizer.allocated.plan
+    def _ranking(self, quantizer: QuantizeModule, noise: Mapping[str, float]) -> Ranking:
+        """Measured on tokens that the layers are not calibrated on; else their noise on those that they are."""
+        own = {name: getattr(quantizer, name) for name in arguments.OPTIONS}
+        try:
+            options = replace(self.options, **own)
+            return Ranking(measure_model(self.model, self.data(), quantizer.config, options))
+        except (CalibrationError, TargetError, RankError) as error:
+            return Ranking(noise, f"; by their outputs' errors on calibration tokens: {error}")
+
+    def _noise(self, quantizer: QuantizeModule, plan: Plan, report: QuantizeReport) -> Mapping[str, float]:
         options = self.options
         takes = takes_of(self.model, options.forward)
         data = collect(self.data(), quantizer.config, options.tokenizer, takes=takes)
@@ -163,7 +174,7 @@ class Attempts:
         run, where = options.runner(every_logit=False), options.where
         runs = [partial(run, self.model, batch.data) for batch in batches]
         with streamed_to(self.model, where), streamed_to(nn.ModuleList(floats.values()), where):
-            return plan, output_noise(self.model, floats, runs)
+            return output_noise(self.model, floats, runs)
 
     def _advice(self, tried: int) -> str:
         gate = self.quality.gate

@@ -1,9 +1,10 @@
 """Configurations to try if a quantized model is not good enough: `steps`; with `target_bits`, `budget_steps`.
 
 Without a budget there are two means. Smaller groups in the whole model keep one grid for all layers, which every
-client reads. More bits for the noisiest layers may cost less, but only this package and GPTQModel read mixed grids;
-transformers does not, and vLLM only if the layers that it fuses agree. So at every width smaller groups come first,
-then more bits for a few layers at a time, until all have the next width, which is one grid again.
+client reads. More bits for the layers that do most to the model, for their size, may cost less, but only this package
+and GPTQModel read mixed grids; transformers does not, and vLLM only if the layers that it fuses agree. So at every
+width smaller groups come first, then more bits for a few layers at a time, until all have the next width, which is one
+grid again.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gptq_plugin.allocation.grids import Grid, average_bits, with_grids
-from gptq_plugin.allocation.units import GROUP_SIZES
+from gptq_plugin.allocation.units import GROUP_SIZES, parameter_name
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.kernels.reference import BITS
-from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target, unpackable
 from gptq_plugin.quantize.allocate import Allocated
@@ -49,26 +49,41 @@ class Step:
         return self.plan.config
 
 
-def steps(plan: Plan, noise: Mapping[str, float]) -> Iterator[Step]:
+@dataclass(frozen=True)
+class Ranking:
+    """What layers get more bits by.
+
+    Attributes:
+        of_layer: By layer: the larger, the sooner.
+        remark: How they were ranked, in words that follow their names; empty for `sensitivity.measure_layers`.
+    """
+
+    of_layer: Mapping[str, float]
+    remark: str = ""
+
+
+def steps(plan: Plan, quantized: Collection[str], rank: Callable[[], Ranking]) -> Iterator[Step]:
     """Yields configurations that should give better models than the plan's, with the bits each takes.
 
     At every width these are the whole model in smaller groups, then the next width for an eighth, a quarter, half and
-    all of the layers that lack it, noisiest first, in the groups they had. So the cheapest of each kind comes first.
+    all of the layers that lack it, in the order of their ranking and in the groups they had. So the cheapest of each
+    kind comes first.
 
     Args:
         plan: The first quantization of the model.
-        noise: By quantized layer, the relative error of its output then.
+        quantized: Names of the layers that it quantized.
+        rank: Called once, when layers are to get more bits, after the attempts before.
     """
-    targets = plan.targets
-    together = _group_by_parameter(targets, noise)
-    ranked = [name for names in together for name in names]
-    shapes = {target.name: tuple(target.weight.shape) for target in targets}
-    first = {target.name: Grid.of(target.config) for target in targets}
+    targets = [target for target in plan.targets if target.name in quantized]
+    ranking, together = Ranking({}), list[list[str]]()
+    shapes = {target.name: tuple(target.weight.shape) for target in plan.targets}
+    first = {target.name: Grid.of(target.config) for target in plan.targets}
 
     def step(grids: dict[str, Grid], size: int | None = None) -> Step:
-        average = average_bits([target for target in targets if target.name in noise], grids)
-        raised = [name for name in ranked if grids[name].bits != first[name].bits]
-        means = [f"more bits for {len(raised)} of {len(ranked)} layers ({some(raised)})"] if raised else []
+        average = average_bits(targets, grids)
+        raised = [name for names in together for name in names if grids[name].bits != first[name].bits]
+        more = f"more bits for {len(raised)} of {len(targets)} layers ({some(raised)}{ranking.remark})"
+        means = [more] if raised else []
         means += [f"groups of {size} or less in all layers"] if size else []
         what = f"{' and '.join(means)}, {format_bits_per_weight(average)}"
         return Step(with_grids(plan, grids), average, what)
@@ -79,6 +94,9 @@ def steps(plan: Plan, noise: Mapping[str, float]) -> Iterator[Step]:
             smaller = {name: dataclasses.replace(grid, group_size=_at_most(grid, size)) for name, grid in now.items()}
             if smaller != now and all(shapes[name][1] % grid.group_size == 0 for name, grid in smaller.items()):
                 yield step(smaller, size)
+        if not together:
+            ranking = rank()
+            together = _group_by_parameter(targets, ranking.of_layer)
         wider = [
             {name: width for name in names if (width := _next_width(now[name].bits, shapes[name])) is not None}
             for names in together
@@ -111,14 +129,12 @@ def budget_steps(allocated: Allocated) -> Iterator[Step]:
         yield Step(plan, average, f"a budget of {bits:g} bits per weight, {format_bits_per_weight(average)}")
 
 
-def _group_by_parameter(targets: Sequence[Target], noise: Mapping[str, float]) -> list[list[str]]:
-    """Groups of layers that get more bits together, noisiest first: single layers, or all experts of one parameter."""
+def _group_by_parameter(targets: Sequence[Target], ranks: Mapping[str, float]) -> list[list[str]]:
+    """Groups of layers that get more bits together, in their order: single layers, or all experts of one parameter."""
     parameters: dict[str, list[str]] = defaultdict(list)
     for target in targets:
-        if target.name in noise:
-            whole = target.module.parameter if isinstance(target.module, ExpertLinear) else target.name
-            parameters[whole].append(target.name)
-    return sorted(parameters.values(), key=lambda names: -sum(noise[name] for name in names) / len(names))
+        parameters[parameter_name(target)].append(target.name)
+    return sorted(parameters.values(), key=lambda names: -sum(ranks[name] for name in names) / len(names))
 
 
 def _at_most(grid: Grid, size: int) -> int:

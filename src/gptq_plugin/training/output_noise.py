@@ -1,4 +1,4 @@
-"""Noise of quantized layers, which decides the order in which they get more bits: `output_noise`."""
+"""Noise of quantized layers, by which they get more bits where their sensitivities are unknown: `output_noise`."""
 
 from __future__ import annotations
 
