@@ -18,6 +18,7 @@ from gptq_plugin.kernels.reference import BITS
 from gptq_plugin.options import fields
 from gptq_plugin.options.compressed import check_compressed
 from gptq_plugin.options.expressions import check_expression
+from gptq_plugin.options.gptq_config import translated
 from gptq_plugin.options.known_names import naming_the_nearest, unknown_option
 from gptq_plugin.options.methods import METHOD_FIELDS, METHODS
 from gptq_plugin.options.rules import matching_rules, rule_regex
@@ -229,12 +230,13 @@ class QuantizeConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantizeConfig:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`. Also takes what transformers' GPTQConfig holds; see `options.gptq_config`.
 
         Raises:
             ValueError: An unknown option; the message names it and the most similar one.
         """
         fields.MAPPING.check("a configuration", values)
+        values = translated(values, [field.name for field in dataclasses.fields(cls)])
         unknown = unknown_option(cls, values)
         if unknown:
             raise ValueError(unknown)
