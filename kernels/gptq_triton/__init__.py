@@ -1,7 +1,8 @@
 """Kernels, imported as `gptq_plugin.kernels`. Needs torch, and Triton on a GPU only.
 
-`reference`, `plain_sums` and `plain_steps` define every operation in plain PyTorch; they are also the CPU path and the
-oracle of the tests. Triton modules are imported where they are called, so that the package imports without Triton.
+`reference`, `plain_solve`, `plain_sums` and `plain_steps` define every operation in plain PyTorch; they are also the
+CPU path and the oracle of the tests. Triton modules are imported where they are called, so that the package imports
+without Triton.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import plain_steps, plain_sums, reference
+from . import plain_solve, plain_steps, plain_sums, reference
 
 
 def solver_loops(x: Tensor) -> ModuleType:
-    """The module with `solve_span` for tensors like x: Triton's for float32 on a GPU, else `reference`."""
+    """The module with `solve_span` for tensors like x: Triton's for float32 on a GPU, else `plain_solve`."""
     if _by_triton(x):
         from . import solve  # imported here: needs Triton
 
         return solve
-    return reference
+    return plain_solve
 
 
 def solver_passes(x: Tensor) -> ModuleType:

@@ -27,9 +27,6 @@ BITS = (2, 3, 4, 8)  # widths of a code
 # Codes expanded at a time: a tile stays in the CPU's cache, a whole layer would be bound by page faults.
 _TILE = 2**20
 
-# Columns solved one by one before a matrix product pushes their errors to the earlier ones.
-_BLOCK = 128
-
 
 def stream_period(bits: int) -> tuple[int, int]:
     """(codes, words) after which the bit stream is aligned to a word again."""
@@ -211,64 +208,6 @@ def expand(words: Tensor, bits: int, n: int) -> Tensor:
         if within + bits > 32:
             codes[:, k] |= (words[:, word + 1] << (32 - within)) & ((1 << bits) - 1)
     return codes.reshape(-1, columns)[:n]
-
-
-def solve_span(
-    pushed: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    group: Tensor,
-    channel: Tensor,
-    gain: Tensor,
-    damping: Tensor,
-    codes: Tensor,
-    errors: Tensor,
-    loss: Tensor,
-    bits: int,
-    changes: bool = False,
-) -> None:
-    """Runs GPTQ's recursion over some columns, the last one first, for B blocks of rows that share a Hessian.
-
-    Column j's target is its weight plus what is pushed to it from outside the span and from later columns of the span,
-    t_j = w_j + pushed_j + Σ_{k>j} error_k·factor_jk. It is rounded to its group's grid. Every product is of one block.
-
-    Args:
-        pushed: [B, columns, A·rows].
-        weight: [B, n, rows], the whole weight, shared by the A alternatives of a row.
-        factor: [columns, columns], unit upper triangular.
-        scales, zeros: [B, G, A·rows], the grids.
-        group: int32 [columns], each column's grid.
-        channel: int32 [columns], which of the n channels each column is.
-        gain, damping: [columns], with which a column's (t − q)² adds to the loss, and its (w − q)² is subtracted.
-        codes: uint8 [B, n, A·rows]; the columns' channels are written.
-        errors: [B, columns, A·rows], weight − scale·(code − zero); written.
-        loss: [B, A·rows]; added to.
-        bits: Width of a code.
-        changes: The codes are those so far, and the loss that they would add is subtracted.
-    """
-    batch, columns, width = pushed.shape
-    alternatives, channels, groups = width // weight.shape[2], channel.tolist(), group.tolist()
-    for stop in range(columns, 0, -_BLOCK):
-        start = max(stop - _BLOCK, 0)
-        later = factor[None, start:stop, stop:]  # one product pushes the errors of later columns to the block
-        offset = torch.cat(
-            [torch.baddbmm(pushed[b : b + 1, start:stop], later, errors[b : b + 1, stop:]) for b in range(batch)]
-        )
-        for j in range(stop - 1, start - 1, -1):
-            near = torch.stack([errors[b, j + 1 : stop].T @ factor[j, j + 1 : stop] for b in range(batch)])
-            w = weight[:, channels[j]].repeat(1, alternatives)
-            t = w + offset[:, j - start] + near
-            scale, zero = scales[:, groups[j]], zeros[:, groups[j]]
-            q = torch.round(t / scale + zero).clamp_(0, 2**bits - 1)
-            rounded = scale * (q - zero)
-            if changes:  # none, exactly, where the code stays
-                moved = scale * (q - codes[:, channels[j]].to(q.dtype))
-                loss -= moved * (gain[j] * (2 * (t - rounded) + moved) - damping[j] * (2 * (w - rounded) + moved))
-            else:
-                loss += gain[j] * (t - rounded).square() - damping[j] * (w - rounded).square()
-            codes[:, channels[j]], errors[:, j] = q, w - rounded
 
 
 def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tensor, gain: Tensor, bits: int) -> Tensor:

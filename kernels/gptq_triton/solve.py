@@ -1,4 +1,4 @@
-"""GPTQ's recursion over a span of columns in Triton, one launch for every 128; `reference` defines it.
+"""GPTQ's recursion over a span of columns in Triton, one launch for every 128; `plain_solve` defines it.
 
 Rows are independent, and each program takes some. It visits the columns in chunks, from the last to the first. One
 small product gives what the columns after a chunk push to it; within the chunk each column is rounded and its error
@@ -21,7 +21,7 @@ BLOCK = 128  # columns per launch
 @triton.jit
 def _solve_block_kernel(
     pushed, weight, factor, scales, zeros, group, channel, gain, damping, codes, errors, loss,
-    columns, width, rows, groups, n, factor_stride, error_batch, push_batch,
+    columns, width, rows, groups, n, factor_stride, error_batch, push_batch, factor_batch, group_batch, column_batch,
     TOP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, CHANGES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -30,6 +30,8 @@ def _solve_block_kernel(
     c = tl.arange(0, CHUNK)
     row = r % rows
     pushed += b * push_batch
+    factor, group, channel = factor + b * factor_batch, group + b * group_batch, channel + b * column_batch
+    gain, damping = gain + b * column_batch, damping + b * column_batch
     weight += b * n * rows
     scales += b * groups * width
     zeros += b * groups * width
@@ -96,16 +98,17 @@ def solve_span(
     bits: int,
     changes: bool = False,
 ) -> None:
-    """`reference.solve_span` on a GPU: for every 128 columns a product that pushes later errors to them, and a launch.
+    """`plain_solve.solve_span` on a GPU: for every 128 columns a product that pushes later errors to them, and a
+    launch.
 
-    A product is of one block of rows: a library may choose another kernel for another number of blocks. The launch is
-    of all blocks, which programs share without a sum of theirs.
+    Where blocks share a Hessian, a product is of one of them: a library may choose another kernel for another number of
+    blocks. The launch is of all blocks, which programs share without a sum of theirs.
 
     Args:
         weight, scales, zeros, codes, loss: As there, contiguous; floats are float32.
         pushed, errors: As there, float32; the columns of each matrix are contiguous, one after the other.
         factor: As there, float32; its last stride is 1.
-        group, channel, gain, damping: As there, contiguous; floats are float32.
+        group, channel, gain, damping: As there, the last stride 1; floats are float32.
         bits: Width of a code.
         changes: As there.
 
@@ -115,20 +118,49 @@ def solve_span(
     batch, columns, width = pushed.shape
     (_, n, rows), groups = weight.shape, scales.shape[1]
     whole = (n * width, width, 1)
-    for name, tensor, shape, dtype, strides in (
+    of_blocks = (batch,) if factor.dim() == 3 else ()
+    of_groups = (batch,) if group.dim() == 2 else ()
+    column = channel.stride(0) if of_blocks else 0
+    _check(
         ("pushed", pushed, (batch, columns, width), torch.float32, (pushed.stride(0), width, 1)),
         ("weight", weight, (batch, n, rows), torch.float32, (n * rows, rows, 1)),
-        ("factor", factor, (columns, columns), torch.float32, (factor.stride(0), 1)),
+        ("factor", factor, (*of_blocks, columns, columns), torch.float32, (*factor.stride()[:-1], 1)),
         ("scales", scales, (batch, groups, width), torch.float32, (groups * width, width, 1)),
         ("zeros", zeros, (batch, groups, width), torch.float32, (groups * width, width, 1)),
-        ("group", group, (columns,), torch.int32, (1,)),
-        ("channel", channel, (columns,), torch.int32, (1,)),
-        ("gain", gain, (columns,), torch.float32, (1,)),
-        ("damping", damping, (columns,), torch.float32, (1,)),
+        ("group", group, (*of_groups, columns), torch.int32, (*group.stride()[:-1], 1)),
+        ("channel", channel, (*of_blocks, columns), torch.int32, (*channel.stride()[:-1], 1)),
+        ("gain", gain, (*of_blocks, columns), torch.float32, (column, 1)[-channel.dim() :]),
+        ("damping", damping, (*of_blocks, columns), torch.float32, (column, 1)[-channel.dim() :]),
         ("codes", codes, (batch, n, width), torch.uint8, whole),
         ("errors", errors, (batch, columns, width), torch.float32, (errors.stride(0), width, 1)),
         ("loss", loss, (batch, width), torch.float32, (width, 1)),
-    ):
+    )
+    if width % max(1, rows):
+        raise ValueError(f"pushed has {width} values per column, which is not a multiple of the weight's {rows} rows")
+    if not width:
+        return
+    for stop in range(columns, 0, -BLOCK):
+        start = max(stop - BLOCK, 0)
+        here, offset = slice(start, stop), pushed[:, start:stop]
+        if stop < columns:
+            later, offset = factor[..., here, stop:], torch.empty_like(offset, memory_format=torch.contiguous_format)
+            if of_blocks:
+                torch.baddbmm(pushed[:, here], later, errors[:, stop:], out=offset)
+            else:
+                for b in range(batch):
+                    torch.baddbmm(pushed[b : b + 1, here], later[None], errors[b : b + 1, stop:], out=offset[b : b + 1])
+        _solve_block_kernel[(triton.cdiv(width, _ROWS), batch)](
+            offset, weight, factor[..., here, here], scales, zeros, group[..., here], channel[..., here],
+            gain[..., here], damping[..., here], codes, errors[:, here], loss,
+            stop - start, width, rows, groups, n, factor.stride(-2), errors.stride(0), offset.stride(0),
+            factor.stride(0) if of_blocks else 0, group.stride(0) if of_groups else 0, column,
+            TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, CHANGES=changes, num_warps=_WARPS,
+        )  # fmt: skip
+
+
+def _check(*tensors: tuple[str, Tensor, tuple[int, ...], torch.dtype, tuple[int, ...]]) -> None:
+    """Refuses another shape, dtype or strides than the given ones, which follow the name and the tensor."""
+    for name, tensor, shape, dtype, strides in tensors:
         # The stride of a dimension of size 1 is arbitrary.
         laid = tensor.stride() == strides or all(
             size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=False)
@@ -138,20 +170,3 @@ def solve_span(
                 f"{name} must be {dtype} {list(shape)} with strides {list(strides)}, got {tensor.dtype} "
                 f"{list(tensor.shape)} with strides {list(tensor.stride())}"
             )
-    if width % max(1, rows):
-        raise ValueError(f"pushed has {width} values per column, which is not a multiple of the weight's {rows} rows")
-    if not width:
-        return
-    for stop in range(columns, 0, -BLOCK):
-        start = max(stop - BLOCK, 0)
-        here, offset = slice(start, stop), pushed[:, start:stop]
-        if stop < columns:
-            later, offset = factor[None, here, stop:], torch.empty_like(offset, memory_format=torch.contiguous_format)
-            for b in range(batch):
-                torch.baddbmm(pushed[b : b + 1, here], later, errors[b : b + 1, stop:], out=offset[b : b + 1])
-        _solve_block_kernel[(triton.cdiv(width, _ROWS), batch)](
-            offset, weight, factor[here, here], scales, zeros, group[here], channel[here],
-            gain[here], damping[here], codes, errors[:, here], loss,
-            stop - start, width, rows, groups, n, factor.stride(0), errors.stride(0), offset.stride(0),
-            TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, CHANGES=changes, num_warps=_WARPS,
-        )  # fmt: skip

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from gptq_plugin.kernels import reference
+from gptq_plugin.kernels import plain_solve, reference
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq import solver, sweep
@@ -43,9 +43,9 @@ def test_odd_shapes_equal_the_paper(n, size, order):
 def test_static_groups_are_solved_in_spans_of_their_own_width_and_others_group_by_group(order, monkeypatch):
     """A span that leaves one column for the last is solved too."""
     monkeypatch.setattr(sweep, "SPAN", 32)
-    spans, solve_span = [], reference.solve_span
+    spans, solve_span = [], plain_solve.solve_span
     monkeypatch.setattr(
-        reference, "solve_span", lambda pushed, *rest: spans.append(pushed.shape[1]) or solve_span(pushed, *rest)
+        plain_solve, "solve_span", lambda pushed, *rest: spans.append(pushed.shape[1]) or solve_span(pushed, *rest)
     )
     weight, hessian = correlated(rows=5, n=65)
     config = plain(bits=3, group_size=13, **ORDERS[order])

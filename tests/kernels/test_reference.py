@@ -8,7 +8,7 @@ import pytest
 import torch
 from gptq_plugin.kernels import reference
 
-from kernel_cases import CASES, DTYPES, Case, assert_product, make_block, make_grids, make_layer
+from kernel_cases import CASES, DTYPES, Case, assert_product, make_grids, make_layer
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -58,29 +58,6 @@ def test_every_weight_is_expanded_once_and_no_more_at_a_time_than_fit_a_tile(n_i
     reference.dequantize(*layer.packed, torch.float32)
     at_once = max(1, tile // n_in)
     assert expanded == [(n_in, min(at_once, n_out - start)) for start in range(0, n_out, at_once)]
-
-
-@pytest.mark.parametrize("at_once", [1, 4, 9, None])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_the_plain_block_is_the_recursion(bits, at_once, monkeypatch):
-    if at_once is not None:
-        monkeypatch.setattr(reference, "_BLOCK", at_once)
-    block = make_block(9, 5, bits, dtype=torch.float64, batch=2, alternatives=3)
-    found = block.solve(reference.solve_span, bits)
-    for b, row in itertools.product(range(2), range(15)):
-        loss = block.loss[b, row]
-        for j in reversed(range(9)):
-            channel, group = block.channel[j], block.group[j]
-            w = block.weight[b, channel, row % 5]
-            scale, zero = block.scales[b, group, row], block.zeros[b, group, row]
-            t = w + block.pushed[b, j, row]
-            t = t + sum(found.errors[b, k, row] * block.factor[j, k] for k in range(j + 1, 9))
-            q = torch.round(t / scale + zero).clamp(0, 2**bits - 1)
-            assert found.codes[b, channel, row] == q
-            assert found.errors[b, j, row] == w - scale * (q - zero)
-            loss = loss + block.gain[j] * (t - scale * (q - zero)) ** 2
-            loss = loss - block.damping[j] * found.errors[b, j, row] ** 2
-        torch.testing.assert_close(found.loss[b, row], loss)
 
 
 def test_a_split_number_is_the_sum_of_two_float16_numbers():

@@ -7,9 +7,9 @@ import functools
 
 import pytest
 import torch
-from gptq_plugin.kernels import reference
+from gptq_plugin.kernels import plain_solve
 
-from kernel_cases import Block, make_block, triton_device
+from kernel_cases import Block, make_block, make_blocks, triton_device
 
 BLOCKS = [(128, 40, 1, 1), (16, 1, 1, 1), (48, 17, 2, 2), (7, 33, 1, 2), (1, 5, 3, 1), (300, 300, 2, 2)]
 
@@ -24,7 +24,7 @@ def test_the_triton_block_is_the_plain_one(columns, rows, batch, alternatives, b
         columns, rows = (131, 2) if columns > 200 else (min(columns, 32), min(rows, 20))
     block = make_block(columns, rows, bits, device, batch=batch, alternatives=alternatives)
     exact = Block(**{k: v.double() if v.is_floating_point() else v for k, v in vars(block).items()})
-    found, wanted = block.solve(solve.solve_span, bits), exact.solve(reference.solve_span, bits)
+    found, wanted = block.solve(solve.solve_span, bits), exact.solve(plain_solve.solve_span, bits)
     # A sum in float32 may fall on the other side of a near tie, and its row goes on from there.
     same = (found.codes == wanted.codes).all(dim=1)  # channels of other blocks are as they were in both
     assert same.double().mean() > 0.95
@@ -47,7 +47,7 @@ def test_from_codes_so_far_the_triton_block_gives_the_change_of_the_loss(bits, d
     block = dataclasses.replace(block, codes=codes, loss=torch.zeros_like(block.loss))
     exact = Block(**{k: v.double() if v.is_floating_point() else v for k, v in vars(block).items()})
     found = block.solve(functools.partial(solve.solve_span, changes=True), bits)
-    wanted = exact.solve(functools.partial(reference.solve_span, changes=True), bits)
+    wanted = exact.solve(functools.partial(plain_solve.solve_span, changes=True), bits)
     same = (found.codes == wanted.codes).all(dim=1)
     assert same.double().mean() > 0.95
     torch.testing.assert_close(found.loss[same].double(), wanted.loss[same], atol=1e-4, rtol=1e-4)
@@ -116,3 +116,20 @@ def test_a_blocks_solution_does_not_depend_on_the_blocks_beside_it(columns, devi
         alone = Block(**own).solve(solve.solve_span, 4)
         for name in ("codes", "errors", "loss"):
             assert torch.equal(getattr(found, name)[b], getattr(alone, name)[0]), name
+
+
+@triton_device
+@pytest.mark.parametrize(("columns", "rows", "alternatives"), [(131, 5, 2), (300, 40, 2), (7, 33, 1)])
+def test_blocks_with_a_factor_and_an_order_each_are_solved_as_if_they_were_alone(columns, rows, alternatives, device):
+    from gptq_plugin.kernels import solve
+
+    if device == "cpu":
+        columns, rows = min(columns, 131), min(rows, 5)
+    blocks = [make_block(columns, rows, 4, device, alternatives=alternatives, seed=seed) for seed in range(3)]
+    alone = [block.solve(solve.solve_span, 4) for block in blocks]
+    found = make_blocks(blocks).solve(solve.solve_span, 4)
+    codes = torch.cat([one.codes for one in alone])
+    same = (found.codes == codes).all(dim=1)  # a product of all blocks may be added up in another order
+    assert same.double().mean() > 0.95
+    loss = torch.cat([one.loss for one in alone])
+    torch.testing.assert_close(found.loss[same], loss[same], atol=1e-4, rtol=1e-4)

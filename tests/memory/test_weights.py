@@ -184,7 +184,7 @@ def test_each_of_two_walks_runs_with_its_own_weights_of_quantized_layers(unit_by
     with Weights(model, CPU, stream=stream, capacity=capacity, unit_bytes=unit_bytes, two_walks=True) as weights:
         for name, target in list(by_name(model).items())[::4]:
             layers[name] = rounded(target)
-            weights.quantize(target, layers[name])
+            weights.quantize([(target, layers[name], None)])
             wanted = logits(quantized(llama(), layers))
             for _ in range(2):
                 assert torch.equal(contextvars.copy_context().run(in_float_walk), plain)
@@ -219,7 +219,7 @@ def test_temporary_tensors_take_no_more_than_the_capacity_and_one_unit(capacity)
     with Weights(model, CPU, stream=True, capacity=capacity, unit_bytes=BLOCK) as weights:
         for target in list(by_name(model).values())[::3]:
             logits(model)
-            weights.quantize(target, rounded(target))
+            weights.quantize([(target, rounded(target), None)])
     assert 0 < max(seen) <= weights.peak_bytes <= max(capacity, BLOCK)
 
 
@@ -295,10 +295,10 @@ def test_a_quantized_layer_runs_with_its_quantized_weights_also_after_it_went_ho
     with Weights(model, CPU, stream=stream, capacity=0, unit_bytes=BLOCK) as weights:
         weight = weights.present(target)
         assert torch.equal(weight, own) and (weight.data_ptr() != own.data_ptr()) == stream
-        weights.quantize(target, rounded(target))
+        weights.quantize([(target, rounded(target), None)])
         assert not torch.equal(target.parameter, own)
         weights.present(other)
-        weights.quantize(other, rounded(other))
+        weights.quantize([(other, rounded(other), None)])
         weights.present(other)
         assert target.parameter is own  # it had to make room
         handle = target.module.register_forward_hook(lambda module, *_: seen.append(module.weight))
@@ -317,7 +317,7 @@ def test_overlays_of_a_model_on_the_device_stay_within_the_capacity():
     with Weights(model, CPU, stream=False, capacity=largest, unit_bytes=BLOCK) as weights:
         for target in targets.values():
             weights.present(target)
-            weights.quantize(target, rounded(target))
+            weights.quantize([(target, rounded(target), None)])
             assert temporary_bytes(model, homes) <= largest
         assert temporary_bytes(model, homes) == weights.peak_bytes == largest and weights.copied_bytes == 0
 
@@ -332,7 +332,7 @@ def test_conv1d_layers_are_given_in_their_own_layout():
     with Weights(model, CPU, stream=True, capacity=0, unit_bytes=size(model.transformer.h[0])) as weights:
         for name, target in targets.items():
             assert torch.equal(weights.present(target), target.module.weight.T)
-            weights.quantize(target, layers[name])
+            weights.quantize([(target, layers[name], None)])
             assert torch.equal(weights.present(target), layers[name].dequantize())
         assert torch.equal(logits(model), expected)
 
@@ -369,7 +369,7 @@ def test_batches_in_lock_step_see_only_quantized_layers_before_them(capacity, st
         for stop in lockstep.walk(groups, modules, forwards, lambda *_: None, waiting=waiting):
             for name in stop.group.names:
                 assert torch.equal(weights.present(targets[name]), floats[name])
-                weights.quantize(targets[name], layers[name])
+                weights.quantize([(targets[name], layers[name], None)])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected))
     assert held_tensors(model) == before
 
@@ -386,7 +386,7 @@ def test_the_next_unit_is_copied_while_the_one_before_it_is_in_use():
             before = weights.copied_bytes
             weights.present(target)
             assert weights.copied_bytes - before == unit * (number == 0)  # the first one alone is waited for
-            weights.quantize(target, rounded(target))
+            weights.quantize([(target, rounded(target), None)])
             model[number](torch.ones(1, 16))
     assert weights.peak_bytes == 2 * unit
 
@@ -396,12 +396,12 @@ def test_a_prefetch_does_not_take_the_room_of_what_other_batches_still_need():
     unit, x = size(model[0]), torch.ones(1, 16)
     with Weights(model, CPU, stream=True, capacity=2 * unit, unit_bytes=unit) as weights:
         model(x)
-        weights.quantize(targets[0], rounded(targets[0]))
+        weights.quantize([(targets[0], rounded(targets[0]), None)])
         model[1](model[0](x))  # the first batch crosses into the next unit
         before = weights.copied_bytes
         model[1](model[0](x))  # and so do the others
         assert weights.copied_bytes == before
-        weights.quantize(targets[1], rounded(targets[1]))
+        weights.quantize([(targets[1], rounded(targets[1]), None)])
         model[1](x)
         assert weights.copied_bytes == before + unit
 
@@ -411,7 +411,7 @@ def test_no_copy_lives_on_afterwards_not_even_of_a_unit_that_was_on_its_way():
     unit = size(model[0])
     with Weights(model, CPU, stream=True, capacity=2 * unit, unit_bytes=unit) as weights:
         model(torch.ones(1, 16))
-        weights.quantize(targets[0], rounded(targets[0]))
+        weights.quantize([(targets[0], rounded(targets[0]), None)])
         watched[1].allowed.clear()
         watched[1].began.clear()
         weights.present(targets[0])
@@ -428,7 +428,7 @@ def test_a_unit_on_its_way_makes_room_for_one_that_is_needed():
     unit = size(model[0])
     with Weights(model, CPU, stream=True, capacity=2 * unit, unit_bytes=unit) as weights:
         model(torch.ones(1, 16))
-        weights.quantize(targets[0], rounded(targets[0]))
+        weights.quantize([(targets[0], rounded(targets[0]), None)])
         watched[1].copied.clear()
         weights.present(targets[0])
         assert watched[1].copied.wait(10)
@@ -444,7 +444,7 @@ def test_an_error_while_copying_in_the_background_is_raised_where_the_weights_ar
     with Weights(model, CPU, stream=True, capacity=2 * unit, unit_bytes=unit) as weights:
         model(torch.ones(1, 16))
         watched[1].fails = True
-        weights.quantize(targets[0], rounded(targets[0]))
+        weights.quantize([(targets[0], rounded(targets[0]), None)])
         model[0](torch.ones(1, 16))  # copies 1 in the background
         with pytest.raises(RuntimeError, match="the weights of 1 could not be brought to cpu: the disk is gone"):
             model[1](torch.ones(1, 16))
@@ -470,7 +470,7 @@ def test_modes_of_a_batchs_thread_do_not_see_the_copies():
             lambda module, *_: used.update(p.data_ptr() for p in module.parameters(recurse=False))
         )
     with Weights(model, CPU, stream=True, capacity=UNLIMITED, unit_bytes=BLOCK) as weights:
-        weights.quantize(target, layer)
+        weights.quantize([(target, layer, None)])
         with torch.device("meta"), Watch(), torch.inference_mode():
             model.model.layers[0](
                 torch.ones(1, 4, 64, device="cpu"), position_embeddings=(torch.ones(1, device="cpu"),) * 2
@@ -521,7 +521,7 @@ def test_a_model_on_the_cpu_runs_on_the_gpu_as_if_it_were_there(capacity, unit_b
         assert all(torch.equal(logits(model, ids), plain) for _ in range(3))
         for name, target in targets.items():
             assert weights.present(target).is_cuda
-            weights.quantize(target, layers[name])
+            weights.quantize([(target, layers[name], None)])
         assert all(torch.equal(logits(model, ids), expected) for _ in range(3))
     assert held_tensors(model) == before and all(not layer.qweight.is_cuda for layer in layers.values())
 

@@ -273,7 +273,7 @@ def test_any_line_may_fail(tmp_path):
 @pytest.mark.parametrize(
     ("step", "call"),
     [("quantize.one_pass.solve_shared", 4), ("memory.finished_layers.FinishedLayers.add", 9),
-     ("quantize.in_place.describe", 1), ("export.export.Export.finish", 1), ("walk.lockstep._Steps.arrive", 30),
+     ("quantize.in_place.describe", 1), ("export.export.Export.finish", 1), ("walk.lockstep._Steps.arrive", 11),
      ("walk.kept_state.WatchedPlaces", 1)],
 )  # fmt: skip
 def test_experts_are_together_again_whatever_fails(step, call, monkeypatch, tmp_path):

@@ -124,9 +124,9 @@ class Block:
         return copy
 
 
-def make_block(columns, rows, bits, device="cpu", dtype=torch.float32, batch=1, alternatives=1):
+def make_block(columns, rows, bits, device="cpu", dtype=torch.float32, batch=1, alternatives=1, seed=0):
     """A block of columns, three channels less than there are, with errors that matter to the columns visited later."""
-    generator = torch.Generator().manual_seed(columns * 1000 + rows)
+    generator = torch.Generator().manual_seed(columns * 1000 + rows + seed)
     width, n = alternatives * rows, columns + 3
 
     def normal(*shape):
@@ -147,6 +147,17 @@ def make_block(columns, rows, bits, device="cpu", dtype=torch.float32, batch=1, 
         "loss": normal(batch, width).square(),
     }
     return Block(**{k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in values.items()})
+
+
+def make_blocks(blocks):
+    """Blocks of one each with factors, orders and groups of their own, as one."""
+    own = ("factor", "group", "channel", "gain", "damping")
+    return Block(
+        **{
+            name: (torch.stack if name in own else torch.cat)([getattr(block, name) for block in blocks])
+            for name in vars(blocks[0])
+        }
+    )
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Factor:
 
 
 def factorize(
-    hessians: Tensor, config: QuantizeConfig, dtype: torch.dtype, damp_percent: float
+    hessians: Tensor, config: QuantizeConfig, dtype: torch.dtype, damp_percent: float | Tensor
 ) -> tuple[Factor, Tensor]:
     """Factors damped Hessians without synchronizing with the device.
 
@@ -50,7 +50,7 @@ def factorize(
         hessians: [B, n, n], symmetric.
         config: desc_act and static_groups, which set the order of columns, are read.
         dtype: The precision to factor in; the result has the Hessians' dtype.
-        damp_percent: Share of the mean of the nonzero diagonal that is added to the diagonal.
+        damp_percent: Share of the mean of the nonzero diagonal that is added to the diagonal; [B, 1] for one each.
 
     Returns:
         The factors, and bool [B]: False where a factorization failed or, on a GPU, has an entry too large for

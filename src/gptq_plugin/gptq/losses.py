@@ -14,20 +14,20 @@ _SCALE = 2.0**12  # in `tensor_cores`, of numbers below 1
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """e H eᵀ for every row e = w − q of [out, in]: the mean over tokens of the squared output error, [out].
+    """e H eᵀ for every row e = w − q of [..., out, in]: the mean over tokens of the squared output error, [..., out].
 
-    Computes half of the product, since H is symmetric. 16-bit errors are summed in float32; float32 ones are multiplied
-    on a GPU's tensor cores, as pairs of numbers.
+    Computes half of the product, since H, [..., in, in], is symmetric. 16-bit errors are summed in float32; float32
+    ones of one matrix are multiplied on a GPU's tensor cores, as pairs of numbers.
     """
-    if error.dtype == torch.float32 and tensor_cores.usable(error):
+    if error.dtype == torch.float32 and error.dim() == 2 and tensor_cores.usable(error):
         return _split_output_error(error, hessian)
-    loss = torch.zeros(len(error), dtype=torch.promote_types(error.dtype, torch.float32), device=error.device)
-    for start in range(0, error.shape[1], _STRIP):
-        here = error[:, start : start + _STRIP]
-        rows = hessian[start : start + _STRIP]
-        loss += ((here @ rows[:, start : start + _STRIP]) * here).sum(1, dtype=loss.dtype)
+    loss = torch.zeros(error.shape[:-1], dtype=torch.promote_types(error.dtype, torch.float32), device=error.device)
+    for start in range(0, error.shape[-1], _STRIP):
+        here = error[..., start : start + _STRIP]
+        rows = hessian[..., start : start + _STRIP, :]
+        loss += ((here @ rows[..., start : start + _STRIP]) * here).sum(-1, dtype=loss.dtype)
         if start:
-            loss += 2 * ((here @ rows[:, :start]) * error[:, :start]).sum(1, dtype=loss.dtype)
+            loss += 2 * ((here @ rows[..., :start]) * error[..., :start]).sum(-1, dtype=loss.dtype)
     return loss.clamp_(min=0)
 
 
@@ -65,3 +65,13 @@ def output_power(blocks: Tensor, hessian: Tensor) -> Tensor:
     dtype = torch.bfloat16 if tensor_cores.usable(blocks) else blocks.dtype
     hessian = hessian.to(dtype)
     return torch.cat([output_error(w, hessian) for w in blocks.to(dtype)]).to(blocks.dtype)
+
+
+def beside(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
+    """`rounding_loss` and `output_power` for weights [B, rows, in] with a Hessian each, [B, rows]."""
+    dtype = torch.bfloat16 if tensor_cores.usable(weights) else weights.dtype
+    hessians = hessians.to(dtype)
+    errors = nearest_errors(weights.flatten(0, 1), config, dtype).view_as(weights)
+    found = (output_error(one, hessians).to(weights.dtype) for one in (errors, weights.to(dtype)))
+    rtn_loss, power = found
+    return rtn_loss, power

@@ -11,7 +11,7 @@ from torch import Tensor
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.factor import Factor
 from gptq_plugin.gptq.grid import grid, grids, group_width
-from gptq_plugin.gptq.sweep import Columns, keep_best, sweep
+from gptq_plugin.gptq.sweep import Columns, keep_best, shared, sweep
 from gptq_plugin.kernels import solver_passes
 
 _LEAST_UNIT = -17  # exponent of the range of 8 bits with float16's smallest scale
@@ -21,24 +21,26 @@ class Recursion:
     """The recursion of `solver` for B blocks of rows with A alternatives of each row, from the last position to the
     first. Tensors are [B, in, A·rows], so that columns are contiguous.
 
-    Blocks go through the loops together, and through products one after the other: see `row_blocks`. Each row is solved
+    Blocks go through the loops together, and if they share a Hessian through products one after the other: see
+    `row_blocks`. Each row is solved
     in its own unit, a power of two above its largest weight. This does not change the result; with static groups errors
     w − q stay below 4, since no grid extends beyond 5/3 of the largest weight.
 
     Args:
         weights: [B, rows, in].
-        factor: Of one Hessian, for all blocks.
+        factor: Of one Hessian for all blocks, or of one for each.
         config: As for `solve`.
 
     Attributes:
         targets: The weights, as given.
-        fits: bool [], all scales are finite in float16; with static groups known before `visit`.
+        order: The factor's, [in] or [B, in].
+        fits_each: bool [B], all scales of a block are finite in float16; with static groups known before `visit`.
     """
 
     def __init__(self, weights: Tensor, factor: Factor, config: QuantizeConfig):
         batch, self.rows, n = weights.shape
         self.targets, self.factor, self.config = weights, factor, config
-        self.order = factor.order[0]
+        self.order = shared(factor.order)
         self.size = group_width(n, config)
         exponent = torch.frexp(weights.abs().amax(2)).exponent.clamp(_LEAST_UNIT, 100)
         self.unit = torch.ldexp(weights.new_ones(batch, self.rows), exponent)  # [B, rows]
@@ -46,8 +48,8 @@ class Recursion:
         torch.div(weights.mT, self.unit[:, None], out=self.weight)
         channel = self.order.int().contiguous()
         # A group is a run of input channels or, without static groups, of columns in the order they are visited.
-        grouped = weights if config.static_groups else weights[:, :, self.order.flip(0)]
-        self.fits = torch.ones((), dtype=torch.bool, device=weights.device)  # all scales are finite in float16
+        grouped = weights if config.static_groups else _taken(weights, 2, self.order.flip(-1))
+        self.fits_each = torch.ones(batch, dtype=torch.bool, device=weights.device)
         self.span = self._candidates(grouped)  # [B, A, rows]
         width, groups = self.span.shape[1] * self.rows, n // self.size
         self.pushed = weights.new_zeros(batch, n, width)  # by errors, to each position: [B, in, A·rows]
@@ -56,15 +58,19 @@ class Recursion:
             scales, zeros = zip(*fitted, strict=True)
             self.zeros = torch.stack(zeros).flatten(1, 2).mT.contiguous()
             self.scales = (torch.stack(scales) / self.unit[:, None, :, None]).flatten(1, 2).mT.contiguous()
-            self.fits &= torch.isfinite(self.scales).all()
+            self.fits_each &= torch.isfinite(self.scales).flatten(1).all(1)
             group = channel // self.size
         else:
             self.scales = weights.new_ones(batch, groups, width)
             self.zeros = torch.zeros_like(self.scales)
             group = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=weights.device) // self.size
-        self.columns = Columns(
-            channel, group, factor.rows, factor.gain[0], factor.damping[0], bounded=config.static_groups
-        )
+        gain, damping = shared(factor.gain), shared(factor.damping)
+        self.columns = Columns(channel, group, factor.rows, gain, damping, bounded=config.static_groups)
+
+    @property
+    def fits(self) -> Tensor:
+        """bool [], all of `fits_each`."""
+        return self.fits_each.all()
 
     def visit(self) -> None:
         """Fills codes and loss, keeps each row's best alternative, and undoes the rows' units."""
@@ -80,14 +86,15 @@ class Recursion:
         )
         del self.pushed
         if not self.config.static_groups:
-            self.fits &= torch.isfinite(self.scales).all()
+            self.fits_each &= torch.isfinite(self.scales).flatten(1).all(1)
         if self.loss.shape[1] > self.rows:
             found = keep_best(self.loss, self.rows, self.scales, self.zeros, self.codes)
             self.loss, self.scales, self.zeros, self.codes = found
 
     def g_idx(self) -> Tensor:
-        """The group of every channel, int32 [in]."""
-        return torch.empty_like(self.columns.group).scatter_(0, self.order, self.columns.group)
+        """The group of every channel, int32 [in] or [B, in]."""
+        group = self.columns.group.expand_as(self.order)
+        return torch.empty_like(self.columns.channel).scatter_(-1, self.order, group)
 
     def _candidates(self, weights: Tensor) -> Tensor:
         """The parts of the range whose grids have the least expected loss for each row, [B, A, rows]."""
@@ -98,18 +105,22 @@ class Recursion:
         spans = ratios[:, None].expand(-1, self.rows)
         if len(ratios) <= self.config.clip_candidates:
             return spans.expand(len(weights), -1, -1)
-        norms, gain = torch.linalg.vector_norm(self.factor.rows[0], dim=1), self.factor.gain[0]
+        norms, gain = torch.linalg.vector_norm(shared(self.factor.rows), dim=-1), shared(self.factor.gain)
         spread = (norms.square() - 1).clamp(min=0).div(12).sqrt()
         # By channel, or in the order of visits.
         back = (
-            self.order.argsort() if self.config.static_groups else torch.arange(len(gain), device=gain.device).flip(0)
+            self.order.argsort()
+            if self.config.static_groups
+            else torch.arange(gain.shape[-1], device=gain.device).flip(0)
         )
-        spread, gain = spread[back], gain[back]
+        spread, gain = (_taken(of_positions, -1, back).expand(len(weights), -1) for of_positions in (spread, gain))
         chosen = []
-        for weight in weights:
+        for number, weight in enumerate(weights):
             scales, zeros = grids(weight, spans, self.config)
-            self.fits &= torch.isfinite(scales).all()  # never clip just to fit float16
-            expected = solver_passes(weight).clipping_errors(weight, scales, zeros, spread, gain, self.config.bits)
+            self.fits_each[number] &= torch.isfinite(scales).all()  # never clip just to fit float16
+            expected = solver_passes(weight).clipping_errors(
+                weight, scales, zeros, spread[number], gain[number], self.config.bits
+            )
             chosen.append(spans.gather(0, expected.topk(self.config.clip_candidates, dim=0, largest=False).indices))
         return torch.stack(chosen)
 
@@ -119,10 +130,21 @@ class Recursion:
         Given these errors, the best float weights solve the recursion without rounding:
         d_j = Σ_{k ≥ stop} e_k·A_kj − Σ_{j < k < stop} d_k·A_kj.
         """
-        inner, pushed = self.factor.rows[:, start:stop, start:stop], self.pushed[:, start:stop].split(1)
-        moved = torch.cat([torch.linalg.solve_triangular(inner, p, upper=True, unitriangular=True) for p in pushed])
-        moved = moved.unflatten(2, (-1, self.rows)) + self.weight[:, self.order[start:stop], None]
+        inner, pushed = self.factor.rows[:, start:stop, start:stop], self.pushed[:, start:stop]
+        blocks = [pushed] if len(inner) > 1 else pushed.split(1)
+        moved = torch.cat([torch.linalg.solve_triangular(inner, p, upper=True, unitriangular=True) for p in blocks])
+        here = _taken(self.weight, 1, self.order[..., start:stop])
+        moved = moved.unflatten(2, (-1, self.rows)) + here[:, :, None]
         unit = self.unit[:, None]
         scales, zeros = grid((moved * (self.span * unit)[:, None]).movedim(1, -1), self.config)
         group = (self.weight.shape[1] - stop) // self.size
         self.scales[:, group], self.zeros[:, group] = (scales / unit).flatten(1), zeros.flatten(1)
+
+
+def _taken(values: Tensor, dim: int, order: Tensor) -> Tensor:
+    """Values [B, ...] along a dimension in an order for all blocks, [n], or one for each, [B, n]."""
+    if order.dim() == 1:
+        return values.index_select(dim, order)
+    shape = [len(order), *(1 for _ in values.shape[1:])]
+    shape[dim] = -1
+    return values.take_along_dim(order.view(shape), dim)

@@ -27,10 +27,10 @@ class Columns:
     """The columns in the order of their visits: position n − 1 first.
 
     Attributes:
-        channel: int32 [n], the input channel at each position.
-        group: int32 [n], the group at each position.
-        rows: [1, n, n]; entry (j, k) is the share of the error at k > j that is pushed to j.
-        gain, damping: [n], see `reference.solve_span`.
+        channel: int32 [n], the input channel at each position; or [B, n], for blocks with a Hessian each.
+        group: int32 [n] or [B, n], the group at each position.
+        rows: [1, n, n] or [B, n, n]; entry (j, k) is the share of the error at k > j that is pushed to j.
+        gain, damping: [n] or [B, n], see `plain_solve.solve_span`.
         bounded: Errors are below 4 and entries of `rows` below `tensor_cores.LARGEST`, so that tensor cores may
             multiply them.
     """
@@ -67,7 +67,7 @@ def sweep(
         before: Codes so far: with them, losses are the changes from theirs.
 
     Returns:
-        Codes, uint8 [B, n, A·rows] by channel, and losses [B, A·rows] as in `reference.solve_span`.
+        Codes, uint8 [B, n, A·rows] by channel, and losses [B, A·rows] as in `plain_solve.solve_span`.
     """
     codes = torch.empty_like(pushed, dtype=torch.uint8) if before is None else before.clone()
     loss = torch.zeros_like(pushed[:, 0])
@@ -80,13 +80,13 @@ def sweep(
         solver_loops(weight).solve_span(
             pushed[:, here],
             weight,
-            columns.rows[0, here, here],
+            shared(columns.rows)[..., here, here],
             scales,
             zeros,
-            columns.group[here],
-            columns.channel[here],
-            columns.gain[here],
-            columns.damping[here],
+            columns.group[..., here],
+            columns.channel[..., here],
+            columns.gain[..., here],
+            columns.damping[..., here],
             codes,
             errors,
             loss,
@@ -96,6 +96,11 @@ def sweep(
         if start:
             add_products(pushed[:, :start], columns.rows[:, :start, here], errors, columns.bounded)
     return codes, loss
+
+
+def shared(values: Tensor) -> Tensor:
+    """What all blocks share, without the first dimension; or, with it, what each has, [B, ...]."""
+    return values[0] if len(values) == 1 else values
 
 
 def keep_best(loss: Tensor, rows: int, *values: Tensor) -> tuple[Tensor, ...]:
@@ -115,12 +120,18 @@ def keep_best(loss: Tensor, rows: int, *values: Tensor) -> tuple[Tensor, ...]:
 
 
 def add_products(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool) -> None:
-    """out[b] += rows @ errors[b] for blocks of rows, [B, m, width], [1, m, k] and [B, k, width], one after the other.
+    """out[b] += rows[b] @ errors[b] for blocks of rows, [B, m, width], [1 or B, m, k] and [B, k, width].
 
-    A library may choose another kernel for another number of blocks.
+    With the same rows for all blocks one follows the other: a library may choose another kernel for another number.
     """
-    if tensor_cores.usable(rows) and bounded:
+    on_tensor_cores, batched = tensor_cores.usable(rows) and bounded, len(rows) > 1
+    if on_tensor_cores:
         left, right = tensor_cores.left_operand(rows, 1.0), tensor_cores.right_operand(errors, _SCALE)
+    if batched and on_tensor_cores:
+        tensor_cores.add_product(out, left, right, alpha=1 / _SCALE)
+    elif batched:
+        torch.baddbmm(out, rows, errors, out=out)
+    elif on_tensor_cores:
         for block, of_block in zip(out.split(1), right.split(1), strict=True):
             tensor_cores.add_product(block, left, of_block, alpha=1 / _SCALE)
     else:

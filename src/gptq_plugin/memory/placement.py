@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gptq_plugin.device.memory import free_bytes
+from gptq_plugin.device.memory import free_bytes, peak_bytes
 from gptq_plugin.gptq.improve import chunk_bytes, improves
 from gptq_plugin.memory.slots import distinct_tensors
 from gptq_plugin.model.targets import Target
@@ -135,6 +135,17 @@ def place(
         prefetch=prefetch,
         summary=f"memory on {device}: {'; '.join(parts)}{known}",
     )
+
+
+def beyond(device: torch.device, allowed: int | None) -> list[str]:
+    """A sentence if more bytes were on the device at a time than were allowed; None allows all."""
+    peak = peak_bytes(device)
+    if peak is None or allowed is None or peak <= allowed:
+        return []
+    return [
+        f"{peak / 2**20:.0f} MiB on {device} at the peak, where {allowed / 2**20:.0f} were allowed: as little as "
+        "possible was kept there"
+    ]
 
 
 def fits(model: nn.Module, device: torch.device) -> bool:

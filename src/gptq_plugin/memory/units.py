@@ -39,9 +39,9 @@ class Unit:
     float_walk: bool = False
     next: Unit | None = None
 
-    def weight_of(self, module: nn.Module) -> Substitution | None:
-        """The module's weight, if it is in this unit."""
-        return next((one for one in self.tensors if one.slot.module is module and one.slot.key == "weight"), None)
+    def weights(self) -> dict[nn.Module, Substitution]:
+        """The weights in this unit, by module."""
+        return {one.slot.module: one for one in self.tensors if one.slot.key == "weight"}
 
     def put_quantized(self, weight: Substitution, made: Tensor, original: Tensor | None) -> None:
         """Puts a quantized layer's weight in its place; also keeps the original if the float model walks too."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,7 +86,7 @@ class Weights:
         self._capacity = capacity
         self._quantized: dict[nn.Module, tuple[Target, QuantLinear]] = {}
         self._needs = divide(model, unit_bytes)
-        sizes = [self._size(unit) * (1 + two_walks) for unit in self._units()]
+        sizes = [self._size(unit) * (1 + two_walks) for unit in _units(self._needs)]
         self.total_bytes = sum(sizes)
         self.min_resident_bytes = max(sum(sizes[i : i + 3]) for i in range(max(1, len(sizes))))
         self._copier = Copier(device)
@@ -106,7 +106,7 @@ class Weights:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        tensors = [tensor for unit in self._units() for tensor in unit.tensors]
+        tensors = [tensor for unit in _units(self._needs) for tensor in unit.tensors]
         for tensor in tensors:  # before anything that could fail
             tensor.undo()
         for unit in list(self._resident):
@@ -145,19 +145,22 @@ class Weights:
         """True for a tensor that is in the place of another, and that the forward has not written to."""
         return any(one.is_lent(tensor) for unit in self._resident for one in unit.tensors)
 
-    def quantize(self, target: Target, layer: QuantLinear) -> None:
-        """From now on the layer runs with the weights of `layer`, which may move to another device meanwhile.
+    def quantize(self, layers: Sequence[tuple[Target, QuantLinear, Tensor | None]]) -> None:
+        """From now on the layers run with these, which may move meanwhile, and are dequantized unless values are given.
 
         To be called when no batch runs, and not on a batch's thread.
         """
         self._stops += 1
-        self._quantized[target.module] = (target, layer)
-        for unit in self._needs[target.module]:
-            weight = unit.weight_of(target.module)
-            if weight is not None and unit.present:
-                self._make_room(self._size(unit) - unit.bytes, keep=self._needs[target.module])
-                original = weight.slot.tensor if self._two_walks else None
-                unit.put_quantized(weight, _dequantized(target, layer, self._device), original)
+        self._quantized.update((target.module, (target, layer)) for target, layer, _ in layers)
+        for unit in dict.fromkeys(unit for target, _, _ in layers for unit in self._needs[target.module]):
+            places = unit.weights() if unit.present else {}
+            here = [one for one in layers if one[0].module in places]
+            if here:
+                self._make_room(self._size(unit) - unit.bytes, keep=self._needs[here[0][0].module])
+                for target, layer, values in here:
+                    made = _dequantized(target, layer, self._device) if values is None else target.with_weight(values)
+                    weight = places[target.module]
+                    unit.put_quantized(weight, made, weight.slot.tensor if self._two_walks else None)
                 self._set_bytes(unit, self._size(unit))
 
     def restore(self, target: Target) -> None:
@@ -165,9 +168,6 @@ class Weights:
         del self._quantized[target.module]
         for unit in filter(self._resident.__contains__, self._needs[target.module]):
             self._send_home(unit)
-
-    def _units(self) -> list[Unit]:
-        return list(dict.fromkeys(unit for units in self._needs.values() for unit in units))
 
     def _hook(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._use(module)  # which may not be the one called: another has its place and hooks for a time
@@ -280,6 +280,10 @@ class Weights:
 
     def _quantized_layer(self, tensor: Substitution) -> tuple[Target, QuantLinear] | None:
         return self._quantized.get(tensor.slot.module) if tensor.slot.key == "weight" else None
+
+
+def _units(needs: Mapping[nn.Module, tuple[Unit, ...]]) -> list[Unit]:
+    return list(dict.fromkeys(unit for units in needs.values() for unit in units))
 
 
 def _on_device(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> Any:

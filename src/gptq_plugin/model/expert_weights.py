@@ -2,7 +2,8 @@
 each expert; `WatchedWeights` learns how the parameter is used.
 
 Indexed with an expert's number, both give an object that torch.nn.functional.linear and @ take for a matrix; PyTorch's
-``__torch_function__`` lets it compute the product.
+``__torch_function__`` lets it compute the product. So do products of all experts: batched, or grouped, of rows that are
+sorted by expert.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptq_plugin.errors import TargetError
+from gptq_plugin.model.experts_call import ExpertsCall
 
 MatrixLayout = Literal["out, in", "in, out"]  # the sides of one expert's matrix
 
@@ -50,6 +52,9 @@ class ExpertWeights(_Experts):
         shape: Shape of the parameter.
         dtype: Dtype of the parameter.
         layout: The only one that it may be used in; None where the layers were not made from it.
+
+    Attributes:
+        call: Called by grouped products.
     """
 
     _is_hf_initialized = True  # transformers has nothing to initialise here
@@ -67,11 +72,17 @@ class ExpertWeights(_Experts):
         self._layout = layout
         self.shape = shape
         self.dtype = dtype
+        self.call = ExpertsCall(self.layers, len(parts))
 
     @property
     def device(self) -> torch.device:
         weight: Tensor = self.layers(0)[0].weight  # type: ignore[assignment]
         return weight.device
+
+    @property
+    def in_features(self) -> int:
+        features: int = self.layers(0)[0].in_features  # type: ignore[assignment]
+        return features
 
     def dim(self) -> int:
         return len(self.shape)
@@ -82,11 +93,36 @@ class ExpertWeights(_Experts):
     def layers(self, expert: int) -> list[nn.Module]:
         return [self._module.get_submodule(name) for name in self._parts[expert]]
 
+    def names_below(self, module: str) -> tuple[tuple[str, ...], ...]:
+        """Full names of each expert's layers, in a module of that name."""
+        return tuple(tuple(f"{module}.{name}" for name in own) for own in self._parts)
+
+    def data_ptr(self) -> int:
+        """None: products that ask for the alignment of the memory find it as they need it."""
+        return 0
+
+    def transpose(self, *dims: int) -> _Turned:
+        if {dim % 3 for dim in dims} != {1, 2}:
+            self.otherwise(f"transposed along {dims}")
+        return _Turned(self)
+
+    @property
+    def mT(self) -> _Turned:
+        return _Turned(self)
+
     def product(self, expert: int, x: Tensor, used_as: MatrixLayout) -> Tensor:
-        if used_as != (self._layout or used_as):
-            self.otherwise(f"as [{used_as}], where [{self._layout}] is declared")
+        self._check(used_as)
         outputs = [layer(x) for layer in self.layers(expert)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def grouped_product(self, x: Tensor, ends: Tensor, used_as: MatrixLayout) -> Tensor:
+        """The product of rows x, [rows, in], each with its expert's matrix; see `ExpertsCall`."""
+        self._check(used_as)
+        return self.call(x, ends)
+
+    def _check(self, used_as: MatrixLayout) -> None:
+        if used_as != (self._layout or used_as):
+            self.otherwise(f"as [{used_as}], where [{self._layout}] is declared")
 
     def otherwise(self, what: str) -> Any:
         raise TargetError(  # Python takes a TypeError of an operator for one that does not apply
@@ -105,7 +141,44 @@ class ExpertWeights(_Experts):
         if batched is not None and isinstance(batched[1], cls) and isinstance(batched[0], Tensor):
             x, weights = batched[0], batched[1]
             return torch.stack([weights.product(expert, x[expert], "in, out") for expert in range(len(weights))])
+        grouped = _grouped_operands(function, cls, args, kwargs)
+        if grouped is not None:
+            x, weights, ends = grouped
+            return weights.grouped_product(x, ends, "in, out")
         return _first(cls, args, kwargs).otherwise(_name(function))
+
+
+class _Turned:
+    """All experts' matrices with their sides exchanged, for a grouped product."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._weights.device
+
+    def data_ptr(self) -> int:
+        return self._weights.data_ptr()
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        grouped = _grouped_operands(function, cls, args, kwargs)
+        if grouped is None:
+            return _first(cls, args, kwargs)._weights.otherwise(f"{_name(function)} of the transposed")
+        x, turned, ends = grouped
+        return turned._weights.grouped_product(x, ends, "out, in")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._weights.otherwise(f"{name} of the transposed")
 
 
 class _One:
@@ -233,6 +306,7 @@ class WatchedWeights(_Experts):
 
 _TOLD = ("shape", "dtype", "device", "dim", "size")  # attributes that `ExpertWeights` has too
 _BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")  # PyTorch's names, and transformers'
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 
 
@@ -242,6 +316,18 @@ def _operands(
     """The arguments of one of the wanted functions, in order; None for any other function."""
     given = (*args, *(kwargs or {}).values())
     return given if function in wanted and len(given) >= 2 else None
+
+
+def _grouped_operands(
+    function: Any, kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> tuple[Any, Any, Any] | None:
+    """Rows, weights and ends of a grouped product of rows with weights of this kind; None for any other call."""
+    named = {key: value for key, value in (kwargs or {}).items() if value is not None}
+    if _name(function) not in _GROUPED or len(args) < 2 or not isinstance(args[1], kind):
+        return None
+    ends = args[2] if len(args) == 3 else named.pop("offs", None)
+    plain = len(args) <= 3 and not named and isinstance(ends, Tensor) and isinstance(args[0], Tensor)
+    return (args[0], args[1], ends) if plain and args[0].dim() == 2 else None
 
 
 def _first(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:

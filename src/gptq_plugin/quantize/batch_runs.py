@@ -17,15 +17,17 @@ from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.observing import Noticed, Watched, observe_positions
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.calibration.verdicts import DISTURBED, Findings
-from gptq_plugin.device.memory import Peak, free_bytes, give_back, peak_bytes
+from gptq_plugin.device.memory import Peak, free_bytes, give_back
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.activations import Activations
 from gptq_plugin.memory.weights import Weights
+from gptq_plugin.model.experts_at_once import as_called, calls_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.drifts import asks_for_drift
 from gptq_plugin.quantize.gradient_weights import GradientWeights
+from gptq_plugin.quantize.grouped_experts import grouped_experts, hessian_bytes, whole_bytes
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.replaceable import Replaceable
 from gptq_plugin.quantize.swap_check import check_swap
@@ -46,8 +48,10 @@ class BatchRuns:
         calibration: The batches.
         positions: Told which batch runs on which thread.
         options: How batches run, and how much memory there is.
+        at_once: Run experts at once where that is possible.
 
     Attributes:
+        at_once: Experts that forwards may call at once, by name.
         device: Where the batches run and the layers are solved.
         run_batch: Runs the data of a batch there, as run_batch(model, data).
         weights: Inside the context.
@@ -65,7 +69,9 @@ class BatchRuns:
     state: KeptState
     _noticed: Noticed
 
-    def __init__(self, plan: Plan, calibration: Calibration, positions: Positions, options: PassOptions) -> None:
+    def __init__(
+        self, plan: Plan, calibration: Calibration, positions: Positions, options: PassOptions, *, at_once: bool = False
+    ) -> None:
         self.device = _device(plan, options)
         self.run_batch = options.runner(every_logit=reads_every_logit(plan.config))
         self._run_explained = options.runner(every_logit=reads_every_logit(plan.config), explains=True)
@@ -80,6 +86,8 @@ class BatchRuns:
         self._options = options
         self._targets = {target.name: target for target in plan.targets}
         self.replaceable = Replaceable(plan)
+        self.at_once = grouped_experts(plan, self.device, options) if at_once else {}
+        self._used = self._targets | {name: self._targets[one.layers[0][0]] for name, one in self.at_once.items()}
         self.walks = Walks(frozenset(target.name for target in plan.targets if asks_for_drift(target)))
 
     def __enter__(self) -> BatchRuns:
@@ -119,7 +127,7 @@ class BatchRuns:
         """Surrounds a batch's wait at a layer, whose weights other batches may have sent home meanwhile."""
         with self.activations.waiting(number):
             yield
-        self.weights.present(self._targets[name])
+        self.weights.present(self._used[name])
 
     def not_finite(self, inputs: Mapping[int, torch.Tensor]) -> list[int]:
         """Numbers of the batches whose inputs, by their forwards' numbers, hold NaN or infinity."""
@@ -129,7 +137,7 @@ class BatchRuns:
                 found |= {} if torch.isfinite(x).all() else {self.walks.batch(number): None}
         return list(found)
 
-    def find_groups(self, layers: Mapping[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
+    def find_groups(self, layers: dict[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
         """Finds the groups with a forward of the largest batch, judges the layers by what they compute in it, and
         decides from it what stays on the device.
 
@@ -148,7 +156,8 @@ class BatchRuns:
             largest = sizes.index(max(sizes))
             self._noticed = Noticed(self._plan.model, self._batches[largest])
             forward = self.replaceable.watched(self._noticed.during(self.forward(largest)))
-            groups = find_groups(layers, forward, self.waiting, largest, self.state)
+            both = layers | calls_of(self.at_once)
+            groups = as_called(find_groups(both, forward, self.waiting, largest, self.state), self.at_once)
             share, place = sum(sizes) / max(1, sizes[largest]), (-sizes[largest], self._numbers[largest])
         self._place(free, measured.bytes(), share)
         of_all = distributed.gather_objects((place, groups))
@@ -181,11 +190,10 @@ class BatchRuns:
         def run(data: Any) -> Any:
             return self._run_explained(self._plan.model, data)
 
-        def present(name: str) -> None:
-            self.weights.present(self._targets[name])
-
         two = [batch.data for batch in self._batches[:2]]
-        own = disturbance(layers, two, run, present, self.state, self.walks.two)
+        own = disturbance(
+            layers, two, run, lambda name: self.weights.present(self._used[name]), self.state, self.walks.two
+        )
         return next(filter(None, distributed.gather_objects(own)), None)
 
     def make_room(self) -> bool:
@@ -233,14 +241,7 @@ class BatchRuns:
             for device in dict.fromkeys(distributed.gather_objects(str(self.device) if self._ran_short else None))
             if device is not None
         ]
-        peak, allowed = peak_bytes(self.device), self._options.device_memory
-        if peak is None or allowed is None or peak <= allowed:
-            return short
-        return [
-            *short,
-            f"{peak / 2**20:.0f} MiB on {self.device} at the peak, where {allowed / 2**20:.0f} were allowed: as little "
-            "as possible was kept there",
-        ]
+        return short + placement.beyond(self.device, self._options.device_memory)
 
     def _make_weights(self) -> Weights:
         """Gives weights half of the free memory for the first forward, which shows what else needs room."""
@@ -250,7 +251,7 @@ class BatchRuns:
             self.device,
             stream=self._streams(),
             capacity=placement.UNLIMITED if free is None or options.offload_weights is False else free // 2,
-            unit_bytes=placement.unit_bytes(self._plan.model, free),
+            unit_bytes=max(placement.unit_bytes(self._plan.model, free), whole_bytes(self.at_once.values())),
             two_walks=self.walks.two,
             make_room=self.make_room,
         )
@@ -273,7 +274,7 @@ class BatchRuns:
         needs = placement.Needs(
             weights=self.weights.total_bytes,
             fixed=placement.fixed_bytes(self._plan.targets, self.device, len(self._batches) * (1 + self.walks.two)),
-            solver=placement.solver_bytes(self._plan.targets),
+            solver=placement.solver_bytes(self._plan.targets) + hessian_bytes(self.at_once.values()),
             forward=peak - self.weights.peak_bytes,
             activations=int(waiting * share) * (1 + self.walks.two),
             batch=waiting,

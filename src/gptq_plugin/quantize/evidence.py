@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_plugin.calibration.positions import Positions, Rows
 from gptq_plugin.model.experts import experts_of, in_expert
+from gptq_plugin.model.experts_at_once import Grouped, by_expert
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.drifts import Drifts
 from gptq_plugin.quantize.gradient_weights import GradientWeights
+from gptq_plugin.quantize.grouped_evidence import GroupedEvidence
 from gptq_plugin.quantize.outcome import sum_over_ranks
 from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
 from gptq_plugin.walk.groups import Group
@@ -39,13 +42,21 @@ class Observations:
         positions: Knows which rows of an input count.
         device: Where the Hessians live.
         exact: Their sums depend on neither order nor ranks.
+        calls: Of experts that are called at once, by name.
 
     Attributes:
         ranges: Of the inputs that were observed; of the outputs too, while it watches.
         known: Groups, by the names of their layers, whose evidence is known: nothing is summed up for them.
     """
 
-    def __init__(self, plan: Plan, positions: Positions, device: torch.device, exact: bool = True) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        positions: Positions,
+        device: torch.device,
+        exact: bool = True,
+        calls: Mapping[str, Grouped] | None = None,
+    ) -> None:
         self.ranges = Ranges()
         self.known: set[tuple[str, ...]] = set()
         self._targets = {target.name: target for target in plan.targets}
@@ -54,6 +65,8 @@ class Observations:
         self._hessians: dict[tuple[str, ...], Hessian] = {}  # by the names of a group
         self._exact = exact
         self._experts = ExpertHessians(device, exact)
+        self._calls = calls or {}
+        self._grouped = GroupedEvidence(self._calls, device, exact, self.ranges)
         self._drifts = Drifts(plan, device, exact)
         self._remarks: dict[tuple[str, str], int] = defaultdict(int)  # batches, by layer and remark
         self._read_tokens: set[str] = set()  # experts' layers, see `positions.Rows`
@@ -72,6 +85,9 @@ class Observations:
                 self._remarks[name, rows.remark] += 1
         if rows.are_tokens:
             self._read_tokens.add(first)
+        if group.at_once:
+            self._grouped.add(group, rows, x)
+            return
         if group.names not in self.known:
             self._hessian(group).add(rows.weighted(rows.counted))
             self._drifts.add(group, number, x, rows)
@@ -82,9 +98,21 @@ class Observations:
         if group.names not in self.known:
             self._drifts.note(group, number, x)
 
-    def watching_experts(self) -> AbstractContextManager[None]:
-        """Takes in what enters blocks of experts in both walks, while batches run."""
-        return self._drifts.watching(self._positions.sources())
+    @contextlib.contextmanager
+    def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Takes in the outputs of layers and, in both walks, what enters blocks of experts, while batches run.
+
+        Args:
+            layers: By name; others than targets are left out.
+        """
+        widths = {name: target.weight.shape[0] for name, target in self._targets.items()}
+        at_once = [(one.call, one.layers) for one in self._calls.values()]
+        with (
+            self.ranges.watching({name: layer for name, layer in layers.items() if name in self._targets}),
+            self.ranges.watching_experts(at_once, widths),
+            self._drifts.watching(self._positions.sources()),
+        ):
+            yield
 
     def observe_experts(self, experts: str, rows: Tensor) -> None:
         """Adds the rows [tokens, in] that enter a block of experts and count."""
@@ -113,6 +141,16 @@ class Observations:
         evidence = Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
         return self._with_drift(group, evidence, tokens, paired=experts is None)
 
+    def of_experts(self, group: Group) -> Iterator[Evidence]:
+        """Yields the evidence for each expert of a group that is called at once, as `of_group` gives it for others."""
+        first, layers = self._targets[group.names[0]], by_expert(group, self._calls)[0]
+        experts = experts_of(first.name, first.module)
+        assert experts is not None
+        own = [in_expert(experts, name) for name in layers]
+        reads = self._experts.reads_tokens(experts, own, first.name in self._read_tokens)
+        for hessian in self._grouped.take(group, first.weight.shape[1]):
+            yield self._experts.weighted(experts, reads, hessian)
+
     def _with_drift(self, group: Group, evidence: Evidence, weight: int, *, paired: bool) -> Evidence:
         drift, told = self._drifts.mean(group, evidence.mean, evidence.tokens, weight, paired=paired)
         return replace(evidence, drift=drift, deviations=evidence.deviations + told)
@@ -133,6 +171,7 @@ class Observations:
     def discard(self, group: Group) -> None:
         """Drops what was observed of a group that is solved."""
         self._hessians.pop(group.names, None)
+        self._grouped.discard(group)
         self._drifts.discard(group)
 
     def leave(self, experts: str) -> None:

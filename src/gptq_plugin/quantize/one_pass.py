@@ -27,6 +27,7 @@ from gptq_plugin.gptq.solver import Solution
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.finished_layers import FinishedLayers
 from gptq_plugin.model.experts import experts_of
+from gptq_plugin.model.experts_at_once import called, called_at_once, in_grouped_products
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.batch_runs import BatchRuns
@@ -38,6 +39,7 @@ from gptq_plugin.quantize.data_checks import (
     not_finite_on_ranks,
 )
 from gptq_plugin.quantize.evidence import Observations
+from gptq_plugin.quantize.experts_pass import ExpertsPass
 from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.kept_pass import KeptPass, Stop, alike
 from gptq_plugin.quantize.options import PassOptions
@@ -78,13 +80,16 @@ class OnePass:
         for target in plan.targets:
             self._of_experts[experts_of(target.name, target.module)].append(target)
         self._positions = Positions(plan.model, calibration.batches, plan.config.token_weighting)
-        self.runs = BatchRuns(plan, calibration, self._positions, options)
+        self.runs = BatchRuns(plan, calibration, self._positions, options, at_once=True)
         self._exact = options.sums_exactly(self.runs.device)
-        self._observations = Observations(plan, self._positions, self.runs.device, self._exact)
+        self._observations = Observations(plan, self._positions, self.runs.device, self._exact, self.runs.at_once)
         self._finished = FinishedLayers(plan.targets[0].weight.device, options.layers_in)
         self._outcome = Outcome(plan)
         self._kept = KeptPass(options.kept_files(), self._targets, self.runs.device, self._exact)
         self._identity: PassIdentity | None = None  # None if nothing is to be kept
+        self._experts_pass = ExpertsPass(
+            plan, self.runs, self._observations, self._outcome, self._finished, self._kept, self._quantize_stop
+        )
         self._disturbance: str | None = None  # why the batches cannot take turns
         self._unchecked: list[str] = []  # why the quantized layers could not be compared in the model
         self._experts: str | None = None  # the block of experts that the walk is in
@@ -103,22 +108,12 @@ class OnePass:
                 self._identity = PassIdentity(
                     self._plan, self._calibration, self._options, self.runs.device, self._exact
                 )
-            with self.runs:
-                groups, modules = self._planned()
-                planned = time.perf_counter() - started
-                with (
-                    self._positions.watching(self._observe_experts),
-                    self._observations.ranges.watching(modules),
-                    self._observations.watching_experts(),
-                    self.runs.replaceable.judging_first_calls(),
-                    contextlib.closing(self._walk(groups, modules)) as stops,
-                ):
-                    for stop in stops:
-                        self._finished.take_home()
-                        self._quantize_group(stop, samples)
-                        if self._kept.record is not None:
-                            break  # all that the walk would show is known
-                    self._leave_experts(None)
+            experts = self.runs.at_once.values()
+            with in_grouped_products(experts), self.runs:
+                with called_at_once(experts):
+                    groups, modules = self._planned()
+                    planned = time.perf_counter() - started
+                    self._calibrate(groups, modules, samples)
                 self._take_rest()
                 self._outcome.check_reached()
                 self._unchecked = self.runs.check_swap(self._outcome.solved)
@@ -133,8 +128,22 @@ class OnePass:
         report.positions, report.cache = dict(record.positions), self._kept.totals()
         return self._finished.layers, report
 
+    def _calibrate(self, groups: Sequence[Group], modules: Mapping[str, nn.Module], samples: Samples) -> None:
+        with (
+            self._positions.watching(self._observe_experts),
+            self._observations.watching(modules),
+            self.runs.replaceable.judging_first_calls(),
+            contextlib.closing(self._walk(groups, modules)) as stops,
+        ):
+            for stop in stops:
+                self._finished.take_home()
+                self._quantize_group(stop, samples)
+                if self._kept.record is not None:
+                    break  # all that the walk would show is known
+            self._leave_experts(None)
+
     def _planned(self) -> tuple[list[Group], dict[str, nn.Module]]:
-        """The groups of layers, in the order of the walk, and the layers by name."""
+        """The groups of layers, in the order of the walk, and by name what they are called by."""
         modules = {target.name: target.module for target in self._plan.targets}
         probing = contextlib.nullcontext() if self._identity is None else self._identity.probing(modules)
         with self._positions.watching():
@@ -143,7 +152,9 @@ class OnePass:
             self._outcome.left_float.update(left_float)
             for name in left_float:
                 del modules[name]
-            self._disturbance = self.runs.disturbance(modules)
+            walked = called(groups, modules, self.runs.at_once)
+            modules = {name: module for name, module in walked.items() if name in modules}
+            self._disturbance = self.runs.disturbance(walked)
         found = self.runs.observe_positions(modules, self._disturbance, groups)
         self._positions.learn(most_seen(distributed.gather_objects(found)))
         weights = None
@@ -153,7 +164,7 @@ class OnePass:
         groups = _without(left_float, groups)
         if self._identity is not None:
             self._identity.settle(groups, self._positions.findings, self._disturbance, self.runs.state, weights)
-        return groups, modules
+        return groups, walked
 
     def _weight_by_gradients(self, layers: Mapping[str, nn.Module]) -> GradientWeights:
         """Layers that read one input are weighted differently, so that each needs a Hessian of its own."""
@@ -193,6 +204,10 @@ class OnePass:
             self._outcome.add_late(stop.group.names[0], len(late))
             return
         self._leave_experts(experts_of(members[0].name, members[0].module))
+        if stop.group.at_once:
+            self._experts_pass.quantize(stop, samples)
+            self._progress(members)
+            return
         self._observations.count_other_calls(stop.group)
         shown = None
         if not self._outcome.solved:
@@ -242,12 +257,15 @@ class OnePass:
             end = start + target.weight.shape[0]
             rows = solution.weight.rows(start, end)
             layer = QuantLinear.from_quantized(rows, target.bias, target.parameter.dtype)
-            self.runs.weights.quantize(target, layer)
+            self.runs.weights.quantize([(target, layer, None)])
             self._finished.add(target.name, layer)
             start = end
         stopwatch.stop()
+        self._progress(same)
+
+    def _progress(self, targets: Sequence[Target]) -> None:
         if self._options.progress is not None:
-            self._options.progress(len(self._outcome.solved), len(self._targets), _names(same))
+            self._options.progress(len(self._outcome.solved), len(self._targets), _names(targets))
 
     def _solve(self, same: list[Target], evidence: Evidence, stop: lockstep.Stop) -> Solution:
         weights = [self.runs.weights.present(target) for target in same]

@@ -20,6 +20,7 @@ from gptq_plugin.model.linears import linear_shape
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Skipped, Target
 from gptq_plugin.quantize.data_checks import Samples, unreached
+from gptq_plugin.quantize.solve_experts import Chunk
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.walk.lockstep import Notes
@@ -120,6 +121,36 @@ class Outcome:
                 tokens=observed.tokens,
                 deviations=solution.deviations + observed.deviations,
             )
+        self._stopwatches.append(stopwatch)
+
+    def add_experts(
+        self, experts: Sequence[Sequence[Target]], chunk: Chunk, good: Sequence[bool], stopwatch: Stopwatch
+    ) -> None:
+        """Takes the solutions of experts that were solved together, those that are good.
+
+        Args:
+            experts: The layers of each, alike for all; their rows are one below the other.
+            chunk: Their solutions.
+            good: For each expert.
+            stopwatch: Measures the time of all.
+        """
+        rows, solved = [target.weight.shape[0] for target in experts[0]], chunk.solved
+        coarse = (solved.scales < COARSE_SCALE).sum(1, keepdim=True).to(solved.losses)
+        parts = torch.cat([solved.losses, coarse], 1).split(rows, -1)
+        losses = AsyncRead(torch.stack([part.sum(-1) for part in parts], -1).movedim(1, 0).flatten(1))
+        for expert, layers in enumerate(experts):
+            for part, target in enumerate(layers if good[expert] else ()):
+                self.solved[target.name] = Solved(
+                    target,
+                    losses,
+                    expert * len(layers) + part,
+                    share=rows[part] / sum(rows) / len(experts),
+                    stopwatch=stopwatch,
+                    method="gptq",
+                    damp_percent=chunk.damp_percents[expert],
+                    tokens=chunk.evidence[expert].tokens,
+                    deviations=chunk.evidence[expert].deviations,
+                )
         self._stopwatches.append(stopwatch)
 
     def add_late(self, layer: str, calls: int) -> None:

@@ -205,7 +205,7 @@ def _alone(
         for unit in units:
             quantized = [target for target in unit.targets if target.name in layers]
             for target in quantized:
-                runs.weights.quantize(target, layers[target.name])
+                runs.weights.quantize([(target, layers[target.name], None)])
             found.append(divergence.measure() if quantized else 0.0)
             for target in quantized:
                 runs.weights.restore(target)

@@ -17,7 +17,7 @@ def disturbance(
     layers: Mapping[str, nn.Module],
     batches: Sequence[Any],
     run: Callable[[Any], Any],
-    present: Callable[[str], None],
+    present: Callable[[str], object],
     state: KeptState,
     two_walks: bool = False,
 ) -> str | None:

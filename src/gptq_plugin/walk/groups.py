@@ -20,10 +20,18 @@ class Group:
     Attributes:
         names: The layers, in the order they are called.
         calls: How often a forward calls each of them; the group is ready at the last call.
+        at_once: Names under which `layers` have calls of all these layers together, in place of the layers; none for
+            layers that are called one by one.
     """
 
     names: tuple[str, ...]
     calls: int = 1
+    at_once: tuple[str, ...] = ()
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """What is called, by its names in `layers`."""
+        return self.at_once or self.names
 
 
 def find_groups(

@@ -128,7 +128,7 @@ class _Steps:
     ) -> None:
         self.walks = walks
         self.groups = groups
-        self.position = {name: i for i, group in enumerate(groups) for name in group.names}
+        self.position = {name: i for i, group in enumerate(groups) for name in group.called}
         self.observe = observe
         self.notes = notes
         self.done: set[int] = set()

@@ -46,10 +46,10 @@ def walk_one_by_one(
         inputs: dict[int, Tensor] = {}
         observed = False
         for number, forward in enumerate(forwards):
-            if all(walks.passes(number, name) for name in group.names):
+            if all(walks.passes(number, name) for name in group.called):
                 continue
             run = _RunTo(group, number, forward, observe, state)
-            with watch_inputs({name: layers[name] for name in group.names}, run.arrive):
+            with watch_inputs({name: layers[name] for name in group.called}, run.arrive):
                 found = run.result()
             observed |= run.calls > 0 and not walks.is_float(number)
             if found is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from gptq_plugin import distributed
 from gptq_plugin.device.precision import FLOAT16
 from gptq_plugin.walk.float_walk import serves_float
 
+Layers = tuple[tuple[str, ...], ...]  # names of each expert's layers
+_OfExperts = dict[Layers, Tensor]  # [layers of one expert, experts], -1 where none was seen
 _MARGIN = 2  # other samples reach further than calibration's: values nearer than this to `FLOAT16` are reported
 
 
@@ -27,14 +29,25 @@ class Ranges:
     def __init__(self) -> None:
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
+        self._of_experts: tuple[_OfExperts, _OfExperts] = ({}, {})  # inputs and outputs
 
     def read(self, names: Iterable[str], x: Tensor) -> None:
         """Includes x, an input of these layers."""
         _include(self._inputs, names, x)
 
+    def read_experts(self, layers: Layers, x: Tensor, ends: Tensor) -> None:
+        """Includes x, [rows, in], an input of experts whose rows end there, int32 [experts].
+
+        Args:
+            layers: Names of each expert's layers, alike for all.
+            x: As above.
+            ends: As above.
+        """
+        _include_experts(self._of_experts[0], layers, [x] * len(layers[0]), ends)
+
     @contextlib.contextmanager
     def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Includes the outputs of the layers while batches run."""
+        """Includes the outputs of the layers while batches run, called one by one."""
 
         def hook(name: str) -> Any:
             def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -50,6 +63,29 @@ class Ranges:
             for handle in handles:
                 handle.remove()
 
+    @contextlib.contextmanager
+    def watching_experts(self, calls: Sequence[tuple[nn.Module, Layers]], widths: Mapping[str, int]) -> Iterator[None]:
+        """Includes the outputs of experts while batches run.
+
+        Args:
+            calls: Modules called with the rows of all experts and where they end, and the names of each one's layers,
+                whose outputs are concatenated.
+            widths: Number of outputs, by layer.
+        """
+
+        def hook(layers: Layers) -> Any:
+            sizes = [widths[name] for name in layers[0]]
+
+            def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                _include_experts(self._of_experts[1], layers, output.split(sizes, -1), args[1])
+
+            return after
+
+        with contextlib.ExitStack() as stack:
+            for module, layers in calls:
+                stack.callback(module.register_forward_hook(hook(layers)).remove)
+            yield
+
     def over_ranks(self, names: Iterable[str], device: torch.device) -> dict[str, tuple[float, float]]:
         """By layer, its largest input and output over all ranks; NaN if none was seen. Collective.
 
@@ -58,7 +94,9 @@ class Ranges:
             device: Device on which the ranks compare them.
         """
         names, unseen = list(names), torch.tensor(-1.0, device=device)
-        found = [seen.get(name, unseen).float() for name in names for seen in (self._inputs, self._outputs)]
+        both = (self._inputs, self._outputs), self._of_experts
+        of_all = [seen | _by_layer(of_experts) for seen, of_experts in zip(*both, strict=True)]
+        found = [seen.get(name, unseen).float() for name in names for seen in of_all]
         largest = torch.stack(found).nan_to_num(nan=-1, posinf=math.inf)
         distributed.maximum_(largest)
         values = [value if value >= 0 else math.nan for value in largest.tolist()]
@@ -72,6 +110,33 @@ def near_float16(largest_input: float, largest_output: float) -> str | None:
     if not large:
         return None
     return f"its {' and its '.join(large)} in calibration, and float16 ends at {FLOAT16:.0f}: run it in bfloat16"
+
+
+def _include_experts(seen: _OfExperts, layers: Layers, parts: Sequence[Tensor], ends: Tensor) -> None:
+    """Includes a part, [rows, width], for each of an expert's layers."""
+    if layers not in seen:
+        seen[layers] = torch.full((len(parts), len(layers)), -1.0, device=ends.device)
+    if not parts[0].numel():
+        return
+    expert = torch.searchsorted(ends, torch.arange(len(parts[0]), device=ends.device, dtype=ends.dtype), right=True)
+    expert = expert.clamp_(max=len(layers))  # rows of none
+    for number, part in enumerate(parts):
+        if number and part is parts[0]:
+            seen[layers][number] = seen[layers][0]
+            continue
+        low, high = part.detach().aminmax(dim=1)
+        largest = torch.maximum(-low, high).float().nan_to_num(nan=-1.0, posinf=math.inf)
+        of_all = nn.functional.pad(seen[layers][number], (0, 1)).scatter_reduce_(0, expert, largest, "amax")
+        seen[layers][number] = of_all[:-1]
+
+
+def _by_layer(seen: _OfExperts) -> dict[str, Tensor]:
+    return {
+        name: value
+        for layers, of_all in seen.items()
+        for number, values in enumerate(of_all.unbind())
+        for name, value in zip((own[number] for own in layers), values.unbind(), strict=True)
+    }
 
 
 def _include(seen: dict[str, Tensor], names: Iterable[str], x: Any) -> None:

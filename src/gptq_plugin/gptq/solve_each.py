@@ -1,0 +1,84 @@
+"""Matrices of one shape with a Hessian each, solved together: `solve_each`.
+
+Each is solved as `solver.solve` solves one, but for the order of additions. What there is told by an exception is told
+by a number here, and read once for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.precision import full_precision
+from gptq_plugin.device.streams import on_side_stream
+from gptq_plugin.gptq.factor import factorize
+from gptq_plugin.gptq.grid import SCALE_DTYPE
+from gptq_plugin.gptq.improve import improves
+from gptq_plugin.gptq.losses import beside
+from gptq_plugin.gptq.recursion import Recursion
+
+CHUNK_BYTES = 2**32  # of the tensors of matrices that are solved together
+_BYTES_HESSIAN = 20  # for every entry: the mean, the factor, and copies on the way
+_BYTES_WEIGHT = 30
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """B solved matrices; those that are not `good` hold garbage.
+
+    Attributes:
+        codes: uint8 [B, in, rows].
+        scales: float16 [B, G, rows].
+        zeros: uint8 [B, G, rows].
+        g_idx: int32 [B, in].
+        losses: [B, 3, rows]: loss, that of round-to-nearest, and power, as in `solver.Solution`.
+        good: bool [B].
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+    losses: Tensor
+    good: Tensor
+
+
+def can_solve(config: QuantizeConfig) -> bool:
+    """True if `solve_each` does all that a configuration asks for."""
+    return not improves(config) and not config.asymmetric_alpha
+
+
+def most(rows: int, columns: int) -> int:
+    """How many matrices of a shape to solve together. It follows from the shape alone: sums may depend on it."""
+    return max(1, CHUNK_BYTES // (columns * (columns * _BYTES_HESSIAN + rows * _BYTES_WEIGHT)))
+
+
+def solve_each(weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_percents: Tensor) -> Solutions:
+    """Solves matrices.
+
+    Args:
+        weights: [B, rows, in], any floating dtype.
+        hessians: [B, in, in], float32 or float64, in which is solved.
+        config: For all, as for `solver.solve`; `can_solve` it.
+        damp_percents: [B], in place of the configuration's.
+    """
+    with full_precision(weights.device):
+        weights = weights.detach().to(hessians.dtype).contiguous()
+        with on_side_stream(weights.device) as join:
+            rtn_loss, power = beside(weights, hessians, config)
+        factor, good = factorize(hessians, config, hessians.dtype, damp_percents[:, None].to(hessians.dtype))
+        rounded = Recursion(weights, factor, config)
+        rounded.visit()
+        finite = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1)
+        join()
+        return Solutions(
+            codes=rounded.codes,
+            scales=rounded.scales.to(SCALE_DTYPE),
+            zeros=rounded.zeros.to(torch.uint8),
+            g_idx=rounded.g_idx().expand(len(weights), -1),
+            losses=torch.stack([rounded.loss.clamp(min=0), rtn_loss, power], 1),
+            good=good & finite & rounded.fits_each,
+        )

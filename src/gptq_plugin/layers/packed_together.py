@@ -1,0 +1,58 @@
+"""Quantized layers of one shape, packed together: `packed_layers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.layers.packing import pack
+from gptq_plugin.layers.qlinear import QuantLinear
+
+if TYPE_CHECKING:
+    from gptq_plugin.gptq.solve_each import Solutions
+
+
+def packed_layers(
+    solved: Solutions, rows: slice, bits: int, group_size: int, dtypes: Sequence[torch.dtype]
+) -> list[QuantLinear]:
+    """What `QuantLinear.from_quantized` makes of some rows of each of B matrices, without a bias.
+
+    Args:
+        solved: The matrices.
+        rows: Of each.
+        bits: Width of a code.
+        group_size: As configured.
+        dtypes: Of the float layers.
+    """
+    codes, scales, zeros = (part[..., rows] for part in (solved.codes, solved.scales, solved.zeros))
+    batch, n_in, n_out = codes.shape
+    words = pack(codes.movedim(0, 1).reshape(n_in, batch * n_out), bits).unflatten(1, (batch, n_out)).movedim(1, 0)
+    of_zeros = pack(zeros.movedim(2, 0).reshape(n_out, -1), bits).unflatten(1, (batch, -1)).movedim(0, 2)
+    layers = []
+    for number, dtype in enumerate(dtypes):
+        layer = QuantLinear(n_in, n_out, bits, group_size, dtype=dtype, device="meta")
+        layer._buffers.update(
+            qweight=_own(words[number]),
+            qzeros=_own(of_zeros[number]),
+            scales=_own(scales[number]),
+            g_idx=_own(solved.g_idx[number]),
+        )
+        layers.append(layer)
+    return layers
+
+
+def dequantized(solved: Solutions, dtype: torch.dtype) -> Tensor:
+    """All matrices, [B, rows, in], each value computed in float32 and rounded once."""
+    group = solved.g_idx.long()[:, :, None]
+    values = solved.codes.float()
+    values -= solved.zeros.float().take_along_dim(group, 1)
+    values *= solved.scales.float().take_along_dim(group, 1)
+    return values.to(dtype).mT.contiguous()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy that shares no memory with those of other layers: whoever keeps one of them keeps no others."""
+    return tensor.clone(memory_format=torch.contiguous_format)

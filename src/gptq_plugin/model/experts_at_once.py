@@ -1,0 +1,122 @@
+"""Experts that transformers' code multiplies in one product: `Grouped`, `called_at_once`.
+
+transformers has several implementations of experts and a name for each in the configuration. While batches walk, the
+one with grouped products runs experts that are apart, so that all of one parameter are called at once. Which modules
+have it is not known before a forward calls them.
+
+Tested by tests/quantize/test_experts_pass.py: with the forwards that call them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from gptq_plugin.model.expert_weights import ExpertWeights
+from gptq_plugin.model.experts_call import ExpertsCall
+from gptq_plugin.walk.groups import Group
+
+_GROUPED = "grouped_mm"
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The layers of all experts of one parameter.
+
+    Attributes:
+        name: Full name of the parameter that they were.
+        module: The module that had it.
+        call: Gets the rows of all experts.
+        layers: Full names of each expert's layers.
+        in_features: Their inputs.
+    """
+
+    name: str
+    module: nn.Module
+    call: ExpertsCall
+    layers: tuple[tuple[str, ...], ...]
+    in_features: int
+
+
+def find_grouped(model: nn.Module) -> list[Grouped]:
+    """The parameters whose experts are apart, and whose module may run them in grouped products."""
+    return [
+        Grouped(f"{name}.{key}", module, value.call, value.names_below(name), value.in_features)
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if isinstance(value, ExpertWeights) and hasattr(getattr(module, "config", None), "_experts_implementation")
+    ]
+
+
+def calls_of(grouped: Mapping[str, Grouped]) -> dict[str, nn.Module]:
+    """The calls, by name."""
+    return {name: one.call for name, one in grouped.items()}
+
+
+@contextlib.contextmanager
+def in_grouped_products(some: Collection[Grouped]) -> Iterator[None]:
+    """Inside the block transformers' modules run these experts in grouped products.
+
+    A module gets a configuration of its own, since others have the same one.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in dict.fromkeys(one.module for one in some):
+            config: Any = module.config
+            own = copy.copy(config)
+            own._experts_implementation = {"": _GROUPED}  # not those of the configurations in it
+            module.config = own
+            stack.callback(setattr, module, "config", config)
+        yield
+
+
+@contextlib.contextmanager
+def called_at_once(some: Collection[Grouped]) -> Iterator[None]:
+    """Inside the block grouped products call these experts at once: hooks on their layers see nothing."""
+    with contextlib.ExitStack() as stack:
+        for one in some:
+            stack.enter_context(one.call.as_one())
+        yield
+
+
+def as_called(groups: Sequence[Group], grouped: Mapping[str, Grouped]) -> list[Group]:
+    """Groups of layers and calls of experts: those calls that were made stand for the layers of all experts.
+
+    Args:
+        groups: Of layers, and of calls by their names.
+        grouped: The calls, by name.
+    """
+    made = {name for name, one in grouped.items() if one.call.count}
+    covered = {layer for name in made for own in grouped[name].layers for layer in own}
+    found = []
+    for group in groups:
+        calls = tuple(name for name in group.names if name in made)
+        others = tuple(name for name in group.names if name not in grouped and name not in covered)
+        if calls:
+            by_expert = zip(*(grouped[name].layers for name in calls), strict=True)
+            names = tuple(name for own in by_expert for layers in own for name in layers)
+            found.append(Group(names, group.calls, calls))
+        if others:
+            found.append(replace(group, names=others))
+    return found
+
+
+def by_expert(group: Group, grouped: Mapping[str, Grouped]) -> list[tuple[str, ...]]:
+    """The layers of each expert in a group of experts that are called at once."""
+    members = set(group.names)
+    of_calls = zip(*(grouped[name].layers for name in group.at_once), strict=True)
+    return [tuple(name for layers in own for name in layers if name in members) for own in of_calls]
+
+
+def called(
+    groups: Sequence[Group], layers: Mapping[str, nn.Module], grouped: Mapping[str, Grouped]
+) -> dict[str, nn.Module]:
+    """What forwards call, by name: layers, and calls of all experts in place of theirs."""
+    made = {name for group in groups for name in group.at_once}
+    covered = {layer for name in made for own in grouped[name].layers for layer in own}
+    others = {name: module for name, module in layers.items() if name not in covered}
+    return others | {name: grouped[name].call for name in made}

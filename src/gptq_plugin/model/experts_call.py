@@ -1,0 +1,110 @@
+"""The layers of all experts of one parameter in one call: `ExpertsCall`.
+
+transformers sorts the rows of a batch by expert and multiplies them with a grouped product
+(``experts_implementation="grouped_mm"``); the stand-in for the parameter passes that product on to here. Hooks on the
+call see the rows of all experts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gptq_plugin.layers.qlinear import output_dtype
+
+_ALIGNED = 16  # bytes, to which a GPU's grouped product needs rows aligned
+_CAPABILITY = (8, 0)
+
+
+class ExpertsCall(nn.Module):
+    """Called as call(x, ends), with the rows x, [rows, in], of expert e at ends[e - 1] up to ends[e].
+
+    Args:
+        layers: Returns an expert's layers, whose outputs are concatenated.
+        experts: Number of experts.
+
+    Attributes:
+        count: Number of calls inside the last `as_one`.
+    """
+
+    def __init__(self, layers: Callable[[int], Sequence[nn.Module]], experts: int) -> None:
+        super().__init__()
+        self._layers = layers
+        self._experts = experts
+        self.count = 0
+        self._is_whole = False
+        self._ends: Any = WeakTensorKeyDictionary()
+
+    def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
+        self._ends[x] = ends
+        self.count += 1
+        result: Tensor = super().__call__(x, ends)
+        return result
+
+    def ends_of(self, x: Tensor) -> Tensor:
+        """Where the experts' rows end, int32 [experts], in an input of this call that is alive."""
+        ends: Tensor = self._ends[x]
+        return ends
+
+    @contextlib.contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Inside the block float layers are not called, only their weights used, so that hooks on them see nothing."""
+        self._is_whole, self.count = True, 0
+        try:
+            yield
+        finally:
+            self._is_whole = False
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Returns [rows, out]; rows that are no expert's are 0."""
+        layers = [self._layers(expert) for expert in range(self._experts)]
+        if not self._is_whole:
+            return _one_by_one(x, ends, lambda expert, rows: _joined([layer(rows) for layer in layers[expert]]))
+        with torch._C.DisableTorchFunction():  # modes that watch who reads a weight
+            weights = [[layer.get_parameter("weight") for layer in own] for own in layers]
+            dtype = output_dtype(x)
+            if _has_grouped_product(x.to(dtype), weights):
+                return _grouped(x.to(dtype), ends, weights)
+            return _one_by_one(x, ends, lambda expert, rows: _products(rows, weights[expert]))
+
+
+def _one_by_one(x: Tensor, ends: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Calls product(expert, its rows) for experts that have any, and for the first one if none has."""
+    stops, start = ends.tolist(), 0
+    parts: list[Tensor] = []
+    for expert, stop in enumerate(stops):
+        if stop > start or not (parts or expert or stops[-1]):
+            parts.append(product(expert, x[start:stop]))
+        start = stop
+    if start < len(x):
+        parts.append(parts[0].new_zeros(len(x) - start, parts[0].shape[1]))
+    return torch.cat(parts)
+
+
+def _products(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return _joined([functional.linear(rows, weight) for weight in weights])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
+
+
+def _has_grouped_product(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> bool:
+    """True if PyTorch has a kernel for all experts' products of x."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not hasattr(functional, "grouped_mm"):
+        return False
+    widths = (x.shape[1], sum(len(weight) for weight in weights[0]))
+    aligned = all(width * x.element_size() % _ALIGNED == 0 for width in widths)
+    return aligned and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
+
+
+def _grouped(x: Tensor, ends: Tensor, weights: Sequence[Sequence[Tensor]]) -> Tensor:
+    whole = torch.cat([weight.to(x.dtype) for of_one in weights for weight in of_one])
+    y: Tensor = functional.grouped_mm(x, whole.unflatten(0, (len(weights), -1)).mT, offs=ends)  # type: ignore[attr-defined]
+    return y.masked_fill_((torch.arange(len(y), device=y.device) >= ends[-1])[:, None], 0)

@@ -1,0 +1,125 @@
+"""Experts that are called at once, from their evidence to quantized layers: `ExpertsPass`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gptq_plugin.device.streams import Stopwatch
+from gptq_plugin.gptq.solve_each import can_solve
+from gptq_plugin.layers.packed_together import dequantized, packed_layers
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.memory.finished_layers import FinishedLayers
+from gptq_plugin.model.experts_at_once import by_expert
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.model.targets import Target
+from gptq_plugin.quantize import kept_pass
+from gptq_plugin.quantize.batch_runs import BatchRuns
+from gptq_plugin.quantize.data_checks import Samples, check_enough
+from gptq_plugin.quantize.evidence import Observations
+from gptq_plugin.quantize.kept_pass import KeptPass
+from gptq_plugin.quantize.outcome import Outcome
+from gptq_plugin.quantize.solve_experts import Chunk, solve_experts
+from gptq_plugin.walk.expert_hessians import Evidence
+from gptq_plugin.walk.lockstep import Stop
+
+
+class ExpertsPass:
+    """Quantizes the experts of a group together.
+
+    Args:
+        plan: All layers.
+        runs: Where they run.
+        observations: Their evidence.
+        outcome: Gets the solutions.
+        finished: Gets the layers.
+        kept: Gets the stops of experts that are quantized by themselves.
+        quantize: Quantizes the layers of such a stop.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        runs: BatchRuns,
+        observations: Observations,
+        outcome: Outcome,
+        finished: FinishedLayers,
+        kept: KeptPass,
+        quantize: Callable[[kept_pass.Stop, list[Target], Stop], None],
+    ) -> None:
+        self._plan = plan
+        self._targets = {target.name: target for target in plan.targets}
+        self._runs, self._observations, self._outcome = runs, observations, outcome
+        self._finished = finished
+        self._kept, self._quantize_stop = kept, quantize
+
+    def quantize(self, stop: Stop, samples: Samples) -> None:
+        """Quantizes a group.
+
+        Args:
+            stop: At the group.
+            samples: Of all ranks.
+
+        Raises:
+            CalibrationError: It is the first group, and no expert has enough tokens.
+        """
+        is_first = not self._outcome.solved
+        experts = [[self._targets[name] for name in own] for own in by_expert(stop.group, self._runs.at_once)]
+        self._quantize(stop, experts)
+        if is_first:
+            tokens = max(self._outcome.solved[name].tokens for name in stop.group.names)
+            check_enough(tokens, samples.count, self._plan)
+
+    def _quantize(self, stop: Stop, experts: Sequence[list[Target]]) -> None:
+        first, shapes = experts[0], [[one.weight.shape for one in layers] for layers in experts]
+        configs = [[one.config for one in layers] for layers in experts]
+        are_alike = all(one == configs[0] for one in configs) and all(one == shapes[0] for one in shapes)
+        if not are_alike or len({repr(one.config) for one in first}) > 1 or not can_solve(first[0].config):
+            for layers, evidence in zip(experts, self._observations.of_experts(stop.group), strict=True):
+                self._quantize_one(layers, evidence, stop)
+            return
+        shape = (sum(len(one.weight) for one in first), first[0].weight.shape[1])
+        stopwatch = Stopwatch(self._runs.device)
+        found = self._observations.of_experts(stop.group)
+
+        def weights(expert: int) -> Tensor:
+            parts = [self._runs.weights.present(one) for one in experts[expert]]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        for chunk in solve_experts(weights, found, len(experts), shape, first[0].config, self._runs.make_room):
+            self._take(chunk, [experts[number] for number in chunk.experts], stop, stopwatch)
+            stopwatch = Stopwatch(self._runs.device)
+
+    def _quantize_one(self, layers: list[Target], evidence: Evidence, stop: Stop) -> None:
+        names = tuple(target.name for target in layers)
+        self._quantize_stop(self._kept.stop(names, lambda: evidence), layers, stop)
+
+    def _take(self, chunk: Chunk, experts: Sequence[list[Target]], stop: Stop, stopwatch: Stopwatch) -> None:
+        """Takes a chunk's solutions, and solves the experts that have none by themselves."""
+        config, solved, count = experts[0][0].config, chunk.solved, len(experts)
+        layers: list[list[QuantLinear]] = [[] for _ in experts]
+        start = 0
+        for part in range(len(experts[0])):
+            rows = slice(start, start + len(experts[0][part].weight))
+            start = rows.stop
+            dtypes = [own[part].parameter.dtype for own in experts]
+            packed = packed_layers(solved, rows, config.bits, config.group_size, dtypes)
+            for of_expert, layer in zip(layers, packed, strict=True):
+                of_expert.append(layer)
+        whole = dequantized(solved, experts[0][0].parameter.dtype)[:count]
+        good = chunk.good()
+        pairs: list[tuple[Target, QuantLinear, Tensor | None]] = []
+        for number, own in enumerate(experts):
+            if good[number]:
+                values = whole[number].split([len(one.weight) for one in own])
+                pairs += zip(own, layers[number], values, strict=True)
+        self._runs.weights.quantize(pairs)
+        for target, layer, _ in pairs:
+            self._finished.add(target.name, layer)
+        self._outcome.add_experts(experts, chunk, good, stopwatch)
+        stopwatch.stop()
+        for number, own in enumerate(experts):
+            if not good[number]:
+                self._quantize_one(own, chunk.evidence[number], stop)

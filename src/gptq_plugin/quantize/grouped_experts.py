@@ -1,0 +1,52 @@
+"""Which experts are run, calibrated and solved at once, and the memory that takes: `grouped_experts`.
+
+Tested by tests/quantize/test_experts_pass.py: by which experts are called at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from gptq_plugin.device.memory import free_bytes
+from gptq_plugin.gptq.solve_each import CHUNK_BYTES
+from gptq_plugin.memory.slots import distinct_tensors
+from gptq_plugin.model.experts_at_once import Grouped, find_grouped
+from gptq_plugin.model.plan import Plan
+from gptq_plugin.quantize.options import PassOptions
+
+_NEIGHBOURS = 3  # blocks that are on the device while weights are streamed
+_BYTES_HESSIAN = 8  # for every entry of a Hessian: half of it, in float64, and what is left of strips
+
+
+def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> dict[str, Grouped]:
+    """The experts of a plan whose layers are all quantized, by name, if nothing is asked that needs them one by one.
+
+    Gradients weight the tokens of each layer by themselves, the float model's walk pairs tokens expert by expert, and
+    `cache_dir` keeps one stop of the walk after the other. A device that does not hold a block of experts and their
+    Hessians takes one after the other.
+    """
+    targets = {target.name: target.module for target in plan.targets}
+    one_by_one = plan.config.token_weighting == "gradients" or any(one.config.asymmetric_alpha for one in plan.targets)
+    if one_by_one or options.cache_dir is not None:
+        return {}
+    found = [
+        one for one in find_grouped(plan.model) if all(name in targets for layers in one.layers for name in layers)
+    ]
+    free = free_bytes(device, options.device_memory)
+    if free is None or whole_bytes(found) * _NEIGHBOURS + hessian_bytes(found) <= free // 2:
+        return {one.name: one for one in found}
+    return {}
+
+
+def whole_bytes(grouped: Collection[Grouped]) -> int:
+    """Bytes of the largest module with experts."""
+    modules = dict.fromkeys(one.module for one in grouped)
+    return max((sum(one.nbytes for one in distinct_tensors(module)) for module in modules), default=0)
+
+
+def hessian_bytes(grouped: Collection[Grouped]) -> int:
+    """Bytes of the Hessians of all experts that are called at once, where that is most, and of what solves them."""
+    hessians = (len(one.layers) * one.in_features**2 * _BYTES_HESSIAN for one in grouped)
+    return max(hessians, default=0) + (CHUNK_BYTES if grouped else 0)

@@ -1,0 +1,89 @@
+"""Matrices with a Hessian each, solved together, against the solver that takes one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from gptq_plugin import QuantizeConfig
+from gptq_plugin.gptq.solve_each import can_solve, most, solve_each
+from gptq_plugin.gptq.solver import solve
+
+CONFIGS = {
+    "static act-order": {},
+    "the original act-order": {"desc_act": True, "static_groups": False},
+    "natural order": {"static_groups": False},
+    "one group": {"group_size": -1},
+    "asymmetric, 3 bits": {"bits": 3, "sym": False},
+    "plain": {"clip_ratios": (1.0,)},
+}
+
+
+def problems(experts, rows, columns, dtype):
+    generator = torch.Generator().manual_seed(columns + rows)
+    weights = torch.randn(experts, rows, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(experts, 3 * columns, columns, generator=generator, dtype=torch.float64)
+    x *= torch.rand(experts, 1, columns, generator=generator, dtype=torch.float64) + 0.1
+    x[1, :, 3] = 0  # an input that is always zero
+    return weights.to(dtype), (x.mT @ x / x.shape[1]).to(dtype)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("rows", "columns"), [(24, 64), (7, 96)])
+def test_each_is_solved_as_if_it_were_alone(config, rows, columns):
+    weights, hessians = problems(3, rows, columns, torch.float64)
+    config = QuantizeConfig(**{"group_size": 32, **CONFIGS[config]})
+    damp_percents = torch.tensor([0.01, 0.05, 0.3], dtype=torch.float64)
+    found = solve_each(weights, hessians, config, damp_percents)
+    assert found.good.all()
+    for number, damp_percent in enumerate(damp_percents.tolist()):
+        own = dataclasses.replace(config, damp_percent=damp_percent)
+        wanted = solve(weights[number], hessians[number], own, in_blocks=False)
+        assert torch.equal(found.codes[number].T, wanted.weight.codes)
+        assert torch.equal(found.scales[number], wanted.weight.scales)
+        assert torch.equal(found.zeros[number], wanted.weight.zeros)
+        assert torch.equal(found.g_idx[number], wanted.weight.g_idx)
+        for loss, of_one in zip(found.losses[number], (wanted.loss, wanted.rtn_loss, wanted.output_power), strict=True):
+            torch.testing.assert_close(loss, of_one)
+
+
+def test_those_that_have_no_solution_are_told_and_do_not_disturb_the_others():
+    weights, hessians = problems(5, 8, 32, torch.float32)
+    config, damping = QuantizeConfig(group_size=32), torch.full((5,), 0.01)
+    wanted = solve_each(weights, hessians, config, damping)
+    hessians[0] = 0  # no token
+    hessians[2] -= 50 * torch.eye(32)  # not positive definite
+    hessians[3, 1, 1] = torch.nan
+    weights[4] *= 1e9  # scales beyond float16
+    found = solve_each(weights, hessians, config, damping)
+    assert found.good.tolist() == [False, True, False, False, False]
+    assert torch.equal(found.codes[1], wanted.codes[1])
+
+
+def test_it_says_which_configurations_it_cannot_solve():
+    assert can_solve(QuantizeConfig())
+    assert not can_solve(QuantizeConfig(method="best"))
+    assert not can_solve(QuantizeConfig(asymmetric_alpha=0.5))
+
+
+def test_the_number_that_is_solved_together_follows_from_the_shape_and_is_never_none():
+    assert most(1536, 2048) > 8
+    assert most(1536, 2048) < most(2048, 768)
+    assert most(10**6, 10**5) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_on_a_gpu_codes_are_those_of_one_at_a_time(config):
+    weights, hessians = (one.cuda() for one in problems(6, 200, 768, torch.float32))
+    config = QuantizeConfig(**{"group_size": 128, **CONFIGS[config]})
+    found = solve_each(weights, hessians, config, torch.full((6,), config.damp_percent, device="cuda"))
+    assert found.good.all()
+    alone = [solve(*one, config, in_blocks=False) for one in zip(weights, hessians, strict=True)]
+    same = torch.stack([one.weight.codes == found.codes[n].T for n, one in enumerate(alone)])
+    assert same.double().mean() > 0.995
+    loss = torch.stack([one.loss for one in alone]).sum()
+    assert abs(found.losses[:, 0].sum() / loss - 1) < 1e-3

@@ -1,0 +1,48 @@
+"""Layers packed together are those that are packed one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_plugin.gptq.grid import QuantizedWeight
+from gptq_plugin.gptq.solve_each import Solutions
+from gptq_plugin.layers.packed_together import dequantized, packed_layers
+from gptq_plugin.layers.qlinear import QuantLinear
+
+
+def solutions(experts, n_in, rows, groups, bits):
+    generator = torch.Generator().manual_seed(rows)
+
+    def codes(*shape):
+        return torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
+
+    g_idx = torch.stack([torch.randperm(n_in, generator=generator).int() % groups for _ in range(experts)])
+    scales = torch.rand(experts, groups, rows, generator=generator).half()
+    zeros = codes(experts, groups, rows)
+    empty = torch.empty(0)
+    return Solutions(codes(experts, n_in, rows), scales, zeros, g_idx, empty, empty)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [slice(0, 7), slice(7, 20)])
+def test_layers_packed_together_have_the_buffers_of_layers_packed_alone(bits, rows):
+    solved = solutions(3, 40, 20, 2, bits)
+    found = packed_layers(solved, rows, bits, 20, [torch.bfloat16, torch.float32, torch.bfloat16])
+    for number, layer in enumerate(found):
+        weight = QuantizedWeight(
+            solved.codes[number].T, solved.scales[number], solved.zeros[number], solved.g_idx[number], bits, 20
+        ).rows(rows.start, rows.stop)
+        wanted = QuantLinear.from_quantized(weight, None, layer.weight.dtype)
+        assert layer.weight.dtype == (torch.float32 if number == 1 else torch.bfloat16)
+        assert layer.extra_repr() == wanted.extra_repr()
+        for (name, buffer), (also, other) in zip(layer.named_buffers(), wanted.named_buffers(), strict=True):
+            assert name == also and torch.equal(buffer, other) and buffer.is_contiguous()
+            assert buffer.untyped_storage().nbytes() == buffer.nbytes  # shared with no other layer
+        whole = dequantized(solved, torch.bfloat16)
+        assert torch.equal(whole[number, rows], layer.dequantize(torch.bfloat16))
+
+
+def test_fewer_layers_than_matrices_are_the_first_ones():
+    solved = solutions(4, 32, 8, 1, 4)
+    assert len(packed_layers(solved, slice(0, 8), 4, 32, [torch.float32] * 3)) == 3

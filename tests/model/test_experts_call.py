@@ -1,0 +1,99 @@
+"""All experts of a parameter in one call: the products are those of each expert's matrix with its rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from gptq_plugin.model.experts_call import ExpertsCall
+
+WIDTHS, IN = (6, 3), 4
+
+
+def layers(experts=4):
+    torch.manual_seed(0)
+    return [[nn.Linear(IN, width, bias=False) for width in WIDTHS] for _ in range(experts)]
+
+
+def ends_of(counts):
+    return torch.tensor(counts).cumsum(0, dtype=torch.int32)
+
+
+def expected(own, x, ends):
+    y, start = torch.zeros(len(x), sum(WIDTHS)), 0
+    for of_one, stop in zip(own, ends.tolist(), strict=True):
+        y[start:stop] = torch.cat([functional.linear(x[start:stop], layer.weight) for layer in of_one], -1)
+        start = stop
+    return y
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+@pytest.mark.parametrize("counts", [(3, 0, 5, 1), (0, 0, 0, 2), (7, 0, 0, 0), (0, 0, 0, 0)])
+@pytest.mark.parametrize("beyond", [0, 2])
+def test_each_row_meets_its_experts_matrix_and_rows_of_none_become_zero(counts, beyond, as_one):
+    own = layers()
+    call, ends = ExpertsCall(own.__getitem__, len(own)), ends_of(counts)
+    x = torch.randn(sum(counts) + beyond, IN)
+    with call.as_one() if as_one else torch.no_grad():
+        y = call(x, ends)
+    torch.testing.assert_close(y, expected(own, x, ends))
+
+
+def test_layers_are_called_with_their_rows_unless_they_are_called_as_one():
+    own, seen = layers(), []
+    for of_one in own:
+        of_one[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    call, x, ends = ExpertsCall(own.__getitem__, len(own)), torch.randn(9, IN), ends_of((3, 0, 5, 1))
+    call(x, ends)
+    assert seen == [3, 5, 1]
+    with call.as_one():
+        call(x, ends)
+    assert seen == [3, 5, 1] and call.count == 1
+
+
+def test_a_hook_on_the_call_gets_all_rows_and_can_ask_where_experts_rows_end():
+    own, seen = layers(), []
+    call, x, ends = ExpertsCall(own.__getitem__, len(own)), torch.randn(9, IN), ends_of((3, 0, 5, 1))
+    call.register_forward_pre_hook(lambda module, args: seen.append((args[0], module.ends_of(args[0]))))
+    call(x, ends)
+    assert seen[0][0] is x and torch.equal(seen[0][1], ends)
+
+
+def test_under_autocast_the_products_are_in_its_dtype():
+    own = layers()
+    call, x, ends = ExpertsCall(own.__getitem__, len(own)), torch.randn(9, IN), ends_of((3, 0, 5, 1))
+    with torch.autocast("cpu", torch.bfloat16), call.as_one():
+        assert call(x, ends).dtype == torch.bfloat16
+
+
+def test_a_mode_that_watches_who_reads_weights_sees_no_read():
+    from torch.overrides import TorchFunctionMode
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.extend(value for value in args if isinstance(value, nn.Parameter))
+            return function(*args, **(kwargs or {}))
+
+    own, seen = layers(), []
+    call, x, ends = ExpertsCall(own.__getitem__, len(own)), torch.randn(9, IN), ends_of((3, 0, 5, 1))
+    with Watch(), call.as_one():
+        call(x, ends)
+    assert not seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("width", "n_in"), [(64, 32), (36, 20)])  # rows that are aligned, and such that are not
+def test_on_a_gpu_the_grouped_product_is_the_same(dtype, width, n_in):
+    own = [[nn.Linear(n_in, width, bias=False, device="cuda", dtype=dtype) for _ in range(2)] for _ in range(5)]
+    call = ExpertsCall(own.__getitem__, 5)
+    ends, x = ends_of((300, 0, 17, 1, 40)).cuda(), torch.randn(360, n_in, device="cuda", dtype=dtype)
+    with torch.no_grad(), call.as_one():
+        y = call(x, ends)
+        parts = x[:358].split([300, 0, 17, 1, 40])
+    wanted = [torch.cat([layer(rows) for layer in of_one], -1) for of_one, rows in zip(own, parts, strict=True)]
+    torch.testing.assert_close(y[:358], torch.cat(wanted), rtol=2e-2, atol=2e-2)
+    assert not y[358:].any()

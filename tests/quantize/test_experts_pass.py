@@ -1,0 +1,214 @@
+"""Experts that transformers' code runs in grouped products are called, calibrated, solved and packed at once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from plans import calibration_of
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin.errors import CalibrationError
+from gptq_plugin.model.experts_call import ExpertsCall
+from gptq_plugin.model.plan import planned
+from gptq_plugin.quantize import batch_runs, grouped_experts, solve_experts
+from gptq_plugin.quantize.one_pass import OnePass
+from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.walk.lockstep import Stop
+
+EXPERTS = 6
+CONFIG = QuantizeConfig(group_size=16, batch_size=2, nsamples=8)
+
+
+def mixture(**options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128,
+        "num_experts": EXPERTS, "num_experts_per_tok": 2, "initializer_range": 0.2,
+    }  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **{**sizes, **options})).eval()
+
+
+def unreached(model: Any, expert: int) -> Any:
+    """No token is routed to this expert."""
+    with torch.no_grad():
+        embedded = model.model.embed_tokens.weight
+        embedded[:, 0] = 5.0  # an input that is always positive, whatever the block before adds
+        model.model.layers[0].mlp.gate.weight[expert] = 0
+        model.model.layers[0].mlp.gate.weight[expert, 0] = -50.0
+    return model
+
+
+def batches(padded: bool = False) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    found: list[Any] = [torch.randint(0, 128, (2, 40), generator=generator) for _ in range(4)]
+    if not padded:
+        return found
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 25:] = 0
+    return [{"input_ids": one, "attention_mask": mask} for one in found]
+
+
+class Watched:
+    """A quantization, with the stops of its walk and the calls of experts."""
+
+    def __init__(self, model: Any, config: QuantizeConfig = CONFIG, data: Any = None, **options: Any) -> None:
+        self.stops: list[Stop] = []
+        with pytest.MonkeyPatch.context() as patch, planned(model, config) as plan:
+            pass_ = OnePass(plan, calibration_of(batches() if data is None else data, config), PassOptions(**options))
+            quantize = pass_._quantize_group
+            patch.setattr(
+                pass_, "_quantize_group", lambda stop, *rest: (self.stops.append(stop), quantize(stop, *rest))
+            )
+            self.layers, self.report = pass_.run()
+        self.modules = {module.name: module for module in self.report.modules}
+
+
+def one_by_one(model: Any, *args: Any, **options: Any) -> Watched:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_runs, "grouped_experts", lambda *_: {})
+        return Watched(model, *args, **options)
+
+
+@cache
+def pair(padded: bool) -> tuple[Watched, Watched]:
+    return Watched(mixture(), data=batches(padded)), one_by_one(mixture(), data=batches(padded))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_codes_and_report_are_those_of_experts_quantized_one_by_one(padded):
+    at_once, apart = pair(padded)
+    assert at_once.layers.keys() == apart.layers.keys()
+    same = [(at_once.layers[name].qweight == apart.layers[name].qweight).double().mean() for name in apart.layers]
+    assert torch.stack(same).mean() > 0.999
+    for name, wanted in apart.modules.items():
+        found = at_once.modules[name]
+        for field in ("method", "bits", "tokens", "deviations", "shape", "stored_bytes"):
+            assert getattr(found, field) == getattr(wanted, field), (name, field)
+        if wanted.method == "gptq":
+            for field in ("loss", "rtn_loss", "output_power", "max_input", "max_output", "damp_percent"):
+                assert getattr(found, field) == pytest.approx(getattr(wanted, field), rel=2e-3), (name, field)
+    assert at_once.report.deviations == apart.report.deviations
+
+
+def test_the_walk_stops_once_for_all_experts_of_a_projection():
+    at_once, apart = pair(False)
+    of_experts = [stop.group for stop in at_once.stops if "experts" in stop.group.names[0]]
+    assert [group.at_once for group in of_experts] == [
+        ("model.layers.0.mlp.experts.gate_up_proj",),
+        ("model.layers.0.mlp.experts.down_proj",),
+    ]
+    assert [len(group.names) for group in of_experts] == [2 * EXPERTS, EXPERTS]
+    assert len(apart.stops) == len(at_once.stops) - 2 + 2 * EXPERTS
+
+
+def test_afterwards_the_model_is_as_it_was():
+    model = mixture()
+    config, before = model.config, dict(model.named_parameters())
+    Watched(model)
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    assert model.model.layers[0].mlp.experts.config is config and config._experts_implementation == "grouped_mm"
+    assert not any(isinstance(module, ExpertsCall) for module in model.modules())
+
+
+def test_an_expert_that_no_token_reached_takes_the_blocks_tokens_or_is_rounded():
+    at_once, apart = (way(unreached(mixture(), 3)) for way in (Watched, one_by_one))
+    first, behind = (f"model.layers.0.mlp.experts.3.{part}" for part in ("gate_proj", "down_proj"))
+    assert (at_once.modules[first].method, at_once.modules[first].tokens) == ("gptq", 0)
+    assert at_once.modules[behind].method == "rtn"
+    for name in (first, behind):
+        assert at_once.modules[name].deviations == apart.modules[name].deviations
+        assert torch.equal(at_once.layers[name].qweight, apart.layers[name].qweight)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_experts_in_chunks_are_those_solved_all_at_once(most, monkeypatch):
+    monkeypatch.setattr(solve_experts, "most", lambda *_: most)
+    found, wanted = Watched(mixture()), pair(False)[0]
+    same = [(found.layers[name].qweight == wanted.layers[name].qweight).double().mean() for name in wanted.layers]
+    assert torch.stack(same).mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "best"},
+        {"dynamic": {r".*down_proj": {"bits": 8}}},
+        {"desc_act": True, "static_groups": False},
+        {"bits": 3, "sym": False},
+    ],
+)
+def test_whatever_is_asked_for_experts_gives_the_layers_of_one_by_one(changes):
+    config = dataclasses.replace(QuantizeConfig(**{"group_size": 16, "batch_size": 2, **changes}), nsamples=8)
+    found, wanted = Watched(mixture(), config), one_by_one(mixture(), config)
+    same = [(found.layers[name].qweight == wanted.layers[name].qweight).double().mean() for name in wanted.layers]
+    assert torch.stack(same).mean() > 0.99 and min(same) > 0.9
+    assert {name: layer.bits for name, layer in found.layers.items()} == {
+        name: layer.bits for name, layer in wanted.layers.items()
+    }
+
+
+@pytest.mark.parametrize("changes", [{"asymmetric_alpha": 0.5}, {"token_weighting": "gradients"}])
+def test_where_tokens_are_paired_or_weighted_layer_by_layer_experts_are_called_one_by_one(changes):
+    config = QuantizeConfig(**{"group_size": 16, "batch_size": 2, "nsamples": 8, **changes})
+    with planned(mixture(), config) as plan:
+        assert grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions()) == {}
+    with planned(mixture(), CONFIG) as plan:
+        assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())) == 2
+
+
+def test_a_device_that_cannot_hold_all_hessians_takes_one_expert_after_the_other(monkeypatch):
+    with planned(mixture(), CONFIG) as plan:
+        found = grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())
+        needed = 3 * grouped_experts.whole_bytes(found.values()) + grouped_experts.hessian_bytes(found.values())
+        for free, count in ((2 * needed, 2), (2 * needed - 2, 0)):
+            monkeypatch.setattr(grouped_experts, "free_bytes", lambda *_, free=free: free)
+            assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())) == count
+
+
+def test_experts_of_a_module_with_code_of_its_own_are_found_by_what_it_calls():
+    model = mixture()
+    experts = model.model.layers[0].mlp.experts
+
+    plain = type(experts)
+    experts.__class__ = type("Own", (plain,), {"forward": plain.forward.__wrapped__})
+    found = Watched(model)
+    assert all(not stop.group.at_once for stop in found.stops)
+    same = [torch.equal(found.layers[name].qweight, pair(False)[1].layers[name].qweight) for name in found.layers]
+    assert all(same)
+
+
+def test_batches_that_cannot_take_turns_give_the_same_layers(monkeypatch):
+    monkeypatch.setattr(batch_runs.BatchRuns, "disturbance", lambda *_: "they share a queue")
+    found, wanted = Watched(mixture()), pair(False)[0]
+    same = [(found.layers[name].qweight == wanted.layers[name].qweight).double().mean() for name in wanted.layers]
+    assert torch.stack(same).mean() > 0.999
+
+
+def test_a_batch_that_is_not_finite_is_named():
+    model = mixture()
+    data = batches()
+    embedded = copy.deepcopy(model.model.embed_tokens)
+    model.model.embed_tokens = embedded
+    config = dataclasses.replace(CONFIG, modules_to_not_convert=["self_attn"])
+
+    def poisoned(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * torch.nan if torch.equal(args[0][0], data[2][0]) else output
+
+    embedded.register_forward_hook(poisoned)
+    with pytest.raises(CalibrationError, match=r"batches \[2\]"):
+        QuantizeModule(config).quantize(model, data)
+
+
+def test_one_message_tells_that_all_experts_are_done():
+    steps: list[tuple[int, int, str]] = []
+    Watched(mixture(), progress=lambda *step: steps.append(step))
+    assert [done for done, _, _ in steps][-2:] == [4 + 2 * EXPERTS, 4 + 3 * EXPERTS]
