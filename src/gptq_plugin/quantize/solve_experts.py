@@ -1,6 +1,6 @@
 """Solves experts together, divided among the ranks in chunks: `solve_experts`.
 
-Tested by tests/quantize/test_experts_pass.py, and tests/ranks/test_same_bytes.py on several ranks: as part of a pass.
+Tested by tests/quantize/test_experts_pass.py: as part of a pass; on several ranks by tests/ranks/test_same_bytes.py.
 """
 
 from __future__ import annotations
