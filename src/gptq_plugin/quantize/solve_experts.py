@@ -71,8 +71,8 @@ def solve_experts(
             if turn[rank] == which:
                 mine = _solver(weights, which, told[which], size, config)
         assert mine is not None
-        solved = _on_all_ranks(with_room(mine, make_room), make_room)
-        for which, of_rank in zip(dict.fromkeys(turn), solved, strict=False):
+        solved = _on_all_ranks(with_room(mine, make_room), len(told), make_room)
+        for which, of_rank in zip(told, solved, strict=True):
             damp_percents = [max(one.damp_percent, config.damp_percent) for one in told[which]]
             yield Chunk(which, told[which], of_rank, damp_percents, AsyncRead(of_rank.good).get)
 
@@ -95,12 +95,12 @@ def _solver(
     return solve
 
 
-def _on_all_ranks(mine: Solutions, make_room: Callable[[], bool]) -> list[Solutions]:
-    """Every rank's solutions."""
+def _on_all_ranks(mine: Solutions, sharers: int, make_room: Callable[[], bool]) -> list[Solutions]:
+    """The solutions of the first ranks, which have different ones."""
     if distributed.world_size() == 1:
         return [mine]
     fields = sorted(dataclasses.fields(mine), key=lambda field: -getattr(mine, field.name).element_size())
     values = [getattr(mine, field.name).contiguous() for field in fields]
-    gathered = with_room(lambda: distributed.gather_rows(values, len(mine.good)), make_room)
+    gathered = with_room(lambda: distributed.gather_rows(values, len(mine.good), sharers), make_room)
     names = [field.name for field in fields]
     return [Solutions(**dict(zip(names, of_rank, strict=True))) for of_rank in zip(*gathered, strict=True)]
