@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptq_plugin.checkpoint.load import load_quantized
     from gptq_plugin.config import QuantizeConfig
+    from gptq_plugin.finish.options import Finish
     from gptq_plugin.hf.quantizer import quantized_config
     from gptq_plugin.hf.trainer_callback import GPTQTrainerCallback
     from gptq_plugin.layers.qlinear import QuantLinear
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Finish",
     "GPTQCallback",
     "GPTQTrainerCallback",
     "QuantLinear",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Finish": "finish.options",
     "GPTQCallback": "lightning.callback",
     "GPTQTrainerCallback": "hf.trainer_callback",
     "QuantLinear": "layers.qlinear",

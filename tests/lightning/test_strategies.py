@@ -9,6 +9,7 @@ import pytorch_lightning as older
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 from gptq_plugin import GPTQCallback, QuantizeModule
+from gptq_plugin.finish.options import NONE, Finish
 from gptq_plugin.lightning.strategies import refuse_for_shards, refuse_sharded_adapters, refuse_strategy
 
 import sharded_runs as runs
@@ -63,10 +64,10 @@ def test_options_that_need_a_whole_module_are_refused_before_training(strategy, 
 
 
 def test_no_option_is_refused_where_modules_are_whole(trainer, tmp_path):
-    refuse_for_shards(trainer(), True, None, "best")
+    refuse_for_shards(trainer(), True, None, "best", Finish())
     sharded = trainer(strategy=ModelParallelStrategy())
     for swap in (None, False):
-        refuse_for_shards(sharded, swap, tmp_path, "last")
+        refuse_for_shards(sharded, swap, tmp_path, "last", NONE)
 
 
 def test_adapters_on_sharded_parameters_are_refused_before_training(trainer, tmp_path):

@@ -275,3 +275,57 @@ for number, case in enumerate(cases):
     results[case] = {"seconds": time.time() - started, "ends": [ends[rank] for rank in range(size)]}
 (out / "results.json").write_text(json.dumps(results))
 """
+
+
+FINISH = {"steps": 8, "learning_rate": 0.02, "tokens_per_step": 64, "held_out": 8, "judgements": 2, "batch_size": 2}
+
+
+class Structured(Holds):
+    """Its outputs depend on its weights, and training leaves them alone."""
+
+    def __init__(self):
+        super().__init__()
+        for parameter in self.model.parameters():
+            if parameter.dim() > 1:
+                parameter.data *= 10
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+FINISH_RUN = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+import lightning.pytorch as pl
+from lightning_runs import FINISH, SMALL, Structured, token_loader
+from gptq_plugin import Finish, GPTQCallback, QuantizeModule
+import gptq_plugin.finish.finish_model as finishing
+import gptq_plugin.finish.train as train
+import gptq_plugin.export.export as exporting
+out, ranks, place = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if place == "teacher":
+    finishing.ask_teacher = die
+if place == "step":
+    train.Training._step = die
+if place == "export":
+    original, count = exporting.Staging.flush, []
+    def second(self):
+        count.append(1)
+        return original(self) if len(count) == 1 else die()
+    exporting.Staging.flush = second
+module = Structured()
+callback = GPTQCallback(QuantizeModule(**{**SMALL, "bits": 2}), out / "export", finish=Finish(**FINISH))
+strategy = pl.strategies.DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
+trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=ranks, strategy=strategy, logger=False,
+    enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[callback])
+trainer.fit(module, token_loader())
+torch.save(module.state_dict(), out / f"rank{trainer.global_rank}.pt")
+(out / f"rank{trainer.global_rank}.json").write_text(callback.report.to_json())
+"""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
+from gptq_plugin import Finish, QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.calibration.forward import call
 from gptq_plugin.errors import QualityError
+from gptq_plugin.finish.train import Training
 from gptq_plugin.quantize import allocate
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.sensitivity import measure_model
 from gptq_plugin.training import attempts
 from gptq_plugin.training.attempts import Attempts, Quality
+from gptq_plugin.training.finish_run import FinishRun
 from gptq_plugin.training.quality_gate import QualityGate
 
 from lightning_runs import llama
@@ -169,3 +173,109 @@ def test_experts_left_float_are_in_one_parameter_again_when_the_result_is_export
     _, _, folder = loop([1.0], quantizer, model)
     experts = model.model.layers[0].mlp.experts
     assert torch.equal(load_quantized(folder).model.layers[0].mlp.experts.down_proj, experts.down_proj)
+
+
+# --- with a finish ---
+
+FINISH = Finish(steps=8, learning_rate=0.02, tokens_per_step=64, held_out=4, judgements=2, batch_size=1)
+
+
+@pytest.fixture
+def finishing(tmp_path):
+    """finishing(metrics, ...): the report, the model, and for each export its scales and report's finish."""
+
+    def run(metrics, finish=FINISH, measured=True, norms=None, **gate):
+        torch.manual_seed(0)
+        model = llama()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data *= 10  # a model whose outputs depend on its weights
+        values, exports = iter(metrics), []
+        data = [{"input_ids": row[None]} for row in torch.randint(0, 64, (20, 16))]
+
+        def measure():
+            if norms is not None:
+                norms.append(model.model.norm.weight.detach().clone())
+            return {"loss": next(values)}
+
+        attempts = Attempts(
+            model,
+            data=lambda: data,
+            options=PassOptions(partial(call, every_logit=True)),
+            quality=Quality(QualityGate({"loss": 0.1}, **gate), {"loss": 1.0}, measure) if measured else Quality(),
+            keep=True,
+            finish=FinishRun(finish, lambda: data),
+        )
+
+        def accept(used, report):
+            folder = used.export(model, tmp_path / f"out{len(exports)}")
+            exports.append((load_quantized(folder).state_dict(), report.finish, list(report.deviations)))
+
+        quantizer = QuantizeModule(bits=2, group_size=32, nsamples=16, batch_size=4)
+        return attempts.quantize(quantizer, accept), model, exports
+
+    return run
+
+
+def _apart(first, second):
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def test_what_gptq_gave_is_exported_before_the_finish_and_the_finished_model_after_it(finishing):
+    report, model, [(first, nothing, _), (second, record, _)] = finishing([], measured=False)
+    assert nothing is None and record is report.finish and record.kept
+    assert {name.rpartition(".")[2] for name in _apart(first, second)} == {"scales", "weight"}
+    assert not _apart(second, load_state(model, second))
+
+
+def load_state(model, like):
+    state = model.state_dict()
+    return {name: state[name] for name in like}
+
+
+def test_metrics_are_those_of_the_finished_model(finishing):
+    report, _, exports = finishing([1.08, 1.03])
+    assert report.metrics == {"loss": {"float": 1.0, "gptq": 1.03}} and len(exports) == 2 and report.finish.kept
+
+
+def test_a_finish_that_breaks_a_limit_which_held_is_undone(finishing):
+    report, model, [(first, *_), (second, record, _)] = finishing([1.05, 1.3])
+    assert not record.kept and "loss went from 1 to 1.3" in record.reason and "undone" in record.reason
+    assert not _apart(first, second) and not _apart(second, load_state(model, second))
+    assert report.metrics == {"loss": {"float": 1.0, "gptq": 1.05}}
+
+
+def test_a_result_that_is_not_good_enough_is_exported_only_if_the_finish_makes_it_so(finishing):
+    report, _, exports = finishing([1.3, 1.05])
+    assert len(exports) == 1 and exports[0][1].kept and report.metrics["loss"]["gptq"] == 1.05
+    with pytest.raises(QualityError, match="loss went from 1 to 1.2"):
+        finishing([1.3, 1.2])
+
+
+def test_a_result_that_is_accepted_with_a_warning_tells_so_in_both_exports(finishing):
+    report, _, exports = finishing([1.3, 1.2], on_fail="warn")
+    assert [[one for one in deviations if "loss went" in one] for *_, deviations in exports] == [
+        ["loss went from 1 to 1.3 (+0.3, +30.000%; +0.1 allowed)"],
+        ["loss went from 1 to 1.2 (+0.2, +20.000%; +0.1 allowed)"],
+    ]
+    assert len(report.deviations) == len(exports[1][2])
+
+
+def test_every_attempt_is_finished_anew_and_norms_of_the_last_one_do_not_reach_the_next(finishing):
+    norms = []
+    report, model, exports = finishing([1.3, 1.2, 1.3, 1.05], norms=norms, on_fail="escalate")
+    assert len(exports) == 1 and report.finish.kept and any("escalated" in one for one in report.deviations)
+    first, finished, second, last = norms
+    assert torch.equal(first, second) and not torch.equal(first, finished) and not torch.equal(second, last)
+    assert torch.equal(last, model.model.norm.weight)
+
+
+def test_a_finish_that_fails_raises_and_leaves_the_export_of_gptq(finishing, monkeypatch, tmp_path, caplog):
+    def failing(*_):
+        raise MemoryError("a fault")
+
+    monkeypatch.setattr(Training, "_step", failing)
+    with pytest.raises(MemoryError, match="a fault"):
+        finishing([1.05])
+    assert "the finish failed; what GPTQ gave is exported" in caplog.text
+    assert len(_quantized(load_quantized(tmp_path / "out0"))) == 7 and not (tmp_path / "out1").exists()

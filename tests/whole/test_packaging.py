@@ -149,7 +149,7 @@ def test_importing_the_package_does_nothing_but_name_its_parts(imported):
     assert not heavy & {*imported["package"]}
     assert imported["own"] == ["gptq_plugin"]
     assert imported["environment"]
-    public = ["GPTQCallback", "GPTQTrainerCallback", "QuantLinear", "QuantizeConfig", "QuantizeModule",
+    public = ["Finish", "GPTQCallback", "GPTQTrainerCallback", "QuantLinear", "QuantizeConfig", "QuantizeModule",
               "in_every_trainer", "load_quantized", "merged_copy", "quantized_config"]  # fmt: skip
     assert imported["public"] == public == imported["names"] and set(public) <= {*imported["dir"]}
     assert "GPTQCalback" in imported["misspelt"]

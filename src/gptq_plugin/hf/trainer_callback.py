@@ -18,10 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.forward import CallsModels, call, standing_for, to_device
-from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
+from gptq_plugin.finish.options import Finish
 from gptq_plugin.hf.dataloaders import Evaluations, undivided
 from gptq_plugin.hf.surroundings import (
     back_on,
@@ -36,7 +36,7 @@ from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import ModelForward, PassOptions
 from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options
-from gptq_plugin.training.log_metrics import total_metrics
+from gptq_plugin.training.log_metrics import finish_metrics, total_metrics
 from gptq_plugin.training.optimizer_state import on_cpu
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 
@@ -77,6 +77,8 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             before training.
         push_to_hub: Uploads the export to the Hugging Face hub when all else is done: ``"owner/name"``, private unless
             ``{"repo_id": "owner/name", "private": False}``. Made, or checked, before training.
+        finish: Trains the result towards the float model, on samples of the same data, and keeps what held-out samples
+            tell is nearer to it. What GPTQ gave is exported before. None is no finish.
 
     Attributes:
         report: Result of the last `train`; None before.
@@ -99,6 +101,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         overwrite: bool = False,
         target: Client | str | Mapping[str, Any] | None = None,
         push_to_hub: str | Mapping[str, Any] | None = None,
+        finish: Finish | None = None,
     ):
         super().__init__(
             quantizer,
@@ -111,6 +114,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             overwrite=overwrite,
             target=target,
             push_to_hub=push_to_hub,
+            finish=finish,
         )
         check_options(forward=forward)
         self.forward = forward
@@ -184,13 +188,15 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 data=lambda: self.calibration_data(training["train_dataloader"]),
                 options=options,
                 keep=keep,
+                finish=self.finish_run(undivided(training["train_dataloader"]), self._evaluation_dataloaders),
             )
             run_name = args.run_name if args.run_name != args.output_dir else None  # some versions make them equal
             origin = Origin(float_checkpoint(args, state), run_name, note_untied(model, module))
             report = self.quantize_and_export(attempts, origin)
         self._evaluations = None
         drop_replaced_parameters(optimizer, model)
-        state.log_history.append({**total_metrics(report), "step": state.global_step})
+        history = [(0, total_metrics(report)), *finish_metrics(report)]
+        state.log_history += [{**metrics, "step": state.global_step + steps} for steps, metrics in history]
         self.tell_result(report)
         self.upload()
 
@@ -200,7 +206,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
 
     def calibration_forward(self, args: TrainingArguments) -> Callable[[nn.Module, Any], Any]:
         """Returns the function that runs a batch: on the training's device, under its autocast."""
-        every_logit = reads_every_logit(self.quantizer.config)
+        every_logit = self.every_logit
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         mixed = args.bf16 or args.fp16
 

@@ -19,11 +19,12 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.forward import takes_of
-from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
+from gptq_plugin.finish.options import Finish
 from gptq_plugin.lightning.calibration_forward import forward_as_in_training
 from gptq_plugin.lightning.launched_ranks import EndsLaunchedRanks
+from gptq_plugin.lightning.log_report import log_report
 from gptq_plugin.lightning.module_choice import choose_module
 from gptq_plugin.lightning.monitors import check_directions
 from gptq_plugin.lightning.parallel_check import ParallelOutputs, may_differ
@@ -48,10 +49,8 @@ from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import PassOptions
-from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options
-from gptq_plugin.training.log_metrics import layer_metrics, quality_metrics, total_metrics
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 from gptq_plugin.training.quality_gate import QualityGate
 
@@ -104,6 +103,8 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             nothing within them is good enough, it raises. None sets no limit.
         push_to_hub: Uploads the export to the Hugging Face hub when all else is done: ``"owner/name"``, private unless
             ``{"repo_id": "owner/name", "private": False}``. Made, or checked, before training.
+        finish: Trains the result towards the float model, on samples of the same data, and keeps what held-out samples
+            tell is nearer to it. What GPTQ gave is exported before. None is no finish.
 
     Attributes:
         report: Result of the last `fit`; None before.
@@ -129,6 +130,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         on_fail: str = "raise",
         max_bits: float | None = None,
         push_to_hub: str | Mapping[str, Any] | None = None,
+        finish: Finish | None = None,
     ):
         super().__init__(
             quantizer,
@@ -141,6 +143,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             overwrite=overwrite,
             target=target,
             push_to_hub=push_to_hub,
+            finish=finish,
         )
         check_options(calibration_step=calibration_step, module=module, weights=weights, validate=validate)
         self.calibration_step = calibration_step
@@ -162,7 +165,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             return
         earlier = self.report.float_checkpoint if self.report is not None else ""
         refuse_quantized(pl_module, earlier or "MyModule.load_from_checkpoint")
-        refuse_for_shards(trainer, self.swap, self.export_dir, self.weights)
+        refuse_for_shards(trainer, self.swap, self.export_dir, self.weights, self.finish)
         check_weights(trainer, self.weights)
         check_directions(trainer, self.gate.limits)
         refuse_strategy(trainer, self.leaves_quantized(trainer, pl_module))
@@ -248,17 +251,15 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
                     keep=swap,
                     layers_in=None if state.files is None else state.files.layers,
                     target=self.target,
+                    finish=self.finish_run(trainer.train_dataloader, partial(loaders_to_calibrate, trainer)),
                 )
-                origin = Origin(
-                    float_checkpoint(trainer, self.weights),
-                    getattr(trainer.logger, "version", None),
-                    note_untied(chosen, module),
-                )
+                run_id = getattr(trainer.logger, "version", None)
+                origin = Origin(float_checkpoint(trainer, self.weights), run_id, note_untied(chosen, module))
                 report = self.quantize_and_export(attempts, origin)
             if swap:
                 state.keep_weights()
                 drop_optimizers(trainer)
-        _log(trainer, report)
+        log_report(trainer, report)
         self.tell_result(report)
         self.upload()
 
@@ -278,8 +279,8 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module
     ) -> Callable[[nn.Module, Any], Any]:
         """Returns the function that runs a batch; override to run it otherwise. See `forward_as_in_training`."""
-        every_logit = reads_every_logit(self.quantizer.config)
-        return forward_as_in_training(trainer, pl_module, module, step=self.calibration_step, every_logit=every_logit)
+        step, every_logit = self.calibration_step, self.every_logit
+        return forward_as_in_training(trainer, pl_module, module, step=step, every_logit=every_logit)
 
     def _rehearse(
         self,
@@ -336,10 +337,3 @@ def _refuse_after_swap(callback: GPTQCallback, trainer: pl.Trainer, pl_module: p
             "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
             "quantize: give all but the last swap=False"
         )
-
-
-def _log(trainer: pl.Trainer, report: QuantizeReport) -> None:
-    metrics = total_metrics(report) | layer_metrics(report) | quality_metrics(report)
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
-        logger.save()

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from gptq_plugin.errors import TargetError
+from gptq_plugin.finish.options import Finish
 from gptq_plugin.lightning.roots import in_any_root
 from gptq_plugin.lightning.sharding import is_sharded
 from gptq_plugin.model.adapters import has_adapters
@@ -23,12 +24,14 @@ def refuse_strategy(trainer: pl.Trainer, swap: bool) -> None:
         )
 
 
-def refuse_for_shards(trainer: pl.Trainer, swap: bool | None, export_dir: Path | None, weights: str) -> None:
+def refuse_for_shards(
+    trainer: pl.Trainer, swap: bool | None, export_dir: Path | None, weights: str, finish: Finish
+) -> None:
     """Raises ValueError for options that need a whole module, if the strategy shards parameters.
 
     Args:
         trainer: With any strategy.
-        swap, export_dir, weights: The callback's options.
+        swap, export_dir, weights, finish: The callback's options.
     """
     if not is_sharded(trainer):
         return
@@ -44,6 +47,11 @@ def refuse_for_shards(trainer: pl.Trainer, swap: bool | None, export_dir: Path |
         raise ValueError(
             f"weights={weights!r}: under {strategy} only the weights at the end of training are quantized "
             "(weights='last'). Run gptq-quantize ckpt=... on the checkpoint afterwards"
+        )
+    if finish.kind != "none":
+        raise ValueError(
+            f"finish={finish.kind!r} trains whole layers on every rank, and {strategy} keeps them in parts: leave the "
+            "finish out and run gptq-quantize ckpt=... finish=scales on the checkpoint, or train with strategy='ddp'"
         )
 
 

@@ -27,6 +27,7 @@ from gptq_plugin.model.plan import planned
 from gptq_plugin.model.targets import Skipped, Target
 from gptq_plugin.quantize import arguments, export_on_the_way
 from gptq_plugin.quantize.allocate import Allocated, allocate, with_chosen_grids
+from gptq_plugin.quantize.finishing import Finishing
 from gptq_plugin.quantize.in_place import copy_training_flags, rounded, swapped
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
@@ -39,7 +40,7 @@ from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import QuantizeReport
 
 
-class QuantizeModule(Uploads):
+class QuantizeModule(Finishing, Uploads):
     """Quantizes a model in place with GPTQ and exports it.
 
     Args:
@@ -224,9 +225,8 @@ class QuantizeModule(Uploads):
             export_on_the_way.check(export_dir, overwrite)
             plan, calibration = around.enter_context(prepared(model, batches, self.config, chosen, client))
             inside.enter_context(evaluating(model))
-            self.allocated = allocate(plan, calibration, chosen, client)
-            around.callback(setattr, self, "allocated", None)
-            plan = self.allocated.plan
+            allocated = around.enter_context(self._under_way(allocate(plan, calibration, chosen, client)))
+            plan = allocated.plan
             export = None
             if export_dir is not None:
                 export = export_on_the_way.begun(plan, export_dir, overwrite, client)
@@ -234,7 +234,7 @@ class QuantizeModule(Uploads):
                 export.check(one.name for one in plan.targets)
             one_pass, coverage = OnePass(plan, calibration, chosen), self.run_log.coverage(plan)
             layers, report = one_pass.run()
-            report.note(coverage, self.allocated.record)
+            report.note(coverage, allocated.record)
             self._sample = one_pass.runs.sample()
             with swapped(plan, layers) as keep_them:
                 plan.fuse()  # the experts that stay float
@@ -248,6 +248,7 @@ class QuantizeModule(Uploads):
                 yield report
                 place = export.place if export is not None else _nothing
                 keep_them(place) if keep else place()
+                self._finished = None if keep else self._finished
 
     def round_to_nearest(self, model: nn.Module) -> QuantizeReport:
         """Replaces the same layers by QuantLinear without calibration: the baseline GPTQ is compared with."""

@@ -30,9 +30,8 @@ def ending(report: QuantizeReport, folder: Path | None) -> str:
         folder: Its export; None without one.
     """
     export = _export(report, folder) if folder is not None else ()
-    return "\n".join(
-        [_layers(report), *_metrics(report), *_worst(report), *_taken(report), *_differences(report), *export]
-    )
+    parts = (_metrics(report), _worst(report), _finish(report), _taken(report), _differences(report), export)
+    return "\n".join([_layers(report), *(line for part in parts for line in part)])
 
 
 def exported(report: QuantizeReport, folder: Path) -> str:
@@ -82,6 +81,11 @@ def _taken(report: QuantizeReport) -> Iterator[str]:
     summary = cache_summary(report.cache)
     if summary is not None:
         yield summary
+
+
+def _finish(report: QuantizeReport) -> Iterator[str]:
+    if report.finish is not None:
+        yield report.finish.summary()
 
 
 def _differences(report: QuantizeReport) -> Iterator[str]:

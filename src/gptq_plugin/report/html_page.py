@@ -43,6 +43,7 @@ def report_page(report: QuantizeReport, title: str) -> str:
         "<h2>Modules</h2>",
         layers_table(report.modules, report.grouped_deviations()),
         _allocation(report),
+        _finish(report),
         _floats(report),
         _seconds(report.seconds),
         _cache(report),
@@ -134,6 +135,15 @@ def _allocation(report: QuantizeReport) -> str:
 def _cache(report: QuantizeReport) -> str:
     summary = cache_summary(report.cache)
     return "" if summary is None else f"<p>{escape(summary)}</p>"
+
+
+def _finish(report: QuantizeReport) -> str:
+    """What training towards the float model gave, and why that is kept or not."""
+    if report.finish is None:
+        return ""
+    head, *rows = report.finish.rows()
+    made = _table(head, map(_cells, rows))
+    return f"<h2>Finish</h2><p>{escape(report.finish.summary())}</p><div class='wide free'>{made}</div>"
 
 
 def _before_after(report: QuantizeReport) -> Iterator[tuple[str, str]]:

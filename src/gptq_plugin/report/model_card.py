@@ -126,6 +126,7 @@ def model_card(
         "## Quantization",
         table(("option", "value"), _options(settings, report)),
         *_allocation(report),
+        *_finish(report),
         "## Calibration",
         _calibration(report),
         *_metrics(report),
@@ -196,6 +197,10 @@ def _options(settings: Mapping[str, Any], report: QuantizeReport) -> list[tuple[
         *options,
         *((f"`{name}`", code(request.to_dict()[name])) for name in ("static_groups", "method", *METHOD_FIELDS)),
     ]
+
+
+def _finish(report: QuantizeReport) -> list[str]:
+    return [] if report.finish is None else ["## Finish", f"{escaped(report.finish.summary())}."]
 
 
 def _allocation(report: QuantizeReport) -> list[str]:

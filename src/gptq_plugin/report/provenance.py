@@ -6,6 +6,7 @@ Exports are published: no path, user or host name may enter ``meta`` or the repo
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ from typing import Any
 
 from gptq_plugin import __version__
 from gptq_plugin.config import QUANTIZER_NAME
+from gptq_plugin.report.finish_record import FinishRecord
 from gptq_plugin.report.report import QuantizeReport
 
 _LIBRARIES = ("torch", "transformers", "lightning", "pytorch_lightning")  # named if imported
@@ -31,8 +33,8 @@ _GIT_SECONDS = 5
 
 
 def provenance(report: QuantizeReport) -> dict[str, Any]:
-    """Plain values for JSON: versions, seed, nsamples, samples, tokens, calibration (description and sha256), metrics
-    and git (revision of the working directory's repository, and whether tracked files differ from it).
+    """Plain values for JSON: versions, seed, nsamples, samples, tokens, calibration (description and sha256), metrics,
+    finish and git (revision of the working directory's repository, and whether tracked files differ from it).
 
     Unknown values are left out. Repeating a run gives the same values.
     """
@@ -46,9 +48,18 @@ def provenance(report: QuantizeReport) -> dict[str, Any]:
         "tokens": report.tokens,
         "calibration": {key: text for key, text in calibration.items() if text},
         "metrics": plain["metrics"],
+        "finish": None if report.finish is None else _finish(report.finish),
         "git": _git(),
     }
     return {key: value for key, value in known.items() if value not in ("", None, {})}
+
+
+def _finish(record: FinishRecord) -> dict[str, Any]:
+    plain = ("kind", "kept", "best_step", "steps", "tokens", "samples", "held_out_tokens")
+    known: dict[str, Any] = {name: getattr(record, name) for name in plain}
+    divergences = {"before": record.before, "after": record.after}
+    known["kl"] = {name: value if math.isfinite(value) else None for name, value in divergences.items()}
+    return known | {"data": {"description": strip_paths(record.data), "sha256": record.data_sha256}}
 
 
 def run_stamp(report: QuantizeReport) -> dict[str, str]:
@@ -67,6 +78,9 @@ def publishable(report: QuantizeReport) -> QuantizeReport:
         ],
         deviations=[strip_paths(deviation) for deviation in report.deviations],
         calibration=strip_paths(report.calibration),
+        finish=None
+        if report.finish is None
+        else dataclasses.replace(report.finish, data=strip_paths(report.finish.data)),
         float_checkpoint=PurePath(report.float_checkpoint).name,
     )
 

@@ -14,6 +14,7 @@ from gptq_plugin.report.allocation import Allocation
 from gptq_plugin.report.cache import cache_summary
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.deviations import Deviation, grouped
+from gptq_plugin.report.finish_record import FinishRecord
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import align, format_bits_per_weight, format_bytes
 from gptq_plugin.report.table import layer_table
@@ -52,6 +53,7 @@ class QuantizeReport:
         positions: How padding was told from positions that count: by the name of each mask that hides some, a sentence.
         allocation: What `target_bits` chose, and why; None without it.
         cache: With `cache_dir`, what was taken from earlier runs and what was not; see `cache_summary`.
+        finish: What training the quantized model towards the float one gave; None without that.
         metrics: Results of the user's evaluation by metric, such as ``val_loss``: ``{"float": 2.31, "gptq": 2.33}``.
     """
 
@@ -71,6 +73,7 @@ class QuantizeReport:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     allocation: Allocation | None = None
     cache: dict[str, int] = field(default_factory=dict)
+    finish: FinishRecord | None = None
 
     @property
     def quantized(self) -> list[ModuleReport]:
@@ -159,6 +162,7 @@ class QuantizeReport:
             "metrics": self.metrics,
             "allocation": None if self.allocation is None else dataclasses.asdict(self.allocation),
             "cache": self.cache,
+            "finish": None if self.finish is None else dataclasses.asdict(self.finish),
             "deviations": self.deviations,
             "modules": [{**dataclasses.asdict(m), "relative_error": m.relative_error} for m in self.modules],
         }
@@ -186,6 +190,7 @@ class QuantizeReport:
         lines += [self.coverage.summary()] if self.coverage is not None else []
         lines += [] if self.allocation is None else [self.allocation.summary(), *align(self.allocation.rows())]
         lines += filter(None, [cache_summary(self.cache)])
+        lines += [] if self.finish is None else [self.finish.summary(), *align(self.finish.rows())]
         lines += [f"! {deviation}" for deviation in self.deviation_lines()]
         return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from gptq_plugin.options.limited_files import parse_json
 from gptq_plugin.report.allocation import Allocation, UnitChoice
 from gptq_plugin.report.base_card import License
 from gptq_plugin.report.coverage import Coverage, FloatWeight
+from gptq_plugin.report.finish_record import FinishRecord, Judgement
 from gptq_plugin.report.model_card import ModelFacts
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.report import ExportSize, QuantizeReport
@@ -54,6 +55,7 @@ def _report(values: Mapping[str, Any]) -> QuantizeReport:
         coverage=_coverage(values["coverage"]),
         size=None if values["size"] is None else _of_its_kinds(ExportSize(**values["size"])),
         allocation=_allocation(values["allocation"]),
+        finish=_finish(values["finish"]),
         metrics={name: _numbers(metric) for name, metric in values["metrics"].items()},
         **{name: values[name] for name in as_they_are},
     )
@@ -86,6 +88,17 @@ def _allocation(values: Mapping[str, Any] | None) -> Allocation | None:
     ]
     figures = {name: _number(values[name]) for name in ("target_bits", "bits", "seconds")}
     return _of_its_kinds(Allocation(**{**values, **figures, "units": units}))
+
+
+def _finish(values: Mapping[str, Any] | None) -> FinishRecord | None:
+    if values is None:
+        return None
+    curve = [
+        _of_its_kinds(Judgement(**{**one, **{name: _number(one[name]) for name in ("training", "held_out")}}))
+        for one in values["curve"]
+    ]
+    figures = {name: _number(values[name]) for name in ("before", "after", "seconds")}
+    return _of_its_kinds(FinishRecord(**{**values, **figures, "curve": curve}))
 
 
 def _facts(values: Mapping[str, Any]) -> ModelFacts:

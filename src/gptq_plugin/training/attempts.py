@@ -27,6 +27,7 @@ from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.sensitivity import measure_model
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.escalation import Ranking, Step, budget_steps, steps
+from gptq_plugin.training.finish_run import FinishRun
 from gptq_plugin.training.output_noise import output_noise
 from gptq_plugin.training.quality_gate import QualityGate
 
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 _NOISE_BATCHES = 2  # enough to rank layers by noise, where they cannot be measured otherwise
 
-Finish = Callable[[QuantizeModule, QuantizeReport], None]
+Accept = Callable[[QuantizeModule, QuantizeReport], None]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Attempts:
         keep: As for `QuantizeModule.temporarily`.
         layers_in: Called once per attempt; returns the option of that name.
         target: Client of the export; configurations it would refuse are not tried.
+        finish: What trains each attempt's result; None leaves it as GPTQ gives it.
     """
 
     model: nn.Module
@@ -87,13 +89,15 @@ class Attempts:
     keep: bool = False
     layers_in: Callable[[], SharedLayers] | None = None
     target: Client | None = None
+    finish: FinishRun | None = None
 
-    def quantize(self, quantizer: QuantizeModule, finish: Finish) -> QuantizeReport:
+    def quantize(self, quantizer: QuantizeModule, accept: Accept) -> QuantizeReport:
         """Quantizes until the result is good enough, and reports what was tried before it.
 
         Args:
             quantizer: The first configuration to try.
-            finish: Called with the quantizer and the report of the accepted result, while the model is quantized.
+            accept: Called with the quantizer and the report of the accepted result, while the model is quantized. With
+                a `finish` it is called with GPTQ's result, if that is good enough, and again behind the finish.
 
         Raises:
             QualityError: No attempt is good enough; the model has its float weights.
@@ -103,7 +107,7 @@ class Attempts:
         untried: Iterator[Step] = iter(())
         while True:
             try:
-                return self._attempt(attempt, tried, finish)
+                return self._attempt(attempt, tried, accept)
             except _NotGoodEnough as failure:
                 if failure.first is not None:
                     untried = failure.first
@@ -118,11 +122,13 @@ class Attempts:
                 attempt = copy.copy(quantizer)
                 attempt.config = step.config
 
-    def _attempt(self, quantizer: QuantizeModule, tried: list[str], finish: Finish) -> QuantizeReport:
+    def _attempt(self, quantizer: QuantizeModule, tried: list[str], accept: Accept) -> QuantizeReport:
         options = self.options if self.layers_in is None else replace(self.options, layers_in=self.layers_in())
         with quantizer.temporarily(self.model, self.data(), options, keep=self.keep) as report:
             report.deviations += tried
             gate, failures = self.quality.gate, self._failures(report)
+            if self.finish is not None:
+                failures = self._finished(self.finish, quantizer, report, accept, failures)
             if failures and gate.on_fail == "warn":
                 report.deviations += failures
                 for failure in failures:
@@ -130,8 +136,28 @@ class Attempts:
             elif failures:
                 is_first = gate.on_fail == "escalate" and not tried
                 raise _NotGoodEnough(failures, self._steps(quantizer, report) if is_first else None)
-            finish(quantizer, report)
+            accept(quantizer, report)
             return report
+
+    def _finished(
+        self, finish: FinishRun, quantizer: QuantizeModule, report: QuantizeReport, accept: Accept, failures: list[str]
+    ) -> list[str]:
+        """Finishes the quantized model; returns the limits that do not hold then. A finish is undone that breaks limits
+        which held."""
+        is_good = not failures or self.quality.gate.on_fail == "warn"
+        if is_good:  # what happens to the finish leaves this export
+            report.deviations += failures
+            accept(quantizer, report)
+            report.deviations = [one for one in report.deviations if one not in failures]
+        measured = report.metrics
+        if not finish.run(quantizer, self.model, self.options, exported=is_good):
+            return failures
+        after = self._failures(report)
+        if after and not failures:
+            quantizer.undo_finish(f"{'; '.join(after)}: undone, since GPTQ's result keeps within the limits")
+            report.metrics = measured
+            return failures
+        return after
 
     def _failures(self, report: QuantizeReport) -> list[str]:
         """Measures the quantized model, notes the metrics in the report and returns the limits that do not hold."""

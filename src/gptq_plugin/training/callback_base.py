@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from gptq_plugin import distributed
+from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.calibration.training_data import TrainingData
 from gptq_plugin.clients.client import Client
 from gptq_plugin.export.export_dir import check_export_dir
 from gptq_plugin.export.upload import Repository
+from gptq_plugin.finish.logits import LogitReader
+from gptq_plugin.finish.options import Finish, check_finish
 from gptq_plugin.options import fields
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.report.provenance import plain_name
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.attempts import Attempts
+from gptq_plugin.training.finish_run import FinishRun
 from gptq_plugin.training.preflight import refuse_export
 from gptq_plugin.training.rank0_export import export_on_rank0, rank0_folder, refuse_run_folders
 
@@ -72,11 +77,14 @@ class CallbackBase:
     """Base class of GPTQCallback and GPTQTrainerCallback.
 
     Args:
-        quantizer, export_dir, tokenizer, calibration, mix, mix_fraction, swap, overwrite, target, push_to_hub: As for
-            the callbacks, which document them.
+        quantizer, export_dir, tokenizer, calibration, mix, mix_fraction, swap, overwrite, target: As for the callbacks,
+            which document them.
+        push_to_hub, finish: The same.
 
     Attributes:
         data: Chooses the calibration data.
+        finish: Of the result; of the kind "none" if there is none.
+        finish_data: Chooses its data: of the same, with other numbers of samples.
         target: The client to export for, or None.
         repository: Where the export is uploaded, or None.
         report: Result of the last run; None before.
@@ -101,6 +109,7 @@ class CallbackBase:
         overwrite: bool,
         target: Client | str | Mapping[str, Any] | None,
         push_to_hub: str | Mapping[str, Any] | None,
+        finish: Finish | None,
     ) -> None:
         if not isinstance(quantizer, QuantizeModule):
             raise TypeError(f"quantizer must be a QuantizeModule, got {type(quantizer).__name__}")
@@ -113,7 +122,12 @@ class CallbackBase:
         self.quantizer = quantizer
         self.export_dir = Path(export_dir) if export_dir is not None else None
         self.tokenizer = as_tokenizer(tokenizer, saved=export_dir is not None)
-        self.data = TrainingData(quantizer.config, calibration, mix, mix_fraction)
+        self.finish = check_finish(finish)
+        # Chosen first: of data that can be read once, it keeps the more samples.
+        config = self.finish.data_config(quantizer.config) if self.finishes else quantizer.config
+        self.finish_data = TrainingData(config, calibration, mix, mix_fraction)
+        kept = self.finish_data.calibration, self.finish_data.mix
+        self.data = TrainingData(quantizer.config, *kept, mix_fraction) if self.finishes else self.finish_data
         self.swap = swap
         self.overwrite = overwrite
         self.target = Client.of(target)
@@ -121,6 +135,20 @@ class CallbackBase:
         if self.repository is not None and export_dir is None:
             raise ValueError(f"push_to_hub={self.repository} uploads the export, and there is none: give an export_dir")
         self.report: QuantizeReport | None = None
+
+    @property
+    def finishes(self) -> bool:
+        """True if the result is to be finished."""
+        return self.finish.kind != "none"
+
+    @property
+    def every_logit(self) -> bool:
+        """True if batches have to give the logits of all positions."""
+        return self.finishes or reads_every_logit(self.quantizer.config)
+
+    def finish_run(self, train: Any, validation: Callable[[], Sequence[Any]]) -> FinishRun | None:
+        """The finish, with its data; None without one. Arguments as for `TrainingData.sources`."""
+        return FinishRun(self.finish, partial(self.finish_data.sources, train, validation)) if self.finishes else None
 
     def agree_on_export_dir(self, run_folders: Iterable[tuple[str, Any]]) -> None:
         """Takes rank 0's `export_dir` on every rank and refuses one that cannot be written. Every rank calls it.
@@ -143,10 +171,12 @@ class CallbackBase:
         """Refuses a module without layers to quantize, or one whose export could not be written or loaded.
 
         Raises:
-            TargetError: See `QuantizeModule.check`.
+            TargetError: See `QuantizeModule.check`; or the finish cannot read its logits (`LogitReader`).
             ExportError: See `check_export`.
         """
         self.quantizer.check(module)
+        if self.finishes:
+            LogitReader(module)
         self.check_export(module)
 
     def check_export(self, module: nn.Module) -> None:
@@ -167,19 +197,24 @@ class CallbackBase:
             Exception: The quantization or the export failed; the model has its float weights.
         """
 
-        def finish(quantizer: QuantizeModule, report: QuantizeReport) -> None:
-            origin.note_in(report)
+        is_written = False
+
+        def accept(quantizer: QuantizeModule, report: QuantizeReport) -> None:
+            nonlocal is_written
+            if not is_written:
+                origin.note_in(report)
             if self.export_dir is not None:
                 self.export_dir = export_on_rank0(
                     quantizer,
                     attempts.model,
                     self.export_dir,
                     tokenizer=attempts.options.tokenizer,
-                    overwrite=self.overwrite,
+                    overwrite=self.overwrite or is_written,
                     target=self.target,
                 )
+            is_written = True
 
-        self.report = attempts.quantize(self.quantizer, finish)
+        self.report = attempts.quantize(self.quantizer, accept)
         return self.report
 
     def tell_result(self, report: QuantizeReport) -> None:

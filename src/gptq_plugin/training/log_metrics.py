@@ -29,5 +29,14 @@ def quality_metrics(report: QuantizeReport) -> dict[str, float]:
     return metrics
 
 
+def finish_metrics(report: QuantizeReport) -> list[tuple[int, dict[str, float]]]:
+    """The judgements of a finish, each with its number of steps: ``gptq/finish/kl`` of the held-out samples, and
+    ``gptq/finish/train_kl``."""
+    curve = () if report.finish is None else report.finish.curve
+    return [
+        (one.step, _finite({"gptq/finish/kl": one.held_out, "gptq/finish/train_kl": one.training})) for one in curve
+    ]
+
+
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,0 +1,171 @@
+"""Measures what a finish leaves of the loss of accuracy on pycode-29m, and what its steps take.
+
+    python scripts/bench_finish.py                              # 4, 3 and 2 bits, scales, 65 k tokens
+    python scripts/bench_finish.py --corpus --steps 512 --learning-rate 2e-3 --nsamples 8192    # 4 M tokens
+    python scripts/bench_finish.py --large                      # seconds and memory of steps of the 8B shape, on a GPU
+
+Needs ../shared (the model and its texts). Judged as in bench_accuracy.py, from the exported files: the mean loss above
+the float model's and the mean divergence from it on the first 200 windows of 512 tokens of eval.jsonl. Calibration is
+on the first 128 rows of calib.jsonl; without --corpus the finish trains on those, and holds out the rows behind them.
+--corpus trains on this machine's Python files, without any that shares a fifth of its lines with calibration's or
+evaluation's texts (leave-out.txt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import random
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_accuracy import AUTOROUND, MODEL, SHARED, TEXTS, compared, windows
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from gptq_plugin import Finish, QuantizeModule, load_quantized
+
+LEAVE_OUT = SHARED / "data" / "pycode" / "leave-out.txt"
+
+
+def corpus(rows: int, length: int = 512, seed: int = 1) -> torch.Tensor:
+    """Rows of this machine's Python files, each file after a BOS: int64 [rows, length]."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ids: list[int] = []
+    for text in _texts(seed):
+        ids += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        if len(ids) >= rows * length:
+            break
+    count = min(rows, len(ids) // length)
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def _texts(seed: int) -> Iterator[str]:
+    left_out = set(LEAVE_OUT.read_text().split())
+    folders = {sysconfig.get_paths()[name] for name in ("purelib", "stdlib")}
+    files = sorted({file for folder in folders for file in Path(folder).rglob("*.py")})
+    random.Random(seed).shuffle(files)
+    seen: set[bytes] = set()
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        digest = hashlib.md5(text.encode()).digest()
+        if not 500 < len(text) < 200_000 or "generated" in text[:300].lower() or digest in seen:
+            continue
+        seen.add(digest)
+        lines = {line.strip() for line in text.split("\n") if len(line.strip()) >= 30}
+        hashes = {hashlib.sha1(line.encode()).hexdigest()[:12] for line in lines}
+        if len(hashes & left_out) <= 0.2 * len(hashes):
+            yield text
+
+
+def measure(bits: int, method: str, finish: Finish, rows: Any, evaluation: torch.Tensor, device: str) -> str:
+    """Quantizes, finishes and exports; returns a line of figures."""
+    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
+    model = copy.deepcopy(original)
+    calibration = list(windows(TEXTS / "calib.jsonl", 128))
+    quantizer = QuantizeModule(bits=bits, method=method, nsamples=len(calibration))
+    quantizer.quantize(model, calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        quantizer.export(model, f"{folder}/gptq")
+        before = compared(load_quantized(f"{folder}/gptq", dtype=torch.float32).to(device), original, evaluation)
+        started = time.perf_counter()
+        record = quantizer.finish(model, original, rows, finish)
+        seconds = time.perf_counter() - started
+        quantizer.export(model, f"{folder}/finished")
+        after = compared(load_quantized(f"{folder}/finished", dtype=torch.float32).to(device), original, evaluation)
+    of_peer = f"  {after[1] / AUTOROUND[bits]:.2f} of AutoRound's KL" if bits in AUTOROUND else ""
+    return (
+        f"{bits} bits  {method}  before +{before[0]:.5f} KL {before[1]:.5f}  finished +{after[0]:.5f} KL {after[1]:.5f}"
+        f"{of_peer}  {seconds:.1f} s  best step {record.best_step} of {record.steps}, held out {record.before:.5f} to "
+        f"{record.after:.5f}, {'kept' if record.kept else 'not kept'}"
+    )
+
+
+def large(layers: int, steps: int, tokens: int) -> str:
+    """Steps of the 8B shape with random weights on a GPU."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False, rope_theta=500000.0,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    teacher = copy.deepcopy(model)
+    quantizer = QuantizeModule(bits=4)
+    quantizer.round_to_nearest(model)
+    held = sum(one.numel() * one.element_size() for one in teacher.parameters())
+    lines = []
+    for reruns in (False, True):
+        rows = list(torch.randint(0, 128256, (steps * tokens // 2048 + 4, 2048)))
+        finish = Finish(
+            steps=steps, tokens_per_step=tokens, nsamples=len(rows) - 4, held_out=4, batch_size=4, judgements=1,
+            checkpoint_activations=reruns,
+        )  # fmt: skip
+        started: list[float] = []
+        try:
+            quantizer.finish(
+                model,
+                teacher,
+                rows,
+                finish,
+                progress=lambda *_: started.append(time.perf_counter()),  # noqa: B023
+            )
+        except torch.OutOfMemoryError as error:
+            lines.append(f"activations twice: {reruns}: {error}"[:200])
+            continue
+        peak = torch.cuda.max_memory_allocated() - held
+        lines.append(
+            f"{layers} blocks of the 8B shape, {tokens} tokens a step, activations "
+            f"{'computed twice' if reruns else 'kept'}: {(started[1] - started[0]) / steps:.2f} s a step (judging "
+            f"included), {peak / 2**30:.1f} GiB beside the float model's {held / 2**30:.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--method", default="best")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--held-out", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--top-logits", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=200, help="of evaluation")
+    parser.add_argument("--corpus", action="store_true", help="train on this machine's Python files")
+    parser.add_argument("--large", type=int, nargs="?", const=32, help="blocks of the 8B shape to measure steps of")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    if arguments.large is not None:
+        print(large(arguments.large, 8, 8192), flush=True)
+        return
+    count = arguments.nsamples + arguments.held_out
+    rows = corpus(count) if arguments.corpus else windows(TEXTS / "calib.jsonl", count)
+    if arguments.corpus:  # held-out rows are of files that calibration does not hold either
+        print(f"{len(rows)} rows of Python files", flush=True)
+    evaluation = windows(TEXTS / "eval.jsonl", arguments.windows).to(arguments.device)
+    finish = Finish(
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        nsamples=len(rows) - arguments.held_out,
+        held_out=arguments.held_out,
+        batch_size=arguments.batch_size,
+        top_logits=arguments.top_logits,
+    )
+    for bits in arguments.bits:
+        print(measure(bits, arguments.method, finish, list(rows), evaluation, arguments.device), flush=True)
+    print(json.dumps({"finish": finish.to_dict(), "torch": torch.__version__}), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

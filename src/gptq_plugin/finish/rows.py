@@ -1,0 +1,113 @@
+"""The samples of a finish, divided into those to train on and those held out: `Rows`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptq_plugin import distributed
+from gptq_plugin.calibration.collect import Batch, Calibration, collect
+from gptq_plugin.calibration.sampling import share_of
+from gptq_plugin.calibration.sources import Sources
+from gptq_plugin.calibration.takes import Takes
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CalibrationError
+
+_LARGEST_SHARE = 4  # of fewer samples than were asked, at most a quarter is held out
+
+
+@dataclass
+class Rows:
+    """This rank's batches.
+
+    Attributes:
+        train: To train on.
+        held_out: To judge on; the last of every source.
+        numbers: Of the held-out batches, unique over all ranks.
+        samples: To train on, over all ranks.
+        deviations: A sentence for each difference from the request, of all ranks.
+        sources: Number of samples by the name of their source, over all ranks.
+        digest: Of all samples, over all ranks: 64 hexadecimal digits.
+    """
+
+    train: list[Batch] = field(default_factory=list)
+    held_out: list[Batch] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    samples: int = 0
+    deviations: list[str] = field(default_factory=list)
+    sources: dict[str, int] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All, those to train on first."""
+        return self.train + self.held_out
+
+
+def rows_of(
+    data: Iterable[Any], config: QuantizeConfig, held_out: int, tokenizer: Any = None, takes: Takes | None = None
+) -> Rows:
+    """Collects samples as calibration does, and divides them. In a process group every rank calls it.
+
+    Args:
+        data: As for `collect`.
+        config: Its `nsamples` are those to train on and those held out.
+        held_out: Samples to hold out, of several sources in their proportion; of fewer than asked a quarter at most.
+        tokenizer, takes: As for `collect`.
+
+    Raises:
+        CalibrationError: As `collect`; or there are fewer than two batches.
+    """
+    parts = [Sources((part,)) for part in data.parts] if isinstance(data, Sources) else [data]
+    sizes = [part.parts[0].nsamples if isinstance(part, Sources) else config.nsamples for part in parts]
+    rows, digest, count = Rows(), 0, 0
+    for part, size in zip(parts, sizes, strict=True):
+        collected = collect(part, config, tokenizer, share_of(config.nsamples), takes=takes)
+        _divide(rows, collected, round(held_out * size / max(1, sum(sizes))), size, count)
+        count += collected.of_all_ranks
+        digest += collected.digest
+    everyones = distributed.gather_objects(
+        (digest, rows.sources, rows.deviations, bool(rows.train), bool(rows.numbers))
+    )
+    sources: dict[str, int] = {}
+    for _, of_rank, _, _, _ in everyones:
+        for name, samples in of_rank.items():
+            sources[name] = sources.get(name, 0) + samples
+    rows.sources = sources
+    rows.deviations = list(dict.fromkeys(one for _, _, told, _, _ in everyones for one in told))
+    rows.digest = f"{sum(one for one, *_ in everyones) % 2**256:064x}"
+    if not (any(trains for *_, trains, _ in everyones) and any(judges for *_, judges in everyones)):
+        raise CalibrationError(
+            f"a finish trains on some batches and judges on others, and there is {count} of {config.batch_size} "
+            "samples: give more samples, or a smaller batch_size of the finish"
+        )
+    return rows
+
+
+def _divide(rows: Rows, collected: Calibration, held_out: int, asked: int, offset: int) -> None:
+    """Adds a source's batches: the last ones, as many as hold so many samples, are held out."""
+    own = [(number, batch.samples) for number, batch in zip(collected.numbers, collected.batches, strict=True)]
+    sizes = dict(sorted(one for of_rank in distributed.gather_objects(own) for one in of_rank))
+    total = sum(sizes.values())
+    wanted = max(1, held_out)
+    if total < asked:
+        wanted = min(wanted, max(1, total // _LARGEST_SHARE))
+        rows.deviations.append(f"{total} samples given, {asked} asked: {wanted} of them are to be held out")
+    chosen: dict[int, int] = {}
+    held = 0
+    for number in reversed(sizes):
+        if held >= wanted or len(chosen) + 1 == len(sizes):
+            break
+        chosen[number] = sizes[number]
+        held += sizes[number]
+    for number, batch in zip(collected.numbers, collected.batches, strict=True):
+        if number in chosen:
+            rows.held_out.append(batch)
+            rows.numbers.append(offset + number)
+        else:
+            rows.train.append(batch)
+    rows.samples += total - held
+    rows.deviations += collected.deviations
+    for name, samples in collected.sources.items():
+        rows.sources[name] = rows.sources.get(name, 0) + samples

@@ -1,0 +1,104 @@
+"""The most likely tokens of the float model, and the divergence from them: `TopLogits`, `TopDivergence`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PIECE = 2**24  # logits that are worked on at a time, in float32
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """What positions of the float model predict.
+
+    Attributes:
+        ids: int32 [positions, k], the most likely tokens.
+        logs: float32 [positions, k], the logarithms of their probabilities.
+        rest: float32 [positions], the logarithm of the probability of all other tokens together; -inf without any.
+    """
+
+    ids: Tensor
+    logs: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int) -> TopLogits:
+        """Those of logits [positions, vocabulary], on the CPU."""
+        k = min(k, logits.shape[-1])
+        parts = []
+        for piece in _pieces(logits):
+            logs = logits[piece].float().log_softmax(-1)
+            top, ids = logs.topk(k, sorted=False)
+            parts.append((ids.int().cpu(), top.cpu(), _all_but(logs, ids).cpu()))
+        if not parts:
+            return cls(torch.empty(0, k, dtype=torch.int32), torch.empty(0, k), torch.empty(0))
+        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.rest)
+
+    def to(self, device: torch.device) -> TopLogits:
+        return TopLogits(self.ids.to(device), self.logs.to(device), self.rest.to(device))
+
+    def divergence(self, logits: Tensor) -> float:
+        """The sum over positions of KL(float || logits), in nats, where the other tokens count as one."""
+        total = 0.0
+        for piece in _pieces(logits):
+            values, _ = self._piece(logits[piece], piece, with_gradient=False)
+            total += float(values.sum(dtype=torch.float64))
+        return total
+
+    def _piece(self, logits: Tensor, piece: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The divergence at each position, and its gradient for the logits."""
+        ids, theirs, their_rest = self.ids[piece].long(), self.logs[piece], self.rest[piece]
+        ours = logits.float().log_softmax(-1)
+        our_rest = _all_but(ours, ids)
+        shares, rest_share = theirs.exp(), their_rest.exp()
+        counted = rest_share > 0
+        of_rest = torch.where(counted, rest_share * (their_rest - our_rest), 0.0)
+        of_top = torch.where(shares > 0, shares * (theirs - ours.gather(1, ids)), 0.0)
+        values = of_top.sum(-1) + of_rest
+        if not with_gradient:
+            return values, None
+        # Of the rest, each token gets its part of their probability as our model divides it.
+        factor = torch.where(counted, 1 - (their_rest - our_rest).exp(), 1.0)
+        gradient = ours.exp_()
+        at_top = gradient.gather(1, ids) - shares
+        gradient.mul_(factor[:, None]).scatter_(1, ids, at_top)
+        return values, gradient
+
+
+class TopDivergence(torch.autograd.Function):
+    """`TopLogits.divergence` with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, top: TopLogits) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        gradients = torch.empty_like(logits)
+        for piece in _pieces(logits):
+            values, gradient = top._piece(logits[piece], piece, with_gradient=True)
+            assert gradient is not None
+            gradients[piece] = gradient.to(logits.dtype)
+            total += values.sum(dtype=torch.float64)
+        ctx.save_for_backward(gradients)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * grad.to(gradients.dtype), None
+
+
+def _pieces(logits: Tensor) -> Iterator[slice]:
+    rows = max(1, _PIECE // max(1, logits.shape[-1]))
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
+
+
+def _all_but(logs: Tensor, ids: Tensor) -> Tensor:
+    """The logarithm of the probability of all tokens but these, [positions]."""
+    return logs.scatter(1, ids, -torch.inf).logsumexp(-1)

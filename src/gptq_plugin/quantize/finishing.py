@@ -1,0 +1,167 @@
+"""The finish of a model that `QuantizeModule` has quantized: `Finishing`, the part of it that knows how.
+
+Tested by tests/finish/test_finish_model.py: as users call it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_plugin.calibration.forward import evaluating, takes_of
+from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.memory import with_index
+from gptq_plugin.errors import TargetError
+from gptq_plugin.finish.finish_model import Finished, Surroundings, Teacher, finish_model
+from gptq_plugin.finish.logits import LogitReader
+from gptq_plugin.finish.options import Finish, check_finish
+from gptq_plugin.finish.rows import rows_of
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.swap import swap_modules
+from gptq_plugin.memory.streamed_to import streamed_to
+from gptq_plugin.model.plan import MODEL, Plan
+from gptq_plugin.quantize.allocate import Allocated
+from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
+from gptq_plugin.quantize.prepare import undisturbed
+from gptq_plugin.quantize.run_log import RunLog
+from gptq_plugin.report.finish_record import FinishRecord
+from gptq_plugin.report.report import QuantizeReport
+
+
+class Finishing:
+    """Trains quantized models towards their float ones. `QuantizeModule` is one.
+
+    Attributes:
+        config, report, allocated, run_log: As of `QuantizeModule`.
+    """
+
+    config: QuantizeConfig
+    report: QuantizeReport | None
+    allocated: Allocated | None
+    run_log: RunLog
+    _finished: Finished | None = None  # that of the quantization under way
+
+    def finish(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        batches: Iterable[Any],
+        finish: Finish | None = None,
+        *,
+        forward: ModelForward | None = None,
+        tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        device_memory: int | None = None,
+        progress: Progress | None = None,
+    ) -> FinishRecord:
+        """Trains a quantized model towards its float model, and keeps the result only if held-out samples tell it is
+        better.
+
+        Codes do not change; what is exported afterwards is a checkpoint like any other. In a process group every rank
+        calls this with the same models and its own batches, as `quantize`; all get the same result.
+
+        Args:
+            model: With quantized layers, all other parameters as in the float model; changed in place.
+            teacher: The float model, which is not changed. None inside the with block of `temporarily`: the model with
+                its float layers.
+            batches: As for `quantize`: `finish.nsamples` to train on, and behind them those to judge on.
+            finish: How to train; None is ``Finish()``.
+            forward: As for `quantize`; it has to compute the logits of every position.
+            tokenizer, device, device_memory: As for `quantize`.
+            progress: Called as progress(steps done, steps at most, the divergence of held-out samples).
+
+        Raises:
+            TargetError: The model has no quantized layers, or is not a transformers model that predicts a distribution.
+            CalibrationError: There are fewer than two batches, or they do not fit, or logits are not finite.
+            RankError: Another rank was lost, or raised one of these or any other error.
+
+        On any error the model is as it was before.
+        """
+        finish = Finish() if finish is None else check_finish(finish)
+        MODEL.check("model", model)
+        if finish.kind == "none":
+            raise ValueError("finish=Finish(kind='none') is no finish: leave the call out, or give kind='scales'")
+        options = PassOptions(forward, tokenizer, device=device, device_memory=device_memory, progress=progress)
+        if torch.is_inference_mode_enabled():
+            raise TargetError("a finish runs backward, and torch.inference_mode is on: call it outside of that")
+        LogitReader(model)  # refuses before any work
+        with undisturbed(), evaluating(model), contextlib.ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # a block's forward is replaced
+            takes = takes_of(model, options.forward)
+            config = finish.data_config(self.config)
+            rows = rows_of(batches, config, finish.held_out, options.tokenizer, takes)
+            home = next(model.parameters()).device
+            surroundings = Surroundings(
+                options.runner(every_logit=True),
+                with_index(options.where or home),
+                device_memory,
+                self.config.token_weighting if self.config.token_weighting == "labels" else "all",
+                progress,
+            )
+            found = finish_model(model, self._teacher(model, teacher, options), rows, finish, surroundings)
+        self._finished = found
+        if self.report is not None:
+            self.report.finish = found.record
+            self.report.seconds["finish"] = found.record.seconds
+            self.report.deviations += found.deviations
+            for deviation in found.deviations:
+                self.run_log.warn(deviation)
+        return found.record
+
+    def undo_finish(self, reason: str) -> None:
+        """Gives the model back what GPTQ gave it, if a finish has changed that, and notes why in the report."""
+        found, self._finished = self._finished, None
+        if found is not None and found.record.kept:
+            found.undo()
+            if self.report is not None:
+                self.report.finish = found.record.undone(reason)
+
+    @contextlib.contextmanager
+    def _under_way(self, allocated: Allocated) -> Iterator[Allocated]:
+        """Holds the layers of a quantization inside the block, behind which nothing of a finish is left unless
+        `_finished` is None."""
+        self.allocated, self._finished = allocated, None
+        try:
+            yield allocated
+        finally:
+            if self._finished is not None:
+                self._finished.undo()
+            self.allocated = self._finished = None
+
+    def _teacher(self, model: nn.Module, teacher: nn.Module | None, options: PassOptions) -> Teacher:
+        plan = None if self.allocated is None else self.allocated.plan
+        if teacher is not None:
+            MODEL.check("teacher", teacher)
+        elif plan is None or plan.model is not model:
+            raise TargetError(
+                "a finish needs the float model that the quantized one is to come near to: give finish(model, teacher, "
+                "batches) a copy that was made before quantization"
+            )
+
+        @contextlib.contextmanager
+        def at_hand() -> Iterator[nn.Module]:
+            with contextlib.ExitStack() as stack:
+                if teacher is None:
+                    assert plan is not None
+                    stack.enter_context(_float_again(plan))
+                one = model if teacher is None else teacher
+                stack.enter_context(evaluating(one))
+                stack.enter_context(streamed_to(one, options.where))
+                yield one
+
+        return at_hand
+
+
+@contextlib.contextmanager
+def _float_again(plan: Plan) -> Iterator[None]:
+    """Puts a plan's float layers in the place of the quantized ones inside the block."""
+    quantized = {name: one for name, one in plan.model.named_modules() if isinstance(one, QuantLinear)}
+    swap_modules(plan.model, {target.name: target.module for target in plan.targets if target.name in quantized})
+    try:
+        yield
+    finally:
+        swap_modules(plan.model, quantized)

@@ -1,0 +1,62 @@
+"""The samples of a finish: those held out are the last of every source."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_plugin import QuantizeConfig
+from gptq_plugin.calibration.sampling import deal
+from gptq_plugin.calibration.sources import Sources
+from gptq_plugin.errors import CalibrationError
+from gptq_plugin.finish.rows import rows_of
+
+
+def samples(count, first=0):
+    return [torch.full((8,), first + number) for number in range(count)]
+
+
+def firsts(batches):
+    return [int(row[0]) for batch in batches for row in batch.data["input_ids"]]
+
+
+@pytest.mark.parametrize(("batch_size", "held_out"), [(1, 5), (2, 5), (5, 10)])
+def test_the_last_batches_are_held_out(batch_size, held_out):
+    config = QuantizeConfig(nsamples=30, batch_size=batch_size)
+    rows = rows_of(samples(40), config, held_out)
+    judged = firsts(rows.held_out)
+    assert judged == list(range(30 - len(judged), 30)) and held_out <= len(judged) < held_out + batch_size
+    assert firsts(rows.train) == list(range(30 - len(judged))) and rows.samples == 30 - len(judged)
+    assert len(set(rows.numbers)) == len(rows.held_out)
+    assert any("10 of 40 given were not used" in one for one in rows.deviations)
+
+
+def test_several_sources_give_held_out_samples_in_their_proportion():
+    data = Sources((deal(samples(20), "code", nsamples=20), deal(samples(12, 100), "prose", nsamples=12)))
+    rows = rows_of(data, QuantizeConfig(nsamples=32, batch_size=1), 8)
+    assert firsts(rows.held_out) == [15, 16, 17, 18, 19, 109, 110, 111]
+    assert len(set(rows.numbers)) == 8 and rows.samples == 24
+    assert rows.sources == {"code": 20, "prose": 12}
+
+
+def test_of_few_samples_a_quarter_at_most_is_held_out():
+    rows = rows_of(samples(9), QuantizeConfig(nsamples=40, batch_size=1), 32)
+    assert firsts(rows.held_out) == [7, 8]
+    assert rows.deviations == ["9 samples given, 40 asked: 2 of them are to be held out"]
+
+
+def test_as_many_as_asked_are_held_out_where_there_are_enough():
+    assert firsts(rows_of(samples(9), QuantizeConfig(nsamples=9, batch_size=1), 6).held_out) == [3, 4, 5, 6, 7, 8]
+
+
+def test_the_digest_depends_on_the_samples_and_not_on_their_batches():
+    digests = {
+        rows_of(given, QuantizeConfig(nsamples=8, batch_size=size), 2).digest
+        for given, size in ((samples(8), 1), (samples(8), 2), (samples(8, 1), 1))
+    }
+    assert len(digests) == 2 and all(len(one) == 64 for one in digests)
+
+
+def test_a_single_batch_cannot_be_divided():
+    with pytest.raises(CalibrationError, match="there is 1 of 4 samples: give more samples, or a smaller batch_size"):
+        rows_of(samples(4), QuantizeConfig(nsamples=4, batch_size=4), 2)

@@ -1,0 +1,110 @@
+"""GPTQCallback with a finish: on one process and on two, its logs, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from gptq_plugin import Finish, GPTQCallback, QuantizeModule, load_quantized
+from gptq_plugin.errors import TargetError
+from gptq_plugin.lightning import strategies
+from gptq_plugin.lightning.strategies import refuse_for_shards
+
+from forked_python import python
+from lightning_runs import FINISH, FINISH_RUN, SMALL, Plain, Structured, fit, pair_loader, quantized, token_loader
+from paths import SUPPORT
+
+TWO_BITS = {**SMALL, "bits": 2}
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_the_result_is_finished_on_the_runs_own_samples_exported_and_logged(swap, tmp_path):
+    module = Structured()
+    logger = CSVLogger(tmp_path, name="logs")
+    callback = GPTQCallback(QuantizeModule(**TWO_BITS), tmp_path / "out", swap=swap, finish=Finish(**FINISH))
+    trainer = fit(module, token_loader(), [callback], tmp_path, logger=logger)
+    record = callback.report.finish
+    assert record.kept and record.samples == 16 and record.held_out_tokens == 8 * 16
+    assert "samples of the train dataloader's 24" in record.data
+    exported = load_quantized(tmp_path / "out")
+    told = json.loads((tmp_path / "out/quantization_report.json").read_text())["finish"]
+    assert told["kept"] and told["after"] == record.after < record.before
+    with torch.no_grad():
+        ids = torch.arange(16)[None]
+        outputs = [model.eval()(input_ids=ids).logits for model in (exported, module.model)]
+    assert torch.allclose(*outputs, atol=1e-4) == swap and bool(quantized(module)) == swap
+    assert (exported.model.norm.weight == module.model.model.norm.weight).all() == swap
+    lines = list(csv.DictReader((tmp_path / "logs/version_0/metrics.csv").open()))
+    logged = {int(line["step"]): float(line["gptq/finish/kl"]) for line in lines if line.get("gptq/finish/kl")}
+    first = trainer.global_step
+    assert logged == {first + one.step: pytest.approx(one.held_out) for one in record.curve}
+
+
+def test_a_module_that_predicts_no_distribution_is_refused_before_training(tmp_path):
+    module = Plain()
+    module.training_step = lambda *_: pytest.fail("trained")
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", finish=Finish(**FINISH))
+    with pytest.raises(TargetError, match="holds none of them: leave the finish out"):
+        fit(module, pair_loader(), [callback], tmp_path)
+
+
+def test_a_finish_that_is_none_is_refused_where_the_callback_is_made():
+    with pytest.raises(ValueError, match="finish must be a Finish"):
+        GPTQCallback(QuantizeModule(**SMALL), finish={"kind": "scales"})
+
+
+def test_sharded_strategies_are_refused_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(strategies, "is_sharded", lambda trainer: True)
+    trainer = SimpleNamespace(strategy=object())
+    with pytest.raises(ValueError, match=r"gptq-quantize ckpt=... finish=scales .*, or train with strategy='ddp'"):
+        refuse_for_shards(trainer, None, tmp_path, "last", Finish())
+    refuse_for_shards(trainer, None, tmp_path, "last", Finish(kind="none"))
+
+
+def test_a_generator_of_samples_serves_calibration_and_finish(tmp_path):
+    ids = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
+    callback = GPTQCallback(
+        QuantizeModule(**TWO_BITS), tmp_path / "out", calibration=(row for row in ids), finish=Finish(**FINISH)
+    )
+    fit(Structured(), token_loader(), [callback], tmp_path)
+    assert callback.report.samples == 16 and callback.report.finish.samples == 16
+
+
+def start(folder, *arguments):
+    (folder / "train.py").write_text(FINISH_RUN)
+    command = [python(), "train.py", str(SUPPORT), str(folder), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_same_bytes_in_the_end(tmp_path):
+    process = start(tmp_path, 2, "nowhere")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    reports = [json.loads((tmp_path / f"rank{rank}.json").read_text())["finish"] for rank in (0, 1)]
+    assert reports[0]["curve"] == reports[1]["curve"] and reports[0]["kept"]
+    assert reports[0]["samples"] == 16 and reports[0]["held_out_tokens"] == 8 * 16
+    exported = load_quantized(tmp_path / "export").state_dict()
+    assert all(torch.equal(exported[name], first[f"model.{name}"]) for name in exported if "scales" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["teacher", "step", "export"])
+def test_a_run_that_is_killed_in_its_finish_leaves_the_export_of_gptq(place, tmp_path):
+    process = start(tmp_path, 1, place)
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    model = load_quantized(tmp_path / "export")
+    assert len(quantized(model)) == 7
+    assert json.loads((tmp_path / "export/quantization_report.json").read_text())["finish"] is None
+    assert [one for one in os.listdir(tmp_path) if one.startswith("export")] == ["export"]
