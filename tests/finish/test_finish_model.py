@@ -334,3 +334,23 @@ def test_hooks_of_users_are_called_in_the_finish_and_stay():
     count = len(calls)
     model(input_ids=rows()[0][None])
     assert len(calls) == count + 1
+
+
+def test_experts_are_finished_one_by_one():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+        vocab_size=128,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    twin = copy.deepcopy(model)
+    quantizer = QuantizeModule(bits=2, group_size=32, nsamples=32)
+    quantizer.quantize(model, rows())
+    before, apart = state_of(model), divergence(model, twin, rows(seed=9))
+    assert quantizer.finish(model, twin, rows(), Finish(**FAST)).kept
+    assert divergence(model, twin, rows(seed=9)) < apart
+    moved = [name for name, tensor in state_of(model).items() if not torch.equal(tensor, before[name])]
+    assert sum("experts" in name and name.endswith("scales") for name in moved) == 12
