@@ -124,6 +124,37 @@ def test_writers_and_readers_at_once_see_whole_files(tmp_path):
         assert [problem for problems in pool.map(work, range(4)) for problem in problems if "damaged" in problem] == []
 
 
+def test_other_users_may_read_what_was_written(tmp_path):
+    before = os.umask(0o022)
+    try:
+        files = kept_in(tmp_path)
+        files.write("hessian", KEY, {}, {})
+    finally:
+        os.umask(before)
+    (path,) = files.folder.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_interruption_leaves_no_half_file(tmp_path, monkeypatch):
+    def interrupted(plain, path, metadata):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptq_plugin.cache.files.save_file", interrupted)
+    files = kept_in(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        files.write("hessian", KEY, {}, {})
+    assert not list(files.folder.iterdir())
+
+
+def test_the_files_of_other_processes_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("gptq_plugin.cache.files._LOOK_EVERY", 2)
+    mine, theirs = (kept_in(tmp_path, limit=int(3.5 * SIZE)) for _ in range(2))
+    for number, files in enumerate((mine, theirs, theirs, theirs, mine, mine)):
+        files.write("hessian", f"{number}" * 64, {}, TENSORS)
+    assert len(list(mine.folder.iterdir())) <= 4
+
+
 def test_a_folder_that_is_a_file_is_told(tmp_path):
     (tmp_path / "cache").write_text("")
     files = kept_in(tmp_path)

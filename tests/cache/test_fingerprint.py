@@ -213,6 +213,14 @@ def test_methods_of_a_model_count_if_a_forward_can_come_to_them():
     assert one == same != other
 
 
+def test_tensors_that_were_read_ahead_count_as_others():
+    model = tiny_llama()
+    ahead = Fingerprint()
+    ahead.read_ahead([*model.parameters(), *model.buffers()])
+    ahead.add("value", model)
+    assert ahead.hexdigest() == print_of(model)
+
+
 def test_a_function_may_tell_what_it_depends_on():
     def made(number, other):
         def run(x):

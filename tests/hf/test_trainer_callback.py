@@ -397,3 +397,21 @@ def test_a_budget_of_bits_is_divided_at_the_end_of_training_by_the_logits_of_all
     train(llama(), [callback], tmp_path)
     assert callback.report.bits_per_weight <= 4.2
     assert callback.report.allocation.tokens == 4 * 16  # a batch of 4 samples
+
+
+def test_a_second_training_of_the_same_takes_every_layer_and_one_with_another_forward_none(tmp_path):
+    def trained(name, forward=None, **options):
+        quantizer = QuantizeModule(**SMALL, cache_dir=tmp_path / "cache")
+        callback = GPTQTrainerCallback(quantizer, tmp_path / f"export-{name}", forward=forward)
+        model = llama()
+        train(model, [callback], tmp_path / name, **options)
+        return model.state_dict(), callback.report
+
+    first, report = trained("first")
+    assert report.cache["layers_solved"] == 7, report.deviations
+    second, again = trained("second")
+    assert again.cache["layers_taken"] == 7 and again.cache["walk_taken"], again.deviations
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    own = trained("own", lambda model, batch: model(**batch))[1]
+    assert own.cache["layers_taken"] == 0 and own.cache["bytes_written"], own.deviations
+    assert trained("rounded", bf16=True)[1].cache["layers_taken"] == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import os
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from plans import Attention, Listed, calibration_of, plan_of, rows
 from torch import nn
 
+from gptq_plugin import QuantizeModule
 from gptq_plugin.cache import files
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.quantize.batch_runs import BatchRuns
@@ -78,7 +78,7 @@ CASES = {
     "experts": (Listed, [rows(200, 32, seed) for seed in range(2)], CONFIG),
     "experts-drift": (Listed, [rows(200, 32, seed) for seed in range(2)], rule(rules={}, asymmetric_alpha=0.5)),
     "llama": (
-        functools.partial(tiny_llama, num_hidden_layers=3),
+        tiny_llama,
         [{"input_ids": torch.randint(0, 128, (2, 32), generator=torch.Generator().manual_seed(n))} for n in range(4)],
         CONFIG,
     ),
@@ -90,8 +90,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case, streamed", [*((case, False) for case in CASES), ("best", True), ("experts-drift", True)]
+)
 def test_a_pass_of_the_same_takes_every_layer_and_gives_what_it_would_have_without(tmp_path, case, streamed):
     make, batches, config = CASES[case]
     options = {"offload_weights": True, "offload_activations": True} if streamed else {}
@@ -355,3 +356,53 @@ def test_token_weights_by_gradients_count(tmp_path):
     assert taken(passed(tiny_llama(), tmp_path, config, batches(1))) == 0
     late = dataclasses.replace(config, dynamic={"model.layers.1.mlp.down_proj": {"bits": 8}})
     assert_same(passed(tiny_llama(), None, late, batches(0)), passed(tiny_llama(), tmp_path, late, batches(0)))
+
+
+def test_a_pass_that_was_ended_in_the_middle_goes_on_where_it_stood(tmp_path):
+    def stop(done, *_):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        passed(Blocks(), tmp_path, progress=stop)
+    assert_same(passed(Blocks(), None), again := passed(Blocks(), tmp_path))
+    assert taken(again) == 5
+
+
+def test_a_pass_takes_up_what_another_process_has_left_meanwhile(tmp_path):
+    def other(done, *_):
+        if done == 4:
+            passed(Blocks(), tmp_path / "cache")
+
+    result = passed(Blocks(), tmp_path / "cache", progress=other)
+    assert taken(result) == 5 and result[1].cache["walk_taken"]
+    assert_same(passed(Blocks(), None), result)
+
+
+def test_an_attempt_takes_the_layers_before_the_first_that_it_changes_from_the_attempt_before(tmp_path):
+    model = tiny_llama(num_hidden_layers=3)
+    rows_ = [torch.randint(0, 128, (32,), generator=torch.Generator().manual_seed(n)) for n in range(16)]
+    options = {"group_size": 32, "nsamples": 16, "model_seqlen": 32}
+    with QuantizeModule(**options, bits=2, cache_dir=tmp_path).temporarily(model, rows_):
+        pass
+    more = {r"model\.layers\.2\.mlp\.(gate|up)_proj": {"bits": 4}}
+    with QuantizeModule(**options, bits=2, cache_dir=tmp_path, dynamic=more).temporarily(model, rows_) as report:
+        kept = copy.deepcopy(model.state_dict())
+    assert report.cache["layers_taken"] == 7 + 7 + 4 and report.cache["hessians_taken"] == 1
+    with QuantizeModule(**options, bits=2, dynamic=more).temporarily(model, rows_):
+        assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+def test_another_budget_takes_the_trials_of_the_first(tmp_path, solved):
+    batches = CASES["llama"][1]
+    ids = [row for batch in batches for row in batch["input_ids"]]
+    options = {"group_size": 32, "nsamples": 8, "model_seqlen": 32, "batch_size": 2, "cache_dir": tmp_path}
+    QuantizeModule(**options, target_bits=3.5).quantize(tiny_llama(), ids)
+    trials = len(solved)
+    solved.clear()
+    model = tiny_llama()
+    QuantizeModule(**options, target_bits=4.0).quantize(model, ids)
+    assert 0 < len(solved) <= 14 < trials  # of the pass alone
+    plain = tiny_llama()
+    QuantizeModule(**{**options, "cache_dir": None}, target_bits=4.0).quantize(plain, ids)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())

@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from gptq_plugin.errors import brief
 _OURS = re.compile(r"[a-z]+-[0-9a-f]{64}\.safetensors|\.writing-\w+")  # nothing else in the folder is touched
 _WRITING = ".writing-"  # begins the name of a file that is not complete
 _ABANDONED = 3600.0  # seconds without a write, after which such a file is of a process that was killed
+_LOOK_EVERY = 32  # writes, after which the files of other processes are counted again
 _CHECKSUM, _FACTS = "checksum", "facts"
 
 
@@ -63,7 +64,8 @@ class KeptFiles:
     limit: int
     problems: list[str] = field(default_factory=list)
     written: int = 0
-    _bytes: int | None = None  # of all files, as far as this process knows
+    _bytes: int = 0  # of all files, as far as this process knows
+    _writes: int = 0
     _is_writable: bool = True
 
     def read(self, kind: str, key: str) -> Kept | None:
@@ -80,10 +82,11 @@ class KeptFiles:
             if checksum != metadata.get(_CHECKSUM):
                 raise ValueError("its bytes are not those that were written")
             facts = json.loads(metadata[_FACTS])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            self.problems.append(f"{path} is damaged and was computed again: {brief(error)}")
+            what = "could not be read" if isinstance(error, OSError) else "is damaged"
+            self.problems.append(f"{path} {what} and was computed again: {brief(error)}")
             return None
         with contextlib.suppress(OSError):  # of a folder that is read only
             os.utime(path)
@@ -96,12 +99,13 @@ class KeptFiles:
         plain = _apart(tensors)
         text, path = json.dumps(facts), self._path(kind, key)
         metadata = {_FACTS: text, _CHECKSUM: _checksum(path.stem + text, plain)}
-        writing = None
+        writing = self.folder / f"{_WRITING}{uuid.uuid4().hex}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, writing = tempfile.mkstemp(prefix=_WRITING, dir=self.folder)
-            os.close(handle)
+            writing.touch()
+            permissions = writing.stat().st_mode  # safetensors lets nobody else read
             save_file(plain, writing, metadata)
+            writing.chmod(permissions)
             size = os.path.getsize(writing)
             self._make_room(size)
             os.replace(writing, path)
@@ -109,16 +113,17 @@ class KeptFiles:
         except (OSError, SafetensorError) as error:
             self._is_writable = False
             self.problems.append(f"nothing more is kept in {self.folder}: {brief(error)}")
+        finally:
             with contextlib.suppress(OSError):
-                if writing is not None:
-                    os.unlink(writing)
+                writing.unlink(missing_ok=True)
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / f"{kind}-{key}.safetensors"
 
     def _make_room(self, size: int) -> None:
         """Removes files unused for longest until `size` more bytes fit; the one being written counts already."""
-        if self._bytes is None or self._bytes + size > self.limit:
+        self._writes += 1
+        if self._writes % _LOOK_EVERY == 1 or self._bytes + size > self.limit:
             files = sorted(self._files())
             self._bytes = sum(bytes_ for _, bytes_, _ in files)
             for used, bytes_, path in files:

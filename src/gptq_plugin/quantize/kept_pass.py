@@ -35,6 +35,7 @@ from gptq_plugin.quantize.kept_values import (
 from gptq_plugin.quantize.walk_record import WalkRecord
 from gptq_plugin.walk.expert_hessians import Evidence
 
+_DIFFER = "cache_dir does not hold the same files on every rank: what some of them lack was computed again"
 Names = tuple[str, ...]
 
 
@@ -130,8 +131,10 @@ class KeptPass:
         """What is kept, if all ranks find the same."""
         assert self._files is not None
         kept = self._files.read(kind, key)
-        found = distributed.gather_objects(kept.checksum if kept is not None else None)
-        return kept if len(set(found)) == 1 else None
+        found = set(distributed.gather_objects(kept.checksum if kept is not None else None))
+        if len(found) > 1 and _DIFFER not in self.problems:
+            self.problems.append(_DIFFER)
+        return kept if len(found) == 1 else None
 
     def write(self, kind: str, key: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         assert self._files is not None
@@ -236,6 +239,9 @@ class Stop:
             return dataclasses.replace(found, solution=solution_on(self._kept.device, found.solution))
         taken = self._link.evidence is not None
         evidence = self.evidence()
+        if self._keys is not None and not (self._is_known or self._link.solved):
+            names = {"names": list(self._link.names), "reached": self._link.reached}
+            self._kept.write("stop", self._keys.stop, names, {})
         self._kept.counts["hessians_taken"] += taken
         self._kept.counts["layers_solved"] += len(same)
         found = Solved(solve(evidence), evidence.tokens, evidence.deviations)
@@ -246,9 +252,6 @@ class Stop:
 
     def end(self) -> None:
         """To be called when all its layers are solved."""
-        if self._keys is not None and not self._is_known:
-            names = {"names": list(self._link.names), "reached": self._link.reached}
-            self._kept.write("stop", self._keys.stop, names, {})
         self._kept.advance(self._link)
 
 

@@ -55,6 +55,7 @@ class PassIdentity:
         self._add("the surroundings", surroundings(device))
         self._add("the configuration", [plan.config.token_weighting, plan.config.lm_head, exact])
         self._add("the layers", layers)
+        self._parts.read_ahead([*plan.model.parameters(), *plan.model.buffers()])
         self._add("the model", plan.model)
         self._add("the forward", options.forward)
         self._add("the calibration data", [(batch.data, batch.samples) for batch in calibration.batches])
