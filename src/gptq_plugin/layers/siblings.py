@@ -116,7 +116,8 @@ class Siblings:
 
     def traced(self, layer: StoredWeight, input: Tensor, dtype: torch.dtype) -> Tensor | None:
         """As `part`, where `torch.compile` traces; an export keeps every layer by itself."""
-        if torch.is_grad_enabled() or torch.compiler.is_exporting():
+        # PyTorch 2.11 takes torch.compiler.is_exporting() for true wherever a compiler traces, but reads its flag.
+        if torch.is_grad_enabled() or torch.compiler._is_exporting_flag:
             return None
         stack = self.stacked()
         if stack is None or self._layer_at(layer.place) is not layer:

@@ -140,8 +140,9 @@ class StoredWeight(nn.Module):
 
     def holds(self, tensors: Arranged) -> bool:
         """Whether its weight is these very tensors."""
-        names = zip(_ARRANGED, tensors, strict=False)
-        return not self._buffers.keys() & _STANDARD and all(self._buffers.get(name) is t for name, t in names)
+        if any(name in self._buffers for name in _STANDARD):  # in words that a compiler of PyTorch 2.11 traces
+            return False
+        return all(self._buffers.get(name) is t for name, t in zip(_ARRANGED, tensors, strict=False))
 
     def channels_per_group(self) -> int:
         """Input channels that share a scale."""
