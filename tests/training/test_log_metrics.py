@@ -6,7 +6,7 @@ import math
 
 import reports
 
-from gptq_plugin.training.log_metrics import layer_metrics, quality_metrics, total_metrics
+from gptq_plugin.training.log_metrics import layer_metrics, layers_table, quality_metrics, total_metrics
 
 
 def test_totals_are_named_and_finite():
@@ -34,3 +34,12 @@ def test_metrics_before_and_after_come_with_their_difference():
         "gptq/val_loss/float": 1.0, "gptq/val_loss/gptq": 1.25, "gptq/val_loss/difference": 0.25,
         "gptq/val_acc/float": 0.5, "gptq/val_acc/gptq": 0.25, "gptq/val_acc/difference": -0.25,
     }  # fmt: skip
+
+
+def test_the_table_has_a_row_for_each_layer_and_nothing_where_a_number_is_unknown():
+    made = reports.report(reports.module("a|b"), reports.module("c", loss=math.inf))
+    table = layers_table(made)
+    assert table.by_column()["name"] == ["a|b", "c"] and table.by_column()["loss"] == [0.02, None]
+    head, line, first, _ = table.markdown().split("\n")
+    assert head.startswith("| name | method | bits |") and line.count("---") == len(table.columns)
+    assert first.startswith("| a\\|b | gptq | ")

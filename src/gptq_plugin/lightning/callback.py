@@ -24,7 +24,6 @@ from gptq_plugin.device import memory
 from gptq_plugin.finish.options import Finish
 from gptq_plugin.lightning.calibration_forward import forward_as_in_training
 from gptq_plugin.lightning.launched_ranks import EndsLaunchedRanks
-from gptq_plugin.lightning.log_report import log_report
 from gptq_plugin.lightning.module_choice import choose_module
 from gptq_plugin.lightning.monitors import check_directions
 from gptq_plugin.lightning.parallel_check import ParallelOutputs, may_differ
@@ -42,6 +41,7 @@ from gptq_plugin.lightning.surroundings import (
     without_adapters,
     without_training_state,
 )
+from gptq_plugin.lightning.trackers import log_report
 from gptq_plugin.lightning.unsharded import refuse_unknown_sharding
 from gptq_plugin.lightning.validation import check_metrics, loaders_to_calibrate, validate, validation_loaders
 from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled
@@ -105,6 +105,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             ``{"repo_id": "owner/name", "private": False}``. Made, or checked, before training.
         finish: Trains the result towards the float model, on samples of the same data, and keeps what held-out samples
             tell is nearer to it. What GPTQ gave is exported before. None is no finish.
+        log_artifacts: True also gives the export to the trainer's loggers; a text names it, also in MLflow's registry.
 
     Attributes:
         report: Result of the last `fit`; None before.
@@ -131,6 +132,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         max_bits: float | None = None,
         push_to_hub: str | Mapping[str, Any] | None = None,
         finish: Finish | None = None,
+        log_artifacts: bool | str = False,
     ):
         super().__init__(
             quantizer,
@@ -145,7 +147,9 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             push_to_hub=push_to_hub,
             finish=finish,
         )
-        check_options(calibration_step=calibration_step, module=module, weights=weights, validate=validate)
+        given = {"weights": weights, "validate": validate, "log_artifacts": log_artifacts}
+        check_options(calibration_step=calibration_step, module=module, **given)
+        self.log_artifacts = log_artifacts
         self.calibration_step = calibration_step
         self.module = module
         self.weights = str(weights)
@@ -259,7 +263,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             if swap:
                 state.keep_weights()
                 drop_optimizers(trainer)
-        log_report(trainer, report)
+        log_report(trainer, report, self.export_dir, self.log_artifacts)
         self.tell_result(report)
         self.upload()
 

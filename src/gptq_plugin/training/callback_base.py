@@ -39,6 +39,7 @@ _KINDS = {  # of the arguments of both callbacks; others are checked by the modu
     "calibration_step": fields.optional(fields.FUNCTION, "the LightningModule's"),
     "module": fields.optional(fields.TEXT, "found by itself"),
     "weights": fields.PATH,
+    "log_artifacts": fields.Kind("true, false, or the artifact's name", lambda value: isinstance(value, (bool, str))),
     "validate": fields.optional(fields.SWITCH, "if there is a validation_step"),
 }
 
