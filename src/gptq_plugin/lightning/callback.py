@@ -224,7 +224,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
                     return  # the user's stream is not read before training
                 chosen = self.module_to_quantize(pl_module)
                 with without_adapters(trainer, pl_module, chosen, base_copy) as module:
-                    self._rehearse(trainer, pl_module, module, first, self.data.entire_data(data))
+                    _rehearse(self, trainer, pl_module, module, first, self.data.entire_data(data))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak_of_training = memory.peak_bytes(trainer.strategy.root_device)
@@ -286,28 +286,6 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         step, every_logit = self.calibration_step, self.every_logit
         return forward_as_in_training(trainer, pl_module, module, step=step, every_logit=every_logit)
 
-    def _rehearse(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        module: nn.Module,
-        first: Iterable[Any] | None,
-        entire: Iterable[Any] | None,
-    ) -> None:
-        self.check_export(module)
-        if first is None:
-            self.quantizer.coverage(module)
-            return
-        self.quantizer.rehearse(
-            module,
-            first,
-            forward=self.calibration_forward(trainer, pl_module, module),
-            tokenizer=self.tokenizer,
-            device=forward_device(trainer),
-            whole=self.data.is_given,
-            entire=entire,
-        )
-
 
 def _float_quality(callback: GPTQCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Quality:
     """The float module's metrics, and how the quantized one is measured and judged by them."""
@@ -341,3 +319,26 @@ def _refuse_after_swap(callback: GPTQCallback, trainer: pl.Trainer, pl_module: p
             "an earlier GPTQCallback leaves the module quantized (swap=True), so this one would find nothing to "
             "quantize: give all but the last swap=False"
         )
+
+
+def _rehearse(
+    callback: GPTQCallback,
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    module: nn.Module,
+    first: Iterable[Any] | None,
+    entire: Iterable[Any] | None,
+) -> None:
+    callback.check_export(module)
+    if first is None:
+        callback.quantizer.coverage(module)
+        return
+    callback.quantizer.rehearse(
+        module,
+        first,
+        forward=callback.calibration_forward(trainer, pl_module, module),
+        tokenizer=callback.tokenizer,
+        device=forward_device(trainer),
+        whole=callback.data.is_given,
+        entire=entire,
+    )
