@@ -36,7 +36,8 @@ def targets() -> list[Target]:
     files = [file for folder in _FOLDERS for file in sorted((_SOURCE / folder).glob("*.py"))]
     files += [_SOURCE / module for module in _MODULES]
     found = [_target(file.parent.name, file) for file in files if file.name != "__init__.py"]
-    return [*found, _target("kernels", REPOSITORY / "kernels" / "gptq_triton" / "reference.py")]
+    plain = ("plain_solve.py", "reference.py")
+    return [*found, *(_target("kernels", REPOSITORY / "kernels" / "gptq_triton" / name) for name in plain)]
 
 
 def _target(folder: str, file: Path) -> Target:

@@ -135,6 +135,16 @@ def test_what_layers_read_is_learned_once_so_that_rows_are_hashed_only_then(monk
     assert len(entered) == 1
 
 
+def test_what_is_known_of_a_layer_holds_for_those_that_read_its_input():
+    routed = RoutedTokens(Model())
+    names = ["block.experts.0.up", "block.experts.1.down"]
+    routed.share_input(names)  # nothing is known yet
+    assert not routed._knows(["block.experts"])
+    routed._reads_tokens["block.experts", "up"] = True
+    routed.share_input(names)
+    assert routed._knows(["block.experts"])
+
+
 def test_rows_that_are_no_tokens_of_the_block_cannot_be_told():
     model = Model()
     routed = RoutedTokens(model)

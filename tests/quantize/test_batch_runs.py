@@ -117,7 +117,7 @@ def test_a_cpu_has_no_budget_to_exceed():
     ("peak", "told"), [(3 * 2**20, ["3 MiB on cpu at the peak, where 2 were allowed"]), (2**21, [])]
 )
 def test_more_memory_than_allowed_is_told(peak, told, monkeypatch):
-    monkeypatch.setattr("gptq_plugin.quantize.batch_runs.peak_bytes", lambda device: peak)
+    monkeypatch.setattr("gptq_plugin.memory.placement.peak_bytes", lambda device: peak)
     _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [rows(1, 32)], device_memory=2**21)
     assert [sentence.partition(":")[0] for sentence in runs.over_budget()] == told
     _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [rows(1, 32)])

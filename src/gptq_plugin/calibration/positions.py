@@ -167,6 +167,10 @@ class Positions:
         one_each = rows.shape[0] == self._batches[number].samples
         return Rows(rows, _UNMATCHED if x.dim() == 2 and not one_each else _UNDESCRIBED)
 
+    def share_input(self, layers: Sequence[str]) -> None:
+        """Told of layers that read the same input, of which the first was asked about with `rows`."""
+        self._routed.share_input(layers)
+
     def check(self) -> None:
         """Refuses batches without labels if labels are read from batches.
 

@@ -7,7 +7,7 @@ their bits identifies them; later layers of the expert keep their order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -165,6 +165,12 @@ class RoutedTokens:
             return tokens, True
         known = block.kept.get(expert)
         return (known if known is not None and len(known) == len(rows) else None), False
+
+    def share_input(self, layers: Sequence[str]) -> None:
+        """Told of layers that read the same input: what is known of the first one holds for all."""
+        first = self._kinds.get(layers[0])
+        if first in self._reads_tokens:
+            self._reads_tokens.update({self._kinds[name]: self._reads_tokens[first] for name in layers[1:]})
 
     def _knows(self, names: list[str]) -> bool:
         """True once it is known of all layers of these experts whether they read tokens."""

@@ -80,6 +80,7 @@ class Observations:
         """Adds a batch's input of a group, [..., in]."""
         first = group.names[0]
         rows = self._weighted(first, number, self._positions.rows(number, first, x), x)
+        self._positions.share_input(group.names)
         if rows.remark is not None:
             for name in group.names:
                 self._remarks[name, rows.remark] += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from gptq_plugin.calibration.positions import Rows
 from gptq_plugin.model.experts_at_once import Grouped
 from gptq_plugin.walk.groups import Group
-from gptq_plugin.walk.hessian import Hessian
+from gptq_plugin.walk.hessian import Hessian, add_each
 from gptq_plugin.walk.ranges import Ranges
 
 
@@ -38,8 +38,7 @@ class GroupedEvidence:
         ends = self._calls[group.at_once[0]].call.ends_of(x)
         counts = _counts(ends, rows.mask)
         parts = rows.weighted(rows.counted)[: sum(counts)].split(counts)
-        for hessian, part in zip(self._of(group, x.shape[1]), parts, strict=True):
-            hessian.add(part)
+        add_each(self._of(group, x.shape[1]), parts)
         for name in group.at_once:
             self._ranges.read_experts(self._calls[name].layers, x, ends)
 

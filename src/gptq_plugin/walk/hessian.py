@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -57,25 +58,26 @@ class Hessian:
         16-bit inputs on a GPU are multiplied without conversion: their products are exact in the tensor cores' float32.
         Other inputs are multiplied in the Hessian's dtype, float32 without TF32.
         """
+        add_each([self], [x])
+
+    def _add(self, x: Tensor) -> None:
         self.tokens += x.shape[0]
         if not x.shape[0]:
             return
-        # The model may have switched autocast on around this call.
-        with full_precision(x.device):
-            x = x.detach()
-            narrow = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and self._dtype == torch.float32
-            rows = x if narrow else x.to(self._dtype)
+        narrow = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and self._dtype == torch.float32
+        rows = x if narrow else x.to(self._dtype)
+        if self._exact:
             diagonal = torch.empty(self.in_features, dtype=self._dtype, device=x.device)
-            for strip, (start, stop) in zip(self._strips, pairwise(self._ends), strict=True):
-                left, right = rows[:, start:stop].T, rows[:, :stop]
-                if self._exact:
-                    product = torch.mm(left, right, out_dtype=torch.float32) if narrow else left @ right
-                    diagonal[start:stop] = product.diagonal(start)
-                    exact_sums(product).add_product(strip, product, diagonal, start)
-                elif narrow:
-                    torch.addmm(strip, left, right, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
-                else:
-                    strip.addmm_(left, right)
+        for strip, (start, stop) in zip(self._strips, pairwise(self._ends), strict=True):
+            left, right = rows[:, start:stop].T, rows[:, :stop]
+            if self._exact:
+                product = torch.mm(left, right, out_dtype=torch.float32) if narrow else left @ right
+                diagonal[start:stop] = product.diagonal(start)
+                exact_sums(product).add_product(strip, product, diagonal, start)
+            elif narrow:
+                torch.addmm(strip, left, right, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
+            else:
+                strip.addmm_(left, right)
 
     def over_ranks(self) -> None:
         """Adds up the sums and the tokens of all ranks, on every rank, in one message without the symmetric half."""
@@ -91,3 +93,11 @@ class Hessian:
         for start, stop in pairwise(self._ends):
             mean[start:stop, stop:] = mean[stop:, start:stop].T
         return mean
+
+
+def add_each(hessians: Sequence[Hessian], rows: Sequence[Tensor]) -> None:
+    """`Hessian.add` for several, of rows on one device."""
+    # The model may have switched autocast on around this call.
+    with full_precision(rows[0].device):
+        for hessian, own in zip(hessians, rows, strict=True):
+            hessian._add(own.detach())
