@@ -111,3 +111,38 @@ def test_experts_of_a_model_inside_another_module_have_its_name_before_theirs(wh
     assert {name for name, _ in expert_parts(root, find_experts(root))} == {
         f"{where}{'.' if where else ''}model.layers.0.mlp.experts"
     }
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_names_of_many_experts_are_those_that_each_has_if_all_are_asked_about(kind, monkeypatch):
+    from gptq_plugin.model import stored_names as module
+
+    sizes = {"num_experts": 12, "num_local_experts": 12, "hidden_size": 32, "intermediate_size": 32,
+             "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+             "vocab_size": 64}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    with unfused(model):
+        shapes = {name: (8, 8) for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+    found = module.stored_names(model, shapes)
+    monkeypatch.setattr(module, "_by_expert", lambda names: {})
+    assert found == module.stored_names(model, shapes) and list(found) == list(shapes)
+    if kind == "mixtral":
+        assert found["model.layers.1.mlp.experts.11.w1"] == "model.layers.1.block_sparse_moe.experts.11.w1"
+
+
+def test_if_names_differ_by_more_than_the_number_all_experts_are_asked_about(monkeypatch):
+    from gptq_plugin.model import stored_names as module
+
+    asked = []
+
+    def revert(model, state):
+        asked.append(len(state))
+        return {name.replace("experts.1.", "others.7."): tensor for name, tensor in state.items()}
+
+    monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", revert)
+    monkeypatch.setattr(module, "is_transformers", lambda model: True)
+    shapes = {f"a.experts.{number}.up": (2, 2) for number in range(5)}
+    found = module.stored_names(nn.Module(), shapes)
+    assert (
+        asked == [2, 5] and found["a.experts.1.up"] == "a.others.7.up" and found["a.experts.4.up"] == "a.experts.4.up"
+    )

@@ -7,6 +7,7 @@ those tables, with small stand-ins for the weights.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.model.hf_models import is_transformers, transformers_models
+
+_EXPERT = re.compile(r"(.*?\w*experts?)\.(\d+)(?:\.(.+))?$")  # a layer of one expert: its block, number, and own name
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def stored_names(model: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
     """Maps linear layers to their names in the checkpoint, by transformers' rules for `save_pretrained`.
 
     A layer whose weight those rules would split, join or permute keeps the model's name, because packed weights cannot
-    be split, joined or permuted.
+    be split, joined or permuted. Two experts are asked about, and the others' names have other numbers.
 
     Args:
         model: Any module. Without rules, outside transformers, the names stay the same.
@@ -57,12 +60,46 @@ def stored_names(model: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
         return {name: name for name in shapes}
     from transformers.core_model_loading import revert_weight_conversion
 
-    # All at once: some rules apply only after another layer's name.
-    state = {f"{name}.qweight": torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    names = {id(tensor): name for name, tensor in zip(shapes, state.values(), strict=True)}
-    reverted = revert_weight_conversion(model, dict(state))
-    stored = {names[id(t)]: key.removesuffix(".qweight") for key, t in reverted.items() if id(t) in names}
-    return {name: stored.get(name, name) for name in shapes}
+    def reverted(names: Iterable[str]) -> dict[str, str]:
+        # All at once: some rules apply only after another layer's name.
+        state = {f"{name}.qweight": torch.empty(shapes[name], device="meta") for name in names}
+        of_tensors = {id(tensor): name.removesuffix(".qweight") for name, tensor in state.items()}
+        found = revert_weight_conversion(model, dict(state))
+        stored = {of_tensors[id(t)]: key.removesuffix(".qweight") for key, t in found.items() if id(t) in of_tensors}
+        return {name: stored.get(name, name) for name in of_tensors.values()}
+
+    by_kind = _by_expert(shapes)
+    others = {name for of_kind in by_kind.values() for name in list(of_kind.values())[2:]}
+    asked = reverted(name for name in shapes if name not in others)
+    for of_kind in by_kind.values():
+        first, second, *_ = of_kind
+        template = _template(asked[of_kind[first]], asked[of_kind[second]], first, second)
+        if template is None:
+            return reverted(shapes)
+        asked.update((name, template.format(number)) for number, name in of_kind.items())
+    return {name: asked[name] for name in shapes}
+
+
+def _by_expert(names: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Names of layers that some experts have in common, by the rest of the name and the expert's number."""
+    found: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for name in names:
+        match = _EXPERT.match(name)
+        if match:
+            found[match[1], match[3] or ""][match[2]] = name
+    return {kind: of_kind for kind, of_kind in found.items() if len(of_kind) > 2}
+
+
+def _template(one: str, other: str, number: str, other_number: str) -> str | None:
+    """What two names have in common that differ in these numbers alone, for `str.format`; else None."""
+    parts, other_parts = one.split("."), other.split(".")
+    different = [place for place, pair in enumerate(zip(parts, other_parts, strict=False)) if pair[0] != pair[1]]
+    if len(parts) != len(other_parts) or len(different) != 1 or any(mark in one for mark in "{}"):
+        return None
+    place = different[0]
+    if (parts[place], other_parts[place]) != (number, other_number):
+        return None
+    return ".".join([*parts[:place], "{}", *parts[place + 1 :]])
 
 
 def renaming(model: Any) -> Callable[[str], str]:
