@@ -95,8 +95,8 @@ def split_to_float16(x: Tensor, scale: float, pieces: str, dim: int) -> Tensor:
 
 @triton.jit
 def _clipping_errors_kernel(
-    weight, scales, zeros, spread, gain, parts, alternatives, rows, groups, size,
-    TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    weight, scales, zeros, spread, gain, parts, alternatives, rows, groups, size, each,
+    TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     g = tl.program_id(1)
@@ -112,14 +112,21 @@ def _clipping_errors_kernel(
             c = first + tl.arange(0, COLUMNS)
             there = c < size
             w = tl.load(row_weight + c[None, :], mask=inside[:, None] & there[None, :], other=0.0)
-            moved = tl.load(spread + g * size + c, mask=there, other=0.0)[None, :] * step[:, None]
+            if SHARED:
+                apart = tl.load(spread + g * size + c, mask=there, other=0.0)[None, :]
+                share = tl.load(gain + g * size + c, mask=there, other=0.0)[None, :]
+            else:
+                of_matrix = ((r // each) * groups + g)[:, None] * size + c[None, :]
+                apart = tl.load(spread + of_matrix, mask=inside[:, None] & there[None, :], other=0.0)
+                share = tl.load(gain + of_matrix, mask=inside[:, None] & there[None, :], other=0.0)
+            moved = apart * step[:, None]
             high = w + moved
             low = w - moved
             q = tl.minimum(tl.maximum(high / scale[:, None] + zero[:, None], 0.0), TOP)
             high -= scale[:, None] * ((q + 12582912.0) - 12582912.0 - zero[:, None])
             q = tl.minimum(tl.maximum(low / scale[:, None] + zero[:, None], 0.0), TOP)
             low -= scale[:, None] * ((q + 12582912.0) - 12582912.0 - zero[:, None])
-            total += tl.sum((high * high + low * low) * tl.load(gain + g * size + c, mask=there, other=0.0)[None, :], 1)
+            total += tl.sum((high * high + low * low) * share, 1)
         tl.store(parts + at, total / 2, mask=inside)
 
 
@@ -130,22 +137,25 @@ def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tenso
         ValueError: Wrong dtype, shape or stride.
     """
     (rows, n), (alternatives, _, groups) = weight.shape, scales.shape
+    of_matrices = spread.shape[:-1]
     _check(
         (
             ("weight", weight, (rows, n)),
             ("scales", scales, (alternatives, rows, groups)),
             ("zeros", zeros, (alternatives, rows, groups)),
-            ("spread", spread, (n,)),
-            ("gain", gain, (n,)),
+            ("spread", spread, (*of_matrices, n)),
+            ("gain", gain, (*of_matrices, n)),
         )
     )
     if not groups or n % groups:
         raise ValueError(f"{groups} groups do not divide {n} columns")
+    if rows % of_matrices.numel():
+        raise ValueError(f"{of_matrices.numel()} matrices do not divide {rows} rows")
     parts = torch.empty_like(scales)
     size = n // groups
     _clipping_errors_kernel[(triton.cdiv(rows, _SCORED_ROWS), groups)](
-        weight, scales, zeros, spread, gain, parts, alternatives, rows, groups, size,
-        TOP=float(2**bits - 1), ROWS=_SCORED_ROWS,
+        weight, scales, zeros, spread, gain, parts, alternatives, rows, groups, size, rows // of_matrices.numel(),
+        TOP=float(2**bits - 1), ROWS=_SCORED_ROWS, SHARED=not of_matrices,
         COLUMNS=min(_SCORED_COLUMNS, max(16, triton.next_power_of_2(size))),
     )  # fmt: skip
     return parts.sum(-1)

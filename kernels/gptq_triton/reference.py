@@ -219,13 +219,17 @@ def clipping_errors(weight: Tensor, scales: Tensor, zeros: Tensor, spread: Tenso
     Args:
         weight: [rows, in], groups contiguous.
         scales, zeros: [A, rows, G], the grids; the first alternative's are the widest.
-        spread: [in], in steps.
-        gain: [in].
+        spread: [in], in steps; or [B, in], for the rows of B matrices, one below the other.
+        gain: Like `spread`.
         bits: Width of a code.
 
     Returns:
         [A, rows], in weight's dtype.
     """
+    if spread.dim() == 2:
+        count = len(spread)
+        each = zip(weight.chunk(count), scales.chunk(count, 1), zeros.chunk(count, 1), spread, gain, strict=True)
+        return torch.cat([clipping_errors(w, s, z, own, d, bits) for w, s, z, own, d in each], 1)
     alternatives, rows, groups = scales.shape
     w = weight.view(rows, groups, -1)
     moved = spread.view(groups, -1) * scales[0, :, :, None]

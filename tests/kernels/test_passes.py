@@ -75,6 +75,35 @@ def test_the_triton_forecast_is_the_plain_one(rows, groups, size, bits, device):
 
 
 @triton_device
+@pytest.mark.parametrize(("rows", "groups", "size"), [(5, 2, 16), (40, 3, 7), (16, 1, 130)])
+def test_each_matrix_is_clipped_by_its_own_shares(rows, groups, size, device):
+    from gptq_plugin.kernels import passes
+
+    generator = torch.Generator().manual_seed(rows)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device)
+
+    matrices, n = 3, groups * size
+    weight, scales, zeros = (
+        normal(matrices * rows, n),
+        normal(2, matrices * rows, groups).abs() + 0.1,
+        normal(2, matrices * rows, groups),
+    )
+    spread, gain = normal(matrices, n).abs(), normal(matrices, n).abs()
+    found = passes.clipping_errors(weight, scales, zeros, spread, gain, 4)
+    plain = reference.clipping_errors(*(one.double() for one in (weight, scales, zeros, spread, gain)), 4)
+    for number in range(matrices):
+        own = slice(number * rows, (number + 1) * rows)
+        parts = (weight[own], scales[:, own].contiguous(), zeros[:, own].contiguous(), spread[number], gain[number])
+        torch.testing.assert_close(found[:, own], passes.clipping_errors(*parts, 4), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(plain[:, own], reference.clipping_errors(*(one.double() for one in parts), 4))
+    torch.testing.assert_close(found.double(), plain, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="divide"):
+        passes.clipping_errors(weight[:-1], scales[:, :-1].contiguous(), zeros[:, :-1].contiguous(), spread, gain, 4)
+
+
+@triton_device
 def test_the_triton_forecast_names_what_it_cannot_take(device):
     from gptq_plugin.kernels import passes
 

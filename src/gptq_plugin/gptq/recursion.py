@@ -54,10 +54,9 @@ class Recursion:
         width, groups = self.span.shape[1] * self.rows, n // self.size
         self.pushed = weights.new_zeros(batch, n, width)  # by errors, to each position: [B, in, A·rows]
         if config.static_groups:
-            fitted = [grids(w, span, config) for w, span in zip(grouped, self.span, strict=True)]
-            scales, zeros = zip(*fitted, strict=True)
-            self.zeros = torch.stack(zeros).flatten(1, 2).mT.contiguous()
-            self.scales = (torch.stack(scales) / self.unit[:, None, :, None]).flatten(1, 2).mT.contiguous()
+            scales, zeros = self._grids(grouped, self.span)
+            self.zeros = zeros.flatten(1, 2).mT.contiguous()
+            self.scales = (scales / self.unit[:, None, :, None]).flatten(1, 2).mT.contiguous()
             self.fits_each &= torch.isfinite(self.scales).flatten(1).all(1)
             group = channel // self.size
         else:
@@ -113,16 +112,31 @@ class Recursion:
             if self.config.static_groups
             else torch.arange(gain.shape[-1], device=gain.device).flip(0)
         )
-        spread, gain = (_taken(of_positions, -1, back).expand(len(weights), -1) for of_positions in (spread, gain))
-        chosen = []
-        for number, weight in enumerate(weights):
-            scales, zeros = grids(weight, spans, self.config)
-            self.fits_each[number] &= torch.isfinite(scales).all()  # never clip just to fit float16
-            expected = solver_passes(weight).clipping_errors(
-                weight, scales, zeros, spread[number], gain[number], self.config.bits
-            )
-            chosen.append(spans.gather(0, expected.topk(self.config.clip_candidates, dim=0, largest=False).indices))
-        return torch.stack(chosen)
+        spread, gain = (_taken(of_positions, -1, back) for of_positions in (spread, gain))
+        scales, zeros = self._grids(weights, spans.expand(len(weights), -1, -1))
+        self.fits_each &= torch.isfinite(scales).flatten(1).all(1)  # never clip just to fit float16
+        errors, bits = solver_passes(weights).clipping_errors, self.config.bits
+        if len(self.factor.gain) > 1:  # rows of all blocks, [A, B·rows]
+            of_all = (grid.movedim(0, 1).flatten(1, 2).contiguous() for grid in (scales, zeros))
+            expected = errors(weights.flatten(0, 1), *of_all, spread, gain, bits)
+            chosen = self._least(expected, spans.repeat(1, len(weights)))
+            return chosen.unflatten(1, (-1, self.rows)).movedim(1, 0)
+        each = zip(weights, scales, zeros, strict=True)
+        return torch.stack([self._least(errors(*one, spread, gain, bits), spans) for one in each])
+
+    def _least(self, expected: Tensor, spans: Tensor) -> Tensor:
+        """For each row the spans that promise most, of [A, rows]."""
+        return spans.gather(0, expected.topk(self.config.clip_candidates, dim=0, largest=False).indices)
+
+    def _grids(self, weights: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
+        """The grids of blocks of rows, [B, A, rows, G], that cover parts of the ranges, [B, A, rows]."""
+        if len(self.factor.gain) > 1:  # blocks of one kind and many, in one call
+            of_all = grids(weights.flatten(0, 1), spans.movedim(0, 1).flatten(1), self.config)
+            scales, zeros = (one.unflatten(1, (-1, self.rows)).movedim(1, 0) for one in of_all)
+            return scales, zeros
+        found = [grids(weight, span, self.config) for weight, span in zip(weights, spans, strict=True)]
+        scales, zeros = (torch.stack(of_all) for of_all in zip(*found, strict=True))
+        return scales, zeros
 
     def _set_grid(self, start: int, stop: int) -> None:
         """Fits the grids of the group at positions start..stop to the weights as moved by earlier errors.

@@ -6,6 +6,7 @@ those tables, with small stand-ins for the weights.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -192,28 +193,31 @@ def _stored_parts(model: Any, prefix: str, stacks: list[_Stack]) -> dict[tuple[s
     from transformers.core_model_loading import revert_weight_conversion
 
     state: dict[str, Tensor] = {}
-    rows_of: list[tuple[_Stack, int]] = []  # the stack and row of each number
+    starts: list[int] = []  # the number of each stack's first row
+    count = 0
     for stack in stacks:
         experts, rows = _sizes(stack)
-        numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1).expand(-1, -1, 2) + len(rows_of)
+        numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1).expand(-1, -1, 2) + count
         state[f"{stack.name.removeprefix(prefix)}.{stack.parameter}"] = (
             numbers if stack.layout == "out, in" else numbers.mT
         )
-        rows_of += [(stack, row) for row in range(experts * rows)]
+        starts.append(count)
+        count += experts * rows
     found: dict[tuple[str, str], list[list[Part]]] = {}
     for key, tensor in revert_weight_conversion(model, state).items():
         if tensor.dim() != 2:
             continue
         numbers = tensor[:, 0] if tensor.shape[1] == 2 else tensor[0]
         first, last = int(numbers[0]), int(numbers[-1])
-        stack, row = rows_of[first]
+        place = bisect.bisect_right(starts, first) - 1
+        stack, row = stacks[place], first - starts[place]
         experts, rows = _sizes(stack)
         expert = row // rows
         name = re.search(rf"(?:^|\.)({expert}\.\w+)\.weight$", key)
         if (
             name is None
             or not torch.equal(numbers, torch.arange(first, last + 1, device="cpu"))
-            or rows_of[last][1] // rows != expert
+            or (last - starts[place]) // rows != expert
         ):
             continue
         of_all = found.setdefault((stack.name, stack.parameter), [[] for _ in range(experts)])
