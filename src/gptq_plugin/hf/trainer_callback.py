@@ -31,14 +31,16 @@ from gptq_plugin.hf.surroundings import (
     random_state_restored,
     weights_saved_on_failure,
 )
+from gptq_plugin.hf.validation import Validate, Validation
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import ModelForward, PassOptions
 from gptq_plugin.training.attempts import Attempts
 from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options
-from gptq_plugin.training.log_metrics import finish_metrics, total_metrics
+from gptq_plugin.training.log_metrics import finish_metrics, quality_metrics, total_metrics
 from gptq_plugin.training.optimizer_state import on_cpu
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
+from gptq_plugin.training.quality_gate import QualityGate
 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names
 
@@ -75,6 +77,12 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         target: The client that is to load the export ("vllm", "transformers", "sglang", "gptqmodel", or
             ``{"client": "vllm", "tensor_parallel_size": 2}``). If it would refuse the export, so does the callback,
             before training.
+        validate: Called without arguments before and after quantization, on every rank; returns metrics by name, which
+            are logged and reported. `trainer.evaluate` is such a function. None measures nothing.
+        max_degradation: How far these metrics may move: ``{"eval_loss": 0.02}`` may rise by that, ``"2%"`` by a share
+            of the float model's value; ``{"eval_accuracy": -0.01}`` may fall by 0.01.
+        on_fail: What to do when a metric moves further: "raise", "warn" or "escalate", as for `GPTQCallback`.
+        max_bits: Average bits per weight that "escalate" may not exceed, as for `GPTQCallback`.
         push_to_hub: Uploads the export to the Hugging Face hub when all else is done: ``"owner/name"``, private unless
             ``{"repo_id": "owner/name", "private": False}``. Made, or checked, before training.
         finish: Trains the result towards the float model, on samples of the same data, and keeps what held-out samples
@@ -100,6 +108,10 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         swap: bool | None = None,
         overwrite: bool = False,
         target: Client | str | Mapping[str, Any] | None = None,
+        validate: Validate | None = None,
+        max_degradation: Mapping[str, float | str] | None = None,
+        on_fail: str = "raise",
+        max_bits: float | None = None,
         push_to_hub: str | Mapping[str, Any] | None = None,
         finish: Finish | None = None,
     ):
@@ -118,6 +130,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         )
         check_options(forward=forward)
         self.forward = forward
+        self.validation = Validation(validate, QualityGate(max_degradation, on_fail, max_bits))
         self._evaluations: Evaluations | None = None  # of the training in progress
 
     @distributed.ending_together()
@@ -136,6 +149,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             )
         refuse_offload(self.quantizer, args.device)
         refuse_adapters(model, self.swap, self.export_dir)
+        self.validation.check_model(model)
         self.agree_on_export_dir([("output_dir", args.output_dir), ("logging_dir", getattr(args, "logging_dir", None))])
         self.check_layers(_without_adapters(model, base_copy))
         if self.data.calibration != "val":
@@ -151,7 +165,11 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
-        """For ``calibration="val"``, remembers the evaluation dataloader, and runs a batch of the first one."""
+        """Finds limits of metrics that evaluations do not give. For ``calibration="val"``, remembers the evaluation
+        dataloader, and runs a batch of the first one."""
+        if self.validation.measuring:
+            return
+        self.validation.check_names(training.get("metrics") or {})
         if self.data.calibration != "val" or self._evaluations is None:
             return
         if self._evaluations.add(state.global_step, undivided(training["eval_dataloader"])):
@@ -188,6 +206,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 data=lambda: self.calibration_data(training["train_dataloader"]),
                 options=options,
                 keep=keep,
+                quality=self.validation.of_float_model(),
                 finish=self.finish_run(undivided(training["train_dataloader"]), self._evaluation_dataloaders),
             )
             run_name = args.run_name if args.run_name != args.output_dir else None  # some versions make them equal
@@ -195,7 +214,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             report = self.quantize_and_export(attempts, origin)
         self._evaluations = None
         drop_replaced_parameters(optimizer, model)
-        history = [(0, total_metrics(report)), *finish_metrics(report)]
+        history = [(0, total_metrics(report) | quality_metrics(report)), *finish_metrics(report)]
         state.log_history += [{**metrics, "step": state.global_step + steps} for steps, metrics in history]
         self.tell_result(report)
         self.upload()

@@ -1,0 +1,138 @@
+"""Metrics of a Trainer before and after, and their limits; with transformers.Trainer's own evaluation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from gptq_plugin import GPTQTrainerCallback, QuantizeModule, load_quantized
+from gptq_plugin.errors import QualityError
+from gptq_plugin.hf.validation import Validation
+from gptq_plugin.training.quality_gate import QualityGate
+
+from trainer_runs import SMALL, Rows, llama, quantized
+
+
+def run(tmp_path, config=None, kind=Trainer, validate=None, **options):
+    """Trains with the callback added, whose validate is the trainer's own unless given; returns both."""
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), use_cpu=True, max_steps=3, per_device_train_batch_size=8, report_to=[],
+        disable_tqdm=True, save_strategy="no", learning_rate=1e-3, **options.pop("arguments", {}),
+    )  # fmt: skip
+    data = options.pop("eval_dataset", None) or Rows()
+    trainer = kind(llama(), arguments, train_dataset=Rows(), eval_dataset=data)
+    callback = GPTQTrainerCallback(
+        QuantizeModule(**{**SMALL, **(config or {})}),
+        tmp_path / "out",
+        validate=trainer.evaluate if validate is None else validate,
+        **options,
+    )
+    trainer.add_callback(callback)
+    trainer.train()
+    return trainer, callback
+
+
+def test_the_trainers_metrics_before_and_after_are_reported_and_logged(tmp_path):
+    trainer, callback = run(tmp_path, {"bits": 2})
+    measured = callback.report.metrics
+    assert set(measured) == {"eval_loss"}  # and no times
+    assert measured["eval_loss"]["gptq"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-6)
+    assert measured["eval_loss"]["gptq"] != measured["eval_loss"]["float"]
+    float_model = load_quantized(tmp_path / "out")  # the export is the quantized one
+    ids = Rows().ids
+    with torch.no_grad():
+        assert float_model(input_ids=ids, labels=ids).loss == pytest.approx(measured["eval_loss"]["gptq"], abs=1e-4)
+    (entry,) = [entry for entry in trainer.state.log_history if "gptq/eval_loss/difference" in entry]
+    change = measured["eval_loss"]["gptq"] - measured["eval_loss"]["float"]
+    assert entry["gptq/eval_loss/difference"] == pytest.approx(change)
+
+
+def test_a_result_that_is_worse_than_allowed_raises_and_leaves_the_float_model(tmp_path):
+    with pytest.raises(QualityError, match=r"eval_loss went from .* \+1e-09 allowed"):
+        run(tmp_path, {"bits": 2}, max_degradation={"eval_loss": 1e-9})
+    assert not (tmp_path / "out").exists() and (tmp_path / "run" / "trained-3").is_dir()
+
+
+def test_warn_exports_and_escalate_takes_more_bits_until_the_limit_holds(tmp_path, caplog):
+    _, callback = run(tmp_path, {"bits": 2}, max_degradation={"eval_loss": 1e-9}, on_fail="warn")
+    assert load_quantized(tmp_path / "out") and any("eval_loss went from" in d for d in callback.report.deviations)
+    (found,) = callback.report.metrics.values()
+    limit = (found["gptq"] - found["float"]) / 2
+    assert limit > 0
+    trainer, callback = run(
+        tmp_path / "second", {"bits": 2}, max_degradation={"eval_loss": limit}, on_fail="escalate", max_bits=9
+    )
+    (found,) = callback.report.metrics.values()
+    assert found["gptq"] - found["float"] <= limit
+    assert any(d.startswith("escalated") for d in callback.report.deviations) and quantized(trainer.model)
+
+
+def test_what_a_subclass_evaluates_is_what_counts(tmp_path):
+    class Twice(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+    trainer, callback = run(tmp_path, kind=Twice)
+    plain = trainer.model(input_ids=Rows().ids, labels=Rows().ids).loss
+    assert callback.report.metrics["eval_loss"]["gptq"] == pytest.approx(2 * plain.item(), rel=1e-4)
+
+
+def test_evaluations_of_the_callback_are_no_evaluations_of_training(tmp_path):
+    """calibration="val" samples the last evaluation in training: measuring adds no data to it."""
+    arguments = {"eval_strategy": "steps", "eval_steps": 3}
+    _, callback = run(tmp_path, calibration="val", arguments=arguments, max_degradation={"eval_loss": 10.0})
+    assert callback.report.samples == SMALL["nsamples"]
+
+
+def test_a_limit_of_a_metric_that_is_not_evaluated_is_refused_in_the_first_evaluation(tmp_path):
+    arguments = {"eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ValueError, match="max_degradation names eval_los, .* did you mean eval_loss"):
+        run(tmp_path, max_degradation={"eval_los": 0.1}, arguments=arguments)
+    assert not (tmp_path / "run" / "trained-3").exists()
+
+
+def test_without_evaluations_in_training_it_is_refused_at_the_end_and_the_weights_are_kept(tmp_path):
+    with pytest.raises(ValueError, match="did you mean eval_loss"):
+        run(tmp_path, max_degradation={"eval_los": 0.1})
+    assert (tmp_path / "run" / "trained-3").is_dir() and not (tmp_path / "out").exists()
+
+
+def test_several_evaluation_sets_have_their_own_limits(tmp_path):
+    _, callback = run(
+        tmp_path, eval_dataset={"a": Rows(), "b": Rows()}, max_degradation={"eval_b_loss": 10.0},
+        arguments={"eval_strategy": "steps", "eval_steps": 1},
+    )  # fmt: skip
+    assert set(callback.report.metrics) == {"eval_a_loss", "eval_b_loss"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_degradation": {"eval_loss": 0.1}}, "validate=trainer.evaluate"),
+        ({"validate": True}, "validate must be a function that returns metrics, such as trainer.evaluate"),
+        ({"validate": dict, "max_degradation": {"eval_loss": 0}}, "other than zero"),
+        ({"validate": dict, "on_fail": "ignore"}, "on_fail must be one of"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_when_the_callback_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        GPTQTrainerCallback(QuantizeModule(**SMALL), **options)
+
+
+def test_a_model_with_adapters_is_refused_before_training(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="of a model with PEFT adapters a merged copy is quantized"):
+        Validation(dict, QualityGate({})).check_model(model)
+
+
+def test_numbers_alone_are_metrics():
+    found = {"a": 1, "b": 0.5, "c": "text", "d": True, "eval_runtime": 3.0, "nan": math.nan}
+    before = Validation(lambda: found, QualityGate({})).of_float_model().before
+    assert {name: value for name, value in before.items() if name != "nan"} == {"a": 1.0, "b": 0.5}
+    with pytest.raises(ValueError, match="must return a mapping"):
+        Validation(lambda: 3, QualityGate({})).of_float_model()
