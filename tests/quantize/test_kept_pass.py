@@ -8,12 +8,14 @@ import os
 
 import pytest
 import torch
-from plans import Attention, Listed, calibration_of, plan_of, rows
+from plans import Attention, Listed, calibration_of, rows
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeModule
 from gptq_plugin.cache import files
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.model.plan import planned
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
@@ -41,9 +43,9 @@ BATCHES = [rows(60, 32, seed) for seed in range(3)]
 
 
 def passed(model, folder, config=CONFIG, batches=BATCHES, **options):
-    with torch.no_grad():
-        given = PassOptions(cache_dir=folder, **options)
-        return OnePass(plan_of(model, config), calibration_of(batches, config), given).run()
+    given = PassOptions(cache_dir=folder, **options)
+    with torch.no_grad(), planned(model, config) as plan:
+        return OnePass(plan, calibration_of(batches, config), given).run()
 
 
 def facts(report):
@@ -56,12 +58,16 @@ def facts(report):
 
 
 def assert_same(one, other):
-    (layers, report), (others, theirs) = one, other
+    assert_same_layers(one, other)
+    assert facts(one[1]) == facts(other[1])
+
+
+def assert_same_layers(one, other):
+    layers, others = one[0], other[0]
     assert layers.keys() == others.keys()
     for name, layer in layers.items():
         for key, value in layer.state_dict().items():
             assert torch.equal(value, others[name].state_dict()[key]), (name, key)
-    assert facts(report) == facts(theirs)
 
 
 def rule(**changes):
@@ -406,3 +412,38 @@ def test_another_budget_takes_the_trials_of_the_first(tmp_path, solved):
     plain = tiny_llama()
     QuantizeModule(**{**options, "cache_dir": None}, target_bits=4.0).quantize(plain, ids)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def fused():
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=64,
+        num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+TOKENS = [{"input_ids": torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(n))} for n in range(3)]
+
+
+def test_experts_of_one_parameter_are_solved_one_by_one_and_taken_and_layers_behind_depend_on_them(tmp_path):
+    config = dataclasses.replace(CONFIG, nsamples=12)
+    plain = passed(fused(), None, config, TOKENS)
+    first, again = (passed(fused(), tmp_path, config, TOKENS) for _ in range(2))
+    assert_same_layers(plain, first)  # whose losses differ in their last bits
+    assert_same(first, again)
+    assert first[1].cache["layers_solved"] == 2 * (4 + 3 * 4) == len(plain[0]) == taken(again)
+    wide = dataclasses.replace(config, dynamic={"model.layers.0.mlp.experts": {"bits": 8}})
+    other = passed(fused(), tmp_path, wide, TOKENS)
+    assert_same_layers(passed(fused(), None, wide, TOKENS), other)
+    assert taken(other) == 4  # before the experts
+
+
+def test_experts_that_are_solved_by_themselves_are_taken_by_themselves(tmp_path):
+    config = dataclasses.replace(CONFIG, nsamples=12, desc_act=True, static_groups=False, asymmetric_alpha=0.5)
+    plain = passed(fused(), None, config, TOKENS)
+    first, again = (passed(fused(), tmp_path, config, TOKENS) for _ in range(2))
+    assert_same(plain, first)
+    assert_same(plain, again)
+    wide = dataclasses.replace(config, dynamic={"model.layers.1.mlp.experts": {"bits": 8}})
+    assert_same(passed(fused(), None, wide, TOKENS), passed(fused(), tmp_path, wide, TOKENS))

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_plugin import distributed
-from gptq_plugin.cache.files import Kept, KeptFiles
 from gptq_plugin.config import MODULE_FIELDS, QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.gptq.solver import Solution
 from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.targets import Target
+from gptq_plugin.quantize.kept_on_ranks import KeptOnRanks
 from gptq_plugin.quantize.kept_values import (
     Solved,
     evidence_content,
@@ -35,7 +34,6 @@ from gptq_plugin.quantize.kept_values import (
 from gptq_plugin.quantize.walk_record import WalkRecord
 from gptq_plugin.walk.expert_hessians import Evidence
 
-_DIFFER = "cache_dir does not hold the same files on every rank: what some of them lack was computed again"
 Names = tuple[str, ...]
 
 
@@ -60,7 +58,7 @@ class KeptPass:
     """What one pass takes from a folder, and leaves there. All ranks make the same calls; rank 0 writes.
 
     Args:
-        files: None keeps nothing, and finds nothing.
+        kept: None keeps nothing, and finds nothing.
         targets: The layers by name.
         device: Where layers are solved.
         exact: See `Observations`.
@@ -69,18 +67,20 @@ class KeptPass:
         ahead: By the names of their layers, the stops to come that are known, in their order.
         record: Of the rest of the walk, if all stops are known.
         counts: For the report.
-        problems: Why the pass is not kept.
+        key: Of the next stop; None if nothing is kept.
+        device: As given.
     """
 
     def __init__(
-        self, files: KeptFiles | None, targets: Mapping[str, Target], device: torch.device, exact: bool
+        self, kept: KeptOnRanks | None, targets: Mapping[str, Target], device: torch.device, exact: bool
     ) -> None:
         self.ahead: dict[Names, Link] = {}
         self.record: WalkRecord | None = None
         self.counts = {"layers_taken": 0, "hessians_taken": 0, "layers_solved": 0}
-        self.problems: list[str] = []
-        self._files, self._targets, self._device, self._exact = files, targets, device, exact
-        self._key: str | None = None  # of the next stop; None if nothing is kept
+        self.key: str | None = None
+        self.device = device
+        self._kept, self._targets, self._exact = kept, targets, exact
+        self._done: set[str] = set()  # names of the layers solved
 
     def begin(self, key: str, problems: Sequence[str]) -> None:
         """Looks along the chain; called at the first stop.
@@ -89,13 +89,12 @@ class KeptPass:
             key: Of the pass.
             problems: Why nothing may be kept.
         """
-        if self._files is None:
+        if self._kept is None:
             return
-        self.problems += [f"cache_dir is not used: {problem}" for problem in problems]
-        if problems:
-            return
-        self._key = key
-        self._follow(key)
+        self._kept.problems += [f"cache_dir is not used: {problem}" for problem in problems]
+        if not problems:
+            self.key = key
+            self._follow(self._kept, key)
 
     def stop(
         self, names: Names, observe: Callable[[], Evidence], *, reached: bool = True, shown: Evidence | None = None
@@ -112,67 +111,49 @@ class KeptPass:
 
     def end(self, record: WalkRecord) -> None:
         """Keeps what the walk showed beside the layers."""
-        if self._key is not None and self.record is None:
-            self.write("walk", self._key, record.to_facts(), {})
+        if self.key is not None and self.record is None:
+            self.write("walk", self.key, record.to_facts(), {})
 
     def told(self) -> list[str]:
         """Sentences on what was not kept, on any rank. Collective."""
-        own = self.problems + (self._files.problems if self._files is not None else [])
-        return list(dict.fromkeys(problem for of_rank in distributed.gather_objects(own) for problem in of_rank))
+        return [] if self._kept is None else self._kept.told()
 
     def totals(self) -> dict[str, int]:
         """What was taken and what was solved; empty if nothing was to be kept."""
-        if self._files is None:
+        if self._kept is None:
             return {}
-        written = sum(distributed.gather_objects(self._files.written))
-        return {**self.counts, "walk_taken": int(self.record is not None), "bytes_written": written}
-
-    def read(self, kind: str, key: str) -> Kept | None:
-        """What is kept, if all ranks find the same."""
-        assert self._files is not None
-        kept = self._files.read(kind, key)
-        found = set(distributed.gather_objects(kept.checksum if kept is not None else None))
-        if len(found) > 1 and _DIFFER not in self.problems:
-            self.problems.append(_DIFFER)
-        return kept if len(found) == 1 else None
+        return {**self.counts, "walk_taken": int(self.record is not None), "bytes_written": self._kept.written()}
 
     def write(self, kind: str, key: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        assert self._files is not None
-        if distributed.rank() == 0:
-            self._files.write(kind, key, facts, tensors)
+        """Keeps something of a stop that has a key."""
+        assert self._kept is not None
+        self._kept.write(kind, key, facts, tensors)
 
     def keys_of(self, link: Link, key: str | None) -> Keys | None:
         """Keys at a stop, of that key."""
         return None if key is None else Keys(key, link, self._targets, self._exact)
 
-    @property
-    def key(self) -> str | None:
-        return self._key
-
     def advance(self, link: Link) -> None:
         """Called when all layers of a stop are solved. Looks along the chain again: another run may have been here."""
-        if self._key is not None:
-            self._key = _after(self._key, link)
+        self._done |= set(link.names)
+        if self._kept is not None and self.key is not None:
+            self.key = _after(self.key, link)
             if not self.ahead and self.record is None and self._block(link) is None:
-                self._follow(self._key)
+                self._follow(self._kept, self.key)
 
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    def _follow(self, key: str) -> None:
-        done: set[str] = set()
-        while (known := self.read("stop", key)) is not None:
+    def _follow(self, files: KeptOnRanks, key: str) -> None:
+        done = set(self._done)
+        while (known := files.read("stop", key)) is not None:
             link = Link(tuple(known.facts["names"]), known.facts["reached"])
             sets = alike([self._targets[name] for name in link.names if name not in done])
             keys = Keys(key, link, self._targets, self._exact)
             self.ahead[link.names] = link
             for same in sets:
-                kept = self.read("solution", keys.solution(same))
+                kept = files.read("solution", keys.solution(same))
                 if kept is not None:
                     link.solved[_names(same)] = kept_solution(kept, same[0].config)
             if len(link.solved) < len(sets):
-                kept = self.read("hessian", keys.evidence)
+                kept = files.read("hessian", keys.evidence)
                 link.evidence = None if kept is None else kept_evidence(kept)
                 if kept is None:
                     del self.ahead[link.names]
@@ -180,7 +161,7 @@ class KeptPass:
                 return
             done |= set(link.names)
             key = _after(key, link)
-        kept = self.read("walk", key)
+        kept = files.read("walk", key)
         self.record = None if kept is None else WalkRecord.of_facts(kept.facts)
         if self.record is None:
             self._leave_block()

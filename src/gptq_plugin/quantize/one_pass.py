@@ -85,7 +85,7 @@ class OnePass:
         self._observations = Observations(plan, self._positions, self.runs.device, self._exact, self.runs.at_once)
         self._finished = FinishedLayers(plan.targets[0].weight.device, options.layers_in)
         self._outcome = Outcome(plan)
-        self._kept = KeptPass(options.kept_files(), self._targets, self.runs.device, self._exact)
+        self._kept = KeptPass(options.kept(), self._targets, self.runs.device, self._exact)
         self._identity: PassIdentity | None = None  # None if nothing is to be kept
         self._experts_pass = ExpertsPass(
             plan, self.runs, self._observations, self._outcome, self._finished, self._kept, self._quantize_stop

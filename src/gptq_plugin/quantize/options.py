@@ -20,6 +20,7 @@ from gptq_plugin.calibration.tokenizer import as_tokenizer
 from gptq_plugin.device.named import device_named
 from gptq_plugin.memory.finished_layers import LayerStore
 from gptq_plugin.options import fields
+from gptq_plugin.quantize.kept_on_ranks import KeptOnRanks
 
 ModelForward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, str], None]
@@ -65,9 +66,11 @@ class PassOptions:
         """The device to compute on, with its number; None is where the model is."""
         return None if self.device is None else device_named(self.device)
 
-    def kept_files(self) -> KeptFiles | None:
-        """The folder of what passes keep for others; None if there is none."""
-        return None if self.cache_dir is None else KeptFiles(Path(self.cache_dir), int(self.cache_gb * 1e9))
+    def kept(self) -> KeptOnRanks | None:
+        """What passes keep for others; None if they keep nothing."""
+        if self.cache_dir is None:
+            return None
+        return KeptOnRanks(KeptFiles(Path(self.cache_dir), int(self.cache_gb * 1e9)))
 
     def sums_exactly(self, device: torch.device) -> bool:
         """True if sums on the device must not depend on the number of ranks."""
