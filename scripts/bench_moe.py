@@ -1,7 +1,10 @@
 """Times blocks of experts of Qwen3-30B-A3B's shape (128 experts, 8 per token) on one GPU.
 
-    python scripts/bench_moe.py             # two blocks; 128 samples of 2048 tokens, 4 bits, group 128
+    python scripts/bench_moe.py                             # two blocks; 128 samples of 2048 tokens, 4 bits, group 128
     python scripts/bench_moe.py --layers 1 --samples 32
+    python scripts/bench_moe.py --shape mixtral --layers 1  # 8 experts of Mixtral-8x7B's shape, 2 per token
+    python scripts/bench_moe.py --layers 48 --streamed --export /tmp/out  # a whole model, from the CPU's memory
+    python scripts/bench_moe.py --shape tiny --device cpu   # sees that the script runs
 
 Weights and tokens are random; random routers spread tokens more evenly than trained ones. The floor is the time of the
 block's products for all tokens, its forward and each layer's Hessian, at 680e12 flops per second in bfloat16.
@@ -10,7 +13,9 @@ block's products for all tokens, its forward and each layer's Hessian, at 680e12
 from __future__ import annotations
 
 import argparse
+import resource
 import time
+from typing import Any
 
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -19,50 +24,107 @@ from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.quantize.options import PassOptions
 
 BF16 = 680e12
+SHAPES = {  # hidden, inner, heads, key-value heads, width of a head, experts, per token, positions of a sample
+    "qwen3": (2048, 768, 32, 4, 128, 128, 8, 2048),
+    "mixtral": (4096, 14336, 32, 8, 128, 8, 2, 2048),
+    "tiny": (128, 128, 2, 1, 64, 8, 2, 64),
+}
+
+
+def build(shape: str, layers: int, device: str, home: str) -> Any:
+    hidden, inner, heads, kv_heads, width, experts, chosen, _ = SHAPES[shape]
+    config = Qwen3MoeConfig(
+        vocab_size=2048,
+        hidden_size=hidden,
+        moe_intermediate_size=inner,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=width,
+        num_experts=experts,
+        num_experts_per_tok=chosen,
+    )
+    torch.manual_seed(0)
+    if home == device:
+        with torch.device(device):
+            return Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    model.to_empty(device=home)
+    with torch.no_grad():
+        for parameter in model.parameters():  # made where that is fast
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            parameter.copy_(values.normal_(std=0.02) if parameter.dim() > 1 else values.fill_(1))
+        rotary = model.model.rotary_emb
+        rotary.inv_freq.copy_(1e6 ** -(torch.arange(0, width, 2).float() / width))
+        rotary.original_inv_freq.copy_(rotary.inv_freq)
+    return model
+
+
+def floor_of(shape: str, tokens: int) -> float:
+    """Seconds of a block."""
+    hidden, inner, heads, kv_heads, width, _, chosen, length = SHAPES[shape]
+    attention = heads * width
+    products = 2 * hidden * (2 * attention + 2 * kv_heads * width) + chosen * 3 * 2 * hidden * inner
+    products += 2 * attention * length
+    hessians = 2 * hidden**2 + attention**2 + chosen * (hidden**2 + inner**2)  # half of 2 n d^2 each: symmetric
+    return tokens * (products + hessians) / BF16
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--streamed", action="store_true", help="the model is in the CPU's memory")
+    parser.add_argument("--export", help="also export to this folder while quantizing, and verify the export")
     args = parser.parse_args()
-    config = Qwen3MoeConfig(
-        vocab_size=2048,
-        hidden_size=2048,
-        moe_intermediate_size=768,
-        intermediate_size=6144,
-        num_hidden_layers=args.layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=args.experts,
-        num_experts_per_tok=8,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    rows = list(torch.randint(0, 2048, (args.samples, 2048), generator=torch.Generator().manual_seed(0)))
-    hidden, inner, heads = config.hidden_size, config.moe_intermediate_size, 32 * 128
-    products = 2 * hidden * (2 * heads + 2 * 4 * 128) + 8 * 3 * 2 * hidden * inner + 2 * heads * 2048
-    hessians = 2 * hidden**2 + heads**2 + 8 * (hidden**2 + inner**2)  # half of 2 n d^2 each: they are symmetric
-    floor = args.layers * 2048 * args.samples * (products + hessians) / BF16
-    for name, samples in (("kernels compiled", rows[: args.batch_size]), ("measured", rows)):
-        quantizer = QuantizeModule(QuantizeConfig(batch_size=args.batch_size))
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        with quantizer.temporarily(model, samples, PassOptions(nsamples=len(samples))) as report:
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-        print(f"{name}: {seconds:.1f} s, {seconds / args.layers:.2f} s a block, {report.totals()['modules']} layers")
+    on_gpu = args.device != "cpu"
+    started = time.perf_counter()
+    model = build(args.shape, args.layers, args.device, "cpu" if args.streamed else args.device)
+    print(f"made in {time.perf_counter() - started:.1f} s")
+    length, generator = SHAPES[args.shape][-1], torch.Generator().manual_seed(0)
+    rows = list(torch.randint(0, 2048, (args.samples, length), generator=generator))
+    config = QuantizeConfig(batch_size=args.batch_size, group_size=128 if args.shape != "tiny" else 32)
+    if args.export is None:
+        timed(model, rows[: args.batch_size], config, args, "kernels compiled")
+    report, seconds = timed(model, rows, config, args, "measured")
     few = [module for module in report.quantized if module.tokens < module.shape[1]]
-    parts = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
-    print(f"{parts}; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    print(f"floor {floor / args.layers:.2f} s a block, {seconds / floor:.1f} times that")
+    parts = ", ".join(f"{phase} {value:.2f} s" for phase, value in report.seconds.items())
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{parts}; peak {peak:.1f} GiB, of the host {host:.1f} GiB")
+    floor = args.layers * floor_of(args.shape, length * args.samples)
+    print(f"floor {floor / args.layers:.3f} s a block, {seconds / floor:.1f} times that")
     print(f"{len(few)} layers of experts with fewer tokens than inputs")
     print(f"loss {report.totals()['loss'] / report.totals()['rtn_loss']:.3f} of round-to-nearest's")
+
+
+def timed(
+    model: Any, rows: list[Any], config: QuantizeConfig, args: argparse.Namespace, name: str
+) -> tuple[Any, float]:
+    """Quantizes, and prints how long that took; returns the report and the seconds."""
+    quantizer = QuantizeModule(config)
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    if args.export is None:
+        with quantizer.temporarily(model, rows, PassOptions(nsamples=len(rows), device=args.device)) as report:
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+    else:
+        report = quantizer.quantize(
+            model, rows, nsamples=len(rows), device=args.device, export_dir=args.export, overwrite=True
+        )
+        seconds = time.perf_counter() - started
+    layers = report.totals()["modules"]
+    print(f"{name}: {seconds:.2f} s, {seconds / args.layers:.3f} s a block, {layers} layers", flush=True)
+    return report, seconds
 
 
 if __name__ == "__main__":
