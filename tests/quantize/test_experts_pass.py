@@ -212,3 +212,38 @@ def test_one_message_tells_that_all_experts_are_done():
     steps: list[tuple[int, int, str]] = []
     Watched(mixture(), progress=lambda *step: steps.append(step))
     assert [done for done, _, _ in steps][-2:] == [4 + 2 * EXPERTS, 4 + 3 * EXPERTS]
+
+
+def same_codes(found: Watched, wanted: Watched) -> bool:
+    assert found.layers.keys() == wanted.layers.keys()
+    same = [(found.layers[name].qweight == wanted.layers[name].qweight).double().mean() for name in wanted.layers]
+    return bool(torch.stack(same).mean() > 0.999)
+
+
+def test_weights_and_activations_may_come_and_go():
+    moved = Watched(mixture(), offload_weights=True, offload_activations=True)
+    assert all(stop.group.at_once for stop in moved.stops[2:]) and same_codes(moved, pair(False)[0])
+
+
+def test_only_labelled_positions_count():
+    labels = [torch.where(torch.arange(40) % 3 == 0, one, -100) for one in batches()]
+    data = [{"input_ids": one, "labels": own} for one, own in zip(batches(), labels, strict=True)]
+    config = dataclasses.replace(CONFIG, token_weighting="labels")
+    found, wanted = Watched(mixture(), config, data), one_by_one(mixture(), config, data)
+    assert same_codes(found, wanted)
+    assert [one.tokens for one in found.modules.values()] == [one.tokens for one in wanted.modules.values()]
+
+
+def test_where_one_projection_stays_float_the_other_is_quantized_at_once():
+    config = dataclasses.replace(CONFIG, modules_to_not_convert=["gate_proj", "up_proj"])
+    found = Watched(mixture(), config)
+    assert [stop.group.at_once for stop in found.stops] == [(), (), ("model.layers.0.mlp.experts.down_proj",)]
+    assert same_codes(found, one_by_one(mixture(), config))
+
+
+def test_a_forward_under_autocast_computes_in_its_dtype():
+    def forward(model: Any, batch: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    assert same_codes(Watched(mixture(), forward=forward), one_by_one(mixture(), forward=forward))
