@@ -192,9 +192,13 @@ def test_every_pin_that_applies_to_a_python_has_a_release_for_it(version):
     assert looked_at > 80 and not refused
 
 
+UNPINNED = ("trackers", "trl", "sweeps")  # extras for tests with heavy libraries, which are no part of the pinned set
+
+
 def test_the_pinned_versions_satisfy_what_the_package_asks_for():
     pins = {pin.name.lower().replace("_", "-"): str(pin.specifier).removeprefix("==") for pin in pinned()}
     for text in distribution("gptq-plugin").requires or []:
         requirement = Requirement(text)
-        if requirement.name != "gptq-plugin":
+        extra = str(requirement.marker or "").partition('extra == "')[2].rstrip('"')
+        if requirement.name != "gptq-plugin" and extra not in UNPINNED:
             assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), text
