@@ -10,7 +10,7 @@ the ranks; those of an all-gather, which is a ring, grow with the ranks.
 Gloo's threads hold the tensors of an operation a little longer than it takes. One that lets go of a tensor while the
 interpreter ends aborts the process, so what runs on gloo runs on a separate group, which is closed before that.
 
-Tested by tests/ranks/test_distributed.py: with all tests that start several ranks.
+Tested by tests/ranks/test_check_ins.py: with all tests that start several ranks, such as test_distributed.py.
 """
 
 from __future__ import annotations
