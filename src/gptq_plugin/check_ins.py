@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
+import logging
 import time
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,8 +32,11 @@ from torch import Tensor
 
 from gptq_plugin.errors import RankError
 
+log = logging.getLogger(__name__)
+
 _GRACE = timedelta(seconds=15)  # how long a rank that failed waits for the others to learn why
 _SLICE = timedelta(seconds=1)  # of waiting: between two the rank can be interrupted, and learns who has failed
+_PATIENCE = 5.0  # seconds in which an operation on GPUs ends that all ranks have come to
 _FINE, _FAILED = 0, 1
 
 
@@ -74,7 +78,9 @@ class _CheckIns:
 
 
 _check_ins: _CheckIns | None = None
-_made = itertools.count()  # groups for check-ins, the same number on every rank
+_of_world: Any = None  # a weak reference to the default group that `_made` counts for
+_made = 0  # groups for check-ins beside it, the same number on every rank
+_on_gpu: Any = None  # an event behind the last operation of the default group there
 
 
 def check_in(call: str, number: int = 0) -> list[int]:
@@ -83,7 +89,35 @@ def check_in(call: str, number: int = 0) -> list[int]:
     Raises:
         RankError: A rank failed, came to another call, or cannot be reached.
     """
-    return _exchange(zlib.crc32(call.encode()) << 1 | _FINE, number, call)
+    try:
+        return _exchange(zlib.crc32(call.encode()) << 1 | _FINE, number, call)
+    except RankError:
+        give_up_on_gpu()
+        raise
+
+
+def queued_on_gpu(device: torch.device) -> None:
+    """Takes note that an operation of the default group was queued on the device's current stream."""
+    global _on_gpu
+    _on_gpu = torch.cuda.Event()
+    _on_gpu.record(torch.cuda.current_stream(device))
+
+
+def give_up_on_gpu() -> None:
+    """Aborts the default group if its last operation on GPUs does not end, since a rank is lost or has failed.
+
+    Its kernel would keep the device until the group's timeout, and with it whoever waits for that, such as the end of
+    this process.
+    """
+    global _on_gpu
+    behind, _on_gpu = _on_gpu, None
+    deadline = time.monotonic() + _PATIENCE
+    while behind is not None and not behind.query():
+        if time.monotonic() > deadline:
+            log.error("an operation on GPUs waits for a rank that does not come: the process group is aborted")
+            dist.group.WORLD._get_backend(torch.device("cuda")).abort()  # type: ignore[union-attr]
+            return
+        time.sleep(0.05)
 
 
 def tell(error: BaseException) -> None:
@@ -136,9 +170,10 @@ def unreachable_as_rank_error() -> Iterator[None]:
     """Raises a RuntimeError of the block as RankError: with what a failed rank has left, or that one was lost."""
     try:
         yield
-    except RankError:
-        raise
     except RuntimeError as error:
+        give_up_on_gpu()
+        if isinstance(error, RankError):
+            raise
         _raise_failure()
         raise RankError(
             f"rank {dist.get_rank()} cannot reach the others: one was killed (out of memory?), ended, or took longer "
@@ -198,11 +233,14 @@ def _raise_failure() -> None:
 
 def _open() -> _CheckIns:
     """The check-ins beside the default group. The first call of every rank makes their group, when all have come."""
-    global _check_ins
+    global _check_ins, _of_world, _made
     world = dist.group.WORLD
     if _check_ins is None or _check_ins.world is not world or _check_ins.group is None:
         close()
-        store, name = dist.distributed_c10d._get_default_store(), f"gptq_plugin/{next(_made)}"
+        if _of_world is None or _of_world() is not world:  # a rank may have been in other groups before
+            _of_world, _made = weakref.ref(world), 0
+        store, name = dist.distributed_c10d._get_default_store(), f"gptq_plugin/{_made}"
+        _made += 1
         _check_ins = _CheckIns(world, store, f"{name}/failed")
         _meet(store, name)
         with unreachable_as_rank_error():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,8 +73,7 @@ def sum_(tensor: Tensor, count: int = 0) -> int:
     if not active():
         return count
     counts = check_in("sum", count)
-    with unreachable_as_rank_error():
-        dist.all_reduce(tensor, group=_group(tensor))
+    _run(dist.all_reduce, tensor, tensor)
     return sum(counts)
 
 
@@ -83,8 +82,7 @@ def maximum_(tensor: Tensor) -> None:
     if not active():
         return
     check_in("maximum")
-    with unreachable_as_rank_error():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_group(tensor))
+    _run(dist.all_reduce, tensor, tensor, dist.ReduceOp.MAX)
 
 
 def from_first_(tensor: Tensor) -> None:
@@ -93,8 +91,7 @@ def from_first_(tensor: Tensor) -> None:
         return
     values = tensor.detach().contiguous()
     check_in("from_first")
-    with unreachable_as_rank_error():
-        dist.broadcast(values.reshape(-1).view(torch.uint8), src=0, group=_group(values))
+    _run(dist.broadcast, values, values.reshape(-1).view(torch.uint8), src=0)
     tensor.detach().copy_(values)
 
 
@@ -119,12 +116,11 @@ def gather_rows(parts: Sequence[Tensor], rows: int, sharers: int) -> list[list[T
     mine = torch.cat([part.flatten().view(torch.uint8) for part in parts])
     messages = [torch.empty_like(mine) for _ in range(sharers)]  # a rank without room for it does not check in
     check_in("gather_rows", rows)
-    with unreachable_as_rank_error():
-        if sharers == world_size():
-            dist.all_gather(messages, mine, group=_group(mine))
-        else:
-            for number, message in enumerate(messages):
-                dist.broadcast(message.copy_(mine), src=number, group=_group(mine))
+    if sharers == world_size():
+        _run(dist.all_gather, mine, messages, mine)
+    else:
+        for number, message in enumerate(messages):
+            _run(dist.broadcast, mine, message.copy_(mine), src=number)
     gathered, start = [], 0
     for part in parts:
         stop = start + part.nbytes
@@ -157,7 +153,13 @@ def gather_objects(value: Any) -> list[Any]:
     return [pickle.loads(one[:size].numpy().data) for one, size in zip(everyones, sizes, strict=True)]
 
 
-def _group(tensor: Tensor) -> Any:
-    """The group for check-ins; for a GPU's tensors the default group, unless that runs on gloo too."""
+def _run(operation: Callable[..., Any], tensor: Tensor, *arguments: Any, **options: Any) -> None:
+    """Runs operation(*arguments, **options), to which all ranks have checked in, on the tensor's device.
+
+    What is on a CPU goes over the group for check-ins; what is on a GPU over the default group, unless that is gloo's.
+    """
     on_gloo = not tensor.is_cuda or "cuda:gloo" in dist.get_backend_config()
-    return check_ins.group() if on_gloo else dist.group.WORLD
+    with unreachable_as_rank_error():
+        operation(*arguments, group=check_ins.group() if on_gloo else dist.group.WORLD, **options)
+        if not on_gloo:
+            check_ins.queued_on_gpu(tensor.device)

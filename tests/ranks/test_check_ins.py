@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+
+from gptq_plugin import check_ins
+from gptq_plugin.errors import RankError
 
 from forked_python import python
 
@@ -39,25 +43,44 @@ def work(rank, ranks, victim, out):
     (out / f"{victim}-{rank}.json").write_text(json.dumps([numbers, objects, error, seconds]))
     os._exit(0)
 
-out, ranks = Path(sys.argv[1]), int(sys.argv[2])
-for victim in map(int, sys.argv[3:]):
+def grow(rank, ranks, out):
+    # The first two ranks are in a group of their own before, which the others are not.
+    for world in (2, ranks):
+        if rank < world:
+            dist.init_process_group("gloo", init_method=f"file://{out}/grow{world}", rank=rank, world_size=world)
+            numbers = check_in("numbers", rank)
+            dist.destroy_process_group()
+    (out / f"grow-{rank}.json").write_text(json.dumps(numbers))
+    os._exit(0)
+
+def started(function, ranks, *arguments):
     children = []
     for rank in range(ranks):
         pid = os.fork()
         if not pid:
-            work(rank, ranks, victim, out)
+            function(rank, ranks, *arguments)
         children.append(pid)
     for pid in children:
         os.waitpid(pid, 0)
+
+out, ranks = Path(sys.argv[1]), int(sys.argv[2])
+started(grow, 3, out)
+for victim in map(int, sys.argv[3:]):
+    started(work, ranks, victim, out)
 """
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the ranks that are left found, by the one that was killed."""
+def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("check-ins")
     (out / "run.py").write_text(SCRIPT)
     subprocess.run([python(), out / "run.py", out, str(RANKS), *map(str, VICTIMS)], check=True, timeout=120)
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(out):
+    """What the ranks that are left found, by the one that was killed."""
     return {
         victim: [json.loads((out / f"{victim}-{rank}.json").read_text()) for rank in range(RANKS) if rank != victim]
         for victim in VICTIMS
@@ -76,3 +99,33 @@ def test_every_rank_gets_the_numbers_and_values_of_all_in_the_order_of_ranks(fou
         for numbers, objects, *_ in found[victim]:
             assert numbers == [10 * rank for rank in range(RANKS)]
             assert objects == ["x" * rank for rank in range(RANKS)]
+
+
+def test_a_rank_that_was_in_a_group_before_meets_one_that_was_not(out):
+    assert [json.loads((out / f"grow-{rank}.json").read_text()) for rank in range(3)] == [[0, 1, 2]] * 3
+
+
+class Event:
+    """An event on a GPU that is reached when it has been asked for so often."""
+
+    def __init__(self, asked):
+        self.left = asked
+
+    def query(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize(("asked", "aborted"), [(0, []), (3, []), (10**9, ["aborted"])])
+def test_an_operation_on_gpus_that_waits_for_a_lost_rank_is_aborted_and_no_other(asked, aborted, monkeypatch):
+    done = []
+    backend = SimpleNamespace(abort=lambda: done.append("aborted"))
+    world = SimpleNamespace(WORLD=SimpleNamespace(_get_backend=lambda device: backend))
+    monkeypatch.setattr(check_ins.dist, "group", world)
+    monkeypatch.setattr(check_ins, "_PATIENCE", 0.3)
+    monkeypatch.setattr(check_ins, "_exchange", lambda *_: (_ for _ in ()).throw(RankError("rank 3 failed")))
+    monkeypatch.setattr(check_ins, "_on_gpu", Event(asked))
+    for _ in range(2):  # once is enough
+        with pytest.raises(RankError, match="rank 3 failed"):
+            check_ins.check_in("sum")
+    assert done == aborted
