@@ -44,6 +44,15 @@ def test_an_expression_is_tried_only_with_names_that_begin_as_it_does(expression
     assert tried
 
 
+def test_an_expression_that_cannot_be_matched_with_any_of_many_names_takes_its_time_once(monkeypatch):
+    monkeypatch.setattr(expression_table, "_SECONDS", 0.05)
+    table = ExpressionTable([".*" * 10_000 + "!"], "rules")
+    with pytest.raises(ValueError, match="takes more than 500,000 steps"):
+        table.matching("model.layers.0.mlp.experts.0.gate_up_proj.weight.a.b")
+    with pytest.raises(ValueError, match="rules: 1 expressions take more than"):
+        table.matching("model.layers.0.mlp.experts.1.gate_up_proj.weight.a.b")
+
+
 def test_ten_thousand_exact_rules_for_ten_thousand_layers_take_seconds():
     names = [f"model.layers.{i // 100}.mlp.experts.{i % 100}.up_proj" for i in range(3000)]
     rules = [re.escape(name) + "$" for name in names]

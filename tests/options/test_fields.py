@@ -98,7 +98,9 @@ def test_quantize_refuses_arguments_of_other_kinds_before_the_work(argument: str
 def test_callbacks_refuse_arguments_of_other_kinds(callback: Any) -> None:
     for argument in set(inspect.signature(callback).parameters) - {"quantizer"} - DATA:
         for value in WRONG:
-            if callable(value) or (isinstance(value, str) and argument in ("export_dir", "weights", "module")):
+            if callable(value) or (
+                isinstance(value, str) and argument in ("export_dir", "log_artifacts", "weights", "module")
+            ):
                 continue
             message = refusal(callback, quantizer=QuantizeModule(), **{argument: value})
             if message is None:
@@ -219,3 +221,11 @@ def test_values_that_hold_very_many_are_not_walked_to_be_shown() -> None:
     itself["a"] = [itself]
     assert fields.shown(doubled) == "<list of 2>" and fields.shown(["0"] * 10**6) == "<list of 1000000>"
     assert fields.shown(itself) == "<dict of 1>" and fields.shown({"a": [1, (2,)]}) == "{'a': [1, (2,)]}"
+
+
+@pytest.mark.parametrize("function", [len, lambda done: None, lambda a, b, *, c: None])
+def test_a_progress_that_does_not_take_its_three_values_is_refused_before_the_work(function):
+    with pytest.raises(ValueError, match="progress must be a function that takes 3 values in a row"):
+        QuantizeModule(group_size=16).quantize(nn.Linear(32, 8), [torch.randn(8, 32)], progress=function)
+    for right in (print, max, lambda *_: None, lambda a, b, c, d=0: None):
+        assert fields.function_of(3).accepts(right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import tracemalloc
@@ -65,6 +66,14 @@ def test_json_of_very_many_values_is_refused_before_it_is_parsed(text: str) -> N
         parse_json(text)
     assert time.process_time() - start < 0.5
     assert parse_json("[" + "[]," * 1000 + "0]")[-1] == 0
+
+
+def test_json_of_values_deep_in_each_other_is_refused_however_many_they_are() -> None:
+    for one in ("[" * 32 + "]" * 32, '{"a":' * 31 + "[]" + "}" * 31, "3"):
+        assert parse_json(one) == json.loads(one)
+    for one in ("[" * 33 + "]" * 33, "[0," * 40 + "1" + "]" * 40, '{"a": 1, "b":' * 33 + "{}" + "}" * 33):
+        with pytest.raises(ValueError, match="more than 32 deep in each other"):
+            parse_json(one)
 
 
 def test_a_tokenizers_files_are_looked_at_before_another_library_reads_them(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class ExpressionTable:
                 "with names: write fewer or simpler ones, which begin with the names' first letters"
             )
         start = time.thread_time()
-        found = [place for place in places if matches(self._expressions[place], name)]
-        self._left -= time.thread_time() - start
-        return found
+        try:
+            return [place for place in places if matches(self._expressions[place], name)]
+        finally:  # one that takes too many steps with a name may do so with every name
+            self._left -= time.thread_time() - start

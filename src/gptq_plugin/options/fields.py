@@ -6,6 +6,7 @@ A refusal names the field, tells what is allowed, and shows the value. Types cou
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
@@ -135,6 +136,25 @@ SWITCH = one_of(True, False)
 TEXT = of_type("a text", str)
 NAME = Kind("a text that is not empty", lambda value: isinstance(value, str) and bool(value))
 FUNCTION = Kind("a function, or another object that can be called", callable)
+
+
+def function_of(count: int) -> Kind:
+    """Functions that take so many values in a row, as far as their signature is known."""
+    return Kind(
+        f"a function that takes {count} values in a row", lambda value: FUNCTION.accepts(value) and _takes(value, count)
+    )
+
+
+def _takes(function: Any, count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # some functions in C have none
+        return True
+    return True
+
+
 PATH = Kind("a path", lambda value: isinstance(value, (str, os.PathLike)) and bool(_path(value)))
 FOLDER = Kind(
     "a path, in UTF-8, with names of at most 255 bytes", lambda value: PATH.accepts(value) and _is_plain(value)

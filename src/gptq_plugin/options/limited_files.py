@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 LARGEST = 128 << 20  # bytes; the index of a model of 100,000 experts has half of them
+_DEEPEST = 32  # values in each other; configurations have up to ten
 _MOST_VALUES = 2**20  # ten rules, or three tensors, for each layer of the largest models
 _OF_TOKENIZERS = (
     "added_tokens.json",
@@ -59,13 +60,24 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
         pairs: Makes objects, as ``object_pairs_hook``.
 
     Raises:
-        ValueError: It is no JSON, or describes too many values.
-        RecursionError: They are too deep in each other.
+        ValueError: It is no JSON, or describes too many values, or some too deep in each other: libraries that read
+            them take time for every value and every level.
+        RecursionError: They are too deep for Python.
     """
     values = sum(map(text.count, ",[{"))
     if values > _MOST_VALUES:
         raise ValueError(f"it holds up to {values:,} values, and at most {_MOST_VALUES:,} are read")
-    return json.loads(text, object_pairs_hook=pairs)
+    value = json.loads(text, object_pairs_hook=pairs)
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for one in level for inner in _inside(one)]
+    if level:
+        raise ValueError(f"its values are more than {_DEEPEST} deep in each other")
+    return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def check_sizes(folder: str | os.PathLike[str]) -> None:

@@ -57,7 +57,7 @@ class PassOptions:
         fields.optional(fields.FUNCTION, "calls the model").check("forward", self.forward)
         fields.optional(fields.integer(1), "the configuration's").check("nsamples", self.nsamples)
         fields.optional(fields.integer(1, 2**63 - 1), "all that is free").check("device_memory", self.device_memory)
-        fields.optional(fields.FUNCTION, "nothing is called").check("progress", self.progress)
+        fields.optional(fields.function_of(3), "nothing is called").check("progress", self.progress)
         object.__setattr__(self, "tokenizer", as_tokenizer(self.tokenizer, saved=self.exports))
         _ = self.where  # a device that is not there is refused before any work
 
