@@ -55,8 +55,10 @@ def tensor(file: Path, rng: Random) -> Damage:
     changes = kind in ("random", "one value", "bfloat16") or (
         kind in ("zero", "huge", "negative") and not name.endswith("scales")
     )
+    shape = state[name].shape
     with torch.no_grad():
         _KINDS[kind](state, name, rng)
+    changes |= kind == "transposed" and state[name].shape == shape
     save_file({key: value.contiguous() for key, value in state.items()}, file)
     return Damage(f"{name} {kind}", changes)
 
