@@ -17,6 +17,7 @@ from gptq_plugin.cache import files
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.model.plan import planned
 from gptq_plugin.quantize.batch_runs import BatchRuns
+from gptq_plugin.quantize.divergence import Divergence
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 
@@ -399,16 +400,20 @@ def test_an_attempt_takes_the_layers_before_the_first_that_it_changes_from_the_a
         assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
 
 
-def test_another_budget_takes_the_trials_of_the_first(tmp_path, solved):
+def test_another_budget_takes_the_trials_and_the_divergences_of_the_first(tmp_path, solved, monkeypatch):
+    measured, measure = [], Divergence.measure
+    monkeypatch.setattr(Divergence, "measure", lambda self: measured.append(measure(self)) or measured[-1])
     batches = CASES["llama"][1]
     ids = [row for batch in batches for row in batch["input_ids"]]
     options = {"group_size": 32, "nsamples": 8, "model_seqlen": 32, "batch_size": 2, "cache_dir": tmp_path}
     QuantizeModule(**options, target_bits=3.5).quantize(tiny_llama(), ids)
     trials = len(solved)
-    solved.clear()
+    assert len(measured) > trials
+    solved.clear(), measured.clear()
     model = tiny_llama()
     QuantizeModule(**options, target_bits=4.0).quantize(model, ids)
     assert 0 < len(solved) <= 14 < trials  # of the pass alone
+    assert not measured
     plain = tiny_llama()
     QuantizeModule(**{**options, "cache_dir": None}, target_bits=4.0).quantize(plain, ids)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())

@@ -128,6 +128,11 @@ class OnePass:
         report.positions, report.cache = dict(record.positions), self._kept.totals()
         return self._finished.layers, report
 
+    @property
+    def key(self) -> str | None:
+        """After `run`, a hash of all that it followed from and of all layers; None if nothing is kept."""
+        return self._kept.key
+
     def _calibrate(self, groups: Sequence[Group], modules: Mapping[str, nn.Module], samples: Samples) -> None:
         with (
             self._positions.watching(self._observe_experts),

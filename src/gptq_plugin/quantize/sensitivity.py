@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,7 @@ from gptq_plugin.model.targets import Target
 from gptq_plugin.options.methods import METHOD_FIELDS
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.divergence import Divergence
+from gptq_plugin.quantize.kept_divergences import kept_divergences
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.prepare import prepared, undisturbed
@@ -79,10 +81,11 @@ def measure_sensitivities(
     tokens, quantized = 0, set[str]()
     for width in _measured_widths(units):
         started = time.perf_counter()
-        layers = _trial(plan, width, others, options)
+        layers, trial = _trial(plan, width, others, options)
         quantized |= layers.keys()
         own = [unit for unit in units if any(grid.bits == width for grid in unit.grids)]
-        found, tokens = _alone(plan, own, layers, held_out, options)
+        measure = partial(_alone, plan, own, layers, held_out, options)
+        found, tokens = kept_divergences(options, trial, held_out, own, measure)
         for unit, divergence in zip(own, found, strict=True):
             measured[unit.name][width] = divergence
         if distributed.rank() == 0:
@@ -178,13 +181,17 @@ def _measured_widths(units: Sequence[Unit]) -> list[int]:
     return sorted(found)
 
 
-def _trial(plan: Plan, width: int, calibration: Calibration, options: PassOptions) -> Mapping[str, QuantLinear]:
-    """The layers quantized at a width; those that cannot be, or are left float, are missing."""
+def _trial(
+    plan: Plan, width: int, calibration: Calibration, options: PassOptions
+) -> tuple[Mapping[str, QuantLinear], str | None]:
+    """The layers quantized at a width, and the hash of model and layers; those that cannot be, or are left float, are
+    missing."""
     of_method: dict[str, Any] = {**dict.fromkeys(METHOD_FIELDS), "method": "gptq"}
     config = dataclasses.replace(plan.config, target_bits=None, bits=width, **of_method)
     options = dataclasses.replace(options, layers_in=None, progress=None)
-    layers, _ = OnePass(plan.with_config(config), calibration, options).run()
-    return layers
+    one_pass = OnePass(plan.with_config(config), calibration, options)
+    layers, _ = one_pass.run()
+    return layers, one_pass.key
 
 
 def _alone(
