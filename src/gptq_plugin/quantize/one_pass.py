@@ -118,7 +118,8 @@ class OnePass:
                 self._outcome.check_reached()
                 self._unchecked = self.runs.check_swap(self._outcome.solved)
                 self._finished.take_home(wait=True)
-        record = self._kept.record or self._record()
+        ranges = self._observations.ranges.over_ranks(self._targets, self.runs.device)
+        record = self._kept.record or _recorded(ranges, self._observations, self._outcome, self._positions)
         self._kept.end(record)
         reports = self._outcome.modules(record.ranges, record.remarks)
         solving = self._outcome.solving_seconds()
@@ -292,15 +293,6 @@ class OnePass:
                 check_weight(target.name, weight)
             raise TargetError(f"{_largest(same, weights)}: {error}") from error
 
-    def _record(self) -> WalkRecord:
-        return WalkRecord(
-            self._observations.ranges.over_ranks(self._targets, self.runs.device),
-            self._observations.remarks(),
-            self._outcome.late(),
-            sum_over_ranks(self._positions.notes()),
-            self._positions.over_ranks(),
-        )
-
     def _deviations(self, samples: Samples, record: WalkRecord) -> list[str]:
         """Deviations of memory and data, the same on every rank but for its device's memory."""
         wanted, notes = self._plan.config.nsamples, record.notes
@@ -311,6 +303,13 @@ class OnePass:
         replaced = self.runs.replaceable.replaced_forwards(self._outcome.left_float)
         over, kept = self.runs.over_budget(), self._kept.told()
         return [*over, *replaced, *self._unchecked, *few, *alone, *told, *masks, *kept]
+
+
+def _recorded(
+    ranges: Mapping[str, tuple[float, float]], observations: Observations, outcome: Outcome, positions: Positions
+) -> WalkRecord:
+    notes = sum_over_ranks(positions.notes())
+    return WalkRecord(ranges, observations.remarks(), outcome.late(), notes, positions.over_ranks())
 
 
 def _not_walked() -> Evidence:
