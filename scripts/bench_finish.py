@@ -16,33 +16,33 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 import random
-import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_accuracy import AUTOROUND, MODEL, SHARED, TEXTS, compared, windows
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gptq_plugin import Finish, QuantizeModule, load_quantized
+from gptq_plugin import Finish, QuantizeModule, QuantLinear, load_quantized
 
 LEAVE_OUT = SHARED / "data" / "pycode" / "leave-out.txt"
 
 
-def corpus(rows: int, length: int = 512, seed: int = 1) -> torch.Tensor:
+def corpus(rows: int, length: int = 512, seed: int = 1, chunk: int = 500) -> torch.Tensor:
     """Rows of this machine's Python files, each file after a BOS: int64 [rows, length]."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     ids: list[int] = []
-    for text in _texts(seed):
-        ids += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        if len(ids) >= rows * length:
-            break
+    texts = _texts(seed)
+    while len(ids) < rows * length and (some := list(islice(texts, chunk))):
+        for one in tokenizer(some, add_special_tokens=False)["input_ids"]:
+            ids += [tokenizer.bos_token_id, *one]
     count = min(rows, len(ids) // length)
     return torch.tensor(ids[: count * length]).reshape(count, length)
 
@@ -68,27 +68,45 @@ def _texts(seed: int) -> Iterator[str]:
             yield text
 
 
-def measure(bits: int, method: str, finish: Finish, rows: Any, evaluation: torch.Tensor, device: str) -> str:
-    """Quantizes, finishes and exports; returns a line of figures."""
+def float_copy(folder: str, original: nn.Module) -> nn.Module:
+    """The export as a float model, whatever kernels there are."""
+    model = copy.deepcopy(original)
+    loaded = load_quantized(folder, dtype=torch.float32)
+    for name, layer in loaded.named_modules():
+        if isinstance(layer, QuantLinear):
+            model.get_submodule(name).weight.data.copy_(layer.dequantize())
+    for name, parameter in loaded.named_parameters():
+        model.get_parameter(name).data.copy_(parameter)
+    return model
+
+
+def measure(bits: int, method: str, finishes: list[Finish], rows: Any, evaluation: torch.Tensor, device: str) -> None:
+    """Quantizes, exports, and finishes the same once for each; prints a line of figures of each."""
     original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
     model = copy.deepcopy(original)
     calibration = list(windows(TEXTS / "calib.jsonl", 128))
     quantizer = QuantizeModule(bits=bits, method=method, nsamples=len(calibration))
+    started = time.perf_counter()
     quantizer.quantize(model, calibration)
+    seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         quantizer.export(model, f"{folder}/gptq")
-        before = compared(load_quantized(f"{folder}/gptq", dtype=torch.float32).to(device), original, evaluation)
-        started = time.perf_counter()
-        record = quantizer.finish(model, original, rows, finish)
-        seconds = time.perf_counter() - started
-        quantizer.export(model, f"{folder}/finished")
-        after = compared(load_quantized(f"{folder}/finished", dtype=torch.float32).to(device), original, evaluation)
-    of_peer = f"  {after[1] / AUTOROUND[bits]:.2f} of AutoRound's KL" if bits in AUTOROUND else ""
-    return (
-        f"{bits} bits  {method}  before +{before[0]:.5f} KL {before[1]:.5f}  finished +{after[0]:.5f} KL {after[1]:.5f}"
-        f"{of_peer}  {seconds:.1f} s  best step {record.best_step} of {record.steps}, held out {record.before:.5f} to "
-        f"{record.after:.5f}, {'kept' if record.kept else 'not kept'}"
-    )
+        before = compared(float_copy(f"{folder}/gptq", original), original, evaluation)
+        print(f"{bits} bits  {method}  +{before[0]:.5f} KL {before[1]:.5f}  {seconds:.1f} s", flush=True)
+        for number, finish in enumerate(finishes):
+            started = time.perf_counter()
+            record = quantizer.finish(model, original, rows, finish)
+            seconds = time.perf_counter() - started
+            quantizer.export(model, f"{folder}/{number}")
+            after = compared(float_copy(f"{folder}/{number}", original), original, evaluation)
+            quantizer.undo_finish("the next is tried")
+            of_peer = f"  {after[1] / AUTOROUND[bits]:.2f} of AutoRound's KL" if bits in AUTOROUND else ""
+            print(
+                f"{bits} bits  {finish.steps} steps at {finish.learning_rate:g}  +{after[0]:.5f} KL {after[1]:.5f}"
+                f"{of_peer}  {seconds:.1f} s  best step {record.best_step} of {record.steps}, held out "
+                f"{record.before:.5f} to {record.after:.5f}, {'kept' if record.kept else 'not kept'}",
+                flush=True,
+            )
 
 
 def large(layers: int, steps: int, tokens: int) -> str:
@@ -136,7 +154,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--method", default="best")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, nargs="+", default=[3e-4])
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -150,21 +168,24 @@ def main() -> None:
         print(large(arguments.large, 8, 8192), flush=True)
         return
     count = arguments.nsamples + arguments.held_out
+    started = time.perf_counter()
     rows = corpus(count) if arguments.corpus else windows(TEXTS / "calib.jsonl", count)
-    if arguments.corpus:  # held-out rows are of files that calibration does not hold either
-        print(f"{len(rows)} rows of Python files", flush=True)
+    print(f"{len(rows)} rows, made in {time.perf_counter() - started:.0f} s", flush=True)
     evaluation = windows(TEXTS / "eval.jsonl", arguments.windows).to(arguments.device)
-    finish = Finish(
-        steps=arguments.steps,
-        learning_rate=arguments.learning_rate,
-        nsamples=len(rows) - arguments.held_out,
-        held_out=arguments.held_out,
-        batch_size=arguments.batch_size,
-        top_logits=arguments.top_logits,
-    )
+    finishes = [
+        Finish(
+            steps=arguments.steps,
+            learning_rate=rate,
+            nsamples=len(rows) - arguments.held_out,
+            held_out=arguments.held_out,
+            batch_size=arguments.batch_size,
+            top_logits=arguments.top_logits,
+        )
+        for rate in arguments.learning_rate
+    ]
+    print(f"torch {torch.__version__}, {finishes[0]}", flush=True)
     for bits in arguments.bits:
-        print(measure(bits, arguments.method, finish, list(rows), evaluation, arguments.device), flush=True)
-    print(json.dumps({"finish": finish.to_dict(), "torch": torch.__version__}), file=sys.stderr)
+        measure(bits, arguments.method, finishes, list(rows), evaluation, arguments.device)
 
 
 if __name__ == "__main__":
