@@ -71,7 +71,9 @@ class Finishing:
             batches: As for `quantize`: `finish.nsamples` to train on, and behind them those to judge on.
             finish: How to train; None is ``Finish()``.
             forward: As for `quantize`; it has to compute the logits of every position.
-            tokenizer, device, device_memory: As for `quantize`.
+            tokenizer: As for `quantize`.
+            device: As for `quantize`.
+            device_memory: As for `quantize`.
             progress: Called as progress(steps done, steps at most, the divergence of held-out samples).
 
         Raises:
