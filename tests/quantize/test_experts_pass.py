@@ -247,3 +247,20 @@ def test_a_forward_under_autocast_computes_in_its_dtype():
             return model(batch)
 
     assert same_codes(Watched(mixture(), forward=forward), one_by_one(mixture(), forward=forward))
+
+
+def test_in_the_model_two_experts_of_a_parameter_are_compared(monkeypatch):
+    compared: list[str] = []
+    check = batch_runs.check_swap
+
+    def noted(model: Any, targets: Any, *rest: Any) -> Any:
+        compared.extend(target.name for target in targets)
+        return check(model, targets, *rest)
+
+    monkeypatch.setattr(batch_runs, "check_swap", noted)
+    Watched(mixture())
+    assert {int(name.split(".")[5]) for name in compared if ".experts." in name} == {0, 1}
+    assert len(compared) == 4 + 2 * 3
+    compared.clear()
+    one_by_one(mixture())
+    assert len(compared) == 4 + 3 * EXPERTS

@@ -112,6 +112,13 @@ def by_expert(group: Group, grouped: Mapping[str, Grouped]) -> list[tuple[str, .
     return [tuple(name for layers in own for name in layers if name in members) for own in of_calls]
 
 
+def all_but_two(grouped: Mapping[str, Grouped]) -> set[str]:
+    """The layers of all experts but two, where they were called at once: what holds for two holds for all, since the
+    call is code of this package."""
+    made = (one for one in grouped.values() if one.call.count)
+    return {name for one in made for own in one.layers[2:] for name in own}
+
+
 def called(
     groups: Sequence[Group], layers: Mapping[str, nn.Module], grouped: Mapping[str, Grouped]
 ) -> dict[str, nn.Module]:

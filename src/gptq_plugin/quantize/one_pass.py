@@ -27,7 +27,7 @@ from gptq_plugin.gptq.solver import Solution
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.finished_layers import FinishedLayers
 from gptq_plugin.model.experts import experts_of
-from gptq_plugin.model.experts_at_once import called, called_at_once, in_grouped_products
+from gptq_plugin.model.experts_at_once import all_but_two, called, called_at_once, in_grouped_products
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.batch_runs import BatchRuns
@@ -116,7 +116,7 @@ class OnePass:
                     self._calibrate(groups, modules, samples)
                 self._take_rest()
                 self._outcome.check_reached()
-                self._unchecked = self.runs.check_swap(self._outcome.solved)
+                self._unchecked = self.runs.check_swap(sorted({*self._outcome.solved} - all_but_two(self.runs.at_once)))
                 self._finished.take_home(wait=True)
         ranges = self._observations.ranges.over_ranks(self._targets, self.runs.device)
         record = self._kept.record or _recorded(ranges, self._observations, self._outcome, self._positions)
