@@ -37,8 +37,10 @@ class ExpertLinear(nn.Linear):
     """
 
     def __init__(self, weight: Tensor, parameter: str) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        nn.Module.__init__(self)  # Linear's would make a weight, and initialise it
+        self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None)
         self.parameter = parameter
 
 
