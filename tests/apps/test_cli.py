@@ -125,7 +125,9 @@ def test_finetune_logs_losses_and_layers(finetuned):
     losses = [float(row["train_loss"]) for row in rows if row["train_loss"]]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert any(row["val_loss"] for row in rows)
-    assert any(row["gptq/model.layers.1.mlp.down_proj/loss"] for row in rows)
+    assert any(row["gptq/loss"] for row in rows)
+    layers = list(csv.DictReader((run / "logs" / "gptq" / "layers.csv").open()))
+    assert any(row["name"] == "model.layers.1.mlp.down_proj" and float(row["loss"]) > 0 for row in layers)
 
 
 def test_the_command_it_suggests_next_runs_and_puts_a_sweep_side_by_side(finetuned, tmp_path):

@@ -68,7 +68,7 @@ def test_the_separate_command_repeats_the_runs_overrides_in_its_folder(hydra, tm
 
     def run(command, cwd, check):
         calls.append((command, cwd))
-        (tmp_path / "3" / SUMMARY).write_text(json.dumps({"nll": {"gptq": 1.5}}))
+        (tmp_path / "3" / SUMMARY).write_text(json.dumps({"nll": {"gptq": 1.5}, "gptq_bytes": 9}))
         return subprocess.CompletedProcess(command, 0)
 
     (tmp_path / "3").mkdir()
@@ -92,3 +92,22 @@ def test_a_command_that_fails_ends_the_sweep(hydra, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 7))
     with pytest.raises(RuntimeError, match=r"the run in .*/3 failed \(exit status 7\): see its output above"):
         sweeps.run_alone(tmp_path / "3")
+
+
+def test_a_run_returns_its_loss_or_with_two_directions_also_its_bytes(hydra):
+    assert sweeps.objective(1.5, 10) == 1.5 and sweeps.objective(None, 10) is None  # outside of Hydra
+    hydra()
+    assert sweeps.objective(1.5, 10) == 1.5  # the sweeper of Hydra itself has no direction
+    hydra("+hydra.sweeper.direction=minimize")
+    assert sweeps.objective(1.5, 10) == 1.5
+    hydra("+hydra.sweeper.direction=[minimize,minimize]")
+    assert sweeps.objective(1.5, 10) == (1.5, 10.0)
+    sweeps.check_objectives(True)
+    with pytest.raises(ValueError, match="leave evaluate=true"):
+        sweeps.check_objectives(False)
+
+
+def test_directions_for_other_numbers_are_refused_before_the_work(hydra):
+    hydra("+hydra.sweeper.direction=[minimize,minimize,maximize]")
+    with pytest.raises(ValueError, match="has 3 entries"):
+        sweeps.check_objectives(True)

@@ -6,14 +6,19 @@ its help, its version and errors in its options come at once.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from omegaconf import DictConfig
 
 from gptq_plugin.apps.command_line import hydra_command
 from gptq_plugin.apps.composition import options_explained
 
+if TYPE_CHECKING:
+    from gptq_plugin.apps.sweeps import Objective
+
 
 @hydra_command("finetune")
-def finetune(cfg: DictConfig) -> float | None:
+def finetune(cfg: DictConfig) -> Objective:
     """Runs `apps.finetune.finetune`."""
     from gptq_plugin.apps.finetune import finetune as run
 
@@ -22,7 +27,7 @@ def finetune(cfg: DictConfig) -> float | None:
 
 
 @hydra_command("quantize")
-def quantize(cfg: DictConfig) -> float | None:
+def quantize(cfg: DictConfig) -> Objective:
     """Runs `apps.quantize.quantize`."""
     from gptq_plugin.apps.quantize import quantize as run
 

@@ -13,6 +13,7 @@ from gptq_plugin.apps.evaluate import evaluate_export, mean_nll
 from gptq_plugin.apps.language_model import LanguageModel
 from gptq_plugin.apps.next_command import next_command
 from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weights_size
+from gptq_plugin.apps.sweeps import Objective, objective
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.report.report import QuantizeReport
 
@@ -38,7 +39,7 @@ class Run:
 
 def compare(
     run: Run, quantizer: QuantizeModule, report: QuantizeReport, export_dir: Path, device: torch.device
-) -> float | None:
+) -> Objective:
     """Evaluates the three models, and writes and prints the run's summary.
 
     Round-to-nearest is done in place: afterwards the float weights are gone.
@@ -51,7 +52,7 @@ def compare(
         device: Where the export is evaluated; the float model too, if it is there.
 
     Returns:
-        The export's mean NLL in nats; None if nothing is evaluated.
+        The export's mean NLL in nats, None if nothing is evaluated; or what else a sweep asks for (`sweeps.objective`).
     """
     float_bytes, float_dtype = weights_size(run.model.network)
     summary = Summary(
@@ -70,7 +71,7 @@ def compare(
     summary.next_command = next_command(run.folder)
     summary.write(run.folder)
     print(f"\n{summary.table()}\n")
-    return summary.nll.get("gptq")
+    return objective(summary.nll.get("gptq"), summary.gptq_bytes)
 
 
 def _evaluate(run: Run, quantizer: QuantizeModule, export_dir: Path, device: torch.device, summary: Summary) -> None:

@@ -18,15 +18,16 @@ from gptq_plugin.apps.paths import folder_or_id
 from gptq_plugin.apps.progress_bar import StepsBar
 from gptq_plugin.apps.setting_up import data_and_model, instantiate_plain, start
 from gptq_plugin.apps.summary import Clock
-from gptq_plugin.apps.sweeps import run_alone, runs_a_sweep, starts_ranks
+from gptq_plugin.apps.sweeps import Objective, check_objectives, run_alone, runs_a_sweep, starts_ranks
 from gptq_plugin.lightning.callback import GPTQCallback
 
 log = logging.getLogger(__name__)
 
 
-def finetune(cfg: DictConfig) -> float | None:
+def finetune(cfg: DictConfig) -> Objective:
     """Fine-tunes, quantizes, exports, reloads and compares; returns the exported model's mean NLL."""
     clock, run_dir = Clock(), start(cfg)
+    check_objectives(cfg.evaluate)
     with clock("prepare"):
         callbacks = [instantiate_plain(node) for node in cfg.callbacks.values()]
         gptq = _gptq_callback(callbacks)

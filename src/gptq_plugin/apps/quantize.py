@@ -18,6 +18,7 @@ from gptq_plugin.apps.fine_tuned import fine_tuned
 from gptq_plugin.apps.run_folder import launched
 from gptq_plugin.apps.setting_up import data_and_model, instantiate_plain, plain, start
 from gptq_plugin.apps.summary import Clock
+from gptq_plugin.apps.sweeps import Objective, check_objectives
 from gptq_plugin.calibration.sources import Sources
 from gptq_plugin.device.named import device_named
 from gptq_plugin.export.export_dir import check_export_dir
@@ -31,9 +32,10 @@ from gptq_plugin.training.finish_run import FinishRun
 from gptq_plugin.training.progress import tqdm_progress
 
 
-def quantize(cfg: DictConfig) -> float | None:
+def quantize(cfg: DictConfig) -> Objective:
     """Quantizes a model, fine-tuned or not, exports, reloads and compares; returns the exported model's mean NLL."""
     clock, run_dir = Clock(), start(cfg)
+    check_objectives(cfg.evaluate)
     if launched() > 1:
         raise ValueError(
             f"gptq-quantize is one process, and {launched()} were started: run it without torchrun or srun (a model "

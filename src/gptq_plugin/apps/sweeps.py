@@ -15,9 +15,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning import Trainer
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from gptq_plugin.apps.summary import SUMMARY
+
+Objective = float | tuple[float, float] | None
 
 
 def runs_a_sweep() -> bool:
@@ -37,8 +39,41 @@ def starts_ranks(trainer: Trainer) -> bool:
     return trainer.num_devices > 1 and environment is not None and not environment.creates_processes_externally
 
 
-def run_alone(folder: Path) -> float | None:
-    """Runs this run of a sweep as a separate command in `folder`; returns the exported model's mean NLL.
+def objectives() -> int:
+    """Returns how many numbers the sweeper minimizes or maximizes: two if its `direction` is a list, else one.
+
+    Raises:
+        ValueError: A list of another length.
+    """
+    sweeper = HydraConfig.get().sweeper if HydraConfig.initialized() else {}
+    direction = sweeper.get("direction")
+    if not isinstance(direction, ListConfig):
+        return 1
+    if len(direction) != 2:
+        raise ValueError(
+            f"hydra.sweeper.direction has {len(direction)} entries: give one word for the loss, or two in a list, for "
+            "the loss and the bytes of the weights"
+        )
+    return 2
+
+
+def check_objectives(evaluate: bool) -> None:
+    """Refuses, before the work, a sweep that asks for other numbers than a run returns.
+
+    Raises:
+        ValueError: Nothing is evaluated, or see `objectives`.
+    """
+    if objectives() == 2 and not evaluate:
+        raise ValueError("hydra.sweeper.direction is a list, so runs return NLL and bytes: leave evaluate=true")
+
+
+def objective(nll: float | None, stored_bytes: int) -> Objective:
+    """What a sweeper gets of a run: the exported model's mean NLL, and with two directions also its bytes."""
+    return nll if nll is None or objectives() == 1 else (nll, float(stored_bytes))
+
+
+def run_alone(folder: Path) -> Objective:
+    """Runs this run of a sweep as a separate command in `folder`; returns its `objective`.
 
     Raises:
         RuntimeError: The command failed.
@@ -46,8 +81,8 @@ def run_alone(folder: Path) -> float | None:
     done = subprocess.run(_command(folder), cwd=HydraConfig.get().runtime.cwd, check=False)
     if done.returncode:
         raise RuntimeError(f"the run in {folder} failed (exit status {done.returncode}): see its output above")
-    nll: dict[str, float] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["nll"]
-    return nll.get("gptq")
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return objective(summary["nll"].get("gptq"), summary["gptq_bytes"])
 
 
 def _command(folder: Path) -> list[str]:

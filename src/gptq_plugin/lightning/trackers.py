@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG
 from gptq_plugin.errors import brief
@@ -38,7 +39,9 @@ _BESIDE = ("report.html", QUANTIZE_CONFIG)  # what loggers of files keep of an e
 def log_report(
     trainer: pl.Trainer, report: QuantizeReport, export_dir: Path | None, log_artifacts: bool | str = False
 ) -> None:
-    """Logs a result to every logger of the trainer. What a tracker does not take is told in the log; the run goes on.
+    """Logs a result to every logger of the trainer, and adds its metrics to `trainer.callback_metrics`.
+
+    What a tracker does not take is told in the log, and the run goes on.
 
     Args:
         trainer: The trainer after its fit.
@@ -46,8 +49,9 @@ def log_report(
         export_dir: The export; None if there is none.
         log_artifacts: Also the export, under this name; True names it "gptq".
     """
+    metrics = total_metrics(report) | quality_metrics(report)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
     for logger in trainer.loggers:
-        metrics = total_metrics(report) | quality_metrics(report)
         table = _table_writer(logger) if trainer.is_global_zero else None  # other ranks' loggers take nothing
         logger.log_metrics(metrics if table else metrics | layer_metrics(report), step=trainer.global_step)
         for steps, judged in finish_metrics(report):  # as if they followed the run's
