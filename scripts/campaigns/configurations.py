@@ -56,7 +56,7 @@ _ARGUMENTS: dict[str, Values] = {
     "GPTQTrainerCallback": {**_SHARED, "forward": [None], "quantizer": []},
     "QuantizeModule": {
         "config": [None, QuantizeConfig()], "offload_weights": [None, True], "offload_activations": [None, False],
-        "exact_sums": [None, True],
+        "exact_sums": [None, True], "cache_dir": [None], "cache_gb": [50.0, 1],
     },
     "quantize": {
         "forward": [None], "nsamples": [None, 48], "device": [None, "cpu"], "device_memory": [None, 10**9],

@@ -239,6 +239,19 @@ def test_chats_are_trained_and_calibrated_on_through_the_tokenizers_template(nam
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "gptq").chat_template == CHAT_TEMPLATE
 
 
+def test_a_second_run_with_cache_dir_takes_every_layer_and_writes_the_same_bytes(app, base, tmp_path):
+    def run(name, *overrides):
+        options = ["data.seq_len=64", "quantizer.nsamples=8", "quantizer.group_size=32", "evaluate=false", "device=cpu"]
+        folders = [f"quantizer.cache_dir={tmp_path / 'cache'}", f"export_dir={tmp_path / name}"]
+        app("quantize", f"model.name_or_path={base[0]}", *options, *folders, *overrides)
+        report = json.loads((tmp_path / name / "quantization_report.json").read_text())
+        return report["cache"], (tmp_path / name / "model.safetensors").read_bytes()
+
+    first, again, wider = run("first"), run("again"), run("wider", "quantizer.bits=8")
+    assert (first[0]["layers_solved"], again[0]["layers_taken"], wider[0]["layers_taken"]) == (7, 7, 0)
+    assert first[1] == again[1]
+
+
 # --- gptq-quantize after a fine-tune ---
 
 
