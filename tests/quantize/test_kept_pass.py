@@ -236,13 +236,30 @@ def test_a_forward_counts_by_its_code_and_by_what_it_refers_to(tmp_path):
 def test_what_a_forward_takes_from_elsewhere_shows_in_the_first_layers_inputs(tmp_path):
     path = tmp_path / "factor"
 
-    def read(model, batch):
-        return model(batch * float(open(path).read()))  # no hash of code or data tells what the file holds
+    def read(model, batch):  # no hash of code or data tells what the file holds
+        return model(batch * float(open(path).read()) if len(batch) == 50 else batch)
 
+    batches = [*BATCHES[:2], BATCHES[2][:50]]  # the largest is run once more, before
     path.write_text("1")
-    passed(Blocks(), tmp_path / "cache", forward=read)
+    passed(Blocks(), tmp_path / "cache", batches=batches, forward=read)
     path.write_text("2")
-    assert taken(passed(Blocks(), tmp_path / "cache", forward=read)) == 0
+    assert taken(passed(Blocks(), tmp_path / "cache", batches=batches, forward=read)) == 0
+
+
+class Shifted(Blocks):
+    def forward(self, x, shift):
+        return self.last(x + shift * torch.tanh(self.middle(x + self.first(x))))
+
+
+def test_data_that_only_later_layers_read_counts_in_every_batch(tmp_path):
+    def batches(last):
+        shifts = (1.0, 1.0, last)
+        sizes = (60, 60, 50)
+        return [{"x": BATCHES[n][: sizes[n]], "shift": torch.full((sizes[n], 1), shifts[n])} for n in range(3)]
+
+    passed(Shifted(), tmp_path, batches=batches(1.0))
+    assert taken(passed(Shifted(), tmp_path, batches=batches(1.0))) == 9
+    assert taken(passed(Shifted(), tmp_path, batches=batches(1.5))) == 0
 
 
 def test_what_changes_behind_the_first_layers_shows_in_one_float_forward(tmp_path):
