@@ -11,6 +11,7 @@ all four groups of layers. Where both are alike, Python is the limit.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections import defaultdict
@@ -47,7 +48,7 @@ TIMED = (  # module, function, what it is in the table; indented if it is within
     (refine, "descended", "descents"),
     (solver, "_loss", "loss of the weight, for the report"),
 )
-TILES = ((128, 64, 8, 2), (128, 64, 8, 1), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 128, 4, 1))
+TILES = ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4))
 
 
 class Clock:
@@ -103,16 +104,17 @@ def solve_parts() -> None:
         weight, hessian, drift = problem(rows, n)
         for method, clock in clocks.items():
             config = QuantizeConfig(method=method)
-            solver.solve(weight, hessian, config, drift)  # compiles
+            alone = functools.partial(solver.solve, in_blocks=False)  # as one GPU does
+            alone(weight, hessian, config, drift)  # compiles
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            whole = clock.timed("all", solver.solve)
+            whole = clock.timed("all", alone)
             if method == "best":
                 whole(weight, hessian, config, drift)  # by itself, then part by part
                 torch.cuda.synchronize()
                 with clock.watching():
-                    solution = solver.solve(weight, hessian, config, drift)
+                    solution = alone(weight, hessian, config, drift)
                 peaks.append((torch.cuda.max_memory_allocated() - before) / GIB)
             else:
                 solution = whole(weight, hessian, config, drift)
@@ -159,10 +161,10 @@ def whole_blocks() -> None:
 
 def kernels() -> None:
     """Prints what scales' equations take with other tiles, for gate and up and for down."""
-    for rows, upper, warps, stages in TILES:
+    for rows, tile, warps, stages in TILES:
         with (
             mock.patch.object(steps, "_ROWS", rows),
-            mock.patch.object(steps, "_UPPER", upper),
+            mock.patch.object(steps, "_TILE", tile),
             mock.patch.object(steps, "_WARPS", warps),
             mock.patch.object(steps, "_STAGES", stages),
         ):
@@ -171,12 +173,12 @@ def kernels() -> None:
                 clear()
                 channel = torch.arange(n, device="cuda")
                 _, hessian, _ = problem(1, n)
-                grouped = steps.grouped_hessian(hessian, channel)
+                grouped = steps.grouped_hessian(hessian)
                 codes = torch.randint(0, 16, (n, count), device="cuda", dtype=torch.uint8)
                 zeros, errors = torch.full((n // 128, count), 8.0, device="cuda"), torch.randn(n, count, device="cuda")
                 call = (grouped, codes, zeros, errors, channel, slice(0, count))
                 took.append(seconds(lambda: steps.scale_equations(*call)))  # noqa: B023
-        print(f"equations, rows={rows} upper={upper} warps={warps} stages={stages}: "
+        print(f"equations, rows={rows} tile={tile} warps={warps} stages={stages}: "
               + ", ".join(f"{one * 1e3:.2f} ms" for one in took), flush=True)  # fmt: skip
 
 

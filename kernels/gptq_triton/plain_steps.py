@@ -53,14 +53,13 @@ def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor,
     return torch.stack(found)
 
 
-def grouped_hessian(hessian: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
-    """The Hessian as `scale_equations` reads it: the channels of the first group, the second and so on, and a factor.
+def grouped_hessian(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """A Hessian as `scale_equations` reads it, and a factor.
 
     Args:
-        hessian: [n, n].
-        channel: int64 [n], the order.
+        hessian: [n, n]; first the channels of the first group, then those of the second and so on.
     """
-    return hessian[channel][:, channel], hessian.new_ones(())
+    return hessian, hessian.new_ones(())
 
 
 def scale_equations(
@@ -71,7 +70,7 @@ def scale_equations(
     M_gh = c_g H c_hᵀ and b_g = c_g H eᵀ, with c_g the row's q − z in group g and 0 elsewhere.
 
     Args:
-        hessian: From `grouped_hessian` with this order of channels.
+        hessian: From `grouped_hessian`, for this order of channels.
         codes: uint8 [n, rows], by channel.
         zeros: [G, rows].
         errors: [n, rows], group by group.

@@ -7,16 +7,17 @@ from torch import Tensor
 
 from . import plain_steps
 from .needs_triton import tl, triton
-from .passes import permute, split_to_float16
+from .passes import split_to_float16
 
 _LANES = 256  # rows of a program of `rounding_errors`, ...
 _COLUMNS = 8  # ... and the columns it takes
 _TRIED_ROWS = 128  # rows of a program of `grid_errors`
-# Of `scale_equations`: rows of a program, channels of a product beside and along its sum (at most the largest power of
-# two that divides a group's size), warps, stages of operands on their way, and programs, one after another, that take
-# the same group of other rows.
-_ROWS, _UPPER, _INNER, _WARPS, _STAGES, _TOGETHER = 128, 64, 128, 8, 2, 8
-_LEAST_INNER = 16
+# Of `scale_equations`: rows of a program, channels of a product (at most the largest power of two that divides a
+# group's size), warps, stages of operands on their way, and programs, one after another, that take the same group of
+# other rows.
+_ROWS, _TILE, _WARPS, _STAGES, _TOGETHER = 128, 128, 8, 3, 8
+_LEAST_TILE = 16
+_DEPTH = 1024  # of a product whose terms are all large
 _SCALE = 2.0**12  # of a Hessian with a diagonal of at most 4, before it is split
 
 
@@ -108,61 +109,50 @@ def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor,
     return out
 
 
-def grouped_hessian(hessian: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+def grouped_hessian(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """`plain_steps.grouped_hessian` on a GPU: the sum of two float16 matrices, [2, n, n], times 2^12."""
     exponent = torch.frexp(hessian.diagonal().amax()).exponent
     unit = torch.ldexp(torch.ones_like(exponent, dtype=hessian.dtype), exponent.clamp(-100, 100))
-    grouped = permute(hessian[None], channel[None], (1 / unit)[None])
-    return split_to_float16(grouped, _SCALE, "hl", 1).view(2, *hessian.shape), unit / _SCALE
+    return split_to_float16((hessian / unit)[None], _SCALE, "hl", 1).view(2, *hessian.shape), unit / _SCALE
 
 
 @triton.jit
-def _centred(codes, channel, zero, k, lane, rows, there):
-    mine = tl.load(channel + k).to(tl.int64)
-    q = tl.load(codes + mine[:, None] * rows + lane[None, :], mask=there[None, :], other=0).to(tl.float32)
-    return tl.where(there[None, :], q - zero[None, :], 0.0)
-
-
-@triton.jit
-def _scale_equations_kernel(
-    parts, codes, zeros, errors, channel, matrix, right, n, rows, first, count, groups,
-    SIZE: tl.constexpr, UPPER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
+def _scale_matrix_kernel(
+    high, low, centred, matrix, n, count, groups,
+    SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    # Programs that run at the same time take a few blocks of rows, whose errors stay in the cache, and all groups.
+    # Programs that run at the same time take a few blocks of rows, whose codes stay in the cache, and all groups, those
+    # with the most work first.
     wave = tl.program_id(0) // (TOGETHER * groups)
     several = tl.minimum(tl.cdiv(count, ROWS) - wave * TOGETHER, TOGETHER)
     within = tl.program_id(0) % (TOGETHER * groups)
-    g = within // several
+    g = groups - 1 - within // several
     r = (wave * TOGETHER + within % several) * ROWS + tl.arange(0, ROWS)
-    there = r < count
-    lane = first + r
-    low = parts + n.to(tl.int64) * n
-    zero = tl.load(zeros + g * rows + lane, mask=there, other=0.0)
-    inner = tl.arange(0, INNER)
-    mine = _centred(codes, channel, zero, g * SIZE + inner, lane, rows, there).to(tl.float16)  # exact
-    m = tl.zeros([ROWS], dtype=tl.float32)
-    b = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, n, UPPER):
-        i = start + tl.arange(0, UPPER)
-        product = tl.zeros([UPPER, ROWS], dtype=tl.float32)
-        at = i.to(tl.int64)[:, None] * n + (g * SIZE + inner)[None, :]
-        if SIZE == INNER:
-            product = tl.dot(tl.load(low + at), mine, acc=product)
-            product = tl.dot(tl.load(parts + at), mine, acc=product)
-        else:
-            for begin in range(0, SIZE, INNER):
-                k = g * SIZE + begin + inner
-                mine = _centred(codes, channel, zero, k, lane, rows, there).to(tl.float16)
-                product = tl.dot(tl.load(low + at + begin), mine, acc=product)
-                product = tl.dot(tl.load(parts + at + begin), mine, acc=product)
-        e = tl.load(errors + i.to(tl.int64)[:, None] * rows + lane[None, :], mask=there[None, :], other=0.0)
-        b += tl.sum(product * e, axis=0)
-        h = start // SIZE
-        zero_h = tl.load(zeros + h * rows + lane, mask=there, other=0.0)
-        m = tl.where(start % SIZE == 0, 0.0, m)
-        m += tl.sum(product * _centred(codes, channel, zero_h, i, lane, rows, there), axis=0)
-        tl.store(matrix + (r.to(tl.int64) * groups + g) * groups + h, m, mask=there)
-    tl.store(right + r.to(tl.int64) * groups + g, b, mask=there)
+    there = (r < count)[:, None]
+    tile = tl.arange(0, TILE)
+    k = g * SIZE + tile
+    mine = tl.load(centred + k.to(tl.int64)[None, :] * count + r[:, None], mask=there, other=0.0)
+    for h in range(g + 1):
+        m = tl.zeros([ROWS], dtype=tl.float32)
+        for start in range(0, SIZE, TILE):
+            i = h * SIZE + start + tile
+            product = tl.zeros([ROWS, TILE], dtype=tl.float32)
+            if SIZE == TILE:
+                at = k.to(tl.int64)[:, None] * n + i[None, :]
+                product = tl.dot(mine, tl.load(low + at), acc=product)
+                product = tl.dot(mine, tl.load(high + at), acc=product)
+            else:
+                for begin in range(0, SIZE, TILE):
+                    inner = (k + begin).to(tl.int64)
+                    at = inner[:, None] * n + i[None, :]
+                    some = tl.load(centred + inner[None, :] * count + r[:, None], mask=there, other=0.0)
+                    product = tl.dot(some, tl.load(low + at), acc=product)
+                    product = tl.dot(some, tl.load(high + at), acc=product)
+            other = tl.load(centred + i.to(tl.int64)[None, :] * count + r[:, None], mask=there, other=0.0)
+            m += tl.sum(product * other.to(tl.float32), axis=1)
+        row = matrix + r.to(tl.int64) * groups * groups
+        tl.store(row + g * groups + h, m, mask=r < count)
+        tl.store(row + h * groups + g, m, mask=r < count)
 
 
 def scale_equations(
@@ -170,6 +160,8 @@ def scale_equations(
 ) -> tuple[Tensor, Tensor]:
     """`plain_steps.scale_equations` on a GPU, where groups are of a size that 16 divides: on tensor cores, which take
     codes less their zeros as they are.
+
+    Half of M is computed, since it is symmetric.
 
     Raises:
         ValueError: Wrong dtype, shape or stride.
@@ -184,18 +176,43 @@ def scale_equations(
         ("channel", channel, torch.int64, (n,)),
     )
     size = n // groups
-    tile = min(_INNER, size & -size)
-    if tile < _LEAST_INNER:
+    tile = min(_TILE, size & -size)
+    if tile < _LEAST_TILE:
         whole = parts.to(errors.dtype).sum(0).mul_(unit), errors.new_ones(())
         return plain_steps.scale_equations(whole, codes, zeros, errors, channel, some)
-    first, count = some.start, some.stop - some.start
-    matrix, right = errors.new_empty(count, groups, groups), errors.new_empty(count, groups)
-    _scale_equations_kernel[(triton.cdiv(count, _ROWS) * groups,)](
-        parts, codes, zeros, errors, channel, matrix, right, n, rows, first, count, groups,
-        SIZE=size, UPPER=min(_UPPER, tile), INNER=tile, ROWS=_ROWS, TOGETHER=_TOGETHER,
-        num_warps=_WARPS, num_stages=_STAGES,
+    count = some.stop - some.start
+    centred = codes[:, some][channel].half()
+    centred.unflatten(0, (groups, size)).sub_(zeros[:, None, some])  # exact
+    matrix = errors.new_empty(count, groups, groups)
+    _scale_matrix_kernel[(triton.cdiv(count, _ROWS) * groups,)](
+        *parts, centred, matrix, n, count, groups,
+        SIZE=size, TILE=tile, ROWS=_ROWS, TOGETHER=_TOGETHER, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
+    right = _pulled(parts, errors[:, some]).mul_(centred).unflatten(0, (groups, size)).sum(1).mT
     return matrix.double().mul_(unit), right.double().mul_(unit)
+
+
+def _pulled(parts: Tensor, errors: Tensor) -> Tensor:
+    """H e for the columns of errors [n, rows], in the units of a grouped Hessian.
+
+    Tensor cores truncate their sums (see `gptq.tensor_cores`), so large products are `_DEPTH` deep at most.
+    """
+    exponent = torch.frexp(torch.linalg.vector_norm(errors, torch.inf, dim=0)).exponent.clamp(-100, 100)
+    unit = torch.ldexp(torch.ones_like(exponent, dtype=errors.dtype), exponent)
+    high, low = split_to_float16((errors / unit)[None], _SCALE, "hl", 1).view(2, *errors.shape)
+    out = torch.zeros_like(errors, memory_format=torch.contiguous_format)
+    _add_product(out, parts[0], low)
+    _add_product(out, parts[1], high)
+    for start in range(0, len(errors), _DEPTH):
+        _add_product(out, parts[0, :, start : start + _DEPTH], high[start : start + _DEPTH])
+    return out.mul_(unit / _SCALE)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if out.is_cuda:
+        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+    else:
+        torch.addmm(out, left.float(), right.float(), out=out)
 
 
 def _check(*tensors: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) -> None:

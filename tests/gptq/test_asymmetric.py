@@ -45,9 +45,7 @@ def test_the_target_is_the_plain_one_for_every_block(alpha, order):
 @pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
 @pytest.mark.parametrize("order", ORDERS)
-def test_where_products_are_split_the_target_is_as_near_to_the_plain_one_as_in_float32(
-    order, size, device, monkeypatch
-):
+def test_with_operands_in_float16_the_correction_is_near_to_the_plain_one(order, size, device, monkeypatch):
     weight, hessian, drift, _, _ = problem(n=160)
     weight[2] *= 1e4
     hessian, drift = hessian * size, drift * size
@@ -56,14 +54,13 @@ def test_where_products_are_split_the_target_is_as_near_to_the_plain_one_as_in_f
     damping = torch.empty(160).index_copy_(0, factor.order[0].cpu(), factor.damping[0].cpu())
     wanted = plain_steps.asymmetric_target(weight, hessian, drift, damping, 0.5) - weight
     monkeypatch.setattr(asymmetric, "_SPAN", 48)
-    monkeypatch.setattr(asymmetric, "_STRIP", 70)
     off = []
     for usable in (False, True):
         monkeypatch.setattr(asymmetric.tensor_cores, "usable", lambda x, usable=usable: usable)
         block = weight.float().to(device)
         found = asymmetric_target(block[None], drift.float().to(device), factor, 0.5)[0].cpu().double() - weight
         off.append((found - wanted).norm(dim=1) / wanted.norm(dim=1))
-    assert bool((off[1] < 1e-4).all()) and bool((off[1] < 3 * off[0] + 1e-6).all())
+    assert bool((off[0] < 1e-4).all()) and bool((off[1] < 3e-3).all())
     assert not torch.equal(off[0], off[1])
 
 

@@ -89,7 +89,7 @@ def test_equations_for_scales_give_the_loss_after_any_change_of_them():
     torch.testing.assert_close(errors, (weight - scales[group] * (codes.double() - zeros[group]))[channel])
     some, change = slice(1, 4), torch.randn(3, rows, dtype=torch.float64)
     matrix, right = plain_steps.scale_equations(
-        plain_steps.grouped_hessian(hessian, channel), codes, zeros, errors, channel, some
+        plain_steps.grouped_hessian(hessian[channel][:, channel]), codes, zeros, errors, channel, some
     )
     d = change[:, some].T
     found = losses(scales)[some] - 2 * (right * d).sum(1) + torch.einsum("rg,rgh,rh->r", d, matrix, d)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.gptq.grid import least_zero, stored_scales
 from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.gptq.sweep import Columns, add_products, keep_best, sweep
@@ -31,6 +32,7 @@ _FACTORS = (1.0, 0.8, 0.85, 0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.16, 1.25)  # of 
 _LARGEST_POINT = 3.0  # of a grid, in units of the row, where weights are below 1: errors stay below 4
 _RIDGE = 1e-7  # of the mean diagonal entry, added to the equations for scales
 _STRIP = 1024  # columns of a triangle per product
+_SCALE = 2.0**12  # in `tensor_cores`, of errors that are below 4
 _EQUATIONS = 2**24  # entries of equations for scales at a time
 
 
@@ -136,7 +138,9 @@ class Arranged:
         # Entries are at most √(H_kk / Λ_j) / 2, and H_kk at most the trace.
         bounded = recursion.bounded and len(channel) <= 4 * config.damp_percent * LARGEST**2
         descent = dataclasses.replace(recursion, rows=rows, gain=gain, bounded=bounded)
-        return Arranged(descent, step_passes(hessian).grouped_hessian(hessian, groups.contiguous()))
+        # With static groups they are runs of channels.
+        by_group = hessian if config.static_groups else hessian[groups][:, groups]
+        return Arranged(descent, step_passes(hessian).grouped_hessian(by_group))
 
 
 def grouped_channels(order: Tensor, config: QuantizeConfig) -> Tensor:
@@ -210,13 +214,20 @@ def descended(rows: Rows, now: Rounding) -> Rounding:
 
 
 def _targets(rows: Rows, now: Rounding) -> Tensor:
-    """t = q + A·(w − q) [n, rows], by position: what the recursion would have rounded to these points."""
+    """t = q + A·(w − q) [n, rows], by position: what the recursion would have rounded to these points.
+
+    They only suggest grids: on a GPU the product has float16 operands.
+    """
     errors = rows.errors(now, rows.by_position)[None]
     moved = rows.weight[:, rows.by_position]
     for start in range(0, errors.shape[1], _STRIP):
         here, stop = slice(start, start + _STRIP), min(start + _STRIP, errors.shape[1])
         strip = rows.recursion.rows[:, :stop, here].triu(1 - start)
-        add_products(moved[:, :stop], strip, errors[:, here], rows.recursion.bounded)
+        if tensor_cores.usable(strip) and rows.recursion.bounded:
+            left, right = tensor_cores.narrowed(strip[0], 1.0), tensor_cores.narrowed(errors[0, here], _SCALE)
+            moved[0, :stop].add_(tensor_cores.product(left, right), alpha=1 / _SCALE)
+        else:
+            add_products(moved[:, :stop], strip, errors[:, here], rows.recursion.bounded)
     return moved[0]
 
 

@@ -6,6 +6,8 @@ the whole, is left out; the other three are one product with the parts concatena
 and Yokota, arXiv:2203.03341). This is twice as fast as the same scheme in TF32 and six times as fast as the float32
 units.
 
+Where less accuracy will do, `product` multiplies the high parts alone, in a third of the time.
+
 Tensor cores truncate their sums instead of rounding them, so the error grows with the inner dimension: 1e-5 of the
 result at 4096 (measured; float32 units: 1e-6). Products here are at most 1024 deep and are summed in float32.
 """
@@ -29,6 +31,18 @@ def unit_above(x: Tensor, dim: int | None = None) -> Tensor:
     """A power of two, above every |x| along a dimension, or of all; within 2^±100."""
     most = x.abs().amax() if dim is None else x.abs().amax(dim)
     return torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent.clamp(-100, 100))
+
+
+def narrowed(x: Tensor, scale: float | Tensor) -> Tensor:
+    """x · scale in float16, as an operand of `product`; scale is a number, or a tensor [] of one."""
+    return torch.mul(x, scale, out=torch.empty(x.shape, dtype=torch.float16, device=x.device))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for float16 operands [m, k] and [k, n], in float32; for where 2^-11 of each term does not matter."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
+    return a.float() @ b.float()
 
 
 def left_operand(x: Tensor, scale: float) -> Tensor:
