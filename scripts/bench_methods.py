@@ -73,7 +73,8 @@ class Bench:
         cells = []
         for bits in self._bits:
             model = copy.deepcopy(self._model).to(self._device)
-            batches = [{"input_ids": rows} for rows in calibration.to(self._device).split(8)]
+            rows = max(8, len(calibration) // 32)  # of a batch
+            batches = [{"input_ids": batch} for batch in calibration.to(self._device).split(rows)]
             started = time.perf_counter()
             QuantizeModule(bits=bits, nsamples=len(calibration), **config).quantize(model, batches)
             if self._device.type == "cuda":

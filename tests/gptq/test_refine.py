@@ -256,9 +256,10 @@ def test_a_scale_beyond_float16_is_refused_by_the_best_method_too(order):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_gpu_improves_rows_as_the_cpu_does(grid, order):
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_a_gpu_improves_rows_as_the_cpu_does(group_size, grid, order):
     weight, hessian = (t.float() for t in correlated(rows=96, n=512))
-    config = QuantizeConfig(bits=3, group_size=128, method="best", **GRIDS[grid], **ORDERS[order])
+    config = QuantizeConfig(bits=3, group_size=group_size, method="best", **GRIDS[grid], **ORDERS[order])
     cpu, gpu = (solve(weight.to(where), hessian.to(where), config) for where in ("cpu", "cuda"))
     error = weight.double() - gpu.weight.dequantize(torch.float64).cpu()
     torch.testing.assert_close(gpu.loss.cpu().double(), output_error(error, hessian.double()), rtol=1e-3, atol=0)
