@@ -12,11 +12,11 @@ from .passes import split_to_float16
 _LANES = 256  # rows of a program of `rounding_errors`, ...
 _COLUMNS = 8  # ... and the columns it takes
 _TRIED_ROWS = 128  # rows of a program of `grid_errors`
-# Of `scale_equations`: rows of a program, channels of a product (at most the largest power of two that divides a
-# group's size), warps, stages of operands on their way, and programs, one after another, that take the same group of
-# other rows.
-_ROWS, _TILE, _WARPS, _STAGES, _TOGETHER = 128, 128, 8, 3, 8
-_LEAST_TILE = 16
+# Of `scale_equations`: rows of a program, channels of a product beside and along its sum (at most the largest power of
+# two that divides a group's size), warps, stages of operands on their way, and programs, one after another, that take
+# the same group of other rows.
+_ROWS, _UPPER, _INNER, _WARPS, _STAGES, _TOGETHER = 128, 64, 128, 8, 2, 8
+_LEAST_INNER = 16
 _DEPTH = 1024  # of a product whose terms are all large
 _SCALE = 2.0**12  # of a Hessian with a diagonal of at most 4, before it is split
 
@@ -119,7 +119,7 @@ def grouped_hessian(hessian: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit
 def _scale_matrix_kernel(
     high, low, centred, matrix, n, count, groups,
-    SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
+    SIZE: tl.constexpr, UPPER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     # Programs that run at the same time take a few blocks of rows, whose codes stay in the cache, and all groups, those
     # with the most work first.
@@ -129,20 +129,19 @@ def _scale_matrix_kernel(
     g = groups - 1 - within // several
     r = (wave * TOGETHER + within % several) * ROWS + tl.arange(0, ROWS)
     there = (r < count)[:, None]
-    tile = tl.arange(0, TILE)
-    k = g * SIZE + tile
+    k = g * SIZE + tl.arange(0, INNER)
     mine = tl.load(centred + k.to(tl.int64)[None, :] * count + r[:, None], mask=there, other=0.0)
     for h in range(g + 1):
         m = tl.zeros([ROWS], dtype=tl.float32)
-        for start in range(0, SIZE, TILE):
-            i = h * SIZE + start + tile
-            product = tl.zeros([ROWS, TILE], dtype=tl.float32)
-            if SIZE == TILE:
+        for start in range(0, SIZE, UPPER):
+            i = h * SIZE + start + tl.arange(0, UPPER)
+            product = tl.zeros([ROWS, UPPER], dtype=tl.float32)
+            if SIZE == INNER:
                 at = k.to(tl.int64)[:, None] * n + i[None, :]
                 product = tl.dot(mine, tl.load(low + at), acc=product)
                 product = tl.dot(mine, tl.load(high + at), acc=product)
             else:
-                for begin in range(0, SIZE, TILE):
+                for begin in range(0, SIZE, INNER):
                     inner = (k + begin).to(tl.int64)
                     at = inner[:, None] * n + i[None, :]
                     some = tl.load(centred + inner[None, :] * count + r[:, None], mask=there, other=0.0)
@@ -176,8 +175,8 @@ def scale_equations(
         ("channel", channel, torch.int64, (n,)),
     )
     size = n // groups
-    tile = min(_TILE, size & -size)
-    if tile < _LEAST_TILE:
+    tile = min(_INNER, size & -size)
+    if tile < _LEAST_INNER:
         whole = parts.to(errors.dtype).sum(0).mul_(unit), errors.new_ones(())
         return plain_steps.scale_equations(whole, codes, zeros, errors, channel, some)
     count = some.stop - some.start
@@ -186,7 +185,8 @@ def scale_equations(
     matrix = errors.new_empty(count, groups, groups)
     _scale_matrix_kernel[(triton.cdiv(count, _ROWS) * groups,)](
         *parts, centred, matrix, n, count, groups,
-        SIZE=size, TILE=tile, ROWS=_ROWS, TOGETHER=_TOGETHER, num_warps=_WARPS, num_stages=_STAGES,
+        SIZE=size, UPPER=min(_UPPER, tile), INNER=tile, ROWS=_ROWS, TOGETHER=_TOGETHER,
+        num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     right = _pulled(parts, errors[:, some]).mul_(centred).unflatten(0, (groups, size)).sum(1).mT
     return matrix.double().mul_(unit), right.double().mul_(unit)
