@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from bench_8b import BATCH, GIB, LENGTH, SAMPLES, blocks, clear, llama, quantize, samples, seconds
 from gptq_plugin.kernels import steps
 from torch import Tensor
@@ -179,7 +180,7 @@ def kernels() -> None:
                 call = (grouped, codes, zeros, errors, channel, slice(0, count))
                 try:
                     took.append(f"{seconds(lambda: steps.scale_equations(*call)) * 1e3:.2f} ms")  # noqa: B023
-                except Exception as error:  # too large for shared memory
+                except triton.runtime.errors.OutOfResources as error:
                     took.append(type(error).__name__)
         print(f"equations, rows={rows} upper={upper} warps={warps} stages={stages}: {', '.join(took)}", flush=True)
 
