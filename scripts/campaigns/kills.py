@@ -48,11 +48,11 @@ def _prepare(folder: Path) -> None:
 
 
 class Kill:
-    """One training, and how it is to end."""
+    """One training, and how it is to end: sooner after its step with every attempt."""
 
     earlier = Path()
 
-    def __init__(self, step: str, rng: Random, folder: Path) -> None:
+    def __init__(self, step: str, rng: Random, folder: Path, attempt: int) -> None:
         trainer, ranks = rng.choice(["lightning", "transformers"]), rng.choice([1, 1, 2])
         self.training = Training(trainer, ranks, folder, inside=rng.random() < 0.3)
         self.step = step
@@ -60,7 +60,7 @@ class Kill:
         self.signal = rng.choice(SIGNALS)
         everyone = self.signal != signal.SIGKILL  # as launchers and terminals send it
         self.victims = set(range(ranks)) if everyone or rng.random() < 0.2 else {rng.randrange(ranks)}
-        self.pause = rng.random() * PAUSES[self.step]
+        self.pause = rng.random() * PAUSES[self.step] / 2**attempt
         self.by_itself = self.victims == {0} and rng.random() < 0.5
         self.saved: dict[str, dict[str, str]] = {}
         self.reached = "nothing"
@@ -186,7 +186,7 @@ def _attack(case: Case, given: tuple[str, Random]) -> None:
         folder = case.folder / str(number)
         (folder / "output").mkdir(parents=True)
         shutil.copytree(Kill.earlier, folder / "export")
-        kill = Kill(step, rng, folder)
+        kill = Kill(step, rng, folder, number)
         case.is_of(str(kill))
         if kill.hits(folder / "output"):
             case.attempt(f"kill in {kill.reached}", kill.judge, _any)

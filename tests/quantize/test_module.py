@@ -208,6 +208,19 @@ def test_the_report_names_every_module_and_is_valid_json(caplog):
     assert deviation in values["deviations"] and deviation in caplog.text and f"! {deviation}" in report.table()
 
 
+def test_a_model_that_draws_random_numbers_changes_none_that_come_later(tmp_path):
+    model = llama()
+    model.model.layers[1].register_forward_pre_hook(lambda *_: (torch.rand(2), None)[1])  # as wav2vec2's encoder
+    quantizer = QuantizeModule(**SMALL)
+    before = torch.get_rng_state()
+    quantizer.rehearse(model, tokens())
+    assert torch.equal(torch.get_rng_state(), before)
+    quantizer.quantize(model, tokens())
+    assert torch.equal(torch.get_rng_state(), before)
+    quantizer.export(model, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_progress_reaches_the_end():
     steps = []
     QuantizeModule(**SMALL).quantize(llama(), tokens(), progress=lambda *step: steps.append(step[:2]))

@@ -25,7 +25,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
-from gptq_plugin.device.surroundings import plain_defaults
+from gptq_plugin.device.surroundings import plain_defaults, same_random_numbers
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.export.config_checks import check_config, check_symmetry
 from gptq_plugin.export.disk_space import disk_errors_explained
@@ -96,7 +96,7 @@ def export_model(
     structure, layers, client = Structure.of_unfused(model), _quantized(model), Client.of(target)
     if client is not None and layers:
         refuse(Inventory.of_layers(structure, layers, config, report), client)
-    with Export(structure, directory, config, overwrite=overwrite) as export:
+    with same_random_numbers(), Export(structure, directory, config, overwrite=overwrite) as export:
         for name, layer in layers.items():
             export.add(name, layer)
         export.finish(model, report=report, tokenizer=tokenizer, sample=sample)

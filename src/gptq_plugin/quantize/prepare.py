@@ -20,7 +20,7 @@ from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.finite import has_values
-from gptq_plugin.device.surroundings import alone, without_values
+from gptq_plugin.device.surroundings import alone, same_random_numbers, without_values
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import learn_layouts, undeclared
@@ -32,8 +32,11 @@ from gptq_plugin.quantize.same_on_ranks import check_same
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Keeps other threads out of the block, and ends it on all ranks if an error ends it on one."""
-    with alone("quantization"), distributed.ending_together():
+    """Keeps other threads out of the block, and ends it on all ranks if an error ends it on one.
+
+    Random numbers that models draw also where they evaluate, and data that is shuffled, change none that come later.
+    """
+    with alone("quantization"), distributed.ending_together(), same_random_numbers():
         yield
 
 
