@@ -6,6 +6,7 @@ weights and outputs as columns, it is a group's part of the product, in float32.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -89,14 +90,19 @@ class CodeTable:
 
     def _row(self, x: Tensor) -> Tensor:
         """The product of one row, float32 [in]."""
-        tables, n_in, _ = self.rows.shape
         bags = operator(self.bits, "rowwise_offsets")
-        index = torch.arange(tables * n_in, dtype=torch.int32, device="cpu")
-        first = torch.tensor(self.starts[:-1], dtype=torch.int32, device="cpu")
-        starts = (first + index[::n_in, None]).flatten()
-        sums = bags(self.rows.flatten(0, 1), index, starts, False, 0, False, x.repeat(tables)).view_as(self.scales)
+        inputs = x.repeat(len(self.rows))
+        sums = bags(self.rows.flatten(0, 1), *self._bags, False, 0, False, inputs).view_as(self.scales)
         sums *= self.scales
         if self.offsets is not None:
             inputs = torch.segment_reduce(x, "sum", offsets=torch.tensor(self.starts, device="cpu"))
             sums.addcmul_(self.offsets, inputs[:, None])
         return sums.sum(1).flatten()[: self.n_out]
+
+    @functools.cached_property
+    def _bags(self) -> tuple[Tensor, Tensor]:
+        """Every row of all tables, and where each bag of them starts; int32."""
+        tables, n_in, _ = self.rows.shape
+        index = torch.arange(tables * n_in, dtype=torch.int32, device="cpu")
+        first = torch.tensor(self.starts[:-1], dtype=torch.int32, device="cpu")
+        return index, (first + index[::n_in, None]).flatten()
