@@ -148,7 +148,7 @@ def test_what_cannot_be_measured_is_left_to_the_rule(tmp_path):
 
 
 def test_a_kind_with_a_table_keeps_it_and_measures_only_when_asked_and_only_the_rest(tmp_path, monkeypatch):
-    clock = Clock()
+    clock, other = Clock(), Layout.of(4, 128, 2048, 1024, True)
     monkeypatch.setattr(module, "measure", lambda device, *rest: clock(*rest))
     monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: H100))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -158,10 +158,10 @@ def test_a_kind_with_a_table_keeps_it_and_measures_only_when_asked_and_only_the_
     assert clock.asked == [] and not list(tmp_path.iterdir())
     table = shipped(H100)
     assert products._decided(LAYOUT, 1, HALF, H100) == (table.find(LAYOUT, 1, HALF, H100), "the package's table")
-    assert products._decided(OTHER, 1, HALF, H100) == (by_rule(OTHER, 1, HALF, H100), "rule")
-    autotune([(LAYOUT, HALF), (OTHER, HALF)], device, always=True, folder=tmp_path)
+    assert products._decided(other, 1, HALF, H100) == (by_rule(other, 1, HALF, H100), "rule")
+    autotune([(LAYOUT, HALF), (other, HALF)], device, always=True, folder=tmp_path)
     measured = {(layout, rows) for layout, rows, _, _ in clock.asked}
-    assert {(OTHER, rows) for rows in ROWS} <= measured, "on Hopper there are choices for many rows too"
+    assert {(other, rows) for rows in ROWS} <= measured, "on Hopper there are choices for many rows too"
     assert {rows for layout, rows in measured if layout == LAYOUT} == {
         rows for rows in ROWS if table.find(LAYOUT, rows, HALF, H100) is None
     }

@@ -70,7 +70,7 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_detours(capability, 
     sizes = {
         "BITS": 4, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
         "SYMMETRIC": True, "HAS_BIAS": False, "WHOLE": True, "BN": 64, "BM": block, "SPLIT": 1, "STAGES": 3,
-        "high": None, "zeros": None, "bias": None,
+        "EARLY": capability == 90, "high": None, "zeros": None, "bias": None,
     }  # fmt: skip
     options = {"num_warps": warps, "num_stages": 3}
     graph, code, resources = machine_code(_few_rows_kernel, types, sizes, capability, options, tmp_path)

@@ -187,6 +187,52 @@ def test_the_product_of_many_rows_is_the_formula(symmetric, dtype):
 
 
 @gpu
+@hopper
+@pytest.mark.parametrize(
+    "choices",
+    [
+        (1, "one_row CHUNKS=64", "few_rows BM=8", "one_row CHUNKS=128", "few_rows BN=32 BM=8 SPLIT=4"),
+        (16, "few_rows BM=16 STAGES=5", "few_rows BM=16 SPLIT=4", "few_rows BM=8 SPLIT=2"),
+        (200, "few_rows BM=64 warps=4", "many_rows", "many_rows BM=128 STAGES=5 SPLIT=2", "few_rows BM=64 SPLIT=4"),
+    ],
+    ids=str,
+)
+def test_products_of_products_that_begin_early_give_the_same_bytes(choices):
+    from gptq_plugin.kernels.product.choice import Choice
+    from gptq_plugin.kernels.product.registry import run
+    from gptq_plugin.kernels.product.workspace import prepare, workspace_of
+
+    rows, *kernels = choices
+    layout = Layout.of(4, 128, 2048, 2048, True)
+    codes = torch.randint(1, 16, (2048, 2048), dtype=torch.uint8, device="cuda")
+    scales = torch.full((16, 2048), 1 / (4.32 * 2048**0.5), dtype=torch.float16, device="cuda")  # norms stay
+    arranged = arrange(layout, codes, scales, codes[:16])
+    x = torch.randn(rows, 2048, dtype=torch.float16, device="cuda")
+    prepare(x.device)
+
+    def chain(early, buffers):
+        """Every product reads what the one before writes, and writes where that one reads."""
+        buffers[0].copy_(x)
+        for i in range(60):
+            choice = Choice.parse(f"{kernels[i % len(kernels)]} EARLY={early}")
+            run(choice, buffers[i % 2], layout, arranged, None, buffers[1 - i % 2], workspace_of(x.device))
+
+    expected, found = torch.full((2, 2, *x.shape), NAN, dtype=x.dtype, device="cuda")
+    chain(0, expected)
+    assert expected.isfinite().all() and expected.std() > 1e-2
+    chain(1, found)
+    assert torch.equal(found, expected)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(1, found)
+    for _ in range(5):
+        found.fill_(NAN)
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
+@gpu
 @pytest.mark.parametrize("size", [(1056, 70, 128), (4096, 1024, 128), (320, 65, 64), (75, 64, 160)], ids=str)
 def test_every_number_of_rows_finds_a_kernel_that_computes_it(size):
     from gptq_plugin.kernels.product import products

@@ -20,8 +20,8 @@ def right(text, layout=LAYOUT, rows=16, dtype=torch.float16, on=H100):
 
 
 def test_every_kernel_has_options_with_defaults():
-    assert KERNELS["few_rows"].options == {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2}
-    assert set(KERNELS["many_rows"].options) == {"BN", "BM", "STAGES", "WIDTH", "SPLIT"}
+    assert KERNELS["few_rows"].options == {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2, "EARLY": 0}
+    assert set(KERNELS["many_rows"].options) == {"BN", "BM", "STAGES", "WIDTH", "SPLIT", "EARLY"}
     assert KERNELS["dense"].options == {}
     assert all(type(value) is int for kernel in KERNELS.values() for value in kernel.options.values())
 
@@ -37,6 +37,7 @@ def test_options_left_out_are_the_kernels_own():
         "few_rows BN=256", "few_rows BM=4", "few_rows BM=24", "few_rows SPLIT=0", "few_rows SPLIT=17",
         "few_rows STAGES=0", "few_rows STAGES=9", "few_rows warps=3", "few_rows BM=128 STAGES=4", "many_rows BN=32",
         "many_rows BM=512", "many_rows BM=256 BN=128", "many_rows STAGES=4", "many_rows WIDTH=0", "many_rows SPLIT=33",
+        "few_rows EARLY=2", "many_rows EARLY=2",
     ],
 )  # fmt: skip
 def test_options_that_a_kernel_cannot_run_with_do_not_fit(text):
@@ -47,6 +48,8 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
     assert not right("few_rows BN=128", Layout.of(4, 128, 4096, 4100, True)) and right("few_rows BN=128")
     assert not right("few_rows", rows=1024) and not right("many_rows SPLIT=2", rows=1024)
     assert right("many_rows SPLIT=2", rows=256) and right("many_rows", rows=1024)
+    assert right("few_rows EARLY=1") and not right("few_rows EARLY=1", on=A100)
+    assert right("one_row EARLY=1", rows=1) and not right("one_row EARLY=1", rows=1, on=A100)
     assert not right("many_rows", on=A100) and not right("many_rows", dtype=torch.float32)
     assert not right("few_rows BM=64 STAGES=4", on=L4) and right("few_rows BM=64 STAGES=4", on=A100)
     assert not right("few_rows BM=64 STAGES=4", dtype=torch.float32, on=A100)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..needs_triton import tl, triton
 from .codes import centered, of_pair, scale_of
+from .in_turn import launch, let_go, wait
 from .layout import Arranged, Layout
 from .workspace import Workspace
 
@@ -48,8 +49,10 @@ def _few_rows_kernel(
     x, words, high, scales, zeros, bias, out, parts, counters, M, N, K, stride, steps,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        wait()
     pn, part, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     EACH: tl.constexpr = GROUP // LANES  # planes that share a scale
@@ -89,12 +92,14 @@ def _few_rows_kernel(
             total = tl.dot(q, tl.trans(a), total, input_precision="ieee")
             if index % EACH == EACH - 1:
                 acc += total * scale_of(s, index // EACH % 2)[:, None]
+    if EARLY:
+        let_go()
     _store_sum(acc, bias, out, parts, counters, n, m, M, N, pm * tl.num_programs(0) + pn, part, HAS_BIAS, BN, BM, SPLIT)
 
 
 def few_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2,
+    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32.
 
@@ -108,6 +113,7 @@ def few_rows(
         SPLIT: Programs that share a tile.
         STAGES: Depth of the pipeline of loads.
         warps: Of a program.
+        EARLY: 1 to begin while a product before ends, and let one after it do so; see `in_turn`.
     """
     rows = len(x)
     tiles = layout.outputs // BN * triton.cdiv(rows, BM)
@@ -117,5 +123,5 @@ def few_rows(
         rows, layout.n_out, layout.n_in, arranged.stride, layout.steps,
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,
-        BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, num_warps=warps, num_stages=STAGES,
+        BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, EARLY=EARLY, num_warps=warps, num_stages=STAGES, **launch(EARLY),
     )  # fmt: skip

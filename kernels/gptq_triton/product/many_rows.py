@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..needs_triton import triton
 from .codes import ptx, start
+from .in_turn import launch, let_go, wait
 from .layout import Arranged, Layout
 from .workspace import Workspace
 
@@ -102,6 +103,7 @@ def _place(tile, M, outputs, BN: gl.constexpr, BM: gl.constexpr, WIDTH: gl.const
 def _fetch(
     x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, halves,
     BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     turn = 0
     tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN) * SPLIT
@@ -125,6 +127,8 @@ def _fetch(
                     x_full.index(4 * stage + plane), x_ring.index(4 * stage + plane),
                 )  # fmt: skip
             turn += 1
+    if EARLY:
+        let_go()
 
 
 @gluon.jit
@@ -221,8 +225,10 @@ def _multiply(
 def _many_rows_kernel(
     x, words, scales, zeros, bias, out, parts, counters, M, N, outputs, halves,
     BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
-    SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        wait()
     ring = gl.allocate_shared_memory(gl.int16, [2 * STAGES, BN, 32], words.layout)
     x_ring = gl.allocate_shared_memory(x.dtype, [4 * STAGES, BM, 32], x.layout)
     words_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -247,7 +253,7 @@ def _many_rows_kernel(
         )),
         (_fetch, (
             x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, halves,
-            BN, BM, STAGES, WIDTH, SPLIT,
+            BN, BM, STAGES, WIDTH, SPLIT, EARLY,
         )),
     ], [4, 1], [232, 40])  # fmt: skip
 
@@ -260,7 +266,7 @@ def takes(layout: Layout, dtype: torch.dtype) -> bool:
 
 def many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 256, STAGES: int = 3, WIDTH: int = 2, SPLIT: int = 1,
+    *, BN: int = 64, BM: int = 256, STAGES: int = 3, WIDTH: int = 2, SPLIT: int = 1, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32, with weights rounded once to x's dtype.
 
@@ -274,6 +280,7 @@ def many_rows(
         STAGES: Length of the ring of buffers.
         WIDTH: Columns of tiles in a band.
         SPLIT: Programs that share a tile.
+        EARLY: See `few_rows.few_rows`.
     """
     shared = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     flat = arranged.words.view(-1, layout.lanes)
@@ -284,5 +291,5 @@ def many_rows(
         TensorDescriptor.from_tensor(x, [BM, _LANES], shared), TensorDescriptor.from_tensor(flat, [BN, _LANES], shared),
         arranged.scales, arranged.zeros, bias, out, parts, counters, len(x), layout.n_out, layout.outputs,
         2 * layout.steps, BN=BN, BM=BM, STAGES=STAGES, WIDTH=WIDTH, SPLIT=SPLIT, SYMMETRIC=layout.symmetric,
-        HAS_BIAS=bias is not None, num_warps=4,
+        HAS_BIAS=bias is not None, EARLY=EARLY, num_warps=4, **launch(EARLY),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..needs_triton import tl, triton
 from .codes import PTX, of_pair, scale_of
+from .in_turn import launch, let_go, wait
 from .layout import Arranged, Layout
 from .workspace import Workspace
 
@@ -68,7 +69,10 @@ def _scaled(x, AT: tl.constexpr):
 def _one_row_kernel(
     x, words, scales, zeros, bias, out, N, stride, blocks,
     BF16: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, CHUNKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        wait()
     first = tl.program_id(0) * _OUTPUTS
     chunk = tl.arange(0, CHUNKS)[:, None]
     u = chunk % 8 * 4 + tl.arange(0, 4)[None, :]
@@ -108,6 +112,8 @@ def _one_row_kernel(
                     total -= of_pair(z, half).to(tl.float32) * plain
                 new = new + (old[r] + scale_of(s[r], half) * total,)
         acc = new
+    if EARLY:
+        let_go()
     y = tl.join(tl.join(acc[0], acc[2]), tl.join(acc[1], acc[3]))
     y = tl.sum(tl.reshape(y, (CHUNKS, _OUTPUTS)), 0)
     n = first + tl.arange(0, _OUTPUTS)
@@ -118,7 +124,7 @@ def _one_row_kernel(
 
 def one_row(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, CHUNKS: int = 64,
+    *, CHUNKS: int = 64, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32.
 
@@ -129,10 +135,11 @@ def one_row(
         out: [1, out] in x's dtype, contiguous.
         workspace: Not used.
         CHUNKS: Of 16 bytes of words, that a program takes at a time: as many as it has threads.
+        EARLY: See `few_rows.few_rows`.
     """
     _one_row_kernel[(layout.outputs // _OUTPUTS.value,)](
         x.view(torch.int32), arranged.words.view(torch.int32), arranged.scales, arranged.zeros, bias, out,
         layout.n_out, arranged.stride, layout.steps,
         BF16=x.dtype == torch.bfloat16, SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, CHUNKS=CHUNKS,
-        num_warps=CHUNKS // 32,
+        EARLY=EARLY, num_warps=CHUNKS // 32, **launch(EARLY),
     )  # fmt: skip

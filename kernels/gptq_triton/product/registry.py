@@ -70,7 +70,8 @@ def fits(choice: Choice, layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu
 def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
     BN, BM, SPLIT, STAGES, warps = (options[name] for name in ("BN", "BM", "SPLIT", "STAGES", "warps"))
     return (
-        rows <= rule.FEW_ROWS_TILED
+        _early_fits(gpu, options)
+        and rows <= rule.FEW_ROWS_TILED
         and BN in (32, 64, 128)
         and layout.outputs % BN == 0
         and BM in (8, 16, 32, 64, 128)
@@ -79,6 +80,10 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
         and warps in (1, 2, 4, 8)
         and _shared_of_few(layout, dtype, BN, BM, STAGES, gpu.hopper) <= gpu.shared
     )
+
+
+def _early_fits(gpu: Gpu, options: Mapping[str, int]) -> bool:
+    return options["EARLY"] in ((0, 1) if gpu.hopper else (0,))
 
 
 def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int, hopper: bool) -> int:
@@ -95,11 +100,11 @@ def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES:
 
 def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     own = rule.few(layout, rows, dtype, gpu)
-    BN, BM, SPLIT, STAGES, warps = own.values()
+    BN, BM, SPLIT, STAGES, warps, EARLY = own.values()
     deeper = {"STAGES": 5 if STAGES == 3 else 3}
     fewest = 4 if layout.bits == 3 else 2  # two warps of 3 bits, or with 64 rows, spill
     changes: list[Options] = [
-        {}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, deeper, {"BN": 96 - BN},
+        {}, {"EARLY": 1 - EARLY}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, deeper, {"BN": 96 - BN},
         {"BN": 96 - BN, "SPLIT": SPLIT // 2 if BN == 64 else 2 * SPLIT},
         {"warps": fewest if warps == 4 and BM < 64 else 2 * warps}, {"STAGES": 4},
         {"BM": BM // 2, "warps": fewest if BM <= 32 else 4}, {"SPLIT": 3}, {"BN": 128, "warps": 4},
@@ -111,7 +116,7 @@ def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
 
 def _many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 256, STAGES: int = 3, WIDTH: int = 2, SPLIT: int = 1,
+    *, BN: int = 64, BM: int = 256, STAGES: int = 3, WIDTH: int = 2, SPLIT: int = 1, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """`many_rows`; `dense` where x lies at an address that the copy engine does not take. Some outputs out of more are
     copied: beside the product of many rows that takes little."""
@@ -119,8 +124,9 @@ def _many_rows(
         return _dense(x, layout, arranged, bias, out, workspace)
     module = gluon()
     assert module is not None
+    whole = arranged.contiguous()
     module.many_rows(
-        x, layout, arranged.contiguous(), bias, out, workspace, BN=BN, BM=BM, STAGES=STAGES, WIDTH=WIDTH, SPLIT=SPLIT
+        x, layout, whole, bias, out, workspace, BN=BN, BM=BM, STAGES=STAGES, WIDTH=WIDTH, SPLIT=SPLIT, EARLY=EARLY
     )
     return None
 
@@ -130,6 +136,7 @@ def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options:
     module = gluon() if gpu.hopper else None
     return (
         module is not None
+        and _early_fits(gpu, options)
         and module.takes(layout, dtype)
         and BN in (64, 128)
         and BM in (64, 128, 256)
@@ -145,8 +152,10 @@ def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Itera
     if rows < rule.FEW_ROWS // 2:
         return
 
+    early: Options = {"EARLY": 1} if rows <= rule.FEW_ROWS_TILED else {}
+
     def tile(BN: int, BM: int, STAGES: int, WIDTH: int = 4, **split: int) -> Options:
-        return {"BN": BN, "BM": BM, "STAGES": STAGES, "WIDTH": WIDTH, **split}
+        return {"BN": BN, "BM": BM, "STAGES": STAGES, "WIDTH": WIDTH, **split, **early}
 
     in_two = [tile(64, 128, 5, SPLIT=2), tile(128, 64, 6, SPLIT=2)]
     if rows <= rule.FEW_ROWS:
@@ -177,22 +186,24 @@ def _near_dense(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iter
 
 def _one_row(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, CHUNKS: int = 64,
+    *, CHUNKS: int = 64, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """`one_row`; `few_rows` where x lies at an address from which two inputs cannot be read at a time."""
     if x.data_ptr() % 4:
-        return few_rows(x, layout, arranged, bias, out, workspace, BM=8)
-    return one_row(x, layout, arranged, bias, out, workspace, CHUNKS=CHUNKS)
+        return few_rows(x, layout, arranged, bias, out, workspace, BM=8, EARLY=EARLY)
+    return one_row(x, layout, arranged, bias, out, workspace, CHUNKS=CHUNKS, EARLY=EARLY)
 
 
 def _one_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
-    return rows == 1 and takes_one_row(layout, dtype) and options["CHUNKS"] in (32, 64, 128, 256)
+    fits = rows == 1 and takes_one_row(layout, dtype) and _early_fits(gpu, options)
+    return fits and options["CHUNKS"] in (32, 64, 128, 256)
 
 
 def _near_one(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     if rows == 1:
         for chunks in (64, 32, 128):
-            yield {"CHUNKS": chunks}
+            yield {"CHUNKS": chunks, "EARLY": int(gpu.hopper)}
+        yield {"CHUNKS": 64}
 
 
 KERNELS: dict[str, Kernel] = {

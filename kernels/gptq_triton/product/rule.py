@@ -19,7 +19,8 @@ _PROGRAMS = 1.6  # for every multiprocessor: as many share the channels of a til
 def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
     """The kernel for so many rows."""
     if rows == 1 and one_row.takes(layout, dtype) and layout.n_in * layout.outputs <= _ONE_ROW:
-        return Choice.of("one_row", CHUNKS=128 if layout.outputs < 16 * gpu.processors else 64)
+        chunks = 128 if layout.outputs < 16 * gpu.processors else 64
+        return Choice.of("one_row", CHUNKS=chunks, EARLY=int(gpu.hopper))
     if rows <= FEW_ROWS:
         return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
     hopper = gluon() if gpu.hopper else None
@@ -28,7 +29,7 @@ def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
     tiles = layout.outputs // 128 * triton.cdiv(rows, 256)
     if rows <= FEW_ROWS_TILED and tiles * 2 < gpu.processors:
         return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
-    return Choice.of("many_rows", BN=64, BM=256, STAGES=3, WIDTH=2)
+    return Choice.of("many_rows", BN=64, BM=256, STAGES=3, WIDTH=2, EARLY=int(rows <= FEW_ROWS_TILED))
 
 
 def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
@@ -51,6 +52,7 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
         "SPLIT": split,
         "STAGES": stages,
         "warps": 2 if block <= 16 and layout.bits != 3 else 4,  # of 3 bits a step has too many codes for two
+        "EARLY": int(gpu.hopper and (split == 1 or block == 64)),  # with parts, a next product takes room of the last
     }
 
 
