@@ -14,8 +14,9 @@ from math import ceil, log2
 STRIP = 1024  # hessian._STRIP on a GPU
 LEAST_ROWS, MOST_BLOCKS, MULTIPLE = 4096, 4, 32  # of row_blocks, on a GPU
 MEETINGS = 3  # words per group: to choose the next one, before the sum, and before the rows
-STEP = 50e-6  # seconds of a message over TCP; assumed
-READ = 5e-6  # seconds in which rank 0 reads each of the P - 1 words that come to it; assumed
+# Fitted to check-ins of 2 to 16 ranks on one host (docs/benchmarks/ranks.md), and assumed of networks.
+STEP = 90e-6  # seconds of a message over TCP
+READ = 20e-6  # seconds in which rank 0 reads each of the P - 1 words that come to it
 GROUP_SIZE = 128
 
 
@@ -115,7 +116,7 @@ def compute(shape: Shape, like: Shape, ranks: int) -> tuple[float, float]:
 def main() -> None:
     shapes = [Shape("Llama-3-8B", 4096, 14336, 1024), Shape("Llama-3-70B", 8192, 28672, 1024)]
     networks = [
-        Network("8 H200, NVLink at 450 GB/s", 8, 450e9),
+        Network("8 H200, NVLink at 300 GB/s", 8, 300e9),
         Network("16 nodes of 1 H200, 400 Gb/s a node", 16, 50e9),
         Network("16 nodes of 8 H200, 400 Gb/s a node", 128, 50e9),
     ]
