@@ -168,10 +168,14 @@ def test_where_tokens_are_paired_or_weighted_layer_by_layer_experts_are_called_o
 def test_a_device_that_cannot_hold_all_hessians_takes_one_expert_after_the_other(monkeypatch):
     with planned(mixture(), CONFIG) as plan:
         found = grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())
-        needed = 3 * grouped_experts.whole_bytes(found.values()) + grouped_experts.hessian_bytes(found.values())
-        for free, count in ((2 * needed, 2), (2 * needed - 2, 0)):
-            monkeypatch.setattr(grouped_experts, "free_bytes", lambda *_, free=free: free)
-            assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())) == count
+        whole, solving = grouped_experts.whole_bytes(found.values()), grouped_experts.hessian_bytes(found.values())
+        for options, needed in (
+            (PassOptions(), whole + solving),
+            (PassOptions(offload_weights=True), 3 * whole + solving),
+        ):
+            for free, count in ((needed // 3 * 4 + 8, 2), (needed // 3 * 4 - 8, 0)):
+                monkeypatch.setattr(grouped_experts, "free_bytes", lambda *_, free=free: free)
+                assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), options)) == count
 
 
 def test_experts_of_a_module_with_code_of_its_own_are_found_by_what_it_calls():

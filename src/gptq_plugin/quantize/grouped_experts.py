@@ -34,8 +34,9 @@ def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> d
     found = [
         one for one in find_grouped(plan.model) if all(name in targets for layers in one.layers for name in layers)
     ]
-    free = free_bytes(device, options.device_memory)
-    if free is None or whole_bytes(found) * _NEIGHBOURS + hessian_bytes(found) <= free // 2:
+    free, streams = free_bytes(device, options.device_memory), plan.targets[0].weight.device != device
+    blocks = _NEIGHBOURS if streams or options.offload_weights else 1
+    if free is None or whole_bytes(found) * blocks + hessian_bytes(found) <= free // 4 * 3:
         return {one.name: one for one in found}
     return {}
 
