@@ -114,7 +114,7 @@ def test_training_ends_where_held_out_samples_get_no_better():
     options = {**FAST, "learning_rate": 0.05, "steps": 40, "judgements": 40, "patience": 3}
     record = quantizer.finish(model, twin, rows(), Finish(**options))
     assert record.steps == record.best_step + 3 < 40 and "no better in 3 judgements" in record.reason
-    assert record.kept and 0 < record.best_step and record.after == min(one.held_out for one in record.curve)
+    assert record.kept and record.best_step > 0 and record.after == min(one.held_out for one in record.curve)
     assert divergence(model, twin, rows()[32:]) == pytest.approx(record.after, rel=1e-4)  # not that of the last step
 
 
