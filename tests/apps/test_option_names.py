@@ -43,7 +43,7 @@ WRONG = {
         ("trainer.min_epoch=1", "there is no option trainer.min_epoch: did you mean +trainer.min_epochs=1?"),
         ("trainer.min_epochs=1", "is not in the configuration, but lightning.Trainer takes it: +trainer.min_epochs=1"),
         ("data.zzz=9", "there is no option data.zzz: data has seq_len, batch_size, bos, shuffle, seed, train_rows"),
-        ("zzz=9", "there is no option zzz: the configuration has model, data, quantizer, finish, trainer, callbacks, seed"),
+        ("zzz=9", "there is no option zzz: the configuration has model, data, quantizer, finish, trainer, callbacks"),
         ("hydra.run.dirr=x", "there is no option hydra.run.dirr: did you mean hydra.run.dir=x?"),
         ("callbacks.gptq.max_degradation.val_loss=1", "+callbacks.gptq.max_degradation.val_loss=1 adds it"),
         ("seed.x=1", "seed has no x: it is 0"),
