@@ -185,6 +185,18 @@ def test_functions_of_another_module_of_the_user_count():
     assert one == same != other
 
 
+def test_functions_in_modules_of_the_users_packages_count():
+    package = [types.ModuleType("package") for _ in range(3)]
+    for module, number in zip(package, (3, 3, 4), strict=True):
+        module.helpers = types.ModuleType("package.helpers")
+        module.helpers.package = module  # as packages refer to each other
+        exec(f"def scaled(x): return x * {number}", vars(module.helpers))
+    one, same, other = (
+        print_of(code("def made(x): return package.helpers.scaled(x)", package=module)) for module in package
+    )
+    assert one == same != other
+
+
 MODEL = """
 import torch
 from torch import nn
@@ -211,6 +223,12 @@ def test_methods_of_a_model_count_if_a_forward_can_come_to_them():
         print_of(code(MODEL.format(*numbers), DATA=(x for x in "ab"))()) for numbers in ((1, 2), (1, 3), (2, 2))
     )
     assert one == same != other
+
+
+def test_methods_that_a_packages_code_calls_count():
+    text = "from torch import nn\nclass made(nn.TransformerEncoderLayer):\n    def _ff_block(self, x): return x * {0}"
+    one, same, other = (code(text.format(number)) for number in (3, 3, 4))
+    assert print_of(one) == print_of(same) != print_of(other)
 
 
 def test_tensors_that_were_read_ahead_count_as_others():

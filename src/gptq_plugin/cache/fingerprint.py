@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from gptq_plugin.cache.digests import tensor_digest
 from gptq_plugin.cache.reached import Reached, bytecode
-from gptq_plugin.cache.versions import is_versioned, package_of, version_of
+from gptq_plugin.cache.versions import TRAINERS, is_versioned, package_of, version_of
 
 _MOST = 10**6  # values; what holds more is no part of a model
 _THREADS = 8  # that read tensors, at most about as fast as memory
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _SILENT = (logging.Logger, type(threading.Lock()), type(threading.RLock()), weakref.ref, logging.LoggerAdapter)
-_TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "accelerate")  # their objects compute no layer
 _NAMES_OF_MODELS = ("_name_or_path", "name_or_path", "_commit_hash", "_original_object_hash")
 _APART = ("_parameters", "_buffers", "_modules")
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -239,7 +238,7 @@ class Fingerprint:
 
     def _object(self, value: Any) -> None:
         kind = type(value)
-        if isinstance(value, _SILENT) or any(package_of(base.__module__) in _TRAINERS for base in kind.__mro__):
+        if isinstance(value, _SILENT) or any(package_of(base.__module__) in TRAINERS for base in kind.__mro__):
             self._token("silent", kind.__qualname__)
             return
         if isinstance(value, torch.Generator):

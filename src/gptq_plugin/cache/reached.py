@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from gptq_plugin.cache.versions import is_versioned
+from gptq_plugin.cache.versions import TRAINERS, is_versioned, package_of
 
 _ROOTS = frozenset(  # methods of modules that are called without being named by another
     {
@@ -38,7 +38,8 @@ def bytecode(code: types.CodeType) -> str:
 class Reached:
     """Follows functions and classes to the globals, attributes of Python modules, and methods whose names they use.
 
-    A method counts if its name is used anywhere, since the class of an object is not known before the code runs.
+    A method counts if its name is used anywhere, since the class of an object is not known before the code runs; so do
+    those that stand in for a package's own, which its code calls.
 
     Args:
         take_in: Takes in a value that was reached.
@@ -73,7 +74,8 @@ class Reached:
     def _used(self) -> Iterator[tuple[type, str]]:
         for kind, done in self._classes.items():
             for name, value in sorted(vars(kind).items(), key=lambda item: item[0]):
-                if name not in done and (name in self._names or _is_operator(kind, name, value)):
+                used = name in self._names or _is_operator(kind, name, value) or _overrides(kind, name, value)
+                if used and name not in done:
                     yield kind, name
 
     def _globals(self, function: types.FunctionType) -> None:
@@ -82,19 +84,31 @@ class Reached:
         known = function.__globals__
         for name in sorted(names):
             if name in known:
-                value = known[name]
-                self._take_in((name, value))
-                if isinstance(value, types.ModuleType) and not is_versioned(value.__name__):
-                    for attribute in sorted(names & vars(value).keys()):
-                        self._take_in((attribute, vars(value)[attribute]))
+                self._take_in((name, known[name]))
+                self._attributes(known[name], names, set())
             elif not hasattr(builtins, name):
                 self._take_in((name, "no global"))
+
+    def _attributes(self, module: Any, names: set[str], seen: set[str]) -> None:
+        """Takes in what has one of the names in a Python module, and in those that it leads to."""
+        if isinstance(module, types.ModuleType) and not is_versioned(module.__name__) and module.__name__ not in seen:
+            seen.add(module.__name__)
+            for attribute in sorted(names & vars(module).keys()):
+                self._take_in((attribute, vars(module)[attribute]))
+                self._attributes(vars(module)[attribute], names, seen)
 
 
 def _is_operator(kind: type, name: str, value: Any) -> bool:
     """True for methods that Python calls by itself. Modules are made before they run."""
     made = name in ("__init__", "__new__") and issubclass(kind, nn.Module)
     return name.startswith("__") and isinstance(value, types.FunctionType) and not made
+
+
+def _overrides(kind: type, name: str, value: Any) -> bool:
+    """True for methods in the place of a package's own. Those of `nn.Module` are known (`_ROOTS`)."""
+    own = (base for base in kind.__mro__[1:] if is_versioned(base.__module__) and base not in (nn.Module, object))
+    takes = any(name in vars(base) for base in own if package_of(base.__module__) not in TRAINERS)
+    return takes and isinstance(value, types.FunctionType) and not name.startswith("__")
 
 
 def _names(code: types.CodeType) -> set[str]:

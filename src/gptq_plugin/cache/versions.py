@@ -36,6 +36,8 @@ _INSTALLED = {
     "triton",
 }
 
+TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "accelerate")  # their objects compute no layer
+
 
 def package_of(module: str | None) -> str:
     """The package of a Python module."""
