@@ -281,6 +281,28 @@ def test_a_finish_inside_temporarily_stays_with_a_model_that_stays_quantized():
     assert divergence(model, twin, rows()[32:]) == pytest.approx(record.after, rel=1e-4)
 
 
+def test_a_second_finish_inside_temporarily_is_refused_since_norms_are_no_longer_the_float_models():
+    model = tiny_llama(initializer_range=0.2)
+    before = state_of(model)
+    quantizer = QuantizeModule(bits=2, group_size=32, nsamples=32)
+    with quantizer.temporarily(model, rows()):
+        first = quantizer.finish(model, None, rows(), Finish(**FAST))
+        with pytest.raises(TargetError, match="finished already"):
+            quantizer.finish(model, None, rows(), Finish(**FAST))
+        quantizer.undo_finish("to begin again")
+        again = quantizer.finish(model, None, rows(), Finish(**FAST))
+        assert again.kept and (again.before, again.after) == (first.before, first.after)
+    assert same(state_of(model), before)
+
+
+def test_a_learning_rate_that_breaks_the_model_ends_it_with_what_was_best():
+    model, twin, quantizer = quantized()
+    before = state_of(model)
+    record = quantizer.finish(model, twin, rows(), Finish(**{**FAST, "steps": 60, "learning_rate": 0.9}))
+    assert "the divergence is not finite in step" in record.reason and 0 < record.steps < 60
+    assert record.kept != same(state_of(model), before)
+
+
 def test_it_can_be_undone():
     model, twin, quantizer = quantized()
     before = state_of(model)

@@ -64,12 +64,13 @@ class LogitReader:
             handle.remove()
             self._found.clear()
 
-    def read(self, run: Callable[[], Any], what: str) -> Tensor:
+    def read(self, run: Callable[[], Any], what: str, *, finite: bool = True) -> Tensor:
         """Runs a forward inside `watching`; returns its logits, [..., classes].
 
         Args:
             run: The forward.
             what: It is the forward of, for errors.
+            finite: Refuse logits that are not, as of broken samples.
 
         Raises:
             TargetError: It computes none, logits of one class, or several times.
@@ -86,7 +87,7 @@ class LogitReader:
                 "once, for logits of two classes or more, or leave the finish out"
             )
         (logits,) = found
-        if not torch.isfinite(logits.detach()).any(-1).all() or torch.isnan(logits.detach()).any():
+        if finite and (not torch.isfinite(logits.detach()).any(-1).all() or torch.isnan(logits.detach()).any()):
             raise CalibrationError(
                 f"the logits of {what} (rank {distributed.rank()}) are not finite: look for broken samples, or run the "
                 "model in a wider dtype"

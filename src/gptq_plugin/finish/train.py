@@ -201,7 +201,8 @@ class Training:
         return found
 
     def _read(self, lesson: Lesson) -> Tensor:
-        return self._reader.read(lambda: self._run(self._model, lesson.data), "a batch of the finish")
+        what, untrained = "a batch of the finish", self.steps == 0  # later ones may be the learning rate's doing
+        return self._reader.read(lambda: self._run(self._model, lesson.data), what, finite=untrained)
 
     @torch.no_grad()
     def _judge(self, progress: Callable[[int, Judgement], None]) -> None:

@@ -77,7 +77,8 @@ class Finishing:
             progress: Called as progress(steps done, steps at most, the divergence of held-out samples).
 
         Raises:
-            TargetError: The model has no quantized layers, or is not a transformers model that predicts a distribution.
+            TargetError: The model has no quantized layers, or is not a transformers model that predicts a distribution;
+                or, inside the with block of `temporarily`, was finished before.
             CalibrationError: There are fewer than two batches, or they do not fit, or logits are not finite.
             RankError: Another rank was lost, or raised one of these or any other error.
 
@@ -91,6 +92,11 @@ class Finishing:
         if torch.is_inference_mode_enabled():
             raise TargetError("a finish runs backward, and torch.inference_mode is on: call it outside of that")
         LogitReader(model)  # refuses before any work
+        if self.allocated is not None and self._finished is not None and self._finished.record.kept:
+            raise TargetError(
+                "the model is finished already, and its norms are no longer those of the float model: give one finish "
+                "more steps, or call undo_finish(reason) before the next"
+            )
         with undisturbed(), evaluating(model), contextlib.ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # a block's forward is replaced
             takes = takes_of(model, options.forward)
