@@ -261,6 +261,14 @@ def test_a_result_that_is_accepted_with_a_warning_tells_so_in_both_exports(finis
     assert len(report.deviations) == len(exports[1][2])
 
 
+def test_a_finish_that_leads_further_beyond_a_limit_is_undone(finishing):
+    report, model, [(first, *_), (second, record, deviations)] = finishing([1.3, 1.5], on_fail="warn")
+    assert not record.kept and "loss went from 1 to 1.5" in record.reason and "is nearer" in record.reason
+    assert not _apart(first, second) and not _apart(second, load_state(model, second))
+    assert report.metrics["loss"]["gptq"] == 1.3
+    assert sum("loss went" in one for one in deviations) == 1 == sum("from 1 to 1.3" in one for one in deviations)
+
+
 def test_every_attempt_is_finished_anew_and_norms_of_the_last_one_do_not_reach_the_next(finishing):
     norms = []
     report, model, exports = finishing([1.3, 1.2, 1.3, 1.05], norms=norms, on_fail="escalate")

@@ -194,3 +194,19 @@ def test_a_metric_that_is_gone_or_not_a_number_is_a_failure():
 def test_metrics_without_a_limit_may_move():
     assert QualityGate({}).failures({"loss": 1.0}, {"loss": 9.0}) == []
     assert QualityGate({"loss": 0.5}).failures({"loss": 1.0, "other": 1.0}, {"loss": 1.0, "other": 9.0}) == []
+
+
+def test_worse_is_what_leads_beyond_a_limit_or_further_beyond_it():
+    gate, before = QualityGate({"loss": 0.1, "acc": -0.1}), {"loss": 1.0, "acc": 0.5}
+    for than, after, worse in [
+        ((1.05, 0.5), (1.09, 0.45), False),
+        ((1.05, 0.5), (1.2, 0.5), True),
+        ((1.3, 0.5), (1.2, 0.5), False),
+        ((1.3, 0.5), (1.4, 0.5), True),
+        ((1.3, 0.5), (1.05, 0.3), True),
+        ((math.nan, 0.5), (math.nan, 0.5), False),
+        ((1.3, 0.5), (math.nan, 0.5), True),
+    ]:
+        first, last = (dict(zip(before, values, strict=True)) for values in (than, after))
+        assert gate.is_worse(before, first, last) == worse, (than, after)
+    assert not QualityGate(None).is_worse({}, {}, {})

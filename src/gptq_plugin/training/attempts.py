@@ -142,8 +142,8 @@ class Attempts:
     def _finished(
         self, finish: FinishRun, quantizer: QuantizeModule, report: QuantizeReport, accept: Accept, failures: list[str]
     ) -> list[str]:
-        """Finishes the quantized model; returns the limits that do not hold then. A finish is undone that breaks limits
-        which held."""
+        """Finishes the quantized model; returns the limits that do not hold then. A finish is undone that leads beyond
+        a limit, or further beyond one."""
         is_good = not failures or self.quality.gate.on_fail == "warn"
         if is_good:  # what happens to the finish leaves this export
             report.deviations += failures
@@ -153,8 +153,10 @@ class Attempts:
         if not finish.run(quantizer, self.model, self.options, exported=is_good):
             return failures
         after = self._failures(report)
-        if after and not failures:
-            quantizer.undo_finish(f"{'; '.join(after)}: undone, since GPTQ's result keeps within the limits")
+        first, last = ({name: pair["gptq"] for name, pair in of.items()} for of in (measured, report.metrics))
+        if self.quality.gate.is_worse(self.quality.before, first, last):
+            why = "is nearer to the limits" if failures else "keeps within the limits"
+            quantizer.undo_finish(f"{'; '.join(after)}: undone, since GPTQ's result {why}")
             report.metrics = measured
             return failures
         return after

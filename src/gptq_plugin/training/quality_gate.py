@@ -100,6 +100,14 @@ class QualityGate:
                 failed.append(f"{metric} went from {old:.5g} to {new:.5g} ({change}; {allowed} allowed)")
         return failed
 
+    def is_worse(self, before: Mapping[str, float], than: Mapping[str, float], after: Mapping[str, float]) -> bool:
+        """True if `after` is beyond a limit, and further than another model's metrics, `than`."""
+
+        def excess(metric: str, values: Mapping[str, float]) -> float:
+            return max(0.0, self.limits[metric].excess(before[metric], values.get(metric, math.nan)))
+
+        return any(excess(metric, after) > excess(metric, than) for metric in self.limits)
+
 
 def _limits(max_degradation: Any) -> dict[str, Limit]:
     if max_degradation is None:
