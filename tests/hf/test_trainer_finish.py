@@ -29,3 +29,16 @@ def test_the_trained_model_is_finished_exported_and_logged(tmp_path):
     assert len(quantized(model)) == 7
     logged = {one["step"]: one["gptq/finish/kl"] for one in trainer.state.log_history if "gptq/finish/kl" in one}
     assert logged == {3 + one.step: one.held_out for one in record.curve}
+
+
+def test_samples_that_users_choose_serve_the_finish_too(tmp_path):
+    chosen = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
+
+    class Chooses(GPTQTrainerCallback):
+        def calibration_data(self, train_dataloader):
+            return list(chosen)
+
+    callback = Chooses(QuantizeModule(**{**SMALL, "bits": 2}), tmp_path / "out", finish=Finish(**FINISH))
+    train(llama(), [callback], tmp_path, learning_rate=0.0)
+    calibration, finish = callback.report.calibration, callback.report.finish.data
+    assert calibration.partition(" of ")[2] == finish.partition(" of ")[2] and "train" not in finish

@@ -61,6 +61,20 @@ def test_a_finish_that_is_none_is_refused_where_the_callback_is_made():
         GPTQCallback(QuantizeModule(**SMALL), finish={"kind": "scales"})
 
 
+def test_samples_that_users_choose_serve_the_finish_too(tmp_path):
+    chosen = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
+
+    class Chooses(GPTQCallback):
+        def calibration_data(self, trainer):
+            return list(chosen)
+
+    callback = Chooses(QuantizeModule(**TWO_BITS), tmp_path / "out", finish=Finish(**FINISH))
+    fit(Structured(), token_loader(), [callback], tmp_path)
+    calibration, finish = callback.report.calibration, callback.report.finish.data
+    assert calibration.partition(" of ")[2] == finish.partition(" of ")[2] and "train" not in finish
+    assert callback.data is not callback.finish_data
+
+
 def test_sharded_strategies_are_refused_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(strategies, "is_sharded", lambda trainer: True)
     trainer = SimpleNamespace(strategy=object())

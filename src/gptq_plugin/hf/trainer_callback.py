@@ -207,7 +207,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 options=options,
                 keep=keep,
                 quality=self.validation.of_float_model(),
-                finish=self.finish_run(undivided(training["train_dataloader"]), self._evaluation_dataloaders),
+                finish=self.finish_run(lambda: self.calibration_data(training["train_dataloader"])),
             )
             run_name = args.run_name if args.run_name != args.output_dir else None  # some versions make them equal
             origin = Origin(float_checkpoint(args, state), run_name, note_untied(model, module))
@@ -220,7 +220,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         self.upload()
 
     def calibration_data(self, train_dataloader: Any) -> Iterable[Any]:
-        """Returns this rank's calibration data; override to choose other samples."""
+        """Returns this rank's calibration data, and that of a finish; override to choose other samples."""
         return self.data.sources(undivided(train_dataloader), self._evaluation_dataloaders)
 
     def calibration_forward(self, args: TrainingArguments) -> Callable[[nn.Module, Any], Any]:

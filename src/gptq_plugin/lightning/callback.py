@@ -255,7 +255,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
                     keep=swap,
                     layers_in=None if state.files is None else state.files.layers,
                     target=self.target,
-                    finish=self.finish_run(trainer.train_dataloader, partial(loaders_to_calibrate, trainer)),
+                    finish=self.finish_run(partial(self.calibration_data, trainer)),
                 )
                 run_id = getattr(trainer.logger, "version", None)
                 origin = Origin(float_checkpoint(trainer, self.weights), run_id, note_untied(chosen, module))
@@ -276,7 +276,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         return choose_module(pl_module, self.module, self.quantizer.run_log.warn)
 
     def calibration_data(self, trainer: pl.Trainer) -> Iterable[Any]:
-        """Returns this rank's calibration data; override to choose other samples."""
+        """Returns this rank's calibration data, and that of a finish; override to choose other samples."""
         return self.data.sources(trainer.train_dataloader, partial(loaders_to_calibrate, trainer))
 
     def calibration_forward(

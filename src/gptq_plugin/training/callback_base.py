@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +146,22 @@ class CallbackBase:
         """True if batches have to give the logits of all positions."""
         return self.finishes or reads_every_logit(self.quantizer.config)
 
-    def finish_run(self, train: Any, validation: Callable[[], Sequence[Any]]) -> FinishRun | None:
-        """The finish, with its data; None without one. Arguments as for `TrainingData.sources`."""
-        return FinishRun(self.finish, partial(self.finish_data.sources, train, validation)) if self.finishes else None
+    def finish_run(self, calibration_data: Callable[[], Iterable[Any]]) -> FinishRun | None:
+        """The finish; None without one.
+
+        Args:
+            calibration_data: The callback's method of that name, which users override: called with `finish_data` as
+                `data`.
+        """
+
+        def samples() -> Iterable[Any]:
+            own, self.data = self.data, self.finish_data
+            try:
+                return calibration_data()
+            finally:
+                self.data = own
+
+        return FinishRun(self.finish, samples) if self.finishes else None
 
     def agree_on_export_dir(self, run_folders: Iterable[tuple[str, Any]]) -> None:
         """Takes rank 0's `export_dir` on every rank and refuses one that cannot be written. Every rank calls it.
