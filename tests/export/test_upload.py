@@ -118,6 +118,16 @@ def test_a_public_repository_takes_an_export_if_told(export, hub, caplog):
     assert "is private on the hub and stays so" in caplog.text
 
 
+def test_a_file_of_others_that_an_export_replaces_is_told(export, hub, caplog):
+    hub.repos[NAME] = Repo(True, {"README.md": b"mine", "notes.txt": b"mine"})
+    Repository(NAME).push(export)
+    assert "replacing README.md, which no earlier export wrote" in caplog.text
+    assert hub.repos[NAME].files["notes.txt"] == b"mine"
+    caplog.clear()
+    Repository(NAME).push(export)
+    assert "replacing" not in caplog.text
+
+
 def test_names_that_an_earlier_export_lists_are_deleted_only_if_they_may_be(export, hub):
     listed = {"meta": {"gptq_plugin": {"files": [".gitattributes", "absent.bin", "old.safetensors"]}}}
     files = {".gitattributes": b"", "old.safetensors": b"", "quantize_config.json": json.dumps(listed).encode()}

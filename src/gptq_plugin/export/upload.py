@@ -110,7 +110,7 @@ class Repository:
                 f"{self} on the hub holds weights that this package did not write ({some(others)}): choose another "
                 "name; only earlier exports are replaced"
             )
-        return _Contents(info.sha, frozenset(_visible(earlier & set(names))))
+        return _Contents(info.sha, frozenset(_visible(earlier & set(names))), frozenset(set(names) - earlier))
 
     def push(self, folder: str | Path, token: str | bool | None = None) -> str:
         """Uploads an export, in one commit that also deletes what only an earlier export had.
@@ -130,6 +130,9 @@ class Repository:
         there = self.claim(token)
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(Path(folder) / name)) for name in names]
         stale = [CommitOperationDelete(path_in_repo=name) for name in sorted(there.earlier - set(names))]
+        replaced = sorted(there.others & set(names) - {QUANTIZE_CONFIG})
+        if replaced:
+            log.warning("%s: replacing %s, which no earlier export wrote: see its history", self, some(replaced))
         hub = huggingface_hub.HfApi(token=token)
         try:
             done = hub.create_commit(
@@ -154,10 +157,11 @@ class Repository:
 
 @dataclass(frozen=True)
 class _Contents:
-    """A repository as it was found: its last commit, and the files of an earlier export in it."""
+    """A repository as it was found: its last commit, the files of an earlier export in it, and all others."""
 
     commit: str | None
     earlier: frozenset[str]
+    others: frozenset[str]
 
 
 def published_files(folder: str | Path) -> list[str]:
