@@ -19,7 +19,7 @@ from gptq_plugin.export.export import Export, export_model
 from gptq_plugin.model.plan import planned
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.quantize.options import PassOptions
-from gptq_plugin.training.escalation import steps
+from gptq_plugin.training.escalation import Ranking, steps
 
 from inventories import CT, RANGES, half_llama, inventory
 
@@ -155,7 +155,7 @@ def test_escalation_tries_only_what_the_client_takes(llama: Any) -> None:
     def tried(target: Client | None) -> list[str]:
         nothing: Any = None
         attempts = Attempts(llama, nothing, PassOptions(), Quality(QualityGate({}, "escalate")), target=target)
-        return [step.what for step in steps(plan, noise) if attempts._is_allowed(step)]
+        return [step.what for step in steps(plan, noise, lambda: Ranking(noise)) if attempts._is_allowed(step)]
 
     assert any("more bits" in what for what in tried(None))
     for_transformers = tried(Client("transformers"))

@@ -145,12 +145,13 @@ def test_a_push_that_fails_leaves_the_repository_and_tells_how_to_try_again(brok
     assert NAME not in hub.repos or hub.repos[NAME].files == {}
 
 
-def test_the_token_is_the_one_that_huggingface_hub_finds_or_the_one_given(export, hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "another")
-    with pytest.raises(ExportError, match=r"(?s)cannot write to org/llama-4bit on the hub.*hf auth login"):
-        Repository(NAME).push(export)
-    hub.requests.clear()
-    Repository(NAME).push(export, token=hub.token)
+def test_the_token_is_the_one_that_huggingface_hub_finds_or_the_one_given(export, hub):
+    with pytest.MonkeyPatch.context() as patch:  # `monkeypatch` would put back the hub's token after the hub has gone
+        patch.setenv("HF_TOKEN", "another")
+        with pytest.raises(ExportError, match=r"(?s)cannot write to org/llama-4bit on the hub.*hf auth login"):
+            Repository(NAME).push(export)
+        hub.requests.clear()
+        Repository(NAME).push(export, token=hub.token)
     assert {token for _, path, token in hub.requests if path.startswith("/api/models")} == {hub.token}
 
 

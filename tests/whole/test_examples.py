@@ -49,7 +49,7 @@ def test_lightning_cli_quantizes_by_the_yaml_beside_the_example(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["lightning_cli.py", "fit", "--config", str(EXAMPLES / "lightning_cli.yaml")])
     runpy.run_path(str(EXAMPLES / "lightning_cli.py"), run_name="__main__")
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
-    assert report["calibration_samples"] == 64 and report["metrics"]["val_loss"]
+    assert report["totals"]["samples"] == 64 and report["metrics"]["val_loss"]
     model = load_quantized(tmp_path / "out")
     assert {layer.bits for layer in model.modules() if isinstance(layer, QuantLinear)} == {4}
     assert (tmp_path / "out" / "tokenizer.json").exists()

@@ -32,8 +32,8 @@ def find_norms(model: nn.Module) -> dict[str, nn.Parameter]:
 def _normalizes(module: nn.Module) -> bool:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_ROWS, len(weight), generator=generator).to(weight)
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(_ROWS, len(weight), generator=generator, device="cpu").to(weight)
     try:
         small, large = (module.forward(rows * factor) for factor in (1.0, _FACTOR))
     except Exception:  # noqa: BLE001  a module of any kind, called with what it may not take

@@ -50,7 +50,7 @@ def log_report(
         log_artifacts: Also the export, under this name; True names it "gptq".
     """
     metrics = total_metrics(report) | quality_metrics(report)
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in metrics.items()})
     for logger in trainer.loggers:
         table = _table_writer(logger) if trainer.is_global_zero else None  # other ranks' loggers take nothing
         logger.log_metrics(metrics if table else metrics | layer_metrics(report), step=trainer.global_step)

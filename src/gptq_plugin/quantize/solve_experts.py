@@ -89,7 +89,7 @@ def _solver(
     def solve() -> Solutions:
         stacked = torch.stack([weights(experts[number]) for number in chosen])
         hessians = torch.stack([means[number] for number in chosen])
-        damping = torch.tensor([damp_percents[number] for number in chosen], dtype=torch.float64)
+        damping = torch.tensor([damp_percents[number] for number in chosen], dtype=torch.float64, device="cpu")
         return solve_each(stacked, hessians, config, damping.to(hessians.device))
 
     return solve
