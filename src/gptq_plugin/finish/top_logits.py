@@ -36,7 +36,8 @@ class TopLogits:
             top, ids = logs.topk(k, sorted=False)
             parts.append((ids.int().cpu(), top.cpu(), _all_but(logs, ids).cpu()))
         if not parts:
-            return cls(torch.empty(0, k, dtype=torch.int32, device="cpu"), torch.empty(0, k, device="cpu"), torch.empty(0, device="cpu"))
+            ids = torch.empty(0, k, dtype=torch.int32, device="cpu")
+            return cls(ids, torch.empty(0, k, device="cpu"), torch.empty(0, device="cpu"))
         return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def __len__(self) -> int:
