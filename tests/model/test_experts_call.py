@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from gptq_plugin.model.expert_weights import ExpertWeights
 from gptq_plugin.model.experts_call import ExpertsCall
 
 WIDTHS, IN = (6, 3), 4
@@ -97,3 +101,20 @@ def test_on_a_gpu_the_grouped_product_is_the_same(dtype, width, n_in):
     wanted = [torch.cat([layer(rows) for layer in of_one], -1) for of_one, rows in zip(own, parts, strict=True)]
     torch.testing.assert_close(y[:358], torch.cat(wanted), rtol=2e-2, atol=2e-2)
     assert not y[358:].any()
+
+
+def test_a_module_of_experts_is_saved_as_a_whole_and_read_again():
+    module = nn.Module()
+    for expert in range(3):
+        module.add_module(str(expert), nn.Linear(IN, 2, bias=False))
+    weights = ExpertWeights(module, [["0"], ["1"], ["2"]], torch.Size([3, 2, IN]), torch.float32)
+    module.__dict__["weights"] = weights
+    x, ends = torch.randn(6, IN), ends_of((1, 2, 3))
+    wanted = weights.call(x, ends)  # whose place is known while x lives
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again.weights.call(x, ends), wanted)
+    for copied in (again, copy.deepcopy(module)):
+        assert copied.weights.call._layers(1)[0] is copied.get_submodule("1")

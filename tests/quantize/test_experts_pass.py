@@ -183,6 +183,14 @@ def test_a_device_that_cannot_hold_all_hessians_takes_one_expert_after_the_other
                 assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), options)) == count
 
 
+def test_where_the_device_of_another_rank_cannot_hold_all_hessians_no_rank_calls_experts_at_once(monkeypatch):
+    own: list[int] = []
+    monkeypatch.setattr(grouped_experts.distributed, "minimum", lambda value: own.append(value) or min(value, 0))
+    with planned(mixture(), CONFIG) as plan:
+        assert grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions()) == {}
+    assert own == [True]
+
+
 def test_experts_of_a_module_with_code_of_its_own_are_found_by_what_it_calls():
     model = mixture()
     experts = model.model.layers[0].mlp.experts
@@ -256,6 +264,74 @@ def test_a_forward_under_autocast_computes_in_its_dtype():
             return model(batch)
 
     assert same_codes(Watched(mixture(), forward=forward), one_by_one(mixture(), forward=forward))
+
+
+def test_padding_that_is_not_told_from_tokens_behind_float_layers_is_reported_also_with_one_expert_a_token():
+    """There are as many rows as tokens then, but sorted by expert."""
+    config = dataclasses.replace(CONFIG, modules_to_not_convert=["gate_proj", "up_proj"])
+    model = mixture(num_experts_per_tok=1)
+    found, wanted = (way(model, config, batches(padded=True)) for way in (Watched, one_by_one))
+    assert found.stops[-1].group.at_once
+    for name, one in wanted.modules.items():
+        assert (found.modules[name].tokens, found.modules[name].deviations) == (one.tokens, one.deviations), name
+
+
+@pytest.mark.parametrize("skipped", [1, 0])
+def test_experts_that_the_first_batch_does_not_come_to_are_quantized_at_once_like_those_that_it_does(skipped):
+    found, wanted = skipping_pair([skipped])
+    assert sum(bool(stop.group.at_once) for stop in found.stops) == 4
+    assert found.report.deviations == wanted.report.deviations  # no call came late
+    same = [(found.layers[name].qweight == wanted.layers[name].qweight).double().mean() for name in wanted.layers]
+    assert torch.stack(same).mean() > 0.98  # a near tie in the first block moves the inputs of the second
+    for name, one in wanted.modules.items():
+        assert (found.modules[name].method, found.modules[name].tokens) == (one.method, one.tokens), name
+
+
+def test_where_the_first_batch_comes_to_no_experts_they_are_quantized_one_by_one():
+    found, wanted = skipping_pair([0, 1])
+    assert not any(stop.group.at_once for stop in found.stops)
+    assert found.layers.keys() == wanted.layers.keys()
+
+
+def skipping_pair(blocks: list[int]) -> tuple[Watched, Watched]:
+    """These blocks do nothing for the longest samples."""
+
+    def model() -> Any:
+        made = mixture(num_hidden_layers=2)
+        for number in blocks:
+            block = made.model.layers[number].mlp
+            plain = type(block)
+
+            def forward(self: Any, x: torch.Tensor, plain: Any = plain) -> torch.Tensor:
+                return torch.zeros_like(x) if x.shape[1] > 40 else plain.forward(self, x)
+
+            block.__class__ = type("Skipped", (plain,), {"forward": forward})
+        return made
+
+    longest = torch.randint(0, 128, (2, 48), generator=torch.Generator().manual_seed(2))
+    data = [longest, *(one[:, :2] for one in batches()[:2]), batches()[2]]  # few tokens, which reach some experts each
+    found, wanted = (way(model(), data=data) for way in (Watched, one_by_one))
+    return found, wanted
+
+
+@pytest.mark.parametrize("experts_per_token", [1, 2])
+def test_rows_that_a_grouped_product_casts_are_the_tokens_they_were(experts_per_token):
+    """transformers casts what an expert reads to the weights' dtype, such as the float32 of a norm under autocast."""
+
+    def model() -> Any:
+        made = mixture(num_experts_per_tok=experts_per_token).to(torch.bfloat16)
+        made.model.layers[0].post_attention_layernorm.register_forward_hook(lambda module, args, output: output.float())
+        return made
+
+    def forward(model: Any, batch: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch)
+
+    data = batches(padded=True)
+    found, wanted = Watched(model(), data=data, forward=forward), one_by_one(model(), data=data, forward=forward)
+    assert all(stop.group.at_once for stop in found.stops[2:])
+    for name, one in wanted.modules.items():
+        assert (found.modules[name].tokens, found.modules[name].deviations) == (one.tokens, one.deviations), name
 
 
 def test_in_the_model_two_experts_of_a_parameter_are_compared(monkeypatch):

@@ -150,15 +150,21 @@ class Positions:
         finally:
             _running.reset(before)
 
-    def rows(self, number: int, layer: str, x: Tensor) -> Rows:
+    def rows(self, number: int, layer: str, x: Tensor, *, by_expert: bool = False) -> Rows:
         """The rows of a layer's input that count; an expert's, by the tokens routed to it.
+
+        Args:
+            number: The batch's.
+            layer: Its name.
+            x: The input, [..., in].
+            by_expert: The rows are those of all experts, one after the other.
 
         Raises:
             CalibrationError: token_weighting is "labels", and the batch has none.
         """
         rows = x.reshape(-1, x.shape[-1])
         if self._routed.is_expert(layer):
-            return self._experts_rows(number, layer, rows)
+            return self._experts_rows(number, layer, rows, by_expert)
         mask = self._mask_of(number, layer, x)
         if isinstance(mask, Tensor):
             return Rows(rows[mask], None, mask=mask)
@@ -194,10 +200,12 @@ class Positions:
         masks = self.findings.masks or dict.fromkeys(hiding, UNSEEN)
         return {_name(key): masks[key] for key in hiding if key in masks}
 
-    def _experts_rows(self, number: int, layer: str, rows: Tensor) -> Rows:
+    def _experts_rows(self, number: int, layer: str, rows: Tensor, by_expert: bool) -> Rows:
         kept, are_tokens = self._routed.counted(number, layer, rows)
         if kept is None:
             kept = self._mask_of(number, "", rows)  # every token, with a weight that may be 0
+            if by_expert and kept is not EVERY_ROW:
+                kept = None  # as many as there are tokens, perhaps, but in another order
         if isinstance(kept, Tensor):
             return Rows(rows[kept], None, are_tokens, kept)
         return Rows(rows, _UNKNOWN_TOKENS if kept is None else None, are_tokens)

@@ -36,7 +36,7 @@ class _Block:
 
     Attributes:
         everything: All rows count.
-        counted, all: Hashes of the rows that count, and of all rows.
+        counted, all: Hashes of the rows that count, and of all rows, in each dtype in which experts may get them.
         kept: By the expert's number, the mask of its rows that count.
     """
 
@@ -63,10 +63,11 @@ class RoutedTokens:
         self._kinds_of: dict[str, set[tuple[str, str]]] = {}  # by experts
         self.around: dict[str, nn.Module] = {}
         self._around: dict[str, list[str]] = {}  # watched modules, with the experts they pass their input to
+        self._dtypes: dict[str, set[torch.dtype]] = {}  # likewise, with those of the weights of experts in them
         self._blocks: dict[int, _Block] = {}  # by batch
         self._reads_tokens: dict[tuple[str, str], bool] = {}  # by kind, once known
         modules = dict(model.named_modules())
-        names: set[str] = set()
+        names: dict[str, set[torch.dtype]] = {}
         for name, module in modules.items():
             experts = experts_of(name, module) if is_linear(module) else None
             if experts is not None:
@@ -74,7 +75,7 @@ class RoutedTokens:
                 self._numbers[name] = number
                 self._kinds[name] = experts, own
                 self._kinds_of.setdefault(experts, set()).add((experts, own))
-                names.add(experts)
+                names.setdefault(experts, set()).add(module.weight.dtype)
         for experts in sorted(names):
             source = experts
             if isinstance(modules[experts], nn.ModuleList):  # never called
@@ -83,6 +84,7 @@ class RoutedTokens:
             for _ in range(_AROUND):
                 self.around[around] = modules[around]
                 self._around.setdefault(around, []).extend([experts] if around == source else [])
+                self._dtypes.setdefault(around, set()).update(names[experts])
                 around = around.rpartition(".")[0]
 
     def sources(self) -> dict[str, nn.Module]:
@@ -113,16 +115,16 @@ class RoutedTokens:
             rows, mask = x.reshape(-1, x.shape[-1]), mask_of(number, name, x)
             if mask is EVERY_ROW:
                 known = self._knows(self._around[name])
-                hashes = _NOTHING if known else row_hashes(rows)
+                hashes = _NOTHING if known else torch.cat(self._hashes(name, rows))
                 self._blocks[number] = _Block(True, hashes, hashes)
                 for experts in self._around[name]:
                     entered(experts, rows)
                 return
-            hashes = row_hashes(rows)
             if isinstance(mask, Tensor):
-                self._blocks[number] = _Block(False, hashes[mask], hashes)
+                each = self._hashes(name, rows)
+                self._blocks[number] = _Block(False, torch.cat([one[mask] for one in each]), torch.cat(each))
             else:
-                mask = self._among(number, hashes)
+                mask = self._among(number, row_hashes(rows))
             if mask is not None:
                 for experts in self._around[name]:
                     entered(experts, rows[mask])
@@ -175,6 +177,11 @@ class RoutedTokens:
     def _knows(self, names: list[str]) -> bool:
         """True once it is known of all layers of these experts whether they read tokens."""
         return all(kind in self._reads_tokens for name in names for kind in self._kinds_of[name])
+
+    def _hashes(self, name: str, rows: Tensor) -> list[Tensor]:
+        """Hashes of a watched module's input as it is, and as grouped products get it: in the weights' dtype."""
+        dtypes = {rows.dtype: None} | dict.fromkeys(self._dtypes[name])
+        return [row_hashes(rows.to(dtype)) for dtype in dtypes]
 
     def _among(self, number: int, hashes: Tensor) -> Tensor | None:
         """The rows that count, bool [rows]; None unless all are rows of the block's input."""

@@ -84,25 +84,43 @@ def called_at_once(some: Collection[Grouped]) -> Iterator[None]:
 
 
 def as_called(groups: Sequence[Group], grouped: Mapping[str, Grouped]) -> list[Group]:
-    """Groups of layers and calls of experts: those calls that were made stand for the layers of all experts.
+    """Groups of layers and calls of experts: calls stand for the layers of all experts, those that were made and those
+    that another batch may make, of a module of the same class.
 
     Args:
         groups: Of layers, and of calls by their names.
         grouped: The calls, by name.
     """
     made = {name for name, one in grouped.items() if one.call.count}
-    covered = {layer for name in made for own in grouped[name].layers for layer in own}
+    kinds = {type(grouped[name].module) for name in made}
+    of_kinds = [name for name, one in grouped.items() if type(one.module) in kinds]
+    call_of = {layer: name for name in of_kinds for own in grouped[name].layers for layer in own}
+    placed = set(made)
     found = []
     for group in groups:
         calls = tuple(name for name in group.names if name in made)
-        others = tuple(name for name in group.names if name not in grouped and name not in covered)
+        others = tuple(name for name in group.names if name not in grouped and name not in call_of)
         if calls:
-            by_expert = zip(*(grouped[name].layers for name in calls), strict=True)
-            names = tuple(name for own in by_expert for layers in own for name in layers)
-            found.append(Group(names, group.calls, calls))
+            found.append(_at_once(calls, grouped, group.calls))
+        for name in dict.fromkeys(call_of[name] for name in group.names if name in call_of):
+            if name not in placed:  # where its first layer is
+                placed.add(name)
+                found.append(_at_once((name,), grouped))
         if others:
             found.append(replace(group, names=others))
     return found
+
+
+def _at_once(calls: tuple[str, ...], grouped: Mapping[str, Grouped], times: int = 1) -> Group:
+    by_expert = zip(*(grouped[name].layers for name in calls), strict=True)
+    return Group(tuple(name for own in by_expert for layers in own for name in layers), times, calls)
+
+
+def call_others_apart(groups: Sequence[Group], grouped: Mapping[str, Grouped]) -> None:
+    """Has experts that are in no group of `as_called` called one by one: other batches may come to them."""
+    at_once = {name for group in groups for name in group.at_once}
+    for name in grouped.keys() - at_once:
+        grouped[name].call.call_layers()
 
 
 def by_expert(group: Group, grouped: Mapping[str, Grouped]) -> list[tuple[str, ...]]:

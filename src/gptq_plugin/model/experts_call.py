@@ -47,6 +47,9 @@ class ExpertsCall(nn.Module):
         result: Tensor = super().__call__(x, ends)
         return result
 
+    def __reduce__(self) -> tuple[type[ExpertsCall], tuple[Callable[[int], Sequence[nn.Module]], int]]:
+        return ExpertsCall, (self._layers, self._experts)  # no call outlasts a copy
+
     def ends_of(self, x: Tensor) -> Tensor:
         """Where the experts' rows end, int32 [experts], in an input of this call that is alive."""
         ends: Tensor = self._ends[x]
@@ -60,6 +63,10 @@ class ExpertsCall(nn.Module):
             yield
         finally:
             self._as_one = None
+
+    def call_layers(self) -> None:
+        """Calls float layers again for the rest of an `as_one`."""
+        self._as_one = None
 
     def _of_all(self) -> list[list[nn.Module]]:
         return [list(self._layers(expert)) for expert in range(self._experts)]

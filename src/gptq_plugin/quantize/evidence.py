@@ -79,7 +79,8 @@ class Observations:
     def observe(self, group: Group, number: int, x: Tensor) -> None:
         """Adds a batch's input of a group, [..., in]."""
         first = group.names[0]
-        rows = self._weighted(first, number, self._positions.rows(number, first, x), x)
+        rows = self._positions.rows(number, first, x, by_expert=bool(group.at_once))
+        rows = self._weighted(first, number, rows, x)
         self._positions.share_input(group.names)
         if rows.remark is not None:
             for name in group.names:

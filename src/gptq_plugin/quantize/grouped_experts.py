@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 import torch
 
+from gptq_plugin import distributed
 from gptq_plugin.device.memory import free_bytes
 from gptq_plugin.gptq.solve_each import CHUNK_BYTES
 from gptq_plugin.memory.slots import distinct_tensors
@@ -25,8 +26,8 @@ def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> d
     """The experts of a plan whose layers are all quantized, by name, if nothing is asked that needs them one by one.
 
     Gradients weight the tokens of each layer by themselves, the float model's walk pairs tokens expert by expert, and
-    `cache_dir` keeps one stop of the walk after the other. A device that does not hold a block of experts and their
-    Hessians takes one after the other, and so do GPUs, until this has run on one.
+    `cache_dir` keeps one stop of the walk after the other. If the device of any rank does not hold a block of experts
+    and their Hessians, all take one after the other, and so do GPUs, until this has run on one. Collective.
     """
     targets = {target.name: target.module for target in plan.targets}
     one_by_one = plan.config.token_weighting == "gradients" or any(one.config.asymmetric_alpha for one in plan.targets)
@@ -37,9 +38,8 @@ def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> d
     ]
     free, streams = free_bytes(device, options.device_memory), plan.targets[0].weight.device != device
     blocks = _NEIGHBOURS if streams or options.offload_weights else 1
-    if free is None or whole_bytes(found) * blocks + hessian_bytes(found) <= free // 4 * 3:
-        return {one.name: one for one in found}
-    return {}
+    fits = free is None or whole_bytes(found) * blocks + hessian_bytes(found) <= free // 4 * 3
+    return {one.name: one for one in found} if found and distributed.minimum(fits) else {}
 
 
 def whole_bytes(grouped: Collection[Grouped]) -> int:

@@ -27,7 +27,13 @@ from gptq_plugin.gptq.solver import Solution
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.finished_layers import FinishedLayers
 from gptq_plugin.model.experts import experts_of
-from gptq_plugin.model.experts_at_once import all_but_two, called, called_at_once, in_grouped_products
+from gptq_plugin.model.experts_at_once import (
+    all_but_two,
+    call_others_apart,
+    called,
+    called_at_once,
+    in_grouped_products,
+)
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.batch_runs import BatchRuns
@@ -155,6 +161,7 @@ class OnePass:
         with self._positions.watching():
             with probing:
                 groups, left_float = self.runs.find_groups(modules)
+            call_others_apart(groups, self.runs.at_once)
             self._outcome.left_float.update(left_float)
             for name in left_float:
                 del modules[name]
