@@ -154,7 +154,7 @@ def _add_push(commands: Any) -> None:
     parser.add_argument("directory", metavar="DIR", help="folder of the export")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository")
     parser.add_argument("--public", action="store_true", help="publish it; else a public repository is refused")
-    _add_hub(parser)
+    _add_hub(parser, "branch to commit to")
     parser.set_defaults(run=_push)
 
 
@@ -172,8 +172,8 @@ def _push(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_hub(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the repository")
+def _add_hub(parser: argparse.ArgumentParser, revision: str = "branch, tag or commit of the repository") -> None:
+    parser.add_argument("--revision", metavar="NAME", help=revision)
     parser.add_argument(
         "--token", metavar="TOKEN", help="for a private or gated repository; else the one of `hf auth login`"
     )
