@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from random_weights import Weight, random_weight
-from torch import Tensor
+from table_products import check_products, formula
 
 from gptq_plugin.layers.code_table import CodeTable
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -34,11 +34,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def formula(weight: Weight) -> Tensor:
-    group = weight.g_idx.long()
-    return (weight.codes.double() - weight.zeros.double()[group].t()) * weight.scales.double()[group].t()
-
-
 def table_of(weight: Weight) -> CodeTable:
     return CodeTable.of(QuantLinear.from_quantized(weight).packed(), weight.bits)
 
@@ -53,15 +48,7 @@ def test_few_rows_have_the_accuracy_of_a_float_product(shape, bits, symmetric):
     table, w = table_of(weight), formula(weight)
     assert (table.offsets is None) or not symmetric
     for rows in (1, 6):
-        x = torch.randn(rows, w.shape[1])
-        expected = x.double() @ w.t()
-        error = (table.matmul(x).double() - expected).abs()
-        assert bool((error <= 1e-6 * (x.double().abs() @ w.abs().t() + expected.abs().max())).all())
-        for dtype, most in ((torch.float16, 6e-4), (torch.bfloat16, 5e-3)):
-            narrow = x.to(dtype)
-            y = table.matmul(narrow)
-            expected = narrow.double() @ w.t()
-            assert y.dtype == dtype and float((y.double() - expected).norm()) <= most * float(expected.norm())
+        check_products(table, w, rows, of_bfloat16=5e-3)
 
 
 def test_a_group_of_zeros_gives_zero_whatever_its_scale():

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_weights import Weight, random_weight
+from random_weights import random_weight
+from table_products import formula
 from torch import Tensor, nn
 
 from gptq_plugin.config import QuantizeConfig
@@ -26,11 +27,6 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, tor
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def formula(weight: Weight) -> Tensor:
-    group = weight.g_idx.long()
-    return (weight.codes.double() - weight.zeros.double()[group].t()) * weight.scales.double()[group].t()
 
 
 def distance(y: Tensor, expected: Tensor) -> float:

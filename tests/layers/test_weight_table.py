@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from random_weights import Weight, random_weight
+from table_products import check_products, formula
 from torch import Tensor
 
 from gptq_plugin.layers import weight_table
@@ -23,11 +24,6 @@ SHAPES = [
     {"n_in": 600, "n_out": 300, "group_size": 200, "act_order": True},
     {"n_in": 1, "n_out": 1, "group_size": 1},
 ]
-
-
-def formula(weight: Weight) -> Tensor:
-    group = weight.g_idx.long()
-    return (weight.codes.double() - weight.zeros.double()[group].t()) * weight.scales.double()[group].t()
 
 
 def table_of(weight: Weight) -> WeightTable:
@@ -57,15 +53,7 @@ def test_weights_are_exact_and_products_as_accurate_as_a_float_layers(shape, bit
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(weights_of(table, dtype), w.to(dtype))
     for rows in (2, 130):
-        x = torch.randn(rows, w.shape[1])
-        expected = x.double() @ w.t()
-        error = (table.matmul(x).double() - expected).abs()
-        assert bool((error <= 1e-6 * (x.double().abs() @ w.abs().t() + expected.abs().max())).all())
-        for dtype, most in ((torch.float16, 6e-4), (torch.bfloat16, 8e-3)):
-            narrow = x.to(dtype)
-            y = table.matmul(narrow)
-            expected = narrow.double() @ w.t()
-            assert y.dtype == dtype and float((y.double() - expected).norm()) <= most * float(expected.norm())
+        check_products(table, w, rows, of_bfloat16=8e-3)
 
 
 @pytest.mark.parametrize("scale", [0.01, 9000.0, 60000.0])

@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple
+
+from http_servers import Answering, serving
 
 COMMIT = "2" * 40
 
@@ -40,9 +40,7 @@ def hub_server(name: str, folder: Path, revision: str = "main", token: str | Non
     requests: list[Request] = []
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Answering):
         def do_GET(self) -> None:
             given = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
             requests.append(Request(self.command, self.path, given))
@@ -66,22 +64,5 @@ def hub_server(name: str, folder: Path, revision: str = "main", token: str | Non
 
         do_HEAD = do_GET
 
-        def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in (headers or {}).items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield Hub(f"http://127.0.0.1:{server.server_port}", requests)
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as url:
+        yield Hub(url, requests)

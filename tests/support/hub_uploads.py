@@ -8,11 +8,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
 
 import pytest
+from http_servers import Answering, serving
 from huggingface_hub import constants
 
 
@@ -55,9 +54,7 @@ def hub_for_uploads() -> Iterator[Hub]:
     """Runs the server, and has huggingface_hub use it with the token that it takes."""
     hub = Hub()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Answering):
         def handle_any(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             content = self.rfile.read(length)
@@ -66,11 +63,11 @@ def hub_for_uploads() -> Iterator[Hub]:
             hub.requests.append((self.command, path, token))
             if path.startswith("/blob/"):
                 hub.blobs[path.removeprefix("/blob/")] = content
-                self.answer(200, {})
+                self.answer_json(200, {})
             elif token != hub.token or (hub.broken and hub.broken in path):
-                self.answer(403, {"error": "You don't have the rights"})
+                self.answer_json(403, {"error": "You don't have the rights"})
             elif path == "/api/validate-yaml":
-                self.answer(200, {"errors": [], "warnings": []})
+                self.answer_json(200, {"errors": [], "warnings": []})
             elif path == "/api/repos/create":
                 self.create(json.loads(content))
             else:
@@ -82,31 +79,31 @@ def hub_for_uploads() -> Iterator[Hub]:
             name = f"{asked['organization']}/{asked['name']}"
             known = name in hub.repos
             hub.repos.setdefault(name, Repo(bool(asked.get("private")) or asked.get("visibility") == "private"))
-            self.answer(409 if known else 200, {"url": f"{hub.url}/{name}"})
+            self.answer_json(409 if known else 200, {"url": f"{hub.url}/{name}"})
 
         def of_a_repository(self, path: str, content: bytes) -> None:
             name = next((name for name in hub.repos if f"/{name}/" in f"{path}/" or f"/{name}.git" in path), None)
             if name is None:
-                self.answer(404, {"error": "none"}, {"X-Error-Code": "RepoNotFound"})
+                self.answer_json(404, {"error": "none"}, {"X-Error-Code": "RepoNotFound"})
                 return
             repo, rest = hub.repos[name], path.partition(name)[2]
             if rest == "" or rest.startswith("/revision/"):
                 siblings = [{"rfilename": file} for file in repo.files]
-                self.answer(200, {"id": name, "sha": repo.sha, "private": repo.private, "siblings": siblings})
+                self.answer_json(200, {"id": name, "sha": repo.sha, "private": repo.private, "siblings": siblings})
             elif rest.startswith("/branch/"):
                 repo.branches.add(rest.removeprefix("/branch/"))
-                self.answer(200, {})
+                self.answer_json(200, {})
             elif rest.startswith("/preupload/"):
                 files = [one["path"] for one in json.loads(content)["files"]]
                 modes = {file: "lfs" if file.endswith(".safetensors") else "regular" for file in files}
                 answers = [{"path": f, "uploadMode": mode, "shouldIgnore": False} for f, mode in modes.items()]
-                self.answer(200, {"files": answers})
+                self.answer_json(200, {"files": answers})
             elif rest == ".git/info/lfs/objects/batch":
                 objects = [
                     {**one, "actions": {"upload": {"href": f"{hub.url}/blob/{one['oid']}"}}}
                     for one in json.loads(content)["objects"]
                 ]
-                self.answer(200, {"transfer": "basic", "objects": objects})
+                self.answer_json(200, {"transfer": "basic", "objects": objects})
             elif rest.startswith("/commit/"):
                 self.commit(name, rest.removeprefix("/commit/"), content)
             elif rest.startswith("/resolve/"):
@@ -114,7 +111,7 @@ def hub_for_uploads() -> Iterator[Hub]:
                 etag = {"ETag": f'"{hashlib.sha1(file or b"").hexdigest()}"', "X-Repo-Commit": repo.sha}
                 self.answer(404 if file is None else 200, file or b"", etag)
             else:
-                self.answer(404, {"error": path})
+                self.answer_json(404, {"error": path})
 
         def commit(self, name: str, branch: str, content: bytes) -> None:
             repo = hub.repos[name]
@@ -135,33 +132,16 @@ def hub_for_uploads() -> Iterator[Hub]:
                     done.deleted.append(value["path"])
             repo.commits.append(done)
             url = f"{hub.url}/{name}/commit/{repo.sha}"
-            self.answer(200, {"success": True, "commitOid": repo.sha, "commitUrl": url, "hookOutput": ""})
+            self.answer_json(200, {"success": True, "commitOid": repo.sha, "commitUrl": url, "hookOutput": ""})
 
-        def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-            body = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            for key, value in (headers or {}).items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
+        def answer_json(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+            self.answer(status, json.dumps(content).encode(), headers)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(constants, "ENDPOINT", hub.url)
-            files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-            patch.setattr(constants, "HF_HUB_OFFLINE", False)
-            patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-            patch.setenv("HF_TOKEN", hub.token)
-            yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as hub.url, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", hub.token)
+        yield hub

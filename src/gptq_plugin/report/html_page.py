@@ -127,9 +127,7 @@ def _allocation(report: QuantizeReport) -> str:
     """What `target_bits` chose, and why."""
     if report.allocation is None:
         return ""
-    head, *rows = report.allocation.rows()
-    made = _table(head, map(_cells, rows))
-    return f"<h2>Bits at a budget</h2><p>{escape(report.allocation.summary())}</p><div class='wide free'>{made}</div>"
+    return _section("Bits at a budget", report.allocation.summary(), report.allocation.rows())
 
 
 def _cache(report: QuantizeReport) -> str:
@@ -141,9 +139,14 @@ def _finish(report: QuantizeReport) -> str:
     """What training towards the float model gave, and why that is kept or not."""
     if report.finish is None:
         return ""
-    head, *rows = report.finish.rows()
+    return _section("Finish", report.finish.summary(), report.finish.rows())
+
+
+def _section(title: str, summary: str, table: Iterable[Sequence[str]]) -> str:
+    """A sentence and its table, whose first row is the head."""
+    head, *rows = table
     made = _table(head, map(_cells, rows))
-    return f"<h2>Finish</h2><p>{escape(report.finish.summary())}</p><div class='wide free'>{made}</div>"
+    return f"<h2>{title}</h2><p>{escape(summary)}</p><div class='wide free'>{made}</div>"
 
 
 def _before_after(report: QuantizeReport) -> Iterator[tuple[str, str]]:
