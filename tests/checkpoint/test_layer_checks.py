@@ -51,10 +51,10 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Any], list[str]]] = {
         put(f"{DOWN}.qzeros", lambda t: t ^ 3),
         [f"{DOWN}: sym=True promises zeros of 8, and most others are 11"],
     ),
-    "a norm is NaN": (put("model.norm.weight", with_value(7, float("nan"))), ["model.norm.weight hold NaN"]),
+    "a norm is NaN": (put("model.norm.weight", with_value(7, float("nan"))), ["NaN or infinity in model.norm.weight"]),
     "the output embedding is infinite": (
         put("lm_head.weight", with_value(7, float("inf"))),
-        ["lm_head.weight hold NaN"],
+        ["NaN or infinity in lm_head.weight"],
     ),
     "the output embedding is stored as bool": (
         put("lm_head.weight", lambda t: t > 0),

@@ -39,6 +39,7 @@ OF_THE_DESCRIPTION: list[tuple[dict[str, Any], str]] = [
     ({"sym": "false"}, "Field 'sym'"),
     ({"desc_act": 0}, "Field 'desc_act'"),
     ({"meta": 3}, "Field 'meta'"),
+    ({"meta": {"gptq_plugin": 5}}, "meta: Field 'gptq_plugin'"),
     ({"meta": {"gptq_plugin": {"taken_over": 3}}}, "meta.gptq_plugin: Field 'taken_over'"),
     ({"dynamic": [".*"]}, "Field 'dynamic'"),
     ({"dynamic": {".*": 3}}, "Field 'dynamic'"),

@@ -49,6 +49,12 @@ def test_what_is_no_file_is_refused_by_name(kind: str, folder: Path, tmp_path: P
         convert(folder, tmp_path / "out", "gptq")
 
 
+def test_a_name_that_is_no_text_is_refused_before_the_work(folder: Path, tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.json")).touch()
+    with pytest.raises(CheckpointError, match=r"'\\udcff\.json', a name that is no text"):
+        convert(folder, tmp_path / "out", "gptq")
+
+
 def test_links_within_the_folder_become_files(folder: Path, tmp_path: Path) -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / "a.txt").write_text("a")

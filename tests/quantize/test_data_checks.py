@@ -139,6 +139,6 @@ def test_a_value_that_is_not_finite_in_any_weight_is_refused_before_the_work(val
     for name, parameter in model.named_parameters():
         kept = parameter.data.clone()
         parameter.data.view(-1)[-1] = value
-        with pytest.raises(TargetError, match=rf"{name} of Sequential hold NaN or infinity"):
+        with pytest.raises(TargetError, match=rf"NaN or infinity in {name} of Sequential"):
             check_finite(model)
         parameter.data = kept

@@ -12,6 +12,8 @@ and no transformers; `load` puts models around it and `export` reads its own wor
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -112,8 +114,13 @@ class Checkpoint:
 
     def is_taken_over(self, name: str) -> bool:
         """True for a tensor of a module that transformers does not make, as the export that wrote it noted."""
+        module, _, _ = name.rpartition(".")
+        return any(above in self._taken_over for above in itertools.accumulate(module.split("."), "{}.{}".format))
+
+    @functools.cached_property
+    def _taken_over(self) -> frozenset[str]:
         ours = (self.quantization.get("meta") or {}).get(QUANTIZER_NAME) or {}
-        return any(name.startswith(f"{module}.") for module in ours.get(TAKEN_OVER) or ())
+        return frozenset(ours.get(TAKEN_OVER) or ())
 
     @property
     def float_dtype(self) -> torch.dtype:

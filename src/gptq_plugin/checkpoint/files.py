@@ -108,11 +108,12 @@ def _refuse_unusable(content: Any) -> None:
             waiting += [(f"{place}[{number}]", inside) for number, inside in enumerate(value)]
         elif isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{place.lstrip('.')} is NaN")
-        elif isinstance(value, str) and not _is_printable(value):
+        elif isinstance(value, str) and not is_printable(value):
             raise ValueError(f"{place.lstrip('.')} has half of a letter (a surrogate)")
 
 
-def _is_printable(text: str) -> bool:
+def is_printable(text: str) -> bool:
+    """False for a text with half of a letter (a surrogate): so Python has a file's name that is no UTF-8, too."""
     try:
         text.encode()
     except UnicodeEncodeError:

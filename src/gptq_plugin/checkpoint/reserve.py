@@ -221,7 +221,7 @@ def refuse_not_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
     wrong = not_finite_in(model)
     if wrong:
         raise CheckpointError(
-            f"{checkpoint.directory}: {some(wrong)} hold NaN or infinity in {type(model).__name__}: the files are "
+            f"{checkpoint.directory}: NaN or infinity in {some(wrong)} of {type(model).__name__}: the files are "
             "damaged, or hold values that the dtype it was loaded in does not"
         )
 

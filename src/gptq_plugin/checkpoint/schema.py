@@ -88,6 +88,12 @@ class GroupWeights(TypedDict, total=False):
     type: str | None
 
 
+class Meta(TypedDict, total=False):
+    """``meta`` of a description."""
+
+    gptq_plugin: _Object | None  # `QUANTIZER_NAME`
+
+
 class Ours(TypedDict, total=False):
     """Our part of a description's ``meta``."""
 
@@ -141,9 +147,9 @@ def check_description(content: _Object, file: Path) -> None:
     for name, group in (content.get("config_groups") or {}).items():
         _check(ConfigGroup, group, file, f"config_groups[{shown(name)}]")
         _check(GroupWeights, group.get("weights") or {}, file, f"config_groups[{shown(name)}].weights")
-    ours = (content.get("meta") or {}).get(QUANTIZER_NAME)
-    if isinstance(ours, dict):
-        _check(Ours, ours, file, f"meta.{QUANTIZER_NAME}")
+    meta = content.get("meta") or {}
+    _check(Meta, meta, file, "meta")
+    _check(Ours, meta.get(QUANTIZER_NAME) or {}, file, f"meta.{QUANTIZER_NAME}")
 
 
 def check_index(content: _Object, file: Path) -> None:

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gptq_plugin.checkpoint.files import is_printable
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.options.limited_files import written_parts
 
@@ -27,7 +28,8 @@ def files_to_copy(folder: Path, ignored: Sequence[str]) -> list[Path]:
             not be links to elsewhere either: they are written anew from what they hold.
 
     Raises:
-        CheckpointError: A link leads elsewhere, or to a folder; or something is neither file nor folder.
+        CheckpointError: A link leads elsewhere, or to a folder; something is neither file nor folder, or has a name
+            that is no text.
     """
     roots = _roots(folder)
     return [path.relative_to(folder) for path in _walk(folder, ignored) if _checked(path, roots)]
@@ -72,6 +74,8 @@ def _walk(folder: Path, ignored: Sequence[str], deeper: int = _DEEPEST) -> Itera
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if any(fnmatch.fnmatch(entry.name, pattern) for pattern in ignored):
             continue
+        if not is_printable(entry.name):
+            raise CheckpointError(f"{folder} has {entry.name!a}, a name that is no text (UTF-8): rename it")
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path), ignored, deeper - 1)
         else:

@@ -32,9 +32,8 @@ def write_quantize_config(staging: Path, description: dict[str, Any], settings: 
     """
     meta = {**settings["meta"], **description["meta"]}
     listed = sorted([*files_in(staging), QUANTIZE_CONFIG])
-    ours = (part.get(QUANTIZER_NAME) or {} for part in (settings["meta"], description["meta"]))
-    known = (part for part in ours if isinstance(part, Mapping))  # a stranger's may be anything
-    meta[QUANTIZER_NAME] = {key: value for part in known for key, value in part.items()} | {"files": listed}
+    ours = [part.get(QUANTIZER_NAME) or {} for part in (settings["meta"], description["meta"])]
+    meta[QUANTIZER_NAME] = {**ours[0], **ours[1], "files": listed}
     write_json(staging / QUANTIZE_CONFIG, {**settings, **description, "meta": meta})
 
 

@@ -92,7 +92,7 @@ def check_finite(model: nn.Module) -> None:
     """
     broken = not_finite_in(model)
     if broken:
-        raise TargetError(f"{some(broken)} of {type(model).__name__} hold NaN or infinity. {_DIVERGED}")
+        raise TargetError(f"NaN or infinity in {some(broken)} of {type(model).__name__}. {_DIVERGED}")
 
 
 def not_finite(model: nn.Module, layer: str, where: str) -> CalibrationError:
