@@ -6,6 +6,7 @@
     python scripts/bench_ranks.py sharded --ranks 8 --layers 80          # Llama-3-70B's, FSDP2, fit to export
     python scripts/bench_ranks.py sharded --how tp --ranks 8 --layers 80 # the same by tensor parallelism
     python scripts/bench_ranks.py kill --ranks 8                         # a rank is killed; when do the others end?
+    python scripts/bench_ranks.py finish --ranks 1 2 4 8                 # steps of a finish
 
 Without a GPU all run on the CPU over gloo, for which the sizes must be small: ``--width 256 --vocab 512 --tokens 64``.
 """
@@ -14,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 
-from rank_benches import blocks, kill, sharded, turns, words
+from rank_benches import blocks, finish, kill, sharded, turns, words
 
-COMMANDS = {"turns": turns, "words": words, "blocks": blocks, "sharded": sharded, "kill": kill}
+COMMANDS = {"turns": turns, "words": words, "blocks": blocks, "sharded": sharded, "kill": kill, "finish": finish}
 
 
 def main() -> None:
