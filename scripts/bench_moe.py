@@ -4,6 +4,8 @@
     python scripts/bench_moe.py --layers 1 --samples 32
     python scripts/bench_moe.py --shape mixtral --layers 1  # 8 experts of Mixtral-8x7B's shape, 2 per token
     python scripts/bench_moe.py --layers 48 --streamed --export /tmp/out  # a whole model, from the CPU's memory
+    python scripts/bench_moe.py --layers 1 --batch-size 64 --parts  # also where the time goes
+    python scripts/bench_moe.py --layers 1 --one-by-one     # without calls of all experts at once
     python scripts/bench_moe.py --shape tiny --device cpu   # sees that the script runs
 
 Weights and tokens are random; random routers spread tokens more evenly than trained ones. The floor is the time of the
@@ -13,14 +15,19 @@ block's products for all tokens, its forward and each layer's Hessian, at 680e12
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import resource
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin.quantize import batch_runs
 from gptq_plugin.quantize.options import PassOptions
 
 BF16 = 680e12
@@ -28,6 +35,30 @@ SHAPES = {  # hidden, inner, heads, key-value heads, width of a head, experts, p
     "qwen3": (2048, 768, 32, 4, 128, 128, 8, 2048),
     "mixtral": (4096, 14336, 32, 8, 128, 8, 2, 2048),
     "tiny": (128, 128, 2, 1, 64, 8, 2, 64),
+}
+PARTS = {
+    "calibration.positions": ("Positions.rows",),
+    "calibration.routed_tokens": ("row_hashes",),
+    "quantize.grouped_evidence": ("GroupedEvidence.add",),
+    "walk.hessian": ("add_each", "Hessian.mean"),
+    "walk.expert_hessians": ("ExpertHessians.weighted",),
+    "walk.ranges": ("_include_experts", "_include"),
+    "model.experts_call": ("_grouped", "_one_by_one"),
+    "gptq.solve_each": ("factorize", "beside", "solve_each"),
+    "gptq.solver": ("factorize", "_beside"),
+    "gptq.recursion": ("Recursion.__init__", "Recursion.visit"),
+    "quantize.experts_pass": ("packed_layers", "dequantized", "ExpertsPass.quantize"),
+    "layers.qlinear": ("QuantLinear.from_quantized",),
+    "memory.weights": ("Weights.quantize",),
+    "memory.finished_layers": ("FinishedLayers.add",),
+    "quantize.outcome": ("Outcome.add_experts", "Outcome.add", "Outcome.modules", "Outcome.report"),
+    "quantize.batch_runs": (
+        "BatchRuns.find_groups",
+        "BatchRuns.disturbance",
+        "BatchRuns.observe_positions",
+        "BatchRuns.check_swap",
+    ),
+    "quantize.one_pass": ("OnePass._quantize", "OnePass.run"),
 }
 
 
@@ -72,6 +103,57 @@ def floor_of(shape: str, tokens: int) -> float:
     return tokens * (products + hessians) / BF16
 
 
+class Parts:
+    """Seconds in functions of the package, each without those it calls, with a wait for the device around each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self._inner: list[float] = []
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measures while the context is open."""
+        with contextlib.ExitStack() as stack:
+            for module, path in ((module, path) for module, paths in PARTS.items() for path in paths):
+                owner: Any = importlib.import_module(f"gptq_plugin.{module}")
+                *classes, name = path.split(".")
+                for one in classes:
+                    owner = getattr(owner, one)
+                plain = owner.__dict__[name]
+                timed = self._timed(f"{module}.{path}", getattr(plain, "__func__", plain))
+                setattr(owner, name, classmethod(timed) if isinstance(plain, classmethod) else timed)
+                stack.callback(setattr, owner, name, plain)
+            yield
+
+    def _timed(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            _wait()
+            started = time.perf_counter()
+            self._inner.append(0.0)
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                _wait()
+                took = time.perf_counter() - started
+                self.seconds[name] += took - self._inner.pop()
+                self.calls[name] += 1
+                if self._inner:
+                    self._inner[-1] += took
+
+        return timed
+
+    def show(self) -> None:
+        """Prints a line for each part that was called."""
+        for name in sorted(self.seconds, key=lambda name: -self.seconds[name]):
+            print(f"    {name:60} {1e3 * self.seconds[name]:9.1f} ms {self.calls[name]:6} calls", flush=True)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3")
@@ -79,10 +161,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--one-by-one", action="store_true", help="call one expert after the other")
+    parser.add_argument("--parts", action="store_true", help="measure once more, with a wait after each part")
     parser.add_argument("--streamed", action="store_true", help="the model is in the CPU's memory")
     parser.add_argument("--export", help="also export to this folder while quantizing, and verify the export")
     args = parser.parse_args()
     on_gpu = args.device != "cpu"
+    if args.one_by_one:
+        batch_runs.grouped_experts = lambda *_: {}
     started = time.perf_counter()
     model = build(args.shape, args.layers, args.device, "cpu" if args.streamed else args.device)
     print(f"made in {time.perf_counter() - started:.1f} s")
@@ -93,12 +179,17 @@ def main() -> None:
         timed(model, rows[: args.batch_size], config, args, "kernels compiled")
     report, seconds = timed(model, rows, config, args, "measured")
     few = [module for module in report.quantized if module.tokens < module.shape[1]]
-    parts = ", ".join(f"{phase} {value:.2f} s" for phase, value in report.seconds.items())
+    phases = ", ".join(f"{phase} {value:.2f} s" for phase, value in report.seconds.items())
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{parts}; peak {peak:.1f} GiB, of the host {host:.1f} GiB")
+    print(f"{phases}; peak {peak:.1f} GiB, of the host {host:.1f} GiB")
     floor = args.layers * floor_of(args.shape, length * args.samples)
     print(f"floor {floor / args.layers:.3f} s a block, {seconds / floor:.1f} times that")
+    if args.parts:
+        parts = Parts()
+        with parts.measured():
+            timed(model, rows, config, args, "with waits")
+        parts.show()
     print(f"{len(few)} layers of experts with fewer tokens than inputs")
     print(f"loss {report.totals()['loss'] / report.totals()['rtn_loss']:.3f} of round-to-nearest's")
 

@@ -1,8 +1,8 @@
 """Kernels, imported as `gptq_plugin.kernels`. Needs torch, and Triton on a GPU only.
 
-`reference`, `plain_solve`, `plain_sums` and `plain_steps` define every operation in plain PyTorch; they are also the
-CPU path and the oracle of the tests. Triton modules are imported where they are called, so that the package imports
-without Triton.
+`reference`, `plain_solve`, `plain_sums`, `plain_segments` and `plain_steps` define every operation in plain PyTorch;
+they are also the CPU path and the oracle of the tests. Triton modules are imported where they are called, so that the
+package imports without Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import plain_solve, plain_steps, plain_sums, reference
+from . import plain_segments, plain_solve, plain_steps, plain_sums, reference
 
 
 def solver_loops(x: Tensor) -> ModuleType:
@@ -40,6 +40,24 @@ def exact_sums(x: Tensor) -> ModuleType:
 
         return sums
     return plain_sums
+
+
+def segment_sums(x: Tensor) -> ModuleType:
+    """The module with `add_products` for rows x: Triton's for 16 bits on a GPU, else `plain_segments`."""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        from . import segments  # imported here: needs Triton
+
+        return segments
+    return plain_segments
+
+
+def mirror_passes(x: Tensor) -> ModuleType:
+    """The module with `symmetric_` for tensors like x: Triton's for float32 on a GPU, else `plain_segments`."""
+    if _by_triton(x):
+        from . import segments  # imported here: needs Triton
+
+        return segments
+    return plain_segments
 
 
 def step_passes(x: Tensor) -> ModuleType:

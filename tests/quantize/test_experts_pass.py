@@ -242,6 +242,13 @@ def test_weights_and_activations_may_come_and_go():
     assert all(stop.group.at_once for stop in moved.stops[2:]) and same_codes(moved, pair(False)[0])
 
 
+def test_sums_that_depend_on_their_order_give_the_same_layers():
+    found = Watched(mixture(), exact_sums=False, data=batches(padded=True))
+    assert all(stop.group.at_once for stop in found.stops[2:]) and same_codes(found, pair(True)[0])
+    for name, one in pair(True)[0].modules.items():
+        assert (found.modules[name].tokens, found.modules[name].deviations) == (one.tokens, one.deviations), name
+
+
 def test_only_labelled_positions_count():
     labels = [torch.where(torch.arange(40) % 3 == 0, one, -100) for one in batches()]
     data = [{"input_ids": one, "labels": own} for one, own in zip(batches(), labels, strict=True)]
@@ -332,6 +339,16 @@ def test_rows_that_a_grouped_product_casts_are_the_tokens_they_were(experts_per_
     assert all(stop.group.at_once for stop in found.stops[2:])
     for name, one in wanted.modules.items():
         assert (found.modules[name].tokens, found.modules[name].deviations) == (one.tokens, one.deviations), name
+
+
+@pytest.mark.parametrize("expert", [0, EXPERTS - 1])
+def test_where_all_layers_of_one_expert_stay_float_the_others_are_quantized(expert, monkeypatch):
+    names = [f"model.layers.0.mlp.experts.{expert}.{part}_proj" for part in ("gate", "up", "down")]
+    monkeypatch.setattr(batch_runs.Replaceable, "settle", lambda *_: dict.fromkeys(names, "they are read elsewhere"))
+    found, wanted = Watched(mixture()), one_by_one(mixture())
+    assert len([stop for stop in found.stops if stop.group.at_once]) == 2
+    assert {found.modules[name].method for name in names} == {"float"}
+    assert same_codes(found, wanted)
 
 
 def test_in_the_model_two_experts_of_a_parameter_are_compared(monkeypatch):

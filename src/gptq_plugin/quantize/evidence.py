@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.calibration.positions import Positions, Rows
 from gptq_plugin.model.experts import experts_of, in_expert
-from gptq_plugin.model.experts_at_once import Grouped, by_expert
+from gptq_plugin.model.experts_at_once import Grouped
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.drifts import Drifts
@@ -145,13 +145,12 @@ class Observations:
 
     def of_experts(self, group: Group) -> Iterator[Evidence]:
         """Yields the evidence for each expert of a group that is called at once, as `of_group` gives it for others."""
-        first, layers = self._targets[group.names[0]], by_expert(group, self._calls)[0]
+        first = self._targets[group.names[0]]
         experts = experts_of(first.name, first.module)
         assert experts is not None
-        own = [in_expert(experts, name) for name in layers]
+        own = list(dict.fromkeys(in_expert(experts, name) for name in group.names))
         reads = self._experts.reads_tokens(experts, own, first.name in self._read_tokens)
-        for hessian in self._grouped.take(group, first.weight.shape[1]):
-            yield self._experts.weighted(experts, reads, hessian)
+        return self._experts.weighted_each(experts, reads, self._grouped.take(group, first.weight.shape[1]))
 
     def _with_drift(self, group: Group, evidence: Evidence, weight: int, *, paired: bool) -> Evidence:
         drift, told = self._drifts.mean(group, evidence.mean, evidence.tokens, weight, paired=paired)

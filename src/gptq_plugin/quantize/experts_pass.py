@@ -78,7 +78,8 @@ class ExpertsPass:
         are_alike = all(one == configs[0] for one in configs) and all(one == shapes[0] for one in shapes)
         if not are_alike or len({repr(one.config) for one in first}) > 1 or not can_solve(first[0].config):
             for layers, evidence in zip(experts, self._observations.of_experts(stop.group), strict=True):
-                self._quantize_one(layers, evidence, stop)
+                if layers:  # not all of them stay float
+                    self._quantize_one(layers, evidence, stop)
             return
         shape = (sum(len(one.weight) for one in first), first[0].weight.shape[1])
         stopwatch = Stopwatch(self._runs.device)

@@ -14,13 +14,14 @@ n = d / 4 tokens for d inputs and the expert's tokens alone, the error on tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gptq_plugin import distributed
+from gptq_plugin.walk.each_hessian import EachHessian
 from gptq_plugin.walk.hessian import Hessian
 
 _DAMPING = 0.3
@@ -93,21 +94,30 @@ class ExpertHessians:
             reads_tokens: See `reads_tokens`.
             own: The layer's Hessian, summed over ranks.
         """
-        width, tokens = own.in_features, own.tokens
-        few = f"only {tokens} calibration tokens were routed to this expert, for {width} inputs"
-        whole = self._whole(experts) if reads_tokens else None
-        if whole is not None and len(whole) == width:
-            mean = (own.mean() * tokens + whole * width) / (tokens + width)
-            deviations = (f"{few}: all tokens of the layer are weighted in",) if tokens < width else ()
-            return Evidence(mean, tokens, 0.0, deviations)
-        damp_percent = min(_MOST, _DAMPING * (width / max(1, tokens)) ** 1.5)
-        deviations = (f"{few}: damp_percent is {damp_percent:.2g}",) if tokens < width else ()
-        return Evidence(own.mean(), tokens, damp_percent, deviations)
+        beside = self._beside(experts, reads_tokens, own.in_features)
+        return _evidence(own.mean(beside), own.tokens, helped=beside is not None)
+
+    def weighted_each(self, experts: str, reads_tokens: bool, own: EachHessian) -> Iterator[Evidence]:
+        """`weighted` for layers of all of these experts: yields each one's evidence. Collective.
+
+        Args:
+            experts: As there.
+            reads_tokens: As there.
+            own: The layers' Hessians, summed over ranks; dropped.
+        """
+        beside = self._beside(experts, reads_tokens, own.in_features)
+        for mean, tokens in own.means(beside):
+            yield _evidence(mean, tokens, helped=beside is not None)
 
     def leave(self, experts: str) -> None:
         """Forgets the tokens of the block."""
         self._means.pop(experts, None)
         self._sums.pop(experts, None)
+
+    def _beside(self, experts: str, reads_tokens: bool, width: int) -> Tensor | None:
+        """The mean that is weighted in for layers with so many inputs; None if there is none."""
+        whole = self._whole(experts) if reads_tokens else None
+        return whole if whole is not None and len(whole) == width else None
 
     def _whole(self, experts: str) -> Tensor | None:
         """Mean of x xᵀ over all tokens of the block and all ranks; None if there were none."""
@@ -120,3 +130,12 @@ class ExpertHessians:
             sums.over_ranks()
             self._means[experts] = sums.mean()
         return self._means[experts]
+
+
+def _evidence(mean: Tensor, tokens: int, *, helped: bool) -> Evidence:
+    """What is made of a mean over an expert's tokens, in which others are weighted where they help."""
+    width = len(mean)
+    few = f"only {tokens} calibration tokens were routed to this expert, for {width} inputs"
+    damp_percent = 0.0 if helped else min(_MOST, _DAMPING * (width / max(1, tokens)) ** 1.5)
+    remedy = "all tokens of the layer are weighted in" if helped else f"damp_percent is {damp_percent:.2g}"
+    return Evidence(mean, tokens, damp_percent, (f"{few}: {remedy}",) if tokens < width else ())

@@ -84,15 +84,19 @@ class Hessian:
         if distributed.active():
             self.tokens = distributed.sum_(self._sum, self.tokens)
 
-    def mean(self) -> Tensor:
-        """Mean over tokens of x xᵀ, [in, in], symmetric; zeros when nothing was counted."""
+    def mean(self, beside: Tensor | None = None) -> Tensor:
+        """Mean over tokens of x xᵀ, [in, in], symmetric; zeros when nothing was counted.
+
+        Args:
+            beside: The mean, [in, in], of as many other tokens as there are inputs, which are weighted in.
+        """
         n = self.in_features
         mean = torch.empty(n, n, dtype=self._dtype, device=self._sum.device)
         for strip, (start, stop) in zip(self._strips, pairwise(self._ends), strict=True):
             mean[start:stop, :stop] = strip / max(1, self.tokens)
         for start, stop in pairwise(self._ends):
             mean[start:stop, stop:] = mean[stop:, start:stop].T
-        return mean
+        return mean if beside is None else (mean * self.tokens + beside * n) / (self.tokens + n)
 
 
 def add_each(hessians: Sequence[Hessian], rows: Sequence[Tensor]) -> None:

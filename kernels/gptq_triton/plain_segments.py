@@ -1,0 +1,29 @@
+"""Sums of x xᵀ for segments of rows, such as those of experts, in plain PyTorch: the definition.
+
+Tested by tests/kernels/test_segments.py, with the Triton kernels.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def add_products(totals: Tensor, x: Tensor, ends: Tensor) -> None:
+    """Adds XᵀX of each segment of rows to its total: on and below the diagonal, and anything above it.
+
+    Args:
+        totals: float32 [E, n, n]; added to.
+        x: [rows, n]; rows behind the last end are left out.
+        ends: Where segments end, int32 [E].
+    """
+    start = 0
+    for total, stop in zip(totals, ends.tolist(), strict=True):
+        rows = x[start:stop].float()
+        total.addmm_(rows.T, rows)
+        start = stop
+
+
+def symmetric_(totals: Tensor) -> Tensor:
+    """Copies what is below the diagonals of [E, n, n] above them, in place; returns the totals."""
+    totals.copy_(totals.tril() + totals.tril(-1).mT)
+    return totals

@@ -1,0 +1,109 @@
+"""Sums of x xᵀ for segments of rows in one launch, in Triton; `plain_segments` defines them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .needs_triton import tl, triton
+
+_WIDTH = 128  # columns of a tile
+_DEPTH = 64  # rows that are multiplied at a time
+_WARPS = 8
+_STAGES = 3
+_MIRRORED = 64  # rows and columns of a tile that is copied
+
+
+@triton.jit
+def _add_products_kernel(
+    totals, x, ends, n, stride, WIDTH: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    segment = tl.program_id(1)
+    stop = tl.load(ends + segment)
+    start = tl.load(ends + segment - 1, mask=segment > 0, other=0)
+    # Tile t of the lower triangle, row by row: row i has i + 1.
+    t = tl.program_id(0)
+    i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+    j = t - i * (i + 1) // 2
+    if stop > start:
+        a = i * WIDTH + tl.arange(0, WIDTH)
+        b = j * WIDTH + tl.arange(0, WIDTH)
+        k = tl.arange(0, DEPTH)
+        base = x + start.to(tl.int64) * stride
+        left = base + k.to(tl.int64)[:, None] * stride + a[None, :]
+        right = base + k.to(tl.int64)[:, None] * stride + b[None, :]
+        total = tl.zeros([WIDTH, WIDTH], dtype=tl.float32)
+        for first in range(0, stop - start, DEPTH):
+            there = (first + k < stop - start)[:, None]
+            if EVEN:
+                mine = tl.load(left, mask=there, other=0.0)
+                other = tl.load(right, mask=there, other=0.0)
+            else:
+                mine = tl.load(left, mask=there & (a < n)[None, :], other=0.0)
+                other = tl.load(right, mask=there & (b < n)[None, :], other=0.0)
+            total = tl.dot(tl.trans(mine), other, acc=total)
+            left += DEPTH * stride
+            right += DEPTH * stride
+        at = totals + segment.to(tl.int64) * n * n + a.to(tl.int64)[:, None] * n + b[None, :]
+        inside = (a < n)[:, None] & (b < n)[None, :]
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+
+
+def add_products(totals: Tensor, x: Tensor, ends: Tensor) -> None:
+    """`plain_segments.add_products` on a GPU, for rows in 16 bits, whose products are exact in float32.
+
+    A tile across the diagonal is added whole; tiles above it are left as they are.
+
+    Raises:
+        ValueError: Wrong dtype, shape or stride.
+    """
+    segments, n, _ = totals.shape
+    if totals.dtype != torch.float32 or totals.shape[2] != n or not totals.is_contiguous():
+        raise ValueError(f"totals must be contiguous float32 [E, n, n], got {totals.dtype} {list(totals.shape)}")
+    if (
+        x.dtype not in (torch.float16, torch.bfloat16)
+        or x.dim() != 2
+        or x.shape[1] != n
+        or (n > 1 and x.stride(1) != 1)
+    ):
+        raise ValueError(
+            f"x must be float16 or bfloat16 [rows, {n}] with contiguous rows, got {x.dtype} {list(x.shape)} with "
+            f"strides {list(x.stride())}"
+        )
+    if ends.shape != (segments,) or ends.dtype != torch.int32 or not ends.is_contiguous():
+        raise ValueError(f"ends must be contiguous int32 [{segments}], got {ends.dtype} {list(ends.shape)}")
+    if not x.numel() or not segments:
+        return
+    across = triton.cdiv(n, _WIDTH)
+    _add_products_kernel[(across * (across + 1) // 2, segments)](
+        totals, x, ends, n, x.stride(0), WIDTH=_WIDTH, DEPTH=_DEPTH, EVEN=n % _WIDTH == 0,
+        num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _mirror_kernel(totals, n, WIDTH: tl.constexpr):
+    base = totals + tl.program_id(2).to(tl.int64) * n * n
+    r = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    if tl.program_id(1) <= tl.program_id(0):
+        there = (r < n)[:, None] & (c < n)[None, :] & (c[None, :] < r[:, None])
+        value = tl.load(base + r.to(tl.int64)[:, None] * n + c[None, :], mask=there, other=0.0)
+        tl.store(base + c.to(tl.int64)[None, :] * n + r[:, None], value, mask=there)
+
+
+def symmetric_(totals: Tensor) -> Tensor:
+    """`plain_segments.symmetric_` on a GPU, in one pass.
+
+    Raises:
+        ValueError: Wrong dtype, shape or stride.
+    """
+    segments, n, columns = totals.shape
+    if totals.dtype != torch.float32 or columns != n or not totals.is_contiguous():
+        raise ValueError(f"totals must be contiguous float32 [E, n, n], got {totals.dtype} {list(totals.shape)}")
+    if totals.numel():
+        across = triton.cdiv(n, _MIRRORED)
+        _mirror_kernel[(across, across, segments)](totals, n, WIDTH=_MIRRORED)
+    return totals

@@ -1,0 +1,73 @@
+"""The running sums of x xᵀ over the tokens of each of several experts: `EachHessian`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gptq_plugin import distributed
+from gptq_plugin.device.precision import full_precision
+from gptq_plugin.kernels import mirror_passes, segment_sums
+from gptq_plugin.walk.hessian import Hessian, add_each
+
+
+class EachHessian:
+    """A sum of x xᵀ for each expert, and its number of tokens.
+
+    Exact sums are a `Hessian` each. Others are one tensor, to which a GPU adds a batch in one launch, without a wait.
+
+    Args:
+        experts: Their number.
+        in_features: Width of their layers' input.
+        device: Device of the sums; inputs must be there too.
+        exact: See `Hessian`.
+    """
+
+    def __init__(self, experts: int, in_features: int, device: torch.device | str, *, exact: bool = True) -> None:
+        self.in_features = in_features
+        self._apart = [Hessian(in_features, device) for _ in range(experts if exact else 0)]
+        together = 0 if exact else experts
+        self._sums = torch.zeros(together, in_features, in_features, device=device)
+        self._tokens = torch.zeros(together, dtype=torch.int64, device=device)
+
+    def add(self, x: Tensor, ends: Tensor) -> None:
+        """Adds rows sorted by expert.
+
+        Args:
+            x: [rows, in].
+            ends: Where the experts' rows end, int32 [experts]; rows behind the last end are no expert's.
+        """
+        if self._apart:
+            counts: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
+            add_each(self._apart, x[: sum(counts)].split(counts))
+            return
+        with full_precision(x.device):
+            segment_sums(x).add_products(self._sums, x.detach(), ends)
+            self._tokens += ends.diff(prepend=ends.new_zeros(1))
+
+    def over_ranks(self) -> None:
+        """Adds up the sums and the tokens of all ranks, on every rank."""
+        for hessian in self._apart:
+            hessian.over_ranks()
+        if len(self._sums):
+            distributed.sum_(self._sums)
+            distributed.sum_(self._tokens)
+
+    def means(self, beside: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:
+        """Yields each expert's `Hessian.mean`, and the number of its tokens. To be called once: it drops the sums.
+
+        Args:
+            beside: See `Hessian.mean`.
+        """
+        while self._apart:
+            hessian = self._apart.pop(0)
+            yield hessian.mean(beside), hessian.tokens
+        tokens, means = self._tokens, mirror_passes(self._sums).symmetric_(self._sums)
+        weights = tokens
+        if beside is not None:
+            means.add_(beside, alpha=self.in_features)
+            weights = tokens + self.in_features
+        means /= weights.clamp(min=1)[:, None, None]
+        yield from zip(means.unbind(), tokens.tolist(), strict=True)

@@ -1,0 +1,86 @@
+"""Sums for segments of rows: the Triton kernels against the plain ones, and those against each segment's product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gptq_plugin.kernels import plain_segments
+
+from kernel_cases import INTERPRETED, triton_device
+
+DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]  # which tl.dot takes for int16 there
+COUNTS = [(3, 0, 70, 1), (0, 0, 5), (0,), (130,)]
+
+
+def segments(counts, n, dtype, device="cpu", beyond=3):
+    x = torch.randn(sum(counts) + beyond, n, generator=torch.Generator().manual_seed(n)).to(device, dtype)
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).to(device)
+    totals = torch.randn(len(counts), n, n, generator=torch.Generator().manual_seed(1)).to(device)
+    return totals, x, ends
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_each_segments_product_is_added_to_its_total(counts):
+    totals, x, ends = segments(counts, 9, torch.float32)
+    before = totals.clone()
+    plain_segments.add_products(totals, x, ends)
+    for number, rows in enumerate(x[: sum(counts)].split(list(counts))):
+        torch.testing.assert_close(totals[number], before[number] + rows.T @ rows)
+
+
+def test_the_part_below_the_diagonal_is_copied_above_it():
+    totals = torch.randn(3, 7, 7)
+    lower = totals.tril()
+    found = plain_segments.symmetric_(totals)
+    assert found is totals and torch.equal(found, found.mT) and torch.equal(found.tril(), lower)
+
+
+@triton_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [16, 128, 200, 300])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_the_triton_sum_is_the_plain_one(counts, n, dtype, device):
+    from gptq_plugin.kernels import segments as triton_segments
+
+    totals, x, ends = segments(counts, n, dtype, device)
+    wanted = totals.clone()
+    x[sum(counts) :] = torch.nan  # rows of none
+    plain_segments.add_products(wanted, x, ends)
+    triton_segments.add_products(totals, x, ends)
+    torch.testing.assert_close(totals.tril(), wanted.tril(), rtol=1e-5, atol=1e-4)
+
+
+@triton_device
+@pytest.mark.parametrize("n", [1, 64, 150])
+def test_the_triton_copy_is_the_plain_one(n, device):
+    from gptq_plugin.kernels import segments as triton_segments
+
+    totals = torch.randn(3, n, n, device=device)
+    wanted = plain_segments.symmetric_(totals.clone())
+    assert torch.equal(triton_segments.symmetric_(totals), wanted)
+
+
+@triton_device
+def test_the_triton_sum_reads_rows_that_are_apart(device):
+    from gptq_plugin.kernels import segments as triton_segments
+
+    totals, x, ends = segments((3, 0, 70, 1), 40, torch.float16, device)
+    wanted, wide = totals.clone(), torch.cat([x, x], 1)
+    plain_segments.add_products(wanted, x, ends)
+    triton_segments.add_products(totals, wide[:, :40], ends)
+    torch.testing.assert_close(totals.tril(), wanted.tril(), rtol=1e-5, atol=1e-4)
+
+
+@triton_device
+def test_the_triton_sum_names_what_it_cannot_take(device):
+    from gptq_plugin.kernels import segments as triton_segments
+
+    totals, x, ends = segments((3, 4), 16, torch.bfloat16, device)
+    with pytest.raises(ValueError, match="totals must be contiguous float32"):
+        triton_segments.add_products(totals.double(), x, ends)
+    with pytest.raises(ValueError, match="x must be float16 or bfloat16"):
+        triton_segments.add_products(totals, x.float(), ends)
+    with pytest.raises(ValueError, match="ends must be contiguous int32"):
+        triton_segments.add_products(totals, x, ends.long())
+    with pytest.raises(ValueError, match="totals must be contiguous float32"):
+        triton_segments.symmetric_(totals[:, :, :-1])

@@ -1,0 +1,76 @@
+"""Hessians of several experts, each with the tokens between two ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_plugin import distributed
+from gptq_plugin.walk.each_hessian import EachHessian
+from gptq_plugin.walk.hessian import Hessian
+
+from kernel_cases import gpu
+
+COUNTS = [(5, 0, 9, 1), (0, 0, 3, 2)]
+
+
+def batches(n=12, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    for counts in COUNTS:
+        x = torch.randn(sum(counts) + 2, n, generator=generator)  # two rows are no expert's
+        yield x.to(device, dtype), torch.tensor(counts).cumsum(0, dtype=torch.int32).to(device), counts
+
+
+def one_each(beside=None, **kind):
+    found = []
+    for number in range(4):
+        hessian = Hessian(12, kind.get("device", "cpu"))
+        for x, _, counts in batches(**kind):
+            hessian.add(x[: sum(counts)].split(list(counts))[number])
+        found.append((hessian.mean(beside), hessian.tokens))
+    return found
+
+
+def of_all(exact, beside=None, **kind):
+    each = EachHessian(4, 12, kind.get("device", "cpu"), exact=exact)
+    for x, ends, _ in batches(**kind):
+        each.add(x, ends)
+    return list(each.means(beside))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("helped", [True, False])
+def test_each_experts_mean_is_that_of_its_tokens(exact, helped):
+    beside = torch.eye(12) + 0.1 if helped else None
+    for (mean, tokens), (wanted, own) in zip(of_all(exact, beside), one_each(beside), strict=True):
+        assert tokens == own
+        torch.testing.assert_close(mean, wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(mean, mean.mT)
+
+
+def test_exact_sums_are_those_of_one_expert_to_the_bit():
+    for (mean, _), (wanted, _) in zip(of_all(True), one_each(), strict=True):
+        assert torch.equal(mean, wanted)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_sums_and_tokens_are_those_of_all_ranks(exact, monkeypatch):
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    monkeypatch.setattr(distributed, "sum_", lambda tensor, count=0: (tensor.mul_(3), 3 * count)[1])
+    each = EachHessian(4, 12, "cpu", exact=exact)
+    for x, ends, _ in batches():
+        each.add(x, ends)
+    each.over_ranks()
+    for (mean, tokens), (wanted, own) in zip(each.means(), one_each(), strict=True):
+        assert tokens == 3 * own
+        torch.testing.assert_close(mean, wanted, rtol=1e-5, atol=1e-6)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("exact", [True, False])
+def test_on_a_gpu_each_experts_mean_is_that_of_its_tokens(exact, dtype):
+    kind = {"dtype": dtype, "device": "cuda"}
+    for (mean, tokens), (wanted, own) in zip(of_all(exact, **kind), one_each(**kind), strict=True):
+        assert tokens == own
+        torch.testing.assert_close(mean, wanted, rtol=1e-5, atol=1e-5)
