@@ -202,7 +202,8 @@ class Attempts:
         own = {name: getattr(quantizer, name) for name in arguments.OPTIONS}
         try:
             options = replace(self.options, **own)
-            return Ranking(measure_model(self.model, self.data(), quantizer.config, options))
+            with distributed.failing_together():
+                return Ranking(measure_model(self.model, self.data(), quantizer.config, options))
         except (CalibrationError, TargetError, RankError) as error:
             return Ranking(noise, f"; by their outputs' errors on calibration tokens: {error}")
 
