@@ -15,6 +15,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.options.limited_files import parse_json
 from gptq_plugin.report.allocation import Allocation, UnitChoice
 from gptq_plugin.report.base_card import License
+from gptq_plugin.report.benchmark import Benchmark
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.finish_record import FinishRecord, Judgement
 from gptq_plugin.report.model_card import ModelFacts
@@ -59,8 +60,13 @@ def _report(values: Mapping[str, Any]) -> QuantizeReport:
         finish=_finish(values["finish"]),
         metrics={name: _numbers(metric) for name, metric in values["metrics"].items()},
         spreads={name: _of_its_kinds(Spread(**_numbers(one, "parts"))) for name, one in values["spreads"].items()},
+        benchmarks={name: _benchmark(one) for name, one in values["benchmarks"].items()},
         **{name: values[name] for name in as_they_are},
     )
+
+
+def _benchmark(values: Mapping[str, Any]) -> Benchmark:
+    return _of_its_kinds(Benchmark(**{**values, "error": _number(values["error"])}))
 
 
 def _module(values: Mapping[str, Any]) -> ModuleReport:
