@@ -133,7 +133,7 @@ def tell(error: BaseException) -> None:
 
 def pass_on(error: Exception) -> None:
     """Has the other ranks raise RankError with this error at their next check-in; all can go on behind it."""
-    with contextlib.suppress(RankError):  # of all, this one among them; or none can be reached, as the next one will say
+    with contextlib.suppress(RankError):  # of all ranks, this one too; or they cannot be reached
         _exchange(_FAILED, 0, f"{type(error).__name__}: {error}")
 
 

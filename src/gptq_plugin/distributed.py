@@ -66,7 +66,7 @@ def ending_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Ends the block on all ranks when an error ends it on one, as `ending_together` does, but they can go on behind it.
+    """Ends the block on all ranks when an error ends it on one, like `ending_together`, and they can go on behind it.
 
     For errors that are caught, the same way on all ranks, inside of `ending_together`. An error is an Exception, and
     the rank that failed waits until all others know.
