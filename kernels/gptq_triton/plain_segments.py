@@ -1,6 +1,6 @@
 """Sums of x xᵀ for segments of rows, such as those of experts, in plain PyTorch: the definition.
 
-Tested by tests/kernels/test_segments.py, with the Triton kernels.
+Tested by tests/kernels/test_segments.py: with the Triton kernels.
 """
 
 from __future__ import annotations

@@ -57,6 +57,19 @@ def test_layers_are_called_with_their_rows_unless_they_are_called_as_one():
     assert seen == [3, 5, 1] and call.count == 1
 
 
+@torch.no_grad()
+def test_of_some_experts_layers_may_be_called_all_the_same():
+    own, seen = layers(), []
+    for of_one in own:
+        of_one[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    for counts, called in (((3, 0, 5, 1), [3]), ((3, 2, 5, 1), [3, 2]), ((0, 0, 1, 1), [])):
+        call, x, ends = ExpertsCall(own.__getitem__, len(own)), torch.randn(sum(counts), IN), ends_of(counts)
+        seen.clear()
+        with call.as_one(but=2):
+            torch.testing.assert_close(call(x, ends), expected(own, x, ends))
+        assert seen == called
+
+
 def test_a_hook_on_the_call_gets_all_rows_and_can_ask_where_experts_rows_end():
     own, seen = layers(), []
     call, x, ends = ExpertsCall(own.__getitem__, len(own)), torch.randn(9, IN), ends_of((3, 0, 5, 1))

@@ -17,7 +17,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     Returns:
         The number of outputs of every product that several layers shared, as they come.
     """
-    from gptq_plugin.kernels.product import products
+    from gptq_plugin.kernels.product import expert_rows, products
 
     calls: list[int] = []
 
@@ -27,7 +27,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     for module in (kernel_layout, fuse, stored_weight):
         monkeypatch.setattr(module, "is_served", lambda device: True)
+
+    def of_experts(x, ends, layout, arranged, out):
+        calls.append(layout.n_out)
+        start = 0
+        for expert, stop in enumerate(ends.tolist()):
+            every = multiply(x[start:stop], layout, arranged, None)
+            out[start:stop] = every.unflatten(-1, (len(ends), -1))[:, expert]
+            start = stop
+
     monkeypatch.setattr(products, "product", product)
+    monkeypatch.setattr(expert_rows, "expert_rows", of_experts)
     monkeypatch.setattr(QuantLinear, "product", multiply_alone)
     return calls
 

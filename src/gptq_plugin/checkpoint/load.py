@@ -34,6 +34,7 @@ from gptq_plugin.errors import CheckpointError, brief
 from gptq_plugin.layers.autotune import autotune as tune_layers
 from gptq_plugin.layers.fuse import fuse_layers
 from gptq_plugin.layers.stored_weight import arrange_layers
+from gptq_plugin.model.experts_at_once import stack_experts
 from gptq_plugin.model.plan import MODEL
 from gptq_plugin.options.fields import PATH, SWITCH, Kind, optional, shown
 
@@ -229,6 +230,7 @@ def _load_transformers(
     model.config.quantization_config = in_memory(checkpoint, model, names)
     model = (model if device_map is not None else model.to(device)).eval()
     arrange_layers(model)
+    stack_experts(model)
     return model
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from gptq_plugin.hf.evaluation_losses import as_metric, losses_of
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.options import fields
 from gptq_plugin.training.attempts import Quality
@@ -31,8 +30,7 @@ class Validation:
     """Measures the model with the user's function, and judges it.
 
     Args:
-        validate: Returns metrics by name, each a number, or a sequence of numbers, one for each sample, whose mean is
-            the metric; None measures nothing.
+        validate: Returns metrics by name; None measures nothing.
         gate: Limits for them.
 
     Attributes:
@@ -62,37 +60,30 @@ class Validation:
 
     def check_names(self, logged: Iterable[str]) -> None:
         """Refuses limits of metrics that an evaluation in training does not give, where validation is the same."""
-        if self._trainer is not None and not isinstance(self._trainer.eval_dataset, dict):
-            self.gate.check_names(logged)
-
-    @property
-    def _trainer(self) -> Trainer | None:
-        """The trainer whose `evaluate` measures."""
         trainer = getattr(self.validate, "__self__", None)
-        return trainer if isinstance(trainer, Trainer) else None
+        if isinstance(trainer, Trainer) and not isinstance(trainer.eval_dataset, dict):
+            self.gate.check_names(logged)
 
     def of_float_model(self) -> Quality:
         """Measures the float model; returns how the quantized one is measured and judged by it.
 
         Raises:
-            ValueError: A limit's metric is not measured, or not so that its confidence can be told.
+            ValueError: A limit's metric is not measured.
         """
         before = self._measure() if self.validate is not None else {}
         self.gate.check_names(before)
-        self.gate.check_parts(before, before)
         return Quality(self.gate, before, self._measure)
 
     def _measure(self) -> dict[str, float]:
         assert self.validate is not None
-        with self._measuring(), losses_of(self._trainer) as losses:
+        with self._measuring():
             found = self.validate()
         if not isinstance(found, Mapping):
             raise ValueError(f"validate must return a mapping from names to numbers; got {fields.shown(found)}")
-        values = {name: losses.measured(name, as_metric(value)) for name, value in found.items()}
         return {
-            name: value
-            for name, value in values.items()
-            if value is not None and (name in self.gate.limits or not name.endswith(_TIMES))
+            name: float(value)
+            for name, value in found.items()
+            if fields.is_number(value) and (name in self.gate.limits or not name.endswith(_TIMES))
         }
 
     @contextlib.contextmanager

@@ -2,12 +2,12 @@
 each expert; `WatchedWeights` learns how the parameter is used.
 
 Indexed with an expert's number, both give an object that torch.nn.functional.linear and @ take for a matrix; PyTorch's
-``__torch_function__`` lets it compute the product. So do products of all experts: batched, or grouped, of rows that are
-sorted by expert.
+``__torch_function__`` lets it compute the product. So do products of all experts, batched or of rows sorted by expert.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -72,17 +72,17 @@ class ExpertWeights(_Experts):
         self._layout = layout
         self.shape = shape
         self.dtype = dtype
-        self.call = ExpertsCall(self.layers, len(parts))
+        self.call = ExpertsCall(self.layers, len(parts), (module, parts))
 
     @property
     def device(self) -> torch.device:
-        weight: Tensor = self.layers(0)[0].weight  # type: ignore[assignment]
-        return weight.device
+        layer = self.layers(0)[0]
+        tensors = itertools.chain(layer.parameters(), layer.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @property
     def in_features(self) -> int:
-        features: int = self.layers(0)[0].in_features  # type: ignore[assignment]
-        return features
+        return int(self.layers(0)[0].in_features)  # type: ignore[arg-type]
 
     def dim(self) -> int:
         return len(self.shape)

@@ -75,11 +75,16 @@ def in_grouped_products(some: Collection[Grouped]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def called_at_once(some: Collection[Grouped]) -> Iterator[None]:
-    """Inside the block grouped products call these experts at once: hooks on their layers see nothing."""
+def called_at_once(some: Collection[Grouped], but: int = 0) -> Iterator[None]:
+    """Inside the block grouped products call these experts at once: hooks on their layers see nothing.
+
+    Args:
+        some: The experts.
+        but: See `ExpertsCall.as_one`.
+    """
     with contextlib.ExitStack() as stack:
         for one in some:
-            stack.enter_context(one.call.as_one())
+            stack.enter_context(one.call.as_one(but))
         yield
 
 
@@ -130,11 +135,17 @@ def by_expert(group: Group, grouped: Mapping[str, Grouped]) -> list[tuple[str, .
     return [tuple(name for layers in own for name in layers if name in members) for own in of_calls]
 
 
-def all_but_two(grouped: Mapping[str, Grouped]) -> set[str]:
-    """The layers of all experts but two, where they were called at once: what holds for two holds for all, since the
-    call is code of this package."""
-    made = (one for one in grouped.values() if one.call.count)
-    return {name for one in made for own in one.layers[2:] for name in own}
+@contextlib.contextmanager
+def two_called(grouped: Mapping[str, Grouped]) -> Iterator[set[str]]:
+    """Inside the block the layers of two experts are called, of each parameter whose experts were called at once; what
+    holds for two holds for all, since the call is code of this package.
+
+    Yields:
+        The layers of the others.
+    """
+    made = [one for one in grouped.values() if one.call.count]
+    with called_at_once(made, but=2):
+        yield {name for one in made for own in one.layers[2:] for name in own}
 
 
 def called(
@@ -145,3 +156,23 @@ def called(
     covered = {layer for name in made for own in grouped[name].layers for layer in own}
     others = {name: module for name, module in layers.items() if name not in covered}
     return others | {name: grouped[name].call for name in made}
+
+
+def stack_experts(model: nn.Module) -> list[str]:
+    """Lets one product serve the quantized layers of all experts of a parameter, where grouped products can call them.
+
+    transformers' modules, which `place_experts` had run expert by expert, run in grouped products again: without
+    gradients those take the stacked layers, and otherwise call them.
+
+    Returns:
+        The names of the parameters whose layers are stacked.
+    """
+    of_configs: dict[int, list[Grouped]] = {}
+    for one in find_grouped(model):
+        config: Any = one.module.config
+        of_configs.setdefault(id(config), []).append(one)
+    stacked = [some for some in of_configs.values() if all(one.call.stack() for one in some)]
+    for some in stacked:
+        config = some[0].module.config
+        config._experts_implementation = _GROUPED
+    return [one.name for some in stacked for one in some]

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gptq_plugin.layers.expert_stack import ExpertStack
 from gptq_plugin.layers.qlinear import output_dtype
 
+_Places = Sequence[tuple[dict[str, Any], str]]
 _ALIGNED = 16  # bytes, to which a GPU's grouped product needs rows aligned
 _CAPABILITY = (8, 0)
 
@@ -28,17 +30,27 @@ class ExpertsCall(nn.Module):
     Args:
         layers: Returns an expert's layers, whose outputs are concatenated.
         experts: Number of experts.
+        names: A module, and the names below it of each expert's layers, which are those that `layers` returns. Without,
+            one product never serves quantized layers (`ExpertStack`).
 
     Attributes:
         count: Number of calls inside the last `as_one`.
     """
 
-    def __init__(self, layers: Callable[[int], Sequence[nn.Module]], experts: int) -> None:
+    def __init__(
+        self,
+        layers: Callable[[int], Sequence[nn.Module]],
+        experts: int,
+        names: tuple[nn.Module, Sequence[Sequence[str]]] | None = None,
+    ) -> None:
         super().__init__()
         self._layers = layers
         self._experts = experts
+        self._names = names
+        self._served: tuple[ExpertStack | None, _Places, list[Any]] | None = None
         self.count = 0
         self._as_one: list[list[nn.Module]] | None = None  # each expert's layers, inside `as_one`
+        self._apart = 0
         self._ends: Any = WeakTensorKeyDictionary()
 
     def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -47,8 +59,8 @@ class ExpertsCall(nn.Module):
         result: Tensor = super().__call__(x, ends)
         return result
 
-    def __reduce__(self) -> tuple[type[ExpertsCall], tuple[Callable[[int], Sequence[nn.Module]], int]]:
-        return ExpertsCall, (self._layers, self._experts)  # no call outlasts a copy
+    def __reduce__(self) -> tuple[type[ExpertsCall], tuple[Any, ...]]:
+        return ExpertsCall, (self._layers, self._experts, self._names)  # no call outlasts a copy
 
     def ends_of(self, x: Tensor) -> Tensor:
         """Where the experts' rows end, int32 [experts], in an input of this call that is alive."""
@@ -56,9 +68,13 @@ class ExpertsCall(nn.Module):
         return ends
 
     @contextlib.contextmanager
-    def as_one(self) -> Iterator[None]:
-        """Inside the block float layers are not called, only their weights used, so that hooks on them see nothing."""
-        self._as_one, self.count = self._of_all(), 0
+    def as_one(self, but: int = 0) -> Iterator[None]:
+        """Inside the block float layers are not called, only their weights used, so that hooks on them see nothing.
+
+        Args:
+            but: Of how many experts, the first ones, layers are called with their rows all the same.
+        """
+        self._as_one, self._apart, self.count = self._of_all(), but, 0
         try:
             yield
         finally:
@@ -68,20 +84,59 @@ class ExpertsCall(nn.Module):
         """Calls float layers again for the rest of an `as_one`."""
         self._as_one = None
 
+    def stack(self) -> bool:
+        """Stacks quantized layers in memory for one product of all; False if that does not serve them."""
+        self._served = None
+        return ExpertStack.of_experts(self._of_all()) is not None  # type: ignore[arg-type]
+
+    def _stack(self) -> ExpertStack | None:
+        """The stack of the layers that are in place now."""
+        if self._served is not None:
+            stack, places, known = self._served
+            if [there.get(name) for there, name in places] == known:
+                return stack
+        places = [] if self._names is None else _places(*self._names)
+        known = [there.get(name) for there, name in places]
+        stack = ExpertStack.having([layer for own in self._of_all() for layer in own]) if places else None
+        self._served = stack, places, known
+        return stack
+
     def _of_all(self) -> list[list[nn.Module]]:
         return [list(self._layers(expert)) for expert in range(self._experts)]
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Returns [rows, out]; rows that are no expert's are 0."""
         if self._as_one is None:
+            stack = self._stack()
+            y = None if stack is None else stack.of_all(x, ends)
+            if y is not None:
+                return y
             layers = self._of_all()
             return _one_by_one(x, ends, lambda expert, rows: _joined([layer(rows) for layer in layers[expert]]))
         with torch._C.DisableTorchFunction():  # modes that watch who reads a weight
             weights = [[_weight(layer) for layer in own] for own in self._as_one]
             dtype = output_dtype(x)
             if _has_grouped_product(x.to(dtype), weights):
-                return _grouped(x.to(dtype), ends, weights)
-            return _one_by_one(x, ends, lambda expert, rows: _products(rows, weights[expert]))
+                y = _grouped(x.to(dtype), ends, weights)
+            else:
+                y = _one_by_one(x, ends, lambda expert, rows: _products(rows, weights[expert]))
+        start = 0
+        for expert, stop in enumerate(ends[: self._apart].tolist() if self._apart else ()):
+            if stop > start:
+                y[start:stop] = _joined([layer(x[start:stop]) for layer in self._layers(expert)])
+            start = stop
+        return y
+
+
+def _places(module: nn.Module, names: Sequence[Sequence[str]]) -> _Places:
+    """Where the modules on the way to each layer are looked up, and it at last: a dict and a key."""
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    for name in (name for own in names for name in own):
+        around = module
+        for part in name.split("."):
+            found[id(around), part] = around._modules, part
+            around = around.get_submodule(part)
+    return list(found.values())
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -28,11 +28,11 @@ from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.finished_layers import FinishedLayers
 from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.experts_at_once import (
-    all_but_two,
     call_others_apart,
     called,
     called_at_once,
     in_grouped_products,
+    two_called,
 )
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
@@ -122,7 +122,8 @@ class OnePass:
                     self._calibrate(groups, modules, samples)
                 self._take_rest()
                 self._outcome.check_reached()
-                self._unchecked = self.runs.check_swap(sorted({*self._outcome.solved} - all_but_two(self.runs.at_once)))
+                with two_called(self.runs.at_once) as others:
+                    self._unchecked = self.runs.check_swap(sorted({*self._outcome.solved} - others))
                 self._finished.take_home(wait=True)
         ranges = self._observations.ranges.over_ranks(self._targets, self.runs.device)
         record = self._kept.record or _recorded(ranges, self._observations, self._outcome, self._positions)

@@ -1,0 +1,130 @@
+"""x Wᵀ for rows sorted by expert, each expert with a weight of its own, in one launch: `expert_rows`.
+
+The weights of all experts are one in the kernels' layout, whose outputs follow each other. A program takes some outputs
+of an expert and some of its rows, and multiplies as `few_rows` does; it finds out whose by where the experts' rows end,
+so that nothing waits for the GPU. Experts without rows take no program, and their weights are not read.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from ..needs_triton import tl, triton
+from .codes import centered, of_pair, scale_of
+from .layout import OUTPUTS, Arranged, Layout
+
+_BN = 64  # outputs of a tile
+_STAGES = 3
+_FEWEST, _MOST = 8, 32  # rows of a tile
+
+
+@triton.jit(do_not_specialize=["experts"])
+def _expert_rows_kernel(
+    x, ends, words, high, scales, zeros, out, experts, width, K, stride, steps,
+    BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr, WHOLE: tl.constexpr, EXPERTS: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(1)
+    e = tl.arange(0, EXPERTS)
+    stop = tl.load(ends + e, mask=e < experts, other=0)
+    start = tl.load(ends + e - 1, mask=(e > 0) & (e < experts), other=0)
+    tiles = (stop - start + BM - 1) // BM
+    upto = tl.cumsum(tiles, 0)
+    expert = tl.sum((upto <= slot).to(tl.int32), 0)  # behind the last, of which there is no tile, all are
+    if expert < experts:
+        mine = e == expert
+        within = slot - tl.sum(tl.where(mine, upto - tiles, 0), 0)
+        first = tl.sum(tl.where(mine, start, 0), 0) + within * BM
+        last = tl.sum(tl.where(mine, stop, 0), 0)
+        BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+        EACH: tl.constexpr = GROUP // LANES  # planes that share a scale
+        PAIRS: tl.constexpr = BLOCKS * PLANES // EACH // 2
+        column = tl.program_id(0) * BN + tl.arange(0, BN)
+        n = expert * width + column
+        m = first + tl.arange(0, BM)
+        lane = tl.arange(0, LANES)
+        at = n[:, None] * LANES + lane[None, :]
+        row = x + m.to(tl.int64)[:, None] * K + lane[None, :]
+        there = (m < last)[:, None]
+        size = stride.to(tl.int64) * LANES  # words of a block
+        kind = tl.zeros([1], x.dtype.element_ty)
+        acc = tl.zeros((BN, BM), tl.float32)
+        for step in tl.range(0, steps, num_stages=STAGES):
+            if BITS == 3:
+                upper = tl.load(high + size * step + at, eviction_policy="evict_first")
+            for index in tl.static_range(BLOCKS * PLANES):  # planes of the step
+                if index % PLANES == 0:
+                    w = tl.load(words + size * (step * BLOCKS + index // PLANES) + at, eviction_policy="evict_first")
+                    if BITS != 3:
+                        upper = w
+                if index % (2 * EACH) == 0:
+                    pair = (step * PAIRS + index // (2 * EACH)) * stride + n
+                    s = tl.load(scales + pair)
+                    z = s
+                    if not SYMMETRIC:
+                        z = tl.load(zeros + pair)
+                if index % EACH == 0:
+                    total = tl.zeros((BN, BM), tl.float32)
+                    zero = tl.full((BN, 1), 2 ** (BITS - 1), tl.int32)
+                    if not SYMMETRIC:
+                        zero = of_pair(z, index // EACH % 2)[:, None]
+                k = (step * (BLOCKS * PLANES) + index) * LANES
+                inside = there if WHOLE else there & (k + lane < K)[None, :]
+                a = tl.load(row + k, mask=inside, other=0)
+                q = centered(w, upper, zero, kind, index % PLANES, index // PLANES, BITS, BF16, SYMMETRIC)
+                total = tl.dot(q, tl.trans(a), total, input_precision="ieee")
+                if index % EACH == EACH - 1:
+                    acc += total * scale_of(s, index // EACH % 2)[:, None]
+        store = (m < last)[None, :] & (column < width)[:, None]
+        tl.store(out + m.to(tl.int64)[None, :] * width + column[:, None], acc.to(out.dtype.element_ty), mask=store)
+
+
+def expert_rows(x: Tensor, ends: Tensor, layout: Layout, arranged: Arranged, out: Tensor) -> None:
+    """Writes x Wᵀ with each row's expert's weight, accumulated in float32; rows of no expert are left as they are.
+
+    Args:
+        x: float16, bfloat16 or float32 [rows, in], contiguous, its channels in the weights' order.
+        ends: Where the experts' rows end, int32 [experts], contiguous.
+        layout, arranged: The weights of all experts, expert after expert: a multiple of 64 outputs each.
+        out: [rows, outputs of an expert] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: Wrong dtype, shape or stride.
+    """
+    (rows, width), experts = out.shape, len(ends)
+    _check(x, ends, layout, out)
+    block = min(_MOST, max(_FEWEST, triton.next_power_of_2(-(-2 * rows // max(1, experts)))))
+    slots = min(rows, experts) + rows // block
+    if not slots:
+        return
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _expert_rows_kernel[(width // _BN, slots)](
+            x, ends, arranged.words, arranged.high, arranged.scales, arranged.zeros, out,
+            experts, width, layout.n_in, arranged.stride, layout.steps,
+            BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step,
+            GROUP=layout.group, SYMMETRIC=layout.symmetric, WHOLE=layout.n_in % layout.step == 0,
+            EXPERTS=triton.next_power_of_2(experts),
+            BN=_BN, BM=block, STAGES=_STAGES, num_warps=2 if block <= 16 else 4, num_stages=_STAGES,
+        )  # fmt: skip
+
+
+def _check(x: Tensor, ends: Tensor, layout: Layout, out: Tensor) -> None:
+    rows, width = out.shape
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or out.dtype != x.dtype:
+        raise ValueError(f"x and out must be float16, bfloat16 or float32, got {x.dtype} and {out.dtype}")
+    if x.shape != (rows, layout.n_in) or not x.is_contiguous() or not out.is_contiguous():
+        raise ValueError(
+            f"x must be contiguous [{rows}, {layout.n_in}], as many rows as of a contiguous out, got {list(x.shape)}"
+        )
+    if ends.dim() != 1 or ends.dtype != torch.int32 or not ends.is_contiguous():
+        raise ValueError(f"ends must be contiguous int32 [experts], got {ends.dtype} {list(ends.shape)}")
+    if width % OUTPUTS or width * len(ends) != layout.n_out:
+        raise ValueError(
+            f"{len(ends)} experts of {width} outputs, which must be a multiple of {OUTPUTS}, are not the weight's "
+            f"{layout.n_out}"
+        )
