@@ -6,14 +6,16 @@
     python scripts/bench_qlinear.py --ragged         # channels and outputs that fill no tile
     python scripts/bench_qlinear.py --write-table    # measure kernels, and write the package's table for this GPU
 
-On a GPU every number is the replay of one CUDA graph over copies of the weights that together exceed the cache, and
-every layer's result is compared with that of its dequantized weight first. `floor` is codes, scales, zeros, x and y
-once at 3.0 TB/s (what an H100 reads); `standard` is the kernel for a checkpoint's layout, `tinygemm` PyTorch's
-(bfloat16, at most 16 rows). On a CPU the calls take turns, each with its weight out of the cache; with one thread its
-own seconds count. `int4` is PyTorch's 4-bit kernel on bfloat16 rows, up to 128 of them, `before` the plain definition
-(`reference.matmul`), up to 16. The line ends with the error against float64, relative to the norm, and that of the
-dequantized weight's product. On a GPU it ends with the time in floors, the same errors, the largest error of one number
-in units of the outputs' root mean square, and the kernel.
+On a GPU every number is the replay of one CUDA graph over copies of the weights that together exceed the cache; replays
+take turns, and the layer's result is compared with that of its dequantized weight first. `floor` is codes, scales,
+zeros, x and y once at 3.0 TB/s (what an H100 reads); `standard` is the kernel for a checkpoint's layout (timed alone),
+`tinygemm` PyTorch's (bfloat16, at most 16 rows). A line ends with the time in floors, the error against float64,
+relative to the norm, and that of the dequantized weight's product, the largest error of one number in units of the
+outputs' root mean square, and the kernel.
+
+On a CPU the calls take turns, each with its weight out of the cache; with one thread its own seconds count. `int4` is
+PyTorch's 4-bit kernel on bfloat16 rows, up to 128 of them, `before` the plain definition (`reference.matmul`), up to
+16. A line ends with the errors.
 
 With --write-table nothing else is timed: every product of the chosen shapes, bits, rows and dtypes is measured with a
 dozen choices of kernels and options, and the fastest are added to the table.
@@ -23,10 +25,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,24 +84,27 @@ def cpu_seconds(calls: Mapping[str, Callable[[], object]], seconds: float = 4.0)
     return best
 
 
-def gpu_seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds per call: the median of 20 replays of a graph of all calls."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
+def gpu_seconds(calls: Mapping[str, Sequence[Callable[[], object]]]) -> Times:
+    """Seconds a call: the median of 20 replays of a graph of each name's calls. Replays take turns, so that all of them
+    run at the same clocks."""
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, of_name in calls.items():
+        for call in of_name:
             call()
-    times = []
-    for _ in range(22):
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in of_name:
+                call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name in [*graphs] * 22:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        graphs[name].replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
-    return sorted(times[2:])[10]
+        times[name].append(start.elapsed_time(end) * 1e-3 / len(calls[name]))
+    return {name: sorted(of_name[2:])[10] for name, of_name in times.items()}
 
 
 def bench_cpu(
@@ -136,13 +141,13 @@ def bench_gpu(
         torch.randn(n_out, n_in, dtype=dtype, device="cuda")
         for _ in range(-(-ROTATE_BYTES // (n_in * n_out * x.element_size())) + 1)
     ]
-    times = {"float": gpu_seconds([lambda w=w: linear(x, w) for w in weights])}  # type: ignore[misc]
+    times: Times = {}
     if len(x) <= 256:
-        times["standard"] = gpu_seconds(
-            [lambda p=p: matmul.quant_matmul(x, *p, bits, group_size=group_size) for p in packed]  # type: ignore[misc]
-        )
+        standard = (partial(matmul.quant_matmul, x, *p, bits, group_size=group_size) for p in packed)
+        times = gpu_seconds({"standard": list(standard)})
+    calls: dict[str, list[Callable[[], object]]] = {"float": [partial(linear, x, w) for w in weights]}
     if rows <= 16 and bits == 4 and n_in % 128 == 0 and n_out % 8 == 0 and group_size in (32, 64, 128, 256):
-        times["tinygemm"] = tinygemm_seconds(x.bfloat16(), n_out, group_size, len(layers))
+        calls["tinygemm"] = tinygemm(x.bfloat16(), n_out, group_size, len(layers))
     expected = linear(x.double(), layers[0].dequantize().double())
     exact = linear(x, layers[0].dequantize(dtype))
     del packed
@@ -153,7 +158,8 @@ def bench_gpu(
     if not error <= 1.05 * of_float:
         raise SystemExit(f"the error is {error:.1e}, that of the dequantized weight's product {of_float:.1e}")
     largest = float((found.double() - expected).abs().max() / expected.square().mean().sqrt())
-    times["QuantLinear"] = gpu_seconds([lambda q=q: q(x) for q in layers])  # type: ignore[misc]
+    calls["QuantLinear"] = [partial(layer, x) for layer in layers]
+    times = gpu_seconds(calls) | times
     times["floor"] = (size + x.element_size() * rows * (n_in + n_out)) / BYTES_PER_SECOND
     arranged = layers[0].arranged()
     assert arranged is not None
@@ -162,7 +168,7 @@ def bench_gpu(
     return times, f"{floors:.2f} floors, error {error:.1e} ({of_float:.1e}), largest {largest:.1e}; {choice}"
 
 
-def tinygemm_seconds(x: Tensor, n_out: int, group_size: int, copies: int) -> float:
+def tinygemm(x: Tensor, n_out: int, group_size: int, copies: int) -> list[Callable[[], object]]:
     n_in = x.shape[1]
     weights = [
         (
@@ -173,9 +179,7 @@ def tinygemm_seconds(x: Tensor, n_out: int, group_size: int, copies: int) -> flo
         )
         for _ in range(copies)
     ]
-    return gpu_seconds(
-        [lambda w=w: torch._weight_int4pack_mm(x, w[0], group_size, w[1]) for w in weights]  # type: ignore[misc]
-    )
+    return [partial(torch._weight_int4pack_mm, x, w, group_size, scales) for w, scales in weights]
 
 
 def write_table(
@@ -208,7 +212,7 @@ def write_table(
         kind = getattr(torch, dtype)
         wanted[tables.Key.of(layout, int(number), kind)] = layout, kind
     begun, left = time.perf_counter(), len(wanted)
-    for found in search(wanted, gpu, functools.partial(measure, device), SECONDS_OF_A_PRODUCT):
+    for found in search(wanted, gpu, partial(measure, device), SECONDS_OF_A_PRODUCT):
         table.choices[found.key] = found.choice
         first, best = next(iter(found.times.items())), found.times[found.choice]
         left -= 1

@@ -1,10 +1,11 @@
 """GPTQ's recursion over a span of columns in Triton, one launch for every 128; `plain_solve` defines it.
 
 Rows are independent, and each program takes some. It visits the columns in chunks, from the last to the first. One
-small product gives what the columns after a chunk push to it; within the chunk each column is rounded and its error
-pushed to the remaining ones, all in registers.
+small product gives what the columns after a chunk push to it; within the chunk each column is rounded in its turn,
+with one thread for a row, which holds the row's errors so far in registers.
 """
 
+# mypy: disable-error-code="assignment"
 from __future__ import annotations
 
 import torch
@@ -19,6 +20,55 @@ BLOCK = 128  # columns per launch
 
 
 @triton.jit
+def _push_later(
+    pushed, weight, factor, channel, errors, columns, width, factor_stride, first, r, row, inside, rows,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    # In place of a chunk's errors, its targets as far as later chunks go.
+    c = tl.arange(0, CHUNK)
+    at = first + c
+    there = at < columns
+    both = there[:, None] & inside[None, :]
+    natural = tl.load(channel + at, mask=there, other=0).to(tl.int64)
+    t = tl.load(weight + natural[:, None] * rows + row[None, :], mask=both, other=0.0)
+    t += tl.load(pushed + at[:, None] * width + r[None, :], mask=both, other=0.0)
+    for later in range(first + CHUNK, columns, CHUNK):
+        k = later + c
+        known = k < columns
+        a = tl.load(factor + at[:, None] * factor_stride + k[None, :], mask=known[None, :], other=0.0)
+        e = tl.load(errors + k[:, None] * width + r[None, :], mask=known[:, None] & inside[None, :], other=0.0)
+        t = tl.dot(a, e, acc=t, input_precision="ieee")
+    tl.store(errors + at[:, None] * width + r[None, :], t, mask=both)
+
+
+@triton.jit
+def _load_columns(
+    weight, factor, scales, zeros, group, channel, gain, damping, codes, errors,
+    columns, width, factor_stride, first, r, row, inside, rows, CHUNK: tl.constexpr, CHANGES: tl.constexpr,
+):  # fmt: skip
+    # Of each column, the last one first, what its rounding reads, and what a column before it takes of its errors.
+    loaded, shares = (), ()
+    for i in tl.static_range(CHUNK):
+        j = first + CHUNK - 1 - i
+        known = j < columns
+        mask = inside & known
+        mine = tl.load(channel + j, mask=known, other=0).to(tl.int64)
+        grid = tl.load(group + j, mask=known, other=0) * width + r
+        w = tl.load(weight + mine * rows + row, mask=mask, other=0.0)
+        scale = tl.load(scales + grid, mask=mask, other=1.0)
+        zero = tl.load(zeros + grid, mask=mask, other=0.0)
+        target = tl.load(errors + j * width + r, mask=mask, other=0.0)
+        d = tl.load(gain + j, mask=known, other=0.0)
+        damped = tl.load(damping + j, mask=known, other=0.0)
+        code = tl.load(codes + mine * width + r, mask=mask & CHANGES, other=0).to(tl.float32)
+        loaded += ((mine, w, scale, zero, target, d, damped, code),)
+        for m in tl.static_range(i):
+            later = first + CHUNK - 1 - m
+            shares += (tl.load(factor + j * factor_stride + later, mask=later < columns, other=0.0),)
+    return loaded, shares
+
+
+@triton.jit
 def _solve_block_kernel(
     pushed, weight, factor, scales, zeros, group, channel, gain, damping, codes, errors, loss,
     columns, width, rows, groups, n, factor_stride, error_batch, push_batch, factor_batch, group_batch, column_batch,
@@ -27,7 +77,6 @@ def _solve_block_kernel(
     b = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = r < width
-    c = tl.arange(0, CHUNK)
     row = r % rows
     pushed += b * push_batch
     factor, group, channel = factor + b * factor_batch, group + b * group_batch, channel + b * column_batch
@@ -42,42 +91,38 @@ def _solve_block_kernel(
     chunks = tl.cdiv(columns, CHUNK)
     for chunk in range(chunks):
         first = (chunks - 1 - chunk) * CHUNK
-        at = first + c
-        there = at < columns
-        both = there[:, None] & inside[None, :]
-        natural = tl.load(channel + at, mask=there, other=0).to(tl.int64)
-        t = tl.load(weight + natural[:, None] * rows + row[None, :], mask=both, other=0.0)
-        t += tl.load(pushed + at[:, None] * width + r[None, :], mask=both, other=0.0)
-        for later in range(first + CHUNK, columns, CHUNK):
-            k = later + c
-            known = k < columns
-            a = tl.load(factor + at[:, None] * factor_stride + k[None, :], mask=known[None, :], other=0.0)
-            e = tl.load(errors + k[:, None] * width + r[None, :], mask=known[:, None] & inside[None, :], other=0.0)
-            t = tl.dot(a, e, acc=t, input_precision="ieee")
+        # By way of memory every thread gets the targets of its own rows. From here to the stores it needs no other
+        # thread, and nothing stands between the loads: they wait together, not one after the other.
+        _push_later(
+            pushed, weight, factor, channel, errors, columns, width, factor_stride, first, r, row, inside, rows, CHUNK
+        )
+        tl.debug_barrier()
+        loaded, shares = _load_columns(
+            weight, factor, scales, zeros, group, channel, gain, damping, codes, errors,
+            columns, width, factor_stride, first, r, row, inside, rows, CHUNK, CHANGES,
+        )  # fmt: skip
+        done = ()
+        for i in tl.static_range(CHUNK):
+            _, w, scale, zero, target, d, damped, code = loaded[i]
+            for m in tl.static_range(i):
+                target += shares[i * (i - 1) // 2 + m] * done[m][1]
+            # Half to even, as torch.round: at 1.5·2^23 the spacing of float32 is 1.
+            x = tl.minimum(tl.maximum(tl.div_rn(target, scale) + zero, 0.0), TOP)
+            q = (x + 12582912.0) - 12582912.0
+            rounded = scale * (q - zero)
+            e = w - rounded
+            off = target - rounded
+            if CHANGES:
+                moved = scale * (q - code)
+                total -= moved * (d * (2 * off + moved) - damped * (2 * e + moved))
+            else:
+                total += d * off * off - damped * e * e
+            done += ((q, e),)
         for i in tl.static_range(CHUNK):
             j = first + CHUNK - 1 - i
-            if j < columns:
-                mine = tl.load(channel + j).to(tl.int64)
-                w = tl.load(weight + mine * rows + row, mask=inside, other=0.0)
-                grid = tl.load(group + j) * width + r
-                scale = tl.load(scales + grid, mask=inside, other=1.0)
-                zero = tl.load(zeros + grid, mask=inside, other=0.0)
-                a = tl.load(factor + at * factor_stride + j, mask=at < j, other=0.0)
-                target = tl.sum(tl.where((at == j)[:, None], t, 0.0), axis=0)
-                # Half to even, as torch.round: at 1.5·2^23 the spacing of float32 is 1.
-                x = tl.minimum(tl.maximum(tl.div_rn(target, scale) + zero, 0.0), TOP)
-                q = (x + 12582912.0) - 12582912.0
-                rounded = scale * (q - zero)
-                e = w - rounded
-                off = target - rounded
-                if CHANGES:
-                    moved = scale * (q - tl.load(codes + mine * width + r, mask=inside, other=0).to(tl.float32))
-                    total -= moved * (tl.load(gain + j) * (2 * off + moved) - tl.load(damping + j) * (2 * e + moved))
-                else:
-                    total += tl.load(gain + j) * off * off - tl.load(damping + j) * e * e
-                tl.store(codes + mine * width + r, q.to(tl.uint8), mask=inside)
-                tl.store(errors + j * width + r, e, mask=inside)
-                t += a[:, None] * e[None, :]
+            mask = inside & (j < columns)
+            tl.store(codes + loaded[i][0] * width + r, done[i][0].to(tl.uint8), mask=mask)
+            tl.store(errors + j * width + r, done[i][1], mask=mask)
         tl.debug_barrier()  # the next chunk reads these errors, in other threads
     tl.store(loss + r, tl.load(loss + r, mask=inside, other=0.0) + total, mask=inside)
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from . import plain_steps
 from .needs_triton import tl, triton
-from .passes import split_to_float16
 
 _LANES = 256  # rows of a program of `rounding_errors`, ...
 _COLUMNS = 8  # ... and the columns it takes
@@ -17,8 +16,7 @@ _TRIED_ROWS = 128  # rows of a program of `grid_errors`
 # the same group of other rows.
 _ROWS, _UPPER, _INNER, _WARPS, _STAGES, _TOGETHER = 128, 64, 128, 8, 2, 8
 _LEAST_INNER = 16
-_DEPTH = 1024  # of a product whose terms are all large
-_SCALE = 2.0**12  # of a Hessian with a diagonal of at most 4, before it is split
+_SCALE = 2.0**12  # of a Hessian with a diagonal of at most 4, in float16
 
 
 @triton.jit
@@ -110,15 +108,15 @@ def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor,
 
 
 def grouped_hessian(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """`plain_steps.grouped_hessian` on a GPU: the sum of two float16 matrices, [2, n, n], times 2^12."""
+    """`plain_steps.grouped_hessian` on a GPU: in float16."""
     exponent = torch.frexp(hessian.diagonal().amax()).exponent
     unit = torch.ldexp(torch.ones_like(exponent, dtype=hessian.dtype), exponent.clamp(-100, 100))
-    return split_to_float16((hessian / unit)[None], _SCALE, "hl", 1).view(2, *hessian.shape), unit / _SCALE
+    return _narrowed(hessian, _SCALE / unit), unit / _SCALE
 
 
 @triton.jit
 def _scale_matrix_kernel(
-    high, low, centred, matrix, n, count, groups,
+    hessian, centred, matrix, n, count, groups,
     SIZE: tl.constexpr, UPPER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     # Programs that run at the same time take a few blocks of rows, whose codes stay in the cache, and all groups, those
@@ -131,34 +129,33 @@ def _scale_matrix_kernel(
     there = (r < count)[:, None]
     k = g * SIZE + tl.arange(0, INNER)
     mine = tl.load(centred + k.to(tl.int64)[None, :] * count + r[:, None], mask=there, other=0.0)
-    for h in range(g + 1):
-        m = tl.zeros([ROWS], dtype=tl.float32)
-        for start in range(0, SIZE, UPPER):
-            i = h * SIZE + start + tl.arange(0, UPPER)
+    row = matrix + r.to(tl.int64) * groups * groups
+    m = tl.zeros([ROWS], dtype=tl.float32)
+    STEPS: tl.constexpr = SIZE // UPPER
+    for step in range((g + 1) * STEPS):  # one loop, whose operands are on their way before they are wanted
+        i = step * UPPER + tl.arange(0, UPPER)
+        if SIZE == INNER:
+            product = tl.dot(mine, tl.load(hessian + k.to(tl.int64)[:, None] * n + i[None, :]))
+        else:
             product = tl.zeros([ROWS, UPPER], dtype=tl.float32)
-            if SIZE == INNER:
-                at = k.to(tl.int64)[:, None] * n + i[None, :]
-                product = tl.dot(mine, tl.load(low + at), acc=product)
-                product = tl.dot(mine, tl.load(high + at), acc=product)
-            else:
-                for begin in range(0, SIZE, INNER):
-                    inner = (k + begin).to(tl.int64)
-                    at = inner[:, None] * n + i[None, :]
-                    some = tl.load(centred + inner[None, :] * count + r[:, None], mask=there, other=0.0)
-                    product = tl.dot(some, tl.load(low + at), acc=product)
-                    product = tl.dot(some, tl.load(high + at), acc=product)
-            other = tl.load(centred + i.to(tl.int64)[None, :] * count + r[:, None], mask=there, other=0.0)
-            m += tl.sum(product * other.to(tl.float32), axis=1)
-        row = matrix + r.to(tl.int64) * groups * groups
-        tl.store(row + g * groups + h, m, mask=r < count)
-        tl.store(row + h * groups + g, m, mask=r < count)
+            for begin in range(0, SIZE, INNER):
+                inner = (k + begin).to(tl.int64)
+                some = tl.load(centred + inner[None, :] * count + r[:, None], mask=there, other=0.0)
+                product = tl.dot(some, tl.load(hessian + inner[:, None] * n + i[None, :]), acc=product)
+        other = tl.load(centred + i.to(tl.int64)[None, :] * count + r[:, None], mask=there, other=0.0)
+        m += tl.sum(product * other.to(tl.float32), axis=1)
+        last = (step + 1) % STEPS == 0
+        h = step // STEPS
+        tl.store(row + g * groups + h, m, mask=(r < count) & last)
+        tl.store(row + h * groups + g, m, mask=(r < count) & last)
+        m = tl.where(last, 0.0, m)
 
 
 def scale_equations(
     hessian: tuple[Tensor, Tensor], codes: Tensor, zeros: Tensor, errors: Tensor, channel: Tensor, some: slice
 ) -> tuple[Tensor, Tensor]:
     """`plain_steps.scale_equations` on a GPU, where groups are of a size that 16 divides: on tensor cores, which take
-    codes less their zeros as they are.
+    codes less their zeros as they are, and the Hessian and errors in float16.
 
     Half of M is computed, since it is symmetric.
 
@@ -166,9 +163,9 @@ def scale_equations(
         ValueError: Wrong dtype, shape or stride.
     """
     (n, rows), groups = errors.shape, len(zeros)
-    parts, unit = hessian
+    narrow, unit = hessian
     _check(
-        ("hessian", parts, torch.float16, (2, n, n)),
+        ("hessian", narrow, torch.float16, (n, n)),
         ("codes", codes, torch.uint8, (n, rows)),
         ("zeros", zeros, torch.float32, (groups, rows)),
         ("errors", errors, torch.float32, (n, rows)),
@@ -177,42 +174,36 @@ def scale_equations(
     size = n // groups
     tile = min(_INNER, size & -size)
     if tile < _LEAST_INNER:
-        whole = parts.to(errors.dtype).sum(0).mul_(unit), errors.new_ones(())
+        whole = narrow.to(errors.dtype).mul_(unit), errors.new_ones(())
         return plain_steps.scale_equations(whole, codes, zeros, errors, channel, some)
     count = some.stop - some.start
     centred = codes[:, some][channel].half()
     centred.unflatten(0, (groups, size)).sub_(zeros[:, None, some])  # exact
     matrix = errors.new_empty(count, groups, groups)
     _scale_matrix_kernel[(triton.cdiv(count, _ROWS) * groups,)](
-        *parts, centred, matrix, n, count, groups,
+        narrow, centred, matrix, n, count, groups,
         SIZE=size, UPPER=min(_UPPER, tile), INNER=tile, ROWS=_ROWS, TOGETHER=_TOGETHER,
         num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
-    right = _pulled(parts, errors[:, some]).mul_(centred).unflatten(0, (groups, size)).sum(1).mT
+    right = _pulled(narrow, errors[:, some]).mul_(centred).unflatten(0, (groups, size)).sum(1).mT
     return matrix.double().mul_(unit), right.double().mul_(unit)
 
 
-def _pulled(parts: Tensor, errors: Tensor) -> Tensor:
-    """H e for the columns of errors [n, rows], in the units of a grouped Hessian.
-
-    Tensor cores truncate their sums (see `gptq.tensor_cores`), so large products are `_DEPTH` deep at most.
-    """
+def _pulled(hessian: Tensor, errors: Tensor) -> Tensor:
+    """H e for the columns of errors [n, rows], in the units of a grouped Hessian, and a float16 one."""
     exponent = torch.frexp(torch.linalg.vector_norm(errors, torch.inf, dim=0)).exponent.clamp(-100, 100)
     unit = torch.ldexp(torch.ones_like(exponent, dtype=errors.dtype), exponent)
-    high, low = split_to_float16((errors / unit)[None], _SCALE, "hl", 1).view(2, *errors.shape)
-    out = torch.zeros_like(errors, memory_format=torch.contiguous_format)
-    _add_product(out, parts[0], low)
-    _add_product(out, parts[1], high)
-    for start in range(0, len(errors), _DEPTH):
-        _add_product(out, parts[0, :, start : start + _DEPTH], high[start : start + _DEPTH])
-    return out.mul_(unit / _SCALE)
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    if out.is_cuda:
-        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+    right = _narrowed(errors, _SCALE / unit)
+    if right.is_cuda:
+        product = torch.mm(hessian, right, out_dtype=torch.float32)  # type: ignore[call-overload]
     else:
-        torch.addmm(out, left.float(), right.float(), out=out)
+        product = hessian.float() @ right.float()
+    return product.mul_(unit / _SCALE)  # type: ignore[no-any-return]
+
+
+def _narrowed(x: Tensor, scale: Tensor) -> Tensor:
+    """x · scale in float16."""
+    return torch.mul(x, scale, out=torch.empty(x.shape, dtype=torch.float16, device=x.device))
 
 
 def _check(*tensors: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) -> None:

@@ -156,13 +156,14 @@ def _mounted(folder: Path, *how: str) -> Iterator[None]:
 
 
 def _read_only(scene: str, folder: Path, rng: Random) -> tuple[str, Fault, type[BaseException]]:
-    """The case's folder becomes read-only, from the beginning or at a rename, a flush or a new file."""
-    moment = rng.choice(["os.rename", "os.fsync", "os.mkdir", "the beginning"])
-    return f"a folder that is read-only from {moment}", _read_only_from(folder, moment), OSError
+    """The case's folder becomes read-only, from the beginning or at a rename, a flush or a new folder."""
+    moment, number = rng.choice(["os.rename", "os.fsync", "os.mkdir", "the beginning"]), 1 + rng.randrange(6)
+    what = moment if moment == "the beginning" else f"call {number} of {moment}"
+    return f"a folder that is read-only from {what}", _read_only_from(folder, moment, number), OSError
 
 
 @contextlib.contextmanager
-def _read_only_from(folder: Path, moment: str) -> Iterator[None]:
+def _read_only_from(folder: Path, moment: str, number: int) -> Iterator[None]:
     if ctypes.CDLL(None).unshare(0x00020000):
         yield  # not permitted
         return
@@ -176,10 +177,10 @@ def _read_only_from(folder: Path, moment: str) -> Iterator[None]:
         close()
         yield
         return
-    own = getattr(os, moment[3:])
+    own, calls = getattr(os, moment[3:]), itertools.count(1)
 
     def closing(*args: Any, **kwargs: Any) -> Any:
-        if str(folder) in str(args[0]) or moment == "os.fsync":
+        if (str(folder) in str(args[0]) or moment == "os.fsync") and next(calls) == number:
             setattr(os, moment[3:], own)
             close()
         return own(*args, **kwargs)

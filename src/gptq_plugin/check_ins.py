@@ -131,6 +131,12 @@ def tell(error: BaseException) -> None:
             _exchange(_FAILED, 0, text, _GRACE)
 
 
+def pass_on(error: Exception) -> None:
+    """Has the other ranks raise RankError with this error at their next check-in; all can go on behind it."""
+    with contextlib.suppress(RankError):  # of all ranks, this one too; or they cannot be reached
+        _exchange(_FAILED, 0, f"{type(error).__name__}: {error}")
+
+
 def group() -> Any:
     """The separate group, on gloo. The first call of every rank makes it, when all have come."""
     return _open().group

@@ -64,6 +64,26 @@ def ending_together() -> Iterator[None]:
         _depth -= 1
 
 
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Ends the block on all ranks when an error ends it on one, like `ending_together`, and they can go on behind it.
+
+    For errors that are caught, the same way on all ranks, inside of `ending_together`. An error is an Exception, and
+    the rank that failed waits until all others know.
+
+    Raises:
+        RankError: Another rank failed in the block.
+    """
+    try:
+        yield
+        if active():
+            check_in("the end of a part")
+    except Exception as error:
+        if active() and not isinstance(error, RankError):
+            check_ins.pass_on(error)
+        raise
+
+
 def sum_(tensor: Tensor, count: int = 0) -> int:
     """Adds the tensor up over all ranks, in place on every rank.
 

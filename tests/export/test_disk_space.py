@@ -71,6 +71,11 @@ def test_errors_of_the_disk_name_folder_and_bytes(error: Exception, tmp_path: Pa
         disk_errors_explained(tmp_path / "new", lambda: 77),
     ):
         raise error
+    with (
+        pytest.raises(ExportError, match=r"new could not be written: .*cross-device. See to it, or choose another"),
+        disk_errors_explained(tmp_path / "new", lambda: 77),
+    ):
+        raise OSError(18, "cross-device")
     with pytest.raises(KeyError), disk_errors_explained(tmp_path, lambda: 77):
         raise KeyError
 

@@ -136,3 +136,54 @@ def test_numbers_alone_are_metrics():
     assert {name: value for name, value in before.items() if name != "nan"} == {"a": 1.0, "b": 0.5}
     with pytest.raises(ValueError, match="must return a mapping"):
         Validation(lambda: 3, QualityGate({})).of_float_model()
+
+
+# --- limits with a confidence ---
+
+
+def test_the_trainers_loss_is_judged_by_its_batches(tmp_path):
+    """Of its own evaluation the batches' losses are known, whatever a subclass computes."""
+
+    class Twice(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+    limits = {"eval_loss": "90% at 95%"}
+    one_by_one = {"per_device_eval_batch_size": 2}
+    trainer, callback = run(tmp_path, {"bits": 2}, kind=Twice, max_degradation=limits, arguments=one_by_one)
+    (spread,), (found,) = callback.report.spreads.values(), callback.report.metrics.values()
+    assert spread.parts == len(Rows()) // 2 and spread.low < found["gptq"] - found["float"] < spread.high
+    assert found["gptq"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+    assert "±" in (tmp_path / "out/README.md").read_text()
+    (entry,) = [entry for entry in trainer.state.log_history if "gptq/eval_loss/margin" in entry]
+    assert entry["gptq/eval_loss/margin"] == pytest.approx(spread.margin)
+    assert "prediction_step" not in vars(trainer) and "evaluation_loop" not in vars(trainer)
+
+
+def test_several_evaluation_datasets_have_their_spreads(tmp_path):
+    sets = {"one": Rows(), "two": Rows()}
+    _, callback = run(tmp_path, eval_dataset=sets, arguments={"per_device_eval_batch_size": 1})
+    assert set(callback.report.spreads) == {"eval_one_loss", "eval_two_loss"} == set(callback.report.metrics)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_a_function_returns_a_value_for_each_sample(kind, tmp_path):
+    calls = []
+
+    def validate():
+        calls.append(0)
+        return {"nll": kind([1.0 + 0.01 * len(calls) * n for n in range(12)]), "words": ["a"], "none": []}
+
+    _, callback = run(tmp_path, validate=validate, max_degradation={"nll": "50% at 95%"})
+    assert callback.report.metrics["nll"] == pytest.approx({"float": 1.055, "gptq": 1.11})
+    assert set(callback.report.metrics) == {"nll"} and callback.report.spreads["nll"].parts == 12
+
+
+def test_confidence_that_cannot_be_had_is_refused_before_the_model_is_quantized(tmp_path):
+    for validate, why in ((lambda: {"loss": 1.0}, "it is no mean"), (lambda: {"loss": [1.0] * 9}, "there are 9")):
+        with pytest.raises(ValueError, match=rf"max_degradation\['loss'\] asks for a confidence .*{why}"):
+            run(tmp_path, validate=validate, max_degradation={"loss": "1% at 95%"})
+    with pytest.raises(ValueError, match=r"asks for a confidence that cannot be had: there are 4 batches"):
+        arguments = {"per_device_eval_batch_size": len(Rows()) // 4}
+        run(tmp_path, max_degradation={"eval_loss": "1% at 95%"}, arguments=arguments)

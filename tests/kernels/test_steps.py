@@ -86,9 +86,9 @@ def test_the_triton_equations_for_scales_are_the_plain_ones(groups, size, rows, 
     wanted = plain_steps.scale_equations(exact, codes, zeros.double(), errors.double(), channels, some)
     size_of = wanted[0].diagonal(dim1=1, dim2=2).sqrt()
     assert matrix.dtype == right.dtype == torch.float64
-    torch.testing.assert_close(matrix / size_of[:, :, None] / size_of[:, None], wanted[0] / size_of[:, :, None] / size_of[:, None], rtol=0, atol=4e-6)  # fmt: skip  # noqa: E501
+    torch.testing.assert_close(matrix / size_of[:, :, None] / size_of[:, None], wanted[0] / size_of[:, :, None] / size_of[:, None], rtol=0, atol=5e-4)  # fmt: skip  # noqa: E501
     most = torch.einsum("ir,ij,jr->r", errors[:, some].double(), exact[0], errors[:, some].double()).sqrt()
-    torch.testing.assert_close(right / size_of / most[:, None], wanted[1] / size_of / most[:, None], rtol=0, atol=4e-5)
+    torch.testing.assert_close(right / size_of / most[:, None], wanted[1] / size_of / most[:, None], rtol=0, atol=1e-3)
 
 
 @triton_device

@@ -431,3 +431,62 @@ def test_a_validation_that_cannot_run_before_training_is_checked_in_the_first_on
         fit(module, None, [callback], tmp_path, num_sanity_val_steps=0, max_epochs=3)
     assert module.current_epoch == 0
     assert "not checked before training, because validation_step cannot run yet (KeyError: 'train_loss')" in caplog.text
+
+
+# --- limits with a confidence ---
+
+
+class OneByOne(Validated):
+    """With 13 batches of one sequence each, or others."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = {"batch_size": 1, **options}
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(super().val_dataloader().dataset, **self.options)
+
+
+def test_a_change_is_reported_and_judged_with_what_it_is_known_to(tmp_path, caplog):
+    caplog.set_level("INFO")
+    logger = CSVLogger(tmp_path, name="log")
+    limits = {"val_loss": "90% at 95%"}
+    callback = GPTQCallback(QuantizeModule(**TWO_BITS), tmp_path / "out", max_degradation=limits)
+    fit(OneByOne(), None, [callback], tmp_path, logger=logger)
+    found, spread = callback.report.metrics["val_loss"], callback.report.spreads["val_loss"]
+    assert spread.parts == 13 and set(callback.report.spreads) == {"val_loss"}  # no mean, or logged once
+    assert spread.low < found["gptq"] - found["float"] < spread.high and spread.margin > 0
+    shown = f"{100 * (found['gptq'] / found['float'] - 1):+.2f} ± {100 * spread.relative_margin:.2f} %"
+    assert shown in (tmp_path / "out/README.md").read_text() and shown in (tmp_path / "out/report.html").read_text()
+    assert shown in caplog.text
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        (row,) = [row for row in csv.DictReader(file) if row.get("gptq/val_loss/margin")]
+    assert float(row["gptq/val_loss/margin"]) == pytest.approx(spread.margin)
+    stored = json.loads((tmp_path / "out/quantization_report.json").read_text())["spreads"]
+    assert stored["val_loss"]["parts"] == 13
+    # A limit that holds for the change itself, and of which nobody can be sure.
+    between = (found["gptq"] - found["float"] + spread.high) / 2
+    for limit, good in ((between, True), (f"{between} at 99%", False)):
+        callback = GPTQCallback(QuantizeModule(**TWO_BITS), max_degradation={"val_loss": limit}, on_fail="warn")
+        fit(OneByOne(), None, [callback], tmp_path)
+        told = [one for one in callback.report.deviations if one.startswith("val_loss went from")]
+        assert bool(told) != good and all("at 99% confidence up to" in one for one in told)
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "why"),
+    [
+        ("val_loss", {"batch_size": 5}, "there are 3 batches, and fewer than 10 tell too little"),
+        ("val_loss", {"shuffle": True}, "use a dataloader that neither shuffles nor augments"),
+        ("val_most", {}, "it is no mean of values that are logged for each batch"),
+        ("val_batches", {}, "it is no mean of values that are logged for each batch"),
+    ],
+)
+def test_confidence_that_cannot_be_had_is_refused_before_training(metric, options, why, tmp_path):
+    class Untrained(OneByOne):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training has begun")
+
+    callback = GPTQCallback(QuantizeModule(**SMALL), max_degradation={metric: "1% at 95%"})
+    with pytest.raises(ValueError, match=rf"max_degradation\['{metric}'\] asks for a confidence .*{why}"):
+        fit(Untrained(**options), None, [callback], tmp_path)

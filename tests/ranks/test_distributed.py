@@ -67,6 +67,43 @@ def apart(rank):
                 raise KeyError("lost")
     return raised(run)
 
+def caught(rank):
+    # An error of one rank that all catch: the others are in a check-in, or at the end of the block; then all go on.
+    def run(meet):
+        try:
+            with distributed.failing_together():
+                if rank == 1:
+                    raise KeyError("lost")
+                if meet:
+                    distributed.minimum(0)
+        except (KeyError, RankError) as error:
+            return f"{type(error).__name__}: {error}"
+    with distributed.ending_together():
+        found = [run(True), run(False), distributed.minimum(rank + 5)]
+        with distributed.failing_together():
+            return [*found, distributed.gather_objects(rank)]
+
+def ranking(rank):
+    # Data for a second look that one rank does not have: all rank layers by noise, and go on.
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from gptq_plugin.calibration.forward import call
+    from gptq_plugin.errors import CalibrationError
+    from gptq_plugin.quantize.options import PassOptions
+    from gptq_plugin.training.attempts import Attempts
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=64, num_attention_heads=2,
+        num_key_value_heads=1,
+    )).eval()
+    def data():
+        if rank == 1:
+            raise CalibrationError("its file is gone")
+        return [{"input_ids": torch.arange(32)[None]}] * 8
+    with distributed.ending_together():
+        attempts = Attempts(model, data, PassOptions(call))
+        found = attempts._ranking(QuantizeModule(group_size=32, nsamples=8), {"of": 1.0})
+        return [found.of_layer, found.remark, distributed.minimum(rank + 5)]
+
 def busy(rank):
     # The others are where no meeting is: the rank that failed goes its way all the same.
     check_ins._GRACE = __import__("datetime").timedelta(seconds=1)
@@ -181,7 +218,7 @@ def experts(rank):
 out, size = Path(sys.argv[1]), 3
 for number, scene in enumerate((
     meetings, astray, failing, apart, busy, interrupted_first, interrupted_last, hessians, ranges, rows, branches,
-    experts,
+    experts, caught, ranking,
 )):
     children = []
     for rank in range(size):
@@ -226,6 +263,19 @@ def test_an_error_on_one_rank_is_raised_on_the_others_with_its_message(scenes):
     raised, seconds = zip(*scenes("failing"), strict=True)
     assert raised == (*["RankError: rank 2 failed: KeyError: 'lost'"] * 2, "KeyError: 'lost'")
     assert max(seconds) < 2  # raised once, however many blocks it leaves
+
+
+def test_an_error_on_one_rank_that_all_catch_is_raised_on_all_and_they_go_on(scenes):
+    others = "RankError: rank 1 failed: KeyError: 'lost'"
+    for rank, found in enumerate(scenes("caught")):
+        assert found == [*["KeyError: 'lost'" if rank == 1 else others] * 2, 5, [0, 1, 2]]
+
+
+def test_if_one_rank_cannot_measure_layers_for_an_escalation_none_does_and_all_go_on(scenes):
+    for rank, (of_layer, remark, least) in enumerate(scenes("ranking")):
+        assert of_layer == {"of": 1.0} and least == 5
+        why = "its file is gone" if rank == 1 else "rank 1 failed: CalibrationError: its file is gone"
+        assert remark == f"; by their outputs' errors on calibration tokens: {why}"
 
 
 def test_a_rank_that_failed_does_not_wait_for_others_that_are_busy(scenes):

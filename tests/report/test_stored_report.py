@@ -13,6 +13,7 @@ from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.report.base_card import License
 from gptq_plugin.report.model_card import ModelFacts
 from gptq_plugin.report.report import ExportSize
+from gptq_plugin.report.spread import Spread
 from gptq_plugin.report.stored_report import read_report, report_text
 
 from cards import report_of
@@ -27,6 +28,7 @@ def test_a_real_report_comes_back_as_it_was():
     options = {"group_size": 32, "dynamic": {".*down_proj": {"bits": 8}}, "clip_ratios": (1.0, 0.9)}
     report = QuantizeModule(**options).quantize(tiny_llama(), [{"input_ids": torch.arange(3, 30)[None]}] * 8)
     report.metrics, report.size = {"val_loss": {"float": 1.5, "gptq": math.nan}}, ExportSize(100, 60)
+    report.spreads = {"val_loss": Spread(0.1, 0.2, 0.05, 0.1, 40)}
     assert any(module.method == "float" for module in report.modules) and report.coverage.floats and report.deviations
     text = report_text(report, FACTS)
     again, facts = read_report(text)

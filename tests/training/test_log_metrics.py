@@ -6,6 +6,7 @@ import math
 
 import reports
 
+from gptq_plugin.report.spread import Spread
 from gptq_plugin.training.log_metrics import layer_metrics, layers_table, quality_metrics, total_metrics
 
 
@@ -34,6 +35,13 @@ def test_metrics_before_and_after_come_with_their_difference():
         "gptq/val_loss/float": 1.0, "gptq/val_loss/gptq": 1.25, "gptq/val_loss/difference": 0.25,
         "gptq/val_acc/float": 0.5, "gptq/val_acc/gptq": 0.25, "gptq/val_acc/difference": -0.25,
     }  # fmt: skip
+
+
+def test_a_difference_that_is_known_to_so_much_tells_it():
+    made = reports.report(
+        metrics={"val_loss": {"float": 1.0, "gptq": 1.25}}, spreads={"val_loss": Spread(0, 1, 0, 1, 9)}
+    )
+    assert quality_metrics(made)["gptq/val_loss/margin"] == 0.5
 
 
 def test_the_table_has_a_row_for_each_layer_and_nothing_where_a_number_is_unknown():

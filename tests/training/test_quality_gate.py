@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from gptq_plugin.training.quality_gate import ON_FAIL, Limit, QualityGate
+from gptq_plugin.training.limit import Limit
+from gptq_plugin.training.paired import Measured
+from gptq_plugin.training.quality_gate import ON_FAIL, QualityGate
 
 # --- a limit ---
 
@@ -30,15 +32,30 @@ def test_numbers_are_absolute_and_percentages_relative(value, amount, relative):
 
 
 @pytest.mark.parametrize(
-    "value",
-    [0, 0.0, "0", "0%", "-0%", "much", "%", "2%%", "", None, True, False, math.nan, math.inf, "inf%", "nan%", [1], {}],
+    ("value", "limit"),
+    [
+        ("2% at 95%", Limit(0.02, True, 0.95)),
+        ("-0.01 at 97.5 %", Limit(-0.01, False, 0.975)),
+        (" 1 %  at 50% ", Limit(0.01, True, 0.5)),
+        ("0.5 at 99%", Limit(0.5, False, 0.99)),
+    ],
 )
+def test_a_limit_may_ask_for_confidence(value, limit):
+    assert Limit.parse("loss", value) == limit
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, 0.0, "0", "0%", "-0%", "much", "%", "2%%", "", None, True, False, math.nan, math.inf, "inf%", "nan%", [1], {},
+     "2% at", "at 95%", "2% at 95", "2% at 40%", "2% at 99.5%", "0% at 95%", "2% at .%", "2% at 95% at 95%"],
+)  # fmt: skip
 def test_what_is_no_limit_is_refused_with_an_example(value):
     with pytest.raises(ValueError) as caught:
         Limit.parse("val loss", value)
     assert str(caught.value) == (
         "max_degradation['val loss'] must be a number or a percentage other than zero, such as 0.02 or '2%' for a "
-        f"metric that may rise by so much, -0.01 for one that may fall; got {value!r}"
+        "metric that may rise by so much, -0.01 for one that may fall, and '2% at 95%' to be so sure of it (50 to "
+        f"99 %); got {value!r}"
     )
 
 
@@ -210,3 +227,71 @@ def test_worse_is_what_leads_beyond_a_limit_or_further_beyond_it():
         first, last = (dict(zip(before, values, strict=True)) for values in (than, after))
         assert gate.is_worse(before, first, last) == worse, (than, after)
     assert not QualityGate(None).is_worse({}, {}, {})
+
+
+# --- limits with a confidence ---
+
+
+def measured(values, keys=None):
+    return Measured.mean(values, [1.0] * len(values), keys)
+
+
+def test_a_change_has_to_keep_its_limit_with_the_confidence_asked_for():
+    """Changes of 0.01 ± 0.01 (standard error): a limit of 0.02 holds, of which there is no 95 %, and 0.03 is sure."""
+    before = measured([1.0 + (n % 7) for n in range(100)])
+    after = measured([b + 0.01 + (0.1 if n % 2 else -0.1) for n, b in enumerate(before.values)])
+    good = {0.02: True, "0.02 at 50%": True, "0.02 at 95%": False, "0.03 at 95%": True, "0.03 at 99%": False}
+    for limit, holds in good.items():
+        gate = QualityGate({"loss": limit})
+        assert (gate.failures({"loss": before}, {"loss": after}) == []) == holds, limit
+    down = measured([2 * b - a for a, b in zip(after.values, before.values, strict=True)])
+    assert QualityGate({"acc": "-0.02 at 95%"}).failures({"acc": before}, {"acc": down})
+    assert not QualityGate({"acc": "-0.03 at 95%"}).failures({"acc": before}, {"acc": down})
+
+
+def test_what_fails_at_a_confidence_is_told_with_its_bound():
+    before = measured([2.0] * 100)
+    after = measured([2.02 + (0.1 if n % 2 else -0.1) for n in range(100)])
+    (told,) = QualityGate({"loss": "1% at 95%"}).failures({"loss": before}, {"loss": after})
+    assert told.startswith("loss went from 2 to 2.02 (+0.02, +1.000%, at 95% confidence up to +1.8")
+    assert told.endswith("%; +1.000% allowed)")
+    (told,) = QualityGate({"loss": "0.02 at 95%"}).failures({"loss": before}, {"loss": after})
+    assert "at 95% confidence up to +0.036" in told or "at 95% confidence up to +0.037" in told
+
+
+def test_confidence_that_cannot_be_had_fails_and_tells_why():
+    gate = QualityGate({"loss": "1% at 95%"})
+    few, many = measured([1.0] * 9), measured([1.0] * 12, [*range(12)])
+    for before, after, why in [
+        (1.0, 1.0, "it is no mean of values that are logged for each batch"),
+        (few, few, "it is measured on 9 batches, and fewer than 10 tell too little"),
+        (many, measured([1.0] * 12, [*range(1, 13)]), "the two models were measured on different batches"),
+        (many, measured([1.0] * 11, [*range(11)]), "the two models were measured on different batches"),
+    ]:
+        (told,) = gate.failures({"loss": before}, {"loss": after})
+        assert "cannot be judged: " in told and why in told
+    (told,) = gate.failures({"loss": many}, {"loss": measured([math.nan] * 12, [*range(12)])})
+    assert "not all its values are finite" in told
+
+
+def test_confidence_that_there_cannot_be_is_refused_before_training():
+    gate = QualityGate({"loss": "1% at 95%", "acc": -0.01})
+    assert gate.confident == ["loss"]
+    many, other = measured([1.0] * 12, [*range(12)]), measured([1.0] * 12, [*range(1, 13)])
+    gate.check_parts({"loss": many, "acc": 0.5}, {"loss": many, "acc": 0.5})
+    gate.check_parts({"loss": measured([1.0], [1])}, {"loss": measured([1.0], [1])}, batches=10)
+    for first, second, batches, why in [
+        (1.0, 1.0, None, "it is no mean"),
+        (many, other, None, "neither shuffles nor augments"),
+        (many, many, 9, "there are 9 batches"),
+        (measured([1.0] * 3), measured([1.0] * 3), None, "there are 3 batches"),
+    ]:
+        with pytest.raises(ValueError, match=rf"max_degradation\['loss'\] asks for a confidence .*{why}"):
+            gate.check_parts({"loss": first}, {"loss": second}, batches)
+
+
+def test_with_a_confidence_worse_is_what_is_less_sure():
+    gate, before = QualityGate({"loss": "0.05 at 95%"}), {"loss": measured([1.0] * 20)}
+    calm, wild = (measured([1.01 + step * (-1) ** n for n in range(20)]) for step in (0.01, 0.5))
+    assert gate.is_worse(before, {"loss": calm}, {"loss": wild})
+    assert not gate.is_worse(before, {"loss": wild}, {"loss": calm})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptq_plugin import __version__
@@ -27,11 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default that of the process, and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="gptq-plugin",
-        description="Check quantized checkpoints, convert and upload them. gptq-finetune and gptq-quantize make them.",
+        description="Check quantized checkpoints, convert, evaluate and upload them. gptq-finetune and gptq-quantize "
+        "make them.",
     )
     parser.add_argument("--version", action="version", version=f"gptq-plugin {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_check, _add_convert, _add_push):
+    for add in (_add_check, _add_convert, _add_eval, _add_push):
         add(commands)
     with output_never_fails():
         parsed = parser.parse_args(arguments)
@@ -141,6 +143,59 @@ def _convert(parsed: argparse.Namespace) -> int:
         print(printable(f"gptq-plugin convert: {error}"), file=sys.stderr)
         return 1
     print(f"{folder} has checkpoint_format={parsed.checkpoint_format}")
+    return 0
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="run benchmarks on an export through lm-eval, and write their results into it",
+        description="Runs tasks of the lm-evaluation-harness on an export, and on its float model if that is given. "
+        "The results are written into the export's report, page, card and quantize_config.json; those of a --limit are "
+        "only shown.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="folder of the export")
+    parser.add_argument("--tasks", metavar="NAME,NAME", required=True, help="tasks or groups of lm-eval")
+    parser.add_argument("--float", metavar="DIR", dest="float_dir", help="folder or id of the float model, to compare")
+    parser.add_argument("--include-path", metavar="DIR", help="folder with more tasks, as YAML")
+    parser.add_argument(
+        "--num-fewshot", metavar="N", type=int, help="examples before each sample (default: the task's)"
+    )
+    parser.add_argument("--limit", metavar="N", type=_positive, help="samples of each task at most, for a trial")
+    parser.add_argument("--batch-size", metavar="N", type=_positive, default=1, help="samples in one forward")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--apply-chat-template", action="store_true", help="write requests as the tokenizer's chats")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(parsed: argparse.Namespace) -> int:
+    from gptq_plugin.apps.benchmarks import Request, run_benchmarks, shown_results
+    from gptq_plugin.errors import CheckpointError, ExportError
+    from gptq_plugin.export.benchmark_results import check_results, write_results
+
+    request = Request(
+        [task for task in parsed.tasks.split(",") if task],
+        parsed.include_path,
+        parsed.num_fewshot,
+        parsed.limit,
+        parsed.batch_size,
+        parsed.device,
+        parsed.apply_chat_template,
+    )
+    folder = Path(parsed.directory)
+    try:
+        if request.limit is None:
+            check_results(folder)
+        results = run_benchmarks(folder, parsed.float_dir, request)
+        print(printable("\n".join(shown_results(results))))
+        if request.limit is None:
+            write_results(folder, results)
+            print(printable(f"written into {folder}: report, page, card and quantize_config.json"))
+        else:
+            print(f"of {request.limit} samples at most, so nothing is written")
+    except (CheckpointError, ExportError, ModuleNotFoundError, OSError, ValueError) as error:
+        print(printable(f"gptq-plugin eval: {error}"), file=sys.stderr)
+        return 1
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gptq_plugin.errors import ExportError, brief
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # safetensors tells no number
 
 
 def free_bytes(folder: Path) -> int | None:
@@ -44,14 +47,15 @@ def disk_errors_explained(folder: Path, needed: Callable[[], int]) -> Iterator[N
         needed: Called for the bytes it has to write.
 
     Raises:
-        ExportError: In place of these errors, with the bytes needed and those free.
+        ExportError: In place of these errors; with the bytes needed and those free, unless it is known that room does
+            not lack.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         free = free_bytes(folder)
+        room = f"It needs {needed()} bytes, and {'an unknown number' if free is None else free} are free there"
+        remedy = f"{room}: make room" if getattr(error, "errno", None) in _FULL else "See to it"
         raise ExportError(
-            f"{folder} could not be written: {brief(error)}. It needs {needed()} bytes, and "
-            f"{'an unknown number' if free is None else free} are free there: make room, or choose another folder, and "
-            "export again"
+            f"{folder} could not be written: {brief(error)}. {remedy}, or choose another folder, and export again"
         ) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG, read_json
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import ExportError, brief
-from gptq_plugin.export.hidden_folders import entries, existing, longest_name, works_inside, writable
+from gptq_plugin.export.hidden_folders import entries, existing, longest_name, try_out, works_inside, writable
 from gptq_plugin.export.reclaim import reclaim
 from gptq_plugin.options import fields
 
@@ -31,7 +31,8 @@ def check_export_dir(directory: str | Path, overwrite: bool = False) -> None:
 
     Raises:
         ExportError: It is a file, is not ours, holds files this package did not write, is an export and
-            `overwrite` is false, or cannot be created. Nothing is created, and nothing of others deleted.
+            `overwrite` is false, or cannot be created. Nothing stays that was not there, and nothing of others is
+            deleted.
     """
     directory = resolved(directory)
     try:
@@ -90,6 +91,7 @@ def _check(directory: Path, overwrite: bool) -> None:
         parent = directory
     if not parent.is_dir() or not writable(parent):
         raise ExportError(f"cannot create {directory}: {parent} is not a writable folder; choose another folder")
+    try_out(parent)
     if not directory.exists():
         return
     if not directory.is_dir():

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+PARTIAL, LEAVING, REPLACED, UNSHARDED = "partial", "leaving", "replaced", "unsharded"  # kinds: see `reclaim`
 _WORK = re.compile(r"\.[0-9a-f]{8}\.[a-z]+")  # names of hidden folders inside their target
 _OF_VOLUMES = ("lost+found",)  # new volumes have it
 _ROOM = len(".12345678.unsharded")  # bytes of the longest end of a name: all folders of a target begin alike
@@ -26,7 +27,7 @@ class HiddenFolder:
     """Makes a hidden folder that is locked until it is removed or released, or the process ends.
 
     Attributes:
-        path: The folder.
+        path: Where the folder is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +47,11 @@ class HiddenFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
             if not _is_open_at(self._lock, self.path):
                 self.release()
+
+    def move(self, path: Path) -> None:
+        """Gives the folder another path; it stays locked."""
+        self.path.rename(path)
+        self.path = path
 
     def remove(self) -> None:
         """Removes the folder, if it is there."""
@@ -123,8 +129,13 @@ def beside(directory: Path, suffix: str) -> Path:
 
 def hidden_beside(directory: Path, kind: str) -> Path:
     """A new hidden path of some `kind` ("partial") beside the folder, or in it where it `works_inside`."""
-    mark = f".{uuid.uuid4().hex[:8]}.{kind}"
+    mark = hidden_name(kind)
     return directory / mark if works_inside(directory) else directory.with_name(cut(directory, ".", _ROOM) + mark)
+
+
+def hidden_name(kind: str) -> str:
+    """A new name of a hidden folder inside its target."""
+    return f".{uuid.uuid4().hex[:8]}.{kind}"
 
 
 def cut(directory: Path, prefix: str, more: int) -> str:
@@ -167,6 +178,23 @@ def existing(folder: Path) -> Path:
 def writable(folder: Path) -> bool:
     """True if files can be made there."""
     return os.access(folder, os.W_OK | os.X_OK)
+
+
+def try_out(folder: Path) -> None:
+    """Makes a hidden folder in an existing one, renames it and removes it, as an export does. Permissions do not tell
+    all: a disk may have no room for names, and a file system no renames.
+
+    Raises:
+        OSError: One of these failed.
+    """
+    first, second = (folder / hidden_name(PARTIAL) for _ in range(2))
+    first.mkdir()
+    try:
+        os.rename(first, second)
+    except OSError:
+        first.rmdir()
+        raise
+    second.rmdir()
 
 
 def longest_name(folder: Path) -> int:

@@ -18,11 +18,10 @@ import time
 from pathlib import Path
 
 from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG
-from gptq_plugin.export.hidden_folders import entries, hidden_folders, locked
+from gptq_plugin.export.hidden_folders import LEAVING, PARTIAL, REPLACED, UNSHARDED, entries, hidden_folders, locked
 
 log = logging.getLogger(__name__)
 
-PARTIAL, LEAVING, REPLACED, UNSHARDED = "partial", "leaving", "replaced", "unsharded"
 _PATIENCE = 10  # seconds that a living process may take to exchange two exports
 
 

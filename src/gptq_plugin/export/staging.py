@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import shutil
@@ -15,10 +16,19 @@ import stat
 from pathlib import Path
 
 from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG
-from gptq_plugin.errors import ExportError
+from gptq_plugin.errors import ExportError, brief
 from gptq_plugin.export.export_dir import check_export_dir, resolved
-from gptq_plugin.export.hidden_folders import HiddenFolder, entries, hidden_beside, locked
-from gptq_plugin.export.reclaim import LEAVING, PARTIAL, REPLACED, descriptions_last
+from gptq_plugin.export.hidden_folders import (
+    LEAVING,
+    PARTIAL,
+    REPLACED,
+    HiddenFolder,
+    entries,
+    hidden_beside,
+    hidden_name,
+    locked,
+)
+from gptq_plugin.export.reclaim import descriptions_last
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +40,6 @@ class Staging:
         directory: The target; its parents are created.
         overwrite: Replace an earlier export.
 
-    Attributes:
-        path: The hidden folder.
-
     Raises:
         ExportError: See `check_export_dir`.
     """
@@ -41,10 +48,16 @@ class Staging:
         self.directory = resolved(directory)
         self._overwrite = overwrite
         check_export_dir(self.directory, overwrite)
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = HiddenFolder(hidden_beside(self.directory, PARTIAL))
-        self.path = self._folder.path
-        self._inside = self.path.parent == self.directory
+        try:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = HiddenFolder(hidden_beside(self.directory, PARTIAL))
+        except OSError as error:
+            raise ExportError(f"cannot create {self.directory}: {brief(error)}; choose another folder") from error
+
+    @property
+    def path(self) -> Path:
+        """The hidden folder."""
+        return self._folder.path
 
     def flush(self) -> None:
         """Flushes all files to the disk, before `place`.
@@ -61,19 +74,35 @@ class Staging:
             ExportError: The target can no longer be used.
         """
         check_export_dir(self.directory, self._overwrite)  # again: it may have changed
-        if self._inside:
+        if not self._is_inside() and not self._is_exchanged():
+            self._folder.move(self.directory / hidden_name(PARTIAL))
+        is_inside = self._is_inside()
+        if is_inside:
             _move_out(self.path, self.directory)
-        elif not self.directory.exists():
+        self._folder.release()
+        try:
+            _sync(self.directory if is_inside else self.directory.parent)
+        except OSError as error:
+            log.warning("%s is in place, and the disk may not keep it: %s", self.directory, error)
+
+    def _is_inside(self) -> bool:
+        return self.path.parent == self.directory
+
+    def _is_exchanged(self) -> bool:
+        """Puts the folder in its target's place; False if the file system cannot rename that one: an overlay, such as a
+        container's, cannot if it is part of the image."""
+        if not self.directory.exists():
             self.path.rename(self.directory)
         elif _exchange(self.path, self.directory):
             _remove_earlier(self.path)
         else:
-            _step_aside(self.path, self.directory)
-        self._folder.release()
-        try:
-            _sync(self.directory if self._inside else self.directory.parent)
-        except OSError as error:
-            log.warning("%s is in place, and the disk may not keep it: %s", self.directory, error)
+            try:
+                _step_aside(self.path, self.directory)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                return False
+        return True
 
     def remove(self) -> None:
         """Removes the folder, unless it was placed, or is half-way to it: the next export then completes that."""

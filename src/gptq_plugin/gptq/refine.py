@@ -3,7 +3,8 @@
 Each step is a function of the rows to round (`Rows`: targets, Hessian, order of columns) and of how they are rounded
 (`Rounding`: codes and grids), to another rounding; a row takes that where its loss, (w − q) H (w − q)ᵀ without damping,
 falls. A step yields its loss, or how much that changes, by the way: no product with the whole Hessian is left for it.
-Scales are as stored, in float16, whenever a loss is computed. `plain_steps` of the kernels defines the steps.
+Scales are as stored, in float16, whenever a loss is computed. `plain_steps` of the kernels defines the steps. On a GPU
+their products have float16 operands, and their losses are right to a thousandth.
 
 - `regridded`: scales (and zeros) that suit the compensated targets t = q + A·(w − q), which earlier errors have moved
   away from the weights, each column weighted by its share D_j of the loss; then the recursion on these grids.
@@ -21,7 +22,6 @@ import torch
 from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.gptq.grid import least_zero, stored_scales
 from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.gptq.sweep import Columns, add_products, keep_best, sweep
@@ -32,7 +32,6 @@ _FACTORS = (1.0, 0.8, 0.85, 0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.16, 1.25)  # of 
 _LARGEST_POINT = 3.0  # of a grid, in units of the row, where weights are below 1: errors stay below 4
 _RIDGE = 1e-7  # of the mean diagonal entry, added to the equations for scales
 _STRIP = 1024  # columns of a triangle per product
-_SCALE = 2.0**12  # in `tensor_cores`, of errors that are below 4
 _EQUATIONS = 2**24  # entries of equations for scales at a time
 
 
@@ -172,7 +171,7 @@ def regridded(rows: Rows, now: Rounding) -> Rounding:
     half = rows.storable((scales * now.scales).sqrt(), now.zeros)
     scales, zeros = torch.cat([scales, half], 1)[None], torch.cat([zeros, now.zeros], 1)[None]
     pushed = rows.weight.new_zeros(*rows.weight.shape[:2], scales.shape[2])
-    codes, loss = sweep(rows.recursion, rows.weight, scales, zeros, pushed, rows.config.bits)
+    codes, loss = sweep(rows.recursion, rows.weight, scales, zeros, pushed, rows.config.bits, rough=True)
     del pushed
     loss, codes, scales, zeros = keep_best(loss, rows.weight.shape[2], codes, scales, zeros)
     return Rounding(codes[0], scales[0], zeros[0], loss[0])
@@ -206,28 +205,22 @@ def descended(rows: Rows, now: Rounding) -> Rounding:
     pushed = torch.zeros_like(errors)
     for start in range(0, errors.shape[1], _STRIP):
         here = slice(start, start + _STRIP)
-        add_products(pushed[:, start:], descent.rows[:, start:, here].tril(-1), errors[:, here], descent.bounded)
+        below = descent.rows[:, start:, here].tril(-1)
+        add_products(pushed[:, start:], below, errors[:, here], descent.bounded, rough=True)
     del errors
     scales, zeros, before = now.scales[None], now.zeros[None], now.codes[None]
-    codes, change = sweep(descent, rows.weight, scales, zeros, pushed, rows.config.bits, before=before)
+    codes, change = sweep(descent, rows.weight, scales, zeros, pushed, rows.config.bits, before=before, rough=True)
     return Rounding(codes[0], now.scales, now.zeros, now.loss + change[0])
 
 
 def _targets(rows: Rows, now: Rounding) -> Tensor:
-    """t = q + A·(w − q) [n, rows], by position: what the recursion would have rounded to these points.
-
-    They only suggest grids: on a GPU the product has float16 operands.
-    """
+    """t = q + A·(w − q) [n, rows], by position: what the recursion would have rounded to these points."""
     errors = rows.errors(now, rows.by_position)[None]
     moved = rows.weight[:, rows.by_position]
     for start in range(0, errors.shape[1], _STRIP):
         here, stop = slice(start, start + _STRIP), min(start + _STRIP, errors.shape[1])
         strip = rows.recursion.rows[:, :stop, here].triu(1 - start)
-        if tensor_cores.usable(strip) and rows.recursion.bounded:
-            left, right = tensor_cores.narrowed(strip[0], 1.0), tensor_cores.narrowed(errors[0, here], _SCALE)
-            moved[0, :stop].add_(tensor_cores.product(left, right), alpha=1 / _SCALE)
-        else:
-            add_products(moved[:, :stop], strip, errors[:, here], rows.recursion.bounded)
+        add_products(moved[:, :stop], strip, errors[:, here], rows.recursion.bounded, rough=True)
     return moved[0]
 
 

@@ -193,6 +193,7 @@ def _solution(
     deviations: tuple[str, ...],
 ) -> Solution:
     config, (rtn_loss, power) = rounded.config, beside
+    exact = isinstance(rounded, Recursion) and rounded.targets is blocks
     codes, scales, zeros = (torch.cat(list(of), 1) for of in (rounded.codes, rounded.scales, rounded.zeros))
     weight = QuantizedWeight(
         codes=codes.T,
@@ -204,7 +205,7 @@ def _solution(
     )
     return Solution(
         weight=weight,
-        loss=rounded.loss.flatten().clamp(min=0) if rounded.targets is blocks else _loss(blocks, hessian, weight),
+        loss=rounded.loss.flatten().clamp(min=0) if exact else _loss(blocks, hessian, weight),
         rtn_loss=rtn_loss,
         output_power=power,
         method="gptq",

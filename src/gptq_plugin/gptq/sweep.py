@@ -53,6 +53,7 @@ def sweep(
     width: int = 0,
     begin: Callable[[int, int], None] | None = None,
     before: Tensor | None = None,
+    rough: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rounds every column to its group's grid.
 
@@ -65,6 +66,7 @@ def sweep(
         width: Positions in a span; 0 is `SPAN`.
         begin: Called as begin(start, stop) when the errors of all spans after that one are pushed to it.
         before: Codes so far: with them, losses are the changes from theirs.
+        rough: As for `add_products`.
 
     Returns:
         Codes, uint8 [B, n, A·rows] by channel, and losses [B, A·rows] as in `plain_solve.solve_span`.
@@ -94,7 +96,7 @@ def sweep(
             before is not None,
         )
         if start:
-            add_products(pushed[:, :start], columns.rows[:, :start, here], errors, columns.bounded)
+            add_products(pushed[:, :start], columns.rows[:, :start, here], errors, columns.bounded, rough)
     return codes, loss
 
 
@@ -119,13 +121,19 @@ def keep_best(loss: Tensor, rows: int, *values: Tensor) -> tuple[Tensor, ...]:
     return least, *kept
 
 
-def add_products(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool) -> None:
+def add_products(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool, rough: bool = False) -> None:
     """out[b] += rows[b] @ errors[b] for blocks of rows, [B, m, width], [1 or B, m, k] and [B, k, width].
+
+    If it may be rough, a GPU multiplies float16 numbers, not pairs of them: a third of the work, and each term is right
+    to 2^-11. A target is then off by a thousandth of a step of its grid, or, behind inputs much larger than others, by
+    a few hundredths; losses are right to a thousandth.
 
     With the same rows for all blocks one follows the other: a library may choose another kernel for another number.
     """
     on_tensor_cores, batched = tensor_cores.usable(rows) and bounded, len(rows) > 1
-    if on_tensor_cores:
+    if on_tensor_cores and rough:
+        left, right = tensor_cores.narrowed(rows, 1.0), tensor_cores.narrowed(errors, _SCALE)
+    elif on_tensor_cores:
         left, right = tensor_cores.left_operand(rows, 1.0), tensor_cores.right_operand(errors, _SCALE)
     if batched and on_tensor_cores:
         tensor_cores.add_product(out, left, right, alpha=1 / _SCALE)

@@ -80,7 +80,9 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         validate: Called without arguments before and after quantization, on every rank; returns metrics by name, which
             are logged and reported. `trainer.evaluate` is such a function. None measures nothing.
         max_degradation: How far these metrics may move: ``{"eval_loss": 0.02}`` may rise by that, ``"2%"`` by a share
-            of the float model's value; ``{"eval_accuracy": -0.01}`` may fall by 0.01.
+            of the float model's value; ``{"eval_accuracy": -0.01}`` may fall by 0.01; ``"2% at 95%"`` has to be that
+            sure, which `trainer.evaluate` tells of losses, and your function of what it returns a sequence of, a number
+            for each sample.
         on_fail: What to do when a metric moves further: "raise", "warn" or "escalate", as for `GPTQCallback`.
         max_bits: Average bits per weight that "escalate" may not exceed, as for `GPTQCallback`.
         push_to_hub: Uploads the export to the Hugging Face hub when all else is done: ``"owner/name"``, private unless

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from gptq_plugin.hf.evaluation_losses import as_metric, losses_of
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.options import fields
 from gptq_plugin.training.attempts import Quality
@@ -30,7 +31,8 @@ class Validation:
     """Measures the model with the user's function, and judges it.
 
     Args:
-        validate: Returns metrics by name; None measures nothing.
+        validate: Returns metrics by name, each a number, or a sequence of numbers, one for each sample, whose mean is
+            the metric; None measures nothing.
         gate: Limits for them.
 
     Attributes:
@@ -60,30 +62,37 @@ class Validation:
 
     def check_names(self, logged: Iterable[str]) -> None:
         """Refuses limits of metrics that an evaluation in training does not give, where validation is the same."""
-        trainer = getattr(self.validate, "__self__", None)
-        if isinstance(trainer, Trainer) and not isinstance(trainer.eval_dataset, dict):
+        if self._trainer is not None and not isinstance(self._trainer.eval_dataset, dict):
             self.gate.check_names(logged)
+
+    @property
+    def _trainer(self) -> Trainer | None:
+        """The trainer whose `evaluate` measures."""
+        trainer = getattr(self.validate, "__self__", None)
+        return trainer if isinstance(trainer, Trainer) else None
 
     def of_float_model(self) -> Quality:
         """Measures the float model; returns how the quantized one is measured and judged by it.
 
         Raises:
-            ValueError: A limit's metric is not measured.
+            ValueError: A limit's metric is not measured, or not so that its confidence can be told.
         """
         before = self._measure() if self.validate is not None else {}
         self.gate.check_names(before)
+        self.gate.check_parts(before, before)
         return Quality(self.gate, before, self._measure)
 
     def _measure(self) -> dict[str, float]:
         assert self.validate is not None
-        with self._measuring():
+        with self._measuring(), losses_of(self._trainer) as losses:
             found = self.validate()
         if not isinstance(found, Mapping):
             raise ValueError(f"validate must return a mapping from names to numbers; got {fields.shown(found)}")
+        values = {name: losses.measured(name, as_metric(value)) for name, value in found.items()}
         return {
-            name: float(value)
-            for name, value in found.items()
-            if fields.is_number(value) and (name in self.gate.limits or not name.endswith(_TIMES))
+            name: value
+            for name, value in values.items()
+            if value is not None and (name in self.gate.limits or not name.endswith(_TIMES))
         }
 
     @contextlib.contextmanager

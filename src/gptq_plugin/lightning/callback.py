@@ -95,7 +95,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         validate: Run the module's `validation_step` over the validation dataloader before and after, and log both.
             None does so if there is one.
         max_degradation: How far logged metrics may move: ``{"val_loss": 0.02}`` may rise by 0.02, ``"2%"`` by so much
-            of the float model's value; ``{"val_acc": -0.01}`` may fall by 0.01.
+            of the float model's value; ``{"val_acc": -0.01}`` may fall by 0.01; ``"2% at 95%"`` has to be that sure.
         on_fail: What to do when a metric moves further: "raise" exports nothing and raises QualityError; "warn" logs a
             warning and exports; "escalate" quantizes again, in smaller groups and with more bits for the layers that
             do most to the model, until the limits hold.
@@ -293,6 +293,7 @@ def _float_quality(callback: GPTQCallback, trainer: pl.Trainer, pl_module: pl.Li
     with streamed_to(pl_module, forward_device(trainer)):
         before = validate(trainer, pl_module) if wanted else {}
     callback.gate.check_names(before)
+    callback.gate.check_parts(before, before)
     return Quality(callback.gate, before, partial(validate, trainer, pl_module))
 
 

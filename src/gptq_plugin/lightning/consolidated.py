@@ -17,8 +17,7 @@ from torch import Tensor
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import ExportError
-from gptq_plugin.export.hidden_folders import HiddenFolder, hidden_beside
-from gptq_plugin.export.reclaim import UNSHARDED
+from gptq_plugin.export.hidden_folders import UNSHARDED, HiddenFolder, hidden_beside
 from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.memory.shared_layers import SharedLayers
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,14 +16,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from gptq_plugin import distributed
+from gptq_plugin.calibration.batches import digest
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.errors import CalibrationError
+from gptq_plugin.training.paired import Measured
 from gptq_plugin.training.quality_gate import QualityGate
 
 log = logging.getLogger(__name__)
@@ -35,21 +39,29 @@ _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def check_metrics(trainer: pl.Trainer, pl_module: pl.LightningModule, gate: QualityGate) -> None:
-    """Refuses limits of metrics that the validation does not log, by a trial of it. Every rank calls it.
+    """Refuses limits of metrics that the validation does not log, or not as their confidence needs it.
 
-    The trial takes a batch of each dataloader, and only if a name is missing then, all of them. Where the module's
+    A trial tells. Every rank calls it.
+
+    It takes a batch of each dataloader, and only if a name is missing then, all of them; it is made twice for limits
+    with a confidence, which needs the same batches each time. Where the module's
     validation cannot run before training, that is logged, and its first validation in training is checked instead.
 
     Raises:
-        ValueError: A metric is not logged; the message names the nearest that is.
+        ValueError: A metric is not logged; the message names the nearest that is. Or its change cannot be known with
+            the confidence that is asked for.
     """
     if not gate.limits:
         return
     try:
         with distributed.ending_together():
-            logged = validate(trainer, pl_module, most_batches=1)
+            most: int | None = 1
+            logged = validate(trainer, pl_module, most)
             if not gate.limits.keys() <= logged.keys():
+                most = None
                 logged = validate(trainer, pl_module)
+            again = validate(trainer, pl_module, most) if gate.confident else logged
+            batches = _batches(trainer)
     except Exception as error:  # noqa: BLE001  the user's code
         log.warning(
             "the metrics of max_degradation are not checked before training, because validation_step cannot run yet "
@@ -59,6 +71,7 @@ def check_metrics(trainer: pl.Trainer, pl_module: pl.LightningModule, gate: Qual
         )
         return
     gate.check_names(logged)
+    gate.check_parts(logged, again, batches)
 
 
 def validate(trainer: pl.Trainer, pl_module: pl.LightningModule, most_batches: int | None = None) -> dict[str, float]:
@@ -74,7 +87,7 @@ def validate(trainer: pl.Trainer, pl_module: pl.LightningModule, most_batches: i
 
     Returns:
         Epoch values logged with `self.log` or `self.log_dict`, under Lightning's names; those that are also logged on
-        each step appear a second time, with the suffix ``_epoch``.
+        each step appear a second time, with the suffix ``_epoch``. Means of what is logged in batches are `Measured`.
     """
     logged = _Logged()
     loaders = validation_loaders(trainer)
@@ -85,17 +98,33 @@ def validate(trainer: pl.Trainer, pl_module: pl.LightningModule, most_batches: i
             index = (number,) if several else ()
             for batch_idx, batch in enumerate(islice(islice(loader, _limit(trainer, loader)), most_batches)):
                 batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=number)
+                key = digest(batch)
                 batch = trainer.precision_plugin.convert_input(
                     trainer.strategy.batch_to_device(batch, dataloader_idx=number)
                 )
-                logged.set_batch(batch, f"/dataloader_idx_{number}" if several else "")
+                logged.set_batch(batch, f"/dataloader_idx_{number}" if several else "", key)
                 pl_module.on_validation_batch_start(batch, batch_idx, *index)
                 with trainer.precision_plugin.val_step_context():
                     outputs = pl_module.validation_step(batch, batch_idx, *index)
                 pl_module.on_validation_batch_end(outputs, batch, batch_idx, *index)
-        logged.set_batch(None, "")
+        logged.set_batch(None, "", None)
         pl_module.on_validation_epoch_end()
     return logged.values()
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What one rank logged under one name.
+
+    Attributes:
+        value: Reduced over the rank's calls.
+        values, weights, keys: Of its calls, for a mean.
+    """
+
+    value: float
+    values: list[float] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
+    keys: list[int | None] = field(default_factory=list)
 
 
 @dataclass
@@ -107,6 +136,7 @@ class _Entry:
         names: Names under which the reduced value is returned.
         values: One per call.
         weights: Samples in each call's batch.
+        keys: The digest of each call's batch; None outside of batches.
         metric: The torchmetrics object, if one was logged; it accumulates by itself.
     """
 
@@ -114,27 +144,31 @@ class _Entry:
     names: list[str]
     values: list[Tensor] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
+    keys: list[int | None] = field(default_factory=list)
     metric: Metric | None = None
 
-    def reduce_here(self) -> tuple[float, float]:
-        """This rank's value, and its weight."""
+    def reduce_here(self) -> _Value:
+        """This rank's value."""
         if self.metric is not None:
             value = float(self.metric.compute())  # over all ranks
             self.metric.reset()
-            return value, 1.0
+            return _Value(value)
         values = torch.stack(self.values).double()
         if self._averages:
-            weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")
-            return float((values * weights).sum() / weights.sum()), float(weights.sum())
-        return float(self._function(values)), 1.0
+            return _Value(math.nan, values.tolist(), self.weights, self.keys)
+        return _Value(float(self._function(values)))
 
-    def reduce_over_ranks(self, parts: list[tuple[float, float]]) -> float:
-        """The value over all ranks, from each one's value and weight. Their shares may differ in size."""
+    def reduce_over_ranks(self, parts: list[_Value]) -> float:
+        """The value over all ranks, from each one's. Their shares may differ in size."""
         if self.metric is not None:
-            return parts[0][0]
+            return parts[0].value
         if self._averages:
-            return sum(value * weight for value, weight in parts) / sum(weight for _, weight in parts)
-        return float(self._function(torch.tensor([value for value, _ in parts], dtype=torch.float64, device="cpu")))
+            values = [value for part in parts for value in part.values]
+            weights = [weight for part in parts for weight in part.weights]
+            keys = [key for part in parts for key in part.keys]
+            mean = Measured.mean(values, weights, [key for key in keys if key is not None])
+            return float(mean) if None in keys else mean
+        return float(self._function(torch.tensor([part.value for part in parts], dtype=torch.float64, device="cpu")))
 
     @property
     def _averages(self) -> bool:
@@ -152,10 +186,11 @@ class _Logged:
         self._entries: dict[str, _Entry] = {}
         self._batch: Any = None
         self._suffix = ""
+        self._key: int | None = None
 
-    def set_batch(self, batch: Any, suffix: str) -> None:
-        """Values logged from now on belong to this batch; their names get the suffix."""
-        self._batch, self._suffix = batch, suffix
+    def set_batch(self, batch: Any, suffix: str, key: int | None) -> None:
+        """Values logged from now on belong to this batch, which has this digest; their names get the suffix."""
+        self._batch, self._suffix, self._key = batch, suffix, key
 
     @contextlib.contextmanager
     def collecting(self, pl_module: pl.LightningModule) -> Iterator[None]:
@@ -199,6 +234,7 @@ class _Logged:
         if batch_size is None:
             batch_size = 1 if self._batch is None else extract_batch_size(self._batch)
         entry.weights.append(batch_size)
+        entry.keys.append(self._key)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         for name, value in dictionary.items():
@@ -232,6 +268,16 @@ def loaders_to_calibrate(trainer: pl.Trainer) -> list[Any]:
             "one (with a validation_step, and limit_val_batches above 0), or GPTQCallback(calibration=LOADER)"
         )
     return loaders
+
+
+def _batches(trainer: pl.Trainer) -> float:
+    """Number of batches in a validation, over all ranks; infinite if a dataloader does not know its length."""
+    counts = []
+    for loader in validation_loaders(trainer):
+        limit = _limit(trainer, loader)
+        size = sized_len(loader)
+        counts.append(math.inf if size is None else size if limit is None else min(size, limit))
+    return sum(counts) * trainer.world_size
 
 
 def _limit(trainer: pl.Trainer, loader: Any) -> int | None:

@@ -50,21 +50,26 @@ def metadata(
 
 
 def _model_index(report: QuantizeReport, title: str, task: str) -> dict[str, Any]:
-    """The quantized model's results on the run's validation data, whose name on the hub, if any, is not known."""
+    """The quantized model's results: of benchmarks, and on the run's validation data, whose name on the hub, if any, is
+    not known."""
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type="unknown",
-            dataset_name="validation data of the training run",
-            metric_type=_metric_type(value.metric),
-            metric_name=" ".join(value.metric.split()),
-            metric_value=value.value,
+    results = []
+    for value in metric_values(report):
+        if value.model != MODELS["gptq"] or not math.isfinite(value.value):
+            continue
+        benchmark = report.benchmarks.get(value.metric)
+        name = value.metric if benchmark is None else benchmark.metric
+        results.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=(benchmark and benchmark.dataset) or "unknown",
+                dataset_name="validation data of the training run" if benchmark is None else benchmark.task,
+                metric_type=_metric_type(name),
+                metric_name=" ".join(name.split()),
+                metric_value=value.value,
+            )
         )
-        for value in metric_values(report)
-        if value.model == MODELS["gptq"] and math.isfinite(value.value)
-    ]
     return {"model-index": eval_results_to_model_index(title, results)} if results else {}
 
 

@@ -8,13 +8,7 @@ from pathlib import Path
 
 from gptq_plugin.report.cache import cache_summary
 from gptq_plugin.report.figures import bits_label, metric_values
-from gptq_plugin.report.numbers import (
-    format_bytes,
-    format_change,
-    format_percent,
-    format_share,
-    format_value,
-)
+from gptq_plugin.report.numbers import format_bytes, format_share, format_value
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.report.table import kind_table, layer_table
 
@@ -63,7 +57,7 @@ def _metrics(report: QuantizeReport) -> Iterator[str]:
     for value in metric_values(report):
         if value.model == "GPTQ":
             before = report.metrics[value.metric].get("float", math.nan)
-            change = ", ".join(filter(None, (format_change(value.change), format_percent(value.relative))))
+            change = ", ".join(filter(None, value.shown))
             yield (
                 f"{value.metric}: {format_value(before, 5) or 'unknown'} float, "
                 f"{format_value(value.value, 5) or 'unknown'} quantized" + (f" ({change})" if change else "")

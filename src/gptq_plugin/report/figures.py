@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gptq_plugin.report.numbers import format_change, format_percent
 from gptq_plugin.report.report import QuantizeReport
 
 MODELS = {"float": "float", "gptq": "GPTQ", "rtn": "round-to-nearest"}  # names of `report.metrics`' keys
@@ -21,6 +22,7 @@ class MetricValue:
         value: The evaluation's result; may be NaN.
         change: Difference from the float model's value; NaN for that model itself, and without one.
         relative: `change` as a fraction of the float value's size; NaN if that is 0.
+        margin, relative_margin: Both are known to so much (`Spread`); NaN if that is unknown.
     """
 
     metric: str
@@ -28,6 +30,18 @@ class MetricValue:
     value: float
     change: float = math.nan
     relative: float = math.nan
+    margin: float = math.nan
+    relative_margin: float = math.nan
+
+    @property
+    def shown(self) -> tuple[str, str]:
+        """The change and the relative change for people, each with its margin; blank if unknown."""
+        change, relative = format_change(self.change), format_percent(self.relative)
+        if change and not math.isnan(self.margin):
+            change = f"{change} ± {self.margin:.2g}"
+        if relative and not math.isnan(self.relative_margin):
+            relative = f"{relative.removesuffix(' %')} ± {format_percent(self.relative_margin).removeprefix('+')}"
+        return change, relative
 
 
 def metric_values(report: QuantizeReport) -> Iterator[MetricValue]:
@@ -37,7 +51,9 @@ def metric_values(report: QuantizeReport) -> Iterator[MetricValue]:
         for key in sorted(values, key=lambda key: key != "float"):
             change = values[key] - before if key != "float" else math.nan
             relative = change / abs(before) if before else math.nan
-            yield MetricValue(metric, MODELS.get(key, key), values[key], change, relative)
+            spread = report.spreads.get(metric) if key == "gptq" else None
+            margins = (math.nan, math.nan) if spread is None else (spread.margin, spread.relative_margin)
+            yield MetricValue(metric, MODELS.get(key, key), values[key], change, relative, *margins)
 
 
 def bit_widths(report: QuantizeReport) -> list[int]:

@@ -14,8 +14,6 @@ from gptq_plugin.report.layer_rows import layers_table
 from gptq_plugin.report.numbers import (
     format_bits_per_weight,
     format_bytes,
-    format_change,
-    format_percent,
     format_value,
 )
 from gptq_plugin.report.page_assets import SCRIPT, STYLE
@@ -167,10 +165,7 @@ def _deviations(report: QuantizeReport) -> str:
 
 
 def _metrics(report: QuantizeReport) -> str:
-    rows = [
-        (m.metric, m.model, format_value(m.value, 5), format_change(m.change), format_percent(m.relative))
-        for m in metric_values(report)
-    ]
+    rows = [(m.metric, m.model, format_value(m.value, 5), *m.shown) for m in metric_values(report)]
     if not rows:
         return ""
     head = ("metric", "model", "value", "change", "relative")

@@ -21,7 +21,7 @@ from gptq_plugin.report.base_card import License, base_license
 from gptq_plugin.report.card_metadata import metadata
 from gptq_plugin.report.figures import bit_widths, bits_label, metric_values
 from gptq_plugin.report.markdown import code, escaped, snippet, table
-from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes, format_change, format_percent, format_value
+from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes, format_value
 from gptq_plugin.report.report import QuantizeReport
 
 # The hub's task: transformers' table of classes for it, and the auto class that loads them.
@@ -224,16 +224,7 @@ def _calibration(report: QuantizeReport) -> str:
 
 
 def _metrics(report: QuantizeReport) -> list[str]:
-    rows = [
-        (
-            escaped(m.metric),
-            escaped(m.model),
-            format_value(m.value, 5),
-            format_change(m.change),
-            format_percent(m.relative),
-        )
-        for m in metric_values(report)
-    ]
+    rows = [(escaped(m.metric), escaped(m.model), format_value(m.value, 5), *m.shown) for m in metric_values(report)]
     return ["## Before and after", table(("metric", "model", "value", "change", "relative"), rows)] if rows else []
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.report.allocation import Allocation
+from gptq_plugin.report.benchmark import Benchmark
 from gptq_plugin.report.cache import cache_summary
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.deviations import Deviation, grouped
 from gptq_plugin.report.finish_record import FinishRecord
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.numbers import align, format_bits_per_weight, format_bytes
+from gptq_plugin.report.spread import Spread
 from gptq_plugin.report.table import layer_table
 
 
@@ -55,6 +57,8 @@ class QuantizeReport:
         cache: With `cache_dir`, what was taken from earlier runs and what was not; see `cache_summary`.
         finish: What training the quantized model towards the float one gave; None without that.
         metrics: Results of the user's evaluation by metric, such as ``val_loss``: ``{"float": 2.31, "gptq": 2.33}``.
+        spreads: How well their changes are known, by metric; those of which that can be told.
+        benchmarks: How those were measured that a benchmark gave, by metric.
     """
 
     config: QuantizeConfig
@@ -71,6 +75,8 @@ class QuantizeReport:
     size: ExportSize | None = None
     positions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    spreads: dict[str, Spread] = field(default_factory=dict)
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
     allocation: Allocation | None = None
     cache: dict[str, int] = field(default_factory=dict)
     finish: FinishRecord | None = None
@@ -160,6 +166,8 @@ class QuantizeReport:
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "positions": self.positions,
             "metrics": self.metrics,
+            "spreads": {name: dataclasses.asdict(spread) for name, spread in self.spreads.items()},
+            "benchmarks": {name: dataclasses.asdict(one) for name, one in self.benchmarks.items()},
             "allocation": None if self.allocation is None else dataclasses.asdict(self.allocation),
             "cache": self.cache,
             "finish": None if self.finish is None else dataclasses.asdict(self.finish),

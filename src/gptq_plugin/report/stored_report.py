@@ -15,11 +15,13 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.options.limited_files import parse_json
 from gptq_plugin.report.allocation import Allocation, UnitChoice
 from gptq_plugin.report.base_card import License
+from gptq_plugin.report.benchmark import Benchmark
 from gptq_plugin.report.coverage import Coverage, FloatWeight
 from gptq_plugin.report.finish_record import FinishRecord, Judgement
 from gptq_plugin.report.model_card import ModelFacts
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.report import ExportSize, QuantizeReport
+from gptq_plugin.report.spread import Spread
 
 _Record = TypeVar("_Record")
 
@@ -57,8 +59,14 @@ def _report(values: Mapping[str, Any]) -> QuantizeReport:
         allocation=_allocation(values["allocation"]),
         finish=_finish(values["finish"]),
         metrics={name: _numbers(metric) for name, metric in values["metrics"].items()},
+        spreads={name: _of_its_kinds(Spread(**_numbers(one, "parts"))) for name, one in values["spreads"].items()},
+        benchmarks={name: _benchmark(one) for name, one in values["benchmarks"].items()},
         **{name: values[name] for name in as_they_are},
     )
+
+
+def _benchmark(values: Mapping[str, Any]) -> Benchmark:
+    return _of_its_kinds(Benchmark(**{**values, "error": _number(values["error"])}))
 
 
 def _module(values: Mapping[str, Any]) -> ModuleReport:
@@ -109,8 +117,9 @@ def _facts(values: Mapping[str, Any]) -> ModelFacts:
     return _of_its_kinds(ModelFacts(**{**values, "dtype": dtype, "base_license": license}))
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: _number(value) for name, value in values.items()}
+def _numbers(values: Mapping[str, Any], *counts: str) -> dict[str, Any]:
+    """Figures by name; those named in `counts` as they are."""
+    return {name: value if name in counts else _number(value) for name, value in values.items()}
 
 
 def _number(value: Any) -> Any:

@@ -29,6 +29,7 @@ from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.training.escalation import Ranking, Step, budget_steps, steps
 from gptq_plugin.training.finish_run import FinishRun
 from gptq_plugin.training.output_noise import output_noise
+from gptq_plugin.training.paired import spread
 from gptq_plugin.training.quality_gate import QualityGate
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,9 @@ class Quality:
 
     Attributes:
         gate: Limits, and what to do when one does not hold.
-        before: Metrics of the float model. If empty, the quantized model is not measured.
-        measure: Called without arguments while the model is quantized; returns its metrics.
+        before: Metrics of the float model, those that are means as `Measured`. If empty, the quantized model is not
+            measured.
+        measure: Called without arguments while the model is quantized; returns its metrics, the same way.
     """
 
     gate: QualityGate = field(default_factory=lambda: QualityGate({}))
@@ -126,9 +128,11 @@ class Attempts:
         options = self.options if self.layers_in is None else replace(self.options, layers_in=self.layers_in())
         with quantizer.temporarily(self.model, self.data(), options, keep=self.keep) as report:
             report.deviations += tried
-            gate, failures = self.quality.gate, self._failures(report)
+            gate = self.quality.gate
+            measured = self._measure(report)
+            failures = gate.failures(self.quality.before, measured)
             if self.finish is not None:
-                failures = self._finished(self.finish, quantizer, report, accept, failures)
+                failures = self._finished(self.finish, quantizer, report, accept, measured)
             if failures and gate.on_fail == "warn":
                 report.deviations += failures
                 for failure in failures:
@@ -140,34 +144,44 @@ class Attempts:
             return report
 
     def _finished(
-        self, finish: FinishRun, quantizer: QuantizeModule, report: QuantizeReport, accept: Accept, failures: list[str]
+        self,
+        finish: FinishRun,
+        quantizer: QuantizeModule,
+        report: QuantizeReport,
+        accept: Accept,
+        first: Mapping[str, float],
     ) -> list[str]:
-        """Finishes the quantized model; returns the limits that do not hold then. A finish is undone that leads beyond
-        a limit, or further beyond one."""
-        is_good = not failures or self.quality.gate.on_fail == "warn"
+        """Finishes the quantized model, which has the metrics `first`; returns the limits that do not hold then. A
+        finish is undone that leads beyond a limit, or further beyond one."""
+        gate, before = self.quality.gate, self.quality.before
+        failures = gate.failures(before, first)
+        is_good = not failures or gate.on_fail == "warn"
         if is_good:  # what happens to the finish leaves this export
             report.deviations += failures
             accept(quantizer, report)
             report.deviations = [one for one in report.deviations if one not in failures]
-        measured = report.metrics
+        metrics, spreads = report.metrics, report.spreads
         if not finish.run(quantizer, self.model, self.options, exported=is_good):
             return failures
-        after = self._failures(report)
-        first, last = ({name: pair["gptq"] for name, pair in of.items()} for of in (measured, report.metrics))
-        if self.quality.gate.is_worse(self.quality.before, first, last):
+        last = self._measure(report)
+        after = gate.failures(before, last)
+        if gate.is_worse(before, first, last):
             why = "is nearer to the limits" if failures else "keeps within the limits"
             quantizer.undo_finish(f"{'; '.join(after)}: undone, since GPTQ's result {why}")
-            report.metrics = measured
+            report.metrics, report.spreads = metrics, spreads
             return failures
         return after
 
-    def _failures(self, report: QuantizeReport) -> list[str]:
-        """Measures the quantized model, notes the metrics in the report and returns the limits that do not hold."""
+    def _measure(self, report: QuantizeReport) -> Mapping[str, float]:
+        """Measures the quantized model and notes the metrics in the report."""
         before = self.quality.before
         with streamed_to(self.model, self.options.where):
             after = self.quality.measure() if before else {}
-        report.metrics = {name: {"float": before[name], "gptq": after[name]} for name in before if name in after}
-        return self.quality.gate.failures(before, after)
+        both = [name for name in before if name in after]
+        report.metrics = {name: {"float": float(before[name]), "gptq": float(after[name])} for name in both}
+        spreads = {name: spread(before[name], after[name]) for name in both}
+        report.spreads = {name: found for name, found in spreads.items() if found is not None}
+        return after
 
     def _is_allowed(self, step: Step) -> bool:
         if not self.quality.gate.affords(step.bits):
@@ -188,7 +202,8 @@ class Attempts:
         own = {name: getattr(quantizer, name) for name in arguments.OPTIONS}
         try:
             options = replace(self.options, **own)
-            return Ranking(measure_model(self.model, self.data(), quantizer.config, options))
+            with distributed.failing_together():
+                return Ranking(measure_model(self.model, self.data(), quantizer.config, options))
         except (CalibrationError, TargetError, RankError) as error:
             return Ranking(noise, f"; by their outputs' errors on calibration tokens: {error}")
 

@@ -23,11 +23,13 @@ def layer_metrics(report: QuantizeReport) -> dict[str, float]:
 
 
 def quality_metrics(report: QuantizeReport) -> dict[str, float]:
-    """Validation metrics before and after: ``gptq/METRIC/float``, ``gptq/METRIC/gptq``, ``gptq/METRIC/difference``."""
+    """Validation metrics before and after: ``gptq/METRIC/float``, ``gptq/METRIC/gptq``, ``gptq/METRIC/difference``; and
+    ``gptq/METRIC/margin``, to which the difference is known (`Spread`), where it is."""
     metrics: dict[str, float] = {}
     for name, values in report.metrics.items():
         metrics |= {f"gptq/{name}/{model}": value for model, value in values.items()}
         metrics[f"gptq/{name}/difference"] = values["gptq"] - values["float"]
+    metrics |= {f"gptq/{name}/margin": spread.margin for name, spread in report.spreads.items()}
     return metrics
 
 

@@ -4,52 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from gptq_plugin.options import fields
+from gptq_plugin.training.limit import Limit
+from gptq_plugin.training.paired import FEWEST, Measured, same_parts
 
 ON_FAIL = ("raise", "warn", "escalate")
-
-
-@dataclass(frozen=True)
-class Limit:
-    """How far one metric may move in its worse direction.
-
-    Attributes:
-        amount: Largest change that is still good; its sign is that of the worse direction.
-        relative: True if it is a share of the float model's value.
-    """
-
-    amount: float
-    relative: bool
-
-    @classmethod
-    def parse(cls, metric: str, value: Any) -> Limit:
-        """Reads 0.02 (absolute: the metric may rise by that), -0.01 (may fall), or "2%", "-1%" (relative).
-
-        Raises:
-            ValueError: The value is zero, not finite, or neither a number nor a percentage.
-        """
-        relative = isinstance(value, str) and value.strip().endswith("%")
-        try:
-            amount = float(value.strip().removesuffix("%")) / 100 if relative else float(value)
-        except Exception:  # noqa: BLE001  any object of a user
-            amount = math.nan
-        if not math.isfinite(amount) or amount == 0 or isinstance(value, bool):
-            raise ValueError(
-                f"max_degradation[{fields.shown(metric)}] must be a number or a percentage other than zero, such as "
-                "0.02 or '2%' for a metric that may rise by so much, -0.01 for one that may fall; got "
-                f"{fields.shown(value)}"
-            )
-        return cls(amount, relative)
-
-    def excess(self, before: float, after: float) -> float:
-        """How much worse the change is than allowed: at most 0 if it is good, infinite if a value is NaN."""
-        allowed = abs(self.amount) * (abs(before) if self.relative else 1)
-        excess = math.copysign(1, self.amount) * (after - before) - allowed
-        return math.inf if math.isnan(excess) else excess
 
 
 class QualityGate:
@@ -85,6 +47,36 @@ class QualityGate:
                 f"{', '.join(sorted(known)) or 'nothing'}" + (f": did you mean {', '.join(near)}?" if near else "")
             )
 
+    @property
+    def confident(self) -> list[str]:
+        """The metrics whose limits ask for confidence."""
+        return [metric for metric, limit in self.limits.items() if limit.confidence is not None]
+
+    def check_parts(
+        self, first: Mapping[str, float], second: Mapping[str, float], batches: float | None = None
+    ) -> None:
+        """Raises ValueError if a limit asks for confidence that there cannot be.
+
+        Args:
+            first, second: Metrics of the same model on the same data, of all names (`check_names`). If the parts they
+                are measured on differ, so would those of the two models.
+            batches: Number of parts in a whole validation, infinite if unknown; None if `first` is of a whole one.
+        """
+        for metric in self.confident:
+            one, two = first[metric], second[metric]
+            if not isinstance(one, Measured) or not isinstance(two, Measured):
+                why = "it is no mean of values that are logged for each batch"
+            elif not same_parts(one, two):
+                why = "validation gives other batches each time: use a dataloader that neither shuffles nor augments"
+            elif (count := len(one.values) if batches is None else batches) < FEWEST:
+                why = f"there are {count} batches, and fewer than {FEWEST} tell too little: make them smaller"
+            else:
+                continue
+            raise ValueError(
+                f"max_degradation[{fields.shown(metric)}] asks for a confidence that cannot be had: {why}; or leave "
+                "'at ...%' out"
+            )
+
     def affords(self, bits: float) -> bool:
         """Returns whether weights may take that many bits on average."""
         return self.max_bits is None or bits <= self.max_bits
@@ -95,9 +87,7 @@ class QualityGate:
         for metric, limit in self.limits.items():
             old, new = before[metric], after.get(metric, math.nan)
             if limit.excess(old, new) > 0:
-                allowed = f"{limit.amount:+.3%}" if limit.relative else f"{limit.amount:+.5g}"
-                change = f"{new - old:+.5g}" + (f", {(new - old) / abs(old):+.3%}" if old else "")
-                failed.append(f"{metric} went from {old:.5g} to {new:.5g} ({change}; {allowed} allowed)")
+                failed.append(f"{metric} went from {old:.5g} to {new:.5g} ({limit.described(old, new)})")
         return failed
 
     def is_worse(self, before: Mapping[str, float], than: Mapping[str, float], after: Mapping[str, float]) -> bool:
