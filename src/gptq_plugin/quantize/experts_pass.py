@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -89,17 +89,24 @@ class ExpertsPass:
             parts = [self._runs.weights.present(one) for one in experts[expert]]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        for chunk in solve_experts(weights, found, len(experts), shape, first[0].config, self._runs.make_room):
-            self._take(chunk, [experts[number] for number in chunk.experts], stop, stopwatch)
-            stopwatch = Stopwatch(self._runs.device)
+        chunks = solve_experts(weights, found, len(experts), shape, first[0].config, self._runs.make_room)
+        failed: list[tuple[list[Target], Evidence]] = []
+        for chunk in _one_ahead(chunks):  # the device solves while the host takes
+            failed += self._take(chunk, experts, stopwatch)
+        stopwatch.stop()
+        for layers, evidence in failed:
+            self._quantize_one(layers, evidence, stop)
 
     def _quantize_one(self, layers: list[Target], evidence: Evidence, stop: Stop) -> None:
         names = tuple(target.name for target in layers)
         self._quantize_stop(self._kept.stop(names, lambda: evidence), layers, stop)
 
-    def _take(self, chunk: Chunk, experts: Sequence[list[Target]], stop: Stop, stopwatch: Stopwatch) -> None:
-        """Takes a chunk's solutions, and solves the experts that have none by themselves."""
-        config, solved, count = experts[0][0].config, chunk.solved, len(experts)
+    def _take(
+        self, chunk: Chunk, every: Sequence[list[Target]], stopwatch: Stopwatch
+    ) -> list[tuple[list[Target], Evidence]]:
+        """Takes a chunk's solutions; returns the layers of experts that have none, which are to be solved alone."""
+        experts = [every[number] for number in chunk.experts]
+        config, solved = experts[0][0].config, chunk.solved
         layers: list[list[QuantLinear]] = [[] for _ in experts]
         start = 0
         for part in range(len(experts[0])):
@@ -109,7 +116,7 @@ class ExpertsPass:
             packed = packed_layers(solved, rows, config.bits, config.group_size, dtypes)
             for of_expert, layer in zip(layers, packed, strict=True):
                 of_expert.append(layer)
-        whole = dequantized(solved, experts[0][0].parameter.dtype)[:count]
+        whole = dequantized(solved, experts[0][0].parameter.dtype)[: len(experts)]
         good = chunk.good()
         pairs: list[tuple[Target, QuantLinear, Tensor | None]] = []
         for number, own in enumerate(experts):
@@ -119,8 +126,15 @@ class ExpertsPass:
         self._runs.weights.quantize(pairs)
         for target, layer, _ in pairs:
             self._finished.add(target.name, layer)
-        self._outcome.add_experts(experts, chunk, good, stopwatch)
-        stopwatch.stop()
-        for number, own in enumerate(experts):
-            if not good[number]:
-                self._quantize_one(own, chunk.evidence[number], stop)
+        self._outcome.add_experts(experts, chunk, good, stopwatch, share=1 / len(every))
+        each = zip(experts, chunk.evidence, good, strict=False)  # the last expert fills a chunk
+        return [(own, evidence) for own, evidence, is_good in each if not is_good]
+
+
+def _one_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yields chunks, each when the work on the next one is queued."""
+    before = next(chunks)
+    for chunk in chunks:
+        yield before
+        before = chunk
+    yield before

@@ -124,7 +124,12 @@ class Outcome:
         self._stopwatches.append(stopwatch)
 
     def add_experts(
-        self, experts: Sequence[Sequence[Target]], chunk: Chunk, good: Sequence[bool], stopwatch: Stopwatch
+        self,
+        experts: Sequence[Sequence[Target]],
+        chunk: Chunk,
+        good: Sequence[bool],
+        stopwatch: Stopwatch,
+        share: float,
     ) -> None:
         """Takes the solutions of experts that were solved together, those that are good.
 
@@ -132,7 +137,8 @@ class Outcome:
             experts: The layers of each, alike for all; their rows are one below the other.
             chunk: Their solutions.
             good: For each expert.
-            stopwatch: Measures the time of all.
+            stopwatch: Measures the time of these and others.
+            share: An expert's, of that time.
         """
         rows, solved = [target.weight.shape[0] for target in experts[0]], chunk.solved
         coarse = (solved.scales < COARSE_SCALE).sum(1, keepdim=True).to(solved.losses)
@@ -144,14 +150,15 @@ class Outcome:
                     target,
                     losses,
                     expert * len(layers) + part,
-                    share=rows[part] / sum(rows) / len(experts),
+                    share=rows[part] / sum(rows) * share,
                     stopwatch=stopwatch,
                     method="gptq",
                     damp_percent=chunk.damp_percents[expert],
                     tokens=chunk.evidence[expert].tokens,
                     deviations=chunk.evidence[expert].deviations,
                 )
-        self._stopwatches.append(stopwatch)
+        if stopwatch not in self._stopwatches:
+            self._stopwatches.append(stopwatch)
 
     def add_late(self, layer: str, calls: int) -> None:
         """Counts calls of a layer that came after it was solved."""
