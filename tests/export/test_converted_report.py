@@ -117,3 +117,18 @@ def test_a_report_that_cannot_be_read_is_no_obstacle(edited, tmp_path, caplog):
         out = convert(folder, tmp_path / "out", "gptq_v2")
     assert (out / "README.md").read_text() == (folder / "README.md").read_text()
     assert "README.md, report.html, quantization_report.json: copied as they are" in caplog.text
+
+
+@pytest.mark.parametrize("long", ["card", "metrics"])
+def test_what_is_longer_than_any_card_is_copied_as_it_is(long, edited, tmp_path, caplog):
+    """Comparing a million lines with a hundred others takes minutes."""
+    folder = edited(lambda card: "\n" * 1_000_000 if long == "card" else card)
+    if long == "metrics":
+        values = json.loads((folder / "quantization_report.json").read_text())
+        values["metrics"] = {f"metric {number}": {"gptq": 1.0} for number in range(30_000)}
+        (folder / "quantization_report.json").write_text(json.dumps(values))
+    before = (folder / "README.md").read_text()
+    with caplog.at_level(logging.WARNING):
+        converted = convert(folder, tmp_path / "out", "gptq_v2")
+    assert (converted / "README.md").read_text() == before
+    assert "README.md, report.html, quantization_report.json: copied as they are" in caplog.text

@@ -40,3 +40,33 @@ def test_a_link_that_is_no_address_is_left_out(link: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", [b"\xff\xfe\x00", "no metadata", "---\n: : :\n---\n", "---\nlicense\n---\n", ""])
 def test_a_card_that_cannot_be_read_is_none(text: str | bytes, tmp_path: Path) -> None:
     assert base_license(write(tmp_path / "base", text), None) is None
+
+
+MERGED = [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12)]  # 9 ** 11 merges
+HOSTILE = {
+    "merged keys": ["a0: &a0 {k: v}", *MERGED],
+    "deep": [f"a: {'[' * 100_000}"],
+    "deep blocks": [f"{' ' * depth}a:" for depth in range(500)],
+    "a key that is no text": ["1: 2"],
+    "a key of Python's": ["self: 2", "ignore_metadata_errors: 3"],
+    "results that are none": ["eval_results: [5]", "model_name: x", "model-index: 5"],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_else_a_strangers_card_holds_is_not_parsed(name: str, tmp_path: Path) -> None:
+    text = "\n".join(["---", *HOSTILE[name], "license: mit", "---"])
+    assert base_license(write(tmp_path / "base", text), None) == License("mit")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[mit]", "*a", "!!str mit", "{a: b}", "|", "null", "3", "mit: x", '"mit', "mit\n  license", f"x{'y' * 700}"],
+)
+def test_a_value_that_is_no_text_on_its_line_is_none(value: str, tmp_path: Path) -> None:
+    assert base_license(write(tmp_path / "base", f"---\nlicense: {value}\n---\n"), None) is None
+
+
+def test_a_text_may_be_quoted_and_have_a_comment_and_the_last_of_a_key_counts(tmp_path: Path) -> None:
+    text = "---\nlicense: gpl\n license: indented\nlicense : 'mit'  # as ever\n---\nlicense: below\n"
+    assert base_license(write(tmp_path / "base", text), None) == License("mit")

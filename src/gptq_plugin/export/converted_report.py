@@ -21,6 +21,8 @@ from gptq_plugin.report.stored_report import read_report
 
 log = logging.getLogger(__name__)
 
+_MOST_LINES = 2000  # of a card; a usual one has a hundred
+
 
 def convert_report(source: Checkpoint, staging: Path, checkpoint_format: str, description: Mapping[str, Any]) -> None:
     """Writes the report, page and card of our checkpoints anew for another format. What a person changed in the card
@@ -35,6 +37,7 @@ def convert_report(source: Checkpoint, staging: Path, checkpoint_format: str, de
     card = _text(staging / CARD)
     try:
         before, facts = read_report(_text(staging / REPORT))
+        _refuse_long(card, before)
     except ValueError:
         stale = [name for name in (CARD, PAGE, REPORT) if (staging / name).exists()]
         if stale:
@@ -59,6 +62,17 @@ def convert_report(source: Checkpoint, staging: Path, checkpoint_format: str, de
             "\n".join(lost),
         )
     write_report(staging, after, facts, settings, text)
+
+
+def _refuse_long(card: str, report: QuantizeReport) -> None:
+    """Refuses what no card and report of ours are: comparing lines takes time with the square of their number.
+
+    Raises:
+        ValueError: It is longer.
+    """
+    rows = len(report.metrics) + len(report.spreads) + len(report.benchmarks) + len(report.deviations)
+    if card.count("\n") > _MOST_LINES or rows > _MOST_LINES:
+        raise ValueError("longer than any that is written")
 
 
 def _converted(report: QuantizeReport, folder: Path, checkpoint_format: str, source: Checkpoint) -> QuantizeReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from gptq_plugin.options.limited_files import read_text
 
 _CARD = "README.md"
 _METADATA = 2**18  # letters of a card, of which its metadata are the first
+_KEY = re.compile(r"(license(?:_name|_link)?)[ \t]*:[ \t]+([\w'\"].{0,600})")
 _ID = re.compile(r"[\w.-]{1,64}")  # the hub's identifiers: apache-2.0, llama3.1, other
 _NAME = re.compile(r"[\w.+ -]{1,96}")
 _LINK = re.compile(r"https://[^\s<>\"'`]{1,500}")
@@ -55,11 +57,9 @@ def base_license(name_or_path: str | None, hub_id: str | None, stated: Any = Non
 def _of_card(card: Path | None, hub_id: str | None) -> License | None:
     if card is None:
         return None
-    from huggingface_hub import ModelCard
-
     try:
-        data = ModelCard(read_text(card)[:_METADATA], ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError):  # unreadable, or no YAML: a card of somebody else
+        data = _license_keys(read_text(card)[:_METADATA])
+    except (OSError, ValueError):  # unreadable, or no text: a card of somebody else
         return None
     kind, link = _plain(data.get("license"), _ID), _plain(data.get("license_link"), _LINK)
     if not kind:
@@ -67,6 +67,31 @@ def _of_card(card: Path | None, hub_id: str | None) -> License | None:
     if not link and hub_id and re.fullmatch(r"[\w.-]+", str(data.get("license_link") or "")):
         link = f"https://huggingface.co/{hub_id}/blob/main/{data['license_link']}"  # a file of that repository
     return License(kind, _plain(data.get("license_name"), _NAME), link)
+
+
+def _license_keys(text: str) -> dict[str, Any]:
+    """The license's keys of a card's metadata whose values are on their own line.
+
+    The other metadata are not parsed: YAML of a stranger may take any time (merged keys), and nest without end.
+    """
+    lines = text.lstrip("\ufeff").splitlines()
+    if not lines or lines[0].rstrip() != "---":
+        return {}
+    found: dict[str, Any] = {}
+    for line, following in itertools.pairwise([*lines[1:], "---"]):
+        if line.rstrip() == "---":
+            break
+        key = _KEY.fullmatch(line)
+        if key is not None:
+            found[key[1]] = None if following.startswith((" ", "\t")) else _scalar(key[2])
+    return found
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return None
 
 
 def _card(name_or_path: str | None, hub_id: str | None) -> Path | None:
