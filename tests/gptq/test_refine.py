@@ -210,17 +210,17 @@ def test_the_size_of_a_row_changes_its_scales_and_its_loss_only(order):
     assert torch.equal(sized.loss, usual.loss * sizes.square())
 
 
-def test_where_products_are_split_the_steps_stay_as_accurate_and_errors_within_float16(monkeypatch):
+def test_where_products_are_of_float16_the_steps_stay_as_accurate_and_errors_within_its_range(monkeypatch):
     weight, hessian = (t.float() for t in correlated(rows=24, n=160))
     monkeypatch.setitem(refine.sweep.__globals__, "SPAN", 32)
     tensor_cores = refine.sweep.__globals__["tensor_cores"]
-    pushed, right_operand = [], tensor_cores.right_operand
+    pushed, narrowed = [], tensor_cores.narrowed
 
     def watch(x, scale):
         pushed.append(float((x * scale).abs().max()))
-        return right_operand(x, scale)
+        return narrowed(x, scale)
 
-    monkeypatch.setattr(tensor_cores, "right_operand", watch)
+    monkeypatch.setattr(tensor_cores, "narrowed", watch)
     config = QuantizeConfig(bits=2, group_size=32, method="best")
     results = []
     for usable in (False, True):

@@ -73,7 +73,7 @@ class Improvement:
     def _improved(self, chunk: Tensor) -> Rounding:
         """The rounding of some rows, [rows, in]; in the weights' units."""
         start = Recursion(chunk[None], self._factor, self.config)
-        start.visit_in_units()
+        start.visit_in_units(rough=self.config.scale_rounds + self.config.refit_rounds > 0)
         self.fits &= start.fits
         self.g_idx = start.g_idx
         if self._arranged is None:

@@ -77,11 +77,15 @@ class Recursion:
         self.scales *= self.unit[:, None]
         self.loss *= self.unit.square()
 
-    def visit_in_units(self) -> None:
-        """Fills codes and loss, and keeps each row's best alternative. Scales and losses are in the rows' units."""
+    def visit_in_units(self, rough: bool = False) -> None:
+        """Fills codes and loss, and keeps each row's best alternative. Scales and losses are in the rows' units.
+
+        Args:
+            rough: As for `sweep.add_products`.
+        """
         width, begin = (0, None) if self.config.static_groups else (self.size, self._set_grid)
         self.codes, self.loss = sweep(
-            self.columns, self.weight, self.scales, self.zeros, self.pushed, self.config.bits, width, begin
+            self.columns, self.weight, self.scales, self.zeros, self.pushed, self.config.bits, width, begin, rough=rough
         )
         del self.pushed
         if not self.config.static_groups:
