@@ -192,7 +192,7 @@ def test_on_a_gpu_one_product_serves_all_experts(dtype):
     for layer in experts.modules():
         if isinstance(layer, QuantLinear):
             layer.arrange()
-    for counts in ((2, 0, 3, 1), (0, 0, 0, 1), (40, 1, 0, 30)):
+    for counts in ((2, 0, 3, 1), (0, 0, 0, 1), (40, 1, 0, 30), (300, 0, 1, 99)):
         x, ends = rows(counts)
         x, ends = x.to("cuda", dtype), ends.cuda()
         wanted = experts.call(x, ends)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from gptq_plugin.kernels.product.layout import OUTPUTS
+from gptq_plugin.layers.grouped_product import grouped_product, has_grouped_product
+from gptq_plugin.layers.kernel_layout import ArrangedWeight
 from gptq_plugin.layers.qlinear import QuantLinear, output_dtype
 from gptq_plugin.layers.siblings import Siblings
 from gptq_plugin.layers.stacked_weight import StackedWeight, difference
@@ -18,6 +20,7 @@ from gptq_plugin.layers.stored_weight import StoredWeight
 log = logging.getLogger(__name__)
 
 _MOST = 64  # rows of an expert, on average, up to which the kernel for few rows is taken
+_DENSE = 2**29  # weights that may be written as bfloat16 at a time
 
 
 class ExpertStack(Siblings):
@@ -73,14 +76,19 @@ class ExpertStack(Siblings):
 
         Returns:
             [rows, outputs of an expert], 0 for rows of no expert; None if the layers are to be called: one has a hook,
-            gradients are on, experts have many rows, or weights or rows are elsewhere.
+            gradients are on, there is no product for so many rows, or weights or rows are elsewhere.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(x) > _MOST * len(ends):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         stack = self._stack or self._stack_again()
         if stack is None or x.device != stack.weight.tensors.words.device or any(self._hooks):
             return None
-        return _product(stack, x.to(output_dtype(x)), ends)
+        x, weight = x.to(output_dtype(x)), stack.weight
+        if len(x) <= _MOST * len(ends):
+            return _of_few(weight, _ordered(x, weight), ends)
+        if weight.layout.n_out * weight.layout.n_in > _DENSE or not has_grouped_product(x, _outputs(weight, ends)):
+            return None
+        return _of_many(weight, _ordered(x, weight), ends)
 
     def _stack_again(self) -> StackedWeight | None:
         layers = self.present() or []
@@ -91,14 +99,30 @@ class ExpertStack(Siblings):
         return ExpertStack, (len(self._layers),)
 
 
-def _product(stack: StackedWeight, x: Tensor, ends: Tensor) -> Tensor:
+def _ordered(x: Tensor, weight: ArrangedWeight) -> Tensor:
+    """Rows with channels in the weight's order."""
+    return x.contiguous() if weight.order is None else x.index_select(1, weight.order)
+
+
+def _outputs(weight: ArrangedWeight, ends: Tensor) -> int:
+    """Outputs of an expert."""
+    return weight.layout.n_out // len(ends)
+
+
+def _of_few(weight: ArrangedWeight, x: Tensor, ends: Tensor) -> Tensor:
     from gptq_plugin.kernels.product import expert_rows  # imported here: needs Triton
 
-    weight = stack.weight
-    out = x.new_zeros(len(x), weight.layout.n_out // len(ends))
-    rows = x.contiguous() if weight.order is None else x.index_select(1, weight.order)
-    expert_rows.expert_rows(rows, ends.contiguous(), weight.layout, weight.tensors, out)
+    out = x.new_zeros(len(x), _outputs(weight, ends))
+    expert_rows.expert_rows(x, ends.contiguous(), weight.layout, weight.tensors, out)
     return out
+
+
+def _of_many(weight: ArrangedWeight, x: Tensor, ends: Tensor) -> Tensor:
+    """Takes as long as reading the weights and writing them as bfloat16, which the rows outweigh."""
+    from gptq_plugin.kernels.product import products  # imported here: needs Triton
+
+    whole = products.weight(weight.layout, weight.tensors, x.dtype)
+    return grouped_product(x, ends, whole.unflatten(0, (len(ends), -1)))
 
 
 def _hindrance(experts: Sequence[Sequence[StoredWeight]]) -> str | None:

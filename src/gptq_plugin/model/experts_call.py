@@ -17,11 +17,10 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gptq_plugin.layers.expert_stack import ExpertStack
+from gptq_plugin.layers.grouped_product import grouped_product, has_grouped_product
 from gptq_plugin.layers.qlinear import output_dtype
 
 _Places = Sequence[tuple[dict[str, Any], str]]
-_ALIGNED = 16  # bytes, to which a GPU's grouped product needs rows aligned
-_CAPABILITY = (8, 0)
 
 
 class ExpertsCall(nn.Module):
@@ -116,7 +115,7 @@ class ExpertsCall(nn.Module):
         with torch._C.DisableTorchFunction():  # modes that watch who reads a weight
             weights = [[_weight(layer) for layer in own] for own in self._as_one]
             dtype = output_dtype(x)
-            if _has_grouped_product(x.to(dtype), weights):
+            if has_grouped_product(x.to(dtype), sum(map(len, weights[0]))):
                 y = _grouped(x.to(dtype), ends, weights)
             else:
                 y = _one_by_one(x, ends, lambda expert, rows: _products(rows, weights[expert]))
@@ -166,16 +165,6 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
-def _has_grouped_product(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> bool:
-    """True if PyTorch has a kernel for all experts' products of x."""
-    if not x.is_cuda or x.dtype != torch.bfloat16 or not hasattr(functional, "grouped_mm"):
-        return False
-    widths = (x.shape[1], sum(len(weight) for weight in weights[0]))
-    aligned = all(width * x.element_size() % _ALIGNED == 0 for width in widths)
-    return aligned and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
-
-
 def _grouped(x: Tensor, ends: Tensor, weights: Sequence[Sequence[Tensor]]) -> Tensor:
     whole = torch.cat([weight.to(x.dtype) for of_one in weights for weight in of_one])
-    y: Tensor = functional.grouped_mm(x, whole.unflatten(0, (len(weights), -1)).mT, offs=ends)  # type: ignore[attr-defined]
-    return y.masked_fill_((torch.arange(len(y), device=y.device) >= ends[-1])[:, None], 0)
+    return grouped_product(x, ends, whole.unflatten(0, (len(weights), -1)))
