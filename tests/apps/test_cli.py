@@ -252,6 +252,15 @@ def test_a_second_run_with_cache_dir_takes_every_layer_and_writes_the_same_bytes
     assert first[1] == again[1]
 
 
+def test_a_run_to_be_resumed_has_an_export_dir_that_the_next_one_finds(app, base, tmp_path):
+    options = [f"model.name_or_path={base[0]}", "data.seq_len=64", "quantizer.nsamples=8", "quantizer.group_size=32"]
+    options += ["evaluate=false", "device=cpu", "quantizer.resume=true"]
+    with pytest.raises(ValueError, match=r"has a new name in every run: give export_dir=DIR or hydra\.run\.dir=DIR"):
+        app("quantize", *options)
+    app("quantize", *options, f"export_dir={tmp_path / 'found'}")
+    assert (tmp_path / "found/config.json").exists() and not list(tmp_path.glob(".found*"))
+
+
 # --- gptq-quantize after a fine-tune ---
 
 
@@ -306,7 +315,7 @@ def test_the_default_quantizer_is_the_configurations_defaults():
     assert [getattr(quantizer, name) for name in switches] == [None] * 3
     fields = {field.name for field in dataclasses.fields(QuantizeConfig)}
     assert (quantizer.cache_dir, quantizer.cache_gb) == (None, QuantizeModule().cache_gb)
-    assert set(cfg.quantizer) - {"_target_"} == fields | switches | {"cache_dir", "cache_gb"}
+    assert set(cfg.quantizer) - {"_target_"} == fields | switches | {"cache_dir", "cache_gb", "resume"}
 
 
 # --- bad input, before anything is trained ---

@@ -39,7 +39,7 @@ WRONG: list[Any] = [
     "a" * 10**5, "\0", "\udce9", float("nan"), float("inf"), 10**5000, -1e300, 2**63, [[[]]], [None], {None: None},
     {"a": {"b": {"c": 1}}}, (x for x in "ab"), int,
 ]  # fmt: skip
-QUANTIZER = {"config", "offload_weights", "offload_activations", "exact_sums", "cache_dir", "cache_gb"}
+QUANTIZER = {"config", "offload_weights", "offload_activations", "exact_sums", "cache_dir", "cache_gb", "resume"}
 RUN = {"forward", "nsamples", "device", "device_memory", "export_dir", "overwrite", "target", "progress"}
 DATA = {"calibration", "mix", "tokenizer"}  # may be of many kinds; their own modules refuse what is none
 

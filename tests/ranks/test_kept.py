@@ -29,7 +29,7 @@ def test_ranks_take_what_all_of_them_find_and_give_the_bytes_of_one(scene, tmp_p
             assert [name for name, value in plain.items() if not torch.equal(value, state[name])] == []
             assert repr(others) == repr(lines)
             told = [line.partition(":")[0] for line in deviations if "cache_dir" in line]
-            assert told == (["cache_dir does not hold the same files on every rank"] if run == 3 else [])
+            assert told == (["cache_dir does not find the same files on every rank"] if run == 3 else [])
             counts.append((taken["layers_taken"], taken["layers_solved"], taken["walk_taken"]))
     layers = counts[0][1]
     assert counts == [(0, layers, 0)] * 2 + [(layers, 0, 1)] * 2 + [(0, layers, 0)] * 2

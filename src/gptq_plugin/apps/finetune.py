@@ -16,6 +16,7 @@ from gptq_plugin.apps.comparison import Run, compare
 from gptq_plugin.apps.language_model import SaveFloat
 from gptq_plugin.apps.paths import folder_or_id
 from gptq_plugin.apps.progress_bar import StepsBar
+from gptq_plugin.apps.run_folder import refuse_new_folder
 from gptq_plugin.apps.setting_up import data_and_model, instantiate_plain, start
 from gptq_plugin.apps.summary import Clock
 from gptq_plugin.apps.sweeps import Objective, check_objectives, run_alone, runs_a_sweep, starts_ranks
@@ -31,6 +32,8 @@ def finetune(cfg: DictConfig) -> Objective:
     with clock("prepare"):
         callbacks = [instantiate_plain(node) for node in cfg.callbacks.values()]
         gptq = _gptq_callback(callbacks)
+        assert gptq.export_dir is not None  # `_gptq_callback` has checked it
+        refuse_new_folder(gptq.quantizer, gptq.export_dir)
         save_float = SaveFloat(run_dir / "float" if cfg.save_float else None)
         if cfg.trainer.get("enable_progress_bar") and not any(isinstance(one, ProgressBar) for one in callbacks):
             callbacks.append(StepsBar())
@@ -53,7 +56,6 @@ def finetune(cfg: DictConfig) -> Objective:
     clock.move(save_float.seconds, "train", "save float")
     device = trainer.strategy.root_device
     model.to(device)
-    assert gptq.export_dir is not None  # `_gptq_callback` has checked it
     return compare(Run(cfg, run_dir, clock, data, model), gptq.quantizer, gptq.report, gptq.export_dir, device)
 
 

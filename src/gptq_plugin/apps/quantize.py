@@ -15,7 +15,7 @@ from torch import nn
 
 from gptq_plugin.apps.comparison import Run, compare
 from gptq_plugin.apps.fine_tuned import fine_tuned
-from gptq_plugin.apps.run_folder import launched
+from gptq_plugin.apps.run_folder import launched, refuse_new_folder
 from gptq_plugin.apps.setting_up import data_and_model, instantiate_plain, plain, start
 from gptq_plugin.apps.summary import Clock
 from gptq_plugin.apps.sweeps import Objective, check_objectives
@@ -48,6 +48,7 @@ def quantize(cfg: DictConfig) -> Objective:
     with clock("prepare"):
         quantizer = instantiate_plain(cfg.quantizer)
         fields.of_type("a QuantizeModule, as in conf/quantizer/", QuantizeModule).check("quantizer", quantizer)
+        refuse_new_folder(quantizer, export_dir)
         finish = check_finish(instantiate_plain(cfg.finish))
         data, model = data_and_model(cfg)
         model.network = fine_tuned(model.network, ckpt=cfg.ckpt, adapter=cfg.adapter)
@@ -58,7 +59,7 @@ def quantize(cfg: DictConfig) -> Objective:
         samples = finish.data_config(quantizer.config).nsamples
         finish_run = FinishRun(finish, lambda: data.calibration_source(samples)) if finish.kind != "none" else None
     with clock("quantize"), tqdm_progress() as progress:
-        options = PassOptions(tokenizer=model.tokenizer, device=device, progress=progress)
+        options = PassOptions(tokenizer=model.tokenizer, device=device, progress=progress, export_dir=export_dir)
         to = Destination(export_dir, cfg.overwrite, plain(cfg.target))
         report = _quantized(quantizer, model.network, rows, options, to, finish_run)
     quantizer.run_log.end(report, export_dir)

@@ -54,6 +54,7 @@ class KeptFiles:
     Args:
         folder: Made when something is written.
         limit: Bytes of all files together.
+        leaves_out: Kinds of content that are not written.
 
     Attributes:
         problems: Sentences on what could not be read or written.
@@ -62,6 +63,7 @@ class KeptFiles:
 
     folder: Path
     limit: int
+    leaves_out: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
     written: int = 0
     _bytes: int = 0  # of all files, as far as this process knows
@@ -94,7 +96,7 @@ class KeptFiles:
 
     def write(self, kind: str, key: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keeps plain values and tensors under a key. After a failure nothing more is written."""
-        if not self._is_writable:
+        if not self._is_writable or kind in self.leaves_out:
             return
         plain = _apart(tensors)
         text, path = json.dumps(facts), self._path(kind, key)

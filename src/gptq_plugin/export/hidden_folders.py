@@ -138,6 +138,12 @@ def hidden_name(kind: str) -> str:
     return f".{uuid.uuid4().hex[:8]}.{kind}"
 
 
+def lasting_beside(directory: Path, kind: str) -> Path:
+    """The hidden path of some `kind` ("resume") of a folder that every run finds again, beside it or in it."""
+    mark = f".{hashlib.sha256(os.fsencode(directory.name)).hexdigest()[:8]}.{kind}"
+    return directory / mark if works_inside(directory) else directory.with_name(cut(directory, ".", _ROOM) + mark)
+
+
 def cut(directory: Path, prefix: str, more: int) -> str:
     """The prefix and the folder's name, cut so that `more` bytes can follow."""
     room = longest_name(existing(directory.parent)) - more

@@ -202,6 +202,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 tokenizer=self._tokenizer(training),
                 progress=progress,
                 device_memory=peak,
+                export_dir=self.export_dir,
             )
             attempts = Attempts(
                 module,

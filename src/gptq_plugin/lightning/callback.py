@@ -245,7 +245,12 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             with without_adapters(trainer, pl_module, chosen, merged_in_place) as module:
                 forward, device = self.calibration_forward(trainer, pl_module, module), forward_device(trainer)
                 options = PassOptions(
-                    forward, self.tokenizer, device=device, device_memory=self._peak_of_training, progress=progress
+                    forward,
+                    self.tokenizer,
+                    device=device,
+                    device_memory=self._peak_of_training,
+                    progress=progress,
+                    export_dir=self.export_dir,
                 )
                 attempts = Attempts(
                     module,

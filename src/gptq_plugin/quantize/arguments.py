@@ -17,6 +17,7 @@ OPTIONS = {
     "exact_sums": _SWITCH,
     "cache_dir": fields.optional(fields.FOLDER, "nothing is kept"),
     "cache_gb": fields.between(0.001, 1e6),
+    "resume": fields.SWITCH,
 }
 
 

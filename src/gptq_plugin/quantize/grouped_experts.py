@@ -26,12 +26,12 @@ def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> d
     """The experts of a plan whose layers are all quantized, by name, if nothing is asked that needs them one by one.
 
     Gradients weight the tokens of each layer by themselves, the float model's walk pairs tokens expert by expert, and
-    `cache_dir` keeps one stop of the walk after the other. If the device of any rank does not hold a block of experts
-    and their Hessians, all take one after the other, and so do GPUs, until this has run on one. Collective.
+    `cache_dir` and `resume` keep one stop of the walk after the other. If the device of any rank does not hold a block
+    of experts and their Hessians, all take one after the other, and so do GPUs, until this has run on one. Collective.
     """
     targets = {target.name: target.module for target in plan.targets}
     one_by_one = plan.config.token_weighting == "gradients" or any(one.config.asymmetric_alpha for one in plan.targets)
-    if one_by_one or options.cache_dir is not None or device.type not in _DEVICES:
+    if one_by_one or options.keeps or device.type not in _DEVICES:
         return {}
     found = [
         one for one in find_grouped(plan.model) if all(name in targets for layers in one.layers for name in layers)

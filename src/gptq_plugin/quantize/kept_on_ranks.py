@@ -13,29 +13,30 @@ from torch import Tensor
 from gptq_plugin import distributed
 from gptq_plugin.cache.files import Kept, KeptFiles
 
-_DIFFER = "cache_dir does not hold the same files on every rank: what some of them lack was computed again"
-
 
 class KeptOnRanks:
     """Reads what all ranks find, and writes on rank 0. All ranks make the same calls.
 
     Args:
         files: This rank's.
+        option: What asks for them.
 
     Attributes:
+        option: As given.
         problems: Sentences on what is not kept, on this rank.
     """
 
-    def __init__(self, files: KeptFiles) -> None:
-        self._files = files
+    def __init__(self, files: KeptFiles, option: str) -> None:
+        self._files, self.option = files, option
+        self._differ = f"{option} does not find the same files on every rank: what some of them lack was computed again"
         self.problems: list[str] = []
 
     def read(self, kind: str, key: str) -> Kept | None:
         """What is kept under a key; None if some rank finds nothing, or something else."""
         kept = self._files.read(kind, key)
         found = set(distributed.gather_objects(kept.checksum if kept is not None else None))
-        if len(found) > 1 and _DIFFER not in self.problems:
-            self.problems.append(_DIFFER)
+        if len(found) > 1 and self._differ not in self.problems:
+            self.problems.append(self._differ)
         return kept if len(found) == 1 else None
 
     def write(self, kind: str, key: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

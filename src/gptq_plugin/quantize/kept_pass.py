@@ -91,7 +91,7 @@ class KeptPass:
         """
         if self._kept is None:
             return
-        self._kept.problems += [f"cache_dir is not used: {problem}" for problem in problems]
+        self._kept.problems += [f"{self._kept.option} is not used: {problem}" for problem in problems]
         if not problems:
             self.key = key
             self._follow(self._kept, key)
@@ -205,7 +205,7 @@ class Stop:
             if self._is_known:
                 raise CalibrationError(
                     f"{self._link.names[0]}: its layers came together with others than in an earlier run of the same, "
-                    "whose Hessians cache_dir holds: the model's forward is not repeatable. Leave cache_dir out"
+                    "which kept them: the model's forward is not repeatable. Leave cache_dir and resume out"
                 )
             self._evidence = self._observe()
             if self._keys is not None:

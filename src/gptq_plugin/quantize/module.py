@@ -34,13 +34,14 @@ from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.outcome import rounded_report
 from gptq_plugin.quantize.prepare import budgeted, check_client, prepared, refuse_without_values, undisturbed
 from gptq_plugin.quantize.rehearsal import rehearse, rest_of
+from gptq_plugin.quantize.resuming import Resuming
 from gptq_plugin.quantize.run_log import RunLog
 from gptq_plugin.quantize.uploads import Uploads
 from gptq_plugin.report.coverage import Coverage
 from gptq_plugin.report.report import QuantizeReport
 
 
-class QuantizeModule(Finishing, Uploads):
+class QuantizeModule(Finishing, Uploads, Resuming):
     """Quantizes a model in place with GPTQ and exports it.
 
     Args:
@@ -50,6 +51,7 @@ class QuantizeModule(Finishing, Uploads):
         exact_sums: True gives the same bytes on any number of ranks; None does too, but for one GPU alone.
         cache_dir: Folder in which Hessians and solutions are kept for later runs with the same model and data, or None.
         cache_gb: Gigabytes (10^9 bytes) that its files may take; those unused for longest are removed first.
+        resume: Keep solved layers beside the export until it is there: a run that is started again goes on behind them.
         **given: QuantizeConfig's fields, instead of `config`: ``QuantizeModule(bits=3)``.
 
     Attributes:
@@ -72,12 +74,13 @@ class QuantizeModule(Finishing, Uploads):
         exact_sums: bool | None = None,
         cache_dir: str | Path | None = None,
         cache_gb: float = 50.0,
+        resume: bool = False,
         **given: Any,
     ):
         arguments.check_fields(config, given)
         self.config = config if config is not None else QuantizeConfig(**given)  # jsonargparse finds the fields here
         self.offload_weights, self.offload_activations = offload_weights, offload_activations
-        self.exact_sums, self.cache_dir, self.cache_gb = exact_sums, cache_dir, cache_gb
+        self.exact_sums, self.cache_dir, self.cache_gb, self.resume = exact_sums, cache_dir, cache_gb, resume
         arguments.check_options(self.config, {name: getattr(self, name) for name in arguments.OPTIONS})
         self.report: QuantizeReport | None = None
         self.allocated: Allocated | None = None
@@ -218,8 +221,7 @@ class QuantizeModule(Finishing, Uploads):
             target: As for `quantize`.
             keep: Leave the model quantized, unless the block raises.
         """
-        started = time.perf_counter()
-        client, chosen = Client.of(target), self._options(options or PassOptions(), exports=export_dir is not None)
+        started, client, chosen = time.perf_counter(), Client.of(target), self._of_pass(options, export_dir)
         with contextlib.ExitStack() as around, contextlib.ExitStack() as inside:
             inside.enter_context(undisturbed())
             export_on_the_way.check(export_dir, overwrite)
@@ -248,6 +250,7 @@ class QuantizeModule(Finishing, Uploads):
                 yield report
                 place = export.place if export is not None else _nothing
                 keep_them(place) if keep else place()
+                self._forget(export is not None)
                 self._finished = None if keep else self._finished
 
     def round_to_nearest(self, model: nn.Module) -> QuantizeReport:
@@ -284,12 +287,10 @@ class QuantizeModule(Finishing, Uploads):
         given["config"] = with_chosen_grids(self.config, self.report, "export")
         folder = export_model(model, directory, report=self.report, sample=self._sample, **given)
         self.exported = folder
+        self._forget(True)
         if self.allocated is None:  # else the run's end tells
             self.run_log.exported(self.report, Path(directory))
         return folder
-
-    def _options(self, given: PassOptions, **changed: Any) -> PassOptions:
-        return dataclasses.replace(given, **changed, **{name: getattr(self, name) for name in arguments.OPTIONS})
 
 
 def _nothing() -> None:

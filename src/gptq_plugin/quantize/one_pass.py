@@ -110,7 +110,7 @@ class OnePass:
         started = time.perf_counter()
         with contextlib.closing(self._finished):
             samples = count_samples(self._calibration)
-            if self._options.cache_dir is not None:
+            if self._options.keeps:
                 self._identity = PassIdentity(
                     self._plan, self._calibration, self._options, self.runs.device, self._exact
                 )

@@ -21,6 +21,7 @@ from gptq_plugin.device.named import device_named
 from gptq_plugin.memory.finished_layers import LayerStore
 from gptq_plugin.options import fields
 from gptq_plugin.quantize.kept_on_ranks import KeptOnRanks
+from gptq_plugin.quantize.resume_folder import resumable
 
 ModelForward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, str], None]
@@ -36,7 +37,8 @@ class PassOptions:
         exports: The tokenizer is to be saved with an export.
         layers_in: Where finished layers go as they come, such as an `Export`, or a `SharedLayers`, which holds those of
             a model on the CPU for all ranks of a node; None keeps them in memory.
-        offload_weights, offload_activations, exact_sums, cache_dir, cache_gb: See `QuantizeModule`.
+        offload_weights, offload_activations, exact_sums, cache_dir, cache_gb, resume: See `QuantizeModule`.
+        export_dir: Where the result will be exported; with `resume`, solved layers wait beside it.
     """
 
     forward: ModelForward | None = None
@@ -52,6 +54,8 @@ class PassOptions:
     exports: bool = False
     cache_dir: str | Path | None = None
     cache_gb: float = 50.0
+    resume: bool = False
+    export_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
         fields.optional(fields.FUNCTION, "calls the model").check("forward", self.forward)
@@ -66,11 +70,20 @@ class PassOptions:
         """The device to compute on, with its number; None is where the model is."""
         return None if self.device is None else device_named(self.device)
 
+    @property
+    def keeps(self) -> bool:
+        """True if passes keep something for others."""
+        return self.cache_dir is not None or self.resume
+
     def kept(self) -> KeptOnRanks | None:
-        """What passes keep for others; None if they keep nothing."""
-        if self.cache_dir is None:
-            return None
-        return KeptOnRanks(KeptFiles(Path(self.cache_dir), int(self.cache_gb * 1e9)))
+        """What passes keep for others; None if they keep nothing.
+
+        Raises:
+            ValueError: A broken-off run is to be resumed, and there is no `export_dir` to know it by.
+        """
+        if self.cache_dir is not None:
+            return KeptOnRanks(KeptFiles(Path(self.cache_dir), int(self.cache_gb * 1e9)), "cache_dir")
+        return KeptOnRanks(resumable(self.export_dir), "resume") if self.resume else None
 
     def sums_exactly(self, device: torch.device) -> bool:
         """True if sums on the device must not depend on the number of ranks."""

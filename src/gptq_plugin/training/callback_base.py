@@ -134,6 +134,8 @@ class CallbackBase:
         self.repository = Repository.of(push_to_hub)
         if self.repository is not None and export_dir is None:
             raise ValueError(f"push_to_hub={self.repository} uploads the export, and there is none: give an export_dir")
+        if quantizer.resume and export_dir is None and quantizer.cache_dir is None:
+            raise ValueError("resume=True keeps solved layers beside the export, and there is none: give an export_dir")
         self.report: QuantizeReport | None = None
 
     @property
