@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gptq_plugin import distributed
+from gptq_plugin.walk import each_hessian, hessian
 from gptq_plugin.walk.each_hessian import EachHessian
 from gptq_plugin.walk.hessian import Hessian
 
@@ -24,10 +25,10 @@ def batches(n=12, dtype=torch.float32, device="cpu"):
 def one_each(beside=None, **kind):
     found = []
     for number in range(4):
-        hessian = Hessian(12, kind.get("device", "cpu"))
+        own = Hessian(12, kind.get("device", "cpu"))
         for x, _, counts in batches(**kind):
-            hessian.add(x[: sum(counts)].split(list(counts))[number])
-        found.append((hessian.mean(beside), hessian.tokens))
+            own.add(x[: sum(counts)].split(list(counts))[number])
+        found.append((own.mean(beside), own.tokens))
     return found
 
 
@@ -69,7 +70,10 @@ def test_sums_and_tokens_are_those_of_all_ranks(exact, monkeypatch):
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("exact", [True, False])
-def test_on_a_gpu_each_experts_mean_is_that_of_its_tokens(exact, dtype):
+@pytest.mark.parametrize("wide", [True, False])
+def test_on_a_gpu_each_experts_mean_is_that_of_its_tokens(wide, exact, dtype, monkeypatch):
+    monkeypatch.setattr(each_hessian, "_WIDE", 8 if wide else 4096)
+    monkeypatch.setitem(hessian._STRIP, "cuda", 5 if wide else 1024)
     kind = {"dtype": dtype, "device": "cuda"}
     for (mean, tokens), (wanted, own) in zip(of_all(exact, **kind), one_each(**kind), strict=True):
         assert tokens == own

@@ -10,13 +10,16 @@ from torch import Tensor
 from gptq_plugin import distributed
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.kernels import mirror_passes, segment_sums
-from gptq_plugin.walk.hessian import Hessian, add_each
+from gptq_plugin.walk.hessian import Hessian, add_each, add_products, is_narrow
+
+_WIDE = 4096  # inputs
 
 
 class EachHessian:
     """A sum of x xᵀ for each expert, and its number of tokens.
 
     Exact sums are a `Hessian` each. Others are one tensor, to which a GPU adds a batch in one launch, without a wait.
+    Wide layers, of which a block has few, take a library's products.
 
     Args:
         experts: Their number.
@@ -39,13 +42,17 @@ class EachHessian:
             x: [rows, in].
             ends: Where the experts' rows end, int32 [experts]; rows behind the last end are no expert's.
         """
+        counts = ends.diff(prepend=ends.new_zeros(1))
         if self._apart:
-            counts: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
-            add_each(self._apart, x[: sum(counts)].split(counts))
+            add_each(self._apart, _split(x, counts))
             return
         with full_precision(x.device):
-            segment_sums(x).add_products(self._sums, x.detach(), ends)
-            self._tokens += ends.diff(prepend=ends.new_zeros(1))
+            self._tokens += counts
+            if is_narrow(x) and self.in_features > _WIDE:
+                for total, rows in zip(self._sums, _split(x.detach(), counts), strict=True):
+                    add_products(total, rows)
+            else:
+                segment_sums(x).add_products(self._sums, x.detach(), ends)
 
     def over_ranks(self) -> None:
         """Adds up the sums and the tokens of all ranks, on every rank."""
@@ -71,3 +78,9 @@ class EachHessian:
             weights = tokens + self.in_features
         means /= weights.clamp(min=1)[:, None, None]
         yield from zip(means.unbind(), tokens.tolist(), strict=True)
+
+
+def _split(x: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    """Each expert's rows. Waits for the device."""
+    sizes: list[int] = counts.tolist()
+    return x[: sum(sizes)].split(sizes)

@@ -64,7 +64,7 @@ class Hessian:
         self.tokens += x.shape[0]
         if not x.shape[0]:
             return
-        narrow = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and self._dtype == torch.float32
+        narrow = is_narrow(x) and self._dtype == torch.float32
         rows = x if narrow else x.to(self._dtype)
         if self._exact:
             diagonal = torch.empty(self.in_features, dtype=self._dtype, device=x.device)
@@ -105,3 +105,17 @@ def add_each(hessians: Sequence[Hessian], rows: Sequence[Tensor]) -> None:
     with full_precision(rows[0].device):
         for hessian, own in zip(hessians, rows, strict=True):
             hessian._add(own.detach())
+
+
+def is_narrow(x: Tensor) -> bool:
+    """True for rows whose products a GPU adds up exactly as they are, in 16 bits."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def add_products(total: Tensor, rows: Tensor) -> None:
+    """Adds XᵀX of narrow rows X, [tokens, in], to float32 [in, in]: on and below the diagonal, and some of the rest."""
+    width = _STRIP["cuda"]
+    for start in range(0, len(total) if len(rows) else 0, width):
+        stop = min(start + width, len(total))
+        strip, left = total[start:stop, :stop], rows[:, start:stop].T
+        torch.addmm(strip, left, rows[:, :stop], out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
