@@ -19,7 +19,7 @@ from .layout import OUTPUTS, Arranged, Layout
 
 _BN = 64  # outputs of a tile
 _STAGES = 3
-_FEWEST, _MOST = 8, 32  # rows of a tile
+_WARPS = {8: 2, 16: 2, 32: 4}  # by the rows of a tile
 
 
 @triton.jit(do_not_specialize=["experts"])
@@ -98,7 +98,7 @@ def expert_rows(x: Tensor, ends: Tensor, layout: Layout, arranged: Arranged, out
     """
     (rows, width), experts = out.shape, len(ends)
     _check(x, ends, layout, out)
-    block = min(_MOST, max(_FEWEST, triton.next_power_of_2(-(-2 * rows // max(1, experts)))))
+    block = min(max(_WARPS), max(min(_WARPS), triton.next_power_of_2(-(-2 * rows // max(1, experts)))))
     slots = min(rows, experts) + rows // block
     if not slots:
         return
@@ -109,7 +109,7 @@ def expert_rows(x: Tensor, ends: Tensor, layout: Layout, arranged: Arranged, out
             BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step,
             GROUP=layout.group, SYMMETRIC=layout.symmetric, WHOLE=layout.n_in % layout.step == 0,
             EXPERTS=triton.next_power_of_2(experts),
-            BN=_BN, BM=block, STAGES=_STAGES, num_warps=2 if block <= 16 else 4, num_stages=_STAGES,
+            BN=_BN, BM=block, STAGES=_STAGES, num_warps=_WARPS[block], num_stages=_STAGES,
         )  # fmt: skip
 
 
