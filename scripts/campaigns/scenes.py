@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule, load_quantized
+from gptq_plugin import Finish, GPTQCallback, GPTQTrainerCallback, QuantizeModule, load_quantized
 from gptq_plugin.export.convert import convert
 from gptq_plugin.layers.qlinear import QuantLinear
 
@@ -121,7 +121,7 @@ class Scene:
         """Raises `Wrong` if folders or threads are left."""
         places = [self.folder, self.folder / "export"]
         hidden = [one.name for place in places if place.exists() for one in place.iterdir() if one.name[0] == "."]
-        if hidden and not os.statvfs(self.folder).f_flag & os.ST_RDONLY:
+        if hidden and not is_read_only(self.folder):
             raise Wrong(f"hidden folders are left: {hidden}")
         threads = [one for one in set(threading.enumerate()) - self.threads if one.is_alive()]
         for thread in threads:
@@ -134,6 +134,11 @@ class Scene:
             or torch.is_inference_mode_enabled()
         ):
             raise Wrong("PyTorch's modes have changed")
+
+
+def is_read_only(folder: Path) -> bool:
+    """True if its file system is."""
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def _rows() -> list[torch.Tensor]:
@@ -165,6 +170,34 @@ class Experts(Module):
                  "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "num_experts": 2,
                  "num_experts_per_tok": 1}  # fmt: skip
         return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes)).train()
+
+
+class Best(Scene):
+    """The best method, bits chosen for each layer, and values that are kept in files for the next run."""
+
+    def run(self) -> None:
+        options = {**QUANTIZER, "method": "best", "target_bits": 3.9, "cache_dir": self.folder / "cache"}
+        quantizer = QuantizeModule(**options)
+        quantizer.quantize(self.model.model, _rows(), export_dir=self.folder / "export", overwrite=True)
+
+    def check_clean(self) -> None:
+        super().check_clean()
+        left = list((self.folder / "cache").glob(".*"))
+        if left and not is_read_only(self.folder):
+            raise Wrong(f"half a file is left: {left}")
+
+
+class Finished(Scene):
+    """A quantized model that is trained towards its float model, and exported before it is left as it is."""
+
+    keeps_export = True
+
+    def run(self) -> None:
+        quantizer, model = QuantizeModule(**QUANTIZER), self.model.model
+        with quantizer.temporarily(model, _rows(), keep=True):
+            options = Finish("scales", steps=4, nsamples=12, held_out=4, judgements=2, tokens_per_step=64)
+            quantizer.finish(model, None, _rows(), options)
+            quantizer.export(model, self.folder / "export", overwrite=True)
 
 
 class Lightning(Scene):
@@ -258,6 +291,8 @@ SCENES: dict[str, Callable[[Path, Path | None], Scene]] = {
     "quantize": Module,
     "streamed": Streamed,
     "experts": Experts,
+    "best": Best,
+    "finish": Finished,
     "Lightning": Lightning,
     "transformers": Transformers,
     "convert": Convert,

@@ -97,6 +97,9 @@ def test_biases_of_quantized_layers_are_compared_and_a_bias_of_zeros_may_be_nowh
     whole = {key: t for file in float_dir.glob("*.safetensors") for key, t in load_file(file).items()}
     save_file({**whole, f"{LAYER}.bias": torch.ones(160)}, tmp_path / "model.safetensors")
     assert [error.startswith(f"{LAYER}.bias: not quantized") for error in lint(out, tmp_path).errors] == [True]
+    (tmp_path / "damaged").rename(tmp_path / "before")
+    lost = lint(damaged("4 bits symmetric", lambda tensors, bits: None), tmp_path).errors
+    assert lost == [f"{LAYER}: the float model has a bias there, and the checkpoint has none: it was lost"]
 
 
 def test_scales_of_an_unknown_recipe_are_held_to_the_size_of_the_weights(

@@ -58,3 +58,21 @@ def test_a_folder_without_weights_and_a_damaged_file_are_refused(tmp_path: Path)
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     with pytest.raises(CheckpointError, match="the float model cannot be read: .*truncated or corrupt"):
         FloatWeights(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_a_weight_that_holds_no_floats_is_refused_with_the_dtypes_that_can_be_compared(
+    kind: torch.dtype, tmp_path: Path
+) -> None:
+    floats = FloatWeights(folder(tmp_path, **{"model.up.weight": torch.ones(2, 3).to(kind)}))
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors of .*: model\.up\.weight is .*one of F16, BF16, F32"
+    ):
+        floats.weight("up", (2, 3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_since_it_compares_with_nothing(value: float, tmp_path: Path) -> None:
+    floats = FloatWeights(folder(tmp_path, **{"up.weight": torch.full((2, 3), value)}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors of .*: up\.weight holds NaN or infinity"):
+        floats.weight("up", (2, 3))

@@ -61,6 +61,9 @@ class BesideFloat:
             yield warning(
                 f"{some(self._unknown)}: the float model has no weight of that name and shape, so not compared"
             )
+        lost = [name for name, layer in self._checkpoint.layers.items() if not layer.has_bias and self._has_bias(name)]
+        if lost:
+            yield error(f"{some(lost)}: the float model has a bias there, and the checkpoint has none: it was lost")
         biases = [f"{name}.bias" for name, layer in self._checkpoint.layers.items() if layer.has_bias]
         same, unknown = 0, []
         cast: Counter[str] = Counter()
@@ -89,6 +92,11 @@ class BesideFloat:
             )
         if unknown:
             yield warning(f"{some(unknown)}: the float model has no tensor of that name and shape, so not compared")
+
+    def _has_bias(self, layer: str) -> bool:
+        """True if the float model has one that is not all zeros."""
+        bias = self._floats.tensor(f"{layer}.bias")
+        return bias is not None and bool(bias.any())
 
     def _grid_of(self, entry: LayerEntry) -> tuple[QuantizeConfig, tuple[float, ...]]:
         """The layer's grid, and the clip ratios of its groups if these come from the float weight: in our own

@@ -7,8 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from gptq_plugin.checkpoint.hub import local_folder
+from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.checkpoint.shards import Shards
+from gptq_plugin.device.finite import all_finite
 from gptq_plugin.errors import CheckpointError, brief
+
+_LONGEST_PREFIX = 4  # parts of a name
 
 
 class FloatWeights:
@@ -29,6 +33,10 @@ class FloatWeights:
             self._shards = Shards.open(folder)
         except CheckpointError as error:
             raise CheckpointError(f"{folder} of the float model cannot be read: {brief(error)}") from error
+        self._without_prefix: dict[str, list[str]] = {}
+        for name in self._shards.entries:
+            for rest in _rests(name):
+                self._without_prefix.setdefault(rest, []).append(name)
         # Conv1D's weight is transposed and has the name of Linear's: the first matrix that is not square tells which.
         self._transposed = False
 
@@ -38,19 +46,44 @@ class FloatWeights:
         A base model's names lack the prefix (``model.``) of classes with a head, or the other way round. A name that
         fits several tensors gives None.
         """
-        names = [wanted] if wanted in self._shards.entries else []
-        names = names or [
-            name for name in self._shards.entries if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")
-        ]
-        return self._shards.read(names[0]) if len(names) == 1 else None
+        name = self._named(wanted)
+        return None if name is None else self._shards.read(name)
+
+    def _named(self, wanted: str) -> str | None:
+        if wanted in self._shards.entries:
+            return wanted
+        shorter = [rest for rest in _rests(wanted) if rest in self._shards.entries]
+        names = [*shorter, *self._without_prefix.get(wanted, [])]
+        return names[0] if len(names) == 1 else None
 
     def weight(self, layer: str, shape: tuple[int, int]) -> Tensor | None:
-        """The weight of the layer of that name, [out, in] = `shape`, or None."""
-        tensor = self.tensor(f"{layer}.weight")
-        if tensor is None:
+        """The weight of the layer of that name, [out, in] = `shape`, or None.
+
+        Raises:
+            CheckpointError: It holds no floats, or NaN or infinity.
+        """
+        name = self._named(f"{layer}.weight")
+        if name is None:
             return None
+        entry, tensor = self._shards.entries[name], self._shards.read(name)
+        if entry.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{entry.file} of the float model: {name} is {entry.dtype}, with which nothing can be compared: give "
+                f"the model in one of {', '.join(FLOATS)}"
+            )
+        if not all_finite(tensor):
+            raise CheckpointError(
+                f"{entry.file} of the float model: {name} holds NaN or infinity, with which nothing can be compared: "
+                "fetch it again, or give the model that was quantized"
+            )
         if tensor.shape == shape[::-1] and shape[0] != shape[1]:
             self._transposed = True
         if self._transposed:
             tensor = tensor.T
         return tensor if tensor.shape == shape else None
+
+
+def _rests(name: str) -> list[str]:
+    """What follows the first parts of a dotted name."""
+    parts = name.split(".", _LONGEST_PREFIX)
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
