@@ -26,6 +26,7 @@ def solve_span(
     loss: Tensor,
     bits: int,
     changes: bool = False,
+    rough: bool = False,
 ) -> None:
     """Runs GPTQ's recursion over some columns, the last one first, for B blocks of rows that share a Hessian, or have
     one each.
@@ -47,6 +48,7 @@ def solve_span(
         loss: [B, A·rows]; added to.
         bits: Width of a code.
         changes: The codes are those so far, and the loss that they would add is subtracted.
+        rough: Errors may be pushed with less precision; here they are not.
     """
     batch, columns, width = pushed.shape
     alternatives = width // weight.shape[2]

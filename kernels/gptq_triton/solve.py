@@ -16,28 +16,28 @@ from .needs_triton import tl, triton
 _ROWS = 32  # per program: fastest of 16, 32 and 64 with 1, 2 and 4 warps, for 4096 to 57344 rows on an H200
 _WARPS = 1
 _CHUNK = 16  # columns in registers at a time
+_ROUGH_DEEP = 32  # later columns in a product of numbers in TF32
 BLOCK = 128  # columns per launch
 
 
 @triton.jit
 def _push_later(
     pushed, weight, factor, channel, errors, columns, width, factor_stride, first, r, row, inside, rows,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, DEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # In place of a chunk's errors, its targets as far as later chunks go.
-    c = tl.arange(0, CHUNK)
-    at = first + c
+    at = first + tl.arange(0, CHUNK)
     there = at < columns
     both = there[:, None] & inside[None, :]
     natural = tl.load(channel + at, mask=there, other=0).to(tl.int64)
     t = tl.load(weight + natural[:, None] * rows + row[None, :], mask=both, other=0.0)
     t += tl.load(pushed + at[:, None] * width + r[None, :], mask=both, other=0.0)
-    for later in range(first + CHUNK, columns, CHUNK):
-        k = later + c
+    for later in range(first + CHUNK, columns, DEEP):
+        k = later + tl.arange(0, DEEP)
         known = k < columns
         a = tl.load(factor + at[:, None] * factor_stride + k[None, :], mask=known[None, :], other=0.0)
         e = tl.load(errors + k[:, None] * width + r[None, :], mask=known[:, None] & inside[None, :], other=0.0)
-        t = tl.dot(a, e, acc=t, input_precision="ieee")
+        t = tl.dot(a, e, acc=t, input_precision=PRECISION)
     tl.store(errors + at[:, None] * width + r[None, :], t, mask=both)
 
 
@@ -73,6 +73,7 @@ def _solve_block_kernel(
     pushed, weight, factor, scales, zeros, group, channel, gain, damping, codes, errors, loss,
     columns, width, rows, groups, n, factor_stride, error_batch, push_batch, factor_batch, group_batch, column_batch,
     TOP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, CHANGES: tl.constexpr,
+    DEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -94,8 +95,9 @@ def _solve_block_kernel(
         # By way of memory every thread gets the targets of its own rows. From here to the stores it needs no other
         # thread, and nothing stands between the loads: they wait together, not one after the other.
         _push_later(
-            pushed, weight, factor, channel, errors, columns, width, factor_stride, first, r, row, inside, rows, CHUNK
-        )
+            pushed, weight, factor, channel, errors, columns, width, factor_stride, first, r, row, inside, rows,
+            CHUNK, DEEP, PRECISION,
+        )  # fmt: skip
         tl.debug_barrier()
         loaded, shares = _load_columns(
             weight, factor, scales, zeros, group, channel, gain, damping, codes, errors,
@@ -142,9 +144,10 @@ def solve_span(
     loss: Tensor,
     bits: int,
     changes: bool = False,
+    rough: bool = False,
 ) -> None:
     """`plain_solve.solve_span` on a GPU: for every 128 columns a product that pushes later errors to them, and a
-    launch.
+    launch; in all one launch if it may be rough.
 
     Where blocks share a Hessian, a product is of one of them: a library may choose another kernel for another number of
     blocks. The launch is of all blocks, which programs share without a sum of theirs.
@@ -156,6 +159,7 @@ def solve_span(
         group, channel, gain, damping: As there, the last stride 1; floats are float32.
         bits: Width of a code.
         changes: As there.
+        rough: Errors may be pushed in TF32, on tensor cores.
 
     Raises:
         ValueError: Wrong dtype, shape or stride; the message names the tensor.
@@ -184,8 +188,9 @@ def solve_span(
         raise ValueError(f"pushed has {width} values per column, which is not a multiple of the weight's {rows} rows")
     if not width:
         return
-    for stop in range(columns, 0, -BLOCK):
-        start = max(stop - BLOCK, 0)
+    block = columns if rough else BLOCK
+    for stop in range(columns, 0, -block):
+        start = max(stop - block, 0)
         here, offset = slice(start, stop), pushed[:, start:stop]
         if stop < columns:
             later, offset = factor[..., here, stop:], torch.empty_like(offset, memory_format=torch.contiguous_format)
@@ -199,7 +204,8 @@ def solve_span(
             gain[..., here], damping[..., here], codes, errors[:, here], loss,
             stop - start, width, rows, groups, n, factor.stride(-2), errors.stride(0), offset.stride(0),
             factor.stride(0) if of_blocks else 0, group.stride(0) if of_groups else 0, column,
-            TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, CHANGES=changes, num_warps=_WARPS,
+            TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, CHANGES=changes,
+            DEEP=_ROUGH_DEEP if rough else _CHUNK, PRECISION="tf32" if rough else "ieee", num_warps=_WARPS,
         )  # fmt: skip
 
 

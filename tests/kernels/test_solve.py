@@ -58,6 +58,29 @@ def test_from_codes_so_far_the_triton_block_gives_the_change_of_the_loss(bits, d
 
 
 @triton_device
+@pytest.mark.parametrize(("columns", "rows"), [(300, 40), (512, 33), (70, 5)])
+def test_a_rough_block_rounds_targets_that_are_right_to_a_hundredth_of_a_step(columns, rows, device):
+    from gptq_plugin.kernels import solve
+
+    if device == "cpu":
+        columns, rows = min(columns, 140), min(rows, 5)
+    block = make_block(columns, rows, 4, device, alternatives=2)
+    found = block.solve(functools.partial(solve.solve_span, rough=True), 4)
+    channel, group = block.channel.long(), block.group.long()
+    scale, zero, codes = (t[0].double() for t in (block.scales, block.zeros, found.codes))
+    scale, zero, codes = scale[group], zero[group], codes[channel]
+    weight = block.weight[0, channel].double().repeat(1, 2)
+    errors = weight - scale * (codes - zero)
+    torch.testing.assert_close(found.errors[0].double(), errors, atol=1e-5, rtol=1e-5)
+    pushes = block.pushed[0].double() + block.factor.double().triu(1) @ errors
+    wanted = ((weight + pushes) / scale + zero).clamp(0, 15)
+    off = (wanted - codes).abs()
+    assert off.max() < 0.55 and (off > 0.51).double().mean() < 1e-3
+    loss = block.gain[:, None] * (pushes + errors).square() - block.damping[:, None] * errors.square()
+    torch.testing.assert_close(found.loss[0].double(), block.loss[0].double() + loss.sum(0), atol=0, rtol=1e-2)
+
+
+@triton_device
 def test_the_triton_block_writes_into_runs_of_columns_of_longer_matrices(device):
     from gptq_plugin.kernels import solve
 

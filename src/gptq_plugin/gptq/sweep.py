@@ -94,6 +94,7 @@ def sweep(
             loss,
             bits,
             before is not None,
+            rough and columns.bounded,
         )
         if start:
             add_products(pushed[:, :start], columns.rows[:, :start, here], errors, columns.bounded, rough)
