@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import threading
 import time
 import weakref
 import zlib
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 _GRACE = timedelta(seconds=15)  # how long a rank that failed waits for the others to learn why
 _SLICE = timedelta(seconds=1)  # of waiting: between two the rank can be interrupted, and learns who has failed
 _PATIENCE = 5.0  # seconds in which an operation on GPUs ends that all ranks have come to
+_SIGN = 5.0  # seconds between two signs of life
 _FINE, _FAILED = 0, 1
 
 
@@ -51,6 +53,7 @@ class _CheckIns:
         group: Separate, so that check-ins never mix with the user's messages. None until all ranks have met.
         sent: The operations of the last check-in.
         is_midway: True from when a check-in is sent to when all ranks' words have come.
+        waits: How often the others waited for rank 0's work.
     """
 
     world: Any
@@ -59,6 +62,7 @@ class _CheckIns:
     group: Any = None
     sent: list[Any] = field(default_factory=list)
     is_midway: bool = False
+    waits: int = 0
 
     def __post_init__(self) -> None:
         atexit.register(self.close)
@@ -135,6 +139,54 @@ def pass_on(error: Exception) -> None:
     """Has the other ranks raise RankError with this error at their next check-in; all can go on behind it."""
     with contextlib.suppress(RankError):  # of all ranks, this one too; or they cannot be reached
         _exchange(_FAILED, 0, f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def working() -> Iterator[None]:
+    """Gives the other ranks signs of life during the block, for `wait_for_first`. On rank 0."""
+    check_ins, sign, done = _signs()
+    over, pause = threading.Event(), min(_SIGN, _timeout().total_seconds() / 4)
+
+    def live() -> None:
+        count = 0
+        while not over.wait(pause):
+            count += 1
+            check_ins.store.set(sign, str(count))
+
+    thread = threading.Thread(target=live, name="gptq signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+        check_ins.store.set(done, "done")
+    finally:
+        over.set()
+        thread.join()
+
+
+def wait_for_first() -> None:
+    """Waits until rank 0's `working` is over or has failed, however long that takes. On the other ranks.
+
+    Raises:
+        RankError: Rank 0 gave no sign of life for as long as the process group's timeout.
+    """
+    check_ins, sign, done = _signs()
+    seen, since = b"", time.monotonic()
+    with unreachable_as_rank_error():
+        while not (check_ins.store.check([done]) or check_ins.store.check([check_ins.key])):
+            now = check_ins.store.get(sign) if check_ins.store.check([sign]) else b""
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > _timeout().total_seconds():
+                raise RankError(f"rank 0 gave no sign of life for {_timeout()}: it was killed, or hangs")
+            time.sleep(0.2)
+
+
+def _signs() -> tuple[_CheckIns, str, str]:
+    """The check-ins, and the keys of the next work of rank 0: of its signs of life, and of its end."""
+    check_ins = _open()
+    check_ins.waits += 1
+    name = f"{check_ins.key}/work {check_ins.waits}"
+    return check_ins, f"{name}/alive", f"{name}/done"
 
 
 def group() -> Any:

@@ -84,6 +84,25 @@ def failing_together() -> Iterator[None]:
         raise
 
 
+def first_works(work: Callable[[], None]) -> None:
+    """Runs something on rank 0 that may take longer than the process group's timeout; the others wait for its end.
+
+    They do so without an operation, as long as rank 0 is alive.
+
+    Raises:
+        RankError: Rank 0 failed, or was lost.
+    """
+    with ending_together():
+        if not active():
+            if rank() == 0:
+                work()
+        elif rank() == 0:
+            with check_ins.working():
+                work()
+        else:
+            check_ins.wait_for_first()
+
+
 def sum_(tensor: Tensor, count: int = 0) -> int:
     """Adds the tensor up over all ranks, in place on every rank.
 

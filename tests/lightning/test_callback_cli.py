@@ -62,8 +62,12 @@ def test_options_of_the_configuration_stand_among_the_quantizers_own(init_args, 
     assert make(init_args).quantizer.config == wanted
 
 
-def test_options_beside_a_configuration_are_refused_unless_they_are_defaults(make):
+def test_options_beside_a_configuration_are_refused_unless_they_are_defaults(make, caplog):
     assert make({"config": {"bits": 3}, "bits": 4}).quantizer.config == QuantizeConfig(bits=3)
+    assert "config is taken whole: bits=4 beside it, as by default, does not count" in caplog.text
+    caplog.clear()
+    assert make({"config": {"bits": 4}}).quantizer.config == QuantizeConfig()
+    assert "config is taken whole" not in caplog.text
     with pytest.raises(ValueError, match="not both: got group_size beside config"):
         make({"config": {"bits": 3}, "group_size": 64})
 

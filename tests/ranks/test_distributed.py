@@ -18,6 +18,7 @@ from forked_python import python
 # Every scene runs on forked ranks in a new process group, and writes what it found.
 SCENES = """
 import json, os, signal, sys, time
+from datetime import timedelta
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -115,6 +116,29 @@ def busy(rank):
                 raise KeyError("lost")
             time.sleep(3)
     return [raised(run), time.time() - started]
+
+def long(rank):
+    # Rank 0 works three times as long as the group's timeout; then it fails at the same.
+    found = []
+    def work():
+        time.sleep(3 * TIMEOUT)
+        found.append("worked")
+    def fails():
+        raise KeyError("refused")
+    distributed.first_works(work)
+    found.append(distributed.minimum(rank + 5))
+    started = time.time()
+    found.append(raised(lambda: distributed.first_works(fails)))
+    return [*found, time.time() - started]
+
+def lost(rank):
+    # Rank 0 is there, and gives no sign: its process was stopped.
+    def work():
+        time.sleep(2.5 * TIMEOUT)
+    if rank == 0:
+        check_ins._signs = lambda: (check_ins._open(), "other", "keys")
+    started = time.time()
+    return [raised(lambda: distributed.first_works(work)), time.time() - started]
 
 def interrupted(rank, who):
     # Rank 1 comes late; one of those that wait for it, in the middle of their check-in, is interrupted.
@@ -215,10 +239,11 @@ def experts(rank):
     found = {m.name.partition(".mlp.")[2]: (m.method, m.tokens) for m in experts}
     return [found, {k: v.double().sum().item() for k, v in model.state_dict().items()}]
 
+TIMEOUT = 3
 out, size = Path(sys.argv[1]), 3
 for number, scene in enumerate((
     meetings, astray, failing, apart, busy, interrupted_first, interrupted_last, hessians, ranges, rows, branches,
-    experts, caught, ranking,
+    experts, caught, ranking, long, lost,
 )):
     children = []
     for rank in range(size):
@@ -226,7 +251,8 @@ for number, scene in enumerate((
         if pid:
             children.append(pid)
             continue
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{29860 + number}", rank=rank, world_size=size)
+        limit = {"timeout": timedelta(seconds=TIMEOUT)} if scene in (long, lost) else {}
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{29860 + number}", rank=rank, world_size=size, **limit)
         (out / f"{scene.__name__}{rank}.json").write_text(json.dumps(scene(rank)))
         os._exit(0)
     for pid in children:
@@ -282,6 +308,19 @@ def test_a_rank_that_failed_does_not_wait_for_others_that_are_busy(scenes):
     (error, seconds), *others = scenes("busy")
     assert error == "KeyError: 'lost'" and 0.9 < seconds < 2.5
     assert all("cannot reach the others: one was killed" in error for error, _ in others)
+
+
+def test_others_wait_for_rank_0s_work_longer_than_the_timeout_and_learn_of_its_failure(scenes):
+    first, *others = scenes("long")
+    assert first[:3] == ["worked", 5, "KeyError: 'refused'"]
+    assert [found[:2] for found in others] == [[5, "RankError: rank 0 failed: KeyError: 'refused'"]] * 2
+    assert all(found[-1] < 3 for found in (first, *others))
+
+
+def test_a_rank_0_that_gives_no_sign_of_life_is_not_waited_for_longer_than_the_timeout(scenes):
+    _, *others = scenes("lost")
+    for error, seconds in others:
+        assert error.startswith("RankError: rank 0 gave no sign of life for 0:00:03") and 2.9 < seconds < 6
 
 
 def test_a_block_without_a_meeting_ends_on_all_ranks_or_on_none(scenes):

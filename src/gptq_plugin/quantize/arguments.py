@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.options import fields
 from gptq_plugin.options.known_names import field_defaults, unknown_option
+
+log = logging.getLogger(__name__)
 
 _CONFIG = fields.of_type("a QuantizeConfig (QuantizeConfig.from_dict makes one of a mapping)", QuantizeConfig)
 _SWITCH = fields.Kind("true, false or null (decide from free memory)", fields.optional(fields.SWITCH, "").accepts)
@@ -22,8 +25,11 @@ OPTIONS = {
 
 
 def check_fields(config: QuantizeConfig | None, given: Mapping[str, Any]) -> None:
-    """Refuses fields that are unknown, or asked for beside a configuration. A parser of command lines gives all of
-    them; those at their defaults ask for nothing."""
+    """Refuses fields that are unknown, or asked for beside a configuration.
+
+    A parser of command lines gives all of them, and nobody can tell a default that was written from one that was not:
+    those at their defaults ask for nothing, and a warning tells.
+    """
     unknown = unknown_option(QuantizeConfig, given)
     if unknown:
         raise ValueError(unknown)
@@ -33,6 +39,9 @@ def check_fields(config: QuantizeConfig | None, given: Mapping[str, Any]) -> Non
     asked = [name for name, value in given.items() if len(given) < len(defaults) or value != defaults[name]]
     if asked:
         raise TypeError(f"give a QuantizeConfig or its fields, not both: got {', '.join(asked)} beside config")
+    others = [f"{name}={value!r}" for name, value in given.items() if value not in (None, getattr(config, name))]
+    if others:
+        log.warning("config is taken whole: %s beside it, as by default, does not count", ", ".join(others))
 
 
 def check_options(config: QuantizeConfig, options: Mapping[str, Any]) -> None:

@@ -236,12 +236,12 @@ class CallbackBase:
         """Shows users the layers and the result, on rank 0. To be called when no progress bar is in the way."""
         self.quantizer.run_log.end(report, self.export_dir)
 
-    @distributed.ending_together()
     def upload(self) -> None:
         """Uploads the export from rank 0, if the run asks for it. The last step: nothing is lost if it fails.
 
         Raises:
             ExportError: The hub did not take it; the message has the command that tries again.
         """
-        if self.repository is not None and self.export_dir is not None and distributed.rank() == 0:
-            log.info("uploaded to %s", self.repository.push(self.export_dir))
+        repository, folder = self.repository, self.export_dir
+        if repository is not None and folder is not None:
+            distributed.first_works(lambda: log.info("uploaded to %s", repository.push(folder)))
