@@ -42,7 +42,11 @@ from gptq_plugin.training.optimizer_state import on_cpu
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 from gptq_plugin.training.quality_gate import QualityGate
 
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names
+_SHARDED = {  # accelerate's names, and with what the trainer saves the whole model
+    "FSDP": ", with fsdp_config={'state_dict_type': 'FULL_STATE_DICT'}",
+    "DEEPSPEED": ", with stage3_gather_16bit_weights_on_model_save under zero_optimization (ZeRO-3)",
+    "MEGATRON_LM": "",
+}
 
 
 class GPTQTrainerCallback(CallbackBase, TrainerCallback):
@@ -277,7 +281,8 @@ def _refuse_sharded(model: nn.Module) -> None:
     if kind in _SHARDED or sharded:
         raise NotImplementedError(
             f"GPTQTrainerCallback needs whole parameters on every rank, and {kind if kind in _SHARDED else 'DTensor'} "
-            "shards them. Train without the callback, save the full model and run gptq-quantize on it"
+            f"shards them. Train without the callback{_SHARDED.get(kind, '')}, call trainer.save_model(DIR), and run "
+            "gptq-quantize model.name_or_path=DIR"
         )
 
 
