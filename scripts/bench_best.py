@@ -45,7 +45,7 @@ TIMED = (  # module, function, what it is in the table; indented if it is within
     (refine, "sweep", "  columns, of descent too"),
     (refine, "keep_best", "  better alternative"),
     (refine, "refitted", "refits"),
-    (refine, "_solution", "  solutions in float64"),
+    (refine, "_solution", "  solutions of equations"),
     (refine, "descended", "descents"),
     (solver, "_loss", "loss of the weight, for the report"),
 )

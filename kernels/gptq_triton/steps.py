@@ -10,7 +10,7 @@ from .needs_triton import tl, triton
 
 _LANES = 256  # rows of a program of `rounding_errors`, ...
 _COLUMNS = 8  # ... and the columns it takes
-_TRIED_ROWS = 128  # rows of a program of `grid_errors`
+_TRIED_ROWS, _TRIED = 128, 11  # rows and grids of a program of `grid_errors`
 # Of `scale_equations`: rows of a program, channels of a product beside and along its sum (at most the largest power of
 # two that divides a group's size), warps, stages of operands on their way, and programs, one after another, that take
 # the same group of other rows.
@@ -64,24 +64,33 @@ def rounding_errors(
 
 @triton.jit
 def _grid_errors_kernel(
-    targets, channel, scales, zeros, gain, out, rows, groups, size, grids, TOP: tl.constexpr, ROWS: tl.constexpr
+    targets, channel, scales, zeros, gain, out, rows, groups, size, grids,
+    TOP: tl.constexpr, ROWS: tl.constexpr, TRIED: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     g = tl.program_id(1)
     inside = r < rows
-    for a in range(grids):
+    tried, totals = (), ()
+    for i in tl.static_range(TRIED):  # a target is read once for all of these
+        a = tl.program_id(2) * TRIED + i
         at = (a * groups + g).to(tl.int64) * rows + r
-        scale = tl.load(scales + at, mask=inside, other=1.0)
-        zero = tl.load(zeros + at, mask=inside, other=0.0)
-        total = tl.zeros([ROWS], dtype=tl.float32)
-        points = 1 / scale  # a unit: near enough to compare grids
-        for i in range(size):
-            mine = tl.load(channel + g * size + i).to(tl.int64)
-            target = tl.load(targets + mine * rows + r, mask=inside, other=0.0)
+        scale = tl.load(scales + at, mask=inside & (a < grids), other=1.0)
+        zero = tl.load(zeros + at, mask=inside & (a < grids), other=0.0)
+        tried += ((at, scale, zero, 1 / scale),)  # a unit: near enough to compare grids
+        totals += (tl.zeros([ROWS], dtype=tl.float32),)
+    for i in range(size):
+        mine = tl.load(channel + g * size + i).to(tl.int64)
+        target = tl.load(targets + mine * rows + r, mask=inside, other=0.0)
+        share = tl.load(gain + mine)
+        sums = ()
+        for k in tl.static_range(TRIED):
+            _, scale, zero, points = tried[k]
             q = tl.minimum(tl.maximum(target * points + zero, 0.0), TOP)
             off = target - scale * ((q + 12582912.0) - 12582912.0 - zero)  # half to even, as in solve.py
-            total += off * off * tl.load(gain + mine)
-        tl.store(out + at, total, mask=inside)
+            sums += (totals[k] + off * off * share,)
+        totals = sums
+    for i in tl.static_range(TRIED):
+        tl.store(out + tried[i][0], totals[i], mask=inside & (tl.program_id(2) * TRIED + i < grids))
 
 
 def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor, gain: Tensor, bits: int) -> Tensor:
@@ -100,9 +109,9 @@ def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor,
     )
     out = torch.empty_like(scales)
     if out.numel():
-        _grid_errors_kernel[(triton.cdiv(rows, _TRIED_ROWS), groups)](
+        _grid_errors_kernel[(triton.cdiv(rows, _TRIED_ROWS), groups, triton.cdiv(grids, _TRIED))](
             targets, channel, scales, zeros, gain, out, rows, groups, n // groups, grids,
-            TOP=float(2**bits - 1), ROWS=_TRIED_ROWS,
+            TOP=float(2**bits - 1), ROWS=_TRIED_ROWS, TRIED=_TRIED,
         )  # fmt: skip
     return out
 
@@ -159,6 +168,9 @@ def scale_equations(
 
     Half of M is computed, since it is symmetric.
 
+    Returns:
+        float32 [some, G, G] and [some, G].
+
     Raises:
         ValueError: Wrong dtype, shape or stride.
     """
@@ -175,7 +187,8 @@ def scale_equations(
     tile = min(_INNER, size & -size)
     if tile < _LEAST_INNER:
         whole = narrow.to(errors.dtype).mul_(unit), errors.new_ones(())
-        return plain_steps.scale_equations(whole, codes, zeros, errors, channel, some)
+        matrix, right = plain_steps.scale_equations(whole, codes, zeros, errors, channel, some)
+        return matrix.to(errors.dtype), right.to(errors.dtype)
     count = some.stop - some.start
     centred = codes[:, some][channel].half()
     centred.unflatten(0, (groups, size)).sub_(zeros[:, None, some])  # exact
@@ -186,7 +199,7 @@ def scale_equations(
         num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     right = _pulled(narrow, errors[:, some]).mul_(centred).unflatten(0, (groups, size)).sum(1).mT
-    return matrix.double().mul_(unit), right.double().mul_(unit)
+    return matrix.mul_(unit), right.mul_(unit)
 
 
 def _pulled(hessian: Tensor, errors: Tensor) -> Tensor:

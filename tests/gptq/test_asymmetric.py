@@ -54,6 +54,7 @@ def test_with_operands_in_float16_the_correction_is_near_to_the_plain_one(order,
     damping = torch.empty(160).index_copy_(0, factor.order[0].cpu(), factor.damping[0].cpu())
     wanted = plain_steps.asymmetric_target(weight, hessian, drift, damping, 0.5) - weight
     monkeypatch.setattr(asymmetric, "_SPAN", 48)
+    monkeypatch.setattr(asymmetric, "_INVERTED", 12)
     off = []
     for usable in (False, True):
         monkeypatch.setattr(asymmetric.tensor_cores, "usable", lambda x, usable=usable: usable)

@@ -61,7 +61,7 @@ def test_where_a_gpu_multiplies_in_bfloat16_losses_are_near_and_of_the_weights_t
 
 @pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("n", [5, 1024, 1100])
-def test_where_products_are_split_losses_of_float32_errors_are_as_near_as_in_float32(n, device, monkeypatch):
+def test_where_a_gpu_multiplies_in_float16_losses_of_float32_errors_are_near(n, device, monkeypatch):
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(n, n, generator=generator) * torch.logspace(-2, 2, n)
     error = torch.randn(7, n, generator=generator) * torch.logspace(-9, 9, 7)[:, None]
@@ -70,9 +70,9 @@ def test_where_products_are_split_losses_of_float32_errors_are_as_near_as_in_flo
     monkeypatch.setattr(tensor_cores, "usable", lambda tensor: True)
     found = output_error(error.to(device), hessian.to(device))
     assert found.dtype == torch.float32 and torch.equal(
-        found, losses._split_output_error(error.to(device), hessian.to(device))
+        found, losses._narrow_output_error(error.to(device), hessian.to(device))
     )
-    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-3, atol=0)
 
 
 def test_losses_are_where_the_errors_are():

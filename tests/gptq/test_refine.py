@@ -39,7 +39,7 @@ def started(rows=6, n=96, **fields):
 def test_scales_are_those_with_the_least_loss_for_the_codes(grid, order, monkeypatch):
     rows, now, group, hessian = started(**GRIDS[grid], **ORDERS[order])
     monkeypatch.setattr(refine, "stored_scales", lambda scales: scales)
-    monkeypatch.setattr(refine, "_RIDGE", 0.0)
+    monkeypatch.setattr(refine, "_RIDGE", {torch.float64: 0.0})
     monkeypatch.setattr(refine, "_EQUATIONS", 9 * 4)  # some rows at a time
     found = refine.refitted(rows, now)
     for row in range(6):

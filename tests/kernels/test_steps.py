@@ -85,10 +85,12 @@ def test_the_triton_equations_for_scales_are_the_plain_ones(groups, size, rows, 
     exact = plain_steps.grouped_hessian(hessian.double()[channels][:, channels])
     wanted = plain_steps.scale_equations(exact, codes, zeros.double(), errors.double(), channels, some)
     size_of = wanted[0].diagonal(dim1=1, dim2=2).sqrt()
-    assert matrix.dtype == right.dtype == torch.float64
-    torch.testing.assert_close(matrix / size_of[:, :, None] / size_of[:, None], wanted[0] / size_of[:, :, None] / size_of[:, None], rtol=0, atol=5e-4)  # fmt: skip  # noqa: E501
+    assert matrix.dtype == right.dtype == torch.float32
+    torch.testing.assert_close(matrix.double() / size_of[:, :, None] / size_of[:, None], wanted[0] / size_of[:, :, None] / size_of[:, None], rtol=0, atol=5e-4)  # fmt: skip  # noqa: E501
     most = torch.einsum("ir,ij,jr->r", errors[:, some].double(), exact[0], errors[:, some].double()).sqrt()
-    torch.testing.assert_close(right / size_of / most[:, None], wanted[1] / size_of / most[:, None], rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        right.double() / size_of / most[:, None], wanted[1] / size_of / most[:, None], rtol=0, atol=1e-3
+    )
 
 
 @triton_device
@@ -136,6 +138,6 @@ def test_with_the_triton_kernels_rows_are_improved_as_in_plain_pytorch(options, 
     found = solve(*(t.to(device) for t in (weight, hessian)), config, drift.to(device))
     error = weight.double() - found.weight.dequantize(torch.float64).cpu()
     exact = torch.einsum("oi,ij,oj->o", error, hessian.double(), error)
-    torch.testing.assert_close(found.loss.cpu().double(), exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.loss.cpu().double(), exact, rtol=1e-3, atol=0)
     assert (found.weight.codes.cpu() == plain.weight.codes).double().mean() > 0.6
     assert abs(float(found.loss.sum().cpu() / plain.loss.sum()) - 1) < 0.02

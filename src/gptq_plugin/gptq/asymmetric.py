@@ -8,7 +8,8 @@ from torch import Tensor
 from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.gptq.factor import Factor
 
-_SPAN = 1024  # positions that a library's substitution solves; products push them to the others
+_SPAN = 1024  # positions that are solved together; products push them to the others
+_INVERTED = 128  # of these, that a library inverts
 _SCALE = 2.0**12  # in `tensor_cores`, of numbers below 1
 
 
@@ -51,24 +52,56 @@ def asymmetric_target(blocks: Tensor, drift: Tensor, factor: Factor, alpha: floa
 
 
 def _substitute(upper: Tensor, gain: Tensor, x: Tensor) -> None:
-    """Overwrites x [n, rows], by position, with (A·D·Aᵀ)⁻¹ x; upper is Aᵀ."""
+    """Overwrites x [n, rows], by position, with (A·D·Aᵀ)⁻¹ x; upper is Aᵀ.
+
+    Triangles on the diagonal are inverted, and multiplied like the rest: a library's substitution goes row by row and
+    takes ten times as long. Entries of their inverses are at most √(D_j / Λ_k), so float16 holds them.
+    """
     n = len(x)
-    for start in range(0, n, _SPAN):
+    inverses = [tensor_cores.narrowed(one, 1.0) for one in _inverses(upper)]
+    for number, start in enumerate(range(0, n, _SPAN)):
         here, after = slice(start, start + _SPAN), slice(start + _SPAN, n)
-        solved = torch.linalg.solve_triangular(upper[here, here].mT, x[here], upper=False, unitriangular=True)
-        _subtract(x[after], upper[here, after].mT, solved)
-        x[here] = solved
+        x[here] = _times(inverses[number].mT, x[here])
+        _subtract(x[after], upper[here, after].mT, x[here])
     x /= gain[:, None]
-    for start in reversed(range(0, n, _SPAN)):
+    for number, start in reversed(list(enumerate(range(0, n, _SPAN)))):
         here, before = slice(start, start + _SPAN), slice(0, start)
-        solved = torch.linalg.solve_triangular(upper[here, here], x[here], upper=True, unitriangular=True)
-        _subtract(x[before], upper[before, here], solved)
-        x[here] = solved
+        x[here] = _times(inverses[number], x[here])
+        _subtract(x[before], upper[before, here], x[here])
+
+
+def _inverses(upper: Tensor) -> list[Tensor]:
+    """The inverses of the triangles of `_SPAN` columns, or less, on the diagonal of a unit upper triangle."""
+    starts = range(0, len(upper), _SPAN)
+    triangles = torch.eye(_SPAN, dtype=upper.dtype, device=upper.device).repeat(len(starts), 1, 1)
+    sizes = [min(_SPAN, len(upper) - start) for start in starts]
+    for triangle, start, size in zip(triangles, starts, sizes, strict=True):
+        triangle[:size, :size] = upper[start : start + size, start : start + size]
+    return [inverse[:size, :size] for inverse, size in zip(_inverted(triangles), sizes, strict=True)]
+
+
+def _inverted(triangles: Tensor) -> Tensor:
+    """The inverses of unit upper triangles [B, k, k]; k is `_INVERTED` times a power of two, or less than it."""
+    half = triangles.shape[1] // 2
+    if half < _INVERTED:
+        unit = torch.eye(2 * half, dtype=triangles.dtype, device=triangles.device)
+        return torch.linalg.solve_triangular(triangles, unit, upper=True, unitriangular=True)
+    first, second = _inverted(torch.cat([triangles[:, :half, :half], triangles[:, half:, half:]])).chunk(2)
+    inverses = torch.zeros_like(triangles)
+    inverses[:, :half, :half], inverses[:, half:, half:] = first, second
+    inverses[:, :half, half:] = first @ triangles[:, :half, half:] @ second
+    inverses[:, :half, half:] *= -1
+    return inverses
 
 
 def _subtract(x: Tensor, left: Tensor, solved: Tensor) -> None:
-    """x −= left @ solved on tensor cores, for a part of the factor and numbers of any size."""
+    """x −= left @ solved, for a part of the factor and numbers of any size."""
     if len(x):
-        unit = tensor_cores.unit_above(solved)
-        right = tensor_cores.narrowed(solved, _SCALE / unit)
-        x.addcmul_(tensor_cores.product(tensor_cores.narrowed(left, 1.0), right), unit / _SCALE, value=-1)
+        x -= _times(tensor_cores.narrowed(left, 1.0), solved)
+
+
+def _times(left: Tensor, x: Tensor) -> Tensor:
+    """left @ x on tensor cores, for a float16 matrix and numbers of any size."""
+    unit = tensor_cores.unit_above(x)
+    product = tensor_cores.product(left, tensor_cores.narrowed(x, _SCALE / unit))
+    return product.mul_(unit / _SCALE)

@@ -30,9 +30,9 @@ from gptq_plugin.kernels import solver_passes, step_passes
 
 _FACTORS = (1.0, 0.8, 0.85, 0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.16, 1.25)  # of scales tried in a round
 _LARGEST_POINT = 3.0  # of a grid, in units of the row, where weights are below 1: errors stay below 4
-_RIDGE = 1e-7  # of the mean diagonal entry, added to the equations for scales
+_RIDGE = {torch.float64: 1e-7, torch.float32: 1e-5}  # of the mean diagonal entry, added to the equations for scales
 _STRIP = 1024  # columns of a triangle per product
-_EQUATIONS = 2**24  # entries of equations for scales at a time
+_EQUATIONS = 2**25  # entries of equations for scales at a time
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def regridded(rows: Rows, now: Rounding) -> Rounding:
 def refitted(rows: Rows, now: Rounding) -> Rounding:
     """The scales with the least loss for the codes as they are, where they are not far from the scales so far.
 
-    Solves M·d = b for the change of the scales, see `plain_steps.scale_equations`, in float64.
+    Solves M·d = b for the change of the scales, see `plain_steps.scale_equations`; on a CPU in float64.
     """
     errors, equations = rows.errors(now, rows.groups), step_passes(rows.weight).scale_equations
     found = []
@@ -190,7 +190,7 @@ def refitted(rows: Rows, now: Rounding) -> Rounding:
         fitted = before + _solution(matrix, right).mT.to(before.dtype)
         near = (fitted > before / 2) & (fitted < before * 2)
         scales = rows.storable(torch.where(near, fitted, before), now.zeros[:, some], some)
-        change = (scales - before).mT.double()
+        change = (scales - before).mT.to(matrix.dtype)
         found.append((scales, now.loss[some] + _change(matrix, right, change).to(now.loss.dtype)))
     scales, losses = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
     return Rounding(now.codes, scales, now.zeros, losses)
@@ -243,7 +243,7 @@ def _solution(matrix: Tensor, right: Tensor) -> Tensor:
     """d of M d = b for every row, [rows, G], with a ridge; NaN where M is singular even so."""
     ridged = matrix.clone()
     diagonal = ridged.diagonal(dim1=1, dim2=2)
-    diagonal += _RIDGE * diagonal.mean(1, keepdim=True)
+    diagonal += _RIDGE[matrix.dtype] * diagonal.mean(1, keepdim=True)
     lower, _ = torch.linalg.cholesky_ex(ridged)
     # Not cholesky_solve: of many systems on a GPU it makes the host wait.
     solved = torch.linalg.solve_triangular(lower, right[:, :, None], upper=False)
