@@ -95,11 +95,12 @@ def test_the_codes_are_those_of_the_solver_with_the_same_hessians(changes, monke
     taken = []
     take = experts_pass.ExpertsPass._take
 
-    def noted(self: Any, chunk: Any, experts: Any, *rest: Any) -> None:
+    def noted(self: Any, chunk: Any, every: Any, *rest: Any) -> Any:
+        experts = [every[number] for number in chunk.experts]
         weights = [torch.cat([self._runs.weights.present(one) for one in own]).clone() for own in experts]
         means = [one.mean.clone() for one in chunk.evidence]
         taken.append((weights, means, chunk.solved, chunk.damp_percents, experts[0][0].config))
-        take(self, chunk, experts, *rest)
+        return take(self, chunk, every, *rest)
 
     monkeypatch.setattr(experts_pass.ExpertsPass, "_take", noted)
     quantized(mixture().to("cuda"), dataclasses.replace(CONFIG, **changes))
