@@ -199,7 +199,11 @@ def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 def row_hashes(rows: Tensor) -> Tensor:
     """Hashes of the rows' bits, int64 [rows]."""
-    bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
+    rows, size = rows.detach().contiguous(), rows.element_size()
+    if rows.storage_offset() * size % 8:
+        rows = rows.clone()
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = rows.view(words[size if rows.shape[1] * size % 8 else 8])  # the fewer words, the less work
     generator = torch.Generator("cpu").manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator, device="cpu").to(bits.device)
     parts = bits.split(max(1, _AT_ONCE // max(1, bits.shape[1])))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gptq_plugin.layers.packing import pack
 from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.stored_weight import PACKED
 
 if TYPE_CHECKING:
     from gptq_plugin.gptq.solve_each import Solutions
@@ -33,14 +34,10 @@ def packed_layers(
     of_zeros = pack(zeros.movedim(2, 0).reshape(n_out, -1), bits).unflatten(1, (batch, -1)).movedim(0, 2)
     layers = []
     empty = {one: QuantLinear(n_in, n_out, bits, group_size, dtype=one, device="meta") for one in set(dtypes)}
-    for number, dtype in enumerate(dtypes):
+    parts = [_each_own(part) for part in (words, of_zeros, scales, solved.g_idx)]
+    for dtype, *tensors in zip(dtypes, *parts, strict=False):  # the last matrices may fill a chunk
         layer = _like(empty[dtype])
-        layer._buffers.update(
-            qweight=_own(words[number]),
-            qzeros=_own(of_zeros[number]),
-            scales=_own(scales[number]),
-            g_idx=_own(solved.g_idx[number]),
-        )
+        layer._buffers.update(zip(PACKED, tensors, strict=True))
         layers.append(layer)
     return layers
 
@@ -54,9 +51,10 @@ def dequantized(solved: Solutions, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).mT.contiguous()
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A copy that shares no memory with those of other layers: whoever keeps one of them keeps no others."""
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _each_own(tensors: Tensor) -> Sequence[Tensor]:
+    """Copies of [B, ...] that share no memory with each other: whoever keeps one of them keeps no others."""
+    copies: Any = torch.unbind_copy(tensors.contiguous())
+    return copies  # type: ignore[no-any-return]
 
 
 def _like(layer: QuantLinear) -> QuantLinear:
