@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ def dequantized(solved: Solutions, dtype: torch.dtype) -> Tensor:
 
 def _each_own(tensors: Tensor) -> Sequence[Tensor]:
     """Copies of [B, ...] that share no memory with each other: whoever keeps one of them keeps no others."""
-    copies: Any = torch.unbind_copy(tensors.contiguous())
-    return copies  # type: ignore[no-any-return]
+    copies: Sequence[Tensor] = torch.unbind_copy(tensors.contiguous())  # type: ignore[func-returns-value, assignment]
+    return copies
 
 
 def _like(layer: QuantLinear) -> QuantLinear:

@@ -76,9 +76,9 @@ class ExpertWeights(_Experts):
 
     @property
     def device(self) -> torch.device:
-        layer = self.layers(0)[0]
-        tensors = itertools.chain(layer.parameters(), layer.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        layer = self._module.get_submodule(self._parts[0][0])
+        tensors = itertools.chain(layer._buffers.values(), layer.parameters())
+        return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
     @property
     def in_features(self) -> int:
