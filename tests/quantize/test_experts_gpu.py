@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.gptq.solver import solve
 from gptq_plugin.model.plan import planned
-from gptq_plugin.quantize import batch_runs, experts_pass, grouped_experts
+from gptq_plugin.quantize import batch_runs, experts_pass
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 
@@ -22,11 +22,6 @@ from kernel_cases import needs_gpu
 pytestmark = needs_gpu
 EXPERTS, WIDTH, INNER = 12, 256, 192
 CONFIG = QuantizeConfig(group_size=64, batch_size=8, nsamples=32)
-
-
-@pytest.fixture(autouse=True)
-def on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_experts, "_DEVICES", ("cpu", "cuda"))
 
 
 def mixture(dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:

@@ -165,11 +165,6 @@ def test_where_tokens_are_paired_or_weighted_layer_by_layer_experts_are_called_o
         assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())) == 2
 
 
-def test_on_a_gpu_experts_are_called_one_by_one_until_that_has_run_there():
-    with planned(mixture(), CONFIG) as plan:
-        assert grouped_experts.grouped_experts(plan, torch.device("cuda"), PassOptions()) == {}
-
-
 def test_a_device_that_cannot_hold_all_hessians_takes_one_expert_after_the_other(monkeypatch):
     with planned(mixture(), CONFIG) as plan:
         found = grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())

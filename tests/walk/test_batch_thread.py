@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptq_plugin.walk import lockstep
 from gptq_plugin.walk.batch_thread import END, BatchThread
@@ -64,8 +65,6 @@ def test_grad_mode_dtype_and_modes_set_inside_a_forward_stay_inside_it():
 
 @pytest.mark.parametrize("ends", ["normally", "cancelled"])
 def test_the_default_dtype_and_attention_kernels_set_inside_a_forward_stay_inside_it(ends):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     class Switching(nn.Module):
         def __init__(self):
             super().__init__()
@@ -319,3 +318,20 @@ def test_the_callers_cuda_stream_and_device_hold_in_every_batch():
         here = torch.cuda.current_stream()
         walk(model, [call, call])
     assert streams == [here] * 3 and torch.cuda.current_stream() != here
+
+
+def test_attention_is_not_cudnns_which_plans_anew_on_every_thread_unless_it_alone_is_allowed():
+    seen, enabled = [], torch.backends.cuda.cudnn_sdp_enabled
+
+    def forward():
+        seen.append(enabled())
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):  # what a forward asks for itself
+            seen.append(enabled())
+
+    before = enabled()
+    BatchThread(0, forward).resume()
+    assert seen == [False, True] and enabled() == before
+    seen.clear()
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        BatchThread(0, forward).resume()
+    assert seen[0] and enabled() == before

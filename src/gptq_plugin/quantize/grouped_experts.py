@@ -17,7 +17,6 @@ from gptq_plugin.model.experts_at_once import Grouped, find_grouped
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.options import PassOptions
 
-_DEVICES = ("cpu",)  # where this has run: of GPUs only single operations have been timed yet
 _NEIGHBOURS = 3  # blocks that are on the device while weights are streamed
 _BYTES_HESSIAN = 8  # for every entry of a Hessian: half of it, in float64, and what is left of strips
 
@@ -27,11 +26,11 @@ def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> d
 
     Gradients weight the tokens of each layer by themselves, the float model's walk pairs tokens expert by expert, and
     `cache_dir` and `resume` keep one stop of the walk after the other. If the device of any rank does not hold a block
-    of experts and their Hessians, all take one after the other, and so do GPUs, until this has run on one. Collective.
+    of experts and their Hessians, all take one after the other. Collective.
     """
     targets = {target.name: target.module for target in plan.targets}
     one_by_one = plan.config.token_weighting == "gradients" or any(one.config.asymmetric_alpha for one in plan.targets)
-    if one_by_one or options.keeps or device.type not in _DEVICES:
+    if one_by_one or options.keeps:
         return {}
     found = [
         one for one in find_grouped(plan.model) if all(name in targets for layers in one.layers for name in layers)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptq_plugin.errors import TargetError, brief, some
 from gptq_plugin.export.verify_outputs import Sample, difference, floats, tolerance
@@ -216,9 +215,7 @@ def _run(model: nn.Module, sample: Sample, alone: Alone) -> list[Tensor]:
     """The floating-point tensors of the sample's outputs. Random numbers are the same in every run."""
     outputs: list[Tensor] = []
     devices = [sample.device] if sample.device.type == "cuda" else []
-    # Not cuDNN's attention, which plans anew on every thread, for longer than a run takes.
-    attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    with torch.no_grad(), torch.random.fork_rng(devices), attention:
+    with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
         alone(lambda: outputs.extend(floats(sample.forward(model, sample.batch))))
     return outputs

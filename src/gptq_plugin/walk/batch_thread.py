@@ -160,9 +160,20 @@ def _as_the_caller(forward: Forward) -> Forward:
             for kind, dtype in autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype))
             stack.enter_context(torch.no_grad())
+            _avoid_plans()
             return forward()
 
     return run
+
+
+def _avoid_plans() -> None:
+    """Has attention take other kernels than cuDNN's, planned anew on every thread, unless no other is allowed.
+
+    That is one of the settings that change hands with the baton.
+    """
+    cuda = torch.backends.cuda
+    if cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled():
+        cuda.enable_cudnn_sdp(False)
 
 
 def _add_note(error: BaseException, note: str) -> None:
