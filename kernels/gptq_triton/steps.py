@@ -1,6 +1,6 @@
 """The steps that improve rounded rows, in Triton; `plain_steps` defines them. Columns are contiguous, [n, rows]."""
 
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, var-annotated"
 from __future__ import annotations
 
 import torch
