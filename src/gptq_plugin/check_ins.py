@@ -25,19 +25,20 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gptq_plugin.device.awaited import Awaited
 from gptq_plugin.errors import RankError
 
 log = logging.getLogger(__name__)
 
 _GRACE = timedelta(seconds=15)  # how long a rank that failed waits for the others to learn why
 _SLICE = timedelta(seconds=1)  # of waiting: between two the rank can be interrupted, and learns who has failed
-_PATIENCE = 5.0  # seconds in which an operation on GPUs ends that all ranks have come to
 _SIGN = 5.0  # seconds between two signs of life
 _FINE, _FAILED = 0, 1
 
@@ -50,6 +51,7 @@ class _CheckIns:
         world: The default group.
         store: The default group's.
         key: Where the first rank that fails leaves its error in the store.
+        awaited: What the ranks wait for on GPUs.
         group: Separate, so that check-ins never mix with the user's messages. None until all ranks have met.
         sent: The operations of the last check-in.
         is_midway: True from when a check-in is sent to when all ranks' words have come.
@@ -59,6 +61,7 @@ class _CheckIns:
     world: Any
     store: Any
     key: str
+    awaited: Awaited
     group: Any = None
     sent: list[Any] = field(default_factory=list)
     is_midway: bool = False
@@ -72,6 +75,7 @@ class _CheckIns:
 
         `atexit` then keeps the operations, so that the thread is not the last to hold their tensors.
         """
+        self.awaited.stop()
         if not all(work.is_completed() for work in self.sent):
             return
         atexit.unregister(self.close)
@@ -84,7 +88,6 @@ class _CheckIns:
 _check_ins: _CheckIns | None = None
 _of_world: Any = None  # a weak reference to the default group that `_made` counts for
 _made = 0  # groups for check-ins beside it, the same number on every rank
-_on_gpu: Any = None  # an event behind the last operation of the default group there
 
 
 def check_in(call: str, number: int = 0) -> list[int]:
@@ -102,9 +105,9 @@ def check_in(call: str, number: int = 0) -> list[int]:
 
 def queued_on_gpu(device: torch.device) -> None:
     """Takes note that an operation of the default group was queued on the device's current stream."""
-    global _on_gpu
-    _on_gpu = torch.cuda.Event()
-    _on_gpu.record(torch.cuda.current_stream(device))
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    _open().awaited.queued(event)
 
 
 def give_up_on_gpu() -> None:
@@ -113,15 +116,8 @@ def give_up_on_gpu() -> None:
     Its kernel would keep the device until the group's timeout, and with it whoever waits for that, such as the end of
     this process.
     """
-    global _on_gpu
-    behind, _on_gpu = _on_gpu, None
-    deadline = time.monotonic() + _PATIENCE
-    while behind is not None and not behind.query():
-        if time.monotonic() > deadline:
-            log.error("an operation on GPUs waits for a rank that does not come: the process group is aborted")
-            dist.group.WORLD._get_backend(torch.device("cuda")).abort()  # type: ignore[union-attr]
-            return
-        time.sleep(0.05)
+    if _check_ins is not None:
+        _check_ins.awaited.give_up()
 
 
 def tell(error: BaseException) -> None:
@@ -299,11 +295,17 @@ def _open() -> _CheckIns:
             _of_world, _made = weakref.ref(world), 0
         store, name = dist.distributed_c10d._get_default_store(), f"gptq_plugin/{_made}"
         _made += 1
-        _check_ins = _CheckIns(world, store, f"{name}/failed")
+        beats = [f"{name}/beat/{number}" for number in range(dist.get_world_size())]
+        awaited = Awaited(store, beats, dist.get_rank(), partial(_abort, world))
+        _check_ins = _CheckIns(world, store, f"{name}/failed", awaited)
         _meet(store, name)
         with unreachable_as_rank_error():
             _check_ins.group = dist.new_group(backend="gloo", timeout=_timeout())
     return _check_ins
+
+
+def _abort(world: Any) -> None:
+    world._get_backend(torch.device("cuda")).abort()
 
 
 def _meet(store: Any, name: str) -> None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from types import SimpleNamespace
 
 import pytest
-
-from gptq_plugin import check_ins
-from gptq_plugin.errors import RankError
 
 from forked_python import python
 
@@ -103,29 +99,3 @@ def test_every_rank_gets_the_numbers_and_values_of_all_in_the_order_of_ranks(fou
 
 def test_a_rank_that_was_in_a_group_before_meets_one_that_was_not(out):
     assert [json.loads((out / f"grow-{rank}.json").read_text()) for rank in range(3)] == [[0, 1, 2]] * 3
-
-
-class Event:
-    """An event on a GPU that is reached when it has been asked for so often."""
-
-    def __init__(self, asked):
-        self.left = asked
-
-    def query(self):
-        self.left -= 1
-        return self.left < 0
-
-
-@pytest.mark.parametrize(("asked", "aborted"), [(0, []), (3, []), (10**9, ["aborted"])])
-def test_an_operation_on_gpus_that_waits_for_a_lost_rank_is_aborted_and_no_other(asked, aborted, monkeypatch):
-    done = []
-    backend = SimpleNamespace(abort=lambda: done.append("aborted"))
-    world = SimpleNamespace(WORLD=SimpleNamespace(_get_backend=lambda device: backend))
-    monkeypatch.setattr(check_ins.dist, "group", world)
-    monkeypatch.setattr(check_ins, "_PATIENCE", 0.3)
-    monkeypatch.setattr(check_ins, "_exchange", lambda *_: (_ for _ in ()).throw(RankError("rank 3 failed")))
-    monkeypatch.setattr(check_ins, "_on_gpu", Event(asked))
-    for _ in range(2):  # once is enough
-        with pytest.raises(RankError, match="rank 3 failed"):
-            check_ins.check_in("sum")
-    assert done == aborted
