@@ -13,9 +13,9 @@ zeros, x and y once at 3.0 TB/s (what an H100 reads); `standard` is the kernel f
 relative to the norm, and that of the dequantized weight's product, the largest error of one number in units of the
 outputs' root mean square, and the kernel.
 
-On a CPU the calls take turns, each with its weight out of the cache; with one thread its own seconds count. `int4` is
-PyTorch's 4-bit kernel on bfloat16 rows, up to 128 of them, `before` the plain definition (`reference.matmul`), up to
-16. A line ends with the errors.
+On a CPU the calls take turns, each with so many weights one after the other, as in a model, that they exceed the cache;
+with one thread its own seconds count. `int4` is PyTorch's 4-bit kernel on bfloat16 rows, up to 128 of them, `before` the
+plain definition (`reference.matmul`), up to 16. A line ends with the errors.
 
 With --write-table nothing else is timed: every product of the chosen shapes, bits, rows and dtypes is measured with a
 dozen choices of kernels and options, and the fastest are added to the table.
@@ -37,11 +37,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gptq_plugin.layers.cpu_product import CpuProduct
+from gptq_plugin.layers.int4_cpu import Int4
 from gptq_plugin.layers.packing import pack_zeros
 from gptq_plugin.layers.qlinear import QuantLinear
 
 BYTES_PER_SECOND = 3.0e12
 ROTATE_BYTES = 256 * 2**20
+CPU_ROTATE_BYTES = 64 * 2**20
 SECONDS_OF_A_PRODUCT = 3.5  # --write-table, on average
 
 Times = dict[str, float]
@@ -65,22 +67,21 @@ def last_word(bits: int) -> int:
     return (1 << bits % 32) - 1 if bits % 32 else -1
 
 
-def cpu_seconds(calls: Mapping[str, Callable[[], object]], seconds: float = 4.0) -> Times:
-    """Seconds of every call's fastest run, by turns, after a warm-up: others use the machine too, so that with one
-    thread its own time is what counts."""
+def cpu_seconds(calls: Mapping[str, Sequence[Callable[[], object]]], seconds: float = 4.0) -> Times:
+    """Seconds of a call in the fastest run of its series, by turns, after a warm-up: others use the machine too, so
+    that with one thread its own time is what counts."""
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     best = dict.fromkeys(calls, float("inf"))
-    others = torch.zeros(2**24)  # more than a cache
-    for call in calls.values():
+    for call in itertools.chain(*calls.values()):
         call()
     start, turns = time.perf_counter(), 0
     while time.perf_counter() - start < seconds or turns < 5:
         turns += 1
-        for name, call in calls.items():
-            others += 1
+        for name, series in calls.items():
             before = now()
-            call()
-            best[name] = min(best[name], now() - before)
+            for call in series:
+                call()
+            best[name] = min(best[name], (now() - before) / len(series))
     return best
 
 
@@ -107,20 +108,37 @@ def gpu_seconds(calls: Mapping[str, Sequence[Callable[[], object]]]) -> Times:
     return {name: sorted(of_name[2:])[10] for name, of_name in times.items()}
 
 
+@functools.lru_cache(maxsize=1)
+def cpu_layers(
+    n_in: int, n_out: int, bits: int, group_size: int, symmetric: bool
+) -> list[tuple[QuantLinear, Int4 | None]]:
+    """Layers that together exceed the cache, and each for PyTorch's 4-bit kernel where that takes it."""
+    layers = [
+        random_layer(n_in, n_out, bits, group_size, "cpu", symmetric)
+        for _ in range(-(-CPU_ROTATE_BYTES * 8 // (n_in * n_out * bits)))
+    ]
+    return [(layer, CpuProduct(layer.packed(), bits, layer.channels_per_group()).int4) for layer in layers]
+
+
 def bench_cpu(
     n_in: int, n_out: int, rows: int, bits: int, group_size: int, dtype: torch.dtype, symmetric: bool
 ) -> tuple[Times, str]:
-    layer = random_layer(n_in, n_out, bits, group_size, "cpu", symmetric)
-    x, weight = torch.randn(rows, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
-    int4 = CpuProduct(layer.packed(), bits, layer.channels_per_group()).int4
-    calls: dict[str, Callable[[], object]] = {"float": lambda: linear(x, weight), "QuantLinear": lambda: layer(x)}
-    if int4 is not None and rows <= 128:
-        narrow = x.bfloat16()
-        calls["int4"] = lambda: int4.matmul(narrow)
+    layers = cpu_layers(n_in, n_out, bits, group_size, symmetric)
+    x = torch.randn(rows, n_in, dtype=dtype)
+    weights = [
+        torch.randn(n_out, n_in, dtype=dtype) for _ in range(-(-CPU_ROTATE_BYTES // (n_in * n_out * x.element_size())))
+    ]
+    calls: dict[str, list[Callable[[], object]]] = {
+        "float": [functools.partial(linear, x, weight) for weight in weights],
+        "QuantLinear": [functools.partial(layer, x) for layer, _ in layers],
+    }
+    if rows <= 128 and layers[0][1] is not None:
+        calls["int4"] = [functools.partial(int4.matmul, x.bfloat16()) for _, int4 in layers if int4 is not None]
+    first = layers[0][0]
     if rows <= 16:
-        calls["before"] = lambda: reference.matmul(x, *layer.packed(), bits)
-    expected = linear(x.double(), layer.dequantize(torch.float64))
-    found = (layer(x), linear(x, layer.dequantize(dtype)))
+        calls["before"] = [lambda: reference.matmul(x, *first.packed(), bits)]
+    expected = linear(x.double(), first.dequantize(torch.float64))
+    found = (first(x), linear(x, first.dequantize(dtype)))
     error, of_float = (float((y.double() - expected).norm() / expected.norm()) for y in found)
     return cpu_seconds(calls), f"error {error:.1e} ({of_float:.1e})"
 

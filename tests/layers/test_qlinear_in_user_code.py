@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from random_weights import random_weight
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -125,6 +127,21 @@ def test_vmap_grad_and_functional_call(act_order):
     before = layer(x)
     assert torch.equal(functional_call(layer, dict(other.named_buffers()), (x,)), other(x))
     assert torch.equal(layer(x), before), "what it derived from the other's buffers is gone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_gradients_it_computes_the_same_and_transforms_are_still_seen(dtype):
+    layer, x = layer_of(), torch.randn(1, 128, dtype=dtype)
+    with torch.no_grad(), warnings.catch_warnings():
+        y = layer(x)
+        warnings.simplefilter("error", UserWarning)  # vmap by itself would have them: operators one by one
+        assert close(vmap(layer)(x), y)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            layer(forward_ad.make_dual(x, torch.ones_like(x)))
+    assert torch.equal(y, layer(x)) and not y.requires_grad
+    factor = torch.ones((), dtype=dtype, requires_grad=True)
+    y *= factor  # a view that was made without gradients would refuse
+    assert y.requires_grad
 
 
 def test_a_copy_of_a_used_layer_computes_the_same_and_is_a_layer_of_its_own():

@@ -13,19 +13,21 @@ from torch import Tensor
 from gptq_plugin.kernels import reference
 from gptq_plugin.layers.code_table import CodeTable
 from gptq_plugin.layers.int4_cpu import MOST_ROWS, Int4
+from gptq_plugin.layers.int8_cpu import Int8
 from gptq_plugin.layers.kernel_layout import Packed
 from gptq_plugin.layers.weight_table import WeightTable
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# An embedding bag reads every code anew for each row of x, on one thread; unpacking weights takes as long as this many
-# rows, on all threads (scripts/bench_qlinear.py --device cpu measures both).
-_ROWS_OF_A_THREAD = 6
+# An embedding bag reads every code anew for each row of x, on one thread. As many rows as these take it as long as the
+# 8-bit product or unpacking weights take all threads (scripts/bench_qlinear.py --device cpu measures them).
+_ROWS_BEFORE_INT8 = 3
+_ROWS_BEFORE_WEIGHTS = 8
 
 
 class CpuProduct:
     """A layer that multiplies on a CPU. Each way repacks the codes when it first serves, and keeps them beside the
-    layer's own: half a byte a weight of 4 bits for PyTorch's 4-bit kernel, as much for tables.
+    layer's own: half a byte a weight of 4 bits for PyTorch's 4-bit kernel or a table, a byte for its 8-bit product.
 
     Args:
         packed: The layer's tensors, which must not change.
@@ -44,6 +46,11 @@ class CpuProduct:
     def int4(self) -> Int4 | None:
         """For PyTorch's 4-bit kernel; None if that does not take the layer."""
         return Int4.repack(self._packed, self._bits, self._group_size)
+
+    @functools.cached_property
+    def int8(self) -> Int8 | None:
+        """For PyTorch's 8-bit product; None if that does not take the layer."""
+        return Int8.repack(self._packed, self._bits, self._group_size)
 
     @functools.cached_property
     def codes(self) -> CodeTable:
@@ -73,10 +80,21 @@ class CpuProduct:
             y = self.int4.matmul(rows)
         elif any(tensor.is_inference() for tensor in self._packed):
             return reference.matmul(x, *self._packed, self._bits, bias)  # nobody counts what is written to these
-        elif len(rows) * torch.get_num_threads() <= _ROWS_OF_A_THREAD:
-            y = self.codes.matmul(rows)
         else:
-            y = self.weights.matmul(rows)
+            y = self._exact(rows)
         if bias is not None:
             y += bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[1])
+
+    def _exact(self, rows: Tensor) -> Tensor:
+        """The product with weights that are not rounded, but for bfloat16 once.
+
+        Args:
+            rows: One of `_DTYPES`, [rows, in], at least one row.
+        """
+        readings = len(rows) * torch.get_num_threads()
+        if readings > _ROWS_BEFORE_INT8 and rows.dtype != torch.bfloat16 and self.int8 is not None:
+            y = self.int8.matmul(rows)
+            if y is not None:
+                return y
+        return self.codes.matmul(rows) if readings <= _ROWS_BEFORE_WEIGHTS else self.weights.matmul(rows)

@@ -20,7 +20,7 @@ from gptq_plugin.layers.packing import unpack_zeros
 # only: for float32 and float16 it has no vector code on x86, and takes 50 times as long.
 _GROUPS = (256, 128, 64, 32)
 _OUTPUTS = 16  # a multiple of these
-MOST_ROWS = 24
+MOST_ROWS = 32
 
 
 @dataclass(frozen=True)

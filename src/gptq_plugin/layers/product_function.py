@@ -1,4 +1,4 @@
-"""The product of a quantized weight as a function with a gradient: `Product`.
+"""The product of a quantized weight as a function with a gradient: `product`.
 
 Tested by tests/layers/test_qlinear.py: through the layer that has it.
 """
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Weight(Protocol):
@@ -19,6 +20,14 @@ class Weight(Protocol):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W, [out, in]."""
+
+
+def product(x: Tensor, weight: Weight) -> Tensor:
+    """x Wᵀ + bias. It has a gradient for x unless none can be asked for: what PyTorch does around a Function takes
+    longer than the rest of a layer's Python.
+    """
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return Product.apply(x, weight) if torch.is_grad_enabled() or transformed else Product.forward(x, weight)
 
 
 class Product(torch.autograd.Function):

@@ -18,7 +18,7 @@ from gptq_plugin.kernels import reference
 from gptq_plugin.layers.cpu_product import CpuProduct
 from gptq_plugin.layers.float_rest import FloatRest
 from gptq_plugin.layers.packing import pack_weight, pack_zeros, traceable_weight
-from gptq_plugin.layers.product_function import Product
+from gptq_plugin.layers.product_function import product
 from gptq_plugin.layers.product_op import arranged_linear
 from gptq_plugin.layers.stored_weight import StoredWeight
 
@@ -122,7 +122,7 @@ class QuantLinear(StoredWeight):
         if self.training and self.float_rest is not None:
             self.float_rest.check_training()
         y: Tensor | None = None if self.siblings is None else self.siblings.part(self, input, x)
-        return Product.apply(x, self) if y is None else y
+        return product(x, self) if y is None else y
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W as [out_features, in_features] in `dtype`: exact in float32, otherwise rounded once."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.layers.product_function import Product, not_a_view
+from gptq_plugin.layers.product_function import not_a_view, product
 from gptq_plugin.layers.stacked_weight import StackedWeight, difference, joined_bias
 from gptq_plugin.layers.stored_weight import StoredWeight, exchanging
 from gptq_plugin.layers.traced_part import make_traceable, traced_part
@@ -106,7 +106,7 @@ class Siblings:
 
     def _compute(self, stack: StackedWeight, call: _Call, input: Tensor, x: Tensor, stream: Any) -> None:
         biases = self._biases()
-        y: Tensor = Product.apply(x, _All(stack, joined_bias(biases, stack.starts, stack.widths, x.device)))
+        y = product(x, _All(stack, joined_bias(biases, stack.starts, stack.widths, x.device)))
         call.input, call.version, call.dtype, call.stream = None, input._version, x.dtype, stream
         call.parts = parts = {
             place: _Part(not_a_view(y.narrow(-1, start, width)), _state(bias))

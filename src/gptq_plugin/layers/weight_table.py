@@ -18,7 +18,7 @@ from gptq_plugin.layers.kernel_layout import Packed
 from gptq_plugin.layers.table_rows import GroupedCodes, operator, own_dtype, table_rows
 
 _LENGTHS = (256, 128, 64, 32, 16, 8)  # of a row, in codes
-_UNPACKED = 2**19  # weights unpacked at a time, in float32
+_UNPACKED = 2**18  # weights unpacked at a time, in float32
 _PANEL = 2**21  # weights multiplied at a time
 _LARGE_PANEL = 2**22  # likewise with many rows of x, all of which are read for every panel
 _MANY_ROWS = 512
