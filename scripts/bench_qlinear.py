@@ -14,8 +14,8 @@ relative to the norm, and that of the dequantized weight's product, the largest 
 outputs' root mean square, and the kernel.
 
 On a CPU the calls take turns, each with so many weights one after the other, as in a model, that they exceed the cache;
-with one thread its own seconds count. `int4` is PyTorch's 4-bit kernel on bfloat16 rows, up to 128 of them, `before` the
-plain definition (`reference.matmul`), up to 16. A line ends with the errors.
+with one thread its own seconds count. `int4` is PyTorch's 4-bit kernel on bfloat16 rows, up to 128 of them, `before`
+the plain definition (`reference.matmul`), up to 16. A line ends with the errors.
 
 With --write-table nothing else is timed: every product of the chosen shapes, bits, rows and dtypes is measured with a
 dozen choices of kernels and options, and the fastest are added to the table.
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
