@@ -32,6 +32,7 @@ from gptq_plugin.check.lint import lint
 from gptq_plugin.errors import CheckpointError
 from gptq_plugin.export.convert import convert
 from gptq_plugin.export.unloaded import Unloaded
+from gptq_plugin.report.base_card import base_license
 
 FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
 IDS = torch.arange(3, 15)[None]
@@ -42,11 +43,17 @@ _MUTATIONS: tuple[Callable[[Path, Random], Damage], ...] = (
     json_damage.quantization_field, json_damage.model_field, json_damage.model_field, json_damage.text,
     tensor_damage.tensor, tensor_damage.tensor, tensor_damage.tensor, tensor_damage.tensor, tensor_damage.header,
     tensor_damage.header, tensor_damage.bits, tensor_damage.cut, file_damage.shards, file_damage.shards,
-    file_damage.special, file_damage.special, file_damage.secret, file_damage.names, size_damage.sparse,
-    size_damage.values, size_damage.rules, size_damage.header, size_damage.files,
+    file_damage.special, file_damage.special, file_damage.secret, file_damage.names, file_damage.card,
+    size_damage.sparse, size_damage.values, size_damage.rules, size_damage.header, size_damage.files,
 )  # fmt: skip
+_OF_FLOATS: tuple[Callable[[Path, Random], Damage], ...] = (
+    tensor_damage.tensor, tensor_damage.tensor, tensor_damage.header, tensor_damage.bits, tensor_damage.cut,
+    file_damage.shards, file_damage.special, size_damage.sparse, size_damage.header, size_damage.files,
+)  # fmt: skip
+_TIED, _FLOAT = "tied", "float"  # an export, and the model that it was made from
 
 _bases: dict[str, Path] = {}
+_others: dict[str, Path] = {}
 _logits: dict[str, Tensor] = {}
 
 
@@ -73,7 +80,7 @@ def _prepare(folder: Path) -> None:
     llama = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
     mixtral = transformers.MixtralConfig(**sizes, **experts)
     for kind, model, checkpoint_format in (
-        ("tied", transformers.LlamaForCausalLM._from_config(llama, dtype=torch.bfloat16), "gptq"),
+        (_TIED, transformers.LlamaForCausalLM._from_config(llama, dtype=torch.bfloat16), "gptq"),
         ("experts", transformers.MixtralForCausalLM._from_config(mixtral, dtype=torch.bfloat16), "compressed-tensors"),
         (_PLAIN, plain(), "gptq_v2"),
     ):
@@ -82,6 +89,8 @@ def _prepare(folder: Path) -> None:
             group_size=32, clip_ratios=(1.0,), nsamples=128, checkpoint_format=checkpoint_format, dynamic=asymmetric
         )
         data = [torch.randn(16, 64) for _ in range(16)] if kind == _PLAIN else torch.randint(3, 128, (8, 32)).tolist()
+        if kind == _TIED:
+            model.save_pretrained(_others.setdefault(_FLOAT, folder / _FLOAT))
         quantizer = QuantizeModule(config)
         quantizer.quantize(model.eval(), data)
         _bases[kind] = quantizer.export(model, folder / kind)
@@ -140,6 +149,11 @@ def _attack(case: Case, rng: Random) -> None:
     if rng.random() < 0.25:
         # transformers reads before we do, and raises what it raises; but it must not hang, nor load other numbers.
         attempt("transformers", lambda: _by_transformers(folder, loaded, base), lambda error: "")
+    if rng.random() < 0.25:
+        beside = shutil.copytree(_others[_FLOAT], case.folder / _FLOAT)
+        damage = rng.choice(_OF_FLOATS)(beside, rng)
+        case.is_of(f"{base}: {'; '.join(one.what for one in damages)}; beside a float model: {damage.what}")
+        case.attempt("beside", lambda: lint(_bases[_TIED], beside), lambda error: _objection(error, beside, []))
     if rng.random() < 0.25:
         # AutoGPTQ's entry takes no plain module, damaged or not.
         plain = (lambda error: _objection(error, folder, [])) if base == _PLAIN else None
@@ -211,6 +225,7 @@ def _by_autogptq(folder: Path, loaded: Tensor | None, base: str) -> None:
 
 def _as_float(folder: Path) -> None:
     """The folder where one of a float model is expected."""
+    base_license(str(folder), None)
     config = transformers.LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
     config._name_or_path = str(folder)
     model = transformers.LlamaForCausalLM(config)

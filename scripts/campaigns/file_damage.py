@@ -13,6 +13,17 @@ from campaigns.damage import NOTHING, Damage
 from campaigns.tensor_damage import weights
 from safetensors.torch import load_file, save_file
 
+_MERGED = [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12)]
+_CARDS = {
+    "empty lines": lambda: "\n" * 10**6,
+    "lines": lambda: "\n".join(map(str, range(10**5))),
+    "merged keys": lambda: _of_metadata("a0: &a0 {k: v}", *_MERGED),
+    "deep": lambda: _of_metadata(f"a: {'[' * 10**5}"),
+    "deep blocks": lambda: _of_metadata(*(f"{' ' * depth}a:" for depth in range(500))),
+    "odd keys": lambda: _of_metadata("1: 2", "self: 3", "eval_results: [4]", "model-index: 5"),
+    "a long line": lambda: _of_metadata("license: " + "x" * 10**6),
+    "no end": lambda: "---\n" * 10**5,
+}
 INDEX = "model.safetensors.index.json"
 
 
@@ -141,3 +152,17 @@ def names(folder: Path, rng: Random) -> Damage:
         (folder / ".hidden dir").mkdir(exist_ok=True)
         (folder / ".hidden dir" / " a b ").write_text("x")
     return Damage(f"files: {kind}")
+
+
+def card(folder: Path, rng: Random) -> Damage:
+    """Writes another card, with metadata that take long to parse or cannot be used."""
+    kind, file = rng.choice(sorted(_CARDS)), folder / "README.md"
+    if os.path.lexists(file) and not file.is_file():
+        return NOTHING
+    file.unlink(missing_ok=True)
+    file.write_text(_CARDS[kind]())
+    return Damage(f"README.md: {kind}")
+
+
+def _of_metadata(*lines: str) -> str:
+    return "\n".join(["---", *lines, "license: mit", "---", "# A model"])

@@ -68,6 +68,8 @@ def quantization_field(folder: Path, rng: Random) -> Damage:
     value = rng.choice(ODD)
     if key == "dynamic":
         value = {rng.choice(_EXPRESSIONS): rng.choice(_RULES) for _ in range(rng.choice([1, 1, 2]))}
+    if key == "meta":
+        value = rng.choice([value, {"gptq_plugin": value}, {"gptq_plugin": {"taken_over": value, "files": value}}])
     if key == "ignore":
         value = [rng.choice(["re:", "", "re:"]) + rng.choice(_EXPRESSIONS)]
     if key == "config_groups" and isinstance(described.get(key), dict):

@@ -122,6 +122,7 @@ def test_state_that_changed_and_what_grows_with_every_cycle_are_wrong():
     steady = {"threads": ["main"], "open files": [], "temporary files": [], "tensors": 7, "memory": 0}
     _check_leaks([steady] * 6)
     _check_leaks([steady, steady, *[{**steady, "tensors": 8}] * 4])  # what an option made once
+    _check_leaks([*[steady] * 3, *[{**steady, "memory": 3 * GROWTH}] * 3])  # a module that was imported
     for what, size in (("threads", 1), ("open files", 1), ("temporary files", 1), ("memory", GROWTH)):
         grown = [{**steady, what: [""] * n if isinstance(steady[what], list) else n * size} for n in range(6)]
         with pytest.raises(Wrong, match="grown"):

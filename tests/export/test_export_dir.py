@@ -162,11 +162,14 @@ def test_a_system_error_of_the_check_is_told_as_one_about_the_folder(
         check_export_dir(tmp_path / "out")
 
 
-@pytest.mark.parametrize("call", ["mkdir", "rename"])
+@pytest.mark.parametrize("call", ["mkdir", "rename", "rmdir"])
 def test_a_file_system_that_permissions_do_not_tell_of_is_refused_before_the_work(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    original = getattr(os, call)
+
     def refuses(*_: Any, **__: Any) -> None:
+        monkeypatch.setattr(os, call, original)
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, call, refuses)

@@ -227,16 +227,19 @@ def test_progress_reaches_the_end():
     assert steps[-1] == (14, 14) and steps == sorted(steps)
 
 
-def test_a_users_own_save_pretrained_after_quantization_writes_a_checkpoint_that_loads(tmp_path):
-    model = llama()
-    QuantizeModule(**SMALL).quantize(model, tokens())
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_a_users_own_save_pretrained_after_quantization_writes_a_checkpoint_that_loads(lm_head, tmp_path):
+    model = llama(tie_word_embeddings=True)
+    QuantizeModule(lm_head=lm_head, **SMALL).quantize(model, tokens())
+    assert model.config.tie_word_embeddings != lm_head
     model.save_pretrained(tmp_path / "own")
     ids = tokens()[0][None]
     with torch.no_grad():
         torch.testing.assert_close(load_quantized(tmp_path / "own")(input_ids=ids).logits, model(input_ids=ids).logits)
-    with QuantizeModule(**SMALL).temporarily(other := llama(), tokens()):
-        assert other.config.quantization_config["bits"] == 4
-    assert not hasattr(other.config, "quantization_config")
+    other = llama(tie_word_embeddings=True)
+    with QuantizeModule(lm_head=lm_head, **SMALL).temporarily(other, tokens()):
+        assert other.config.quantization_config["bits"] == 4 and other.config.tie_word_embeddings != lm_head
+    assert not hasattr(other.config, "quantization_config") and other.config.tie_word_embeddings
 
 
 def test_pytorchs_own_transformer_layers_run_after_quantization():

@@ -194,13 +194,13 @@ def try_out(folder: Path) -> None:
         OSError: One of these failed.
     """
     first, second = (folder / hidden_name(PARTIAL) for _ in range(2))
-    first.mkdir()
     try:
+        first.mkdir()
         os.rename(first, second)
-    except OSError:
-        first.rmdir()
-        raise
-    second.rmdir()
+        second.rmdir()
+    finally:
+        for left in (first, second):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def longest_name(folder: Path) -> int:

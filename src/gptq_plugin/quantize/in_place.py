@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from torch import nn
+
 from gptq_plugin.checkpoint.description import client_config
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import round_to_nearest
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
 from gptq_plugin.layers.swap import swap_modules
-from gptq_plugin.model.hf_models import transformers_models
+from gptq_plugin.model.hf_models import is_encoder_decoder, transformers_models
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.structure import Structure
 
@@ -25,7 +27,7 @@ def swapped(plan: Plan, layers: dict[str, QuantLinear]) -> Iterator[Callable[...
         Call it, as keep(last), to keep the quantized layers. It calls `last` as the last thing that can fail.
     """
     floats = {target.name: target.module for target in plan.targets if target.name in layers}
-    kept = False
+    kept, tied = False, list[Any]()
 
     def keep(last: Callable[[], object] = lambda: None) -> None:
         nonlocal kept
@@ -36,9 +38,12 @@ def swapped(plan: Plan, layers: dict[str, QuantLinear]) -> Iterator[Callable[...
     try:
         swap_modules(plan.model, layers)
         describe(plan.structure, layers, plan.config)
+        tied += _untied(plan.model)
         yield keep
     finally:
         if not kept:
+            for config in tied:
+                config.tie_word_embeddings = True
             swap_modules(plan.model, floats)
             describe(plan.structure, {}, plan.config)
 
@@ -59,6 +64,19 @@ def describe(structure: Structure, layers: Mapping[str, QuantLinear], config: Qu
             inner.config.quantization_config = client_config(own, within, in_memory)
         elif hasattr(inner.config, "quantization_config"):
             del inner.config.quantization_config
+
+
+def _untied(model: nn.Module) -> list[Any]:
+    """Tells the configurations of models whose output embedding is quantized that it shares no weight, so that a user's
+    `save_pretrained` writes what loads; returns those that told otherwise. An encoder-decoder scales its outputs by it.
+    """
+    models: list[Any] = [inner for _, inner in transformers_models(model) if not is_encoder_decoder(inner)]
+    quantized = [inner for inner in models if isinstance(inner.get_output_embeddings(), QuantLinear)]
+    configs = [config for inner in quantized for config in (inner.config, inner.config.get_text_config())]
+    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+    for config in tied:
+        config.tie_word_embeddings = False
+    return tied
 
 
 def rounded(plan: Plan) -> dict[str, QuantLinear]:
