@@ -72,7 +72,7 @@ def _load_columns(
 def _solve_block_kernel(
     pushed, weight, factor, scales, zeros, group, channel, gain, damping, codes, errors, loss,
     columns, width, rows, groups, n, factor_stride, error_batch, push_batch, factor_batch, group_batch, column_batch,
-    TOP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, CHANGES: tl.constexpr,
+    top, CHUNK: tl.constexpr, ROWS: tl.constexpr, CHANGES: tl.constexpr,
     DEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -109,7 +109,7 @@ def _solve_block_kernel(
             for m in tl.static_range(i):
                 target += shares[i * (i - 1) // 2 + m] * done[m][1]
             # Half to even, as torch.round: at 1.5·2^23 the spacing of float32 is 1.
-            x = tl.minimum(tl.maximum(tl.div_rn(target, scale) + zero, 0.0), TOP)
+            x = tl.minimum(tl.maximum(tl.div_rn(target, scale) + zero, 0.0), top)
             q = (x + 12582912.0) - 12582912.0
             rounded = scale * (q - zero)
             e = w - rounded
@@ -204,7 +204,7 @@ def solve_span(
             gain[..., here], damping[..., here], codes, errors[:, here], loss,
             stop - start, width, rows, groups, n, factor.stride(-2), errors.stride(0), offset.stride(0),
             factor.stride(0) if of_blocks else 0, group.stride(0) if of_groups else 0, column,
-            TOP=float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, CHANGES=changes,
+            float(2**bits - 1), CHUNK=_CHUNK, ROWS=_ROWS, CHANGES=changes,
             DEEP=_ROUGH_DEEP if rough else _CHUNK, PRECISION="tf32" if rough else "ieee", num_warps=_WARPS,
         )  # fmt: skip
 

@@ -65,8 +65,8 @@ def rounding_errors(
 
 @triton.jit
 def _grid_errors_kernel(
-    targets, channel, scales, zeros, gain, out, rows, groups, size, grids,
-    TOP: tl.constexpr, ROWS: tl.constexpr, TRIED: tl.constexpr,
+    targets, channel, scales, zeros, gain, out, rows, groups, size, grids, top,
+    ROWS: tl.constexpr, TRIED: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     g = tl.program_id(1)
@@ -86,7 +86,7 @@ def _grid_errors_kernel(
         sums = ()
         for k in tl.static_range(TRIED):
             _, scale, zero, points = tried[k]
-            q = tl.minimum(tl.maximum(target * points + zero, 0.0), TOP)
+            q = tl.minimum(tl.maximum(target * points + zero, 0.0), top)
             off = target - scale * ((q + 12582912.0) - 12582912.0 - zero)  # half to even, as in solve.py
             sums += (totals[k] + off * off * share,)
         totals = sums
@@ -111,8 +111,8 @@ def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor,
     out = torch.empty_like(scales)
     if out.numel():
         _grid_errors_kernel[(triton.cdiv(rows, _TRIED_ROWS), groups, triton.cdiv(grids, _TRIED))](
-            targets, channel, scales, zeros, gain, out, rows, groups, n // groups, grids,
-            TOP=float(2**bits - 1), ROWS=_TRIED_ROWS, TRIED=_TRIED,
+            targets, channel, scales, zeros, gain, out, rows, groups, n // groups, grids, float(2**bits - 1),
+            ROWS=_TRIED_ROWS, TRIED=_TRIED,
         )  # fmt: skip
     return out
 
