@@ -5,6 +5,7 @@ Tested by tests/kernels/test_segments.py: with the Triton kernels.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,9 @@ def symmetric_(totals: Tensor) -> Tensor:
     """Copies what is below the diagonals of [E, n, n] above them, in place; returns the totals."""
     totals.copy_(totals.tril() + totals.tril(-1).mT)
     return totals
+
+
+def zero_behind_(rows: Tensor, ends: Tensor) -> Tensor:
+    """Sets the rows, [rows, n], behind the last end to 0, in place, without a wait for the device; returns them."""
+    behind = torch.arange(len(rows), device=rows.device) >= ends[-1]
+    return rows.masked_fill_(behind[:, None], 0)

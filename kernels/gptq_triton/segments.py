@@ -107,3 +107,33 @@ def symmetric_(totals: Tensor) -> Tensor:
         across = triton.cdiv(n, _MIRRORED)
         _mirror_kernel[(across, across, segments)](totals, n, WIDTH=_MIRRORED)
     return totals
+
+
+@triton.jit
+def _zero_behind_kernel(rows, ends, segments, count, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    last = tl.load(ends + segments - 1)
+    first = tl.program_id(0) * ROWS
+    if first + ROWS > last:
+        r = first + tl.arange(0, ROWS)
+        behind = ((r >= last) & (r < count))[:, None]
+        for start in range(0, n, COLUMNS):
+            c = start + tl.arange(0, COLUMNS)
+            at = rows + r.to(tl.int64)[:, None] * n + c[None, :]
+            tl.store(at, tl.zeros([ROWS, COLUMNS], rows.dtype.element_ty), mask=behind & (c < n)[None, :])
+
+
+def zero_behind_(rows: Tensor, ends: Tensor) -> Tensor:
+    """`plain_segments.zero_behind_` on a GPU, which touches no other rows.
+
+    Raises:
+        ValueError: Wrong dtype, shape or stride.
+    """
+    if rows.dim() != 2 or not rows.is_contiguous():
+        raise ValueError(f"rows must be contiguous [rows, n], got {list(rows.shape)}")
+    if ends.dim() != 1 or not len(ends) or ends.dtype != torch.int32 or not ends.is_contiguous():
+        raise ValueError(f"ends must be contiguous int32 [segments], got {ends.dtype} {list(ends.shape)}")
+    if rows.numel():
+        _zero_behind_kernel[(triton.cdiv(len(rows), 64),)](
+            rows, ends, len(ends), *rows.shape, ROWS=64, COLUMNS=64, num_warps=4
+        )
+    return rows

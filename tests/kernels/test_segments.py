@@ -84,3 +84,26 @@ def test_the_triton_sum_names_what_it_cannot_take(device):
         triton_segments.add_products(totals, x, ends.long())
     with pytest.raises(ValueError, match="totals must be contiguous float32"):
         triton_segments.symmetric_(totals[:, :, :-1])
+
+
+def test_rows_behind_the_last_end_become_zero():
+    rows = torch.randn(7, 5)
+    before = rows.clone()
+    assert plain_segments.zero_behind_(rows, torch.tensor([2, 4], dtype=torch.int32)) is rows
+    assert torch.equal(rows[:4], before[:4]) and not rows[4:].any()
+
+
+@triton_device
+@pytest.mark.parametrize(("count", "n", "last"), [(300, 70, 100), (64, 64, 64), (10, 3, 0), (130, 200, 129)])
+def test_the_triton_zeros_are_the_plain_ones(count, n, last, device):
+    from gptq_plugin.kernels import segments as triton_segments
+
+    rows = torch.randn(count, n, device=device).half()
+    rows[last:] = torch.nan
+    ends = torch.tensor([last // 2, last], dtype=torch.int32, device=device)
+    wanted = plain_segments.zero_behind_(rows.clone(), ends)
+    assert torch.equal(triton_segments.zero_behind_(rows, ends), wanted)
+    with pytest.raises(ValueError, match="ends must be contiguous int32"):
+        triton_segments.zero_behind_(rows, ends.long())
+    with pytest.raises(ValueError, match="rows must be contiguous"):
+        triton_segments.zero_behind_(rows[:, ::2], ends)

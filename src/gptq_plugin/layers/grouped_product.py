@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptq_plugin.kernels import segment_sums
+
 _ALIGNED = 16  # bytes, to which the kernel needs rows aligned
 _CAPABILITY = (8, 0)
 
@@ -30,4 +32,4 @@ def grouped_product(x: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
         weights: bfloat16 [experts, out, in].
     """
     y: Tensor = functional.grouped_mm(x, weights.mT, offs=ends)  # type: ignore[attr-defined]
-    return y.masked_fill_((torch.arange(len(y), device=y.device) >= ends[-1])[:, None], 0)
+    return segment_sums(y).zero_behind_(y, ends)  # type: ignore[no-any-return]
