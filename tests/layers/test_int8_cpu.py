@@ -27,7 +27,8 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def small_layers(monkeypatch):
+    monkeypatch.setattr(int8_cpu, "_FEWEST", 1)
     torch.manual_seed(0)
 
 
@@ -84,6 +85,12 @@ def test_other_layers_are_not_taken(shape):
     mixed = weight.g_idx.clone()
     mixed[0] = 1
     assert repacked(replace(weight, g_idx=mixed)) is None, "groups of other sizes"
+
+
+def test_only_layers_of_some_size_are_taken(monkeypatch):
+    monkeypatch.setattr(int8_cpu, "_FEWEST", 128 * 48)
+    assert repacked(random_weight(group_size=64)) is not None
+    assert repacked(random_weight(n_out=47, group_size=64)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -20,6 +20,7 @@ _MIDDLE = 128  # of an unsigned byte, and the kernel's zero of x
 _TO_MIDDLE = -0x7F7F7F80  # 0x80808080 as int32: turns a whole number's bytes into unsigned ones around the middle
 _WHOLE = 2**30  # what a row's largest number becomes
 _GROUPS = range(64, 2**16 + 1)  # with shorter groups calls take too long, longer ones' sums may exceed 31 bits
+_FEWEST = 2**19  # weights of a layer for which the calls are not too long
 _SUMS = 2**18  # outputs at a time, whose sums, one for each byte of x, are read and written for every group
 
 
@@ -44,7 +45,7 @@ class Int8:
     @classmethod
     def repack(cls, packed: Packed, bits: int, group_size: int) -> Int8 | None:
         """Repacks a layer; None if this machine has no instructions for products of bytes (AVX-512 VNNI), groups differ
-        in size or are too small, or a code less its zero is no byte.
+        in size, they or the layer are too small, or a code less its zero is no byte.
 
         Args:
             packed: Its tensors, on a CPU.
@@ -54,20 +55,20 @@ class Int8:
         Raises:
             ValueError: A channel's group does not exist.
         """
-        n_in = len(packed.g_idx)
-        if group_size not in _GROUPS or len(packed.scales) * group_size != n_in or not is_served():
+        n_in, n_out = len(packed.g_idx), packed.qweight.shape[1]
+        if group_size not in _GROUPS or len(packed.scales) * group_size != n_in or n_in * n_out < _FEWEST:
+            return None
+        if not is_served():
             return None
         of = GroupedCodes.of(packed, bits)
         if of.starts != tuple(range(0, n_in + 1, group_size)):
             return None
-        levels = of.codes.view(-1, group_size, of.codes.shape[1]).short() - of.zeros[:, None]
+        levels = of.codes.view(-1, group_size, n_out).short() - of.zeros[:, None]
         if int(levels.min()) < -128 or int(levels.max()) > 127:
             return None
         prepack = torch.ops.onednn.qlinear_prepack
         weights = tuple(prepack(level.t().contiguous(), None) for level in levels.to(torch.int8))
-        return cls(
-            weights, of.scales, torch.zeros(levels.shape[2], dtype=torch.int64, device="cpu"), group_size, of.order
-        )
+        return cls(weights, of.scales, torch.zeros(n_out, dtype=torch.int64, device="cpu"), group_size, of.order)
 
     def matmul(self, x: Tensor) -> Tensor | None:
         """x Wᵀ in x's dtype, with float32 sums of groups, or None if x has an infinite number or NaN.
