@@ -197,6 +197,15 @@ def test_an_error_on_the_thread_is_raised_by_the_next_calls(tmp_path: Path, monk
         writer.finish()
 
 
+def test_a_file_that_cannot_be_mapped_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to open file <x> in read-only mode: Too many open files (24)")
+
+    monkeypatch.setattr(shards, "safe_open", fails)
+    with pytest.raises(ExportError, match=r"x\.safetensors cannot be mapped: .*Too many open files"):
+        shards._mapped(tmp_path / "x.safetensors")
+
+
 def test_the_error_on_a_full_disk_names_the_file_and_the_room_it_needs(tmp_path: Path) -> None:
     program = f"""
 import resource, torch

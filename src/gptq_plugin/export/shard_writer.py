@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_plugin.checkpoint.files import INDEX, WEIGHTS
-from gptq_plugin.errors import ExportError
+from gptq_plugin.errors import ExportError, brief
 from gptq_plugin.export.disk_space import disk_errors_explained
 
 Tensors = dict[str, Tensor]
@@ -201,9 +201,16 @@ def _trim() -> None:
 
 
 def _mapped(file: Path) -> Tensors:
-    """Maps every tensor in the file; nothing is read before it is used."""
-    with safe_open(str(file), framework="pt", device="cpu") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (the handle is no mapping)
+    """Maps every tensor in the file; nothing is read before it is used.
+
+    Raises:
+        ExportError: Too many files are open, or memory has no room.
+    """
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (the handle is no mapping)
+    except RuntimeError as error:  # PyTorch's, for errors of the system
+        raise ExportError(f"{file} cannot be mapped: {brief(error)}. See to that, and export again") from error
 
 
 def _size(tensors: Tensors) -> int:
