@@ -65,6 +65,22 @@ def test_a_loaded_model_multiplies_all_experts_in_one_product(folder, monkeypatc
     assert names == {name: one.shape for name, one in plain.state_dict().items()}
 
 
+@torch.no_grad()
+def test_a_model_that_is_cast_computes_in_the_dtype_that_it_has(folder, monkeypatch):
+    stand_in(monkeypatch)
+    model, inputs = load_quantized(folder), tokens(2, 5)
+    seen: list[torch.dtype] = []
+    model.model.layers[0].mlp.experts.gate_up_proj.call.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].dtype)
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        for _ in range(3):  # in a checkpoint's layout, then in the kernels', then stacked
+            model(inputs)
+        assert set(seen) == {dtype}
+        seen.clear()
+
+
 def test_gradients_flow_through_the_experts_that_are_called(folder, monkeypatch):
     products = stand_in(monkeypatch)
     model = load_quantized(folder)

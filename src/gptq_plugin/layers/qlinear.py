@@ -104,6 +104,11 @@ class QuantLinear(StoredWeight):
         return layer
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the bias and of the placeholder `weight`."""
+        return self._dtype
+
+    @property
     def weight(self) -> Tensor:
         """A placeholder, [out, in] of NaN, for models that read a weight's dtype, device or shape. It takes one number
         in memory; `dequantize` gives the values."""

@@ -50,7 +50,7 @@ class ExpertWeights(_Experts):
         module: The experts' module, with children ``"0"``, ``"1"``, ...
         parts: Names of each expert's layers, whose outputs are concatenated.
         shape: Shape of the parameter.
-        dtype: Dtype of the parameter.
+        dtype: Dtype of the parameter; of quantized layers that which they have.
         layout: The only one that it may be used in; None where the layers were not made from it.
 
     Attributes:
@@ -71,18 +71,25 @@ class ExpertWeights(_Experts):
         self._parts = parts
         self._layout = layout
         self.shape = shape
-        self.dtype = dtype
+        self._dtype = dtype
         self.call = ExpertsCall(self.layers, len(parts), (module, parts))
 
     @property
     def device(self) -> torch.device:
-        layer = self._module.get_submodule(self._parts[0][0])
-        tensors = itertools.chain(layer._buffers.values(), layer.parameters())
+        tensors = itertools.chain(self._first._buffers.values(), self._first.parameters())
         return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
     @property
+    def dtype(self) -> torch.dtype:
+        return getattr(self._first, "dtype", self._dtype)
+
+    @property
     def in_features(self) -> int:
-        return int(self.layers(0)[0].in_features)  # type: ignore[arg-type]
+        return int(self._first.in_features)  # type: ignore[arg-type]
+
+    @property
+    def _first(self) -> nn.Module:
+        return self._module.get_submodule(self._parts[0][0])
 
     def dim(self) -> int:
         return len(self.shape)
@@ -154,14 +161,6 @@ class _Turned:
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weights.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._weights.device
-
     def data_ptr(self) -> int:
         return self._weights.data_ptr()
 
@@ -178,7 +177,8 @@ class _Turned:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._weights.otherwise(f"{name} of the transposed")
+        told = name in ("dtype", "device")
+        return getattr(self._weights, name) if told else self._weights.otherwise(f"{name} of the transposed")
 
 
 class _One:
