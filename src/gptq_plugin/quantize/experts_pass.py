@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from gptq_plugin.device.streams import Stopwatch
@@ -85,9 +84,8 @@ class ExpertsPass:
         stopwatch = Stopwatch(self._runs.device)
         found = self._observations.of_experts(stop.group)
 
-        def weights(expert: int) -> Tensor:
-            parts = [self._runs.weights.present(one) for one in experts[expert]]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        def weights(expert: int) -> list[Tensor]:
+            return [self._runs.weights.present(one) for one in experts[expert]]
 
         chunks = solve_experts(weights, found, len(experts), shape, first[0].config, self._runs.make_room)
         failed: list[tuple[list[Target], Evidence]] = []

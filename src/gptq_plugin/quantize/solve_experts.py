@@ -40,7 +40,7 @@ class Chunk:
 
 
 def solve_experts(
-    weights: Callable[[int], Tensor],
+    weights: Callable[[int], Sequence[Tensor]],
     evidence: Iterator[Evidence],
     experts: int,
     shape: tuple[int, int],
@@ -52,7 +52,7 @@ def solve_experts(
     Chunks are the same for any number of ranks, which solve one at a time each and send it to the others.
 
     Args:
-        weights: Returns an expert's weight, [rows, in].
+        weights: Returns the parts of an expert's weight, whose rows are one below the other.
         evidence: Of all experts.
         experts: Their number.
         shape: Of a weight.
@@ -78,7 +78,11 @@ def solve_experts(
 
 
 def _solver(
-    weights: Callable[[int], Tensor], experts: range, evidence: Sequence[Evidence], size: int, config: QuantizeConfig
+    weights: Callable[[int], Sequence[Tensor]],
+    experts: range,
+    evidence: Sequence[Evidence],
+    size: int,
+    config: QuantizeConfig,
 ) -> Callable[[], Solutions]:
     """Solves some experts; the last one fills a chunk that has fewer, since sums may depend on their number."""
     damp_percents = [max(one.damp_percent, config.damp_percent) for one in evidence]
@@ -87,7 +91,8 @@ def _solver(
     chosen = [*range(len(experts)), *fill]
 
     def solve() -> Solutions:
-        stacked = torch.stack([weights(experts[number]) for number in chosen])
+        parts = [part for number in chosen for part in weights(experts[number])]
+        stacked = torch.cat(parts).unflatten(0, (len(chosen), -1))
         hessians = torch.stack([means[number] for number in chosen])
         damping = torch.tensor([damp_percents[number] for number in chosen], dtype=torch.float64, device="cpu")
         return solve_each(stacked, hessians, config, damping.to(hessians.device))
