@@ -149,17 +149,29 @@ def _store_sum(
     acc, bias, out, parts, counters, slot, part, n, m, M, N,
     HAS_BIAS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """The last of a tile's programs adds all parts, in order."""
-    own = parts + slot * (SPLIT * BN * BM)
-    own += gl.arange(0, BN, gl.SliceLayout(1, L))[:, None] * BM + gl.arange(0, BM, gl.SliceLayout(0, L))[None, :]
-    gl.store(own + part * (BN * BM), acc)
-    _barrier()
-    if gl.atomic_add(counters + slot, 1, sem="acq_rel") == SPLIT - 1:
-        total = gl.zeros([BN, BM], gl.float32, L)
-        for i in gl.static_range(SPLIT):
-            total += gl.load(own + i * (BN * BM), cache_modifier=".cg")
-        _store(total, bias, out, n, m, M, N, HAS_BIAS, BN, BM, L)
-        gl.store(counters + slot, 0)  # ready for the next product
+    """Of programs that share a tile, the last adds all parts, in order."""
+    if SPLIT == 1:
+        _store(acc, bias, out, n, m, M, N, HAS_BIAS, BN, BM, L)
+    else:
+        own = parts + slot * (SPLIT * BN * BM)
+        own += gl.arange(0, BN, gl.SliceLayout(1, L))[:, None] * BM + gl.arange(0, BM, gl.SliceLayout(0, L))[None, :]
+        gl.store(own + part * (BN * BM), acc)
+        _barrier()
+        if gl.atomic_add(counters + slot, 1, sem="acq_rel") == SPLIT - 1:
+            total = gl.zeros([BN, BM], gl.float32, L)
+            for i in gl.static_range(SPLIT):
+                total += gl.load(own + i * (BN * BM), cache_modifier=".cg")
+            _store(total, bias, out, n, m, M, N, HAS_BIAS, BN, BM, L)
+            gl.store(counters + slot, 0)  # ready for the next product
+
+
+@gluon.jit
+def _words(ring, full, free, turn, HALF: gl.constexpr, STAGES: gl.constexpr, A: gl.constexpr):
+    """The words of a turn, in registers."""
+    mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
+    w = ring.index(2 * (turn % STAGES) + HALF).load(A)
+    mbarrier.arrive(free.index(turn % STAGES), count=1)
+    return w
 
 
 @gluon.jit
@@ -184,10 +196,10 @@ def _multiply(
         acc = gl.zeros([BN, BM], gl.float32, L)
         s = gl.load(scales + first // 2 * outputs + n)
         z = s if SYMMETRIC else gl.load(zeros + first // 2 * outputs + n)
-        mbarrier.wait(words_full.index(turn % STAGES), turn // STAGES & 1)
-        w = ring.index(2 * (turn % STAGES) + HALF).load(A)
-        mbarrier.arrive(words_free.index(turn % STAGES), count=1)
+        w = _words(ring, words_full, words_free, turn, HALF, STAGES, A)
         a = _weights(w, s, z, 0, BF16, SYMMETRIC, kind)
+        before = a
+        mbarrier.wait(x_full.index(4 * (turn % STAGES)), turn // STAGES & 1)
         for half in range(first, end):
             stage = turn % STAGES
             phase = turn // STAGES & 1
@@ -195,30 +207,35 @@ def _multiply(
             next_s = gl.load(scales + following)
             next_z = next_s if SYMMETRIC else gl.load(zeros + following)
             for plane in gl.static_range(4):
-                mbarrier.wait(x_full.index(4 * stage + plane), phase)
                 x = x_ring.index(4 * stage + plane).permute((1, 0))
                 token = warpgroup_mma(a, x, acc, is_async=True)
-                # The next weights are expanded while the tensor cores multiply these.
+                multiplied = a
+                # The next weights are expanded while the tensor cores multiply these and those before. None are on
+                # their way when the loop turns: the compiler would then wait for each.
                 if plane < 3:
                     a = _weights(w, s, z, plane + 1, BF16, SYMMETRIC, kind)
+                    mbarrier.wait(x_full.index(4 * stage + plane + 1), phase)
                 else:
                     s = next_s
                     z = next_z
                     if half + 1 < end:
-                        after = (turn + 1) % STAGES
-                        mbarrier.wait(words_full.index(after), (turn + 1) // STAGES & 1)
-                        w = ring.index(2 * after + HALF).load(A)
-                        mbarrier.arrive(words_free.index(after), count=1)
+                        w = _words(ring, words_full, words_free, turn + 1, HALF, STAGES, A)
                     a = _weights(w, s, z, 0, BF16, SYMMETRIC, kind)
-                acc = warpgroup_mma_wait(0, deps=[token])
-                mbarrier.arrive(x_free.index(4 * stage + plane), count=1)
+                    after = (turn + 1) % STAGES
+                    mbarrier.wait(x_full.index(4 * after), (turn + 1) // STAGES & 1, pred=half + 1 < end)
+                if plane == 0:
+                    acc = token
+                elif plane < 3:
+                    acc, before, a = warpgroup_mma_wait(1, deps=[token, before, a])
+                    mbarrier.arrive(x_free.index(4 * stage + plane - 1), count=1)
+                else:
+                    acc, multiplied, a = warpgroup_mma_wait(0, deps=[token, multiplied, a])
+                    mbarrier.arrive(x_free.index(4 * stage + 2), count=1)
+                    mbarrier.arrive(x_free.index(4 * stage + 3), count=1)
+                before = multiplied
             turn += 1
-        n0 += HALF * BN
-        if SPLIT > 1:
-            slot = tile // SPLIT * 2 + HALF
-            _store_sum(acc, bias, out, parts, counters, slot, tile % SPLIT, n0, m0, M, N, HAS_BIAS, BN, BM, SPLIT, L)
-        else:
-            _store(acc, bias, out, n0, m0, M, N, HAS_BIAS, BN, BM, L)
+        slot, n0 = tile // SPLIT * 2 + HALF, n0 + HALF * BN
+        _store_sum(acc, bias, out, parts, counters, slot, tile % SPLIT, n0, m0, M, N, HAS_BIAS, BN, BM, SPLIT, L)
 
 
 @gluon.jit(do_not_specialize=["M"])

@@ -139,8 +139,7 @@ def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options:
         and _early_fits(gpu, options)
         and module.takes(layout, dtype)
         and BN in (64, 128)
-        and BM in (64, 128, 256)
-        and BN * BM <= 1 << 14  # accumulators of a thread: more spill
+        and BM in ((64, 128, 256) if BN == 64 else (64,))  # accumulators of a thread: more spill
         and 2 <= STAGES <= 8
         and 1 <= WIDTH <= 64
         and 1 <= SPLIT <= (2 * layout.steps if rows <= rule.FEW_ROWS_TILED else 1)  # parts of many rows take memory
@@ -161,10 +160,10 @@ def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Itera
     if rows <= rule.FEW_ROWS:
         yield from (tile(128, 64, 6), tile(64, 128, 5), *in_two, tile(64, 64, 6, SPLIT=2))
     elif rows <= rule.FEW_ROWS_TILED:
-        yield from (tile(64, 256, 3), *in_two, tile(128, 128, 4), tile(64, 128, 5), tile(128, 64, 6))
+        yield from (tile(64, 256, 3), *in_two, tile(64, 128, 5), tile(128, 64, 6))
     else:
         yield from (tile(64, 256, 3, width) for width in (4, 2, 8, 1))
-        yield from (tile(128, 128, 4), tile(64, 128, 5))
+        yield tile(64, 128, 5)
 
 
 def _dense(
