@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_plugin.apps.language_model import LanguageModel, SaveFloat, pretrained, small_llama
+from gptq_plugin.errors import ExportError
 
 from language_models import WORDS, tiny
 
@@ -104,3 +106,25 @@ def test_rank_0_saves_the_float_model_where_that_is_asked_for(tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
     assert torch.equal(saved.lm_head.weight, model.network.lm_head.weight)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "float")) == len(model.tokenizer)
+
+
+def test_a_disk_without_room_for_the_float_model_is_refused_before_training(tmp_path, monkeypatch):
+    model = tiny(1)
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**12, free=needed - 1))
+    with pytest.raises(ExportError, match=rf"float model \(save_float\) to .*float needs about {needed} bytes"):
+        SaveFloat(tmp_path / "float").on_fit_start(Rank(0), model)
+    for directory, rank in ((None, 0), (tmp_path / "float", 1)):
+        SaveFloat(directory).on_fit_start(Rank(rank), model)
+
+
+def test_a_disk_that_is_full_while_the_float_model_is_saved_is_told_with_the_bytes(tmp_path, monkeypatch):
+    """What tokenizers raises has no kind of its own."""
+
+    def fails(_):
+        raise Exception("No space left on device (os error 28)")
+
+    model = tiny(1)
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", lambda self, folder: fails(folder))
+    with pytest.raises(ExportError, match=r"float could not be written: No space left .* bytes are free|bytes, and"):
+        SaveFloat(tmp_path / "float").on_fit_end(Rank(0), model)

@@ -64,7 +64,9 @@ def test_a_file_system_that_tells_no_size_is_trusted(tmp_path: Path, monkeypatch
     refuse_full(tmp_path, 10**15)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: os error 28")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "full"), SafetensorError("I/O error: os error 28"), Exception("full (os error 28)")]
+)
 def test_errors_of_the_disk_name_folder_and_bytes(error: Exception, tmp_path: Path) -> None:
     with (
         pytest.raises(ExportError, match=r"new could not be written: .*28.* It needs 77 bytes, and \d+ are free there"),
@@ -76,6 +78,8 @@ def test_errors_of_the_disk_name_folder_and_bytes(error: Exception, tmp_path: Pa
         disk_errors_explained(tmp_path / "new", lambda: 77),
     ):
         raise OSError(18, "cross-device")
+    with pytest.raises(Exception, match="^another$"), disk_errors_explained(tmp_path, lambda: 77):
+        raise Exception("another")
     with pytest.raises(KeyError), disk_errors_explained(tmp_path, lambda: 77):
         raise KeyError
 

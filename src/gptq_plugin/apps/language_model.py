@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from gptq_plugin.apps.paths import folder_or_id
 from gptq_plugin.apps.tokenizer import train_tokenizer
 from gptq_plugin.checkpoint.formats.registry import FORMATS
+from gptq_plugin.export.disk_space import disk_errors_explained, refuse_full
 from gptq_plugin.options import fields
 from gptq_plugin.options.limited_files import check_sizes
 
@@ -107,14 +108,33 @@ class SaveFloat(Callback):
         self.directory = directory
         self.seconds = 0.0
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses, before training, a disk that has no room for it.
+
+        Raises:
+            ExportError: It tells the bytes.
+        """
+        if self.directory is not None and trainer.is_global_zero:
+            refuse_full(self.directory, _bytes_of(pl_module), "the fine-tuned float model (save_float)")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves it.
+
+        Raises:
+            ExportError: It cannot be written.
+        """
         if self.directory is None or not trainer.is_global_zero:
             return
         started = time.perf_counter()
         assert isinstance(pl_module, LanguageModel)
-        pl_module.network.save_pretrained(self.directory)
-        pl_module.tokenizer.save_pretrained(self.directory)
+        with disk_errors_explained(self.directory, lambda: _bytes_of(pl_module)):
+            pl_module.network.save_pretrained(self.directory)
+            pl_module.tokenizer.save_pretrained(self.directory)
         self.seconds = time.perf_counter() - started
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def small_llama(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from safetensors import SafetensorError
 
 from gptq_plugin.errors import ExportError, brief
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # safetensors tells no number
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+_OF_RUST = re.compile(r"os error (\d+)")
 
 
 def free_bytes(folder: Path) -> int | None:
@@ -24,8 +26,8 @@ def free_bytes(folder: Path) -> int | None:
     return None
 
 
-def refuse_full(folder: Path, needed: int) -> None:
-    """Refuses an export for which there is no room.
+def refuse_full(folder: Path, needed: int, what: str = "the export") -> None:
+    """Refuses what there is no room for.
 
     Raises:
         ExportError: Fewer than `needed` bytes are free; an earlier export there takes its room until it is replaced.
@@ -33,14 +35,15 @@ def refuse_full(folder: Path, needed: int) -> None:
     free = free_bytes(folder)
     if free is not None and free < needed:
         raise ExportError(
-            f"the export to {folder} needs about {needed} bytes, and {free} are free there: make room, or choose "
+            f"{what} to {folder} needs about {needed} bytes, and {free} are free there: make room, or choose "
             "another folder"
         )
 
 
 @contextlib.contextmanager
 def disk_errors_explained(folder: Path, needed: Callable[[], int]) -> Iterator[None]:
-    """Turns an error of the system or of safetensors, such as that of a full disk, into one that names the folder.
+    """Turns an error of the system, such as that of a full disk, into one that names the folder. safetensors and
+    tokenizers have errors of their own for them.
 
     Args:
         folder: Where the block writes.
@@ -52,10 +55,14 @@ def disk_errors_explained(folder: Path, needed: Callable[[], int]) -> Iterator[N
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        number = _OF_RUST.search(str(error))
+        if not isinstance(error, OSError | SafetensorError) and not (type(error) is Exception and number):
+            raise
         free = free_bytes(folder)
         room = f"It needs {needed()} bytes, and {'an unknown number' if free is None else free} are free there"
-        remedy = f"{room}: make room" if getattr(error, "errno", None) in _FULL else "See to it"
+        code = int(number[1]) if number else getattr(error, "errno", None)
+        remedy = f"{room}: make room" if code in _FULL else "See to it"
         raise ExportError(
             f"{folder} could not be written: {brief(error)}. {remedy}, or choose another folder, and export again"
         ) from error
