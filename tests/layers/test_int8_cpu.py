@@ -123,6 +123,23 @@ def test_infinite_numbers_and_nan_are_a_float_layers():
     assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("context", [torch.inference_mode(), torch.autocast("cpu", torch.float16)], ids=type)
+def test_defaults_and_modes_of_callers_make_no_difference(context):
+    layer, x = QuantLinear.from_quantized(random_weight(group_size=64)), torch.randn(9, 128).half()
+    expected = layer(x)
+    assert layer._prepared.cpu.int8 is not None
+    layer._prepared = None
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with context:
+            assert torch.equal(layer(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(layer(x), expected)
+
+
 def test_without_such_instructions_tables_serve(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     weight = random_weight(group_size=64)

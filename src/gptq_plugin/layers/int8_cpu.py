@@ -93,7 +93,7 @@ class Int8:
         whole = (x / largest).mul_(_WHOLE).round_().int().add_(_TO_MIDDLE)  # modulo 2^32
         bytes_of = torch.stack([(whole >> (8 * place)).to(torch.uint8) for place in range(_BYTES)])
         groups = bytes_of.view(-1, len(self.weights), self.group_size).transpose(0, 1).contiguous()
-        sums = torch.zeros(groups.shape[1], len(self.zeros), device="cpu")
+        sums = torch.zeros(groups.shape[1], len(self.zeros), dtype=torch.float32, device="cpu")
         for group, weight, scale in zip(groups.unbind(), self.weights, self.scales.unbind(), strict=True):
             sums = torch.ops.onednn.qlinear_pointwise.binary(
                 group, 1.0, _MIDDLE, weight, scale, self.zeros, sums, None,
