@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -26,7 +27,13 @@ Rtn = Callable[..., Any]
 EARLIER, NEW = QuantizeConfig(bits=8, group_size=16), QuantizeConfig(bits=4, group_size=16)
 
 
-def killed_at(rename: int, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, exchanges: bool = True) -> bool:
+def killed_at(
+    rename: int,
+    run: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    exchanges: bool = True,
+    overlay: bool = False,
+) -> bool:
     """Runs in a fork that is killed before its n-th rename; returns whether it was."""
     child = os.fork()
     if not child:
@@ -41,16 +48,24 @@ def killed_at(rename: int, run: Callable[[], Any], monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(Path, "rename", killing)
         if not exchanges:
             monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+        if overlay:
+            monkeypatch.setattr(staging, "_step_aside", _not_in_an_overlay)
         run()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("inside", [True, False])
+def _not_in_an_overlay(one: Path, other: Path) -> None:
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+@pytest.mark.parametrize("kind", ["inside", "beside", "overlay"])
 def test_a_kill_at_any_rename_leaves_an_export_that_the_next_check_brings_back(
-    rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+    rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Inside the target files are moved one by one; beside it the folders are, without the system's exchange."""
+    """Inside the target files are moved one by one; beside it the folders are, without the system's exchange. A folder
+    of an overlay's lower layer cannot be moved: the new one goes inside, and then its files."""
+    inside = kind == "inside"
     target = tmp_path / "out"
     target.mkdir()
     if inside:
@@ -61,7 +76,7 @@ def test_a_kill_at_any_rename_leaves_an_export_that_the_next_check_brings_back(
         export_model(earlier, target, EARLIER, overwrite=True)
         before = files(target)
         again = lambda: export_model(new, target, NEW, overwrite=True)  # noqa: E731
-        if not killed_at(kills + 1, again, monkeypatch, exchanges=inside):
+        if not killed_at(kills + 1, again, monkeypatch, exchanges=inside, overlay=kind == "overlay"):
             break
         kills += 1
         check_export_dir(target, overwrite=True)
@@ -69,8 +84,8 @@ def test_a_kill_at_any_rename_leaves_an_export_that_the_next_check_brings_back(
         assert bits[-1] == 4 or files(target) == before
         assert sorted(files(target)) == sorted(before)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert kills == 8 if inside else kills == 3  # the first one names the shard
-    assert bits == sorted(bits, reverse=True) and set(bits) == ({8, 4} if inside else {8})
+    assert kills == {"inside": 8, "beside": 3, "overlay": 9}[kind]  # the first one names the shard
+    assert bits == sorted(bits, reverse=True) and set(bits) == ({8} if kind == "beside" else {8, 4})
 
 
 def test_a_first_export_that_is_killed_on_its_way_out_is_completed(
