@@ -15,7 +15,7 @@ _TRIED_ROWS, _TRIED = 128, 11  # rows and grids of a program of `grid_errors`
 # Of `scale_equations`: rows of a program, channels of a product beside and along its sum (at most the largest power of
 # two that divides a group's size), warps, stages of operands on their way, and programs, one after another, that take
 # the same group of other rows.
-_ROWS, _UPPER, _INNER, _WARPS, _STAGES, _TOGETHER = 128, 64, 128, 8, 2, 8
+_ROWS, _UPPER, _INNER, _WARPS, _STAGES, _TOGETHER = 128, 64, 128, 8, 3, 8
 _LEAST_INNER = 16
 _SCALE = 2.0**12  # of a Hessian with a diagonal of at most 4, in float16
 
@@ -138,21 +138,24 @@ def _scale_matrix_kernel(
     r = (wave * TOGETHER + within % several) * ROWS + tl.arange(0, ROWS)
     there = (r < count)[:, None]
     k = g * SIZE + tl.arange(0, INNER)
-    mine = tl.load(centred + k.to(tl.int64)[None, :] * count + r[:, None], mask=there, other=0.0)
+    rows = centred + r.to(tl.int64)[:, None] * n
+    mine = tl.load(rows + k[None, :], mask=there, other=0.0)
+    following = tl.load(rows + tl.arange(0, UPPER)[None, :], mask=there, other=0.0)
     row = matrix + r.to(tl.int64) * groups * groups
     m = tl.zeros([ROWS], dtype=tl.float32)
     STEPS: tl.constexpr = SIZE // UPPER
     for step in range((g + 1) * STEPS):  # one loop, whose operands are on their way before they are wanted
         i = step * UPPER + tl.arange(0, UPPER)
+        other = following
+        following = tl.load(rows + UPPER + i[None, :], mask=there & (step + 1 < (g + 1) * STEPS), other=0.0)
         if SIZE == INNER:
             product = tl.dot(mine, tl.load(hessian + k.to(tl.int64)[:, None] * n + i[None, :]))
         else:
             product = tl.zeros([ROWS, UPPER], dtype=tl.float32)
             for begin in range(0, SIZE, INNER):
                 inner = (k + begin).to(tl.int64)
-                some = tl.load(centred + inner[None, :] * count + r[:, None], mask=there, other=0.0)
+                some = tl.load(rows + inner[None, :], mask=there, other=0.0)
                 product = tl.dot(some, tl.load(hessian + inner[:, None] * n + i[None, :]), acc=product)
-        other = tl.load(centred + i.to(tl.int64)[None, :] * count + r[:, None], mask=there, other=0.0)
         m += tl.sum(product * other.to(tl.float32), axis=1)
         last = (step + 1) % STEPS == 0
         h = step // STEPS
@@ -195,7 +198,7 @@ def scale_equations(
     centred.unflatten(0, (groups, size)).sub_(zeros[:, None, some])  # exact
     matrix = errors.new_empty(count, groups, groups)
     _scale_matrix_kernel[(triton.cdiv(count, _ROWS) * groups,)](
-        narrow, centred, matrix, n, count, groups,
+        narrow, centred.mT.contiguous(), matrix, n, count, groups,
         SIZE=size, UPPER=min(_UPPER, tile), INNER=tile, ROWS=_ROWS, TOGETHER=_TOGETHER,
         num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip

@@ -45,7 +45,7 @@ def test_the_target_is_the_plain_one_for_every_block(alpha, order):
 @pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
 @pytest.mark.parametrize("order", ORDERS)
-def test_with_operands_in_float16_the_correction_is_near_to_the_plain_one(order, size, device, monkeypatch):
+def test_with_operands_in_bfloat16_the_correction_is_near_to_the_plain_one(order, size, device, monkeypatch):
     weight, hessian, drift, _, _ = problem(n=160)
     weight[2] *= 1e4
     hessian, drift = hessian * size, drift * size
@@ -61,7 +61,7 @@ def test_with_operands_in_float16_the_correction_is_near_to_the_plain_one(order,
         block = weight.float().to(device)
         found = asymmetric_target(block[None], drift.float().to(device), factor, 0.5)[0].cpu().double() - weight
         off.append((found - wanted).norm(dim=1) / wanted.norm(dim=1))
-    assert bool((off[0] < 1e-4).all()) and bool((off[1] < 3e-3).all())
+    assert bool((off[0] < 1e-4).all()) and bool((off[1] < 2e-2).all())
     assert not torch.equal(off[0], off[1])
 
 

@@ -39,7 +39,7 @@ def narrowed(x: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for float16 operands [m, k] and [k, n], in float32; for where 2^-11 of each term does not matter."""
+    """a @ b for 16-bit operands [m, k] and [k, n], in float32; for where their rounding does not matter."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
     return a.float() @ b.float()
