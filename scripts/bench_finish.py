@@ -2,7 +2,9 @@
 
     python scripts/bench_finish.py                              # 4, 3 and 2 bits, scales, 65 k tokens
     python scripts/bench_finish.py --corpus --steps 512 --learning-rate 2e-3 --nsamples 8192    # 4 M tokens
+    python scripts/bench_finish.py --kind blocks                # blocks, then scales
     python scripts/bench_finish.py --large                      # seconds and memory of steps of the 8B shape, on a GPU
+    python scripts/bench_finish.py --large 3 --kind blocks      # the same of its blocks, from the CPU
 
 Needs ../shared (the model and its texts). Judged as in bench_accuracy.py, from the exported files: the mean loss above
 the float model's and the mean divergence from it on the first 200 windows of 512 tokens of eval.jsonl. Calibration is
@@ -102,21 +104,65 @@ def measure(bits: int, method: str, finishes: list[Finish], rows: Any, evaluatio
             quantizer.undo_finish("the next is tried")
             of_peer = f"  {after[1] / AUTOROUND[bits]:.2f} of AutoRound's KL" if bits in AUTOROUND else ""
             print(
-                f"{bits} bits  {finish.steps} steps at {finish.learning_rate:g}  +{after[0]:.5f} KL {after[1]:.5f}"
-                f"{of_peer}  {seconds:.1f} s  best step {record.best_step} of {record.steps}, held out "
-                f"{record.before:.5f} to {record.after:.5f}, {'kept' if record.kept else 'not kept'}",
+                f"{bits} bits  {finish.kind}  {finish.steps} steps at {finish.learning_rate:g}  +{after[0]:.5f} "
+                f"KL {after[1]:.5f}{of_peer}  {seconds:.1f} s  best step {record.best_step} of {record.steps}, held "
+                f"out {record.before:.5f} to {record.after:.5f}, {'kept' if record.kept else 'not kept'}",
                 flush=True,
             )
+            for block in record.blocks:
+                print(f"    {block.summary()}", flush=True)
 
 
-def large(layers: int, steps: int, tokens: int) -> str:
-    """Steps of the 8B shape with random weights on a GPU."""
+def large_blocks(layers: int, steps: int, tokens: int) -> str:
+    """The training of blocks of the 8B shape with random weights, on a GPU, of models on the CPU; 65,536 tokens."""
+    model = _model(layers, "cpu")
+    teacher = copy.deepcopy(model)
+    quantizer = QuantizeModule(bits=4)
+    quantizer.round_to_nearest(model)
+    rows = list(torch.randint(0, 128256, (36, 2048)))
+    finish = Finish(
+        "blocks",
+        steps=1,
+        block_steps=steps,
+        tokens_per_step=tokens,
+        nsamples=32,
+        held_out=4,
+        batch_size=4,
+        judgements=1,
+    )
+    marks: list[float] = []
+    peaks: list[int] = []
+
+    def mark(done: int, at_most: int, text: str) -> None:
+        if "block" in text:
+            marks.append(time.perf_counter())
+            if peaks or len(marks) > 1:
+                peaks.append(torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+    started = time.perf_counter()
+    quantizer.finish(model, teacher, rows, finish, device="cuda", progress=mark)
+    lines = [f"{layers} blocks of the 8B shape, {tokens} tokens a step; {marks[0] - started:.1f} s before the first"]
+    for number in range(layers):
+        first, last = marks[2 * number : 2 * number + 2]
+        between = f", {marks[2 * number + 2] - last:.1f} s to the next" if number + 1 < layers else ""
+        lines.append(f"block {number}: {(last - first) / steps:.2f} s a step{between}")
+    lines.append(f"peak {max(peaks) / 2**30:.1f} GiB")
+    return "\n".join(lines)
+
+
+def _model(layers: int, device: str) -> nn.Module:
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False, rope_theta=500000.0,
     )  # fmt: skip
-    with torch.device("cuda"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+def large(layers: int, steps: int, tokens: int) -> str:
+    """Steps of the 8B shape with random weights on a GPU."""
+    model = _model(layers, "cuda")
     teacher = copy.deepcopy(model)
     quantizer = QuantizeModule(bits=4)
     quantizer.round_to_nearest(model)
@@ -153,6 +199,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--method", default="best")
+    parser.add_argument("--kind", choices=["scales", "blocks", "full"], default="scales")
+    parser.add_argument("--block-steps", type=int, default=200)
+    parser.add_argument("--block-learning-rate", type=float)
+    parser.add_argument("--block-code-learning-rate", type=float)
+    parser.add_argument("--code-learning-rate", type=float, default=3e-3, help="behind the blocks, for full")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, nargs="+", default=[3e-4])
     parser.add_argument("--nsamples", type=int, default=128)
@@ -165,7 +216,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.large is not None:
-        print(large(arguments.large, 8, 8192), flush=True)
+        print((large if arguments.kind == "scales" else large_blocks)(arguments.large, 8, 8192), flush=True)
         return
     count = arguments.nsamples + arguments.held_out
     started = time.perf_counter()
@@ -174,8 +225,13 @@ def main() -> None:
     evaluation = windows(TEXTS / "eval.jsonl", arguments.windows).to(arguments.device)
     finishes = [
         Finish(
+            arguments.kind,
             steps=arguments.steps,
             learning_rate=rate,
+            code_learning_rate=arguments.code_learning_rate,
+            block_steps=arguments.block_steps,
+            block_learning_rate=arguments.block_learning_rate,
+            block_code_learning_rate=arguments.block_code_learning_rate,
             nsamples=len(rows) - arguments.held_out,
             held_out=arguments.held_out,
             batch_size=arguments.batch_size,

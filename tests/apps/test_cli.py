@@ -429,16 +429,17 @@ def test_a_failed_quantization_leaves_the_fine_tuned_model_and_tells_where(app, 
     assert not (tmp_path / "run" / "gptq").exists()
 
 
-@pytest.mark.parametrize("name", ["quantize", "finetune"])
-def test_a_finish_trains_on_the_commands_rows_and_its_export_replaces_that_of_gptq(name, app, base, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), [("quantize", "scales"), ("finetune", "scales"), ("quantize", "full")])
+def test_a_finish_trains_on_the_commands_rows_and_its_export_replaces_that_of_gptq(name, kind, app, base, tmp_path):
     (tmp_path / "own.txt").write_text("The statement is executed when the name is not bound. " * 400)
     options = [f"model.name_or_path={base[0]}", "device=cpu"] if name == "quantize" else [*TINY, "save_float=false"]
     finish = [
-        "finish=scales",
+        f"finish={kind}",
         "finish.steps=4",
         "finish.held_out=4",
         "finish.tokens_per_step=64",
         "finish.judgements=2",
+        *(["finish.block_steps=3"] if kind == "full" else []),
     ]
     app(
         name, *options, "data=text", f"data.path={tmp_path}/own.txt", "data.seq_len=32", "quantizer.bits=2",
@@ -447,13 +448,9 @@ def test_a_finish_trains_on_the_commands_rows_and_its_export_replaces_that_of_gp
     told = json.loads((tmp_path / "run/gptq/quantization_report.json").read_text())
     record = told["finish"]
     assert record["samples"] == 16 and record["held_out_tokens"] == 4 * 32 and record["steps"] == 4
+    assert record["kind"] == kind and bool(record["blocks"]) == (kind == "full")
     assert "of own.txt" in record["data"] and record["options"]["tokens_per_step"] == 64
     assert record["kept"] == (record["after"] < record["before"])
     described = json.loads((tmp_path / "run/gptq/quantize_config.json").read_text())["meta"]["gptq_plugin"]
     assert described["finish"]["steps"] == 4 and described["finish"]["data"]["sha256"] == record["data_sha256"]
     assert len([one for one in (tmp_path / "run").iterdir() if one.name.startswith("gptq")]) == 1
-
-
-def test_a_finish_to_come_is_refused_by_name(app, base):
-    with pytest.raises(Exception, match="kind='blocks' of a finish is not there yet"):
-        app("quantize", f"model.name_or_path={base[0]}", "finish=scales", "finish.kind=blocks")

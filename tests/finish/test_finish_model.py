@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import signal
 
@@ -15,50 +14,11 @@ from gptq_plugin import Finish, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.finish import train
 
+from finish_cases import FAST, divergence, quantized, rows, same, state_of
 from models import tiny_gpt2, tiny_llama
 from paths import REPOSITORY
 
 SHARED = REPOSITORY.parent / "shared"
-FAST = {"steps": 12, "learning_rate": 0.01, "tokens_per_step": 200, "held_out": 8, "judgements": 4}
-
-
-def rows(count=40, length=24, seed=0):
-    return list(torch.randint(4, 128, (count, length), generator=torch.Generator().manual_seed(seed)))
-
-
-def quantized(make=tiny_llama, data=None, **options):
-    """A quantized model, its float twin, and the quantizer."""
-    if data is None:
-        return copy.deepcopy(_of_rows(make, tuple(options.items())))
-    return _quantized(make, data, options)
-
-
-@functools.cache
-def _of_rows(make, options):
-    return _quantized(make, rows(), dict(options))
-
-
-def _quantized(make, data, options):
-    model = make(initializer_range=0.2)
-    twin = copy.deepcopy(model)
-    quantizer = QuantizeModule(**{"bits": 2, "group_size": 32, "nsamples": 32, **options})
-    quantizer.quantize(model, data)
-    return model, twin, quantizer
-
-
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
-
-
-@torch.no_grad()
-def divergence(model, twin, data):
-    """The mean KL(twin || model) over all positions."""
-    logs = [one(input_ids=torch.stack(data)).logits.double().log_softmax(-1) for one in (twin, model)]
-    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])

@@ -16,7 +16,9 @@ from gptq_plugin.finish.options import NONE, check_finish
         ("kind", "scale"), ("kind", None), ("steps", 0), ("steps", 2.0), ("learning_rate", 0), ("learning_rate", 1.0),
         ("learning_rate", "1e-3"), ("norm_learning_rate", -0.1), ("tokens_per_step", 0), ("nsamples", 0),
         ("held_out", 0), ("batch_size", True), ("judgements", 0), ("patience", 0), ("top_logits", 0),
-        ("checkpoint_activations", 1), ("seed", -1), ("learning_rate", float("nan")),
+        ("checkpoint_activations", 1), ("seed", -1), ("learning_rate", float("nan")), ("block_steps", 0),
+        ("block_nsamples", None), ("block_learning_rate", 0), ("block_code_learning_rate", 1),
+        ("code_learning_rate", None),
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_refused_by_its_name(name, value):
@@ -24,10 +26,15 @@ def test_an_option_out_of_range_is_refused_by_its_name(name, value):
         Finish(**{name: value})
 
 
-@pytest.mark.parametrize("kind", ["blocks", "full"])
-def test_kinds_to_come_are_refused_by_name(kind):
-    with pytest.raises(ValueError, match=f"kind='{kind}' of a finish is not there yet: give 'scales'"):
-        Finish(kind=kind)
+def test_rates_in_blocks_follow_the_width_unless_given():
+    finish = Finish("blocks")
+    assert [finish.rate_in_blocks(bits) for bits in (2, 3, 4)] == [1e-3, 3e-4, 3e-4]
+    assert [finish.code_rate_in_blocks(bits) for bits in (2, 3, 4)] == [2e-3, 1e-3, 1e-3]
+    assert finish.rate_of_norms_in_blocks(2) == 1e-3
+    given = Finish("full", block_learning_rate=0.1, block_code_learning_rate=0.2, norm_learning_rate=0)
+    assert {given.rate_in_blocks(bits) for bits in (2, 4)} == {0.1}
+    assert {given.code_rate_in_blocks(bits) for bits in (2, 4)} == {0.2} and given.rate_of_norms_in_blocks(2) == 0
+    assert given.by_blocks and finish.by_blocks and not Finish().by_blocks
 
 
 def test_rates_of_norms_follow_those_of_scales_unless_given():

@@ -56,6 +56,15 @@ def test_a_module_that_predicts_no_distribution_is_refused_before_training(tmp_p
         fit(module, pair_loader(), [callback], tmp_path)
 
 
+def test_a_module_without_blocks_is_refused_before_training_where_blocks_are_to_be_trained(tmp_path):
+    module = Structured()
+    module.model.model.layers = torch.nn.Sequential(*module.model.model.layers)
+    module.training_step = lambda *_: pytest.fail("trained")
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "out", finish=Finish("blocks", **FINISH))
+    with pytest.raises(TargetError, match="has no list of blocks with linear layers.*kind='scales'"):
+        fit(module, token_loader(), [callback], tmp_path)
+
+
 def test_a_finish_that_is_none_is_refused_where_the_callback_is_made():
     with pytest.raises(ValueError, match="finish must be a Finish"):
         GPTQCallback(QuantizeModule(**SMALL), finish={"kind": "scales"})
@@ -99,8 +108,9 @@ def start(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_same_bytes_in_the_end(tmp_path):
-    process = start(tmp_path, 2, "nowhere")
+@pytest.mark.parametrize("kind", ["scales", "full"])
+def test_two_ranks_have_the_same_bytes_in_the_end(kind, tmp_path):
+    process = start(tmp_path, 2, "nowhere", kind)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
@@ -108,14 +118,16 @@ def test_two_ranks_have_the_same_bytes_in_the_end(tmp_path):
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text())["finish"] for rank in (0, 1)]
     assert reports[0]["curve"] == reports[1]["curve"] and reports[0]["kept"]
     assert reports[0]["samples"] == 16 and reports[0]["held_out_tokens"] == 8 * 16
+    assert reports[0]["blocks"] == reports[1]["blocks"] and len(reports[0]["blocks"]) == (kind == "full")
     exported = load_quantized(tmp_path / "export").state_dict()
-    assert all(torch.equal(exported[name], first[f"model.{name}"]) for name in exported if "scales" in name)
+    learned = [name for name in exported if name.endswith(("scales", "qweight"))]
+    assert learned and all(torch.equal(exported[name], first[f"model.{name}"]) for name in learned)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["teacher", "step", "export"])
+@pytest.mark.parametrize("place", ["teacher", "block", "step", "export"])
 def test_a_run_that_is_killed_in_its_finish_leaves_the_export_of_gptq(place, tmp_path):
-    process = start(tmp_path, 1, place)
+    process = start(tmp_path, 1, place, "blocks" if place == "block" else "scales")
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     model = load_quantized(tmp_path / "export")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
+import pytest
+
 from gptq_plugin.report.ending import ending
-from gptq_plugin.report.finish_record import FinishRecord, Judgement
+from gptq_plugin.report.finish_record import BlockRecord, FinishRecord, Judgement
 from gptq_plugin.report.html_page import report_page
 from gptq_plugin.report.provenance import provenance, publishable
 from gptq_plugin.report.stored_report import read_report, report_text
@@ -18,6 +21,11 @@ RECORD = FinishRecord(
     "160 samples of /home/me/own.txt", "ab" * 32, 7.5, {"steps": 20, "norm_learning_rate": None},
     [Judgement(0, math.nan, 0.02), Judgement(10, 0.018, 0.015), Judgement(20, 0.017, 0.016)],
 )  # fmt: skip
+BLOCKS = dataclasses.replace(
+    RECORD,
+    kind="blocks",
+    blocks=(BlockRecord("layers.0", 0.02, 0.018, 160, 200), BlockRecord("layers.1", 0.1, 0.1, 0, 80)),
+)
 
 
 def test_the_summary_tells_how_far_it_came_and_whether_it_is_kept():
@@ -25,11 +33,18 @@ def test_the_summary_tells_how_far_it_came_and_whether_it_is_kept():
         "finish (scales): KL to the float model on 16384 held-out positions from 0.02 to 0.015 (-25.00 %) in 10 of 20 "
         "steps on 128 samples; kept: all 20 steps were made"
     )
+    assert "(-25.00 %) in 2 blocks and 10 of 20 steps on 128 samples" in BLOCKS.summary()
+    assert BLOCKS.blocks[0].summary() == "layers.0: error from 0.02 to 0.018 in 160 of 200 steps"
     undone = RECORD.undone("val_loss rose")
     assert not undone.kept and undone.summary().endswith("; not kept: val_loss rose")
 
 
-def test_the_table_has_a_row_for_each_judgement():
+def test_the_table_has_a_row_for_each_block_and_each_judgement():
+    assert BLOCKS.rows()[1:3] == [
+        ("layers.0, 160 of 200", "error 0.02", "to 0.018"),
+        ("layers.1, 0 of 80", "error 0.1", "to 0.1"),
+    ]
+    assert [BLOCKS.rows()[0], *BLOCKS.rows()[3:]] == RECORD.rows()
     assert RECORD.rows() == [
         ("step", "KL in training", "KL held out"),
         ("0", "", "0.02"),
@@ -45,13 +60,18 @@ def test_it_is_shown_wherever_the_report_is():
     assert "Finish" not in report_page(report_of((4, 128)), "x")
 
 
-def test_it_comes_back_from_the_file_without_paths_of_the_machine():
-    report = publishable(report_of((4, 128), finish=RECORD))
+@pytest.mark.parametrize("record", [RECORD, BLOCKS])
+def test_it_comes_back_from_the_file_without_paths_of_the_machine(record):
+    report = publishable(report_of((4, 128), finish=record))
     assert report.finish.data == "160 samples of own.txt"
     read, _ = read_report(report_text(report, TASKLESS))
     first, *rest = read.finish.curve
     assert math.isnan(first.training) and rest == list(RECORD.curve[1:])
     assert dataclasses.replace(read.finish, curve=[]) == dataclasses.replace(report.finish, curve=[])
+    text = json.loads(report_text(report, TASKLESS))
+    del text["finish"]["blocks"]  # as earlier versions wrote it
+    earlier, _ = read_report(json.dumps(text))
+    assert earlier.finish.blocks == ()
     nothing, _ = read_report(report_text(report_of((4, 128)), TASKLESS))
     assert nothing.finish is None
 

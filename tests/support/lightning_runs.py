@@ -305,7 +305,8 @@ from gptq_plugin import Finish, GPTQCallback, QuantizeModule
 import gptq_plugin.finish.finish_model as finishing
 import gptq_plugin.finish.train as train
 import gptq_plugin.export.export as exporting
-out, ranks, place = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+import gptq_plugin.finish.block_training as blocks
+out, ranks, place, kind = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -314,6 +315,8 @@ if place == "teacher":
     finishing.ask_teacher = die
 if place == "step":
     train.Training._step = die
+if place == "block":
+    blocks.BlockTraining._learn = die
 if place == "export":
     original, count = exporting.Staging.flush, []
     def second(self):
@@ -321,7 +324,8 @@ if place == "export":
         return original(self) if len(count) == 1 else die()
     exporting.Staging.flush = second
 module = Structured()
-callback = GPTQCallback(QuantizeModule(**{**SMALL, "bits": 2}), out / "export", finish=Finish(**FINISH))
+finish = Finish(kind, **FINISH, block_steps=4)
+callback = GPTQCallback(QuantizeModule(**{**SMALL, "bits": 2}), out / "export", finish=finish)
 strategy = pl.strategies.DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
 trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=ranks, strategy=strategy, logger=False,
     enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[callback])

@@ -6,44 +6,30 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from gptq_plugin import distributed
-from gptq_plugin.device.memory import Peak, give_back
+from gptq_plugin.calibration.sampling import share_of
+from gptq_plugin.device.memory import Peak, give_back, peak_bytes
+from gptq_plugin.finish.block_walk import BlockWalk, walk_blocks
+from gptq_plugin.finish.chain import Chain
+from gptq_plugin.finish.descent import apart_from_other_numbers, draw_as_before, mean_over_ranks
+from gptq_plugin.finish.interruption import Interruption
+from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish
 from gptq_plugin.finish.rows import Rows
 from gptq_plugin.finish.student import Student
-from gptq_plugin.finish.teacher import ask_teacher
+from gptq_plugin.finish.surroundings import Surroundings, Teacher
+from gptq_plugin.finish.teacher import Lesson, ask_teacher
 from gptq_plugin.finish.train import Training
-from gptq_plugin.report.finish_record import FinishRecord, Judgement
+from gptq_plugin.memory.streamed_to import streamed_to
+from gptq_plugin.report.finish_record import BlockRecord, FinishRecord, Judgement
 
 log = logging.getLogger(__name__)
-
-Teacher = Callable[[], contextlib.AbstractContextManager[nn.Module]]
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """Where and how a finish runs.
-
-    Attributes:
-        run: Runs the data of a batch, with all its logits.
-        device: Where.
-        memory: Bytes of it that may be used; None is all.
-        token_weighting: Which positions count, as in QuantizeConfig.
-        progress: Called as progress(steps done, steps at most, what held-out samples tell).
-    """
-
-    run: Callable[[nn.Module, Any], Any]
-    device: torch.device
-    memory: int | None = None
-    token_weighting: str = "all"
-    progress: Callable[[int, int, str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,97 +55,197 @@ def finish_model(
     In a process group every rank calls it, with the same models and its own rows; all get the same result.
 
     Args:
-        model: With `QuantLinear` layers, in evaluation mode. Its codes do not change.
-        teacher: Its context is the float model on the device, in evaluation mode; `model` is quantized again behind it.
+        model: With `QuantLinear` layers, in evaluation mode.
+        teacher: The float model.
         rows: The samples.
         options: How to train.
         surroundings: Where.
 
     Raises:
-        TargetError, CalibrationError: As `ask_teacher` and `Student.of`; or the models predict other numbers of
-            classes. The model is as it was.
+        TargetError, CalibrationError: As `ask_teacher`, `Student.of` and `Chain`; or the models predict other numbers
+            of classes. The model is as it was.
     """
     started = time.perf_counter()
-    device = surroundings.device
-    with teacher() as float_model:
+    chain = Chain.of(model) if options.by_blocks else None
+    with teacher("") as float_model, streamed_to(float_model, surroundings.where):
         asked = surroundings.run, surroundings.token_weighting, options.top_logits
-        lessons, told = ask_teacher(float_model, rows.batches, *asked)
-    give_back(device)
-    Peak(device)  # measured anew
-    held_out = dict(zip(rows.numbers, lessons[len(rows.train) :], strict=True))
-    with Student.of(model, device, norms=options.rate_of_norms > 0) as student:
-        training = Training(model, student, surroundings.run, lessons[: len(rows.train)], held_out, options, device,
-                            surroundings.memory)  # fmt: skip
-        _log(f"finish ({options.kind}): {rows.samples} samples to train on, at most {options.steps} steps")
-        values = training.train(_telling(options, surroundings.progress))
-        student.set_values(values)
-        scales, norms = student.outcome()
-    best, before = training.best, training.curve[0].held_out
-    kept = math.isfinite(best.held_out) and best.held_out < before
-    record = FinishRecord(
-        options.kind,
-        kept,
-        f"{training.ended}; " + ("held-out samples are nearer to the float model" if kept else "GPTQ's result is best"),
-        before,
-        best.held_out,
-        best.step,
-        training.steps,
-        training.tokens,
-        rows.samples,
-        _tokens(held_out.values()),
-        "; ".join(f"{count} samples of {source}" for source, count in rows.sources.items()),
-        rows.digest,
-        time.perf_counter() - started,
-        options.to_dict(),
-        training.curve,
-    )
+        lessons, told = ask_teacher(float_model, rows, *asked, chain, share_of(options.block_nsamples))
+    give_back(surroundings.device)
+    Peak(surroundings.device)  # measured anew
+    work = _Work(model, teacher, rows, lessons, options, surroundings)
+    with contextlib.ExitStack() as undo:
+        undo.callback(work.undo)
+        with Interruption() as interruption:
+            work.do(chain, interruption)
+        undo.pop_all()
+    record = work.record(time.perf_counter() - started)
     _log(record.summary())
     told = [one for of_rank in distributed.gather_objects(told) for one in of_rank]
-    deviations = list(dict.fromkeys([*told, *(f"finish: {one}" for one in rows.deviations), *training.over_memory()]))
-    return Finished(record, deviations, _give(model, scales, norms) if kept else _nothing)
+    deviations = [*told, *(f"finish: {one}" for one in rows.deviations), *_over_memory(surroundings)]
+    return Finished(record, list(dict.fromkeys(deviations)), work.undo)
 
 
-@torch.no_grad()
-def _give(model: nn.Module, scales: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> Callable[[], None]:
-    """Puts scales and norms into the model; returns what puts the earlier ones back."""
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in scales}
-    old_scales = {name: layer.scales for name, layer in layers.items()}
-    old_norms = {name: model.get_parameter(name).detach().clone() for name in norms}
-    for name, layer in layers.items():
-        layer.scales = scales[name].to(layer.device)  # not in place: the tensor may be that of a file
-    _write(model, norms)
+@dataclass
+class _Work:
+    """A finish under way. `changes` undo it, the last one first; `divergences` are those of held-out samples, of what
+    GPTQ gave and behind each change that was tried."""
 
-    def undo() -> None:
-        for name, layer in layers.items():
-            layer.scales = old_scales[name]
-        _write(model, old_norms)
+    model: nn.Module
+    teacher: Teacher
+    rows: Rows
+    lessons: Sequence[Lesson]
+    options: Finish
+    surroundings: Surroundings
+    changes: list[Callable[[], None]] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    blocks: list[BlockRecord] = field(default_factory=list)
+    curve: Sequence[Judgement] = ()
+    best_step: int = 0
+    steps: int = 0
+    tokens: int = 0
 
-    return undo
+    @property
+    def held_out(self) -> dict[int, Lesson]:
+        return dict(zip(self.rows.numbers, self.lessons[len(self.rows.train) :], strict=True))
+
+    def undo(self) -> None:
+        while self.changes:
+            self.changes.pop()()
+
+    def do(self, chain: Chain | None, interruption: Interruption) -> None:
+        """Makes all steps, and keeps what is better."""
+        self.divergences.append(self._judged())
+        wanted: Mapping[str, Tensor] = {}
+        if chain is not None:
+            walk = self._walk(chain, interruption)
+            if not self._keeps(walk.undo):
+                self.notes.append("what training the blocks gave was no better, and was undone")
+            else:
+                wanted = walk.wanted
+            if walk.interrupted:
+                self.notes.append(f"interrupted in {self.blocks[-1].name}")
+                return
+        self._train(wanted, interruption)
+
+    def _walk(self, chain: Chain, interruption: Interruption) -> BlockWalk:
+        passages = [one.passage for one in self.lessons if one.passage is not None]
+        chain.agree()
+        if passages:
+            self._compare(chain)
+        names, steps = len(chain.names), self.options.block_steps
+        _log(f"finish ({self.options.kind}): {self.rows.samples} samples, {names} blocks of at most {steps} steps each")
+        walk = walk_blocks(
+            self.model, self.teacher, chain, passages, self.rows.numbers, self.options, self.surroundings,
+            interruption, lambda done, one: self._tell(done, names * steps, f"block error {one.held_out:.3g}"),
+        )  # fmt: skip
+        self.blocks, self.tokens = walk.records, walk.tokens
+        return walk
+
+    def _compare(self, chain: Chain) -> None:
+        """Refuses models whose blocks are no chain, by the first batch."""
+        lesson = self.lessons[0]
+        assert lesson.passage is not None
+        with torch.no_grad(), streamed_to(self.model, self.surroundings.where), chain.watching(self.model):
+            self.surroundings.run(self.model, lesson.data)
+            chain.check_same(lesson.passage, chain.take())
+
+    def _train(self, wanted: Mapping[str, Tensor], interruption: Interruption) -> None:
+        """Trains the model as a whole; codes begin at weights that trained blocks have."""
+        options, device = self.options, self.surroundings.device
+        norms, codes = options.rate_of_norms > 0, options.kind == "full"
+        with Student.of(self.model, device, norms=norms, codes=codes) as student:
+            for name, layer in student.latent_layers.items():
+                if name in wanted:
+                    layer.begin_at(wanted[name])
+            trained = self.lessons[: len(self.rows.train)]
+            training = Training(self.model, student, self.surroundings.run, trained, self.held_out, options, device,
+                                self.surroundings.memory)  # fmt: skip
+            _log(f"finish ({options.kind}): {self.rows.samples} samples to train on, at most {options.steps} steps")
+
+            def tell(steps: int, one: Judgement) -> None:
+                text = f"finish: after {steps} of {options.steps} steps, KL to the float model {one.held_out:.5g}"
+                _log(f"{text} held out")
+                self._tell(steps, options.steps, f"KL {one.held_out:.4g}")
+
+            student.set_values(training.train(tell, interruption))
+            outcome = student.outcome()
+        self.curve, self.steps = training.curve, training.steps
+        self.tokens += training.tokens
+        self.notes.insert(0, training.ended)
+        if training.best.step > 0 and self._keeps(outcome.give(self.model)):
+            self.best_step = training.best.step
+
+    def _keeps(self, undo: Callable[[], None]) -> bool:
+        """Judges the model behind a change, which is undone unless that is better than all before."""
+        self.changes.append(undo)
+        found = self._judged()
+        is_better = math.isfinite(found) and found < min(filter(math.isfinite, self.divergences), default=math.inf)
+        self.divergences.append(found)
+        if not is_better:
+            self.changes.pop()()
+        return is_better
+
+    def _judged(self) -> float:
+        """The divergence of the model as it is from the float one, on the held-out samples."""
+        where, device = self.surroundings.where, self.surroundings.device
+        reader, sums = LogitReader(self.model), {}
+        with torch.no_grad(), streamed_to(self.model, where), reader.watching(), apart_from_other_numbers(device):
+            for number, lesson in self.held_out.items():
+                exact = lesson.exact
+                assert exact is not None
+                draw_as_before(device)
+                logits = lesson.counted(
+                    reader.read(
+                        lambda: self.surroundings.run(self.model, lesson.data),  # noqa: B023
+                        "a batch of the finish",
+                        finite=not self.divergences,
+                    )
+                )
+                sums[number] = (exact.to(logits.device).divergence(logits), len(exact))
+        return mean_over_ranks(sums)
+
+    def _tell(self, done: int, at_most: int, text: str) -> None:
+        if self.surroundings.progress is not None:
+            self.surroundings.progress(done, at_most, text)
+
+    def record(self, seconds: float) -> FinishRecord:
+        before, kept = self.divergences[0], bool(self.changes)
+        finite = [one for one in self.divergences if math.isfinite(one)]
+        verdict = "held-out samples are nearer to the float model" if kept else "GPTQ's result is best"
+        return FinishRecord(
+            self.options.kind,
+            kept,
+            "; ".join([*self.notes, verdict]),
+            before,
+            min(finite, default=math.nan),
+            self.best_step,
+            self.steps,
+            self.tokens,
+            self.rows.samples,
+            _tokens(self.held_out.values()),
+            "; ".join(f"{count} samples of {source}" for source, count in self.rows.sources.items()),
+            self.rows.digest,
+            seconds,
+            self.options.to_dict(),
+            self.curve,
+            tuple(self.blocks),
+        )
 
 
-@torch.no_grad()
-def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        model.get_parameter(name).copy_(value)
+def _over_memory(surroundings: Surroundings) -> list[str]:
+    """Sentences if any rank's device had to hold more than is allowed. Collective."""
+    peak, allowed, told = peak_bytes(surroundings.device), surroundings.memory, None
+    if peak is not None and allowed is not None and peak > allowed:
+        sizes = f"{peak / 2**20:.0f} MiB on {surroundings.device} at the peak, where {allowed / 2**20:.0f} were allowed"
+        told = f"finish: {sizes}"
+    return [one for one in dict.fromkeys(distributed.gather_objects(told)) if one is not None]
 
 
-def _telling(options: Finish, progress: Callable[[int, int, str], None] | None) -> Callable[[int, Judgement], None]:
-    def tell(steps: int, judgement: Judgement) -> None:
-        _log(f"finish: after {steps} of {options.steps} steps, KL to the float model {judgement.held_out:.5g} held out")
-        if progress is not None:
-            progress(steps, options.steps, f"KL {judgement.held_out:.4g}")
-
-    return tell
-
-
-def _tokens(lessons: Any) -> int:
+def _tokens(lessons: Iterable[Lesson]) -> int:
     return sum(distributed.gather_objects(sum(len(lesson.top) for lesson in lessons)))
 
 
 def _log(text: str) -> None:
     if distributed.rank() == 0:
         log.info("%s", text)
-
-
-def _nothing() -> None:
-    pass

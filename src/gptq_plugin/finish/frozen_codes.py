@@ -22,6 +22,9 @@ class FrozenCodes(nn.Module):
         layer: Its tensors are read; it is not changed.
         device: Where to compute.
 
+    Attributes:
+        bits: Width of a code.
+
     Buffers and parameters, with G groups:
         codes: int8 or int16 [out, in], codes less their zeros
         start: float32 [out, G], the layer's scales
@@ -52,6 +55,7 @@ class FrozenCodes(nn.Module):
         self.register_buffer("groups", None if regular else g_idx.long())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().to(device))
         self.log_ratio = nn.Parameter(torch.zeros_like(self.start))
+        self.bits = layer.bits
         self._dtype = layer.weight.dtype
 
     @property
@@ -73,7 +77,7 @@ class FrozenCodes(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, [out, in]."""
-        return _weight(self.codes, self._scales(), self.groups, dtype)
+        return weight_of(self.codes, self._scales(), self.groups, dtype)
 
     def _scales(self) -> Tensor:
         scales = self.start * self.log_ratio.exp()
@@ -86,27 +90,27 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: Tensor, codes: Tensor, groups: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, scales, codes, groups)
-        return x @ _weight(codes, scales, groups, x.dtype).t()
+        return x @ weight_of(codes, scales, groups, x.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, scales, codes, groups = ctx.saved_tensors
-        of_x = grad @ _weight(codes, scales, groups, grad.dtype) if ctx.needs_input_grad[0] else None
+        of_x = grad @ weight_of(codes, scales, groups, grad.dtype) if ctx.needs_input_grad[0] else None
         of_scales = None
         if ctx.needs_input_grad[1]:
             of_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-            of_scales = _by_group(of_weight.float() * codes, groups, scales.shape[1])
+            of_scales = sums_by_group(of_weight.float() * codes, groups, scales.shape[1])
         return of_x, of_scales, None, None
 
 
-def _weight(codes: Tensor, scales: Tensor, groups: Tensor | None, dtype: torch.dtype) -> Tensor:
+def weight_of(codes: Tensor, scales: Tensor, groups: Tensor | None, dtype: torch.dtype) -> Tensor:
     """W, [out, in]: exact in float32, as a scale has 11 bits and a code at most 9, then rounded once."""
     if groups is not None:
         return (codes * scales[:, groups]).to(dtype)
     return (codes.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1).to(dtype)
 
 
-def _by_group(values: Tensor, groups: Tensor | None, count: int) -> Tensor:
+def sums_by_group(values: Tensor, groups: Tensor | None, count: int) -> Tensor:
     """Sums [out, in] over the channels of each group: [out, groups]. The order of sums is always the same."""
     if groups is None:
         return values.unflatten(1, (count, -1)).sum(-1)

@@ -9,8 +9,8 @@ from typing import Any
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.options import fields
 
-KINDS = ("none", "scales")
-_TO_COME = ("blocks", "full")
+KINDS = ("none", "scales", "blocks", "full")
+_FEWEST_BITS = 2  # at which codes are trained faster
 
 _RATE = fields.Kind("a number in (0, 1)", lambda value: fields.is_number(value) and 0 < value < 1)
 _KINDS = {
@@ -18,6 +18,11 @@ _KINDS = {
     "steps": fields.integer(1),
     "learning_rate": _RATE,
     "norm_learning_rate": fields.optional(fields.share(), "as learning_rate"),
+    "code_learning_rate": _RATE,
+    "block_steps": fields.integer(1),
+    "block_nsamples": fields.integer(1),
+    "block_learning_rate": fields.optional(_RATE, "3e-4, and 1e-3 at 2 bits"),
+    "block_code_learning_rate": fields.optional(_RATE, "1e-3, and 2e-3 at 2 bits"),
     "tokens_per_step": fields.integer(1),
     "nsamples": fields.optional(fields.integer(1), "the configuration's"),
     "held_out": fields.integer(1),
@@ -34,20 +39,28 @@ _KINDS = {
 class Finish:
     """How a quantized model is trained towards its float model, after GPTQ.
 
-    Codes stay as they are; the scales of groups, and the weights of norms, are trained by the divergence KL(float ||
-    quantized) of the predicted distributions (Adam, 5 % of warm-up, then a cosine). Held-out rows decide how long, and
-    whether the result is kept.
+    With "scales", codes stay as they are; the scales of groups, and the weights of norms, are trained by the divergence
+    KL(float || quantized) of the predicted distributions (Adam, 5 % of warm-up, then a cosine). With "blocks", every
+    block is trained before that to reproduce the outputs of its float block on inputs that went through the trained
+    blocks before it: codes, scales and norms. With "full", codes are trained by the divergence too, behind the blocks.
+    Held-out rows decide how long, and whether a block's result, and that of the whole, is kept.
 
     Args:
-        kind: "none", or "scales".
-        steps: Steps of the optimizer at most.
+        kind: "none", "scales", "blocks" or "full".
+        steps: Steps of the optimizer at most, by the divergence.
         learning_rate: Of scales: about how far one moves in a step, as a share of itself.
-        norm_learning_rate: The same of the weights of norms, absolutely. None is `learning_rate`, 0 leaves them alone.
+        norm_learning_rate: The same of the weights of norms, absolutely. None is `learning_rate` (in blocks
+            `block_learning_rate`), 0 leaves them alone.
+        code_learning_rate: Of codes with "full": about how far one moves in a step, in steps of its grid.
+        block_steps: Steps at most for each block.
+        block_nsamples: Samples that blocks are trained on, over all ranks: the first of those, at most.
+        block_learning_rate: As `learning_rate`, in blocks. None is 3e-4, and 1e-3 for layers of 2 bits.
+        block_code_learning_rate: As `code_learning_rate`, in blocks. None is 1e-3, and 2e-3 for layers of 2 bits.
         tokens_per_step: Tokens whose gradients make a step, over all ranks.
         nsamples: Samples to train on, over all ranks; None is the quantizer's `nsamples`.
         held_out: Samples beside them that are judged on. Of fewer samples than asked, they are a quarter at most.
         batch_size: Samples in a forward.
-        judgements: How often the held-out samples are judged in `steps`, evenly spaced.
+        judgements: How often the held-out samples are judged in `steps`, evenly spaced; and in a block's.
         patience: So many judgements without a new best end the training.
         top_logits: Tokens a position whose probabilities in the float model are kept, in 8 bytes each, on the CPU; the
             others count as one.
@@ -63,6 +76,11 @@ class Finish:
     steps: int = 100
     learning_rate: float = 3e-4
     norm_learning_rate: float | None = None
+    code_learning_rate: float = 3e-3
+    block_steps: int = 200
+    block_nsamples: int = 1024
+    block_learning_rate: float | None = None
+    block_code_learning_rate: float | None = None
     tokens_per_step: int = 8192
     nsamples: int | None = None
     held_out: int = 32
@@ -74,8 +92,6 @@ class Finish:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind in _TO_COME:
-            raise ValueError(f"kind={self.kind!r} of a finish is not there yet: give 'scales', which keeps the codes")
         for name, kind in _KINDS.items():
             kind.check(name, getattr(self, name))
 
@@ -83,6 +99,25 @@ class Finish:
     def rate_of_norms(self) -> float:
         """The learning rate of norms; 0 leaves them alone."""
         return self.learning_rate if self.norm_learning_rate is None else self.norm_learning_rate
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether blocks are trained one by one."""
+        return self.kind in ("blocks", "full")
+
+    def rate_in_blocks(self, bits: int) -> float:
+        """The learning rate of the scales of a layer, and of norms beside it, in the training of its block."""
+        usual = 1e-3 if bits <= _FEWEST_BITS else 3e-4
+        return usual if self.block_learning_rate is None else self.block_learning_rate
+
+    def rate_of_norms_in_blocks(self, bits: int) -> float:
+        """That of norms."""
+        return self.rate_in_blocks(bits) if self.norm_learning_rate is None else self.norm_learning_rate
+
+    def code_rate_in_blocks(self, bits: int) -> float:
+        """That of its codes."""
+        usual = 2e-3 if bits <= _FEWEST_BITS else 1e-3
+        return usual if self.block_code_learning_rate is None else self.block_code_learning_rate
 
     def data_config(self, config: QuantizeConfig) -> QuantizeConfig:
         """The configuration by which the finish takes its samples, those held out included.

@@ -1,4 +1,4 @@
-"""A quantized model with the codes frozen, on one device, ready to be trained: `Student`.
+"""A quantized model on one device, ready to be trained: `Student`.
 
 Tested by tests/finish/test_finish_model.py: with what is trained.
 """
@@ -7,43 +7,83 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gptq_plugin.errors import TargetError
 from gptq_plugin.finish.frozen_codes import FrozenCodes
+from gptq_plugin.finish.latent_codes import LatentCodes
 from gptq_plugin.finish.norms import find_norms
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.memory.resident import resident_on
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a student has learned, on the CPU and by name, as the model has it.
+
+    Attributes:
+        scales: Of its quantized layers, as `QuantLinear` has them.
+        codes: The same, where they were trained: `qweight`.
+        norms: The parameters of norms.
+    """
+
+    scales: dict[str, Tensor]
+    codes: dict[str, Tensor]
+    norms: dict[str, Tensor]
+
+    @torch.no_grad()
+    def give(self, model: nn.Module) -> Callable[[], None]:
+        """Puts everything into the model; returns what puts the earlier tensors back."""
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.scales}
+        old = {name: (layer.scales, layer.qweight) for name, layer in layers.items()}
+        old_norms = {name: model.get_parameter(name).detach().clone() for name in self.norms}
+        for name, layer in layers.items():  # not in place: a tensor may be that of a file
+            layer.scales = self.scales[name].to(layer.device)
+            if name in self.codes:
+                layer.qweight = self.codes[name].to(layer.device)
+        _write(model, self.norms)
+
+        def undo() -> None:
+            for name, layer in layers.items():
+                layer.scales, layer.qweight = old[name]
+            _write(model, old_norms)
+
+        return undo
+
+
 class Student:
-    """The parameters that a finish trains: log-ratios of scales, and masters of norms in float32.
+    """The parameters that a finish trains: log-ratios of scales, latents of codes, and masters of norms in float32.
 
     Args:
         layers: By name, in the model.
         norms: By name, where the model has them now.
 
     Attributes:
-        ratios: Of the scales.
-        masters: Of the norms, in the same order as `norms`.
+        layers: As given.
+        masters: Of the norms, in their order.
     """
 
     def __init__(self, layers: Mapping[str, FrozenCodes], norms: Mapping[str, nn.Parameter]) -> None:
-        self._layers, self._norms = layers, norms
-        self.ratios = [layer.log_ratio for layer in layers.values()]
+        self.layers, self._norms = layers, norms
         self.masters = [nn.Parameter(norm.detach().float().clone()) for norm in norms.values()]
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, model: nn.Module, device: torch.device, *, norms: bool) -> Iterator[Student]:
-        """Puts frozen codes in the place of the model's quantized layers for the length of a with block.
+    def of(cls, model: nn.Module, device: torch.device, *, norms: bool, codes: bool = False) -> Iterator[Student]:
+        """Puts layers that can be trained in the place of the model's quantized ones for the length of a with block.
 
         Afterwards the model is as it was: what was learned is in `outcome`.
+
+        Args:
+            model: The model, or a part of it.
+            device: Where to train.
+            norms: Train those too.
+            codes: Train those too.
 
         Raises:
             TargetError: The model has no quantized layer, or parameters made in inference mode.
@@ -56,7 +96,8 @@ class Student:
                 "a finish runs backward, and the model has parameters made in torch.inference_mode: load it outside of "
                 "that"
             )
-        layers = {name: FrozenCodes(layer, device) for name, layer in quantized.items()}
+        kind = LatentCodes if codes else FrozenCodes
+        layers = {name: kind(layer, device) for name, layer in quantized.items()}
         flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         grads = {parameter: parameter.grad for parameter in flags}
         swap_modules(model, layers)
@@ -66,7 +107,7 @@ class Student:
                 for parameter in model.parameters():
                     parameter.requires_grad_(False)
                 student = cls(layers, trained)
-                for parameter in (*student.ratios, *trained.values()):
+                for parameter in (*student.own, *trained.values()):
                     parameter.requires_grad_(True)
                 before = [norm.detach().clone() for norm in trained.values()]
                 try:
@@ -81,20 +122,41 @@ class Student:
                 parameter.requires_grad_(flag)
                 parameter.grad = grads[parameter]
 
+    @property
+    def ratios(self) -> list[nn.Parameter]:
+        """Of scales."""
+        return [layer.log_ratio for layer in self.layers.values()]
+
+    @property
+    def latent(self) -> dict[str, nn.Parameter]:
+        """Of codes, by layer; none if these are frozen."""
+        return {name: layer.latent for name, layer in self.latent_layers.items()}
+
+    @property
+    def own(self) -> list[nn.Parameter]:
+        """What is trained in the layers."""
+        return [*self.ratios, *self.latent.values()]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [*self.own, *self.masters]
+
     @contextlib.contextmanager
     def taking_gradients(self) -> Iterator[None]:
         """Adds the gradients of a backward inside the block, or none of them if it raises. Those of norms, which are in
         the model's dtype, go to their masters."""
-        before = [ratio.grad for ratio in self.ratios]
+        own = self.own
+        before = [one.grad for one in own]
         parts: list[Tensor | None] = []
         try:
-            for ratio in self.ratios:
-                ratio.grad = None
+            for one in own:
+                one.grad = None
             yield
-            parts = [one.grad for one in (*self.ratios, *self._norms.values())]
+            parts = [one.grad for one in (*own, *self._norms.values())]
         finally:
             sums = [*before, *(master.grad for master in self.masters)]
-            for number, parameter in enumerate((*self.ratios, *self.masters)):
+            for number, parameter in enumerate((*own, *self.masters)):
                 part = parts[number] if parts else None
                 parameter.grad = _added(sums[number], part)
             for norm in self._norms.values():
@@ -108,60 +170,44 @@ class Student:
 
     def values(self) -> list[Tensor]:
         """A copy of everything that is trained."""
-        return [parameter.detach().clone() for parameter in (*self.ratios, *self.masters)]
+        return [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
     def set_values(self, values: list[Tensor]) -> None:
         """The inverse of `values`."""
-        for parameter, value in zip((*self.ratios, *self.masters), values, strict=True):
+        for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
         self.show()
 
     @torch.no_grad()
-    def outcome(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The scales as `QuantLinear` has them, and the norms' values, both by name and on the CPU."""
-        scales = {name: layer.rounded_scales().cpu() for name, layer in self._layers.items()}
-        return scales, {name: norm.detach().cpu().clone() for name, norm in self._norms.items()}
+    def outcome(self, prefix: str = "") -> Outcome:
+        """What was learned.
+
+        Args:
+            prefix: The name of the trained part in the model, with a dot behind it.
+        """
+        return Outcome(
+            {prefix + name: layer.rounded_scales().cpu() for name, layer in self.layers.items()},
+            {prefix + name: layer.packed_codes().cpu() for name, layer in self.latent_layers.items()},
+            {prefix + name: norm.detach().cpu().clone() for name, norm in self._norms.items()},
+        )
+
+    def wanted(self, prefix: str = "") -> dict[str, Tensor]:
+        """The weights that codes are rounded from, by name and on the CPU: what another student would begin at."""
+        return {prefix + name: layer.wanted().cpu() for name, layer in self.latent_layers.items()}
+
+    @property
+    def latent_layers(self) -> dict[str, LatentCodes]:
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, LatentCodes)}
+
+
+@torch.no_grad()
+def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     if part is None:
         return total
     return part.float() if total is None else total.add_(part)
-
-
-@contextlib.contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Runs blocks so that only their inputs are kept for the backward, inside the block: the members of lists that hold
-    trained layers, the outermost."""
-    wrapped: list[tuple[nn.Module, Any]] = []
-    try:
-        for block in _blocks(model):
-            wrapped.append((block, vars(block).get("forward")))
-            block.forward = _rerun(block.forward)
-        yield
-    finally:
-        for block, own in wrapped:
-            if own is None:
-                del block.forward
-            else:
-                block.forward = own
-
-
-def _rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    for child in model.children():
-        members = list(child) if isinstance(child, nn.ModuleList) else []
-        holds = [any(isinstance(part, FrozenCodes) for part in member.modules()) for member in members]
-        if len(members) > 1 and all(holds):
-            yield from members
-        else:
-            yield from _blocks(child)

@@ -5,7 +5,9 @@ Tested by tests/finish/test_finish_model.py: with what is learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.calibration.collect import Batch
 from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.finish.chain import Chain, Passage, counting
 from gptq_plugin.finish.logits import LogitReader
+from gptq_plugin.finish.rows import Rows
 from gptq_plugin.finish.top_logits import TopLogits
+
+_EXACT = 2**31  # bytes on the CPU for this rank's held-out batches
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,16 @@ class Lesson:
         shape: Of the logits, but for the classes.
         places: int64, the positions that count among all of them; None if all do.
         top: At those that count.
+        exact: The same of a held-out batch, with as many tokens as `_EXACT` bytes hold; else None.
+        passage: What the forward gives to the blocks of a chain; None without one.
     """
 
     data: Any
     shape: torch.Size
     places: Tensor | None
     top: TopLogits
+    exact: TopLogits | None = None
+    passage: Passage | None = None
 
     def counted(self, logits: Tensor) -> Tensor:
         """The logits of positions that count, [positions, classes], of another forward of the batch."""
@@ -42,33 +51,68 @@ class Lesson:
 
 
 def ask_teacher(
-    model: nn.Module, batches: Sequence[Batch], run: Callable[[nn.Module, Any], Any], token_weighting: str, k: int
+    model: nn.Module,
+    rows: Rows,
+    run: Callable[[nn.Module, Any], Any],
+    token_weighting: str,
+    k: int,
+    chain: Chain | None = None,
+    samples: int = 0,
 ) -> tuple[list[Lesson], list[str]]:
     """Runs the float model on batches.
 
     Args:
         model: The float model, in evaluation mode.
-        batches: This rank's.
+        rows: This rank's batches.
         run: Runs the data of one.
         token_weighting: As in QuantizeConfig: which positions count.
         k: Tokens a position that are kept.
+        chain: Of the model's blocks, for the passages of the first batches to train on and of those held out.
+        samples: How many of them: batches with so many samples, one at least.
 
     Returns:
-        A lesson for each batch, and sentences on positions that cannot be told from padding.
+        A lesson for each of `rows.batches`, and sentences on positions that cannot be told from padding.
 
     Raises:
-        TargetError, CalibrationError: As `LogitReader`; or a batch has no labels, and `token_weighting` is "labels".
+        TargetError, CalibrationError: As `LogitReader` and `Chain.take`; or a batch has no labels, and
+            `token_weighting` is "labels".
     """
-    reader, positions = LogitReader(model), Positions(model, batches, token_weighting)
+    reader, positions = LogitReader(model), Positions(model, rows.batches, token_weighting)
     lessons: list[Lesson] = []
     told: dict[str, None] = {}
-    with torch.no_grad(), positions.watching(), reader.watching():
-        for number, batch in enumerate(batches):
+    watching = contextlib.nullcontext() if chain is None else chain.watching(model)
+    passed = {*range(_batches_of(rows, samples)), *range(len(rows.train), len(rows.batches))}
+    with torch.no_grad(), positions.watching(), reader.watching(), watching:
+        for number, batch in enumerate(rows.batches):
             with positions.running(number):
                 logits = reader.read(partial(run, model, batch.data), f"batch {number} of the finish")
-                rows = positions.rows(number, reader.name, logits)
-            if rows.remark is not None:
-                told[f"finish: the output {rows.remark}"] = None
-            places = None if rows.mask is None else rows.mask.nonzero()[:, 0].cpu()
-            lessons.append(Lesson(batch.data, logits.shape[:-1], places, TopLogits.of(rows.counted, k)))
+                found = positions.rows(number, reader.name, logits)
+                passage = None
+                if chain is not None:
+                    taken = chain.take()
+                    if number in passed:
+                        counted = positions.rows(number, chain.names[0], taken.hidden)
+                        told |= _remarks("the blocks' input", counted.remark)
+                        passage = counting(taken, counted.mask)
+            told |= _remarks("the output", found.remark)
+            places = None if found.mask is None else found.mask.nonzero()[:, 0].cpu()
+            exact = None
+            if number >= len(rows.train):
+                bytes_of_token = 8 * len(rows.held_out) * max(1, len(found.counted))
+                exact = TopLogits.of(found.counted, max(k, _EXACT // bytes_of_token))
+            top = TopLogits.of(found.counted, k) if exact is None else exact.narrowed(k)
+            lessons.append(Lesson(batch.data, logits.shape[:-1], places, top, exact, passage))
+    if chain is not None:
+        with torch.no_grad():
+            chain.check_alone(model)
     return lessons, list(told)
+
+
+def _batches_of(rows: Rows, samples: int) -> int:
+    """How many of the batches to train on have so many samples."""
+    seen = list(itertools.accumulate((batch.samples for batch in rows.train), initial=0))
+    return sum(one < samples for one in seen[:-1])
+
+
+def _remarks(subject: str, remark: str | None) -> dict[str, None]:
+    return {} if remark is None else {f"finish: {subject} {remark}": None}

@@ -17,7 +17,7 @@ class TopLogits:
     """What positions of the float model predict.
 
     Attributes:
-        ids: int32 [positions, k], the most likely tokens.
+        ids: int32 [positions, k], the most likely tokens, the likeliest first.
         logs: float32 [positions, k], the logarithms of their probabilities.
         rest: float32 [positions], the logarithm of the probability of all other tokens together; -inf without any.
     """
@@ -33,7 +33,7 @@ class TopLogits:
         parts = []
         for piece in _pieces(logits):
             logs = logits[piece].float().log_softmax(-1)
-            top, ids = logs.topk(k, sorted=False)
+            top, ids = logs.topk(k)
             parts.append((ids.int().cpu(), top.cpu(), _all_but(logs, ids).cpu()))
         if not parts:
             ids = torch.empty(0, k, dtype=torch.int32, device="cpu")
@@ -42,6 +42,14 @@ class TopLogits:
 
     def __len__(self) -> int:
         return len(self.rest)
+
+    def narrowed(self, k: int) -> TopLogits:
+        """The same with k tokens."""
+        left_out = self.logs[:, k:]
+        if not left_out.shape[1]:
+            return self
+        rest = torch.logaddexp(self.rest, left_out.logsumexp(1))
+        return TopLogits(self.ids[:, :k].contiguous(), self.logs[:, :k].contiguous(), rest)
 
     def to(self, device: torch.device) -> TopLogits:
         return TopLogits(self.ids.to(device), self.logs.to(device), self.rest.to(device))

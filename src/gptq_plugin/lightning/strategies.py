@@ -51,7 +51,8 @@ def refuse_for_shards(
     if finish.kind != "none":
         raise ValueError(
             f"finish={finish.kind!r} trains whole layers on every rank, and {strategy} keeps them in parts: leave the "
-            "finish out and run gptq-quantize ckpt=... finish=scales on the checkpoint, or train with strategy='ddp'"
+            f"finish out and run gptq-quantize ckpt=... finish={finish.kind} on the checkpoint, or train with "
+            "strategy='ddp'"
         )
 
 

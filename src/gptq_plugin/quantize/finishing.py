@@ -16,15 +16,16 @@ from gptq_plugin.calibration.forward import evaluating, takes_of
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import with_index
 from gptq_plugin.errors import TargetError
-from gptq_plugin.finish.finish_model import Finished, Surroundings, Teacher, finish_model
+from gptq_plugin.finish.finish_model import Finished, finish_model
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish, check_finish
 from gptq_plugin.finish.rows import rows_of
+from gptq_plugin.finish.surroundings import Surroundings, Teacher
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
-from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.plan import MODEL, Plan
 from gptq_plugin.quantize.allocate import Allocated
+from gptq_plugin.quantize.model_of_report import ModelOfReport
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.prepare import undisturbed
 from gptq_plugin.quantize.run_log import RunLog
@@ -44,6 +45,7 @@ class Finishing:
     allocated: Allocated | None
     run_log: RunLog
     _finished: Finished | None = None  # that of the quantization under way
+    _reported: ModelOfReport = ModelOfReport()
 
     def finish(
         self,
@@ -61,8 +63,9 @@ class Finishing:
         """Trains a quantized model towards its float model, and keeps the result only if held-out samples tell it is
         better.
 
-        Codes do not change; what is exported afterwards is a checkpoint like any other. In a process group every rank
-        calls this with the same models and its own batches, as `quantize`; all get the same result.
+        What is exported afterwards is a checkpoint like any other. In a process group every rank calls this with the
+        same models and its own batches, as `quantize`; all get the same result. `report` tells of it if it is that of
+        the model.
 
         Args:
             model: With quantized layers, all other parameters as in the float model; changed in place.
@@ -78,7 +81,8 @@ class Finishing:
 
         Raises:
             TargetError: The model has no quantized layers, or is not a transformers model that predicts a distribution;
-                or, inside the with block of `temporarily`, was finished before.
+                its blocks cannot be trained one by one (`kind` of "blocks" or "full"); or, inside the with block of
+                `temporarily`, it was finished before.
             CalibrationError: There are fewer than two batches, or they do not fit, or logits are not finite.
             RankError: Another rank was lost, or raised one of these or any other error.
 
@@ -106,18 +110,19 @@ class Finishing:
             surroundings = Surroundings(
                 options.runner(every_logit=True),
                 with_index(options.where or home),
+                options.where,
                 device_memory,
                 self.config.token_weighting if self.config.token_weighting == "labels" else "all",
                 progress,
             )
             found = finish_model(model, self._teacher(model, teacher, options), rows, finish, surroundings)
         self._finished = found
-        if self.report is not None:
+        if self.report is not None and self._reported.is_of(model):
             self.report.finish = found.record
             self.report.seconds["finish"] = found.record.seconds
             self.report.deviations += found.deviations
-            for deviation in found.deviations:
-                self.run_log.warn(deviation)
+        for deviation in found.deviations:
+            self.run_log.warn(deviation)
         return found.record
 
     def undo_finish(self, reason: str) -> None:
@@ -125,7 +130,7 @@ class Finishing:
         found, self._finished = self._finished, None
         if found is not None and found.record.kept:
             found.undo()
-            if self.report is not None:
+            if self.report is not None and self.report.finish is found.record:
                 self.report.finish = found.record.undone(reason)
 
     @contextlib.contextmanager
@@ -151,23 +156,24 @@ class Finishing:
             )
 
         @contextlib.contextmanager
-        def at_hand() -> Iterator[nn.Module]:
+        def at_hand(part: str) -> Iterator[nn.Module]:
             with contextlib.ExitStack() as stack:
                 if teacher is None:
                     assert plan is not None
-                    stack.enter_context(_float_again(plan))
-                one = model if teacher is None else teacher
+                    stack.enter_context(_float_again(plan, part))
+                one = (model if teacher is None else teacher).get_submodule(part)
                 stack.enter_context(evaluating(one))
-                stack.enter_context(streamed_to(one, options.where))
                 yield one
 
         return at_hand
 
 
 @contextlib.contextmanager
-def _float_again(plan: Plan) -> Iterator[None]:
-    """Puts a plan's float layers in the place of the quantized ones inside the block."""
-    quantized = {name: one for name, one in plan.model.named_modules() if isinstance(one, QuantLinear)}
+def _float_again(plan: Plan, part: str) -> Iterator[None]:
+    """Puts a plan's float layers in the place of the quantized ones in a part of the model, inside the block."""
+    within = f"{part}." if part else ""
+    modules = plan.model.named_modules()
+    quantized = {name: one for name, one in modules if isinstance(one, QuantLinear) and name.startswith(within)}
     swap_modules(plan.model, {target.name: target.module for target in plan.targets if target.name in quantized})
     try:
         yield

@@ -29,6 +29,7 @@ from gptq_plugin.quantize import arguments, export_on_the_way
 from gptq_plugin.quantize.allocate import Allocated, allocate, with_chosen_grids
 from gptq_plugin.quantize.finishing import Finishing
 from gptq_plugin.quantize.in_place import copy_training_flags, rounded, swapped
+from gptq_plugin.quantize.model_of_report import ModelOfReport
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.outcome import rounded_report
@@ -241,7 +242,7 @@ class QuantizeModule(Finishing, Uploads, Resuming):
             with swapped(plan, layers) as keep_them:
                 plan.fuse()  # the experts that stay float
                 report.seconds["total"] = time.perf_counter() - started
-                self.report = report
+                self.report, self._reported = report, ModelOfReport(model)
                 self.run_log.deviations(report)
                 if export is not None:
                     export_on_the_way.finish(export, model, report, chosen.tokenizer, self._sample)
@@ -262,7 +263,7 @@ class QuantizeModule(Finishing, Uploads, Resuming):
             report = rounded_report(plan)
             report.seconds["round-to-nearest"] = time.perf_counter() - started
             keep()
-        self.report, self._sample = report, None
+        self.report, self._reported, self._sample = report, ModelOfReport(model), None
         return report
 
     def export(

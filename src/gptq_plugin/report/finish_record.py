@@ -28,9 +28,35 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class BlockRecord:
+    """The training of a block. Errors are of its outputs on the held-out samples, squared, as a share of what the float
+    block changes.
+
+    Attributes:
+        name: The block's.
+        before: Error with what GPTQ gave for it, behind the trained blocks before it.
+        after: The best that was reached.
+        best_step: The steps up to that.
+        steps: Steps that were made.
+    """
+
+    name: str
+    before: float
+    after: float
+    best_step: int
+    steps: int
+
+    def summary(self) -> str:
+        """The result in a sentence."""
+        errors = f"error from {format_value(self.before)} to {format_value(self.after)}"
+        return f"{self.name}: {errors} in {self.best_step} of {self.steps} steps"
+
+
+@dataclass(frozen=True)
 class FinishRecord:
     """The training of a quantized model towards its float model. Divergences are KL(float || quantized), the mean over
-    positions, in nats; all but the float model's most likely tokens count as one.
+    positions, in nats. Those of `curve` count all but the float model's most likely tokens as one; `before` and `after`
+    are of the quantized layers as they are exported, and count as many tokens singly as memory has room for, or all.
 
     Attributes:
         kind: What was trained, as in `Finish.kind`.
@@ -38,8 +64,8 @@ class FinishRecord:
         reason: Why, in a sentence.
         before: Divergence of what GPTQ gave, on the held-out samples.
         after: The best that was reached there.
-        best_step: The steps up to that.
-        steps: Steps that were made.
+        best_step: The steps up to that, behind the blocks.
+        steps: Steps that were made, behind the blocks.
         tokens: Positions trained on, over all steps and ranks.
         samples: Samples trained on, over all ranks.
         held_out_tokens: Positions judged on, over all ranks.
@@ -48,6 +74,7 @@ class FinishRecord:
         seconds: Time it took.
         options: The finish's options, as asked for.
         curve: The judgements, in order.
+        blocks: What training each block gave, in order; none if they were not trained one by one.
     """
 
     kind: str
@@ -65,6 +92,7 @@ class FinishRecord:
     seconds: float = math.nan
     options: dict[str, Any] = field(default_factory=dict)
     curve: Sequence[Judgement] = ()
+    blocks: Sequence[BlockRecord] = ()
 
     def undone(self, reason: str) -> FinishRecord:
         """The record of a result that was taken back."""
@@ -74,13 +102,26 @@ class FinishRecord:
         """The result in a sentence."""
         change = format_percent(self.after / self.before - 1) if self.before > 0 else ""
         change = f" ({change})" if change and math.isfinite(self.after) else ""
+        blocks = f"{len(self.blocks)} blocks and " if self.blocks else ""
         return (
             f"finish ({self.kind}): KL to the float model on {self.held_out_tokens} held-out positions from "
-            f"{format_value(self.before)} to {format_value(self.after)}{change} in {self.best_step} of {self.steps} "
-            f"steps on {self.samples} samples; {'kept' if self.kept else 'not kept'}: {self.reason}"
+            f"{format_value(self.before)} to {format_value(self.after)}{change} in {blocks}{self.best_step} of "
+            f"{self.steps} steps on {self.samples} samples; {'kept' if self.kept else 'not kept'}: {self.reason}"
         )
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The cells of a table: a head, and a row for each judgement."""
+        """The cells of a table: a head, and a row for each block and each judgement."""
         head = ("step", "KL in training", "KL held out")
-        return [head, *((str(one.step), format_value(one.training), format_value(one.held_out)) for one in self.curve)]
+        blocks = [
+            (
+                f"{one.name}, {one.best_step} of {one.steps}",
+                f"error {format_value(one.before)}",
+                f"to {format_value(one.after)}",
+            )
+            for one in self.blocks
+        ]
+        return [
+            head,
+            *blocks,
+            *((str(one.step), format_value(one.training), format_value(one.held_out)) for one in self.curve),
+        ]

@@ -17,7 +17,7 @@ from gptq_plugin.report.allocation import Allocation, UnitChoice
 from gptq_plugin.report.base_card import License
 from gptq_plugin.report.benchmark import Benchmark
 from gptq_plugin.report.coverage import Coverage, FloatWeight
-from gptq_plugin.report.finish_record import FinishRecord, Judgement
+from gptq_plugin.report.finish_record import BlockRecord, FinishRecord, Judgement
 from gptq_plugin.report.model_card import ModelFacts
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.report import ExportSize, QuantizeReport
@@ -105,8 +105,12 @@ def _finish(values: Mapping[str, Any] | None) -> FinishRecord | None:
         _of_its_kinds(Judgement(**{**one, **{name: _number(one[name]) for name in ("training", "held_out")}}))
         for one in values["curve"]
     ]
+    blocks = tuple(
+        _of_its_kinds(BlockRecord(**{**one, **{name: _number(one[name]) for name in ("before", "after")}}))
+        for one in values.get("blocks", ())  # reports of earlier versions have none
+    )
     figures = {name: _number(values[name]) for name in ("before", "after", "seconds")}
-    return _of_its_kinds(FinishRecord(**{**values, **figures, "curve": curve}))
+    return _of_its_kinds(FinishRecord(**{**values, **figures, "curve": curve, "blocks": blocks}))
 
 
 def _facts(values: Mapping[str, Any]) -> ModelFacts:

@@ -17,6 +17,7 @@ from gptq_plugin.calibration.training_data import TrainingData
 from gptq_plugin.clients.client import Client
 from gptq_plugin.export.export_dir import check_export_dir
 from gptq_plugin.export.upload import Repository
+from gptq_plugin.finish.chain import Chain
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish, check_finish
 from gptq_plugin.options import fields
@@ -186,12 +187,15 @@ class CallbackBase:
         """Refuses a module without layers to quantize, or one whose export could not be written or loaded.
 
         Raises:
-            TargetError: See `QuantizeModule.check`; or the finish cannot read its logits (`LogitReader`).
+            TargetError: See `QuantizeModule.check`; or the finish cannot read its logits (`LogitReader`), or has no
+                blocks to train (`Chain`).
             ExportError: See `check_export`.
         """
         self.quantizer.check(module)
         if self.finishes:
             LogitReader(module)
+        if self.finish.by_blocks:
+            Chain.check(module)
         self.check_export(module)
 
     def check_export(self, module: nn.Module) -> None:

@@ -1,0 +1,109 @@
+"""The training of one block by its float outputs: `BlockTraining`.
+
+Tested by tests/finish/test_block_walk.py: with the walk over all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin import distributed
+from gptq_plugin.finish.chain import Call
+from gptq_plugin.finish.descent import Descent, Pace, draw_as_before
+from gptq_plugin.finish.options import Finish
+from gptq_plugin.finish.student import Student
+
+
+@dataclass(frozen=True)
+class Task:
+    """A batch at a block.
+
+    Attributes:
+        call: The block's.
+        hidden: Its input, which went through the trained blocks before it.
+        wanted: What the float block gives for the float input.
+        before: That input.
+        counted: See `Passage`.
+        positions: Number of positions that count.
+    """
+
+    call: Call
+    hidden: Tensor
+    wanted: Tensor
+    before: Tensor
+    counted: Tensor | None
+    positions: int
+
+    def squares(self, values: Tensor) -> Tensor:
+        """The sum of squares of the difference from `wanted`, over positions that count."""
+        apart = (values.float() - self.wanted.to(values.device).float()).flatten(0, -2)
+        return (apart if self.counted is None else apart[self.counted.to(apart.device)]).square().sum()
+
+    def output(self, block: nn.Module, device: torch.device) -> Tensor:
+        """What a block gives for `hidden`."""
+        draw_as_before(device)
+        return self.call.run(block, self.hidden.to(device))
+
+
+class BlockTraining(Descent):
+    """Trains a block's student by the squared error of outputs, as a share of what the float block changes.
+
+    Args:
+        block: With the student in it, on the device.
+        student: What is trained.
+        tasks: To train on.
+        held_out: To judge on, by their numbers over all ranks.
+        options: How.
+        device: Where the block is.
+    """
+
+    what = "error of a block"
+
+    def __init__(
+        self,
+        block: nn.Module,
+        student: Student,
+        tasks: Sequence[Task],
+        held_out: dict[int, Task],
+        options: Finish,
+        device: torch.device,
+    ) -> None:
+        pace = Pace(options.block_steps, options.tokens_per_step, options.judgements, options.patience, options.seed)
+        super().__init__(student, _rates(student, options), [one.positions for one in tasks], pace, device)
+        self._block, self._tasks, self._held_out = block, tasks, held_out
+        self._unit = _unit([*tasks, *held_out.values()], device)
+
+    def _learn(self, number: int) -> Tensor:
+        with self._student.taking_gradients():
+            error = self._error(self._tasks[number])
+            error.backward()  # type: ignore[no-untyped-call]
+        return error.detach()
+
+    def _measure(self) -> dict[int, tuple[float, int]]:
+        return {number: (float(self._error(task)), task.positions) for number, task in self._held_out.items()}
+
+    def _error(self, task: Task) -> Tensor:
+        return task.squares(task.output(self._block, self._device)) / self._unit
+
+
+def _rates(student: Student, options: Finish) -> list[tuple[list[nn.Parameter], float]]:
+    rates: list[tuple[list[nn.Parameter], float]] = []
+    widths = {layer.bits for layer in student.layers.values()}
+    for bits in sorted(widths):
+        layers = [name for name, layer in student.layers.items() if layer.bits == bits]
+        rates.append(([student.layers[name].log_ratio for name in layers], options.rate_in_blocks(bits)))
+        rates.append(([student.latent[name] for name in layers], options.code_rate_in_blocks(bits)))
+    return [*rates, (student.masters, options.rate_of_norms_in_blocks(min(widths)))]
+
+
+def _unit(tasks: Sequence[Task], device: torch.device) -> float:
+    """The mean over positions, of all ranks, of the squared change that the float block makes."""
+    squares = [float(task.squares(task.before.to(device))) for task in tasks]
+    own = (sum(squares), sum(task.positions for task in tasks))
+    sums = distributed.gather_objects(own)
+    mean: float = sum(one for one, _ in sums) / max(1, sum(count for _, count in sums))
+    return mean if mean > 0 else 1.0

@@ -1,0 +1,39 @@
+"""Where a finish runs, and its float model: `Surroundings`, `Teacher`.
+
+Tested by tests/finish/test_finish_model.py: with whole finishes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# Called with the name of a part, or "" for the whole: its context is the float model's part where it is, in evaluation
+# mode; that of the model to finish is quantized again behind it.
+Teacher = Callable[[str], contextlib.AbstractContextManager[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where and how a finish runs.
+
+    Attributes:
+        run: Runs the data of a batch, with all its logits.
+        device: Where.
+        where: The same, if models are to be brought there; None if they are there.
+        memory: Bytes of it that may be used; None is all.
+        token_weighting: Which positions count, as in QuantizeConfig.
+        progress: Called as progress(steps done, steps at most, what held-out samples tell).
+    """
+
+    run: Callable[[nn.Module, Any], Any]
+    device: torch.device
+    where: torch.device | None = None
+    memory: int | None = None
+    token_weighting: str = "all"
+    progress: Callable[[int, int, str], None] | None = None
