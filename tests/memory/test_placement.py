@@ -57,6 +57,12 @@ def test_a_model_that_is_on_the_device_is_never_streamed_and_not_held_twice():
     assert place(80, AT_HOME).activations is None and place(16, AT_HOME).activations < AT_HOME.activations
 
 
+def test_on_a_cpu_only_the_block_in_use_and_its_neighbours_have_other_weights():
+    """These are memory of its own, where the float weights may be mapped from files."""
+    placement = placing.place(torch.device("cpu"), None, AT_HOME, FEW, None, None)
+    assert placement.weights == FEW and not placement.streamed and placement.activations is None
+
+
 def test_what_is_asked_for_is_done():
     assert place(80, weights=True).weights == FEW and place(80, weights=True).activations is None
     assert place(80, activations=True).activations == 0 and place(80, activations=True).weights == UNLIMITED

@@ -441,3 +441,15 @@ def test_no_thread_that_moves_layers_outlives_the_pass(fails):
     with pytest.raises(CalibrationError) if fails else contextlib.nullcontext():
         one_pass.run()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("finished-layers")]
+
+
+def test_the_weights_that_layers_run_with_on_a_cpu_do_not_grow_with_the_model():
+    """Of all layers behind those in use the float weights are in place again, which may be mapped from files."""
+    peaks = {}
+    for blocks in (24, 48):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)) for _ in range(blocks)))
+        one_pass = OnePass(plan_of(model), calibration_of([rows(100, 32)]), PassOptions())
+        layers, _ = one_pass.run()
+        assert len(layers) == 2 * blocks
+        peaks[blocks] = one_pass.runs.weights.peak_bytes / (sum(p.nbytes for p in model.parameters()) / blocks)
+    assert peaks[48] == peaks[24] <= 3  # blocks

@@ -23,7 +23,8 @@ UNLIMITED = 2**63 - 1  # more bytes than any device has
 _GIB = 2**30
 _PLANNED = 0.75  # share of the free memory; the allocator loses the rest in gaps between tensors of many sizes
 _LARGEST_UNIT = _GIB  # a transformer block of most models; larger modules come in parts
-# If the model is on the device, only the layers quantized last run with weights other than their own.
+# If the model is on the GPU, only the layers quantized last run with weights other than their own. On a CPU even these
+# count, since the model may be mapped from files and larger than memory.
 _OVERLAYS = 4 * _GIB
 # The solver's tensors: bytes for every entry of the Hessian (the sum, the mean or the factor, and pieces) and of the
 # weights solved together (in two layouts, the errors pushed to them for two candidates, and round-to-nearest's error).
@@ -120,7 +121,7 @@ def place(
     all_weights = weights >= needs.weights
     all_activations = activations >= needs.activations and offload_activations is not True
     if not needs.weights:
-        weights = _OVERLAYS
+        weights = min_resident_bytes if device.type == "cpu" else _OVERLAYS
     parts = [
         f"weights {'stay there' if not needs.weights else 'all there' if all_weights else 'streamed block by block'}"
         + (f" ({needs.weights / _GIB:.1f} GiB)" if needs.weights else ""),

@@ -88,7 +88,7 @@ class Weights:
         self._needs = divide(model, unit_bytes)
         sizes = [self._size(unit) * (1 + two_walks) for unit in _units(self._needs)]
         self.total_bytes = sum(sizes)
-        self.min_resident_bytes = max(sum(sizes[i : i + 3]) for i in range(max(1, len(sizes))))
+        self.min_resident_bytes = _most_of_three(sizes)
         self._copier = Copier(device)
         self._resident: OrderedDict[Unit, None] = OrderedDict()  # present or on their way, least recently used first
         self._resident_bytes = 0
@@ -284,6 +284,16 @@ class Weights:
 
 def _units(needs: Mapping[nn.Module, tuple[Unit, ...]]) -> list[Unit]:
     return list(dict.fromkeys(unit for units in needs.values() for unit in units))
+
+
+def neighbour_bytes(weights: Weights) -> int:
+    """`Weights.min_resident_bytes`, if all tensors of the units were others than their own."""
+    sizes = [sum(one.home.nbytes for one in unit.tensors) for unit in _units(weights._needs)]
+    return _most_of_three(sizes) * (1 + weights._two_walks)
+
+
+def _most_of_three(sizes: Sequence[int]) -> int:
+    return max(sum(sizes[i : i + 3]) for i in range(max(1, len(sizes))))
 
 
 def _on_device(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> Any:

@@ -22,7 +22,7 @@ from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.activations import Activations
-from gptq_plugin.memory.weights import Weights
+from gptq_plugin.memory.weights import Weights, neighbour_bytes
 from gptq_plugin.model.experts_at_once import as_called, calls_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.drifts import asks_for_drift
@@ -279,7 +279,8 @@ class BatchRuns:
             activations=int(waiting * share) * (1 + self.walks.two),
             batch=waiting,
         )
-        least, options = self.weights.min_resident_bytes, self._options
+        options, is_cpu = self._options, self.device.type == "cpu"
+        least = neighbour_bytes(self.weights) if is_cpu else self.weights.min_resident_bytes
         placed = placement.place(self.device, free, needs, least, options.offload_weights, options.offload_activations)
         log.log(logging.INFO if self.device.type == "cuda" or placed.limited else logging.DEBUG, placed.summary)
         self.weights.capacity = placed.weights

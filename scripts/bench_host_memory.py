@@ -1,0 +1,76 @@
+"""Host memory of a quantization on a CPU: mapped from its files, exported while it goes on.
+
+    python scripts/bench_host_memory.py --blocks 4 16 32
+
+Each model is made, saved, loaded (mapped) and quantized in a process of its own. Pages of mapped files do not count:
+the system takes them back when it needs them. What counts is the rest, ``RssAnon`` of /proc/self/status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gptq_plugin import QuantizeModule
+
+SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 512}
+MIB = 2**20
+
+
+def anonymous() -> float:
+    """MiB of memory that is no mapped file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def make(blocks: int, folder: str) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=blocks, **SIZES)).save_pretrained(folder)
+
+
+def quantize(blocks: int, folder: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    size = sum(parameter.nbytes for parameter in model.parameters()) / MIB
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(0, 512, (1, 128))} for _ in range(16)]
+    seen: list[float] = []
+    quantizer = QuantizeModule(clip_ratios=(1.0,), nsamples=16)
+    started = time.perf_counter()
+    quantizer.quantize(model, batches, export_dir=f"{folder}-out", progress=lambda *_: seen.append(anonymous()))
+    seconds = time.perf_counter() - started
+    print(f"| {blocks} | {size:.0f} | {seen[6]:.0f} | {seen[-1]:.0f} | {max(seen):.0f} | {seconds:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16, 32])
+    parser.add_argument("--step", choices=("make", "quantize"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        {"make": make, "quantize": quantize}[options.step](options.blocks[0], options.folder)
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        "| blocks | model, MiB | after the first block | after the last | most | seconds |\n|---|---|---|---|---|---|"
+    )
+    for blocks in options.blocks:
+        with tempfile.TemporaryDirectory() as folder:
+            for step in ("make", "quantize"):
+                command = [sys.executable, __file__, "--step", step, "--folder", f"{folder}/m", "--blocks", str(blocks)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                print("\n".join(line for line in done.stdout.splitlines() if line.startswith("| ")), end="")
+        print()
+
+
+if __name__ == "__main__":
+    main()
