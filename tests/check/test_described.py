@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,3 +95,19 @@ def test_nan_in_what_is_not_quantized_is_an_error(damaged: Callable[..., Path]) 
 
     errors = lint(damaged("4 bits symmetric", change)).errors
     assert any("model.embed_tokens.weight, model.norm.weight: not quantized, and NaN or infinity" in e for e in errors)
+
+
+@pytest.mark.parametrize("kind", ["layers", "JSON", "pipe"])
+def test_descriptions_of_the_model_that_loading_refuses_are_errors(kind: str, damaged: Callable[..., Path]) -> None:
+    out = damaged("4 bits symmetric", lambda tensors, bits: None)
+    generation = out / "generation_config.json"
+    generation.unlink(missing_ok=True)
+    if kind == "layers":
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
+    elif kind == "pipe":
+        os.mkfifo(generation)
+    else:
+        generation.write_text("[" * 100_000)
+    (found,) = lint(out).errors
+    assert ("config.json: num_hidden_layers is 1000000" if kind == "layers" else "generation_config.json") in found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ import torch
 
 from gptq_plugin.check.findings import Finding, error, warning
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.checkpoint.files import CONFIG, QUANTIZE_CONFIG
+from gptq_plugin.checkpoint.files import CONFIG, GENERATION_CONFIG, QUANTIZE_CONFIG, read_json
 from gptq_plugin.checkpoint.layer_checks import damage_of
+from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.clients.inventory import Inventory
-from gptq_plugin.errors import some
+from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.options.fields import shown
 
 
@@ -43,6 +45,7 @@ def file_findings(checkpoint: Checkpoint, inventory: Inventory) -> Iterator[Find
     """Faults that show without looking at a quantized weight."""
     return chain(
         _contradictions(checkpoint),
+        _unusable(checkpoint),
         _tied_head(checkpoint, inventory),
         _scales_dtype(checkpoint),
         _no_g_idx(checkpoint),
@@ -68,6 +71,17 @@ def _contradictions(checkpoint: Checkpoint) -> Iterator[Finding]:
                 f"{CONFIG} has {key}={shown(inside[key])} and {QUANTIZE_CONFIG} has {shown(beside[key])}: clients read "
                 "one or the other, so correct the wrong one"
             )
+
+
+def _unusable(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What `load_quantized` would refuse of the files that describe the model."""
+    generation = checkpoint.directory / GENERATION_CONFIG
+    try:
+        refuse_many_modules(checkpoint.model_config, checkpoint.directory / CONFIG, checkpoint.tensors.values())
+        if os.path.lexists(generation):
+            read_json(generation)
+    except CheckpointError as refusal:
+        yield error(str(refusal))
 
 
 def _tied_head(checkpoint: Checkpoint, inventory: Inventory) -> Iterator[Finding]:

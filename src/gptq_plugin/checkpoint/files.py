@@ -17,6 +17,7 @@ from gptq_plugin.options.limited_files import parse_json, read_text
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"  # the name AutoGPTQ gave it, read by every tool
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TAKEN_OVER = "taken_over"  # in our part of ``meta``: modules of the files that transformers does not make

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.checkpoint.files import CONFIG, read_json
+from gptq_plugin.checkpoint.files import CONFIG, GENERATION_CONFIG, read_json
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load_plain import load_into
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
@@ -311,7 +311,7 @@ def forget_quantization(config: Any) -> None:
 def _generation_config(checkpoint: Checkpoint, architecture: Any) -> Any:
     import transformers
 
-    file = checkpoint.directory / "generation_config.json"
+    file = checkpoint.directory / GENERATION_CONFIG
     if not os.path.lexists(file):
         return None
     read_json(file)
