@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.checkpoint.description import client_config, describe, most_and_others, scheme_of
+from gptq_plugin.checkpoint.description import client_config, describe, most_and_others, schemes_of
 from gptq_plugin.checkpoint.formats.format import Contents, Scheme
 from gptq_plugin.gptq.solver import round_to_nearest
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -42,10 +42,12 @@ def test_desc_act_is_that_of_the_groups_and_not_of_the_configuration() -> None:
     torch.manual_seed(0)
     config = QuantizeConfig(group_size=32, desc_act=True, static_groups=True, dynamic={"asym": {"sym": False}})
     layer = QuantLinear.from_quantized(round_to_nearest(torch.randn(8, 64), config))
-    assert scheme_of("x", layer, config) == Scheme(4, 32, True, False)
-    assert scheme_of("asym", layer, config).sym is False
+    assert schemes_of({"x": layer}, config)["x"] == Scheme(4, 32, True, False)
+    assert schemes_of({"asym": layer}, config)["asym"].sym is False
     layer.g_idx = layer.g_idx.flip(0)
-    assert scheme_of("x", layer, config).desc_act is True
+    other = QuantLinear(layer.in_features, layer.out_features, layer.bits, layer.group_size)
+    found = schemes_of({"other": other, "x": layer}, config)
+    assert list(found) == ["other", "x"] and [one.desc_act for one in found.values()] == [False, True]
 
 
 def test_what_most_layers_have_is_the_configuration_and_the_others_have_rules() -> None:

@@ -212,3 +212,14 @@ def test_what_refers_to_a_module_of_the_model_or_to_very_much_is_not_looked_into
     model.holder["notes"].append(1)
     model.elsewhere.append(1)
     assert _named(watched.written()).keys() == {".few", ".elsewhere"}
+
+
+def test_modules_that_are_not_the_models_own_are_not_watched():
+    class Other(nn.ModuleDict):
+        keeps_nothing = True
+
+    model = nn.Module()
+    model.own, model.other = nn.Linear(2, 2), Other({"layer": nn.Linear(2, 2)})
+    watched = WatchedPlaces(model, lambda _: False)
+    model.own.seen, model.other.seen, model.other["layer"].seen = 1, 2, 3
+    assert sorted(str(place) for place in watched.written()) == ["other.layer.seen", "own.seen"]

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from gptq_plugin import __version__
-from gptq_plugin.checkpoint.formats.format import Contents, Scheme, contiguous
+from gptq_plugin.checkpoint.formats.format import Contents, Scheme, trivial_g_idx
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -40,17 +42,27 @@ def contents_of(
     def under_both_names(own: Iterable[str]) -> list[str]:
         return list(dict.fromkeys(other for name in own for other in (name, stored.get(name, name))))
 
-    schemes = {n: scheme_of(name, layer, config) for name, layer in layers.items() for n in under_both_names([name])}
+    own = schemes_of(layers, config)
+    schemes = {other: scheme for name, scheme in own.items() for other in under_both_names([name])}
     return Contents(schemes, [*under_both_names(floats), *also_float], head, under_both_names(scorers))
 
 
-def scheme_of(name: str, layer: QuantLinear, config: QuantizeConfig) -> Scheme:
-    """The scheme of a layer in memory.
+def schemes_of(layers: Mapping[str, QuantLinear], config: QuantizeConfig) -> dict[str, Scheme]:
+    """The schemes of layers in memory, by name. Waits for a GPU once a size of them.
 
-    Its desc_act is not config.desc_act: vLLM goes by the flag, and static act-order leaves the groups contiguous.
+    Their desc_act is not config.desc_act: vLLM goes by the flag, and static act-order leaves the groups contiguous.
     """
-    sym = (config.for_module(name) or config).sym
-    return Scheme(layer.bits, layer.group_size, sym, not contiguous(layer.g_idx, layer.group_size))
+    alike: dict[tuple[int, int, torch.device], list[str]] = {}
+    for name, layer in layers.items():
+        alike.setdefault((len(layer.g_idx), layer.group_size, layer.device), []).append(name)
+    natural: dict[str, bool] = {}
+    for size, names in alike.items():
+        same = torch.stack([layers[name].g_idx for name in names]) == trivial_g_idx(*size)
+        natural.update(zip(names, same.all(1).tolist(), strict=True))
+    return {
+        name: Scheme(layer.bits, layer.group_size, (config.for_module(name) or config).sym, not natural[name])
+        for name, layer in layers.items()
+    }
 
 
 def most_and_others(fields: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
-from gptq_plugin.checkpoint.description import scheme_of
+from gptq_plugin.checkpoint.description import schemes_of
 from gptq_plugin.checkpoint.formats.format import QuantizedLayer, Scheme
 from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.config import QuantizeConfig
@@ -92,7 +92,8 @@ class Inventory:
             config: What they were quantized with.
             report: Knows the activations of calibration.
         """
-        inventory = cls._of(structure, [_quantized(name, layer, config) for name, layer in layers.items()], config)
+        schemes = schemes_of(layers, config)
+        inventory = cls._of(structure, [_entry(n, layer, schemes[n]) for n, layer in layers.items()], config)
         if report is None:
             return inventory
         return replace(
@@ -142,10 +143,6 @@ def _planned(target: Target) -> LayerEntry:
     several = own.group_size != -1 and own.group_size < in_features
     act_order = own.desc_act and not own.static_groups and several
     return LayerEntry(target.name, own.bits, own.group_size, in_features, out_features, own.sym, act_order)
-
-
-def _quantized(name: str, layer: QuantLinear, config: QuantizeConfig) -> LayerEntry:
-    return _entry(name, layer, scheme_of(name, layer, config))
 
 
 def _entry(name: str, layer: QuantLinear | QuantizedLayer, scheme: Scheme) -> LayerEntry:

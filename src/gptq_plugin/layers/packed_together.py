@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,10 +34,9 @@ def packed_layers(
     words = pack(codes.movedim(0, 1).reshape(n_in, batch * n_out), bits).unflatten(1, (batch, n_out)).movedim(1, 0)
     of_zeros = pack(zeros.movedim(2, 0).reshape(n_out, -1), bits).unflatten(1, (batch, -1)).movedim(0, 2)
     layers = []
-    empty = {one: QuantLinear(n_in, n_out, bits, group_size, dtype=one, device="meta") for one in set(dtypes)}
     parts = [_each_own(part) for part in (words, of_zeros, scales, solved.g_idx)]
     for dtype, *tensors in zip(dtypes, *parts, strict=False):  # the last matrices may fill a chunk
-        layer = _like(empty[dtype])
+        layer = _like(_empty(n_in, n_out, bits, group_size, dtype))
         layer._buffers.update(zip(PACKED, tensors, strict=True))
         layers.append(layer)
     return layers
@@ -55,6 +55,12 @@ def _each_own(tensors: Tensor) -> Sequence[Tensor]:
     """Copies of [B, ...] that share no memory with each other: whoever keeps one of them keeps no others."""
     copies: Sequence[Tensor] = torch.unbind_copy(tensors.contiguous())  # type: ignore[func-returns-value, assignment]
     return copies
+
+
+@functools.lru_cache(maxsize=64)
+def _empty(n_in: int, n_out: int, bits: int, group_size: int, dtype: torch.dtype) -> QuantLinear:
+    """A layer on the meta device, of which others are made; its constructor takes longer than a chunk of them."""
+    return QuantLinear(n_in, n_out, bits, group_size, dtype=dtype, device="meta")
 
 
 def _like(layer: QuantLinear) -> QuantLinear:

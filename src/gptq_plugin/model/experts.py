@@ -36,12 +36,20 @@ class ExpertLinear(nn.Linear):
         parameter: Full name of the fused parameter.
     """
 
+    keeps_nothing = True  # see `walk.watched_places`
+
     def __init__(self, weight: Tensor, parameter: str) -> None:
         nn.Module.__init__(self)  # Linear's would make a weight, and initialise it
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None)
         self.parameter = parameter
+
+
+class _Expert(nn.ModuleDict):
+    """An expert's layers by name."""
+
+    keeps_nothing = True
 
 
 @dataclass(frozen=True)
@@ -234,9 +242,6 @@ def tied_parameters(model: nn.Module) -> set[int]:
     return {one for one, count in users.items() if count > 1}
 
 
-# --- finding ------------------------------------------------------------------------------------------------
-
-
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Floating-point parameters with three dimensions, in modules outside torch (a convolution's weight has three too).
     A parameter of several modules is left out: quantized, it could not stay one."""
@@ -268,9 +273,6 @@ def _layouts(module: nn.Module, parameter: str) -> list[MatrixLayout]:
         return ["out, in", "in, out"]
     layout = seen[parameter]
     return [] if layout is None else [layout]
-
-
-# --- taking apart -------------------------------------------------------------------------------------------
 
 
 def place_experts(
@@ -317,7 +319,7 @@ def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
     around, _, leaf = name.rpartition(".")
     for part in around.split(".") if around else ():
         if part not in module._modules:
-            module.add_module(part, nn.ModuleDict())
+            module.add_module(part, _Expert())
         module = module.get_submodule(part)
     module.add_module(leaf, layer)
 

@@ -28,7 +28,8 @@ class WatchedPlaces:
     """Every place that the forward of a model can write to, as it is now.
 
     Args:
-        model: Any module.
+        model: Any module. Of modules that are not its own, such as experts that were taken apart, the class may tell
+            that forwards keep nothing on them: `keeps_nothing`.
         is_lent: True for a tensor that others than the forward have put in the place of a buffer.
     """
 
@@ -39,6 +40,7 @@ class WatchedPlaces:
         holders = [
             (items, items, name)
             for name, module in model.named_modules()
+            if not getattr(type(module), "keeps_nothing", False)
             for items in (vars(module), module._buffers, module._modules)
         ]
         holders += [(kind, vars(kind), kind.__qualname__) for kind in own_classes(model)]
