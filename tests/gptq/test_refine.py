@@ -57,7 +57,7 @@ def test_a_sweep_of_descent_sets_each_code_to_the_best_for_all_others(grid, orde
     rows, now, group, hessian = started(n=n, **GRIDS[grid], **ORDERS[order])
     monkeypatch.setattr(refine.sweep.__globals__["tensor_cores"], "usable", lambda x: False)
     monkeypatch.setitem(refine.sweep.__globals__, "SPAN", span)
-    monkeypatch.setattr(refine, "_STRIP", strip)
+    monkeypatch.setitem(refine.sweep.__globals__, "_STRIP", strip)
     found = refine.descended(rows, now)
     damping = torch.empty(n, dtype=torch.float64)
     damping[rows.recursion.channel.long()] = rows.recursion.damping
@@ -75,7 +75,7 @@ def test_a_sweep_of_descent_sets_each_code_to_the_best_for_all_others(grid, orde
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_round_picks_grids_that_suit_the_targets_and_solves_on_them(grid, order, monkeypatch):
     rows, now, group, hessian = started(**GRIDS[grid], **ORDERS[order])
-    monkeypatch.setattr(refine, "_STRIP", 40)
+    monkeypatch.setitem(refine.sweep.__globals__, "_STRIP", 40)
     errors = rows.weight[0] - now.scales[group] * (now.codes - now.zeros[group])
     visited = rows.recursion.channel.long().flip(0)
     lower = torch.linalg.cholesky(
@@ -176,7 +176,7 @@ def test_rows_are_improved_in_chunks_that_change_nothing(rows, order, monkeypatc
     weight, hessian = correlated(rows=rows, n=64)
     config = QuantizeConfig(bits=3, group_size=16, method="best", **ORDERS[order])
     whole, sizes = solve(weight, hessian, config), []
-    monkeypatch.setattr(improve, "CHUNK_BYTES", 40 * 64 * (15 + 5 * config.clip_candidates))
+    monkeypatch.setattr(improve, "CHUNK_BYTES", 40 * 64 * (15 + 7 * config.clip_candidates))
     begin = improve.Recursion
     monkeypatch.setattr(improve, "Recursion", lambda w, *rest: sizes.append(w.shape[1]) or begin(w, *rest))
     parts = solve(weight, hessian, config)

@@ -83,7 +83,7 @@ def test_the_solver_needs_most_where_most_is_solved_together_and_a_cpu_fits_ever
     n = 64 * 64 * 12
     assert placing.solver_bytes(targets) == n + 64 * 128 * 30 and placing.solver_bytes(one) == n + 64 * 32 * 30
     best, _ = find_targets(Structure.of(model), QuantizeConfig(group_size=32, method="best"))
-    assert placing.solver_bytes(best) == 64 * 64 * 36 + 64 * 128 * 41  # the chunk's tensors are of all rows here
+    assert placing.solver_bytes(best) == 64 * 64 * 36 + 64 * 128 * 45  # the chunk's tensors are of all rows here
     assert placing.fixed_bytes(one, torch.device("cpu"), 8) == 64 * 32 // 2
     assert placing.bytes_away(model, torch.device("cpu")) == 0 and placing.fits(model, torch.device("cpu"))
     assert placing.bytes_away(model, CUDA) == sum(p.nbytes for p in model.parameters())

@@ -18,7 +18,8 @@ def asymmetric_target(blocks: Tensor, drift: Tensor, factor: Factor, alpha: floa
     The solver rounds these in place of the weights: with α = 1 and but for the damping, the rounding then minimises the
     mean of ‖W x − Ŵ x̂‖², not ‖W x̂ − Ŵ x̂‖² (as in LoaQ, arXiv:2509.06297, and Qronos, arXiv:2505.11695).
 
-    On a GPU products have bfloat16 operands: the correction, some per cent of the weights, is right to one or two per cent of itself.
+    On a GPU products have bfloat16 operands: the correction, some per cent of the weights, is right to one or two per
+    cent of itself.
 
     Args:
         blocks: W [B, rows, in], in the factor's dtype.

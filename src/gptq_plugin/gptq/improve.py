@@ -20,7 +20,7 @@ from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.gptq.refine import Arranged, Rounding, Rows, grouped_channels, improved
 
 CHUNK_BYTES = 2**32  # of a chunk's tensors, at most
-_BYTES, _BYTES_ALTERNATIVE = 15, 5  # for every weight, and for each of its alternatives; a step has two
+_BYTES, _BYTES_ALTERNATIVE = 15, 7  # for every weight, and for each of its alternatives; a step has two
 _MULTIPLE = 32  # rows, as of blocks
 
 

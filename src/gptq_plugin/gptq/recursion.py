@@ -81,7 +81,7 @@ class Recursion:
         """Fills codes and loss, and keeps each row's best alternative. Scales and losses are in the rows' units.
 
         Args:
-            rough: As for `sweep.add_products`.
+            rough: As for `sweep.sweep`.
         """
         width, begin = (0, None) if self.config.static_groups else (self.size, self._set_grid)
         self.codes, self.loss = sweep(

@@ -24,14 +24,13 @@ from torch import Tensor
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.grid import least_zero, stored_scales
 from gptq_plugin.gptq.recursion import Recursion
-from gptq_plugin.gptq.sweep import Columns, add_products, keep_best, sweep
+from gptq_plugin.gptq.sweep import Columns, add_triangle, keep_best, sweep
 from gptq_plugin.gptq.tensor_cores import LARGEST
 from gptq_plugin.kernels import solver_passes, step_passes
 
 _FACTORS = (1.0, 0.8, 0.85, 0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.16, 1.25)  # of scales tried in a round
 _LARGEST_POINT = 3.0  # of a grid, in units of the row, where weights are below 1: errors stay below 4
 _RIDGE = {torch.float64: 1e-7, torch.float32: 1e-5}  # of the mean diagonal entry, added to the equations for scales
-_STRIP = 1024  # columns of a triangle per product
 _EQUATIONS = 2**25  # entries of equations for scales at a time
 
 
@@ -203,10 +202,7 @@ def descended(rows: Rows, now: Rounding) -> Rounding:
     """
     errors, descent = rows.errors(now, rows.by_position)[None], rows.hessian.descent
     pushed = torch.zeros_like(errors)
-    for start in range(0, errors.shape[1], _STRIP):
-        here = slice(start, start + _STRIP)
-        below = descent.rows[:, start:, here].tril(-1)
-        add_products(pushed[:, start:], below, errors[:, here], descent.bounded, rough=True)
+    add_triangle(pushed, descent.rows, errors, descent.bounded, lower=True)
     del errors
     scales, zeros, before = now.scales[None], now.zeros[None], now.codes[None]
     codes, change = sweep(descent, rows.weight, scales, zeros, pushed, rows.config.bits, before=before, rough=True)
@@ -217,10 +213,7 @@ def _targets(rows: Rows, now: Rounding) -> Tensor:
     """t = q + A·(w − q) [n, rows], by position: what the recursion would have rounded to these points."""
     errors = rows.errors(now, rows.by_position)[None]
     moved = rows.weight[:, rows.by_position]
-    for start in range(0, errors.shape[1], _STRIP):
-        here, stop = slice(start, start + _STRIP), min(start + _STRIP, errors.shape[1])
-        strip = rows.recursion.rows[:, :stop, here].triu(1 - start)
-        add_products(moved[:, :stop], strip, errors[:, here], rows.recursion.bounded, rough=True)
+    add_triangle(moved, rows.recursion.rows, errors, rows.recursion.bounded)
     return moved[0]
 
 

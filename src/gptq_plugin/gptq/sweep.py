@@ -19,6 +19,7 @@ from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.kernels import solver_loops
 
 SPAN = 512  # columns whose errors are pushed to the others in one large product
+_STRIP = 1024  # rows of a triangle per product
 _SCALE = 2.0**12  # in `tensor_cores`, of errors that are below 4
 
 
@@ -66,19 +67,25 @@ def sweep(
         width: Positions in a span; 0 is `SPAN`.
         begin: Called as begin(start, stop) when the errors of all spans after that one are pushed to it.
         before: Codes so far: with them, losses are the changes from theirs.
-        rough: As for `add_products`.
+        rough: A GPU may push errors in float16 and TF32, with each term right to 2^-11: a third of the work. A target
+            is then off by a thousandth of a step of its grid, or, behind inputs much larger than others, by a few
+            hundredths; losses are right to a thousandth.
 
     Returns:
         Codes, uint8 [B, n, A·rows] by channel, and losses [B, A·rows] as in `plain_solve.solve_span`.
     """
     codes = torch.empty_like(pushed, dtype=torch.uint8) if before is None else before.clone()
     loss = torch.zeros_like(pushed[:, 0])
-    width = width or SPAN
+    width, rough = width or SPAN, rough and columns.bounded
+    is_narrow = rough and len(columns.rows) == 1 and tensor_cores.usable(pushed)
+    narrow = torch.empty_like(pushed, dtype=torch.float16) if is_narrow else None
     for stop in range(pushed.shape[1], 0, -width):
         start = max(stop - width, 0)
         if begin is not None:
             begin(start, stop)
         here, errors = slice(start, stop), torch.empty_like(pushed[:, start:stop])
+        if narrow is not None and stop < pushed.shape[1]:
+            add_narrow_products(pushed[:, here], columns.rows[:, here, stop:], narrow[:, stop:])
         solver_loops(weight).solve_span(
             pushed[:, here],
             weight,
@@ -94,10 +101,12 @@ def sweep(
             loss,
             bits,
             before is not None,
-            rough and columns.bounded,
+            rough,
         )
-        if start:
-            add_products(pushed[:, :start], columns.rows[:, :start, here], errors, columns.bounded, rough)
+        if narrow is not None:
+            torch.mul(errors, _SCALE, out=narrow[:, here])
+        elif start:
+            add_products(pushed[:, :start], columns.rows[:, :start, here], errors, columns.bounded)
     return codes, loss
 
 
@@ -122,19 +131,13 @@ def keep_best(loss: Tensor, rows: int, *values: Tensor) -> tuple[Tensor, ...]:
     return least, *kept
 
 
-def add_products(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool, rough: bool = False) -> None:
+def add_products(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool) -> None:
     """out[b] += rows[b] @ errors[b] for blocks of rows, [B, m, width], [1 or B, m, k] and [B, k, width].
-
-    If it may be rough, a GPU multiplies float16 numbers, not pairs of them: a third of the work, and each term is right
-    to 2^-11. A target is then off by a thousandth of a step of its grid, or, behind inputs much larger than others, by
-    a few hundredths; losses are right to a thousandth.
 
     With the same rows for all blocks one follows the other: a library may choose another kernel for another number.
     """
     on_tensor_cores, batched = tensor_cores.usable(rows) and bounded, len(rows) > 1
-    if on_tensor_cores and rough:
-        left, right = tensor_cores.narrowed(rows, 1.0), tensor_cores.narrowed(errors, _SCALE)
-    elif on_tensor_cores:
+    if on_tensor_cores:
         left, right = tensor_cores.left_operand(rows, 1.0), tensor_cores.right_operand(errors, _SCALE)
     if batched and on_tensor_cores:
         tensor_cores.add_product(out, left, right, alpha=1 / _SCALE)
@@ -146,3 +149,33 @@ def add_products(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool, rough
     else:
         for block, of_block in zip(out.split(1), errors.split(1), strict=True):
             torch.baddbmm(block, rows, of_block, out=block)
+
+
+def add_triangle(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool, lower: bool = False) -> None:
+    """out += T @ errors, with T what is above the diagonal of rows, or below it, [1, n, n]; on a GPU as `sweep` does
+    if it may be rough.
+
+    Args:
+        out: [1, n, width].
+        rows: The whole matrix.
+        errors: [1, n, width].
+        bounded: As in `Columns`.
+        lower: Below.
+    """
+    narrow = tensor_cores.narrowed(errors, _SCALE) if tensor_cores.usable(rows) and bounded else None
+    for start in range(0, out.shape[1], _STRIP):
+        here, stop = slice(start, start + _STRIP), min(start + _STRIP, out.shape[1])
+        others = slice(0, stop) if lower else slice(start, None)
+        part = rows[:, here, others]
+        part = part.tril(start - 1) if lower else part.triu(1)
+        if narrow is None:
+            torch.baddbmm(out[:, here], part, errors[:, others], out=out[:, here])
+        else:
+            add_narrow_products(out[:, here], part, narrow[:, others])
+
+
+def add_narrow_products(out: Tensor, rows: Tensor, narrow: Tensor) -> None:
+    """out[b] += rows[0] @ errors[b], on tensor cores, for errors in float16, times `_SCALE`."""
+    left = tensor_cores.narrowed(rows, 1.0)
+    for block, of_block in zip(out.split(1), narrow.split(1), strict=True):
+        tensor_cores.add_product(block, left, of_block, alpha=1 / _SCALE)
