@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -148,3 +151,12 @@ def test_without_such_instructions_tables_serve(monkeypatch):
     expected = x.double() @ formula(weight).t()
     assert float((layer(x).double() - expected).norm() / expected.norm()) < 1e-6
     assert layer._prepared.cpu.int8 is None
+
+
+def test_without_their_use_tables_serve():
+    """A user may restrict oneDNN to instructions whose sums have 16 bits."""
+    code = "from gptq_plugin.layers import int8_cpu; print(int8_cpu.is_served())"
+    for isa, served in (("AVX512_CORE", "False"), ("DEFAULT", "True")):
+        env = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == served

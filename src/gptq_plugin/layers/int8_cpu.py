@@ -7,6 +7,7 @@ multiplies them by the group's scales and adds them to those of other groups, in
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -95,10 +96,7 @@ class Int8:
         groups = bytes_of.view(-1, len(self.weights), self.group_size).transpose(0, 1).contiguous()
         sums = torch.zeros(groups.shape[1], len(self.zeros), dtype=torch.float32, device="cpu")
         for group, weight, scale in zip(groups.unbind(), self.weights, self.scales.unbind(), strict=True):
-            sums = torch.ops.onednn.qlinear_pointwise.binary(
-                group, 1.0, _MIDDLE, weight, scale, self.zeros, sums, None,
-                1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "",
-            )  # fmt: skip
+            sums = _multiply_add(group, weight, scale, self.zeros, sums)
         y, *others = sums.view(_BYTES, len(x), -1)
         y.mul_(1 / _WHOLE)
         for place, other in enumerate(others, 1):
@@ -107,5 +105,26 @@ class Int8:
 
 
 def is_served() -> bool:
-    """Whether PyTorch has oneDNN here and the CPU instructions for products of bytes."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    """Whether PyTorch has oneDNN here and the CPU instructions for products of bytes, and oneDNN uses them."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported() and _is_exact()
+
+
+@functools.cache
+def _is_exact() -> bool:
+    """Whether oneDNN's sums of products of bytes have all their bits. Those of older instructions, to which
+    ONEDNN_MAX_CPU_ISA restricts it, stop at 16 bits.
+    """
+    x = torch.full((4, 64), 255, dtype=torch.uint8, device="cpu")
+    weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8, device="cpu"), None)
+    ones = torch.ones(16, dtype=torch.float32, device="cpu")
+    zeros = torch.zeros(16, dtype=torch.int64, device="cpu")
+    y = _multiply_add(x, weight, ones, zeros, torch.zeros(4, 16, dtype=torch.float32, device="cpu"))
+    return bool((y == 64 * 127 * (255 - _MIDDLE)).all())
+
+
+def _multiply_add(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, sums: Tensor) -> Tensor:
+    """The sums, with (x - 128) Wᵀ * scales added to them in place."""
+    return torch.ops.onednn.qlinear_pointwise.binary(  # type: ignore[no-any-return]
+        x, 1.0, _MIDDLE, weight, scales, zeros, sums, None,
+        1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "",
+    )  # fmt: skip
