@@ -7,8 +7,8 @@ Indexed with an expert's number, both give an object that torch.nn.functional.li
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -76,7 +76,7 @@ class ExpertWeights(_Experts):
 
     @property
     def device(self) -> torch.device:
-        tensors = itertools.chain(self._first._buffers.values(), self._first.parameters())
+        tensors = self._first._buffers.values() or self._first.parameters()
         return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
     @property
@@ -89,7 +89,7 @@ class ExpertWeights(_Experts):
 
     @property
     def _first(self) -> nn.Module:
-        return self._module.get_submodule(self._parts[0][0])
+        return reduce(lambda at, name: at._modules[name], self._parts[0][0].split("."), self._module)  # type: ignore
 
     def dim(self) -> int:
         return len(self.shape)
