@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -79,7 +80,7 @@ def test_a_shard_is_on_the_disk_before_the_next_one_only_if_it_is_to_last(
     durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[int] = []
-    monkeypatch.setattr(shards.os, "fsync", flushed.append)
+    monkeypatch.setattr(os, "fsync", flushed.append)
     writer = ShardWriter(tmp_path, 4 * KB, durable=durable)
     given = tensors("x") | tensors("y")
     for name in ("x", "y"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptq_plugin import QuantizeConfig
+from gptq_plugin import QuantizeConfig, load_quantized
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import staging
 from gptq_plugin.export.export import Export, export_model
@@ -101,6 +103,27 @@ def test_files_have_the_permissions_of_any_new_file(rtn: Rtn, tmp_path: Path) ->
 
 
 LONG = ["n" * 238, "n" * 255, "é" * 127]  # bytes: just too long for the hidden name, the longest, two a character
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_permissions_and_flushes_takes_an_export_with_a_warning(
+    code: int, rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(code: int) -> Callable[..., None]:
+        def fails(*_: Any, **__: Any) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return fails
+
+    model = rtn(Plain(), QuantizeConfig(group_size=16))
+    monkeypatch.setattr(os, "chmod", refuses(code))
+    monkeypatch.setattr(os, "fsync", refuses(errno.EINVAL))
+    folder = export_model(model, tmp_path / "out", QuantizeConfig(group_size=16))
+    load_quantized(folder, model=Plain())
+    assert "does not let permissions be set, so others may not read" in caplog.text
+    monkeypatch.setattr(os, "fsync", refuses(errno.EIO))
+    with pytest.raises(ExportError, match="could not be written: .*Input/output error"):
+        export_model(model, tmp_path / "other", QuantizeConfig(group_size=16))
 
 
 @pytest.mark.parametrize("name", LONG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,8 +14,22 @@ from safetensors import SafetensorError
 
 from gptq_plugin.errors import ExportError, brief
 
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what file systems of networks answer
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
 _OF_RUST = re.compile(r"os error (\d+)")
+
+
+def flush(handle: int) -> None:
+    """Flushes an open file to the disk, where the file system knows that.
+
+    Raises:
+        OSError: The disk did not take it.
+    """
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def free_bytes(folder: Path) -> int | None:

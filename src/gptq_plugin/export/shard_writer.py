@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from gptq_plugin.checkpoint.files import INDEX, WEIGHTS
 from gptq_plugin.errors import ExportError, brief
-from gptq_plugin.export.disk_space import disk_errors_explained
+from gptq_plugin.export.disk_space import disk_errors_explained, flush
 
 Tensors = dict[str, Tensor]
 Prepare = Callable[[Tensors], Tensors]
@@ -139,7 +138,7 @@ class ShardWriter:
             save_file(self._gathered, file, metadata={"format": "pt"})
             if self._durable:
                 with file.open("rb") as written:
-                    os.fsync(written.fileno())  # here, in the background, not at the end
+                    flush(written.fileno())  # here, in the background, not at the end
             handle = safe_open(str(file), framework="pt", device="cpu")
         self._files.append(file)
         self._written.update(dict.fromkeys(self._gathered, handle))

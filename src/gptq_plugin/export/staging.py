@@ -16,7 +16,8 @@ import stat
 from pathlib import Path
 
 from gptq_plugin.checkpoint.files import QUANTIZE_CONFIG
-from gptq_plugin.errors import ExportError, brief
+from gptq_plugin.errors import ExportError, brief, some
+from gptq_plugin.export.disk_space import UNSUPPORTED, flush
 from gptq_plugin.export.export_dir import check_export_dir, resolved
 from gptq_plugin.export.hidden_folders import (
     LEAVING,
@@ -153,8 +154,10 @@ def _rename_all(moves: list[tuple[Path, Path]]) -> None:
 def _flush(staging: Path) -> None:
     """Flushes all files to the disk and gives them the permissions of new files (safetensors makes its own private).
 
-    A link, such as a tokenizer may leave, becomes the file that it leads to, which is not touched itself.
+    A link, such as a tokenizer may leave, becomes the file that it leads to, which is not touched itself. A file system
+    that has no permissions of its own keeps those that it shows.
     """
+    kept = []
     mode = stat.S_IMODE((staging / QUANTIZE_CONFIG).stat().st_mode)
     for path in [*staging.rglob("*"), staging]:
         if path.is_symlink() and path.is_file():
@@ -164,14 +167,21 @@ def _flush(staging: Path) -> None:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ExportError(f"{path.name} of the export is neither a file nor a folder: see who wrote it there")
         if path.is_file():
-            path.chmod(mode)
+            try:
+                path.chmod(mode)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, *UNSUPPORTED):
+                    raise
+                kept.append(path.name)
         _sync(path)
+    if kept:
+        log.warning("the file system does not let permissions be set, so others may not read %s", some(kept))
 
 
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        flush(handle)
     finally:
         os.close(handle)
 
