@@ -202,12 +202,13 @@ def scale_equations(
         SIZE=size, UPPER=min(_UPPER, tile), INNER=tile, ROWS=_ROWS, TOGETHER=_TOGETHER,
         num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
-    right = _pulled(narrow, errors[:, some]).mul_(centred).unflatten(0, (groups, size)).sum(1).mT
+    pulled, of_rows = _pulled(narrow, errors[:, some])
+    right = pulled.mul_(centred).unflatten(0, (groups, size)).sum(1).mul_(of_rows).mT
     return matrix.mul_(unit), right.mul_(unit)
 
 
-def _pulled(hessian: Tensor, errors: Tensor) -> Tensor:
-    """H e for the columns of errors [n, rows], in the units of a grouped Hessian, and a float16 one."""
+def _pulled(hessian: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """H e for the columns of errors [n, rows], in the units of a grouped Hessian and of each row; and these, [rows]."""
     exponent = torch.frexp(torch.linalg.vector_norm(errors, torch.inf, dim=0)).exponent.clamp(-100, 100)
     unit = torch.ldexp(torch.ones_like(exponent, dtype=errors.dtype), exponent)
     right = _narrowed(errors, _SCALE / unit)
@@ -215,7 +216,7 @@ def _pulled(hessian: Tensor, errors: Tensor) -> Tensor:
         product = torch.mm(hessian, right, out_dtype=torch.float32)  # type: ignore[call-overload]
     else:
         product = hessian.float() @ right.float()
-    return product.mul_(unit / _SCALE)  # type: ignore[no-any-return]
+    return product, unit / _SCALE
 
 
 def _narrowed(x: Tensor, scale: Tensor) -> Tensor:

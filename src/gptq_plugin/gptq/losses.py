@@ -33,14 +33,14 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
 
 def _narrow_output_error(error: Tensor, hessian: Tensor) -> Tensor:
     unit, of_hessian = tensor_cores.unit_above(error, 1), tensor_cores.unit_above(hessian.diagonal())
-    error = error / unit[:, None]
-    narrow, loss = tensor_cores.narrowed(error, _SCALE), torch.zeros_like(unit)
-    for start in range(0, error.shape[1], _STRIP):
-        stop = min(start + _STRIP, error.shape[1])
-        rows = tensor_cores.narrowed(hessian[start:stop, :stop], _SCALE / of_hessian)
-        product = tensor_cores.product(narrow[:, start:stop], rows)
-        product[:, start:] /= 2
-        loss += product.mul_(error[:, :stop]).sum(1)
+    columns = error.mT / unit
+    narrow, loss = tensor_cores.narrowed(columns, _SCALE), torch.zeros_like(unit)
+    for start in range(0, len(columns), _STRIP):
+        stop = min(start + _STRIP, len(columns))
+        rows = tensor_cores.narrowed(hessian[:stop, start:stop], _SCALE / of_hessian)
+        product = tensor_cores.product(rows, narrow[start:stop])
+        product[start:] /= 2
+        loss += product.mul_(columns[:stop]).sum(0)
     return loss.clamp_(min=0).mul_(unit.square()).mul_(of_hessian * (2 * _SCALE**-2))
 
 

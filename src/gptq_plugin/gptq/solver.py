@@ -37,6 +37,7 @@ from gptq_plugin.gptq.improve import Improvement, improves
 from gptq_plugin.gptq.losses import output_error, output_power, rounding_loss
 from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.gptq.row_blocks import divided
+from gptq_plugin.kernels import step_passes
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,15 @@ def _beside(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> tuple[Te
 
 
 def _loss(blocks: Tensor, hessian: Tensor, rounded: QuantizedWeight) -> Tensor:
-    errors = blocks - rounded.dequantize(blocks.dtype).view_as(blocks)
-    return torch.cat([output_error(error, hessian) for error in errors])
+    grids = rounded.scales.to(blocks.dtype), rounded.zeros.to(blocks.dtype), rounded.g_idx.long()
+    losses, natural = [], torch.arange(blocks.shape[2], device=blocks.device)
+    for number, block in enumerate(blocks):
+        some = slice(number * len(block), (number + 1) * len(block))
+        scales, zeros = (of_all[:, some].contiguous() for of_all in grids[:2])
+        codes, weight = rounded.codes[some].mT.contiguous(), block.mT.contiguous()
+        errors = step_passes(block).rounding_errors(weight, codes, scales, zeros, grids[2], natural)
+        losses.append(output_error(errors.mT, hessian))
+    return torch.cat(losses)
 
 
 def begun(
