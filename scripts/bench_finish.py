@@ -115,10 +115,12 @@ def measure(bits: int, method: str, finishes: list[Finish], rows: Any, evaluatio
 
 def large_blocks(layers: int, steps: int, tokens: int) -> str:
     """The training of blocks of the 8B shape with random weights, on a GPU, of models on the CPU; 65,536 tokens."""
-    model = _model(layers, "cpu")
-    teacher = copy.deepcopy(model)
+    model = _model(layers, "cuda")
+    teacher = copy.deepcopy(model).cpu()
     quantizer = QuantizeModule(bits=4)
     quantizer.round_to_nearest(model)
+    model.cpu()
+    torch.cuda.empty_cache()
     rows = list(torch.randint(0, 128256, (36, 2048)))
     finish = Finish(
         "blocks",
