@@ -71,6 +71,17 @@ def test_what_waits_once_a_rank_is_known_to_be_lost_is_aborted_and_nothing_else(
     assert done == aborted
 
 
+def test_an_operation_that_has_ended_is_not_asked_for_again(made):
+    """That would break a CUDA graph that another thread captures."""
+    mine, _ = made(0)
+    made(1)
+    event = Event(2)
+    mine.queued(event)
+    _until(lambda: event.left < 0)
+    time.sleep(5 * awaited.BEAT)
+    assert event.left == -1
+
+
 def test_an_operation_that_waits_for_a_rank_without_a_sign_of_life_is_aborted_with_its_number(made, caplog):
     mine, done = made(0)
     made(1)  # counts no further

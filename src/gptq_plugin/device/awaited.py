@@ -36,6 +36,7 @@ class Awaited:
         self._store = store.clone()  # of its own, so that neither waits for the other's reading
         self._keys, self._own, self._abort = list(keys), keys[rank], abort
         self._event: Any = None
+        self._changes = threading.Lock()  # of the event
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
         self._store.set(self._own, "0")
@@ -46,7 +47,8 @@ class Awaited:
         Args:
             event: A `torch.cuda.Event` behind it.
         """
-        self._event = event
+        with self._changes:
+            self._event = event
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="gptq_plugin awaited", daemon=True)
             self._thread.start()
@@ -67,8 +69,17 @@ class Awaited:
             self._thread.join(PATIENCE)
 
     def _waits(self) -> bool:
+        """Whether the last operation has not ended. Once it has, it is forgotten: to ask the device again, from this
+        thread, would break a CUDA graph that another one captures."""
         event = self._event
-        return event is not None and not event.query()
+        if event is None:
+            return False
+        if event.query():
+            with self._changes:
+                if self._event is event:
+                    self._event = None
+            return False
+        return True
 
     def _end(self, whom: str) -> None:
         self._event = None
