@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_plugin import QuantizeModule
 
-SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 512}
 MIB = 2**20
 
 
@@ -30,12 +29,19 @@ def anonymous() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
-def make(blocks: int, folder: str) -> None:
+def make(blocks: int, hidden: int, folder: str) -> None:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=blocks, **SIZES)).save_pretrained(folder)
+    config = LlamaConfig(
+        num_hidden_layers=blocks,
+        hidden_size=hidden,
+        intermediate_size=hidden * 43 // 16,
+        num_attention_heads=8,
+        vocab_size=512,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def quantize(blocks: int, folder: str) -> None:
+def quantize(blocks: int, hidden: int, folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     size = sum(parameter.nbytes for parameter in model.parameters()) / MIB
     torch.manual_seed(0)
@@ -51,11 +57,12 @@ def quantize(blocks: int, folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16, 32])
+    parser.add_argument("--hidden", type=int, default=512, help="channels")
     parser.add_argument("--step", choices=("make", "quantize"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
-        {"make": make, "quantize": quantize}[options.step](options.blocks[0], options.folder)
+        {"make": make, "quantize": quantize}[options.step](options.blocks[0], options.hidden, options.folder)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(
@@ -64,7 +71,8 @@ def main() -> None:
     for blocks in options.blocks:
         with tempfile.TemporaryDirectory() as folder:
             for step in ("make", "quantize"):
-                command = [sys.executable, __file__, "--step", step, "--folder", f"{folder}/m", "--blocks", str(blocks)]
+                command = [sys.executable, __file__, "--step", step, "--folder", f"{folder}/m"]
+                command += ["--blocks", str(blocks), "--hidden", str(options.hidden)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(done.stderr)

@@ -108,6 +108,7 @@ def test_the_report_page_names_every_key_of_a_report():
     [
         ("gptq-plugin check", lambda: _subparser("check")),
         ("gptq-plugin convert", lambda: _subparser("convert")),
+        ("gptq-plugin eval", lambda: _subparser("eval")),
         ("gptq-plugin push", lambda: _subparser("push")),
         ("python -m gptq_plugin.apps.evaluate", lambda: evaluate._parser()),
     ],
@@ -121,7 +122,7 @@ def test_the_commands_page_names_every_option_and_no_other(heading: str, parser:
 
 def _subparser(which: str) -> argparse.ArgumentParser:
     parsers = argparse.ArgumentParser().add_subparsers()
-    {"check": command._add_check, "convert": command._add_convert, "push": command._add_push}[which](parsers)
+    getattr(command, f"_add_{which}")(parsers)
     return parsers.choices[which]
 
 
@@ -137,6 +138,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """gptq-plugin reads its command lines, and does nothing."""
     monkeypatch.setattr(command, "_check", lambda parsed: 0)
     monkeypatch.setattr(command, "_convert", lambda parsed: 0)
+    monkeypatch.setattr(command, "_eval", lambda parsed: 0)
     monkeypatch.setattr(command, "_push", lambda parsed: 0)
     with initialize_config_module("gptq_plugin.conf", version_base="1.3"):
         yield
