@@ -81,3 +81,27 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_detours(capability, 
     # Expansion, product and scales; with 64 rows of x most are products.
     weights = layout.step * 64 / (32 * warps)
     assert 0 < len(loop) / weights < (2.2 if block == 8 else 4.2)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="needs the tools that Triton comes with")
+@pytest.mark.parametrize(("capability", "bits", "ways"), [(80, 4, 4), (89, 8, 2), (90, 2, 8)])
+def test_weights_of_programs_whose_warps_share_the_channels_are_not_moved_either(capability, bits, ways, tmp_path):
+    from gptq_plugin.kernels.product.by_warps import _by_warps_kernel
+
+    layout = Layout.of(bits, 128, 8192, 8192, True)
+    types = {
+        "x": "*fp16", "words": "*i16", "scales": "*i32", "out": "*fp16", "M": "i32", "N": "i32", "K": "i32",
+        "stride": "i32", "steps": "i32",
+    }  # fmt: skip
+    sizes = {
+        "BITS": bits, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
+        "SYMMETRIC": True, "HAS_BIAS": False, "WHOLE": True, "BN": 16, "BM": 8, "WAYS": ways, "STAGES": 3,
+        "EARLY": 3 if capability == 90 else 0, "high": None, "zeros": None, "bias": None,
+    }  # fmt: skip
+    options = {"num_warps": ways, "num_stages": 3}
+    graph, code, resources = machine_code(_by_warps_kernel, types, sizes, capability, options, tmp_path)
+    assert re.search(r"STACK:0\b", resources), "registers are spilled"
+    converted = [line for line in graph.splitlines() if "convert_layout" in line]
+    assert not [line for line in converted if f"{ways}x16x64x" in line], "weights are moved"
+    assert ("CCTL" in code) == (capability == 90), "words are announced"

@@ -21,7 +21,8 @@ def right(text, layout=LAYOUT, rows=16, dtype=torch.float16, on=H100):
 
 def test_every_kernel_has_options_with_defaults():
     assert KERNELS["few_rows"].options == {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2, "EARLY": 0}
-    assert set(KERNELS["many_rows"].options) == {"BN", "BM", "STAGES", "WIDTH", "SPLIT", "EARLY"}
+    assert set(KERNELS["many_rows"].options) == {"BM", "STAGES", "AHEAD", "WIDTH", "SPLIT", "EARLY"}
+    assert set(KERNELS["by_warps"].options) == {"BN", "BM", "WAYS", "STAGES", "EARLY"}
     assert KERNELS["dense"].options == {}
     assert all(type(value) is int for kernel in KERNELS.values() for value in kernel.options.values())
 
@@ -35,9 +36,11 @@ def test_options_left_out_are_the_kernels_own():
     [
         "no_such_kernel", "run", "dense BN=64", "few_rows WIDTH=2", "few_rows BN=64 BN=64", "few_rows BN=48",
         "few_rows BN=256", "few_rows BM=4", "few_rows BM=24", "few_rows SPLIT=0", "few_rows SPLIT=17",
-        "few_rows STAGES=0", "few_rows STAGES=9", "few_rows warps=3", "few_rows BM=128 STAGES=4", "many_rows BN=32",
-        "many_rows BM=512", "many_rows BM=256 BN=128", "many_rows STAGES=4", "many_rows WIDTH=0", "many_rows SPLIT=33",
-        "few_rows EARLY=2", "many_rows EARLY=2",
+        "few_rows STAGES=0", "few_rows STAGES=9", "few_rows warps=3", "few_rows BM=128 STAGES=4", "many_rows BN=64",
+        "many_rows BM=512", "many_rows BM=32", "many_rows STAGES=6", "many_rows STAGES=2", "many_rows AHEAD=1",
+        "many_rows AHEAD=5", "many_rows WIDTH=0", "many_rows SPLIT=17", "many_rows EARLY=2", "few_rows EARLY=5",
+        "by_warps SPLIT=2", "by_warps BN=48", "by_warps BM=64", "by_warps WAYS=3", "by_warps WAYS=16",
+        "by_warps STAGES=0", "by_warps BN=64 WAYS=8 STAGES=4", "by_warps EARLY=5",
     ],
 )  # fmt: skip
 def test_options_that_a_kernel_cannot_run_with_do_not_fit(text):
@@ -50,6 +53,8 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
     assert right("many_rows SPLIT=2", rows=256) and right("many_rows", rows=1024)
     assert right("few_rows EARLY=1") and not right("few_rows EARLY=1", on=A100)
     assert right("one_row EARLY=1", rows=1) and not right("one_row EARLY=1", rows=1, on=A100)
+    assert right("by_warps") and right("by_warps", on=A100) and not right("by_warps EARLY=1", on=A100)
+    assert not right("by_warps", dtype=torch.float32) and not right("by_warps", rows=128)
     assert not right("many_rows", on=A100) and not right("many_rows", dtype=torch.float32)
     assert not right("few_rows BM=64 STAGES=4", on=L4) and right("few_rows BM=64 STAGES=4", on=A100)
     assert not right("few_rows BM=64 STAGES=4", dtype=torch.float32, on=A100)

@@ -21,13 +21,15 @@ def chosen(rows, n_in=4096, n_out=4096, bits=4, group=128, dtype=torch.float16, 
 
 def test_on_an_h100_the_choice_is_what_was_fastest_there():
     assert chosen(1) == "one_row CHUNKS=64 EARLY=1" and chosen(1, n_out=1024) == "one_row CHUNKS=128 EARLY=1"
-    assert chosen(4) == chosen(1, bits=8) == "few_rows BN=32 BM=8 SPLIT=4 STAGES=3 warps=2 EARLY=0"
+    assert chosen(4) == chosen(1, bits=8) == "by_warps BN=16 BM=8 WAYS=4 STAGES=3 EARLY=1"
+    assert chosen(4, gpu=A100) == "few_rows BN=32 BM=8 SPLIT=4 STAGES=3 warps=2 EARLY=0"
     assert chosen(16) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=3 warps=2 EARLY=0"
     assert chosen(64) == "few_rows BN=64 BM=64 SPLIT=4 STAGES=3 warps=4 EARLY=1"
     assert chosen(256) == "few_rows BN=64 BM=64 SPLIT=1 STAGES=3 warps=4 EARLY=1"
-    assert chosen(2048) == "many_rows BN=64 BM=256 STAGES=3 WIDTH=2 EARLY=0"
+    assert chosen(2048) == chosen(256, 8192, 28672) == "many_rows BM=256 STAGES=5 AHEAD=2 WIDTH=2"
     assert chosen(1, n_out=14336) == "few_rows BN=64 BM=8 SPLIT=1 STAGES=5 warps=2 EARLY=1"
-    assert chosen(256, 8192, 28672) == "many_rows BN=64 BM=256 STAGES=3 WIDTH=2 EARLY=1"
+    assert chosen(1, n_out=14336, bits=8) == "few_rows BN=64 BM=8 SPLIT=1 STAGES=3 warps=2 EARLY=1"
+    assert chosen(1, 8192, 28672, bits=3) == "few_rows BN=64 BM=8 SPLIT=1 STAGES=3 warps=2 EARLY=1"
 
 
 def test_many_rows_are_dense_where_the_kernel_for_hopper_does_not_apply(monkeypatch):

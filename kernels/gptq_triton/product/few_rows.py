@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..needs_triton import tl, triton
 from .codes import centered, of_pair, scale_of
-from .in_turn import launch, let_go, wait
+from .in_turn import announce, launch, let_go, wait
 from .layout import Arranged, Layout
 from .workspace import Workspace
 
 
 @triton.jit
-def _store_sum(
+def store_sum(
     acc, bias, out, parts, counters, n, m, M, N, tile, part,
     HAS_BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -51,8 +51,6 @@ def _few_rows_kernel(
     SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        wait()
     pn, part, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     EACH: tl.constexpr = GROUP // LANES  # planes that share a scale
@@ -65,6 +63,14 @@ def _few_rows_kernel(
     there = (m < M)[:, None]
     size = stride.to(tl.int64) * LANES  # words of a block
     kind = tl.zeros([1], x.dtype.element_ty)
+    if EARLY:
+        for i in tl.static_range(EARLY - 2):
+            early = part * steps // SPLIT + i
+            if early < (part + 1) * steps // SPLIT:
+                announce(words, high, scales, zeros, early, pn * BN, stride, BITS, LANES, BLOCKS, PAIRS, SYMMETRIC, BN)
+        wait()
+        if EARLY > 1:
+            let_go()
     acc = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(part * steps // SPLIT, (part + 1) * steps // SPLIT, num_stages=STAGES):
         if BITS == 3:
@@ -92,9 +98,9 @@ def _few_rows_kernel(
             total = tl.dot(q, tl.trans(a), total, input_precision="ieee")
             if index % EACH == EACH - 1:
                 acc += total * scale_of(s, index // EACH % 2)[:, None]
-    if EARLY:
+    if EARLY == 1:
         let_go()
-    _store_sum(acc, bias, out, parts, counters, n, m, M, N, pm * tl.num_programs(0) + pn, part, HAS_BIAS, BN, BM, SPLIT)
+    store_sum(acc, bias, out, parts, counters, n, m, M, N, pm * tl.num_programs(0) + pn, part, HAS_BIAS, BN, BM, SPLIT)
 
 
 def few_rows(
@@ -113,7 +119,8 @@ def few_rows(
         SPLIT: Programs that share a tile.
         STAGES: Depth of the pipeline of loads.
         warps: Of a program.
-        EARLY: 1 to begin while a product before ends, and let one after it do so; see `in_turn`.
+        EARLY: 1 to begin while a product before ends, and let one after it do so; 2 or more to let it once this one has
+            begun, with the words of EARLY - 2 steps fetched into the L2 cache before. See `in_turn`.
     """
     rows = len(x)
     tiles = layout.outputs // BN * triton.cdiv(rows, BM)

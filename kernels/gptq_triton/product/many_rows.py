@@ -32,7 +32,8 @@ from .workspace import Workspace
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7 renamed it
 
-_LANES = 32  # half a word's lanes: what a stage of the ring holds
+_BN = 64  # outputs of each of the two groups of warps, of a tile
+_HALF = 32  # lanes whose weights are multiplied at a time: more spill
 
 
 @triton.constexpr_function
@@ -101,31 +102,30 @@ def _place(tile, M, outputs, BN: gl.constexpr, BM: gl.constexpr, WIDTH: gl.const
 
 @gluon.jit
 def _fetch(
-    x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, halves,
-    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
-    EARLY: gl.constexpr,
+    x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, steps,
+    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr,
+    SPLIT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     turn = 0
     tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN) * SPLIT
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n, m = _place(tile // SPLIT, M, outputs, 2 * BN, BM, WIDTH)
-        for half in range(tile % SPLIT * halves // SPLIT, (tile % SPLIT + 1) * halves // SPLIT):
-            stage = turn % STAGES
-            phase = turn // STAGES & 1
-            mbarrier.wait(words_free.index(stage), phase ^ 1)
-            mbarrier.expect(words_full.index(stage), 2 * BN * 32 * 2)
-            row = half // 2 * outputs + n
-            tma.async_copy_global_to_shared(words, [row, half % 2 * 32], words_full.index(stage), ring.index(2 * stage))
-            tma.async_copy_global_to_shared(
-                words, [row + BN, half % 2 * 32], words_full.index(stage), ring.index(2 * stage + 1)
-            )
-            for plane in gl.static_range(4):
-                mbarrier.wait(x_free.index(4 * stage + plane), phase ^ 1)
-                mbarrier.expect(x_full.index(4 * stage + plane), BM * 32 * 2)
+        for step in range(tile % SPLIT * steps // SPLIT, (tile % SPLIT + 1) * steps // SPLIT):
+            stage = turn % AHEAD
+            mbarrier.wait(words_free.index(stage), turn // AHEAD & 1 ^ 1)
+            mbarrier.expect(words_full.index(stage), 2 * BN * 64 * 2)
+            row = step * outputs + n
+            for part in gl.static_range(4):  # halves of the lanes of each group of warps
                 tma.async_copy_global_to_shared(
-                    x, [m, half // 2 * 256 + half % 2 * 32 + 64 * plane],
-                    x_full.index(4 * stage + plane), x_ring.index(4 * stage + plane),
-                )  # fmt: skip
+                    words, [row + part // 2 * BN, part % 2 * 32], words_full.index(stage), ring.index(4 * stage + part)
+                )
+            for plane in gl.static_range(4):
+                of_x = 4 * turn + plane
+                mbarrier.wait(x_free.index(of_x % STAGES), of_x // STAGES & 1 ^ 1)
+                mbarrier.expect(x_full.index(of_x % STAGES), BM * 64 * 2)
+                tma.async_copy_global_to_shared(
+                    x, [m, step * 256 + 64 * plane], x_full.index(of_x % STAGES), x_ring.index(of_x % STAGES)
+                )
             turn += 1
     if EARLY:
         let_go()
@@ -166,20 +166,21 @@ def _store_sum(
 
 
 @gluon.jit
-def _words(ring, full, free, turn, HALF: gl.constexpr, STAGES: gl.constexpr, A: gl.constexpr):
-    """The words of a turn, in registers."""
-    mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
-    w = ring.index(2 * (turn % STAGES) + HALF).load(A)
-    mbarrier.arrive(free.index(turn % STAGES), count=1)
-    return w
+def _words(ring, full, free, turn, HALF: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr):
+    """The words of a turn in registers: of the lower lanes, and of the upper ones."""
+    mbarrier.wait(full.index(turn % AHEAD), turn // AHEAD & 1)
+    lower = ring.index(4 * (turn % AHEAD) + 2 * HALF).load(A)
+    upper = ring.index(4 * (turn % AHEAD) + 2 * HALF + 1).load(A)
+    mbarrier.arrive(free.index(turn % AHEAD), count=1)
+    return lower, upper
 
 
 @gluon.jit
 def _multiply(
     scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
-    M, N, outputs, halves, HALF: gl.constexpr,
-    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
-    SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr,
+    M, N, outputs, steps, HALF: gl.constexpr,
+    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr,
+    SPLIT: gl.constexpr, SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
@@ -190,48 +191,47 @@ def _multiply(
     tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN) * SPLIT
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n0, m0 = _place(tile // SPLIT, M, outputs, 2 * BN, BM, WIDTH)
-        first = tile % SPLIT * halves // SPLIT
-        end = (tile % SPLIT + 1) * halves // SPLIT
+        first = tile % SPLIT * steps // SPLIT
+        end = (tile % SPLIT + 1) * steps // SPLIT
         n = gl.minimum(n0 + HALF * BN + gl.arange(0, BN, R), outputs - 1)
         acc = gl.zeros([BN, BM], gl.float32, L)
-        s = gl.load(scales + first // 2 * outputs + n)
-        z = s if SYMMETRIC else gl.load(zeros + first // 2 * outputs + n)
-        w = _words(ring, words_full, words_free, turn, HALF, STAGES, A)
-        a = _weights(w, s, z, 0, BF16, SYMMETRIC, kind)
+        s = gl.load(scales + first * outputs + n)
+        z = s if SYMMETRIC else gl.load(zeros + first * outputs + n)
+        lower, upper = _words(ring, words_full, words_free, turn, HALF, AHEAD, A)
+        a = _weights(lower, s, z, 0, BF16, SYMMETRIC, kind)
         before = a
-        mbarrier.wait(x_full.index(4 * (turn % STAGES)), turn // STAGES & 1)
-        for half in range(first, end):
-            stage = turn % STAGES
-            phase = turn // STAGES & 1
-            following = gl.minimum(half + 1, end - 1) // 2 * outputs + n
+        mbarrier.wait(x_full.index(4 * turn % STAGES), 4 * turn // STAGES & 1)
+        for step in range(first, end):
+            following = gl.minimum(step + 1, end - 1) * outputs + n
             next_s = gl.load(scales + following)
             next_z = next_s if SYMMETRIC else gl.load(zeros + following)
-            for plane in gl.static_range(4):
-                x = x_ring.index(4 * stage + plane).permute((1, 0))
+            for part in gl.static_range(8):  # half a plane
+                of_x = 4 * turn + part // 2
+                x = x_ring.index(of_x % STAGES).slice(part % 2 * 32, 32, dim=1).permute((1, 0))
                 token = warpgroup_mma(a, x, acc, is_async=True)
                 multiplied = a
                 # The next weights are expanded while the tensor cores multiply these and those before. None are on
                 # their way when the loop turns: the compiler would then wait for each.
-                if plane < 3:
-                    a = _weights(w, s, z, plane + 1, BF16, SYMMETRIC, kind)
-                    mbarrier.wait(x_full.index(4 * stage + plane + 1), phase)
+                if part < 7:
+                    a = _weights(lower if part % 2 else upper, s, z, (part + 1) // 2, BF16, SYMMETRIC, kind)
                 else:
                     s = next_s
                     z = next_z
-                    if half + 1 < end:
-                        w = _words(ring, words_full, words_free, turn + 1, HALF, STAGES, A)
-                    a = _weights(w, s, z, 0, BF16, SYMMETRIC, kind)
-                    after = (turn + 1) % STAGES
-                    mbarrier.wait(x_full.index(4 * after), (turn + 1) // STAGES & 1, pred=half + 1 < end)
-                if plane == 0:
+                    if step + 1 < end:
+                        lower, upper = _words(ring, words_full, words_free, turn + 1, HALF, AHEAD, A)
+                    a = _weights(lower, s, z, 0, BF16, SYMMETRIC, kind)
+                if part % 2:
+                    more = (part < 7) | (step + 1 < end)
+                    mbarrier.wait(x_full.index((of_x + 1) % STAGES), (of_x + 1) // STAGES & 1, pred=more)
+                if part == 0:
                     acc = token
-                elif plane < 3:
+                elif part < 7:
                     acc, before, a = warpgroup_mma_wait(1, deps=[token, before, a])
-                    mbarrier.arrive(x_free.index(4 * stage + plane - 1), count=1)
+                    if part % 2 == 0:
+                        mbarrier.arrive(x_free.index((of_x + STAGES - 1) % STAGES), count=1)
                 else:
                     acc, multiplied, a = warpgroup_mma_wait(0, deps=[token, multiplied, a])
-                    mbarrier.arrive(x_free.index(4 * stage + 2), count=1)
-                    mbarrier.arrive(x_free.index(4 * stage + 3), count=1)
+                    mbarrier.arrive(x_free.index(of_x % STAGES), count=1)
                 before = multiplied
             turn += 1
         slot, n0 = tile // SPLIT * 2 + HALF, n0 + HALF * BN
@@ -240,37 +240,37 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["M"])
 def _many_rows_kernel(
-    x, words, scales, zeros, bias, out, parts, counters, M, N, outputs, halves,
-    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SPLIT: gl.constexpr,
-    SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr, EARLY: gl.constexpr,
+    x, words, scales, zeros, bias, out, parts, counters, M, N, outputs, steps,
+    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr,
+    SPLIT: gl.constexpr, SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     if EARLY:
         wait()
-    ring = gl.allocate_shared_memory(gl.int16, [2 * STAGES, BN, 32], words.layout)
-    x_ring = gl.allocate_shared_memory(x.dtype, [4 * STAGES, BM, 32], x.layout)
-    words_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    words_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    x_full = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
-    x_free = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    ring = gl.allocate_shared_memory(gl.int16, [4 * AHEAD, BN, 32], words.layout)
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BM, 64], x.layout)
+    words_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
+    words_free = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(AHEAD):
         mbarrier.init(words_full.index(i), count=1)
         mbarrier.init(words_free.index(i), count=2)
-    for i in gl.static_range(4 * STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_free.index(i), count=2)
     fence_async_shared()
     gl.warp_specialize([
         (_multiply, (
             scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
-            M, N, outputs, halves, 0, BN, BM, STAGES, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
+            M, N, outputs, steps, 0, BN, BM, STAGES, AHEAD, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
         )),
         (_multiply, (
             scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
-            M, N, outputs, halves, 1, BN, BM, STAGES, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
+            M, N, outputs, steps, 1, BN, BM, STAGES, AHEAD, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
         )),
         (_fetch, (
-            x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, halves,
-            BN, BM, STAGES, WIDTH, SPLIT, EARLY,
+            x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, steps,
+            BN, BM, STAGES, AHEAD, WIDTH, SPLIT, EARLY,
         )),
     ], [4, 1], [232, 40])  # fmt: skip
 
@@ -283,7 +283,7 @@ def takes(layout: Layout, dtype: torch.dtype) -> bool:
 
 def many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 256, STAGES: int = 3, WIDTH: int = 2, SPLIT: int = 1, EARLY: int = 0,
+    *, BM: int = 256, STAGES: int = 5, AHEAD: int = 2, WIDTH: int = 2, SPLIT: int = 1, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32, with weights rounded once to x's dtype.
 
@@ -293,20 +293,22 @@ def many_rows(
         bias: [out], any floating dtype, or None.
         out: [M, out] in x's dtype, contiguous.
         workspace: Of the current stream.
-        BN, BM: Outputs of each of the two groups of warps, and rows, of a tile.
-        STAGES: Length of the ring of buffers.
+        BM: Rows of a tile of 128 outputs.
+        STAGES: Length of the ring of buffers for x, of 64 channels each.
+        AHEAD: That of the ring for words, of 256.
         WIDTH: Columns of tiles in a band.
         SPLIT: Programs that share a tile.
         EARLY: See `few_rows.few_rows`.
     """
     shared = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+    wide = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     flat = arranged.words.view(-1, layout.lanes)
-    tiles = triton.cdiv(len(x), BM) * triton.cdiv(layout.outputs, 2 * BN)
-    parts, counters = workspace.of(2 * tiles, tiles * SPLIT * 2 * BN * BM) if SPLIT > 1 else (out, out)
+    tiles = triton.cdiv(len(x), BM) * triton.cdiv(layout.outputs, 2 * _BN)
+    parts, counters = workspace.of(2 * tiles, tiles * SPLIT * 2 * _BN * BM) if SPLIT > 1 else (out, out)
     programs = min(tiles * SPLIT, torch.cuda.get_device_properties(x.device).multi_processor_count)
     _many_rows_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [BM, _LANES], shared), TensorDescriptor.from_tensor(flat, [BN, _LANES], shared),
+        TensorDescriptor.from_tensor(x, [BM, 64], wide), TensorDescriptor.from_tensor(flat, [_BN, _HALF], shared),
         arranged.scales, arranged.zeros, bias, out, parts, counters, len(x), layout.n_out, layout.outputs,
-        2 * layout.steps, BN=BN, BM=BM, STAGES=STAGES, WIDTH=WIDTH, SPLIT=SPLIT, SYMMETRIC=layout.symmetric,
+        layout.steps, BN=_BN, BM=BM, STAGES=STAGES, AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, SYMMETRIC=layout.symmetric,
         HAS_BIAS=bias is not None, EARLY=EARLY, num_warps=4, **launch(EARLY),
     )  # fmt: skip

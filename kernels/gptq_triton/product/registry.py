@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import rule
+from .by_warps import by_warps
 from .choice import Choice, Gpu
 from .dense import dense
 from .few_rows import few_rows
@@ -83,7 +84,7 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
 
 
 def _early_fits(gpu: Gpu, options: Mapping[str, int]) -> bool:
-    return options["EARLY"] in ((0, 1) if gpu.hopper else (0,))
+    return 0 <= options["EARLY"] <= (4 if gpu.hopper else 0)
 
 
 def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int, hopper: bool) -> int:
@@ -102,7 +103,7 @@ def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
     own = rule.few(layout, rows, dtype, gpu)
     BN, BM, SPLIT, STAGES, warps, EARLY = own.values()
     deeper = {"STAGES": 5 if STAGES == 3 else 3}
-    fewest = 4 if layout.bits == 3 else 2  # two warps of 3 bits, or with 64 rows, spill
+    fewest = 4 if layout.bits == 3 and BM > 8 else 2  # two warps of 3 bits and more rows, or with 64 rows, spill
     changes: list[Options] = [
         {}, {"EARLY": 1 - EARLY}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, deeper, {"BN": 96 - BN},
         {"BN": 96 - BN, "SPLIT": SPLIT // 2 if BN == 64 else 2 * SPLIT},
@@ -114,9 +115,31 @@ def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
         yield own | change
 
 
+def _warps_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
+    BN, BM, WAYS, STAGES = (options[name] for name in ("BN", "BM", "WAYS", "STAGES"))
+    pairs = layout.step // layout.group // 2 * BN * 4 * (1 if layout.symmetric else 2)
+    of_a_warp = BN * layout.step * layout.bits // 8 + pairs + BM * layout.step * dtype.itemsize
+    return (
+        _early_fits(gpu, options)
+        and rows <= rule.FEW_ROWS
+        and dtype in (torch.float16, torch.bfloat16)
+        and BN in (16, 32, 64)
+        and BM in (8, 16, 32)
+        and WAYS in (1, 2, 4, 8)
+        and 1 <= STAGES <= 8
+        and gpu.shared >= max(STAGES - 1, 1) * WAYS * of_a_warp + 4096
+    )
+
+
+def _near_warps(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
+    if rows <= 16:
+        yield rule.warps(rows, gpu)
+        yield rule.warps(rows, gpu) | {"STAGES": 4}
+
+
 def _many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 256, STAGES: int = 3, WIDTH: int = 2, SPLIT: int = 1, EARLY: int = 0,
+    *, BM: int = 256, STAGES: int = 5, AHEAD: int = 2, WIDTH: int = 2, SPLIT: int = 1, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """`many_rows`; `dense` where x lies at an address that the copy engine does not take. Some outputs out of more are
     copied: beside the product of many rows that takes little."""
@@ -126,24 +149,26 @@ def _many_rows(
     assert module is not None
     whole = arranged.contiguous()
     module.many_rows(
-        x, layout, whole, bias, out, workspace, BN=BN, BM=BM, STAGES=STAGES, WIDTH=WIDTH, SPLIT=SPLIT, EARLY=EARLY
-    )
+        x, layout, whole, bias, out, workspace,
+        BM=BM, STAGES=STAGES, AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, EARLY=EARLY,
+    )  # fmt: skip
     return None
 
 
 def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
-    BN, BM, STAGES, WIDTH, SPLIT = (options[name] for name in ("BN", "BM", "STAGES", "WIDTH", "SPLIT"))
+    BM, STAGES, AHEAD, WIDTH, SPLIT = (options[name] for name in ("BM", "STAGES", "AHEAD", "WIDTH", "SPLIT"))
     module = gluon() if gpu.hopper else None
     return (
         module is not None
         and _early_fits(gpu, options)
+        and options["EARLY"] <= 1
         and module.takes(layout, dtype)
-        and BN in (64, 128)
-        and BM in ((64, 128, 256) if BN == 64 else (64,))  # accumulators of a thread: more spill
-        and 2 <= STAGES <= 8
+        and BM in (64, 128, 256)
+        and 3 <= STAGES <= 12
+        and 2 <= AHEAD <= 4
         and 1 <= WIDTH <= 64
-        and 1 <= SPLIT <= (2 * layout.steps if rows <= rule.FEW_ROWS_TILED else 1)  # parts of many rows take memory
-        and gpu.shared >= STAGES * (2 * BN + 4 * BM) * 64 + 5120  # the rings, and barriers
+        and 1 <= SPLIT <= (layout.steps if rows <= rule.FEW_ROWS_TILED else 1)  # parts of many rows take memory
+        and gpu.shared >= STAGES * BM * 128 + AHEAD * 16384 + 5120  # the rings, and barriers
     )
 
 
@@ -151,19 +176,16 @@ def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Itera
     if rows < rule.FEW_ROWS // 2:
         return
 
-    early: Options = {"EARLY": 1} if rows <= rule.FEW_ROWS_TILED else {}
+    def tile(BM: int, STAGES: int, AHEAD: int, WIDTH: int = 2, **more: int) -> Options:
+        return {"BM": BM, "STAGES": STAGES, "AHEAD": AHEAD, "WIDTH": WIDTH, **more}
 
-    def tile(BN: int, BM: int, STAGES: int, WIDTH: int = 4, **split: int) -> Options:
-        return {"BN": BN, "BM": BM, "STAGES": STAGES, "WIDTH": WIDTH, **split, **early}
-
-    in_two = [tile(64, 128, 5, SPLIT=2), tile(128, 64, 6, SPLIT=2)]
     if rows <= rule.FEW_ROWS:
-        yield from (tile(128, 64, 6), tile(64, 128, 5), *in_two, tile(64, 64, 6, SPLIT=2))
+        yield from (tile(64, 12, 3), tile(64, 12, 3, SPLIT=2))
     elif rows <= rule.FEW_ROWS_TILED:
-        yield from (tile(64, 256, 3), *in_two, tile(64, 128, 5), tile(128, 64, 6))
+        yield from (tile(256, 5, 2), tile(128, 8, 3, SPLIT=2, EARLY=1), tile(128, 8, 3), tile(256, 5, 2, EARLY=1))
     else:
-        yield from (tile(64, 256, 3, width) for width in (4, 2, 8, 1))
-        yield tile(64, 128, 5)
+        yield from (tile(256, 5, 2, width) for width in (2, 4, 8, 1))
+        yield tile(128, 8, 3)
 
 
 def _dense(
@@ -201,13 +223,14 @@ def _one_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
 def _near_one(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     if rows == 1:
         for chunks in (64, 32, 128):
-            yield {"CHUNKS": chunks, "EARLY": int(gpu.hopper)}
+            yield {"CHUNKS": chunks, "EARLY": 3 if gpu.hopper and chunks == 128 else int(gpu.hopper)}
         yield {"CHUNKS": 64}
 
 
 KERNELS: dict[str, Kernel] = {
     "one_row": Kernel(_one_row, _one_fits, _near_one),
     "few_rows": Kernel(few_rows, _few_fits, _near_few),
+    "by_warps": Kernel(by_warps, _warps_fits, _near_warps),
     "many_rows": Kernel(_many_rows, _many_fits, _near_many),
     "dense": Kernel(_dense, _dense_fits, _near_dense),
 }

@@ -22,14 +22,18 @@ def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
         chunks = 128 if layout.outputs < 16 * gpu.processors else 64
         return Choice.of("one_row", CHUNKS=chunks, EARLY=int(gpu.hopper))
     if rows <= FEW_ROWS:
-        return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
+        options = few(layout, rows, dtype, gpu)
+        shared = options["SPLIT"] == 4 and rows <= 8 and layout.bits != 3 and dtype != torch.float32
+        if shared and gpu.hopper:
+            return Choice.of("by_warps", **warps(rows, gpu))
+        return Choice.of("few_rows", **options)
     hopper = gluon() if gpu.hopper else None
     if hopper is None or not hopper.takes(layout, dtype):
         return Choice("dense")
     tiles = layout.outputs // 128 * triton.cdiv(rows, 256)
     if rows <= FEW_ROWS_TILED and tiles * 2 < gpu.processors:
         return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
-    return Choice.of("many_rows", BN=64, BM=256, STAGES=3, WIDTH=2, EARLY=int(rows <= FEW_ROWS_TILED))
+    return Choice.of("many_rows", BM=256, STAGES=5, AHEAD=2, WIDTH=2)
 
 
 def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
@@ -42,7 +46,8 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
     split = next((n for n in (1, 2, 4) if tiles * n >= _PROGRAMS * gpu.processors), 4)
     split = min(split, layout.steps)
     narrow = split == 4 and block == 8 and layout.bits != 3
-    if layout.steps // split >= 8 and tiles * split < 3 * gpu.processors and block <= 16 and not narrow:
+    deep = layout.bits == 4 and layout.steps // split >= 8 and tiles * split < 3 * gpu.processors
+    if deep and block <= 16 and not narrow:
         stages = 5
     while stages > 1 and _shared(layout, dtype, OUTPUTS, block, stages) > gpu.shared:
         stages -= 1
@@ -51,9 +56,14 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
         "BM": block,
         "SPLIT": split,
         "STAGES": stages,
-        "warps": 2 if block <= 16 and layout.bits != 3 else 4,  # of 3 bits a step has too many codes for two
+        "warps": 2 if block <= 16 and (layout.bits != 3 or (split == 1 and block == 8)) else 4,
         "EARLY": int(gpu.hopper and (split == 1 or block == 64)),  # with parts, a next product takes room of the last
     }
+
+
+def warps(rows: int, gpu: Gpu) -> dict[str, int]:
+    """Options of `by_warps`."""
+    return {"BN": 16, "BM": 8 if rows <= 8 else 16, "WAYS": 4, "STAGES": 3, "EARLY": int(gpu.hopper)}
 
 
 def _shared(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int) -> int:
