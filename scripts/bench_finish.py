@@ -113,7 +113,7 @@ def measure(bits: int, method: str, finishes: list[Finish], rows: Any, evaluatio
                 print(f"    {block.summary()}", flush=True)
 
 
-def large_blocks(layers: int, steps: int, tokens: int) -> str:
+def large_blocks(layers: int, steps: int, tokens: int) -> None:
     """The training of blocks of the 8B shape with random weights, on a GPU, of models on the CPU; 65,536 tokens."""
     model = _model(layers, "cuda")
     teacher = copy.deepcopy(model).cpu()
@@ -150,7 +150,7 @@ def large_blocks(layers: int, steps: int, tokens: int) -> str:
         between = f", {marks[2 * number + 2] - last:.1f} s to the next" if number + 1 < layers else ""
         lines.append(f"block {number}: {(last - first) / steps:.2f} s a step{between}")
     lines.append(f"peak {max(peaks) / 2**30:.1f} GiB")
-    return "\n".join(lines)
+    print("\n".join(lines), flush=True)
 
 
 def _model(layers: int, device: str) -> nn.Module:
@@ -162,14 +162,13 @@ def _model(layers: int, device: str) -> nn.Module:
         return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
 
 
-def large(layers: int, steps: int, tokens: int) -> str:
+def large(layers: int, steps: int, tokens: int) -> None:
     """Steps of the 8B shape with random weights on a GPU."""
     model = _model(layers, "cuda")
     teacher = copy.deepcopy(model)
     quantizer = QuantizeModule(bits=4)
     quantizer.round_to_nearest(model)
     held = sum(one.numel() * one.element_size() for one in teacher.parameters())
-    lines = []
     for reruns in (False, True):
         rows = list(torch.randint(0, 128256, (steps * tokens // 2048 + 4, 2048)))
         finish = Finish(
@@ -186,15 +185,15 @@ def large(layers: int, steps: int, tokens: int) -> str:
                 progress=lambda *_: started.append(time.perf_counter()),  # noqa: B023
             )
         except torch.OutOfMemoryError as error:
-            lines.append(f"activations twice: {reruns}: {error}"[:200])
+            print(f"activations twice: {reruns}: {error}"[:200], flush=True)
             continue
         peak = torch.cuda.max_memory_allocated() - held
-        lines.append(
+        print(
             f"{layers} blocks of the 8B shape, {tokens} tokens a step, activations "
             f"{'computed twice' if reruns else 'kept'}: {(started[1] - started[0]) / steps:.2f} s a step (judging "
-            f"included), {peak / 2**30:.1f} GiB beside the float model's {held / 2**30:.1f}"
+            f"included), {peak / 2**30:.1f} GiB beside the float model's {held / 2**30:.1f}",
+            flush=True,
         )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -218,7 +217,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.large is not None:
-        print((large if arguments.kind == "scales" else large_blocks)(arguments.large, 8, 8192), flush=True)
+        (large if arguments.kind == "scales" else large_blocks)(arguments.large, 8, 8192)
         return
     count = arguments.nsamples + arguments.held_out
     started = time.perf_counter()
