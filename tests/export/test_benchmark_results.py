@@ -48,6 +48,13 @@ def test_what_a_person_wrote_into_the_card_stays(tmp_path):
     assert card.endswith("My own words.\n") and "org/arc" in card and "validation data of the training run" in card
 
 
+def test_a_page_that_was_removed_is_there_again(tmp_path):
+    folder = exported(tmp_path / "out")
+    (folder / "report.html").unlink()
+    write_results(folder, {"arc acc": RESULT})
+    assert "arc acc" in (folder / "report.html").read_text() and "org/arc" in (folder / "README.md").read_text()
+
+
 def test_a_folder_without_a_report_is_refused_and_a_failed_write_changes_nothing(tmp_path, monkeypatch):
     folder = exported(tmp_path / "out")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -102,5 +103,6 @@ def write_results(directory: Path, results: Mapping[str, BenchmarkResult]) -> No
             write_json(staging / QUANTIZE_CONFIG, {**config, "meta": {**config["meta"], QUANTIZER_NAME: ours}})
             files.append(QUANTIZE_CONFIG)
         for name in files:
-            (staging / name).chmod((directory / name).stat().st_mode)
+            with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+                (staging / name).chmod((directory / name).stat().st_mode)
             os.replace(staging / name, directory / name)
