@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import textwrap
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torchmetrics import MeanMetric
 
-from gptq_plugin.lightning.validation import validate, validation_loaders
+from gptq_plugin.lightning.validation import _batches, validate, validation_loaders
 
 from forked_python import python
 from lightning_runs import Plain, Validated, fit, pair_loader, rows
@@ -198,3 +199,19 @@ def test_ranks_validate_their_shares_and_agree_on_the_values_and_on_what_to_do(t
     assert first["mean"] == pytest.approx(sum(errors) / 13, rel=1e-5)
     batches = [errors[:3], errors[3:6], errors[6:8], errors[8:11], errors[11:]]
     assert first["most"] == pytest.approx(max(sum(batch) / len(batch) for batch in batches), rel=1e-5)
+
+
+def test_batches_are_counted_as_far_as_dataloaders_know_and_limits_tell(tmp_path):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows(13))
+
+    class Streamed(Validated):
+        def val_dataloader(self):
+            return [torch.utils.data.DataLoader(Endless(), batch_size=5), pair_loader()]
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    counts = {limit: _batches(fit(Streamed(), None, [], tmp_path, limit_val_batches=limit)) for limit in (2, 20, 1.0)}
+    assert counts == {2: 4, 20: 20 + 16, 1.0: math.inf}

@@ -275,8 +275,8 @@ def _batches(trainer: pl.Trainer) -> float:
     counts = []
     for loader in validation_loaders(trainer):
         limit = _limit(trainer, loader)
-        size = sized_len(loader)
-        counts.append(math.inf if size is None else size if limit is None else min(size, limit))
+        sizes = [size for size in (sized_len(loader), limit) if size is not None]
+        counts.append(min(sizes, default=math.inf))
     return sum(counts) * trainer.world_size
 
 
