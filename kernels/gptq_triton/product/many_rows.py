@@ -1,9 +1,10 @@
 """x Wᵀ for many rows on Hopper, in Gluon: 4 bits, groups of 128 channels here.
 
 A program for every multiprocessor goes through the tiles of the result. One of its warps has the copy engine fetch
-words and x into a ring of buffers in shared memory; two groups of four warps expand words into weights in registers,
+words and x into two rings of buffers in shared memory; two groups of four warps expand words into weights in registers,
 rounded once to x's dtype, while the tensor cores multiply those before. In plain Triton the compiler waits for every
-product of weights that lie in registers, which costs a third.
+product of weights that lie in registers, which costs a third. What bounds 256 rows is the L2 cache, from which every
+tile's program reads all of x.
 
 Tested by tests/kernels/test_products.py: by its results.
 """

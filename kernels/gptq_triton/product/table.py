@@ -4,7 +4,7 @@ A table is JSON::
 
     {"gpu": "NVIDIA H100 80GB HBM3", "processors": 132, "made_by": "how, with which versions", "layouts": [
       {"bits": 4, "group": 128, "symmetric": true, "n_in": 4096, "n_out": 4096, "dtype": "float16",
-       "rows": {"1": "few_rows BN=32 BM=8 SPLIT=4 STAGES=3 warps=2", "2048": "many_rows BN=64 BM=256 STAGES=3 WIDTH=2"}}
+       "rows": {"1": "few_rows BN=32 BM=8 SPLIT=4 STAGES=3 warps=2", "2048": "many_rows BM=256 STAGES=5 AHEAD=2"}}
     ]}
 
 `rows` names ranges as `choice.ROWS` does. What is kept on a user's disk has the same form.
