@@ -80,7 +80,7 @@ def walk_blocks(
     """
     walk = BlockWalk()
     device = surroundings.device
-    home = _home(passages, device)
+    home = _home(passages, device, surroundings.memory)
     floats = [one.hidden.to(home) for one in passages]
     hidden = list(floats)
     with apart_from_other_numbers(device), contextlib.ExitStack() as undo:
@@ -146,9 +146,9 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _home(passages: Sequence[Passage], device: torch.device) -> torch.device:
+def _home(passages: Sequence[Passage], device: torch.device, memory: int | None) -> torch.device:
     """Where what blocks read and give lies: on the device, if it takes little of what is free there."""
-    free = free_bytes(device)
+    free = free_bytes(device, memory)
     taken = 3 * sum(one.hidden.nbytes for one in passages)
     return device if free is None or taken * _SHARE <= free else torch.device("cpu")
 

@@ -198,9 +198,9 @@ class Chain:
             )
 
 
-def counting(passage: Passage, counted: Tensor | None) -> Passage:
-    """The passage with the positions that count."""
-    return replace(passage, counted=counted)
+def to_keep(passage: Passage, counted: Tensor | None) -> Passage:
+    """The passage with the positions that count, its hidden states on the CPU."""
+    return replace(passage, hidden=passage.hidden.cpu(), counted=counted)
 
 
 def _hidden_of(output: Any) -> Any:

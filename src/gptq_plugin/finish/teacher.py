@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.calibration.positions import Positions
-from gptq_plugin.finish.chain import Chain, Passage, counting
+from gptq_plugin.finish.chain import Chain, Passage, to_keep
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.rows import Rows
 from gptq_plugin.finish.top_logits import TopLogits
@@ -93,7 +93,7 @@ def ask_teacher(
                     if number in passed:
                         counted = positions.rows(number, chain.names[0], taken.hidden)
                         told |= _remarks("the blocks' input", counted.remark)
-                        passage = counting(taken, counted.mask)
+                        passage = to_keep(taken, counted.mask)
             told |= _remarks("the output", found.remark)
             places = None if found.mask is None else found.mask.nonzero()[:, 0].cpu()
             exact = None
