@@ -18,7 +18,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import threading
 import time
 import weakref
 import zlib
@@ -39,7 +38,6 @@ log = logging.getLogger(__name__)
 
 _GRACE = timedelta(seconds=15)  # how long a rank that failed waits for the others to learn why
 _SLICE = timedelta(seconds=1)  # of waiting: between two the rank can be interrupted, and learns who has failed
-_SIGN = 5.0  # seconds between two signs of life
 _FINE, _FAILED = 0, 1
 
 
@@ -51,7 +49,7 @@ class _CheckIns:
         world: The default group.
         store: The default group's.
         key: Where the first rank that fails leaves its error in the store.
-        awaited: What the ranks wait for on GPUs.
+        awaited: The ranks' signs of life, and what they wait for on GPUs.
         group: Separate, so that check-ins never mix with the user's messages. None until all ranks have met.
         sent: The operations of the last check-in.
         is_midway: True from when a check-in is sent to when all ranks' words have come.
@@ -139,24 +137,11 @@ def pass_on(error: Exception) -> None:
 
 @contextlib.contextmanager
 def working() -> Iterator[None]:
-    """Gives the other ranks signs of life during the block, for `wait_for_first`. On rank 0."""
-    check_ins, sign, done = _signs()
-    over, pause = threading.Event(), min(_SIGN, _timeout().total_seconds() / 4)
-
-    def live() -> None:
-        count = 0
-        while not over.wait(pause):
-            count += 1
-            check_ins.store.set(sign, str(count))
-
-    thread = threading.Thread(target=live, name="gptq signs of life", daemon=True)
-    thread.start()
-    try:
-        yield
-        check_ins.store.set(done, "done")
-    finally:
-        over.set()
-        thread.join()
+    """Tells the other ranks when the block is over, for `wait_for_first`. On rank 0."""
+    check_ins, done = _next_work()
+    check_ins.awaited.live()
+    yield
+    check_ins.store.set(done, "done")
 
 
 def wait_for_first() -> None:
@@ -165,11 +150,11 @@ def wait_for_first() -> None:
     Raises:
         RankError: Rank 0 gave no sign of life for as long as the process group's timeout.
     """
-    check_ins, sign, done = _signs()
+    check_ins, done = _next_work()
     seen, since = b"", time.monotonic()
     with unreachable_as_rank_error():
         while not (check_ins.store.check([done]) or check_ins.store.check([check_ins.key])):
-            now = check_ins.store.get(sign) if check_ins.store.check([sign]) else b""
+            now = check_ins.awaited.sign_of(0)
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > _timeout().total_seconds():
@@ -177,12 +162,11 @@ def wait_for_first() -> None:
             time.sleep(0.2)
 
 
-def _signs() -> tuple[_CheckIns, str, str]:
-    """The check-ins, and the keys of the next work of rank 0: of its signs of life, and of its end."""
+def _next_work() -> tuple[_CheckIns, str]:
+    """The check-ins, and the key of the end of rank 0's next work."""
     check_ins = _open()
     check_ins.waits += 1
-    name = f"{check_ins.key}/work {check_ins.waits}"
-    return check_ins, f"{name}/alive", f"{name}/done"
+    return check_ins, f"{check_ins.key}/work {check_ins.waits}/done"
 
 
 def group() -> Any:

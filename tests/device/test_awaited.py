@@ -94,6 +94,17 @@ def test_an_operation_that_waits_for_a_rank_without_a_sign_of_life_is_aborted_wi
     assert done == ["aborted"]
 
 
+def test_a_rank_that_lives_gives_another_sign_each_time_though_nothing_waits(made):
+    (mine, _), (other, done) = made(0), made(1)
+    other.queued(Event(10**9))
+    before = other.sign_of(0)
+    assert other.sign_of(0) == before
+    mine.live()
+    _until(lambda: other.sign_of(0) not in (before, b"1"))
+    time.sleep(1.5 * awaited.BEAT * awaited.MISSED)
+    assert done == []
+
+
 def test_ranks_that_are_alive_wait_for_each_other_as_long_as_it_takes(made):
     of_ranks = [made(rank) for rank in (0, 1)]
     for one, _ in of_ranks:

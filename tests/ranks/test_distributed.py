@@ -136,7 +136,7 @@ def lost(rank):
     def work():
         time.sleep(2.5 * TIMEOUT)
     if rank == 0:
-        check_ins._signs = lambda: (check_ins._open(), "other", "keys")
+        check_ins._open().awaited.live = lambda: None
     started = time.time()
     return [raised(lambda: distributed.first_works(work)), time.time() - started]
 

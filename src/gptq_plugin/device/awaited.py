@@ -1,4 +1,4 @@
-"""What waits for other ranks on a GPU: `Awaited` learns that one of them is lost.
+"""The ranks' signs of life, and what waits for other ranks on a GPU: `Awaited` learns that one of them is lost.
 
 A kernel of NCCL does not notice that a process of the same host was killed. It waits until the group's timeout, and
 with it whatever waits for the device: a value that the host reads before the next check-in, or the end of the process.
@@ -49,9 +49,17 @@ class Awaited:
         """
         with self._changes:
             self._event = event
+        self.live()
+
+    def live(self) -> None:
+        """Has this rank give signs of life from here on."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="gptq_plugin awaited", daemon=True)
             self._thread.start()
+
+    def sign_of(self, rank: int) -> bytes:
+        """A rank's last sign of life, by which it is told from the one before."""
+        return bytes(self._store.get(self._keys[rank]))
 
     def give_up(self) -> None:
         """Ends the last operation unless it ends within seconds: a rank is known to be lost, or to have failed."""
