@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
-from gptq_plugin.device.memory import Peak, collected, free_bytes, give_back, peak_bytes, with_index, with_room
+from gptq_plugin.device.memory import Peak, free_bytes, give_back, peak_bytes, with_index, with_room
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30
@@ -108,27 +106,3 @@ def test_gaps_between_tensors_do_not_count_as_free_and_whole_segments_are_given_
     del held
     give_back(device)
     assert torch.cuda.memory_reserved(device) < reserved
-
-
-@pytest.fixture
-def nothing_frozen():
-    gc.unfreeze()
-    yield
-    gc.freeze()  # as the tests' configuration has it
-
-
-def test_on_a_gpu_what_exists_is_not_looked_through_again_inside_the_block(nothing_frozen):
-    with pytest.raises(ZeroDivisionError), collected(torch.device("cuda")):
-        assert gc.get_freeze_count() > 0
-        _ = 1 / 0
-    assert gc.get_freeze_count() == 0
-
-
-def test_what_the_caller_has_frozen_stays_so_and_a_cpus_pass_freezes_nothing(nothing_frozen):
-    with collected(torch.device("cpu")):
-        assert gc.get_freeze_count() == 0
-    gc.freeze()
-    before = gc.get_freeze_count()
-    with collected(torch.device("cuda")):
-        assert gc.get_freeze_count() == before
-    assert gc.get_freeze_count() == before

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -37,26 +36,6 @@ def give_back(device: torch.device) -> None:
         gc.collect()
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def collected(device: torch.device) -> Iterator[None]:
-    """Inside the block, after `give_back`, Python's collector looks at what is made there only.
-
-    A full collection goes through all objects of the process, which may be millions, time and again while others are
-    made. Nothing happens for a CPU, where nothing was collected before, and where the caller has frozen objects.
-
-    Args:
-        device: Given to `give_back` before.
-    """
-    freezes = device.type == "cuda" and not gc.get_freeze_count()
-    if freezes:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if freezes:
-            gc.unfreeze()
 
 
 def with_room(run: Callable[[], T], make_room: Callable[[], bool]) -> T:

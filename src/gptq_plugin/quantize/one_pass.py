@@ -20,7 +20,7 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.calibration.verdicts import departs, most_seen
-from gptq_plugin.device.memory import collected, with_room
+from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.streams import Stopwatch
 from gptq_plugin.errors import TargetError
 from gptq_plugin.gptq.solver import Solution
@@ -115,7 +115,7 @@ class OnePass:
                     self._plan, self._calibration, self._options, self.runs.device, self._exact
                 )
             experts = self.runs.at_once.values()
-            with in_grouped_products(experts), self.runs, collected(self.runs.device):
+            with in_grouped_products(experts), self.runs:
                 with called_at_once(experts):
                     groups, modules = self._planned()
                     planned = time.perf_counter() - started
