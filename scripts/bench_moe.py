@@ -87,9 +87,7 @@ def build(shape: str, layers: int, device: str, home: str) -> Any:
         for parameter in model.parameters():  # made where that is fast
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             parameter.copy_(values.normal_(std=0.02) if parameter.dim() > 1 else values.fill_(1))
-        rotary = model.model.rotary_emb
-        rotary.inv_freq.copy_(1e6 ** -(torch.arange(0, width, 2).float() / width))
-        rotary.original_inv_freq.copy_(rotary.inv_freq)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # whose frequencies are not parameters
     return model
 
 
