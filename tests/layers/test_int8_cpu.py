@@ -104,16 +104,17 @@ def test_a_layer_uses_it_for_many_finite_rows(dtype, monkeypatch):
     for kind in (CodeTable, WeightTable, Int8):
         own = kind.matmul
         monkeypatch.setattr(kind, "matmul", lambda *args, kind=kind, own=own: taken.append(kind) or own(*args))
-    few = cpu_product._ROWS_BEFORE_INT8 // torch.get_num_threads()
+    few = max(1, cpu_product._ROWS_BEFORE_INT8 // torch.get_num_threads())
     x = torch.randn(9, 128, dtype=dtype)
-    for rows, kind in ((few, CodeTable), (few + 1, Int8), (9, Int8)):
-        if rows:
-            y = layer(x[:rows])
-            assert y.dtype == dtype and taken.pop() is kind
-            expected = x[:rows].double() @ formula(weight).t()
-            assert float((y.double() - expected).norm() / expected.norm()) < 1e-3
+    for rows, kind in ((1, CodeTable), (few, CodeTable), (few + 1, Int8), (9, Int8)):
+        y = layer(x[:rows])
+        assert y.dtype == dtype and taken.pop() is kind
+        expected = x[:rows].double() @ formula(weight).t()
+        assert float((y.double() - expected).norm() / expected.norm()) < 1e-3
     layer(x.repeat(4, 1).bfloat16())
-    assert taken == [WeightTable]
+    layer(x[:1].repeat(cpu_product._MOST_ROWS_OF_INT8, 1))
+    layer(x[:1].repeat(cpu_product._MOST_ROWS_OF_INT8 + 1, 1))
+    assert taken == [WeightTable, Int8, WeightTable]
 
 
 def test_infinite_numbers_and_nan_are_a_float_layers():

@@ -20,8 +20,10 @@ from gptq_plugin.layers.weight_table import WeightTable
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # An embedding bag reads every code anew for each row of x, on one thread. As many rows as these take it as long as the
-# 8-bit product or unpacking weights take all threads (scripts/bench_qlinear.py --device cpu measures them).
+# 8-bit product or unpacking weights take all threads, and one row never takes longer (scripts/bench_qlinear.py --device
+# cpu measures them).
 _ROWS_BEFORE_INT8 = 3
+_MOST_ROWS_OF_INT8 = 128  # with more a float layer, or unpacked weights, may be faster: CPUs differ
 _ROWS_BEFORE_WEIGHTS = 8
 
 
@@ -92,9 +94,10 @@ class CpuProduct:
         Args:
             rows: One of `_DTYPES`, [rows, in], at least one row.
         """
-        readings = len(rows) * torch.get_num_threads()
-        if readings > _ROWS_BEFORE_INT8 and rows.dtype != torch.bfloat16 and self.int8 is not None:
+        one, readings = len(rows) == 1, len(rows) * torch.get_num_threads()
+        some = not one and readings > _ROWS_BEFORE_INT8 and len(rows) <= _MOST_ROWS_OF_INT8
+        if some and rows.dtype != torch.bfloat16 and self.int8 is not None:
             y = self.int8.matmul(rows)
             if y is not None:
                 return y
-        return self.codes.matmul(rows) if readings <= _ROWS_BEFORE_WEIGHTS else self.weights.matmul(rows)
+        return self.codes.matmul(rows) if one or readings <= _ROWS_BEFORE_WEIGHTS else self.weights.matmul(rows)
