@@ -60,3 +60,15 @@ def test_a_layer_that_reads_nothing_or_whose_weight_is_unknown_stays_at_its_code
     block.forward = lambda hidden: hidden
     begin_at_compensated(block, latents, {"0": torch.randn(24, 96)}, [task_of(torch.randn(1, 5, 96))], CPU)
     assert not any(one.latent.frac().any() for one in latents.values())
+
+
+def test_a_layer_that_is_called_by_keyword_is_seen():
+    layer, x = layer_of(3, 32, 96, None), torch.randn(1, 50, 96)
+    found = []
+    for call in (lambda one, hidden: one(hidden), lambda one, hidden: one(input=hidden)):
+        latent = LatentCodes(layer, CPU)
+        block = nn.ModuleDict({"0": latent})
+        block.forward = lambda hidden, latent=latent, call=call: call(latent, hidden)
+        begin_at_compensated(block, {"0": latent}, {"0": layer.dequantize() + 1e-3}, [task_of(x)], CPU)
+        found.append(latent.latent)
+    assert torch.equal(*found) and found[0].frac().any()

@@ -62,8 +62,9 @@ def _adding(hessians: Mapping[nn.Module, Tensor]) -> Iterator[Any]:
     """Adds the Hessians of layers' inputs inside the block; yields what takes the positions that count from then on."""
     kept: list[Tensor | None] = [None]
 
-    def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].flatten(0, -2).float()
+    def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = next(iter((*args, *kwargs.values())))  # called as nn.Linear may be: layer(input=x)
+        rows = x.flatten(0, -2).float()
         if kept[0] is not None and len(kept[0]) == len(rows):
             rows = rows[kept[0].to(rows.device)]
         hessians[layer].addmm_(rows.t(), rows)
@@ -71,7 +72,7 @@ def _adding(hessians: Mapping[nn.Module, Tensor]) -> Iterator[Any]:
     def count(counted: Tensor | None) -> None:
         kept[0] = counted
 
-    handles = [layer.register_forward_pre_hook(add) for layer in hessians]
+    handles = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in hessians]
     try:
         yield count
     finally:
