@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from gptq_plugin import QuantizeModule, distributed
-from rank_benches.llamas import add_sizes, begin, join, llama, run, samples
+from rank_benches.llamas import add_sizes, begin, in_groups, llama, run, samples
 
 PHASES = ("plan", "calibrate", "solve", "total")
 ROW = "{:>5} {:>7} {:>6} {:>9} {:>18} {:>8} {:>9} {:>8} {:>8} {:>9}  {}"
@@ -47,11 +47,7 @@ def main(options: argparse.Namespace) -> None:
 
 def work(rank: int, folder: Path, options: argparse.Namespace) -> None:
     device = begin(rank)
-    for ranks in options.ranks:
-        if rank >= ranks:
-            continue
-        if ranks > 1:
-            join(rank, ranks, folder)
+    for ranks in in_groups(rank, options.ranks, folder):
         warm_up(rank, ranks, options, device)
         for exact in (False, True) if ranks == 1 else (True,):
             measure(rank, ranks, options, device, options.samples, exact)
@@ -59,7 +55,6 @@ def work(rank: int, folder: Path, options: argparse.Namespace) -> None:
             if options.more:
                 measure(rank, ranks, options, device, options.samples * ranks, True)
             time_collectives(ranks, options, device)
-            dist.destroy_process_group()
 
 
 def warm_up(rank: int, ranks: int, options: argparse.Namespace, device: torch.device) -> None:

@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from gptq_plugin import Finish, QuantizeModule, distributed
 from rank_benches.blocks import digest
-from rank_benches.llamas import add_sizes, begin, join, llama, run, samples
+from rank_benches.llamas import add_sizes, begin, in_groups, llama, run, samples
 
 ROW = "{:>5} {:>14} {:>12} {:>9} {:>20}  {}"
 
@@ -35,14 +34,8 @@ def main(options: argparse.Namespace) -> None:
 
 def work(rank: int, folder: Path, options: argparse.Namespace) -> None:
     device = begin(rank)
-    for ranks in options.ranks:
-        if rank >= ranks:
-            continue
-        if ranks > 1:
-            join(rank, ranks, folder)
+    for ranks in in_groups(rank, options.ranks, folder):
         measure(rank, ranks, options, device)
-        if ranks > 1:
-            dist.destroy_process_group()
 
 
 def measure(rank: int, ranks: int, options: argparse.Namespace, device: torch.device) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,18 @@ def begin(rank: int) -> torch.device:
 def join(rank: int, ranks: int, folder: Path, name: str = "store") -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/{name}-{ranks}", rank=rank, world_size=ranks)
+
+
+def in_groups(rank: int, numbers: Sequence[int], folder: Path) -> Iterator[int]:
+    """The numbers of ranks that this one takes part in, each while the process group of so many is up."""
+    for ranks in numbers:
+        if rank >= ranks:
+            continue
+        if ranks > 1:
+            join(rank, ranks, folder)
+        yield ranks
+        if ranks > 1:
+            dist.destroy_process_group()
 
 
 def started(work: Callable[..., Any], ranks: int, *arguments: Any) -> list[torch.multiprocessing.Process]:
