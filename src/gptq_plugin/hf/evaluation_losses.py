@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
@@ -103,7 +102,7 @@ def as_metric(value: Any) -> float | None:
     if fields.is_number(value):
         return float(value)
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:
-        value = torch.as_tensor(value).tolist()
+        value = value.tolist()
     if isinstance(value, Sequence) and value and all(map(fields.is_number, value)):
         return Measured.mean([float(one) for one in value], [1.0] * len(value))
     return None
