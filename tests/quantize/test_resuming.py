@@ -27,14 +27,14 @@ class Killed(Exception):
     pass
 
 
-def run(folder, *, stop_at=None, batches=BATCHES, model=None, **options):
+def run(folder, *, stop_at=None, batches=BATCHES, model=None, overwrite=False, **options):
     def progress(done, total, what):
         if stop_at is not None and done >= stop_at:
             raise Killed
 
     quantizer = QuantizeModule(**{**OPTIONS, "resume": True, **options})
     model = tiny_llama(num_hidden_layers=4) if model is None else model
-    return quantizer.quantize(model, batches, export_dir=folder, progress=progress)
+    return quantizer.quantize(model, batches, export_dir=folder, progress=progress, overwrite=overwrite)
 
 
 def weights(folder):
@@ -57,6 +57,21 @@ def test_a_run_that_is_broken_off_goes_on_behind_the_layers_it_solved(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "resume" not in run(tmp_path / "plain", resume=False).cache
     assert weights(folder) == weights(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_layers_are_found_from_another_working_directory(inside_first, tmp_path, monkeypatch):
+    """An export that is the working directory is replaced from inside, and layers wait there."""
+    folder = tmp_path / "out"
+    run(folder, resume=False)
+    monkeypatch.chdir(folder if inside_first else tmp_path)
+    with pytest.raises(Killed):
+        run(folder, stop_at=10, overwrite=True)
+    assert (resume_folder(folder).parent == folder) == inside_first
+    monkeypatch.chdir(tmp_path if inside_first else folder)
+    taken, solved = counts(run(folder, overwrite=True))
+    assert taken > 0 and taken + solved == LAYERS
+    assert not list(tmp_path.rglob("*.resume"))
 
 
 KILLED = """

@@ -139,9 +139,12 @@ def hidden_name(kind: str) -> str:
 
 
 def lasting_beside(directory: Path, kind: str) -> Path:
-    """The hidden path of some `kind` ("resume") of a folder that every run finds again, beside it or in it."""
+    """The hidden path of some `kind` ("resume") of a folder that every run finds again: where an earlier one has made
+    it, else beside the folder, or in it where it `works_inside`."""
     mark = f".{hashlib.sha256(os.fsencode(directory.name)).hexdigest()[:8]}.{kind}"
-    return directory / mark if works_inside(directory) else directory.with_name(cut(directory, ".", _ROOM) + mark)
+    beside_it, inside = directory.with_name(cut(directory, ".", _ROOM) + mark), directory / mark
+    there = [path for path in (beside_it, inside) if path.is_dir()]
+    return there[0] if there else inside if works_inside(directory) else beside_it
 
 
 def cut(directory: Path, prefix: str, more: int) -> str:
