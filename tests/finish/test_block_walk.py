@@ -45,7 +45,7 @@ def kinds_of(names):
         (tiny_llama, {"sym": False}),
         (tiny_gpt2, {}),
     ],
-    ids=str,
+    ids=["act-order", "zero-points", "gpt2"],
 )
 def test_blocks_are_nearer_to_their_float_outputs_and_codes_scales_and_norms_change(make, options):
     model, twin, quantizer = quantized(make, **options)
