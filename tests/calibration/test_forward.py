@@ -102,6 +102,14 @@ def test_a_decoders_cache_loss_and_other_logits_are_not_computed():
     assert call(tiny_llama(), batch).logits.shape[:2] == (2, 1)
 
 
+@pytest.mark.parametrize("batch", [IDS, [IDS]])
+def test_nor_are_they_for_tokens_without_a_name(batch):
+    model = tiny_llama()
+    out = call(model, batch)
+    assert out.past_key_values is None and out.logits.shape[1] == 1
+    assert call(model, batch, every_logit=True).logits.shape[1] == IDS.shape[1]
+
+
 def test_every_logit_is_computed_where_the_output_embedding_is_calibrated():
     assert "logits_to_keep" not in keywords_of(tiny_llama(), {"input_ids": IDS}, every_logit=True)
     assert call(tiny_llama(), {"input_ids": IDS}, every_logit=True).logits.shape[:2] == (2, 3)

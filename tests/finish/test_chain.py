@@ -39,6 +39,12 @@ def test_a_passage_gives_the_blocks_what_the_models_forward_gives_them(make):
     assert not any(module._forward_hooks for name, module in model.named_modules() if name in chain.names[:1])
 
 
+def test_blocks_are_trained_on_tokens_without_a_name():
+    model, twin, quantizer = quantized()
+    batches = torch.stack(rows(16)).split(4)
+    assert len(quantizer.finish(model, twin, batches, BLOCKS).blocks) == 2
+
+
 def refused(change, message):
     model, twin, quantizer = quantized()
     given = {}

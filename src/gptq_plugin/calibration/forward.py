@@ -59,9 +59,9 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
     elif isinstance(data, (list, tuple)) and data:
         # In a transformers model's tuple one element may be the attention mask: do not guess.
         if _binds(signature, data[0]) and not (is_transformers(inner) and len(data) > 1):
-            return _call_on_first(model, inner, data[0])
+            return _call_on_first(model, inner, data[0], every_logit)
     elif _binds(signature, data):
-        return _call_on_first(model, inner, data)
+        return _call_on_first(model, inner, data, every_logit)
     text = unread_text(data)
     if text:
         raise CalibrationError(text)
@@ -162,11 +162,11 @@ def _keywords(model: nn.Module, data: Mapping[str, Any], every_logit: bool) -> d
     return keywords
 
 
-def _call_on_first(model: nn.Module, inner: nn.Module, value: Any) -> Any:
-    """Calls the model with its first argument alone."""
+def _call_on_first(model: nn.Module, inner: nn.Module, value: Any, every_logit: bool) -> Any:
+    """Calls the model with its first argument, and with no cache and the logits that are needed, as other batches."""
     name = next(iter(inspect.signature(inner.forward).parameters), "")
     check_tokens(inner, {name: value})
-    return model(value)
+    return model(value, **_keywords(model, {}, every_logit))
 
 
 def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
