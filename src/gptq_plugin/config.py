@@ -291,7 +291,7 @@ class QuantizeConfig:
         if "bits" not in values:
             raise ValueError("a GPTQ configuration needs `bits`; this one has " + ", ".join(sorted(map(str, values))))
         known = {f.name for f in dataclasses.fields(cls)}
-        merged = {**values, **_our_meta(values)}
+        merged = {**values, **our_meta(values)}
         found = {k: v for k, v in merged.items() if k in known and v is not None}
         found.setdefault("checkpoint_format", values.get("format") or "gptq")
         found.setdefault("static_groups", False)
@@ -301,7 +301,7 @@ class QuantizeConfig:
 def own_config(values: Mapping[str, Any]) -> QuantizeConfig | None:
     """The configuration with which this package quantized, from ``quantize_config.json``; None if it did not, or the
     file does not hold it."""
-    if "clip_ratios" not in _our_meta(values):
+    if "clip_ratios" not in our_meta(values):
         return None  # a converted checkpoint of another tool has only our list of files there
     try:
         return QuantizeConfig.from_quantize_config(values)
@@ -309,7 +309,7 @@ def own_config(values: Mapping[str, Any]) -> QuantizeConfig | None:
         return None
 
 
-def _our_meta(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def our_meta(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Our part of a description's ``meta``; empty where it has none."""
     meta = values.get("meta")
     ours = meta.get(QUANTIZER_NAME) if isinstance(meta, Mapping) else None

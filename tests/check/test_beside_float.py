@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gptq_plugin import QuantizeModule
+from gptq_plugin import Finish, QuantizeModule
 from gptq_plugin.check.lint import lint
+from gptq_plugin.export.convert import convert
 
 from damage import (
     LAYER,
@@ -23,6 +26,7 @@ from damage import (
     scaled,
     zeros_off,
 )
+from finish_cases import FAST, quantized, rows
 
 OF_THE_FLOAT_MODEL = {
     "zeros + 1": (zeros_off, "zeros off by one"),
@@ -164,3 +168,43 @@ def test_weights_below_the_smallest_scale_are_told_as_such_and_not_as_damage(tmp
     quantizer.export(model, tmp_path / "out")
     (found,) = lint(tmp_path / "out", tmp_path / "float").findings
     assert (found.level, found.message.partition(": ")[0]) == ("warning", "1") and "loses most of them" in found.message
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An export whose scales and norms were trained, and its float model."""
+    folder = tmp_path_factory.mktemp("finished")
+    model, twin, quantizer = quantized(bits=4)
+    record = quantizer.finish(model, twin, rows(), Finish(**FAST))
+    assert record.kept
+    twin.save_pretrained(folder / "float")
+    return quantizer.export(model, folder / "out"), folder / "float"
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_scales_and_norms_that_a_finish_trained_are_no_damage(
+    converted: bool, finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, float_dir = finished
+    if converted:
+        folder = convert(folder, tmp_path / "converted", "compressed-tensors")
+    found = lint(folder, float_dir)
+    assert not found.errors
+    assert re.search(r"; 5 of norms were trained, and moved by up to \d", found.facts["compared"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: scaled(tensors, 4), "scales were changed"),
+        (lambda tensors: tensors["model.embed_tokens.weight"].mul_(1.1), "not the float model's values"),
+    ],
+)
+def test_damage_shows_in_a_finished_export_too(
+    change: Callable[..., None], words: str, finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, float_dir = shutil.copytree(finished[0], tmp_path / "damaged"), finished[1]
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert any(words in error for error in lint(folder, float_dir).errors)

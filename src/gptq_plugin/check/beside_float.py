@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from gptq_plugin.check.findings import Finding, error, warning
 from gptq_plugin.check.float_weights import FloatWeights
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.clients.inventory import LayerEntry
-from gptq_plugin.config import QuantizeConfig, own_config
+from gptq_plugin.config import QuantizeConfig, our_meta, own_config
 from gptq_plugin.errors import some
 from gptq_plugin.layers.qlinear import QuantLinear
 
@@ -33,6 +34,7 @@ class BesideFloat:
         self._checkpoint = checkpoint
         self._floats = floats
         self._config = own_config(checkpoint.quantize_config)
+        self._is_finished = _is_finished(checkpoint.quantize_config)
         self._compared: set[str] = set()
         self._unknown: list[str] = []
 
@@ -56,7 +58,10 @@ class BesideFloat:
         return entry.name in self._compared
 
     def rest(self) -> Iterator[Finding]:
-        """Compares embeddings, norms, biases and float layers, which must be the float model's, or cast from them."""
+        """Compares embeddings, norms, biases and float layers, which must be the float model's, or cast from them.
+
+        Norms that a finish trained are told in the summary, with how far they moved.
+        """
         if self._unknown:
             yield warning(
                 f"{some(self._unknown)}: the float model has no weight of that name and shape, so not compared"
@@ -68,6 +73,7 @@ class BesideFloat:
         same, unknown = 0, []
         cast: Counter[str] = Counter()
         off: dict[str, float] = {}
+        trained: dict[str, float] = {}
         for name in [*self._checkpoint.float_names, *biases]:
             ours, theirs = self._checkpoint.read(name), self._floats.tensor(name)
             if theirs is None or theirs.shape != ours.shape:
@@ -75,7 +81,8 @@ class BesideFloat:
                     unknown.append(name)
                 continue
             if not torch.equal(theirs.to(ours.dtype), ours):
-                off[name] = float((ours.float() - theirs.float()).abs().max())
+                moved = trained if self._is_finished and self._is_of_norm(name) else off
+                moved[name] = float((ours.float() - theirs.float()).abs().max())
                 continue
             same += 1
             if theirs.dtype != ours.dtype:
@@ -84,6 +91,8 @@ class BesideFloat:
         self.summary = (
             f"{len(self._compared)} layers with those of {self._floats.name}; {same} other tensors are equal{casts}"
         )
+        if trained:
+            self.summary += f"; {len(trained)} of norms were trained, and moved by up to {max(trained.values()):.3g}"
         if off:
             worst = max(off, key=lambda name: off[name])
             yield error(
@@ -98,14 +107,26 @@ class BesideFloat:
         bias = self._floats.tensor(f"{layer}.bias")
         return bias is not None and bool(bias.any())
 
+    def _is_of_norm(self, name: str) -> bool:
+        """True for a vector beside, or that is, the weight of a module whose weight is a vector."""
+        weight = f"{name.rpartition('.')[0]}.weight"
+        tensors = self._checkpoint.tensors
+        return all(one in tensors and len(tensors[one].shape) == 1 for one in (name, weight))
+
     def _grid_of(self, entry: LayerEntry) -> tuple[QuantizeConfig, tuple[float, ...]]:
         """The layer's grid, and the clip ratios of its groups if these come from the float weight: in our own
-        checkpoints with static groups, unless scales were improved."""
+        checkpoints with static groups, unless scales were improved or trained."""
         ours = self._config.for_module(entry.name) if self._config is not None else None
         if ours is not None:
-            return ours, ours.clip_ratios if ours.keeps_ratios else ()
+            return ours, ours.clip_ratios if ours.keeps_ratios and not self._is_finished else ()
         v1 = self._checkpoint.checkpoint_format == "gptq"
         return QuantizeConfig(bits=entry.bits, sym=entry.sym, checkpoint_format="gptq" if v1 else "gptq_v2"), ()
+
+
+def _is_finished(values: Mapping[str, Any]) -> bool:
+    """True if scales and norms were trained after quantization, by a ``quantize_config.json`` of this package."""
+    finish = our_meta(values).get("finish")
+    return isinstance(finish, Mapping) and finish.get("kept") is True
 
 
 def _step(weight: Tensor, bits: int) -> float:
