@@ -192,7 +192,7 @@ def test_every_pin_that_applies_to_a_python_has_a_release_for_it(version):
     assert looked_at > 80 and not refused
 
 
-UNPINNED = ("trackers", "trl", "sweeps")  # extras for tests with heavy libraries, which are no part of the pinned set
+UNPINNED = ("eval", "trackers", "trl", "sweeps")  # extras with heavy libraries, which are no part of the pinned set
 
 
 def test_the_pinned_versions_satisfy_what_the_package_asks_for():
