@@ -11,7 +11,8 @@ from typing import Any
 class Interruption:
     """Notes the first Ctrl-C inside its block; the second one interrupts as usual.
 
-    Only the main thread is given signals: on others nothing is noted, and nothing changes.
+    Only the main thread is given signals: on others nothing is noted, and nothing changes. Nor does it where Ctrl-C is
+    ignored, as in what a shell starts in the background, or handled outside of Python.
 
     Attributes:
         asked: True once Ctrl-C was pressed.
@@ -22,7 +23,8 @@ class Interruption:
         self._before: Any = None
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
+        on_main = threading.current_thread() is threading.main_thread()
+        if on_main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
             self._before = signal.signal(signal.SIGINT, self._note)
         return self
 
