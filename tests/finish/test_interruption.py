@@ -10,14 +10,6 @@ import pytest
 from gptq_plugin.finish.interruption import Interruption
 
 
-@pytest.fixture(autouse=True)
-def _handled():
-    """Ctrl-C interrupts, also where a shell has started the tests in the background, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_where_it_is_ignored_it_stays_so():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Interruption() as interruption:
