@@ -7,7 +7,8 @@ import torch
 
 from gptq_plugin.gptq.grid import QuantizedWeight
 from gptq_plugin.gptq.solve_each import Solutions
-from gptq_plugin.layers.packed_together import dequantized, packed_layers
+from gptq_plugin.layers import packed_together
+from gptq_plugin.layers.packed_together import dequantized, dequantized_layers, packed_layers
 from gptq_plugin.layers.qlinear import QuantLinear
 
 
@@ -46,3 +47,19 @@ def test_layers_packed_together_have_the_buffers_of_layers_packed_alone(bits, ro
 def test_fewer_layers_than_matrices_are_the_first_ones():
     solved = solutions(4, 32, 8, 1, 4)
     assert len(packed_layers(solved, slice(0, 8), 4, 32, [torch.float32] * 3)) == 3
+
+
+@pytest.mark.parametrize("together", [1, 1500, 2**25])
+def test_layers_dequantized_together_have_the_values_of_layers_dequantized_alone(together, monkeypatch):
+    monkeypatch.setattr(packed_together, "_TOGETHER", together)
+    layers = [
+        layer
+        for bits, rows, experts in ((4, 20, 3), (3, 20, 2), (4, 12, 1), (2, 33, 5))
+        for layer in packed_layers(solutions(experts, 40, rows, 2, bits), slice(0, rows), bits, 20, [torch.half] * 9)
+    ]
+    layers = layers[::2] + layers[1::2]
+    dtypes = [(torch.bfloat16, torch.float32)[number % 3 > 0] for number in range(len(layers))]
+    found = dequantized_layers(layers, dtypes, torch.device("cpu"))
+    assert len(found) == len(layers) == 11
+    for layer, dtype, values in zip(layers, dtypes, found, strict=True):
+        assert values.dtype == dtype and torch.equal(values, layer.dequantize(dtype)) and values.is_contiguous()

@@ -124,7 +124,7 @@ def _grids(targets: Sequence[Target], largest: int, reader: _Reader | None) -> t
 def _possible(targets: Sequence[Target], largest: int) -> Iterator[Grid]:
     """Grids on which all layers can be stored, in groups of the largest size or smaller ones."""
     sizes = dict.fromkeys([largest, *(size for size in GROUP_SIZES if largest == -1 or size < largest)])
-    dividing = [size for size in sizes if size == -1 or all(t.weight.shape[1] % size == 0 for t in targets)]
+    dividing = [size for size in sizes if size == -1 or all(t.shape[1] % size == 0 for t in targets)]
     for bits in BITS:
         for size in dividing or [-1]:
             grid = Grid(bits, size)
@@ -137,7 +137,7 @@ def _can_have(target: Target, grid: Grid) -> bool:
         dataclasses.replace(target.config, **vars(grid))
     except ValueError:  # a combination that no client reads
         return False
-    return unpackable(tuple(target.weight.shape), grid.bits) is None
+    return unpackable(tuple(target.shape), grid.bits) is None
 
 
 def grids_of(units: Sequence[Unit], chosen: Sequence[Grid], plan: Plan) -> Mapping[str, Grid]:

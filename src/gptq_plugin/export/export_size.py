@@ -39,7 +39,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 def planned_bytes(plan: Plan) -> int:
     """Bytes of the parameters in the export of a planned quantization."""
-    packed = sum(stored_bytes(target.weight.shape, target.config) for target in plan.targets)
+    packed = sum(stored_bytes(target.shape, target.config) for target in plan.targets)
     return Coverage.of(plan, packed).exported_bytes
 
 

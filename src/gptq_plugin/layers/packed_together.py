@@ -1,20 +1,25 @@
-"""Quantized layers of one shape, packed together: `packed_layers`."""
+"""Quantized layers of one shape, packed and dequantized together: `packed_layers`, `dequantized_layers`."""
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gptq_plugin.kernels.reference import expand
 from gptq_plugin.layers.packing import pack
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import PACKED
 
 if TYPE_CHECKING:
     from gptq_plugin.gptq.solve_each import Solutions
+
+_TOGETHER = 2**25  # weights that are dequantized at a time, which takes 16 bytes for each
 
 
 def packed_layers(
@@ -44,10 +49,58 @@ def packed_layers(
 
 def dequantized(solved: Solutions, dtype: torch.dtype) -> Tensor:
     """All matrices, [B, rows, in], each value computed in float32 and rounded once."""
-    group = solved.g_idx.long()[:, :, None]
-    values = solved.codes.float()
-    values -= solved.zeros.float().take_along_dim(group, 1)
-    values *= solved.scales.float().take_along_dim(group, 1)
+    return _values(solved.codes, solved.zeros, solved.scales, solved.g_idx, dtype)
+
+
+def dequantized_layers(
+    layers: Sequence[QuantLinear], dtypes: Sequence[torch.dtype], device: torch.device
+) -> list[Tensor]:
+    """What `dequantize` gives of each layer on a device, while the layers stay where they are.
+
+    Layers of one shape are computed together, since a launch for each takes longer than hundreds of experts' values;
+    theirs are views of one tensor.
+
+    Args:
+        layers: Any layers.
+        dtypes: Of the values of each.
+        device: Where to compute.
+    """
+    found: list[Tensor] = [torch.empty(0, device="cpu")] * len(layers)
+    alike: dict[Any, list[int]] = defaultdict(list)
+    packed = [layer.packed() for layer in layers]
+    for number, (layer, tensors, dtype) in enumerate(zip(layers, packed, dtypes, strict=True)):
+        alike[layer.bits, dtype, tuple(tensor.shape for tensor in tensors)].append(number)
+    for (bits, dtype, _), numbers in alike.items():
+        first = layers[numbers[0]]
+        size = max(1, _TOGETHER // (first.in_features * first.out_features))
+        for start in range(0, len(numbers), size):
+            some = numbers[start : start + size]
+            if len(some) == 1:  # in the kernel's tiles, a large layer may have little room beside it
+                one = layers[some[0]]
+                one = one if one.device == device else copy.deepcopy(one).to(device)
+                found[some[0]] = one.dequantize(dtype)
+                continue
+            tensors = [[tensor.to(device) for tensor in packed[number]] for number in some]
+            for number, values in zip(some, _dequantized(tensors, bits, dtype), strict=True):
+                found[number] = values
+    return found
+
+
+def _dequantized(packed: Sequence[Sequence[Tensor]], bits: int, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Values of layers of one shape by their tensors, in the order of `PACKED`."""
+    words, zeros, scales, g_idx = (torch.stack(of_all) for of_all in zip(*packed, strict=True))
+    (batch, _, n_out), n_in = words.shape, g_idx.shape[1]
+    codes = expand(words.movedim(1, 0).flatten(1), bits, n_in).unflatten(1, (batch, n_out)).movedim(1, 0)
+    of_zeros = expand(zeros.movedim(2, 0).flatten(1), bits, n_out).unflatten(1, (batch, -1)).movedim(0, 2)
+    return _values(codes, of_zeros, scales, g_idx, dtype).unbind()
+
+
+def _values(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of B matrices, [B, rows, in]; the arguments as in `Solutions`, codes and zeros of any integer dtype."""
+    group = g_idx.long()[:, :, None]
+    values = codes.float()
+    values -= zeros.float().take_along_dim(group, 1)
+    values *= scales.float().take_along_dim(group, 1)
     return values.to(dtype).mT.contiguous()
 
 

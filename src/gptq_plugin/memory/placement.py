@@ -7,6 +7,7 @@ which costs little. Activations that still do not fit move to the host between t
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,12 +165,12 @@ def solver_bytes(targets: Sequence[Target]) -> int:
     """The most bytes that solving takes: layers of one parent with equally many inputs may be solved together."""
     together: dict[tuple[str, int], list[Target]] = defaultdict(list)
     for target in targets:
-        together[target.name.rpartition(".")[0], target.weight.shape[1]].append(target)
+        together[target.name.rpartition(".")[0], target.shape[1]].append(target)
     return max(_solver_bytes(some, n) for (_, n), some in together.items())
 
 
 def _solver_bytes(targets: Sequence[Target], n: int) -> int:
-    rows, improved = sum(one.weight.shape[0] for one in targets), [t.config for t in targets if improves(t.config)]
+    rows, improved = sum(one.shape[0] for one in targets), [t.config for t in targets if improves(t.config)]
     drift = _BYTES_DRIFT * any(one.config.asymmetric_alpha for one in targets)
     if not improved:
         return n * n * (_BYTES_HESSIAN + drift) + n * rows * _BYTES_WEIGHT
@@ -179,7 +180,7 @@ def _solver_bytes(targets: Sequence[Target], n: int) -> int:
 
 def fixed_bytes(targets: Sequence[Target], device: torch.device, batches: int) -> int:
     """Bytes for `Needs.fixed`: codes (scales and zeros add little) and workspaces."""
-    codes = sum(t.weight.numel() * t.config.bits // 8 for t in targets if t.weight.device == device)
+    codes = sum(math.prod(t.shape) * t.config.bits // 8 for t in targets if t.parameter.device == device)
     return codes + (batches * _BYTES_THREAD if device.type == "cuda" else 0)
 
 

@@ -12,7 +12,6 @@ the block was called.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.device.memory import with_index, with_room
+from gptq_plugin.layers.packed_together import dequantized_layers
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.copier import Copier, Copies
 from gptq_plugin.memory.slots import Substitution
@@ -157,8 +157,11 @@ class Weights:
             here = [one for one in layers if one[0].module in places]
             if here:
                 self._make_room(self._size(unit) - unit.bytes, keep=self._needs[here[0][0].module])
-                for target, layer, values in here:
-                    made = _dequantized(target, layer, self._device) if values is None else target.with_weight(values)
+                missing = iter(
+                    _dequantized([(one, layer) for one, layer, values in here if values is None], self._device)
+                )
+                for target, _, values in here:
+                    made = next(missing) if values is None else target.with_weight(values)
                     weight = places[target.module]
                     unit.put_quantized(weight, made, weight.slot.tensor if self._two_walks else None)
                 self._set_bytes(unit, self._size(unit))
@@ -167,6 +170,12 @@ class Weights:
         """From now on the layer runs with its float weight again. To be called as `quantize`."""
         del self._quantized[target.module]
         for unit in filter(self._resident.__contains__, self._needs[target.module]):
+            self._send_home(unit)
+
+    def restore_all(self) -> None:
+        """Like `restore`, of all layers: nothing need be copied or computed for it."""
+        self._quantized.clear()
+        for unit in list(self._resident):
             self._send_home(unit)
 
     def _hook(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -192,8 +201,7 @@ class Weights:
             self._start(unit)
         try:
             copies = with_room(lambda: self._arrived(unit), self._free_more)
-            for tensor in unit.tensors:
-                self._substitute(unit, tensor, copies)
+            self._substitute(unit, copies)
         except Exception as error:
             self._send_home(unit)
             raise RuntimeError(f"the weights of {unit.name} could not be brought to {self._device}: {error}") from error
@@ -208,18 +216,21 @@ class Weights:
         transfer, unit.transfer = unit.transfer or self._copier.start(self._to_copy(unit)), None
         return self._copier.result(transfer)
 
-    def _substitute(self, unit: Unit, tensor: Substitution, copies: Copies) -> None:
-        if tensor.is_of_forward:
-            return
-        quantized = self._quantized_layer(tensor)
-        if quantized is not None:
-            target, layer = quantized
-            made = with_room(
-                lambda: self._copier.call(lambda: _dequantized(target, layer, self._device)), self._free_more
-            )
-            unit.put_quantized(tensor, made, copies.get(id(tensor.home), tensor.home) if self._two_walks else None)
-        elif id(tensor.home) in copies:
-            tensor.put(copies[id(tensor.home)])
+    def _substitute(self, unit: Unit, copies: Copies) -> None:
+        tensors = [(one, self._quantized_layer(one)) for one in unit.tensors if not one.is_of_forward]
+        layers = [layer for _, layer in tensors if layer is not None]
+        made = iter(
+            with_room(lambda: self._copier.call(lambda: _dequantized(layers, self._device)), self._free_more)
+            if layers
+            else ()
+        )
+        for tensor, layer in tensors:
+            copied = copies.get(id(tensor.home))
+            if layer is not None:
+                original = (tensor.home if copied is None else copied) if self._two_walks else None
+                unit.put_quantized(tensor, next(made), original)
+            elif copied is not None:
+                tensor.put(copied)
 
     def _prefetch(self, unit: Unit | None) -> None:
         """Starts to copy the unit if there is room, or units that no batch used since the last stop leave some: the
@@ -314,8 +325,8 @@ def _is_on_cpu(value: Any) -> bool:
 
 
 @torch.no_grad()
-def _dequantized(target: Target, layer: QuantLinear, device: torch.device) -> nn.Parameter:
-    """The layer's weights as the target's parameter, on `device`; the layer stays where it is."""
-    if layer.qweight.device != device:
-        layer = copy.deepcopy(layer).to(device)
-    return target.with_weight(layer.dequantize(target.parameter.dtype))
+def _dequantized(layers: Sequence[tuple[Target, QuantLinear]], device: torch.device) -> list[nn.Parameter]:
+    """The layers' weights as their targets' parameters, on `device`; the layers stay where they are."""
+    dtypes = [target.parameter.dtype for target, _ in layers]
+    values = dequantized_layers([layer for _, layer in layers], dtypes, device)
+    return [target.with_weight(value) for (target, _), value in zip(layers, values, strict=True)]

@@ -207,7 +207,7 @@ class _Check:
         if kwargs and "input" not in kwargs:
             return _ALONE.format(f"the keyword {next(iter(kwargs))!r}")
         x = args[0] if args else kwargs["input"]
-        rows, columns = self.target.weight.shape
+        rows, columns = self.target.shape
         if not is_dense(x) or not x.is_floating_point() or x.shape[-1:] != (columns,):
             return f"it is called with {_described(x)}, not with {columns} channels of a floating dtype"
         dtype, shape = output_dtype(x), (*x.shape[:-1], rows)

@@ -189,7 +189,7 @@ def random_rows(rows: int, columns: int) -> Tensor:
 
 
 def _projected_weight(target: Target, dtype: torch.dtype, device: torch.device) -> _Weight:
-    vectors = _vectors(len(target.weight), dtype, device)
+    vectors = _vectors(target.shape[0], dtype, device)
     addends, scale, bias, norm = _project_weight(target.weight, target.bias, vectors, dtype)
     return _Weight(SeenInput(target.parameter), vectors, addends, scale, bias, norm)
 

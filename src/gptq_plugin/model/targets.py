@@ -10,6 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,12 @@ class Target:
     def parameter(self) -> nn.Parameter:
         """The module's weight, in the module's layout."""
         return self.module.weight  # type: ignore[return-value]
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs; asked for so often that it is kept."""
+        rows, columns = self.weight.shape
+        return rows, columns
 
     @property
     def weight(self) -> Tensor:
@@ -129,7 +136,7 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
             scaled.append(name)
         else:
             target = _fitted(Target(name, module, resolved))
-            reason = structure.obstacles.get(module) or unpackable(tuple(target.weight.shape), resolved.bits)
+            reason = structure.obstacles.get(module) or unpackable(target.shape, resolved.bits)
             if reason is None:
                 targets.append(target)
             else:
@@ -204,7 +211,7 @@ def _check_patterns(config: QuantizeConfig, linears: Mapping[str, nn.Module]) ->
 
 def _fitted(target: Target) -> Target:
     """The target with a group size that divides the layer's inputs."""
-    asked, in_features = target.config.group_size, target.weight.shape[1]
+    asked, in_features = target.config.group_size, target.shape[1]
     size = target.config.group_size_for(in_features)
     if size == asked:
         return target

@@ -165,7 +165,10 @@ class BatchRuns:
         return found, self.replaceable.settle(self.weights.present)
 
     def check_swap(self, names: Collection[str]) -> list[str]:
-        """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do."""
+        """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do. To
+        be called after the walk: the model may have its float weights again."""
+        if not self._streams():  # or as many bytes come as of quantized layers, which are fewer
+            self.weights.restore_all()
         sample, alone = self.sample(), partial(self.run_alone, looks=False)  # layers are replaced for it
         targets = [self._targets[name] for name in names]
         return check_swap(self._plan.model, targets, sample, alone) if sample is not None else []
@@ -260,7 +263,7 @@ class BatchRuns:
         return weights
 
     def _streams(self) -> bool:
-        return self._plan.targets[0].weight.device != self.device or bool(self._options.offload_weights)
+        return self._plan.targets[0].parameter.device != self.device or bool(self._options.offload_weights)
 
     def _place(self, free: int | None, peak: int, share: float) -> None:
         """Decides what stays on the device.
@@ -299,13 +302,13 @@ def _sizes(batches: Sequence[Batch]) -> list[int]:
 
 
 def _device(plan: Plan, options: PassOptions) -> torch.device:
-    devices = {str(target.weight.device): target.name for target in plan.targets}
+    devices = {str(target.parameter.device): target.name for target in plan.targets}
     if len(devices) > 1:
         raise TargetError(
             f"the layers to quantize are on several devices ({some([f'{n} on {d}' for d, n in devices.items()])}): "
             "move the model to one, or load it on the CPU and give quantize(..., device='cuda')"
         )
-    home = plan.targets[0].weight.device
+    home = plan.targets[0].parameter.device
     device = options.where or home
     if plan.config.token_weighting == "gradients" and (device != home or options.offload_weights):
         raise ValueError(

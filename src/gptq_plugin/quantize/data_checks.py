@@ -75,7 +75,7 @@ def check_enough(tokens: int, samples: int, plan: Plan) -> None:
 
 def fewest_tokens(plan: Plan) -> int:
     """The fewest tokens that a plan's layers can be calibrated on: the inputs of the narrowest."""
-    return min(target.weight.shape[1] for target in plan.targets)
+    return min(target.shape[1] for target in plan.targets)
 
 
 def check_weight(layer: str, weight: Tensor) -> None:

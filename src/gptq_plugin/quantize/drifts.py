@@ -44,7 +44,7 @@ class Drifts:
 
     def __init__(self, plan: Plan, device: torch.device, exact: bool) -> None:
         self._device, self._exact = device, exact
-        self._widths = {target.name: target.weight.shape[1] for target in plan.targets}
+        self._widths = {target.name: target.shape[1] for target in plan.targets}
         self._wanted = {target.name for target in plan.targets if target.config.asymmetric_alpha}
         self._experts = {target.name: experts_of(target.name, target.module) for target in plan.targets}
         self._tokens = FloatTokens()

@@ -107,7 +107,7 @@ class Observations:
         Args:
             layers: By name; others than targets are left out.
         """
-        widths = {name: target.weight.shape[0] for name, target in self._targets.items()}
+        widths = {name: target.shape[0] for name, target in self._targets.items()}
         at_once = [(one.call, one.layers) for one in self._calls.values()]
         with (
             self.ranges.watching({name: layer for name, layer in layers.items() if name in self._targets}),
@@ -150,7 +150,7 @@ class Observations:
         assert experts is not None
         own = list(dict.fromkeys(in_expert(experts, name) for name in group.names))
         reads = self._experts.reads_tokens(experts, own, first.name in self._read_tokens)
-        return self._experts.weighted_each(experts, reads, self._grouped.take(group, first.weight.shape[1]))
+        return self._experts.weighted_each(experts, reads, self._grouped.take(group, first.shape[1]))
 
     def _with_drift(self, group: Group, evidence: Evidence, weight: int, *, paired: bool) -> Evidence:
         drift, told = self._drifts.mean(group, evidence.mean, evidence.tokens, weight, paired=paired)
@@ -159,7 +159,7 @@ class Observations:
     def of_unreached(self, experts: str, target: Target) -> Evidence:
         """The evidence for an expert's layer that no token reached: that of its block."""
         reads = self._experts.reads_tokens(experts, [in_expert(experts, target.name)], False)
-        nothing = Hessian(target.weight.shape[1], self._device, exact=self._exact)
+        nothing = Hessian(target.shape[1], self._device, exact=self._exact)
         return self._experts.weighted(experts, reads, nothing)
 
     def remarks(self) -> dict[str, tuple[str, ...]]:
@@ -191,6 +191,6 @@ class Observations:
 
     def _hessian(self, group: Group) -> Hessian:
         if group.names not in self._hessians:
-            in_features = self._targets[group.names[0]].weight.shape[1]
+            in_features = self._targets[group.names[0]].shape[1]
             self._hessians[group.names] = Hessian(in_features, self._device, exact=self._exact)
         return self._hessians[group.names]

@@ -72,7 +72,7 @@ class ExpertsPass:
             check_enough(tokens, samples.count, self._plan)
 
     def _quantize(self, stop: Stop, experts: Sequence[list[Target]]) -> None:
-        first, shapes = experts[0], [[one.weight.shape for one in layers] for layers in experts]
+        first, shapes = experts[0], [[one.shape for one in layers] for layers in experts]
         configs = [[one.config for one in layers] for layers in experts]
         are_alike = all(one == configs[0] for one in configs) and all(one == shapes[0] for one in shapes)
         if not are_alike or len({repr(one.config) for one in first}) > 1 or not can_solve(first[0].config):
@@ -80,7 +80,7 @@ class ExpertsPass:
                 if layers:  # not all of them stay float
                     self._quantize_one(layers, evidence, stop)
             return
-        shape = (sum(len(one.weight) for one in first), first[0].weight.shape[1])
+        shape = (sum(one.shape[0] for one in first), first[0].shape[1])
         stopwatch = Stopwatch(self._runs.device)
         found = self._observations.of_experts(stop.group)
 
@@ -108,7 +108,7 @@ class ExpertsPass:
         layers: list[list[QuantLinear]] = [[] for _ in experts]
         start = 0
         for part in range(len(experts[0])):
-            rows = slice(start, start + len(experts[0][part].weight))
+            rows = slice(start, start + experts[0][part].shape[0])
             start = rows.stop
             dtypes = [own[part].parameter.dtype for own in experts]
             packed = packed_layers(solved, rows, config.bits, config.group_size, dtypes)
@@ -119,7 +119,7 @@ class ExpertsPass:
         pairs: list[tuple[Target, QuantLinear, Tensor | None]] = []
         for number, own in enumerate(experts):
             if good[number]:
-                values = whole[number].split([len(one.weight) for one in own])
+                values = whole[number].split([one.shape[0] for one in own])
                 pairs += zip(own, layers[number], values, strict=True)
         self._runs.weights.quantize(pairs)
         for target, layer, _ in pairs:

@@ -35,7 +35,7 @@ def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> d
     found = [
         one for one in find_grouped(plan.model) if all(name in targets for layers in one.layers for name in layers)
     ]
-    free, streams = free_bytes(device, options.device_memory), plan.targets[0].weight.device != device
+    free, streams = free_bytes(device, options.device_memory), plan.targets[0].parameter.device != device
     blocks = _NEIGHBOURS if streams or options.offload_weights else 1
     fits = free is None or whole_bytes(found) * blocks + hessian_bytes(found) <= free // 4 * 3
     return {one.name: one for one in found} if found and distributed.minimum(fits) else {}

@@ -89,7 +89,7 @@ class OnePass:
         self.runs = BatchRuns(plan, calibration, self._positions, options, at_once=True)
         self._exact = options.sums_exactly(self.runs.device)
         self._observations = Observations(plan, self._positions, self.runs.device, self._exact, self.runs.at_once)
-        self._finished = FinishedLayers(plan.targets[0].weight.device, options.layers_in)
+        self._finished = FinishedLayers(plan.targets[0].parameter.device, options.layers_in)
         self._outcome = Outcome(plan)
         self._kept = KeptPass(options.kept(), self._targets, self.runs.device, self._exact)
         self._identity: PassIdentity | None = None  # None if nothing is to be kept
@@ -268,7 +268,7 @@ class OnePass:
         self._outcome.add(same, solution, solved, stopwatch)
         start = 0
         for target in same:
-            end = start + target.weight.shape[0]
+            end = start + target.shape[0]
             rows = solution.weight.rows(start, end)
             layer = QuantLinear.from_quantized(rows, target.bias, target.parameter.dtype)
             self.runs.weights.quantize([(target, layer, None)])

@@ -104,7 +104,7 @@ class Outcome:
 
     def add(self, targets: Sequence[Target], solution: Solution, observed: Observed, stopwatch: Stopwatch) -> None:
         """Takes the solution of layers that were solved together, their rows one below the other."""
-        rows = [target.weight.shape[0] for target in targets]
+        rows = [target.shape[0] for target in targets]
         coarse = (solution.weight.scales < COARSE_SCALE).sum(0).to(solution.loss)
         values = (solution.loss, solution.rtn_loss, solution.output_power, coarse)
         sums = [torch.stack([part.sum() for part in value.split(rows)]) for value in values]
@@ -140,7 +140,7 @@ class Outcome:
             stopwatch: Measures the time of these and others.
             share: An expert's, of that time.
         """
-        rows, solved = [target.weight.shape[0] for target in experts[0]], chunk.solved
+        rows, solved = [target.shape[0] for target in experts[0]], chunk.solved
         coarse = (solved.scales < COARSE_SCALE).sum(1, keepdim=True).to(solved.losses)
         parts = torch.cat([solved.losses, coarse], 1).split(rows, -1)
         losses = AsyncRead(torch.stack([part.sum(-1) for part in parts], -1).movedim(1, 0).flatten(1))
@@ -276,8 +276,8 @@ def module_report(target: Target, method: str, **values: Any) -> ModuleReport:
         method=method,
         bits=None if is_float else target.config.bits,
         group_size=None if is_float else target.config.group_size,
-        shape=(target.weight.shape[0], target.weight.shape[1]),
-        stored_bytes=0 if is_float else stored_bytes(target.weight.shape, target.config),
+        shape=target.shape,
+        stored_bytes=0 if is_float else stored_bytes(target.shape, target.config),
         **values,
     )
 

@@ -51,7 +51,7 @@ class PassIdentity:
         self._device = device
         self._parts = Fingerprint()
         self._first: dict[int, list[str]] = {}  # by batch, digests of the first layers' inputs
-        layers = [(target.name, list(target.weight.shape), str(target.weight.dtype)) for target in plan.targets]
+        layers = [(target.name, list(target.shape), str(target.parameter.dtype)) for target in plan.targets]
         self._add("the surroundings", surroundings(device))
         self._add("the configuration", [plan.config.token_weighting, plan.config.lm_head, exact])
         self._add("the layers", layers)

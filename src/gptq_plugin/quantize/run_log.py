@@ -33,7 +33,7 @@ class RunLog:
             plan: The layers.
             again: Log it even if this run has.
         """
-        found = Coverage.of(plan, sum(stored_bytes(target.weight.shape, target.config) for target in plan.targets))
+        found = Coverage.of(plan, sum(stored_bytes(target.shape, target.config) for target in plan.targets))
         if again or found.floats != self._floats:
             self._floats = found.floats
             if distributed.rank() == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
@@ -112,7 +113,7 @@ def measure_layers(plan: Plan, calibration: Calibration, options: PassOptions) -
     units = [Unit(name, tuple(of), (Grid.of(of[0].config),)) for name, of in parameters.items()]
     found = measure_sensitivities(plan, units, calibration, options)
     alone = {unit.name: found.damages[unit.name][unit.grids[0]] for unit in units}
-    weights = {unit.name: sum(target.weight.numel() for target in unit.targets) for unit in units}
+    weights = {unit.name: sum(math.prod(target.shape) for target in unit.targets) for unit in units}
     return {name: alone[unit.name] / weights[unit.name] for unit in units for name in unit.names}
 
 

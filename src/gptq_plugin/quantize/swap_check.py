@@ -187,7 +187,7 @@ class _StandIn(QuantLinear):
 
 def _arguments(target: Target) -> tuple[Any, ...]:
     """Those of QuantLinear that differ between layers."""
-    out_features, in_features = target.weight.shape
+    out_features, in_features = target.shape
     config, bias = target.config, target.bias is not None
     return in_features, out_features, config.bits, config.group_size, bias, target.parameter.dtype
 

@@ -76,7 +76,7 @@ def steps(plan: Plan, quantized: Collection[str], rank: Callable[[], Ranking]) -
     """
     targets = [target for target in plan.targets if target.name in quantized]
     ranking, together = Ranking({}), list[list[str]]()
-    shapes = {target.name: tuple(target.weight.shape) for target in plan.targets}
+    shapes = {target.name: target.shape for target in plan.targets}
     first = {target.name: Grid.of(target.config) for target in plan.targets}
 
     def step(grids: dict[str, Grid], size: int | None = None) -> Step:
