@@ -15,8 +15,8 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num
         "num_key_value_heads": 1, "vocab_size": 64}  # fmt: skip
 
 
-def mixtral():
-    config = AutoConfig.for_model("mixtral", num_local_experts=3, num_experts_per_tok=2, **TINY)
+def mixtral(experts=3):
+    config = AutoConfig.for_model("mixtral", num_local_experts=experts, num_experts_per_tok=2, **TINY)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -146,3 +146,31 @@ def test_if_names_differ_by_more_than_the_number_all_experts_are_asked_about(mon
     assert (
         asked == [2, 5] and found["a.experts.1.up"] == "a.others.7.up" and found["a.experts.4.up"] == "a.experts.4.up"
     )
+
+
+@pytest.mark.parametrize("asked", [2, 3])
+def test_parts_of_many_experts_are_those_that_each_has_if_all_are_asked_about(asked, monkeypatch):
+    from gptq_plugin.model import stored_names as module
+
+    model = mixtral(experts=7)
+    stacks = find_experts(model)
+    monkeypatch.setattr(module, "_ASKED", 7)
+    wanted = expert_parts(model, stacks)
+    assert [part.name for part in wanted[stacks[0].name, "gate_up_proj"][6]] == ["6.w1", "6.w3"]
+    monkeypatch.setattr(module, "_ASKED", asked)
+    assert expert_parts(model, stacks) == wanted
+
+
+def test_if_parts_differ_by_more_than_the_number_all_experts_are_asked_about(monkeypatch):
+    from transformers import core_model_loading
+
+    model = mixtral(experts=7)
+    stacks = find_experts(model)
+    revert = core_model_loading.revert_weight_conversion
+
+    def odd(model, state):
+        return {key.replace(".1.w", ".1.v"): tensor for key, tensor in revert(model, state).items()}
+
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", odd)
+    found = expert_parts(model, stacks)[stacks[0].name, "down_proj"]
+    assert [parts[0].name for parts in found] == ["0.w2", "1.v2", *(f"{number}.w2" for number in range(2, 7))]

@@ -43,9 +43,13 @@ def watch_calls(modules: Mapping[str, nn.Module], visit: Visit) -> Iterator[None
 
         return before
 
+    signatures: dict[Any, inspect.Signature] = {}  # by function: a model has a few classes of many modules
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
-            before = hook(name, inspect.signature(module.forward))
+            method = getattr(module.forward, "__func__", module.forward)
+            if method not in signatures:
+                signatures[method] = inspect.signature(module.forward)
+            before = hook(name, signatures[method])
             hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         yield
 

@@ -29,7 +29,9 @@ class Noticed:
     """
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
-        self._modules = dict(model.named_modules())
+        # Layers of experts that are apart are called by code of this package, with rows alone.
+        modules = model.named_modules()
+        self._modules = {name: one for name, one in modules if not getattr(type(one), "keeps_nothing", False)}
         self._calls = MaskCalls(masks_of(batch.data))
 
     def during(self, forward: Forward) -> Forward:

@@ -144,7 +144,7 @@ def _position_tables(model: nn.Module, most: int) -> Iterator[int]:
             first = 0 if padding is None else padding + 1
             if most <= rows <= most + 2:
                 yield min(most, rows - first)
-        elif not is_linear(module):
+        elif module._buffers and not is_linear(module):
             buffers = module.buffers(recurse=False)
             if any(buffer.dim() == 2 and len(buffer) == most and buffer.is_floating_point() for buffer in buffers):
                 yield most

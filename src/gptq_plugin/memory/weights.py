@@ -157,26 +157,19 @@ class Weights:
             here = [one for one in layers if one[0].module in places]
             if here:
                 self._make_room(self._size(unit) - unit.bytes, keep=self._needs[here[0][0].module])
-                missing = iter(
-                    _dequantized([(one, layer) for one, layer, values in here if values is None], self._device)
-                )
+                missing = iter(_dequantized([one[:2] for one in here if one[2] is None], self._device))
                 for target, _, values in here:
                     made = next(missing) if values is None else target.with_weight(values)
                     weight = places[target.module]
                     unit.put_quantized(weight, made, weight.slot.tensor if self._two_walks else None)
                 self._set_bytes(unit, self._size(unit))
 
-    def restore(self, target: Target) -> None:
-        """From now on the layer runs with its float weight again. To be called as `quantize`."""
-        del self._quantized[target.module]
-        for unit in filter(self._resident.__contains__, self._needs[target.module]):
-            self._send_home(unit)
-
-    def restore_all(self) -> None:
-        """Like `restore`, of all layers: nothing need be copied or computed for it."""
-        self._quantized.clear()
-        for unit in list(self._resident):
-            self._send_home(unit)
+    def restore(self, modules: Collection[nn.Module] | None = None) -> None:
+        """From now on these layers, or all, run with their float weights again. To be called as `quantize`."""
+        for module in list(self._quantized) if modules is None else modules:
+            del self._quantized[module]
+            for unit in filter(self._resident.__contains__, self._needs[module]):
+                self._send_home(unit)
 
     def _hook(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._use(module)  # which may not be the one called: another has its place and hooks for a time
@@ -219,17 +212,13 @@ class Weights:
     def _substitute(self, unit: Unit, copies: Copies) -> None:
         tensors = [(one, self._quantized_layer(one)) for one in unit.tensors if not one.is_of_forward]
         layers = [layer for _, layer in tensors if layer is not None]
-        made = iter(
-            with_room(lambda: self._copier.call(lambda: _dequantized(layers, self._device)), self._free_more)
-            if layers
-            else ()
-        )
+        dequantize = partial(_dequantized, layers, self._device)
+        made = iter(with_room(partial(self._copier.call, dequantize), self._free_more) if layers else ())
         for tensor, layer in tensors:
-            copied = copies.get(id(tensor.home))
+            copied = copies.get(id(tensor.home), tensor.home)
             if layer is not None:
-                original = (tensor.home if copied is None else copied) if self._two_walks else None
-                unit.put_quantized(tensor, next(made), original)
-            elif copied is not None:
+                unit.put_quantized(tensor, next(made), copied if self._two_walks else None)
+            elif copied is not tensor.home:
                 tensor.put(copied)
 
     def _prefetch(self, unit: Unit | None) -> None:

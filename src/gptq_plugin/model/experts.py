@@ -41,8 +41,8 @@ class ExpertLinear(nn.Linear):
     def __init__(self, weight: Tensor, parameter: str) -> None:
         nn.Module.__init__(self)  # Linear's would make a weight, and initialise it
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter("bias", None)
+        own = {"weight": nn.Parameter(weight, requires_grad=False), "bias": None}
+        self._parameters.update(own)  # as attributes they take longer than the rest
         self.parameter = parameter
 
 
@@ -76,9 +76,9 @@ class Experts:
     def in_features(self) -> int:
         return self.whole.shape[2 if self.layout == "out, in" else 1]
 
-    def matrix(self, expert: int) -> Tensor:
-        """The matrix of one expert, [out, in]; a view."""
-        return as_linear(self.whole.detach()[expert], self.layout)
+    def matrices(self) -> list[Tensor]:
+        """The matrix of every expert, [out, in]; views."""
+        return [as_linear(one, self.layout) for one in self.whole.detach().unbind()]
 
 
 def find_experts(model: nn.Module) -> list[Experts]:
@@ -146,9 +146,8 @@ def unfused(model: nn.Module) -> Iterator[Callable[[], None]]:
         for one in experts:
             own = parts[one.name, one.parameter]
             whole = f"{one.name}.{one.parameter}"
-            linears = [
-                [ExpertLinear(one.matrix(e)[part.rows], whole) for part in of_one] for e, of_one in enumerate(own)
-            ]
+            each = zip(one.matrices(), own, strict=True)
+            linears = [[ExpertLinear(matrix[part.rows], whole) for part in of_one] for matrix, of_one in each]
             put_back.append(place_experts(one, own, linears, one.layout))
             stack.callback(put_back[-1])
 
@@ -299,7 +298,8 @@ def place_experts(
             undo.callback(_remove, module, name)
         for own_names, own in zip(names, layers, strict=True):
             for name, layer in zip(own_names, own, strict=True):
-                _put(module, name, layer.train(module.training))
+                layer.training = module.training
+                _put(module, name, layer)
         _replace(module, experts.parameter, ExpertWeights(module, names, whole.shape, whole.dtype, layout), undo)
         _use_plain_code(module)
         put_parameter_back = undo.pop_all()

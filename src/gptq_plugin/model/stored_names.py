@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gptq_plugin.model.hf_models import is_transformers, transformers_models
 
+_ASKED = 3  # experts whose names transformers' rules are asked for
 _EXPERT = re.compile(r"(.*?\w*experts?)\.(\d+)(?:\.(.+))?$")  # a layer of one expert: its block, number, and own name
 
 
@@ -188,6 +189,23 @@ def expert_parts(root: nn.Module, stacks: Iterable[_Stack]) -> dict[tuple[str, s
 def _stored_parts(model: Any, prefix: str, stacks: list[_Stack]) -> dict[tuple[str, str], list[list[Part]]]:
     """The parts of experts that a model's checkpoint stores one by one.
 
+    A few experts are asked about, and the others' parts have other numbers.
+    """
+    found = {}
+    for key, of_few in _parts_of(model, prefix, stacks, _ASKED).items():
+        experts = next(_sizes(stack)[0] for stack in stacks if (stack.name, stack.parameter) == key)
+        own = [[(part.name.partition(".")[2], part.rows) for part in parts] for parts in of_few]
+        if any(one != own[0] for one in own):
+            return _parts_of(model, prefix, stacks)
+        found[key] = [[Part(f"{number}.{name}", rows) for name, rows in own[0]] for number in range(experts)]
+    return found
+
+
+def _parts_of(
+    model: Any, prefix: str, stacks: list[_Stack], most: int | None = None
+) -> dict[tuple[str, str], list[list[Part]]]:
+    """The parts of the first experts, or of all.
+
     Each entry of a stand-in is the number of its row, so the stored tensors tell which rows they hold.
     """
     from transformers.core_model_loading import revert_weight_conversion
@@ -196,7 +214,7 @@ def _stored_parts(model: Any, prefix: str, stacks: list[_Stack]) -> dict[tuple[s
     starts: list[int] = []  # the number of each stack's first row
     count = 0
     for stack in stacks:
-        experts, rows = _sizes(stack)
+        experts, rows = _sizes(stack, most)
         numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1).expand(-1, -1, 2) + count
         state[f"{stack.name.removeprefix(prefix)}.{stack.parameter}"] = (
             numbers if stack.layout == "out, in" else numbers.mT
@@ -211,7 +229,7 @@ def _stored_parts(model: Any, prefix: str, stacks: list[_Stack]) -> dict[tuple[s
         first, last = int(numbers[0]), int(numbers[-1])
         place = bisect.bisect_right(starts, first) - 1
         stack, row = stacks[place], first - starts[place]
-        experts, rows = _sizes(stack)
+        experts, rows = _sizes(stack, most)
         expert = row // rows
         name = re.search(rf"(?:^|\.)({expert}\.\w+)\.weight$", key)
         if (
@@ -233,7 +251,7 @@ def _whole(of_all: list[list[Part]], rows: int) -> bool:
     return all(sum(part.rows.stop - part.rows.start for part in parts) == rows for parts in of_all)
 
 
-def _sizes(stack: _Stack) -> tuple[int, int]:
-    """The number of experts, and the rows of each expert's matrix."""
+def _sizes(stack: _Stack, most: int | None = None) -> tuple[int, int]:
+    """The number of experts, or of the first ones, and the rows of each expert's matrix."""
     experts, *sides = stack.whole.shape
-    return experts, sides[0] if stack.layout == "out, in" else sides[1]
+    return min(experts, most or experts), sides[0] if stack.layout == "out, in" else sides[1]

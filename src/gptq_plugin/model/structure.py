@@ -57,6 +57,7 @@ class Structure:
         scorers, head = routers(model), _output_embedding(model)
         everywhere = {n: m for n, m in model.named_modules(remove_duplicate=False) if _is_layer(m)}
         shapes = {name: _shape(module) for name, module in linears.items()}
+        of_modules = {linears[name]: shape for name, shape in shapes.items()}
         return cls(
             model,
             linears,
@@ -66,7 +67,7 @@ class Structure:
             _published_head(model),
             _obstacles(model, head),
             _outside_language(model, linears),
-            {name: _shape(module) for name, module in {**everywhere, **scorers}.items()},
+            {name: of_modules.get(module) or _shape(module) for name, module in {**everywhere, **scorers}.items()},
         )
 
     @classmethod

@@ -168,7 +168,7 @@ class BatchRuns:
         """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do. To
         be called after the walk: the model may have its float weights again."""
         if not self._streams():  # or as many bytes come as of quantized layers, which are fewer
-            self.weights.restore_all()
+            self.weights.restore()
         sample, alone = self.sample(), partial(self.run_alone, looks=False)  # layers are replaced for it
         targets = [self._targets[name] for name in names]
         return check_swap(self._plan.model, targets, sample, alone) if sample is not None else []

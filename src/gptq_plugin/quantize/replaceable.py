@@ -8,6 +8,7 @@ from typing import Any
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import some
+from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.judgement import Judgement
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
@@ -29,7 +30,8 @@ class Replaceable:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._reads = WeightReads(plan.model, {target.name: target.module for target in plan.targets})
+        layers = {one.name: one.module for one in plan.targets if not isinstance(one.module, ExpertLinear)}
+        self._reads = WeightReads(plan.model, layers)
         self._judgement = Judgement(plan.targets)
         self._unreached: set[str] = set()
 

@@ -216,7 +216,7 @@ def _alone(
                 runs.weights.quantize([(target, layers[target.name], None)])
             found.append(divergence.measure() if quantized else 0.0)
             for target in quantized:
-                runs.weights.restore(target)
+                runs.weights.restore([target.module])
     return found, divergence.tokens
 
 

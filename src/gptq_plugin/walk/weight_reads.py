@@ -24,7 +24,7 @@ class WeightReads:
 
     Args:
         model: The model that runs.
-        layers: Some of its modules, by name.
+        layers: Some of its modules, by name; none that are made of experts' parameters.
 
     Attributes:
         names: The layers whose weight, or a view of it, was an argument of a function called outside the forwards of
@@ -56,6 +56,8 @@ class WeightReads:
             for hooks, keys in self._hooks:
                 stack.enter_context(_wrapped(hooks, keys, self._outside))
             for module in self._model.modules():
+                if getattr(type(module), "keeps_nothing", False):  # a layer of an expert, which nobody else can read
+                    continue
                 # Before all other hooks, which may read the weight too: ours bring it to the device.
                 stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)
