@@ -80,8 +80,8 @@ def dequantized_layers(
                 one = one if one.device == device else copy.deepcopy(one).to(device)
                 found[some[0]] = one.dequantize(dtype)
                 continue
-            tensors = [[tensor.to(device) for tensor in packed[number]] for number in some]
-            for number, values in zip(some, _dequantized(tensors, bits, dtype), strict=True):
+            there = [[tensor.to(device) for tensor in packed[number]] for number in some]
+            for number, values in zip(some, _dequantized(there, bits, dtype), strict=True):
                 found[number] = values
     return found
 
