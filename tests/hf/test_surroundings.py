@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 from gptq_plugin.hf.surroundings import (
-    back_on,
     drop_replaced_parameters,
     float_checkpoint,
     progress_like,
@@ -50,16 +49,6 @@ def test_random_numbers_drawn_in_the_block_do_not_change_those_after_it():
         draws()
         raise KeyError
     assert draws() == expected
-
-
-def test_the_model_is_on_its_device_again_also_after_an_error():
-    model = nn.Linear(2, 2)
-    with pytest.raises(KeyError), back_on(model, torch.device("cpu")):
-        model.to("meta").to_empty(device="cpu")
-        model.weight = nn.Parameter(torch.empty(2, 2, dtype=torch.float64))
-        moves, model.to = [], lambda device: moves.append(device)
-        raise KeyError
-    assert moves == [torch.device("cpu")]
 
 
 def test_the_float_checkpoint_is_the_best_one_or_that_of_the_last_step(run, tmp_path):

@@ -15,7 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gptq_plugin.lightning.sharding import Sharding, Slot, is_sharded, sharding_of
+from gptq_plugin.lightning.sharding import is_sharded, sharding_of
+from gptq_plugin.memory.slots import Slot
+from gptq_plugin.training.sharding import Sharding
 
 CPU = torch.device("cpu")
 

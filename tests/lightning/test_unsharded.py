@@ -4,49 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import launch
 
 from gptq_plugin import load_quantized
 
 import sharded_runs as runs
-from forked_python import python
-from paths import SUPPORT
-from ports import free_port
 
 pytestmark = pytest.mark.slow
-
-
-def launch(function, folder, **environment):
-    """Calls a function of sharded_runs.py in two processes, with the folder; raises if one fails."""
-    port = free_port()
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                    "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import sharded_runs as runs; "
-    command += f"runs.{function}(pathlib.Path(sys.argv[2]))"
-    processes = [
-        subprocess.Popen(
-            [python(), "-c", command, SUPPORT, folder],
-            env={**os.environ, **environment, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]
-    try:
-        assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """A folder for each of the runs in sharded_runs.py."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch("main", folder)
+    launch("sharded_runs", "main", folder)
     return folder
 
 
@@ -106,7 +81,7 @@ def test_the_export_is_that_of_the_whole_module(name, reference, out, whole):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_export_of_two_gpus_is_that_of_the_whole_module_on_one(tmp_path):
-    launch("gpus", tmp_path)
+    launch("sharded_runs", "gpus", tmp_path)
     runs.run("whole", "plain", runs.Model(), runs.tokens, tmp_path, accelerator="gpu")
     there = load_file(tmp_path / "whole" / "export" / "model.safetensors")
     for name in ("fsdp", "tp", "flat-gpu"):
@@ -197,7 +172,7 @@ def test_what_cannot_work_is_refused_before_training_on_every_rank(name, message
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed and a C++ compiler")
 def test_deepspeeds_parts_are_gathered_one_by_one(whole, tmp_path):
-    launch("zero", tmp_path, DS_ACCELERATOR="cpu")
+    launch("sharded_runs", "zero", tmp_path, DS_ACCELERATOR="cpu")
     test_the_export_is_that_of_the_whole_module("zero", "fsdp", tmp_path, whole)
     test_calibration_runs_on_plain_modules_whose_weights_lie_in_files("zero", tmp_path)
     for one in said(tmp_path, "zero"):

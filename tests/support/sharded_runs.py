@@ -26,9 +26,9 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gptq_plugin import GPTQCallback, QuantizeModule, QuantLinear, distributed
-from gptq_plugin.lightning import consolidated as consolidating
-from gptq_plugin.lightning.consolidated import consolidated
-from gptq_plugin.lightning.unsharded import unsharded
+from gptq_plugin.lightning.surroundings import whole
+from gptq_plugin.training import consolidated as consolidating
+from gptq_plugin.training.consolidated import consolidated
 
 SMALL = {"group_size": 32, "nsamples": 15, "batch_size": 4}
 
@@ -312,7 +312,7 @@ class Memory(pl.Callback):
 
     def on_fit_start(self, trainer, pl_module):
         before = own_memory()
-        with unsharded(trainer, pl_module, Path(trainer.default_root_dir) / "export"):
+        with whole(trainer, pl_module, Path(trainer.default_root_dir) / "export"):
             read = float(sum(parameter.sum() for parameter in pl_module.parameters()))
             self.said = {"size": sum(p.nbytes for p in pl_module.parameters()), "grown": own_memory() - before}
         assert read != 0

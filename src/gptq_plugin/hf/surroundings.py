@@ -32,15 +32,6 @@ def random_state_restored(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def back_on(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Moves the model to the device after the block."""
-    try:
-        yield
-    finally:
-        model.to(device)
-
-
-@contextlib.contextmanager
 def weights_saved_on_failure(model: nn.Module, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
     """Saves the trained weights if the block raises and no checkpoint holds them.
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptq_plugin import distributed
@@ -23,8 +22,8 @@ from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.options import Finish
 from gptq_plugin.hf.dataloaders import Evaluations, undivided
+from gptq_plugin.hf.sharded import Whole, back_on, refuse_for_shards, sharding_of, whole
 from gptq_plugin.hf.surroundings import (
-    back_on,
     drop_replaced_parameters,
     float_checkpoint,
     progress_like,
@@ -42,22 +41,18 @@ from gptq_plugin.training.optimizer_state import on_cpu
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 from gptq_plugin.training.quality_gate import QualityGate
 
-_SHARDED = {  # accelerate's names, and with what the trainer saves the whole model
-    "FSDP": ", with fsdp_config={'state_dict_type': 'FULL_STATE_DICT'}",
-    "DEEPSPEED": ", with stage3_gather_16bit_weights_on_model_save under zero_optimization (ZeRO-3)",
-    "MEGATRON_LM": "",
-}
-
 
 class GPTQTrainerCallback(CallbackBase, TrainerCallback):
     """Quantizes the trained model at the end of `Trainer.train`, and exports it.
 
     With `load_best_model_at_end` that is the best model. A run that could not be quantized (no layer to quantize, a
-    group size that does not divide, data that does not fit, an export folder that exists, sharded parameters) is
+    group size that does not divide, data that does not fit, an export folder that exists) is
     refused before the first training step. If quantization fails, the exception leaves `train` with the trained weights
     in place; if no checkpoint of the run holds them, they are saved to ``trained-STEP`` in its `output_dir`.
 
     PEFT adapters are merged on a copy, which is quantized and exported; the adapters and their base do not change.
+    Under accelerate's FSDP and DeepSpeed the whole weights lie in files beside `export_dir` meanwhile, mapped by all
+    ranks of a node, and the model stays sharded and float.
 
     Args:
         quantizer: Quantizes; holds the configuration.
@@ -76,7 +71,8 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             ``token_weighting="labels"`` every token of a text is its own label.
         mix_fraction: The share of `config.nsamples` that comes from `mix`, at least one sample; 0 takes none.
         swap: True leaves the model quantized, so that `trainer.evaluate()` and `trainer.save_model()` use it;
-            False exports and gives it its float weights back. None is True, but False for a model with PEFT adapters.
+            False exports and gives it its float weights back. None is True, but False for a model that has PEFT
+            adapters or is sharded.
         overwrite: Replace an earlier export by this package in `export_dir`.
         target: The client that is to load the export ("vllm", "transformers", "sglang", "gptqmodel", or
             ``{"client": "vllm", "tensor_parallel_size": 2}``). If it would refuse the export, so does the callback,
@@ -145,7 +141,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
     ) -> None:
         """Refuses what cannot work and runs one calibration batch of every source (of ``"val"``, in `on_evaluate`)."""
         model = training["model"]
-        _refuse_sharded(model)
+        refuse_for_shards(model, self.swap, self.export_dir, self.finish)
         earlier = self.report.float_checkpoint if self.report is not None else ""
         refuse_quantized(model, earlier or "from_pretrained")
         if state.is_hyper_param_search:
@@ -157,15 +153,16 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         refuse_adapters(model, self.swap, self.export_dir)
         self.validation.check_model(model)
         self.agree_on_export_dir([("output_dir", args.output_dir), ("logging_dir", getattr(args, "logging_dir", None))])
-        self.check_layers(_without_adapters(model, base_copy))
-        if self.data.calibration != "val":
-            self._rehearse(args, training)
-        elif args.eval_strategy == "no" and not args.eval_on_start:
+        if self.data.calibration == "val" and args.eval_strategy == "no" and not args.eval_on_start:
             raise CalibrationError(
                 "calibration='val' takes its samples from what the trainer evaluates in training, and it does not: "
                 "give it an eval_strategy, or trainer.add_callback(GPTQTrainerCallback(..., "
                 "calibration=trainer.get_eval_dataloader()))"
             )
+        with whole(model, args, self.export_dir) as trained:
+            self.check_layers(_without_adapters(trained.module, base_copy))
+            if self.data.calibration != "val":
+                self._rehearse(args, training, trained)
         self._evaluations = Evaluations()
 
     def on_evaluate(
@@ -179,8 +176,12 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         if self.data.calibration != "val" or self._evaluations is None:
             return
         if self._evaluations.add(state.global_step, undivided(training["eval_dataloader"])):
-            with distributed.ending_together(), weights_saved_on_failure(training["model"], args, state):
-                self._rehearse(args, training)
+            with (
+                distributed.ending_together(),
+                whole(training["model"], args, self.export_dir) as trained,
+                weights_saved_on_failure(trained.module, args, state),
+            ):
+                self._rehearse(args, training, trained)
 
     @distributed.ending_together()
     def on_train_end(
@@ -189,21 +190,23 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         model, optimizer = training["model"], training["optimizer"]
         peak = memory.peak_bytes(args.device)
         model.zero_grad(set_to_none=True)
-        keep = leaves_quantized(model, self.swap)
+        keep = sharding_of(model) is None and leaves_quantized(model, self.swap)
         if keep:
             optimizer.state.clear()
         with (
             on_cpu([optimizer]),
-            weights_saved_on_failure(model, args, state),
+            whole(model, args, self.export_dir) as trained,
+            weights_saved_on_failure(trained.module, args, state),
             random_state_restored(args.device),
             torch.compiler.set_stance("force_eager"),  # hooks and threads do not go through compiled code
             progress_like(args, state) as progress,
-            back_on(model, args.device),
+            back_on(trained, args.device),
         ):
-            module = _without_adapters(model, merged_in_place)
+            module = _without_adapters(trained.module, merged_in_place)
             options = PassOptions(
                 forward=self.calibration_forward(args),
                 tokenizer=self._tokenizer(training),
+                device=trained.device,
                 progress=progress,
                 device_memory=peak,
                 export_dir=self.export_dir,
@@ -213,11 +216,12 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 data=lambda: self.calibration_data(training["train_dataloader"]),
                 options=options,
                 keep=keep,
+                layers_in=None if trained.files is None else trained.files.layers,
                 quality=self.validation.of_float_model(),
                 finish=self.finish_run(lambda: self.calibration_data(training["train_dataloader"])),
             )
             run_name = args.run_name if args.run_name != args.output_dir else None  # some versions make them equal
-            origin = Origin(float_checkpoint(args, state), run_name, note_untied(model, module))
+            origin = Origin(float_checkpoint(args, state), run_name, note_untied(trained.module, module))
             report = self.quantize_and_export(attempts, origin)
         self._evaluations = None
         drop_replaced_parameters(optimizer, model)
@@ -254,36 +258,24 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             )
         return self._evaluations.loaders
 
-    def _rehearse(self, args: TrainingArguments, training: dict[str, Any]) -> None:
+    def _rehearse(self, args: TrainingArguments, training: dict[str, Any], trained: Whole) -> None:
         with random_state_restored(args.device), torch.compiler.set_stance("force_eager"):
             data = self.calibration_data(training["train_dataloader"])
             first = self.data.rehearsal_data(data)
             if first is None:
                 return  # the user's stream is not read before training
             self.quantizer.rehearse(
-                _without_adapters(training["model"], base_copy),
+                _without_adapters(trained.module, base_copy),
                 first,
                 forward=self.calibration_forward(args),
                 tokenizer=self._tokenizer(training),
+                device=trained.device,
                 whole=self.data.is_given,
                 entire=self.data.entire_data(data),
             )
 
     def _tokenizer(self, training: dict[str, Any]) -> Any:
         return self.tokenizer if self.tokenizer is not None else training["processing_class"]
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    from accelerate.state import AcceleratorState
-
-    kind = AcceleratorState().distributed_type.value
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if kind in _SHARDED or sharded:
-        raise NotImplementedError(
-            f"GPTQTrainerCallback needs whole parameters on every rank, and {kind if kind in _SHARDED else 'DTensor'} "
-            f"shards them. Train without the callback{_SHARDED.get(kind, '')}, call trainer.save_model(DIR), and run "
-            "gptq-quantize model.name_or_path=DIR"
-        )
 
 
 def _without_adapters(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:

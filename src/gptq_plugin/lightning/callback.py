@@ -42,7 +42,6 @@ from gptq_plugin.lightning.surroundings import (
     without_training_state,
 )
 from gptq_plugin.lightning.trackers import log_report
-from gptq_plugin.lightning.unsharded import refuse_unknown_sharding
 from gptq_plugin.lightning.validation import check_metrics, loaders_to_calibrate, validate, validation_loaders
 from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled
 from gptq_plugin.memory.streamed_to import streamed_to
@@ -53,6 +52,7 @@ from gptq_plugin.training.attempts import Attempts, Quality
 from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 from gptq_plugin.training.quality_gate import QualityGate
+from gptq_plugin.training.unsharded import refuse_unknown_sharding
 
 
 class GPTQCallback(CallbackBase, EndsLaunchedRanks):

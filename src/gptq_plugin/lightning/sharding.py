@@ -1,101 +1,16 @@
-"""How each strategy shards parameters, and how to gather them one at a time: `Sharding`.
-
-ModelParallelStrategy leaves DTensors in the module (FSDP2, https://arxiv.org/abs/2411.00284, and tensor parallelism),
-FSDPStrategy wraps modules and keeps their parameters flat, DeepSpeed empties parameters and keeps parts beside them.
-"""
+"""How a Lightning strategy shards parameters."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import lightning.pytorch as pl
-import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from gptq_plugin.lightning.roots import in_any_root
-from gptq_plugin.memory.slots import Slot
-
-
-class Sharding:
-    """DTensors of `fully_shard` and `parallelize_module`. Other tensors are whole on every rank.
-
-    Args:
-        root: The module the strategy trains: the LightningModule, or its wrapper.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-
-    @contextlib.contextmanager
-    def resharded(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
-        """Outermost context: every module holds its shards, on the training device.
-
-        Args:
-            pl_module: The LightningModule.
-            device: Of training.
-        """
-        for module in self.root.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the last forward leaves some modules with whole parameters
-        yield
-
-    def gather(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the whole tensor of every slot with its name, in the same order on all ranks.
-
-        A tensor is valid until the next one is read. Gathering is collective, so every rank must read to the end, even
-        after its own error.
-        """
-        for slot in slots:
-            yield slot.name, _gathered(slot.tensor)
-
-
-class _FlatParameters(Sharding):
-    """Parameters of FullyShardedDataParallel: one flat parameter a wrapped module, whose own parameters are views."""
-
-    @contextlib.contextmanager
-    def resharded(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
-        yield  # every forward ends so
-
-    def gather(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
-        left = {slot.name: slot for slot in slots}
-        for unit in FullyShardedDataParallel.fsdp_modules(self.root):
-            nested = {m for u in FullyShardedDataParallel.fsdp_modules(unit) if u is not unit for m in u.modules()}
-            own = set(unit.modules()) - nested
-            with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-                for slot in [slot for slot in left.values() if slot.module in own]:
-                    yield slot.name, slot.tensor.detach()
-                    del left[slot.name]
-        yield from super().gather(list(left.values()))
-
-
-class _Partitions(Sharding):
-    """Parameters of DeepSpeed: under ZeRO-3 each is empty except while it is gathered; else it is always whole."""
-
-    @contextlib.contextmanager
-    def resharded(self, pl_module: pl.LightningModule, device: torch.device) -> Iterator[None]:
-        origin = pl_module.device
-        pl_module.to(device)  # Lightning has moved all but the partitions to the CPU
-        try:
-            yield
-        finally:
-            pl_module.to(origin)
-
-    def gather(self, slots: list[Slot]) -> Iterator[tuple[str, Tensor]]:
-        import deepspeed
-
-        for slot in slots:
-            with deepspeed.zero.GatheredParameters([slot.tensor]):
-                yield slot.name, slot.tensor.detach()
-
+from gptq_plugin.training.sharding import FlatParameters, Partitions, Sharding
 
 _KINDS: dict[str, type[Sharding]] = {
     "ModelParallelStrategy": Sharding,
-    "FSDPStrategy": _FlatParameters,
-    "DeepSpeedStrategy": _Partitions,
+    "FSDPStrategy": FlatParameters,
+    "DeepSpeedStrategy": Partitions,
 }
 
 
@@ -109,10 +24,3 @@ def sharding_of(trainer: pl.Trainer) -> Sharding:
     kinds = (kind for name, kind in _KINDS.items() if isinstance(trainer.strategy, in_any_root(f"strategies.{name}")))
     assert trainer.strategy.model is not None
     return next(kinds)(trainer.strategy.model)
-
-
-@torch.no_grad()
-def _gathered(tensor: Tensor) -> Tensor:
-    """The full tensor of a DTensor, for which every rank has to ask; any other tensor unchanged."""
-    full: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-    return full  # type: ignore[no-any-return]

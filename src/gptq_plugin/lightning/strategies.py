@@ -12,6 +12,7 @@ from gptq_plugin.finish.options import Finish
 from gptq_plugin.lightning.roots import in_any_root
 from gptq_plugin.lightning.sharding import is_sharded
 from gptq_plugin.model.adapters import has_adapters
+from gptq_plugin.training.preflight import refuse_with_shards
 
 
 def refuse_strategy(trainer: pl.Trainer, swap: bool) -> None:
@@ -36,23 +37,11 @@ def refuse_for_shards(
     if not is_sharded(trainer):
         return
     strategy = type(trainer.strategy).__name__
-    if swap:
-        raise ValueError(
-            f"swap=True leaves the module quantized, and {strategy} keeps it in parts: leave swap out, and load the "
-            "export with load_quantized"
-        )
-    if export_dir is None:
-        raise ValueError(f"under {strategy} the module keeps its float weights: give an export_dir")
+    refuse_with_shards(strategy, swap, export_dir, finish, "gptq-quantize ckpt=...", "strategy='ddp'")
     if weights != "last":
         raise ValueError(
             f"weights={weights!r}: under {strategy} only the weights at the end of training are quantized "
             "(weights='last'). Run gptq-quantize ckpt=... on the checkpoint afterwards"
-        )
-    if finish.kind != "none":
-        raise ValueError(
-            f"finish={finish.kind!r} trains whole layers on every rank, and {strategy} keeps them in parts: leave the "
-            f"finish out and run gptq-quantize ckpt=... finish={finish.kind} on the checkpoint, or train with "
-            "strategy='ddp'"
         )
 
 

@@ -15,13 +15,13 @@ from torch import nn
 
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.layers.swap import swap_modules
-from gptq_plugin.lightning.consolidated import Consolidated
-from gptq_plugin.lightning.sharding import is_sharded
-from gptq_plugin.lightning.unsharded import unsharded
+from gptq_plugin.lightning.sharding import is_sharded, sharding_of
 from gptq_plugin.lightning.which_weights import uncompiled, weights_of
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import has_adapters
+from gptq_plugin.training.consolidated import Consolidated
 from gptq_plugin.training.optimizer_state import on_cpu
+from gptq_plugin.training.unsharded import unsharded
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def whole(trainer: pl.Trainer, pl_module: pl.LightningModule, export_dir: Path |
         yield None
         return
     assert export_dir is not None  # `refuse_for_shards` has checked it
-    with unsharded(trainer, pl_module, export_dir) as files:
+    strategy: Any = trainer.strategy
+    place = {"device": strategy.root_device, "node": strategy.node_rank, "local_rank": strategy.local_rank}
+    with unsharded(pl_module, sharding_of(trainer), export_dir, **place) as files:
         yield files
     del files
     gc.collect()  # cycles of what ran in the block keep its files mapped, and with them their room on the disk

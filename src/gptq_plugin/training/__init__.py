@@ -1,4 +1,4 @@
-"""Shared by the callbacks of both trainers: checks before training, quality gate, escalation, the end of a run.
+"""Shared by the callbacks of both trainers: checks before training, quality gate, escalation, sharding, a run's end.
 
 Imports quantize and what is below it; never a trainer.
 """

@@ -12,6 +12,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.errors import TargetError
 from gptq_plugin.export.disk_space import refuse_full
 from gptq_plugin.export.export_size import planned_bytes
+from gptq_plugin.finish.options import Finish
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.hf_models import check_savable
@@ -81,4 +82,29 @@ def refuse_adapters(
         raise TargetError(
             f"{type(holder).__name__} itself carries PEFT adapters, and a copy cannot stand in its place: hold the "
             "model in an attribute"
+        )
+
+
+def refuse_with_shards(
+    sharder: str, swap: bool | None, export_dir: Path | None, finish: Finish, command: str, whole: str
+) -> None:
+    """Raises ValueError for options that need a whole module, where training shards it.
+
+    Args:
+        sharder: What shards it, for the message.
+        swap, export_dir, finish: The callback's options.
+        command: Quantizes what training saved, for the message.
+        whole: Has training keep the module whole, for the message.
+    """
+    if swap:
+        raise ValueError(
+            f"swap=True leaves the module quantized, and {sharder} keeps it in parts: leave swap out, and load the "
+            "export with load_quantized"
+        )
+    if export_dir is None:
+        raise ValueError(f"under {sharder} the module keeps its float weights: give an export_dir")
+    if finish.kind != "none":
+        raise ValueError(
+            f"finish={finish.kind!r} trains whole layers on every rank, and {sharder} keeps them in parts: leave the "
+            f"finish out and run {command} finish={finish.kind} on the checkpoint, or train with {whole}"
         )

@@ -1,7 +1,9 @@
-"""Temporarily undoes a strategy's sharding of a module: `unsharded`.
+"""Temporarily undoes the sharding of a module: `unsharded`.
 
 No module is copied or rebuilt, so references to them stay valid. Meanwhile their parameters and buffers are whole,
 mapped from files, and what sharding added is gone: the hooks that gather and redistribute, FSDP2's classes, wrappers.
+
+Tested by tests/lightning/test_unsharded.py: and by tests/hf/test_sharded.py, in two processes.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import TargetError
-from gptq_plugin.lightning.consolidated import Consolidated, consolidated
-from gptq_plugin.lightning.sharding import sharding_of
 from gptq_plugin.memory.slots import Slot, all_slots, like
 from gptq_plugin.model.hf_models import transformers_models
+from gptq_plugin.training.consolidated import Consolidated, consolidated
+from gptq_plugin.training.sharding import Sharding
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LIBRARIES = ("torch.distributed.", "transformers.distributed.", "deepspeed.")
@@ -40,44 +42,47 @@ _HOOKS = (
 
 
 @contextlib.contextmanager
-def unsharded(trainer: pl.Trainer, pl_module: pl.LightningModule, beside: Path) -> Iterator[Consolidated]:
+def unsharded(
+    module: nn.Module, sharding: Sharding, beside: Path, *, device: torch.device, node: int, local_rank: int
+) -> Iterator[Consolidated]:
     """Inside the block the module is whole and without its sharding; afterwards as before.
 
     In a process group every rank calls it. All ranks of a node get the same weights in the same memory. Forwards in
     the block are not collective: each rank may run any number of them.
 
     Args:
-        trainer: With a strategy that shards, and has set up the module.
-        pl_module: Its module.
+        module: The module that is trained, not its wrapper.
+        sharding: Of the module.
         beside: Sibling of the temporary folder that holds the weights meanwhile.
+        device: Of training.
+        node: Number of this rank's node.
+        local_rank: Number of this rank in it.
 
     Raises:
         TargetError: The module was sharded in a way that cannot be undone.
         ExportError: This rank cannot write or read the folder.
         RankError: Another rank failed.
     """
-    refuse_unknown_sharding(pl_module)
-    strategy: Any = trainer.strategy
-    sharding = sharding_of(trainer)
-    with sharding.resharded(pl_module, strategy.root_device):
-        slots = list(all_slots(pl_module))
+    refuse_unknown_sharding(module)
+    with sharding.resharded(module, device):
+        slots = list(all_slots(module))
         first = {id(slot.tensor): slot for slot in reversed(slots)}  # tied ones under their first name
         unique = [slot for slot in slots if first[id(slot.tensor)] is slot]
         if len(set(distributed.gather_objects(_digest(unique)))) > 1:
             raise TargetError(
-                f"the ranks have built {type(pl_module).__name__} with different parameters: configure_model must do "
+                f"the ranks have built {type(module).__name__} with different parameters: configure_model must do "
                 "the same on all of them"
             )
         tensors = sharding.gather(unique)
-        with consolidated(tensors, beside, node=strategy.node_rank, local_rank=strategy.local_rank) as files:
+        with consolidated(tensors, beside, node=node, local_rank=local_rank) as files:
             new = {slot: like(slot.tensor, files.tensors[slot.name]) for slot in unique}
-            with _holding({slot: new[first[id(slot.tensor)]] for slot in slots}), _stripped(pl_module):
+            with _holding({slot: new[first[id(slot.tensor)]] for slot in slots}), _stripped(module):
                 yield files
 
 
-def refuse_unknown_sharding(pl_module: nn.Module) -> None:
+def refuse_unknown_sharding(root: nn.Module) -> None:
     """Raises TargetError for modules that were changed in a way `unsharded` cannot undo."""
-    for name, module in pl_module.named_modules():
+    for name, module in root.named_modules():
         name = name or type(module).__name__
         if any("_flat_param" in key for key in module._parameters):
             raise TargetError(
@@ -90,7 +95,7 @@ def refuse_unknown_sharding(pl_module: nn.Module) -> None:
                 f"({module.__dict__['forward'].__module__}). Use fully_shard or parallelize_module, or train without "
                 "the callback and run gptq-quantize ckpt=... on what was saved"
             )
-    for name, model in transformers_models(pl_module):
+    for name, model in transformers_models(root):
         _refuse_undone_tie(name or type(model).__name__, model)
 
 
@@ -139,7 +144,7 @@ def _stripped(root: nn.Module) -> Iterator[None]:
         (parent, name, child)
         for parent in modules
         for name, child in parent.named_children()
-        if _unwrapped(child) is not child
+        if unwrapped(child) is not child
     ]
     try:
         for module, kind, hooks in before:
@@ -151,7 +156,7 @@ def _stripped(root: nn.Module) -> Iterator[None]:
         for module, forward in forwards.items():
             module.__dict__["forward"] = _original(forward)
         for parent, name, child in wrapped:
-            setattr(parent, name, _unwrapped(child))
+            setattr(parent, name, unwrapped(child))
         yield
     finally:
         for parent, name, child in wrapped:
@@ -163,9 +168,10 @@ def _stripped(root: nn.Module) -> Iterator[None]:
             module.__dict__.update(hooks)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside the wrappers of FSDP 1 and of activation checkpointing; else the module itself."""
     inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
-    return module if inner is None else _unwrapped(inner)
+    return module if inner is None else unwrapped(inner)
 
 
 def _original(forward: Any) -> Any:

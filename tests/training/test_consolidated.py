@@ -13,7 +13,7 @@ import torch
 from gptq_plugin import distributed
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export.shard_writer import ShardWriter
-from gptq_plugin.lightning.consolidated import consolidated
+from gptq_plugin.training.consolidated import consolidated
 
 TENSORS = {"a.weight": torch.arange(5.0), "b": torch.ones(3, 7, dtype=torch.bfloat16).T, "c": torch.tensor(3)}
 
