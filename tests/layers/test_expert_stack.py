@@ -109,16 +109,19 @@ def test_state_dicts_have_the_bytes_they_had(products):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("change", ["gradients", "hook", "other layer", "many rows", "restored"])
+@pytest.mark.parametrize("change", ["gradients", "hook", "bias", "other layer", "many rows", "restored"])
 def test_otherwise_the_layers_are_called(change, stacked, products):
     x, ends = rows((70, 80, 90, 60)) if change == "many rows" else rows()
     seen = []
     if change == "hook":
         stacked.layers(1)[0].register_forward_hook(lambda *_: seen.append(1))
         ends = torch.tensor([2, 4, 6, 6], dtype=torch.int32)
-    if change == "other layer":
+    if change in ("bias", "other layer"):
         with torch.no_grad():
             stacked.call(x, ends)
+    if change == "bias":
+        stacked.layers(3)[0].bias = torch.ones(WIDTHS[0], dtype=torch.float16)
+    if change == "other layer":
         other = QuantLinear.from_quantized(random_weight(n_in=IN, n_out=WIDTHS[0], group_size=64))
         stacked.get_submodule("2")["layer0"] = other
     if change == "restored":
