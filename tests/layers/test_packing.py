@@ -140,3 +140,22 @@ def test_a_weight_is_dequantized_to_the_same_values_where_it_is_traced(bits, n, 
         bits,
     )
     assert torch.equal(packing.traceable_weight(*packed), reference.dequantize(*packed, torch.float32))
+
+
+@quick
+@given(widths, st.integers(1, 40), seeds, st.sampled_from([-1, 0, 1, 2]))
+def test_a_number_is_added_to_packed_zeros_as_to_each(bits, m, seed, number):
+    zeros = random_codes(3, m, bits, seed)
+    for own in (zeros, torch.zeros_like(zeros), torch.full_like(zeros, 2**bits - 1)):
+        wanted = packing.pack_zeros((own.int() + number).remainder(2**bits).to(torch.uint8), bits)
+        assert torch.equal(packing.add_to_zeros(packing.pack_zeros(own, bits), number, bits, m), wanted)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("m", [32, 33])
+def test_zeros_are_all_one_only_if_each_is(bits, m):
+    zeros = torch.full((2, m), 2 ** (bits - 1), dtype=torch.uint8)
+    assert packing.are_symmetric(packing.pack_zeros(zeros, bits), bits, m)
+    assert not packing.are_all(packing.pack_zeros(zeros, bits), 1, bits, m)
+    zeros[1, m - 1] -= 1
+    assert not packing.are_symmetric(packing.pack_zeros(zeros, bits), bits, m)

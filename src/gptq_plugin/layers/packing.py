@@ -72,7 +72,35 @@ def unpack_zeros(qzeros: Tensor, bits: int, out_features: int) -> Tensor:
 
 def are_symmetric(qzeros: Tensor, bits: int, out_features: int) -> bool:
     """True if every packed true zero is 2^(bits-1)."""
-    return bool((unpack_zeros(qzeros, bits, out_features) == 2 ** (bits - 1)).all())
+    return are_all(qzeros, 2 ** (bits - 1), bits, out_features)
+
+
+def are_all(qzeros: Tensor, zero: int, bits: int, out_features: int) -> bool:
+    """True if every packed zero is this one."""
+    if fills_words(bits, out_features):
+        return bool((qzeros == _repeated(zero, bits)).all())
+    return bool((unpack_zeros(qzeros, bits, out_features) == zero).all())
+
+
+def add_to_zeros(qzeros: Tensor, number: int, bits: int, out_features: int) -> Tensor:
+    """Packed zeros to each of which a number is added, modulo 2^bits."""
+    if fills_words(bits, out_features):  # in the words: thousands of experts' zeros are packed one by one otherwise
+        top = _repeated(2 ** (bits - 1), bits)
+        sums = (qzeros & ~top) + _repeated(number % 2 ** (bits - 1), bits)  # of the bits below the highest: no carry
+        upper = _repeated(number % 2**bits // 2 ** (bits - 1) * 2 ** (bits - 1), bits)
+        return sums ^ (qzeros & top) ^ upper
+    return pack_zeros((unpack_zeros(qzeros, bits, out_features) + number) & (2**bits - 1), bits)
+
+
+def fills_words(bits: int, codes: int) -> bool:
+    """True if so many codes fill their words, and none lies in two."""
+    return 32 % bits == 0 and codes * bits % 32 == 0
+
+
+def _repeated(code: int, bits: int) -> int:
+    """A word of equal codes, as int32."""
+    word = sum(code << at for at in range(0, 32, bits))
+    return word - 2**32 if word >= 2**31 else word
 
 
 def traceable_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Tensor:

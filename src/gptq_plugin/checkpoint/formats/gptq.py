@@ -39,7 +39,7 @@ from gptq_plugin.checkpoint.formats.format import (
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CheckpointError, ExportError
 from gptq_plugin.kernels.reference import words_for
-from gptq_plugin.layers.packing import pack_zeros, unpack_zeros
+from gptq_plugin.layers.packing import add_to_zeros, are_all, are_symmetric, unpack_zeros
 from gptq_plugin.options.fields import shown
 from gptq_plugin.options.rules import RuleTable, rule_regex
 
@@ -100,24 +100,23 @@ class GPTQ(Format):
         """
         if not self._less:
             return qzeros
-        zeros = unpack_zeros(qzeros, bits, out_features)
-        empty = int((zeros == 0).sum())
+        symmetric = are_symmetric(qzeros, bits, out_features)
+        empty = 0 if symmetric else int((unpack_zeros(qzeros, bits, out_features) == 0).sum())
         if empty:
             raise ExportError(
-                f"{empty} of {zeros.numel()} zeros are 0, and checkpoint_format='gptq' (v1) stores zero - 1, "
-                "which tools read differently: export with checkpoint_format='gptq_v2' or quantize with sym=True"
+                f"{empty} of {len(qzeros) * out_features} zeros are 0, and checkpoint_format='gptq' (v1) stores "
+                "zero - 1, which tools read differently: export with checkpoint_format='gptq_v2' or quantize with sym=True"
             )
-        return pack_zeros(zeros - self._less, bits)
+        return add_to_zeros(qzeros, -self._less, bits, out_features)
 
     def zeros_from_file(self, stored: Tensor, bits: int, out_features: int) -> Tensor:
         """The inverse of `zeros_to_file`; a v1 value of 2^bits - 1 is read as a zero of 0 (-1 in `bits` bits)."""
         if not self._less:
             return stored
-        return pack_zeros((unpack_zeros(stored, bits, out_features) + self._less) & (2**bits - 1), bits)
+        return add_to_zeros(stored, self._less, bits, out_features)
 
     def has_symmetric_zeros(self, read: Read, layer: QuantizedLayer) -> bool:
-        zero = torch.full((1, layer.out_features), 2 ** (layer.bits - 1) - self._less, dtype=torch.uint8, device="cpu")
-        return bool((read(self.zeros) == pack_zeros(zero, layer.bits)).all())
+        return are_all(read(self.zeros), 2 ** (layer.bits - 1) - self._less, layer.bits, layer.out_features)
 
     def zeros_hint(self, off: int) -> str:
         if off == -1 and not self._less:
