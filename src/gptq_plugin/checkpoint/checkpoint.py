@@ -39,6 +39,7 @@ from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.device.surroundings import plain_defaults
 from gptq_plugin.errors import CheckpointError, lines, some
+from gptq_plugin.layers.packed_together import empty_layer
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.options.fields import shown
 
@@ -151,15 +152,8 @@ class Checkpoint:
         tensors = self.read_tensors(name)
         bias = tensors.get("bias")
         dtype = dtype or (bias.dtype if bias is not None else torch.float16)
-        module = QuantLinear(
-            layer.in_features,
-            layer.out_features,
-            layer.bits,
-            layer.group_size,
-            bias=layer.has_bias,
-            dtype=dtype,
-            device=torch.device("meta"),
-        )
+        sizes = layer.in_features, layer.out_features, layer.bits, layer.group_size
+        module = empty_layer(*sizes, dtype, bias=layer.has_bias)
         for key, tensor in tensors.items():
             setattr(module, key, (tensor.to(dtype) if key == "bias" else tensor).to(device).contiguous())
         return module

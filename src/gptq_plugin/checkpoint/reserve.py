@@ -19,6 +19,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.finite import not_finite_in
 from gptq_plugin.errors import CheckpointError, brief, lines, some
 from gptq_plugin.layers.hooks import share_hooks
+from gptq_plugin.layers.packed_together import empty_layer
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
 from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.experts import place_experts, possible_experts
@@ -48,7 +49,7 @@ class Place(nn.Module):
         self.bias = torch.empty(layer.out_features, device=meta)
         for nothing in (self.weight, self.bias):
             nothing._is_hf_initialized = True  # type: ignore[attr-defined]
-        empty = QuantLinear(layer.in_features, layer.out_features, layer.bits, layer.group_size, device=meta)
+        empty = empty_layer(layer.in_features, layer.out_features, layer.bits, layer.group_size, torch.float16)
         size = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())
         self.register_buffer("room", torch.empty(size, dtype=torch.uint8, device=meta), persistent=False)
 

@@ -41,7 +41,7 @@ def packed_layers(
     layers = []
     parts = [_each_own(part) for part in (words, of_zeros, scales, solved.g_idx)]
     for dtype, *tensors in zip(dtypes, *parts, strict=False):  # the last matrices may fill a chunk
-        layer = _like(_empty(n_in, n_out, bits, group_size, dtype))
+        layer = empty_layer(n_in, n_out, bits, group_size, dtype)
         layer._buffers.update(zip(PACKED, tensors, strict=True))
         layers.append(layer)
     return layers
@@ -110,15 +110,19 @@ def _each_own(tensors: Tensor) -> Sequence[Tensor]:
     return copies
 
 
-@functools.lru_cache(maxsize=64)
-def _empty(n_in: int, n_out: int, bits: int, group_size: int, dtype: torch.dtype) -> QuantLinear:
-    """A layer on the meta device, of which others are made; its constructor takes longer than a chunk of them."""
-    return QuantLinear(n_in, n_out, bits, group_size, dtype=dtype, device="meta")
+def empty_layer(
+    n_in: int, n_out: int, bits: int, group_size: int, dtype: torch.dtype, *, bias: bool = False
+) -> QuantLinear:
+    """A layer on the meta device; the constructor, which has the same arguments, takes ten times as long.
 
-
-def _like(layer: QuantLinear) -> QuantLinear:
-    """Another layer, with the same buffers until it gets its own; the constructor takes ten times as long."""
-    other = QuantLinear.__new__(QuantLinear)
+    Its buffers are those of others too: to be replaced, not written to.
+    """
+    layer, other = _constructed(n_in, n_out, bits, group_size, dtype, bias), QuantLinear.__new__(QuantLinear)
     copies = {key: one.copy() if isinstance(one, (dict, set)) else one for key, one in vars(layer).items()}
     vars(other).update(copies)
     return other
+
+
+@functools.lru_cache(maxsize=64)
+def _constructed(n_in: int, n_out: int, bits: int, group_size: int, dtype: torch.dtype, bias: bool) -> QuantLinear:
+    return QuantLinear(n_in, n_out, bits, group_size, bias=bias, dtype=dtype, device="meta")

@@ -105,7 +105,8 @@ class GPTQ(Format):
         if empty:
             raise ExportError(
                 f"{empty} of {len(qzeros) * out_features} zeros are 0, and checkpoint_format='gptq' (v1) stores "
-                "zero - 1, which tools read differently: export with checkpoint_format='gptq_v2' or quantize with sym=True"
+                "zero - 1, which tools read differently: export with checkpoint_format='gptq_v2' or quantize with "
+                "sym=True"
             )
         return add_to_zeros(qzeros, -self._less, bits, out_features)
 
