@@ -8,9 +8,9 @@
 
 Needs ../shared (the model and its texts). Judged as in bench_accuracy.py, from the exported files: the mean loss above
 the float model's and the mean divergence from it on the first 200 windows of 512 tokens of eval.jsonl. Calibration is
-on the first 128 rows of calib.jsonl; without --corpus the finish trains on those, and holds out the rows behind them.
---corpus trains on this machine's Python files, without any that shares a fifth of its lines with calibration's or
-evaluation's texts (leave-out.txt).
+on the first 128 rows of calib.jsonl, the finish trains on those, and holds out the rows behind them. --corpus trains on
+this machine's Python files instead, without any that shares a fifth of its lines with calibration's or evaluation's
+texts (leave-out.txt), and calibrates on the first --calibration rows of these.
 """
 
 from __future__ import annotations
@@ -82,11 +82,18 @@ def float_copy(folder: str, original: nn.Module) -> nn.Module:
     return model
 
 
-def measure(bits: int, method: str, finishes: list[Finish], rows: Any, evaluation: torch.Tensor, device: str) -> None:
+def measure(
+    bits: int,
+    method: str,
+    finishes: list[Finish],
+    calibration: list[Any],
+    rows: list[Any],
+    evaluation: torch.Tensor,
+    device: str,
+) -> None:
     """Quantizes, exports, and finishes the same once for each; prints a line of figures of each."""
     original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
     model = copy.deepcopy(original)
-    calibration = list(windows(TEXTS / "calib.jsonl", 128))
     quantizer = QuantizeModule(bits=bits, method=method, nsamples=len(calibration))
     started = time.perf_counter()
     quantizer.quantize(model, calibration)
@@ -109,6 +116,7 @@ def measure(bits: int, method: str, finishes: list[Finish], rows: Any, evaluatio
                 f"out {record.before:.5f} to {record.after:.5f}, {'kept' if record.kept else 'not kept'}",
                 flush=True,
             )
+            print(f"    held out: {' '.join(f'{one.step}:{one.held_out:.5f}' for one in record.curve)}", flush=True)
             for block in record.blocks:
                 print(f"    {block.summary()}", flush=True)
 
@@ -213,6 +221,7 @@ def main() -> None:
     parser.add_argument("--top-logits", type=int, default=128)
     parser.add_argument("--windows", type=int, default=200, help="of evaluation")
     parser.add_argument("--corpus", action="store_true", help="train on this machine's Python files")
+    parser.add_argument("--calibration", type=int, default=1024, help="rows of the corpus for GPTQ")
     parser.add_argument("--large", type=int, nargs="?", const=32, help="blocks of the 8B shape to measure steps of")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -222,7 +231,11 @@ def main() -> None:
     count = arguments.nsamples + arguments.held_out
     started = time.perf_counter()
     rows = corpus(count) if arguments.corpus else windows(TEXTS / "calib.jsonl", count)
-    print(f"{len(rows)} rows, made in {time.perf_counter() - started:.0f} s", flush=True)
+    calibration = list(rows[: arguments.calibration] if arguments.corpus else windows(TEXTS / "calib.jsonl", 128))
+    print(
+        f"{len(rows)} rows, {len(calibration)} of calibration, made in {time.perf_counter() - started:.0f} s",
+        flush=True,
+    )
     evaluation = windows(TEXTS / "eval.jsonl", arguments.windows).to(arguments.device)
     finishes = [
         Finish(
@@ -242,7 +255,7 @@ def main() -> None:
     ]
     print(f"torch {torch.__version__}, {finishes[0]}", flush=True)
     for bits in arguments.bits:
-        measure(bits, arguments.method, finishes, list(rows), evaluation, arguments.device)
+        measure(bits, arguments.method, finishes, calibration, list(rows), evaluation, arguments.device)
 
 
 if __name__ == "__main__":
