@@ -18,7 +18,7 @@ from gptq_plugin.finish.options import NONE, check_finish
         ("held_out", 0), ("batch_size", True), ("judgements", 0), ("patience", 0), ("top_logits", 0),
         ("checkpoint_activations", 1), ("seed", -1), ("learning_rate", float("nan")), ("block_steps", 0),
         ("block_nsamples", None), ("block_learning_rate", 0), ("block_code_learning_rate", 1),
-        ("code_learning_rate", None),
+        ("code_learning_rate", None), ("task_weight", 1), ("task_weight", -0.1), ("task_weight", None),
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_refused_by_its_name(name, value):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
+from transformers import Trainer
 
 from gptq_plugin import Finish, GPTQTrainerCallback, QuantizeModule, load_quantized
 
@@ -42,3 +44,32 @@ def test_samples_that_users_choose_serve_the_finish_too(tmp_path):
     train(llama(), [callback], tmp_path, learning_rate=0.0)
     calibration, finish = callback.report.calibration, callback.report.finish.data
     assert calibration.partition(" of ")[2] == finish.partition(" of ")[2] and "train" not in finish
+
+
+def test_a_share_of_the_trainers_loss_is_trained(tmp_path):
+    """As `compute_loss` of a subclass gives it; without one, that of the labels."""
+    states, finish = [], Finish(**FINISH, task_weight=0.6)
+    for given in (True, False):
+        model, folder, modes = llama(), tmp_path / str(given), []
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data *= 10
+
+        class Doubles(Trainer):
+            def compute_loss(self, model, inputs, **options):
+                self.modes.append(model.training)
+                return 2 * super().compute_loss(model, inputs, **options)
+
+            def train(self):
+                loss = self.compute_loss if self.given else None
+                quantizer = QuantizeModule(**{**SMALL, "bits": 2})
+                self.add_callback(GPTQTrainerCallback(quantizer, self.folder, finish=finish, task_loss=loss))
+                return super().train()
+
+        Doubles.modes, Doubles.given, Doubles.folder = modes, given, folder / "out"
+        train(model, [], folder, kind=Doubles, learning_rate=0.0)
+        assert given == (False in modes)
+        states.append(load_quantized(folder / "out").state_dict())
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+    with pytest.raises(ValueError, match="task_loss is the loss of a finish with a task_weight"):
+        GPTQTrainerCallback(QuantizeModule(**SMALL), finish=Finish(), task_loss=lambda *_: None)

@@ -48,6 +48,51 @@ def test_the_result_is_finished_on_the_runs_own_samples_exported_and_logged(swap
     assert logged == {first + one.step: pytest.approx(one.held_out) for one in record.curve}
 
 
+def test_a_share_of_the_training_steps_loss_is_trained_and_nothing_is_logged(tmp_path):
+    """The step counts its calls in the finish, where the trainer has no loop to log to."""
+
+    class Counts(Structured):
+        calls = 0
+
+        def training_step(self, batch):
+            self.calls += self.trainer.state.stage is None or not self.training
+            loss = super().training_step(batch, 0)
+            return {"loss": loss, "other": torch.zeros(2)}
+
+    states = []
+    for weight in (0.0, 0.6):
+        module, folder = Counts(), tmp_path / str(weight)
+        logger = CSVLogger(folder, name="logs")
+        finish = Finish(**FINISH, task_weight=weight)
+        callback = GPTQCallback(QuantizeModule(**TWO_BITS), folder / "out", finish=finish)
+        fit(module, token_loader(), [callback], folder, logger=logger, log_every_n_steps=1)
+        assert callback.report.finish.kept and callback.report.finish.options["task_weight"] == weight
+        assert bool(module.calls) == bool(weight) and "log" not in vars(module)
+        lines = list(csv.DictReader((folder / "logs/version_0/metrics.csv").open()))
+        assert len([line for line in lines if line["train_loss"]]) == 3  # those of training
+        states.append(load_quantized(folder / "out").state_dict())
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def draws(self, dataloader_iter):
+    """A training_step."""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda module: setattr(module, "automatic_optimization", False), "Structured optimizes by itself"),
+        (lambda module: setattr(module, "training_step", draws.__get__(module)), "Structured draws its batches by"),
+    ],
+)
+def test_training_steps_without_a_loss_of_a_batch_are_refused_before_training(change, message, tmp_path):
+    module = Structured()
+    change(module)
+    finish = Finish(**FINISH, task_weight=0.5)
+    with pytest.raises(ValueError, match=f"{message}.*leave task_weight out"):
+        fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL), finish=finish)], tmp_path)
+
+
 def test_a_module_that_predicts_no_distribution_is_refused_before_training(tmp_path):
     module = Plain()
     module.training_step = lambda *_: pytest.fail("trained")

@@ -27,14 +27,19 @@ class Loss(NamedTuple):
 
     Attributes:
         value: A scalar.
-        is_sum: Over positions or samples, as far as is known; else it may be a mean.
+        terms: Positions or samples that it is the sum over; None if that is unknown, as of a mean.
     """
 
     value: Tensor
-    is_sum: bool
+    terms: Tensor | None
+
+    @property
+    def mean(self) -> Tensor:
+        """The same as a mean, where the terms are known."""
+        return self.value if self.terms is None else self.value / self.terms.clamp(min=1)
 
 
-def loss_of(model: nn.Module, output: Any, data: Any) -> Loss:
+def loss_of(model: nn.Module, output: Any, data: Any, *, option: str, instead: str) -> Loss:
     """The loss that a forward computed, or that of its logits.
 
     Args:
@@ -43,29 +48,31 @@ def loss_of(model: nn.Module, output: Any, data: Any) -> Loss:
             cross-entropies of the batch's labels, or, if it has none and the model generates, of its next tokens. Else
             the output's `loss`.
         data: The batch.
+        option: What needs it, for errors.
+        instead: What to do without it.
 
     Raises:
         CalibrationError: The batch has no such loss.
     """
     if isinstance(output, Tensor) and output.numel() == 1:
-        return Loss(output.reshape(()), is_sum=False)
+        return Loss(output.reshape(()), None)
     logits = output if isinstance(output, Tensor) else _part(output, "logits")
     generating = [one for _, one in transformers_models(model) if predicts_next(one)]
     targets = _targets(data, bool(generating))
     if logits is None or targets is None or logits.shape[:-1] != targets.shape:
         loss = _part(output, "loss")
         if loss is not None and loss.numel() == 1:
-            return Loss(loss.reshape(()), is_sum=False)
+            return Loss(loss.reshape(()), None)
         raise CalibrationError(
-            "token_weighting='gradients' needs the loss of every calibration batch: give token or class `labels` with "
-            "logits of their shape, or a forward that returns the loss (a calibration_step, or quantize(..., "
-            "forward=lambda model, batch: model(**batch))), or leave token_weighting at 'all'"
+            f"{option} needs the loss of every calibration batch: give token or class `labels` with logits of their "
+            f"shape, or {instead}"
         )
     if generating and targets.dim() == 2:
         logits, targets = logits[:, :-1], targets[:, 1:]
     targets = targets.to(logits.device).reshape(-1)
     rows = logits.reshape(-1, logits.shape[-1]).float()
-    return Loss(nn.functional.cross_entropy(rows, targets, ignore_index=IGNORED_LABEL, reduction="sum"), is_sum=True)
+    value = nn.functional.cross_entropy(rows, targets, ignore_index=IGNORED_LABEL, reduction="sum")
+    return Loss(value, (targets != IGNORED_LABEL).sum())
 
 
 def _part(output: Any, name: str) -> Tensor | None:

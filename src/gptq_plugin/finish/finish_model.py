@@ -159,8 +159,7 @@ class _Work:
                 if name in wanted:
                     layer.begin_at(wanted[name])
             trained = self.lessons[: len(self.rows.train)]
-            training = Training(self.model, student, self.surroundings.run, trained, self.held_out, options, device,
-                                self.surroundings.memory)  # fmt: skip
+            training = Training(self.model, student, self.surroundings, trained, self.held_out, options)
             _log(f"finish ({options.kind}): {self.rows.samples} samples to train on, at most {options.steps} steps")
 
             def tell(steps: int, one: Judgement) -> None:

@@ -30,6 +30,7 @@ _KINDS = {
     "judgements": fields.integer(1),
     "patience": fields.integer(1),
     "top_logits": fields.integer(1),
+    "task_weight": fields.share(),
     "checkpoint_activations": fields.optional(fields.SWITCH, "once memory is short"),
     "seed": fields.integer(0, 2**32 - 1),
 }
@@ -64,6 +65,8 @@ class Finish:
         patience: So many judgements without a new best end the training.
         top_logits: Tokens a position whose probabilities in the float model are kept, in 8 bytes each, on the CPU; the
             others count as one.
+        task_weight: The share of the run's own loss in what is trained behind the blocks, beside the divergence, which
+            alone decides what is kept. 0 leaves it out.
         checkpoint_activations: True keeps only the blocks' inputs for the backward, and runs their forwards again. None
             does so once a GPU's memory runs short.
         seed: Of the order of batches.
@@ -88,6 +91,7 @@ class Finish:
     judgements: int = 10
     patience: int = 4
     top_logits: int = 128
+    task_weight: float = 0.0
     checkpoint_activations: bool | None = None
     seed: int = 0
 

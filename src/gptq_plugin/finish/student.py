@@ -138,6 +138,11 @@ class Student:
         return [*self.ratios, *self.latent.values()]
 
     @property
+    def leaves(self) -> list[nn.Parameter]:
+        """Those in the model that a backward has to reach."""
+        return [*self.own, *self._norms.values()]
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
         return [*self.own, *self.masters]
@@ -153,7 +158,7 @@ class Student:
             for one in own:
                 one.grad = None
             yield
-            parts = [one.grad for one in (*own, *self._norms.values())]
+            parts = [one.grad for one in self.leaves]
         finally:
             sums = [*before, *(master.grad for master in self.masters)]
             for number, parameter in enumerate((*own, *self.masters)):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Called with the name of a part, or "" for the whole: its context is the float model's part where it is, in evaluation
 # mode; that of the model to finish is quantized again behind it.
@@ -29,6 +29,7 @@ class Surroundings:
         memory: Bytes of it that may be used; None is all.
         token_weighting: Which positions count, as in QuantizeConfig.
         progress: Called as progress(steps done, steps at most, what held-out samples tell).
+        task: Gives the run's own loss of the data of a batch, a scalar; None without a `task_weight`.
     """
 
     run: Callable[[nn.Module, Any], Any]
@@ -37,3 +38,4 @@ class Surroundings:
     memory: int | None = None
     token_weighting: str = "all"
     progress: Callable[[int, int, str], None] | None = None
+    task: Callable[[nn.Module, Any], Tensor] | None = None

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.device.memory import Peak, give_back, peak_bytes
+from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.blocks import checkpointed
 from gptq_plugin.finish.descent import Descent, Pace, draw_as_before
 from gptq_plugin.finish.interruption import Interruption
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish
 from gptq_plugin.finish.student import Student
+from gptq_plugin.finish.surroundings import Surroundings
 from gptq_plugin.finish.teacher import Lesson
 from gptq_plugin.finish.top_logits import TopDivergence
 from gptq_plugin.report.finish_record import Judgement
@@ -28,17 +30,15 @@ log = logging.getLogger(__name__)
 
 
 class Training(Descent):
-    """Trains a model's student by KL(float || quantized).
+    """Trains a model's student by KL(float || quantized), and by a share of the run's own loss.
 
     Args:
         model: With the student in it, on the device and in evaluation mode.
         student: What is trained.
-        run: Runs the data of a batch.
+        surroundings: How a batch is run, and where the model is.
         lessons: To train on.
         held_out: To judge on, by their numbers over all ranks.
         options: How.
-        device: Where the model is.
-        memory: Bytes of the device that may be used; None is all.
     """
 
     what = "divergence"
@@ -47,12 +47,10 @@ class Training(Descent):
         self,
         model: nn.Module,
         student: Student,
-        run: Callable[[nn.Module, Any], Any],
+        surroundings: Surroundings,
         lessons: Sequence[Lesson],
         held_out: Mapping[int, Lesson],
         options: Finish,
-        device: torch.device,
-        memory: int | None = None,
     ) -> None:
         pace = Pace(options.steps, options.tokens_per_step, options.judgements, options.patience, options.seed)
         rates = [
@@ -60,9 +58,9 @@ class Training(Descent):
             (list(student.latent.values()), options.code_learning_rate),
             (student.masters, options.rate_of_norms),
         ]
-        super().__init__(student, rates, [len(one.top) for one in lessons], pace, device)
-        self._model, self._run, self._lessons, self._held_out = model, run, lessons, held_out
-        self._options, self._memory = options, memory
+        super().__init__(student, rates, [len(one.top) for one in lessons], pace, surroundings.device)
+        self._model, self._lessons, self._held_out = model, lessons, held_out
+        self._options, self._surroundings = options, surroundings
         self._reader = LogitReader(model)
         self._reruns = bool(options.checkpoint_activations)
 
@@ -81,12 +79,16 @@ class Training(Descent):
         return self._backward(lesson)
 
     def _backward(self, lesson: Lesson) -> Tensor:
+        weight, task = self._options.task_weight, self._surroundings.task
         with self._student.taking_gradients():
-            divergence = self._forward(lesson)
-            divergence.backward()  # type: ignore[no-untyped-call]
-        peak = peak_bytes(self._device)
-        if peak is not None and self._memory is not None and peak > self._memory and not self._reruns:
-            self._rerun(f"{peak / 2**20:.0f} MiB were in use, and {self._memory / 2**20:.0f} are allowed")
+            divergence = self._forward(lambda: self._divergence(lesson))
+            _backward((1 - weight) * divergence, self._student)
+            if task is not None:
+                loss = self._forward(lambda: self._task(task, lesson))
+                _backward(weight * len(lesson.top) * loss, self._student)
+        peak, allowed = peak_bytes(self._device), self._surroundings.memory
+        if peak is not None and allowed is not None and peak > allowed and not self._reruns:
+            self._rerun(f"{peak / 2**20:.0f} MiB were in use, and {allowed / 2**20:.0f} are allowed")
         return divergence.detach()
 
     def _rerun(self, why: str) -> None:
@@ -96,10 +98,27 @@ class Training(Descent):
             give_back(self._device)
             Peak(self._device)
 
-    def _forward(self, lesson: Lesson) -> Tensor:
+    def _forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Computes what is to run backward; it draws the same random numbers each time."""
         draw_as_before(self._device)
         with checkpointed(self._model) if self._reruns else contextlib.nullcontext():
-            return self._divergence(lesson)
+            return compute()
+
+    def _task(self, task: Callable[[nn.Module, Any], Tensor], lesson: Lesson) -> Tensor:
+        """The run's own loss of a batch."""
+        loss = task(self._model, lesson.data)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise CalibrationError(
+                f"task_weight={self._options.task_weight:g} trains by a loss of every batch, a scalar with a gradient: "
+                f"what gives it (a training_step, a task_loss) returned {found}"
+            )
+        if self.steps == 0 and not torch.isfinite(loss):
+            raise CalibrationError(
+                f"task_weight={self._options.task_weight:g}: the loss of a batch is {loss.item()}: look for broken "
+                "samples, such as those without a label, or leave task_weight out"
+            )
+        return loss.reshape(())
 
     def _divergence(self, lesson: Lesson) -> Tensor:
         logits = lesson.counted(self._read(lesson))
@@ -108,7 +127,7 @@ class Training(Descent):
 
     def _read(self, lesson: Lesson) -> Tensor:
         what, untrained = "a batch of the finish", self.steps == 0  # later ones may be the learning rate's doing
-        return self._reader.read(lambda: self._run(self._model, lesson.data), what, finite=untrained)
+        return self._reader.read(lambda: self._surroundings.run(self._model, lesson.data), what, finite=untrained)
 
     def _measure(self) -> dict[int, tuple[float, int]]:
         sums = {}
@@ -117,3 +136,8 @@ class Training(Descent):
             logits = lesson.counted(self._read(lesson))
             sums[number] = (lesson.top.to(self._device).divergence(logits), len(lesson.top))
         return sums
+
+
+def _backward(loss: Tensor, student: Student) -> None:
+    """Adds gradients to what the student trains, and to no other parameter that the loss depends on."""
+    loss.backward(inputs=student.leaves)  # type: ignore[no-untyped-call]

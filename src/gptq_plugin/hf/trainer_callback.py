@@ -89,6 +89,8 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             ``{"repo_id": "owner/name", "private": False}``. Made, or checked, before training.
         finish: Trains the result towards the float model, on samples of the same data, and keeps what held-out samples
             tell is nearer to it. What GPTQ gave is exported before. None is no finish.
+        task_loss: With a `task_weight` of the finish, the loss of the run, called as task_loss(model, batch), such as
+            `trainer.compute_loss`. None is the cross-entropy of the batch's labels.
 
     Attributes:
         report: Result of the last `train`; None before.
@@ -116,6 +118,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         max_bits: float | None = None,
         push_to_hub: str | Mapping[str, Any] | None = None,
         finish: Finish | None = None,
+        task_loss: Callable[[nn.Module, Any], Any] | None = None,
     ):
         super().__init__(
             quantizer,
@@ -130,8 +133,12 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             push_to_hub=push_to_hub,
             finish=finish,
         )
-        check_options(forward=forward)
-        self.forward = forward
+        check_options(forward=forward, task_loss=task_loss)
+        if task_loss is not None and not self.finish.task_weight:
+            raise ValueError(
+                "task_loss is the loss of a finish with a task_weight: give finish=Finish(task_weight=...)"
+            )
+        self.forward, self.task_loss = forward, task_loss
         self.validation = Validation(validate, QualityGate(max_degradation, on_fail, max_bits))
         self._evaluations: Evaluations | None = None  # of the training in progress
 
@@ -218,7 +225,9 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 keep=keep,
                 layers_in=None if trained.files is None else trained.files.layers,
                 quality=self.validation.of_float_model(),
-                finish=self.finish_run(lambda: self.calibration_data(training["train_dataloader"])),
+                finish=self.finish_run(
+                    lambda: self.calibration_data(training["train_dataloader"]), self._task_loss(args)
+                ),
             )
             run_name = args.run_name if args.run_name != args.output_dir else None  # some versions make them equal
             origin = Origin(float_checkpoint(args, state), run_name, note_untied(trained.module, module))
@@ -237,8 +246,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
     def calibration_forward(self, args: TrainingArguments) -> Callable[[nn.Module, Any], Any]:
         """Returns the function that runs a batch: on the training's device, under its autocast."""
         every_logit = self.every_logit
-        dtype = torch.bfloat16 if args.bf16 else torch.float16
-        mixed = args.bf16 or args.fp16
+        dtype, mixed = _autocast(args)
 
         def forward(model: nn.Module, batch: Any) -> Any:
             batch = to_device(batch, args.device)
@@ -249,6 +257,18 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
 
         standing_for(forward, self.forward, mixed, dtype, args.device.type, every_logit)
         return forward if self.forward is not None else CallsModels(forward)
+
+    def _task_loss(self, args: TrainingArguments) -> Callable[[nn.Module, Any], Any] | None:
+        """The given loss of a batch, on the training's device and under its autocast."""
+        task_loss, (dtype, mixed) = self.task_loss, _autocast(args)
+        if task_loss is None:
+            return None
+
+        def loss(model: nn.Module, batch: Any) -> Any:
+            with torch.autocast(args.device.type, dtype=dtype, enabled=mixed):
+                return task_loss(model, to_device(batch, args.device))
+
+        return loss
 
     def _evaluation_dataloaders(self) -> list[Any]:
         if self._evaluations is None or not self._evaluations.loaders:
@@ -276,6 +296,11 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
 
     def _tokenizer(self, training: dict[str, Any]) -> Any:
         return self.tokenizer if self.tokenizer is not None else training["processing_class"]
+
+
+def _autocast(args: TrainingArguments) -> tuple[torch.dtype, bool]:
+    """The dtype of the training's autocast, and whether there is one."""
+    return torch.bfloat16 if args.bf16 else torch.float16, args.bf16 or args.fp16
 
 
 def _without_adapters(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:

@@ -1,17 +1,21 @@
-"""How a calibration batch is run: as the trainer would, through a `calibration_step` or the forward that takes it."""
+"""How a calibration batch is run: as the trainer would, through a `calibration_step` or the forward that takes it; and
+its loss, of the `training_step`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
 
 from gptq_plugin.calibration.batches import fields_of
 from gptq_plugin.calibration.forward import CallsModels, accepts, call, standing_for
 from gptq_plugin.errors import CalibrationError
+from gptq_plugin.finish.options import Finish
+from gptq_plugin.lightning.logging_to import logging_to
 from gptq_plugin.lightning.roots import in_any_root, overrides
 from gptq_plugin.lightning.surroundings import forward_device
 from gptq_plugin.model.hf_models import transformers_models
@@ -48,8 +52,7 @@ def forward_as_in_training(
     runners = [m for m in (module, pl_module, *inside) if _defines_forward(m)]
 
     def forward(_: nn.Module, batch: Any) -> Any:
-        batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-        batch = trainer.strategy.batch_to_device(batch)
+        batch = _moved(trainer, pl_module, batch)
         with trainer.precision_plugin.forward_context():
             if callable(run_step):
                 return run_step(batch)
@@ -67,6 +70,49 @@ def forward_as_in_training(
     standing_for(forward, pl_module, run_step, runners, type(precision).__qualname__, precision.precision, every_logit)
     only_fields = runners and not callable(run_step) and not any(overrides(pl_module, hook) for hook in _TRANSFERS)
     return CallsModels(forward, runners) if only_fields else forward
+
+
+def loss_in_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
+    """Returns a function that moves and casts a batch as in training and gives what the `training_step` makes of it.
+    Nothing is logged."""
+
+    def loss(_: nn.Module, batch: Any) -> Any:
+        numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+        batch = _moved(trainer, pl_module, batch)
+        with trainer.precision_plugin.forward_context(), logging_to(pl_module, _nothing, _nothing):
+            output = pl_module.training_step(batch, 0) if numbered else pl_module.training_step(batch)
+        return output.get("loss") if isinstance(output, Mapping) else output
+
+    return loss
+
+
+def refuse_training_step(pl_module: pl.LightningModule, finish: Finish) -> None:
+    """Refuses a `task_weight` with a `training_step` that does not return the loss of a batch.
+
+    Raises:
+        ValueError: The module optimizes by itself, or its `training_step` draws the batches.
+    """
+    if finish.kind == "none" or not finish.task_weight:
+        return
+    own = "optimizes by itself (automatic_optimization=False)"
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        own = "draws its batches by itself (dataloader_iter)"
+    elif pl_module.automatic_optimization:
+        return
+    raise ValueError(
+        f"task_weight={finish.task_weight:g} needs the loss that a training_step returns for a batch, and "
+        f"{type(pl_module).__name__} {own}: leave task_weight out"
+    )
+
+
+def _moved(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """A batch as training has it: cast, and on the device."""
+    batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+    return trainer.strategy.batch_to_device(batch)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _defines_forward(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from gptq_plugin.calibration.forward import takes_of
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.finish.options import Finish
-from gptq_plugin.lightning.calibration_forward import forward_as_in_training
+from gptq_plugin.lightning.calibration_forward import forward_as_in_training, loss_in_training, refuse_training_step
 from gptq_plugin.lightning.launched_ranks import EndsLaunchedRanks
 from gptq_plugin.lightning.module_choice import choose_module
 from gptq_plugin.lightning.monitors import check_directions
@@ -103,8 +103,8 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             nothing within them is good enough, it raises. None sets no limit.
         push_to_hub: Uploads the export to the Hugging Face hub when all else is done: ``"owner/name"``, private unless
             ``{"repo_id": "owner/name", "private": False}``. Made, or checked, before training.
-        finish: Trains the result towards the float model, on samples of the same data, and keeps what held-out samples
-            tell is nearer to it. What GPTQ gave is exported before. None is no finish.
+        finish: Trains the result towards the float model (with a `task_weight`, by the loss of `training_step` too) on
+            samples of the same data, if held-out ones get nearer to it. What GPTQ gave is exported before.
         log_artifacts: True also gives the export to the trainer's loggers; a text names it, also in MLflow's registry.
 
     Attributes:
@@ -150,8 +150,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         given = {"weights": weights, "validate": validate, "log_artifacts": log_artifacts}
         check_options(calibration_step=calibration_step, module=module, **given)
         self.log_artifacts = log_artifacts
-        self.calibration_step = calibration_step
-        self.module = module
+        self.calibration_step, self.module = calibration_step, module
         self.weights = str(weights)
         self.gate = QualityGate(max_degradation, on_fail, max_bits)
         if validate is False and self.gate.limits:
@@ -173,6 +172,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
         check_weights(trainer, self.weights)
         check_directions(trainer, self.gate.limits)
         refuse_strategy(trainer, self.leaves_quantized(trainer, pl_module))
+        refuse_training_step(pl_module, self.finish)
         if not is_sharded(trainer):
             refuse_offload(self.quantizer, trainer.strategy.root_device)
         _refuse_after_swap(self, trainer, pl_module)
@@ -243,11 +243,11 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             swap = self.leaves_quantized(trainer, pl_module)
             chosen = self.module_to_quantize(pl_module)
             with without_adapters(trainer, pl_module, chosen, merged_in_place) as module:
-                forward, device = self.calibration_forward(trainer, pl_module, module), forward_device(trainer)
+                step_loss = loss_in_training(trainer, pl_module)
                 options = PassOptions(
-                    forward,
+                    self.calibration_forward(trainer, pl_module, module),
                     self.tokenizer,
-                    device=device,
+                    device=forward_device(trainer),
                     device_memory=self._peak_of_training,
                     progress=progress,
                     export_dir=self.export_dir,
@@ -260,7 +260,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
                     keep=swap,
                     layers_in=None if state.files is None else state.files.layers,
                     target=self.target,
-                    finish=self.finish_run(partial(self.calibration_data, trainer)),
+                    finish=self.finish_run(partial(self.calibration_data, trainer), step_loss),
                 )
                 run_id = getattr(trainer.logger, "version", None)
                 origin = Origin(float_checkpoint(trainer, self.weights), run_id, note_untied(chosen, module))

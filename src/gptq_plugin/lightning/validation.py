@@ -6,10 +6,9 @@ to report to. So `validate` runs `validation_step` over the validation dataloade
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -26,6 +25,7 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import digest
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.errors import CalibrationError
+from gptq_plugin.lightning.logging_to import logging_to
 from gptq_plugin.training.paired import Measured
 from gptq_plugin.training.quality_gate import QualityGate
 
@@ -91,7 +91,7 @@ def validate(trainer: pl.Trainer, pl_module: pl.LightningModule, most_batches: i
     """
     logged = _Logged()
     loaders = validation_loaders(trainer)
-    with evaluating(pl_module), torch.no_grad(), logged.collecting(pl_module):
+    with evaluating(pl_module), torch.no_grad(), logging_to(pl_module, logged.log, logged.log_dict):
         pl_module.on_validation_epoch_start()
         for number, loader in enumerate(loaders):
             several = len(loaders) > 1
@@ -180,7 +180,7 @@ class _Entry:
 
 
 class _Logged:
-    """Replaces a LightningModule's `log` and `log_dict`, and collects their values."""
+    """Stands for a LightningModule's `log` and `log_dict`, and collects their values."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
@@ -191,20 +191,6 @@ class _Logged:
     def set_batch(self, batch: Any, suffix: str, key: int | None) -> None:
         """Values logged from now on belong to this batch, which has this digest; their names get the suffix."""
         self._batch, self._suffix, self._key = batch, suffix, key
-
-    @contextlib.contextmanager
-    def collecting(self, pl_module: pl.LightningModule) -> Iterator[None]:
-        """Inside the block the module logs to this object."""
-        replaced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
-        pl_module.__dict__["log"] = self.log
-        pl_module.__dict__["log_dict"] = self.log_dict
-        try:
-            yield
-        finally:
-            for name, before in replaced.items():
-                del pl_module.__dict__[name]
-                if before is not None:
-                    pl_module.__dict__[name] = before
 
     def log(
         self,

@@ -6,13 +6,15 @@ Tested by tests/finish/test_finish_model.py: as users call it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gptq_plugin.calibration.forward import evaluating, takes_of
+from gptq_plugin.calibration.loss import loss_of
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import with_index
 from gptq_plugin.errors import TargetError
@@ -31,6 +33,9 @@ from gptq_plugin.quantize.prepare import undisturbed
 from gptq_plugin.quantize.run_log import RunLog
 from gptq_plugin.report.finish_record import FinishRecord
 from gptq_plugin.report.report import QuantizeReport
+
+TaskLoss = Callable[[nn.Module, Any], Tensor]
+_WITHOUT_LABELS = "a task_loss that computes the loss of a batch, or leave task_weight out"
 
 
 class Finishing:
@@ -59,6 +64,7 @@ class Finishing:
         device: torch.device | str | None = None,
         device_memory: int | None = None,
         progress: Progress | None = None,
+        task_loss: TaskLoss | None = None,
     ) -> FinishRecord:
         """Trains a quantized model towards its float model, and keeps the result only if held-out samples tell it is
         better.
@@ -78,12 +84,16 @@ class Finishing:
             device: As for `quantize`.
             device_memory: As for `quantize`.
             progress: Called as progress(steps done, steps at most, the divergence of held-out samples).
+            task_loss: With a `task_weight`, the loss of the run, called as task_loss(model, batch): a scalar, the mean
+                over the batch. None is the cross-entropy of the batch's labels or, without any, of its next tokens.
 
         Raises:
             TargetError: The model has no quantized layers, or is not a transformers model that predicts a distribution;
                 its blocks cannot be trained one by one (`kind` of "blocks" or "full"); or, inside the with block of
                 `temporarily`, it was finished before.
-            CalibrationError: There are fewer than two batches, or they do not fit, or logits are not finite.
+            CalibrationError: There are fewer than two batches, or they do not fit, or logits are not finite; or, with
+                a `task_weight`, a batch has no loss.
+            ValueError: There is a `task_loss` without a `task_weight`.
             RankError: Another rank was lost, or raised one of these or any other error.
 
         On any error the model is as it was before.
@@ -92,6 +102,10 @@ class Finishing:
         MODEL.check("model", model)
         if finish.kind == "none":
             raise ValueError("finish=Finish(kind='none') is no finish: leave the call out, or give kind='scales'")
+        if task_loss is not None and not finish.task_weight:
+            raise ValueError(
+                "task_loss is trained with the share task_weight, which is 0: give Finish(task_weight=...)"
+            )
         options = PassOptions(forward, tokenizer, device=device, device_memory=device_memory, progress=progress)
         if torch.is_inference_mode_enabled():
             raise TargetError("a finish runs backward, and torch.inference_mode is on: call it outside of that")
@@ -103,7 +117,7 @@ class Finishing:
             )
         with undisturbed(), evaluating(model), contextlib.ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # a block's forward is replaced
-            takes = takes_of(model, options.forward)
+            takes = takes_of(model, options.forward if task_loss is None else task_loss)
             config = finish.data_config(self.config)
             rows = rows_of(batches, config, finish.held_out, options.tokenizer, takes)
             home = next(model.parameters()).device
@@ -114,6 +128,7 @@ class Finishing:
                 device_memory,
                 self.config.token_weighting if self.config.token_weighting == "labels" else "all",
                 progress,
+                _task(options, task_loss) if finish.task_weight else None,
             )
             found = finish_model(model, self._teacher(model, teacher, options), rows, finish, surroundings)
         self._finished = found
@@ -166,6 +181,18 @@ class Finishing:
                 yield one
 
         return at_hand
+
+
+def _task(options: PassOptions, task_loss: TaskLoss | None) -> TaskLoss:
+    """The loss of a run, of a model and a batch."""
+    if task_loss is not None:
+        return replace(options, forward=task_loss).runner(every_logit=True)
+    run = options.runner(every_logit=True)
+
+    def of_labels(model: nn.Module, batch: Any) -> Tensor:
+        return loss_of(model, run(model, batch), batch, option="task_weight", instead=_WITHOUT_LABELS).mean
+
+    return of_labels
 
 
 @contextlib.contextmanager

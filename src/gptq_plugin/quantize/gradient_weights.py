@@ -22,6 +22,11 @@ from gptq_plugin.calibration.loss import loss_of
 from gptq_plugin.errors import CalibrationError, brief
 from gptq_plugin.model.experts import experts_of
 
+_WITHOUT_LABELS = (
+    "a forward that returns the loss (a calibration_step, or quantize(..., forward=lambda model, batch: "
+    "model(**batch))), or leave token_weighting at 'all'"
+)
+
 
 class GradientWeights:
     """Measures and keeps the weights of some layers, by batch and call, until they are taken.
@@ -59,7 +64,9 @@ class GradientWeights:
                 "nothing runs backward: load it outside of that, or give token_weighting='all'"
             )
         with torch.enable_grad(), _frozen(self._model), self._watching(number):
-            loss, is_sum = loss_of(self._model, forward(), data)
+            loss, terms = loss_of(
+                self._model, forward(), data, option="token_weighting='gradients'", instead=_WITHOUT_LABELS
+            )
             if not torch.isfinite(loss):
                 raise CalibrationError(
                     f"token_weighting='gradients': the loss of calibration batch {number} is {loss.item()}: leave the "
@@ -71,7 +78,7 @@ class GradientWeights:
                     "to be quantized (does its forward run under torch.no_grad?). Give token_weighting='all'"
                 )
             # float16 does not hold the small gradients of a mean over a batch.
-            self._exponent = 0 if is_sum else self._rows.bit_length()
+            self._exponent = 0 if terms is not None else self._rows.bit_length()
             try:
                 (loss * 2.0**self._exponent).backward()
             except torch.OutOfMemoryError as error:

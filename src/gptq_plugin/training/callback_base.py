@@ -21,6 +21,7 @@ from gptq_plugin.finish.chain import Chain
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish, check_finish
 from gptq_plugin.options import fields
+from gptq_plugin.quantize.finishing import TaskLoss
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.report.provenance import plain_name
 from gptq_plugin.report.report import QuantizeReport
@@ -36,6 +37,7 @@ _KINDS = {  # of the arguments of both callbacks; others are checked by the modu
     "swap": fields.optional(fields.SWITCH, "decided by the module"),
     "overwrite": fields.SWITCH,
     "forward": fields.optional(fields.FUNCTION, "calls the model"),
+    "task_loss": fields.optional(fields.FUNCTION, "that of the labels"),
     "calibration_step": fields.optional(fields.FUNCTION, "the LightningModule's"),
     "module": fields.optional(fields.TEXT, "found by itself"),
     "weights": fields.PATH,
@@ -149,12 +151,13 @@ class CallbackBase:
         """True if batches have to give the logits of all positions."""
         return self.finishes or reads_every_logit(self.quantizer.config)
 
-    def finish_run(self, calibration_data: Callable[[], Iterable[Any]]) -> FinishRun | None:
+    def finish_run(self, calibration_data: Callable[[], Iterable[Any]], task_loss: TaskLoss | None) -> FinishRun | None:
         """The finish; None without one.
 
         Args:
             calibration_data: The callback's method of that name, which users override: called with `finish_data` as
                 `data`.
+            task_loss: The loss of the run, for a finish with a `task_weight`.
         """
 
         def samples() -> Iterable[Any]:
@@ -164,7 +167,8 @@ class CallbackBase:
             finally:
                 self.data = own
 
-        return FinishRun(self.finish, samples) if self.finishes else None
+        loss = task_loss if self.finish.task_weight else None
+        return FinishRun(self.finish, samples, loss) if self.finishes else None
 
     def agree_on_export_dir(self, run_folders: Iterable[tuple[str, Any]]) -> None:
         """Takes rank 0's `export_dir` on every rank and refuses one that cannot be written. Every rank calls it.

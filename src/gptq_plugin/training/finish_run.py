@@ -14,6 +14,7 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.finish.options import Finish
+from gptq_plugin.quantize.finishing import TaskLoss
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import PassOptions
 
@@ -27,10 +28,12 @@ class FinishRun:
     Attributes:
         finish: The options.
         data: Called once per finish; returns its data.
+        task_loss: As for `QuantizeModule.finish`.
     """
 
     finish: Finish
     data: Callable[[], Iterable[Any]]
+    task_loss: TaskLoss | None = None
 
     def run(self, quantizer: QuantizeModule, model: nn.Module, options: PassOptions, *, exported: bool) -> bool:
         """Finishes a model inside the with block of `temporarily`; returns whether that changed it.
@@ -52,6 +55,7 @@ class FinishRun:
                 device=options.device,
                 device_memory=options.device_memory,
                 progress=options.progress,
+                task_loss=self.task_loss,
             )
         except BaseException:
             if exported and distributed.rank() == 0:

@@ -1,0 +1,124 @@
+"""The run's own loss in what a finish trains: its share, whose parameters it moves, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_plugin import Finish
+from gptq_plugin.errors import CalibrationError
+from gptq_plugin.finish import train
+
+from finish_cases import FAST, quantized, rows, same, state_of
+
+MIXED = Finish(**FAST, task_weight=0.7)
+
+
+def cross_entropy(model, batch):
+    return model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+
+
+def finished(finish, task_loss=None, data=None):
+    """The bytes of a finished model, its record, and its own loss on what it was trained on."""
+    model, twin, quantizer = quantized()
+    record = quantizer.finish(model, twin, rows() if data is None else data, finish, task_loss=task_loss)
+    with torch.no_grad():
+        return state_of(model), record, float(cross_entropy(model, {"input_ids": torch.stack(rows()[:32])}))
+
+
+def test_it_lowers_the_runs_loss_which_is_that_of_next_tokens_unless_given():
+    """Of random tokens the float model knows nothing, so that coming near to it does not lower their loss as much."""
+    alone, of_tokens, given = finished(Finish(**FAST)), finished(MIXED), finished(MIXED, cross_entropy)
+    doubled = finished(MIXED, lambda model, batch: 2 * cross_entropy(model, batch))
+    assert all(record.kept for _, record, _ in (alone, of_tokens, given, doubled))
+    assert doubled[2] < given[2] < alone[2]
+    assert given[2] == pytest.approx(of_tokens[2], rel=1e-4) and not same(of_tokens[0], alone[0])
+    assert of_tokens[1].options["task_weight"] == 0.7
+
+
+def test_what_is_kept_is_decided_by_the_divergence_alone(monkeypatch):
+    """Held-out samples are not given to the loss."""
+    seen = []
+
+    def watched(model, batch):
+        seen.append(batch["input_ids"].clone())
+        return cross_entropy(model, batch)
+
+    _, record, _ = finished(MIXED, watched)
+    assert record.after == min(one.held_out for one in record.curve)
+    held_out = torch.stack(rows()[32:])
+    assert seen and not any((part[:, None] == held_out).all(-1).any() for part in seen)
+
+
+def test_labels_are_what_the_loss_is_of_and_padding_is_not():
+    states = []
+    for filler in (5, 99):
+        mask = (torch.arange(24) < torch.tensor([[24], [11], [17], [5]])).long()
+        batches = []
+        for number in range(10):
+            ids = torch.where(mask.bool(), torch.stack(rows(4, seed=number)), filler)
+            labels = ids.masked_fill((mask == 0) | (torch.arange(24) < 3), -100)
+            batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        states.append(finished(MIXED, data=batches)[0])
+    assert same(*states)
+    others = [{**batch, "labels": batch["labels"].masked_fill(torch.arange(24) < 9, -100)} for batch in batches]
+    assert not same(finished(MIXED, data=others)[0], states[1])
+
+
+def test_parameters_outside_of_the_model_get_no_gradient_and_it_is_in_evaluation_mode():
+    head = nn.Linear(128, 1)
+    modes = []
+
+    def loss(model, batch):
+        modes.append(model.training)
+        return head(model(**batch).logits).square().mean()
+
+    finished(MIXED, loss)
+    assert modes and not any(modes) and head.weight.grad is None and head.weight.requires_grad
+
+
+def test_activations_that_are_computed_twice_give_the_same_result():
+    twice = Finish(**FAST, task_weight=0.7, checkpoint_activations=True)
+    assert same(finished(twice)[0], finished(MIXED)[0])
+
+
+def test_no_room_for_the_loss_has_activations_computed_twice_and_no_gradient_counts_twice(monkeypatch):
+    wanted = finished(MIXED)[0]
+    original, failures = train.Training._task, iter([torch.OutOfMemoryError("no room")])
+
+    def short(self, task, lesson):
+        if not self._reruns and self.steps == 3:
+            raise next(failures)
+        return original(self, task, lesson)
+
+    monkeypatch.setattr(train.Training, "_task", short)
+    assert same(finished(MIXED)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, batch: model(**batch).logits.mean(-1), r"returned a tensor \[4, 24\]"),
+        (lambda model, batch: cross_entropy(model, batch).detach(), r"a scalar with a gradient: .* a tensor \[\]"),
+        (lambda model, batch: None, "returned NoneType"),
+        (lambda model, batch: cross_entropy(model, batch) * torch.nan, "the loss of a batch is nan"),
+    ],
+)
+def test_what_is_no_loss_is_refused_and_the_model_is_as_it_was(loss, message):
+    model, twin, quantizer = quantized()
+    before = state_of(model)
+    with pytest.raises(CalibrationError, match=message):
+        quantizer.finish(model, twin, rows(), MIXED, task_loss=loss)
+    assert same(state_of(model), before)
+
+
+def test_batches_without_a_loss_and_a_loss_without_a_weight_are_refused():
+    model, twin, quantizer = quantized()
+    embedded = [
+        {"inputs_embeds": model.get_input_embeddings()(torch.stack(rows(4, seed=n))).detach()} for n in range(5)
+    ]
+    with pytest.raises(CalibrationError, match="task_weight needs the loss of every .* leave task_weight out"):
+        quantizer.finish(model, twin, embedded, MIXED)
+    with pytest.raises(ValueError, match=r"task_weight, which is 0: give Finish\(task_weight=...\)"):
+        quantizer.finish(model, twin, rows(), Finish(), task_loss=cross_entropy)
