@@ -226,7 +226,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 layers_in=None if trained.files is None else trained.files.layers,
                 quality=self.validation.of_float_model(),
                 finish=self.finish_run(
-                    lambda: self.calibration_data(training["train_dataloader"]), self._task_loss(args)
+                    lambda: self.calibration_data(training["train_dataloader"]), _as_in_training(self.task_loss, args)
                 ),
             )
             run_name = args.run_name if args.run_name != args.output_dir else None  # some versions make them equal
@@ -257,18 +257,6 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
 
         standing_for(forward, self.forward, mixed, dtype, args.device.type, every_logit)
         return forward if self.forward is not None else CallsModels(forward)
-
-    def _task_loss(self, args: TrainingArguments) -> Callable[[nn.Module, Any], Any] | None:
-        """The given loss of a batch, on the training's device and under its autocast."""
-        task_loss, (dtype, mixed) = self.task_loss, _autocast(args)
-        if task_loss is None:
-            return None
-
-        def loss(model: nn.Module, batch: Any) -> Any:
-            with torch.autocast(args.device.type, dtype=dtype, enabled=mixed):
-                return task_loss(model, to_device(batch, args.device))
-
-        return loss
 
     def _evaluation_dataloaders(self) -> list[Any]:
         if self._evaluations is None or not self._evaluations.loaders:
@@ -301,6 +289,21 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
 def _autocast(args: TrainingArguments) -> tuple[torch.dtype, bool]:
     """The dtype of the training's autocast, and whether there is one."""
     return torch.bfloat16 if args.bf16 else torch.float16, args.bf16 or args.fp16
+
+
+def _as_in_training(
+    task_loss: Callable[[nn.Module, Any], Any] | None, args: TrainingArguments
+) -> Callable[[nn.Module, Any], Any] | None:
+    """A loss of batches, on the training's device and under its autocast."""
+    if task_loss is None:
+        return None
+    dtype, mixed = _autocast(args)
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        with torch.autocast(args.device.type, dtype=dtype, enabled=mixed):
+            return task_loss(model, to_device(batch, args.device))
+
+    return loss
 
 
 def _without_adapters(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:
