@@ -55,7 +55,7 @@ def test_a_loaded_model_multiplies_all_experts_in_one_product(folder, monkeypatc
     wanted, written = plain(tokens(2, 5)).logits, plain.generate(tokens(1, 4), max_new_tokens=6, do_sample=False)
     products = stand_in(monkeypatch)
     model = load_quantized(folder)
-    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == "gptq_plugin"
     torch.testing.assert_close(model(tokens(2, 5)).logits, wanted, rtol=1e-3, atol=1e-3)
     assert products == [EXPERTS * 2 * 64, EXPERTS * 128] * 2
     products.clear()
@@ -125,7 +125,7 @@ def test_where_one_parameter_cannot_be_stacked_its_model_is_left_as_it_is(folder
 @torch.no_grad()
 def test_on_a_gpu_a_loaded_model_generates_what_it_does_on_a_cpu(folder):
     plain, model = load_quantized(folder), load_quantized(folder, device="cuda")
-    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == "gptq_plugin"
     for shape in ((1, 1), (2, 5), (4, 100)):
         torch.testing.assert_close(
             model(tokens(*shape).cuda()).logits.cpu(), plain(tokens(*shape)).logits, rtol=2e-2, atol=2e-2

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from gptq_plugin.model import experts_served
 from gptq_plugin.model.expert_weights import ExpertWeights
 from gptq_plugin.model.experts_call import ExpertsCall
 from gptq_plugin.walk.groups import Group
@@ -161,8 +162,8 @@ def called(
 def stack_experts(model: nn.Module) -> list[str]:
     """Lets one product serve the quantized layers of all experts of a parameter, where grouped products can call them.
 
-    transformers' modules, which `place_experts` had run expert by expert, run in grouped products again: without
-    gradients those take the stacked layers, and otherwise call them.
+    transformers' modules, which `place_experts` had run expert by expert, run in grouped products again
+    (`experts_served`): without gradients those take the stacked layers, and otherwise call them.
 
     Returns:
         The names of the parameters whose layers are stacked.
@@ -174,5 +175,6 @@ def stack_experts(model: nn.Module) -> list[str]:
     stacked = [some for some in of_configs.values() if all(one.call.stack() for one in some)]
     for some in stacked:
         config = some[0].module.config
-        config._experts_implementation = _GROUPED
+        experts_served.register()
+        config._experts_implementation = experts_served.IMPLEMENTATION
     return [one.name for some in stacked for one in some]

@@ -53,13 +53,16 @@ class ExpertsCall(nn.Module):
         self._ends: Any = WeakTensorKeyDictionary()
 
     def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
+        if not self._forward_pre_hooks and not self._forward_hooks:  # nobody asks for the ends
+            self.count += 1
+            return self.forward(x, ends)
         self._ends[x] = ends
         self.count += 1
         result: Tensor = super().__call__(x, ends)
         return result
 
-    def __reduce__(self) -> tuple[type[ExpertsCall], tuple[Any, ...]]:
-        return ExpertsCall, (self._layers, self._experts, self._names)  # no call outlasts a copy
+    def __reduce__(self) -> tuple[Callable[..., ExpertsCall], tuple[Any, ...]]:
+        return _copied, (self._layers, self._experts, self._names)  # no call outlasts a copy
 
     def ends_of(self, x: Tensor) -> Tensor:
         """Where the experts' rows end, int32 [experts], in an input of this call that is alive."""
@@ -125,6 +128,14 @@ class ExpertsCall(nn.Module):
                 y[start:stop] = _joined([layer(x[start:stop]) for layer in self._layers(expert)])
             start = stop
         return y
+
+
+def _copied(*arguments: Any) -> ExpertsCall:
+    """In a process that loads a whole module, whose configuration may name it, the implementation is not known yet."""
+    from gptq_plugin.model import experts_served  # imported here: it knows what has calls
+
+    experts_served.register()
+    return ExpertsCall(*arguments)
 
 
 def _places(module: nn.Module, names: Sequence[Sequence[str]]) -> _Places:

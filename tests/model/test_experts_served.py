@@ -1,0 +1,110 @@
+"""Experts of a loaded model for few tokens: the values of transformers' forward, which takes everything else.
+
+Without a GPU stand-ins sort and add up.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+from gptq_plugin.kernels.product import routing
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from gptq_plugin.model import experts_served
+from gptq_plugin.model.experts import unfused
+
+from forked_python import python
+
+EXPERTS = 6
+
+
+def sort_pairs(chosen: torch.Tensor, experts: int) -> routing.Sorted:
+    order = chosen.flatten().sort(stable=True).indices
+    counts = torch.bincount(chosen.flatten(), minlength=experts + 1)[:experts]
+    return routing.Sorted(counts.cumsum(0).int(), (order // chosen.shape[1]).int(), order.argsort().int())
+
+
+def combine(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (y[places.long()].view(*weights.shape, -1) * weights[..., None]).sum(1)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The numbers of pairs that were sorted by the stand-in."""
+    found: list[int] = []
+
+    def noted(chosen: torch.Tensor, experts: int) -> routing.Sorted:
+        found.append(chosen.numel())
+        return sort_pairs(chosen, experts)
+
+    monkeypatch.setattr(experts_served, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(routing, "sort_pairs", noted)
+    monkeypatch.setattr(routing, "combine", combine)
+    return found
+
+
+def block(kind: str = "qwen3_moe", **options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "num_experts": EXPERTS,
+             "num_local_experts": EXPERTS, "num_experts_per_tok": 2}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **options))
+    return model.eval().model.layers[0].mlp
+
+
+def served(made: Any) -> Any:
+    experts_served.register()
+    made.experts.config = copy.copy(made.experts.config)
+    made.experts.config._experts_implementation = experts_served.IMPLEMENTATION
+    return made
+
+
+def output(made: Any, x: torch.Tensor) -> torch.Tensor:
+    found = made(x)
+    return found if isinstance(found, torch.Tensor) else found[0]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("tokens", [1, 7])
+@torch.no_grad()
+def test_few_tokens_have_the_outputs_of_transformers_forward(kind, tokens, taken):
+    made, x = block(kind), torch.randn(1, tokens, 64)
+    wanted = output(made, x)
+    with unfused(made):
+        torch.testing.assert_close(output(served(made), x), wanted, rtol=1e-4, atol=1e-5)
+    assert taken == [2 * tokens]
+
+
+@pytest.mark.parametrize("why", ["gradients", "many tokens", "biases", "experts in one parameter"])
+def test_everything_else_goes_through_transformers_forward(why, taken):
+    made, x = block("gpt_oss" if why == "biases" else "qwen3_moe"), torch.randn(1, 7, 64)
+    x = torch.randn(1, 200, 64) if why == "many tokens" else x
+    with torch.set_grad_enabled(why == "gradients"):
+        wanted = output(made, x)
+        if why == "experts in one parameter":
+            found = output(served(made), x)
+        else:
+            with unfused(made):
+                found = output(served(made), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert taken == []
+
+
+def test_a_process_that_loads_a_whole_module_knows_the_implementation(tmp_path):
+    made = block()
+    with unfused(made):
+        (tmp_path / "module").write_bytes(pickle.dumps(served(made)))
+    program = (
+        "import pickle, sys, torch\n"
+        f"made = pickle.loads(open({str(tmp_path / 'module')!r}, 'rb').read())\n"
+        "print(made(torch.randn(1, 3, 64)).shape)\n"
+    )
+    ran = subprocess.run([python(), "-c", program], capture_output=True, text=True, check=False)
+    assert "[1, 3, 64]" in ran.stdout, ran.stderr
+    assert experts_served.IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS
