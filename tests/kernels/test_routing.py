@@ -21,17 +21,18 @@ def chosen_of(tokens, each, experts, device, beyond=False):
 @triton_device
 @pytest.mark.parametrize("beyond", [False, True])
 @pytest.mark.parametrize("tokens, each, experts", [(1, 8, 128), (4, 2, 8), (16, 8, 128), (32, 8, 60), (3, 1, 2)])
-def test_pairs_are_sorted_by_expert_in_their_order(tokens, each, experts, beyond, device):
-    from gptq_plugin.kernels.product.routing import sort_pairs
+@pytest.mark.parametrize("how", ["sort_pairs", "sort_many"])
+def test_pairs_are_sorted_by_expert_in_their_order(how, tokens, each, experts, beyond, device):
+    from gptq_plugin.kernels.product import routing
 
     chosen = chosen_of(tokens, each, experts, device, beyond)
-    found = sort_pairs(chosen, experts)
+    found = getattr(routing, how)(chosen, experts)
     order = chosen.flatten().sort(stable=True).indices
     counts = torch.bincount(chosen.flatten(), minlength=experts + 1)[:experts]
     assert torch.equal(found.ends, counts.cumsum(0).int())
     assert torch.equal(found.tokens.long(), order // each)
     assert torch.equal(order[found.places.long()], torch.arange(tokens * each, device=device))
-    assert {one.dtype for one in found} == {torch.int32} and found.ends.is_contiguous()
+    assert found.ends.dtype == torch.int32 and found.ends.is_contiguous()
 
 
 @triton_device

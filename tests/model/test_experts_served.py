@@ -1,4 +1,4 @@
-"""Experts of a loaded model for few tokens: the values of transformers' forward, which takes everything else.
+"""Experts that are called at once: the values of transformers' forward, which takes what has gradients or biases.
 
 Without a GPU stand-ins sort and add up.
 """
@@ -71,20 +71,19 @@ def output(made: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe"])
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 7, 200])
 @torch.no_grad()
-def test_few_tokens_have_the_outputs_of_transformers_forward(kind, tokens, taken):
+def test_tokens_have_the_outputs_of_transformers_forward(kind, tokens, taken):
     made, x = block(kind), torch.randn(1, tokens, 64)
     wanted = output(made, x)
     with unfused(made):
         torch.testing.assert_close(output(served(made), x), wanted, rtol=1e-4, atol=1e-5)
-    assert taken == [2 * tokens]
+    assert taken == ([2 * tokens] if tokens < 200 else [])
 
 
-@pytest.mark.parametrize("why", ["gradients", "many tokens", "biases", "experts in one parameter"])
+@pytest.mark.parametrize("why", ["gradients", "biases", "experts in one parameter"])
 def test_everything_else_goes_through_transformers_forward(why, taken):
     made, x = block("gpt_oss" if why == "biases" else "qwen3_moe"), torch.randn(1, 7, 64)
-    x = torch.randn(1, 200, 64) if why == "many tokens" else x
     with torch.set_grad_enabled(why == "gradients"):
         wanted = output(made, x)
         if why == "experts in one parameter":

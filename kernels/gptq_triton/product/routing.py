@@ -1,6 +1,7 @@
-"""What surrounds products of rows sorted by expert, for few tokens: `sort_pairs` before them, `combine` after them.
+"""What surrounds products of rows sorted by expert: `sort_pairs` or `sort_many` before them, `combine` after them.
 
-Each takes one launch in place of several: a model that generates waits for the host, not for the GPU.
+For few tokens each takes one launch in place of several: a model that generates waits for the host. For many, `combine`
+reads the rows once, where PyTorch's operations write and read them three times.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,8 +24,8 @@ class Sorted(NamedTuple):
 
     Attributes:
         ends: Where the experts' pairs end, int32 [experts]; behind the last are those of no expert.
-        tokens: Of the sorted pairs, int32 [pairs].
-        places: Of the pairs among the sorted ones, int32 [pairs].
+        tokens: Of the sorted pairs, integers [pairs].
+        places: Of the pairs among the sorted ones, integers [pairs].
     """
 
     ends: Tensor
@@ -91,6 +92,22 @@ def sort_pairs(chosen: Tensor, experts: int) -> Sorted:
             num_warps=8,
         )  # fmt: skip
     return found
+
+
+def sort_many(chosen: Tensor, experts: int) -> Sorted:
+    """`sort_pairs` for any number of pairs, in PyTorch's operations.
+
+    Args:
+        chosen: Integers [tokens, experts of one]; `experts` or more stand for none.
+        experts: Their number.
+    """
+    ids = chosen.flatten()
+    ids = ids.to(torch.int16) if experts < 2**15 else ids  # fewer bits to sort by
+    ids, order = ids.sort(stable=True)
+    numbers = torch.arange(experts, dtype=ids.dtype, device=ids.device)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=ids.device)
+    return Sorted(torch.searchsorted(ids, numbers, right=True, out_int32=True), order // chosen.shape[1], places)
 
 
 def combine(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:

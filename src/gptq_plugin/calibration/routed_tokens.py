@@ -7,6 +7,7 @@ their bits identifies them; later layers of the expert keep their order.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -204,7 +205,14 @@ def row_hashes(rows: Tensor) -> Tensor:
         rows = rows.clone()
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = rows.view(words[size if rows.shape[1] * size % 8 else 8])  # the fewer words, the less work
-    generator = torch.Generator("cpu").manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator, device="cpu").to(bits.device)
+    factors = _factors(bits.shape[1], bits.device)
     parts = bits.split(max(1, _AT_ONCE // max(1, bits.shape[1])))
     return torch.cat([(part.long() * factors).sum(-1) for part in parts])
+
+
+@functools.lru_cache(maxsize=16)
+def _factors(count: int, device: torch.device) -> Tensor:
+    """Kept, since each copy to a GPU would wait for it."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    with torch.inference_mode(False):
+        return torch.randint(-(2**62), 2**62, (count,), generator=generator, device="cpu").to(device)

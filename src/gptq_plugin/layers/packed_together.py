@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,6 +26,8 @@ def packed_layers(
 ) -> list[QuantLinear]:
     """What `QuantLinear.from_quantized` makes of some rows of each of B matrices, without a bias.
 
+    Their tensors are parts of one each: hundreds of small ones take a GPU's allocator longer than all else.
+
     Args:
         solved: The matrices.
         rows: Of each.
@@ -34,13 +35,15 @@ def packed_layers(
         group_size: As configured.
         dtypes: Of the float layers.
     """
-    codes, scales, zeros = (part[..., rows] for part in (solved.codes, solved.scales, solved.zeros))
+    every = slice(0, len(dtypes))  # the last matrices may fill a chunk
+    codes, scales, zeros = (part[every, :, rows] for part in (solved.codes, solved.scales, solved.zeros))
     batch, n_in, n_out = codes.shape
     words = pack(codes.movedim(0, 1).reshape(n_in, batch * n_out), bits).unflatten(1, (batch, n_out)).movedim(1, 0)
     of_zeros = pack(zeros.movedim(2, 0).reshape(n_out, -1), bits).unflatten(1, (batch, -1)).movedim(0, 2)
     layers = []
-    parts = [_each_own(part) for part in (words, of_zeros, scales, solved.g_idx)]
-    for dtype, *tensors in zip(dtypes, *parts, strict=False):  # the last matrices may fill a chunk
+    tensors_of_all = (words, of_zeros, scales, solved.g_idx[every])
+    parts = [part.clone(memory_format=torch.contiguous_format).unbind() for part in tensors_of_all]
+    for dtype, *tensors in zip(dtypes, *parts, strict=True):
         layer = empty_layer(n_in, n_out, bits, group_size, dtype)
         layer._buffers.update(zip(PACKED, tensors, strict=True))
         layers.append(layer)
@@ -49,6 +52,10 @@ def packed_layers(
 
 def dequantized(solved: Solutions, dtype: torch.dtype) -> Tensor:
     """All matrices, [B, rows, in], each value computed in float32 and rounded once."""
+    if solved.codes.is_cuda and dtype != torch.float64:
+        from gptq_plugin.kernels.values import values_of  # imported here: needs Triton
+
+        return values_of(solved.codes, solved.zeros, solved.scales, solved.g_idx, dtype)
     return _values(solved.codes, solved.zeros, solved.scales, solved.g_idx, dtype)
 
 
@@ -76,14 +83,22 @@ def dequantized_layers(
         for start in range(0, len(numbers), size):
             some = numbers[start : start + size]
             if len(some) == 1:  # in the kernel's tiles, a large layer may have little room beside it
-                one = layers[some[0]]
-                one = one if one.device == device else copy.deepcopy(one).to(device)
-                found[some[0]] = one.dequantize(dtype)
+                found[some[0]] = _on_device(layers[some[0]], device).dequantize(dtype)
                 continue
             there = [[tensor.to(device) for tensor in packed[number]] for number in some]
             for number, values in zip(some, _dequantized(there, bits, dtype), strict=True):
                 found[number] = values
     return found
+
+
+def _on_device(layer: QuantLinear, device: torch.device) -> QuantLinear:
+    """The layer, or a copy elsewhere."""
+    if layer.device == device:
+        return layer
+    sizes = layer.in_features, layer.out_features, layer.bits, layer.group_size
+    other = empty_layer(*sizes, torch.float32)  # its bias is not needed
+    other._buffers.update(zip(PACKED, (tensor.to(device) for tensor in layer.packed()), strict=True))
+    return other
 
 
 def _dequantized(packed: Sequence[Sequence[Tensor]], bits: int, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -102,12 +117,6 @@ def _values(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, dtype: 
     values -= zeros.float().take_along_dim(group, 1)
     values *= scales.float().take_along_dim(group, 1)
     return values.to(dtype).mT.contiguous()
-
-
-def _each_own(tensors: Tensor) -> Sequence[Tensor]:
-    """Copies of [B, ...] that share no memory with each other: whoever keeps one of them keeps no others."""
-    copies: Sequence[Tensor] = torch.unbind_copy(tensors.contiguous())  # type: ignore[func-returns-value, assignment]
-    return copies
 
 
 def empty_layer(

@@ -52,11 +52,12 @@ class FinishedLayers:
             ExportError: An earlier layer could not be written.
         """
         self.layers[name] = layer
-        tensors = {key: value.detach() for key, value in layer.named_buffers()}
-        if layer.qweight.device == self._device:
+        device = layer.device
+        if device == self._device:
             self._write(name)
             return
-        done = torch.cuda.current_stream(layer.qweight.device).record_event() if layer.qweight.is_cuda else None
+        tensors = {key: value.detach() for key, value in layer.named_buffers()}
+        done = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._moving[name] = self._worker.submit(_move, tensors, self._device, done)
 
     def take_home(self, *, wait: bool = False) -> None:

@@ -22,8 +22,6 @@ from gptq_plugin.model.expert_weights import ExpertWeights
 from gptq_plugin.model.experts_call import ExpertsCall
 from gptq_plugin.walk.groups import Group
 
-_GROUPED = "grouped_mm"
-
 
 @dataclass(frozen=True)
 class Grouped:
@@ -65,11 +63,12 @@ def in_grouped_products(some: Collection[Grouped]) -> Iterator[None]:
 
     A module gets a configuration of its own, since others have the same one.
     """
+    experts_served.register()
     with contextlib.ExitStack() as stack:
         for module in dict.fromkeys(one.module for one in some):
             config: Any = module.config
             own = copy.copy(config)
-            own._experts_implementation = {"": _GROUPED}  # not those of the configurations in it
+            own._experts_implementation = {"": experts_served.IMPLEMENTATION}  # not those of the configurations in it
             module.config = own
             stack.callback(setattr, module, "config", config)
         yield

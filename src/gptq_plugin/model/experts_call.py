@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gptq_plugin.layers.expert_stack import ExpertStack
 from gptq_plugin.layers.grouped_product import grouped_product, has_grouped_product
 from gptq_plugin.layers.qlinear import output_dtype
+from gptq_plugin.model import experts_served
 
 _Places = tuple[list[dict[str, Any]], list[str]]
 
@@ -132,8 +133,6 @@ class ExpertsCall(nn.Module):
 
 def _copied(*arguments: Any) -> ExpertsCall:
     """In a process that loads a whole module, whose configuration may name it, the implementation is not known yet."""
-    from gptq_plugin.model import experts_served  # imported here: it knows what has calls
-
     experts_served.register()
     return ExpertsCall(*arguments)
 

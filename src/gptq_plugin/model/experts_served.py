@@ -1,7 +1,9 @@
-"""Experts of a loaded model for few tokens, in few launches: `serve_few`.
+"""Experts that are called at once, in few launches: `forward`.
 
-A model that generates waits for the host. transformers' forward in grouped products takes some twenty launches beside
-the products; here two take their place. Many tokens, gradients and experts with biases go through transformers' own.
+transformers' forward in grouped products takes some twenty launches beside the products, for which a model that
+generates waits, and ten passes over the rows of all experts, which take longer than the products in calibration. Here
+a sort, a gather and a sum by weights take their place. Gradients, experts with biases and what is no GPU's go through
+transformers' own.
 """
 
 from __future__ import annotations
@@ -11,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from gptq_plugin.model.expert_weights import ExpertWeights
 
 IMPLEMENTATION = "gptq_plugin"  # its name among transformers' implementations of experts
 _OTHERS = "grouped_mm"  # transformers' own
@@ -37,34 +37,31 @@ def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    y = serve_few(module, hidden_states, top_k_index, top_k_weights)
+    y = _served(module, hidden_states, top_k_index, top_k_weights)
     if y is None:
         result: Tensor = ALL_EXPERTS_FUNCTIONS[_OTHERS](module, hidden_states, top_k_index, top_k_weights)
         return result
     return y
 
 
-def serve_few(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor | None:
-    """The output for few tokens; None for others, and where the module does more than its two products and a gate.
-
-    Args:
-        module, x, chosen, weights: As for `forward`.
-    """
+def _served(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor | None:
+    """The output; None where the module does more than its two products and a gate, or that has a gradient."""
     if not _on_gpu(x) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     from gptq_plugin.kernels.product import routing  # imported here: needs Triton
 
     values = module.__dict__
     up, down = values.get("gate_up_proj"), values.get("down_proj")
-    if not (isinstance(up, ExpertWeights) and isinstance(down, ExpertWeights) and module.has_gate):
+    if not all(hasattr(one, "grouped_product") for one in (up, down)) or not module.has_gate:  # `ExpertWeights`
         return None
     if module.has_bias or values.get("has_post_expert_norm") or values.get("_is_expert_parallel"):
         return None
-    if not 0 < chosen.numel() <= routing.MOST_PAIRS or weights.shape != chosen.shape:
+    if not chosen.numel() or weights.shape != chosen.shape:
         return None
-    found = routing.sort_pairs(chosen.contiguous(), len(up))
+    few = chosen.numel() <= routing.MOST_PAIRS
+    found = (routing.sort_pairs if few else routing.sort_many)(chosen.contiguous(), len(up))
     used_as = "in, out" if module.is_transposed else "out, in"
-    y = up.grouped_product(x.index_select(0, found.tokens), found.ends, used_as)
+    y = up.grouped_product(x[found.tokens], found.ends, used_as)
     y = down.grouped_product(module._apply_gate(y), found.ends, used_as)
     return routing.combine(y.contiguous(), found.places, weights.contiguous()).to(x.dtype)
 
