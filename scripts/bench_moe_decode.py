@@ -4,8 +4,8 @@
     python scripts/bench_moe_decode.py --shape tiny --device cpu   # sees that the script runs, on the CPU's kernels
 
 Two things are timed: the products of both parameters alone, in a CUDA graph of 16 routings at random, so that weights
-come from memory; and a call of the block, with its router and everything around the products, one after the other and in
-a CUDA graph (whose weights come from the cache where they fit).
+come from memory; and a call of the block, with its router and everything around the products, one after the other and
+in a CUDA graph (whose weights come from the cache where they fit).
 The floor is the bytes of the experts that are reached, at 3.35e12 bytes a second.
 """
 
