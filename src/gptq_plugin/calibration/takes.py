@@ -135,10 +135,18 @@ def positions_of(model: nn.Module) -> int | None:
     return min(_position_tables(model, most), default=None)
 
 
+def _outside_experts(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model but for experts that are apart, of which there may be thousands."""
+    yield module
+    for child in module._modules.values():
+        if child is not None and not getattr(type(child), "keeps_nothing", False):
+            yield from _outside_experts(child)
+
+
 def _position_tables(model: nn.Module, most: int) -> Iterator[int]:
     """Number of positions in every table of positions; some begin with a few rows for other purposes."""
     words = _input_embedding(model)
-    for module in model.modules():
+    for module in _outside_experts(model):
         if isinstance(module, nn.Embedding) and module is not words:
             rows, padding = module.num_embeddings, module.padding_idx
             first = 0 if padding is None else padding + 1

@@ -20,7 +20,7 @@ from gptq_plugin.errors import TargetError, some
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.experts import ExpertLinear
-from gptq_plugin.model.linears import is_linear
+from gptq_plugin.model.linears import is_linear, linear_shape
 from gptq_plugin.model.rule_checks import check_effects, check_rules
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.options.rules import matching_rules
@@ -57,8 +57,7 @@ class Target:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs; asked for so often that it is kept."""
-        rows, columns = self.weight.shape
-        return rows, columns
+        return linear_shape(self.module)
 
     @property
     def weight(self) -> Tensor:
