@@ -57,26 +57,34 @@ def longest_loop(code: str) -> list[str]:
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="needs the tools that Triton comes with")
 @pytest.mark.parametrize(
-    ("capability", "kind", "block", "warps"), [(80, "bf16", 8, 2), (89, "fp16", 64, 4), (90, "fp16", 8, 2)]
-)
-def test_weights_go_from_memory_to_the_tensor_cores_without_detours(capability, kind, block, warps, tmp_path):
+    ("capability", "kind", "bits", "block", "warps", "tail"),
+    [
+        (80, "bf16", 4, 8, 2, 0), (89, "fp16", 4, 64, 4, 0), (90, "fp16", 4, 8, 2, 0), (90, "fp16", 4, 8, 2, 52),
+        (80, "bf16", 3, 8, 2, 0), (90, "fp16", 3, 8, 2, 0), (90, "fp16", 2, 8, 2, 0),
+    ],
+)  # fmt: skip
+def test_weights_go_from_memory_to_the_tensor_cores_without_detours(
+    capability, kind, bits, block, warps, tail, tmp_path
+):
     from gptq_plugin.kernels.product.few_rows import _few_rows_kernel
 
-    layout = Layout.of(4, 128, 8192, 8192, True)
+    layout = Layout.of(bits, 128, 8192, 8192, True)
     types = {
         "x": f"*{kind}", "words": "*i16", "scales": "*i32", "out": f"*{kind}", "parts": "*fp32", "counters": "*i32",
         "M": "i32", "N": "i32", "K": "i32", "stride": "i32", "steps": "i32",
     }  # fmt: skip
     sizes = {
-        "BITS": 4, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
-        "SYMMETRIC": True, "HAS_BIAS": False, "WHOLE": True, "BN": 64, "BM": block, "SPLIT": 1, "STAGES": 3,
-        "EARLY": capability == 90, "high": None, "zeros": None, "bias": None,
+        "BITS": bits, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
+        "SYMMETRIC": True, "HAS_BIAS": False, "WHOLE": True, "BN": 64, "BM": block,
+        "SPLIT": 5 if tail else 1, "TAIL": tail, "STAGES": 3, "EARLY": capability == 90, "zeros": None, "bias": None,
     }  # fmt: skip
     options = {"num_warps": warps, "num_stages": 3}
     graph, code, resources = machine_code(_few_rows_kernel, types, sizes, capability, options, tmp_path)
     assert re.search(r"STACK:0\b", resources), "registers are spilled"
     converted = [line for line in graph.splitlines() if "convert_layout" in line]
-    assert not [line for line in converted if "xi16" in line or f"64x64x{kind[:-2]}16" in line], "weights are moved"
+    assert not [line for line in converted if "xi16" in line or f"64x{layout.lanes}x{kind[:-2]}16" in line], (
+        "weights are moved"
+    )
     loop = longest_loop(code)
     # Expansion, product and scales; with 64 rows of x most are products.
     weights = layout.step * 64 / (32 * warps)
@@ -97,7 +105,7 @@ def test_weights_of_programs_whose_warps_share_the_channels_are_not_moved_either
     sizes = {
         "BITS": bits, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
         "SYMMETRIC": True, "HAS_BIAS": False, "WHOLE": True, "BN": 16, "BM": 8, "WAYS": ways, "STAGES": 3,
-        "EARLY": 3 if capability == 90 else 0, "high": None, "zeros": None, "bias": None,
+        "EARLY": 3 if capability == 90 else 0, "zeros": None, "bias": None,
     }  # fmt: skip
     options = {"num_warps": ways, "num_stages": 3}
     graph, code, resources = machine_code(_by_warps_kernel, types, sizes, capability, options, tmp_path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gptq_plugin.kernels.product.layout import Arranged, Layout, arrange, high_bit, restore
+from gptq_plugin.kernels.product.layout import Arranged, Layout, arrange, pieces, restore
 from torch import Tensor
 
 from kernel_cases import NAN, TOLERANCE, gpu, triton_device
@@ -64,14 +64,13 @@ def test_what_is_arranged_is_restored_bit_for_bit(size, bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_a_code_lies_where_the_layout_says(bits):
     weight = make_weight(bits, 1056, 70, 64, symmetric=False)
-    layout, (words, high, scales, zeros) = weight.layout, weight.arranged
+    layout, (words, scales, zeros) = weight.layout, weight.arranged
     for channel, output in ((0, 0), (63, 69), (64, 5), (700, 64), (1055, 69)):
         block, within = divmod(channel, layout.planes * layout.lanes)
         plane, lane = divmod(within, layout.lanes)
-        low = min(bits, 2) if bits == 3 else bits
-        code = (int(words[block, output, lane]) >> (low * plane)) & (2**low - 1)
-        if high is not None:
-            code |= (int(high[block // 2, output, lane]) >> high_bit(block % 2, plane) & 1) << 2
+        code = 0
+        for word, place, low, number in pieces(bits, plane):
+            code |= (int(words[block * layout.words_a_block + word, output, lane]) >> place & (2**number - 1)) << low
         assert code == weight.codes[channel, output]
         group, step = channel // 64, channel // layout.step
         pair, second = divmod(group - step * layout.step // 64, 2)
@@ -110,6 +109,12 @@ def test_the_triton_kernels_of_the_layout_are_the_formula(bits, size, symmetric,
         out = torch.full((rows, size[1]), NAN, dtype=dtype, device=device)
         few_rows(x, weight.layout, weight.arranged, bias, out, workspace_of(x.device), BM=block, SPLIT=split)
         check(out, x, weight, bias)
+        if split > 1 and weight.layout.outputs > 64:  # the last tiles only
+            again = torch.full_like(out, NAN)
+            options = {"BM": block, "SPLIT": split, "TAIL": 1}
+            few_rows(x, weight.layout, weight.arranged, bias, again, workspace_of(x.device), **options)
+            assert torch.equal(again[:, 64:], out[:, 64:])
+            check(again, x, weight, bias)
 
 
 @triton_device
@@ -157,15 +162,10 @@ def test_some_outputs_out_of_a_larger_weight_are_multiplied_where_they_lie(bits,
     from gptq_plugin.kernels.product.workspace import workspace_of
 
     whole = [make_weight(bits, n_in, n_out, group, False, device) for n_out in (70, 37, 64)]
-    words, high, scales, zeros = zip(*(weight.arranged for weight in whole), strict=True)
-    stack = (
-        torch.cat(words, 1),
-        None if high[0] is None else torch.cat(high, 1),
-        torch.cat(scales, 2),
-        torch.cat(zeros, 2),
-    )
+    words, scales, zeros = zip(*(weight.arranged for weight in whole), strict=True)
+    stack = (torch.cat(words, 1), torch.cat(scales, 2), torch.cat(zeros, 2))
     for weight, start in zip(whole, (0, 128, 192), strict=True):
-        dims = zip(stack, (1, 1, 2, 2), strict=True)
+        dims = zip(stack, (1, 2, 2), strict=True)
         part = Arranged(*(t if t is None else t.narrow(dim, start, weight.layout.outputs) for t, dim in dims))
         assert part.stride == 256 and part.contiguous().stride == weight.layout.outputs
         assert all(map(torch.equal, restore(weight.layout, part), restore(weight.layout, weight.arranged)))

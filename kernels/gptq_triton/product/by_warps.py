@@ -12,71 +12,42 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..needs_triton import tl, triton
-from .codes import centered, of_pair, scale_of
 from .few_rows import store_sum
 from .in_turn import announce, launch, let_go, wait
 from .layout import Arranged, Layout
+from .step import add_step
 from .workspace import Workspace
 
 
 @triton.jit(do_not_specialize=["M"])
 def _by_warps_kernel(
-    x, words, high, scales, zeros, bias, out, M, N, K, stride, steps,
+    x, words, scales, zeros, bias, out, M, N, K, stride, steps,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     pn, pm = tl.program_id(0), tl.program_id(1)
-    BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-    EACH: tl.constexpr = GROUP // LANES  # planes that share a scale
-    PAIRS: tl.constexpr = BLOCKS * PLANES // EACH // 2
-    way = tl.arange(0, WAYS)[:, None, None]
+    way = tl.arange(0, WAYS)[:, None]
     n = pn * BN + tl.arange(0, BN)
     m = pm * BM + tl.arange(0, BM)
+    outputs = n[None, :]
     lane = tl.arange(0, LANES)[None, None, :]
-    size = stride.to(tl.int64) * LANES  # words of a block
-    at = way * size + n[None, :, None] * LANES + lane
+    at = n[None, :, None] * LANES + lane
     row = x + m.to(tl.int64)[None, :, None] * K + lane
     there = (m < M)[None, :, None]
-    kind = tl.zeros([1], x.dtype.element_ty)
     if EARLY:
         for i in tl.static_range((EARLY - 2) * WAYS):
             if i < steps:
-                announce(words, high, scales, zeros, i, pn * BN, stride, BITS, LANES, BLOCKS, PAIRS, SYMMETRIC, BN)
+                announce(words, scales, zeros, i, pn * BN, stride, BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, BN)
         wait()
         if EARLY > 1:
             let_go()
     acc = tl.zeros((WAYS, BN, BM), tl.float32)
     for turn in tl.range(0, tl.cdiv(steps, WAYS), num_stages=STAGES):
-        step = turn * WAYS + way  # [WAYS, 1, 1]
-        some = step < steps
-        first = turn * WAYS
-        if BITS == 3:
-            upper = tl.load(high + size * first + at, mask=some, other=0, eviction_policy="evict_first")
-        for index in tl.static_range(BLOCKS * PLANES):  # planes of the step
-            if index % PLANES == 0:
-                block = size * (first * BLOCKS + index // PLANES) + way * ((BLOCKS - 1) * size)
-                w = tl.load(words + block + at, mask=some, other=0, eviction_policy="evict_first")
-                if BITS != 3:
-                    upper = w
-            if index % (2 * EACH) == 0:
-                pair = (step * PAIRS + index // (2 * EACH)) * stride + n[None, :, None]
-                s = tl.load(scales + pair, mask=some, other=0)
-                z = s
-                if not SYMMETRIC:
-                    z = tl.load(zeros + pair, mask=some, other=0)
-            if index % EACH == 0:
-                total = tl.zeros((WAYS, BN, BM), tl.float32)
-                zero = tl.full((WAYS, BN, 1), 2 ** (BITS - 1), tl.int32)
-                if not SYMMETRIC:
-                    zero = of_pair(z, index // EACH % 2)
-            k = (step * (BLOCKS * PLANES) + index) * LANES
-            inside = there & some if WHOLE else there & (k + lane < K)
-            a = tl.load(row + k, mask=inside, other=0)
-            q = centered(w, upper, zero, kind, index % PLANES, index // PLANES, BITS, BF16, SYMMETRIC)
-            total = tl.dot(q, tl.permute(a, (0, 2, 1)), total, input_precision="ieee")
-            if index % EACH == EACH - 1:
-                acc += total * scale_of(s, index // EACH % 2)
+        acc = add_step(
+            acc, row, words, scales, zeros, turn * WAYS + way, steps, at, outputs, there, lane, K, stride,
+            BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE,
+        )  # fmt: skip
     if EARLY == 1:
         let_go()
     store_sum(tl.sum(acc, 0), bias, out, out, out, n, m, M, N, 0, 0, HAS_BIAS, BN, BM, 1)
@@ -101,7 +72,7 @@ def by_warps(
     """
     rows = len(x)
     _by_warps_kernel[(layout.outputs // BN, triton.cdiv(rows, BM))](
-        x, arranged.words, arranged.high, arranged.scales, arranged.zeros, bias, out,
+        x, arranged.words, arranged.scales, arranged.zeros, bias, out,
         rows, layout.n_out, layout.n_in, arranged.stride, layout.steps,
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,

@@ -11,26 +11,37 @@ Tested by tests/kernels/test_products.py: by its results.
 from __future__ import annotations
 
 from ..needs_triton import tl, triton
-from .layout import high_bit
+from .layout import pieces
 
 # Triton's interpreter runs no PTX.
 PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 
-_high_bit = triton.constexpr_function(high_bit)
+_pieces = triton.constexpr_function(pieces)
+
+
+@triton.constexpr_function
+def word_of(plane, bits):
+    """The word of a block that has a plane's codes, or the first of them."""
+    return _pieces(bits, plane)[0][0]
 
 
 @triton.constexpr_function
 def _place(plane, bits, bfloat16):
     """(shift, p): a word shifted right by `shift` has the plane's code at bit p of the mantissa. bfloat16 has seven
-    bits there, and a shift by 8 serves both halves of a float16 word."""
+    bits there, and a shift by 8 serves both halves of a float16 word. Of 3 bits in float16 the words are shifted by 8,
+    7 and 6, which brings the bits of the last plane next to each other too."""
+    if bits == 3 and plane == 15:
+        return 0, 0 if bfloat16 else 7
+    if bits == 3:
+        at, word = 3 * (plane % 5), plane // 5
+        shift = at // 6 * 6 if bfloat16 else at // 9 * (8 - word)
+        return shift, at - shift
     if bits == 8 or (bits == 4 and bfloat16):
         return bits * plane, 0
     if bits == 4:
         return 8 * (plane // 2), 4 * (plane % 2)
-    if bits == 2 and bfloat16:
+    if bfloat16:
         return 6 * (plane // 3), 2 * (plane % 3)
-    if bfloat16 and plane % 4 == 3:
-        return 8 * (plane // 4) + 6, 0
     return 8 * (plane // 4), 2 * (plane % 4)
 
 
@@ -57,14 +68,14 @@ def start(plane, bits, bfloat16):
 
 
 @triton.constexpr_function
-def ptx(plane, bits, bfloat16, block, symmetric):
-    """PTX of $0 = two codes less their zeros, of words $1, for 3 bits then `high`, and, unless zeros are symmetric,
-    then `start` (and for 8 bits in bfloat16 the zero's lower half, negative)."""
+def ptx(plane, bits, bfloat16, symmetric):
+    """PTX of $0 = two codes less their zeros, of words $1 (the last plane of 3 bits: $1 to $3), and, unless zeros are
+    symmetric, then `start` (and for 8 bits in bfloat16 the zero's lower half, negative)."""
     shift, p = _place(plane, bits, bfloat16)
-    low = 2 if bits == 3 else bits
     kind, one, step = ("bf16x2", 0x4300, 7) if bfloat16 else ("f16x2", 0x6400, 10)
     unit = 0x3F80 if bfloat16 else 0x3C00
-    operand = 3 if bits == 3 else 2
+    parts = _pieces(bits, plane)
+    operand = len(parts) + 1
     code = "{.reg .b32 t, v, f, c;"
     if symmetric:
         base, up = start(plane, bits, bfloat16)
@@ -72,16 +83,21 @@ def ptx(plane, bits, bfloat16, block, symmetric):
         code += f"mov.b32 c, {_twice(base + (zero << up))};"
     else:
         code += f"mov.b32 c, ${operand};"
-    code += _shifted("$1", shift)
+    if len(parts) > 1:
+        code += f"mov.b32 v, {_twice(one)};"
+        for word, place, low, number in parts:
+            code += _shifted(f"${word + 1}", place - low - p)
+            code += f"lop3.b32 v, t, {_twice(((1 << number) - 1) << (low + p))}, v, 0xea;"
+    else:
+        code += _shifted("$1", shift)
     if bits == 8 and bfloat16:  # as 16·upper + lower: mantissas of seven bits
         code += f"lop3.b32 v, t, 0x000f000f, {_twice(one)}, 0xea; shr.u32 t, t, 4;"
         code += f"lop3.b32 t, t, 0x000f000f, {_twice(one)}, 0xea;"
         code += f"mov.b32 f, {_twice(unit + (4 << step))}; fma.rn.bf16x2 t, t, f, c;"
         code += f"mov.b32 f, {_twice(unit)};" + ("" if symmetric else f"fma.rn.bf16x2 v, v, f, ${operand + 1};")
         return code + "fma.rn.bf16x2 $0, v, f, t;}"
-    code += f"lop3.b32 v, t, {_twice(((1 << low) - 1) << p)}, {_twice(one)}, 0xea;"
-    if bits == 3:
-        code += _shifted("$2", _high_bit(block, plane) - (p + 2)) + f"lop3.b32 v, t, {_twice(4 << p)}, v, 0xea;"
+    if len(parts) == 1:
+        code += f"lop3.b32 v, t, {_twice(((1 << bits) - 1) << p)}, {_twice(one)}, 0xea;"
     if p == 0 and not bfloat16:
         return code + "add.rn.f16x2 $0, v, c;}"
     return code + f"mov.b32 f, {_twice(unit - (p << step))}; fma.rn.{kind} $0, v, f, c;}}"
@@ -89,37 +105,39 @@ def ptx(plane, bits, bfloat16, block, symmetric):
 
 @triton.jit
 def centered(
-    words, high, zero, kind,
-    PLANE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr, SYMMETRIC: tl.constexpr,
+    words, second, third, zero, kind,
+    PLANE: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """Codes of a plane less their zeros, exact, in the dtype of `kind`.
 
     Args:
-        words: int16 [N, lanes] of a block.
-        high: Likewise, or anything unless BITS is 3.
+        words: int16 [N, lanes] that have the plane's codes; of the last plane of 3 bits the block's first.
+        second, third: The block's others, read for that plane only.
         zero: int32 [N, 1].
         kind: Anything of the dtype asked for.
         PLANE: The plane.
-        BLOCK: 0 or 1: which of the blocks of a word of `high`; read for 3 bits.
         BITS: Width of a code.
         BF16: The dtype is bfloat16.
         SYMMETRIC: Every zero is 2^(BITS - 1). It is then a constant of the code: an operand would make the compiler
             lay the words out anew.
     """
+    LAST: tl.constexpr = BITS == 3 and PLANE == 15
     if PTX and kind.dtype != tl.float32:
-        CODE: tl.constexpr = ptx(PLANE, BITS, BF16, BLOCK, SYMMETRIC)
+        CODE: tl.constexpr = ptx(PLANE, BITS, BF16, SYMMETRIC)
         if SYMMETRIC:
-            if BITS == 3:
-                q = tl.inline_asm_elementwise(CODE, "=r,r,r", [words, high], dtype=kind.dtype, is_pure=True, pack=2)
+            if LAST:
+                q = tl.inline_asm_elementwise(
+                    CODE, "=r,r,r,r", [words, second, third], dtype=kind.dtype, is_pure=True, pack=2
+                )
             else:
                 q = tl.inline_asm_elementwise(CODE, "=r,r", [words], dtype=kind.dtype, is_pure=True, pack=2)
         else:
             START: tl.constexpr = start(PLANE, BITS, BF16)
             of_zero = zero >> 4 if BITS == 8 and BF16 else zero
             first = (START[0] + (of_zero << START[1])).to(tl.int16).to(kind.dtype, bitcast=True)
-            if BITS == 3:
+            if LAST:
                 q = tl.inline_asm_elementwise(
-                    CODE, "=r,r,r,r", [words, high, first], dtype=kind.dtype, is_pure=True, pack=2
+                    CODE, "=r,r,r,r,r", [words, second, third, first], dtype=kind.dtype, is_pure=True, pack=2
                 )
             elif BITS == 8 and BF16:
                 lower = -(zero & 15).to(tl.float32).to(kind.dtype)
@@ -129,11 +147,13 @@ def centered(
             else:
                 q = tl.inline_asm_elementwise(CODE, "=r,r,r", [words, first], dtype=kind.dtype, is_pure=True, pack=2)
     else:
-        LOW: tl.constexpr = 2 if BITS == 3 else BITS
-        code = (words.to(tl.int32) >> (LOW * PLANE)) & ((1 << LOW) - 1)
-        if BITS == 3:
-            AT: tl.constexpr = _high_bit(BLOCK, PLANE)
-            code |= ((high.to(tl.int32) >> AT) & 1) << 2
+        if LAST:
+            code = (words.to(tl.int32) >> 15) & 1
+            code |= (second.to(tl.int32) >> 14) & 2
+            code |= (third.to(tl.int32) >> 13) & 4
+        else:
+            AT: tl.constexpr = 3 * (PLANE % 5) if BITS == 3 else BITS * PLANE
+            code = (words.to(tl.int32) >> AT) & ((1 << BITS) - 1)
         q = (code - zero).to(kind.dtype)
     return q
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..needs_triton import tl, triton
-from .codes import centered, of_pair, scale_of
 from .layout import OUTPUTS, Arranged, Layout
+from .step import add_step
 
 _BN = 64  # outputs of a tile
 _STAGES = 3
@@ -24,7 +24,7 @@ _WARPS = {8: 2, 16: 2, 32: 4}  # by the rows of a tile
 
 @triton.jit(do_not_specialize=["experts"])
 def _expert_rows_kernel(
-    x, ends, words, high, scales, zeros, out, experts, width, K, stride, steps,
+    x, ends, words, scales, zeros, out, experts, width, K, stride, steps,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, WHOLE: tl.constexpr, EXPERTS: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
@@ -41,45 +41,19 @@ def _expert_rows_kernel(
         within = slot - tl.sum(tl.where(mine, upto - tiles, 0), 0)
         first = tl.sum(tl.where(mine, start, 0), 0) + within * BM
         last = tl.sum(tl.where(mine, stop, 0), 0)
-        BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-        EACH: tl.constexpr = GROUP // LANES  # planes that share a scale
-        PAIRS: tl.constexpr = BLOCKS * PLANES // EACH // 2
         column = tl.program_id(0) * BN + tl.arange(0, BN)
         n = expert * width + column
         m = first + tl.arange(0, BM)
-        lane = tl.arange(0, LANES)
-        at = n[:, None] * LANES + lane[None, :]
-        row = x + m.to(tl.int64)[:, None] * K + lane[None, :]
+        lane = tl.arange(0, LANES)[None, :]
+        at = n[:, None] * LANES + lane
+        row = x + m.to(tl.int64)[:, None] * K + lane
         there = (m < last)[:, None]
-        size = stride.to(tl.int64) * LANES  # words of a block
-        kind = tl.zeros([1], x.dtype.element_ty)
         acc = tl.zeros((BN, BM), tl.float32)
         for step in tl.range(0, steps, num_stages=STAGES):
-            if BITS == 3:
-                upper = tl.load(high + size * step + at, eviction_policy="evict_first")
-            for index in tl.static_range(BLOCKS * PLANES):  # planes of the step
-                if index % PLANES == 0:
-                    w = tl.load(words + size * (step * BLOCKS + index // PLANES) + at, eviction_policy="evict_first")
-                    if BITS != 3:
-                        upper = w
-                if index % (2 * EACH) == 0:
-                    pair = (step * PAIRS + index // (2 * EACH)) * stride + n
-                    s = tl.load(scales + pair)
-                    z = s
-                    if not SYMMETRIC:
-                        z = tl.load(zeros + pair)
-                if index % EACH == 0:
-                    total = tl.zeros((BN, BM), tl.float32)
-                    zero = tl.full((BN, 1), 2 ** (BITS - 1), tl.int32)
-                    if not SYMMETRIC:
-                        zero = of_pair(z, index // EACH % 2)[:, None]
-                k = (step * (BLOCKS * PLANES) + index) * LANES
-                inside = there if WHOLE else there & (k + lane < K)[None, :]
-                a = tl.load(row + k, mask=inside, other=0)
-                q = centered(w, upper, zero, kind, index % PLANES, index // PLANES, BITS, BF16, SYMMETRIC)
-                total = tl.dot(q, tl.trans(a), total, input_precision="ieee")
-                if index % EACH == EACH - 1:
-                    acc += total * scale_of(s, index // EACH % 2)[:, None]
+            acc = add_step(
+                acc, row, words, scales, zeros, step, steps, at, n, there, lane, K, stride,
+                BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE,
+            )  # fmt: skip
         store = (m < last)[None, :] & (column < width)[:, None]
         tl.store(out + m.to(tl.int64)[None, :] * width + column[:, None], acc.to(out.dtype.element_ty), mask=store)
 
@@ -104,7 +78,7 @@ def expert_rows(x: Tensor, ends: Tensor, layout: Layout, arranged: Arranged, out
         return
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         _expert_rows_kernel[(width // _BN, slots)](
-            x, ends, arranged.words, arranged.high, arranged.scales, arranged.zeros, out,
+            x, ends, arranged.words, arranged.scales, arranged.zeros, out,
             experts, width, layout.n_in, arranged.stride, layout.steps,
             BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step,
             GROUP=layout.group, SYMMETRIC=layout.symmetric, WHOLE=layout.n_in % layout.step == 0,

@@ -13,9 +13,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..needs_triton import tl, triton
-from .codes import centered, of_pair, scale_of
 from .in_turn import announce, launch, let_go, wait
 from .layout import Arranged, Layout
+from .step import add_step
 from .workspace import Workspace
 
 
@@ -46,66 +46,69 @@ def store_sum(
 
 @triton.jit(do_not_specialize=["M"])
 def _few_rows_kernel(
-    x, words, high, scales, zeros, bias, out, parts, counters, M, N, K, stride, steps,
+    x, words, scales, zeros, bias, out, parts, counters, M, N, K, stride, steps,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    pn, part, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-    EACH: tl.constexpr = GROUP // LANES  # planes that share a scale
-    PAIRS: tl.constexpr = BLOCKS * PLANES // EACH // 2
-    n = pn * BN + tl.arange(0, BN)
+    tile, part, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = pm * tl.num_programs(0) + tile  # of shared tiles
+    shared = True
+    if TAIL:
+        alone = tl.num_programs(0) - TAIL * SPLIT  # tiles
+        shared = tile >= alone
+        program = tl.maximum(tile - alone, 0)
+        part = program % SPLIT
+        slot = pm * TAIL + program // SPLIT
+        tile = tl.where(shared, alone + program // SPLIT, tile)
+    begin, end = part * steps // SPLIT, (part + 1) * steps // SPLIT
+    if TAIL:
+        end = tl.where(shared, end, steps)
+    n = tile * BN + tl.arange(0, BN)
     m = pm * BM + tl.arange(0, BM)
-    lane = tl.arange(0, LANES)
-    at = n[:, None] * LANES + lane[None, :]
-    row = x + m.to(tl.int64)[:, None] * K + lane[None, :]
+    lane = tl.arange(0, LANES)[None, :]
+    at = n[:, None] * LANES + lane
+    row = x + m.to(tl.int64)[:, None] * K + lane
     there = (m < M)[:, None]
-    size = stride.to(tl.int64) * LANES  # words of a block
-    kind = tl.zeros([1], x.dtype.element_ty)
     if EARLY:
         for i in tl.static_range(EARLY - 2):
-            early = part * steps // SPLIT + i
-            if early < (part + 1) * steps // SPLIT:
-                announce(words, high, scales, zeros, early, pn * BN, stride, BITS, LANES, BLOCKS, PAIRS, SYMMETRIC, BN)
+            if begin + i < end:
+                announce(
+                    words,
+                    scales,
+                    zeros,
+                    begin + i,
+                    tile * BN,
+                    stride,
+                    BITS,
+                    LANES,
+                    PLANES,
+                    BLOCKS,
+                    GROUP,
+                    SYMMETRIC,
+                    BN,
+                )
         wait()
         if EARLY > 1:
             let_go()
     acc = tl.zeros((BN, BM), tl.float32)
-    for step in tl.range(part * steps // SPLIT, (part + 1) * steps // SPLIT, num_stages=STAGES):
-        if BITS == 3:
-            upper = tl.load(high + size * step + at, eviction_policy="evict_first")
-        for index in tl.static_range(BLOCKS * PLANES):  # planes of the step
-            if index % PLANES == 0:
-                w = tl.load(words + size * (step * BLOCKS + index // PLANES) + at, eviction_policy="evict_first")
-                if BITS != 3:
-                    upper = w
-            if index % (2 * EACH) == 0:
-                pair = (step * PAIRS + index // (2 * EACH)) * stride + n
-                s = tl.load(scales + pair)
-                z = s
-                if not SYMMETRIC:
-                    z = tl.load(zeros + pair)
-            if index % EACH == 0:
-                total = tl.zeros((BN, BM), tl.float32)
-                zero = tl.full((BN, 1), 2 ** (BITS - 1), tl.int32)
-                if not SYMMETRIC:
-                    zero = of_pair(z, index // EACH % 2)[:, None]
-            k = (step * (BLOCKS * PLANES) + index) * LANES
-            inside = there if WHOLE else there & (k + lane < K)[None, :]
-            a = tl.load(row + k, mask=inside, other=0)
-            q = centered(w, upper, zero, kind, index % PLANES, index // PLANES, BITS, BF16, SYMMETRIC)
-            total = tl.dot(q, tl.trans(a), total, input_precision="ieee")
-            if index % EACH == EACH - 1:
-                acc += total * scale_of(s, index // EACH % 2)[:, None]
+    for step in tl.range(begin, end, num_stages=STAGES):
+        acc = add_step(
+            acc, row, words, scales, zeros, step, steps, at, n, there, lane, K, stride,
+            BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE,
+        )  # fmt: skip
     if EARLY == 1:
         let_go()
-    store_sum(acc, bias, out, parts, counters, n, m, M, N, pm * tl.num_programs(0) + pn, part, HAS_BIAS, BN, BM, SPLIT)
+    if shared:
+        store_sum(acc, bias, out, parts, counters, n, m, M, N, slot, part, HAS_BIAS, BN, BM, SPLIT)
+    else:
+        store_sum(acc, bias, out, parts, counters, n, m, M, N, 0, 0, HAS_BIAS, BN, BM, 1)
 
 
 def few_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2, EARLY: int = 0,
+    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2, EARLY: int = 0, TAIL: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32.
 
@@ -121,14 +124,19 @@ def few_rows(
         warps: Of a program.
         EARLY: 1 to begin while a product before ends, and let one after it do so; 2 or more to let it once this one has
             begun, with the words of EARLY - 2 steps fetched into the L2 cache before. See `in_turn`.
+        TAIL: Tiles of outputs, the last ones, that are shared; 0 for all. The programs of the others begin first, and
+            the parts fill what those leave of a GPU.
     """
     rows = len(x)
-    tiles = layout.outputs // BN * triton.cdiv(rows, BM)
-    parts, counters = workspace.of(tiles, tiles * SPLIT * BN * BM) if SPLIT > 1 else (out, out)
-    _few_rows_kernel[(layout.outputs // BN, SPLIT, triton.cdiv(rows, BM))](
-        x, arranged.words, arranged.high, arranged.scales, arranged.zeros, bias, out, parts, counters,
+    across, down = layout.outputs // BN, triton.cdiv(rows, BM)
+    shared = (TAIL or across) * down
+    parts, counters = workspace.of(shared, shared * SPLIT * BN * BM) if SPLIT > 1 else (out, out)
+    grid = (across - TAIL + TAIL * SPLIT, 1, down) if TAIL else (across, SPLIT, down)
+    _few_rows_kernel[grid](
+        x, arranged.words, arranged.scales, arranged.zeros, bias, out, parts, counters,
         rows, layout.n_out, layout.n_in, arranged.stride, layout.steps,
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,
-        BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, EARLY=EARLY, num_warps=warps, num_stages=STAGES, **launch(EARLY),
+        BN=BN, BM=BM, SPLIT=SPLIT, TAIL=TAIL, STAGES=STAGES, EARLY=EARLY,
+        num_warps=warps, num_stages=STAGES, **launch(EARLY),
     )  # fmt: skip

@@ -28,17 +28,17 @@ def fetch(pointers):
 
 @triton.jit
 def announce(
-    words, high, scales, zeros, step, first, stride,
-    BITS: tl.constexpr, LANES: tl.constexpr, BLOCKS: tl.constexpr, PAIRS: tl.constexpr, SYMMETRIC: tl.constexpr,
-    BN: tl.constexpr,
+    words, scales, zeros, step, first, stride,
+    BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Fetches a step's words, scales and zeros of the BN outputs from `first` on."""
+    TILES: tl.constexpr = BLOCKS * (3 if BITS == 3 else 1)  # of words
+    PAIRS: tl.constexpr = BLOCKS * PLANES * LANES // GROUP // 2
     size = stride.to(tl.int64) * LANES
     sectors = first * LANES + tl.arange(0, BN * LANES // 16) * 16
-    for block in tl.static_range(BLOCKS):
-        fetch(words + size * (step * BLOCKS + block) + sectors)
-    if BITS == 3:
-        fetch(high + size * step + sectors)
+    for tile in tl.static_range(TILES):
+        fetch(words + size * (step * TILES + tile) + sectors)
     for i in tl.static_range(PAIRS):
         pairs = (step * PAIRS + i) * stride + first + tl.arange(0, BN // 8) * 8
         fetch(scales + pairs)

@@ -1,24 +1,25 @@
 """The layout in which the product's kernels read a weight, in plain PyTorch: `Layout`, `arrange`, `restore`.
 
-The inputs of a weight are cut into blocks, a block into planes of 64 channels (32 if a group has 32,
-and of 3 bits, so that a step is no longer than of 2)::
+The inputs of a weight are cut into blocks, a block into planes of 64 channels (32 if a group has 32, and of 3 and 2
+bits, so that a step is not too long)::
 
     words   int16 [blocks, N, lanes]       plane j of word i of block b is input (b * planes + j) * lanes + i
-    high    int16 [blocks / 2, N, lanes]   3 bits only: the codes' third bits, two blocks to a word
     scales  int32 [steps, pairs, N]        float16 scales of two groups that follow each other, the earlier one low
     zeros   int32 [steps, pairs, N]        their zeros likewise, as integers; None if all are 2^(bits - 1)
 
 A word has a code of each plane, so that a tile of words times one shift and mask is a tile of codes that the tensor
-cores take as it lies: nothing moves between threads. Two scales lie in one int32 since smaller loads cannot be
-asynchronous. A group holds 32, 64 or 128 channels here; longer ones are repeated. A step is the least number of blocks
-with an even number of groups and at least 256 channels. Inputs are padded to a step and outputs to 64, with scales of
-zero.
+cores take as it lies: nothing moves between threads. Of 3 bits a block has three tiles of words, [3 blocks, N, lanes],
+and 16 planes: five codes to a word, and the bits that are left of the three make the last one, the lowest in the first.
+Two scales lie in one int32 since smaller loads cannot be asynchronous. A group holds 32, 64 or 128 channels here;
+longer ones are repeated. A step is the least number of blocks with an even number of groups and at least 256 channels.
+Inputs are padded to a step and outputs to 64, with scales of zero.
 
 Tested by tests/kernels/test_products.py: with the kernels that read it.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,15 +59,20 @@ class Layout:
 
     @property
     def lanes(self) -> int:
-        return min(self.group, 32 if self.bits == 3 else 64)
+        return min(self.group, 32 if self.bits <= 3 else 64)
 
     @property
     def planes(self) -> int:
-        return 16 // (2 if self.bits == 3 else self.bits)
+        return 16 if self.bits == 3 else 16 // self.bits
+
+    @property
+    def words_a_block(self) -> int:
+        """Words in whose bits the codes of all planes lie."""
+        return 3 if self.bits == 3 else 1
 
     @property
     def blocks_a_step(self) -> int:
-        return 2 if self.bits == 3 else max(1, _STEP // (self.planes * self.lanes))
+        return max(1, _STEP // (self.planes * self.lanes))
 
     @property
     def step(self) -> int:
@@ -95,7 +101,6 @@ class Arranged(NamedTuple):
     """
 
     words: Tensor
-    high: Tensor | None
     scales: Tensor
     zeros: Tensor | None
 
@@ -125,26 +130,17 @@ def arrange(layout: Layout, codes: Tensor, scales: Tensor, zeros: Tensor) -> Arr
     padded = codes.new_zeros(channels, layout.outputs)
     padded[: layout.n_in, : layout.n_out] = codes
     planes = padded.view(-1, layout.planes, layout.lanes, layout.outputs)
-    bits = 2 if layout.bits == 3 else layout.bits
-    words = _or_planes([(planes[:, j] & (2**bits - 1), bits * j) for j in range(layout.planes)])
-    high = None
-    if layout.bits == 3:
-        pairs = planes.view(-1, 2, layout.planes, layout.lanes, layout.outputs)
-        high = _or_planes([(pairs[:, e, j] >> 2, high_bit(e, j)) for e in range(2) for j in range(layout.planes)])
+    planes = planes.transpose(2, 3)
+    words = torch.stack([_word(layout, planes, i) for i in range(layout.words_a_block)], 1).flatten(0, 1)
     return Arranged(
-        words, high, _pairs(layout, scales.view(torch.int16)), None if layout.symmetric else _pairs(layout, zeros)
+        words, _pairs(layout, scales.view(torch.int16)), None if layout.symmetric else _pairs(layout, zeros)
     )
 
 
 def restore(layout: Layout, arranged: Arranged) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `arrange`: codes, scales and zeros."""
-    bits = 2 if layout.bits == 3 else layout.bits
-    planes = [arranged.words >> (bits * j) & (2**bits - 1) for j in range(layout.planes)]
-    codes = torch.stack([plane.to(torch.uint8) for plane in planes], 1)  # [blocks, planes, out, lanes]
-    if arranged.high is not None:
-        bit = [[arranged.high >> high_bit(e, j) & 1 for j in range(layout.planes)] for e in range(2)]
-        high = torch.stack([torch.stack(of_one, 1) for of_one in bit], 1).to(torch.uint8)
-        codes |= high.view_as(codes) << 2
+    words = arranged.words.unflatten(0, (-1, layout.words_a_block))
+    codes = torch.stack([_codes(layout, words, j) for j in range(layout.planes)], 1)  # [blocks, planes, out, lanes]
     codes = codes.transpose(2, 3).reshape(-1, layout.outputs)[: layout.n_in, : layout.n_out].contiguous()
     scales = _of_pairs(layout, arranged.scales).view(torch.float16)
     if arranged.zeros is None:
@@ -152,21 +148,30 @@ def restore(layout: Layout, arranged: Arranged) -> tuple[Tensor, Tensor, Tensor]
     return codes, scales, _of_pairs(layout, arranged.zeros).to(torch.uint8)
 
 
-def high_bit(block: int, plane: int) -> int:
-    """Where a word of `high` holds the third bit of a code: shifted by one distance for (nearly) all planes of half a
-    block, the bits of planes 0 to 3 come to lie at 2, 4, 6 and 8, next to the two other bits of their codes."""
-    half, place = 2 * block + plane // 4, 2 * (plane % 4)
-    return (2 + place, 1 + place, 9 + place, 8 + place if place else 0)[half]
+def pieces(bits: int, plane: int) -> list[tuple[int, int, int, int]]:
+    """Where the bits of a plane's codes lie: (word, place in it, place in the code, how many)."""
+    if bits != 3:
+        return [(0, bits * plane, 0, bits)]
+    return [(plane // 5, 3 * (plane % 5), 0, 3)] if plane < 15 else [(i, 15, i, 1) for i in range(3)]
 
 
-def _or_planes(planes: list[tuple[Tensor, int]]) -> Tensor:
-    """Words [blocks, out, lanes] of planes uint8 [blocks, lanes, out], each shifted to its place."""
-    words: Tensor | None = None
-    for plane, shift in planes:
-        moved = plane.to(torch.int16) << shift
-        words = moved if words is None else words.bitwise_or_(moved)
-    assert words is not None
-    return words.transpose(1, 2).contiguous()
+def _word(layout: Layout, planes: Tensor, word: int) -> Tensor:
+    """One of a block's words, int16 [blocks, out, lanes], of planes uint8 [blocks, planes, out, lanes]."""
+    made = torch.zeros_like(planes[:, 0], dtype=torch.int16)
+    for plane in range(layout.planes):
+        for of_word, place, low, number in pieces(layout.bits, plane):
+            if of_word == word:
+                made |= (planes[:, plane] >> low & ((1 << number) - 1)).to(torch.int16) << place
+    return made
+
+
+def _codes(layout: Layout, words: Tensor, plane: int) -> Tensor:
+    """The inverse: a plane, uint8 [blocks, out, lanes], of words int16 [blocks, words, out, lanes]."""
+    parts = [
+        (words[:, word] >> place & ((1 << number) - 1)) << low
+        for word, place, low, number in pieces(layout.bits, plane)
+    ]
+    return functools.reduce(torch.bitwise_or, parts).to(torch.uint8)
 
 
 def _pairs(layout: Layout, values: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ _HALF = 32  # lanes whose weights are multiplied at a time: more spill
 def _ptx_scaled(plane, bfloat16, symmetric):
     """PTX of $0 = two weights, of the operands of `codes.ptx` and the scales (in bfloat16 the upper part, then the
     rest), rounded once: a code times the rest of a scale, of three bits, is exact."""
-    code = ptx(plane, 4, bfloat16, 0, symmetric).replace("$0", "v")[:-1]
+    code = ptx(plane, 4, bfloat16, symmetric).replace("$0", "v")[:-1]
     scale = 2 if symmetric else 3
     if not bfloat16:
         return code + f"mul.rn.f16x2 $0, v, ${scale};}}"

@@ -164,21 +164,16 @@ def _length(layout: Layout, gpu: Gpu) -> int:
 def _copies(layout: Layout, length: int, device: torch.device) -> list[Arranged]:
     """Weights of made-up words that share their scales."""
     generator = _generator(device)
-    blocks = layout.steps * layout.blocks_a_step
-
-    def words(number: int, blocks: int) -> Tensor:
-        shape = (number, blocks, layout.outputs, layout.lanes)
-        return torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device, generator=generator)
-
-    low = words(length, blocks)
-    high = words(length, blocks // 2) if layout.bits == 3 else None
+    tiles = layout.steps * layout.blocks_a_step * layout.words_a_block
+    shape = (length, tiles, layout.outputs, layout.lanes)
+    words = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device, generator=generator)
     pairs = (layout.steps, layout.step // layout.group // 2, layout.outputs)
     scale = int(torch.tensor(0.01, dtype=torch.float16, device="cpu").view(torch.int16)) * 0x10001
     scales = torch.full(pairs, scale, dtype=torch.int32, device=device)
     zeros = None
     if not layout.symmetric:
         zeros = torch.full(pairs, 2 ** (layout.bits - 1) * 0x10001, dtype=torch.int32, device=device)
-    return [Arranged(low[i], None if high is None else high[i], scales, zeros) for i in range(length)]
+    return [Arranged(words[i], scales, zeros) for i in range(length)]
 
 
 @functools.cache

@@ -190,9 +190,9 @@ class QuantLinear(StoredWeight):
             y = None if self.siblings is None else self.siblings.traced(self, input, x.dtype)
             if y is not None:
                 return y
-            (words, high, scales, zeros), order = self._arranged_tensors()
+            (words, scales, zeros), order = self._arranged_tensors()
             return arranged_linear(  # type: ignore[no-any-return]
-                x, words, high, scales, zeros, order, self.bias,
+                x, words, scales, zeros, order, self.bias,
                 layout.bits, layout.group, layout.n_in, layout.n_out, layout.group_size,
             )  # fmt: skip
         packed = (self.qweight, self.qzeros, self.scales, self.g_idx, self.bits)

@@ -37,14 +37,13 @@ class StackedWeight:
         """Copies the weights into one; they must not differ (`difference`)."""
         ends = torch.tensor([weight.layout.outputs for weight in weights], device="cpu").cumsum(0).tolist()
         starts, widths = (0, *ends[:-1]), tuple(weight.layout.n_out for weight in weights)
-        words, high, scales, zeros = zip(*(weight.tensors for weight in weights), strict=True)
-        tensors = Arranged(torch.cat(words, 1), _joined(high, 1), torch.cat(scales, 2), _joined(zeros, 2))
+        words, scales, zeros = zip(*(weight.tensors for weight in weights), strict=True)
+        tensors = Arranged(torch.cat(words, 1), torch.cat(scales, 2), _joined(zeros, 2))
         parts = []
         for start, weight in zip(starts, weights, strict=True):
             size = weight.layout.outputs
-            cut = [
-                None if t is None else t.narrow(dim, start, size) for t, dim in zip(tensors, (1, 1, 2, 2), strict=True)
-            ]
+            dims = zip(tensors, (1, 2, 2), strict=True)
+            cut = [None if t is None else t.narrow(dim, start, size) for t, dim in dims]
             parts.append(Arranged(*cut))  # type: ignore[arg-type]
         layout = replace(weights[0].layout, n_out=starts[-1] + widths[-1])
         return cls(ArrangedWeight(layout, tensors, weights[0].order), starts, widths, tuple(parts))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 TENSORS = (*PACKED, "bias")  # of a layer, in memory and in a GPTQ file
 _STANDARD = PACKED[:3]  # what the kernels' layout stands in for
-_ARRANGED = ("words", "high", "group_scales", "group_zeros", "order")
+_ARRANGED = ("words", "group_scales", "group_zeros", "order")
 exchanging = threading.RLock()  # of one layout for the other, while other threads compute
 
 
@@ -164,9 +164,9 @@ class StoredWeight(nn.Module):
         self._buffers["bias"] = self._buffers.pop("bias")
 
     def _arranged_tensors(self) -> tuple[Arranged, Tensor | None]:
-        words, high, scales, zeros, order = map(self._buffers.get, _ARRANGED)
+        words, scales, zeros, order = map(self._buffers.get, _ARRANGED)
         assert words is not None and scales is not None
-        return Arranged(words, high, scales, zeros), order
+        return Arranged(words, scales, zeros), order
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _STANDARD and self.__dict__.get("_layout") is not None:

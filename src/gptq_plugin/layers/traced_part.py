@@ -19,7 +19,7 @@ from gptq_plugin.layers.stacked_weight import StackedWeight, joined_bias
 
 _traced = threading.local()  # `last`: the product of all that was traced last
 
-Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # of `kernels.product.layout.Arranged`
+Tensors = tuple[Tensor, Tensor, Tensor | None]  # of `kernels.product.layout.Arranged`
 
 
 class _Last:
