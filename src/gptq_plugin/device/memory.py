@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+
+from gptq_plugin.device.cycles import collect
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ def free_bytes(device: torch.device, limit: int | None = None) -> int | None:
 def give_back(device: torch.device) -> None:
     """Gives back what the allocator holds on a device and no tensor needs, after training or other work."""
     if device.type == "cuda":
-        gc.collect()
+        collect()
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
 

@@ -19,6 +19,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.cycles import rarely_collected
 from gptq_plugin.device.finite import has_values
 from gptq_plugin.device.surroundings import alone, same_random_numbers, without_values
 from gptq_plugin.errors import TargetError, some
@@ -36,7 +37,7 @@ def undisturbed() -> Iterator[None]:
 
     Random numbers that models draw also where they evaluate, and data that is shuffled, change none that come later.
     """
-    with alone("quantization"), distributed.ending_together(), same_random_numbers():
+    with alone("quantization"), distributed.ending_together(), same_random_numbers(), rarely_collected():
         yield
 
 

@@ -1,0 +1,38 @@
+"""How often Python looks for cycles of objects: `rarely_collected`, `collect`."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+_NEW = 50_000  # objects, between two looks at them; Python's own number is below a thousand
+
+
+@contextlib.contextmanager
+def rarely_collected() -> Iterator[None]:
+    """Inside the block Python looks for cycles among many new objects only, and not among those from before.
+
+    A block of experts is hundreds of modules. Each few of them would have Python look at all objects of the process,
+    which takes longer than to quantize the block. Callers who freeze objects, or collect none, keep that.
+    """
+    thresholds, freezes = gc.get_threshold(), not gc.get_freeze_count()
+    if freezes:
+        gc.freeze()
+    if thresholds[0]:
+        gc.set_threshold(max(thresholds[0], _NEW), *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        if freezes:
+            gc.unfreeze()
+
+
+def collect() -> None:
+    """Frees what only cycles refer to, inside of `rarely_collected` too."""
+    is_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if is_frozen:
+        gc.freeze()

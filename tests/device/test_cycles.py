@@ -1,0 +1,83 @@
+"""Python looks for cycles rarely while a model is quantized, and as before afterwards."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_plugin import QuantizeModule
+from gptq_plugin.device.cycles import collect, rarely_collected
+
+
+@pytest.fixture(autouse=True)
+def nothing_frozen():
+    """The processes of the tests have frozen what they imported."""
+    frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    yield
+    if frozen:
+        gc.freeze()
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_inside_few_objects_cause_no_collection_and_afterwards_all_is_as_before():
+    before, ran = gc.get_threshold(), []
+    gc.callbacks.append(lambda phase, info: ran.append(phase))
+    try:
+        with rarely_collected():
+            kept = [[number] for number in range(20_000)]
+            assert ran == [] and gc.get_freeze_count() > 0
+            assert kept
+    finally:
+        gc.callbacks.pop()
+    assert gc.get_threshold() == before and gc.get_freeze_count() == 0
+
+
+def test_what_was_left_before_is_collected_on_demand():
+    one = weakref.ref(Cycle())
+    with rarely_collected():
+        other = weakref.ref(Cycle())
+        collect()
+        assert one() is None and other() is None and gc.get_freeze_count() > 0
+    collect()
+    assert gc.get_freeze_count() == 0
+
+
+def test_many_new_objects_are_looked_at():
+    with rarely_collected():
+        found = weakref.ref(Cycle())
+        kept = [[number] for number in range(200_000)]
+        assert found() is None and kept
+
+
+def test_callers_who_collect_nothing_or_freeze_objects_keep_that():
+    before = gc.get_threshold()
+    gc.set_threshold(0)
+    gc.freeze()
+    try:
+        with rarely_collected():
+            assert gc.get_threshold()[0] == 0
+        assert gc.get_freeze_count() > 0 and gc.get_threshold()[0] == 0
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_quantization_leaves_it_as_it_was(fails):
+    before = gc.get_threshold()
+    model, data = nn.Sequential(nn.Linear(32, 32)), [torch.randn(64, 16 if fails else 32)]
+    if fails:
+        with pytest.raises(Exception, match="16"):
+            QuantizeModule(bits=8, group_size=32).quantize(model, data)
+    else:
+        QuantizeModule(bits=8, group_size=32).quantize(model, data)
+    assert gc.get_threshold() == before and gc.get_freeze_count() == 0
