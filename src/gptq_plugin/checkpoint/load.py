@@ -28,6 +28,7 @@ from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load_plain import load_into
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
+from gptq_plugin.device.cycles import rarely_collected
 from gptq_plugin.device.named import device_named
 from gptq_plugin.device.surroundings import alone, plain_defaults, same_random_numbers
 from gptq_plugin.errors import CheckpointError, brief
@@ -46,6 +47,7 @@ _DTYPE = Kind(
 log = logging.getLogger(__name__)
 
 
+@rarely_collected()
 @plain_defaults()
 def load_quantized(
     directory: str | Path,

@@ -25,6 +25,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import refuse
 from gptq_plugin.config import QUANTIZER_NAME, QuantizeConfig
+from gptq_plugin.device.cycles import rarely_collected
 from gptq_plugin.device.surroundings import plain_defaults, same_random_numbers
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.export.config_checks import check_config, check_symmetry
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
 
 
+@rarely_collected()
 @plain_defaults()
 def export_model(
     model: nn.Module,
