@@ -22,6 +22,7 @@ class AsyncRead:
     def __init__(self, tensor: Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
         self._host = tensor
+        self._values: Any = None  # once they were asked for
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
@@ -29,9 +30,11 @@ class AsyncRead:
 
     def get(self) -> Any:
         """The values, as `Tensor.tolist`. Waits for work queued before the copy, not for later work."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host.tolist()
+        if self._values is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            self._values = self._host.tolist()
+        return self._values
 
 
 class Stopwatch:
@@ -44,17 +47,21 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks = [self._mark()]
+        self._seconds: float | None = None  # once they were asked for
 
     def stop(self) -> None:
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
         """The seconds. To be called after `stop`; waits until the device has got there."""
-        start, end = self._marks
-        if isinstance(start, float) and isinstance(end, float):
-            return end - start
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
+        if self._seconds is None:
+            start, end = self._marks
+            if isinstance(start, float) and isinstance(end, float):
+                self._seconds = end - start
+            else:
+                end.synchronize()
+                self._seconds = float(start.elapsed_time(end)) / 1000
+        return self._seconds
 
     def _mark(self) -> Any:
         if self._device.type != "cuda":

@@ -6,6 +6,7 @@ config.json. So no name that a reader looks up may be matched by two rules.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import defaultdict
@@ -139,4 +140,10 @@ def _expressions(name: str) -> tuple[str, str, str, str]:
 
 def _any_number(name: str) -> str:
     """An expression for a name with any numbers in place of its own."""
-    return re.sub(r"(^|\\\.)\d+(?=\\\.|$)", r"\1\\d+", re.escape(name))
+    return r"\.".join([r"\d+" if part.isdecimal() else _escaped(part) for part in name.split(".")])
+
+
+@functools.lru_cache(maxsize=1024)
+def _escaped(part: str) -> str:
+    """Thousands of names have the same few parts."""
+    return re.escape(part)
