@@ -49,9 +49,11 @@ def licence(name: str) -> str | None:
         return None
     classifiers = metadata.get_all("Classifier") or []
     named = [line.rpartition(" :: ")[2] for line in classifiers if line.startswith("License :: OSI Approved ::")]
-    field = (metadata["License"] or "").strip()
+    field = (metadata.get("License") or "").strip()
     short = field if "\n" not in field and len(field) <= _LONGEST and field != "UNKNOWN" else ""
-    return metadata["License-Expression"] or short or ", ".join(named) or "not named"
+    title = field.partition("\n")[0].strip()  # of a whole text
+    titled = title if "License" in title and len(title) <= _LONGEST else ""
+    return metadata.get("License-Expression") or short or ", ".join(named) or titled or "not named"
 
 
 def needed(name: str, extras: Iterable[str] = (), seen: set[tuple[str, str]] | None = None) -> set[str]:

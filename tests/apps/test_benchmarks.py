@@ -113,6 +113,8 @@ def test_an_export_without_a_report_is_refused_before_anything_runs(tmp_path, ca
     monkeypatch.setattr("gptq_plugin.apps.benchmarks.run_benchmarks", None)
     assert main(["eval", str(tmp_path), "--tasks", "x"]) == 1
     assert "has no report of this version" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "nowhere"), "--tasks", "x"]) == 1
+    assert "nowhere is not a folder: give the folder of an export" in capsys.readouterr().err
 
 
 def test_a_table_has_a_line_for_each_metric_and_no_change_without_the_float_model():

@@ -1,11 +1,22 @@
-"""Free and used memory of a device."""
+"""Free and used memory of a device and of the host."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from gptq_plugin.device.memory import Peak, free_bytes, give_back, peak_bytes, with_index, with_room
+from gptq_plugin.device import memory
+from gptq_plugin.device.memory import (
+    Peak,
+    free_bytes,
+    give_back,
+    own_bytes,
+    peak_bytes,
+    trim,
+    trimmed,
+    with_index,
+    with_room,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30
@@ -16,6 +27,34 @@ def test_a_cpu_has_no_limit_and_no_peak():
     held = torch.empty(GIB // 64, dtype=torch.uint8)
     assert free_bytes(CPU) is None and free_bytes(CPU, limit=1) is None
     assert peak_bytes(CPU) is None and peak.bytes() == 0 and held.nbytes
+
+
+def test_own_memory_grows_by_what_is_written_and_not_by_mapped_files(tmp_path):
+    torch.zeros(2**24, dtype=torch.uint8).numpy().tofile(tmp_path / "file")
+    before = own_bytes()
+    mapped = torch.from_file(str(tmp_path / "file"), shared=True, size=2**24, dtype=torch.uint8)
+    assert mapped.sum() == 0 and own_bytes() - before < 2**22
+    held = torch.ones(2**27, dtype=torch.uint8)
+    assert own_bytes() - before > 2**26 and held.all()
+    trim()
+    assert own_bytes() - before > 2**26  # what is in use stays
+
+
+def test_a_forward_gives_back_what_it_freed_whenever_the_process_has_grown(monkeypatch):
+    sizes, trims = [], []
+    monkeypatch.setattr(memory, "own_bytes", lambda: sizes.pop(0))
+    monkeypatch.setattr(memory, "trim", lambda: trims.append(len(sizes)))
+    large, small = torch.nn.Linear(512, 512), torch.nn.Linear(8, 512)
+    model = torch.nn.Sequential(small, large, large)
+    grown = memory._GROWTH + 1
+    # At first; at each call of a large layer; after each trim.
+    sizes[:] = [100, 100, 100 + grown, 300, 200, 200 + grown, 500]
+    with trimmed(model):
+        for _ in range(2):
+            model(torch.ones(1, 8))
+    assert trims == [4, 1] and not sizes
+    assert not large._forward_hooks
+    model(torch.ones(1, 8))  # nothing is asked any more
 
 
 def test_only_a_gpu_without_an_index_gets_the_current_one(monkeypatch):

@@ -75,6 +75,35 @@ def test_what_fits_in_one_shard_is_one_file_without_an_index(tmp_path: Path) -> 
         assert file.metadata() == {"format": "pt"}
 
 
+def test_tensors_that_wait_for_their_shard_are_mapped_from_a_file_without_a_name_and_then_from_the_shard(
+    tmp_path: Path,
+) -> None:
+    writer = ShardWriter(tmp_path, 100 * KB, piece_bytes=10 * KB)
+    added = [tensors(prefix, 6) for prefix in "abc"]
+    for some in added:
+        writer.add(some)
+    wait_until(lambda: writer.read("b.a") is not None)
+    assert writer.read("c.a") is None and not list(tmp_path.iterdir())  # c is in memory: too little for a file
+    waiting = writer.read("b.a")
+    assert waiting is not None and torch.equal(waiting, added[1]["b.a"]) and not writer.is_in_shard("b.a")
+    last = tensors("d", 100)
+    writer.add(last)
+    wait_until(lambda: writer.is_in_shard("b.a"))
+    for name, tensor in {**added[0], **added[1], **added[2], **last}.items():
+        read = writer.read(name)
+        assert read is not None and torch.equal(read, tensor)
+    assert not writer._gathered and not writer._pieces and not writer._loose
+    writer.add(tensors("e", 6))
+    assert set(writer.finish()) == {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    alone = ShardWriter(tmp_path / "alone", 100 * KB)
+    (tmp_path / "alone").mkdir()
+    for some in (*added, last):
+        alone.add(some)
+    alone.finish()
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    assert shard.read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("durable", [True, False])
 def test_a_shard_is_on_the_disk_before_the_next_one_only_if_it_is_to_last(
     durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,10 +26,14 @@ from gptq_plugin.lightning.surroundings import (
     without_training_state,
 )
 from gptq_plugin.model.adapters import base_copy, merged_in_place
+from gptq_plugin.training.sharding import FlatParameters
 
 from lightning_runs import Holds, Plain, fit, llama, pair_loader
 
 GPU = torch.device("cuda", 3)
+
+
+PLACE = {"device": GPU, "node": 3, "local_rank": 0}
 
 
 @pytest.fixture
@@ -37,16 +41,17 @@ def sharded(trainer, monkeypatch):
     """A trainer whose strategy shards, on a device of its own; `sharded.calls` has those of `unsharded`."""
 
     class OnGPU(FSDPStrategy):
-        root_device = GPU
+        root_device, node_rank, local_rank = GPU, 3, 0
 
     @contextmanager
-    def unsharded(*arguments):
-        made.calls.append(arguments)
+    def unsharded(module, sharding, beside, **place):
+        made.calls.append((module, type(sharding), beside, place))
         yield "files"
         made.calls.append("end")
 
     made = trainer()
     made.strategy.__class__, made.calls = OnGPU, []
+    made.strategy._model = nn.Linear(1, 1)
     monkeypatch.setattr(surroundings, "unsharded", unsharded)
     return made
 
@@ -79,7 +84,7 @@ def test_only_a_sharded_module_is_put_together(trainer, sharded, tmp_path):
     with whole(trainer(), module, None) as files:
         assert files is None
     with whole(sharded, module, tmp_path) as files:
-        assert files == "files" and sharded.calls == [(sharded, module, tmp_path)]
+        assert files == "files" and sharded.calls == [(module, FlatParameters, tmp_path, PLACE)]
     assert sharded.calls[1:] == ["end"]
 
 

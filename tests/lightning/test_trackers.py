@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
-from gptq_plugin import GPTQCallback, QuantizeModule
+from gptq_plugin import GPTQCallback, QuantizeModule, load_quantized
 
 from lightning_runs import SMALL, Holds, fit, token_loader
 
@@ -77,7 +78,7 @@ def test_wandb_gets_a_table_and_an_artifact_offline(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("store", ["file", pytest.param("sqlite", marks=pytest.mark.slow)])
 def test_mlflow_gets_a_table_artifacts_and_a_version_in_its_registry(store, tmp_path, monkeypatch):
-    pytest.importorskip("mlflow")
+    mlflow = pytest.importorskip("mlflow")
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -93,6 +94,8 @@ def test_mlflow_gets_a_table_artifacts_and_a_version_in_its_registry(store, tmp_
     assert [row[0] for row in table["data"]] == [module.name for module in report.modules]
     (version,) = client.search_model_versions("name = 'tuned'")
     assert version.run_id == logger.run_id and version.source.endswith("/gptq")
+    folder = mlflow.artifacts.download_artifacts(f"models:/tuned/{version.version}", tracking_uri=where)
+    assert load_quantized(folder).generate(torch.arange(4)[None], max_new_tokens=2).shape == (1, 6)
 
 
 class Other(Logger):

@@ -33,6 +33,7 @@ class Store:
     def __init__(self):
         self.added = []
         self.files = {}
+        self.moving = False  # True if what it has is not the layers' last file
 
     def add(self, name, layer):
         assert not self.added or self.added[-1][0] != name
@@ -40,6 +41,9 @@ class Store:
 
     def written(self, name):
         return self.files.get(name)
+
+    def lasts(self, name):
+        return not self.moving
 
 
 @contextlib.contextmanager
@@ -119,6 +123,20 @@ def test_a_layer_on_the_cpu_runs_from_its_file_once_that_is_written():
         store.files["a"] = {name: buffer.clone() for name, buffer in one.named_buffers()}  # not asked for again
         layers.take_home()
         assert buffers(one) == mapped
+
+
+def test_a_layer_that_waited_in_one_file_runs_from_its_last_one_and_looks_for_no_other():
+    store, one = Store(), layer()
+    store.moving = True
+    with finished(CPU, store) as layers:
+        layers.add("a", one)
+        seen = []
+        for moving in (True, True, False, False):
+            store.moving = moving
+            store.files["a"] = {name: buffer.clone() for name, buffer in one.named_buffers()}
+            layers.take_home()
+            seen.append(one.qweight is store.files["a"]["qweight"])
+    assert seen == [True, False, True, False]
 
 
 def test_a_failed_move_is_raised_when_layers_are_taken_home():

@@ -92,6 +92,9 @@ def test_finished_layers_are_stored_as_they_come():
         def add(self, name, layer):
             self.names.append(name)
 
+        def lasts(self, name):
+            return True
+
         def written(self, name):
             return None
 
@@ -391,6 +394,9 @@ class Files:
 
     def add(self, name, layer):
         self.tensors[name] = {key: value.clone() for key, value in layer.named_buffers()}
+
+    def lasts(self, name):
+        return True
 
     def written(self, name):
         return self.tensors[name]

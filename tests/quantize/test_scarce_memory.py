@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import itertools
 import logging
+import subprocess
 
 import pytest
 import torch
 from torch import nn
 
 from gptq_plugin import QuantizeModule
+from gptq_plugin.device.memory import own_bytes
 from gptq_plugin.quantize import solve_on_ranks
+
+from forked_python import python
 
 CALLS = {"count": itertools.count(1), "fail": frozenset()}
 
@@ -79,3 +83,52 @@ def test_a_solve_that_finds_no_room_runs_again(monkeypatch):
     found, report = _quantized(())
     assert all(torch.equal(right[name], found[name]) for name in right)
     assert any("ran out of memory once" in one for one in report.all_deviations())
+
+
+GROWTH = """
+import sys, threading, time
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from gptq_plugin import QuantizeModule
+from gptq_plugin.device.memory import own_bytes
+
+folder = sys.argv[1]
+torch.set_num_threads(1)
+config = LlamaConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=32, num_attention_heads=8,
+                     vocab_size=256, dtype="bfloat16")
+with torch.device("meta"):
+    empty = LlamaForCausalLM(config).bfloat16()
+size = sum(parameter.nbytes for parameter in empty.parameters())
+empty.to_empty(device="cpu")
+for parameter in empty.parameters():
+    parameter.data.normal_(std=0.02)
+empty.save_pretrained(f"{folder}/model")
+del empty, parameter
+model = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
+data = [{"input_ids": torch.arange(200)[None]} for _ in range(4)]
+before, peak, over = own_bytes(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not over.wait(0.005):
+        peak = max(peak, own_bytes())
+
+watching = threading.Thread(target=watch, daemon=True)
+watching.start()
+later = [f"layers.{number}" for number in range(1, 32)]
+quantizer = QuantizeModule(modules_to_not_convert=later, nsamples=4, clip_ratios=(1.0,))
+quantizer.quantize(model, data, export_dir=f"{folder}/out")
+over.set()
+watching.join()
+print("SIZE", size, "GROWN", peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not own_bytes(), reason="the system does not tell what memory a process has")
+def test_the_hosts_memory_does_not_grow_by_a_model_that_is_mapped_from_its_files(tmp_path):
+    """Forwards in bfloat16 left as much behind as the weights take, in the walk and where the export is verified."""
+    done = subprocess.run([python(), "-c", GROWTH, tmp_path], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    size, grown = (int(word) for word in done.stdout.rpartition("SIZE ")[2].split(" GROWN "))
+    assert size > 400e6 and grown < size / 2, (size, grown)

@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +43,7 @@ IMPORTED = (
 )
 HANDED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 READ_AT_IMPORT = ("PYTHON", "HF_", "TRANSFORMERS_", "TRITON_")
+OTHERS = {"HF_XET_HIGH_PERFORMANCE"}  # set by lm_eval where it is imported; read when files are fetched
 
 
 def python() -> str:
@@ -109,7 +111,7 @@ def serve(folder: str, listening_at: str, alive_at: str) -> list[str]:
     for name in IMPORTED:
         import_module(name)
     gc.freeze()
-    read = {name: value for name, value in os.environ.items() if name.startswith(READ_AT_IMPORT)}
+    read = _read_at_import(os.environ)
     listening, alive = socket.socket(fileno=int(listening_at)), int(alive_at)
     while alive not in select([listening, alive], [], [])[0]:
         connection, _ = listening.accept()
@@ -132,7 +134,7 @@ def serve(folder: str, listening_at: str, alive_at: str) -> list[str]:
         for number, file in enumerate(files):
             os.dup2(file, number)
             os.close(file)
-        now = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+        now = _read_at_import(environment)
         if now != read:
             raise ValueError(f"use sys.executable: libraries have read {read} at import, and here is {now}")
         os.environ.clear()
@@ -144,6 +146,12 @@ def serve(folder: str, listening_at: str, alive_at: str) -> list[str]:
         left.unlink()
     os.rmdir(folder)
     os._exit(0)
+
+
+def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT) and name not in OTHERS
+    }
 
 
 def _keep(pid: int, connection: socket.socket, alive: int) -> None:

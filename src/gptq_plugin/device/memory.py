@@ -1,15 +1,24 @@
-"""Free and used memory of a device, and its index."""
+"""Free and used memory of a device and of the host, and a device's index."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from gptq_plugin.device.cycles import collect
 
 T = TypeVar("T")
+
+_CPU = torch.device("cpu")
+_GROWTH = 2**27  # bytes
+_LARGE = 2**20  # bytes of a tensor; what smaller ones leave behind is little
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int | None:
@@ -37,6 +46,57 @@ def give_back(device: torch.device) -> None:
         collect()
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
+
+
+def trim(device: torch.device = _CPU) -> None:
+    """Returns freed memory of the host to the system, if that is where work was done. glibc keeps that of tensors below
+    32 MB and, once small objects lie between, hardly reuses it: a process that frees a layer for each new one would
+    grow nevertheless."""
+    if device.type != "cpu":
+        return
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if release is not None:
+        release(0)
+
+
+def own_bytes() -> int:
+    """Bytes of memory that this process has on the host, mapped files aside; 0 where the system does not tell."""
+    try:
+        _, resident, shared = Path("/proc/self/statm").read_text().split()[:3]
+    except OSError:
+        return 0
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextlib.contextmanager
+def trimmed(model: nn.Module) -> Iterator[None]:
+    """Inside the block, memory that forwards on a CPU freed goes back to the system whenever the process has grown by
+    `_GROWTH`. Without it a forward in 16 bits leaves as much behind as its weights take, and they may be mapped.
+
+    Args:
+        model: Any module. The hooks on its layers are gone after the block.
+    """
+    least = own_bytes()
+
+    def look(*_: Any) -> None:
+        nonlocal least
+        now = own_bytes()
+        least = min(least, now)
+        if now > least + _GROWTH:
+            trim()
+            least = own_bytes()
+
+    large = [m for m in model.modules() if any(_is_large(p) for p in (*m._parameters.values(), *m._buffers.values()))]
+    hooks = [module.register_forward_hook(look) for module in large]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_large(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.device.type == "cpu" and tensor.nbytes >= _LARGE
 
 
 def with_room(run: Callable[[], T], make_room: Callable[[], bool]) -> T:

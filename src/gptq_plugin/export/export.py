@@ -51,6 +51,7 @@ from gptq_plugin.report.report import QuantizeReport
 log = logging.getLogger(__name__)
 
 SHARD = 10**9  # bytes of quantized layers in a file; a model smaller than this is one file
+PIECE = 2**26  # bytes of layers on a CPU that wait in memory
 
 
 @rarely_collected()
@@ -142,7 +143,7 @@ class Export:
         self._settled: Mapping[str, Any] = {}  # how the export is quantized, for its report
         self._staging = Staging(directory, overwrite)
         try:
-            self._writer = ShardWriter(self._staging.path, SHARD)
+            self._writer = ShardWriter(self._staging.path, SHARD, piece_bytes=PIECE)
         except BaseException:
             self._staging.remove()
             raise
@@ -205,6 +206,12 @@ class Export:
         stored = self._stored_names[name]
         tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in self._format.in_memory}
         return {suffix: t for suffix, t in tensors.items() if t is not None} or None
+
+    def lasts(self, name: str) -> bool:
+        """Returns whether `written` maps a layer from the export itself, and not from where it waits for that."""
+        return any(
+            self._writer.is_in_shard(f"{self._stored_names[name]}.{suffix}") for suffix in self._format.in_memory
+        )
 
     @plain_defaults()
     def finish(

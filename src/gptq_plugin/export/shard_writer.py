@@ -6,7 +6,6 @@ once, mapped from the file, so that the caller can free its own copy.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_plugin.checkpoint.files import INDEX, WEIGHTS
+from gptq_plugin.device.memory import trim
 from gptq_plugin.errors import ExportError, brief
 from gptq_plugin.export.disk_space import disk_errors_explained, flush
 
@@ -37,9 +37,13 @@ class ShardWriter:
         directory: An existing folder. Files named shard-*.safetensors there belong to this writer.
         shard_bytes: A shard is written as soon as it has this many bytes.
         durable: Wait until each shard is on the disk; False leaves that to the system, for files that go anyway.
+        piece_bytes: Tensors that come from a CPU wait for their shard in files of at least so many bytes, from which
+            they are mapped, so that they take no memory; None keeps them in memory.
     """
 
-    def __init__(self, directory: Path, shard_bytes: int, *, durable: bool = True) -> None:
+    def __init__(
+        self, directory: Path, shard_bytes: int, *, durable: bool = True, piece_bytes: int | None = None
+    ) -> None:
         self._directory = directory
         self._shard_bytes = shard_bytes
         self._durable = durable
@@ -49,6 +53,9 @@ class ShardWriter:
         self._failure: BaseException | None = None
         self._gathered: Tensors = {}  # the next shard
         self._gathered_bytes = 0
+        self._piece_bytes = piece_bytes
+        self._loose: Tensors = {}  # the part of the next shard that is in memory and may wait in a file
+        self._pieces: dict[str, Any] = {}  # name -> safetensors' handle of the file in which it waits
         self._files: list[Path] = []
         self._written: dict[str, Any] = {}  # name -> safetensors' handle of the shard that holds it
 
@@ -72,9 +79,14 @@ class ShardWriter:
         self._worker.submit(self._take, host, size, copied, prepare)
 
     def read(self, name: str) -> Tensor | None:
-        """A tensor mapped from its shard, or None while it is in none; valid even if the file is renamed or removed."""
-        handle = self._written.get(name)
+        """A tensor mapped from its shard, or from the file in which it waits for that; None while it is in none. Valid
+        even if the file is renamed or removed; a file of waiting tensors takes its room until none is in use."""
+        handle = self._written.get(name) or self._pieces.get(name)
         return None if handle is None else handle.get_tensor(name)
+
+    def is_in_shard(self, name: str) -> bool:
+        """Returns whether a tensor's shard is written."""
+        return name in self._written
 
     def finish(self, also: Sequence[Path] = (), **metadata: int) -> dict[str, list[str]]:
         """Writes the rest and renames the files: model.safetensors if all fits in one shard, else
@@ -125,10 +137,15 @@ class ShardWriter:
                 event.synchronize()
             if copied:  # pinned memory is slow to allocate: return it to the pool at once, for the next `add`
                 tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            self._gathered.update(tensors if prepare is None else prepare(tensors))
+            prepared = tensors if prepare is None else prepare(tensors)
+            self._gathered.update(prepared)
             self._gathered_bytes += size
             if self._gathered_bytes >= self._shard_bytes:
                 self._write()
+            elif self._piece_bytes is not None and not copied:
+                self._loose.update(prepared)
+                if _size(self._loose) >= self._piece_bytes:
+                    self._map_loose()
         except BaseException as error:  # noqa: BLE001 (it is raised on the caller's thread)
             self._fail(error)
 
@@ -142,12 +159,23 @@ class ShardWriter:
             handle = safe_open(str(file), framework="pt", device="cpu")
         self._files.append(file)
         self._written.update(dict.fromkeys(self._gathered, handle))
-        self._gathered = {}
+        self._gathered, self._loose, self._pieces = {}, {}, {}
         with self._changed:
             self._held -= self._gathered_bytes
             self._gathered_bytes = 0
             self._changed.notify_all()
-        _trim()
+        trim()
+
+    def _map_loose(self) -> None:
+        """Has the tensors that are in memory wait in a file, which lasts as long as it is mapped."""
+        file = self._directory / "waiting.safetensors"
+        with disk_errors_explained(file, lambda: _size(self._loose)):
+            save_file(self._loose, file)
+            handle = safe_open(str(file), framework="pt", device="cpu")
+            file.unlink()
+        self._pieces.update(dict.fromkeys(self._loose, handle))
+        self._gathered.update({name: handle.get_tensor(name) for name in self._loose})
+        self._loose = {}
 
     def _merge(self, also: Sequence[Path]) -> Sequence[Path]:
         """Moves the tensors of one small file into our only shard; returns the files that remain."""
@@ -163,7 +191,7 @@ class ShardWriter:
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = self._failure or error
-            self._gathered = {}
+            self._gathered, self._loose, self._pieces = {}, {}, {}
             self._changed.notify_all()
 
     def _raise_failure(self) -> None:
@@ -189,14 +217,6 @@ def _to_host(tensors: Tensors) -> tuple[Tensors, list[torch.cuda.Event]]:
         events.append(torch.cuda.Event(blocking=True))
         events[-1].record(stream)
     return host, events
-
-
-def _trim() -> None:
-    """Returns freed memory to the system. glibc keeps that of tensors below 32 MB and, once small objects lie between,
-    hardly reuses it: a process that frees a layer for each new one would grow nevertheless."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
 
 
 def _mapped(file: Path) -> Tensors:

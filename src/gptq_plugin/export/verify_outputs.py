@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from gptq_plugin.calibration.batches import fields_of, sample_count
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.checkpoint.load import load_as, load_quantized
+from gptq_plugin.device.memory import trimmed
 from gptq_plugin.errors import CheckpointError, ExportError, some
 from gptq_plugin.export.unsaved import other_buffers
 from gptq_plugin.layers.hooks import share_hooks
@@ -244,7 +245,8 @@ def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the block the model runs on the device, streamed there part by part if it is elsewhere."""
     parameter = next((t for t in (*model.parameters(), *model.buffers())), None)
     if parameter is None or parameter.device == device:
-        yield
+        with trimmed(model):
+            yield
     else:
         with streamed_to(model, device, capacity=0):
             yield

@@ -18,7 +18,10 @@ class LayerStore(Protocol):
         """Takes a finished layer, on the model's device."""
 
     def written(self, name: str) -> dict[str, Tensor] | None:
-        """The layer's tensors, mapped from their file; None until the file is there."""
+        """The layer's tensors, mapped from a file; None until one is there."""
+
+    def lasts(self, name: str) -> bool:
+        """Returns whether that file is the layer's last one."""
 
 
 class FinishedLayers:
@@ -43,7 +46,7 @@ class FinishedLayers:
         self._store = store
         self._worker = ThreadPoolExecutor(1, "finished-layers")
         self._moving: dict[str, Future[dict[str, Tensor]]] = {}
-        self._unwritten: set[str] = set()
+        self._unwritten: dict[str, bool] = {}  # True for those that are mapped from a file that is not their last
 
     def add(self, name: str, layer: QuantLinear) -> None:
         """Takes a finished layer. Returns without waiting for its device.
@@ -68,11 +71,14 @@ class FinishedLayers:
                 _point(self.layers[name], moving.result())
                 self._write(name)
         if self._store is not None:
-            for name in list(self._unwritten):
-                mapped = self._store.written(name)
-                if mapped is not None:
-                    self._unwritten.discard(name)
-                    _point(self.layers[name], mapped)
+            for name, mapped in list(self._unwritten.items()):
+                lasts = self._store.lasts(name)
+                tensors = self._store.written(name) if lasts or not mapped else None
+                if tensors is not None:
+                    _point(self.layers[name], tensors)
+                    self._unwritten[name] = True
+                if tensors is not None and lasts:
+                    del self._unwritten[name]
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
@@ -81,7 +87,7 @@ class FinishedLayers:
         if self._store is not None:
             self._store.add(name, self.layers[name])
             if self._device.type == "cpu":
-                self._unwritten.add(name)
+                self._unwritten[name] = False
 
 
 def _point(layer: QuantLinear, tensors: dict[str, Tensor]) -> None:

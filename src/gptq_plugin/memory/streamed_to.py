@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from gptq_plugin.device.memory import free_bytes, with_index
+from gptq_plugin.device.memory import free_bytes, trimmed, with_index
 from gptq_plugin.memory.placement import UNLIMITED, unit_bytes
 from gptq_plugin.memory.slots import Substitution, like, own_slots
 from gptq_plugin.memory.units import PARAMETER_LISTS
@@ -24,12 +24,13 @@ def streamed_to(
 
     Args:
         model: Any module.
-        device: None, or a CPU, changes nothing.
+        device: None, or a CPU, leaves the tensors where they are; what forwards on a CPU free goes back to the system.
         besides: A module somewhere in the model that is left alone, with all that is in it.
         capacity: Bytes of weights to keep on the device; None is half of what is free there.
     """
     if device is None or device.type == "cpu":
-        yield
+        with trimmed(model):
+            yield
         return
     device = with_index(device)
     around = [m for m in model.modules() if m is model or any(part is besides for part in list(m.modules())[1:])]

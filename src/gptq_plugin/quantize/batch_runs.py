@@ -17,7 +17,7 @@ from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.observing import Noticed, Watched, observe_positions
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.calibration.verdicts import DISTURBED, Findings
-from gptq_plugin.device.memory import Peak, free_bytes, give_back
+from gptq_plugin.device.memory import Peak, free_bytes, give_back, trimmed
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.memory import placement
@@ -93,6 +93,7 @@ class BatchRuns:
     def __enter__(self) -> BatchRuns:
         give_back(self.device)
         with contextlib.ExitStack() as entered:  # what was entered is left if the rest raises
+            entered.enter_context(trimmed(self._plan.model))
             self.weights = entered.enter_context(self._make_weights())
             self.state = KeptState(self._plan.model, self.weights.is_lent, self.device if self._streams() else None)
             self._entered_contexts = entered.pop_all()
@@ -190,9 +191,7 @@ class BatchRuns:
     def disturbance(self, layers: Mapping[str, nn.Module]) -> str | None:
         """Returns why the batches cannot take turns, on any rank; None if they can. After `find_groups`."""
 
-        def run(data: Any) -> Any:
-            return self._run_explained(self._plan.model, data)
-
+        run = partial(self._run_explained, self._plan.model)
         two = [batch.data for batch in self._batches[:2]]
         own = disturbance(
             layers, two, run, lambda name: self.weights.present(self._used[name]), self.state, self.walks.two

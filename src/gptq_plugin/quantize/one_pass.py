@@ -20,7 +20,7 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.calibration.verdicts import departs, most_seen
-from gptq_plugin.device.memory import with_room
+from gptq_plugin.device.memory import trim, with_room
 from gptq_plugin.device.streams import Stopwatch
 from gptq_plugin.errors import TargetError
 from gptq_plugin.gptq.solver import Solution
@@ -151,6 +151,7 @@ class OnePass:
             for stop in stops:
                 self._finished.take_home()
                 self._quantize_group(stop, samples)
+                trim(self.runs.device)
                 if self._kept.record is not None:
                     break  # all that the walk would show is known
             self._leave_experts(None)
