@@ -1,7 +1,8 @@
 """Compares the methods of quantization, and the parts of `best`, on trained models: loss, divergence, seconds.
 
     python scripts/bench_methods.py parts       # pycode-29m: `best` built up part by part, and with one part changed
-    python scripts/bench_methods.py settings    # calibration rows of three seeds, groups of 64 and -1, 1,024 rows
+    python scripts/bench_methods.py settings    # calibration rows of three seeds, groups of 128, 64 and -1; 1,024 rows
+    python scripts/bench_methods.py budget      # the same size as 3 bits in groups of 128, and 3.0 bits, by target_bits
     python scripts/bench_methods.py english     # pycode-29m fine-tuned on English
     python scripts/bench_methods.py gpt2        # a GPT-2 (LayerNorm, biases, learned positions) trained on Python code
     python scripts/bench_methods.py all --device cuda
@@ -31,20 +32,28 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gptq_plugin import QuantizeModule, QuantLinear
+from gptq_plugin.options.methods import METHODS
 
 LENGTH, ROWS, JUDGED = 512, 128, 200
 BEST = {"method": "best"}
 ZERO_POINTS = {"sym": False, "checkpoint_format": "gptq_v2"}
-RATIOS = {"clip_ratios": [1.1, *(k / 100 for k in range(100, 44, -5))]}
+
+
+def _pieces(*names: str) -> dict[str, Any]:
+    """Fields of `best`, for the method `gptq`."""
+    return {name: METHODS["best"][name] for name in names}
+
+
 PARTS: dict[str, dict[str, Any]] = {
     "gptq, plain": {"clip_ratios": [1.0]},
     "gptq": {},
-    "+ ratios 1.1 and .45": RATIOS,
-    "+ rounds of scales": {**RATIOS, "scale_rounds": 3},
-    "+ rounds of refitting": {**RATIOS, "scale_rounds": 3, "refit_rounds": 3},
+    "+ ratios of best": _pieces("clip_ratios", "clip_candidates"),
+    "+ rounds of scales": _pieces("clip_ratios", "clip_candidates", "scale_rounds"),
+    "+ rounds of refitting": _pieces("clip_ratios", "clip_candidates", "scale_rounds", "refit_rounds"),
     "+ damping .1": {**BEST, "asymmetric_alpha": 0.0},
     "+ asymmetric target: best": BEST,
     "best, every ratio solved": {**BEST, "clip_candidates": 13},
+    "best, two ratios, three rounds": {**BEST, "clip_candidates": 2, "scale_rounds": 3},
     "best, damping .01": {**BEST, "damp_percent": 0.01},
     "best, asymmetric_alpha=1": {**BEST, "asymmetric_alpha": 1.0},
     "best, weighted by gradients": {**BEST, "token_weighting": "gradients"},
@@ -103,14 +112,22 @@ def parts(device: torch.device, bits: list[int]) -> None:
 
 def settings(device: torch.device, bits: list[int]) -> None:
     bench, rows = pycode(device, bits), windows(TEXTS / "calib.jsonl", 560)
-    for method in ("gptq", "best"):
-        for seed in range(3):
-            chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:ROWS]
-            bench.row(f"{method}, rows of seed {seed}", rows[chosen], method=method)
-        for group_size in (64, -1):
-            bench.row(f"{method}, groups of {group_size}", rows[:ROWS], method=method, group_size=group_size)
+    for seed in range(3):
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:ROWS]
+        for group_size in (128, 64, -1):
+            for method in METHODS:
+                label = f"{method}, groups of {group_size}, seed {seed}"
+                bench.row(label, rows[chosen], method=method, group_size=group_size)
+    for method in METHODS:
         bench.row(f"{method}, 1,024 rows", python_rows(1024), method=method)
     bench.row("best, zero-points, 1,024 rows", python_rows(1024), **BEST, **ZERO_POINTS)
+
+
+def budget(device: torch.device, bits: list[int]) -> None:
+    del bits
+    bench = pycode(device, [3])
+    for target in (None, 3.1484375, 3.0):  # the second is what 3 bits in groups of 128 take with scales
+        bench.row(f"best, target_bits={target}", windows(TEXTS / "calib.jsonl", ROWS), target_bits=target, **BEST)
 
 
 def english(device: torch.device, bits: list[int]) -> None:
@@ -196,6 +213,7 @@ def token_rows(texts: Iterable[str]) -> Tensor:
 TABLES: Mapping[str, Callable[[torch.device, list[int]], None]] = {
     "parts": parts,
     "settings": settings,
+    "budget": budget,
     "english": english,
     "gpt2": gpt2,
 }
