@@ -30,9 +30,9 @@ def table_of(weight: Weight) -> WeightTable:
     return WeightTable.of(QuantLinear.from_quantized(weight).packed(), weight.bits)
 
 
-def weights_of(table: WeightTable, dtype: torch.dtype) -> Tensor:
+def weights_of(table: WeightTable, dtype: torch.dtype, tiles: int = 1) -> Tensor:
     """[out, in], channels as x has them."""
-    w = torch.cat([panel.clone() for _, panel in table.panels(dtype, 2**13)])
+    w = torch.cat([panel.clone() for panel in table.weights(dtype, tiles)])
     if table.channels is None:
         return w
     out = torch.full((len(w), table.n_in + 1), torch.nan, dtype=dtype)
@@ -43,15 +43,16 @@ def weights_of(table: WeightTable, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_weights_are_exact_and_products_as_accurate_as_a_float_layers(shape, bits, symmetric, monkeypatch):
-    monkeypatch.setattr(weight_table, "_PANEL", 2**13)
-    monkeypatch.setattr(weight_table, "_UNPACKED", 2**11)
+    monkeypatch.setattr(weight_table, "_TILE", 2**11)
+    monkeypatch.setattr(weight_table, "_MANY_ROWS", 130)
     weight = random_weight(bits=bits, **shape)
     if symmetric:
         weight = replace(weight, zeros=torch.full_like(weight.zeros, 2 ** (bits - 1)))
     table, w = table_of(weight), formula(weight)
     assert table.offsets is None or (not symmetric and bits != 8)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(weights_of(table, dtype), w.to(dtype))
+        for tiles in (1, 3):
+            assert torch.equal(weights_of(table, dtype, tiles), w.to(dtype))
     for rows in (2, 130):
         check_products(table, w, rows, of_bfloat16=8e-3)
 

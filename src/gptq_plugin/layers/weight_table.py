@@ -6,9 +6,11 @@ that unpacks rows gives weights.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +20,8 @@ from gptq_plugin.layers.kernel_layout import Packed
 from gptq_plugin.layers.table_rows import GroupedCodes, operator, own_dtype, table_rows
 
 _LENGTHS = (256, 128, 64, 32, 16, 8)  # of a row, in codes
-_UNPACKED = 2**18  # weights unpacked at a time, in float32
-_PANEL = 2**21  # weights multiplied at a time
-_LARGE_PANEL = 2**22  # likewise with many rows of x, all of which are read for every panel
+_TILE = 2**20  # weights unpacked at a time: a call has its own time, and for more float32 the memory is often fresh
+_TILES = 4  # multiplied at a time with many rows of x, all of which are read again for the next
 _MANY_ROWS = 512
 
 
@@ -89,34 +90,48 @@ class WeightTable:
         rows = x.to(dtype)
         if self.channels is not None:
             rows = pad(rows, (0, 1)).index_select(1, self.channels)
-        y = torch.empty(len(x), len(self.rows), dtype=x.dtype, device="cpu")
         with torch.autocast("cpu", enabled=False):  # it would take float32 for float16
-            for start, panel in self.panels(dtype, _LARGE_PANEL if len(x) >= _MANY_ROWS else _PANEL):
-                y[:, start : start + len(panel)] = linear(rows, panel)
-        return y
+            parts = [linear(rows, weights) for weights in self.weights(dtype, _TILES if len(x) >= _MANY_ROWS else 1)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
 
-    def panels(self, dtype: torch.dtype, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yields so many weights at a time, in the same memory: the first output's number, and
-        [outputs, parts * length] in `dtype`.
+    def weights(self, dtype: torch.dtype, tiles: int) -> Iterator[Tensor]:
+        """Yields the weights of some outputs after the other, [outputs, parts * length] in `dtype`: so many tiles at a
+        time, if more than one in the same memory.
         """
-        n_out, parts, _ = self.rows.shape
-        width = parts * self.length
-        outputs, tile = (min(n_out, max(1, number // width)) for number in (size, _UNPACKED))
-        panel = torch.empty(outputs, width, dtype=dtype, device="cpu")
-        for start in range(0, n_out, outputs):
-            there = panel[: n_out - start]
-            for first in range(0, len(there), tile):
-                into = there[first : first + tile]
-                into.copy_(self._weights(start + first, len(into)))
-            yield start, there
+        if tiles == 1:
+            for tile in self._tiles:
+                yield self._unpack(*tile).to(dtype)
+            return
+        panel = torch.empty(tiles * len(self._tiles[0][0]) * self.length, dtype=dtype, device="cpu")
+        for start in range(0, len(self._tiles), tiles):
+            end = 0
+            for tile in self._tiles[start : start + tiles]:
+                unpacked = self._unpack(*tile)
+                begin, end = end, end + unpacked.numel()
+                panel[begin:end].view_as(unpacked).copy_(unpacked)
+            yield panel[:end].view(-1, unpacked.shape[1])
 
-    def _weights(self, start: int, number: int) -> Tensor:
-        """The weights of some outputs, float32 [outputs, parts * length]."""
-        rows = self.rows[start : start + number]
-        unpacked: Tensor = operator(self.bits, "unpack")(rows.flatten(0, 1)).view(number, -1, self.length)
-        if self.offsets is not None:
-            unpacked += self.offsets[start : start + number, :, None]
-        return unpacked.flatten(1)
+    def _unpack(self, rows: Tensor, offsets: Tensor | None) -> Tensor:
+        """The weights of a tile, float32 [outputs, parts * length]."""
+        unpacked: Tensor = self._operator(rows)
+        if offsets is not None:
+            unpacked += offsets
+        return unpacked.view(-1, self.rows.shape[1] * self.length)
+
+    @functools.cached_property
+    def _tiles(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """Rows of some outputs after the other, uint8 [outputs * parts, bytes], and their offsets [outputs * parts, 1];
+        views, since making them takes as long as a small product.
+        """
+        parts = self.rows.shape[1]
+        number = max(1, _TILE // (parts * self.length)) * parts
+        rows = self.rows.flatten(0, 1).split(number)
+        offsets = (None,) * len(rows) if self.offsets is None else self.offsets.view(-1, 1).split(number)
+        return tuple(zip(rows, offsets, strict=True))
+
+    @functools.cached_property
+    def _operator(self) -> Any:
+        return operator(self.bits, "unpack").default
 
 
 def _length(starts: Sequence[int], bits: int) -> int:
