@@ -1,6 +1,6 @@
 """Times decoding of a Llama-3-8B-shaped model with quantized layers against float16, on one GPU.
 
-    python scripts/bench_generate.py [--batches 1,16] [--context 512] [--compile] [--fuse] [--kernels]
+    python scripts/bench_generate.py [--batches 1,16] [--context 512] [--compile] [--fuse] [--attention NAME]
 
 One token a row with a static cache, as the replay of a CUDA graph of the model's own code or, with --compile, of what
 torch.compile makes of it; random weights: time does not depend on them. 4 bits, group 128, the output embedding in
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import warnings
 
 import torch
+import torch._dynamo
 from bench_qlinear import random_layer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -98,13 +100,15 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="list the kernels of a step by their time")
     parser.add_argument("--head-bits", type=int, help="also time 4 bits with the output embedding in so many")
     parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation")
+    parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation, such as flex_attention")
     options = parser.parse_args()
     how = "compiled" if options.compile else "the model's own code"
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.blocks} blocks, "
         f"context {options.context}, {how}, attention: {options.attention}"
     )
+    if options.attention == "flex_attention":  # transformers gives its mask an argument that PyTorch warns of
+        torch._dynamo.config.ignore_logging_functions.add(warnings.warn)
     model = llama(options.blocks, options.attention)
     found: dict[int, float] = {}
     for label in ("float16", "4 bits", f"4 bits, output embedding {options.head_bits}"):
