@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gptq_plugin import QuantizeConfig, QuantLinear
 from gptq_plugin.gptq import improve, refine, solver
-from gptq_plugin.walk.drift import Drift
+from gptq_plugin.walk.drift import Drift, takes_outputs
 from gptq_plugin.walk.hessian import Hessian
 
 SHAPES = {"q, k, v": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
@@ -88,12 +88,13 @@ class Clock:
 
 
 def problem(rows: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight, a Hessian with eigenvalues of very different sizes, and a drift."""
+    """A weight, a Hessian with eigenvalues of very different sizes, and a drift, of outputs as a walk has it."""
     torch.manual_seed(0)
     x = torch.randn(2 * n, n, device="cuda") * torch.logspace(-1, 1, n, device="cuda")
     hessian = x.T @ x / len(x)
     drift = 0.02 * hessian + 0.01 * hessian.diagonal().mean() * torch.randn(n, n, device="cuda") / n**0.5
-    return torch.randn(rows, n, device="cuda", dtype=torch.bfloat16) * 0.02, hessian, drift
+    weight = torch.randn(rows, n, device="cuda", dtype=torch.bfloat16) * 0.02
+    return weight, hessian, weight.float() @ drift if takes_outputs(rows, n) else drift
 
 
 def solve_parts() -> None:
@@ -141,13 +142,14 @@ def calibration_parts() -> None:
     parts = {"a forward (best has two)": seconds(forward) / 2 * SAMPLES / (4 * BATCH)}
     model.to("meta")
     clear()
-    for n, times in ((4096, 3), (14336, 1)):
+    for n, times, rows_of in ((4096, 3, 0), (14336, 1, 4096)):
+        weight = torch.randn(rows_of, n, device="cuda", dtype=torch.bfloat16) if rows_of else None
         x = torch.randn(BATCH * LENGTH, n, device="cuda", dtype=torch.bfloat16)
         seen = x + 0.01 * torch.randn_like(x)
-        hessian, drift = Hessian(n, "cuda", exact=False), Drift(n, "cuda", exact=False)
+        hessian, drift = Hessian(n, "cuda", exact=False), Drift(n, "cuda", exact=False, rows=rows_of)
         of_block = SAMPLES / BATCH * times
         parts[f"Hessians of {n} inputs"] = seconds(lambda: hessian.add(seen)) * of_block  # noqa: B023
-        parts[f"drifts of {n} inputs"] = seconds(lambda: drift.add(x, seen)) * of_block  # noqa: B023
+        parts[f"drifts of {n} inputs"] = seconds(lambda: drift.add(x, seen, weight)) * of_block  # noqa: B023
     print("calibrating a block, milliseconds: " + ", ".join(f"{k} {v * 1e3:.1f}" for k, v in parts.items()))
 
 

@@ -232,7 +232,7 @@ def test_text_that_is_no_yaml_is_refused_as_such(text):
 def test_a_method_is_the_values_of_its_fields_that_are_not_given():
     gptq, best = QuantizeConfig(), QuantizeConfig(method="best")
     assert (gptq.method, gptq.damp_percent, gptq.clip_candidates, gptq.scale_rounds) == ("gptq", 0.01, 2, 0)
-    assert (best.damp_percent, best.clip_candidates, best.scale_rounds, best.refit_rounds) == (0.1, 2, 3, 3)
+    assert (best.damp_percent, best.clip_candidates, best.scale_rounds, best.refit_rounds) == (0.1, 1, 2, 3)
     assert len(gptq.clip_ratios) == 11 and len(best.clip_ratios) == 13
     some = QuantizeConfig(method="best", scale_rounds=0, damp_percent=0.02)
     assert (some.scale_rounds, some.damp_percent, some.refit_rounds) == (0, 0.02, 3)

@@ -40,6 +40,7 @@ def test_the_target_is_the_plain_one_for_every_block(alpha, order):
     found = asymmetric_target(blocks, drift, factor, alpha)
     for one, block in zip(found, blocks, strict=True):
         torch.testing.assert_close(one, plain_steps.asymmetric_target(block, hessian, drift, damping, alpha))
+    torch.testing.assert_close(asymmetric_target(blocks, blocks @ drift, factor, alpha), found)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda", marks=needs_gpu)])
@@ -61,6 +62,9 @@ def test_with_operands_in_bfloat16_the_correction_is_near_to_the_plain_one(order
         block = weight.float().to(device)
         found = asymmetric_target(block[None], drift.float().to(device), factor, 0.5)[0].cpu().double() - weight
         off.append((found - wanted).norm(dim=1) / wanted.norm(dim=1))
+        of_outputs = (weight @ drift).float().to(device)[None]
+        found = asymmetric_target(block[None], of_outputs, factor, 0.5)[0].cpu().double() - weight
+        assert bool(((found - wanted).norm(dim=1) / wanted.norm(dim=1) < 2e-2).all())
     assert bool((off[0] < 1e-4).all()) and bool((off[1] < 2e-2).all())
     assert not torch.equal(off[0], off[1])
 
@@ -90,6 +94,17 @@ def test_without_alpha_or_drift_the_weights_themselves_are_rounded_to_the_bit(me
         assert torch.equal(solution.weight.codes, usual.weight.codes)
         assert torch.equal(solution.weight.scales, usual.weight.scales)
         torch.testing.assert_close(solution.loss, usual.loss, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rows", [6, 300])  # one block on a CPU, or two
+def test_the_drift_of_outputs_gives_what_that_of_inputs_does(rows):
+    weight, hessian, drift, _, _ = problem(rows=rows, n=320)
+    config = plain(bits=3, group_size=32, asymmetric_alpha=0.5)
+    for in_blocks in (True, False):
+        wanted = solve(weight, hessian, config, drift, in_blocks=in_blocks)
+        found = solve(weight, hessian, config, weight @ drift, in_blocks=in_blocks)
+        assert torch.equal(found.weight.codes, wanted.weight.codes)
+        torch.testing.assert_close(found.loss, wanted.loss)
 
 
 @pytest.mark.parametrize("which", ["hessian", "drift"])

@@ -17,7 +17,8 @@ from gptq_plugin.walk.groups import Group
 
 def observations(model, batches):
     calibration = calibration_of(batches)
-    return Observations(plan_of(model), Positions(model, calibration.batches, "all"), torch.device("cpu"))
+    positions = Positions(model, calibration.batches, "all")
+    return Observations(plan_of(model), positions, torch.device("cpu"), lambda target: target.weight)
 
 
 def test_a_groups_evidence_is_the_mean_over_the_tokens_of_all_its_batches():
@@ -104,7 +105,7 @@ def routed():
     model, x = nn.Sequential(Listed()), rows(300, 32)
     calibration = calibration_of([x])
     positions, plan = Positions(model, calibration.batches, CONFIG.token_weighting), plan_of(model)
-    seen = Observations(plan, positions, torch.device("cpu"))
+    seen = Observations(plan, positions, torch.device("cpu"), lambda target: target.weight)
 
     def reads(name, _, args):
         seen.observe(Group((name,)), 0, args[0])

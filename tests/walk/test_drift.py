@@ -7,7 +7,7 @@ import torch
 
 from gptq_plugin import distributed
 from gptq_plugin.walk import drift as drifts
-from gptq_plugin.walk.drift import Drift
+from gptq_plugin.walk.drift import Drift, takes_outputs
 
 
 def inputs(tokens=50, n=20, seed=0):
@@ -32,13 +32,46 @@ def test_the_mean_is_that_of_the_products_over_the_tokens_asked_for(n, exact, mo
     assert not Drift(n, "cpu", exact=exact).mean(0).any()
 
 
-def test_sums_are_the_same_to_the_bit_in_any_order():
+@pytest.mark.parametrize("exact", [True, False])
+def test_with_a_weight_the_mean_is_that_of_the_outputs(exact, monkeypatch):
+    monkeypatch.setattr(drifts, "_STRIP", 4)
+    (x, seen), weight = inputs(), torch.randn(9, 20, generator=torch.Generator().manual_seed(1))
+    drift = Drift(20, "cpu", exact=exact, rows=9)
+    for part in (slice(0, 13), slice(13, 50), slice(0, 0)):
+        drift.add(x[part], seen[part], weight)
+    wanted = weight.double() @ (x - seen).double().T @ seen.double() / 50
+    assert drift.mean(50).shape == (9, 20)
+    assert (drift.mean(50).double() - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_share_along_the_inputs_is_that_of_those_that_are_sampled(rows, exact, monkeypatch):
+    monkeypatch.setattr(drifts, "_SAMPLED", 8)  # every second one
+    (x, seen), weight = inputs(), torch.randn(9, 20)
+    drift = Drift(20, "cpu", exact=exact, rows=rows)
+    for part in (slice(0, 13), slice(13, 50)):
+        drift.add(x[part], seen[part], weight if rows else None)
+    hessian = seen.T @ seen / 50
+    wanted = ((x - seen) * seen)[:, ::2].sum() / seen[:, ::2].square().sum()
+    assert drift.along(hessian, 50) == pytest.approx(float(wanted), rel=1e-4)
+    assert drift.along(hessian, 100) == pytest.approx(float(wanted) / 2, rel=1e-4)
+    assert drift.along(0 * hessian, 50) == 0
+
+
+def test_outputs_are_taken_where_that_saves_work():
+    assert takes_outputs(4096, 14336) and takes_outputs(32, 64)
+    assert not takes_outputs(4096, 4096) and not takes_outputs(33, 64)
+
+
+@pytest.mark.parametrize("weight", [None, torch.randn(9, 20, generator=torch.Generator().manual_seed(1))])
+def test_sums_are_the_same_to_the_bit_in_any_order(weight):
     parts = [inputs(tokens=10 + number, seed=number) for number in range(9)]
     found = []
     for order in (range(9), reversed(range(9)), (4, 2, 8, 0, 1, 7, 3, 5, 6)):
-        drift = Drift(20, "cpu")
+        drift = Drift(20, "cpu", rows=0 if weight is None else len(weight))
         for number in order:
-            drift.add(*parts[number])
+            drift.add(*parts[number], weight)
         found.append(drift._sum)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -87,3 +120,9 @@ def test_a_gpus_drift_is_as_exact_as_the_inputs_dtype(dtype, exact):
             drift.add(x[part], seen[part])
     wanted = (x.double() - seen.double()).T @ seen.double() / 4096
     assert (drift.mean(4096).double() - wanted).norm() / wanted.norm() < 1e-3
+    weight = torch.randn(300, 1100, device="cuda").to(dtype)
+    drift = Drift(1100, "cuda", exact=exact, rows=300)
+    for part in (slice(0, 1500), slice(1500, 4096)):
+        drift.add(x[part], seen[part], weight)
+    wanted = weight.double() @ wanted
+    assert (drift.mean(4096).double() - wanted).norm() / wanted.norm() < (2e-3 if dtype == torch.float32 else 1e-2)

@@ -23,7 +23,7 @@ def asymmetric_target(blocks: Tensor, drift: Tensor, factor: Factor, alpha: floa
 
     Args:
         blocks: W [B, rows, in], in the factor's dtype.
-        drift: C [in, in].
+        drift: C [in, in], or W·C of the blocks, [B, rows, in].
         factor: Of H + Λ = A·D·Aᵀ, in the order of visits.
         alpha: Share of the correction.
 
@@ -33,14 +33,17 @@ def asymmetric_target(blocks: Tensor, drift: Tensor, factor: Factor, alpha: floa
     order, upper, gain = factor.order[0], factor.rows[0], factor.gain[0]
     targets = torch.empty_like(blocks)
     if tensor_cores.usable(blocks):
-        left, back = drift.bfloat16().mT[order], order.argsort()
-        for target, block in zip(targets, blocks, strict=True):
-            x = tensor_cores.product(left, block.bfloat16().mT)
+        left, back = drift.bfloat16().mT[order] if drift.dim() == 2 else None, order.argsort()
+        for number, (target, block) in enumerate(zip(targets, blocks, strict=True)):
+            if left is None:
+                x = drift[number].mT[order].contiguous()
+            else:
+                x = tensor_cores.product(left, block.bfloat16().mT)
             _substitute(upper, gain, x)
             torch.add(block, x[back].mT, alpha=alpha, out=target)
         return targets
-    for target, block in zip(targets, blocks, strict=True):
-        x = (block @ drift)[:, order]
+    for number, (target, block) in enumerate(zip(targets, blocks, strict=True)):
+        x = (block @ drift if drift.dim() == 2 else drift[number])[:, order]
         x = torch.linalg.solve_triangular(upper, x, upper=True, left=False, unitriangular=True).div_(gain)
         x = torch.linalg.solve_triangular(upper.mT, x, upper=False, left=False, unitriangular=True)
         target.index_copy_(1, order, x).mul_(alpha).add_(block)

@@ -87,12 +87,14 @@ def solve(
         in_blocks: Solve the rows in blocks, as ranks that share them do; see `row_blocks`.
         config: bits, group_size, sym, desc_act, static_groups, damping, checkpoint_format, and the method's fields are
             read.
-        drift: C [in, in], the mean over tokens of (x − x̂) x̂ᵀ, in the Hessian's dtype, for `asymmetric_target`; None
-            rounds the weight itself.
+        drift: C [in, in], the mean over tokens of (x − x̂) x̂ᵀ, or W·C [out, in] if that is fewer rows, in the
+            Hessian's dtype, for `asymmetric_target`; None rounds the weight itself.
 
     Raises:
         ValueError: The weight, the Hessian or the drift is not finite, or a scale exceeds float16.
     """
+    if drift is not None and len(drift) < drift.shape[1]:
+        drift = divided(drift) if in_blocks else drift[None]
     return solve_blocks(divided(weight) if in_blocks else weight[None], hessian, config, drift).first(len(weight))
 
 
@@ -103,7 +105,7 @@ def solve_blocks(blocks: Tensor, hessian: Tensor, config: QuantizeConfig, drift:
         blocks: [B, rows, in].
         hessian: As for `solve`.
         config: As for `solve`.
-        drift: As for `solve`.
+        drift: C [in, in], or W·C of the blocks, [B, rows, in].
 
     Returns:
         The solution of all B·rows rows.

@@ -21,8 +21,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "best": {
         "damp_percent": 0.1,
         "clip_ratios": (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45),
-        "clip_candidates": 2,
-        "scale_rounds": 3,
+        "clip_candidates": 1,
+        "scale_rounds": 2,
         "refit_rounds": 3,
         "asymmetric_alpha": 0.5,
     },

@@ -6,7 +6,7 @@ Tested by tests/quantize/test_asymmetric.py: with both walks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -17,7 +17,7 @@ from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.float_tokens import FloatTokens
-from gptq_plugin.walk.drift import Drift
+from gptq_plugin.walk.drift import Drift, takes_outputs
 from gptq_plugin.walk.groups import Group
 
 # The mean of (x − x̂)·x̂ to that of x̂·x̂. Noise that is as large as x gives -1/2, rows of other tokens about -1. On
@@ -36,15 +36,18 @@ class Drifts:
     An expert gets other tokens in the float model than in the quantized one. So the rows of its layers that read tokens
     are paired with what the float model gives its block for these; layers behind those are rounded as they are.
 
+    A layer that reads its input alone, and has few outputs for that, gets the drift of its float outputs.
+
     Args:
         plan: The layers.
         device: Where the sums live.
         exact: See `Drift`.
+        weight_of: The weight [out, in] that a layer runs with, on the device; called while its batches run.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, exact: bool) -> None:
-        self._device, self._exact = device, exact
-        self._widths = {target.name: target.shape[1] for target in plan.targets}
+    def __init__(self, plan: Plan, device: torch.device, exact: bool, weight_of: Callable[[Target], Tensor]) -> None:
+        self._device, self._exact, self._weight_of = device, exact, weight_of
+        self._targets = {target.name: target for target in plan.targets}
         self._wanted = {target.name for target in plan.targets if target.config.asymmetric_alpha}
         self._experts = {target.name: experts_of(target.name, target.module) for target in plan.targets}
         self._tokens = FloatTokens()
@@ -71,7 +74,9 @@ class Drifts:
             original = original.reshape(flat.shape) if original is not None and same else None
         if original is not None:
             counted = original if rows.mask is None else original[rows.mask]
-            self._of(group).add(rows.weighted(counted), rows.weighted(rows.counted))
+            first = self._targets[group.names[0]]
+            weight = self._weight_of(first) if self._rows(group) else None
+            self._of(group).add(rows.weighted(counted), rows.weighted(rows.counted), weight)
 
     def watching(self, sources: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
         """Takes in what enters blocks of experts while batches run.
@@ -85,7 +90,9 @@ class Drifts:
     def mean(
         self, group: Group, hessian: Tensor, tokens: int, weight: int, *, paired: bool
     ) -> tuple[Tensor | None, tuple[str, ...]]:
-        """The mean drift of a group's input over all ranks' tokens, and sentences for the report. Collective.
+        """The mean drift of a group over all ranks' tokens, as `solver.solve` takes it, and sentences for the report.
+
+        Collective.
 
         Args:
             group: Forgotten afterwards.
@@ -102,11 +109,11 @@ class Drifts:
         drift = self._of(group)
         self.discard(group)
         drift.over_ranks()
-        mean, missing = drift.mean(weight), tokens - drift.tokens
-        if mean.trace() < -_MOST * hessian.trace():
+        missing = tokens - drift.tokens
+        if drift.along(hessian, weight) < -_MOST:
             return None, ("asymmetric_alpha is not applied: its inputs have little to do with the float model's",)
         told = (f"{missing} of {tokens} tokens have no counterpart in the float model: taken as not drifted",)
-        return mean, told[: missing > 0]
+        return drift.mean(weight), told[: missing > 0]
 
     def discard(self, group: Group) -> None:
         """Drops what is known of a group."""
@@ -122,5 +129,11 @@ class Drifts:
 
     def _of(self, group: Group) -> Drift:
         if group.names not in self._sums:
-            self._sums[group.names] = Drift(self._widths[group.names[0]], self._device, exact=self._exact)
+            width, rows = self._targets[group.names[0]].shape[1], self._rows(group)
+            self._sums[group.names] = Drift(width, self._device, exact=self._exact, rows=rows)
         return self._sums[group.names]
+
+    def _rows(self, group: Group) -> int:
+        """Outputs of a group whose drift is summed up; 0 if it is its input's."""
+        rows, width = self._targets[group.names[0]].shape
+        return rows if len(group.names) == 1 and takes_outputs(rows, width) else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -41,6 +41,7 @@ class Observations:
         plan: The layers.
         positions: Knows which rows of an input count.
         device: Where the Hessians live.
+        weight_of: As for `Drifts`.
         exact: Their sums depend on neither order nor ranks.
         calls: Of experts that are called at once, by name.
 
@@ -54,6 +55,7 @@ class Observations:
         plan: Plan,
         positions: Positions,
         device: torch.device,
+        weight_of: Callable[[Target], Tensor],
         exact: bool = True,
         calls: Mapping[str, Grouped] | None = None,
     ) -> None:
@@ -67,7 +69,7 @@ class Observations:
         self._experts = ExpertHessians(device, exact)
         self._calls = calls or {}
         self._grouped = GroupedEvidence(self._calls, device, exact, self.ranges)
-        self._drifts = Drifts(plan, device, exact)
+        self._drifts = Drifts(plan, device, exact, weight_of)
         self._remarks: dict[tuple[str, str], int] = defaultdict(int)  # batches, by layer and remark
         self._read_tokens: set[str] = set()  # experts' layers, see `positions.Rows`
         self._weights: GradientWeights | None = None

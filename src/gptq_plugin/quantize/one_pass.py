@@ -88,7 +88,9 @@ class OnePass:
         self._positions = Positions(plan.model, calibration.batches, plan.config.token_weighting)
         self.runs = BatchRuns(plan, calibration, self._positions, options, at_once=True)
         self._exact = options.sums_exactly(self.runs.device)
-        self._observations = Observations(plan, self._positions, self.runs.device, self._exact, self.runs.at_once)
+        self._observations = Observations(
+            plan, self._positions, self.runs.device, self._present, self._exact, self.runs.at_once
+        )
         self._finished = FinishedLayers(plan.targets[0].parameter.device, options.layers_in)
         self._outcome = Outcome(plan)
         self._kept = KeptPass(options.kept(), self._targets, self.runs.device, self._exact)
@@ -205,6 +207,9 @@ class OnePass:
             if self._identity is not None and not self._outcome.solved:
                 self._identity.see_first(batch, x)
             self._observations.observe(group, batch, x)
+
+    def _present(self, target: Target) -> Tensor:
+        return self.runs.weights.present(target)
 
     def _observe_experts(self, experts: str, rows: Tensor) -> None:
         with self.runs.activations.untracked():

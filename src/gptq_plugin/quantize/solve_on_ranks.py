@@ -51,6 +51,8 @@ def solve_shared(
     starts = [min(one * share, len(blocks) - share) for one in range(sharers)]
     begin = starts[min(rank, sharers - 1)]
     own = blocks[begin : begin + share]
+    if drift is not None and len(drift) < drift.shape[1]:
+        drift = divided(drift)[begin : begin + share]
     mine = with_room(lambda: solve_blocks(own, hessian, config, drift), make_room)
     w, rows = mine.weight, blocks.shape[1]
     values = [mine.loss, mine.rtn_loss, mine.output_power, w.scales.T, w.codes, w.zeros.T]

@@ -1,4 +1,4 @@
-"""The running sum of (x − x̂) x̂ᵀ over calibration tokens: `Drift`."""
+"""The running sum of (x − x̂) x̂ᵀ over calibration tokens, or of W (x − x̂) x̂ᵀ: `Drift`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from gptq_plugin.device.precision import full_precision
 from gptq_plugin.kernels import exact_sums
 
 _STRIP = 1024  # rows of a product at a time
+_SAMPLED = 1024  # inputs whose products with themselves are summed up apart
+
+
+def takes_outputs(rows: int, in_features: int) -> bool:
+    """True if W (x − x̂) x̂ᵀ takes less work than (x − x̂) x̂ᵀ for a W [rows, in]; that it has fewer rows tells it apart."""
+    return 2 * rows <= in_features
 
 
 class Drift:
@@ -23,23 +29,28 @@ class Drift:
         in_features: Width of the layer's input.
         device: Device of the sum; inputs must be there too.
         exact: Add float32 products exactly.
+        rows: Rows of the weight W that `add` gets: the sum is of W (x − x̂) x̂ᵀ then; 0 for none.
 
     Attributes:
         tokens: Rows counted so far.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str, *, exact: bool = True):
+    def __init__(self, in_features: int, device: torch.device | str, *, exact: bool = True, rows: int = 0):
         self.tokens = 0
         self._exact = exact
-        self._sum = torch.zeros(
-            in_features, in_features, dtype=torch.float64 if exact else torch.float32, device=device
-        )
+        self._step = max(1, in_features // _SAMPLED)
+        height, dtype = rows or in_features, torch.float64 if exact else torch.float32
+        self._sums = torch.zeros(height * in_features + 1, dtype=dtype, device=device)  # for ranks in one message
+        self._sum, self._along = self._sums[:-1].view(height, in_features), self._sums[-1]
 
-    def add(self, x: Tensor, seen: Tensor) -> None:
+    def add(self, x: Tensor, seen: Tensor, weight: Tensor | None = None) -> None:
         """Adds rows [tokens, in] of the float model's input and of the quantized model's, in one dtype.
 
         16-bit inputs on a GPU are subtracted in their dtype, which rounds the difference to its precision, and
-        multiplied without conversion; others in float32 without TF32.
+        multiplied without conversion, by the weight too; others in float32 without TF32.
+
+        Args:
+            weight: W [rows, in], if the sum has it.
         """
         self.tokens += x.shape[0]
         if not x.shape[0]:
@@ -48,9 +59,12 @@ class Drift:
             narrow = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
             seen = seen if narrow else seen.float()
             away = x - seen if narrow else x.float() - seen
+            self._along += (away[:, :: self._step].float() * seen[:, :: self._step].float()).sum()
+            if weight is not None:
+                away = away @ weight.detach().to(away.dtype).T
             if self._exact:
                 squares = torch.cat([seen.float().square().sum(0), away.float().square().sum(0)])
-            for start in range(0, x.shape[1], _STRIP):
+            for start in range(0, away.shape[1], _STRIP):
                 strip, left = self._sum[start : start + _STRIP], away[:, start : start + _STRIP].T
                 if not self._exact and narrow:
                     torch.addmm(strip, left, seen, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
@@ -64,8 +78,18 @@ class Drift:
     def over_ranks(self) -> None:
         """Adds up the sums and the tokens of all ranks, on every rank."""
         if distributed.active():
-            self.tokens = distributed.sum_(self._sum, self.tokens)
+            self.tokens = distributed.sum_(self._sums, self.tokens)
 
     def mean(self, tokens: int) -> Tensor:
-        """The sum divided by a number of tokens, float32 [in, in]."""
+        """The sum divided by a number of tokens, float32 [in, in], or [rows, in] with a weight."""
         return (self._sum / max(1, tokens)).float()
+
+    def along(self, hessian: Tensor, tokens: int) -> float:
+        """The mean of (x − x̂)·x̂ over that of x̂·x̂, of the inputs that are sampled.
+
+        Args:
+            hessian: The mean of x̂ x̂ᵀ, [in, in].
+            tokens: As for `mean`.
+        """
+        power = hessian.diagonal()[:: self._step].sum().double()
+        return float(self._along.double() / max(1, tokens) / power) if power > 0 else 0.0

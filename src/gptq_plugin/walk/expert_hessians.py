@@ -36,7 +36,7 @@ class Evidence:
         mean: Mean of x xᵀ, [in, in].
         tokens: Number of the layer's own tokens, over all ranks.
         damp_percent: Least damping to solve with.
-        drift: Mean of (x − x̂) x̂ᵀ, [in, in]; None for a target that is the weight itself.
+        drift: C, or W·C, as `solver.solve` takes it; None for a target that is the weight itself.
         deviations: Sentences for the report.
     """
 
