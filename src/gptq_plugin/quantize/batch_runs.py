@@ -130,10 +130,6 @@ class BatchRuns:
             yield
         self.weights.present(self._used[name])
 
-    def present(self, target: Target) -> torch.Tensor:
-        """The weight [out, in] that a layer runs with now, on the device."""
-        return self.weights.present(target)
-
     def not_finite(self, inputs: Mapping[int, torch.Tensor]) -> list[int]:
         """Numbers of the batches whose inputs, by their forwards' numbers, hold NaN or infinity."""
         found: dict[int, None] = {}

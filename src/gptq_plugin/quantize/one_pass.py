@@ -88,8 +88,10 @@ class OnePass:
         self._positions = Positions(plan.model, calibration.batches, plan.config.token_weighting)
         self.runs = BatchRuns(plan, calibration, self._positions, options, at_once=True)
         self._exact = options.sums_exactly(self.runs.device)
-        known, present = (plan, self._positions, self.runs.device), self.runs.present
-        self._observations = Observations(*known, present, self._exact, self.runs.at_once)
+        self._observations = Observations(
+            plan, self._positions, self.runs.device, lambda target: self.runs.weights.present(target), self._exact,
+            self.runs.at_once,
+        )  # fmt: skip
         self._finished = FinishedLayers(plan.targets[0].parameter.device, options.layers_in)
         self._outcome = Outcome(plan)
         self._kept = KeptPass(options.kept(), self._targets, self.runs.device, self._exact)
@@ -284,7 +286,7 @@ class OnePass:
             self._options.progress(len(self._outcome.solved), len(self._targets), _names(targets))
 
     def _solve(self, same: list[Target], evidence: Evidence, stop: lockstep.Stop) -> Solution:
-        weights = [self.runs.present(target) for target in same]
+        weights = [self.runs.weights.present(target) for target in same]
         config = same[0].config
         if evidence.damp_percent > config.damp_percent:
             config = dataclasses.replace(config, damp_percent=evidence.damp_percent)

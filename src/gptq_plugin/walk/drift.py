@@ -14,7 +14,7 @@ _SAMPLED = 1024  # inputs whose products with themselves are summed up apart
 
 
 def takes_outputs(rows: int, in_features: int) -> bool:
-    """True if W (x − x̂) x̂ᵀ takes less work than (x − x̂) x̂ᵀ for a W [rows, in]; that it has fewer rows tells it apart."""
+    """True if W (x − x̂) x̂ᵀ takes less work than (x − x̂) x̂ᵀ for a W [rows, in]; its fewer rows tell it apart."""
     return 2 * rows <= in_features
 
 
