@@ -212,6 +212,16 @@ def test_an_error_behind_the_blocks_leaves_the_quantized_model_as_it_was(monkeyp
     assert same(state_of(model), before) and quantizer.report.finish is None
 
 
+def test_a_block_whose_error_rises_at_first_is_trained_to_the_end_unless_patience_is_given():
+    rough = {**BLOCKS, "block_code_learning_rate": 0.5, "judgements": 20, "block_steps": 40}
+    steps = {}
+    for patience in (None, 2):
+        model, twin, quantizer = quantized()
+        record = quantizer.finish(model, twin, rows(), Finish(**rough, patience=patience))
+        steps[patience] = [one.steps for one in record.blocks]
+    assert set(steps[None]) == {40} and min(steps[2]) < 40
+
+
 def test_ctrl_c_in_a_block_keeps_its_best_and_leaves_the_later_ones(monkeypatch):
     original, presses = block_training.BlockTraining._learn, iter([True])
 

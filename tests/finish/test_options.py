@@ -49,6 +49,12 @@ def test_it_asks_for_samples_to_train_on_and_to_judge_on():
     assert Finish(nsamples=50, held_out=20).data_config(config).nsamples == 70
 
 
+def test_training_of_codes_ends_early_only_where_patience_is_given():
+    assert Finish().patience_with(codes=False) == 4
+    assert Finish("full", judgements=10).patience_with(codes=True) > 10
+    assert {Finish("blocks", patience=2).patience_with(codes=codes) for codes in (True, False)} == {2}
+
+
 def test_it_is_plain_values_and_back():
     finish = Finish(steps=7, nsamples=9)
     assert Finish(**finish.to_dict()) == finish

@@ -72,7 +72,8 @@ class BlockTraining(Descent):
         options: Finish,
         device: torch.device,
     ) -> None:
-        pace = Pace(options.block_steps, options.tokens_per_step, options.judgements, options.patience, options.seed)
+        patience = options.patience_with(codes=bool(student.latent))
+        pace = Pace(options.block_steps, options.tokens_per_step, options.judgements, patience, options.seed)
         super().__init__(student, _rates(student, options), [one.positions for one in tasks], pace, device)
         self._block, self._tasks, self._held_out = block, tasks, held_out
         self._unit = _unit([*tasks, *held_out.values()], device)

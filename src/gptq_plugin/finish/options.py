@@ -11,6 +11,7 @@ from gptq_plugin.options import fields
 
 KINDS = ("none", "scales", "blocks", "full")
 _FEWEST_BITS = 2  # at which codes are trained faster
+_PATIENCE = 4
 
 _RATE = fields.Kind("a number in (0, 1)", lambda value: fields.is_number(value) and 0 < value < 1)
 _KINDS = {
@@ -28,7 +29,7 @@ _KINDS = {
     "held_out": fields.integer(1),
     "batch_size": fields.integer(1),
     "judgements": fields.integer(1),
-    "patience": fields.integer(1),
+    "patience": fields.optional(fields.integer(1), "4 where scales are trained alone"),
     "top_logits": fields.integer(1),
     "task_weight": fields.share(),
     "checkpoint_activations": fields.optional(fields.SWITCH, "once memory is short"),
@@ -62,7 +63,9 @@ class Finish:
         held_out: Samples beside them that are judged on. Of fewer samples than asked, they are a quarter at most.
         batch_size: Samples in a forward.
         judgements: How often the held-out samples are judged in `steps`, evenly spaced; and in a block's.
-        patience: So many judgements without a new best end the training.
+        patience: So many judgements without a new best end the training. None is 4 where scales are trained, and none
+            where codes are: the held-out loss of those may rise at first, and falls as
+            the learning rate does.
         top_logits: Tokens a position whose probabilities in the float model are kept, in 8 bytes each, on the CPU; the
             others count as one.
         task_weight: The share of the run's own loss in what is trained behind the blocks, beside the divergence, which
@@ -89,7 +92,7 @@ class Finish:
     held_out: int = 32
     batch_size: int = 4
     judgements: int = 10
-    patience: int = 4
+    patience: int | None = None
     top_logits: int = 128
     task_weight: float = 0.0
     checkpoint_activations: bool | None = None
@@ -122,6 +125,11 @@ class Finish:
         """That of its codes."""
         usual = 2e-3 if bits <= _FEWEST_BITS else 1e-3
         return usual if self.block_code_learning_rate is None else self.block_code_learning_rate
+
+    def patience_with(self, codes: bool) -> int:
+        """Judgements without a new best that end a training of codes, or of scales alone."""
+        usual = self.judgements + 1 if codes else _PATIENCE
+        return usual if self.patience is None else self.patience
 
     def data_config(self, config: QuantizeConfig) -> QuantizeConfig:
         """The configuration by which the finish takes its samples, those held out included.

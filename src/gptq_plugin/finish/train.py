@@ -52,7 +52,8 @@ class Training(Descent):
         held_out: Mapping[int, Lesson],
         options: Finish,
     ) -> None:
-        pace = Pace(options.steps, options.tokens_per_step, options.judgements, options.patience, options.seed)
+        patience = options.patience_with(codes=bool(student.latent))
+        pace = Pace(options.steps, options.tokens_per_step, options.judgements, patience, options.seed)
         rates = [
             (student.ratios, options.learning_rate),
             (list(student.latent.values()), options.code_learning_rate),
