@@ -31,6 +31,7 @@ from gptq_plugin.hf.surroundings import (
     weights_saved_on_failure,
 )
 from gptq_plugin.hf.validation import Validate, Validation
+from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import ModelForward, PassOptions
@@ -209,6 +210,8 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             progress_like(args, state) as progress,
             back_on(trained, args.device),
         ):
+            with streamed_to(trained.module, trained.device):
+                quality = self.validation.of_float_model()
             module = _without_adapters(trained.module, merged_in_place)
             options = PassOptions(
                 forward=self.calibration_forward(args),
@@ -224,7 +227,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 options=options,
                 keep=keep,
                 layers_in=None if trained.files is None else trained.files.layers,
-                quality=self.validation.of_float_model(),
+                quality=quality,
                 finish=self.finish_run(
                     lambda: self.calibration_data(training["train_dataloader"]), _as_in_training(self.task_loss, args)
                 ),
