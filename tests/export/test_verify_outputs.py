@@ -41,7 +41,7 @@ def test_one_calibration_sample_goes_through_the_model_and_the_export(checkpoint
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "forward", watching)
         quantizer.export(model, tmp_path / "out")
-    assert shapes == [(True, (1, LENGTH))] * 3 + [(False, (1, LENGTH))]
+    assert shapes == [(True, (1, LENGTH))] * 2 + [(False, (1, LENGTH))]
     assert "not run" not in caplog.text and "not compared" not in caplog.text
 
 

@@ -64,4 +64,5 @@ def test_layers_dequantized_together_have_the_values_of_layers_dequantized_alone
     found = dequantized_layers(layers, dtypes, torch.device("cpu"))
     assert len(found) == len(layers) == 11
     for layer, dtype, values in zip(layers, dtypes, found, strict=True):
-        assert values.dtype == dtype and torch.equal(values, layer.dequantize(dtype))
+        alone = layer.dequantize(dtype)
+        assert values.dtype == dtype and torch.equal(values, alone) and values.stride() == alone.stride()

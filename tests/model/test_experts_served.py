@@ -81,6 +81,16 @@ def test_tokens_have_the_outputs_of_transformers_forward(kind, tokens, taken):
     assert taken == ([2 * tokens] if tokens < 200 else [])
 
 
+@torch.no_grad()
+def test_a_compiled_model_calls_them_as_they_are(taken):
+    made, x = block(), torch.randn(1, 7, 64)
+    wanted = output(made, x)
+    with unfused(made):
+        compiled = torch.compile(served(made), backend="eager")
+        torch.testing.assert_close(output(compiled, x), wanted, rtol=1e-4, atol=1e-5)
+    assert taken == [14]
+
+
 @pytest.mark.parametrize("why", ["gradients", "biases", "experts in one parameter"])
 def test_everything_else_goes_through_transformers_forward(why, taken):
     made, x = block("gpt_oss" if why == "biases" else "qwen3_moe"), torch.randn(1, 7, 64)

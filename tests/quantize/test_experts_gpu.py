@@ -116,6 +116,7 @@ def test_an_expert_that_no_token_reached_takes_the_blocks_tokens_or_is_rounded()
         made = mixture()
         with torch.no_grad():
             made.model.embed_tokens.weight[:, 0] = 5.0
+            made.model.layers[0].self_attn.o_proj.weight[0] = 0  # so that it stays there
             made.model.layers[0].mlp.gate.weight[3] = 0
             made.model.layers[0].mlp.gate.weight[3, 0] = -50.0
         return made.to("cuda")

@@ -7,6 +7,7 @@ code that shares nothing with the code that wrote them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import TENSORS
 
 _CHECKED_ROWS = 32  # output channels of every layer that are decoded again from the file
+_THREADS = 4  # which verify a layer each: small operations leave most of a CPU idle
 _COMPARED = 2**26  # bytes of a tensor that are compared at a time
 
 
@@ -45,8 +47,9 @@ def verify(
     lost = [name for name, layer in layers.items() if layer not in found]
     if lost or len(stored_names) != len(checkpoint.layers):
         raise ExportError(f"the export does not read back: {', '.join(lost) or 'a layer'} is not in it")
-    for name, stored_name in stored_names.items():
-        _verify_layer(checkpoint, stored_name, layers[name])
+    with ThreadPoolExecutor(_THREADS, "verify") as pool:  # of an error, the first in their order is raised
+        for _ in pool.map(lambda name: _verify_layer(checkpoint, stored_names[name], layers[name]), stored_names):
+            pass
     there = set(checkpoint.float_names)
     for name, tensor in floats.items():
         if name in there and not _equal(checkpoint.read(name), tensor):

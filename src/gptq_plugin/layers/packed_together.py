@@ -56,7 +56,7 @@ def dequantized(solved: Solutions, dtype: torch.dtype) -> Tensor:
         from gptq_plugin.kernels.values import values_of  # imported here: needs Triton
 
         return values_of(solved.codes, solved.zeros, solved.scales, solved.g_idx, dtype)
-    return _values(solved.codes, solved.zeros, solved.scales, solved.g_idx, dtype)
+    return _values(solved.codes, solved.zeros, solved.scales, solved.g_idx, dtype).contiguous()
 
 
 def dequantized_layers(
@@ -111,12 +111,15 @@ def _dequantized(packed: Sequence[Sequence[Tensor]], bits: int, dtype: torch.dty
 
 
 def _values(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of B matrices, [B, rows, in]; the arguments as in `Solutions`, codes and zeros of any integer dtype."""
+    """Of B matrices, [B, rows, in], as views in the order in which `dequantize` has them.
+
+    The arguments are as in `Solutions`, codes and zeros of any integer dtype.
+    """
     group = g_idx.long()[:, :, None]
     values = codes.float()
     values -= zeros.float().take_along_dim(group, 1)
     values *= scales.float().take_along_dim(group, 1)
-    return values.to(dtype).mT.contiguous()
+    return values.to(dtype).mT
 
 
 def empty_layer(

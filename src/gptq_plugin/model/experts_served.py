@@ -19,11 +19,15 @@ _OTHERS = "grouped_mm"  # transformers' own
 
 
 def register() -> None:
-    """Tells transformers, if it is imported, of the implementation, as whoever chooses it has to."""
+    """Tells transformers, if it is imported, of the implementation, as whoever chooses it has to.
+
+    `torch.compile` leaves it as it is: it would trace the layers of all experts one by one.
+    """
     if "transformers" in sys.modules:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+        if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+            ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(forward))
 
 
 def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
