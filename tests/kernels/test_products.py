@@ -101,7 +101,7 @@ def test_the_triton_kernels_of_the_layout_are_the_formula(bits, size, symmetric,
     weight = make_weight(bits, *size, symmetric, device)
     # The interpreter is slow, and wrong in bfloat16.
     tiles = ((1, 8, 1), (3, 8, 4), (17, 16, 2), (70, 64, 1), (70, 64, 2))
-    everything = itertools.product(TOLERANCE.keys() - {torch.float64}, tiles)
+    everything = [*itertools.product((torch.float16, torch.bfloat16), tiles), (torch.float32, (17, 16, 2))]
     for dtype, (rows, block, split) in everything if device == "cuda" else ((torch.float16, (3, 8, 2)),):
         assert torch.equal(dense(weight.layout, weight.arranged, dtype).cpu(), weight.value.to(dtype))
         x = torch.randn(rows, size[0], dtype=dtype, device=device)
@@ -109,12 +109,6 @@ def test_the_triton_kernels_of_the_layout_are_the_formula(bits, size, symmetric,
         out = torch.full((rows, size[1]), NAN, dtype=dtype, device=device)
         few_rows(x, weight.layout, weight.arranged, bias, out, workspace_of(x.device), BM=block, SPLIT=split)
         check(out, x, weight, bias)
-        if split > 1 and weight.layout.outputs > 64 and dtype == torch.float16:  # the last tiles only
-            again = torch.full_like(out, NAN)
-            options = {"BM": block, "SPLIT": split, "TAIL": 1}
-            few_rows(x, weight.layout, weight.arranged, bias, again, workspace_of(x.device), **options)
-            assert torch.equal(again[:, 64:], out[:, 64:])
-            check(again, x, weight, bias)
 
 
 @triton_device
@@ -214,7 +208,7 @@ def test_the_product_of_many_rows_is_the_formula(symmetric, dtype):
             16,
             "few_rows BM=16 STAGES=5",
             "few_rows BM=16 SPLIT=4",
-            "few_rows BM=8 SPLIT=3 TAIL=20",
+            "few_rows BM=8 SPLIT=2",
             "by_warps BM=16 WAYS=8",
         ),
         (200, "few_rows BM=64 warps=4", "many_rows", "many_rows BM=128 STAGES=8 SPLIT=2", "few_rows BM=64 SPLIT=4"),

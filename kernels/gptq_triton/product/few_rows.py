@@ -49,23 +49,11 @@ def _few_rows_kernel(
     x, words, scales, zeros, bias, out, parts, counters, M, N, K, stride, steps,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    tile, part, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = pm * tl.num_programs(0) + tile  # of shared tiles
-    shared = True
-    if TAIL:
-        alone = tl.num_programs(0) - TAIL * SPLIT  # tiles
-        shared = tile >= alone
-        program = tl.maximum(tile - alone, 0)
-        part = program % SPLIT
-        slot = pm * TAIL + program // SPLIT
-        tile = tl.where(shared, alone + program // SPLIT, tile)
-    begin, end = part * steps // SPLIT, (part + 1) * steps // SPLIT
-    if TAIL:
-        end = tl.where(shared, end, steps)
-    n = tile * BN + tl.arange(0, BN)
+    pn, part, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = pn * BN + tl.arange(0, BN)
     m = pm * BM + tl.arange(0, BM)
     lane = tl.arange(0, LANES)[None, :]
     at = n[:, None] * LANES + lane
@@ -73,42 +61,28 @@ def _few_rows_kernel(
     there = (m < M)[:, None]
     if EARLY:
         for i in tl.static_range(EARLY - 2):
-            if begin + i < end:
+            early = part * steps // SPLIT + i
+            if early < (part + 1) * steps // SPLIT:
                 announce(
-                    words,
-                    scales,
-                    zeros,
-                    begin + i,
-                    tile * BN,
-                    stride,
-                    BITS,
-                    LANES,
-                    PLANES,
-                    BLOCKS,
-                    GROUP,
-                    SYMMETRIC,
-                    BN,
+                    words, scales, zeros, early, pn * BN, stride, BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, BN
                 )
         wait()
         if EARLY > 1:
             let_go()
     acc = tl.zeros((BN, BM), tl.float32)
-    for step in tl.range(begin, end, num_stages=STAGES):
+    for step in tl.range(part * steps // SPLIT, (part + 1) * steps // SPLIT, num_stages=STAGES):
         acc = add_step(
             acc, row, words, scales, zeros, step, steps, at, n, there, lane, K, stride,
             BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE,
         )  # fmt: skip
     if EARLY == 1:
         let_go()
-    if shared:
-        store_sum(acc, bias, out, parts, counters, n, m, M, N, slot, part, HAS_BIAS, BN, BM, SPLIT)
-    else:
-        store_sum(acc, bias, out, parts, counters, n, m, M, N, 0, 0, HAS_BIAS, BN, BM, 1)
+    store_sum(acc, bias, out, parts, counters, n, m, M, N, pm * tl.num_programs(0) + pn, part, HAS_BIAS, BN, BM, SPLIT)
 
 
 def few_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2, EARLY: int = 0, TAIL: int = 0,
+    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32.
 
@@ -124,19 +98,15 @@ def few_rows(
         warps: Of a program.
         EARLY: 1 to begin while a product before ends, and let one after it do so; 2 or more to let it once this one has
             begun, with the words of EARLY - 2 steps fetched into the L2 cache before. See `in_turn`.
-        TAIL: Tiles of outputs, the last ones, that are shared; 0 for all. The programs of the others begin first, and
-            the parts fill what those leave of a GPU.
     """
     rows = len(x)
-    across, down = layout.outputs // BN, triton.cdiv(rows, BM)
-    shared = (TAIL or across) * down
-    parts, counters = workspace.of(shared, shared * SPLIT * BN * BM) if SPLIT > 1 else (out, out)
-    grid = (across - TAIL + TAIL * SPLIT, 1, down) if TAIL else (across, SPLIT, down)
-    _few_rows_kernel[grid](
+    tiles = layout.outputs // BN * triton.cdiv(rows, BM)
+    parts, counters = workspace.of(tiles, tiles * SPLIT * BN * BM) if SPLIT > 1 else (out, out)
+    _few_rows_kernel[(layout.outputs // BN, SPLIT, triton.cdiv(rows, BM))](
         x, arranged.words, arranged.scales, arranged.zeros, bias, out, parts, counters,
         rows, layout.n_out, layout.n_in, arranged.stride, layout.steps,
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,
-        BN=BN, BM=BM, SPLIT=SPLIT, TAIL=TAIL, STAGES=STAGES, EARLY=EARLY,
+        BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, EARLY=EARLY,
         num_warps=warps, num_stages=STAGES, **launch(EARLY),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The layout in which the product's kernels read a weight, in plain PyTorch: `Layout`, `arrange`, `restore`.
 
-The inputs of a weight are cut into blocks, a block into planes of 64 channels (32 if a group has 32, and of 3 and 2
-bits, so that a step is not too long)::
+The inputs of a weight are cut into blocks, a block into planes of 64 channels (32 if a group has 32, and of 3
+bits, so that a step is no longer than of 2)::
 
     words   int16 [blocks, N, lanes]       plane j of word i of block b is input (b * planes + j) * lanes + i
     scales  int32 [steps, pairs, N]        float16 scales of two groups that follow each other, the earlier one low
@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def lanes(self) -> int:
-        return min(self.group, 32 if self.bits <= 3 else 64)
+        return min(self.group, 32 if self.bits == 3 else 64)
 
     @property
     def planes(self) -> int:

@@ -69,7 +69,7 @@ def fits(choice: Choice, layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu
 
 
 def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
-    BN, BM, SPLIT, STAGES, warps, TAIL = (options[name] for name in ("BN", "BM", "SPLIT", "STAGES", "warps", "TAIL"))
+    BN, BM, SPLIT, STAGES, warps = (options[name] for name in ("BN", "BM", "SPLIT", "STAGES", "warps"))
     return (
         _early_fits(gpu, options)
         and rows <= rule.FEW_ROWS_TILED
@@ -77,7 +77,6 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
         and layout.outputs % BN == 0
         and BM in (8, 16, 32, 64, 128)
         and 1 <= SPLIT <= layout.steps
-        and 0 <= TAIL <= (layout.outputs // BN if SPLIT > 1 else 0)
         and 1 <= STAGES <= 8
         and warps in (1, 2, 4, 8)
         and _shared_of_few(layout, dtype, BN, BM, STAGES, gpu.hopper) <= gpu.shared

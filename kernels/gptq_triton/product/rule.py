@@ -56,7 +56,7 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
         "BM": block,
         "SPLIT": split,
         "STAGES": stages,
-        "warps": 2 if block <= 16 and (layout.bits != 3 or (split == 1 and block == 8)) else 4,
+        "warps": 2 if block <= 16 and (layout.bits != 3 or layout.group == 128) else 4,  # two would spill
         "EARLY": int(gpu.hopper and (split == 1 or block == 64)),  # with parts, a next product takes room of the last
     }
 
