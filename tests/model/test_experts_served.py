@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 import subprocess
+import weakref
 from typing import Any
 
 import pytest
@@ -79,6 +80,17 @@ def test_tokens_have_the_outputs_of_transformers_forward(kind, tokens, taken):
     with unfused(made):
         torch.testing.assert_close(output(served(made), x), wanted, rtol=1e-4, atol=1e-5)
     assert taken == ([2 * tokens] if tokens < 200 else [])
+
+
+@torch.no_grad()
+def test_while_the_second_product_waits_only_its_input_is_kept(taken):
+    made, alive = block(), []
+    with unfused(made):
+        up, down = (made.experts.__dict__[name].call for name in ("gate_up_proj", "down_proj"))
+        up.register_forward_hook(lambda module, args, y: alive.extend(map(weakref.ref, (args[0], y))))
+        down.register_forward_pre_hook(lambda module, args: alive.append([one() is None for one in alive]))
+        output(served(made), torch.randn(1, 7, 64))
+    assert taken and alive[-1] == [True, True]
 
 
 @torch.no_grad()

@@ -66,7 +66,8 @@ def _served(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor |
     found = (routing.sort_pairs if few else routing.sort_many)(chosen.contiguous(), len(up))
     used_as = "in, out" if module.is_transposed else "out, in"
     y = up.grouped_product(x[found.tokens], found.ends, used_as)
-    y = down.grouped_product(module._apply_gate(y), found.ends, used_as)
+    y = module._apply_gate(y)  # a batch may wait in the next product, and keeps no more than that takes
+    y = down.grouped_product(y, found.ends, used_as)
     return routing.combine(y.contiguous(), found.places, weights.contiguous()).to(x.dtype)
 
 
