@@ -5,7 +5,8 @@
 
 One `Trainer.fit` with four callbacks: 4 and 3 bits, each calibrated on training rows and on generic text (here the base
 model's training data), drawn in the same way. Every export is the merged, quantized model; the adapters stay float. The
-table shows how much of the training's gain in validation loss each export keeps.
+table shows how much of the training's gain in validation loss each export keeps. With `--finish scales blocks` the
+training rows also finish the model: its scales, or its codes too, are trained towards the fine-tuned model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gptq_plugin import GPTQCallback, QuantizeConfig, QuantizeModule
+from gptq_plugin import Finish, GPTQCallback, QuantizeConfig, QuantizeModule
 
 
 class FineTune(LightningModule):
@@ -61,6 +62,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens a row")
     parser.add_argument("--samples", type=int, default=64, help="rows that calibrate, and at most that validate")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument(
+        "--finish", nargs="*", default=[], help="kinds of a finish on the training rows: scales, blocks"
+    )
+    parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the training and of the choice of calibration rows")
     args = parser.parse_args()
     seed_everything(args.seed)
@@ -68,13 +73,21 @@ def main() -> None:
     train = rows(args.train, tokenizer, args.length, 8 * args.steps)
     valid = rows(args.valid, tokenizer, args.length, args.samples)
     generic = DataLoader(rows(args.generic, tokenizer, args.length, len(train)), batch_size=8)
+    held_out = len(train) // 8
+    common = {"nsamples": len(train) - held_out, "held_out": held_out, "batch_size": 8, "tokens_per_step": 1024}
+    tries = [("own", None, None), ("generic", generic, None)]
+    tries += [(f"own, finish of {kind}", None, Finish(kind, **common)) for kind in args.finish]
     callbacks = {}
     for bits in args.bits:
-        for source, data in (("own", None), ("generic", generic)):
+        for source, data, finish in tries:
             config = QuantizeConfig(bits=bits, group_size=128, nsamples=args.samples, seed=args.seed)
-            quantizer = QuantizeModule(config)
-            export = args.out / f"{bits}-bits-{source}"
-            callbacks[bits, source] = GPTQCallback(quantizer, export, calibration=data, tokenizer=tokenizer)
+            callbacks[bits, source] = GPTQCallback(
+                QuantizeModule(config),
+                args.out / f"{bits}-bits-{source}".replace(", ", "-").replace(" ", "-"),
+                calibration=data,
+                tokenizer=tokenizer,
+                finish=finish,
+            )
     module = FineTune(str(args.model), rank=16)
     trainer = Trainer(
         max_steps=args.steps,
@@ -85,7 +98,8 @@ def main() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        accelerator="cpu",
+        accelerator=args.accelerator,
+        devices=1,
     )
     loaders = [DataLoader(data, batch_size=8, shuffle=data is train) for data in (train, valid)]
     (before,) = trainer.validate(module, loaders[1], verbose=False)

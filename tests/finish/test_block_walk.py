@@ -14,28 +14,8 @@ from gptq_plugin.finish import block_training, finish_model, train
 from gptq_plugin.finish.block_walk import weights_of
 from gptq_plugin.finish.latent_codes import LatentCodes
 
-from finish_cases import FAST, divergence, quantized, rows, same, state_of
+from finish_cases import BLOCKS, changed, divergence, kinds_of, quantized, rows, same, state_of
 from models import tiny_gpt2, tiny_llama
-
-BLOCKS = {
-    **FAST,
-    "kind": "blocks",
-    "block_steps": 20,
-    "block_learning_rate": 3e-3,
-    "block_code_learning_rate": 0.01,
-    "code_learning_rate": 0.01,
-    "top_logits": 128,
-    "batch_size": 8,
-    "tokens_per_step": 192,
-}
-
-
-def changed(before, after):
-    return {name for name in after if not torch.equal(after[name], before[name])}
-
-
-def kinds_of(names):
-    return {name.rpartition(".")[2] if "norm" not in name and "ln_" not in name else "norm" for name in names}
 
 
 @pytest.mark.parametrize(
@@ -129,15 +109,6 @@ def test_full_trains_codes_behind_the_blocks_too_from_where_these_left_them(monk
     for name, layer in layers.items():
         assert not torch.equal(begun[name], floats[name])
         assert not torch.equal(begun[name], layer.dequantize())
-
-
-def test_two_runs_of_one_seed_give_the_same_bytes_and_another_seed_does_not():
-    states = []
-    for seed in (0, 0, 1):
-        model, twin, quantizer = quantized()
-        quantizer.finish(model, twin, rows(), Finish(**BLOCKS, seed=seed))
-        states.append(state_of(model))
-    assert same(states[0], states[1]) and not same(states[0], states[2])
 
 
 def test_inside_temporarily_the_model_teaches_itself_to_the_same_bytes_and_is_float_again_behind_it():
@@ -237,29 +208,6 @@ def test_ctrl_c_in_a_block_keeps_its_best_and_leaves_the_later_ones(monkeypatch)
     assert [one.steps for one in record.blocks] == [11] and "interrupted in model.layers.0" in record.reason
     assert record.steps == 0 and record.kept == (record.after < record.before)
     assert all(name.startswith("model.layers.0.") for name in changed(before, state_of(model)))
-
-
-def test_padding_is_neither_trained_nor_judged_on():
-    """Batches whose padding holds other tokens give the same bytes."""
-    states = []
-    for filler in (5, 99):
-        mask = (torch.arange(24) < torch.tensor([[24], [11], [17], [5]])).long()
-        batches = []
-        for number in range(10):
-            ids = torch.stack(rows(4, seed=number))
-            batches.append({"input_ids": torch.where(mask.bool(), ids, filler), "attention_mask": mask})
-        model, twin, quantizer = quantized(data=batches)
-        record = quantizer.finish(model, twin, batches, Finish(**BLOCKS))
-        assert record.blocks[0].best_step > 0 and record.held_out_tokens == 2 * (24 + 11 + 17 + 5)
-        states.append(state_of(model))
-    assert same(*states)
-
-
-def test_norms_stay_where_their_rate_is_0():
-    model, twin, quantizer = quantized()
-    before = state_of(model)
-    assert quantizer.finish(model, twin, rows(), Finish(**BLOCKS, norm_learning_rate=0)).kept
-    assert kinds_of(changed(before, state_of(model))) == {"qweight", "scales"}
 
 
 def test_blocks_and_layers_that_stay_float_are_passed_through():

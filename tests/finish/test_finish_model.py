@@ -78,41 +78,6 @@ def test_training_ends_where_held_out_samples_get_no_better():
     assert divergence(model, twin, rows()[32:]) == pytest.approx(record.after, rel=1e-4)  # not that of the last step
 
 
-def test_two_runs_of_one_seed_give_the_same_bytes_and_another_seed_does_not():
-    states = []
-    for seed in (0, 0, 1):
-        model, twin, quantizer = quantized()
-        quantizer.finish(model, twin, rows(), Finish(**FAST, seed=seed))
-        states.append(state_of(model))
-    assert same(states[0], states[1]) and not same(states[0], states[2])
-
-
-def test_norms_stay_where_their_rate_is_0():
-    model, twin, quantizer = quantized()
-    before = state_of(model)
-    assert quantizer.finish(model, twin, rows(), Finish(**FAST, norm_learning_rate=0)).kept
-    after = state_of(model)
-    assert {name for name in after if not torch.equal(after[name], before[name])} == {
-        name for name in after if name.endswith(".scales")
-    }
-
-
-def test_padding_is_neither_trained_nor_judged_on():
-    """Batches whose padding holds other tokens give the same bytes."""
-    states = []
-    for filler in (5, 99):
-        mask = (torch.arange(24) < torch.tensor([[24], [11], [17], [5]])).long()
-        batches = []
-        for number in range(10):
-            ids = torch.stack(rows(4, seed=number))
-            batches.append({"input_ids": torch.where(mask.bool(), ids, filler), "attention_mask": mask})
-        model, twin, quantizer = quantized(data=batches)
-        record = quantizer.finish(model, twin, batches, Finish(**FAST))
-        assert record.kept and record.held_out_tokens == 2 * (24 + 11 + 17 + 5)
-        states.append(state_of(model))
-    assert same(*states)
-
-
 def test_labels_choose_positions_where_the_quantizer_weights_tokens_by_labels():
     batches = []
     for number in range(10):

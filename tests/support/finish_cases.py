@@ -12,6 +12,18 @@ from gptq_plugin import QuantizeModule
 from models import tiny_llama
 
 FAST = {"steps": 12, "learning_rate": 0.01, "tokens_per_step": 200, "held_out": 8, "judgements": 4}
+BLOCKS = {
+    **FAST,
+    "kind": "blocks",
+    "block_steps": 20,
+    "block_learning_rate": 3e-3,
+    "block_code_learning_rate": 0.01,
+    "code_learning_rate": 0.01,
+    "top_logits": 128,
+    "batch_size": 8,
+    "tokens_per_step": 192,
+}
+KINDS = {"scales": FAST, "blocks": BLOCKS, "full": {**BLOCKS, "kind": "full"}}
 
 
 def rows(count=40, length=24, seed=0):
@@ -51,3 +63,11 @@ def divergence(model, twin, data):
     """The mean KL(twin || model) over all positions."""
     logs = [one(input_ids=torch.stack(data)).logits.double().log_softmax(-1) for one in (twin, model)]
     return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+def changed(before, after):
+    return {name for name in after if not torch.equal(after[name], before[name])}
+
+
+def kinds_of(names):
+    return {name.rpartition(".")[2] if "norm" not in name and "ln_" not in name else "norm" for name in names}
