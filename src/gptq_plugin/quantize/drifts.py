@@ -87,16 +87,13 @@ class Drifts:
         wanted = {self._experts[name] for name in self._wanted} if self._pairable else set()
         return self._tokens.watching({experts: module for experts, module in sources.items() if experts in wanted})
 
-    def mean(
-        self, group: Group, hessian: Tensor, tokens: int, weight: int, *, paired: bool
-    ) -> tuple[Tensor | None, tuple[str, ...]]:
+    def mean(self, group: Group, tokens: int, weight: int, *, paired: bool) -> tuple[Tensor | None, tuple[str, ...]]:
         """The mean drift of a group over all ranks' tokens, as `solver.solve` takes it, and sentences for the report.
 
         Collective.
 
         Args:
             group: Forgotten afterwards.
-            hessian: The group's, over all ranks.
             tokens: Those of the group, over all ranks. One without a partner in the float walk counts as if it had
                 not drifted.
             weight: Tokens in the group's Hessian, those of an expert's block included.
@@ -110,7 +107,7 @@ class Drifts:
         self.discard(group)
         drift.over_ranks()
         missing = tokens - drift.tokens
-        if drift.along(hessian, weight) < -_MOST:
+        if drift.along() < -_MOST:
             return None, ("asymmetric_alpha is not applied: its inputs have little to do with the float model's",)
         told = (f"{missing} of {tokens} tokens have no counterpart in the float model: taken as not drifted",)
         return drift.mean(weight), told[: missing > 0]

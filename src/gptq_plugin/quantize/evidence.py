@@ -155,7 +155,7 @@ class Observations:
         return self._experts.weighted_each(experts, reads, self._grouped.take(group, first.shape[1]))
 
     def _with_drift(self, group: Group, evidence: Evidence, weight: int, *, paired: bool) -> Evidence:
-        drift, told = self._drifts.mean(group, evidence.mean, evidence.tokens, weight, paired=paired)
+        drift, told = self._drifts.mean(group, evidence.tokens, weight, paired=paired)
         return replace(evidence, drift=drift, deviations=evidence.deviations + told)
 
     def of_unreached(self, experts: str, target: Target) -> Evidence:

@@ -10,7 +10,7 @@ from gptq_plugin.device.precision import full_precision
 from gptq_plugin.kernels import exact_sums
 
 _STRIP = 1024  # rows of a product at a time
-_SAMPLED = 1024  # inputs whose products with themselves are summed up apart
+_SAMPLED = 256  # tokens of a call whose drift is compared with their inputs, or up to twice as many
 
 
 def takes_outputs(rows: int, in_features: int) -> bool:
@@ -38,10 +38,9 @@ class Drift:
     def __init__(self, in_features: int, device: torch.device | str, *, exact: bool = True, rows: int = 0):
         self.tokens = 0
         self._exact = exact
-        self._step = max(1, in_features // _SAMPLED)
         height, dtype = rows or in_features, torch.float64 if exact else torch.float32
-        self._sums = torch.zeros(height * in_features + 1, dtype=dtype, device=device)  # for ranks in one message
-        self._sum, self._along = self._sums[:-1].view(height, in_features), self._sums[-1]
+        self._sums = torch.zeros(height * in_features + 2, dtype=dtype, device=device)  # for ranks in one message
+        self._sum, self._sampled = self._sums[:-2].view(height, in_features), self._sums[-2:]
 
     def add(self, x: Tensor, seen: Tensor, weight: Tensor | None = None) -> None:
         """Adds rows [tokens, in] of the float model's input and of the quantized model's, in one dtype.
@@ -59,7 +58,9 @@ class Drift:
             narrow = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
             seen = seen if narrow else seen.float()
             away = x - seen if narrow else x.float() - seen
-            self._along += (away[:, :: self._step].float() * seen[:, :: self._step].float()).sum()
+            step = max(1, len(x) // _SAMPLED)
+            some, inputs = away[::step].float(), seen[::step].float()
+            self._sampled += torch.stack([(some * inputs).sum(), inputs.square().sum()])
             if weight is not None:
                 away = away @ weight.detach().to(away.dtype).T
             if self._exact:
@@ -84,12 +85,7 @@ class Drift:
         """The sum divided by a number of tokens, float32 [in, in], or [rows, in] with a weight."""
         return (self._sum / max(1, tokens)).float()
 
-    def along(self, hessian: Tensor, tokens: int) -> float:
-        """The mean of (x − x̂)·x̂ over that of x̂·x̂, of the inputs that are sampled.
-
-        Args:
-            hessian: The mean of x̂ x̂ᵀ, [in, in].
-            tokens: As for `mean`.
-        """
-        power = hessian.diagonal()[:: self._step].sum().double()
-        return float(self._along.double() / max(1, tokens) / power) if power > 0 else 0.0
+    def along(self) -> float:
+        """The mean of (x − x̂)·x̂ over that of x̂·x̂, of tokens that are sampled."""
+        along, power = self._sampled.tolist()
+        return along / power if power > 0 else 0.0
