@@ -121,7 +121,7 @@ class QuantizeConfig:
         clip_candidates: Ratios solved for each row, those with the least expected output error; the best solution is
             kept. 2.
         scale_rounds: Times that scales (and zeros) are picked anew to suit the targets, which earlier errors have moved
-            away from the weights, and solved; kept for the rows whose output error falls. gptq: 0, best: 3.
+            away from the weights, and solved; kept for the rows whose output error falls. gptq: 0, best: 2.
         refit_rounds: Times that the best scales for the codes are computed, then each code once is set to the best for
             all others (coordinate descent); kept for the rows whose output error falls. gptq: 0, best: 3.
         asymmetric_alpha: Share, in [0, 1], of the correction with which layers make up for what the quantized layers

@@ -88,10 +88,8 @@ class OnePass:
         self._positions = Positions(plan.model, calibration.batches, plan.config.token_weighting)
         self.runs = BatchRuns(plan, calibration, self._positions, options, at_once=True)
         self._exact = options.sums_exactly(self.runs.device)
-        self._observations = Observations(
-            plan, self._positions, self.runs.device, lambda target: self.runs.weights.present(target), self._exact,
-            self.runs.at_once,
-        )  # fmt: skip
+        seen = plan, self._positions, self.runs.device, lambda target: self.runs.weights.present(target)
+        self._observations = Observations(*seen, self._exact, self.runs.at_once)
         self._finished = FinishedLayers(plan.targets[0].parameter.device, options.layers_in)
         self._outcome = Outcome(plan)
         self._kept = KeptPass(options.kept(), self._targets, self.runs.device, self._exact)
@@ -299,8 +297,7 @@ class OnePass:
             )
         except ValueError as error:
             if not all(torch.isfinite(t).all() for t in (evidence.mean, evidence.drift) if t is not None):
-                batches = self.runs.not_finite(stop.inputs)
-                raise not_finite_on_ranks(self._plan.model, same[0].name, batches) from error
+                raise not_finite_on_ranks(self._plan.model, same[0].name, self.runs.not_finite(stop.inputs)) from error
             for target, weight in zip(same, weights, strict=True):
                 check_weight(target.name, weight)
             raise TargetError(f"{_largest(same, weights)}: {error}") from error
