@@ -24,6 +24,7 @@ class Case:
         expected: {client: LOADS, or a regular expression of its error}.
         architecture: A key of `make.ARCHITECTURES`.
         shard: Bytes of quantized layers per file; None for one file.
+        finish: Kind of a finish that the model gets; it has to be kept.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     expected: Mapping[str, str]
     architecture: str = "llama"
     shard: int | None = None
+    finish: str = "none"
 
 
 def _gptq(transformers: str = LOADS, gptqmodel: str = LOADS, vllm: str = LOADS) -> dict[str, str]:
@@ -63,6 +65,7 @@ CASES = [
     Case("2-bit-g32", {"bits": 2, "group_size": 32}, _gptq(vllm=_CPU_BITS)),
     Case("4-bit-desc_act", {"desc_act": True, "static_groups": False}, _gptq(vllm="desc_act=True")),
     Case("4-bit-sharded", {}, _gptq(), shard=100_000),
+    Case("4-bit-finished", {}, _gptq(), finish="full"),
     Case("4-bit-left-float", _LEFT_FLOAT, _gptq()),
     Case("4-bit-part-float", _PART_FLOAT, _gptq(vllm="All shards of fused layers")),
     Case("4-and-8-bit", {"dynamic": {r".*\.down_proj": {"bits": 8}}}, _gptq(transformers=_ONE_WIDTH, vllm=_CPU_BITS)),
@@ -76,6 +79,7 @@ CASES = [
     Case("4-bit-qwen3-moe", {}, _gptq(transformers=_EXPERTS), "qwen3_moe"),
     Case("4-bit-qwen3-moe-float", _FLOAT_EXPERTS, _gptq(), "qwen3_moe"),
     Case("ct-4-bit", COMPRESSED, {**_compressed(), "gptqmodel": "(?i)quant"}),
+    Case("ct-4-bit-finished", COMPRESSED, _compressed(), finish="full"),
     Case("ct-4-bit-asym", {**COMPRESSED, "sym": False}, _compressed()),
     Case("ct-4-bit-channelwise", {**COMPRESSED, "group_size": -1}, _compressed()),
     Case("ct-8-bit", {**COMPRESSED, "bits": 8}, _compressed(vllm=_CPU_BITS)),

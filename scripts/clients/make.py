@@ -6,6 +6,7 @@ model, an error in one layer's zeros is smaller than float16's rounding.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from cases import CASES, Case
 from torch import nn
 
 import gptq_plugin.export.export
-from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin import Finish, QuantizeConfig, QuantizeModule
 
 VOCABULARY = 512
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
@@ -93,7 +94,12 @@ def make(case: Case, out: Path) -> Path:
     # Without the search for narrower grids, which takes most of the time and does not affect the files' format.
     quantizer = QuantizeModule(QuantizeConfig(clip_ratios=(1.0,), **case.config))
     rows = torch.randint(8, VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(2))
+    teacher = copy.deepcopy(model)
     quantizer.quantize(model, rows.tolist())
+    if case.finish != "none":
+        finish = Finish(case.finish, steps=8, block_steps=8, nsamples=24, held_out=8, tokens_per_step=512, judgements=2)
+        record = quantizer.finish(model, teacher, rows.tolist(), finish)
+        assert record.kept, record.reason
     whole = gptq_plugin.export.export.SHARD
     try:
         gptq_plugin.export.export.SHARD = case.shard or whole

@@ -21,7 +21,7 @@ _TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 def test_every_example_is_run_here():
     small = {"plain_loop", "fabric", "hf_trainer", "lightning_callback"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == small | {"own_data", "lightning_cli"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == small | {"own_data", "lightning_cli", "lora_recovery"}
 
 
 def ends_with_an_export_that_loads(printed, out):
@@ -41,6 +41,20 @@ def test_an_example_ends_with_an_export_that_loads(name, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "out"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     ends_with_an_export_that_loads(capsys.readouterr().out, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_adapters_recover_most_of_what_2_bits_lost(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lora_recovery.py", "out"])
+    runpy.run_path(str(EXAMPLES / "lora_recovery.py"), run_name="__main__")
+    found = re.findall(r": loss (\d+\.\d+), KL to the float model (\d+\.\d+)", capsys.readouterr().out)
+    (learned, none), (lost, apart), (recovered, left) = [(float(loss), float(kl)) for loss, kl in found]
+    assert none == 0 and 0 < left < apart / 2 and learned < recovered < lost
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
+    layers = [one for one in load_quantized(tmp_path / "out").modules() if isinstance(one, QuantLinear)]
+    assert len(layers) == 14 and {layer.bits for layer in layers} == {2}
 
 
 @pytest.mark.slow
