@@ -62,6 +62,15 @@ def test_a_layers_drift_is_that_of_its_input_between_the_float_and_the_quantized
     assert solved[2][2].abs().max() > 1e-3
 
 
+def test_a_layer_of_few_outputs_gets_the_drift_of_its_float_outputs(solved):
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)), [rows(60, 32, n) for n in range(3)]
+    layers, _ = passed(model, batches)
+    x, seen = (inputs_of(one, "2", batches) for one in (model, with_layers(model, layers)))
+    wanted = model[2].weight.detach() @ ((x - seen).T @ seen / 180)
+    torch.testing.assert_close(solved[1][2], wanted, rtol=1e-3, atol=1e-6)
+
+
 def codes_of(model, batches, config=CONFIG, **options):
     quantizer = QuantizeModule(config, **options)
     report = quantizer.quantize(model, batches)

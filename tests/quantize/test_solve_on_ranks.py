@@ -8,7 +8,7 @@ from plans import rows
 
 from gptq_plugin import distributed
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.gptq import solver
+from gptq_plugin.gptq import row_blocks, solver
 from gptq_plugin.gptq.solver import solve, solve_blocks
 from gptq_plugin.quantize import solve_on_ranks
 from gptq_plugin.quantize.solve_on_ranks import solve_shared
@@ -20,10 +20,10 @@ class Met(Exception):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """ranks(size, weight, hessian, config): each rank's solution, the blocks each solved, and the rows that are sent.
-    The ranks run one after the other: first up to where they meet, and then on from there."""
+    """ranks(size, weight, hessian, config, drift): each rank's solution, the blocks each solved, and the rows that are
+    sent. The ranks run one after the other: first up to where they meet, and then on from there."""
 
-    def run(size, weight, hessian, config):
+    def run(size, weight, hessian, config, drift=None):
         messages, shares, sent = [], [], []
 
         def solved(own, *args):
@@ -47,7 +47,7 @@ def ranks(monkeypatch):
             for rank in range(size):
                 monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
                 try:
-                    solutions.append(solve_shared(weight, hessian, config))
+                    solutions.append(solve_shared(weight, hessian, config, drift))
                 except Met:
                     continue
         return solutions, shares[:size], sent
@@ -73,6 +73,22 @@ def test_all_ranks_get_the_solution_of_the_whole(size, count, share, options, ra
         assert torch.equal(solution.loss, alone.loss) and torch.equal(solution.rtn_loss, alone.rtn_loss)
         assert torch.equal(solution.output_power, alone.output_power)
         assert (solution.method, solution.damp_percent) == (alone.method, alone.damp_percent)
+
+
+@pytest.mark.parametrize("of_outputs", [False, True])
+def test_all_ranks_get_the_solution_of_the_whole_with_a_drift(of_outputs, ranks, monkeypatch):
+    monkeypatch.setattr(row_blocks, "_LEAST", {"cpu": 32})
+    x, away = rows(400, 224), 0.1 * rows(400, 224, seed=2)
+    weight, hessian, drift = rows(100, 224, seed=1), x.T @ x / 400, away.T @ x / 400
+    drift = weight @ drift if of_outputs else drift
+    config = QuantizeConfig(bits=3, group_size=32, asymmetric_alpha=0.5)
+    alone = solve(weight, hessian, config, drift)
+    assert not torch.equal(alone.weight.codes, solve(weight, hessian, config).weight.codes)
+    solutions, shares, _ = ranks(3, weight, hessian, config, drift)
+    assert shares == [1, 1, 1] and len(row_blocks.divided(weight)) == 2
+    for solution in solutions:
+        assert torch.equal(solution.weight.codes, alone.weight.codes)
+        assert torch.equal(solution.loss, alone.loss)
 
 
 @pytest.mark.parametrize("size", [1, 2])
