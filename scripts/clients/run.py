@@ -188,6 +188,7 @@ def page(results: dict[str, dict[str, Result]], wrong: list[str]) -> str:
         shown = ", ".join(f"{key}={value!r}" for key, value in case.config.items() if key != "checkpoint_format")
         form = case.config.get("checkpoint_format", "gptq")
         extra = f", files of {case.shard:,} bytes" if case.shard else ""
+        extra += f", finished ({case.finish})" if case.finish != "none" else ""
         rows.append(f"| {case.architecture} | {form} | `{shown or 'defaults'}`{extra} | {' | '.join(cells)} |")
     spoiled = []
     for item in SPOILED:
