@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
+from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import verify_outputs
 from gptq_plugin.export.export import export_model
@@ -43,6 +43,17 @@ def test_one_calibration_sample_goes_through_the_model_and_the_export(checkpoint
         quantizer.export(model, tmp_path / "out")
     assert shapes == [(True, (1, LENGTH))] * 2 + [(False, (1, LENGTH))]
     assert "not run" not in caplog.text and "not compared" not in caplog.text
+
+
+def test_layers_on_a_cpu_keep_nothing_of_the_calls_that_verify_them(tmp_path):
+    """They would hold a byte for each weight of a model that may be mapped from its files."""
+    quantizer, model = quantized_llama()
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+    expected = model(IDS[:1]).logits
+    assert all(layer._prepared is not None for layer in layers)
+    quantizer.export(model, tmp_path / "out")
+    assert len(layers) == 7 and all(layer._prepared is None and not layer._forward_hooks for layer in layers)
+    assert torch.equal(model(IDS[:1]).logits, expected)
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -108,7 +108,7 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> l
         raise ExportError(f"the export does not load: {error}") from error
     if again is None:
         return []
-    with streamed_to(again, device, capacity=0):
+    with streamed_to(again, device, capacity=0), _releasing(again):
         found = floats(again(*args, **kwargs))
     if _differ(found, expected):
         with _on(model, device):
@@ -254,11 +254,23 @@ def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the block the model runs on the device, streamed there part by part if it is elsewhere."""
     parameter = next((t for t in (*model.parameters(), *model.buffers())), None)
     if parameter is None or parameter.device == device:
-        with trimmed(model):
+        with trimmed(model), _releasing(model):
             yield
     else:
         with streamed_to(model, device, capacity=0):
             yield
+
+
+@contextlib.contextmanager
+def _releasing(model: nn.Module) -> Iterator[None]:
+    """Inside the block layers on a CPU keep nothing of their calls, so that the model needs no room for that of all."""
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.qweight.device.type == "cpu"]
+    hooks = [layer.register_forward_hook(lambda layer, *_: layer.release()) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _first(batch: Any) -> Any:

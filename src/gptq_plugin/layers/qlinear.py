@@ -215,6 +215,10 @@ class QuantLinear(StoredWeight):
             self._prepared = prepared
         return prepared
 
+    def release(self) -> None:
+        """Frees what forwards derived from the buffers, on a CPU up to a byte a weight. The next derives it again."""
+        self._prepared = None
+
     def arrange(self) -> bool:
         done = super().arrange()
         if done:
