@@ -170,11 +170,13 @@ def test_two_ranks_have_the_same_bytes_in_the_end(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("place", ["teacher", "block", "step", "export"])
-def test_a_run_that_is_killed_in_its_finish_leaves_the_export_of_gptq(place, tmp_path):
-    process = start(tmp_path, 1, place, "blocks" if place == "block" else "scales")
+def test_a_run_that_is_killed_in_its_finish_leaves_the_export_of_gptq(place, ranks, tmp_path):
+    """Of two ranks, the second may be killed first, which ends the first one with an error."""
+    process = start(tmp_path, ranks, place, "blocks" if place == "block" else "scales")
     process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL or (ranks == 2 and process.returncode)
     model = load_quantized(tmp_path / "export")
     assert len(quantized(model)) == 7
     assert json.loads((tmp_path / "export/quantization_report.json").read_text())["finish"] is None
