@@ -44,6 +44,7 @@ def weights_of(table: WeightTable, dtype: torch.dtype, tiles: int = 1) -> Tensor
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_weights_are_exact_and_products_as_accurate_as_a_float_layers(shape, bits, symmetric, monkeypatch):
     monkeypatch.setattr(weight_table, "_TILE", 2**11)
+    monkeypatch.setattr(weight_table, "_OUTPUTS", 4)
     monkeypatch.setattr(weight_table, "_MANY_ROWS", 130)
     weight = random_weight(bits=bits, **shape)
     if symmetric:
@@ -55,6 +56,13 @@ def test_weights_are_exact_and_products_as_accurate_as_a_float_layers(shape, bit
             assert torch.equal(weights_of(table, dtype, tiles), w.to(dtype))
     for rows in (2, 130):
         check_products(table, w, rows, of_bfloat16=8e-3)
+
+
+@pytest.mark.parametrize("n_in, tiles", [(64, [256, 44]), (80, [192, 108]), (320, [64, 64, 64, 64, 44])])
+def test_weights_are_unpacked_by_whole_blocks_of_outputs(n_in, tiles, monkeypatch):
+    monkeypatch.setattr(weight_table, "_TILE", 2**14)
+    table = table_of(random_weight(bits=4, n_in=n_in, n_out=300, group_size=16))
+    assert [len(weights) for weights in table.weights(torch.float32, 1)] == tiles
 
 
 @pytest.mark.parametrize("scale", [0.01, 9000.0, 60000.0])

@@ -21,6 +21,7 @@ from gptq_plugin.layers.table_rows import GroupedCodes, operator, own_dtype, tab
 
 _LENGTHS = (256, 128, 64, 32, 16, 8)  # of a row, in codes
 _TILE = 2**20  # weights unpacked at a time: a call has its own time, and for more float32 the memory is often fresh
+_OUTPUTS = 64  # a tile has a multiple of so many: oneDNN multiplies blocks of them
 _TILES = 4  # multiplied at a time with many rows of x, all of which are read again for the next
 _MANY_ROWS = 512
 
@@ -124,7 +125,7 @@ class WeightTable:
         views, since making them takes as long as a small product.
         """
         parts = self.rows.shape[1]
-        number = max(1, _TILE // (parts * self.length)) * parts
+        number = max(1, _TILE // (parts * self.length) // _OUTPUTS) * _OUTPUTS * parts
         rows = self.rows.flatten(0, 1).split(number)
         offsets = (None,) * len(rows) if self.offsets is None else self.offsets.view(-1, 1).split(number)
         return tuple(zip(rows, offsets, strict=True))
