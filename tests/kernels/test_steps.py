@@ -126,7 +126,7 @@ def test_the_triton_passes_name_what_they_cannot_take(device):
 @triton_device
 @pytest.mark.parametrize("options", [{}, {"sym": False, "static_groups": False, "group_size": -1}], ids=str)
 def test_with_the_triton_kernels_rows_are_improved_as_in_plain_pytorch(options, device, monkeypatch):
-    weight, hessian = torch.randn(48, 32), correlated(32, "cpu") + torch.eye(32)  # one row may well fall otherwise
+    weight, hessian = torch.randn(48, 32), correlated(32, "cpu") + torch.eye(32)
     drift = 0.02 * hessian + 0.01 * torch.randn(32, 32)
     config = QuantizeConfig(
         **{"bits": 3, "group_size": 16, "method": "best", "scale_rounds": 1, "refit_rounds": 1, **options}
@@ -138,6 +138,8 @@ def test_with_the_triton_kernels_rows_are_improved_as_in_plain_pytorch(options, 
     found = solve(*(t.to(device) for t in (weight, hessian)), config, drift.to(device))
     error = weight.double() - found.weight.dequantize(torch.float64).cpu()
     exact = torch.einsum("oi,ij,oj->o", error, hessian.double(), error)
-    torch.testing.assert_close(found.loss.cpu().double(), exact, rtol=1e-3, atol=0)
-    assert (found.weight.codes.cpu() == plain.weight.codes).double().mean() > 0.6
+    torch.testing.assert_close(found.loss.cpu().double(), exact, rtol=3e-3, atol=0)
+    torch.testing.assert_close(found.loss.cpu().double().sum(), exact.sum(), rtol=1e-3, atol=0)
+    # Where two steps of a row are level, noise decides between them, and with it what the row becomes.
+    assert (found.weight.codes.cpu() == plain.weight.codes).double().mean() > 0.8
     assert abs(float(found.loss.sum().cpu() / plain.loss.sum()) - 1) < 0.02

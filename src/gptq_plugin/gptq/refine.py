@@ -4,7 +4,7 @@ Each step is a function of the rows to round (`Rows`: targets, Hessian, order of
 (`Rounding`: codes and grids), to another rounding; a row takes that where its loss, (w − q) H (w − q)ᵀ without damping,
 falls. A step yields its loss, or how much that changes, by the way: no product with the whole Hessian is left for it.
 Scales are as stored, in float16, whenever a loss is computed. `plain_steps` of the kernels defines the steps. On a GPU
-their products have float16 operands, and their losses are right to a thousandth.
+their products have float16 operands, and the losses of a layer are right to a thousandth.
 
 - `regridded`: scales (and zeros) that suit the compensated targets t = q + A·(w − q), which earlier errors have moved
   away from the weights, each column weighted by its share D_j of the loss; then the recursion on these grids.
