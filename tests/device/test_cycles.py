@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -81,3 +82,33 @@ def test_quantization_leaves_it_as_it_was(fails):
     else:
         QuantizeModule(bits=8, group_size=32).quantize(model, data)
     assert gc.get_threshold() == before and gc.get_freeze_count() == 0
+
+
+def test_blocks_of_two_threads_that_overlap_leave_all_as_it_was() -> None:
+    before = gc.get_threshold(), gc.get_freeze_count()
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    between: list[int] = []
+
+    def first() -> None:
+        with rarely_collected():
+            first_in.set()
+            second_in.wait(10)
+        first_out.set()
+
+    def second() -> None:
+        first_in.wait(10)
+        with rarely_collected():
+            second_in.set()
+            first_out.wait(10)
+            between.append(gc.get_threshold()[0])
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert between == [max(before[0][0], 50_000)]
+        assert (gc.get_threshold(), gc.get_freeze_count()) == before
+    finally:
+        gc.set_threshold(*before[0])

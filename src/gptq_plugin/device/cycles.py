@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator
 
 _NEW = 50_000  # objects, between two looks at them; Python's own number is below a thousand
+_lock = threading.Lock()
+_before: list[tuple[tuple[int, int, int], bool]] = []  # what was before the first of the blocks now open, for each
 
 
 @contextlib.contextmanager
@@ -14,19 +17,31 @@ def rarely_collected() -> Iterator[None]:
     """Inside the block Python looks for cycles among many new objects only, and not among those from before.
 
     A block of experts is hundreds of modules. Each few of them would have Python look at all objects of the process,
-    which takes longer than to quantize the block. Callers who freeze objects, or collect none, keep that.
+    which takes longer than to quantize the block. Callers who freeze objects, or collect none, keep that. Of blocks
+    that overlap, on one thread or several, the last one to end restores what was before the first.
     """
-    thresholds, freezes = gc.get_threshold(), not gc.get_freeze_count()
+    with _lock:
+        if not _before:
+            _before.append((gc.get_threshold(), not gc.get_freeze_count()))
+            _enter(*_before[0])
+        else:
+            _before.append(_before[0])
+    try:
+        yield
+    finally:
+        with _lock:
+            thresholds, freezes = _before.pop()
+            if not _before:
+                gc.set_threshold(*thresholds)
+                if freezes:
+                    gc.unfreeze()
+
+
+def _enter(thresholds: tuple[int, int, int], freezes: bool) -> None:
     if freezes:
         gc.freeze()
     if thresholds[0]:
         gc.set_threshold(max(thresholds[0], _NEW), *thresholds[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        if freezes:
-            gc.unfreeze()
 
 
 def collect() -> None:
