@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -217,7 +217,8 @@ def _held(temporary: Path) -> dict[str, Any]:
     gc.collect()
     objects = gc.get_objects()
     # Caches of limited size have an entry for each width and dtype that was met; endless ones would be leaks.
-    cached = {id(value) for one in objects if type(one) is _CACHE for value in gc.get_referents(one)}
+    values = [value for one in objects if type(one) is _CACHE for value in gc.get_referents(one)]
+    cached = {id(part) for value in values for part in _tensors_of(value)}
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "threads": sorted(thread.name for thread in threading.enumerate()),
@@ -226,6 +227,11 @@ def _held(temporary: Path) -> dict[str, Any]:
         "tensors": sum(1 for one in objects if isinstance(one, torch.Tensor) and id(one) not in cached),
         "memory": pages * os.sysconf("SC_PAGE_SIZE"),
     }
+
+
+def _tensors_of(value: Any) -> Iterable[Any]:
+    """What a cache keeps: the value, and what a module of it holds."""
+    return [value, *value.buffers(), *value.parameters()] if isinstance(value, torch.nn.Module) else [value]
 
 
 def _link(file: Path) -> str:

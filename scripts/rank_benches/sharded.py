@@ -29,8 +29,8 @@ from transformers import LlamaForCausalLM
 
 from gptq_plugin import GPTQCallback, QuantizeModule
 from gptq_plugin.export import export
-from gptq_plugin.lightning import consolidated
 from gptq_plugin.quantize import prepare
+from gptq_plugin.training import consolidated
 from rank_benches.llamas import add_sizes, llama_config, samples
 from rank_benches.peaks import Peaks
 

@@ -116,7 +116,7 @@ def _values(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, dtype: 
     The arguments are as in `Solutions`, codes and zeros of any integer dtype.
     """
     group = g_idx.long()[:, :, None]
-    values = codes.float()
+    values = codes.to(torch.float32, memory_format=torch.contiguous_format)
     values -= zeros.float().take_along_dim(group, 1)
     values *= scales.float().take_along_dim(group, 1)
     return values.to(dtype).mT
