@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch
 from safetensors import SafetensorError
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import convert as convert_module
+from gptq_plugin.export import export as export_module
 from gptq_plugin.export.convert import convert
 from gptq_plugin.export.disk_space import disk_errors_explained, free_bytes, refuse_full
 from gptq_plugin.export.export import export_model
+from gptq_plugin.quantize.prepare import budgeted
 from gptq_plugin.training.preflight import refuse_export
 
 from models import Plain, tiny_llama
@@ -56,6 +60,26 @@ def test_what_a_planned_export_takes_is_near_what_it_took(
             assert free < took
         else:
             assert free > took
+
+
+def test_layers_that_wait_for_their_file_take_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer, model = QuantizeModule(group_size=16), tiny_llama()
+
+    def needed() -> int:
+        leave(monkeypatch, 0)
+        with pytest.raises(ExportError) as refused:
+            refuse_export(quantizer, model, tmp_path / "out", None)
+        return int(re.search(r"needs about (\d+) bytes", str(refused.value))[1])  # type: ignore[index]
+
+    alone = needed()
+    monkeypatch.setattr(export_module, "PIECE", 1_000)
+    packed = needed() - alone
+    with budgeted(model, quantizer.config, None) as plan:
+        assert packed == sum(stored_bytes(target.shape, target.config) for target in plan.targets)
+    monkeypatch.setattr(export_module, "SHARD", 5_000)
+    assert needed() == alone + 5_000 < alone + packed
+    model.model.layers.to("meta")  # in the place of a GPU, from which layers go to their file at once
+    assert needed() == alone
 
 
 def test_a_file_system_that_tells_no_size_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,9 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.clients.client import Client
-from gptq_plugin.export.disk_space import refuse_full
 from gptq_plugin.export.export import Export
 from gptq_plugin.export.export_dir import check_export_dir
-from gptq_plugin.export.export_size import planned_bytes
+from gptq_plugin.export.planned_room import refuse_without_room
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.options import fields
@@ -36,7 +35,7 @@ def check(export_dir: str | Path | None, overwrite: bool) -> None:
 
 def begun(plan: Plan, directory: str | Path, overwrite: bool, client: Client | None) -> Export:
     """Returns the export that takes finished layers, if there is room for it."""
-    refuse_full(Path(directory), planned_bytes(plan))
+    refuse_without_room(plan, directory)
     return Export(plan.structure, directory, plan.config, overwrite=overwrite, target=client)
 
 

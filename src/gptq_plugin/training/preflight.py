@@ -10,8 +10,7 @@ from torch import nn
 from gptq_plugin import distributed
 from gptq_plugin.clients.client import Client
 from gptq_plugin.errors import TargetError
-from gptq_plugin.export.disk_space import refuse_full
-from gptq_plugin.export.export_size import planned_bytes
+from gptq_plugin.export.planned_room import refuse_without_room
 from gptq_plugin.finish.options import Finish
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
@@ -47,7 +46,7 @@ def refuse_export(quantizer: QuantizeModule, module: nn.Module, export_dir: Path
         check_savable(module)
         if distributed.rank() == 0:
             with budgeted(module, quantizer.config, target) as plan:
-                refuse_full(export_dir, planned_bytes(plan))
+                refuse_without_room(plan, export_dir)
 
 
 def refuse_offload(quantizer: QuantizeModule, device: torch.device) -> None:
