@@ -246,7 +246,7 @@ def test_it_can_be_undone():
         (lambda given: given.update(finish=Finish(kind="none")), ValueError, "leave the call out"),
         (lambda given: given.update(finish="scales"), ValueError, "finish must be a Finish"),
         (lambda given: given.update(model=nn.Linear(2, 2)), TargetError, "Linear holds none of them"),
-        (lambda given: given.update(batches=rows(1)), CalibrationError, "there is 1 of 4 samples"),
+        (lambda given: given.update(batches=rows(1)), CalibrationError, "there are 1 samples in batches of 4"),
         (lambda given: given.update(forward=lambda model, batch: None), TargetError, "computed none"),
         (
             lambda given: given.update(forward=lambda model, batch: [model(**batch) for _ in range(2)]),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.calibration.sampling import deal
+from gptq_plugin.calibration.sampling import deal, sample_loaders
 from gptq_plugin.calibration.sources import Sources
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.rows import rows_of
@@ -45,6 +46,18 @@ def test_of_few_samples_a_quarter_at_most_is_held_out():
     assert rows.deviations == ["9 samples given, 40 asked: 2 of them are to be held out"]
 
 
+def test_of_a_short_dataloader_a_quarter_at_most_is_held_out():
+    """What is taken of it knows only the samples that it has."""
+    config = QuantizeConfig(nsamples=40, batch_size=1)
+    loader = DataLoader([{"input_ids": row} for row in samples(12)], batch_size=3)
+    data = Sources(
+        (*sample_loaders([loader], config, "rows", nsamples=30), deal(samples(4, 100), "prose", nsamples=10))
+    )
+    rows = rows_of(data, config, 32)
+    assert len(firsts(rows.held_out)) == 4 and rows.samples == 12 and firsts(rows.held_out)[-1] == 103
+    assert "16 samples given, 40 asked: 4 of them are to be held out" in rows.deviations
+
+
 def test_as_many_as_asked_are_held_out_where_there_are_enough():
     assert firsts(rows_of(samples(9), QuantizeConfig(nsamples=9, batch_size=1), 6).held_out) == [3, 4, 5, 6, 7, 8]
 
@@ -58,5 +71,5 @@ def test_the_digest_depends_on_the_samples_and_not_on_their_batches():
 
 
 def test_a_single_batch_cannot_be_divided():
-    with pytest.raises(CalibrationError, match="there is 1 of 4 samples: give more samples, or a smaller batch_size"):
+    with pytest.raises(CalibrationError, match="there are 4 samples in batches of 4: give more samples, or a smaller"):
         rows_of(samples(4), QuantizeConfig(nsamples=4, batch_size=4), 2)

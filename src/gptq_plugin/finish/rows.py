@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,11 +60,16 @@ def rows_of(
         CalibrationError: As `collect`; or there are fewer than two batches.
     """
     parts = [Sources((part,)) for part in data.parts] if isinstance(data, Sources) else [data]
-    sizes = [part.parts[0].nsamples if isinstance(part, Sources) else config.nsamples for part in parts]
+    given = [collect(part, config, tokenizer, share_of(config.nsamples), takes=takes) for part in parts]
+    sizes = [_sizes(collected) for collected in given]
+    totals = [sum(of_source.values()) for of_source in sizes]
+    total = sum(totals)
     rows, digest, count = Rows(), 0, 0
-    for part, size in zip(parts, sizes, strict=True):
-        collected = collect(part, config, tokenizer, share_of(config.nsamples), takes=takes)
-        _divide(rows, collected, round(held_out * size / max(1, sum(sizes))), size, count)
+    if total < config.nsamples:
+        held_out = min(held_out, max(1, total // _LARGEST_SHARE))
+        rows.deviations.append(f"{total} samples given, {config.nsamples} asked: {held_out} of them are to be held out")
+    for collected, of_source, size in zip(given, sizes, totals, strict=True):
+        _divide(rows, collected, of_source, max(1, round(held_out * size / max(1, total))), count)
         count += collected.of_all_ranks
         digest += collected.digest
     everyones = distributed.gather_objects(
@@ -79,21 +84,20 @@ def rows_of(
     rows.digest = f"{sum(one for one, *_ in everyones) % 2**256:064x}"
     if not (any(trains for *_, trains, _ in everyones) and any(judges for *_, judges in everyones)):
         raise CalibrationError(
-            f"a finish trains on some batches and judges on others, and there is {count} of {config.batch_size} "
-            "samples: give more samples, or a smaller batch_size of the finish"
+            f"a finish trains on some batches and judges on others, and there are {total} samples in batches of "
+            f"{config.batch_size}: give more samples, or a smaller batch_size of the finish"
         )
     return rows
 
 
-def _divide(rows: Rows, collected: Calibration, held_out: int, asked: int, offset: int) -> None:
-    """Adds a source's batches: the last ones, as many as hold so many samples, are held out."""
+def _sizes(collected: Calibration) -> dict[int, int]:
+    """Number of samples of each batch of a source, by its number over all ranks, in their order. Collective."""
     own = [(number, batch.samples) for number, batch in zip(collected.numbers, collected.batches, strict=True)]
-    sizes = dict(sorted(one for of_rank in distributed.gather_objects(own) for one in of_rank))
-    total = sum(sizes.values())
-    wanted = max(1, held_out)
-    if total < asked:
-        wanted = min(wanted, max(1, total // _LARGEST_SHARE))
-        rows.deviations.append(f"{total} samples given, {asked} asked: {wanted} of them are to be held out")
+    return dict(sorted(one for of_rank in distributed.gather_objects(own) for one in of_rank))
+
+
+def _divide(rows: Rows, collected: Calibration, sizes: Mapping[int, int], wanted: int, offset: int) -> None:
+    """Adds a source's batches: the last ones, as many as hold so many samples, are held out."""
     chosen: dict[int, int] = {}
     held = 0
     for number in reversed(sizes):
@@ -107,7 +111,7 @@ def _divide(rows: Rows, collected: Calibration, held_out: int, asked: int, offse
             rows.numbers.append(offset + number)
         else:
             rows.train.append(batch)
-    rows.samples += total - held
+    rows.samples += sum(sizes.values()) - held
     rows.deviations += collected.deviations
     for name, samples in collected.sources.items():
         rows.sources[name] = rows.sources.get(name, 0) + samples
