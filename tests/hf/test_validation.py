@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -136,6 +137,13 @@ def test_numbers_alone_are_metrics():
     assert {name: value for name, value in before.items() if name != "nan"} == {"a": 1.0, "b": 0.5}
     with pytest.raises(ValueError, match="must return a mapping"):
         Validation(lambda: 3, QualityGate({})).of_float_model()
+    with pytest.raises(ValueError, match="must return a mapping from names to numbers"):
+        Validation(lambda: {0: 3.0}, QualityGate({})).of_float_model()
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.float32, numpy.array])
+def test_numbers_of_libraries_are_metrics(kind):
+    assert Validation(lambda: {"a": kind(0.5)}, QualityGate({"a": 1})).of_float_model().before == {"a": 0.5}
 
 
 # --- limits with a confidence ---

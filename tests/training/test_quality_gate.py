@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from gptq_plugin.errors import QualityError
 from gptq_plugin.training.limit import Limit
 from gptq_plugin.training.paired import Measured
 from gptq_plugin.training.quality_gate import ON_FAIL, QualityGate
@@ -172,6 +173,17 @@ def test_a_metric_that_is_not_logged_is_named_with_those_that_are():
         gate.check_names({})
     assert str(caught.value) == "max_degradation names loss, accuracy, rouge, and validation logs nothing"
     QualityGate({}).check_names([])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_float_model_without_a_finite_metric_is_what_is_named(value):
+    """No configuration would do better than the others."""
+    metrics = {"loss": value, "other": math.nan, "accuracy": 0.5}
+    for on_fail in ("raise", "escalate"):
+        with pytest.raises(QualityError, match=f"^loss is {value} of the float model"):
+            QualityGate({"loss": 1, "accuracy": -1}, on_fail).check_before(metrics)
+    QualityGate({"loss": 1}, "warn").check_before(metrics)
+    QualityGate({"accuracy": -1}).check_before(metrics)
 
 
 def test_every_limit_that_does_not_hold_is_a_sentence_and_the_limit_itself_is_good():

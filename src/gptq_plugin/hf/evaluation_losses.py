@@ -98,7 +98,12 @@ def _replaced(trainer: Trainer, **methods: Any) -> Iterator[None]:
 
 
 def as_metric(value: Any) -> float | None:
-    """A number as it is, a sequence of numbers as their mean; None for anything else."""
+    """A number as it is, a sequence of numbers as their mean; None for anything else.
+
+    Numbers may be of NumPy or tensors.
+    """
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
     if fields.is_number(value):
         return float(value)
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:

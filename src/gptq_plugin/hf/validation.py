@@ -76,17 +76,17 @@ class Validation:
 
         Raises:
             ValueError: A limit's metric is not measured, or not so that its confidence can be told.
+            QualityError: It is not finite.
         """
         before = self._measure() if self.validate is not None else {}
-        self.gate.check_names(before)
-        self.gate.check_parts(before, before)
+        self.gate.check_before(before)
         return Quality(self.gate, before, self._measure)
 
     def _measure(self) -> dict[str, float]:
         assert self.validate is not None
         with self._measuring(), losses_of(self._trainer) as losses:
             found = self.validate()
-        if not isinstance(found, Mapping):
+        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
             raise ValueError(f"validate must return a mapping from names to numbers; got {fields.shown(found)}")
         values = {name: losses.measured(name, as_metric(value)) for name, value in found.items()}
         return {

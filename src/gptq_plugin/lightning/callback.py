@@ -297,8 +297,7 @@ def _float_quality(callback: GPTQCallback, trainer: pl.Trainer, pl_module: pl.Li
     wanted = callback.validate is not False and validation_loaders(trainer)
     with streamed_to(pl_module, forward_device(trainer)):
         before = validate(trainer, pl_module) if wanted else {}
-    callback.gate.check_names(before)
-    callback.gate.check_parts(before, before)
+    callback.gate.check_before(before)
     return Quality(callback.gate, before, partial(validate, trainer, pl_module))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from gptq_plugin.errors import QualityError
 from gptq_plugin.options import fields
 from gptq_plugin.training.limit import Limit
 from gptq_plugin.training.paired import FEWEST, Measured, same_parts
@@ -45,6 +46,22 @@ class QualityGate:
             raise ValueError(
                 f"max_degradation names {', '.join(missing)}, and validation logs "
                 f"{', '.join(sorted(known)) or 'nothing'}" + (f": did you mean {', '.join(near)}?" if near else "")
+            )
+
+    def check_before(self, before: Mapping[str, float]) -> None:
+        """Refuses metrics of the float model by which the quantized one cannot be judged.
+
+        Raises:
+            ValueError: As `check_names` and `check_parts`.
+            QualityError: One is not finite, and that is not accepted (`on_fail` of "warn").
+        """
+        self.check_names(before)
+        self.check_parts(before, before)
+        broken = [f"{metric} is {before[metric]}" for metric in self.limits if not math.isfinite(before[metric])]
+        if broken and self.on_fail != "warn":
+            raise QualityError(
+                f"{', '.join(broken)} of the float model, from which no change can be judged: look for a training that "
+                "diverged, or broken validation samples. Nothing was quantized, and the module has its float weights"
             )
 
     @property
