@@ -11,6 +11,7 @@ from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish import train
 
 from finish_cases import FAST, quantized, rows, same, state_of
+from models import tiny_llama
 
 MIXED = Finish(**FAST, task_weight=0.7)
 
@@ -66,6 +67,13 @@ def test_labels_are_what_the_loss_is_of_and_padding_is_not():
     assert not same(finished(MIXED, data=others)[0], states[1])
 
 
+def test_a_loss_may_take_what_it_reads_out_of_its_batch():
+    def pops(model, batch):
+        return cross_entropy(model, {"input_ids": batch.pop("input_ids")})
+
+    assert same(finished(MIXED, pops)[0], finished(MIXED, cross_entropy)[0])
+
+
 def test_parameters_outside_of_the_model_get_no_gradient_and_it_is_in_evaluation_mode():
     head = nn.Linear(128, 1)
     modes = []
@@ -103,6 +111,7 @@ def test_no_room_for_the_loss_has_activations_computed_twice_and_no_gradient_cou
         (lambda model, batch: cross_entropy(model, batch).detach(), r"a scalar with a gradient: .* a tensor \[\]"),
         (lambda model, batch: None, "returned NoneType"),
         (lambda model, batch: cross_entropy(model, batch) * torch.nan, "the loss of a batch is nan"),
+        (lambda model, batch: cross_entropy(tiny_llama(), batch), "a loss that does not depend on the quantized model"),
     ],
 )
 def test_what_is_no_loss_is_refused_and_the_model_is_as_it_was(loss, message):

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from transformers import BatchEncoding
 
 from gptq_plugin import distributed
 from gptq_plugin.quantize.options import PassOptions
@@ -21,6 +22,14 @@ def test_a_batch_runs_through_the_model_or_the_users_forward():
     run = PassOptions(forward=lambda *args: given.append(args)).runner(every_logit=False)
     run(model, {"x": x})
     assert given[0][0] is model and given[0][1] == {"x": x}
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_users_forward_may_take_out_of_a_batch_what_it_reads(device):
+    x = torch.ones(3, 8)
+    run = PassOptions(forward=lambda _, batch: batch.pop("x"), device=device).runner(every_logit=False)
+    for batch in ({"x": x}, BatchEncoding({"x": x})):
+        assert run(nn.Identity(), batch) is x and run(nn.Identity(), batch) is x and list(batch) == ["x"]
 
 
 @pytest.mark.parametrize("every_logit", [True, False])

@@ -73,11 +73,12 @@ def digest(data: Any) -> int:
     return total % _ALL
 
 
-def to_device(data: Any, device: torch.device) -> Any:
-    """A copy of the batch with its tensors on the device."""
+def to_device(data: Any, device: torch.device | None) -> Any:
+    """A copy of the batch with its tensors on the device; None leaves them where they are."""
     if isinstance(data, Mapping) and not isinstance(data, (dict, UserDict)) and hasattr(data, "to"):
-        return copy.copy(data).to(device)
-    return map_tensors(data, lambda tensor: tensor.to(device))
+        copied = copy.copy(data)
+        return copied if device is None else copied.to(device)
+    return map_tensors(data, lambda tensor: tensor if device is None else tensor.to(device))
 
 
 def map_tensors(data: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -82,11 +82,12 @@ class Training(Descent):
     def _backward(self, lesson: Lesson) -> Tensor:
         weight, task = self._options.task_weight, self._surroundings.task
         with self._student.taking_gradients():
-            divergence = self._forward(lambda: self._divergence(lesson))
-            _backward((1 - weight) * divergence, self._student)
             if task is not None:
                 loss = self._forward(lambda: self._task(task, lesson))
                 _backward(weight * len(lesson.top) * loss, self._student)
+                self._refuse_unmoved()
+            divergence = self._forward(lambda: self._divergence(lesson))
+            _backward((1 - weight) * divergence, self._student)
         peak, allowed = peak_bytes(self._device), self._surroundings.memory
         if peak is not None and allowed is not None and peak > allowed and not self._reruns:
             self._rerun(f"{peak / 2**20:.0f} MiB were in use, and {allowed / 2**20:.0f} are allowed")
@@ -120,6 +121,15 @@ class Training(Descent):
                 "samples, such as those without a label, or leave task_weight out"
             )
         return loss.reshape(())
+
+    def _refuse_unmoved(self) -> None:
+        """Raises CalibrationError if a backward of the run's own loss has reached nothing that is trained."""
+        if all(leaf.grad is None for leaf in self._student.leaves):
+            raise CalibrationError(
+                f"task_weight={self._options.task_weight:g} trains by a loss that does not depend on the quantized "
+                "model: what gives it (a training_step, a task_loss) has to run the model that is quantized, the one "
+                "it is called with, and no copy"
+            )
 
     def _divergence(self, lesson: Lesson) -> Tensor:
         logits = lesson.counted(self._read(lesson))

@@ -111,6 +111,6 @@ class PassOptions:
             with lookups_explained(model):
                 if self.forward is None:
                     return call(model, batch, every_logit=every_logit, device=where)
-                return self.forward(model, batch if where is None else to_device(batch, where))
+                return self.forward(model, to_device(batch, where))  # a copy, of which a user may pop labels
 
         return run
