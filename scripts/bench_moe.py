@@ -21,6 +21,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -83,10 +84,14 @@ def build(shape: str, layers: int, device: str, home: str) -> Any:
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     model.to_empty(device=home)
-    with torch.no_grad():
-        for parameter in model.parameters():  # made where that is fast
-            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+
+    def fill(parameter: torch.Tensor) -> None:  # with values that are made where that is fast
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        with torch.no_grad():
             parameter.copy_(values.normal_(std=0.02) if parameter.dim() > 1 else values.fill_(1))
+
+    with ThreadPoolExecutor(8) as pool:  # the host's memory is touched for the first time
+        list(pool.map(fill, model.parameters()))
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # whose frequencies are not parameters
     return model
 
