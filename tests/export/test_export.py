@@ -30,7 +30,7 @@ from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.structure import Structure
 
 from exports import IDS, BrokenTokenizer, description, files, logits
-from models import Plain, tiny_gpt2, tiny_llama, tiny_llava
+from models import Plain, tiny_experts, tiny_gpt2, tiny_llama, tiny_llava
 
 Rtn = Callable[..., Any]
 
@@ -455,3 +455,47 @@ def test_layers_with_smaller_groups_are_described_and_load(checkpoint_format, tm
         rules = {pattern: rule for pattern, rule in config["dynamic"].items() if rule}
         assert list(rules.values()) == [{"group_size": 32}]  # one for all blocks
         assert all(any(re.match(pattern, name) for pattern in rules) for name in small)
+
+
+# --- files that change before they are verified --------------------------------------------------------------
+
+
+def spoil(folder: Path, suffix: str) -> str:
+    """Flips a bit of the last output of a layer, in place: whoever maps the file sees it. Returns the tensor's name."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("r+b") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+            for name, entry in header.items():
+                if name.endswith((f"mlp.down_proj.{suffix}", f"experts.1.down_proj.{suffix}")):
+                    place = 8 + size + entry["data_offsets"][1] - 2
+                    opened.seek(place)
+                    before = opened.read(1)[0]
+                    opened.seek(place)
+                    opened.write(bytes([before ^ 16]))
+                    return str(name)
+    raise AssertionError(suffix)
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "scales", "qzeros", "g_idx"])
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_a_shard_that_changes_while_the_model_maps_it_is_refused(
+    kind: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's layers and the files have equal bits then, as both are the files."""
+    monkeypatch.setattr(export_module, "SHARD", 4000)
+    seen = []  # whether the model's layer has changed with the file
+
+    def verify(folder: Path, layers: dict[str, QuantLinear], *rest: Any) -> None:
+        before = {name: getattr(layer, suffix).clone() for name, layer in layers.items()}
+        name = spoil(folder, suffix).rpartition(".")[0]
+        seen.append(not torch.equal(getattr(layers[name], suffix), before[name]))
+        verifying.verify(folder, layers, *rest)
+
+    monkeypatch.setattr(export_module, "verify", verify)
+    model = tiny_llama(num_hidden_layers=2) if kind == "dense" else tiny_experts()
+    quantizer = QuantizeModule(bits=4, group_size=16, sym=False, checkpoint_format="gptq_v2")
+    with pytest.raises(ExportError, match="does not read back"):
+        quantizer.quantize(model, list(torch.randint(0, 64, (8, 64))), export_dir=tmp_path / "out")
+    assert seen == [suffix != "qzeros"]
+    assert not any(tmp_path.iterdir())

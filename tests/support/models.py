@@ -27,6 +27,27 @@ def tiny_llama(**overrides: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).eval()
 
 
+def tiny_experts(**overrides: Any) -> Any:
+    """Two blocks of four experts, two of which each token gets."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.2,
+    }
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**sizes, **overrides})).eval()
+
+
 def tiny_gpt2(**overrides: Any) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 

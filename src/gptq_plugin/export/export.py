@@ -36,7 +36,7 @@ from gptq_plugin.export.shard_writer import ShardWriter
 from gptq_plugin.export.side_files import write_quantize_config, write_report
 from gptq_plugin.export.staging import Staging
 from gptq_plugin.export.unloaded import Unloaded
-from gptq_plugin.export.verify_files import verify
+from gptq_plugin.export.verify_files import checksums, verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import TENSORS
@@ -138,6 +138,7 @@ class Export:
         self._stored_names = structure.stored_names
         self._unloaded = Unloaded.of(structure.model)
         self._added: set[str] = set()
+        self._checksums: dict[str, dict[str, int]] = {}  # by stored name, from before they were written
         self._is_finished = self._over = False
         self._bytes = 0
         self._settled: Mapping[str, Any] = {}  # how the export is quantized, for its report
@@ -149,8 +150,7 @@ class Export:
             raise
 
     def add(self, name: str, layer: QuantLinear) -> None:
-        """Writes a finished layer in the background. Waits for no device, and for the disk only while two shards
-        (`SHARD`) are not written yet.
+        """Writes a finished layer in the background. Waits for no device, for the disk while two shards are unwritten.
 
         Args:
             name: Its name in the model; for a shared layer, the name to store it under.
@@ -170,6 +170,7 @@ class Export:
         bits, sym = layer.bits, (self._config.for_module(name) or self._config).sym
 
         def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            self._checksums[stored] = checksums(tensors)
             try:
                 on_file = self._format.to_file(tensors, bits, sym)
             except ExportError as error:
@@ -209,9 +210,8 @@ class Export:
 
     def lasts(self, name: str) -> bool:
         """Returns whether `written` maps a layer from the export itself, and not from where it waits for that."""
-        return any(
-            self._writer.is_in_shard(f"{self._stored_names[name]}.{suffix}") for suffix in self._format.in_memory
-        )
+        stored = self._stored_names[name]
+        return any(self._writer.is_in_shard(f"{stored}.{suffix}") for suffix in self._format.in_memory)
 
     @plain_defaults()
     def finish(
@@ -243,7 +243,8 @@ class Export:
             self._bytes = tensor_bytes(model)
             with disk_errors_explained(self._staging.directory, lambda: self._bytes):
                 self._write(model, layers, report, tokenizer)
-            verify(folder, layers, model.state_dict(), renaming(model) if is_transformers(model) else str)
+            renamed = renaming(model) if is_transformers(model) else str
+            verify(folder, layers, model.state_dict(), renamed, self._checksums)
             told = same_outputs(model, folder, sample)
             if report is not None and told:
                 report.deviations += [sentence for sentence in told if sentence not in report.deviations]

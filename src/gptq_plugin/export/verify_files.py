@@ -1,11 +1,13 @@
 """Verifies that a folder holds a model: `verify` reads it back and compares it with the model in memory.
 
-Every quantized tensor is read back by its format and compared. Some rows of every layer are also decoded bit by bit, by
+Every quantized tensor is read back by its format and compared: with the model's and, since a layer of the model may map
+the file itself, with a checksum from before it was written. Some rows of every layer are also decoded bit by bit, by
 code that shares nothing with the code that wrote them.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,7 @@ def verify(
     layers: Mapping[str, QuantLinear],
     floats: Mapping[str, Tensor],
     renamed: Callable[[str], str] = str,
+    written: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
     """Compares the checkpoint in `directory` with the model it should hold.
 
@@ -37,18 +40,20 @@ def verify(
         layers: Every quantized layer by its name in the model; a shared one may have several.
         floats: Other tensors by name. Names that the checkpoint does not have are skipped.
         renamed: Turns a layer's name in the checkpoint into its name in the model.
+        written: `checksums` of layers before they were written, by their names in the checkpoint.
 
     Raises:
         ExportError: Something differs; the message names the tensor.
     """
-    checkpoint = _opened(directory, "export")
+    checkpoint, before = _opened(directory, "export"), written or {}
     stored_names = {name if name in layers else renamed(name): name for name in checkpoint.layers}
     found = {layers[name] for name in stored_names if name in layers}
     lost = [name for name, layer in layers.items() if layer not in found]
     if lost or len(stored_names) != len(checkpoint.layers):
         raise ExportError(f"the export does not read back: {', '.join(lost) or 'a layer'} is not in it")
     with ThreadPoolExecutor(_THREADS, "verify") as pool:  # of an error, the first in their order is raised
-        for _ in pool.map(lambda name: _verify_layer(checkpoint, stored_names[name], layers[name]), stored_names):
+        verified = ((stored, layers[name], before.get(stored, {})) for name, stored in stored_names.items())
+        for _ in pool.map(lambda one: _verify_layer(checkpoint, *one), verified):
             pass
     there = set(checkpoint.float_names)
     for name, tensor in floats.items():
@@ -63,12 +68,21 @@ def _opened(directory: Path, what: str) -> Checkpoint:
         raise ExportError(f"the {what} does not read back: {brief(error)}") from error
 
 
-def _verify_layer(checkpoint: Checkpoint, name: str, layer: QuantLinear) -> None:
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """A checksum of the bytes of each tensor on a CPU."""
+    return {key: zlib.crc32(_bits(torch.atleast_1d(tensor)).numpy().data) for key, tensor in tensors.items()}
+
+
+def _verify_layer(checkpoint: Checkpoint, name: str, layer: QuantLinear, before: Mapping[str, int]) -> None:
     stored = checkpoint.read_tensors(name)
     for suffix in TENSORS:
         ours = getattr(layer, suffix)
         if (ours is None) != (suffix not in stored) or (ours is not None and not _equal(stored[suffix], ours)):
             raise ExportError(f"the export does not read back: {suffix} of {name} differs from the model's")
+    now = checksums({suffix: stored[suffix] for suffix in before})
+    for suffix in before:
+        if now[suffix] != before[suffix]:
+            raise ExportError(f"the export does not read back: {suffix} of {name} differs from what was written")
     if not torch.equal(decoded_rows(checkpoint, name, _CHECKED_ROWS), _rows(layer)):
         raise ExportError(f"the export does not read back: {name} decodes to other weights than the model's")
 
