@@ -93,8 +93,10 @@ def test_the_codes_are_those_of_the_solver_with_the_same_hessians(changes, monke
     def noted(self: Any, chunk: Any, every: Any, *rest: Any) -> Any:
         experts = [every[number] for number in chunk.experts]
         weights = [torch.cat([self._runs.weights.present(one) for one in own]).clone() for own in experts]
-        means = [one.mean.clone() for one in chunk.evidence]
-        taken.append((weights, means, chunk.solved, chunk.damp_percents, experts[0][0].config))
+        config, evidence = experts[0][0].config, chunk.evidence()
+        means = [one.mean.clone() for one in evidence]
+        damp_percents = [max(one.damp_percent, config.damp_percent) for one in evidence]
+        taken.append((weights, means, chunk.solved, damp_percents, config))
         return take(self, chunk, every, *rest)
 
     monkeypatch.setattr(experts_pass.ExpertsPass, "_take", noted)

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from gptq_plugin import distributed
+from gptq_plugin.walk.each_hessian import EachHessian
 from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
 from gptq_plugin.walk.hessian import Hessian
+
+from kernel_cases import gpu
 
 CPU = torch.device("cpu")
 WIDTH = 6
@@ -158,3 +161,49 @@ def test_one_token_and_narrow_layers_are_weighted_like_others():
     own = hessian_of(rows(3, 1))
     evidence = experts.weighted("never entered", True, own)
     assert torch.equal(evidence.mean, own.mean())
+
+
+COUNTS = (0, 2, WIDTH - 1, 40)
+
+
+def each_hessian(own, device="cpu", *, exact):
+    each = EachHessian(len(own), WIDTH, device, exact=exact)
+    ends = torch.tensor([len(one) for one in own]).cumsum(0, dtype=torch.int32)
+    each.add(torch.cat(own).float().to(device), ends.to(device))
+    return each
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("reads_tokens", [True, False])
+def test_the_evidence_of_experts_together_is_that_of_each(reads_tokens, exact):
+    experts, own = ExpertHessians(CPU), [rows(count, seed=count) for count in COUNTS]
+    experts.entered("mlp.experts", rows(50, seed=1))
+    found = experts.weighted_each("mlp.experts", reads_tokens, each_hessian(own, exact=exact))
+    parts = [found.take(3), found.take(1)]
+    each = [one for part in parts for one in part.each()]
+    damp_percents = [one for part in parts for one in part.damp_percents.tolist()]
+    for rows_of_one, one, damp_percent in zip(own, each, damp_percents, strict=True):
+        hessian = Hessian(WIDTH, "cpu")
+        hessian.add(rows_of_one.float())
+        wanted = experts.weighted("mlp.experts", reads_tokens, hessian)
+        torch.testing.assert_close(one.mean, wanted.mean, rtol=1e-5, atol=1e-6)
+        assert (one.tokens, one.damp_percent, one.deviations) == (
+            len(rows_of_one),
+            wanted.damp_percent,
+            wanted.deviations,
+        )
+        assert damp_percent == pytest.approx(one.damp_percent, rel=1e-12)
+
+
+@gpu
+@pytest.mark.parametrize("exact", [True, False])
+def test_on_a_gpu_nothing_waits_until_one_asks_for_the_evidence_of_each(exact):
+    experts, own = ExpertHessians(torch.device("cuda")), [rows(count, seed=count) for count in COUNTS]
+    each = each_hessian(own, "cuda", exact=exact)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        found = experts.weighted_each("mlp.experts", False, each)
+        some = found.take(4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [one.tokens for one in some.each()] == list(COUNTS)

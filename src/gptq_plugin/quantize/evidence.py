@@ -19,7 +19,7 @@ from gptq_plugin.quantize.drifts import Drifts
 from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.grouped_evidence import GroupedEvidence
 from gptq_plugin.quantize.outcome import sum_over_ranks
-from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
+from gptq_plugin.walk.expert_hessians import EachEvidence, Evidence, ExpertHessians
 from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.hessian import Hessian
 from gptq_plugin.walk.ranges import Ranges
@@ -145,8 +145,8 @@ class Observations:
         evidence = Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
         return self._with_drift(group, evidence, tokens, paired=experts is None)
 
-    def of_experts(self, group: Group) -> Iterator[Evidence]:
-        """Yields the evidence for each expert of a group that is called at once, as `of_group` gives it for others."""
+    def of_experts(self, group: Group) -> EachEvidence:
+        """The evidence for each expert of a group that is called at once, as `of_group` gives it for others."""
         first = self._targets[group.names[0]]
         experts = experts_of(first.name, first.module)
         assert experts is not None

@@ -74,15 +74,16 @@ class ExpertsPass:
     def _quantize(self, stop: Stop, experts: Sequence[list[Target]]) -> None:
         first, shapes = experts[0], [[one.shape for one in layers] for layers in experts]
         configs = [[one.config for one in layers] for layers in experts]
+        found = self._observations.of_experts(stop.group)
         are_alike = all(one == configs[0] for one in configs) and all(one == shapes[0] for one in shapes)
         if not are_alike or len({repr(one.config) for one in first}) > 1 or not can_solve(first[0].config):
-            for layers, evidence in zip(experts, self._observations.of_experts(stop.group), strict=True):
+            for layers in experts:
+                [evidence] = found.take(1).each()
                 if layers:  # not all of them stay float
                     self._quantize_one(layers, evidence, stop)
             return
         shape = (sum(one.shape[0] for one in first), first[0].shape[1])
         stopwatch = Stopwatch(self._runs.device)
-        found = self._observations.of_experts(stop.group)
 
         def weights(expert: int) -> list[Tensor]:
             return [self._runs.weights.present(one) for one in experts[expert]]
@@ -115,7 +116,7 @@ class ExpertsPass:
             for of_expert, layer in zip(layers, packed, strict=True):
                 of_expert.append(layer)
         whole = dequantized(solved, experts[0][0].parameter.dtype)[: len(experts)]
-        good = chunk.good()
+        good, evidence = chunk.good(), chunk.evidence()
         pairs: list[tuple[Target, QuantLinear, Tensor | None]] = []
         for number, own in enumerate(experts):
             if good[number]:
@@ -124,8 +125,8 @@ class ExpertsPass:
         self._runs.weights.quantize(pairs)
         for target, layer, _ in pairs:
             self._finished.add(target.name, layer)
-        self._outcome.add_experts(experts, chunk, good, stopwatch, share=1 / len(every))
-        each = zip(experts, chunk.evidence, good, strict=False)  # the last expert fills a chunk
+        self._outcome.add_experts(experts, chunk.solved, evidence, good, stopwatch, share=1 / len(every))
+        each = zip(experts, evidence, good, strict=False)  # the last expert fills a chunk
         return [(own, evidence) for own, evidence, is_good in each if not is_good]
 
 

@@ -14,15 +14,16 @@ from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.checkpoint.sizes import stored_bytes
 from gptq_plugin.device.streams import AsyncRead, Stopwatch
 from gptq_plugin.gptq.grid import COARSE_SCALE, coarse_scales
+from gptq_plugin.gptq.solve_each import Solutions
 from gptq_plugin.gptq.solver import Solution
 from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.linears import linear_shape
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Skipped, Target
 from gptq_plugin.quantize.data_checks import Samples, unreached
-from gptq_plugin.quantize.solve_experts import Chunk
 from gptq_plugin.report.module_report import ModuleReport
 from gptq_plugin.report.report import QuantizeReport
+from gptq_plugin.walk.expert_hessians import Evidence
 from gptq_plugin.walk.lockstep import Notes
 from gptq_plugin.walk.ranges import near_float16
 
@@ -126,7 +127,8 @@ class Outcome:
     def add_experts(
         self,
         experts: Sequence[Sequence[Target]],
-        chunk: Chunk,
+        solved: Solutions,
+        evidence: Sequence[Evidence],
         good: Sequence[bool],
         stopwatch: Stopwatch,
         share: float,
@@ -135,12 +137,13 @@ class Outcome:
 
         Args:
             experts: The layers of each, alike for all; their rows are one below the other.
-            chunk: Their solutions.
+            solved: Their solutions.
+            evidence: For each expert.
             good: For each expert.
             stopwatch: Measures the time of these and others.
             share: An expert's, of that time.
         """
-        rows, solved = [target.shape[0] for target in experts[0]], chunk.solved
+        rows = [target.shape[0] for target in experts[0]]
         coarse = (solved.scales < COARSE_SCALE).sum(1, keepdim=True).to(solved.losses)
         parts = torch.cat([solved.losses, coarse], 1).split(rows, -1)
         losses = AsyncRead(torch.stack([part.sum(-1) for part in parts], -1).movedim(1, 0).flatten(1))
@@ -153,9 +156,9 @@ class Outcome:
                     share=rows[part] / sum(rows) * share,
                     stopwatch=stopwatch,
                     method="gptq",
-                    damp_percent=chunk.damp_percents[expert],
-                    tokens=chunk.evidence[expert].tokens,
-                    deviations=chunk.evidence[expert].deviations,
+                    damp_percent=max(evidence[expert].damp_percent, target.config.damp_percent),
+                    tokens=evidence[expert].tokens,
+                    deviations=evidence[expert].deviations,
                 )
         if stopwatch not in self._stopwatches:
             self._stopwatches.append(stopwatch)

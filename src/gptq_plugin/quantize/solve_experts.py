@@ -17,7 +17,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.streams import AsyncRead
 from gptq_plugin.gptq.solve_each import Solutions, most, solve_each
-from gptq_plugin.walk.expert_hessians import Evidence
+from gptq_plugin.walk.expert_hessians import EachEvidence, Evidence, SomeEvidence
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,20 @@ class Chunk:
 
     Attributes:
         experts: Their numbers.
-        evidence: Of each.
+        evidence: Returns that of each; waits for the device.
         solved: Their solutions, on every rank.
-        damp_percents: Those used.
         good: Returns for each whether its solution is one; waits for the device.
     """
 
     experts: range
-    evidence: list[Evidence]
+    evidence: Callable[[], list[Evidence]]
     solved: Solutions
-    damp_percents: list[float]
     good: Callable[[], list[bool]]
 
 
 def solve_experts(
     weights: Callable[[int], Sequence[Tensor]],
-    evidence: Iterator[Evidence],
+    evidence: EachEvidence,
     experts: int,
     shape: tuple[int, int],
     config: QuantizeConfig,
@@ -65,37 +63,35 @@ def solve_experts(
     for first in range(0, len(numbers), ranks):
         turn = [numbers[min(first + one, len(numbers) - 1)] for one in range(ranks)]
         mine: Callable[[], Solutions] | None = None
-        told: dict[range, list[Evidence]] = {}
+        told: dict[range, SomeEvidence] = {}
         for which in dict.fromkeys(turn):
-            told[which] = [next(evidence) for _ in which]
+            told[which] = evidence.take(len(which))
             if turn[rank] == which:
                 mine = _solver(weights, which, told[which], size, config)
         assert mine is not None
         solved = _on_all_ranks(with_room(mine, make_room), len(told), make_room)
         for which, of_rank in zip(told, solved, strict=True):
-            damp_percents = [max(one.damp_percent, config.damp_percent) for one in told[which]]
-            yield Chunk(which, told[which], of_rank, damp_percents, AsyncRead(of_rank.good).get)
+            yield Chunk(which, told[which].each, of_rank, AsyncRead(of_rank.good).get)
 
 
 def _solver(
     weights: Callable[[int], Sequence[Tensor]],
     experts: range,
-    evidence: Sequence[Evidence],
+    evidence: SomeEvidence,
     size: int,
     config: QuantizeConfig,
 ) -> Callable[[], Solutions]:
     """Solves some experts; the last one fills a chunk that has fewer, since sums may depend on their number."""
-    damp_percents = [max(one.damp_percent, config.damp_percent) for one in evidence]
-    means = [one.mean for one in evidence]
-    fill = [len(experts) - 1] * (size - len(experts))
-    chosen = [*range(len(experts)), *fill]
+    chosen = [*experts, *[experts[-1]] * (size - len(experts))]
+
+    def filled(values: Tensor) -> Tensor:
+        missing = size - len(values)
+        return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])]) if missing else values
 
     def solve() -> Solutions:
-        parts = [part for number in chosen for part in weights(experts[number])]
-        stacked = torch.cat(parts).unflatten(0, (len(chosen), -1))
-        hessians = torch.stack([means[number] for number in chosen])
-        damping = torch.tensor([damp_percents[number] for number in chosen], dtype=torch.float64, device="cpu")
-        return solve_each(stacked, hessians, config, damping.to(hessians.device))
+        stacked = torch.cat([part for number in chosen for part in weights(number)]).unflatten(0, (size, -1))
+        damp_percents = evidence.damp_percents.clamp(min=config.damp_percent)
+        return solve_each(stacked, filled(evidence.means), config, filled(damp_percents))
 
     return solve
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from gptq_plugin import distributed
 from gptq_plugin.device.precision import full_precision
+from gptq_plugin.device.streams import on_device
 from gptq_plugin.kernels import mirror_passes, segment_sums
 from gptq_plugin.walk.hessian import Hessian, add_each, add_products, is_narrow
 
@@ -34,6 +33,8 @@ class EachHessian:
         together = 0 if exact else experts
         self._sums = torch.zeros(together, in_features, in_features, device=device)
         self._tokens = torch.zeros(together, dtype=torch.int64, device=device)
+        self._means: Tensor | None = None  # in the sums' place, once some are taken
+        self._taken = 0
 
     def add(self, x: Tensor, ends: Tensor) -> None:
         """Adds rows sorted by expert.
@@ -62,22 +63,31 @@ class EachHessian:
             distributed.sum_(self._sums)
             distributed.sum_(self._tokens)
 
-    def means(self, beside: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:
-        """Yields each expert's `Hessian.mean`, and the number of its tokens. To be called once: it drops the sums.
+    def tokens(self) -> Tensor:
+        """The number of tokens of each expert, int64 [experts], on the device. To be called before `take`."""
+        if not self._apart:
+            return self._tokens
+        return on_device([hessian.tokens for hessian in self._apart], self._tokens)
+
+    def take(self, experts: int, beside: Tensor | None = None) -> Tensor:
+        """`Hessian.mean` of the next so many experts, [experts, in, in], in their order. Drops their sums.
 
         Args:
-            beside: See `Hessian.mean`.
+            experts: How many.
+            beside: See `Hessian.mean`; the same in each call.
         """
-        while self._apart:
-            hessian = self._apart.pop(0)
-            yield hessian.mean(beside), hessian.tokens
-        tokens, means = self._tokens, mirror_passes(self._sums).symmetric_(self._sums)
-        weights = tokens
-        if beside is not None:
-            means.add_(beside, alpha=self.in_features)
-            weights = tokens + self.in_features
-        means /= weights.clamp(min=1)[:, None, None]
-        yield from zip(means.unbind(), tokens.tolist(), strict=True)
+        if self._apart:
+            some, self._apart = self._apart[:experts], self._apart[experts:]
+            return torch.stack([hessian.mean(beside) for hessian in some])
+        if self._means is None:
+            weights = self._tokens
+            self._means = mirror_passes(self._sums).symmetric_(self._sums)
+            if beside is not None:
+                self._means.add_(beside, alpha=self.in_features)
+                weights = weights + self.in_features
+            self._means /= weights.clamp(min=1)[:, None, None]
+        start, self._taken = self._taken, self._taken + experts
+        return self._means[start : self._taken]
 
 
 def _split(x: Tensor, counts: Tensor) -> tuple[Tensor, ...]:

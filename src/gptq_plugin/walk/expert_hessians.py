@@ -14,13 +14,14 @@ n = d / 4 tokens for d inputs and the expert's tokens alone, the error on tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gptq_plugin import distributed
+from gptq_plugin.device.streams import AsyncRead
 from gptq_plugin.walk.each_hessian import EachHessian
 from gptq_plugin.walk.hessian import Hessian
 
@@ -97,17 +98,15 @@ class ExpertHessians:
         beside = self._beside(experts, reads_tokens, own.in_features)
         return _evidence(own.mean(beside), own.tokens, helped=beside is not None)
 
-    def weighted_each(self, experts: str, reads_tokens: bool, own: EachHessian) -> Iterator[Evidence]:
-        """`weighted` for layers of all of these experts: yields each one's evidence. Collective.
+    def weighted_each(self, experts: str, reads_tokens: bool, own: EachHessian) -> EachEvidence:
+        """`weighted` for layers of all of these experts. Collective.
 
         Args:
             experts: As there.
             reads_tokens: As there.
-            own: The layers' Hessians, summed over ranks; dropped.
+            own: The layers' Hessians, summed over ranks; dropped as they are taken.
         """
-        beside = self._beside(experts, reads_tokens, own.in_features)
-        for mean, tokens in own.means(beside):
-            yield _evidence(mean, tokens, helped=beside is not None)
+        return EachEvidence(own, self._beside(experts, reads_tokens, own.in_features))
 
     def leave(self, experts: str) -> None:
         """Forgets the tokens of the block."""
@@ -130,6 +129,52 @@ class ExpertHessians:
             sums.over_ranks()
             self._means[experts] = sums.mean()
         return self._means[experts]
+
+
+class EachEvidence:
+    """The evidence for layers of several experts, which is taken in their order, some at a time.
+
+    Args:
+        own: The layers' Hessians.
+        beside: What is weighted in; None if nothing is.
+    """
+
+    def __init__(self, own: EachHessian, beside: Tensor | None) -> None:
+        self._own, self._beside = own, beside
+        self._tokens = own.tokens()
+        self._read = AsyncRead(self._tokens)
+        self._taken = 0
+
+    def take(self, experts: int) -> SomeEvidence:
+        """That of the next so many experts."""
+        some = slice(self._taken, self._taken + experts)
+        self._taken = some.stop
+        means, helped = self._own.take(experts, self._beside), self._beside is not None
+        damp_percents = self._tokens[some].new_zeros(experts, dtype=torch.float64)
+        if not helped:
+            width = self._own.in_features
+            damp_percents = (_DAMPING * (width / self._tokens[some].double().clamp(min=1)) ** 1.5).clamp(max=_MOST)
+
+        def each() -> list[Evidence]:
+            own = zip(means, self._read.get()[some], strict=True)
+            return [_evidence(mean, tokens, helped=helped) for mean, tokens in own]
+
+        return SomeEvidence(means, damp_percents, each)
+
+
+@dataclass(frozen=True)
+class SomeEvidence:
+    """The evidence for layers of some experts, whose tokens may still be on their way from the device.
+
+    Attributes:
+        means: [experts, in, in].
+        damp_percents: As in `Evidence`, float64 [experts], on the device.
+        each: Returns that of each; waits for the device.
+    """
+
+    means: Tensor
+    damp_percents: Tensor
+    each: Callable[[], list[Evidence]]
 
 
 def _evidence(mean: Tensor, tokens: int, *, helped: bool) -> Evidence:
