@@ -206,7 +206,7 @@ def _any(error: Exception) -> str:
 CAMPAIGN = Campaign(
     about="trainings killed, terminated or interrupted, on one rank and on two",
     cases=200,
-    few=4,
+    few=3,
     given=_given,
     attack=_attack,
     prepare=_prepare,

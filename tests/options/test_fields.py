@@ -167,7 +167,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(deadline=None, max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(deadline=None, max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.fixed_dictionaries({}, optional=VALID))
 def test_everything_that_is_accepted_runs(options: dict[str, Any]) -> None:
     try:

@@ -553,7 +553,8 @@ held = []
 def watch(*_):
     held.append(int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
 
-quantizer = QuantizeModule(bits=8, nsamples=8, offload_weights=True, clip_ratios=[1.0])
+options = {"modules_to_not_convert": ["self_attn"], "clip_ratios": [1.0]}
+quantizer = QuantizeModule(bits=8, nsamples=8, offload_weights=True, **options)
 quantizer.quantize(model, list(torch.randint(0, 256, (8, 72))), export_dir=sys.argv[2], progress=watch)
 last = held[-len(held) // 4 :]
 print(sum(last) / len(last))
@@ -575,7 +576,7 @@ def test_the_memory_of_a_model_mapped_from_its_files_does_not_grow_with_its_size
         assert run.returncode == 0, run.stderr[-2000:]
         return float(run.stdout.split()[0]) / 1e3
 
-    packed = 12 * 2.9  # MB: 12 layers of 2.9 million weights at 8 bits; their float weights are twice that
+    packed = 12 * 2.4  # MB: 12 layers of 2.4 million weights at 8 bits; their float weights are twice that
     assert used(16) - used(4) < 0.5 * packed  # measured: a quarter of it; keeping the layers takes all of it
 
 
