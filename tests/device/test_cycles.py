@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -70,6 +71,42 @@ def test_callers_who_collect_nothing_or_freeze_objects_keep_that():
     finally:
         gc.unfreeze()
         gc.set_threshold(*before)
+
+
+def test_a_collection_on_demand_leaves_what_callers_froze_and_freezes_no_more():
+    """Cycles that are frozen are never freed, and models with hooks are such."""
+    frozen = weakref.ref(Cycle())
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        for block in (contextlib.nullcontext, rarely_collected):
+            with block():
+                kept, found = [[number] for number in range(1000)], weakref.ref(Cycle())
+                collect()
+                assert found() is None and frozen() is not None and kept
+                assert gc.get_freeze_count() <= before
+    finally:
+        gc.unfreeze()
+
+
+def test_a_collection_that_ends_a_block_left_open_leaves_all_as_it_was():
+    before, done = gc.get_threshold(), []
+
+    def leave_open() -> None:
+        block = rarely_collected()
+        block.__enter__()
+        holder = Cycle()
+        holder.block = block
+
+    def run() -> None:
+        leave_open()
+        collect()
+        done.append(gc.get_freeze_count())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert done == [0] and gc.get_threshold() == before
 
 
 @pytest.mark.parametrize("fails", [False, True])

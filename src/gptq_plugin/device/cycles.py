@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 _NEW = 50_000  # objects, between two looks at them; Python's own number is below a thousand
-_lock = threading.Lock()
+_lock = threading.RLock()  # a collection inside of it may end a block that somebody left open
 _before: list[tuple[tuple[int, int, int], bool]] = []  # what was before the first of the blocks now open, for each
 
 
@@ -45,9 +45,14 @@ def _enter(thresholds: tuple[int, int, int], freezes: bool) -> None:
 
 
 def collect() -> None:
-    """Frees what only cycles refer to, inside of `rarely_collected` too."""
-    is_frozen = gc.get_freeze_count() > 0
-    gc.unfreeze()
-    gc.collect()
-    if is_frozen:
-        gc.freeze()
+    """Frees what only cycles refer to, inside of `rarely_collected` too. What callers froze is left alone."""
+    with _lock:
+        if _is_frozen_here():
+            gc.unfreeze()
+        gc.collect()
+        if _is_frozen_here():  # unless the collection ended the block
+            gc.freeze()
+
+
+def _is_frozen_here() -> bool:
+    return bool(_before) and _before[0][1]
