@@ -41,6 +41,19 @@ def test_the_trained_model_is_quantized_and_exported_with_the_trainers_tokenizer
     assert len(logged) == 1 and logged[0]["gptq/modules"] == 7 and logged[0]["step"] == 3
 
 
+def test_the_totals_go_to_the_trainers_trackers_when_they_are_handed_on(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = train(llama(), [GPTQTrainerCallback(QuantizeModule(**SMALL))], tmp_path, report_to=["tensorboard"])
+    totals = next(one for one in trainer.state.log_history if "gptq/loss" in one)
+    trainer.log({name: value for name, value in totals.items() if name != "step"})  # as the how-to has it
+    scalars = {}
+    for file in tmp_path.rglob("events.out*"):
+        found = events.EventAccumulator(str(file)).Reload()
+        scalars |= {tag: found.Scalars(tag)[-1].value for tag in found.Tags()["scalars"]}
+    assert scalars["train/gptq/modules"] == 7
+    assert scalars["train/gptq/loss"] == pytest.approx(totals["gptq/loss"])
+
+
 def test_the_trainer_evaluates_and_saves_the_quantized_model(tmp_path):
     trainer = train(llama(), [GPTQTrainerCallback(QuantizeModule(**SMALL))], tmp_path)
     before = trainer.evaluate(Rows())["eval_loss"]

@@ -50,8 +50,8 @@ class Display:
         self.calls.append(("add", name, total))
         return 5
 
-    def update(self, task, completed):
-        self.calls.append(("update", task, completed))
+    def update(self, task, completed, total):
+        self.calls.append(("update", task, completed, total))
 
     def refresh(self):
         self.calls.append(("refresh",))
@@ -64,5 +64,6 @@ def test_a_rich_display_gets_one_task_once_its_length_is_known(trainer):
         assert display.calls == []
         progress(0, 7, "first")
         progress(3, 7, "second")
-    steps = [("update", 5, 0), ("refresh",), ("update", 5, 3), ("refresh",)]
+        progress(10, 100, "of a finish")
+    steps = [one for done, total in ((0, 7), (3, 7), (10, 100)) for one in (("update", 5, done, total), ("refresh",))]
     assert display.calls == [("add", "GPTQ", 7), *steps]

@@ -1,4 +1,4 @@
-"""GPTQModel's rules: measured with 7.6.0, read in its ``nn_modules/qlinear/``."""
+"""GPTQModel's rules: measured with 7.7.0, read in its ``nn_modules/qlinear/``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""transformers' rules: measured with transformers 5.23.0, which loads GPTQ through optimum 2.3.0 and GPTQModel
-7.6.0."""
+"""transformers' rules: measured with transformers 5.24.0, which loads GPTQ through optimum 2.3.0 and GPTQModel
+7.7.0."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _gptq(inventory: Inventory) -> Iterator[str]:
     yield from common.head(inventory, "transformers")  # measured
     yield from common.torch_groups(inventory, "transformers")
     if inventory.model_type == "gpt2":
-        # measured (docs/clients.md): 5.23 with GPTQModel 7.6 ends in "no attribute 'normal_'" when it initialises.
+        # measured (docs/clients.md): 5.24 with GPTQModel 7.7 ends in "no attribute 'normal_'" when it initialises.
         yield "transformers does not load GPTQ layers of gpt2: use load_quantized, or target='gptqmodel'"
 
 

@@ -33,7 +33,7 @@ def _rich_progress(rich: Any) -> Progress:
     def advance(done: int, total: int, what: str) -> None:
         if not tasks:  # Lightning's display needs a task's total when it is added
             tasks.append(rich.add_task("GPTQ", total=total))
-        rich.update(tasks[0], completed=done)
+        rich.update(tasks[0], completed=done, total=total)  # a finish's steps are others than the layers
         rich.refresh()
 
     return advance
