@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -109,12 +110,28 @@ def test_without_the_harness_the_extra_is_named(folders, capsys, monkeypatch):
     assert "pip install 'gptq-plugin[eval]'" in capsys.readouterr().err
 
 
-def test_an_export_without_a_report_is_refused_before_anything_runs(tmp_path, capsys, monkeypatch):
+def test_an_export_without_a_report_is_refused_before_anything_runs(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("gptq_plugin.apps.benchmarks.run_benchmarks", None)
-    assert main(["eval", str(tmp_path), "--tasks", "x"]) == 1
+    shutil.copytree(folders / "out", tmp_path / "out")
+    (tmp_path / "out/quantization_report.json").unlink()
+    assert main(["eval", str(tmp_path / "out"), "--tasks", "x"]) == 1
     assert "has no report of this version" in capsys.readouterr().err
-    assert main(["eval", str(tmp_path / "nowhere"), "--tasks", "x"]) == 1
-    assert "nowhere is not a folder: give the folder of an export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--limit", "2"]])
+def test_what_is_no_checkpoint_is_told_as_by_push_and_never_asked_of_the_hub(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gptq_plugin.apps.benchmarks.run_benchmarks", None)
+    (tmp_path / "empty").mkdir()
+    for folder, message in (
+        ("owner/name", "owner/name is not a folder"),
+        ("empty", "so it is no quantized checkpoint"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        told = []
+        for call in (["eval", folder, "--tasks", "x", *options], ["push", folder, "me/x"]):
+            assert main(call) == 1
+            told.append(capsys.readouterr().err.partition(": ")[2])
+        assert message in told[0] and told[0] == told[1]
 
 
 def test_a_table_has_a_line_for_each_metric_and_no_change_without_the_float_model():

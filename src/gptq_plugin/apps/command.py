@@ -48,7 +48,7 @@ def _add_check(commands: Any) -> None:
         description="Checks a GPTQ or compressed-tensors checkpoint of any tool. Exit status 1: it is damaged, or a "
         "--target would refuse it.",
     )
-    parser.add_argument("directory", metavar="DIR", help=_CHECKPOINT)
+    parser.add_argument("directory", metavar="DIR", type=_place, help=_CHECKPOINT)
     parser.add_argument(
         "--float", metavar="DIR", dest="float_dir", help="folder or id of the float model, to compare every tensor with"
     )
@@ -113,8 +113,8 @@ def _add_convert(commands: Any) -> None:
         description="Writes a GPTQ or compressed-tensors checkpoint of any tool in another format: the same codes, "
         "scales, zeros and groups.",
     )
-    parser.add_argument("directory", metavar="DIR", help="folder of the checkpoint")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("directory", metavar="DIR", type=_place, help="folder of the checkpoint")
+    parser.add_argument("out", metavar="OUT", type=_place, help="folder to write")
     parser.add_argument(
         "checkpoint_format",
         metavar="checkpoint_format=FORMAT",
@@ -154,8 +154,8 @@ def _add_eval(commands: Any) -> None:
         "The results are written into the export's report, page, card and quantize_config.json; those of a --limit are "
         "only shown.",
     )
-    parser.add_argument("directory", metavar="DIR", help="folder of the export")
-    parser.add_argument("--tasks", metavar="NAME,NAME", required=True, help="tasks or groups of lm-eval")
+    parser.add_argument("directory", metavar="DIR", type=_place, help="folder of the export")
+    parser.add_argument("--tasks", metavar="NAME,NAME", type=_names, required=True, help="tasks or groups of lm-eval")
     parser.add_argument("--float", metavar="DIR", dest="float_dir", help="folder or id of the float model, to compare")
     parser.add_argument("--include-path", metavar="DIR", help="folder with more tasks, as YAML")
     parser.add_argument(
@@ -170,11 +170,12 @@ def _add_eval(commands: Any) -> None:
 
 def _eval(parsed: argparse.Namespace) -> int:
     from gptq_plugin.apps.benchmarks import Request, run_benchmarks, shown_results
+    from gptq_plugin.checkpoint.checkpoint import Checkpoint
     from gptq_plugin.errors import CheckpointError, ExportError
     from gptq_plugin.export.benchmark_results import check_results, write_results
 
     request = Request(
-        [task for task in parsed.tasks.split(",") if task],
+        parsed.tasks,
         parsed.include_path,
         parsed.num_fewshot,
         parsed.limit,
@@ -184,6 +185,7 @@ def _eval(parsed: argparse.Namespace) -> int:
     )
     folder = Path(parsed.directory)
     try:
+        Checkpoint.open(folder)
         if request.limit is None:
             check_results(folder)
         results = run_benchmarks(folder, parsed.float_dir, request)
@@ -206,7 +208,7 @@ def _add_push(commands: Any) -> None:
         description="Uploads an export of this package to the Hugging Face hub, in one commit: weights, descriptions, "
         "tokenizer, report and card. The repository is made, private, if it is not there.",
     )
-    parser.add_argument("directory", metavar="DIR", help="folder of the export")
+    parser.add_argument("directory", metavar="DIR", type=_place, help="folder of the export")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository")
     parser.add_argument("--public", action="store_true", help="publish it; else a public repository is refused")
     _add_hub(parser, "branch to commit to")
@@ -242,10 +244,22 @@ def _checkpoint_format(text: str) -> str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
-    return value
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return names
+
+
+def _place(text: str) -> str:
+    if not text:  # a shell's variable that is not set; it would be the working folder
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return text
 
 
 if __name__ == "__main__":

@@ -61,10 +61,8 @@ def check_results(directory: Path) -> tuple[QuantizeReport, ModelFacts, str]:
     """The report, facts and card of an export that results can be written into.
 
     Raises:
-        ExportError: There is no such folder, or it has no report of this version.
+        ExportError: It has no report of this version.
     """
-    if not directory.is_dir():
-        raise ExportError(f"{directory} is not a folder: give the folder of an export of this package")
     try:
         return *read_report(read_text(directory / REPORT)), read_text(directory / CARD)
     except (OSError, ValueError) as error:
