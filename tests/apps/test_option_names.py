@@ -58,6 +58,7 @@ WRONG = {
         ("data.zzz=9", "; data=hub also path, name, "),
         ("data.batch_sze=9", "there is no option data.batch_sze: did you mean data.batch_size=9?"),
         ("~data.pth", "there is no option data.pth: data has seq_len"),
+        ("finish.steps=9", "finish=none has no finish.steps: did you mean finish=blocks finish.steps=9 or finish=full"),
         ("callback=gptq", "there is no option callback: did you mean callbacks=gptq?"),
     ],
 }  # fmt: skip
@@ -71,6 +72,14 @@ def test_a_name_that_does_not_exist_comes_with_the_nearest_that_does(kind):
     assert len(found) == len(sentences)
     for sentence, told in zip(sentences, found):
         assert sentence in told
+
+
+@pytest.mark.parametrize(("chosen", "option"), [("none", "steps=9"), ("scales", "block_steps=9")])
+def test_an_added_option_of_another_choice_is_told_with_that(chosen, option):
+    """The target takes it, and does nothing with it."""
+    for override in (f"finish.{option}", f"+finish.{option}"):
+        (told,) = unknown_names("quantize", [f"finish={chosen}", override])
+        assert f"finish={chosen} has no finish.{option.partition('=')[0]}: did you mean finish=blocks" in told
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def _wrong_key(override: Override, options: Options) -> str | None:
         hint = f"+{key}{value} adds it" if node is None else f"it is {node!r}"
         return f"{parent} has no {'.'.join(parts)}: {hint}"
     takes, _ = _parameters(node)
-    if len(parts) == 1 and parts[0] in takes:
+    if len(parts) == 1 and parts[0] in takes and not options.only_in(key):
         return f"{key} is not in the configuration, but {node[TARGET]} takes it: +{key}{value} adds it"
     return _unknown(override, options, parent, node)
 
@@ -130,7 +130,8 @@ def _wrong_addition(override: Override, options: Options, result: Mapping[str, A
     elif TARGET in (target := _at(result or {}, parent) or {}):
         takes, any_name = _parameters(target)
         # This package's own options are all in the configuration, whatever a signature leaves open.
-        if parts[0] in takes or (any_name and not str(target[TARGET]).startswith("gptq_plugin.")):
+        read = parts[0] in takes or (any_name and not str(target[TARGET]).startswith("gptq_plugin."))
+        if read and not options.only_in(override.key_or_group):
             return None
     else:
         made = _at(result or {}, f"{parent}.{parts[0]}")
@@ -146,7 +147,7 @@ def _unknown(override: Override, options: Options, parent: str, node: Mapping[st
     near, sign = nearest(key, options.tree), "~" if override.is_delete() else ""
     if close and close[0] not in node:
         near, sign = f"{parent}.{close[0]}", "+"
-    elsewhere = [] if override.is_delete() else options.nearer(key, near)
+    elsewhere = [] if override.is_delete() else options.only_in(key) or options.nearer(key, near)
     if elsewhere:
         meant = " or ".join(f"{choice} {option}{value}" for choice, option in elsewhere)
         group, chosen = parent.partition(".")[0], options.chosen(parent)

@@ -48,6 +48,10 @@ class Options:
             return []
         return [one for one, likeness in found.items() if likeness == best]
 
+    def only_in(self, key: str) -> list[tuple[str, str]]:
+        """The other choices that have an option of this name, as `nearer` gives them, if these have not."""
+        return [one for one in self.nearer(key, None) if one[1] == key]
+
     def of_other_choices(self, part: str) -> Iterator[tuple[str, list[str]]]:
         """Yields each other choice with the options that it would add to a part of the configuration."""
         for choice, tree in self._others if part else ():
