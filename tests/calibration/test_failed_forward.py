@@ -81,7 +81,12 @@ def test_a_forward_of_the_users_own_is_named():
         QuantizeModule(group_size=16).quantize(plain(), GOOD, forward=lambda model, batch: 1 / 0)
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), OSError("no disk"), torch.OutOfMemoryError("no room")])
+NO_ROOM = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), OSError("no disk"), torch.OutOfMemoryError("no room"), NO_ROOM]
+)
 def test_errors_that_no_batch_causes_are_left_as_they_are(error):
     def fails(*_):
         raise error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from gptq_plugin.device.memory import (
     Peak,
     free_bytes,
     give_back,
+    is_shortage,
     own_bytes,
     peak_bytes,
     trim,
@@ -123,6 +127,35 @@ def test_what_finds_no_room_is_not_repeated_where_none_can_be_made():
     with pytest.raises(torch.OutOfMemoryError):
         with_room(run, lambda: made.append(2) is None)
     assert made == [1, 2]
+
+
+ELSEWHERE = [  # than in PyTorch's allocator, whose memory the driver and libraries do not have
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/cuda/",
+    "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+    "Triton Error [CUDA]: out of memory",
+]
+
+
+@pytest.mark.parametrize("said", ELSEWHERE)
+@pytest.mark.parametrize("shortages", [1, 2])
+def test_what_a_driver_or_library_finds_no_room_for_runs_once_more_even_if_no_tensor_was_left_to_free(said, shortages):
+    attempts, made = [], []
+
+    def run():
+        attempts.append(1)
+        if len(attempts) <= shortages:
+            raise RuntimeError(said)
+        return "done"
+
+    with contextlib.nullcontext() if shortages == 1 else pytest.raises(RuntimeError, match=re.escape(said)):
+        assert with_room(run, lambda: bool(made.append(1))) == "done"
+    assert len(attempts) == 2 and made == [1]
+
+
+def test_a_shortage_is_an_error_of_a_device():
+    assert is_shortage(torch.OutOfMemoryError("no room"))
+    assert not is_shortage(ValueError(ELSEWHERE[0])) and not is_shortage(RuntimeError("CUDA error: unknown error"))
 
 
 def test_other_errors_are_no_shortage():

@@ -309,5 +309,5 @@ def test_a_batch_whose_backward_fails_is_named():
         def backward(ctx, gradient):
             raise RuntimeError("there is none")
 
-    with pytest.raises(CalibrationError, match=r"calibration batch 0 has no backward \(there is none\)"):
+    with pytest.raises(CalibrationError, match=r"calibration batch 0: it has no backward \(there is none\)"):
         passed(Attention(), pairs(), forward=lambda model, batch: NoBackward.apply(model(batch["x"])))

@@ -19,13 +19,15 @@ from gptq_plugin.quantize import solve_on_ranks
 
 from forked_python import python
 
-CALLS = {"count": itertools.count(1), "fail": frozenset()}
+TENSOR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+HANDLE = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+CALLS = {"count": itertools.count(1), "fail": frozenset(), "error": TENSOR}
 
 
 @torch.library.custom_op("gptq_plugin_tests::scarce", mutates_args=())
 def scarce(x: torch.Tensor) -> torch.Tensor:
     if next(CALLS["count"]) in CALLS["fail"]:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        raise CALLS["error"]
     return x.relu()
 
 
@@ -41,8 +43,8 @@ class Scarce(nn.Module):
         return x
 
 
-def _quantized(fail, **options):
-    CALLS.update(count=itertools.count(1), fail=frozenset(fail))
+def _quantized(fail, error=TENSOR, **options):
+    CALLS.update(count=itertools.count(1), fail=frozenset(fail), error=error)
     torch.manual_seed(1)
     batches = [torch.randn(1, 6000, 64) for _ in range(4)]  # their activations are more than a megabyte
     model = Scarce()
@@ -50,7 +52,7 @@ def _quantized(fail, **options):
     return {name: layer.qweight for name, layer in model.named_modules() if hasattr(layer, "qweight")}, report
 
 
-@pytest.mark.parametrize("options", [{}, {"offload_weights": True}])
+@pytest.mark.parametrize("options", [{}, {"offload_weights": True}, {"error": HANDLE}])
 @pytest.mark.parametrize("call", [2, 22, 27])  # of the planning forward, and of the walk
 def test_an_operation_that_finds_no_room_runs_again_with_less_kept(call, options, caplog):
     right, _ = _quantized(())
@@ -62,7 +64,7 @@ def test_an_operation_that_finds_no_room_runs_again_with_less_kept(call, options
 
 
 def test_without_anything_left_to_free_the_error_is_raised_and_the_model_is_float():
-    CALLS.update(count=itertools.count(1), fail=frozenset(range(22, 90)))
+    CALLS.update(count=itertools.count(1), fail=frozenset(range(22, 90)), error=TENSOR)
     model, x = Scarce(), torch.randn(1, 600, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(torch.OutOfMemoryError):

@@ -13,10 +13,11 @@ from torch import nn
 
 from gptq_plugin.calibration.forward import REMEDY, describe
 from gptq_plugin.calibration.takes import receiver
+from gptq_plugin.device.memory import is_shortage
 from gptq_plugin.errors import CalibrationError, brief
 
 # Not of the batch: memory, the device, other ranks, files.
-_OTHERS = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+_OTHERS = (MemoryError, OSError, torch.AcceleratorError, torch.distributed.DistError)
 _MODES = ("__torch_function__", "__torch_dispatch__")
 
 
@@ -35,7 +36,7 @@ def failures_explained(model: nn.Module, batch: Any, *, by_user: bool) -> Iterat
     try:
         yield
     except Exception as error:
-        if isinstance(error, _OTHERS) or _is_of_this_package(error):
+        if isinstance(error, _OTHERS) or is_shortage(error) or _is_of_this_package(error):
             raise
         runner = "forward(model, batch)" if by_user else f"{type(receiver(model)).__name__}.forward"
         raise CalibrationError(

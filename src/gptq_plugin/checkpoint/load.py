@@ -29,6 +29,7 @@ from gptq_plugin.checkpoint.load_plain import load_into
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
 from gptq_plugin.device.cycles import rarely_collected
+from gptq_plugin.device.memory import is_shortage
 from gptq_plugin.device.named import device_named
 from gptq_plugin.device.surroundings import alone, plain_defaults, same_random_numbers
 from gptq_plugin.errors import CheckpointError, brief
@@ -211,9 +212,9 @@ def _load_transformers(
                 ignore_mismatched_sizes=True,  # they are in `info`, all of them, and refused below
                 output_loading_info=True,
             )
-    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # whatever values that nobody expected lead to
+        if isinstance(error, (CheckpointError, MemoryError, torch.AcceleratorError)) or is_shortage(error):
+            raise
         raise CheckpointError(
             f"{checkpoint.directory}: transformers cannot load it as {architecture.__name__} "
             f"({type(error).__name__}: {brief(error)})"

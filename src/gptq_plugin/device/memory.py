@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ T = TypeVar("T")
 _CPU = torch.device("cpu")
 _GROWTH = 2**27  # bytes
 _LARGE = 2**20  # bytes of a tensor; what smaller ones leave behind is little
+_SHORT = re.compile(r"(CUDA|HIP) error: out of memory|_STATUS_ALLOC_FAILED|Triton Error \[\w+\]: out of memory")
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int | None:
@@ -99,20 +101,29 @@ def _is_large(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and tensor.device.type == "cpu" and tensor.nbytes >= _LARGE
 
 
+def is_shortage(error: BaseException) -> bool:
+    """Returns whether a device had no room: for a tensor, in PyTorch's allocator, or for what drivers and libraries
+    take beside it, such as a kernel's code or a handle. They find none where other processes fill the device."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _SHORT.search(str(error)) is not None
+
+
 def with_room(run: Callable[[], T], make_room: Callable[[], bool]) -> T:
     """Runs something, and where the device has no room for it, once more after `make_room`.
 
     Args:
         run: Changes nothing before it has the memory it needs, such as an operation of PyTorch.
-        make_room: Frees memory; returns False if nothing was left to free.
+        make_room: Frees memory; returns False if no tensors were left to free. Memory that PyTorch holds and no tensor
+            needs, which it gives back, is no room for another tensor, but may be for a driver.
 
     Raises:
-        torch.OutOfMemoryError: There is no room even then.
+        RuntimeError: There is no room even then: torch.OutOfMemoryError, or another that `is_shortage` knows.
     """
     try:
         return run()
-    except torch.OutOfMemoryError:
-        if not make_room():
+    except RuntimeError as error:
+        if not is_shortage(error) or (not make_room() and isinstance(error, torch.OutOfMemoryError)):
             raise
     return run()
 

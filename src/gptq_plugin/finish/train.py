@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.device.memory import Peak, give_back, peak_bytes
+from gptq_plugin.device.memory import Peak, give_back, is_shortage, peak_bytes
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.blocks import checkpointed
 from gptq_plugin.finish.descent import Descent, Pace, draw_as_before
@@ -73,8 +73,8 @@ class Training(Descent):
         lesson = self._lessons[number]
         try:
             return self._backward(lesson)
-        except torch.OutOfMemoryError:
-            if self._options.checkpoint_activations is not None or self._reruns:
+        except RuntimeError as error:
+            if not is_shortage(error) or self._options.checkpoint_activations is not None or self._reruns:
                 raise
             self._rerun("there was no room")
         return self._backward(lesson)

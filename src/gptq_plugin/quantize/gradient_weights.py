@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.loss import loss_of
+from gptq_plugin.device.memory import is_shortage
 from gptq_plugin.errors import CalibrationError, brief
 from gptq_plugin.model.experts import experts_of
 
@@ -81,15 +82,13 @@ class GradientWeights:
             self._exponent = 0 if terms is not None else self._rows.bit_length()
             try:
                 (loss * 2.0**self._exponent).backward()
-            except torch.OutOfMemoryError as error:
-                raise CalibrationError(
-                    f"token_weighting='gradients': there is no room for the backward of calibration batch {number}: "
-                    "give a smaller batch_size, or token_weighting='all'"
-                ) from error
             except RuntimeError as error:
+                short = is_shortage(error)
+                why = "there is no room for its backward" if short else f"it has no backward ({brief(error)})"
                 raise CalibrationError(
-                    f"token_weighting='gradients': calibration batch {number} has no backward ({brief(error)}). Give "
-                    "token_weighting='all'"
+                    f"token_weighting='gradients', calibration batch {number}: {why}. Give "
+                    + ("a smaller batch_size, or " if short else "")
+                    + "token_weighting='all'"
                 ) from error
         self._check_finite(number)
 
