@@ -57,13 +57,15 @@ def longest_loop(code: str) -> list[str]:
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="needs the tools that Triton comes with")
 @pytest.mark.parametrize(
-    ("capability", "kind", "bits", "block", "warps"),
+    ("capability", "kind", "bits", "block", "warps", "half"),
     [
-        (80, "bf16", 4, 8, 2), (89, "fp16", 4, 64, 4), (90, "fp16", 4, 8, 2),
-        (80, "bf16", 3, 8, 2), (90, "fp16", 3, 8, 2),
+        (80, "bf16", 4, 8, 2, 0), (89, "fp16", 4, 64, 4, 0), (90, "fp16", 4, 8, 2, 0),
+        (80, "bf16", 3, 8, 2, 1), (90, "fp16", 3, 8, 2, 0), (90, "fp16", 3, 64, 4, 1), (90, "fp16", 2, 16, 2, 1),
     ],
 )  # fmt: skip
-def test_weights_go_from_memory_to_the_tensor_cores_without_detours(capability, kind, bits, block, warps, tmp_path):
+def test_weights_go_from_memory_to_the_tensor_cores_without_detours(
+    capability, kind, bits, block, warps, half, tmp_path
+):
     from gptq_plugin.kernels.product.few_rows import _few_rows_kernel
 
     layout = Layout.of(bits, 128, 8192, 8192, True)
@@ -74,7 +76,7 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_detours(capability, 
     sizes = {
         "BITS": bits, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
         "SYMMETRIC": True, "HAS_BIAS": False, "WHOLE": True, "BN": 64, "BM": block,
-        "SPLIT": 1, "STAGES": 3, "EARLY": capability == 90, "zeros": None, "bias": None,
+        "SPLIT": 1, "STAGES": 3, "EARLY": capability == 90, "HALF": half, "zeros": None, "bias": None,
     }  # fmt: skip
     options = {"num_warps": warps, "num_stages": 3}
     graph, code, resources = machine_code(_few_rows_kernel, types, sizes, capability, options, tmp_path)
@@ -85,8 +87,8 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_detours(capability, 
     )
     loop = longest_loop(code)
     # Expansion, product and scales; with 64 rows of x most are products.
-    weights = layout.step * 64 / (32 * warps)
-    assert 0 < len(loop) / weights < (2.2 if block == 8 else 4.2)
+    weights = layout.step // (1 + half) * 64 / (32 * warps)
+    assert 0 < len(loop) / weights < (2.2 if block < 64 else 4.2)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -103,7 +105,7 @@ def test_weights_of_programs_whose_warps_share_the_channels_are_not_moved_either
     sizes = {
         "BITS": bits, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
         "SYMMETRIC": True, "HAS_BIAS": False, "WHOLE": True, "BN": 16, "BM": 8, "WAYS": ways, "STAGES": 3,
-        "EARLY": 3 if capability == 90 else 0, "zeros": None, "bias": None,
+        "EARLY": 3 if capability == 90 else 0, "HALF": int(layout.halves), "zeros": None, "bias": None,
     }  # fmt: skip
     options = {"num_warps": ways, "num_stages": 3}
     graph, code, resources = machine_code(_by_warps_kernel, types, sizes, capability, options, tmp_path)

@@ -107,8 +107,10 @@ def test_the_triton_kernels_of_the_layout_are_the_formula(bits, size, symmetric,
         x = torch.randn(rows, size[0], dtype=dtype, device=device)
         bias = torch.randn(size[1], device=device) if split > 1 else None
         out = torch.full((rows, size[1]), NAN, dtype=dtype, device=device)
-        few_rows(x, weight.layout, weight.arranged, bias, out, workspace_of(x.device), BM=block, SPLIT=split)
-        check(out, x, weight, bias)
+        for half in (0, 1) if weight.layout.halves else (0,):
+            options = {"BM": block, "SPLIT": split, "HALF": half}
+            few_rows(x, weight.layout, weight.arranged, bias, out.fill_(NAN), workspace_of(x.device), **options)
+            check(out, x, weight, bias)
 
 
 @triton_device
@@ -124,9 +126,10 @@ def test_the_kernel_whose_warps_share_the_channels_is_the_formula(bits, size, sy
         x = torch.randn(rows, size[0], dtype=dtype, device=device)
         bias = torch.randn(size[1], device=device) if ways > 1 else None
         out = torch.full((rows, size[1]), NAN, dtype=dtype, device=device)
-        options = {"BN": outputs, "BM": block, "WAYS": ways}
-        by_warps(x, weight.layout, weight.arranged, bias, out, workspace_of(x.device), **options)
-        check(out, x, weight, bias)
+        for half in (0, 1) if weight.layout.halves else (0,):
+            options = {"BN": outputs, "BM": block, "WAYS": ways, "HALF": half}
+            by_warps(x, weight.layout, weight.arranged, bias, out.fill_(NAN), workspace_of(x.device), **options)
+            check(out, x, weight, bias)
 
 
 @triton_device
@@ -181,7 +184,8 @@ hopper = pytest.mark.skipif(
 @hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_product_of_many_rows_is_the_formula(symmetric, dtype):
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_product_of_many_rows_is_the_formula(bits, symmetric, dtype):
     from gptq_plugin.kernels.product.many_rows import many_rows
     from gptq_plugin.kernels.product.workspace import workspace_of
 
@@ -189,7 +193,7 @@ def test_the_product_of_many_rows_is_the_formula(symmetric, dtype):
         ((1056, 130), (256, 5), 1, 300), ((2048, 4096), (256, 5), 1, 1000), ((512, 192), (64, 12), 2, 65),
         ((1000, 37), (128, 8), 2, 129), ((256, 128), (256, 3), 1, 1),
     ):  # fmt: skip
-        weight = make_weight(4, n_in, n_out, 128, symmetric, "cuda")
+        weight = make_weight(bits, n_in, n_out, 128, symmetric, "cuda")
         x = torch.randn(rows, n_in, dtype=dtype, device="cuda")
         bias = torch.randn(n_out, device="cuda") if rows != 1 else None
         out = torch.full((rows, n_out), NAN, dtype=dtype, device="cuda")

@@ -20,7 +20,7 @@ def right(text, layout=LAYOUT, rows=16, dtype=torch.float16, on=H100):
 
 
 def test_every_kernel_has_options_with_defaults():
-    own = {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2, "EARLY": 0}
+    own = {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2, "EARLY": 0, "HALF": 0}
     assert KERNELS["few_rows"].options == own
     assert set(KERNELS["many_rows"].options) == {"BM", "STAGES", "AHEAD", "WIDTH", "SPLIT", "EARLY"}
     assert set(KERNELS["by_warps"].options) == {"BN", "BM", "WAYS", "STAGES", "EARLY"}

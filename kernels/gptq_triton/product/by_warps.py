@@ -25,6 +25,7 @@ def _by_warps_kernel(
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     pn, pm = tl.program_id(0), tl.program_id(1)
     way = tl.arange(0, WAYS)[:, None]
@@ -43,10 +44,11 @@ def _by_warps_kernel(
         if EARLY > 1:
             let_go()
     acc = tl.zeros((WAYS, BN, BM), tl.float32)
-    for turn in tl.range(0, tl.cdiv(steps, WAYS), num_stages=STAGES):
+    for turn in tl.range(0, tl.cdiv(steps, WAYS) * (1 + HALF), num_stages=STAGES):
+        step = turn // (1 + HALF) * WAYS + way
         acc = add_step(
-            acc, row, words, scales, zeros, turn * WAYS + way, steps, at, outputs, there, lane, K, stride,
-            BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE,
+            acc, row, words, scales, zeros, step, turn % (1 + HALF), steps, at, outputs, there, lane, K, stride,
+            BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE, HALF,
         )  # fmt: skip
     if EARLY == 1:
         let_go()
@@ -55,7 +57,7 @@ def _by_warps_kernel(
 
 def by_warps(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 16, BM: int = 8, WAYS: int = 4, STAGES: int = 3, EARLY: int = 0,
+    *, BN: int = 16, BM: int = 8, WAYS: int = 4, STAGES: int = 3, EARLY: int = 0, HALF: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32.
 
@@ -68,7 +70,7 @@ def by_warps(
         BN, BM: Outputs and rows of a tile.
         WAYS: Warps, each with every WAYS-th step of the channels.
         STAGES: Depth of the pipeline of loads.
-        EARLY: See `few_rows.few_rows`.
+        EARLY, HALF: See `few_rows.few_rows`.
     """
     rows = len(x)
     _by_warps_kernel[(layout.outputs // BN, triton.cdiv(rows, BM))](
@@ -76,5 +78,6 @@ def by_warps(
         rows, layout.n_out, layout.n_in, arranged.stride, layout.steps,
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,
-        BN=BN, BM=BM, WAYS=WAYS, STAGES=STAGES, EARLY=EARLY, num_warps=WAYS, num_stages=STAGES, **launch(EARLY),
+        BN=BN, BM=BM, WAYS=WAYS, STAGES=STAGES, EARLY=EARLY, HALF=HALF, num_warps=WAYS,
+        num_stages=STAGES, **launch(EARLY),
     )  # fmt: skip

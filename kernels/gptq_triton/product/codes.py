@@ -26,15 +26,29 @@ def word_of(plane, bits):
 
 
 @triton.constexpr_function
+def half_of(plane, bits):
+    """Of 3 bits the word of the plane's half, else 0."""
+    return plane // 8 if bits == 3 else 0
+
+
+@triton.constexpr_function
+def place_of(plane, bits):
+    """Where the plane's codes, or the first of their bits, lie in that word."""
+    return _pieces(bits, plane)[0][1]
+
+
+@triton.constexpr_function
 def _place(plane, bits, bfloat16):
     """(shift, p): a word shifted right by `shift` has the plane's code at bit p of the mantissa. bfloat16 has seven
-    bits there, and a shift by 8 serves both halves of a float16 word. Of 3 bits in float16 the words are shifted by 8,
-    7 and 6, which brings the bits of the last plane next to each other too."""
-    if bits == 3 and plane == 15:
-        return 0, 0 if bfloat16 else 7
+    bits there, and a shift by 8 serves both halves of a float16 word. Of 3 bits a half's own words are shifted by 7, or
+    12, which brings the highest bit of its last plane to its place too."""
+    if bits == 3 and plane % 8 == 7:
+        return 0, 1 if bfloat16 else 6
+    if bits == 3 and plane % 8 > 4:
+        return plane // 8 * 8, 3 * (plane % 8 - 5)
     if bits == 3:
-        at, word = 3 * (plane % 5), plane // 5
-        shift = at // 6 * 6 if bfloat16 else at // 9 * (8 - word)
+        at = 3 * (plane % 8)
+        shift = at // 6 * 6 if bfloat16 else at // 9 * 7
         return shift, at - shift
     if bits == 8 or (bits == 4 and bfloat16):
         return bits * plane, 0
@@ -69,8 +83,8 @@ def start(plane, bits, bfloat16):
 
 @triton.constexpr_function
 def ptx(plane, bits, bfloat16, symmetric):
-    """PTX of $0 = two codes less their zeros, of words $1 (the last plane of 3 bits: $1 to $3), and, unless zeros are
-    symmetric, then `start` (and for 8 bits in bfloat16 the zero's lower half, negative)."""
+    """PTX of $0 = two codes less their zeros, of words $1 (the last plane of a half of 3 bits: $1 and $2), and, unless
+    zeros are symmetric, then `start` (and for 8 bits in bfloat16 the zero's lower half, negative)."""
     shift, p = _place(plane, bits, bfloat16)
     kind, one, step = ("bf16x2", 0x4300, 7) if bfloat16 else ("f16x2", 0x6400, 10)
     unit = 0x3F80 if bfloat16 else 0x3C00
@@ -85,8 +99,9 @@ def ptx(plane, bits, bfloat16, symmetric):
         code += f"mov.b32 c, ${operand};"
     if len(parts) > 1:
         code += f"mov.b32 v, {_twice(one)};"
-        for word, place, low, number in parts:
-            code += _shifted(f"${word + 1}", place - low - p)
+        for i in range(len(parts)):  # Triton 3.6 cannot read nested targets
+            _, place, low, number = parts[i]
+            code += _shifted(f"${i + 1}", place - low - p)
             code += f"lop3.b32 v, t, {_twice(((1 << number) - 1) << (low + p))}, v, 0xea;"
     else:
         code += _shifted("$1", shift)
@@ -104,15 +119,27 @@ def ptx(plane, bits, bfloat16, symmetric):
 
 
 @triton.jit
+def moved(words, distance):
+    """int16 words whose lower bytes are those that lie `distance` higher, int32 [N, 1]: 0, or 8 for the upper ones. What
+    is in the upper bytes then is nobody's."""
+    if PTX:
+        CODE: tl.constexpr = "shr.u32 $0, $1, $2;"
+        lower = tl.inline_asm_elementwise(CODE, "=r,r,r,r", [words, distance], dtype=tl.int16, is_pure=True, pack=2)
+    else:
+        lower = words >> distance
+    return lower
+
+
+@triton.jit
 def centered(
-    words, second, third, zero, kind,
+    words, second, zero, kind,
     PLANE: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """Codes of a plane less their zeros, exact, in the dtype of `kind`.
 
     Args:
-        words: int16 [N, lanes] that have the plane's codes; of the last plane of 3 bits the block's first.
-        second, third: The block's others, read for that plane only.
+        words: int16 [N, lanes] that have the plane's codes; of the last plane of a half of 3 bits the block's third.
+        second: The half's own words, read for that plane only.
         zero: int32 [N, 1].
         kind: Anything of the dtype asked for.
         PLANE: The plane.
@@ -121,14 +148,12 @@ def centered(
         SYMMETRIC: Every zero is 2^(BITS - 1). It is then a constant of the code: an operand would make the compiler
             lay the words out anew.
     """
-    LAST: tl.constexpr = BITS == 3 and PLANE == 15
+    LAST: tl.constexpr = BITS == 3 and PLANE % 8 == 7
     if PTX and kind.dtype != tl.float32:
         CODE: tl.constexpr = ptx(PLANE, BITS, BF16, SYMMETRIC)
         if SYMMETRIC:
             if LAST:
-                q = tl.inline_asm_elementwise(
-                    CODE, "=r,r,r,r", [words, second, third], dtype=kind.dtype, is_pure=True, pack=2
-                )
+                q = tl.inline_asm_elementwise(CODE, "=r,r,r", [words, second], dtype=kind.dtype, is_pure=True, pack=2)
             else:
                 q = tl.inline_asm_elementwise(CODE, "=r,r", [words], dtype=kind.dtype, is_pure=True, pack=2)
         else:
@@ -137,7 +162,7 @@ def centered(
             first = (START[0] + (of_zero << START[1])).to(tl.int16).to(kind.dtype, bitcast=True)
             if LAST:
                 q = tl.inline_asm_elementwise(
-                    CODE, "=r,r,r,r,r", [words, second, third, first], dtype=kind.dtype, is_pure=True, pack=2
+                    CODE, "=r,r,r,r", [words, second, first], dtype=kind.dtype, is_pure=True, pack=2
                 )
             elif BITS == 8 and BF16:
                 lower = -(zero & 15).to(tl.float32).to(kind.dtype)
@@ -148,11 +173,10 @@ def centered(
                 q = tl.inline_asm_elementwise(CODE, "=r,r,r", [words, first], dtype=kind.dtype, is_pure=True, pack=2)
     else:
         if LAST:
-            code = (words.to(tl.int32) >> 15) & 1
-            code |= (second.to(tl.int32) >> 14) & 2
-            code |= (third.to(tl.int32) >> 13) & 4
+            code = (words.to(tl.int32) >> (PLANE // 8 * 8 + 6)) & 3
+            code |= (second.to(tl.int32) >> 13) & 4
         else:
-            AT: tl.constexpr = 3 * (PLANE % 5) if BITS == 3 else BITS * PLANE
+            AT: tl.constexpr = place_of(PLANE, BITS)
             code = (words.to(tl.int32) >> AT) & ((1 << BITS) - 1)
         q = (code - zero).to(kind.dtype)
     return q

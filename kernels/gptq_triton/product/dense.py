@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..needs_triton import tl, triton
-from .codes import centered, of_pair, scale_of, word_of
+from .codes import centered, half_of, of_pair, scale_of, word_of
 from .layout import Arranged, Layout
 
 _OUTPUTS = 16  # of a program
@@ -49,7 +49,7 @@ def _dense_kernel(
         if not SYMMETRIC:
             zero = of_pair(z, index // EACH % 2)[:, None]
         own = w[word_of(index % PLANES, BITS)]
-        q = centered(own, w[TILES // 2], w[TILES - 1], zero, kind, index % PLANES, BITS, False, SYMMETRIC)
+        q = centered(own, w[half_of(index % PLANES, BITS)], zero, kind, index % PLANES, BITS, False, SYMMETRIC)
         value = q.to(tl.float32) * scale_of(s, index // EACH % 2)[:, None]
         k = (step * (BLOCKS * PLANES) + index) * LANES + lane
         tl.store(row + k[None, :], value.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])

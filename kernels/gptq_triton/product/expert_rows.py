@@ -51,8 +51,8 @@ def _expert_rows_kernel(
         acc = tl.zeros((BN, BM), tl.float32)
         for step in tl.range(0, steps, num_stages=STAGES):
             acc = add_step(
-                acc, row, words, scales, zeros, step, steps, at, n, there, lane, K, stride,
-                BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE,
+                acc, row, words, scales, zeros, step, 0, steps, at, n, there, lane, K, stride,
+                BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE, False,
             )  # fmt: skip
         store = (m < last)[None, :] & (column < width)[:, None]
         tl.store(out + m.to(tl.int64)[None, :] * width + column[:, None], acc.to(out.dtype.element_ty), mask=store)

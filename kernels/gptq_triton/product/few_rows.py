@@ -50,7 +50,7 @@ def _few_rows_kernel(
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     pn, part, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = pn * BN + tl.arange(0, BN)
@@ -59,10 +59,11 @@ def _few_rows_kernel(
     at = n[:, None] * LANES + lane
     row = x + m.to(tl.int64)[:, None] * K + lane
     there = (m < M)[:, None]
+    turns = steps * (1 + HALF)
     if EARLY:
         for i in tl.static_range(EARLY - 2):
-            early = part * steps // SPLIT + i
-            if early < (part + 1) * steps // SPLIT:
+            early = part * turns // SPLIT // (1 + HALF) + i
+            if early * (1 + HALF) < (part + 1) * turns // SPLIT:
                 announce(
                     words, scales, zeros, early, pn * BN, stride, BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, BN
                 )
@@ -70,10 +71,10 @@ def _few_rows_kernel(
         if EARLY > 1:
             let_go()
     acc = tl.zeros((BN, BM), tl.float32)
-    for step in tl.range(part * steps // SPLIT, (part + 1) * steps // SPLIT, num_stages=STAGES):
+    for turn in tl.range(part * turns // SPLIT, (part + 1) * turns // SPLIT, num_stages=STAGES):
         acc = add_step(
-            acc, row, words, scales, zeros, step, steps, at, n, there, lane, K, stride,
-            BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE,
+            acc, row, words, scales, zeros, turn // (1 + HALF), turn % (1 + HALF), steps, at, n, there, lane, K, stride,
+            BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE, HALF,
         )  # fmt: skip
     if EARLY == 1:
         let_go()
@@ -82,7 +83,7 @@ def _few_rows_kernel(
 
 def few_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2, EARLY: int = 0,
+    *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2, EARLY: int = 0, HALF: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32.
 
@@ -98,6 +99,8 @@ def few_rows(
         warps: Of a program.
         EARLY: 1 to begin while a product before ends, and let one after it do so; 2 or more to let it once this one has
             begun, with the words of EARLY - 2 steps fetched into the L2 cache before. See `in_turn`.
+        HALF: 1 to multiply half of a step at a time, where `layout.halves`: words are read twice, from the L2 cache
+            the second time, and a stage has half as many channels of x.
     """
     rows = len(x)
     tiles = layout.outputs // BN * triton.cdiv(rows, BM)
@@ -107,6 +110,6 @@ def few_rows(
         rows, layout.n_out, layout.n_in, arranged.stride, layout.steps,
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,
-        BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, EARLY=EARLY,
+        BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, EARLY=EARLY, HALF=HALF,
         num_warps=warps, num_stages=STAGES, **launch(EARLY),
     )  # fmt: skip

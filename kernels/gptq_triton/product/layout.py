@@ -9,10 +9,12 @@ bits, so that a step is no longer than of 2)::
 
 A word has a code of each plane, so that a tile of words times one shift and mask is a tile of codes that the tensor
 cores take as it lies: nothing moves between threads. Of 3 bits a block has three tiles of words, [3 blocks, N, lanes],
-and 16 planes: five codes to a word, and the bits that are left of the three make the last one, the lowest in the first.
+and 16 planes. Each half of them has a tile of its own, with five codes to a word, and a byte of the third tile's words,
+with two codes; what is left of both, the byte's two upper bits and the word's highest, makes the half's last code.
 Two scales lie in one int32 since smaller loads cannot be asynchronous. A group holds 32, 64 or 128 channels here;
-longer ones are repeated. A step is the least number of blocks with an even number of groups and at least 256 channels.
-Inputs are padded to a step and outputs to 64, with scales of zero.
+longer ones are repeated. A step is the least number of blocks with an even number of groups and at least 256 channels;
+where it has 512, of 2 and 3 bits, a kernel may take half of a block's planes at a time. Inputs are padded to a step and
+outputs to 64, with scales of zero.
 
 Tested by tests/kernels/test_products.py: with the kernels that read it.
 """
@@ -78,6 +80,11 @@ class Layout:
     def step(self) -> int:
         """Channels in a step."""
         return self.blocks_a_step * self.planes * self.lanes
+
+    @property
+    def halves(self) -> bool:
+        """A step can be taken by halves, which have 256 channels and whole pairs of groups."""
+        return self.blocks_a_step == 1 and self.step == 2 * _STEP
 
     @property
     def steps(self) -> int:
@@ -152,7 +159,10 @@ def pieces(bits: int, plane: int) -> list[tuple[int, int, int, int]]:
     """Where the bits of a plane's codes lie: (word, place in it, place in the code, how many)."""
     if bits != 3:
         return [(0, bits * plane, 0, bits)]
-    return [(plane // 5, 3 * (plane % 5), 0, 3)] if plane < 15 else [(i, 15, i, 1) for i in range(3)]
+    half, own = divmod(plane, 8)
+    if own < 5:
+        return [(half, 3 * own, 0, 3)]
+    return [(2, 8 * half + 3 * (own - 5), 0, 3)] if own < 7 else [(2, 8 * half + 6, 0, 2), (half, 15, 2, 1)]
 
 
 def _word(layout: Layout, planes: Tensor, word: int) -> Tensor:

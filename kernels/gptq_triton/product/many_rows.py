@@ -1,4 +1,4 @@
-"""x Wᵀ for many rows on Hopper, in Gluon: 4 bits, groups of 128 channels here.
+"""x Wᵀ for many rows on Hopper, in Gluon: 4, 3 and 2 bits, groups of 128 channels here.
 
 A program for every multiprocessor goes through the tiles of the result. One of its warps has the copy engine fetch
 words and x into two rings of buffers in shared memory; two groups of four warps expand words into weights in registers,
@@ -28,62 +28,59 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..needs_triton import triton
 from .codes import ptx, start
 from .in_turn import launch, let_go, wait
-from .layout import Arranged, Layout
+from .layout import Arranged, Layout, pieces
 from .workspace import Workspace
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7 renamed it
 
 _BN = 64  # outputs of each of the two groups of warps, of a tile
-_HALF = 32  # lanes whose weights are multiplied at a time: more spill
+_pieces = triton.constexpr_function(pieces)
+_LANES = 32  # whose weights are multiplied at a time, a part: more spill
 
 
 @triton.constexpr_function
-def _ptx_scaled(plane, bfloat16, symmetric):
+def _ptx_scaled(plane, bits, bfloat16, symmetric):
     """PTX of $0 = two weights, of the operands of `codes.ptx` and the scales (in bfloat16 the upper part, then the
     rest), rounded once: a code times the rest of a scale, of three bits, is exact."""
-    code = ptx(plane, 4, bfloat16, symmetric).replace("$0", "v")[:-1]
-    scale = 2 if symmetric else 3
+    code = ptx(plane, bits, bfloat16, symmetric).replace("$0", "v")[:-1]
+    scale = len(_pieces(bits, plane)) + (1 if symmetric else 2)
     if not bfloat16:
         return code + f"mul.rn.f16x2 $0, v, ${scale};}}"
     return code + f"mov.b32 f, 0x80008000; fma.rn.bf16x2 t, v, ${scale + 1}, f; fma.rn.bf16x2 $0, v, ${scale}, t;}}"
 
 
+@triton.constexpr_function
+def _constraints(operands):
+    return "=r" + ",r" * operands
+
+
 @gluon.jit
-def _weights(words, scales, zeros, PLANE: gl.constexpr, BF16: gl.constexpr, SYMMETRIC: gl.constexpr, kind):
-    """A plane's weights in the dtype of `kind`, of words [n, lanes] and of the pairs [n] of scales and zeros."""
-    CODE: gl.constexpr = _ptx_scaled(PLANE, BF16, SYMMETRIC)
-    scale = _of_pair(scales, PLANE // 2).to(gl.int16).to(gl.float16, bitcast=True)
+def _weights(
+    lower, upper, scales, zeros, kind,
+    PART: gl.constexpr, BITS: gl.constexpr, BF16: gl.constexpr, SYMMETRIC: gl.constexpr,
+):  # fmt: skip
+    """A part's weights in the dtype of `kind`, of a turn's words [n, 32] and of the pairs [n] of scales and zeros."""
+    PLANE: gl.constexpr = PART if BITS == 3 else PART // 2
+    CODE: gl.constexpr = _ptx_scaled(PLANE, BITS, BF16, SYMMETRIC)
+    scale = _of_pair(scales, PART // 4).to(gl.int16).to(gl.float16, bitcast=True)
+    if BITS == 3:
+        operands = (lower,) if PLANE < 5 else (upper,) if PLANE < 7 else (upper, lower)
+    else:
+        operands = (upper,) if PART % 2 else (lower,)
+    if not SYMMETRIC:
+        START: gl.constexpr = start(PLANE, BITS, BF16)
+        bits = (START[0] + (_of_pair(zeros, PART // 4) << START[1])).to(gl.int16)
+        operands = operands + (gl.expand_dims(bits.to(kind.dtype, bitcast=True), 1),)
     if BF16:
         wide = scale.to(gl.float32)
-        upper = wide.to(gl.bfloat16)
-        rest = gl.expand_dims((wide - upper.to(gl.float32)).to(gl.bfloat16), 1)
-        scale = gl.expand_dims(upper, 1)
-        if SYMMETRIC:
-            w = gl.inline_asm_elementwise(
-                CODE, "=r,r,r,r", [words, scale, rest], dtype=kind.dtype, is_pure=True, pack=2
-            )
-        else:
-            first = _first(zeros, PLANE, BF16, kind)
-            w = gl.inline_asm_elementwise(
-                CODE, "=r,r,r,r,r", [words, first, scale, rest], dtype=kind.dtype, is_pure=True, pack=2
-            )
+        leading = wide.to(gl.bfloat16)
+        rest = (wide - leading.to(gl.float32)).to(gl.bfloat16)
+        operands = operands + (gl.expand_dims(leading, 1), gl.expand_dims(rest, 1))
     else:
-        scale = gl.expand_dims(scale, 1)
-        if SYMMETRIC:
-            w = gl.inline_asm_elementwise(CODE, "=r,r,r", [words, scale], dtype=kind.dtype, is_pure=True, pack=2)
-        else:
-            first = _first(zeros, PLANE, BF16, kind)
-            w = gl.inline_asm_elementwise(
-                CODE, "=r,r,r,r", [words, first, scale], dtype=kind.dtype, is_pure=True, pack=2
-            )
-    return w
-
-
-@gluon.jit
-def _first(zeros, PLANE: gl.constexpr, BF16: gl.constexpr, kind):
-    START: gl.constexpr = start(PLANE, 4, BF16)
-    bits = (START[0] + (_of_pair(zeros, PLANE // 2) << START[1])).to(gl.int16)
-    return gl.expand_dims(bits.to(kind.dtype, bitcast=True), 1)
+        operands = operands + (gl.expand_dims(scale, 1),)
+    return gl.inline_asm_elementwise(
+        CODE, _constraints(len(operands)), operands, dtype=kind.dtype, is_pure=True, pack=2
+    )
 
 
 @gluon.jit
@@ -103,7 +100,7 @@ def _place(tile, M, outputs, BN: gl.constexpr, BM: gl.constexpr, WIDTH: gl.const
 
 @gluon.jit
 def _fetch(
-    x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, steps,
+    x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, turns, BITS: gl.constexpr,
     BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr,
     SPLIT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
@@ -111,21 +108,23 @@ def _fetch(
     tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN) * SPLIT
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n, m = _place(tile // SPLIT, M, outputs, 2 * BN, BM, WIDTH)
-        for step in range(tile % SPLIT * steps // SPLIT, (tile % SPLIT + 1) * steps // SPLIT):
+        for at in range(tile % SPLIT * turns // SPLIT, (tile % SPLIT + 1) * turns // SPLIT):
             stage = turn % AHEAD
             mbarrier.wait(words_free.index(stage), turn // AHEAD & 1 ^ 1)
             mbarrier.expect(words_full.index(stage), 2 * BN * 64 * 2)
-            row = step * outputs + n
-            for part in gl.static_range(4):  # halves of the lanes of each group of warps
-                tma.async_copy_global_to_shared(
-                    words, [row + part // 2 * BN, part % 2 * 32], words_full.index(stage), ring.index(4 * stage + part)
-                )
+            for i in gl.static_range(4):  # two tiles of each group of warps
+                if BITS == 3:  # of the half, and of both halves
+                    tile_of_words = at // 2 * 3 + (2 if i % 2 else at % 2)
+                else:  # lower and upper lanes
+                    tile_of_words = at if BITS == 4 else at // 2
+                place = [tile_of_words * outputs + n + i // 2 * BN, 0 if BITS == 3 else i % 2 * 32]
+                tma.async_copy_global_to_shared(words, place, words_full.index(stage), ring.index(4 * stage + i))
             for plane in gl.static_range(4):
                 of_x = 4 * turn + plane
                 mbarrier.wait(x_free.index(of_x % STAGES), of_x // STAGES & 1 ^ 1)
                 mbarrier.expect(x_full.index(of_x % STAGES), BM * 64 * 2)
                 tma.async_copy_global_to_shared(
-                    x, [m, step * 256 + 64 * plane], x_full.index(of_x % STAGES), x_ring.index(of_x % STAGES)
+                    x, [m, at * 256 + 64 * plane], x_full.index(of_x % STAGES), x_ring.index(of_x % STAGES)
                 )
             turn += 1
     if EARLY:
@@ -167,19 +166,32 @@ def _store_sum(
 
 
 @gluon.jit
-def _words(ring, full, free, turn, HALF: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr):
-    """The words of a turn in registers: of the lower lanes, and of the upper ones."""
+def _moved(words, distance):
+    """`codes.moved`."""
+    CODE: gl.constexpr = "shr.u32 $0, $1, $2;"
+    return gl.inline_asm_elementwise(CODE, "=r,r,r,r", [words, distance], dtype=gl.int16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _words(
+    ring, full, free, turn, at, HALF: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr
+):
+    """The two tiles of words of a turn in registers, with the half's codes where those of the first half lie."""
     mbarrier.wait(full.index(turn % AHEAD), turn // AHEAD & 1)
     lower = ring.index(4 * (turn % AHEAD) + 2 * HALF).load(A)
     upper = ring.index(4 * (turn % AHEAD) + 2 * HALF + 1).load(A)
     mbarrier.arrive(free.index(turn % AHEAD), count=1)
+    if BITS == 2:
+        lower = _moved(lower, at % 2 * 8)
+    if BITS < 4:
+        upper = _moved(upper, at % 2 * 8)
     return lower, upper
 
 
 @gluon.jit
 def _multiply(
     scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
-    M, N, outputs, steps, HALF: gl.constexpr,
+    M, N, outputs, turns, HALF: gl.constexpr, BITS: gl.constexpr,
     BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr,
     SPLIT: gl.constexpr, SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -192,21 +204,21 @@ def _multiply(
     tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN) * SPLIT
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         n0, m0 = _place(tile // SPLIT, M, outputs, 2 * BN, BM, WIDTH)
-        first = tile % SPLIT * steps // SPLIT
-        end = (tile % SPLIT + 1) * steps // SPLIT
+        first = tile % SPLIT * turns // SPLIT
+        end = (tile % SPLIT + 1) * turns // SPLIT
         n = gl.minimum(n0 + HALF * BN + gl.arange(0, BN, R), outputs - 1)
         acc = gl.zeros([BN, BM], gl.float32, L)
         s = gl.load(scales + first * outputs + n)
         z = s if SYMMETRIC else gl.load(zeros + first * outputs + n)
-        lower, upper = _words(ring, words_full, words_free, turn, HALF, AHEAD, A)
-        a = _weights(lower, s, z, 0, BF16, SYMMETRIC, kind)
+        lower, upper = _words(ring, words_full, words_free, turn, first, HALF, BITS, AHEAD, A)
+        a = _weights(lower, upper, s, z, kind, 0, BITS, BF16, SYMMETRIC)
         before = a
         mbarrier.wait(x_full.index(4 * turn % STAGES), 4 * turn // STAGES & 1)
-        for step in range(first, end):
-            following = gl.minimum(step + 1, end - 1) * outputs + n
+        for at in range(first, end):
+            following = gl.minimum(at + 1, end - 1) * outputs + n
             next_s = gl.load(scales + following)
             next_z = next_s if SYMMETRIC else gl.load(zeros + following)
-            for part in gl.static_range(8):  # half a plane
+            for part in gl.static_range(8):
                 of_x = 4 * turn + part // 2
                 x = x_ring.index(of_x % STAGES).slice(part % 2 * 32, 32, dim=1).permute((1, 0))
                 token = warpgroup_mma(a, x, acc, is_async=True)
@@ -214,15 +226,15 @@ def _multiply(
                 # The next weights are expanded while the tensor cores multiply these and those before. None are on
                 # their way when the loop turns: the compiler would then wait for each.
                 if part < 7:
-                    a = _weights(lower if part % 2 else upper, s, z, (part + 1) // 2, BF16, SYMMETRIC, kind)
+                    a = _weights(lower, upper, s, z, kind, part + 1, BITS, BF16, SYMMETRIC)
                 else:
                     s = next_s
                     z = next_z
-                    if step + 1 < end:
-                        lower, upper = _words(ring, words_full, words_free, turn + 1, HALF, AHEAD, A)
-                    a = _weights(lower, s, z, 0, BF16, SYMMETRIC, kind)
+                    if at + 1 < end:
+                        lower, upper = _words(ring, words_full, words_free, turn + 1, at + 1, HALF, BITS, AHEAD, A)
+                    a = _weights(lower, upper, s, z, kind, 0, BITS, BF16, SYMMETRIC)
                 if part % 2:
-                    more = (part < 7) | (step + 1 < end)
+                    more = (part < 7) | (at + 1 < end)
                     mbarrier.wait(x_full.index((of_x + 1) % STAGES), (of_x + 1) // STAGES & 1, pred=more)
                 if part == 0:
                     acc = token
@@ -241,7 +253,7 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["M"])
 def _many_rows_kernel(
-    x, words, scales, zeros, bias, out, parts, counters, M, N, outputs, steps,
+    x, words, scales, zeros, bias, out, parts, counters, M, N, outputs, turns, BITS: gl.constexpr,
     BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr,
     SPLIT: gl.constexpr, SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
@@ -263,23 +275,23 @@ def _many_rows_kernel(
     gl.warp_specialize([
         (_multiply, (
             scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
-            M, N, outputs, steps, 0, BN, BM, STAGES, AHEAD, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
+            M, N, outputs, turns, 0, BITS, BN, BM, STAGES, AHEAD, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
         )),
         (_multiply, (
             scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
-            M, N, outputs, steps, 1, BN, BM, STAGES, AHEAD, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
+            M, N, outputs, turns, 1, BITS, BN, BM, STAGES, AHEAD, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
         )),
         (_fetch, (
-            x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, steps,
+            x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, turns, BITS,
             BN, BM, STAGES, AHEAD, WIDTH, SPLIT, EARLY,
         )),
     ], [4, 1], [232, 40])  # fmt: skip
 
 
 def takes(layout: Layout, dtype: torch.dtype) -> bool:
-    """True for 4 bits, 128 channels a group, and x in float16 or bfloat16 with rows of a multiple of 16 bytes."""
+    """True for 4, 3 and 2 bits, 128 channels a group, and x in float16 or bfloat16 with rows of a multiple of 16 bytes."""
     half = dtype in (torch.float16, torch.bfloat16)
-    return half and layout.n_in % 8 == 0 and layout.bits == 4 and layout.group == 128
+    return half and layout.n_in % 8 == 0 and layout.bits < 8 and layout.group == 128
 
 
 def many_rows(
@@ -308,8 +320,8 @@ def many_rows(
     parts, counters = workspace.of(2 * tiles, tiles * SPLIT * 2 * _BN * BM) if SPLIT > 1 else (out, out)
     programs = min(tiles * SPLIT, torch.cuda.get_device_properties(x.device).multi_processor_count)
     _many_rows_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [BM, 64], wide), TensorDescriptor.from_tensor(flat, [_BN, _HALF], shared),
+        TensorDescriptor.from_tensor(x, [BM, 64], wide), TensorDescriptor.from_tensor(flat, [_BN, _LANES], shared),
         arranged.scales, arranged.zeros, bias, out, parts, counters, len(x), layout.n_out, layout.outputs,
-        layout.steps, BN=_BN, BM=BM, STAGES=STAGES, AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, SYMMETRIC=layout.symmetric,
+        layout.steps * (1 + layout.halves), BITS=layout.bits, BN=_BN, BM=BM, STAGES=STAGES, AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, SYMMETRIC=layout.symmetric,
         HAS_BIAS=bias is not None, EARLY=EARLY, num_warps=4, **launch(EARLY),
     )  # fmt: skip

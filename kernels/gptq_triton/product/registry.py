@@ -79,7 +79,8 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
         and 1 <= SPLIT <= layout.steps
         and 1 <= STAGES <= 8
         and warps in (1, 2, 4, 8)
-        and _shared_of_few(layout, dtype, BN, BM, STAGES, gpu.hopper) <= gpu.shared
+        and options["HALF"] in (0, layout.halves)
+        and _shared_of_few(layout, dtype, BN, BM, STAGES, options["HALF"], gpu.hopper) <= gpu.shared
     )
 
 
@@ -87,16 +88,21 @@ def _early_fits(gpu: Gpu, options: Mapping[str, int]) -> bool:
     return 0 <= options["EARLY"] <= (4 if gpu.hopper else 0)
 
 
-def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int, hopper: bool) -> int:
+def _bytes_of_turn(layout: Layout, BN: int, HALF: int) -> int:
+    """Bytes of words, scales and zeros of a step, or of a half of it, for which words are read twice."""
+    words = BN * layout.step // 4 if HALF else BN * layout.step * layout.bits // 8
+    return words + layout.step // (1 + HALF) // layout.group // 2 * BN * 4 * (1 if layout.symmetric else 2)
+
+
+def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int, HALF: int, hopper: bool) -> int:
     """About the bytes of shared memory: words, scales, zeros and x of all stages but one; beside them, in float32, a
     plane of weights or x, and, on Hopper, a step of x (Triton 3.7.1). The rule asks for more."""
-    words, x = BN * layout.step * layout.bits // 8, BM * layout.step * dtype.itemsize
-    pairs = layout.step // layout.group // 2 * BN * 4 * (1 if layout.symmetric else 2)
+    x = BM * layout.step // (1 + HALF) * dtype.itemsize
     if dtype == torch.float32:
         beside = max(BN, BM) * layout.lanes * 4
     else:
         beside = x if hopper else 0
-    return (STAGES - 1) * (words + pairs + x) + beside
+    return (STAGES - 1) * (_bytes_of_turn(layout, BN, HALF) + x) + beside
 
 
 def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
@@ -116,11 +122,11 @@ def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
 
 
 def _warps_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
-    BN, BM, WAYS, STAGES = (options[name] for name in ("BN", "BM", "WAYS", "STAGES"))
-    pairs = layout.step // layout.group // 2 * BN * 4 * (1 if layout.symmetric else 2)
-    of_a_warp = BN * layout.step * layout.bits // 8 + pairs + BM * layout.step * dtype.itemsize
+    BN, BM, WAYS, STAGES, HALF = (options[name] for name in ("BN", "BM", "WAYS", "STAGES", "HALF"))
+    of_a_warp = _bytes_of_turn(layout, BN, HALF) + BM * layout.step // (1 + HALF) * dtype.itemsize
     return (
         _early_fits(gpu, options)
+        and HALF in (0, layout.halves)
         and rows <= rule.FEW_ROWS
         and dtype in (torch.float16, torch.bfloat16)
         and BN in (16, 32, 64)

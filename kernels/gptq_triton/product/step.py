@@ -8,14 +8,14 @@ Tested by tests/kernels/test_products.py: by their results.
 from __future__ import annotations
 
 from ..needs_triton import tl, triton
-from .codes import centered, of_pair, scale_of, word_of
+from .codes import centered, half_of, moved, of_pair, scale_of, word_of
 
 
 @triton.jit
 def add_step(
-    acc, row, words, scales, zeros, step, steps, at, outputs, there, lane, K, stride,
+    acc, row, words, scales, zeros, step, half, steps, at, outputs, there, lane, K, stride,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr, WHOLE: tl.constexpr,
+    SYMMETRIC: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Returns acc + W xᵀ of a step of the channels: a tile of words is loaded as it lies, expanded plane by plane and
     multiplied with the plane's channels of x; a group's sum is scaled in float32.
@@ -25,6 +25,7 @@ def add_step(
         row: Pointers to the first channels of rows of x, [.., BM, LANES].
         words, scales, zeros: The weight's.
         step: Which one, or which ones, [WAYS, 1].
+        half: Which half of it or of them, with HALF; else 0.
         steps: Of the weight; read for several at once, of which some may be past the end.
         at: Where the outputs' words are in a tile of words of all outputs, [.., BN, LANES].
         outputs: Which they are, [.., BN].
@@ -34,25 +35,35 @@ def add_step(
         stride: Outputs of a tile of words.
         BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC: The layout's.
         WHOLE: The channels fill all steps.
+        HALF: Only half of a step, or of each.
     """
     SEVERAL: tl.constexpr = len(acc.shape) == 3
     BF16: tl.constexpr = row.dtype.element_ty == tl.bfloat16
     EACH: tl.constexpr = GROUP // LANES  # planes that share a scale
     PAIRS: tl.constexpr = BLOCKS * PLANES // EACH // 2
+    TURN: tl.constexpr = BLOCKS * PLANES // (1 + HALF)  # planes that are multiplied here
     TILES: tl.constexpr = 3 if BITS == 3 else 1  # of words, in a block
     size = stride.to(tl.int64) * LANES
     kind = tl.zeros([1], row.dtype.element_ty)
     of_words = tl.expand_dims(step, 2) if SEVERAL else step
     if SEVERAL:
         there &= of_words < steps
-    for index in tl.static_range(BLOCKS * PLANES):
+    for index in tl.static_range(TURN):
         if index % PLANES == 0:
+            tile = words + size * ((of_words * BLOCKS + index // PLANES) * TILES) + at
             w = ()
-            for i in tl.static_range(TILES):
-                tile = words + size * ((of_words * BLOCKS + index // PLANES) * TILES + i) + at
-                w = w + (_load(tile, of_words, steps, SEVERAL, "evict_first"),)
+            if HALF and TILES == 3:
+                own = _load(tile + size * half, of_words, steps, SEVERAL, "evict_first")
+                w = (own, own)
+            for i in tl.static_range(len(w), TILES):
+                w = w + (_load(tile + size * i, of_words, steps, SEVERAL, "evict_first"),)
+            if HALF:
+                # Where the half lies. An operand that is not loaded would make the compiler lay the words out anew:
+                # hence a load that reads nothing, since no output is negative, and gives what stands for it.
+                distance = tl.load(scales + outputs, mask=outputs < -stride, other=8 * half)
+                w = w[: TILES - 1] + (moved(w[TILES - 1], tl.expand_dims(distance, -1)),)
         if index % (2 * EACH) == 0:
-            pair = (step * PAIRS + index // (2 * EACH)) * stride + outputs
+            pair = (step * PAIRS + half * (PAIRS // 2) + index // (2 * EACH)) * stride + outputs
             s = _load(scales + pair, step, steps, SEVERAL, "")
             z = s
             if not SYMMETRIC:
@@ -62,11 +73,11 @@ def add_step(
             zero = 2 ** (BITS - 1)
             if not SYMMETRIC:
                 zero = tl.expand_dims(of_pair(z, index // EACH % 2), -1)
-        k = (of_words * (BLOCKS * PLANES) + index) * LANES
+        k = (of_words * (BLOCKS * PLANES) + half * TURN + index) * LANES
         inside = there if WHOLE else there & (k + lane < K)
         a = tl.load(row + k, mask=inside, other=0)
-        own = w[word_of(index % PLANES, BITS)]
-        q = centered(own, w[TILES // 2], w[TILES - 1], zero, kind, index % PLANES, BITS, BF16, SYMMETRIC)
+        codes = w[word_of(index % PLANES, BITS)]
+        q = centered(codes, w[half_of(index % PLANES, BITS)], zero, kind, index % PLANES, BITS, BF16, SYMMETRIC)
         transposed = tl.permute(a, (0, 2, 1)) if SEVERAL else tl.trans(a)
         total = tl.dot(q, transposed, total, input_precision="ieee")
         if index % EACH == EACH - 1:
