@@ -53,7 +53,15 @@ def test_between_few_and_many_rows_every_kernel_is_tried(rows):
 
 def test_many_rows_are_left_to_the_kernels_for_them():
     assert {choice.kernel for choice in of(2048)} == {"many_rows", "dense"}
-    assert of(2048, gpu=A100) == of(1024, bits=3) == [Choice("dense")]
+    assert of(2048, bits=3) == of(2048, bits=2) == of(2048)
+    assert of(2048, gpu=A100) == of(1024, bits=8) == [Choice("dense")]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_few_rows_of_2_and_3_bits_are_tried_by_halves_of_a_step_and_by_whole_ones(bits, rows):
+    assert {dict(choice.options).get("HALF", 0) for choice in of(rows, bits=bits)} == {0, 1}
+    assert not any("HALF" in str(choice) for choice in of(rows))
 
 
 def test_a_further_kernel_is_tried_once_it_is_registered(monkeypatch):

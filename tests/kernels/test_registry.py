@@ -23,7 +23,7 @@ def test_every_kernel_has_options_with_defaults():
     own = {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2, "EARLY": 0, "HALF": 0}
     assert KERNELS["few_rows"].options == own
     assert set(KERNELS["many_rows"].options) == {"BM", "STAGES", "AHEAD", "WIDTH", "SPLIT", "EARLY"}
-    assert set(KERNELS["by_warps"].options) == {"BN", "BM", "WAYS", "STAGES", "EARLY"}
+    assert set(KERNELS["by_warps"].options) == {"BN", "BM", "WAYS", "STAGES", "EARLY", "HALF"}
     assert KERNELS["dense"].options == {}
     assert all(type(value) is int for kernel in KERNELS.values() for value in kernel.options.values())
 
@@ -58,6 +58,13 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
     assert right("by_warps") and right("by_warps", on=A100) and not right("by_warps EARLY=1", on=A100)
     assert not right("by_warps", dtype=torch.float32) and not right("by_warps", rows=128)
     assert not right("many_rows", on=A100) and not right("many_rows", dtype=torch.float32)
+    three, two = Layout.of(3, 128, 4096, 4096, True), Layout.of(2, 128, 4096, 4096, True)
+    for text in ("few_rows HALF=1", "by_warps HALF=1"):
+        assert right(text, three) and right(text, two) and not right(text)
+        assert not right(text, Layout.of(2, 32, 4096, 4096, True))  # whose steps have 256 channels
+    assert right("few_rows BM=64 STAGES=4 HALF=1", two) and not right("few_rows BM=64 STAGES=4", two)
+    assert right("many_rows", three) and right("many_rows", two)
+    assert not right("many_rows", Layout.of(3, 64, 4096, 4096, True))
     assert not right("few_rows BM=64 STAGES=4", on=L4) and right("few_rows BM=64 STAGES=4", on=A100)
     assert not right("few_rows BM=64 STAGES=4", dtype=torch.float32, on=A100)
 

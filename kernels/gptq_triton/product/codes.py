@@ -120,8 +120,8 @@ def ptx(plane, bits, bfloat16, symmetric):
 
 @triton.jit
 def moved(words, distance):
-    """int16 words whose lower bytes are those that lie `distance` higher, int32 [N, 1]: 0, or 8 for the upper ones. What
-    is in the upper bytes then is nobody's."""
+    """int16 words shifted right by `distance`, int32 [N, 1]: 0, or 8 to have the upper bytes as the lower ones. Upper
+    bytes of the result are undefined."""
     if PTX:
         CODE: tl.constexpr = "shr.u32 $0, $1, $2;"
         lower = tl.inline_asm_elementwise(CODE, "=r,r,r,r", [words, distance], dtype=tl.int16, is_pure=True, pack=2)

@@ -10,6 +10,7 @@ Tested by tests/kernels/test_products.py: by its results.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: RUF005  (Triton has no unpacking)
 from __future__ import annotations
 
 import torch
@@ -173,9 +174,7 @@ def _moved(words, distance):
 
 
 @gluon.jit
-def _words(
-    ring, full, free, turn, at, HALF: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr
-):
+def _words(ring, full, free, turn, at, HALF: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr):
     """The two tiles of words of a turn in registers, with the half's codes where those of the first half lie."""
     mbarrier.wait(full.index(turn % AHEAD), turn // AHEAD & 1)
     lower = ring.index(4 * (turn % AHEAD) + 2 * HALF).load(A)
@@ -289,7 +288,7 @@ def _many_rows_kernel(
 
 
 def takes(layout: Layout, dtype: torch.dtype) -> bool:
-    """True for 4, 3 and 2 bits, 128 channels a group, and x in float16 or bfloat16 with rows of a multiple of 16 bytes."""
+    """True for less than 8 bits, 128 channels a group, and x in float16 or bfloat16, rows a multiple of 16 bytes."""
     half = dtype in (torch.float16, torch.bfloat16)
     return half and layout.n_in % 8 == 0 and layout.bits < 8 and layout.group == 128
 
@@ -322,6 +321,7 @@ def many_rows(
     _many_rows_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [BM, 64], wide), TensorDescriptor.from_tensor(flat, [_BN, _LANES], shared),
         arranged.scales, arranged.zeros, bias, out, parts, counters, len(x), layout.n_out, layout.outputs,
-        layout.steps * (1 + layout.halves), BITS=layout.bits, BN=_BN, BM=BM, STAGES=STAGES, AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, SYMMETRIC=layout.symmetric,
+        layout.steps * (1 + layout.halves), BITS=layout.bits,
+        BN=_BN, BM=BM, STAGES=STAGES, AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, SYMMETRIC=layout.symmetric,
         HAS_BIAS=bias is not None, EARLY=EARLY, num_warps=4, **launch(EARLY),
     )  # fmt: skip

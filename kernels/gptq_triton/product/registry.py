@@ -107,18 +107,24 @@ def _shared_of_few(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES:
 
 def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     own = rule.few(layout, rows, dtype, gpu)
-    BN, BM, SPLIT, STAGES, warps, EARLY = own.values()
+    BN, BM, SPLIT, STAGES, warps, EARLY = (own[name] for name in ("BN", "BM", "SPLIT", "STAGES", "warps", "EARLY"))
     deeper = {"STAGES": 5 if STAGES == 3 else 3}
     fewest = 4 if layout.bits == 3 and BM > 8 else 2  # two warps of 3 bits and more rows, or with 64 rows, spill
     changes: list[Options] = [
-        {}, {"EARLY": 1 - EARLY}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, deeper, {"BN": 96 - BN},
+        {}, {"HALF": layout.halves - own.get("HALF", 0)},
+        {"EARLY": 1 - EARLY}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, deeper, {"BN": 96 - BN},
         {"BN": 96 - BN, "SPLIT": SPLIT // 2 if BN == 64 else 2 * SPLIT},
         {"warps": fewest if warps == 4 and BM < 64 else 2 * warps}, {"STAGES": 4},
         {"BM": BM // 2, "warps": fewest if BM <= 32 else 4}, {"SPLIT": 3}, {"BN": 128, "warps": 4},
         {"SPLIT": 2 * SPLIT} | deeper, {"BM": 2 * BM, "warps": 4} if rows > BM else {},
     ]  # fmt: skip
     for change in changes:
-        yield own | change
+        yield _without_zero_half(own | change)
+
+
+def _without_zero_half(options: Options) -> Options:
+    """A choice of whole steps does not name HALF."""
+    return {name: value for name, value in options.items() if name != "HALF" or value}
 
 
 def _warps_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
@@ -139,8 +145,9 @@ def _warps_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options
 
 def _near_warps(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     if rows <= 16:
-        yield rule.warps(rows, gpu)
-        yield rule.warps(rows, gpu) | {"STAGES": 4}
+        for half in range(layout.halves, -1, -1):
+            for stages in (3, 4):
+                yield _without_zero_half(rule.warps(rows, gpu) | {"STAGES": stages, "HALF": half})
 
 
 def _many_rows(
