@@ -32,9 +32,27 @@ def test_on_an_h100_the_choice_is_what_was_fastest_there():
     assert chosen(1, 8192, 28672, bits=3) == "few_rows BN=64 BM=8 SPLIT=1 STAGES=3 warps=2 EARLY=1"
 
 
+def test_of_2_and_3_bits_the_choice_is_what_was_fastest_on_an_h200():
+    halves = "STAGES=3 warps=4 EARLY=1 HALF=1"
+    assert chosen(64, bits=2) == chosen(64, bits=3) == f"few_rows BN=64 BM=64 SPLIT=4 {halves}"
+    assert chosen(64, 8192, 28672, bits=2) == f"few_rows BN=64 BM=64 SPLIT=1 {halves}"
+    assert chosen(64, 8192, 28672, bits=3) == "many_rows BM=64 STAGES=12 AHEAD=3 WIDTH=2 SPLIT=1 EARLY=1"
+    assert chosen(16, bits=3) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=4 warps=2 EARLY=0 HALF=1"
+    assert chosen(16, bits=2) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=3 warps=2 EARLY=0"
+    for bits in (2, 3):
+        assert chosen(256, bits=bits) == "many_rows BM=128 STAGES=8 AHEAD=3 WIDTH=2 SPLIT=2 EARLY=1"
+        assert chosen(2048, bits=bits) == chosen(256, 8192, 28672, bits=bits) == chosen(2048)
+
+
+def test_3_bits_are_taken_by_halves_where_whole_steps_spill():
+    assert chosen(1, bits=3, gpu=A100).endswith("EARLY=0 HALF=1") and "HALF" not in chosen(1, bits=3)
+    assert not any("HALF" in chosen(rows, bits=3, dtype=torch.float32) for rows in (1, 16, 64))
+    assert not any("HALF" in chosen(rows, bits=2, group=32) for rows in (1, 16, 64))
+
+
 def test_many_rows_are_dense_where_the_kernel_for_hopper_does_not_apply(monkeypatch):
     assert chosen(2048, gpu=A100) == chosen(65, gpu=L4) == "dense"
-    assert chosen(2048, bits=8) == chosen(2048, group=64) == chosen(2048, dtype=torch.float32) == "dense"
+    assert chosen(2048, bits=8) == chosen(2048, bits=3, group=64) == chosen(2048, dtype=torch.float32) == "dense"
     assert chosen(2048, n_in=1001) == "dense"
     monkeypatch.setattr(rule, "gluon", lambda: None)
     assert chosen(2048) == "dense" and by_rule(Layout.of(4, 128, 4096, 4096, True), 2048, torch.float16, H100) == (

@@ -193,7 +193,7 @@ def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Itera
         return {"BM": BM, "STAGES": STAGES, "AHEAD": AHEAD, "WIDTH": WIDTH, **more}
 
     if rows <= rule.FEW_ROWS:
-        yield from (tile(64, 12, 3), tile(64, 12, 3, SPLIT=2))
+        yield from (tile(64, 12, 3, SPLIT=1, EARLY=1), tile(64, 12, 3, SPLIT=2, EARLY=1))
     elif rows <= rule.FEW_ROWS_TILED:
         yield from (tile(256, 5, 2), tile(128, 8, 3, SPLIT=2, EARLY=1), tile(128, 8, 3), tile(256, 5, 2, EARLY=1))
     else:

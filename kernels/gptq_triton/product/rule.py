@@ -1,4 +1,4 @@
-"""The kernel for a product by rule, which fits what was fastest on an H100 (scripts/bench_qlinear.py): `by_rule`."""
+"""The kernel for a product by rule, which fits what was fastest on an H100, of 2 and 3 bits on an H200: `by_rule`."""
 
 from __future__ import annotations
 
@@ -26,21 +26,30 @@ def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
         shared = options["SPLIT"] == 4 and rows <= 8 and layout.bits != 3 and dtype != torch.float32
         if shared and gpu.hopper:
             return Choice.of("by_warps", **warps(rows, gpu))
+        if layout.bits == 3 and options["BM"] == 64 and options["SPLIT"] == 1 and _takes(layout, dtype, gpu):
+            return Choice.of("many_rows", BM=64, STAGES=12, AHEAD=3, WIDTH=2, SPLIT=1, EARLY=1)
         return Choice.of("few_rows", **options)
-    hopper = gluon() if gpu.hopper else None
-    if hopper is None or not hopper.takes(layout, dtype):
+    if not _takes(layout, dtype, gpu):
         return Choice("dense")
     tiles = layout.outputs // 128 * triton.cdiv(rows, 256)
     if rows <= FEW_ROWS_TILED and tiles * 2 < gpu.processors:
+        if layout.halves and rows > 128 and layout.steps > 1:
+            return Choice.of("many_rows", BM=128, STAGES=8, AHEAD=3, WIDTH=2, SPLIT=2, EARLY=1)
         return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
     return Choice.of("many_rows", BM=256, STAGES=5, AHEAD=2, WIDTH=2)
+
+
+def _takes(layout: Layout, dtype: torch.dtype, gpu: Gpu) -> bool:
+    """True if `many_rows` takes a product on a GPU."""
+    module = gluon() if gpu.hopper else None
+    return module is not None and bool(module.takes(layout, dtype))
 
 
 def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
     """Options of `few_rows`; fits weights of 4096 to 28672 outputs."""
     block = min(64, max(8, triton.next_power_of_2(rows)))
     stages = 3
-    while block > 8 and _shared(layout, dtype, OUTPUTS, block, 2) > gpu.shared:
+    while block > 8 and _shared(layout, dtype, OUTPUTS, block, 2, gpu) > gpu.shared:
         block //= 2
     tiles = layout.outputs // OUTPUTS * triton.cdiv(rows, block)
     split = next((n for n in (1, 2, 4) if tiles * n >= _PROGRAMS * gpu.processors), 4)
@@ -49,9 +58,12 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
     deep = layout.bits == 4 and layout.steps // split >= 8 and tiles * split < 3 * gpu.processors
     if deep and block <= 16 and not narrow:
         stages = 5
-    while stages > 1 and _shared(layout, dtype, OUTPUTS, block, stages) > gpu.shared:
+    half = _half(layout, dtype, block, gpu)
+    if half and block == 16:
+        stages = 4
+    while stages > 1 and _shared(layout, dtype, OUTPUTS, block, stages, gpu) > gpu.shared:
         stages -= 1
-    return {
+    options = {
         "BN": OUTPUTS // 2 if narrow else OUTPUTS,
         "BM": block,
         "SPLIT": split,
@@ -59,6 +71,7 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
         "warps": 2 if block <= 16 and (layout.bits != 3 or layout.group == 128) else 4,  # two would spill
         "EARLY": int(gpu.hopper and (split == 1 or block == 64)),  # with parts, a next product takes room of the last
     }
+    return options | {"HALF": 1} if half else options
 
 
 def warps(rows: int, gpu: Gpu) -> dict[str, int]:
@@ -66,6 +79,15 @@ def warps(rows: int, gpu: Gpu) -> dict[str, int]:
     return {"BN": 16, "BM": 8 if rows <= 8 else 16, "WAYS": 4, "STAGES": 3, "EARLY": int(gpu.hopper)}
 
 
-def _shared(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int) -> int:
-    """Bytes of shared memory that so many steps' words and rows of x take in `few_rows`."""
+def _half(layout: Layout, dtype: torch.dtype, block: int, gpu: Gpu) -> bool:
+    """Halves of a step at a time: for 64 rows, whose x would fill the shared memory, and for 3 bits, which take as many
+    registers; on Hopper a whole step of 8 rows is faster."""
+    few_registers = layout.bits == 3 and (block == 16 or not gpu.hopper)
+    return layout.halves and dtype != torch.float32 and (block == 64 or few_registers)
+
+
+def _shared(layout: Layout, dtype: torch.dtype, BN: int, BM: int, STAGES: int, gpu: Gpu) -> int:
+    """Bytes of shared memory that so many steps' words and rows of x, or halves of them, take in `few_rows`."""
+    if _half(layout, dtype, BM, gpu):
+        return STAGES * layout.step // 2 * (BN * 4 // 8 + BM * dtype.itemsize) + 4096
     return STAGES * layout.step * (BN * layout.bits // 8 + BM * dtype.itemsize) + 4096
