@@ -120,7 +120,7 @@ def ptx(plane, bits, bfloat16, symmetric):
 
 @triton.jit
 def moved(words, distance):
-    """int16 words shifted right by `distance`, int32 [N, 1]: 0, or 8 to have the upper bytes as the lower ones. Upper
+    """int16 words shifted right by `distance`, int32 [1, 1]: 0, or 8 to have the upper bytes as the lower ones. Upper
     bytes of the result are undefined."""
     if PTX:
         CODE: tl.constexpr = "shr.u32 $0, $1, $2;"

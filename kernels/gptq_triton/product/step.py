@@ -58,10 +58,7 @@ def add_step(
             for i in tl.static_range(len(w), TILES):
                 w = w + (_load(tile + size * i, of_words, steps, SEVERAL, "evict_first"),)
             if HALF:
-                # Where the half lies. An operand that is not loaded would make the compiler lay the words out anew:
-                # hence a load that reads nothing, since no output is negative, and gives what stands for it.
-                distance = tl.load(scales + outputs, mask=outputs < -stride, other=8 * half)
-                w = w[: TILES - 1] + (moved(w[TILES - 1], tl.expand_dims(distance, -1)),)
+                w = w[: TILES - 1] + (moved(w[TILES - 1], _eight(half, scales, stride, SEVERAL)),)
         if index % (2 * EACH) == 0:
             pair = (step * PAIRS + half * (PAIRS // 2) + index // (2 * EACH)) * stride + outputs
             s = _load(scales + pair, step, steps, SEVERAL, "")
@@ -91,3 +88,11 @@ def _load(pointers, step, steps, SEVERAL: tl.constexpr, POLICY: tl.constexpr):
         return tl.load(pointers, mask=step < steps, other=0, eviction_policy=POLICY)
     else:
         return tl.load(pointers, eviction_policy=POLICY)
+
+
+@triton.jit
+def _eight(half, scales, stride, SEVERAL: tl.constexpr):
+    """8 * half, [1, 1] or [1, 1, 1]. For an operand that is not loaded the compiler would lay the words out anew: hence a
+    load, which reads nothing, since no stride is negative, and gives what stands for it."""
+    nowhere = tl.zeros([1, 1, 1] if SEVERAL else [1, 1], tl.int32)
+    return tl.load(scales + nowhere, mask=nowhere > stride, other=8 * half)
