@@ -92,7 +92,7 @@ def _load(pointers, step, steps, SEVERAL: tl.constexpr, POLICY: tl.constexpr):
 
 @triton.jit
 def _eight(half, scales, stride, SEVERAL: tl.constexpr):
-    """8 * half, [1, 1] or [1, 1, 1]. For an operand that is not loaded the compiler would lay the words out anew: hence a
-    load, which reads nothing, since no stride is negative, and gives what stands for it."""
+    """8 * half, [1, 1] or [1, 1, 1]. For an operand that is not loaded the compiler would lay the words out anew: hence
+    a load, which reads nothing, since no stride is negative, and gives what stands for it."""
     nowhere = tl.zeros([1, 1, 1] if SEVERAL else [1, 1], tl.int32)
     return tl.load(scales + nowhere, mask=nowhere > stride, other=8 * half)
