@@ -122,6 +122,17 @@ def test_what_is_no_loss_is_refused_and_the_model_is_as_it_was(loss, message):
     assert same(state_of(model), before)
 
 
+def test_a_loss_that_is_not_finite_later_ends_the_steps_and_the_reason_names_it():
+    calls = []
+
+    def breaks(model, batch):
+        calls.append(batch)
+        return cross_entropy(model, batch) * (torch.nan if len(calls) == 30 else 1)
+
+    _, record, _ = finished(MIXED, breaks)
+    assert 1 < record.steps < MIXED.steps and "the divergence or the run's own loss is not finite in step" in record.reason
+
+
 def test_batches_without_a_loss_and_a_loss_without_a_weight_are_refused():
     model, twin, quantizer = quantized()
     embedded = [

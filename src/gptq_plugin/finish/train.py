@@ -62,6 +62,8 @@ class Training(Descent):
         super().__init__(student, rates, [len(one.top) for one in lessons], pace, surroundings.device)
         self._model, self._lessons, self._held_out = model, lessons, held_out
         self._options, self._surroundings = options, surroundings
+        if surroundings.task is not None:
+            self.what = "divergence or the run's own loss"
         self._reader = LogitReader(model)
         self._reruns = bool(options.checkpoint_activations)
 
