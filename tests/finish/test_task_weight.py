@@ -130,7 +130,9 @@ def test_a_loss_that_is_not_finite_later_ends_the_steps_and_the_reason_names_it(
         return cross_entropy(model, batch) * (torch.nan if len(calls) == 30 else 1)
 
     _, record, _ = finished(MIXED, breaks)
-    assert 1 < record.steps < MIXED.steps and "the divergence or the run's own loss is not finite in step" in record.reason
+    assert (
+        1 < record.steps < MIXED.steps and "the divergence or the run's own loss is not finite in step" in record.reason
+    )
 
 
 def test_batches_without_a_loss_and_a_loss_without_a_weight_are_refused():

@@ -128,6 +128,18 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, caplog, monkeypatch
     assert "the table of layers could not be logged to CSVLogger: division by zero" in caplog.text
 
 
+def test_a_tracker_that_is_gone_at_the_end_does_not_end_the_run(tmp_path, caplog):
+    class Gone(Other):
+        def log_metrics(self, metrics, step=None):
+            if "gptq/loss" in metrics:
+                raise ConnectionError("no route to the server")
+
+    other = Other()
+    assert run(tmp_path, [Gone(), other])
+    assert "metrics could not be logged to Gone: no route to the server" in caplog.text
+    assert other.metrics["gptq/loss"] > 0
+
+
 @pytest.mark.parametrize("value", [1, None, ["a"]])
 def test_what_names_no_artifact_is_refused(value):
     with pytest.raises(ValueError, match="log_artifacts must be true, false, or the artifact's name"):

@@ -52,15 +52,10 @@ def log_report(
     metrics = total_metrics(report) | quality_metrics(report)
     trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in metrics.items()})
     for logger in trainer.loggers:
-        table = _table_writer(logger) if trainer.is_global_zero else None  # other ranks' loggers take nothing
-        logger.log_metrics(metrics if table else metrics | layer_metrics(report), step=trainer.global_step)
-        for steps, judged in finish_metrics(report):  # as if they followed the run's
-            logger.log_metrics(judged, step=trainer.global_step + steps)
-        logger.save()
-        if not trainer.is_global_zero:
+        _tried(logger, "metrics", partial(_log_metrics, trainer, logger, report, metrics))
+        if not trainer.is_global_zero:  # Lightning's take nothing there
             continue
-        if table:
-            _tried(logger, "the table of layers", partial(table, layers_table(report), trainer.global_step))
+        _tried(logger, "the table of layers", partial(_log_table, logger, report, trainer.global_step))
         if log_artifacts and export_dir is not None:
             name = log_artifacts if isinstance(log_artifacts, str) else ""
             _tried(logger, f"the export {export_dir}", partial(_log_export, logger, export_dir, name))
@@ -71,6 +66,20 @@ def _tried(logger: Any, what: str, act: Callable[[], None]) -> None:
         act()
     except Exception as error:  # noqa: BLE001  a tracker's: the export is there
         log.error("%s could not be logged to %s: %s", what, type(logger).__name__, brief(error))
+
+
+def _log_metrics(trainer: pl.Trainer, logger: Any, report: QuantizeReport, totals: dict[str, float]) -> None:
+    has_table = trainer.is_global_zero and _table_writer(logger) is not None
+    logger.log_metrics(totals if has_table else totals | layer_metrics(report), step=trainer.global_step)
+    for steps, judged in finish_metrics(report):  # as if they followed the run's
+        logger.log_metrics(judged, step=trainer.global_step + steps)
+    logger.save()
+
+
+def _log_table(logger: Any, report: QuantizeReport, step: int) -> None:
+    write = _table_writer(logger)
+    if write is not None:
+        write(layers_table(report), step)
 
 
 def _table_writer(logger: Any) -> Callable[[Table, int], None] | None:
