@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -361,3 +362,18 @@ def test_in_the_model_two_experts_of_a_parameter_are_compared(monkeypatch):
     compared.clear()
     one_by_one(mixture())
     assert len(compared) == 4 + 3 * EXPERTS
+
+
+def test_experts_that_were_packed_together_are_saved_by_other_libraries_as_a_whole(tmp_path: Path) -> None:
+    """Of tensors that share memory accelerate drops all but one, with a warning, and safetensors refuses them."""
+    from accelerate import Accelerator
+    from safetensors.torch import load_file, save_model
+
+    model = mixture()
+    QuantizeModule(CONFIG).quantize(model, [torch.randint(0, 128, (2, 40)) for _ in range(4)])
+    state = model.state_dict()
+    Accelerator(cpu=True).save_model(model, str(tmp_path / "folder"))
+    save_model(model, str(tmp_path / "file.safetensors"))
+    for file in (tmp_path / "folder" / "model.safetensors", tmp_path / "file.safetensors"):
+        saved = load_file(file)
+        assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)

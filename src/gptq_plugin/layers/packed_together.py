@@ -26,7 +26,7 @@ def packed_layers(
 ) -> list[QuantLinear]:
     """What `QuantLinear.from_quantized` makes of some rows of each of B matrices, without a bias.
 
-    Their tensors are parts of one each: hundreds of small ones take a GPU's allocator longer than all else.
+    No layer shares memory with another: accelerate would save the first of them alone.
 
     Args:
         solved: The matrices.
@@ -42,7 +42,7 @@ def packed_layers(
     of_zeros = pack(zeros.movedim(2, 0).reshape(n_out, -1), bits).unflatten(1, (batch, -1)).movedim(0, 2)
     layers = []
     tensors_of_all = (words, of_zeros, scales, solved.g_idx[every])
-    parts = [part.clone(memory_format=torch.contiguous_format).unbind() for part in tensors_of_all]
+    parts = [torch.ops.aten.unbind_copy(part) for part in tensors_of_all]
     for dtype, *tensors in zip(dtypes, *parts, strict=True):
         layer = empty_layer(n_in, n_out, bits, group_size, dtype)
         layer._buffers.update(zip(PACKED, tensors, strict=True))
