@@ -28,8 +28,7 @@ def started(rows=6, n=96, **fields):
     factor, _ = factorize(hessian[None], config, torch.float64, config.damp_percent)
     start = Recursion(weight[None], factor, config)
     start.visit_in_units()
-    groups = refine.grouped_channels(start.order, config)
-    rows = refine.Rows.of(start, refine.Arranged.of(hessian, start.columns, groups, config))
+    rows = refine.Rows.of(start, hessian)
     now = refine.Rounding(start.codes[0], start.scales[0], start.zeros[0], start.loss[0])
     return rows, now, start.g_idx().long(), hessian
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.gptq.solve_each import can_solve, most, solve_each
+from gptq_plugin.gptq.solve_each import most, solve_each
 from gptq_plugin.gptq.solver import solve
 
 CONFIGS = {
@@ -18,6 +18,15 @@ CONFIGS = {
     "one group": {"group_size": -1},
     "asymmetric, 3 bits": {"bits": 3, "sym": False},
     "plain": {"clip_ratios": (1.0,)},
+    "best": {"method": "best", "asymmetric_alpha": 0.0},
+    "best, 2 bits, asymmetric": {"method": "best", "asymmetric_alpha": 0.0, "bits": 2, "sym": False},
+    "best, the original act-order": {
+        "method": "best",
+        "asymmetric_alpha": 0.0,
+        "desc_act": True,
+        "static_groups": False,
+    },
+    "many alternatives": {"clip_candidates": 5},
 }
 
 
@@ -62,16 +71,13 @@ def test_those_that_have_no_solution_are_told_and_do_not_disturb_the_others():
     assert torch.equal(found.codes[1], wanted.codes[1])
 
 
-def test_it_says_which_configurations_it_cannot_solve():
-    assert can_solve(QuantizeConfig())
-    assert not can_solve(QuantizeConfig(method="best"))
-    assert not can_solve(QuantizeConfig(asymmetric_alpha=0.5))
-
-
 def test_the_number_that_is_solved_together_follows_from_the_shape_and_is_never_none():
-    assert most(1536, 2048) > 8
-    assert most(1536, 2048) < most(2048, 768)
-    assert most(10**6, 10**5) == 1
+    config = QuantizeConfig()
+    assert most(1536, 2048, config) > 8
+    assert most(1536, 2048, config) < most(2048, 768, config)
+    assert most(10**6, 10**5, config) == 1
+    many = QuantizeConfig(method="best", clip_candidates=12)
+    assert most(1536, 2048, many) < most(1536, 2048, config)
 
 
 @pytest.mark.gpu

@@ -142,6 +142,7 @@ def test_experts_in_chunks_are_those_solved_all_at_once(most, monkeypatch):
     "changes",
     [
         {"method": "best"},
+        {"method": "best", "asymmetric_alpha": 0.0},
         {"dynamic": {r".*down_proj": {"bits": 8}}},
         {"desc_act": True, "static_groups": False},
         {"bits": 3, "sym": False},
@@ -164,6 +165,13 @@ def test_where_tokens_are_paired_or_weighted_layer_by_layer_experts_are_called_o
         assert grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions()) == {}
     with planned(mixture(), CONFIG) as plan:
         assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())) == 2
+
+
+def test_best_without_asymmetric_targets_solves_experts_at_once():
+    config = QuantizeConfig(method="best", asymmetric_alpha=0.0, group_size=16, batch_size=2, nsamples=8)
+    watched = Watched(mixture(), config)
+    assert [len(stop.group.names) for stop in watched.stops if stop.group.at_once] == [2 * EXPERTS, EXPERTS]
+    assert all(one.method == "gptq" for one in watched.modules.values())
 
 
 def test_a_device_that_cannot_hold_all_hessians_takes_one_expert_after_the_other(monkeypatch):

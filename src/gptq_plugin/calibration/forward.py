@@ -14,6 +14,7 @@ from torch import nn
 from gptq_plugin.calibration.batches import fields_of, to_device
 from gptq_plugin.calibration.takes import Takes, check_tokens, fields_taken, receiver
 from gptq_plugin.calibration.text_rows import unread_text
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.errors import CalibrationError, some
 from gptq_plugin.model.hf_models import is_transformers
 
@@ -77,7 +78,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     `nn.TransformerEncoder` calls its layers inside: its fused path reads their weights, and packs padded sequences into
     nested tensors, which its layers do not take when they are watched.
     """
-    flags = {module: module.training for module in model.modules()}
+    flags = {module: module.training for module in modules_of(model).values()}
     fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -15,6 +15,7 @@ from gptq_plugin.calibration.mask_calls import Key, MaskCalls, watch_calls
 from gptq_plugin.calibration.observation import Observation
 from gptq_plugin.calibration.sequences import TARGETS, arguments_of, masks_among
 from gptq_plugin.calibration.verdicts import FAILED, Findings, judge
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.errors import brief
 from gptq_plugin.walk.batch_thread import Forward, Waiting
 from gptq_plugin.walk.kept_state import KeptState
@@ -30,7 +31,7 @@ class Noticed:
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         # Layers of experts that are apart are called by code of this package, with rows alone.
-        modules = model.named_modules()
+        modules = modules_of(model).items()
         self._modules = {name: one for name, one in modules if not getattr(type(one), "keeps_nothing", False)}
         self._calls = MaskCalls(masks_of(batch.data))
 

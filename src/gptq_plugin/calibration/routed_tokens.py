@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.targets import is_linear
 
@@ -67,7 +68,7 @@ class RoutedTokens:
         self._dtypes: dict[str, set[torch.dtype]] = {}  # likewise, with those of the weights of experts in them
         self._blocks: dict[int, _Block] = {}  # by batch
         self._reads_tokens: dict[tuple[str, str], bool] = {}  # by kind, once known
-        modules = dict(model.named_modules())
+        modules: dict[str, Any] = modules_of(model)
         names: dict[str, set[torch.dtype]] = {}
         for name, module in modules.items():
             experts = experts_of(name, module) if is_linear(module) else None

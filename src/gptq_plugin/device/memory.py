@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.device.cycles import collect
+from gptq_plugin.device.modules import modules_of
 
 T = TypeVar("T")
 
@@ -88,7 +89,11 @@ def trimmed(model: nn.Module) -> Iterator[None]:
             trim()
             least = own_bytes()
 
-    large = [m for m in model.modules() if any(_is_large(p) for p in (*m._parameters.values(), *m._buffers.values()))]
+    large = [
+        m
+        for m in modules_of(model).values()
+        if any(_is_large(p) for p in (*m._parameters.values(), *m._buffers.values()))
+    ]
     hooks = [module.register_forward_hook(look) for module in large]
     try:
         yield

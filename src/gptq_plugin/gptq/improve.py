@@ -1,4 +1,4 @@
-"""The recursion and the steps of `refine` behind it, in chunks of rows that fit: `Improvement`.
+"""The recursion and the steps of `refine` behind it, in chunks of rows that fit: `Improvement`, `EachImprovement`.
 
 Rows are independent, so a chunk goes through all steps before the next begins. Its size follows from the shapes alone,
 so that a row's result does not depend on how many ranks share the rows.
@@ -17,7 +17,7 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq.factor import Factor
 from gptq_plugin.gptq.grid import grids
 from gptq_plugin.gptq.recursion import Recursion
-from gptq_plugin.gptq.refine import Arranged, Rounding, Rows, grouped_channels, improved
+from gptq_plugin.gptq.refine import Arranged, Rounding, Rows, improved
 
 CHUNK_BYTES = 2**32  # of a chunk's tensors, at most
 _BYTES, _BYTES_ALTERNATIVE = 15, 7  # for every weight, and for each of its alternatives; a step has two
@@ -73,15 +73,65 @@ class Improvement:
     def _improved(self, chunk: Tensor) -> Rounding:
         """The rounding of some rows, [rows, in]; in the weights' units."""
         start = Recursion(chunk[None], self._factor, self.config)
-        start.visit_in_units(rough=self.config.scale_rounds + self.config.refit_rounds > 0)
+        start.visit_in_units(rough=_has_steps(self.config))
         self.fits &= start.fits
         self.g_idx = start.g_idx
-        if self._arranged is None:
-            groups = grouped_channels(start.order, self.config)
-            self._arranged = Arranged.of(self._hessian, start.columns, groups, self.config)
-        rows = Rows.of(start, self._arranged)
-        found = improved(rows, Rounding(start.codes[0], start.scales[0], start.zeros[0], start.loss[0]))
-        return Rounding(found.codes, found.scales * rows.unit, found.zeros, found.loss * rows.unit.square())
+        rows = Rows.of(start, self._hessian, arranged=self._arranged)
+        self._arranged = rows.hessian
+        return _in_units_of_weights(rows, start)
+
+
+class EachImprovement:
+    """`Improvement` for matrices with a Hessian each: the recursion for all of them together, then the steps for one
+    after the other. A GPU is not waited for.
+
+    Args:
+        weights: [B, rows, in], the targets.
+        hessians: [B, in, in].
+        factor: Of each Hessian.
+        config: As for `solve`.
+
+    Attributes:
+        codes, scales, zeros, loss: As there, after `visit`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    loss: Tensor
+
+    def __init__(self, weights: Tensor, hessians: Tensor, factor: Factor, config: QuantizeConfig):
+        self._hessians, self._start = hessians, Recursion(weights, factor, config)
+
+    @property
+    def fits_each(self) -> Tensor:
+        """bool [B], all scales of a matrix are finite in float16; to be read after `visit`."""
+        return self._start.fits_each
+
+    def g_idx(self) -> Tensor:
+        """As `Recursion.g_idx`."""
+        return self._start.g_idx()
+
+    def visit(self) -> None:
+        """Fills codes, scales, zeros and loss."""
+        self._start.visit_in_units(rough=_has_steps(self._start.config))
+        found = [
+            _in_units_of_weights(Rows.of(self._start, hessian, number), self._start, number)
+            for number, hessian in enumerate(self._hessians)
+        ]
+        for name in Rounding.__annotations__:
+            setattr(self, name, torch.stack([getattr(one, name) for one in found]))
+
+
+def _in_units_of_weights(rows: Rows, start: Recursion, number: int = 0) -> Rounding:
+    """The rounding of a block after all steps."""
+    begun = Rounding(*(getattr(start, name)[number] for name in Rounding.__annotations__))
+    found = improved(rows, begun)
+    return Rounding(found.codes, found.scales * rows.unit, found.zeros, found.loss * rows.unit.square())
+
+
+def _has_steps(config: QuantizeConfig) -> bool:
+    return config.scale_rounds + config.refit_rounds > 0
 
 
 def _alternatives(config: QuantizeConfig) -> int:
@@ -90,14 +140,15 @@ def _alternatives(config: QuantizeConfig) -> int:
 
 def chunk_bytes(weights: int, config: QuantizeConfig) -> int:
     """The most bytes that improving so many weights of one matrix takes at a time."""
-    return min(weights * _bytes_of_weight(config), CHUNK_BYTES)
+    return min(weights * bytes_of_weight(config), CHUNK_BYTES)
 
 
-def _bytes_of_weight(config: QuantizeConfig) -> int:
+def bytes_of_weight(config: QuantizeConfig) -> int:
+    """The most bytes that a weight takes while it is improved."""
     return _BYTES + _BYTES_ALTERNATIVE * max(2, _alternatives(config))
 
 
 def _chunks(block: Tensor, config: QuantizeConfig) -> Iterator[Tensor]:
     """Yields the rows [rows, in] in chunks."""
-    most = CHUNK_BYTES // _bytes_of_weight(config) // block.shape[1]
+    most = CHUNK_BYTES // bytes_of_weight(config) // block.shape[1]
     yield from block.split(max(_MULTIPLE, most // _MULTIPLE * _MULTIPLE))

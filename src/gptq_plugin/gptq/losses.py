@@ -7,7 +7,8 @@ from torch import Tensor
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq import tensor_cores
-from gptq_plugin.gptq.grid import nearest_errors
+from gptq_plugin.gptq.grid import QuantizedWeight, nearest_errors
+from gptq_plugin.kernels import step_passes
 
 _STRIP = 1024  # columns per product of a loss
 _SCALE = 2.0**12  # in `tensor_cores`, of numbers below 1
@@ -62,6 +63,19 @@ def output_power(blocks: Tensor, hessian: Tensor) -> Tensor:
     dtype = torch.bfloat16 if tensor_cores.usable(blocks) else blocks.dtype
     hessian = hessian.to(dtype)
     return torch.cat([output_error(w, hessian) for w in blocks.to(dtype)]).to(blocks.dtype)
+
+
+def solution_loss(blocks: Tensor, hessian: Tensor, rounded: QuantizedWeight) -> Tensor:
+    """`output_error` of a quantized weight, for rows in blocks [B, rows, in], [B·rows]."""
+    grids = rounded.scales.to(blocks.dtype), rounded.zeros.to(blocks.dtype), rounded.g_idx.long()
+    losses, natural = [], torch.arange(blocks.shape[2], device=blocks.device)
+    for number, block in enumerate(blocks):
+        some = slice(number * len(block), (number + 1) * len(block))
+        scales, zeros = (of_all[:, some].contiguous() for of_all in grids[:2])
+        codes, weight = rounded.codes[some].mT.contiguous(), block.mT.contiguous()
+        errors = step_passes(block).rounding_errors(weight, codes, scales, zeros, grids[2], natural)
+        losses.append(output_error(errors.mT, hessian))
+    return torch.cat(losses)
 
 
 def beside(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:

@@ -55,10 +55,21 @@ class Rows:
     config: QuantizeConfig
 
     @staticmethod
-    def of(start: Recursion, hessian: Arranged) -> Rows:
-        """The one block of rows that a recursion was made for."""
-        groups = grouped_channels(start.order, start.config)
-        return Rows(start.weight, start.unit[0], start.columns, hessian, groups, start.config)
+    def of(start: Recursion, hessian: Tensor, number: int = 0, arranged: Arranged | None = None) -> Rows:
+        """A block of rows that a recursion was made for.
+
+        Args:
+            start: The recursion.
+            hessian: The block's, [n, n].
+            number: The block's.
+            arranged: The Hessian, where another block of the same one has arranged it.
+        """
+        columns, order = start.columns.of(number), start.order if start.order.dim() == 1 else start.order[number]
+        groups = grouped_channels(order, start.config)
+        if arranged is None:
+            arranged = Arranged.of(hessian, columns, groups, start.config)
+        weight = start.weight[number : number + 1]
+        return Rows(weight, start.unit[number], columns, arranged, groups, start.config)
 
     def errors(self, now: Rounding, order: Tensor) -> Tensor:
         """w − q of the channels in some order, [n, rows]."""

@@ -14,10 +14,10 @@ from torch import Tensor
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.device.streams import on_side_stream
-from gptq_plugin.gptq.factor import factorize
-from gptq_plugin.gptq.grid import SCALE_DTYPE
-from gptq_plugin.gptq.improve import improves
-from gptq_plugin.gptq.losses import beside
+from gptq_plugin.gptq.factor import Factor, factorize
+from gptq_plugin.gptq.grid import SCALE_DTYPE, QuantizedWeight
+from gptq_plugin.gptq.improve import EachImprovement, bytes_of_weight, improves
+from gptq_plugin.gptq.losses import beside, solution_loss
 from gptq_plugin.gptq.recursion import Recursion
 
 CHUNK_BYTES = 2**32  # of the tensors of matrices that are solved together
@@ -46,14 +46,10 @@ class Solutions:
     good: Tensor
 
 
-def can_solve(config: QuantizeConfig) -> bool:
-    """True if `solve_each` does all that a configuration asks for."""
-    return not improves(config) and not config.asymmetric_alpha
-
-
-def most(rows: int, columns: int) -> int:
-    """How many matrices of a shape to solve together. It follows from the shape alone: sums may depend on it."""
-    return max(1, CHUNK_BYTES // (columns * (columns * _BYTES_HESSIAN + rows * _BYTES_WEIGHT)))
+def most(rows: int, columns: int, config: QuantizeConfig) -> int:
+    """How many matrices of a shape to solve together. It follows from these alone: sums may depend on it."""
+    of_weight = max(_BYTES_WEIGHT, bytes_of_weight(config) if improves(config) else 0)
+    return max(1, CHUNK_BYTES // (columns * (columns * _BYTES_HESSIAN + rows * of_weight)))
 
 
 def solve_each(weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_percents: Tensor) -> Solutions:
@@ -62,7 +58,7 @@ def solve_each(weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_p
     Args:
         weights: [B, rows, in], any floating dtype.
         hessians: [B, in, in], float32 or float64, in which is solved.
-        config: For all, as for `solver.solve`; `can_solve` it.
+        config: For all, as for `solver.solve`. Targets are the weights themselves: its asymmetric_alpha is not read.
         damp_percents: [B], in place of the configuration's.
     """
     with full_precision(weights.device):
@@ -70,15 +66,29 @@ def solve_each(weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_p
         with on_side_stream(weights.device) as join:
             rtn_loss, power = beside(weights, hessians, config)
         factor, good = factorize(hessians, config, hessians.dtype, damp_percents[:, None].to(hessians.dtype))
-        rounded = Recursion(weights, factor, config)
+        rounded = _begun(weights, hessians, factor, config)
         rounded.visit()
+        scales, zeros, g_idx = rounded.scales.to(SCALE_DTYPE), rounded.zeros.to(torch.uint8), rounded.g_idx()
+        g_idx = g_idx.expand(len(weights), -1)
+        loss = rounded.loss.clamp(min=0)
+        if not isinstance(rounded, Recursion):  # which is right to a thousandth
+            parts = zip(rounded.codes.mT, scales, zeros, g_idx, strict=True)
+            each = (QuantizedWeight(*part, bits=config.bits, group_size=config.group_size) for part in parts)
+            losses = (solution_loss(*one) for one in zip(weights.split(1), hessians, each, strict=True))
+            loss = torch.stack(list(losses))
         finite = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1)
         join()
         return Solutions(
             codes=rounded.codes,
-            scales=rounded.scales.to(SCALE_DTYPE),
-            zeros=rounded.zeros.to(torch.uint8),
-            g_idx=rounded.g_idx().expand(len(weights), -1),
-            losses=torch.stack([rounded.loss.clamp(min=0), rtn_loss, power], 1),
+            scales=scales,
+            zeros=zeros,
+            g_idx=g_idx,
+            losses=torch.stack([loss, rtn_loss, power], 1),
             good=good & finite & rounded.fits_each,
         )
+
+
+def _begun(weights: Tensor, hessians: Tensor, factor: Factor, config: QuantizeConfig) -> Recursion | EachImprovement:
+    if improves(config):
+        return EachImprovement(weights, hessians, factor, config)
+    return Recursion(weights, factor, config)

@@ -34,10 +34,9 @@ from gptq_plugin.gptq.asymmetric import asymmetric_target
 from gptq_plugin.gptq.factor import Factor, attempts, factorize
 from gptq_plugin.gptq.grid import SCALE_DTYPE, QuantizedWeight, explain_bad_scale, round_to_nearest
 from gptq_plugin.gptq.improve import Improvement, improves
-from gptq_plugin.gptq.losses import output_error, output_power, rounding_loss
+from gptq_plugin.gptq.losses import output_power, rounding_loss, solution_loss
 from gptq_plugin.gptq.recursion import Recursion
 from gptq_plugin.gptq.row_blocks import divided
-from gptq_plugin.kernels import step_passes
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _solve_with_fallbacks(blocks: Tensor, hessian: Tensor, config: QuantizeConfi
     else:
         damp_percent, why = config.damp_percent, "no calibration input reached this layer"
     nearest = round_to_nearest(blocks.flatten(0, 1), config)
-    loss = _loss(blocks, hessian, nearest)
+    loss = solution_loss(blocks, hessian, nearest)
     power = output_power(blocks, hessian)
     return Solution(nearest, loss, loss, power, "rtn", damp_percent, (f"{why}: round-to-nearest",))
 
@@ -169,18 +168,6 @@ def _solve_with_fallbacks(blocks: Tensor, hessian: Tensor, config: QuantizeConfi
 def _beside(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:
     """What the report compares a loss with, and nothing depends on: round-to-nearest's, and the output's power."""
     return rounding_loss(blocks, hessian, config), output_power(blocks, hessian)
-
-
-def _loss(blocks: Tensor, hessian: Tensor, rounded: QuantizedWeight) -> Tensor:
-    grids = rounded.scales.to(blocks.dtype), rounded.zeros.to(blocks.dtype), rounded.g_idx.long()
-    losses, natural = [], torch.arange(blocks.shape[2], device=blocks.device)
-    for number, block in enumerate(blocks):
-        some = slice(number * len(block), (number + 1) * len(block))
-        scales, zeros = (of_all[:, some].contiguous() for of_all in grids[:2])
-        codes, weight = rounded.codes[some].mT.contiguous(), block.mT.contiguous()
-        errors = step_passes(block).rounding_errors(weight, codes, scales, zeros, grids[2], natural)
-        losses.append(output_error(errors.mT, hessian))
-    return torch.cat(losses)
 
 
 def begun(
@@ -215,7 +202,7 @@ def _solution(
     )
     return Solution(
         weight=weight,
-        loss=rounded.loss.flatten().clamp(min=0) if exact else _loss(blocks, hessian, weight),
+        loss=rounded.loss.flatten().clamp(min=0) if exact else solution_loss(blocks, hessian, weight),
         rtn_loss=rtn_loss,
         output_power=power,
         method="gptq",

@@ -10,7 +10,7 @@ Tested by tests/gptq/test_solver.py: on whole solutions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,14 @@ class Columns:
     gain: Tensor
     damping: Tensor
     bounded: bool
+
+    def of(self, block: int) -> Columns:
+        """Those of one block."""
+        if len(self.rows) == 1:
+            return self
+        each = {name: getattr(self, name) for name in ("channel", "group", "gain", "damping")}
+        own = {name: values[block] if values.dim() == 2 else values for name, values in each.items()}
+        return replace(self, rows=self.rows[block : block + 1], **own)
 
 
 def sweep(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from gptq_plugin.device.modules import modules_of
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -49,13 +51,15 @@ def own_slots(module: nn.Module, name: str = "") -> Iterator[Slot]:
 
 def all_slots(root: nn.Module) -> Iterator[Slot]:
     """The slots of the module and all its descendants."""
-    for name, module in root.named_modules():
+    for name, module in modules_of(root).items():
         yield from own_slots(module, name)
 
 
 def distinct_tensors(root: nn.Module) -> list[Tensor]:
     """Parameters and buffers of the module and all its descendants, each once however often it is used."""
-    dictionaries = (tensors for module in root.modules() for tensors in (module._parameters, module._buffers))
+    dictionaries = (
+        tensors for module in modules_of(root).values() for tensors in (module._parameters, module._buffers)
+    )
     tensors = (tensor for dictionary in dictionaries for tensor in dictionary.values() if tensor is not None)
     return list({id(tensor): tensor for tensor in tensors}.values())
 

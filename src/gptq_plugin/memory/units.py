@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gptq_plugin.device.finite import has_values
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.memory.copier import Transfer
 from gptq_plugin.memory.slots import Substitution, all_slots, distinct_tensors, own_slots
@@ -77,14 +78,14 @@ def divide(model: nn.Module, unit_bytes: int) -> dict[nn.Module, tuple[Unit, ...
             f"{some(meta)} of {type(model).__name__} are on the meta device, or of FakeTensorMode, and have no values: "
             "load the weights first, all of them into memory (no device_map that offloads, no init_empty_weights)"
         )
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in modules_of(model).items()}
     needs: dict[nn.Module, dict[Unit, None]] = defaultdict(dict)
     owner: dict[nn.Module, Unit] = {}  # a module that occurs in several places belongs to the first one's unit
 
     def visit(module: nn.Module, around: dict[Unit, None]) -> None:
         is_whole = sum(tensor.nbytes for tensor in distinct_tensors(module)) <= unit_bytes
         lists = [child for child in module.children() if isinstance(child, PARAMETER_LISTS)]
-        members = list(module.modules()) if is_whole else [module, *lists]
+        members = list(modules_of(module).values()) if is_whole else [module, *lists]
         new = [member for member in members if member not in owner]
         tensors = [Substitution(slot) for member in new for slot in own_slots(member, names[member])]
         unit = Unit(names[module] or type(model).__name__, tensors)

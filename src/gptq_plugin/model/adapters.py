@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.errors import TargetError, brief, some
 from gptq_plugin.model.hf_models import transformers_models
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 def has_adapters(module: nn.Module) -> bool:
     """True if the tree holds a wrapper of PEFT's, of a model or of a layer."""
     kinds = (*_models(), *_layers())
-    return any(isinstance(part, kinds) for part in module.modules())
+    return any(isinstance(part, kinds) for part in modules_of(module).values())
 
 
 def merged_copy(model: nn.Module) -> nn.Module:

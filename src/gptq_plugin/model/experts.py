@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.expert_weights import ExpertWeights, MatrixLayout, WatchedWeights, as_linear
 from gptq_plugin.model.stored_names import Part, expert_parts
@@ -206,7 +207,7 @@ def in_expert(experts: str, layer: str) -> str:
 def routers(model: nn.Module) -> dict[str, nn.Module]:
     """The routers by name: modules beside the experts with one weight row per expert, projections excluded. Most of
     them are not Linear layers."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     counts: dict[str, int] = {}  # experts, by the module around them
     for name, module in modules.items():
         around, _, own = name.rpartition(".")
@@ -218,7 +219,7 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{around}.{name}" if around else name: child
         for around, count in counts.items()
-        for name, child in modules[around].named_modules()
+        for name, child in modules_of(modules[around]).items()
         if _rows(child) == count and not name.endswith("_proj")
     }
 
@@ -237,7 +238,7 @@ def expert_layouts(module: nn.Module, parameter: str) -> list[MatrixLayout] | No
 
 def tied_parameters(model: nn.Module) -> set[int]:
     """The ids of parameters that several modules have."""
-    users = Counter(id(value) for module in model.modules() for value in module._parameters.values())
+    users = Counter(id(value) for module in modules_of(model).values() for value in module._parameters.values())
     return {one for one, count in users.items() if count > 1}
 
 
@@ -245,7 +246,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Floating-point parameters with three dimensions, in modules outside torch (a convolution's weight has three too).
     A parameter of several modules is left out: quantized, it could not stay one."""
     tied = tied_parameters(model)
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         for parameter, value in module._parameters.items():
             if name and _is_stack(module, parameter) and id(value) not in tied:
                 yield name, module, parameter

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.model import experts_served
 from gptq_plugin.model.expert_weights import ExpertWeights
 from gptq_plugin.model.experts_call import ExpertsCall
@@ -46,7 +47,7 @@ def find_grouped(model: nn.Module) -> list[Grouped]:
     """The parameters whose experts are apart, and whose module may run them in grouped products."""
     return [
         Grouped(f"{name}.{key}", module, value.call, value.names_below(name), value.in_features)
-        for name, module in model.named_modules()
+        for name, module in modules_of(model).items()
         for key, value in module.__dict__.items()
         if isinstance(value, ExpertWeights) and hasattr(getattr(module, "config", None), "_experts_implementation")
     ]

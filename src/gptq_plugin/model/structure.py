@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.errors import some
 from gptq_plugin.layers.hooks import saves_its_own
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -53,7 +54,7 @@ class Structure:
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
         """The structure of a model as it is; see `of_unfused`."""
-        linears = {name: module for name, module in model.named_modules() if _is_layer(module)}
+        linears = {name: module for name, module in modules_of(model).items() if _is_layer(module)}
         scorers, head = routers(model), _output_embedding(model)
         everywhere = {n: m for n, m in model.named_modules(remove_duplicate=False) if _is_layer(m)}
         shapes = {name: _shape(module) for name, module in linears.items()}
@@ -97,7 +98,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
     """The output embedding by transformers' getter, else the Linear that shares an Embedding's weight."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         getter = getattr(module, "get_output_embeddings", None)
         if callable(getter):
             try:
@@ -106,8 +107,8 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
                 head = None
             if isinstance(head, nn.Module):
                 return head
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for module in model.modules():
+    embeddings = {id(m.weight) for m in modules_of(model).values() if isinstance(m, nn.Embedding)}
+    for module in modules_of(model).values():
         if is_linear(module) and id(module._parameters.get("weight")) in embeddings:
             return module
     return None
@@ -115,18 +116,18 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 
 def _published_head(model: Any) -> str | None:
     head = model.get_output_embeddings() if is_transformers(model) else None
-    return next((name for name, module in model.named_modules() if module is head), None)
+    return next((name for name, module in modules_of(model).items() if module is head), None)
 
 
 def _obstacles(model: nn.Module, head: nn.Module | None) -> dict[nn.Module, str]:
     """See `Structure.obstacles`. A tie is none for the head, which may leave its embedding."""
     reasons: dict[nn.Module, str] = {}
     users: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 users[id(parameter)].append(f"{name}.{key}")
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         if not is_linear(module):
             continue
         weight = module._parameters.get("weight")

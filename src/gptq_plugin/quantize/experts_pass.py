@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from gptq_plugin.device.streams import Stopwatch
-from gptq_plugin.gptq.solve_each import can_solve
 from gptq_plugin.layers.packed_together import dequantized, packed_layers
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.finished_layers import FinishedLayers
@@ -76,7 +75,7 @@ class ExpertsPass:
         configs = [[one.config for one in layers] for layers in experts]
         found = self._observations.of_experts(stop.group)
         are_alike = all(one == configs[0] for one in configs) and all(one == shapes[0] for one in shapes)
-        if not are_alike or len({repr(one.config) for one in first}) > 1 or not can_solve(first[0].config):
+        if not are_alike or len({repr(one.config) for one in first}) > 1:
             for layers in experts:
                 [evidence] = found.take(1).each()
                 if layers:  # not all of them stay float

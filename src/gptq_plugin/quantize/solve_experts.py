@@ -45,7 +45,7 @@ def solve_experts(
     config: QuantizeConfig,
     make_room: Callable[[], bool] = lambda: False,
 ) -> Iterator[Chunk]:
-    """Yields all experts in chunks; `solve_each` can solve the configuration. Collective.
+    """Yields all experts in chunks. Collective.
 
     Chunks are the same for any number of ranks, which solve one at a time each and send it to the others.
 
@@ -57,7 +57,7 @@ def solve_experts(
         config: For all.
         make_room: As for `with_room`.
     """
-    chunks = -(-experts // most(*shape))
+    chunks = -(-experts // most(*shape, config))
     size, ranks, rank = -(-experts // chunks), distributed.world_size(), distributed.rank()
     numbers = [range(start, min(start + size, experts)) for start in range(0, experts, size)]
     for first in range(0, len(numbers), ranks):

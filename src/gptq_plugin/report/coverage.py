@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.errors import some
 from gptq_plugin.model.experts import expert_layouts, tied_parameters
 from gptq_plugin.model.plan import Plan
@@ -128,7 +129,7 @@ def _float_weights(plan: Plan, quantized: Set[int]) -> Iterator[FloatWeight]:
     reasons = {skip.module: skip.reason for skip in plan.skipped}
     tied = tied_parameters(plan.model)
     done = set(quantized)
-    for module_name, module in plan.model.named_modules():
+    for module_name, module in modules_of(plan.model).items():
         for parameter_name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in done:
                 continue

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.walk.places import Place
 from gptq_plugin.walk.watched_places import WatchedPlaces
 
@@ -49,7 +50,9 @@ class KeptState:
     ) -> None:
         self.initial: dict[Place, Any] = {}
         self._model, self._is_lent, self._device = model, is_lent, device
-        self._shared = {id(one): one for module in model.modules() for one in (module, *module._parameters.values())}
+        self._shared = {
+            id(one): one for module in modules_of(model).values() for one in (module, *module._parameters.values())
+        }
         self._versions = [(one, one._version) for one in model.parameters() if not one.is_inference()]
         self._watched = WatchedPlaces(model, is_lent)
         self._hooks = _hooks_of(model)
@@ -106,7 +109,7 @@ class KeptState:
 def _hooks_of(model: nn.Module) -> set[int]:
     """Forward hooks on the modules of a model but for ours, by `id`."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
-    hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
+    hooks = (hook for module in modules_of(model).values() for kind in kinds for hook in getattr(module, kind).values())
     return {id(hook) for hook in hooks if not str(getattr(hook, "__module__", None)).startswith("gptq_plugin")}
 
 

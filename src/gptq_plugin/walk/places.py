@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from gptq_plugin.device.modules import modules_of
+
 
 class _Missing:
     def __deepcopy__(self, memo: object) -> _Missing:
@@ -75,7 +77,7 @@ class Place:
 
 def own_classes(model: nn.Module) -> list[type]:
     """The classes of the model's modules and their bases, without PyTorch's, whose forwards keep nothing on them."""
-    classes = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
+    classes = dict.fromkeys(kind for module in modules_of(model).values() for kind in type(module).__mro__)
     return [kind for kind in classes if kind is not object and kind.__module__.split(".")[0] != "torch"]
 
 
@@ -84,7 +86,9 @@ def variables(model: nn.Module) -> Iterator[Place]:
 
     Functions of the same Python module that they call are followed.
     """
-    functions: list[Any] = [vars(module)["forward"] for module in model.modules() if "forward" in vars(module)]
+    functions: list[Any] = [
+        vars(module)["forward"] for module in modules_of(model).values() if "forward" in vars(module)
+    ]
     for kind in own_classes(model):
         functions += [getattr(value, "fget", value) for value in vars(kind).values()]  # of a property, its getter
     yield from _variables(functions)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.walk.places import MISSING, Place, is_data, own_classes, variables
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes where forwards keep nothing of a batch
@@ -35,11 +36,12 @@ class WatchedPlaces:
 
     def __init__(self, model: nn.Module, is_lent: Callable[[Tensor], bool]) -> None:
         self._is_lent = is_lent
-        self._modules = {id(module) for module in model.modules()}
-        self._buffers = {id(module._buffers) for module in model.modules()}
-        holders = [
+        modules = modules_of(model)
+        self._modules = {id(module) for module in modules.values()}
+        self._buffers = {id(module._buffers) for module in modules.values()}
+        holders: list[tuple[Any, Any, str]] = [
             (items, items, name)
-            for name, module in model.named_modules()
+            for name, module in modules.items()
             if not getattr(type(module), "keeps_nothing", False)
             for items in (vars(module), module._buffers, module._modules)
         ]

@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gptq_plugin.device.modules import modules_of
+
 
 class WeightReads:
     """Watches one forward.
@@ -55,7 +57,7 @@ class WeightReads:
         with contextlib.ExitStack() as stack:
             for hooks, keys in self._hooks:
                 stack.enter_context(_wrapped(hooks, keys, self._outside))
-            for module in self._model.modules():
+            for module in modules_of(self._model).values():
                 if getattr(type(module), "keeps_nothing", False):  # a layer of an expert, which nobody else can read
                     continue
                 # Before all other hooks, which may read the weight too: ours bring it to the device.
