@@ -45,8 +45,12 @@ class Task:
 
     def output(self, block: nn.Module, device: torch.device) -> Tensor:
         """What a block gives for `hidden`."""
+        return self.run(block, self.hidden, device)
+
+    def run(self, block: nn.Module, hidden: Tensor, device: torch.device) -> Tensor:
+        """What a block gives for an input."""
         draw_as_before(device)
-        return self.call.run(block, self.hidden.to(device))
+        return self.call.run(block, hidden.to(device))
 
 
 class BlockTraining(Descent):

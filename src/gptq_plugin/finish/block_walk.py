@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,12 @@ from gptq_plugin.finish.chain import Chain, Passage
 from gptq_plugin.finish.descent import apart_from_other_numbers
 from gptq_plugin.finish.interruption import Interruption
 from gptq_plugin.finish.options import Finish
+from gptq_plugin.finish.solving import solve_again
 from gptq_plugin.finish.starts import begin_at_compensated
 from gptq_plugin.finish.student import Student
 from gptq_plugin.finish.surroundings import Surroundings, Teacher
 from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.layers.stored_weight import PACKED
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import unfused
 from gptq_plugin.model.linears import is_linear, linear_shape
@@ -100,9 +102,12 @@ def walk_blocks(
                     hidden = [task.output(block, device).to(home) for task in tasks]
                 floats = given
                 continue
+            count = len(tasks) - len(numbers)
+            held_out = dict(zip(numbers, tasks[count:], strict=True))
+            if surroundings.solver is not None:
+                solved = solve_again(name, block, weights, tasks[:count], held_out, surroundings.solver, device)
+                undo.callback(_take(block, solved))
             with Student.of(block, device, norms=options.norm_learning_rate != 0, codes=True) as student:
-                count = len(tasks) - len(numbers)
-                held_out = dict(zip(numbers, tasks[count:], strict=True))
                 begin_at_compensated(block, student.latent_layers, weights, tasks[:count], device)
                 training = BlockTraining(block, student, tasks[:count], held_out, options, device)
                 done = len(walk.records) * options.block_steps
@@ -124,6 +129,20 @@ def walk_blocks(
                 break
         walk.undo = undo.pop_all().close
     return walk
+
+
+def _take(block: nn.Module, solved: Mapping[str, QuantLinear]) -> Callable[[], None]:
+    """Gives a block's layers the tensors of others; returns what puts theirs back."""
+    layers: dict[str, Any] = {name: block.get_submodule(name) for name in solved}
+    old = {name: layer.packed() for name, layer in layers.items()}
+
+    def give(tensors: Mapping[str, Sequence[Tensor]]) -> None:
+        for name, layer in layers.items():
+            for field_, tensor in zip(PACKED, tensors[name], strict=True):
+                setattr(layer, field_, tensor.to(layer.device))
+
+    give({name: layer.packed() for name, layer in solved.items()})
+    return lambda: give(old)
 
 
 def _float_weights(teacher: Teacher, block: str, layers: Sequence[str]) -> dict[str, Tensor]:

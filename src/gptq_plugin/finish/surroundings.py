@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.gptq.grid import QuantizedWeight
+from gptq_plugin.layers.qlinear import QuantLinear
+
 # Called with the name of a part, or "" for the whole: its context is the float model's part where it is, in evaluation
 # mode; that of the model to finish is quantized again behind it.
 Teacher = Callable[[str], contextlib.AbstractContextManager[nn.Module]]
+
+# Solves a layer, called as solver(name, layer, float weight, Hessian, drift) with what `gptq.solver.solve` reads; None
+# leaves its codes alone. In a process group all ranks call it with the same arguments, and get the same result.
+Solver = Callable[[str, QuantLinear, Tensor, Tensor, Tensor], QuantizedWeight | None]
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Surroundings:
         token_weighting: Which positions count, as in QuantizeConfig.
         progress: Called as progress(steps done, steps at most, what held-out samples tell).
         task: Gives the run's own loss of the data of a batch, a scalar; None without a `task_weight`.
+        solver: Solves the layers of blocks anew; None leaves the codes that they begin with.
     """
 
     run: Callable[[nn.Module, Any], Any]
@@ -39,3 +47,4 @@ class Surroundings:
     token_weighting: str = "all"
     progress: Callable[[int, int, str], None] | None = None
     task: Callable[[nn.Module, Any], Tensor] | None = None
+    solver: Solver | None = None

@@ -22,7 +22,8 @@ from gptq_plugin.finish.finish_model import Finished, finish_model
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish, check_finish
 from gptq_plugin.finish.rows import rows_of
-from gptq_plugin.finish.surroundings import Surroundings, Teacher
+from gptq_plugin.finish.surroundings import Solver, Surroundings, Teacher
+from gptq_plugin.gptq.grid import QuantizedWeight
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.plan import MODEL, Plan
@@ -31,6 +32,7 @@ from gptq_plugin.quantize.model_of_report import ModelOfReport
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.prepare import undisturbed
 from gptq_plugin.quantize.run_log import RunLog
+from gptq_plugin.quantize.solve_on_ranks import solve_shared
 from gptq_plugin.report.finish_record import FinishRecord
 from gptq_plugin.report.report import QuantizeReport
 
@@ -129,6 +131,7 @@ class Finishing:
                 self.config.token_weighting if self.config.token_weighting == "labels" else "all",
                 progress,
                 _task(options, task_loss) if finish.task_weight else None,
+                self._solver(model) if finish.by_blocks else None,
             )
             found = finish_model(model, self._teacher(model, teacher, options), rows, finish, surroundings)
         self._finished = found
@@ -159,6 +162,22 @@ class Finishing:
             if self._finished is not None:
                 self._finished.undo()
             self.allocated = self._finished = None
+
+    def _solver(self, model: nn.Module) -> Solver:
+        plan = None if self.allocated is None else self.allocated.plan
+        of_plan = {} if plan is None or plan.model is not model else {one.name: one.config for one in plan.targets}
+
+        def solve_layer(
+            name: str, layer: QuantLinear, weight: Tensor, hessian: Tensor, drift: Tensor
+        ) -> QuantizedWeight | None:
+            config = of_plan.get(name) or self.config.for_module(name)
+            if config is None:
+                return None
+            config = replace(config, bits=layer.bits, group_size=layer.group_size)
+            exact = PassOptions().sums_exactly(weight.device)
+            return solve_shared(weight, hessian, config, drift, in_blocks=exact).weight
+
+        return solve_layer
 
     def _teacher(self, model: nn.Module, teacher: nn.Module | None, options: PassOptions) -> Teacher:
         plan = None if self.allocated is None else self.allocated.plan
