@@ -111,7 +111,7 @@ def measure(
             quantizer.undo_finish("the next is tried")
             of_peer = f"  {after[1] / AUTOROUND[bits]:.2f} of AutoRound's KL" if bits in AUTOROUND else ""
             print(
-                f"{bits} bits  {finish.kind}  {finish.steps} steps at {finish.learning_rate:g}  +{after[0]:.5f} "
+                f"{bits} bits  {finish.kind}  {finish.steps} steps at {finish.rates(bits).scales:g}  +{after[0]:.5f} "
                 f"KL {after[1]:.5f}{of_peer}  {seconds:.1f} s  best step {record.best_step} of {record.steps}, held "
                 f"out {record.before:.5f} to {record.after:.5f}, {'kept' if record.kept else 'not kept'}",
                 flush=True,
@@ -212,13 +212,13 @@ def main() -> None:
     parser.add_argument("--block-steps", type=int, default=200)
     parser.add_argument("--block-learning-rate", type=float)
     parser.add_argument("--block-code-learning-rate", type=float)
-    parser.add_argument("--code-learning-rate", type=float, default=3e-3, help="behind the blocks, for full")
+    parser.add_argument("--code-learning-rate", type=float, help="behind the blocks, for full")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, nargs="+", default=[3e-4])
+    parser.add_argument("--learning-rate", type=float, nargs="+", default=[None])
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--top-logits", type=int, default=128)
+    parser.add_argument("--top-logits", type=int)
     parser.add_argument("--windows", type=int, default=200, help="of evaluation")
     parser.add_argument("--corpus", action="store_true", help="train on this machine's Python files")
     parser.add_argument("--calibration", type=int, default=1024, help="rows of the corpus for GPTQ")

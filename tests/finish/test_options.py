@@ -18,7 +18,7 @@ from gptq_plugin.finish.options import NONE, check_finish
         ("held_out", 0), ("batch_size", True), ("judgements", 0), ("patience", 0), ("top_logits", 0),
         ("checkpoint_activations", 1), ("seed", -1), ("learning_rate", float("nan")), ("block_steps", 0),
         ("block_nsamples", None), ("block_learning_rate", 0), ("block_code_learning_rate", 1),
-        ("code_learning_rate", None), ("task_weight", 1), ("task_weight", -0.1), ("task_weight", None),
+        ("code_learning_rate", 1), ("task_weight", 1), ("task_weight", -0.1), ("task_weight", None),
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_refused_by_its_name(name, value):
@@ -26,20 +26,15 @@ def test_an_option_out_of_range_is_refused_by_its_name(name, value):
         Finish(**{name: value})
 
 
-def test_rates_in_blocks_follow_the_width_unless_given():
-    finish = Finish("blocks")
-    assert [finish.rate_in_blocks(bits) for bits in (2, 3, 4)] == [1e-3, 3e-4, 3e-4]
-    assert [finish.code_rate_in_blocks(bits) for bits in (2, 3, 4)] == [2e-3, 1e-3, 1e-3]
-    assert finish.rate_of_norms_in_blocks(2) == 1e-3
+def test_rates_follow_the_width_unless_given():
+    finish = Finish("full")
+    assert [finish.rates(bits) for bits in (2, 3, 4, 8)] == 2 * [(1e-3, 3e-3, 1e-3)] + 2 * [(3e-4, 1e-3, 3e-4)]
+    blocks = [(1e-3, 4e-3, 1e-3), (3e-4, 2e-3, 3e-4), (3e-4, 1e-3, 3e-4), (3e-4, 1e-3, 3e-4)]
+    assert [finish.rates_in_blocks(bits) for bits in (2, 3, 4, 8)] == blocks
     given = Finish("full", block_learning_rate=0.1, block_code_learning_rate=0.2, norm_learning_rate=0)
-    assert {given.rate_in_blocks(bits) for bits in (2, 4)} == {0.1}
-    assert {given.code_rate_in_blocks(bits) for bits in (2, 4)} == {0.2} and given.rate_of_norms_in_blocks(2) == 0
-    assert given.by_blocks and finish.by_blocks and not Finish().by_blocks
-
-
-def test_rates_of_norms_follow_those_of_scales_unless_given():
-    assert Finish(learning_rate=1e-3).rate_of_norms == 1e-3
-    assert Finish(learning_rate=1e-3, norm_learning_rate=0).rate_of_norms == 0
+    assert {given.rates_in_blocks(bits) for bits in (2, 4)} == {(0.1, 0.2, 0)} and not given.trains_norms
+    assert {Finish(learning_rate=0.1, code_learning_rate=0.3).rates(bits) for bits in (2, 4)} == {(0.1, 0.3, 0.1)}
+    assert finish.by_blocks and Finish("blocks").by_blocks and not Finish().by_blocks and finish.trains_norms
 
 
 def test_it_asks_for_samples_to_train_on_and_to_judge_on():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptq_plugin.finish import top_logits
-from gptq_plugin.finish.top_logits import TopDivergence, TopLogits
+from gptq_plugin.finish.top_logits import Divergence, TopLogits
 
 
 def logits(rows=7, classes=50, seed=0, spread=3.0):
@@ -33,7 +33,7 @@ def test_value_and_gradient_are_those_of_the_definition(k, piece, monkeypatch):
     wanted = by_definition(theirs, ours, min(k, 50))
     (gradient,) = torch.autograd.grad(wanted, ours)
     student = ours.detach().float().requires_grad_()
-    found = TopDivergence.apply(student, top)
+    found = Divergence.apply(student, top)
     found.backward()
     assert top.ids.shape == (7, min(k, 50)) and len(top) == 7
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -57,7 +57,7 @@ def test_tokens_that_the_float_model_excludes_count_for_nothing():
     ours.requires_grad_()
     for k in (4, 10, 20):
         top = TopLogits.of(theirs, k)
-        (gradient,) = torch.autograd.grad(TopDivergence.apply(ours, top), ours)
+        (gradient,) = torch.autograd.grad(Divergence.apply(ours, top), ours)
         assert torch.isfinite(gradient).all() and top.divergence(ours.detach()) > 0
         same = torch.where(theirs > -torch.inf, theirs, -1e4)
         assert top.divergence(same) == pytest.approx(0, abs=1e-5)
@@ -65,7 +65,7 @@ def test_tokens_that_the_float_model_excludes_count_for_nothing():
 
 def test_the_same_logits_have_no_divergence_and_no_gradient():
     ours = logits(seed=6).float().requires_grad_()
-    value = TopDivergence.apply(ours, TopLogits.of(ours.detach(), 5))
+    value = Divergence.apply(ours, TopLogits.of(ours.detach(), 5))
     (gradient,) = torch.autograd.grad(value, ours)
     assert abs(value.item()) < 1e-5 and gradient.abs().max() < 1e-6
 

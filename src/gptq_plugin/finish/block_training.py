@@ -78,7 +78,9 @@ class BlockTraining(Descent):
     ) -> None:
         patience = options.patience_with(codes=bool(student.latent))
         pace = Pace(options.block_steps, options.tokens_per_step, options.judgements, patience, options.seed)
-        super().__init__(student, _rates(student, options), [one.positions for one in tasks], pace, device)
+        super().__init__(
+            student, student.with_rates(options.rates_in_blocks), [one.positions for one in tasks], pace, device
+        )
         self._block, self._tasks, self._held_out = block, tasks, held_out
         self._unit = _unit([*tasks, *held_out.values()], device)
 
@@ -93,16 +95,6 @@ class BlockTraining(Descent):
 
     def _error(self, task: Task) -> Tensor:
         return task.squares(task.output(self._block, self._device)) / self._unit
-
-
-def _rates(student: Student, options: Finish) -> list[tuple[list[nn.Parameter], float]]:
-    rates: list[tuple[list[nn.Parameter], float]] = []
-    widths = {layer.bits for layer in student.layers.values()}
-    for bits in sorted(widths):
-        layers = [name for name, layer in student.layers.items() if layer.bits == bits]
-        rates.append(([student.layers[name].log_ratio for name in layers], options.rate_in_blocks(bits)))
-        rates.append(([student.latent[name] for name in layers], options.code_rate_in_blocks(bits)))
-    return [*rates, (student.masters, options.rate_of_norms_in_blocks(min(widths)))]
 
 
 def _unit(tasks: Sequence[Task], device: torch.device) -> float:

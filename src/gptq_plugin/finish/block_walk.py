@@ -107,7 +107,7 @@ def walk_blocks(
             if surroundings.solver is not None:
                 solved = solve_again(name, block, weights, tasks[:count], held_out, surroundings.solver, device)
                 undo.callback(_take(block, solved))
-            with Student.of(block, device, norms=options.norm_learning_rate != 0, codes=True) as student:
+            with Student.of(block, device, norms=options.trains_norms, codes=True) as student:
                 begin_at_compensated(block, student.latent_layers, weights, tasks[:count], device)
                 training = BlockTraining(block, student, tasks[:count], held_out, options, device)
                 done = len(walk.records) * options.block_steps

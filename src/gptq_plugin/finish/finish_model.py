@@ -67,8 +67,9 @@ def finish_model(
     """
     started = time.perf_counter()
     chain = Chain.of(model) if options.by_blocks else None
+    head = LogitReader(model).head
     with teacher("") as float_model, streamed_to(float_model, surroundings.where):
-        asked = surroundings.run, surroundings.token_weighting, options.top_logits
+        asked = surroundings.run, surroundings.token_weighting, options.top_logits, head
         lessons, told = ask_teacher(float_model, rows, *asked, chain, share_of(options.block_nsamples))
     give_back(surroundings.device)
     Peak(surroundings.device)  # measured anew
@@ -153,7 +154,7 @@ class _Work:
     def _train(self, wanted: Mapping[str, Tensor], interruption: Interruption) -> None:
         """Trains the model as a whole; codes begin at weights that trained blocks have."""
         options, device = self.options, self.surroundings.device
-        norms, codes = options.rate_of_norms > 0, options.kind == "full"
+        norms, codes = options.trains_norms, options.kind == "full"
         with Student.of(self.model, device, norms=norms, codes=codes) as student:
             for name, layer in student.latent_layers.items():
                 if name in wanted:
@@ -191,8 +192,6 @@ class _Work:
         reader, sums = LogitReader(self.model), {}
         with torch.no_grad(), streamed_to(self.model, where), reader.watching(), apart_from_other_numbers(device):
             for number, lesson in self.held_out.items():
-                exact = lesson.exact
-                assert exact is not None
                 draw_as_before(device)
                 logits = lesson.counted(
                     reader.read(
@@ -201,7 +200,7 @@ class _Work:
                         finite=not self.divergences,
                     )
                 )
-                sums[number] = (exact.to(logits.device).divergence(logits), len(exact))
+                sums[number] = (lesson.judged.to(logits.device).divergence(logits), len(lesson.judged))
         return mean_over_ranks(sums)
 
     def _tell(self, done: int, at_most: int, text: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.model.hf_models import transformers_models
+from gptq_plugin.model.linears import is_linear
 
 _REGRESSIONS = ("regression", "multi_label_classification")
 
@@ -47,6 +48,12 @@ class LogitReader:
                 f"{config.problem_type!r} are none: leave the finish out"
             )
         self._found: list[Tensor] = []
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What transformers calls the model's output embeddings, if that is a float layer."""
+        found: Any = self._whole.get_output_embeddings()  # type: ignore[operator]
+        return found if isinstance(found, nn.Module) and is_linear(found) else None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

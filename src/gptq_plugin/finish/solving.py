@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,9 @@ def solve_again(
             undo.callback(swap_modules, block, layers)
             for group in _groups(block, layers, tasks, device):
                 found = _evidence(block, group, floats, tasks, device)
-                for one in group.names if found is not None else ():
+                if found is None:
+                    continue
+                for one in group.names:
                     weight = solver(f"{name}.{one}", layers[one], floats[one].weight, *found)
                     if weight is not None:
                         solved[one] = _layer(weight, layers[one], device)
@@ -87,7 +90,7 @@ def _groups(
 
 
 def _evidence(
-    block: nn.Module, group: Group, floats: Mapping[str, nn.Module], tasks: Sequence[Task], device: torch.device
+    block: nn.Module, group: Group, floats: Mapping[str, nn.Linear], tasks: Sequence[Task], device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
     """The Hessian of a group's input and its drift, means over tokens, [in, in]; None if no token is known. Collective.
 
@@ -101,8 +104,8 @@ def _evidence(
     hessian, drift = Hessian(width, device, exact=exact), Drift(width, device, exact=exact)
     for task in tasks:
         with _in_place(block, floats):
-            x = _input(floats[first], lambda: task.run(block, task.before, device))
-        seen = _input(layer, lambda: task.output(block, device))
+            x = _input(floats[first], partial(task.run, block, task.before, device))
+        seen = _input(layer, partial(task.output, block, device))
         if x is None or seen is None or x.shape != seen.shape:
             continue
         rows, ours = x.flatten(0, -2), seen.flatten(0, -2)
@@ -119,7 +122,8 @@ def _evidence(
     return mean, drift.mean(hessian.tokens)
 
 
-def _input(layer: nn.Module, run) -> Tensor | None:
+def _input(layer: nn.Module, run: Callable[[], object]) -> Tensor | None:
+    """What a layer reads in a forward that calls it once; else None."""
     found: list[Tensor] = []
     with watch_inputs({"": layer}, lambda _, x: found.append(x.detach().clone())):
         run()
@@ -138,9 +142,10 @@ def _in_place(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def _float_layer(layer: QuantLinear, weight: Tensor, device: torch.device) -> nn.Linear:
-    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     made.weight = nn.Parameter(weight.to(device, layer.dtype), requires_grad=False)
-    made.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
     return made
 
 

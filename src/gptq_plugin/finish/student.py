@@ -17,6 +17,7 @@ from gptq_plugin.errors import TargetError
 from gptq_plugin.finish.frozen_codes import FrozenCodes
 from gptq_plugin.finish.latent_codes import LatentCodes
 from gptq_plugin.finish.norms import find_norms
+from gptq_plugin.finish.options import Rates
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.memory.resident import resident_on
@@ -146,6 +147,16 @@ class Student:
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
         return [*self.own, *self.masters]
+
+    def with_rates(self, rates: Callable[[int], Rates]) -> list[tuple[list[nn.Parameter], float]]:
+        """All that is trained, with the rates of a layer's width; norms with those of the fewest bits."""
+        found: list[tuple[list[nn.Parameter], float]] = []
+        widths = sorted({layer.bits for layer in self.layers.values()})
+        for bits in widths:
+            names = [name for name, layer in self.layers.items() if layer.bits == bits]
+            found.append(([self.layers[name].log_ratio for name in names], rates(bits).scales))
+            found.append(([self.latent[name] for name in names if name in self.latent_layers], rates(bits).codes))
+        return [*found, (self.masters, rates(widths[0]).norms)]
 
     @contextlib.contextmanager
     def taking_gradients(self) -> Iterator[None]:

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin import distributed
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.finish.chain import Chain, Passage, to_keep
+from gptq_plugin.finish.head_inputs import MOST_BYTES, Head, HeadInputs
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.rows import Rows
 from gptq_plugin.finish.top_logits import TopLogits
 
+LIKELIEST = 128  # tokens a position, where the head's inputs are not kept
 _EXACT = 2**31  # bytes on the CPU for this rank's held-out batches
 
 
@@ -33,16 +36,22 @@ class Lesson:
         shape: Of the logits, but for the classes.
         places: int64, the positions that count among all of them; None if all do.
         top: At those that count.
-        exact: The same of a held-out batch, with as many tokens as `_EXACT` bytes hold; else None.
+        exact: The same of a held-out batch, with as many tokens as `_EXACT` bytes hold; None if `top` tells all apart,
+            and of others.
         passage: What the forward gives to the blocks of a chain; None without one.
     """
 
     data: Any
     shape: torch.Size
     places: Tensor | None
-    top: TopLogits
+    top: TopLogits | HeadInputs
     exact: TopLogits | None = None
     passage: Passage | None = None
+
+    @property
+    def judged(self) -> TopLogits | HeadInputs:
+        """What a held-out batch is judged by before and behind a change."""
+        return self.top if self.exact is None else self.exact
 
     def counted(self, logits: Tensor) -> Tensor:
         """The logits of positions that count, [positions, classes], of another forward of the batch."""
@@ -55,7 +64,8 @@ def ask_teacher(
     rows: Rows,
     run: Callable[[nn.Module, Any], Any],
     token_weighting: str,
-    k: int,
+    k: int | None,
+    head: nn.Module | None = None,
     chain: Chain | None = None,
     samples: int = 0,
 ) -> tuple[list[Lesson], list[str]]:
@@ -66,7 +76,8 @@ def ask_teacher(
         rows: This rank's batches.
         run: Runs the data of one.
         token_weighting: As in QuantizeConfig: which positions count.
-        k: Tokens a position that are kept.
+        k: Tokens a position that are kept; None keeps what the head reads.
+        head: That of the model that is trained, if it is float.
         chain: Of the model's blocks, for the passages of the first batches to train on and of those held out.
         samples: How many of them: batches with so many samples, one at least.
 
@@ -80,9 +91,18 @@ def ask_teacher(
     reader, positions = LogitReader(model), Positions(model, rows.batches, token_weighting)
     lessons: list[Lesson] = []
     told: dict[str, None] = {}
-    watching = contextlib.nullcontext() if chain is None else chain.watching(model)
+    heads = None
+    if k is None:
+        heads, why = _head(reader, head, rows, partial(run, model))
+        k = LIKELIEST
+        if heads is None:
+            told[f"finish: of the float model's predictions the {k} likeliest tokens are told apart: {why}"] = None
+    watching = [reader.watching(), *([] if chain is None else [chain.watching(model)])]
+    watching += [] if heads is None else [heads.watching()]
     passed = {*range(_batches_of(rows, samples)), *range(len(rows.train), len(rows.batches))}
-    with torch.no_grad(), positions.watching(), reader.watching(), watching:
+    with torch.no_grad(), positions.watching(), contextlib.ExitStack() as stack:
+        for one in watching:
+            stack.enter_context(one)
         for number, batch in enumerate(rows.batches):
             with positions.running(number):
                 logits = reader.read(partial(run, model, batch.data), f"batch {number} of the finish")
@@ -97,15 +117,51 @@ def ask_teacher(
             told |= _remarks("the output", found.remark)
             places = None if found.mask is None else found.mask.nonzero()[:, 0].cpu()
             exact = None
-            if number >= len(rows.train):
+            if heads is not None:
+                top: TopLogits | HeadInputs = heads.of(_counted(heads.take(logits), found.mask))
+            elif number < len(rows.train):
+                top = TopLogits.of(found.counted, k)
+            else:
                 bytes_of_token = 8 * len(rows.held_out) * max(1, len(found.counted))
                 exact = TopLogits.of(found.counted, max(k, _EXACT // bytes_of_token))
-            top = TopLogits.of(found.counted, k) if exact is None else exact.narrowed(k)
+                top = exact.narrowed(k)
             lessons.append(Lesson(batch.data, logits.shape[:-1], places, top, exact, passage))
     if chain is not None:
         with torch.no_grad():
             chain.check_alone(model)
     return lessons, list(told)
+
+
+def _head(
+    reader: LogitReader, trained: nn.Module | None, rows: Rows, run: Callable[[Any], Any]
+) -> tuple[Head | None, str]:
+    """The float model's head if what it reads tells all that the model predicts, on every rank; else why not.
+    Collective."""
+    own = None
+    if rows.batches and reader.head is not None and trained is not None:
+        head = Head(reader.head, trained)
+        with torch.no_grad(), reader.watching(), head.watching():
+            logits = reader.read(lambda: run(rows.batches[0].data), "batch 0 of the finish")
+            x = head.take(logits)
+            own = _why_not(head, x, logits, len(rows.batches))
+    whys = [one for one in distributed.gather_objects(own) if one]
+    if reader.head is None or trained is None:
+        return None, "the model has no float head"
+    return (None, whys[0]) if whys else (Head(reader.head, trained), "")
+
+
+def _why_not(head: Head, x: Tensor | None, logits: Tensor, batches: int) -> str:
+    if x is None or not head.gives(x, logits):
+        return "the logits are not what the model's head gives by itself"
+    if x.nbytes * batches > MOST_BYTES:
+        return f"what the head reads would take {x.nbytes * batches / 2**30:.0f} GiB"
+    return ""
+
+
+def _counted(x: Tensor | None, mask: Tensor | None) -> Tensor:
+    assert x is not None  # as in the first batch
+    rows = x.flatten(0, -2)
+    return rows if mask is None else rows[mask]
 
 
 def _batches_of(rows: Rows, samples: int) -> int:

@@ -1,10 +1,10 @@
-"""The most likely tokens of the float model, and the divergence from them: `TopLogits`, `TopDivergence`."""
+"""The most likely tokens of the float model, and the divergence from them: `TopLogits`, `Divergence`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class TopLogits:
         """Those of logits [positions, vocabulary], on the CPU."""
         k = min(k, logits.shape[-1])
         parts = []
-        for piece in _pieces(logits):
+        for piece in pieces(logits):
             logs = logits[piece].float().log_softmax(-1)
             top, ids = logs.topk(k)
             parts.append((ids.int().cpu(), top.cpu(), _all_but(logs, ids).cpu()))
@@ -57,12 +57,12 @@ class TopLogits:
     def divergence(self, logits: Tensor) -> float:
         """The sum over positions of KL(float || logits), in nats, where the other tokens count as one."""
         total = 0.0
-        for piece in _pieces(logits):
-            values, _ = self._piece(logits[piece], piece, with_gradient=False)
+        for piece in pieces(logits):
+            values, _ = self.of_piece(logits[piece], piece, with_gradient=False)
             total += float(values.sum(dtype=torch.float64))
         return total
 
-    def _piece(self, logits: Tensor, piece: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def of_piece(self, logits: Tensor, piece: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The divergence at each position, and its gradient for the logits."""
         ids, theirs, their_rest = self.ids[piece].long(), self.logs[piece], self.rest[piece]
         ours = logits.float().log_softmax(-1)
@@ -82,15 +82,21 @@ class TopLogits:
         return values, gradient
 
 
-class TopDivergence(torch.autograd.Function):
-    """`TopLogits.divergence` with a gradient."""
+class Told(Protocol):
+    """What positions of the float model predict."""
+
+    def of_piece(self, logits: Tensor, piece: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Divergence(torch.autograd.Function):
+    """The sum over positions of KL(float || logits), with a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, top: TopLogits) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, told: Told) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         gradients = torch.empty_like(logits)
-        for piece in _pieces(logits):
-            values, gradient = top._piece(logits[piece], piece, with_gradient=True)
+        for piece in pieces(logits):
+            values, gradient = told.of_piece(logits[piece], piece, with_gradient=True)
             assert gradient is not None
             gradients[piece] = gradient.to(logits.dtype)
             total += values.sum(dtype=torch.float64)
@@ -103,7 +109,8 @@ class TopDivergence(torch.autograd.Function):
         return gradients * grad.to(gradients.dtype), None
 
 
-def _pieces(logits: Tensor) -> Iterator[slice]:
+def pieces(logits: Tensor) -> Iterator[slice]:
+    """Positions to work on at a time."""
     rows = max(1, _PIECE // max(1, logits.shape[-1]))
     return (slice(start, start + rows) for start in range(0, len(logits), rows))
 

@@ -23,7 +23,7 @@ from gptq_plugin.finish.options import Finish
 from gptq_plugin.finish.student import Student
 from gptq_plugin.finish.surroundings import Surroundings
 from gptq_plugin.finish.teacher import Lesson
-from gptq_plugin.finish.top_logits import TopDivergence
+from gptq_plugin.finish.top_logits import Divergence
 from gptq_plugin.report.finish_record import Judgement
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,7 @@ class Training(Descent):
     ) -> None:
         patience = options.patience_with(codes=bool(student.latent))
         pace = Pace(options.steps, options.tokens_per_step, options.judgements, patience, options.seed)
-        rates = [
-            (student.ratios, options.learning_rate),
-            (list(student.latent.values()), options.code_learning_rate),
-            (student.masters, options.rate_of_norms),
-        ]
+        rates = student.with_rates(options.rates)
         super().__init__(student, rates, [len(one.top) for one in lessons], pace, surroundings.device)
         self._model, self._lessons, self._held_out = model, lessons, held_out
         self._options, self._surroundings = options, surroundings
@@ -135,7 +131,7 @@ class Training(Descent):
 
     def _divergence(self, lesson: Lesson) -> Tensor:
         logits = lesson.counted(self._read(lesson))
-        found: Tensor = TopDivergence.apply(logits, lesson.top.to(self._device))
+        found: Tensor = Divergence.apply(logits, lesson.top.to(self._device))
         return found
 
     def _read(self, lesson: Lesson) -> Tensor:
