@@ -170,6 +170,32 @@ def test_two_ranks_have_the_same_bytes_in_the_end(kind, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_train_a_share_of_the_loss_of_a_step_that_returns_a_dict_and_logs_over_ranks(tmp_path):
+    states = {}
+    for place in ("odd", "nowhere"):
+        (tmp_path / place).mkdir()
+        process = start(tmp_path / place, 2, place, "full")
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        first, second = (torch.load(tmp_path / place / f"rank{rank}.pt") for rank in (0, 1))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        states[place] = first
+    reports = [json.loads((tmp_path / f"odd/rank{rank}.json").read_text())["finish"] for rank in (0, 1)]
+    assert reports[0]["curve"] == reports[1]["curve"] and reports[0]["kept"]
+    assert reports[0]["options"]["task_weight"] == 0.6
+    assert any(not torch.equal(states["odd"][key], states["nowhere"][key]) for key in states["odd"])
+
+
+@pytest.mark.slow
+def test_a_step_that_returns_no_loss_on_one_rank_ends_both_and_leaves_the_export_of_gptq(tmp_path):
+    process = start(tmp_path, 2, "missing", "scales")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode and "returned NoneType" in errors
+    assert len(quantized(load_quantized(tmp_path / "export"))) == 7
+    assert json.loads((tmp_path / "export/quantization_report.json").read_text())["finish"] is None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("place", ["teacher", "block", "step", "export"])
 def test_a_run_that_is_killed_in_its_finish_leaves_the_export_of_gptq(place, ranks, tmp_path):

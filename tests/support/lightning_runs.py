@@ -323,8 +323,17 @@ if place == "export":
         count.append(1)
         return original(self) if len(count) == 1 else die()
     exporting.Staging.flush = second
-module = Structured()
-finish = Finish(kind, **FINISH, block_steps=4)
+class Odd(Structured):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("odd", 2 * loss.detach(), sync_dist=True, on_epoch=True, prog_bar=True)
+        if place == "missing" and self.global_rank == 1 and not self.training:
+            return None
+        return {"loss": loss, "more": torch.zeros(3)}
+
+with_loss = place in ("odd", "missing")
+module = Odd() if with_loss else Structured()
+finish = Finish(kind, **FINISH, block_steps=4, task_weight=0.6 if with_loss else 0.0)
 callback = GPTQCallback(QuantizeModule(**{**SMALL, "bits": 2}), out / "export", finish=finish)
 strategy = pl.strategies.DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
 trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=ranks, strategy=strategy, logger=False,

@@ -104,9 +104,8 @@ def walk_blocks(
                 continue
             count = len(tasks) - len(numbers)
             held_out = dict(zip(numbers, tasks[count:], strict=True))
-            if surroundings.solver is not None:
-                solved = solve_again(name, block, weights, tasks[:count], held_out, surroundings.solver, device)
-                undo.callback(_take(block, solved))
+            solved = solve_again(name, block, weights, tasks[:count], held_out, surroundings.solver, device)
+            undo.callback(_take(block, solved))
             with Student.of(block, device, norms=options.trains_norms, codes=True) as student:
                 begin_at_compensated(block, student.latent_layers, weights, tasks[:count], device)
                 training = BlockTraining(block, student, tasks[:count], held_out, options, device)
@@ -122,7 +121,9 @@ def walk_blocks(
             floats = given
             walk.tokens += training.tokens
             best, first = training.best, training.curve[0]
-            walk.records.append(BlockRecord(name, first.held_out, best.held_out, best.step, training.steps))
+            walk.records.append(
+                BlockRecord(name, first.held_out, best.held_out, best.step, training.steps, bool(solved))
+            )
             _log(walk.records[-1].summary())
             if training.interrupted:
                 walk.interrupted = True

@@ -31,20 +31,20 @@ class Surroundings:
 
     Attributes:
         run: Runs the data of a batch, with all its logits.
+        solver: Solves layers of blocks anew.
         device: Where.
         where: The same, if models are to be brought there; None if they are there.
         memory: Bytes of it that may be used; None is all.
         token_weighting: Which positions count, as in QuantizeConfig.
         progress: Called as progress(steps done, steps at most, what held-out samples tell).
         task: Gives the run's own loss of the data of a batch, a scalar; None without a `task_weight`.
-        solver: Solves the layers of blocks anew; None leaves the codes that they begin with.
     """
 
     run: Callable[[nn.Module, Any], Any]
+    solver: Solver
     device: torch.device
     where: torch.device | None = None
     memory: int | None = None
     token_weighting: str = "all"
     progress: Callable[[int, int, str], None] | None = None
     task: Callable[[nn.Module, Any], Tensor] | None = None
-    solver: Solver | None = None

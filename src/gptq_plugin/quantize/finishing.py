@@ -125,13 +125,13 @@ class Finishing:
             home = next(model.parameters()).device
             surroundings = Surroundings(
                 options.runner(every_logit=True),
+                self._solver(model),
                 with_index(options.where or home),
                 options.where,
                 device_memory,
                 self.config.token_weighting if self.config.token_weighting == "labels" else "all",
                 progress,
                 _task(options, task_loss) if finish.task_weight else None,
-                self._solver(model) if finish.by_blocks else None,
             )
             found = finish_model(model, self._teacher(model, teacher, options), rows, finish, surroundings)
         self._finished = found
@@ -164,6 +164,7 @@ class Finishing:
             self.allocated = self._finished = None
 
     def _solver(self, model: nn.Module) -> Solver:
+        """Solves layers as the model's were, with their own bits and groups."""
         plan = None if self.allocated is None else self.allocated.plan
         of_plan = {} if plan is None or plan.model is not model else {one.name: one.config for one in plan.targets}
 

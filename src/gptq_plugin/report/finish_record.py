@@ -34,10 +34,11 @@ class BlockRecord:
 
     Attributes:
         name: The block's.
-        before: Error with what GPTQ gave for it, behind the trained blocks before it.
+        before: Error where its training began, behind the trained blocks before it.
         after: The best that was reached.
         best_step: The steps up to that.
         steps: Steps that were made.
+        solved: Whether it began with codes that were solved anew; else with those that GPTQ gave.
     """
 
     name: str
@@ -45,11 +46,13 @@ class BlockRecord:
     after: float
     best_step: int
     steps: int
+    solved: bool = False
 
     def summary(self) -> str:
         """The result in a sentence."""
         errors = f"error from {format_value(self.before)} to {format_value(self.after)}"
-        return f"{self.name}: {errors} in {self.best_step} of {self.steps} steps"
+        anew = "solved anew, " if self.solved else ""
+        return f"{self.name}: {anew}{errors} in {self.best_step} of {self.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class FinishRecord:
         head = ("step", "KL in training", "KL held out")
         blocks = [
             (
-                f"{one.name}, {one.best_step} of {one.steps}",
+                f"{one.name}, {'solved anew, ' if one.solved else ''}{one.best_step} of {one.steps}",
                 f"error {format_value(one.before)}",
                 f"to {format_value(one.after)}",
             )
