@@ -90,6 +90,7 @@ def measure(
     rows: list[Any],
     evaluation: torch.Tensor,
     device: str,
+    precision: str = "highest",
 ) -> None:
     """Quantizes, exports, and finishes the same once for each; prints a line of figures of each."""
     original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
@@ -104,7 +105,9 @@ def measure(
         print(f"{bits} bits  {method}  +{before[0]:.5f} KL {before[1]:.5f}  {seconds:.1f} s", flush=True)
         for number, finish in enumerate(finishes):
             started = time.perf_counter()
+            torch.set_float32_matmul_precision(precision)
             record = quantizer.finish(model, original, rows, finish)
+            torch.set_float32_matmul_precision("highest")
             seconds = time.perf_counter() - started
             quantizer.export(model, f"{folder}/{number}")
             after = compared(float_copy(f"{folder}/{number}", original), original, evaluation)
@@ -223,6 +226,9 @@ def main() -> None:
     parser.add_argument("--corpus", action="store_true", help="train on this machine's Python files")
     parser.add_argument("--calibration", type=int, default=1024, help="rows of the corpus for GPTQ")
     parser.add_argument("--large", type=int, nargs="?", const=32, help="blocks of the 8B shape to measure steps of")
+    parser.add_argument(
+        "--tf32", action="store_true", help="products of a finish in TF32, as trainers may set it"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.large is not None:
@@ -255,7 +261,8 @@ def main() -> None:
     ]
     print(f"torch {torch.__version__}, {finishes[0]}", flush=True)
     for bits in arguments.bits:
-        measure(bits, arguments.method, finishes, calibration, list(rows), evaluation, arguments.device)
+        precision = "high" if arguments.tf32 else "highest"
+        measure(bits, arguments.method, finishes, calibration, list(rows), evaluation, arguments.device, precision)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,7 @@ def walk_blocks(
                 begin_at_compensated(block, student.latent_layers, weights, tasks[:count], device)
                 training = BlockTraining(block, student, tasks[:count], held_out, options, device)
                 done = len(walk.records) * options.block_steps
-                values = training.train(lambda steps, one: tell(done + steps, one), interruption)  # noqa: B023
-                student.set_values(values)
+                student.set_values(training.train(lambda steps, one: tell(done + steps, one), interruption))  # noqa: B023
                 with torch.no_grad():
                     hidden = [task.output(block, device).to(home) for task in tasks]
                 outcome = student.outcome(f"{name}.")
