@@ -226,9 +226,7 @@ def main() -> None:
     parser.add_argument("--corpus", action="store_true", help="train on this machine's Python files")
     parser.add_argument("--calibration", type=int, default=1024, help="rows of the corpus for GPTQ")
     parser.add_argument("--large", type=int, nargs="?", const=32, help="blocks of the 8B shape to measure steps of")
-    parser.add_argument(
-        "--tf32", action="store_true", help="products of a finish in TF32, as trainers may set it"
-    )
+    parser.add_argument("--tf32", action="store_true", help="products of a finish in TF32, as trainers may set it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.large is not None:
