@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import yaml
 
+from forked_python import python
 from paths import EXAMPLES, REPOSITORY
 
 CONFIGS = EXAMPLES / "lightning-hydra-template" / "configs"
@@ -78,7 +78,7 @@ SMALL = ["callbacks=[default,gptq]", "callbacks.gptq.quantizer.group_size=32", "
 
 
 def run(app, *options):
-    command = [sys.executable, "train.py", *options]
+    command = [python(), "train.py", *options]
     done = subprocess.run(command, cwd=app, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -21,7 +22,7 @@ from two_processes import launch
 
 from gptq_plugin import load_quantized
 from gptq_plugin.errors import TargetError
-from gptq_plugin.finish.options import NONE
+from gptq_plugin.finish.options import NONE, Finish
 from gptq_plugin.hf.sharded import Whole, back_on, refuse_for_shards, sharding_of
 from gptq_plugin.training.sharding import Sharding
 
@@ -103,11 +104,10 @@ def test_the_model_stays_sharded_and_is_saved_by_the_trainer(out):
         assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("name", ["bf16", "val"])
-def test_mixed_precision_and_evaluation_data_are_those_of_the_run(name, out):
-    for one in told(out("fsdp2"), name):
+def test_mixed_precision_and_evaluation_data_are_those_of_the_run(out):
+    for one in told(out("fsdp2"), "bf16-val"):
         assert one["error"] == "" and one["samples"] == 17 and one["folders"] == one["left"] == 0
-    assert (out("fsdp2") / name / "export" / "model.safetensors").exists()
+    assert (out("fsdp2") / "bf16-val" / "export" / "model.safetensors").exists()
 
 
 def test_a_failure_after_training_leaves_the_model_as_training_had_it_and_saves_it_whole(out):
@@ -121,17 +121,26 @@ def test_a_failure_after_training_leaves_the_model_as_training_had_it_and_saves_
 
 def test_every_attempt_of_an_escalation_begins_with_the_float_weights(out):
     for one in told(out("fsdp2"), "never-good"):
-        assert "QualityError" in one["error"] and "others tried within max_bits=6" in one["error"]
+        assert "QualityError" in one["error"] and "nor is the other one tried within max_bits=5" in one["error"]
         assert one["left"] == one["folders"] == 0 and one["kinds"] == ["DTensor"]
 
 
+def test_what_needs_a_whole_model_is_refused_before_training_on_every_rank(out):
+    for one in told(out("fsdp2"), "swap"):
+        assert one["steps"] == 0 and "leave swap out" in one["error"]
+
+
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("swap", "leave swap out"), ("no-folder", "give an export_dir"), ("finish", "model.name_or_path=DIR finish=")],
+    ("values", "message"),
+    [({"export_dir": None}, "give an export_dir"), ({"finish": Finish()}, "model.name_or_path=DIR finish=")],
 )
-def test_what_needs_a_whole_model_is_refused_before_training_on_every_rank(name, message, out):
-    for one in told(out("fsdp2"), name):
-        assert one["steps"] == 0 and message in one["error"]
+def test_an_export_folder_is_needed_and_a_finish_refused_where_the_model_is_sharded(values, message, monkeypatch):
+    AcceleratorState()
+    given, model = {"swap": None, "export_dir": Path("out"), "finish": NONE, **values}, runs.llama()
+    refuse_for_shards(model, **given)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType("FSDP"))
+    with pytest.raises(ValueError, match=message):
+        refuse_for_shards(model, **given)
 
 
 def test_a_whole_model_is_on_its_device_again_also_after_an_error_and_a_sharded_one_stays():

@@ -225,7 +225,9 @@ class Attempts:
             return "try more bits, a smaller group_size, or on_fail='escalate'"
         limit = "" if gate.max_bits is None else f" within max_bits={gate.max_bits:g}"
         limit += "" if self.target is None else f" that {self.target} takes"
-        return f"nor is any of the {tried} others tried{limit}" if tried else f"there is nothing else to try{limit}"
+        if not tried:
+            return f"there is nothing else to try{limit}"
+        return f"nor is {'the other one' if tried == 1 else f'any of the {tried} others'} tried{limit}"
 
 
 def _warn(message: str, text: str) -> None:
