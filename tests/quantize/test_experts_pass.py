@@ -18,7 +18,7 @@ from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.experts_call import ExpertsCall
 from gptq_plugin.model.plan import planned
-from gptq_plugin.quantize import batch_runs, grouped_experts, solve_experts
+from gptq_plugin.quantize import batch_runs, experts_pass, grouped_experts, solve_experts
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.walk.lockstep import Stop
@@ -385,3 +385,24 @@ def test_experts_that_were_packed_together_are_saved_by_other_libraries_as_a_who
     for file in (tmp_path / "folder" / "model.safetensors", tmp_path / "file.safetensors"):
         saved = load_file(file)
         assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("name", ["packed_layers", "dequantized"])
+def test_what_follows_a_solve_of_experts_and_finds_no_room_runs_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [torch.randint(0, 128, (2, 40)) for _ in range(4)]
+    right, found, calls = mixture(), mixture(), []
+    QuantizeModule(CONFIG).quantize(right, batches)
+    follows = getattr(experts_pass, name)
+
+    def failing(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return follows(*args)
+
+    monkeypatch.setattr(experts_pass, name, failing)
+    QuantizeModule(CONFIG).quantize(found, batches)
+    assert len(calls) > 1
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in right.state_dict().items())

@@ -15,6 +15,8 @@ from torch import nn
 
 from gptq_plugin import QuantizeModule
 from gptq_plugin.device.memory import own_bytes
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.memory import weights
 from gptq_plugin.quantize import solve_on_ranks
 
 from forked_python import python
@@ -72,6 +74,24 @@ def test_without_anything_left_to_free_the_error_is_raised_and_the_model_is_floa
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("options", [{}, {"offload_weights": True}])
+@pytest.mark.parametrize("owner, name", [(QuantLinear, "from_quantized"), (weights, "_dequantized")])
+def test_what_follows_a_solve_and_finds_no_room_runs_again(owner, name, options, monkeypatch):
+    right, _ = _quantized((), **options)
+    follows, calls = getattr(owner, name), itertools.count(1)
+
+    def failing(*args):
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return follows(*args)
+
+    monkeypatch.setattr(owner, name, staticmethod(failing) if owner is QuantLinear else failing)
+    found, report = _quantized((), **options)
+    assert next(calls) > 5
+    assert all(torch.equal(right[name], found[name]) for name in right)
+    assert any("ran out of memory once" in one for one in report.all_deviations()) or options
+
+
 def test_a_solve_that_finds_no_room_runs_again(monkeypatch):
     right, _ = _quantized(())
     solve, calls = solve_on_ranks.solve, itertools.count(1)
@@ -93,6 +113,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from gptq_plugin import QuantizeModule
 from gptq_plugin.device.memory import own_bytes
+from gptq_plugin.layers.qlinear import QuantLinear
+from gptq_plugin.memory import weights
 
 folder = sys.argv[1]
 torch.set_num_threads(1)

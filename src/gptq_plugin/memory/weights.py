@@ -157,7 +157,10 @@ class Weights:
             here = [one for one in layers if one[0].module in places]
             if here:
                 self._make_room(self._size(unit) - unit.bytes, keep=self._needs[here[0][0].module])
-                missing = iter(_dequantized([one[:2] for one in here if one[2] is None], self._device))
+                dequantize = partial(_dequantized, [one[:2] for one in here if one[2] is None], self._device)
+                missing = iter(with_room(dequantize, self._free_more))
+                if not unit.present:  # it went home to make room, and will come with these
+                    continue
                 for target, _, values in here:
                     made = next(missing) if values is None else target.with_weight(values)
                     weight = places[target.module]

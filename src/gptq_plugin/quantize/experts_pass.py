@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
+from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.streams import Stopwatch
 from gptq_plugin.layers.packed_together import dequantized, packed_layers
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -111,10 +113,11 @@ class ExpertsPass:
             rows = slice(start, start + experts[0][part].shape[0])
             start = rows.stop
             dtypes = [own[part].parameter.dtype for own in experts]
-            packed = packed_layers(solved, rows, config.bits, config.group_size, dtypes)
-            for of_expert, layer in zip(layers, packed, strict=True):
+            packed = partial(packed_layers, solved, rows, config.bits, config.group_size, dtypes)
+            for of_expert, layer in zip(layers, with_room(packed, self._runs.make_room), strict=True):
                 of_expert.append(layer)
-        whole = dequantized(solved, experts[0][0].parameter.dtype)[: len(experts)]
+        values_of_all = partial(dequantized, solved, experts[0][0].parameter.dtype)
+        whole = with_room(values_of_all, self._runs.make_room)[: len(experts)]
         good, evidence = chunk.good(), chunk.evidence()
         pairs: list[tuple[Target, QuantLinear, Tensor | None]] = []
         for number, own in enumerate(experts):

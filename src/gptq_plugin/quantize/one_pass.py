@@ -12,6 +12,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Collection, Generator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -272,7 +273,8 @@ class OnePass:
         for target in same:
             end = start + target.shape[0]
             rows = solution.weight.rows(start, end)
-            layer = QuantLinear.from_quantized(rows, target.bias, target.parameter.dtype)
+            packed = partial(QuantLinear.from_quantized, rows, target.bias, target.parameter.dtype)
+            layer = with_room(packed, self.runs.make_room)
             self.runs.weights.quantize([(target, layer, None)])
             self._finished.add(target.name, layer)
             start = end
