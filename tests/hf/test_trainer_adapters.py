@@ -8,10 +8,11 @@ from types import MethodType
 import peft
 import pytest
 import torch
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from safetensors.torch import load_file
 from torch import nn
 
-from gptq_plugin import GPTQTrainerCallback, QuantizeModule, load_quantized
+from gptq_plugin import GPTQTrainerCallback, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import ExportError, TargetError
 
 from trainer_runs import SMALL, Rows, Tokenizer, Trainer, Untrained, llama, quantized, same, train
@@ -181,6 +182,14 @@ def on_packed_weights():
     return model
 
 
+def on_our_layers():
+    model = llama()
+    QuantizeModule(**SMALL).round_to_nearest(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    config._register_custom_module({QuantLinear: GPTQLoraLinear})
+    return peft.get_peft_model(model, config)
+
+
 def disabled():
     model = adapted()
     model.base_model.disable_adapter_layers()
@@ -195,6 +204,7 @@ def disabled():
         (adapted, {"export_dir": "out", "swap": True}, "leave swap out"),
         (adapted, {}, "give an export_dir"),
         (on_packed_weights, {"export_dir": "out"}, "q_proj sit on a Linear4bit.*Load the base model in bfloat16"),
+        (on_our_layers, {"export_dir": "out"}, "quantized already: train its adapters without the callback"),
         (disabled, {"export_dir": "out"}, "are disabled.*Enable them"),
     ],
 )

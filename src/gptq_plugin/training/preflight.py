@@ -25,13 +25,18 @@ def leaves_quantized(module: nn.Module, swap: bool | None) -> bool:
 
 
 def refuse_quantized(module: nn.Module, source: str) -> None:
-    """Raises TargetError if the module has quantized layers, which cannot be trained.
+    """Raises TargetError if the module has quantized layers, which cannot be trained, nor quantized again.
 
     Args:
         module: To be trained.
         source: Path of the float weights, or the name of a method that loads them.
     """
     if any(isinstance(layer, QuantLinear) for layer in module.modules()):
+        if has_adapters(module):
+            raise TargetError(
+                f"the base of {type(module).__name__} is quantized already: train its adapters without the callback, "
+                "save them, and serve them beside the export that the base was loaded from"
+            )
         raise TargetError(
             f"{type(module).__name__} is quantized, and quantized weights cannot be trained: build the module "
             f"anew, or load a float checkpoint into a new one ({source})"
