@@ -197,10 +197,10 @@ def test_a_step_that_returns_no_loss_on_one_rank_ends_both_and_leaves_the_export
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("place", ["teacher", "block", "step", "export"])
+@pytest.mark.parametrize("place", ["teacher", "solve", "block", "step", "export"])
 def test_a_run_that_is_killed_in_its_finish_leaves_the_export_of_gptq(place, ranks, tmp_path):
     """Of two ranks, the second may be killed first, which ends the first one with an error."""
-    process = start(tmp_path, ranks, place, "blocks" if place == "block" else "scales")
+    process = start(tmp_path, ranks, place, "blocks" if place in ("solve", "block") else "scales")
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL or (ranks == 2 and process.returncode)
     model = load_quantized(tmp_path / "export")

@@ -306,6 +306,7 @@ import gptq_plugin.finish.finish_model as finishing
 import gptq_plugin.finish.train as train
 import gptq_plugin.export.export as exporting
 import gptq_plugin.finish.block_training as blocks
+import gptq_plugin.finish.block_walk as walk
 out, ranks, place, kind = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 
 def die(*_, **__):
@@ -315,6 +316,8 @@ if place == "teacher":
     finishing.ask_teacher = die
 if place == "step":
     train.Training._step = die
+if place == "solve":
+    walk.solve_again = die
 if place == "block":
     blocks.BlockTraining._learn = die
 if place == "export":
