@@ -104,8 +104,11 @@ def test_the_model_stays_sharded_and_is_saved_by_the_trainer(out):
         assert torch.equal(ours, theirs), name
 
 
-def test_mixed_precision_and_evaluation_data_are_those_of_the_run(out):
+def test_mixed_precision_and_evaluation_data_are_those_of_the_run_and_metrics_are_of_the_weights_dtype(out, whole):
+    (reference,) = told(whole.parent, "alone")
     for one in told(out("fsdp2"), "bf16-val"):
+        found, expected = one["metrics"]["eval_loss"], reference["metrics"]["eval_loss"]
+        assert found["float"] == pytest.approx(expected["float"], rel=1e-6) and found["gptq"] != expected["gptq"]
         assert one["error"] == "" and one["samples"] == 17 and one["folders"] == one["left"] == 0
     assert (out("fsdp2") / "bf16-val" / "export" / "model.safetensors").exists()
 
