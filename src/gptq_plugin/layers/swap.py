@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.layers.hooks import share_hooks
 from gptq_plugin.layers.qlinear import QuantLinear
 
@@ -24,7 +25,7 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Non
         ValueError: A name is empty, not in the model, or gives a shared module a second replacement; nothing has been
             replaced then.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model, once=False)
     new: dict[nn.Module, nn.Module] = {}
     for name, module in replacements.items():
         if name not in modules or not name:

@@ -8,13 +8,13 @@ Indexed with an expert's number, both give an object that torch.nn.functional.li
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gptq_plugin.device.modules import module_at
 from gptq_plugin.errors import TargetError
 from gptq_plugin.model.experts_call import ExpertsCall
 
@@ -89,7 +89,7 @@ class ExpertWeights(_Experts):
 
     @property
     def _first(self) -> nn.Module:
-        return reduce(lambda at, name: at._modules[name], self._parts[0][0].split("."), self._module)  # type: ignore
+        return module_at(self._module, self._parts[0][0])
 
     def dim(self) -> int:
         return len(self.shape)
@@ -98,7 +98,7 @@ class ExpertWeights(_Experts):
         return self.shape if dim is None else self.shape[dim]
 
     def layers(self, expert: int) -> list[nn.Module]:
-        return [self._module.get_submodule(name) for name in self._parts[expert]]
+        return [module_at(self._module, name) for name in self._parts[expert]]
 
     def names_below(self, module: str) -> tuple[tuple[str, ...], ...]:
         """Full names of each expert's layers, in a module of that name."""

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from gptq_plugin.device.modules import modules_of
+from gptq_plugin.device.modules import module_at, modules_of
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.expert_weights import ExpertWeights, MatrixLayout, WatchedWeights, as_linear
 from gptq_plugin.model.stored_names import Part, expert_parts
@@ -38,13 +38,13 @@ class ExpertLinear(nn.Linear):
     """
 
     keeps_nothing = True  # see `walk.watched_places`
+    parameter: str
 
     def __init__(self, weight: Tensor, parameter: str) -> None:
         nn.Module.__init__(self)  # Linear's would make a weight, and initialise it
-        self.out_features, self.in_features = weight.shape
         own = {"weight": nn.Parameter(weight, requires_grad=False), "bias": None}
         self._parameters.update(own)  # as attributes they take longer than the rest
-        self.parameter = parameter
+        vars(self).update(out_features=weight.shape[0], in_features=weight.shape[1], parameter=parameter)  # so do these
 
 
 class _Expert(nn.ModuleDict):
@@ -308,7 +308,7 @@ def place_experts(
     def put_back() -> None:
         if experts.parameter not in module.__dict__:
             return
-        there = [module.get_submodule(name) for own in names for name in own]
+        there = [module_at(module, name) for own in names for name in own]
         if not any(isinstance(layer, QuantLinear) for layer in there):
             put_parameter_back.close()
 
@@ -321,17 +321,16 @@ def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
     for part in around.split(".") if around else ():
         if part not in module._modules:
             module.add_module(part, _Expert())
-        module = module.get_submodule(part)
+        module = module_at(module, part)
     module.add_module(leaf, layer)
 
 
 def _remove(module: nn.Module, name: str) -> None:
     first, _, rest = name.partition(".")
-    if first not in module._modules:
-        return
-    if rest:
-        _remove(module.get_submodule(first), rest)
-    if not rest or not module.get_submodule(first)._modules:
+    inner = module._modules.get(first)
+    if inner is not None and rest:
+        _remove(inner, rest)
+    if inner is not None and not (rest and inner._modules):
         module._modules.pop(first, None)
 
 

@@ -56,7 +56,7 @@ class Structure:
         """The structure of a model as it is; see `of_unfused`."""
         linears = {name: module for name, module in modules_of(model).items() if _is_layer(module)}
         scorers, head = routers(model), _output_embedding(model)
-        everywhere = {n: m for n, m in model.named_modules(remove_duplicate=False) if _is_layer(m)}
+        everywhere = {n: m for n, m in modules_of(model, once=False).items() if _is_layer(m)}
         shapes = {name: _shape(module) for name, module in linears.items()}
         of_modules = {linears[name]: shape for name, shape in shapes.items()}
         return cls(
