@@ -98,9 +98,7 @@ class Weights:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Weights:
-        self._handles += [
-            module.register_forward_pre_hook(partial(self._hook, module), with_kwargs=True) for module in self._needs
-        ]
+        self._handles += [m.register_forward_pre_hook(partial(self._hook, m), with_kwargs=True) for m in self._needs]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -162,9 +160,8 @@ class Weights:
                 if not unit.present:  # it went home to make room, and will come with these
                     continue
                 for target, _, values in here:
-                    made = next(missing) if values is None else target.with_weight(values)
-                    weight = places[target.module]
-                    unit.put_quantized(weight, made, weight.slot.tensor if self._two_walks else None)
+                    of, made = places[target.module], next(missing) if values is None else target.with_weight(values)
+                    unit.put_quantized(of, made, of.slot.tensor if self._two_walks else None)
                 self._set_bytes(unit, self._size(unit))
 
     def restore(self, modules: Collection[nn.Module] | None = None) -> None:

@@ -267,12 +267,11 @@ class OnePass:
     def _quantize(self, same: list[Target], kept: Stop, stop: lockstep.Stop) -> None:
         stopwatch = Stopwatch(self.runs.device)
         solved = kept.solve(same, lambda evidence: self._solve(same, evidence, stop))
-        solution = solved.solution
-        self._outcome.add(same, solution, solved, stopwatch)
+        self._outcome.add(same, solved.solution, solved, stopwatch)
         start = 0
         for target in same:
             end = start + target.shape[0]
-            rows = solution.weight.rows(start, end)
+            rows = solved.solution.weight.rows(start, end)
             packed = partial(QuantLinear.from_quantized, rows, target.bias, target.parameter.dtype)
             layer = with_room(packed, self.runs.make_room)
             self.runs.weights.quantize([(target, layer, None)])
