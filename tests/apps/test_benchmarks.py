@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -60,12 +61,21 @@ def run(folders, *options, tasks="mini_choice"):
     return main(["eval", str(folders / "out"), "--tasks", tasks, *given])
 
 
+def without_the_harness_own_tasks(monkeypatch):
+    """Its thousands of files take it seconds to list."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+
+
 def test_results_of_both_models_are_shown_and_written_into_the_export(folders, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     weights = (folders / "out/model.safetensors").read_bytes()
     plain = (folders / "out/config.json").read_bytes()
-    assert run(folders, "--limit", "5") == 0
+    with monkeypatch.context() as patched:
+        without_the_harness_own_tasks(patched)
+        assert run(folders, "--limit", "5") == 0
     assert "nothing is written" in capsys.readouterr().out
     assert "mini_choice" not in (folders / "out/README.md").read_text()
     assert run(folders, "--float", str(folders / "float")) == 0
@@ -99,6 +109,7 @@ def test_results_of_both_models_are_shown_and_written_into_the_export(folders, c
 def test_a_task_that_is_not_known_is_refused_before_a_model_is_loaded(folders, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr("gptq_plugin.load_quantized", None)
+    without_the_harness_own_tasks(monkeypatch)
     assert run(folders, tasks="mini_choice,no_such_task") == 1
     assert "lm-eval knows no task no_such_task: `lm-eval ls tasks`" in capsys.readouterr().err
 
