@@ -132,7 +132,8 @@ def test_what_finds_no_room_is_not_repeated_where_none_can_be_made():
 ELSEWHERE = [  # than in PyTorch's allocator, whose memory the driver and libraries do not have
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/cuda/",
-    "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+    "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnXpotrf_bufferSize(handle)`",
+    "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`. If you keep",
     "Triton Error [CUDA]: out of memory",
 ]
 
@@ -155,6 +156,9 @@ def test_what_a_driver_or_library_finds_no_room_for_runs_once_more_even_if_no_te
 
 def test_a_shortage_is_an_error_of_a_device():
     assert is_shortage(torch.OutOfMemoryError("no room"))
+    assert not is_shortage(
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXpotrf(")
+    )
     assert not is_shortage(ValueError(ELSEWHERE[0])) and not is_shortage(RuntimeError("CUDA error: unknown error"))
 
 

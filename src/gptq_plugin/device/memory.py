@@ -21,7 +21,10 @@ T = TypeVar("T")
 _CPU = torch.device("cpu")
 _GROWTH = 2**27  # bytes
 _LARGE = 2**20  # bytes of a tensor; what smaller ones leave behind is little
-_SHORT = re.compile(r"(CUDA|HIP) error: out of memory|_STATUS_ALLOC_FAILED|Triton Error \[\w+\]: out of memory")
+_SHORT = re.compile(  # cuSOLVER tells of no room for its handle as of an internal error
+    r"(CUDA|HIP) error: out of memory|Triton Error \[\w+\]: out of memory|"
+    r"_STATUS_ALLOC_FAILED|calling `cusolverDnCreate\("
+)
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int | None:

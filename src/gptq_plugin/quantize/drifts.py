@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gptq_plugin.calibration.positions import Rows
+from gptq_plugin.device.memory import with_room
 from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
@@ -43,10 +45,18 @@ class Drifts:
         device: Where the sums live.
         exact: See `Drift`.
         weight_of: The weight [out, in] that a layer runs with, on the device; called while its batches run.
+        make_room: As for `with_room`; for the means.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, exact: bool, weight_of: Callable[[Target], Tensor]) -> None:
-        self._device, self._exact, self._weight_of = device, exact, weight_of
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        exact: bool,
+        weight_of: Callable[[Target], Tensor],
+        make_room: Callable[[], bool],
+    ) -> None:
+        self._device, self._exact, self._weight_of, self._make_room = device, exact, weight_of, make_room
         self._targets = {target.name: target for target in plan.targets}
         self._wanted = {target.name for target in plan.targets if target.config.asymmetric_alpha}
         self._experts = {target.name: experts_of(target.name, target.module) for target in plan.targets}
@@ -110,7 +120,7 @@ class Drifts:
         if drift.along() < -_MOST:
             return None, ("asymmetric_alpha is not applied: its inputs have little to do with the float model's",)
         told = (f"{missing} of {tokens} tokens have no counterpart in the float model: taken as not drifted",)
-        return drift.mean(weight), told[: missing > 0]
+        return with_room(partial(drift.mean, weight), self._make_room), told[: missing > 0]
 
     def discard(self, group: Group) -> None:
         """Drops what is known of a group."""

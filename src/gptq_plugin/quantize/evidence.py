@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.calibration.positions import Positions, Rows
+from gptq_plugin.device.memory import with_room
 from gptq_plugin.model.experts import experts_of, in_expert
 from gptq_plugin.model.experts_at_once import Grouped
 from gptq_plugin.model.plan import Plan
@@ -44,6 +45,7 @@ class Observations:
         weight_of: As for `Drifts`.
         exact: Their sums depend on neither order nor ranks.
         calls: Of experts that are called at once, by name.
+        make_room: As for `with_room`; for the means of groups that are no experts'.
 
     Attributes:
         ranges: Of the inputs that were observed; of the outputs too, while it watches.
@@ -58,6 +60,7 @@ class Observations:
         weight_of: Callable[[Target], Tensor],
         exact: bool = True,
         calls: Mapping[str, Grouped] | None = None,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
         self.ranges = Ranges()
         self.known: set[tuple[str, ...]] = set()
@@ -69,7 +72,8 @@ class Observations:
         self._experts = ExpertHessians(device, exact)
         self._calls = calls or {}
         self._grouped = GroupedEvidence(self._calls, device, exact, self.ranges)
-        self._drifts = Drifts(plan, device, exact, weight_of)
+        self._make_room = make_room
+        self._drifts = Drifts(plan, device, exact, weight_of, make_room)
         self._remarks: dict[tuple[str, str], int] = defaultdict(int)  # batches, by layer and remark
         self._read_tokens: set[str] = set()  # experts' layers, see `positions.Rows`
         self._weights: GradientWeights | None = None
@@ -142,7 +146,8 @@ class Observations:
             return self._with_drift(group, evidence, hessian.tokens + reads * hessian.in_features, paired=reads)
         tokens, width = hessian.tokens, hessian.in_features
         few = f"only {tokens} calibration tokens for {width} inputs: the Hessian is singular"
-        evidence = Evidence(hessian.mean(), tokens, deviations=(few,) if 0 < tokens < width else ())
+        mean = with_room(hessian.mean, self._make_room)
+        evidence = Evidence(mean, tokens, deviations=(few,) if 0 < tokens < width else ())
         return self._with_drift(group, evidence, tokens, paired=experts is None)
 
     def of_experts(self, group: Group) -> EachEvidence:

@@ -90,7 +90,7 @@ class OnePass:
         self.runs = BatchRuns(plan, calibration, self._positions, options, at_once=True)
         self._exact = options.sums_exactly(self.runs.device)
         seen = plan, self._positions, self.runs.device, lambda target: self.runs.weights.present(target)
-        self._observations = Observations(*seen, self._exact, self.runs.at_once)
+        self._observations = Observations(*seen, self._exact, self.runs.at_once, self.runs.make_room)
         self._finished = FinishedLayers(plan.targets[0].parameter.device, options.layers_in)
         self._outcome = Outcome(plan)
         self._kept = KeptPass(options.kept(), self._targets, self.runs.device, self._exact)
