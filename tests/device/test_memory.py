@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from gptq_plugin.device import memory
 from gptq_plugin.device.memory import (
     Peak,
+    available_bytes,
     free_bytes,
     give_back,
     is_shortage,
@@ -42,6 +45,20 @@ def test_own_memory_grows_by_what_is_written_and_not_by_mapped_files(tmp_path):
     assert own_bytes() - before > 2**26 and held.all()
     trim()
     assert own_bytes() - before > 2**26  # what is in use stays
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs Linux's /proc")
+def test_the_hosts_free_memory_is_below_all_of_it_and_that_of_a_cgroup(monkeypatch):
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < available_bytes() < whole
+    files = {"meminfo": "MemFree: 1 kB\nMemAvailable:   2000 kB\n", "cgroup": "0::/jobs/7\n"}
+    files |= {"memory.max": "1500000\n", "memory.current": "500000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
+    assert available_bytes() == 10**6
+    files["memory.max"] = "max\n"
+    assert available_bytes() == 2000 * 1024
+    monkeypatch.setattr(Path, "read_text", lambda path: "")
+    assert available_bytes() is None
 
 
 def test_a_forward_gives_back_what_it_freed_whenever_the_process_has_grown(monkeypatch):

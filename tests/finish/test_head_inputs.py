@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gptq_plugin import Finish
+from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish import head_inputs, teacher, top_logits
 from gptq_plugin.finish.head_inputs import AllLogits, Head
 from gptq_plugin.finish.top_logits import Divergence, TopLogits
@@ -26,7 +27,7 @@ def test_the_divergence_and_its_gradient_are_those_of_all_tokens(piece, monkeypa
     (found,) = torch.autograd.grad(value, ours)
     assert float(value.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     torch.testing.assert_close(found, gradient.float(), rtol=1e-4, atol=1e-6)
-    assert AllLogits(theirs).divergence(ours.detach()) == pytest.approx(float(wanted), rel=1e-5)
+    assert AllLogits(theirs).divergence(ours.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
 def test_a_head_tells_what_it_reads_only_where_its_outputs_are_the_logits():
@@ -60,6 +61,7 @@ def test_all_tokens_are_told_apart_as_with_top_logits_for_all_of_them():
     [
         ({"lm_head": True}, "the model has no float head"),
         ({}, "what the head reads would take"),
+        ({}, "0.0 GiB are there for it"),
         ({}, "not what the mo"),
     ],
 )
@@ -70,6 +72,8 @@ def test_where_the_head_cannot_tell_the_likeliest_tokens_are_kept_and_the_report
     if "take" in why:
         monkeypatch.setattr(head_inputs, "MOST_BYTES", 10)
         monkeypatch.setattr(teacher, "MOST_BYTES", 10)
+    if "there" in why:
+        monkeypatch.setattr(teacher, "available_bytes", lambda: 4 * 1000)
     model, twin, quantizer = quantized(**options)
     if "not what" in why:
         for one in (model, twin):
@@ -77,6 +81,24 @@ def test_where_the_head_cannot_tell_the_likeliest_tokens_are_kept_and_the_report
     quantizer.finish(model, twin, rows(), Finish(**FAST))
     (told,) = [one for one in quantizer.report.deviations if "the 7 likeliest tokens" in one]
     assert why in told and 7 in kept
+
+
+def test_a_batch_whose_logits_its_head_does_not_give_is_named():
+    model, twin, quantizer = quantized()
+    calls = []
+
+    def scaled(_, __, output):
+        calls.append(output)
+        if len(calls) > 3:
+            output.logits = output.logits * 0.5
+
+    twin.register_forward_hook(scaled)
+    before = state_of(model)
+    with pytest.raises(
+        CalibrationError, match=r"batch \d+ of the finish: the float model's logits are not what its head"
+    ):
+        quantizer.finish(model, twin, rows(), Finish(**FAST))
+    assert same(before, state_of(model))
 
 
 def test_a_model_that_is_padded_is_trained_on_what_counts_alone():

@@ -74,6 +74,20 @@ def own_bytes() -> int:
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
+def available_bytes() -> int | None:
+    """Bytes of the host's memory that this process can still take without swapping, within its cgroup; None where the
+    system does not tell."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().partition("::")[2].strip().lstrip("/")
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(max(0, most - used))
+    return min(found, default=None)
+
+
 @contextlib.contextmanager
 def trimmed(model: nn.Module) -> Iterator[None]:
     """Inside the block, memory that forwards on a CPU freed goes back to the system whenever the process has grown by

@@ -90,7 +90,8 @@ class Finish:
             the learning rate does.
         top_logits: Tokens a position whose probabilities in the float model are kept, in 8 bytes each, on the CPU; the
             others count as one. None tells all apart, and keeps what the model's head reads, a number for each of its
-            inputs; but 128 where the head is quantized, the logits are not what it gives, or that takes over 32 GiB.
+            inputs; but 128 where the head is quantized, the logits are not what it gives, or that takes over 32 GiB or
+            a quarter of the host's free memory.
         task_weight: The share of the run's own loss in what is trained behind the blocks, beside the divergence, which
             alone decides what is kept. 0 leaves it out.
         checkpoint_activations: True keeps only the blocks' inputs for the backward, and runs their forwards again. None

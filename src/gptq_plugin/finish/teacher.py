@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.positions import Positions
+from gptq_plugin.device.memory import available_bytes
+from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.chain import Chain, Passage, to_keep
 from gptq_plugin.finish.head_inputs import MOST_BYTES, Head, HeadInputs
 from gptq_plugin.finish.logits import LogitReader
@@ -24,6 +26,7 @@ from gptq_plugin.finish.rows import Rows
 from gptq_plugin.finish.top_logits import TopLogits
 
 LIKELIEST = 128  # tokens a position, where the head's inputs are not kept
+_SHARE = 4  # of the host's free memory that heads' inputs of all ranks may take: one in so many
 _EXACT = 2**31  # bytes on the CPU for this rank's held-out batches
 
 
@@ -86,7 +89,8 @@ def ask_teacher(
 
     Raises:
         TargetError, CalibrationError: As `LogitReader` and `Chain.take`; or a batch has no labels, and
-            `token_weighting` is "labels".
+            `token_weighting` is "labels"; or what the head reads is kept,
+            and a later batch's logits are not what it gave.
     """
     reader, positions = LogitReader(model), Positions(model, rows.batches, token_weighting)
     lessons: list[Lesson] = []
@@ -118,7 +122,7 @@ def ask_teacher(
             places = None if found.mask is None else found.mask.nonzero()[:, 0].cpu()
             exact = None
             if heads is not None:
-                top: TopLogits | HeadInputs = heads.of(_counted(heads.take(logits), found.mask))
+                top: TopLogits | HeadInputs = heads.of(_counted(heads.take(logits), found.mask, number))
             elif number < len(rows.train):
                 top = TopLogits.of(found.counted, k)
             else:
@@ -153,13 +157,19 @@ def _head(
 def _why_not(head: Head, x: Tensor | None, logits: Tensor, batches: int) -> str:
     if x is None or not head.gives(x, logits):
         return "the logits are not what the model's head gives by itself"
-    if x.nbytes * batches > MOST_BYTES:
-        return f"what the head reads would take {x.nbytes * batches / 2**30:.0f} GiB"
+    wanted, available = x.nbytes * batches, available_bytes()
+    room = MOST_BYTES if available is None else min(MOST_BYTES, available // (_SHARE * distributed.world_size()))
+    if wanted > room:
+        return f"what the head reads would take {wanted / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are there for it"
     return ""
 
 
-def _counted(x: Tensor | None, mask: Tensor | None) -> Tensor:
-    assert x is not None  # as in the first batch
+def _counted(x: Tensor | None, mask: Tensor | None, number: int) -> Tensor:
+    if x is None:
+        raise CalibrationError(
+            f"batch {number} of the finish: the float model's logits are not what its head gave, as they were for "
+            "batch 0: give top_logits a number, or leave such batches out"
+        )
     rows = x.flatten(0, -2)
     return rows if mask is None else rows[mask]
 
