@@ -126,6 +126,15 @@ def test_a_model_loaded_from_elsewhere_is_the_same_and_one_with_another_setting_
     assert print_of(eps) != print_of(model)
 
 
+def test_a_model_that_was_saved_is_the_same(tmp_path):
+    """transformers writes names and dtype into its configuration then, as a Trainer's checkpoints do."""
+    model = tiny_llama()
+    before, settings = print_of(model), dict(vars(model.config))
+    model.save_pretrained(tmp_path)
+    assert vars(model.config) != settings and print_of(model) == before
+    assert print_of(tiny_llama().bfloat16()) != before
+
+
 def test_a_packages_method_that_was_replaced_counts(monkeypatch):
     model = tiny_llama()
     before = print_of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -9,10 +10,13 @@ import textwrap
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
-from gptq_plugin import GPTQCallback, QuantizeModule, load_quantized
+from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule, load_quantized
+from gptq_plugin.quantize import one_pass
 from gptq_plugin.quantize.resume_folder import resume_folder
 
+import trainer_runs
 from forked_python import python
 from lightning_runs import SMALL, Holds, fit, quantized, token_loader
 from models import tiny_llama
@@ -131,13 +135,8 @@ def test_without_an_export_there_is_nothing_to_keep_layers_beside(tmp_path):
     assert list((tmp_path / "cache").glob("hessian-*"))  # cache_dir keeps more, and wins
 
 
-def test_a_training_run_that_ends_in_a_broken_off_quantization_goes_on(tmp_path, monkeypatch):
-    """The end of a fit is the same again when it is resumed from its last checkpoint; here, when nothing is trained."""
-    from gptq_plugin.quantize import one_pass
-
-    def callback():
-        return GPTQCallback(QuantizeModule(**SMALL, resume=True), tmp_path / "out")
-
+@contextlib.contextmanager
+def killed_in_its_fourth_layer(monkeypatch):
     solved, whole = [], one_pass.OnePass._solve
 
     def solve(self, *args):
@@ -146,13 +145,40 @@ def test_a_training_run_that_ends_in_a_broken_off_quantization_goes_on(tmp_path,
             raise Killed
         return whole(self, *args)
 
-    monkeypatch.setattr(one_pass.OnePass, "_solve", solve)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patched:
+        patched.setattr(one_pass.OnePass, "_solve", solve)
+        with pytest.raises(Killed):
+            yield
+
+
+def test_a_training_run_that_ends_in_a_broken_off_quantization_goes_on(tmp_path, monkeypatch):
+    """The end of a fit is the same again when it is resumed from its last checkpoint; here, when nothing is trained."""
+
+    def callback():
+        return GPTQCallback(QuantizeModule(**SMALL, resume=True), tmp_path / "out")
+
+    with killed_in_its_fourth_layer(monkeypatch):
         fit(Holds(), token_loader(), [callback()], tmp_path, max_epochs=0)
-    monkeypatch.undo()
     again = callback()
     module = Holds()
     fit(module, token_loader(), [again], tmp_path, max_epochs=0)
     taken, left = counts(again.report)
     assert taken > 0 and taken + left == 7 and len(quantized(load_quantized(tmp_path / "out"))) == 7
     assert not resume_folder(tmp_path / "out").exists()
+
+
+def test_a_trainer_that_is_resumed_from_its_last_checkpoint_goes_on_with_the_quantization(tmp_path, monkeypatch):
+    def trained(**resumed):
+        callback = GPTQTrainerCallback(QuantizeModule(**SMALL, resume=True), tmp_path / "out")
+        values = {"num_train_epochs": 1, "save_strategy": "epoch", "report_to": [], "use_cpu": True}
+        arguments = TrainingArguments(str(tmp_path / "run"), per_device_train_batch_size=8, **values)
+        trainer = Trainer(trainer_runs.llama(), arguments, train_dataset=trainer_runs.Rows(), callbacks=[callback])
+        trainer.train(**resumed)
+        return callback.report, trainer.state.global_step
+
+    with killed_in_its_fourth_layer(monkeypatch):
+        trained()
+    report, steps = trained(resume_from_checkpoint=True)
+    taken, left = counts(report)
+    assert steps == 3 and taken > 0 and taken + left == 7
+    assert len(quantized(load_quantized(tmp_path / "out"))) == 7 and not resume_folder(tmp_path / "out").exists()

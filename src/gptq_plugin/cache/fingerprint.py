@@ -26,6 +26,8 @@ _THREADS = 8  # that read tensors, at most about as fast as memory
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _SILENT = (logging.Logger, type(threading.Lock()), type(threading.RLock()), weakref.ref, logging.LoggerAdapter)
 _NAMES_OF_MODELS = ("_name_or_path", "name_or_path", "_commit_hash", "_original_object_hash")
+# Of a model's configuration: written when the model is saved. Its code and its weights count themselves.
+_WRITTEN_BY_SAVING = ("architectures", "dtype", "torch_dtype", "transformers_version")
 _APART = ("_parameters", "_buffers", "_modules")
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _IGNORED = (  # of a module: it computes the same without
@@ -275,7 +277,8 @@ def _is_ours(hook: Any) -> bool:
 
 
 def _described(state: Any, kind: type) -> Any:
-    """The state of an object; of transformers' configurations without where they were loaded from."""
+    """The state of an object; of transformers' configurations without what loading and saving write into them."""
     if isinstance(state, dict) and any(package_of(base.__module__) == "transformers" for base in kind.__mro__):
-        return {name: value for name, value in state.items() if name not in _NAMES_OF_MODELS}
+        left_out = (*_NAMES_OF_MODELS, *(_WRITTEN_BY_SAVING if hasattr(kind, "model_type") else ()))
+        return {name: value for name, value in state.items() if name not in left_out}
     return state
