@@ -187,6 +187,18 @@ def test_other_errors_are_no_shortage():
         with_room(run, lambda: pytest.fail("nothing is short"))
 
 
+@pytest.mark.parametrize(("own", "looks"), [(None, True), (10 * GIB, True), (49 * GIB, False), (60 * GIB, False)])
+def test_cycles_are_looked_for_unless_hardly_more_than_what_is_needed_is_on_the_device(own, looks, monkeypatch):
+    done = []
+    monkeypatch.setattr(memory, "collect", lambda: done.append("collect"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 50 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    give_back(CUDA, own)
+    assert done == ["collect"] * looks + ["empty"]
+
+
 @pytest.mark.gpu
 def test_gaps_between_tensors_do_not_count_as_free_and_whole_segments_are_given_back():
     device = torch.device("cuda:0")

@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _CPU = torch.device("cpu")
 _GROWTH = 2**27  # bytes
+_FEW = 32  # a device's memory is to what may be left in cycles of objects
 _LARGE = 2**20  # bytes of a tensor; what smaller ones leave behind is little
 _SHORT = re.compile(  # cuSOLVER tells of no room for its handle as of an internal error
     r"(CUDA|HIP) error: out of memory|Triton Error \[\w+\]: out of memory|"
@@ -46,10 +47,17 @@ def free_bytes(device: torch.device, limit: int | None = None) -> int | None:
     return max(0, min(free + unused, allowed, allowed if limit is None else limit - allocated))
 
 
-def give_back(device: torch.device) -> None:
-    """Gives back what the allocator holds on a device and no tensor needs, after training or other work."""
+def give_back(device: torch.device, own: int | None = None) -> None:
+    """Gives back what the allocator holds on a device and no tensor needs, after training or other work.
+
+    Args:
+        device: Nothing is to be done on a CPU.
+        own: Bytes of tensors on the device that are known to be needed. Where hardly more are there, none can wait in
+            cycles of objects, among which Python would look for as long as it takes to quantize a block of experts.
+    """
     if device.type == "cuda":
-        collect()
+        if own is None or torch.cuda.memory_allocated(device) - own > torch.cuda.mem_get_info(device)[1] // _FEW:
+            collect()
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
 

@@ -17,11 +17,12 @@ from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.observing import Noticed, Watched, observe_positions
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.calibration.verdicts import DISTURBED, Findings
-from gptq_plugin.device.memory import Peak, free_bytes, give_back, trimmed
+from gptq_plugin.device.memory import Peak, free_bytes, give_back, trimmed, with_index
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.activations import Activations
+from gptq_plugin.memory.slots import distinct_tensors
 from gptq_plugin.memory.weights import Weights, neighbour_bytes
 from gptq_plugin.model.experts_at_once import as_called, calls_of
 from gptq_plugin.model.plan import Plan
@@ -91,7 +92,7 @@ class BatchRuns:
         self.walks = Walks(frozenset(target.name for target in plan.targets if asks_for_drift(target)))
 
     def __enter__(self) -> BatchRuns:
-        give_back(self.device)
+        give_back(self.device, _own_bytes(self._plan, self.device, self._options))
         with contextlib.ExitStack() as entered:  # what was entered is left if the rest raises
             entered.enter_context(trimmed(self._plan.model))
             self.weights = entered.enter_context(self._make_weights())
@@ -298,6 +299,14 @@ def _sizes(batches: Sequence[Batch]) -> list[int]:
     known = [count for count in tokens if count is not None]
     all_know = distributed.minimum(len(known) == len(tokens))
     return known if all_know else [batch.samples for batch in batches]
+
+
+def _own_bytes(plan: Plan, device: torch.device, options: PassOptions) -> int | None:
+    """Bytes of the model on a device; None where its memory is limited, and every byte counts."""
+    if options.device_memory is not None or device.type == "cpu":
+        return None
+    device = with_index(device)
+    return sum(one.nbytes for one in distinct_tensors(plan.model) if one.device == device)
 
 
 def _device(plan: Plan, options: PassOptions) -> torch.device:
