@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gptq_plugin.apps.language_model import LanguageModel, SaveFloat, pretrained, small_llama
 from gptq_plugin.errors import ExportError
@@ -71,6 +71,17 @@ def test_a_pretrained_model_has_the_dtype_asked_for_and_random_weights_when_aske
             assert weight.dtype == dtype and loaded.learning_rate == 0.5
             assert torch.equal(weight, network.lm_head.weight.to(dtype)) == weights
     assert len(loaded.tokenizer) == len(AutoTokenizer.from_pretrained(folder))
+
+
+def test_a_folder_that_is_not_there_is_named_and_one_that_is_keeps_its_own_error(tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", missing)
+    with pytest.raises(OSError, match=r"^model.name_or_path=org/typo is no folder here, nor found on the hub"):
+        pretrained([], name_or_path="org/typo")
+    with pytest.raises(OSError, match="^connection refused"):
+        pretrained([], name_or_path=str(tmp_path))
 
 
 def test_a_pretrained_model_without_a_name_or_with_an_unknown_dtype_is_refused():

@@ -209,7 +209,12 @@ def pretrained(
         raise ValueError(f"model.dtype={dtype!r} is not a dtype: choose float32, bfloat16, float16 or auto")
     name_or_path = folder_or_id(name_or_path)
     check_sizes(name_or_path)
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if Path(name_or_path).exists():
+            raise
+        raise OSError(f"model.name_or_path={name_or_path} is no folder here, nor found on the hub: {error}") from error
     _refuse_quantized(name_or_path, config)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     if weights:
