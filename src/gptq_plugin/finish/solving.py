@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.finish.block_training import Task
 from gptq_plugin.finish.descent import mean_over_ranks
+from gptq_plugin.finish.frozen_codes import FrozenCodes
 from gptq_plugin.finish.surroundings import Solver
 from gptq_plugin.gptq.grid import QuantizedWeight
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -41,6 +42,8 @@ def solve_again(
     """Solves the layers of a block in the order of their calls, each behind those before it, by inputs that went
     through the trained blocks and by the float block's. In a process group every rank calls it, with its own tasks.
 
+    No quantized layer is called meanwhile: on a GPU it would take copies of its tensors there into a layout of its own.
+
     GPTQ solved them behind blocks that were not trained yet, and on calibration's samples, which may be fewer.
 
     Args:
@@ -56,34 +59,29 @@ def solve_again(
         New layers on the device, by their names in the block. None if the held-out samples are not nearer to the float
         block's outputs with them. Layers of experts are none of them, nor those that are called more often than once.
     """
-    layers = {
-        one: layer
-        for one, layer in block.named_modules()
-        if isinstance(layer, QuantLinear) and one in weights and block_of_experts(f"{name}.{one}") is None
-    }
-    with resident_on(block, device):
+    quantized = {one: layer for one, layer in block.named_modules() if isinstance(layer, QuantLinear)}
+    names = [one for one in quantized if one in weights and block_of_experts(f"{name}.{one}") is None]
+    floats = {one: _float_layer(quantized[one], weights[one], device) for one in names}
+    solved: dict[str, QuantLinear] = {}
+    stand_ins = {one: FrozenCodes(layer, device) for one, layer in quantized.items()}
+    with _in_place(block, stand_ins), resident_on(block, device):
         before = _error(block, held_out, device)
-        floats = {one: _float_layer(layer, weights[one], device) for one, layer in layers.items()}
-        solved: dict[str, QuantLinear] = {}
-        with contextlib.ExitStack() as undo:
-            undo.callback(swap_modules, block, layers)
-            for group in _groups(block, layers, tasks, device):
-                found = _evidence(block, group, floats, tasks, device)
-                if found is None:
-                    continue
-                for one in group.names:
-                    weight = solver(f"{name}.{one}", layers[one], floats[one].weight, *found)
-                    if weight is not None:
-                        solved[one] = _layer(weight, layers[one], device)
-                swap_modules(block, {one: solved[one] for one in group.names if one in solved})
-            after = _error(block, held_out, device)
+        for group in _groups(block, names, tasks, device):
+            found = _evidence(block, group, floats, tasks, device)
+            if found is None:
+                continue
+            for one in group.names:
+                weight = solver(f"{name}.{one}", quantized[one], floats[one].weight, *found)
+                if weight is not None:
+                    solved[one] = _layer(weight, quantized[one], device)
+            swap_modules(block, {one: FrozenCodes(solved[one], device) for one in group.names if one in solved})
+        after = _error(block, held_out, device)
     return solved if math.isfinite(after) and not after >= before else {}
 
 
-def _groups(
-    block: nn.Module, layers: Mapping[str, nn.Module], tasks: Sequence[Task], device: torch.device
-) -> list[Group]:
+def _groups(block: nn.Module, names: Sequence[str], tasks: Sequence[Task], device: torch.device) -> list[Group]:
     """The groups of layers that are called once, as a rank with a batch finds them. Collective."""
+    layers = {name: block.get_submodule(name) for name in names}
     own = find_groups(layers, lambda: tasks[0].output(block, device)) if tasks else None
     known = [groups for groups in distributed.gather_objects(own) if groups is not None]
     return [group for group in known[0] if group.calls == 1] if known else []
