@@ -155,6 +155,40 @@ def test_a_lone_linear_is_refused_since_it_cannot_be_replaced():
         find_targets(Structure.of(nn.Linear(32, 32)), CONFIG)
 
 
+class Linear4bit(nn.Linear):
+    """As bitsandbytes has it: weights packed two in a byte, and a product of its own."""
+
+    def __init__(self, dtype):
+        super().__init__(32, 32)
+        self.weight = nn.Parameter(torch.zeros(512, 1, dtype=dtype), requires_grad=False)
+
+    def forward(self, x):
+        return x
+
+
+class WQLinear(nn.Module):
+    """As AWQ's and GPTQ's layers of other packages."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(32, 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        (Linear4bit(torch.uint8), r"Linear4bit \(torch.uint8\)"),
+        (Linear4bit(torch.int8), r"Linear4bit \(torch.int8\)"),
+        (WQLinear(), r"WQLinear \(torch.int32\)"),
+    ],
+    ids=["uint8", "int8", "qweight"],
+)
+def test_a_model_in_which_another_tool_quantized_layers_is_refused(layer, told):
+    model = nn.Sequential(nn.Linear(32, 32), layer)
+    with pytest.raises(TargetError, match=f"^1 are quantized already, by another tool: {told}.*Load the base model in"):
+        find_targets(Structure.of(model), CONFIG)
+
+
 def test_a_quantized_model_is_refused():
     model = nn.Sequential(nn.Linear(32, 32), QuantLinear(32, 32, 4, 32))
     with pytest.raises(TargetError, match="quantized already"):

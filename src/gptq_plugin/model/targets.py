@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
@@ -167,6 +169,26 @@ def _check_model(structure: Structure) -> None:
         raise TargetError(
             f"{some(quantized)} are quantized already. Quantize the float model: load it anew from its checkpoint"
         )
+    packed = {name: module for name, module in modules_of(model).items() if _is_packed(module)}
+    if packed:
+        kinds = some(sorted({f"{type(one).__name__} ({_stored(one).dtype})" for one in packed.values()}))
+        raise TargetError(
+            f"{some(packed)} are quantized already, by another tool: {kinds}. What it rounded would be rounded again, "
+            "or stay packed in the export. Load the base model in bfloat16 or float32, without a quantization_config"
+        )
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether another tool keeps a linear layer's weights as integers: bitsandbytes (a Linear of uint8 or int8), or
+    GPTQ's and AWQ's layers (`qweight`)."""
+    stored = _stored(module)
+    return isinstance(stored, Tensor) and not (stored.is_floating_point() or stored.is_complex())
+
+
+def _stored(module: nn.Module) -> Any:
+    if isinstance(module, QuantLinear):
+        return None
+    return module._parameters.get("weight") if isinstance(module, nn.Linear) else module._buffers.get("qweight")
 
 
 def _refuse_adapters(model: nn.Module) -> None:
