@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import ending_here
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.errors import ExportError
@@ -37,22 +38,24 @@ def killed_at(
     """Runs in a fork that is killed before its n-th rename; returns whether it was."""
     child = os.fork()
     if not child:
-        renames, original = [], Path.rename
+        with ending_here():
+            renames, original = [], Path.rename
 
-        def killing(path: Path, target: Path) -> Path:
-            renames.append(path)
-            if len(renames) == rename:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(path, target)
+            def killing(path: Path, target: Path) -> Path:
+                renames.append(path)
+                if len(renames) == rename:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(path, target)
 
-        monkeypatch.setattr(Path, "rename", killing)
-        if not exchanges:
-            monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
-        if overlay:
-            monkeypatch.setattr(staging, "_step_aside", _not_in_an_overlay)
-        run()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            monkeypatch.setattr(Path, "rename", killing)
+            if not exchanges:
+                monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+            if overlay:
+                monkeypatch.setattr(staging, "_step_aside", _not_in_an_overlay)
+            run()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), "the fork failed: see what it wrote"
+    return code == -signal.SIGKILL
 
 
 def _not_in_an_overlay(one: Path, other: Path) -> None:
@@ -128,8 +131,9 @@ def test_two_processes_reclaim_one_export(rtn: Rtn, tmp_path: Path, monkeypatch:
         for _ in range(3):
             child = os.fork()
             if not child:
-                check_export_dir(tmp_path, overwrite=True)
-                os._exit(0 if (tmp_path / "quantize_config.json").exists() else 1)
+                with ending_here():
+                    check_export_dir(tmp_path, overwrite=True)
+                    assert (tmp_path / "quantize_config.json").exists()
             children.append(child)
         assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
 

@@ -52,6 +52,7 @@ def verify(
     if lost or len(stored_names) != len(checkpoint.layers):
         raise ExportError(f"the export does not read back: {', '.join(lost) or 'a layer'} is not in it")
     with ThreadPoolExecutor(_THREADS, "verify") as pool:  # of an error, the first in their order is raised
+        pool.submit(torch.get_num_threads).result()  # in a fork, threads that begin together race for PyTorch's own
         verified = ((stored, layers[name], before.get(stored, {})) for name, stored in stored_names.items())
         for _ in pool.map(lambda one: _verify_layer(checkpoint, *one), verified):
             pass
