@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.layers.swap import swap_modules
+from gptq_plugin.layers.swap import swap_modules, swapped
 
 
 class Tied(nn.Module):
@@ -86,3 +86,12 @@ def test_hooks_go_to_a_quantized_layer_and_back_and_to_no_other(old, new):
     with torch.no_grad():
         model(torch.ones(2, 32, dtype=torch.float16 if new else torch.float32))
     assert len(calls) == (old or new)
+
+
+def test_modules_are_swapped_for_a_block_also_where_it_fails():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    first, other = model[0], nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="inside"), swapped(model, {"0": other}):
+        assert model[0] is other
+        raise RuntimeError("inside")
+    assert model[0] is first

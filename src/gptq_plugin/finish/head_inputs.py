@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.finish.top_logits import pieces
+from gptq_plugin.finish.top_logits import Told
 
 MOST_BYTES = 2**35  # of a rank's batches, on the CPU
 _TOLERANCE = 1e-3  # of logits that are computed again, as a share of the largest
@@ -38,17 +38,10 @@ class HeadInputs:
 
 
 @dataclass(frozen=True)
-class AllLogits:
+class AllLogits(Told):
     """What positions of the float model predict: logits [positions, vocabulary]."""
 
     logits: Tensor
-
-    def divergence(self, logits: Tensor) -> float:
-        """The sum over positions of KL(float || logits), in nats."""
-        return sum(
-            float(self.of_piece(logits[piece], piece, with_gradient=False)[0].sum(dtype=torch.float64))
-            for piece in pieces(logits)
-        )
 
     def of_piece(self, logits: Tensor, piece: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The divergence at each position, and its gradient for the logits."""

@@ -5,9 +5,8 @@ Tested by tests/finish/test_solving.py.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,7 +19,7 @@ from gptq_plugin.finish.frozen_codes import FrozenCodes
 from gptq_plugin.finish.surroundings import Solver
 from gptq_plugin.gptq.grid import QuantizedWeight
 from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.layers.swap import swap_modules
+from gptq_plugin.layers.swap import swap_modules, swapped
 from gptq_plugin.memory.resident import resident_on
 from gptq_plugin.model.experts import block_of_experts
 from gptq_plugin.walk.drift import Drift
@@ -64,7 +63,7 @@ def solve_again(
     floats = {one: _float_layer(quantized[one], weights[one], device) for one in names}
     solved: dict[str, QuantLinear] = {}
     stand_ins = {one: FrozenCodes(layer, device) for one, layer in quantized.items()}
-    with _in_place(block, stand_ins), resident_on(block, device):
+    with swapped(block, stand_ins), resident_on(block, device):
         before = _error(block, held_out, device)
         for group in _groups(block, names, tasks, device):
             found = _evidence(block, group, floats, tasks, device)
@@ -101,7 +100,7 @@ def _evidence(
     exact = device.type != "cuda" or distributed.active()
     hessian, drift = Hessian(width, device, exact=exact), Drift(width, device, exact=exact)
     for task in tasks:
-        with _in_place(block, floats):
+        with swapped(block, floats):
             x = _input(floats[first], partial(task.run, block, task.before, device))
         seen = _input(layer, partial(task.output, block, device))
         if x is None or seen is None or x.shape != seen.shape:
@@ -126,17 +125,6 @@ def _input(layer: nn.Module, run: Callable[[], object]) -> Tensor | None:
     with watch_inputs({"": layer}, lambda _, x: found.append(x.detach().clone())):
         run()
     return found[0] if len(found) == 1 else None
-
-
-@contextlib.contextmanager
-def _in_place(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Puts layers into a block, for the length of a with block."""
-    others = {name: block.get_submodule(name) for name in layers}
-    swap_modules(block, layers)
-    try:
-        yield
-    finally:
-        swap_modules(block, others)
 
 
 def _float_layer(layer: QuantLinear, weight: Tensor, device: torch.device) -> nn.Linear:

@@ -12,8 +12,24 @@ from torch import Tensor
 _PIECE = 2**24  # logits that are worked on at a time, in float32
 
 
+class Told(Protocol):
+    """What positions of the float model predict."""
+
+    def of_piece(self, logits: Tensor, piece: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The divergence at each position, and its gradient for the logits."""
+        ...
+
+    def divergence(self, logits: Tensor) -> float:
+        """The sum over positions of KL(float || logits), in nats; tokens that are not told apart count as one."""
+        total = 0.0
+        for piece in pieces(logits):
+            values, _ = self.of_piece(logits[piece], piece, with_gradient=False)
+            total += float(values.sum(dtype=torch.float64))
+        return total
+
+
 @dataclass(frozen=True)
-class TopLogits:
+class TopLogits(Told):
     """What positions of the float model predict.
 
     Attributes:
@@ -54,14 +70,6 @@ class TopLogits:
     def to(self, device: torch.device) -> TopLogits:
         return TopLogits(self.ids.to(device), self.logs.to(device), self.rest.to(device))
 
-    def divergence(self, logits: Tensor) -> float:
-        """The sum over positions of KL(float || logits), in nats, where the other tokens count as one."""
-        total = 0.0
-        for piece in pieces(logits):
-            values, _ = self.of_piece(logits[piece], piece, with_gradient=False)
-            total += float(values.sum(dtype=torch.float64))
-        return total
-
     def of_piece(self, logits: Tensor, piece: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The divergence at each position, and its gradient for the logits."""
         ids, theirs, their_rest = self.ids[piece].long(), self.logs[piece], self.rest[piece]
@@ -80,12 +88,6 @@ class TopLogits:
         at_top = gradient.gather(1, ids) - shares
         gradient.mul_(factor[:, None]).scatter_(1, ids, at_top)
         return values, gradient
-
-
-class Told(Protocol):
-    """What positions of the float model predict."""
-
-    def of_piece(self, logits: Tensor, piece: slice, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Divergence(torch.autograd.Function):

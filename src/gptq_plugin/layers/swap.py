@@ -1,9 +1,10 @@
-"""Replaces modules in a tree, QuantLinear for Linear or back: `swap_modules`."""
+"""Replaces modules in a tree, QuantLinear for Linear or back: `swap_modules`, `swapped`."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -45,6 +46,17 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Non
                 setattr(parent, child_name, new[child])
         if isinstance(parent, nn.TransformerEncoderLayer):
             _choose_fused_path(parent)
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Replaces modules inside the block, as `swap_modules` does, and puts back those that were there."""
+    before = {name: model.get_submodule(name) for name in replacements}
+    swap_modules(model, replacements)
+    try:
+        yield
+    finally:
+        swap_modules(model, before)
 
 
 def _choose_fused_path(layer: nn.TransformerEncoderLayer) -> None:

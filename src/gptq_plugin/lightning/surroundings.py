@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.calibration.forward import evaluating
-from gptq_plugin.layers.swap import swap_modules
+from gptq_plugin.layers.swap import swapped
 from gptq_plugin.lightning.sharding import is_sharded, sharding_of
 from gptq_plugin.lightning.which_weights import uncompiled, weights_of
 from gptq_plugin.memory.streamed_to import streamed_to
@@ -98,9 +98,8 @@ def without_adapters(
     with contextlib.ExitStack() as stack:
         if has_adapters(module):
             (name,) = [name for name, other in pl_module.named_modules() if other is module]
-            adapted, module = module, copy(module)
-            swap_modules(pl_module, {name: module})
-            stack.callback(swap_modules, pl_module, {name: adapted})
+            module = copy(module)
+            stack.enter_context(swapped(pl_module, {name: module}))
         stack.enter_context(streamed_to(pl_module, forward_device(trainer), besides=module))
         yield module
 

@@ -92,7 +92,7 @@ class BatchRuns:
         self.walks = Walks(frozenset(target.name for target in plan.targets if asks_for_drift(target)))
 
     def __enter__(self) -> BatchRuns:
-        give_back(self.device, _own_bytes(self._plan, self.device, self._options))
+        give_back(self.device, _model_bytes(self._plan, self.device, self._options))
         with contextlib.ExitStack() as entered:  # what was entered is left if the rest raises
             entered.enter_context(trimmed(self._plan.model))
             self.weights = entered.enter_context(self._make_weights())
@@ -301,7 +301,7 @@ def _sizes(batches: Sequence[Batch]) -> list[int]:
     return known if all_know else [batch.samples for batch in batches]
 
 
-def _own_bytes(plan: Plan, device: torch.device, options: PassOptions) -> int | None:
+def _model_bytes(plan: Plan, device: torch.device, options: PassOptions) -> int | None:
     """Bytes of the model on a device; None where its memory is limited, and every byte counts."""
     if options.device_memory is not None or device.type == "cpu":
         return None

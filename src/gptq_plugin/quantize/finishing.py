@@ -25,7 +25,7 @@ from gptq_plugin.finish.rows import rows_of
 from gptq_plugin.finish.surroundings import Solver, Surroundings, Teacher
 from gptq_plugin.gptq.grid import QuantizedWeight
 from gptq_plugin.layers.qlinear import QuantLinear
-from gptq_plugin.layers.swap import swap_modules
+from gptq_plugin.layers.swap import swapped
 from gptq_plugin.model.plan import MODEL, Plan
 from gptq_plugin.quantize.allocate import Allocated
 from gptq_plugin.quantize.model_of_report import ModelOfReport
@@ -221,8 +221,5 @@ def _float_again(plan: Plan, part: str) -> Iterator[None]:
     within = f"{part}." if part else ""
     modules = plan.model.named_modules()
     quantized = {name: one for name, one in modules if isinstance(one, QuantLinear) and name.startswith(within)}
-    swap_modules(plan.model, {target.name: target.module for target in plan.targets if target.name in quantized})
-    try:
+    with swapped(plan.model, {target.name: target.module for target in plan.targets if target.name in quantized}):
         yield
-    finally:
-        swap_modules(plan.model, quantized)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from gptq_plugin.walk.hessian import Hessian
 
 _DAMPING = 0.3
 _MOST = 0.9  # damp_percent must stay below 1
+_Number = TypeVar("_Number", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class EachEvidence:
         means, helped = self._own.take(experts, self._beside), self._beside is not None
         damp_percents = self._tokens[some].new_zeros(experts, dtype=torch.float64)
         if not helped:
-            width = self._own.in_features
-            damp_percents = (_DAMPING * (width / self._tokens[some].double().clamp(min=1)) ** 1.5).clamp(max=_MOST)
+            shortage = self._own.in_features / self._tokens[some].double().clamp(min=1)
+            damp_percents = _damping(shortage).clamp(max=_MOST)
 
         def each() -> list[Evidence]:
             own = zip(means, self._read.get()[some], strict=True)
@@ -181,6 +183,11 @@ def _evidence(mean: Tensor, tokens: int, *, helped: bool) -> Evidence:
     """What is made of a mean over an expert's tokens, in which others are weighted where they help."""
     width = len(mean)
     few = f"only {tokens} calibration tokens were routed to this expert, for {width} inputs"
-    damp_percent = 0.0 if helped else min(_MOST, _DAMPING * (width / max(1, tokens)) ** 1.5)
+    damp_percent = 0.0 if helped else min(_MOST, _damping(width / max(1, tokens)))
     remedy = "all tokens of the layer are weighted in" if helped else f"damp_percent is {damp_percent:.2g}"
     return Evidence(mean, tokens, damp_percent, (f"{few}: {remedy}",) if tokens < width else ())
+
+
+def _damping(shortage: _Number) -> _Number:
+    """The damp_percent of an expert alone, by how many inputs it has for each of its tokens."""
+    return _DAMPING * shortage**1.5
