@@ -6,6 +6,7 @@
     python scripts/bench_moe.py --layers 48 --streamed --export /tmp/out  # a whole model, from the CPU's memory
     python scripts/bench_moe.py --layers 1 --batch-size 64 --parts  # also where the time goes
     python scripts/bench_moe.py --layers 1 --one-by-one     # without calls of all experts at once
+    python scripts/bench_moe.py --layers 1 --method best    # the default is gptq
     python scripts/bench_moe.py --shape tiny --device cpu   # sees that the script runs
 
 Weights and tokens are random; random routers spread tokens more evenly than trained ones. The floor is the time of the
@@ -41,11 +42,14 @@ PARTS = {
     "calibration.positions": ("Positions.rows",),
     "calibration.routed_tokens": ("row_hashes",),
     "quantize.grouped_evidence": ("GroupedEvidence.add",),
+    "quantize.float_tokens": ("FloatTokens.of_rows", "FloatTokens._enter"),
+    "walk.each_drift": ("EachDrift.add", "EachDrift.take"),
     "walk.hessian": ("add_each", "Hessian.mean"),
     "walk.expert_hessians": ("ExpertHessians.weighted",),
     "walk.ranges": ("_include_experts", "_include"),
     "model.experts_call": ("_grouped", "_one_by_one"),
-    "gptq.solve_each": ("factorize", "beside", "solve_each"),
+    "gptq.solve_each": ("factorize", "beside", "each_target", "solution_loss", "solve_each"),
+    "gptq.refine": ("Rows.of", "regridded", "refitted", "descended"),
     "gptq.solver": ("factorize", "_beside"),
     "gptq.recursion": ("Recursion.__init__", "Recursion.visit"),
     "quantize.experts_pass": ("packed_layers", "dequantized", "ExpertsPass.quantize"),
@@ -164,6 +168,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--method", default="gptq")
     parser.add_argument("--one-by-one", action="store_true", help="call one expert after the other")
     parser.add_argument("--parts", action="store_true", help="measure once more, with a wait after each part")
     parser.add_argument("--streamed", action="store_true", help="the model is in the CPU's memory")
@@ -177,7 +182,8 @@ def main() -> None:
     print(f"made in {time.perf_counter() - started:.1f} s")
     length, generator = SHAPES[args.shape][-1], torch.Generator().manual_seed(0)
     rows = list(torch.randint(0, 2048, (args.samples, length), generator=generator))
-    config = QuantizeConfig(batch_size=args.batch_size, group_size=128 if args.shape != "tiny" else 32)
+    group_size = 128 if args.shape != "tiny" else 32
+    config = QuantizeConfig(method=args.method, batch_size=args.batch_size, group_size=group_size)
     if args.export is None:
         timed(model, rows[: args.batch_size], config, args, "kernels compiled")
     report, seconds = timed(model, rows, config, args, "measured")

@@ -1,4 +1,4 @@
-"""Sums of x xᵀ for segments of rows, such as those of experts, in plain PyTorch: the definition.
+"""Sums of x xᵀ, or of x yᵀ, for segments of rows, such as those of experts, in plain PyTorch: the definition.
 
 Tested by tests/kernels/test_segments.py: with the Triton kernels.
 """
@@ -21,6 +21,20 @@ def add_products(totals: Tensor, x: Tensor, ends: Tensor) -> None:
     for total, stop in zip(totals, ends.tolist(), strict=True):
         rows = x[start:stop].float()
         total.addmm_(rows.T, rows)
+        start = stop
+
+
+def add_cross_products(totals: Tensor, x: Tensor, y: Tensor, ends: Tensor) -> None:
+    """Adds XᵀY of each segment of rows to its total.
+
+    Args:
+        totals: float32 [E, n, n]; added to.
+        x, y: [rows, n]; rows behind the last end are left out.
+        ends: Where segments end, int32 [E].
+    """
+    start = 0
+    for total, stop in zip(totals, ends.tolist(), strict=True):
+        total.addmm_(x[start:stop].float().T, y[start:stop].float())
         start = stop
 
 

@@ -1,4 +1,4 @@
-"""Sums of x xᵀ for segments of rows in one launch, in Triton; `plain_segments` defines them."""
+"""Sums of x xᵀ, or of x yᵀ, for segments of rows in one launch, in Triton; `plain_segments` defines them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ _MIRRORED = 64  # rows and columns of a tile that is copied
 
 @triton.jit
 def _add_products_kernel(
-    totals, x, ends, n, stride, WIDTH: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr
+    totals, x, y, ends, n, stride_x, stride_y, across,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, LOWER: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(1)
     stop = tl.load(ends + segment)
     start = tl.load(ends + segment - 1, mask=segment > 0, other=0)
-    # Tile t of the lower triangle, row by row: row i has i + 1.
     t = tl.program_id(0)
-    i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
-    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
-    j = t - i * (i + 1) // 2
+    if LOWER:  # tile t of the lower triangle, row by row: row i has i + 1
+        i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+        i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+        i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+        j = t - i * (i + 1) // 2
+    else:
+        i = t // across
+        j = t % across
     if stop > start:
         a = i * WIDTH + tl.arange(0, WIDTH)
         b = j * WIDTH + tl.arange(0, WIDTH)
         k = tl.arange(0, DEPTH)
-        base = x + start.to(tl.int64) * stride
-        left = base + k.to(tl.int64)[:, None] * stride + a[None, :]
-        right = base + k.to(tl.int64)[:, None] * stride + b[None, :]
+        left = x + (start + k).to(tl.int64)[:, None] * stride_x + a[None, :]
+        right = y + (start + k).to(tl.int64)[:, None] * stride_y + b[None, :]
         total = tl.zeros([WIDTH, WIDTH], dtype=tl.float32)
         for first in range(0, stop - start, DEPTH):
             there = (first + k < stop - start)[:, None]
@@ -44,8 +47,8 @@ def _add_products_kernel(
                 mine = tl.load(left, mask=there & (a < n)[None, :], other=0.0)
                 other = tl.load(right, mask=there & (b < n)[None, :], other=0.0)
             total = tl.dot(tl.trans(mine), other, acc=total)
-            left += DEPTH * stride
-            right += DEPTH * stride
+            left += DEPTH * stride_x
+            right += DEPTH * stride_y
         at = totals + segment.to(tl.int64) * n * n + a.to(tl.int64)[:, None] * n + b[None, :]
         inside = (a < n)[:, None] & (b < n)[None, :]
         tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
@@ -59,28 +62,51 @@ def add_products(totals: Tensor, x: Tensor, ends: Tensor) -> None:
     Raises:
         ValueError: Wrong dtype, shape or stride.
     """
-    segments, n, _ = totals.shape
-    if totals.dtype != torch.float32 or totals.shape[2] != n or not totals.is_contiguous():
+    _check_rows("x", x, totals)
+    _check(totals, ends)
+    if x.numel() and len(ends):
+        across = triton.cdiv(totals.shape[1], _WIDTH)
+        _launch(totals, x, x, ends, across * (across + 1) // 2, lower=True)
+
+
+def add_cross_products(totals: Tensor, x: Tensor, y: Tensor, ends: Tensor) -> None:
+    """`plain_segments.add_cross_products` on a GPU, for rows in 16 bits of one dtype.
+
+    Raises:
+        ValueError: Wrong dtype, shape or stride.
+    """
+    _check_rows("x", x, totals)
+    _check_rows("y", y, totals)
+    if x.dtype != y.dtype or len(x) != len(y):
+        raise ValueError(f"x and y must be alike, got {x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}")
+    _check(totals, ends)
+    if x.numel() and len(ends):
+        _launch(totals, x, y, ends, triton.cdiv(totals.shape[1], _WIDTH) ** 2, lower=False)
+
+
+def _launch(totals: Tensor, x: Tensor, y: Tensor, ends: Tensor, tiles: int, *, lower: bool) -> None:
+    n = totals.shape[1]
+    _add_products_kernel[(tiles, len(ends))](
+        totals, x, y, ends, n, x.stride(0), y.stride(0), triton.cdiv(n, _WIDTH),
+        WIDTH=_WIDTH, DEPTH=_DEPTH, EVEN=n % _WIDTH == 0, LOWER=lower, num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip
+
+
+def _check(totals: Tensor, ends: Tensor) -> None:
+    segments, n, columns = totals.shape
+    if totals.dtype != torch.float32 or columns != n or not totals.is_contiguous():
         raise ValueError(f"totals must be contiguous float32 [E, n, n], got {totals.dtype} {list(totals.shape)}")
-    if (
-        x.dtype not in (torch.float16, torch.bfloat16)
-        or x.dim() != 2
-        or x.shape[1] != n
-        or (n > 1 and x.stride(1) != 1)
-    ):
-        raise ValueError(
-            f"x must be float16 or bfloat16 [rows, {n}] with contiguous rows, got {x.dtype} {list(x.shape)} with "
-            f"strides {list(x.stride())}"
-        )
     if ends.shape != (segments,) or ends.dtype != torch.int32 or not ends.is_contiguous():
         raise ValueError(f"ends must be contiguous int32 [{segments}], got {ends.dtype} {list(ends.shape)}")
-    if not x.numel() or not segments:
-        return
-    across = triton.cdiv(n, _WIDTH)
-    _add_products_kernel[(across * (across + 1) // 2, segments)](
-        totals, x, ends, n, x.stride(0), WIDTH=_WIDTH, DEPTH=_DEPTH, EVEN=n % _WIDTH == 0,
-        num_warps=_WARPS, num_stages=_STAGES,
-    )  # fmt: skip
+
+
+def _check_rows(name: str, rows: Tensor, totals: Tensor) -> None:
+    n, narrow = totals.shape[1], rows.dtype in (torch.float16, torch.bfloat16)
+    if not narrow or rows.dim() != 2 or rows.shape[1] != n or (n > 1 and rows.stride(1) != 1):
+        raise ValueError(
+            f"{name} must be float16 or bfloat16 [rows, {n}] with contiguous rows, got {rows.dtype} "
+            f"{list(rows.shape)} with strides {list(rows.stride())}"
+        )
 
 
 @triton.jit

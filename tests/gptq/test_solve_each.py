@@ -28,6 +28,11 @@ CONFIGS = {
     },
     "many alternatives": {"clip_candidates": 5},
 }
+DRIFTING = {
+    "best": {"method": "best"},
+    "best, the original act-order": {"method": "best", "desc_act": True, "static_groups": False},
+    "plain, asymmetric targets": {"asymmetric_alpha": 1.0},
+}
 
 
 def problems(experts, rows, columns, dtype):
@@ -39,17 +44,26 @@ def problems(experts, rows, columns, dtype):
     return weights.to(dtype), (x.mT @ x / x.shape[1]).to(dtype)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+def drifts_of(hessians):
+    """Inputs of the float model are nearly those of the quantized one, turned a little."""
+    drifts = 0.1 * hessians.roll(1, 1) - 0.02 * hessians
+    drifts[2] = 0
+    return drifts
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *(f"drift: {one}" for one in DRIFTING)])
 @pytest.mark.parametrize(("rows", "columns"), [(24, 64), (7, 96)])
 def test_each_is_solved_as_if_it_were_alone(config, rows, columns):
     weights, hessians = problems(3, rows, columns, torch.float64)
-    config = QuantizeConfig(**{"group_size": 32, **CONFIGS[config]})
+    drifts = drifts_of(hessians) if config.startswith("drift") else None
+    config = QuantizeConfig(**{"group_size": 32, **(CONFIGS | DRIFTING)[config.removeprefix("drift: ")]})
     damp_percents = torch.tensor([0.01, 0.05, 0.3], dtype=torch.float64)
-    found = solve_each(weights, hessians, config, damp_percents)
+    found = solve_each(weights, hessians, config, damp_percents, drifts)
     assert found.good.all()
     for number, damp_percent in enumerate(damp_percents.tolist()):
         own = dataclasses.replace(config, damp_percent=damp_percent)
-        wanted = solve(weights[number], hessians[number], own, in_blocks=False)
+        drift = None if drifts is None else drifts[number]
+        wanted = solve(weights[number], hessians[number], own, drift, in_blocks=False)
         assert torch.equal(found.codes[number].T, wanted.weight.codes)
         assert torch.equal(found.scales[number], wanted.weight.scales)
         assert torch.equal(found.zeros[number], wanted.weight.zeros)
@@ -71,6 +85,18 @@ def test_those_that_have_no_solution_are_told_and_do_not_disturb_the_others():
     assert torch.equal(found.codes[1], wanted.codes[1])
 
 
+def test_a_drift_that_is_not_finite_is_told_and_does_not_disturb_the_others():
+    weights, hessians = problems(3, 8, 32, torch.float32)
+    config, damping, drifts = QuantizeConfig(group_size=32, method="best"), torch.full((3,), 0.1), drifts_of(hessians)
+    wanted = solve_each(weights, hessians, config, damping, drifts)
+    drifts[1, 2, 3] = torch.nan
+    found = solve_each(weights, hessians, config, damping, drifts)
+    assert found.good.tolist() == [True, False, True]
+    assert torch.equal(found.codes[0], wanted.codes[0]) and torch.equal(found.codes[2], wanted.codes[2])
+    without = solve_each(weights, hessians, config, damping)
+    assert not torch.equal(found.codes[0], without.codes[0]) and torch.equal(found.codes[2], without.codes[2])
+
+
 def test_the_number_that_is_solved_together_follows_from_the_shape_and_is_never_none():
     config = QuantizeConfig()
     assert most(1536, 2048, config) > 8
@@ -78,17 +104,21 @@ def test_the_number_that_is_solved_together_follows_from_the_shape_and_is_never_
     assert most(10**6, 10**5, config) == 1
     many = QuantizeConfig(method="best", clip_candidates=12)
     assert most(1536, 2048, many) < most(1536, 2048, config)
+    best = QuantizeConfig(method="best")
+    assert most(1536, 2048, best) < most(1536, 2048, dataclasses.replace(best, asymmetric_alpha=0.0))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, *(f"drift: {one}" for one in DRIFTING)])
 def test_on_a_gpu_codes_are_those_of_one_at_a_time(config):
     weights, hessians = (one.cuda() for one in problems(6, 200, 768, torch.float32))
-    config = QuantizeConfig(**{"group_size": 128, **CONFIGS[config]})
-    found = solve_each(weights, hessians, config, torch.full((6,), config.damp_percent, device="cuda"))
+    drifts = drifts_of(hessians) if config.startswith("drift") else None
+    config = QuantizeConfig(**{"group_size": 128, **(CONFIGS | DRIFTING)[config.removeprefix("drift: ")]})
+    found = solve_each(weights, hessians, config, torch.full((6,), config.damp_percent, device="cuda"), drifts)
     assert found.good.all()
-    alone = [solve(*one, config, in_blocks=False) for one in zip(weights, hessians, strict=True)]
+    each = zip(weights, hessians, [None] * 6 if drifts is None else drifts, strict=True)
+    alone = [solve(weight, hessian, config, drift, in_blocks=False) for weight, hessian, drift in each]
     same = torch.stack([one.weight.codes == found.codes[n].T for n, one in enumerate(alone)])
     assert same.double().mean() > 0.995
     loss = torch.stack([one.loss for one in alone]).sum()

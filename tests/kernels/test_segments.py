@@ -28,6 +28,16 @@ def test_each_segments_product_is_added_to_its_total(counts):
         torch.testing.assert_close(totals[number], before[number] + rows.T @ rows)
 
 
+@pytest.mark.parametrize("counts", COUNTS)
+def test_each_segments_product_with_other_rows_is_added_to_its_total(counts):
+    totals, x, ends = segments(counts, 9, torch.float32)
+    before, y = totals.clone(), x.flip(1) * 2
+    plain_segments.add_cross_products(totals, x, y, ends)
+    each = zip(x[: sum(counts)].split(list(counts)), y[: sum(counts)].split(list(counts)), strict=True)
+    for number, (rows, others) in enumerate(each):
+        torch.testing.assert_close(totals[number], before[number] + rows.T @ others)
+
+
 def test_the_part_below_the_diagonal_is_copied_above_it():
     totals = torch.randn(3, 7, 7)
     lower = totals.tril()
@@ -48,6 +58,21 @@ def test_the_triton_sum_is_the_plain_one(counts, n, dtype, device):
     plain_segments.add_products(wanted, x, ends)
     triton_segments.add_products(totals, x, ends)
     torch.testing.assert_close(totals.tril(), wanted.tril(), rtol=1e-5, atol=1e-4)
+
+
+@triton_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [16, 128, 200, 300])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_the_triton_sum_with_other_rows_is_the_plain_one(counts, n, dtype, device):
+    from gptq_plugin.kernels import segments as triton_segments
+
+    totals, x, ends = segments(counts, n, dtype, device)
+    wanted, y = totals.clone(), torch.cat([x.flip(1), x], 1)[:, :n]  # whose rows are apart
+    x[sum(counts) :] = y[sum(counts) :] = torch.nan  # rows of none
+    plain_segments.add_cross_products(wanted, x, y, ends)
+    triton_segments.add_cross_products(totals, x, y, ends)
+    torch.testing.assert_close(totals, wanted, rtol=1e-5, atol=1e-4)
 
 
 @triton_device
@@ -82,6 +107,10 @@ def test_the_triton_sum_names_what_it_cannot_take(device):
         triton_segments.add_products(totals, x.float(), ends)
     with pytest.raises(ValueError, match="ends must be contiguous int32"):
         triton_segments.add_products(totals, x, ends.long())
+    with pytest.raises(ValueError, match="y must be float16 or bfloat16"):
+        triton_segments.add_cross_products(totals, x, x.float(), ends)
+    with pytest.raises(ValueError, match="x and y must be alike"):
+        triton_segments.add_cross_products(totals, x, x[1:], ends)
     with pytest.raises(ValueError, match="totals must be contiguous float32"):
         triton_segments.symmetric_(totals[:, :, :-1])
 

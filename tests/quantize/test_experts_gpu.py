@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.gptq.solver import solve
 from gptq_plugin.model.plan import planned
+from gptq_plugin.options.methods import METHOD_FIELDS
 from gptq_plugin.quantize import batch_runs, experts_pass
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
@@ -22,6 +23,7 @@ from kernel_cases import needs_gpu
 pytestmark = needs_gpu
 EXPERTS, WIDTH, INNER = 12, 256, 192
 CONFIG = QuantizeConfig(group_size=64, batch_size=8, nsamples=32)
+BEST = {"method": "best", **dict.fromkeys(METHOD_FIELDS)}  # a replaced method has its own values of these
 
 
 def mixture(dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
@@ -53,6 +55,13 @@ def quantized(model: Any, config: QuantizeConfig = CONFIG, data: Any = None, **o
         return layers, {module.name: module for module in report.modules}, pass_.runs.at_once
 
 
+def alike(found: Any, wanted: Any, *fields: str) -> None:
+    assert found.keys() == wanted.keys()
+    for name, one in wanted.items():
+        for field in fields:
+            assert getattr(found[name], field) == getattr(one, field), (name, field)
+
+
 def one_by_one(*args: Any, **options: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_runs, "grouped_experts", lambda *_: {})
@@ -68,9 +77,7 @@ def test_the_report_is_that_of_experts_quantized_one_by_one(dtype, padded, home)
     wanted_layers, wanted, apart = one_by_one(mixture(dtype).to(home), data=data)
     assert len(at_once) == 4 and not apart
     assert layers.keys() == wanted_layers.keys()
-    for name, one in wanted.items():
-        for field in ("method", "bits", "deviations", "shape"):
-            assert getattr(modules[name], field) == getattr(one, field), (name, field)
+    alike(modules, wanted, "method", "bits", "deviations", "shape")
     totals = [sum(of[name].loss for name in layers) for of in (modules, wanted)]
     assert totals[0] == pytest.approx(totals[1], rel=1e-2)
     first = [name for name in layers if name.startswith("model.layers.0")]
@@ -85,7 +92,35 @@ def test_the_report_is_that_of_experts_quantized_one_by_one(dtype, padded, home)
     assert torch.stack(same).mean() > 0.98
 
 
-@pytest.mark.parametrize("changes", [{}, {"bits": 3, "sym": False}, {"desc_act": True, "static_groups": False}])
+@pytest.mark.parametrize("home", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_report_of_best_is_that_of_experts_quantized_one_by_one(exact, dtype, home):
+    config, options = dataclasses.replace(CONFIG, **BEST), {"data": batches(padded=True), "exact_sums": exact}
+    layers, modules, at_once = quantized(mixture(dtype).to(home), config, **options)
+    wanted_layers, wanted, apart = one_by_one(mixture(dtype).to(home), config, **options)
+    assert len(at_once) == 4 and not apart
+    alike(modules, wanted, "method", "bits", "deviations", "shape")
+    totals = [sum(of[name].loss for name in layers) for of in (modules, wanted)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-2)
+    gates = [name for name in layers if name.startswith("model.layers.0") and name.endswith(("gate_proj", "up_proj"))]
+    same = [(layers[name].qweight == wanted_layers[name].qweight).double().mean() for name in gates]
+    print("words that are the same:", float(torch.stack(same).mean()), "loss:", totals[0] / totals[1] - 1)
+    for name in gates:
+        assert modules[name].tokens == wanted[name].tokens, name
+        assert modules[name].max_output == pytest.approx(wanted[name].max_output, rel=2e-2), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        BEST,
+        {"bits": 2, "asymmetric_alpha": 1.0},
+        {"bits": 3, "sym": False},
+        {"desc_act": True, "static_groups": False},
+    ],
+)
 def test_the_codes_are_those_of_the_solver_with_the_same_hessians(changes, monkeypatch):
     taken = []
     take = experts_pass.ExpertsPass._take
@@ -94,7 +129,7 @@ def test_the_codes_are_those_of_the_solver_with_the_same_hessians(changes, monke
         experts = [every[number] for number in chunk.experts]
         weights = [torch.cat([self._runs.weights.present(one) for one in own]).clone() for own in experts]
         config, evidence = experts[0][0].config, chunk.evidence()
-        means = [one.mean.clone() for one in evidence]
+        means = [(one.mean.clone(), None if one.drift is None else one.drift.clone()) for one in evidence]
         damp_percents = [max(one.damp_percent, config.damp_percent) for one in evidence]
         taken.append((weights, means, chunk.solved, damp_percents, config))
         return take(self, chunk, every, *rest)
@@ -104,8 +139,9 @@ def test_the_codes_are_those_of_the_solver_with_the_same_hessians(changes, monke
     assert len(taken) == 4
     same, losses = [], torch.zeros(2, dtype=torch.float64)
     for weights, means, solved, damp_percents, config in taken:
-        for number, (weight, mean, damp_percent) in enumerate(zip(weights, means, damp_percents)):
-            alone = solve(weight, mean, dataclasses.replace(config, damp_percent=damp_percent), in_blocks=False)
+        for number, (weight, (mean, drift), damp_percent) in enumerate(zip(weights, means, damp_percents)):
+            own = dataclasses.replace(config, damp_percent=damp_percent)
+            alone = solve(weight, mean, own, drift, in_blocks=False)
             same.append((alone.weight.codes == solved.codes[number].T).double().mean())
             losses += torch.tensor([alone.loss.double().sum(), solved.losses[number, 0].double().sum()])
     print("codes that are the same:", float(torch.stack(same).mean()), "loss:", float(losses[1] / losses[0] - 1))

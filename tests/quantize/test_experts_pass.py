@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.experts_call import ExpertsCall
 from gptq_plugin.model.plan import planned
 from gptq_plugin.quantize import batch_runs, experts_pass, grouped_experts, solve_experts
+from gptq_plugin.quantize.float_tokens import FloatTokens
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.walk.lockstep import Stop
@@ -158,26 +159,85 @@ def test_whatever_is_asked_for_experts_gives_the_layers_of_one_by_one(changes):
     }
 
 
-@pytest.mark.parametrize("changes", [{"asymmetric_alpha": 0.5}, {"token_weighting": "gradients"}])
-def test_where_tokens_are_paired_or_weighted_layer_by_layer_experts_are_called_one_by_one(changes):
-    config = QuantizeConfig(**{"group_size": 16, "batch_size": 2, "nsamples": 8, **changes})
+def test_where_tokens_are_weighted_layer_by_layer_experts_are_called_one_by_one():
+    config = dataclasses.replace(CONFIG, token_weighting="gradients")
     with planned(mixture(), config) as plan:
         assert grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions()) == {}
     with planned(mixture(), CONFIG) as plan:
         assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())) == 2
 
 
-def test_best_without_asymmetric_targets_solves_experts_at_once():
-    config = QuantizeConfig(method="best", asymmetric_alpha=0.0, group_size=16, batch_size=2, nsamples=8)
-    watched = Watched(mixture(), config)
-    assert [len(stop.group.names) for stop in watched.stops if stop.group.at_once] == [2 * EXPERTS, EXPERTS]
-    assert {one.method for name, one in watched.modules.items() if "experts" in name} == {"gptq"}
+def drifting(method: str, at_once: bool = True, **options: Any) -> Watched:
+    """Experts whose inputs drift; some are reached by no token, and one by few."""
+    fields = {"best": {"method": "best"}, "2 bits": {"bits": 2, "asymmetric_alpha": 1.0}}[method]
+    config = QuantizeConfig(**{"group_size": 16, "batch_size": 2, "nsamples": 8, **fields})
+    return (Watched if at_once else one_by_one)(unreached(mixture(), 3), config, batches(padded=True), **options)
+
+
+drifting_apart = cache(partial(drifting, at_once=False))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"exact_sums": False}, {"offload_weights": True, "offload_activations": True}], ids=str
+)
+@pytest.mark.parametrize("method", ["best", "2 bits"])
+def test_experts_that_make_up_for_drift_are_those_that_do_so_one_by_one(method, options):
+    found, wanted = drifting(method, **options), drifting_apart(method)
+    assert [len(stop.group.names) for stop in found.stops if stop.group.at_once] == [2 * EXPERTS, EXPERTS]
+    tokens = [one.tokens for name, one in wanted.modules.items() if name.endswith("gate_proj")]
+    assert tokens[3] == 0 < tokens[5] < 32 < tokens[1] and same_codes(found, wanted)
+    for name, one in wanted.modules.items():
+        other = found.modules[name]
+        assert (other.method, other.tokens, other.deviations) == (one.method, one.tokens, one.deviations), name
+        for field in ("loss", "rtn_loss", "output_power", "max_input", "max_output"):
+            assert getattr(other, field) == pytest.approx(getattr(one, field), rel=2e-3, nan_ok=True), (name, field)
+
+
+@pytest.mark.parametrize("rows", ["unknown", "of others"])
+def test_drift_that_is_not_known_is_told_and_not_made_up_for(rows, monkeypatch):
+    def changed(self: FloatTokens, experts: str, batch: int, x: torch.Tensor) -> Any:
+        return None if rows == "unknown" else -x  # which are far from what the experts read
+
+    monkeypatch.setattr(FloatTokens, "of_rows", changed)
+    found, wanted = drifting("2 bits"), drifting("2 bits", at_once=False)
+    assert same_codes(found, wanted) and not same_codes(found, drifting_apart("2 bits"))
+    told = "have no counterpart" if rows == "unknown" else "have little to do"
+    for name, one in wanted.modules.items():
+        assert found.modules[name].deviations == one.deviations, name
+        if "up_proj" in name:
+            assert any(told in deviation for deviation in one.deviations) == (one.tokens > 0), name
+
+
+def test_a_rule_asks_some_experts_to_make_up_for_drift():
+    rule = {r".*experts\.[01]\..*": {"asymmetric_alpha": 1.0}, ".*o_proj": {"asymmetric_alpha": 0.5}}
+    config = dataclasses.replace(CONFIG, bits=2, dynamic=rule)
+    found, wanted = Watched(mixture(), config), one_by_one(mixture(), config)
+    assert same_codes(found, wanted) and not same_codes(found, Watched(mixture(), dataclasses.replace(CONFIG, bits=2)))
+    for name, one in wanted.modules.items():
+        assert found.modules[name].deviations == one.deviations, name
+
+
+def test_rows_that_experts_read_in_another_dtype_than_their_block_are_paired():
+    config = dataclasses.replace(CONFIG, bits=2, asymmetric_alpha=1.0)
+
+    def forward(model: Any, batch: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    for model in (mixture(), mixture().bfloat16()):
+        found = Watched(model, config, forward=forward)
+        assert all(stop.group.at_once for stop in found.stops[2:])
+        told = [sentence for one in found.modules.values() for sentence in one.deviations]
+        assert not any("no counterpart" in sentence for sentence in told)
 
 
 def test_a_device_that_cannot_hold_all_hessians_takes_one_expert_after_the_other(monkeypatch):
     with planned(mixture(), CONFIG) as plan:
         found = grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())
-        whole, solving = grouped_experts.whole_bytes(found.values()), grouped_experts.hessian_bytes(found.values())
+        whole, solving = (
+            grouped_experts.whole_bytes(found.values()),
+            grouped_experts.evidence_bytes(found.values(), plan),
+        )
         for options, needed in (
             (PassOptions(), whole + solving),
             (PassOptions(offload_weights=True), 3 * whole + solving),

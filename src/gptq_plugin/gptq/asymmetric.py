@@ -30,52 +30,83 @@ def asymmetric_target(blocks: Tensor, drift: Tensor, factor: Factor, alpha: floa
     Returns:
         [B, rows, in].
     """
-    order, upper, gain = factor.order[0], factor.rows[0], factor.gain[0]
+    left = _by_position(_narrow(drift[None]).mT, factor.order) if drift.dim() == 2 else None
     targets = torch.empty_like(blocks)
-    if tensor_cores.usable(blocks):
-        left, back = drift.bfloat16().mT[order] if drift.dim() == 2 else None, order.argsort()
-        for number, (target, block) in enumerate(zip(targets, blocks, strict=True)):
-            if left is None:
-                x = drift[number].mT[order].contiguous()
-            else:
-                x = tensor_cores.product(left, block.bfloat16().mT)
-            _substitute(upper, gain, x)
-            torch.add(block, x[back].mT, alpha=alpha, out=target)
-        return targets
-    for number, (target, block) in enumerate(zip(targets, blocks, strict=True)):
-        x = (block @ drift if drift.dim() == 2 else drift[number])[:, order]
-        x = torch.linalg.solve_triangular(upper, x, upper=True, left=False, unitriangular=True).div_(gain)
-        x = torch.linalg.solve_triangular(upper.mT, x, upper=False, left=False, unitriangular=True)
-        target.index_copy_(1, order, x).mul_(alpha).add_(block)
+    for number, (target, block) in enumerate(zip(targets.split(1), blocks.split(1), strict=True)):
+        if left is None:
+            x = _by_position(drift[number : number + 1].mT, factor.order)
+        else:
+            x = _product(left, _narrow(block).mT)
+        _add(target, block, x, factor, alpha)
     return targets
 
 
+def each_target(weights: Tensor, drifts: Tensor, factor: Factor, alpha: float) -> Tensor:
+    """`asymmetric_target` for matrices with a drift and a Hessian each, all at once.
+
+    Args:
+        weights: W [B, rows, in], in the factors' dtype.
+        drifts: C of each, [B, in, in].
+        factor: Of B Hessians.
+        alpha: Share of the correction.
+    """
+    left, targets = _by_position(_narrow(drifts).mT, factor.order), torch.empty_like(weights)
+    _add(targets, weights, _product(left, _narrow(weights).mT), factor, alpha)
+    return targets
+
+
+def _narrow(x: Tensor) -> Tensor:
+    return x.bfloat16() if tensor_cores.usable(x) else x
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return tensor_cores.product(a, b) if a.dtype == torch.bfloat16 else a @ b
+
+
+def _by_position(x: Tensor, order: Tensor) -> Tensor:
+    """A copy of x [B, n, m] whose rows are in an order [B, n]."""
+    return x.take_along_dim(order[:, :, None], 1)
+
+
+def _add(targets: Tensor, weights: Tensor, x: Tensor, factor: Factor, alpha: float) -> None:
+    """targets = weights + α·((A·D·Aᵀ)⁻¹ x)ᵀ, of [B, rows, n], for x [B, n, rows] by position, which is overwritten."""
+    upper, gain = factor.rows, factor.gain[:, :, None]
+    if tensor_cores.usable(weights):
+        _substitute(upper, gain, x)
+    else:
+        x = torch.linalg.solve_triangular(upper.mT, x, upper=False, unitriangular=True).div_(gain)
+        x = torch.linalg.solve_triangular(upper, x, upper=True, unitriangular=True)
+    torch.add(weights, _by_position(x, factor.order.argsort(1)).mT, alpha=alpha, out=targets)
+
+
 def _substitute(upper: Tensor, gain: Tensor, x: Tensor) -> None:
-    """Overwrites x [n, rows], by position, with (A·D·Aᵀ)⁻¹ x; upper is Aᵀ.
+    """Overwrites x [B, n, rows], by position, with (A·D·Aᵀ)⁻¹ x; upper is Aᵀ, gain D [B, n, 1].
 
     Triangles on the diagonal are inverted, and multiplied like the rest: a library's substitution goes row by row and
     takes ten times as long. Entries of their inverses are at most √(D_j / Λ_k).
     """
-    n, inverses = len(x), [one.bfloat16() for one in _inverses(upper)]
+    n, inverses = x.shape[1], [one.bfloat16() for one in _inverses(upper)]
     for number, start in enumerate(range(0, n, _SPAN)):
         here, after = slice(start, start + _SPAN), slice(start + _SPAN, n)
-        x[here] = tensor_cores.product(inverses[number].mT, x[here].bfloat16())
-        _subtract(x[after], upper[here, after].mT, x[here])
-    x /= gain[:, None]
+        x[:, here] = tensor_cores.product(inverses[number].mT, x[:, here].bfloat16())
+        _subtract(x[:, after], upper[:, here, after].mT, x[:, here])
+    x /= gain
     for number, start in reversed(list(enumerate(range(0, n, _SPAN)))):
         here, before = slice(start, start + _SPAN), slice(0, start)
-        x[here] = tensor_cores.product(inverses[number], x[here].bfloat16())
-        _subtract(x[before], upper[before, here], x[here])
+        x[:, here] = tensor_cores.product(inverses[number], x[:, here].bfloat16())
+        _subtract(x[:, before], upper[:, before, here], x[:, here])
 
 
 def _inverses(upper: Tensor) -> list[Tensor]:
-    """The inverses of the triangles of `_SPAN` columns, or less, on the diagonal of a unit upper triangle."""
-    starts = range(0, len(upper), _SPAN)
-    triangles = torch.eye(_SPAN, dtype=upper.dtype, device=upper.device).repeat(len(starts), 1, 1)
-    sizes = [min(_SPAN, len(upper) - start) for start in starts]
+    """The inverses of the triangles of `_SPAN` columns, or less, on the diagonals of unit upper triangles [B, n, n]."""
+    batch, n, _ = upper.shape
+    starts = range(0, n, _SPAN)
+    triangles = torch.eye(_SPAN, dtype=upper.dtype, device=upper.device).repeat(len(starts), batch, 1, 1)
+    sizes = [min(_SPAN, n - start) for start in starts]
     for triangle, start, size in zip(triangles, starts, sizes, strict=True):
-        triangle[:size, :size] = upper[start : start + size, start : start + size]
-    return [inverse[:size, :size] for inverse, size in zip(_inverted(triangles), sizes, strict=True)]
+        triangle[:, :size, :size] = upper[:, start : start + size, start : start + size]
+    found = _inverted(triangles.flatten(0, 1)).unflatten(0, (-1, batch))
+    return [inverse[:, :size, :size] for inverse, size in zip(found, sizes, strict=True)]
 
 
 def _inverted(triangles: Tensor) -> Tensor:
@@ -94,5 +125,5 @@ def _inverted(triangles: Tensor) -> Tensor:
 
 def _subtract(x: Tensor, left: Tensor, solved: Tensor) -> None:
     """x −= left @ solved."""
-    if len(x):
-        tensor_cores.add_product(x[None], left.bfloat16()[None], solved.bfloat16()[None], alpha=-1)
+    if x.shape[1]:
+        tensor_cores.add_product(x, left.bfloat16(), solved.bfloat16(), alpha=-1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.device.streams import on_side_stream
+from gptq_plugin.gptq.asymmetric import each_target
 from gptq_plugin.gptq.factor import Factor, factorize
 from gptq_plugin.gptq.grid import SCALE_DTYPE, QuantizedWeight
 from gptq_plugin.gptq.improve import EachImprovement, bytes_of_weight, improves
@@ -23,6 +24,7 @@ from gptq_plugin.gptq.recursion import Recursion
 CHUNK_BYTES = 2**32  # of the tensors of matrices that are solved together
 _BYTES_HESSIAN = 20  # for every entry: the mean, the factor, and copies on the way
 _BYTES_WEIGHT = 30
+_BYTES_DRIFT = 8  # for every entry of the Hessian and of the weight, with asymmetric targets
 
 
 @dataclass(frozen=True)
@@ -49,34 +51,41 @@ class Solutions:
 def most(rows: int, columns: int, config: QuantizeConfig) -> int:
     """How many matrices of a shape to solve together. It follows from these alone: sums may depend on it."""
     of_weight = max(_BYTES_WEIGHT, bytes_of_weight(config) if improves(config) else 0)
-    return max(1, CHUNK_BYTES // (columns * (columns * _BYTES_HESSIAN + rows * of_weight)))
+    of_drift = _BYTES_DRIFT if config.asymmetric_alpha else 0
+    return max(1, CHUNK_BYTES // (columns * (columns * (_BYTES_HESSIAN + of_drift) + rows * (of_weight + of_drift))))
 
 
-def solve_each(weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_percents: Tensor) -> Solutions:
+def solve_each(
+    weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_percents: Tensor, drifts: Tensor | None = None
+) -> Solutions:
     """Solves matrices.
 
     Args:
         weights: [B, rows, in], any floating dtype.
         hessians: [B, in, in], float32 or float64, in which is solved.
-        config: For all, as for `solver.solve`. Targets are the weights themselves: its asymmetric_alpha is not read.
+        config: For all, as for `solver.solve`.
         damp_percents: [B], in place of the configuration's.
+        drifts: C of each, [B, in, in] as for `solver.solve`; None rounds the weights themselves.
     """
     with full_precision(weights.device):
         weights = weights.detach().to(hessians.dtype).contiguous()
         with on_side_stream(weights.device) as join:
             rtn_loss, power = beside(weights, hessians, config)
         factor, good = factorize(hessians, config, hessians.dtype, damp_percents[:, None].to(hessians.dtype))
-        rounded = _begun(weights, hessians, factor, config)
+        finite, targets = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1), weights
+        if drifts is not None and config.asymmetric_alpha:
+            targets = each_target(weights, drifts, factor, config.asymmetric_alpha)
+            finite &= torch.isfinite(drifts).flatten(1).all(1)
+        rounded = _begun(targets, hessians, factor, config)
         rounded.visit()
         scales, zeros, g_idx = rounded.scales.to(SCALE_DTYPE), rounded.zeros.to(torch.uint8), rounded.g_idx()
         g_idx = g_idx.expand(len(weights), -1)
         loss = rounded.loss.clamp(min=0)
-        if not isinstance(rounded, Recursion):  # which is right to a thousandth
+        if targets is not weights or not isinstance(rounded, Recursion):  # of the targets, or right to a thousandth
             parts = zip(rounded.codes.mT, scales, zeros, g_idx, strict=True)
             each = (QuantizedWeight(*part, bits=config.bits, group_size=config.group_size) for part in parts)
             losses = (solution_loss(*one) for one in zip(weights.split(1), hessians, each, strict=True))
             loss = torch.stack(list(losses))
-        finite = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1)
         join()
         return Solutions(
             codes=rounded.codes,
@@ -88,7 +97,7 @@ def solve_each(weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_p
         )
 
 
-def _begun(weights: Tensor, hessians: Tensor, factor: Factor, config: QuantizeConfig) -> Recursion | EachImprovement:
+def _begun(targets: Tensor, hessians: Tensor, factor: Factor, config: QuantizeConfig) -> Recursion | EachImprovement:
     if improves(config):
-        return EachImprovement(weights, hessians, factor, config)
-    return Recursion(weights, factor, config)
+        return EachImprovement(targets, hessians, factor, config)
+    return Recursion(targets, factor, config)

@@ -39,9 +39,10 @@ def narrowed(x: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for 16-bit operands [m, k] and [k, n], in float32; for where their rounding does not matter."""
+    """a @ b for 16-bit operands [m, k] and [k, n], or B of each, in float32; for where rounding does not matter."""
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
+        multiply = torch.mm if a.dim() == 2 else torch.bmm
+        return multiply(a, b, out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
     return a.float() @ b.float()
 
 

@@ -28,7 +28,7 @@ from gptq_plugin.model.experts_at_once import as_called, calls_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.drifts import asks_for_drift
 from gptq_plugin.quantize.gradient_weights import GradientWeights
-from gptq_plugin.quantize.grouped_experts import grouped_experts, hessian_bytes, whole_bytes
+from gptq_plugin.quantize.grouped_experts import evidence_bytes, grouped_experts, whole_bytes
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.replaceable import Replaceable
 from gptq_plugin.quantize.swap_check import check_swap
@@ -277,7 +277,7 @@ class BatchRuns:
         needs = placement.Needs(
             weights=self.weights.total_bytes,
             fixed=placement.fixed_bytes(self._plan.targets, self.device, len(self._batches) * (1 + self.walks.two)),
-            solver=placement.solver_bytes(self._plan.targets) + hessian_bytes(self.at_once.values()),
+            solver=placement.solver_bytes(self._plan.targets) + evidence_bytes(self.at_once.values(), self._plan),
             forward=peak - self.weights.peak_bytes,
             activations=int(waiting * share) * (1 + self.walks.two),
             batch=waiting,

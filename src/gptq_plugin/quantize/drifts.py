@@ -19,12 +19,8 @@ from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.float_tokens import FloatTokens
-from gptq_plugin.walk.drift import Drift, takes_outputs
+from gptq_plugin.walk.drift import OTHER_TOKENS, Drift, judged, takes_outputs
 from gptq_plugin.walk.groups import Group
-
-# The mean of (x − x̂)·x̂ to that of x̂·x̂. Noise that is as large as x gives -1/2, rows of other tokens about -1. On
-# pycode-29m at 2 bits it is -0.05 at least.
-_MOST = 0.5
 
 
 def asks_for_drift(target: Target) -> bool:
@@ -72,7 +68,7 @@ class Drifts:
 
     def add(self, group: Group, number: int, x: Tensor, rows: Rows) -> None:
         """Adds the drift of a batch's input x, [..., in], of which these rows count."""
-        if self._wanted.isdisjoint(group.names):
+        if not self.asked(group):
             return
         experts, flat = self._experts[group.names[0]], x.reshape(-1, x.shape[-1])
         if experts is not None:
@@ -87,6 +83,25 @@ class Drifts:
             first = self._targets[group.names[0]]
             weight = self._weight_of(first) if self._rows(group) else None
             self._of(group).add(rows.weighted(counted), rows.weighted(rows.counted), weight)
+
+    def asked(self, group: Group) -> bool:
+        """True if a layer of the group is to make up for drift."""
+        return not self._wanted.isdisjoint(group.names)
+
+    def of_tokens(self, group: Group, number: int, x: Tensor, rows: Rows) -> Tensor | None:
+        """The float model's inputs, [counted rows, in], for tokens that experts read that are called at once.
+
+        Args:
+            group: The experts' layers.
+            number: The batch's number.
+            x: The experts' input, [rows, in].
+            rows: Those that count.
+        """
+        experts = self._experts[group.names[0]]
+        if experts is None or not rows.are_tokens or not self.asked(group):
+            return None
+        original = self._tokens.of_rows(experts, number, x)
+        return original if original is None or rows.mask is None else original[rows.mask]
 
     def watching(self, sources: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
         """Takes in what enters blocks of experts while batches run.
@@ -109,18 +124,15 @@ class Drifts:
             weight: Tokens in the group's Hessian, those of an expert's block included.
             paired: False for an expert's layer that reads no tokens.
         """
-        if self._wanted.isdisjoint(group.names):
+        if not self.asked(group):
             return None, ()
         if not paired:
-            return None, ("asymmetric_alpha is not applied: the expert gets other tokens in the float model",)
+            return None, (OTHER_TOKENS,)
         drift = self._of(group)
         self.discard(group)
         drift.over_ranks()
-        missing = tokens - drift.tokens
-        if drift.along() < -_MOST:
-            return None, ("asymmetric_alpha is not applied: its inputs have little to do with the float model's",)
-        told = (f"{missing} of {tokens} tokens have no counterpart in the float model: taken as not drifted",)
-        return with_room(partial(drift.mean, weight), self._make_room), told[: missing > 0]
+        is_usable, told = judged(drift.along(), tokens, drift.tokens)
+        return with_room(partial(drift.mean, weight), self._make_room) if is_usable else None, told
 
     def discard(self, group: Group) -> None:
         """Drops what is known of a group."""

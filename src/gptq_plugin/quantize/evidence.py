@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gptq_plugin.calibration.positions import Positions, Rows
 from gptq_plugin.device.memory import with_room
 from gptq_plugin.model.experts import experts_of, in_expert
-from gptq_plugin.model.experts_at_once import Grouped
+from gptq_plugin.model.experts_at_once import Grouped, by_expert
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.model.targets import Target
 from gptq_plugin.quantize.drifts import Drifts
@@ -94,7 +94,7 @@ class Observations:
         if rows.are_tokens:
             self._read_tokens.add(first)
         if group.at_once:
-            self._grouped.add(group, rows, x)
+            self._grouped.add(group, rows, x, self._drifts.of_tokens(group, number, x, rows))
             return
         if group.names not in self.known:
             self._hessian(group).add(rows.weighted(rows.counted))
@@ -157,7 +157,11 @@ class Observations:
         assert experts is not None
         own = list(dict.fromkeys(in_expert(experts, name) for name in group.names))
         reads = self._experts.reads_tokens(experts, own, first.name in self._read_tokens)
-        return self._experts.weighted_each(experts, reads, self._grouped.take(group, first.shape[1]))
+        hessians, asked = self._grouped.take(group, first.shape[1]), self._drifts.asked(group)
+        drift = self._grouped.take_drift(group, first.shape[1]) if asked and reads else None
+        layers = by_expert(group, self._calls) if asked else []
+        wanted = [any(self._targets[name].config.asymmetric_alpha for name in own) for own in layers]
+        return self._experts.weighted_each(experts, reads, hessians, drift, wanted)
 
     def _with_drift(self, group: Group, evidence: Evidence, weight: int, *, paired: bool) -> Evidence:
         drift, told = self._drifts.mean(group, evidence.tokens, weight, paired=paired)

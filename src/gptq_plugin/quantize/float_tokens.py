@@ -20,13 +20,15 @@ from gptq_plugin.walk.float_walk import running_batch, serves_float
 class FloatTokens:
     """Keeps what enters each block of experts in both walks, so that a row that an expert reads finds its token.
 
-    An expert's rows are tokens of the block's input, bit-identical, in an order of the router's. A hash of their bits
-    gives the token, whose input in the float model is at the same place of that walk's block input.
+    An expert's rows are tokens of the block's input, bit-identical or in the dtype of the experts' weights, in an order
+    of the router's. A hash of their bits gives the token, whose input in the float model is at the same place of that
+    walk's block input.
     """
 
     def __init__(self) -> None:
         self._inputs: dict[str, dict[int, Tensor]] = {}  # of the float model, by experts and batch: [tokens, in]
-        self._places: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}  # sorted hashes of the rows, and their tokens
+        # By experts, batch and dtype: sorted hashes of the rows, and their tokens.
+        self._places: dict[str, dict[int, dict[torch.dtype, tuple[Tensor, Tensor]]]] = {}
 
     @contextlib.contextmanager
     def watching(self, sources: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -42,21 +44,21 @@ class FloatTokens:
             yield
 
     def of_rows(self, experts: str, batch: int, rows: Tensor) -> Tensor | None:
-        """The float model's inputs for rows [rows, in] that an expert reads; None if they are not known."""
-        inputs, places = self._inputs.get(experts, {}).get(batch), self._places.get(experts, {}).get(batch)
-        if inputs is None or places is None or inputs.dtype != rows.dtype or len(inputs) != len(places[0]):
+        """The float model's inputs for rows [rows, in] that experts read; None if they are not known."""
+        inputs, places = self._inputs.get(experts, {}).get(batch), self._places.get(experts, {}).get(batch, {})
+        if inputs is None or rows.dtype not in places or len(inputs) != len(places[rows.dtype][0]):
             return None
-        hashes, tokens = places
+        hashes, tokens = places[rows.dtype]
         wanted = row_hashes(rows)
         found = torch.searchsorted(hashes, wanted).clamp_(max=len(hashes) - 1)
-        return inputs[tokens[found]] if bool((hashes[found] == wanted).all()) else None
+        return inputs[tokens[found]].to(rows.dtype) if bool((hashes[found] == wanted).all()) else None
 
     def leave(self, experts: str) -> None:
         """Forgets the block."""
         self._inputs.pop(experts, None)
         self._places.pop(experts, None)
 
-    def _enter(self, experts: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, experts: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = running_batch()
         x = block_input(args, kwargs)
         if batch is None or x is None or not x.numel():
@@ -65,5 +67,8 @@ class FloatTokens:
         if serves_float():
             self._inputs.setdefault(experts, {})[batch] = rows.clone()
         else:
-            hashes, tokens = row_hashes(rows).sort()
-            self._places.setdefault(experts, {})[batch] = hashes, tokens
+            dtypes = {rows.dtype, *(one.dtype for one in module.parameters() if one.is_floating_point())}
+            places = self._places.setdefault(experts, {})[batch] = {}
+            for dtype in dtypes:
+                hashes, tokens = row_hashes(rows.to(dtype)).sort()
+                places[dtype] = hashes, tokens

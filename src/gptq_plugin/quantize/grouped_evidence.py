@@ -12,17 +12,18 @@ from torch import Tensor
 
 from gptq_plugin.calibration.positions import Rows
 from gptq_plugin.model.experts_at_once import Grouped
+from gptq_plugin.walk.each_drift import EachDrift
 from gptq_plugin.walk.each_hessian import EachHessian
 from gptq_plugin.walk.groups import Group
 from gptq_plugin.walk.ranges import Ranges
 
 
 class GroupedEvidence:
-    """Hessians of groups of experts until they are taken.
+    """Hessians and drifts of groups of experts until they are taken.
 
     Args:
         calls: The experts' calls, by name.
-        device: Where the Hessians live.
+        device: Where the sums live.
         exact: See `Hessian`.
         ranges: Gets the inputs' ranges.
     """
@@ -32,11 +33,22 @@ class GroupedEvidence:
         self._device, self._exact = device, exact
         self._ranges = ranges
         self._hessians: dict[tuple[str, ...], EachHessian] = {}  # by the names of a group
+        self._drifts: dict[tuple[str, ...], EachDrift] = {}
 
-    def add(self, group: Group, rows: Rows, x: Tensor) -> None:
-        """Adds a batch's input of a group, [rows, in], sorted by expert, of which `rows` count."""
+    def add(self, group: Group, rows: Rows, x: Tensor, original: Tensor | None = None) -> None:
+        """Adds a batch's input of a group, sorted by expert.
+
+        Args:
+            group: The group.
+            rows: Those that count.
+            x: The input, [rows, in].
+            original: The float model's, [counted rows, in], if it is known and asked for; overwritten.
+        """
         ends = self._calls[group.at_once[0]].call.ends_of(x)
-        self._of(group, x.shape[1]).add(rows.weighted(rows.counted), _counted(ends, rows.mask))
+        counted = _counted(ends, rows.mask)
+        self._of(group, x.shape[1]).add(rows.weighted(rows.counted), counted)
+        if original is not None:
+            self._drift_of(group, x.shape[1]).add(original, rows.counted, counted)
         for name in group.at_once:
             self._ranges.read_experts(self._calls[name].layers, x, ends)
 
@@ -52,15 +64,30 @@ class GroupedEvidence:
         hessians.over_ranks()
         return hessians
 
+    def take_drift(self, group: Group, width: int) -> EachDrift:
+        """`take` of the drifts."""
+        drift = self._drift_of(group, width)
+        del self._drifts[group.names]
+        drift.over_ranks()
+        return drift
+
     def discard(self, group: Group) -> None:
         """Drops what was observed of a group."""
         self._hessians.pop(group.names, None)
+        self._drifts.pop(group.names, None)
 
     def _of(self, group: Group, width: int) -> EachHessian:
         if group.names not in self._hessians:
-            experts = len(self._calls[group.at_once[0]].layers)
-            self._hessians[group.names] = EachHessian(experts, width, self._device, exact=self._exact)
+            self._hessians[group.names] = EachHessian(self._count(group), width, self._device, exact=self._exact)
         return self._hessians[group.names]
+
+    def _drift_of(self, group: Group, width: int) -> EachDrift:
+        if group.names not in self._drifts:
+            self._drifts[group.names] = EachDrift(self._count(group), width, self._device, exact=self._exact)
+        return self._drifts[group.names]
+
+    def _count(self, group: Group) -> int:
+        return len(self._calls[group.at_once[0]].layers)
 
 
 def _counted(ends: Tensor, mask: Tensor | None) -> Tensor:

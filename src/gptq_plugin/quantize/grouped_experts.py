@@ -19,25 +19,25 @@ from gptq_plugin.quantize.options import PassOptions
 
 _NEIGHBOURS = 3  # blocks that are on the device while weights are streamed
 _BYTES_HESSIAN = 8  # for every entry of a Hessian: half of it, in float64, and what is left of strips
+_BYTES_DRIFT = 8  # for every entry of a drift, in float64
 
 
 def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> dict[str, Grouped]:
     """The experts of a plan whose layers are all quantized, by name, if nothing is asked that needs them one by one.
 
-    Gradients weight the tokens of each layer by themselves, the float model's walk pairs tokens expert by expert, and
-    `cache_dir` and `resume` keep one stop of the walk after the other. If the device of any rank does not hold a block
-    of experts and their Hessians, all take one after the other. Collective.
+    Gradients weight the tokens of each layer by themselves, and `cache_dir` and `resume` keep one stop of the walk
+    after the other. If the device of any rank does not hold a block of experts and their evidence, all take one after
+    the other. Collective.
     """
     targets = {target.name: target.module for target in plan.targets}
-    one_by_one = plan.config.token_weighting == "gradients" or any(one.config.asymmetric_alpha for one in plan.targets)
-    if one_by_one or options.keeps:
+    if plan.config.token_weighting == "gradients" or options.keeps:
         return {}
     found = [
         one for one in find_grouped(plan.model) if all(name in targets for layers in one.layers for name in layers)
     ]
     free, streams = free_bytes(device, options.device_memory), plan.targets[0].parameter.device != device
     blocks = _NEIGHBOURS if streams or options.offload_weights else 1
-    fits = free is None or whole_bytes(found) * blocks + hessian_bytes(found) <= free // 4 * 3
+    fits = free is None or whole_bytes(found) * blocks + evidence_bytes(found, plan) <= free // 4 * 3
     return {one.name: one for one in found} if found and distributed.minimum(fits) else {}
 
 
@@ -47,7 +47,9 @@ def whole_bytes(grouped: Collection[Grouped]) -> int:
     return max((sum(one.nbytes for one in distinct_tensors(module)) for module in modules), default=0)
 
 
-def hessian_bytes(grouped: Collection[Grouped]) -> int:
-    """Bytes of the Hessians of all experts that are called at once, where that is most, and of what solves them."""
-    hessians = (len(one.layers) * one.in_features**2 * _BYTES_HESSIAN for one in grouped)
-    return max(hessians, default=0) + (CHUNK_BYTES if grouped else 0)
+def evidence_bytes(grouped: Collection[Grouped], plan: Plan) -> int:
+    """Bytes of the Hessians and drifts of all experts that are called at once, where that is most, and of what solves
+    them."""
+    of_entry = _BYTES_HESSIAN + _BYTES_DRIFT * any(one.config.asymmetric_alpha for one in plan.targets)
+    of_layers = (len(one.layers) * one.in_features**2 * of_entry for one in grouped)
+    return max(of_layers, default=0) + (CHUNK_BYTES if grouped else 0)

@@ -91,7 +91,8 @@ def _solver(
     def solve() -> Solutions:
         stacked = torch.cat([part for number in chosen for part in weights(number)]).unflatten(0, (size, -1))
         damp_percents = evidence.damp_percents.clamp(min=config.damp_percent)
-        return solve_each(stacked, filled(evidence.means), config, filled(damp_percents))
+        drifts = None if evidence.drifts is None else filled(evidence.drifts)
+        return solve_each(stacked, filled(evidence.means), config, filled(damp_percents), drifts)
 
     return solve
 

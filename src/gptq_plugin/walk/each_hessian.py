@@ -45,12 +45,12 @@ class EachHessian:
         """
         counts = ends.diff(prepend=ends.new_zeros(1))
         if self._apart:
-            add_each(self._apart, _split(x, counts))
+            add_each(self._apart, rows_of_each(x, counts))
             return
         with full_precision(x.device):
             self._tokens += counts
             if is_narrow(x) and self.in_features > _WIDE:
-                for total, rows in zip(self._sums, _split(x.detach(), counts), strict=True):
+                for total, rows in zip(self._sums, rows_of_each(x.detach(), counts), strict=True):
                     add_products(total, rows)
             else:
                 segment_sums(x).add_products(self._sums, x.detach(), ends)
@@ -90,7 +90,7 @@ class EachHessian:
         return self._means[start : self._taken]
 
 
-def _split(x: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
-    """Each expert's rows. Waits for the device."""
+def rows_of_each(x: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    """Each expert's rows of x, which come first there. Waits for the device."""
     sizes: list[int] = counts.tolist()
     return x[: sum(sizes)].split(sizes)

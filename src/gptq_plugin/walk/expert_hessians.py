@@ -23,6 +23,8 @@ from torch import Tensor
 
 from gptq_plugin import distributed
 from gptq_plugin.device.streams import AsyncRead
+from gptq_plugin.walk.drift import OTHER_TOKENS, judged
+from gptq_plugin.walk.each_drift import EachDrift
 from gptq_plugin.walk.each_hessian import EachHessian
 from gptq_plugin.walk.hessian import Hessian
 
@@ -100,15 +102,24 @@ class ExpertHessians:
         beside = self._beside(experts, reads_tokens, own.in_features)
         return _evidence(own.mean(beside), own.tokens, helped=beside is not None)
 
-    def weighted_each(self, experts: str, reads_tokens: bool, own: EachHessian) -> EachEvidence:
+    def weighted_each(
+        self,
+        experts: str,
+        reads_tokens: bool,
+        own: EachHessian,
+        drift: EachDrift | None = None,
+        wanted: Sequence[bool] = (),
+    ) -> EachEvidence:
         """`weighted` for layers of all of these experts. Collective.
 
         Args:
             experts: As there.
             reads_tokens: As there.
             own: The layers' Hessians, summed over ranks; dropped as they are taken.
+            drift: Their drifts, likewise, if they are paired with the float model's inputs.
+            wanted: Of each expert, whether its layers are to make up for drift; empty if none are.
         """
-        return EachEvidence(own, self._beside(experts, reads_tokens, own.in_features))
+        return EachEvidence(own, self._beside(experts, reads_tokens, own.in_features), drift, wanted)
 
     def leave(self, experts: str) -> None:
         """Forgets the tokens of the block."""
@@ -139,12 +150,17 @@ class EachEvidence:
     Args:
         own: The layers' Hessians.
         beside: What is weighted in; None if nothing is.
+        drift: As for `ExpertHessians.weighted_each`.
+        wanted: Likewise.
     """
 
-    def __init__(self, own: EachHessian, beside: Tensor | None) -> None:
-        self._own, self._beside = own, beside
+    def __init__(
+        self, own: EachHessian, beside: Tensor | None, drift: EachDrift | None = None, wanted: Sequence[bool] = ()
+    ) -> None:
+        self._own, self._beside, self._drift, self._wanted = own, beside, drift, wanted
         self._tokens = own.tokens()
         self._read = AsyncRead(self._tokens)
+        self._paired = _Paired.of(drift) if drift is not None else None
         self._taken = 0
 
     def take(self, experts: int) -> SomeEvidence:
@@ -152,16 +168,51 @@ class EachEvidence:
         some = slice(self._taken, self._taken + experts)
         self._taken = some.stop
         means, helped = self._own.take(experts, self._beside), self._beside is not None
-        damp_percents = self._tokens[some].new_zeros(experts, dtype=torch.float64)
+        tokens = self._tokens[some]
+        damp_percents = tokens.new_zeros(experts, dtype=torch.float64)
         if not helped:
-            shortage = self._own.in_features / self._tokens[some].double().clamp(min=1)
+            shortage = self._own.in_features / tokens.double().clamp(min=1)
             damp_percents = _damping(shortage).clamp(max=_MOST)
+        drifts = None
+        if self._drift is not None and self._paired is not None:
+            drifts = self._drift.take(self._paired.along[some], tokens + self._own.in_features)
 
         def each() -> list[Evidence]:
             own = zip(means, self._read.get()[some], strict=True)
-            return [_evidence(mean, tokens, helped=helped) for mean, tokens in own]
+            found = [_evidence(mean, tokens, helped=helped) for mean, tokens in own]
+            return [
+                self._with_drift(one, some.start + number, None if drifts is None else drifts[number])
+                for number, one in enumerate(found)
+            ]
 
-        return SomeEvidence(means, damp_percents, each)
+        return SomeEvidence(means, damp_percents, drifts, each)
+
+    def _with_drift(self, evidence: Evidence, expert: int, drift: Tensor | None) -> Evidence:
+        if not evidence.tokens or not self._wanted or not self._wanted[expert]:
+            return evidence
+        if self._paired is None:
+            return replace(evidence, deviations=(*evidence.deviations, OTHER_TOKENS))
+        along, paired = self._paired.read.get()
+        is_usable, told = judged(along[expert], evidence.tokens, int(paired[expert]))
+        return replace(evidence, drift=drift if is_usable else None, deviations=evidence.deviations + told)
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """What is told of experts' drifts.
+
+    Attributes:
+        along: See `EachDrift.along`.
+        read: That and the tokens, float64 [2, experts], on their way from the device.
+    """
+
+    along: Tensor
+    read: AsyncRead
+
+    @staticmethod
+    def of(drift: EachDrift) -> _Paired:
+        along = drift.along()
+        return _Paired(along, AsyncRead(torch.stack([along.double(), drift.tokens().double()])))
 
 
 @dataclass(frozen=True)
@@ -171,11 +222,13 @@ class SomeEvidence:
     Attributes:
         means: [experts, in, in].
         damp_percents: As in `Evidence`, float64 [experts], on the device.
+        drifts: C of each, [experts, in, in], 0 where none is to be made up for; None if that holds for all.
         each: Returns that of each; waits for the device.
     """
 
     means: Tensor
     damp_percents: Tensor
+    drifts: Tensor | None
     each: Callable[[], list[Evidence]]
 
 

@@ -77,7 +77,8 @@ class Ranges:
             sizes = [widths[name] for name in layers[0]]
 
             def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                _include_experts(self._of_experts[1], layers, output.split(sizes, -1), args[1])
+                if not serves_float():
+                    _include_experts(self._of_experts[1], layers, output.split(sizes, -1), args[1])
 
             return after
 
