@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gptq_plugin.checkpoint.tensor_file import write_tensors
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import shard_writer as shards
 from gptq_plugin.export.shard_writer import ShardWriter
@@ -57,9 +58,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def save(*args: Any, **kwargs: Any) -> None:
         assert opened.wait(20)
-        save_file(*args, **kwargs)
+        write_tensors(*args, **kwargs)
 
-    monkeypatch.setattr(shards, "save_file", save)
+    monkeypatch.setattr(shards, "write_tensors", save)
     return opened
 
 
@@ -184,6 +185,50 @@ def test_add_returns_while_the_disk_is_busy_and_waits_only_beyond_two_shards(
     assert sum(map(len, writer.finish().values())) == 16
 
 
+def test_add_waits_beyond_half_a_shard_of_what_may_wait_in_files(tmp_path: Path, gate: threading.Event) -> None:
+    writer = ShardWriter(tmp_path, 100 * KB, piece_bytes=10 * KB)
+    added: list[int] = []
+
+    def add() -> None:
+        for i in range(30):
+            writer.add(tensors(f"l{i}", 10))
+            added.append(i)
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    wait_until(lambda: len(added) == 5)
+    time.sleep(0.2)
+    assert added == [0, 1, 2, 3, 4]
+    gate.set()
+    thread.join(20)
+    assert len(added) == 30
+    assert sum(map(len, writer.finish().values())) == 60
+    assert writer._held == writer._waiting == writer._in_memory == 0
+
+
+def test_layers_are_taken_while_the_disk_is_waited_for_and_its_error_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, fails = threading.Event(), []
+
+    def fsync(_: int) -> None:
+        assert waits.wait(20)
+        if fails:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer = ShardWriter(tmp_path, 10 * KB)
+    for i in range(8):
+        writer.add(tensors(f"l{i}", 10))
+    wait_until(lambda: writer.is_in_shard("l7.a"))
+    fails.append(0)
+    waits.set()
+    with pytest.raises(
+        ExportError, match=r"shard-0000\d.safetensors could not be written.*Input/output error. See to it"
+    ):
+        writer.finish()
+
+
 def test_what_is_prepared_is_made_on_the_writers_thread(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, 10 * KB)
     threads = []
@@ -218,7 +263,7 @@ def test_an_error_on_the_thread_is_raised_by_the_next_calls(tmp_path: Path, monk
     def save(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(shards, "save_file", save)
+    monkeypatch.setattr(shards, "write_tensors", save)
     writer = ShardWriter(tmp_path, 10 * KB)
     with pytest.raises(ExportError, match=r"(?s)shard-00001\.safetensors.*no space left.*needs 15000 bytes.*make room"):
         for i in range(100):  # never waits for what can no longer be written

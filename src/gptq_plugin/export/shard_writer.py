@@ -1,7 +1,7 @@
 """Writes tensors to safetensors files in the background: `ShardWriter`.
 
-One thread gathers tensors and writes a file, a shard, whenever it has enough. A written tensor can be read back at
-once, mapped from the file, so that the caller can free its own copy.
+One thread gathers tensors and writes a file, a shard, whenever it has enough; another waits for the disk. A written
+tensor can be read back at once, mapped from the file, so that the caller can free its own copy.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_plugin.checkpoint.files import INDEX, WEIGHTS
+from gptq_plugin.checkpoint.tensor_file import write_tensors
 from gptq_plugin.device.memory import trim
 from gptq_plugin.errors import ExportError, brief
 from gptq_plugin.export.disk_space import disk_errors_explained, flush
@@ -28,15 +28,16 @@ Prepare = Callable[[Tensors], Tensors]
 
 
 class ShardWriter:
-    """Writes tensors to safetensors files of one folder, on its own thread.
+    """Writes tensors to safetensors files of one folder, on its own threads.
 
-    At most two shards and the tensors of one `add` are held on the host: beyond that, `add` waits. An error on the
-    thread is raised by the next `add`, or by `finish`. Call it from one thread at a time.
+    At most two shards and the tensors of one `add` are held on the host, half a shard of those that may wait in files:
+    beyond that, `add` waits. An error on a thread is raised by the next `add`, or by `finish`. Call it from one thread
+    at a time.
 
     Args:
         directory: An existing folder. Files named shard-*.safetensors there belong to this writer.
         shard_bytes: A shard is written as soon as it has this many bytes.
-        durable: Wait until each shard is on the disk; False leaves that to the system, for files that go anyway.
+        durable: See that each shard is on the disk; False leaves that to the system, for files that go anyway.
         piece_bytes: Tensors that come from a CPU wait for their shard in files of at least so many bytes, from which
             they are mapped, so that they take no memory; None keeps them in memory.
     """
@@ -48,13 +49,17 @@ class ShardWriter:
         self._shard_bytes = shard_bytes
         self._durable = durable
         self._worker = ThreadPoolExecutor(1, "shards")
+        self._flusher = ThreadPoolExecutor(1, "flushed-shards")
         self._changed = threading.Condition()
-        self._held = 0  # bytes that were added and are not on disk yet
+        self._held = 0  # bytes that were added and are in no file yet
+        self._waiting = 0  # of them, those that may wait in a file
         self._failure: BaseException | None = None
         self._gathered: Tensors = {}  # the next shard
         self._gathered_bytes = 0
+        self._in_memory = 0  # of them, those that are in no file yet
         self._piece_bytes = piece_bytes
         self._loose: Tensors = {}  # the part of the next shard that is in memory and may wait in a file
+        self._loose_bytes = 0
         self._pieces: dict[str, Any] = {}  # name -> safetensors' handle of the file in which it waits
         self._files: list[Path] = []
         self._written: dict[str, Any] = {}  # name -> safetensors' handle of the shard that holds it
@@ -71,10 +76,16 @@ class ShardWriter:
             ExportError: An earlier shard could not be written.
         """
         size = _size(tensors)
+        may_wait = self._piece_bytes is not None and not any(tensor.is_cuda for tensor in tensors.values())
+
+        def has_room() -> bool:
+            return self._held < 2 * self._shard_bytes and not (may_wait and 2 * self._waiting >= self._shard_bytes)
+
         with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or self._held < 2 * self._shard_bytes)
+            self._changed.wait_for(lambda: self._failure is not None or has_room())
             self._raise_failure()
             self._held += size
+            self._waiting += size * may_wait
         host, copied = _to_host(tensors)
         self._worker.submit(self._take, host, size, copied, prepare)
 
@@ -107,6 +118,8 @@ class ShardWriter:
         if self._gathered:
             also = self._merge(also)
             self._write()
+        self._flusher.shutdown()
+        self._raise_failure()
         files = [*self._files, *also]
         tensors, total = [_mapped(file) for file in files], len(files)
         names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)] if total > 1 else [WEIGHTS]
@@ -123,9 +136,10 @@ class ShardWriter:
         return contents
 
     def abort(self) -> None:
-        """Ends the thread after the file it is writing, and drops the rest. May be called at any time."""
+        """Ends the threads after the file they are writing, and drops the rest. May be called at any time."""
         self._fail(ExportError("the export was given up"))
         self._worker.shutdown()
+        self._flusher.shutdown()
 
     def _take(
         self, tensors: Tensors, size: int, copied: list[torch.cuda.Event], prepare: Prepare | None
@@ -140,42 +154,57 @@ class ShardWriter:
             prepared = tensors if prepare is None else prepare(tensors)
             self._gathered.update(prepared)
             self._gathered_bytes += size
+            self._in_memory += size
+            if self._piece_bytes is not None and not copied:
+                self._loose.update(prepared)
+                self._loose_bytes += size
             if self._gathered_bytes >= self._shard_bytes:
                 self._write()
-            elif self._piece_bytes is not None and not copied:
-                self._loose.update(prepared)
-                if _size(self._loose) >= self._piece_bytes:
-                    self._map_loose()
+            elif self._piece_bytes is not None and self._loose_bytes >= self._piece_bytes:
+                self._map_loose()
         except BaseException as error:  # noqa: BLE001 (it is raised on the caller's thread)
             self._fail(error)
 
     def _write(self) -> None:
         file = self._directory / f"shard-{len(self._files) + 1:05d}.safetensors"
         with disk_errors_explained(file, lambda: _size(self._gathered)):
-            save_file(self._gathered, file, metadata={"format": "pt"})
-            if self._durable:
-                with file.open("rb") as written:
-                    flush(written.fileno())  # here, in the background, not at the end
+            write_tensors(self._gathered, file, {"format": "pt"})
             handle = safe_open(str(file), framework="pt", device="cpu")
         self._files.append(file)
         self._written.update(dict.fromkeys(self._gathered, handle))
-        self._gathered, self._loose, self._pieces = {}, {}, {}
+        self._gathered, self._gathered_bytes, self._pieces = {}, 0, {}
+        self._let_go(self._in_memory)
+        if self._durable:
+            self._flusher.submit(self._flush, file)
+
+    def _let_go(self, size: int) -> None:
+        """Notes that so many bytes, all loose ones among them, are in files now."""
         with self._changed:
-            self._held -= self._gathered_bytes
-            self._gathered_bytes = 0
+            self._held -= size
+            self._waiting -= self._loose_bytes
             self._changed.notify_all()
+        self._in_memory -= size
+        self._loose, self._loose_bytes = {}, 0
         trim()
+
+    def _flush(self, file: Path) -> None:  # on the other thread
+        try:
+            size = file.stat().st_size
+            with disk_errors_explained(file, lambda: size), file.open("rb") as written:
+                flush(written.fileno())
+        except BaseException as error:  # noqa: BLE001 (it is raised on the caller's thread)
+            self._fail(error)
 
     def _map_loose(self) -> None:
         """Has the tensors that are in memory wait in a file, which lasts as long as it is mapped."""
         file = self._directory / "waiting.safetensors"
         with disk_errors_explained(file, lambda: _size(self._loose)):
-            save_file(self._loose, file)
+            write_tensors(self._loose, file)
             handle = safe_open(str(file), framework="pt", device="cpu")
             file.unlink()
         self._pieces.update(dict.fromkeys(self._loose, handle))
         self._gathered.update({name: handle.get_tensor(name) for name in self._loose})
-        self._loose = {}
+        self._let_go(self._loose_bytes)
 
     def _merge(self, also: Sequence[Path]) -> Sequence[Path]:
         """Moves the tensors of one small file into our only shard; returns the files that remain."""
