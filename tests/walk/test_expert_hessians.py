@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from gptq_plugin import distributed
+from gptq_plugin.walk.each_drift import EachDrift
 from gptq_plugin.walk.each_hessian import EachHessian
 from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
 from gptq_plugin.walk.hessian import Hessian
@@ -195,15 +198,92 @@ def test_the_evidence_of_experts_together_is_that_of_each(reads_tokens, exact):
         assert damp_percent == pytest.approx(one.damp_percent, rel=1e-12)
 
 
+def each_drift(own, device="cpu", *, exact, away=0.1):
+    """The third expert's inputs have little to do with those of the float model, and one of the fourth's is unknown."""
+    drift, own = EachDrift(len(own), WIDTH, device, exact=exact), [*own[:3], own[3][1:]]
+    ends = torch.tensor([len(one) for one in own]).cumsum(0, dtype=torch.int32)
+    seen = torch.cat(own).float()
+    x = seen + away * seen.roll(1, 1)
+    x[ends[1] : ends[2]] = -seen[ends[1] : ends[2]]
+    drift.add(x.to(device), seen.to(device), ends.to(device))
+    return drift
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_drifts_of_experts_together_are_those_of_each(exact):
+    experts, own = ExpertHessians(CPU), [rows(count, seed=count) for count in COUNTS]
+    hessians, drift = each_hessian(own, exact=exact), each_drift(own, exact=exact)
+    found = experts.weighted_each("mlp.experts", False, hessians, drift, [True, False, True, True])
+    some = [found.take(1), found.take(3)]
+    drifts = torch.cat([part.drifts for part in some])
+    none, unasked, unrelated, fourth = [one for part in some for one in part.each()]
+    for number, one in ((0, none), (2, unrelated)):
+        assert one.drift is None or not one.drift.any()
+        assert not drifts[number].any()
+    assert unasked.drift is None and "asymmetric_alpha" not in str((none.deviations, unasked.deviations))
+    assert "its inputs have little to do with the float model's" in unrelated.deviations[-1]
+    assert fourth.deviations == ("1 of 40 tokens have no counterpart in the float model: taken as not drifted",)
+    seen = own[3][1:].float()
+    torch.testing.assert_close(fourth.drift, 0.1 * seen.roll(1, 1).T @ seen / (40 + WIDTH), rtol=1e-4, atol=1e-5)
+    assert torch.equal(fourth.drift, drifts[3])
+
+
+def test_that_drift_is_asked_for_and_not_paired_is_told_of_experts_with_tokens():
+    own = [rows(count, seed=count) for count in COUNTS]
+    found = ExpertHessians(CPU).weighted_each("mlp.experts", False, each_hessian(own, exact=True), None, [True] * 4)
+    some = found.take(4)
+    assert some.drifts is None
+    told = ["the expert gets other tokens in the float model" in str(one.deviations) for one in some.each()]
+    assert told == [False, True, True, True]
+
+
+def scarce(monkeypatch, owner, name, call):
+    """There is no room for this call."""
+    follows, calls = getattr(owner, name), itertools.count()
+
+    def failing(*args, **options):
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return follows(*args, **options)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize("call", [0, 1])  # the block's mean, and the expert's
+def test_a_mean_that_finds_no_room_is_made_again(call, monkeypatch):
+    freed, found = [], []
+    for make_room in (lambda: False, lambda: not freed.append(1)):
+        experts = ExpertHessians(CPU, make_room=make_room)
+        experts.entered("a", rows(50, seed=1))
+        found.append(experts.weighted("a", True, hessian_of(rows(3))).mean)
+        scarce(monkeypatch, Hessian, "mean", call)
+    assert freed == [1] and torch.equal(*found)
+
+
+@pytest.mark.parametrize("call", [0, 1])  # the Hessians', and the drifts'
+def test_means_of_experts_together_that_find_no_room_are_made_again(call, monkeypatch):
+    freed, found, own = [], [], [rows(count, seed=count) for count in COUNTS]
+    for make_room in (lambda: False, lambda: not freed.append(1)):
+        experts = ExpertHessians(CPU, make_room=make_room)
+        sums = each_hessian(own, exact=True), each_drift(own, exact=True)
+        each = experts.weighted_each("a", False, *sums, [True] * 4)
+        if found:
+            scarce(monkeypatch, torch, "stack", call)
+        some = each.take(4)
+        found.append(torch.cat([some.means, some.drifts]))
+    assert freed == [1] and torch.equal(*found)
+
+
 @gpu
 @pytest.mark.parametrize("exact", [True, False])
 def test_on_a_gpu_nothing_waits_until_one_asks_for_the_evidence_of_each(exact):
     experts, own = ExpertHessians(torch.device("cuda")), [rows(count, seed=count) for count in COUNTS]
-    each = each_hessian(own, "cuda", exact=exact)
+    each, drift = each_hessian(own, "cuda", exact=exact), each_drift(own, "cuda", exact=exact)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        found = experts.weighted_each("mlp.experts", False, each)
+        found = experts.weighted_each("mlp.experts", False, each, drift, [True] * 4)
         some = found.take(4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [one.tokens for one in some.each()] == list(COUNTS)
+    assert [one.drift is None for one in some.each()] == [False, False, True, False]

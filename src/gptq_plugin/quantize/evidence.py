@@ -45,7 +45,7 @@ class Observations:
         weight_of: As for `Drifts`.
         exact: Their sums depend on neither order nor ranks.
         calls: Of experts that are called at once, by name.
-        make_room: As for `with_room`; for the means of groups that are no experts'.
+        make_room: As for `with_room`; for means.
 
     Attributes:
         ranges: Of the inputs that were observed; of the outputs too, while it watches.
@@ -69,7 +69,7 @@ class Observations:
         self._device = device
         self._hessians: dict[tuple[str, ...], Hessian] = {}  # by the names of a group
         self._exact = exact
-        self._experts = ExpertHessians(device, exact)
+        self._experts = ExpertHessians(device, exact, make_room)
         self._calls = calls or {}
         self._grouped = GroupedEvidence(self._calls, device, exact, self.ranges)
         self._make_room = make_room

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gptq_plugin import distributed
+from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.device.streams import on_device
 from gptq_plugin.kernels import segment_sums
@@ -76,18 +79,19 @@ class EachDrift:
             along, powers = self._sums.diagonal(dim1=1, dim2=2).sum(1), self._powers
         return torch.where(powers > 0, along / powers, 0)
 
-    def take(self, along: Tensor, weights: Tensor) -> Tensor:
+    def take(self, along: Tensor, weights: Tensor, make_room: Callable[[], bool] = lambda: False) -> Tensor:
         """The sums of the next experts, [experts, in, in] in float32, in their order. Drops them.
 
         Args:
             along: Those of `along`; a drift that has little to do with its inputs becomes 0.
             weights: By which sums are divided, [experts].
+            make_room: As for `EachHessian.take`.
         """
         start, self._taken = self._taken, self._taken + len(weights)
         weights = weights.clamp(min=1)[:, None, None]
         if self._apart:
             some, self._apart = self._apart[: len(weights)], self._apart[len(weights) :]
-            means = torch.stack([drift.total for drift in some]).div_(weights).float()
+            means = with_room(lambda: torch.stack([drift.total for drift in some]).div_(weights).float(), make_room)
         else:
             means = self._sums[start : self._taken].div_(weights)
         return means.masked_fill_((along < -MOST)[:, None, None], 0)

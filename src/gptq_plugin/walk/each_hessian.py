@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gptq_plugin import distributed
+from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.device.streams import on_device
 from gptq_plugin.kernels import mirror_passes, segment_sums
@@ -69,16 +72,17 @@ class EachHessian:
             return self._tokens
         return on_device([hessian.tokens for hessian in self._apart], self._tokens)
 
-    def take(self, experts: int, beside: Tensor | None = None) -> Tensor:
+    def take(self, experts: int, beside: Tensor | None = None, make_room: Callable[[], bool] = lambda: False) -> Tensor:
         """`Hessian.mean` of the next so many experts, [experts, in, in], in their order. Drops their sums.
 
         Args:
             experts: How many.
             beside: See `Hessian.mean`; the same in each call.
+            make_room: As for `with_room`, for exact sums; means of others are in their place.
         """
         if self._apart:
             some, self._apart = self._apart[:experts], self._apart[experts:]
-            return torch.stack([hessian.mean(beside) for hessian in some])
+            return with_room(lambda: torch.stack([hessian.mean(beside) for hessian in some]), make_room)
         if self._means is None:
             weights = self._tokens
             self._means = mirror_passes(self._sums).symmetric_(self._sums)

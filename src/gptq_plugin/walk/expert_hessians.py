@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gptq_plugin import distributed
+from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.streams import AsyncRead
 from gptq_plugin.walk.drift import OTHER_TOKENS, judged
 from gptq_plugin.walk.each_drift import EachDrift
@@ -63,10 +65,11 @@ class ExpertHessians:
     Args:
         device: Device of the Hessians.
         exact: See `Hessian`.
+        make_room: As for `with_room`; for means.
     """
 
-    def __init__(self, device: torch.device, exact: bool = True) -> None:
-        self._device, self._exact = device, exact
+    def __init__(self, device: torch.device, exact: bool = True, make_room: Callable[[], bool] = lambda: False) -> None:
+        self._device, self._exact, self._make_room = device, exact, make_room
         self._sums: dict[str, Hessian] = {}
         self._means: dict[str, Tensor] = {}  # by block the walk is in, over all ranks
         self._read_tokens: dict[tuple[str, str], bool] = {}  # by block and the layer's name in one expert
@@ -100,7 +103,8 @@ class ExpertHessians:
             own: The layer's Hessian, summed over ranks.
         """
         beside = self._beside(experts, reads_tokens, own.in_features)
-        return _evidence(own.mean(beside), own.tokens, helped=beside is not None)
+        mean = with_room(partial(own.mean, beside), self._make_room)
+        return _evidence(mean, own.tokens, helped=beside is not None)
 
     def weighted_each(
         self,
@@ -119,7 +123,8 @@ class ExpertHessians:
             drift: Their drifts, likewise, if they are paired with the float model's inputs.
             wanted: Of each expert, whether its layers are to make up for drift; empty if none are.
         """
-        return EachEvidence(own, self._beside(experts, reads_tokens, own.in_features), drift, wanted)
+        beside = self._beside(experts, reads_tokens, own.in_features)
+        return EachEvidence(own, beside, drift, wanted, self._make_room)
 
     def leave(self, experts: str) -> None:
         """Forgets the tokens of the block."""
@@ -140,7 +145,7 @@ class ExpertHessians:
                 return None
             sums = sums or Hessian(width, self._device, exact=self._exact)
             sums.over_ranks()
-            self._means[experts] = sums.mean()
+            self._means[experts] = with_room(sums.mean, self._make_room)
         return self._means[experts]
 
 
@@ -152,12 +157,19 @@ class EachEvidence:
         beside: What is weighted in; None if nothing is.
         drift: As for `ExpertHessians.weighted_each`.
         wanted: Likewise.
+        make_room: As for `with_room`.
     """
 
     def __init__(
-        self, own: EachHessian, beside: Tensor | None, drift: EachDrift | None = None, wanted: Sequence[bool] = ()
+        self,
+        own: EachHessian,
+        beside: Tensor | None,
+        drift: EachDrift | None = None,
+        wanted: Sequence[bool] = (),
+        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
         self._own, self._beside, self._drift, self._wanted = own, beside, drift, wanted
+        self._make_room = make_room
         self._tokens = own.tokens()
         self._read = AsyncRead(self._tokens)
         self._paired = _Paired.of(drift) if drift is not None else None
@@ -167,7 +179,7 @@ class EachEvidence:
         """That of the next so many experts."""
         some = slice(self._taken, self._taken + experts)
         self._taken = some.stop
-        means, helped = self._own.take(experts, self._beside), self._beside is not None
+        means, helped = self._own.take(experts, self._beside, self._make_room), self._beside is not None
         tokens = self._tokens[some]
         damp_percents = tokens.new_zeros(experts, dtype=torch.float64)
         if not helped:
@@ -175,7 +187,8 @@ class EachEvidence:
             damp_percents = _damping(shortage).clamp(max=_MOST)
         drifts = None
         if self._drift is not None and self._paired is not None:
-            drifts = self._drift.take(self._paired.along[some], tokens + self._own.in_features)
+            weights = tokens + self._own.in_features
+            drifts = self._drift.take(self._paired.along[some], weights, self._make_room)
 
         def each() -> list[Evidence]:
             own = zip(means, self._read.get()[some], strict=True)
