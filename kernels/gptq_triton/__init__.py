@@ -1,8 +1,8 @@
 """Kernels, imported as `gptq_plugin.kernels`. Needs torch, and Triton on a GPU only.
 
-`reference`, `plain_solve`, `plain_sums`, `plain_segments` and `plain_steps` define every operation in plain PyTorch;
-they are also the CPU path and the oracle of the tests. Triton modules are imported where they are called, so that the
-package imports without Triton.
+`reference`, `plain_solve`, `plain_sums`, `plain_segments`, `plain_steps` and `plain_latents` define every operation in
+plain PyTorch; they are also the CPU path and the oracle of the tests. Triton modules are imported where they are
+called, so that the package imports without Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import plain_segments, plain_solve, plain_steps, plain_sums, reference
+from . import plain_latents, plain_segments, plain_solve, plain_steps, plain_sums, reference
 
 
 def solver_loops(x: Tensor) -> ModuleType:
@@ -68,6 +68,16 @@ def step_passes(x: Tensor) -> ModuleType:
 
         return steps
     return plain_steps
+
+
+def latent_passes(x: Tensor, groups: Tensor | None) -> ModuleType:
+    """The module with `weight_of` and `gradients` for codes x: Triton's on a GPU where groups are in order, else
+    `plain_latents`."""
+    if x.is_cuda and groups is None:
+        from . import latents  # imported here: needs Triton
+
+        return latents
+    return plain_latents
 
 
 def _by_triton(x: Tensor) -> bool:

@@ -27,9 +27,27 @@ def test_the_last_batches_are_held_out(batch_size, held_out):
     rows = rows_of(samples(40), config, held_out)
     judged = firsts(rows.held_out)
     assert judged == list(range(30 - len(judged), 30)) and held_out <= len(judged) < held_out + batch_size
-    assert firsts(rows.train) == list(range(30 - len(judged))) and rows.samples == 30 - len(judged)
+    assert sorted(firsts(rows.train)) == list(range(30 - len(judged))) and rows.samples == 30 - len(judged)
     assert len(set(rows.numbers)) == len(rows.held_out)
     assert any("10 of 40 given were not used" in one for one in rows.deviations)
+
+
+def test_samples_to_train_on_are_in_an_order_of_the_seed():
+    """Rows cut from files are neighbours there: those of a batch would be alike."""
+    config = QuantizeConfig(nsamples=64, batch_size=4)
+    one, same, other = (rows_of(samples(64), config, 8, seed=seed) for seed in (0, 0, 1))
+    orders = [firsts(rows.train) for rows in (one, same, other)]
+    assert orders[0] == orders[1] and orders[2] != orders[0] and all(sorted(each) == list(range(56)) for each in orders)
+    for batch in one.train:
+        assert max(firsts([batch])) - min(firsts([batch])) > 3
+    assert firsts(one.held_out) == firsts(other.held_out) == list(range(56, 64))
+    assert one.digest == other.digest
+
+
+def test_batches_that_are_given_stay_as_they_are():
+    given = [{"input_ids": torch.stack(samples(2, 2 * number))} for number in range(6)]
+    rows = rows_of(given, QuantizeConfig(nsamples=12, batch_size=4), 2)
+    assert firsts(rows.train) == list(range(10)) and firsts(rows.held_out) == [10, 11]
 
 
 def test_several_sources_give_held_out_samples_in_their_proportion():

@@ -26,6 +26,9 @@ from gptq_plugin.calibration.takes import Takes
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 
+# The places of so many samples, of all ranks, each once: the same on every rank.
+Order = Callable[[int], Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -89,6 +92,7 @@ def collect(
     *,
     alone: bool = False,
     takes: Takes | None = None,
+    order: Order | None = None,
 ) -> Calibration:
     """Turns the user's data into batches. In a process group every rank calls it.
 
@@ -103,6 +107,7 @@ def collect(
         nsamples: Largest number of samples to use, from the first; `config.nsamples` if None.
         alone: Nothing is exchanged with other ranks: the batches are those of this rank's part.
         takes: What the model takes: other fields of token samples are left out, and positions beyond its own.
+        order: Of samples, before they are put into batches; None leaves them as they are. Ready batches stay.
 
     Raises:
         CalibrationError: `data` is a single text or none at all, texts come without a tokenizer or a chat template
@@ -113,14 +118,14 @@ def collect(
         return Items(tokenizer, config.model_seqlen, Takes() if takes is None else takes)
 
     if isinstance(data, Sources):
-        return _join([(part, _collect(part, config, items(), alone)) for part in data.parts])
+        return _join([(part, _collect(part, config, items(), alone, order)) for part in data.parts])
     whole = Source(data, "", config.nsamples if nsamples is None else nsamples)
-    collected = _collect(whole, config, items(), alone)
+    collected = _collect(whole, config, items(), alone, order)
     name = dataset_name(data.dataset if isinstance(data, DataLoader) else data)
     return replace(collected, sources={name: collected.samples} if name else {})
 
 
-def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool) -> Calibration:
+def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool, order: Order | None) -> Calibration:
     batches, own = _take(source, config, items)
     taken: Taken = own
     numbers: Sequence[int] = range(len(batches))
@@ -128,6 +133,8 @@ def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool) 
         taken, numbers = same_batches.over_ranks(own)
         if taken.sizes:
             batches = (batches or _batches(own.samples, 1))[: len(numbers)]
+    if order is not None:
+        taken = replace(taken, samples=[taken.samples[place] for place in order(len(taken.samples))])
     total = len(taken.sizes)
     if taken.samples or source.is_shared:
         batches = batches or _batches(taken.samples, config.batch_size)

@@ -72,7 +72,7 @@ class Descent(abc.ABC):
         self.ended = f"all {pace.steps} steps were made"
         self.interrupted = False
         groups = [{"params": list(some), "peak": peak} for some, peak in rates if some]
-        self._optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
+        self._optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON, fused=device.type == "cuda")
 
     @property
     def best(self) -> Judgement:
@@ -129,12 +129,12 @@ class Descent(abc.ABC):
         flat = torch.cat([*(part.flatten() for part in parts), told])
         del parts
         total = distributed.sum_(flat, count)
-        *gradients, told = flat.split([*(p.numel() for p in parameters), 2])
         finite = bool(torch.isfinite(flat).all())
-        loss, asked = told.tolist()
+        loss, asked = flat[-2:].tolist()
         if finite and total:
+            *gradients, _ = flat.div_(total).split([*(p.numel() for p in parameters), 2])
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient.view_as(parameter) / total
+                parameter.grad = gradient.view_as(parameter)
             for group in self._optimizer.param_groups:
                 group["lr"] = group["peak"] * _share_of_peak(self.steps, self._pace.steps)
             self._optimizer.step()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.kernels import latent_passes
 from gptq_plugin.kernels.reference import unpack
 from gptq_plugin.layers.packing import unpack_weight
 from gptq_plugin.layers.qlinear import QuantLinear, output_dtype
@@ -66,52 +67,71 @@ class FrozenCodes(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # the name under which nn.Linear's callers know it
         """Maps [..., in] to [..., out], as `QuantLinear` does."""
         x = input.to(output_dtype(input))
-        y: Tensor = _Product.apply(x, self._scales(), self.codes, self.groups)
+        y: Tensor = _Product.apply(x, self.log_ratio, self.values, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def values(self) -> Tensor:
+        """What is rounded to codes, [out, in]."""
+        return self.codes
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor] | None:
+        """The least and the greatest code of a group, float32 [out, G], if codes are trained."""
+        return None
 
     @torch.no_grad()
     def rounded_scales(self) -> Tensor:
         """The scales as a checkpoint stores them: float16 [G, out]."""
-        return self._scales().half().t().contiguous()
+        return self.scales().half().t().contiguous()
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, [out, in]."""
-        return weight_of(self.codes, self._scales(), self.groups, dtype)
+        return self.weight_of(self.values, self.scales(), dtype)
 
-    def _scales(self) -> Tensor:
-        scales = self.start * self.log_ratio.exp()
-        return scales + (scales.half().float() - scales).detach()
+    def weight_of(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight, [out, in], with these scales, rounded to float16."""
+        passes = latent_passes(values, self.groups)
+        weight: Tensor = passes.weight_of(values, as_stored(scales), self.ends, self.groups, dtype)
+        return weight
+
+    def gradients(self, of_weight: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients for the scales, and for the values if these are trained."""
+        passes = latent_passes(values, self.groups)
+        found: tuple[Tensor, Tensor | None] = passes.gradients(
+            of_weight, values, as_stored(scales), self.ends, self.groups
+        )
+        return found
+
+    def scales(self) -> Tensor:
+        """The scales before they are rounded, float32 [out, G]."""
+        return self.start * self.log_ratio.exp()
 
 
 class _Product(torch.autograd.Function):
     """x Wᵀ; the weight is made again for the backward, in place of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, codes: Tensor, groups: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, scales, codes, groups)
-        return x @ weight_of(codes, scales, groups, x.dtype).t()
+    def forward(ctx: Any, x: Tensor, log_ratio: Tensor, values: Tensor, layer: FrozenCodes) -> Tensor:
+        scales = layer.scales()
+        ctx.layer = layer
+        ctx.save_for_backward(x, values, scales)
+        return x @ layer.weight_of(values, scales, x.dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, scales, codes, groups = ctx.saved_tensors
-        of_x = grad @ weight_of(codes, scales, groups, grad.dtype) if ctx.needs_input_grad[0] else None
-        of_scales = None
-        if ctx.needs_input_grad[1]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, values, scales = ctx.saved_tensors
+        of_x = of_scales = of_values = None
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ ctx.layer.weight_of(values, scales, grad.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             of_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-            of_scales = sums_by_group(of_weight.float() * codes, groups, scales.shape[1])
-        return of_x, of_scales, None, None
+            of_scales, of_values = ctx.layer.gradients(of_weight, values, scales)
+            of_scales *= scales
+        return of_x, of_scales, of_values, None
 
 
-def weight_of(codes: Tensor, scales: Tensor, groups: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """W, [out, in]: exact in float32, as a scale has 11 bits and a code at most 9, then rounded once."""
-    if groups is not None:
-        return (codes * scales[:, groups]).to(dtype)
-    return (codes.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1).to(dtype)
-
-
-def sums_by_group(values: Tensor, groups: Tensor | None, count: int) -> Tensor:
-    """Sums [out, in] over the channels of each group: [out, groups]. The order of sums is always the same."""
-    if groups is None:
-        return values.unflatten(1, (count, -1)).sum(-1)
-    return values @ nn.functional.one_hot(groups, count).to(values.dtype)
+def as_stored(scales: Tensor) -> Tensor:
+    """Scales rounded to float16."""
+    return scales.half().float()

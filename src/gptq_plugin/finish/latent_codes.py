@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from gptq_plugin.finish.frozen_codes import FrozenCodes, output_dtype, sums_by_group, weight_of
+from gptq_plugin.finish.frozen_codes import FrozenCodes, as_stored
+from gptq_plugin.kernels import latent_passes
 from gptq_plugin.kernels.reference import unpack
 from gptq_plugin.layers.packing import pack_weight
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -48,75 +47,41 @@ class LatentCodes(FrozenCodes):
     def begin_at(self, wanted: Tensor) -> None:
         """Has latents begin at a weight, [out, in], or as near to it as is rounded to their codes: the weight that the
         layer computes with stays, bit for bit."""
-        codes = _by_group(self._rounded(), self.start, self.groups)
-        wanted = _by_group(wanted.detach().to(codes.device, torch.float32).contiguous(), self.start, self.groups)
-        apart = wanted / _of_channels(self.start, self.groups) - codes
-        apart = torch.where(torch.isfinite(apart), apart, 0.0).clamp_(-_WITHIN, _WITHIN)
-        self.latent.copy_((codes + apart).view_as(self.latent))
+        codes = self._rounded()
+        apart = wanted.detach().to(codes) / self._of_channels(self.start) - codes
+        self.latent.copy_(codes + torch.where(torch.isfinite(apart), apart, 0.0).clamp_(-_WITHIN, _WITHIN))
 
     @property
     def weight(self) -> Tensor:
         return torch.full((), torch.nan, dtype=self._dtype, device=self.latent.device).expand(self.latent.shape)
 
-    def forward(self, input: Tensor) -> Tensor:  # the name under which nn.Linear's callers know it
-        x = input.to(output_dtype(input))
-        y: Tensor = _Product.apply(x, self._scales(), self.latent, self.low, self.high, self.groups)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+    @property
+    def values(self) -> Tensor:
+        return self.latent
 
-    @torch.no_grad()
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return weight_of(self._rounded(), self._scales(), self.groups, dtype)
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        return self.low, self.high
 
     @torch.no_grad()
     def packed_codes(self) -> Tensor:
         """The codes as `QuantLinear` has them: `qweight`, int32 [words, out]."""
-        codes = _by_group(self._rounded().short(), self.zeros, self.groups) + _of_channels(self.zeros, self.groups)
-        return pack_weight(codes.to(torch.uint8).view_as(self.latent), self.bits)
+        codes = self._rounded().to(torch.int16) + self._of_channels(self.zeros)
+        return pack_weight(codes.to(torch.uint8), self.bits)
 
     @torch.no_grad()
     def wanted(self) -> Tensor:
         """The weight before it is rounded, float32 [out, in]: what another `LatentCodes` of the layer begins at."""
-        return weight_of(self.latent, self._scales(), self.groups, torch.float32)
+        return self.latent * self._of_channels(as_stored(self.scales()))
 
     def _rounded(self) -> Tensor:
-        return _rounded(self.latent, self.low, self.high, self.groups)
+        """The codes, float32 [out, in]."""
+        passes, ones = latent_passes(self.latent, self.groups), torch.ones_like(self.start)
+        rounded: Tensor = passes.weight_of(self.latent, ones, self.ends, self.groups, torch.float32)
+        return rounded
 
-
-class _Product(torch.autograd.Function):
-    """x Wᵀ; codes and weight are made again for the backward, in place of being kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scales: Tensor, latent: Tensor, low: Tensor, high: Tensor, groups: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, scales, latent, low, high, groups)
-        return x @ weight_of(_rounded(latent, low, high, groups), scales, groups, x.dtype).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        x, scales, latent, low, high, groups = ctx.saved_tensors
-        codes = _rounded(latent, low, high, groups)
-        of_x = grad @ weight_of(codes, scales, groups, grad.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).float()
-        of_scales = sums_by_group(of_weight * codes, groups, scales.shape[1])
-        of_latent, latents = _by_group(of_weight, scales, groups), _by_group(latent, scales, groups)
-        of_latent *= _of_channels(scales, groups)
-        beyond = (latents > _of_channels(high, groups)) & (of_latent < 0)
-        beyond |= (latents < _of_channels(low, groups)) & (of_latent > 0)
-        return of_x, of_scales, of_latent.masked_fill_(beyond, 0.0).view_as(latent), None, None, None
-
-
-def _rounded(latent: Tensor, low: Tensor, high: Tensor, groups: Tensor | None) -> Tensor:
-    """The codes, float32 [out, in], of latents."""
-    codes = _by_group(latent, low, groups).round()
-    return codes.clamp_(_of_channels(low, groups), _of_channels(high, groups)).view_as(latent)
-
-
-def _by_group(values: Tensor, like: Tensor, groups: Tensor | None) -> Tensor:
-    """Values [out, in] for the sake of `_of_channels`: [out, G, channels] where groups are in order."""
-    return values.unflatten(1, (like.shape[1], -1)) if groups is None else values
-
-
-def _of_channels(values: Tensor, groups: Tensor | None) -> Tensor:
-    """Values [out, G] of groups for their channels, to go with `_by_group`."""
-    return values[..., None] if groups is None else values[:, groups]
+    def _of_channels(self, values: Tensor) -> Tensor:
+        """Values [out, G] of groups for their channels, [out, in]."""
+        if self.groups is not None:
+            return values[:, self.groups]
+        return values.repeat_interleave(self.latent.shape[1] // values.shape[1], 1)

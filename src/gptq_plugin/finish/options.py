@@ -76,7 +76,7 @@ class Finish:
         code_learning_rate: Of codes with "full": about how far one moves in a step, in steps of its grid. None is
             1e-3, and 3e-3 for layers of 2 or 3 bits.
         block_steps: Steps at most for each block.
-        block_nsamples: Samples that blocks are trained on, over all ranks: the first of those, at most.
+        block_nsamples: Samples that blocks are trained on, over all ranks: the first of those in their order, at most.
         block_learning_rate: As `learning_rate`, in blocks. None is 3e-4, and 1e-3 for layers of 2 bits.
         block_code_learning_rate: As `code_learning_rate`, in blocks. None is 1e-3, 2e-3 for layers of 3 bits, and 4e-3
             for those of 2.
@@ -96,7 +96,7 @@ class Finish:
             alone decides what is kept. 0 leaves it out.
         checkpoint_activations: True keeps only the blocks' inputs for the backward, and runs their forwards again. None
             does so once a GPU's memory runs short.
-        seed: Of the order of batches.
+        seed: Of the order of samples and batches.
 
     Raises:
         ValueError: An option is out of range.

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Batch, Calibration, collect
 from gptq_plugin.calibration.sampling import share_of
@@ -22,7 +24,8 @@ class Rows:
     """This rank's batches.
 
     Attributes:
-        train: To train on.
+        train: To train on; token samples are in an order drawn at random, so that those of a batch, and of a step, are
+            not neighbours in their file.
         held_out: To judge on; the last of every source.
         numbers: Of the held-out batches, unique over all ranks.
         samples: To train on, over all ranks.
@@ -46,7 +49,12 @@ class Rows:
 
 
 def rows_of(
-    data: Iterable[Any], config: QuantizeConfig, held_out: int, tokenizer: Any = None, takes: Takes | None = None
+    data: Iterable[Any],
+    config: QuantizeConfig,
+    held_out: int,
+    tokenizer: Any = None,
+    takes: Takes | None = None,
+    seed: int = 0,
 ) -> Rows:
     """Collects samples as calibration does, and divides them. In a process group every rank calls it.
 
@@ -55,12 +63,21 @@ def rows_of(
         config: Its `nsamples` are those to train on and those held out.
         held_out: Samples to hold out, of several sources in their proportion; of fewer than asked a quarter at most.
         tokenizer, takes: As for `collect`.
+        seed: Of the order of samples to train on.
 
     Raises:
         CalibrationError: As `collect`; or there are fewer than two batches.
     """
     parts = [Sources((part,)) for part in data.parts] if isinstance(data, Sources) else [data]
-    given = [collect(part, config, tokenizer, share_of(config.nsamples), takes=takes) for part in parts]
+
+    def order(count: int) -> list[int]:
+        """Those of batches that may be held out stay the last."""
+        first = max(0, count - held_out - config.batch_size + 1)
+        drawn = torch.randperm(first, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        return [*drawn.tolist(), *range(first, count)]
+
+    share = share_of(config.nsamples)
+    given = [collect(part, config, tokenizer, share, takes=takes, order=order) for part in parts]
     sizes = [_sizes(collected) for collected in given]
     totals = [sum(of_source.values()) for of_source in sizes]
     total = sum(totals)

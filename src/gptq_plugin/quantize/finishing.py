@@ -121,7 +121,7 @@ class Finishing:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # a block's forward is replaced
             takes = takes_of(model, options.forward if task_loss is None else task_loss)
             config = finish.data_config(self.config)
-            rows = rows_of(batches, config, finish.held_out, options.tokenizer, takes)
+            rows = rows_of(batches, config, finish.held_out, options.tokenizer, takes, finish.seed)
             home = next(model.parameters()).device
             surroundings = Surroundings(
                 options.runner(every_logit=True),
