@@ -57,7 +57,7 @@ def test_a_sweep_of_descent_sets_each_code_to_the_best_for_all_others(grid, orde
     monkeypatch.setattr(refine.sweep.__globals__["tensor_cores"], "usable", lambda x: False)
     monkeypatch.setitem(refine.sweep.__globals__, "SPAN", span)
     monkeypatch.setitem(refine.sweep.__globals__, "_STRIP", strip)
-    found = refine.descended(rows, now)
+    [found] = refine.descended([rows], [now])
     damping = torch.empty(n, dtype=torch.float64)
     damping[rows.recursion.channel.long()] = rows.recursion.damping
     for row in range(6):
@@ -100,7 +100,7 @@ def test_a_round_picks_grids_that_suit_the_targets_and_solves_on_them(grid, orde
     ]
     torch.testing.assert_close(error(scales, zeros), torch.stack(tried).amin(0))
     assert bool((scales != now.scales).any())
-    found = refine.regridded(rows, now)
+    [found] = refine.regridded([rows], [now])
     picked = (found.scales == scales).all(0)
     half = (found.scales == rows.storable((scales * now.scales).sqrt(), now.zeros)).all(0)
     assert bool((picked | half).all()) and bool(picked.any())
@@ -118,7 +118,8 @@ def test_the_loss_of_no_row_rises_through_any_step(bits, grid, order):
 
     first, steps = exact(now), [refine.regridded] * 2 + [refine.refitted, refine.descended] * 2
     for step in steps:
-        after = refine.better(now, step(rows, now))
+        found = step(rows, now) if step is refine.refitted else step([rows], [now])[0]
+        after = refine.better(now, found)
         assert bool((exact(after) <= exact(now)).all())
         torch.testing.assert_close(exact(after), after.loss, rtol=1e-9, atol=0)
         now = after

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptq_plugin import QuantizeConfig
+from gptq_plugin.gptq import sweep
 from gptq_plugin.gptq.solve_each import most, solve_each
 from gptq_plugin.gptq.solver import solve
 
@@ -83,6 +84,20 @@ def test_those_that_have_no_solution_are_told_and_do_not_disturb_the_others():
     found = solve_each(weights, hessians, config, damping)
     assert found.good.tolist() == [False, True, False, False, False]
     assert torch.equal(found.codes[1], wanted.codes[1])
+
+
+@pytest.mark.parametrize("config", DRIFTING)
+def test_with_operands_of_16_bits_each_is_solved_as_if_it_were_alone(config, monkeypatch):
+    weights, hessians = problems(3, 24, 96, torch.float32)
+    drifts = drifts_of(hessians)
+    monkeypatch.setattr(sweep.tensor_cores, "usable", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(sweep, "SPAN", 32)
+    config = QuantizeConfig(**{"group_size": 32, "bits": 3, **DRIFTING[config]})
+    found = solve_each(weights, hessians, config, torch.full((3,), config.damp_percent), drifts)
+    alone = [solve(*one, config, one_drift, in_blocks=False) for *one, one_drift in zip(weights, hessians, drifts)]
+    same = torch.stack([one.weight.codes == found.codes[number].T for number, one in enumerate(alone)])
+    assert found.good.all() and same.double().mean() > 0.99
+    torch.testing.assert_close(found.losses[:, 0], torch.stack([one.loss for one in alone]), rtol=0.05, atol=0)
 
 
 def test_a_drift_that_is_not_finite_is_told_and_does_not_disturb_the_others():

@@ -8,7 +8,7 @@ Tested by tests/gptq/test_refine.py: with the steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -78,12 +78,12 @@ class Improvement:
         self.g_idx = start.g_idx
         rows = Rows.of(start, self._hessian, arranged=self._arranged)
         self._arranged = rows.hessian
-        return _in_units_of_weights(rows, start)
+        return _in_units_of_weights([rows], start)[0]
 
 
 class EachImprovement:
-    """`Improvement` for matrices with a Hessian each: the recursion for all of them together, then the steps for one
-    after the other. A GPU is not waited for.
+    """`Improvement` for matrices with a Hessian each: columns are visited for all of them together, and what is between
+    the visits is done for one after the other. A GPU is not waited for.
 
     Args:
         weights: [B, rows, in], the targets.
@@ -115,19 +115,17 @@ class EachImprovement:
     def visit(self) -> None:
         """Fills codes, scales, zeros and loss."""
         self._start.visit_in_units(rough=_has_steps(self._start.config))
-        found = [
-            _in_units_of_weights(Rows.of(self._start, hessian, number), self._start, number)
-            for number, hessian in enumerate(self._hessians)
-        ]
+        each = [Rows.of(self._start, hessian, number) for number, hessian in enumerate(self._hessians)]
+        found = _in_units_of_weights(each, self._start)
         for name in Rounding.__annotations__:
             setattr(self, name, torch.stack([getattr(one, name) for one in found]))
 
 
-def _in_units_of_weights(rows: Rows, start: Recursion, number: int = 0) -> Rounding:
-    """The rounding of a block after all steps."""
-    begun = Rounding(*(getattr(start, name)[number] for name in Rounding.__annotations__))
-    found = improved(rows, begun)
-    return Rounding(found.codes, found.scales * rows.unit, found.zeros, found.loss * rows.unit.square())
+def _in_units_of_weights(each: Sequence[Rows], start: Recursion) -> list[Rounding]:
+    """The roundings of all blocks after all steps."""
+    begun = zip(*(getattr(start, name) for name in Rounding.__annotations__), strict=True)
+    found = zip(each, improved(each, [Rounding(*one) for one in begun]), strict=True)
+    return [Rounding(of.codes, of.scales * rows.unit, of.zeros, of.loss * rows.unit.square()) for rows, of in found]
 
 
 def _has_steps(config: QuantizeConfig) -> bool:

@@ -2,7 +2,8 @@
 
 Each step is a function of the rows to round (`Rows`: targets, Hessian, order of columns) and of how they are rounded
 (`Rounding`: codes and grids), to another rounding; a row takes that where its loss, (w − q) H (w − q)ᵀ without damping,
-falls. A step yields its loss, or how much that changes, by the way: no product with the whole Hessian is left for it.
+falls. Steps that visit the columns take the rows of several Hessians, and visit them together. A step yields its loss,
+or how much that changes, by the way: no product with the whole Hessian is left for it.
 Scales are as stored, in float16, whenever a loss is computed. `plain_steps` of the kernels defines the steps. On a GPU
 their products have float16 operands, and the losses of a layer are right to a thousandth.
 
@@ -15,7 +16,7 @@ their products have float16 operands, and the losses of a layer are right to a t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,13 +158,13 @@ def grouped_channels(order: Tensor, config: QuantizeConfig) -> Tensor:
     return order.sort().values if config.static_groups else order.flip(0)
 
 
-def improved(rows: Rows, now: Rounding) -> Rounding:
-    """The rounding after all steps that the configuration asks for."""
-    for _ in range(rows.config.scale_rounds):
-        now = better(now, regridded(rows, now))
-    for _ in range(rows.config.refit_rounds):
-        now = better(now, refitted(rows, now))
-        now = better(now, descended(rows, now))
+def improved(each: Sequence[Rows], now: Sequence[Rounding]) -> Sequence[Rounding]:
+    """The roundings after all steps that the configuration, one for all, asks for."""
+    for _ in range(each[0].config.scale_rounds):
+        now = list(map(better, now, regridded(each, now)))
+    for _ in range(each[0].config.refit_rounds):
+        now = list(map(better, now, map(refitted, each, now)))
+        now = list(map(better, now, descended(each, now)))
     return now
 
 
@@ -175,16 +176,15 @@ def better(now: Rounding, other: Rounding) -> Rounding:
     )
 
 
-def regridded(rows: Rows, now: Rounding) -> Rounding:
+def regridded(each: Sequence[Rows], now: Sequence[Rounding]) -> list[Rounding]:
     """Solves on grids picked for the compensated targets, and on those half way to them."""
-    scales, zeros = _picked_grids(rows, _targets(rows, now), now)
-    half = rows.storable((scales * now.scales).sqrt(), now.zeros)
-    scales, zeros = torch.cat([scales, half], 1)[None], torch.cat([zeros, now.zeros], 1)[None]
-    pushed = rows.weight.new_zeros(*rows.weight.shape[:2], scales.shape[2])
-    codes, loss = sweep(rows.recursion, rows.weight, scales, zeros, pushed, rows.config.bits, rough=True)
+    scales, zeros = map(_together, zip(*map(_grids_to_try, each, now), strict=True))
+    weight, columns = _together([rows.weight for rows in each]), Columns.together([rows.recursion for rows in each])
+    pushed = weight.new_zeros(*weight.shape[:2], scales.shape[2])
+    codes, loss = sweep(columns, weight, scales, zeros, pushed, each[0].config.bits, rough=True)
     del pushed
-    loss, codes, scales, zeros = keep_best(loss, rows.weight.shape[2], codes, scales, zeros)
-    return Rounding(codes[0], scales[0], zeros[0], loss[0])
+    loss, codes, scales, zeros = keep_best(loss, weight.shape[2], codes, scales, zeros)
+    return [Rounding(*of_one) for of_one in zip(codes, scales, zeros, loss, strict=True)]
 
 
 def refitted(rows: Rows, now: Rounding) -> Rounding:
@@ -206,18 +206,41 @@ def refitted(rows: Rows, now: Rounding) -> Rounding:
     return Rounding(now.codes, scales, now.zeros, losses)
 
 
-def descended(rows: Rows, now: Rounding) -> Rounding:
+def descended(each: Sequence[Rows], now: Sequence[Rounding]) -> list[Rounding]:
     """Sets each code once to the best for all others, in the order of GPTQ's visits.
 
     It is the recursion with other rows: a column's target also takes the errors that columns still to come have so far.
     """
+    pushed = _together(list(map(_pushed_by_all, each, now)))
+    weight, columns = (
+        _together([rows.weight for rows in each]),
+        Columns.together([rows.hessian.descent for rows in each]),
+    )
+    fields = ([getattr(one, name)[None] for one in now] for name in ("scales", "zeros", "codes"))
+    scales, zeros, before = map(_together, fields)
+    codes, change = sweep(columns, weight, scales, zeros, pushed, each[0].config.bits, before=before, rough=True)
+    steps = zip(now, codes, change, strict=True)
+    return [Rounding(found, one.scales, one.zeros, one.loss + falls) for one, found, falls in steps]
+
+
+def _pushed_by_all(rows: Rows, now: Rounding) -> Tensor:
+    """What the errors of columns still to come push to each, [1, n, rows]."""
     errors, descent = rows.errors(now, rows.by_position)[None], rows.hessian.descent
     pushed = torch.zeros_like(errors)
     add_triangle(pushed, descent.rows, errors, descent.bounded, lower=True)
-    del errors
-    scales, zeros, before = now.scales[None], now.zeros[None], now.codes[None]
-    codes, change = sweep(descent, rows.weight, scales, zeros, pushed, rows.config.bits, before=before, rough=True)
-    return Rounding(codes[0], now.scales, now.zeros, now.loss + change[0])
+    return pushed
+
+
+def _grids_to_try(rows: Rows, now: Rounding) -> tuple[Tensor, Tensor]:
+    """For each row the grids picked for its compensated targets, and those half way to them, [1, G, 2·rows]."""
+    scales, zeros = _picked_grids(rows, _targets(rows, now), now)
+    half = rows.storable((scales * now.scales).sqrt(), now.zeros)
+    return torch.cat([scales, half], 1)[None], torch.cat([zeros, now.zeros], 1)[None]
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """Parts [1, ...] as one tensor; not a copy of one alone."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _targets(rows: Rows, now: Rounding) -> Tensor:

@@ -25,6 +25,7 @@ CHUNK_BYTES = 2**32  # of the tensors of matrices that are solved together
 _BYTES_HESSIAN = 20  # for every entry: the mean, the factor, and copies on the way
 _BYTES_WEIGHT = 30
 _BYTES_DRIFT = 8  # for every entry of the Hessian and of the weight, with asymmetric targets
+_BYTES_STEPS = 12  # likewise, if rounding is improved
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Solutions:
 
 def most(rows: int, columns: int, config: QuantizeConfig) -> int:
     """How many matrices of a shape to solve together. It follows from these alone: sums may depend on it."""
-    of_weight = max(_BYTES_WEIGHT, bytes_of_weight(config) if improves(config) else 0)
-    of_drift = _BYTES_DRIFT if config.asymmetric_alpha else 0
-    return max(1, CHUNK_BYTES // (columns * (columns * (_BYTES_HESSIAN + of_drift) + rows * (of_weight + of_drift))))
+    of_both = (_BYTES_DRIFT if config.asymmetric_alpha else 0) + (_BYTES_STEPS if improves(config) else 0)
+    of_weight = bytes_of_weight(config) if improves(config) else _BYTES_WEIGHT
+    return max(1, CHUNK_BYTES // (columns * (columns * (_BYTES_HESSIAN + of_both) + rows * (of_weight + of_both))))
 
 
 def solve_each(

@@ -9,7 +9,7 @@ Tested by tests/gptq/test_solver.py: on whole solutions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +51,16 @@ class Columns:
         own = {name: values[block] if values.dim() == 2 else values for name, values in each.items()}
         return replace(self, rows=self.rows[block : block + 1], **own)
 
+    @staticmethod
+    def together(each: Sequence[Columns]) -> Columns:
+        """Those of several blocks, of which `of` gives each."""
+        if len(each) == 1:
+            return each[0]
+        names = ("channel", "group", "gain", "damping")
+        stacked = {name: torch.stack([getattr(one, name) for one in each]) for name in names}
+        rows = torch.cat([one.rows for one in each])
+        return Columns(**stacked, rows=rows, bounded=all(one.bounded for one in each))
+
 
 def sweep(
     columns: Columns,
@@ -85,8 +95,7 @@ def sweep(
     codes = torch.empty_like(pushed, dtype=torch.uint8) if before is None else before.clone()
     loss = torch.zeros_like(pushed[:, 0])
     width, rough = width or SPAN, rough and columns.bounded
-    is_narrow = rough and len(columns.rows) == 1 and tensor_cores.usable(pushed)
-    narrow = torch.empty_like(pushed, dtype=torch.float16) if is_narrow else None
+    narrow = torch.empty_like(pushed, dtype=torch.float16) if rough and tensor_cores.usable(pushed) else None
     for stop in range(pushed.shape[1], 0, -width):
         start = max(stop - width, 0)
         if begin is not None:
@@ -183,7 +192,10 @@ def add_triangle(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool, lower
 
 
 def add_narrow_products(out: Tensor, rows: Tensor, narrow: Tensor) -> None:
-    """out[b] += rows[0] @ errors[b], on tensor cores, for errors in float16, times `_SCALE`."""
+    """out[b] += rows[b] @ errors[b], or rows[0] @ errors[b], on tensor cores, for errors in float16, times `_SCALE`."""
     left = tensor_cores.narrowed(rows, 1.0)
+    if len(left) > 1:
+        tensor_cores.add_product(out, left, narrow, alpha=1 / _SCALE)
+        return
     for block, of_block in zip(out.split(1), narrow.split(1), strict=True):
         tensor_cores.add_product(block, left, of_block, alpha=1 / _SCALE)
