@@ -51,7 +51,7 @@ class FrozenCodes(nn.Module):
         differences = codes.short() - zeros.short()[:, g_idx.long()]
         if layer.bits < 8 or bool((zeros == 128).all()):
             differences = differences.to(torch.int8)
-        self.register_buffer("codes", differences)
+        self.register_buffer("codes", differences.contiguous())
         self.register_buffer("start", scales.t().float().contiguous())
         self.register_buffer("groups", None if regular else g_idx.long())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().to(device))
@@ -88,20 +88,18 @@ class FrozenCodes(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, [out, in]."""
-        return self.weight_of(self.values, self.scales(), dtype)
+        return self.weight_of(self.values, as_stored(self.scales()), dtype)
 
     def weight_of(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight, [out, in], with these scales, rounded to float16."""
+        """The weight, [out, in], with these scales."""
         passes = latent_passes(values, self.groups)
-        weight: Tensor = passes.weight_of(values, as_stored(scales), self.ends, self.groups, dtype)
+        weight: Tensor = passes.weight_of(values, scales, self.ends, self.groups, dtype)
         return weight
 
     def gradients(self, of_weight: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients for the scales, and for the values if these are trained."""
         passes = latent_passes(values, self.groups)
-        found: tuple[Tensor, Tensor | None] = passes.gradients(
-            of_weight, values, as_stored(scales), self.ends, self.groups
-        )
+        found: tuple[Tensor, Tensor | None] = passes.gradients(of_weight, values, scales, self.ends, self.groups)
         return found
 
     def scales(self) -> Tensor:
@@ -115,19 +113,20 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_ratio: Tensor, values: Tensor, layer: FrozenCodes) -> Tensor:
         scales = layer.scales()
+        stored = as_stored(scales)
         ctx.layer = layer
-        ctx.save_for_backward(x, values, scales)
-        return x @ layer.weight_of(values, scales, x.dtype).t()
+        ctx.save_for_backward(x, values, scales, stored)
+        return x @ layer.weight_of(values, stored, x.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, values, scales = ctx.saved_tensors
+        x, values, scales, stored = ctx.saved_tensors
         of_x = of_scales = of_values = None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ ctx.layer.weight_of(values, scales, grad.dtype)
+            of_x = grad @ ctx.layer.weight_of(values, stored, grad.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             of_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-            of_scales, of_values = ctx.layer.gradients(of_weight, values, scales)
+            of_scales, of_values = ctx.layer.gradients(of_weight, values, stored)
             of_scales *= scales
         return of_x, of_scales, of_values, None
 

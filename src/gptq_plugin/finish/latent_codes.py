@@ -38,8 +38,8 @@ class LatentCodes(FrozenCodes):
         super().__init__(layer, device)
         zeros = unpack(layer.packed().qzeros.to(device).t(), layer.bits, layer.out_features).short()
         self.register_buffer("zeros", zeros)
-        self.register_buffer("low", -zeros.float())
-        self.register_buffer("high", 2**layer.bits - 1 - zeros.float())
+        self.register_buffer("low", -zeros.float().contiguous())
+        self.register_buffer("high", 2**layer.bits - 1 + self.low)
         self.latent = nn.Parameter(self.codes.float())
         self.codes = torch.empty(0, dtype=torch.int8, device=device)  # the latents hold them
 
