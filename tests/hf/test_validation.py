@@ -161,12 +161,78 @@ def test_the_trainers_loss_is_judged_by_its_batches(tmp_path):
     one_by_one = {"per_device_eval_batch_size": 2}
     trainer, callback = run(tmp_path, {"bits": 2}, kind=Twice, max_degradation=limits, arguments=one_by_one)
     (spread,), (found,) = callback.report.spreads.values(), callback.report.metrics.values()
-    assert spread.parts == len(Rows()) // 2 and spread.low < found["gptq"] - found["float"] < spread.high
+    assert (spread.parts, spread.unit, spread.why) == (len(Rows()), "samples", "") and spread.low < found[
+        "gptq"
+    ] - found["float"] < spread.high
     assert found["gptq"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
     assert "±" in (tmp_path / "out/README.md").read_text()
     (entry,) = [entry for entry in trainer.state.log_history if "gptq/eval_loss/margin" in entry]
     assert entry["gptq/eval_loss/margin"] == pytest.approx(spread.margin)
     assert "prediction_step" not in vars(trainer) and "evaluation_loop" not in vars(trainer)
+
+
+def test_the_interval_is_over_samples_whatever_the_batches_are(tmp_path):
+    spreads = []
+    for size in (1, 5):
+        arguments = {"per_device_eval_batch_size": size}
+        _, callback = run(
+            tmp_path / str(size), {"bits": 2}, max_degradation={"eval_loss": "90% at 95%"}, arguments=arguments
+        )
+        spreads += callback.report.spreads.values()
+    assert [one.parts for one in spreads] == [len(Rows())] * 2 and spreads[1].unit == "samples"
+    assert spreads[1].low == pytest.approx(spreads[0].low, rel=1e-3)
+    assert spreads[1].high == pytest.approx(spreads[0].high, rel=1e-3)
+
+
+class Contrastive(Trainer):
+    """A loss of each sample against the others of its batch, from which it takes the labels."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs.pop("labels")
+        outputs = model(**inputs, output_hidden_states=True)
+        states = outputs.hidden_states[-1].mean(1)
+        loss = torch.nn.functional.cross_entropy(states @ states.T, torch.arange(len(states)))
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_of_whole_batches_is_noticed_and_they_are_drawn(tmp_path):
+    arguments = {"per_device_eval_batch_size": 2}
+    _, callback = run(tmp_path, {"bits": 2}, kind=Contrastive, arguments=arguments)
+    (spread,) = callback.report.spreads.values()
+    assert (spread.parts, spread.unit) == (12, "batches") and "is no mean of its samples' (0" in spread.why
+    assert "over 12 batches, because a batch's value" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_mean_over_tokens_is_drawn_with_the_samples_tokens(tmp_path):
+    class Padded(Rows):
+        def __getitem__(self, index):
+            labels = self.ids[index].clone()
+            labels[2 + index % 13 :] = -100
+            return {"input_ids": self.ids[index], "labels": labels}
+
+    arguments = {"per_device_eval_batch_size": 6}
+    trainer, callback = run(tmp_path, {"bits": 2}, eval_dataset=Padded(), arguments=arguments)
+    (spread,), (found,) = callback.report.spreads.values(), callback.report.metrics.values()
+    assert (spread.parts, spread.unit) == (24, "samples")
+    assert spread.low < found["gptq"] - found["float"] < spread.high
+
+
+def test_what_a_trainer_gathers_for_its_own_metrics_is_of_batches_alone(tmp_path):
+    class Gathers(Trainer):
+        steps = 0
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.gathered = {"eval": {"sizes": []}}
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            self.gathered["eval"]["sizes"].append(len(inputs["input_ids"]))
+            self.steps += 1
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    trainer, callback = run(tmp_path, kind=Gathers, arguments={"per_device_eval_batch_size": 5})
+    assert trainer.gathered["eval"]["sizes"] == [5, 5, 5, 5, 4] * 2 and trainer.steps == 10
+    assert next(iter(callback.report.spreads.values())).unit == "samples"
 
 
 def test_several_evaluation_datasets_have_their_spreads(tmp_path):
@@ -192,6 +258,6 @@ def test_confidence_that_cannot_be_had_is_refused_before_the_model_is_quantized(
     for validate, why in ((lambda: {"loss": 1.0}, "it is no mean"), (lambda: {"loss": [1.0] * 9}, "there are 9")):
         with pytest.raises(ValueError, match=rf"max_degradation\['loss'\] asks for a confidence .*{why}"):
             run(tmp_path, validate=validate, max_degradation={"loss": "1% at 95%"})
-    with pytest.raises(ValueError, match=r"asks for a confidence that cannot be had: there are 4 batches"):
+    with pytest.raises(ValueError, match=r"asks for a confidence that cannot be had: there are 4 batches \(a batch's"):
         arguments = {"per_device_eval_batch_size": len(Rows()) // 4}
-        run(tmp_path, max_degradation={"eval_loss": "1% at 95%"}, arguments=arguments)
+        run(tmp_path, kind=Contrastive, max_degradation={"eval_loss": "1% at 95%"}, arguments=arguments)

@@ -476,10 +476,84 @@ def test_a_change_is_reported_and_judged_with_what_it_is_known_to(tmp_path, capl
         assert bool(told) != good and all("at 99% confidence up to" in one for one in told)
 
 
+def test_the_interval_is_over_samples_whatever_the_batches_are(tmp_path):
+    """The same as with batches of one, where batches of five are three, of which nothing could be told."""
+    found = {}
+    for size in (1, 5):
+        callback = GPTQCallback(
+            QuantizeModule(**TWO_BITS), tmp_path / str(size), max_degradation={"val_loss": "90% at 95%"}
+        )
+        fit(OneByOne(batch_size=size), None, [callback], tmp_path)
+        found[size] = callback.report.metrics["val_loss"], callback.report.spreads["val_loss"]
+        assert "paired bootstrap over 13 samples." in (tmp_path / str(size) / "README.md").read_text()
+    (metrics, alone), (same_metrics, divided) = found.values()
+    assert same_metrics == pytest.approx(metrics, rel=1e-5)
+    assert (divided.parts, divided.unit, divided.why) == (13, "samples", "")
+    assert (divided.low, divided.high) == pytest.approx((alone.low, alone.high), rel=1e-3)
+
+
+class Contrastive(OneByOne):
+    """A loss of each sample against the others of its batch."""
+
+    def validation_step(self, batch, batch_idx):
+        states = self.model(**batch, output_hidden_states=True).hidden_states[-1].mean(1)
+        self.log("val_loss", torch.nn.functional.cross_entropy(states @ states.T, torch.arange(len(states))))
+
+
+def test_a_metric_of_whole_batches_is_noticed_and_they_are_drawn(tmp_path):
+    module = Contrastive()
+    data = torch.utils.data.ConcatDataset([module.val_dataloader().dataset] * 3)
+    module.val_dataloader = lambda: torch.utils.data.DataLoader(data, batch_size=3)
+    callback = GPTQCallback(QuantizeModule(**TWO_BITS), tmp_path / "out", max_degradation={"val_loss": "900% at 95%"})
+    fit(module, None, [callback], tmp_path)
+    spread = callback.report.spreads["val_loss"]
+    assert (spread.parts, spread.unit) == (13, "batches") and "is no mean of its samples' (0" in spread.why
+    shown = "paired bootstrap over 13 batches, because a batch"
+    assert shown in (tmp_path / "out/README.md").read_text() and shown in (tmp_path / "out/report.html").read_text()
+    stored = json.loads((tmp_path / "out/quantization_report.json").read_text())["spreads"]["val_loss"]
+    assert stored["unit"] == "batches" and stored["why"] == spread.why
+
+
+def test_samples_run_on_their_own_change_no_metric(tmp_path):
+    """What a step gathers itself, in lists or torchmetrics, is that of an epoch of its own."""
+
+    class Gathers(OneByOne):
+        def on_validation_epoch_start(self):
+            self.outputs = []
+
+        def validation_step(self, batch, batch_idx):
+            loss = self.model(**batch).loss
+            self.mean.update(loss, len(batch["input_ids"]))
+            self.outputs.append(float(loss))
+            self.log_dict({"val_loss": loss, "val_mean": self.mean}, on_epoch=True)
+
+        def on_validation_epoch_end(self):
+            self.log("val_first", self.outputs[0])
+
+    module = Gathers(batch_size=5)
+    trainer = fit(module, None, [], tmp_path)
+    whole = validate(trainer, module, by_sample=False)
+    for _ in range(2):
+        assert validate(trainer, module) == whole and set(whole) == {"val_loss", "val_mean", "val_first"}
+
+
+def test_a_step_that_cannot_run_on_one_sample_is_told(tmp_path):
+    class Pairs(OneByOne):
+        def validation_step(self, batch, batch_idx):
+            if len(batch["input_ids"]) < 2:
+                raise ValueError("needs two")
+            super().validation_step(batch, batch_idx)
+
+    callback = GPTQCallback(QuantizeModule(**SMALL), max_degradation={"val_loss": "1% at 95%"})
+    with pytest.raises(
+        ValueError, match=r"there are 3 batches \(single samples cannot be run \(ValueError: needs two\)\)"
+    ):
+        fit(Pairs(batch_size=5), None, [callback], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("metric", "options", "why"),
     [
-        ("val_loss", {"batch_size": 5}, "there are 3 batches, and fewer than 10 tell too little"),
         ("val_loss", {"shuffle": True}, "use a dataloader that neither shuffles nor augments"),
         ("val_most", {}, "it is no mean of values that are logged for each batch"),
         ("val_batches", {}, "it is no mean of values that are logged for each batch"),

@@ -70,7 +70,7 @@ def test_every_hook_runs_in_the_order_and_state_that_lightning_runs_it_in(option
     trainer = fit(module, None, [], tmp_path, **options)
     module.train()
     module.events.clear()
-    ours = validate(trainer, module)
+    ours = validate(trainer, module, by_sample=False)
     events = list(module.events)
     module.events.clear()
     theirs = lightnings(module, **options)

@@ -52,8 +52,8 @@ def test_a_bound_holds_as_often_as_it_should(parts, noise):
         before = 3 + torch.randn(parts, generator=g, dtype=torch.float64)
         drawn = torch.randn(parts, generator=g, dtype=torch.float64)
         wrong = drawn if noise == "normal" else (drawn.exp() - math.exp(0.5)) / 2
-        draws = Draws.of(one := metric(before), two := metric(before + 0.05 + 0.1 * wrong))
-        held += draws.bound(draws.after - draws.before, two - one, 0.95) >= 0.05
+        draws = Draws.of(metric(before), metric(before + 0.05 + 0.1 * wrong))
+        held += draws.bound(lambda old, new: new - old, 0.95) >= 0.05
     error = (0.95 * 0.05 / trials) ** 0.5
     least = 0.95 - 3 * error if noise == "normal" else 0.84  # a long upper tail is missed by small samples
     assert least <= held / trials <= 0.95 + 3 * error

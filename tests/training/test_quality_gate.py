@@ -10,6 +10,7 @@ from gptq_plugin.errors import QualityError
 from gptq_plugin.training.limit import Limit
 from gptq_plugin.training.paired import Measured
 from gptq_plugin.training.quality_gate import ON_FAIL, QualityGate
+from gptq_plugin.training.samples import Divided, Samples
 
 # --- a limit ---
 
@@ -276,7 +277,7 @@ def test_confidence_that_cannot_be_had_fails_and_tells_why():
     few, many = measured([1.0] * 9), measured([1.0] * 12, [*range(12)])
     for before, after, why in [
         (1.0, 1.0, "it is no mean of values that are logged for each batch"),
-        (few, few, "it is measured on 9 batches, and fewer than 10 tell too little"),
+        (few, few, "it is measured on 9 samples, and fewer than 10 tell too little"),
         (many, measured([1.0] * 12, [*range(1, 13)]), "the two models were measured on different batches"),
         (many, measured([1.0] * 11, [*range(11)]), "the two models were measured on different batches"),
     ]:
@@ -292,11 +293,16 @@ def test_confidence_that_there_cannot_be_is_refused_before_training():
     many, other = measured([1.0] * 12, [*range(12)]), measured([1.0] * 12, [*range(1, 13)])
     gate.check_parts({"loss": many, "acc": 0.5}, {"loss": many, "acc": 0.5})
     gate.check_parts({"loss": measured([1.0], [1])}, {"loss": measured([1.0], [1])}, batches=10)
+    four = Measured.mean([1.0], [4], [1], Samples([Divided(1.0, 4, [1.0] * 4, {"": [1] * 4}, [*range(4)])], 4))
+    gate.check_parts({"loss": four}, {"loss": four}, batches=3)  # of four samples each
+    alone = Measured.mean([1.0], [4], [1], Samples(why="reasons"))
+    with pytest.raises(ValueError, match=r"there are 3 batches \(reasons\), .* make them smaller"):
+        gate.check_parts({"loss": alone}, {"loss": alone}, batches=3)
     for first, second, batches, why in [
         (1.0, 1.0, None, "it is no mean"),
         (many, other, None, "neither shuffles nor augments"),
-        (many, many, 9, "there are 9 batches"),
-        (measured([1.0] * 3), measured([1.0] * 3), None, "there are 3 batches"),
+        (many, many, 9, "there are 9 samples"),
+        (measured([1.0] * 3), measured([1.0] * 3), None, "there are 3 samples"),
     ]:
         with pytest.raises(ValueError, match=rf"max_degradation\['loss'\] asks for a confidence .*{why}"):
             gate.check_parts({"loss": first}, {"loss": second}, batches)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gptq_plugin.report.cache import cache_summary
-from gptq_plugin.report.figures import bits_label, metric_values
+from gptq_plugin.report.figures import bits_label, metric_values, spread_notes
 from gptq_plugin.report.numbers import format_bytes, format_share, format_value
 from gptq_plugin.report.report import QuantizeReport
 from gptq_plugin.report.table import kind_table, layer_table
@@ -62,6 +62,7 @@ def _metrics(report: QuantizeReport) -> Iterator[str]:
                 f"{value.metric}: {format_value(before, 5) or 'unknown'} float, "
                 f"{format_value(value.value, 5) or 'unknown'} quantized" + (f" ({change})" if change else "")
             )
+    yield from spread_notes(report)
 
 
 def _worst(report: QuantizeReport) -> Iterator[str]:

@@ -56,6 +56,18 @@ def metric_values(report: QuantizeReport) -> Iterator[MetricValue]:
             yield MetricValue(metric, MODELS.get(key, key), values[key], change, relative, *margins)
 
 
+def spread_notes(report: QuantizeReport) -> list[str]:
+    """What the metrics' margins are, a sentence for each way in which they were found."""
+    over: dict[str, list[str]] = {}
+    for metric, spread in report.spreads.items():
+        over.setdefault(spread.over, []).append(metric)
+    return [
+        f"±: the 95 % interval of a paired bootstrap over {drawn}"
+        + (f" ({', '.join(names)})." if len(over) > 1 else ".")
+        for drawn, names in over.items()
+    ]
+
+
 def bit_widths(report: QuantizeReport) -> list[int]:
     """Distinct bits of the quantized modules, ascending."""
     return sorted({module.bits for module in report.quantized if module.bits is not None})

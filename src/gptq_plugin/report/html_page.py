@@ -9,7 +9,7 @@ from html import escape
 from gptq_plugin.errors import some
 from gptq_plugin.report.cache import cache_summary
 from gptq_plugin.report.chart import error_chart
-from gptq_plugin.report.figures import bits_label, metric_values
+from gptq_plugin.report.figures import bits_label, metric_values, spread_notes
 from gptq_plugin.report.layer_rows import layers_table
 from gptq_plugin.report.numbers import (
     format_bits_per_weight,
@@ -169,7 +169,10 @@ def _metrics(report: QuantizeReport) -> str:
     if not rows:
         return ""
     head = ("metric", "model", "value", "change", "relative")
-    return f"<h2>Before and after</h2><div class='wide free'>{_table(head, map(_cells, rows), text=(0, 1))}</div>"
+    notes = "".join(f"<p>{escape(note)}</p>" for note in spread_notes(report))
+    return (
+        f"<h2>Before and after</h2><div class='wide free'>{_table(head, map(_cells, rows), text=(0, 1))}</div>{notes}"
+    )
 
 
 def _seconds(seconds: dict[str, float]) -> str:

@@ -19,7 +19,7 @@ from gptq_plugin.model.hf_models import is_transformers, published_class
 from gptq_plugin.options.methods import METHOD_FIELDS
 from gptq_plugin.report.base_card import License, base_license
 from gptq_plugin.report.card_metadata import metadata
-from gptq_plugin.report.figures import bit_widths, bits_label, metric_values
+from gptq_plugin.report.figures import bit_widths, bits_label, metric_values, spread_notes
 from gptq_plugin.report.markdown import code, escaped, snippet, table
 from gptq_plugin.report.numbers import format_bits_per_weight, format_bytes, format_value
 from gptq_plugin.report.report import QuantizeReport
@@ -225,7 +225,10 @@ def _calibration(report: QuantizeReport) -> str:
 
 def _metrics(report: QuantizeReport) -> list[str]:
     rows = [(escaped(m.metric), escaped(m.model), format_value(m.value, 5), *m.shown) for m in metric_values(report)]
-    return ["## Before and after", table(("metric", "model", "value", "change", "relative"), rows)] if rows else []
+    if not rows:
+        return []
+    shown = table(("metric", "model", "value", "change", "relative"), rows)
+    return ["## Before and after", shown, *map(escaped, spread_notes(report))]
 
 
 def _deviations(report: QuantizeReport) -> str:

@@ -15,7 +15,9 @@ class Spread:
     Attributes:
         low, high: Of the change.
         relative_low, relative_high: Of the change as a fraction of the float value's size; NaN if that may be 0.
-        parts: Number of batches or sequences it was measured on.
+        parts: Number of samples or batches that were drawn.
+        unit: Which of them, "samples" or "batches".
+        why: Why not samples, in words; empty if they are.
     """
 
     low: float
@@ -23,6 +25,13 @@ class Spread:
     relative_low: float
     relative_high: float
     parts: int
+    unit: str = "samples"
+    why: str = ""
+
+    @property
+    def over(self) -> str:
+        """What was drawn, in words."""
+        return f"{self.parts} {self.unit}" + (f", because {self.why}" if self.why else "")
 
     @property
     def margin(self) -> float:

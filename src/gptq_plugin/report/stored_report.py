@@ -59,7 +59,10 @@ def _report(values: Mapping[str, Any]) -> QuantizeReport:
         allocation=_allocation(values["allocation"]),
         finish=_finish(values["finish"]),
         metrics={name: _numbers(metric) for name, metric in values["metrics"].items()},
-        spreads={name: _of_its_kinds(Spread(**_numbers(one, "parts"))) for name, one in values["spreads"].items()},
+        spreads={
+            name: _of_its_kinds(Spread(**_numbers(one, "parts", "unit", "why")))
+            for name, one in values["spreads"].items()
+        },
         benchmarks={name: _benchmark(one) for name, one in values["benchmarks"].items()},
         **{name: values[name] for name in as_they_are},
     )

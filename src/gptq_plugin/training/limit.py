@@ -67,7 +67,7 @@ class Limit:
             draws = _draws(before, after)
             if draws is None:
                 return math.inf
-            excess = draws.bound(self._excess(draws.before, draws.after), excess, self.confidence)
+            excess = draws.bound(self._excess, self.confidence)
         return math.inf if math.isnan(excess) else excess
 
     def described(self, before: float, after: float) -> str:

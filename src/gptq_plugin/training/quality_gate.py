@@ -10,7 +10,7 @@ from typing import Any
 from gptq_plugin.errors import QualityError
 from gptq_plugin.options import fields
 from gptq_plugin.training.limit import Limit
-from gptq_plugin.training.paired import FEWEST, Measured, same_parts
+from gptq_plugin.training.paired import FEWEST, Measured, Pairs, same_parts
 
 ON_FAIL = ("raise", "warn", "escalate")
 
@@ -77,7 +77,7 @@ class QualityGate:
         Args:
             first, second: Metrics of the same model on the same data, of all names (`check_names`). If the parts they
                 are measured on differ, so would those of the two models.
-            batches: Number of parts in a whole validation, infinite if unknown; None if `first` is of a whole one.
+            batches: Number of batches in a whole validation, infinite if unknown; None if `first` is of a whole one.
         """
         for metric in self.confident:
             one, two = first[metric], second[metric]
@@ -85,9 +85,9 @@ class QualityGate:
                 why = "it is no mean of values that are logged for each batch"
             elif not same_parts(one, two):
                 why = "validation gives other batches each time: use a dataloader that neither shuffles nor augments"
-            elif (count := len(one.values) if batches is None else batches) < FEWEST:
-                why = f"there are {count} batches, and fewer than {FEWEST} tell too little: make them smaller"
             else:
+                why = _too_few(Pairs.of(one, two), 1 if batches is None else batches / len(one.values))
+            if not why:
                 continue
             raise ValueError(
                 f"max_degradation[{fields.shown(metric)}] asks for a confidence that cannot be had: {why}; or leave "
@@ -114,6 +114,16 @@ class QualityGate:
             return max(0.0, self.limits[metric].excess(before[metric], values.get(metric, math.nan)))
 
         return any(excess(metric, after) > excess(metric, than) for metric in self.limits)
+
+
+def _too_few(pairs: Pairs, whole: float) -> str:
+    """Why that many tell too little, if the whole data is so much larger than that of the pairs; empty if they do."""
+    count = whole * len(pairs.before)
+    if count >= FEWEST:
+        return ""
+    because = f" ({pairs.why})" if pairs.why else ""
+    remedy = "make them smaller" if pairs.unit == "batches" else "take more"
+    return f"there are {count:.0f} {pairs.unit}{because}, and fewer than {FEWEST} tell too little: {remedy}"
 
 
 def _limits(max_degradation: Any) -> dict[str, Limit]:

@@ -1,0 +1,209 @@
+"""A metric of each sample of a batch, run on its own: what a paired bootstrap draws are then sequences, not batches.
+
+A batch is divided as it stands, padding included. Whether its metric is a mean over samples, and what each weighs in
+it, is judged by value: the samples' must give the batch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from gptq_plugin import distributed
+from gptq_plugin.calibration.batches import digest, leaves, row_of, sample_count, to_device
+
+MOST = 256  # samples of all ranks that are run on their own: enough to know a deviation to 5 %
+_TOLERANCE = 1e-3  # between a batch's value and that of its samples: they are other kernels' products
+_IGNORED = -100
+_LOGGED = ""  # the name of weights that are logged with the samples' values
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A batch of which each sample was run on its own.
+
+    Attributes:
+        value: The metric of the batch.
+        weight: Of the batch in the metric of all.
+        values: The metric of each sample.
+        counts: By name, what the samples may weigh in the batch: positions of labels or masks, or all the same.
+        keys: The samples' digests.
+        precision: Of the values' dtype.
+    """
+
+    value: float
+    weight: float
+    values: list[float]
+    counts: Mapping[str, list[float]]
+    keys: list[int]
+    precision: float = 0.0
+
+    def mean(self, name: str) -> float:
+        """The samples' weighted mean; NaN if the batch has no such counts, or none at all."""
+        counts = self.counts.get(name, [])
+        pairs = [(count, value) for count, value in zip(counts, self.values, strict=False) if count]
+        total = math.fsum(count for count, _ in pairs)
+        return math.fsum(count * value for count, value in pairs) / total if total else math.nan
+
+    def fits(self, name: str) -> bool:
+        """True if these weights give the batch's value."""
+        largest = max(map(abs, (self.value, *(value for value in self.values if math.isfinite(value)))))
+        return abs(self.mean(name) - self.value) <= (_TOLERANCE + self.precision) * largest
+
+    def parts(self, name: str) -> Iterable[tuple[float, float, int]]:
+        """Yields value, weight in the metric of all, and key of every sample that counts."""
+        total = math.fsum(self.counts[name])
+        for value, count, key in zip(self.values, self.counts[name], self.keys, strict=True):
+            if count:
+                yield value, self.weight * count / total, key
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Of a metric that is a mean over batches, what it is of samples.
+
+    Attributes:
+        batches: Some, evenly spaced.
+        total: Number of samples in all batches.
+        why: Why they could not be run on their own; empty if they could.
+    """
+
+    batches: list[Divided] = field(default_factory=list)
+    total: int = 0
+    why: str = ""
+
+    @classmethod
+    def over_ranks(cls, parts: Iterable[Samples]) -> Samples:
+        parts = list(parts)
+        why = next((part.why for part in parts if part.why), "")
+        return cls([one for part in parts for one in part.batches], sum(part.total for part in parts), why)
+
+    def names(self) -> list[str]:
+        """Weights that give the value of every batch, those that were logged first."""
+        return [name for name in self._all_names if all(one.fits(name) for one in self.batches)]
+
+    def unfit(self) -> str:
+        """Why none do, by the first batch that fits none."""
+        for one in self.batches:
+            if not any(one.fits(name) for name in self._all_names):
+                means = " or ".join(dict.fromkeys(f"{one.mean(name):.4g}" for name in self._all_names))
+                return f"a batch's value, {one.value:.4g}, is no mean of its samples' ({means or 'none'})"
+        return "no weights of samples give the values of all batches"
+
+    @property
+    def _all_names(self) -> list[str]:
+        return list(dict.fromkeys(name for one in self.batches for name in one.counts))
+
+
+def samples_of(batch: Any) -> list[Any]:
+    """The samples of a batch, each a batch of one.
+
+    Raises:
+        ValueError: It is none that can be divided: it has no tensors, or they lie in objects of unknown kind.
+    """
+    count, sizes = _count(batch), _sizes(batch)
+    if not count:
+        raise ValueError(f"a batch ({type(batch).__name__}) has no tensors whose first dimension is its samples")
+    rows = [row_of(batch, row) for row in range(count)]
+    if _sizes(rows[0]) != [1 if size == count else size for size in sizes]:
+        raise ValueError(f"a batch ({type(batch).__name__}) is no structure of dictionaries, lists and tensors")
+    return rows
+
+
+def counts_in(batch: Any, logged: Sequence[float]) -> dict[str, list[float]]:
+    """What the samples of a batch may weigh in its value.
+
+    Args:
+        batch: As the step gets it.
+        logged: The weights that each sample's value was logged with.
+    """
+    counts = {_LOGGED: list(map(float, logged))}
+    for name, value in leaves(batch):
+        if isinstance(value, Tensor) and value.dim() == 2 and not (value.is_floating_point() or value.is_complex()):
+            kept = value != 0 if "mask" in name or value.dtype == torch.bool else value != _IGNORED
+            for shown, part in ((f"{name} but the first", kept[:, 1:]), (name, kept)):
+                counts[shown] = part.sum(1).tolist()
+    return counts
+
+
+class Chosen(Generic[T]):
+    """Some batches of a validation, evenly spaced, with few enough samples to run them on their own.
+
+    Batches whose samples are many give one batch at least.
+
+    Attributes:
+        sizes: Samples of each batch that came; 0 for one that has no tensors.
+        kept: The batches kept so far, on the CPU, by their number.
+        are_ones: After `run`, true if all batches are single samples already, on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.kept: dict[int, tuple[T, Any]] = {}
+        self.are_ones = False
+        self._most = MOST // distributed.world_size()
+        self._stride = 1
+
+    def add(self, place: T, batch: Any) -> None:
+        """Takes the next batch. What is kept are containers of its own: a step may take keys out of the batch."""
+        number = len(self.sizes)
+        self.sizes.append(_count(batch))
+        if number % self._stride:
+            return
+        self.kept[number] = place, to_device(batch, torch.device("cpu"))
+        while sum(self.sizes[n] for n in self.kept) > self._most and len(self.kept) > 1:
+            self._stride *= 2
+            self.kept = {n: one for n, one in self.kept.items() if n % self._stride == 0}
+
+    def run(self, step: Callable[[int, T, Any], None]) -> str:
+        """Runs a step on every sample of the kept batches; returns why that cannot be, the same on every rank.
+
+        Args:
+            step: Called with a batch's number, its place, and a sample, which it may change.
+        """
+        of_ranks = {tuple(sizes) for sizes in distributed.gather_objects(self.sizes)}
+        self.are_ones = all(size == 1 for sizes in of_ranks for size in sizes)
+        if self.are_ones:
+            return ""
+        if len(of_ranks) > 1:
+            return "the ranks' batches differ in their numbers of samples"
+        try:
+            with distributed.failing_together():
+                for number, (place, batch) in self.kept.items():
+                    for sample in samples_of(batch):
+                        step(number, place, sample)
+        except Exception as error:  # noqa: BLE001  the user's code
+            return f"single samples cannot be run ({type(error).__name__}: {_first_line(error)})"
+        return ""
+
+    def divided(
+        self, number: int, value: float, weight: float, found: Sequence[tuple[float, float]], precision: float
+    ) -> Divided | None:
+        """A kept batch with its samples' values and weights; None if there are not as many as samples."""
+        if number not in self.kept or len(found) != self.sizes[number]:
+            return None
+        _, batch = self.kept[number]
+        keys = [digest(sample) for sample in samples_of(batch)]
+        counts = counts_in(batch, [own for _, own in found])
+        return Divided(value, weight, [one for one, _ in found], counts, keys, precision)
+
+
+def _count(batch: Any) -> int:
+    """The number of samples; 0 if no tensor has one for each."""
+    count = sample_count(batch)
+    return count if count in _sizes(batch) else 0
+
+
+def _sizes(batch: Any) -> list[int]:
+    return [value.shape[0] if value.dim() else 0 for _, value in leaves(batch) if isinstance(value, Tensor)]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")

@@ -1,0 +1,157 @@
+"""Batches divided into their samples: which can be, what samples weigh, and what is noticed where they tell nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import BatchEncoding
+
+from gptq_plugin.training import samples
+from gptq_plugin.training.paired import Measured, Pairs, spread
+from gptq_plugin.training.samples import Chosen, Divided, Samples, counts_in, samples_of
+
+
+@dataclasses.dataclass
+class Rows:
+    ids: torch.Tensor
+    names: list[str]
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding, Rows, tuple])
+def test_a_batch_is_divided_with_all_that_belongs_to_each_sample(kind):
+    ids, names = torch.arange(12).view(3, 4), ["a", "b", "c"]
+    batch = (ids, names) if kind is tuple else kind(ids=ids, names=names) if kind is Rows else kind(
+        {"ids": ids, "names": names}
+    )  # fmt: skip
+    rows = samples_of(batch)
+    assert len(rows) == 3 and all(type(row) is kind for row in rows)
+    for number, row in enumerate(rows):
+        found = row if kind is tuple else (row.ids, row.names) if kind is Rows else (row["ids"], row["names"])
+        assert torch.equal(found[0], ids[number : number + 1]) and found[1] == [names[number]]
+
+
+def test_what_belongs_to_all_samples_stays_whole():
+    row = samples_of({"ids": torch.ones(3, 4), "positions": torch.ones(1, 4), "scale": torch.tensor(2.0), "n": 7})[1]
+    assert row["ids"].shape == (1, 4) and row["positions"].shape == (1, 4) and row["scale"] == 2 and row["n"] == 7
+
+
+@pytest.mark.parametrize("batch", [["a", "b"], SimpleNamespace(ids=torch.ones(3, 4)), {"n": 3, "t": torch.tensor(1.0)}])
+def test_other_batches_are_refused(batch):
+    with pytest.raises(ValueError, match="has no tensors whose first|is no structure of"):
+        samples_of(batch)
+
+
+def divided(labels, values_of, value, **options):
+    counts = counts_in({"labels": labels}, [1] * len(labels))
+    return Divided(float(value), len(labels), [float(v) for v in values_of], counts, [*range(len(labels))], **options)
+
+
+def test_a_mean_over_tokens_is_a_weighted_mean_of_its_samples():
+    """Cross-entropy as transformers has it: labels are shifted, and -100 does not count."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 9, 7), torch.randint(0, 7, (4, 9))
+    for row, length in enumerate((9, 3, 6, 1)):  # the last has no token to predict
+        labels[row, length:] = -100
+
+    def loss(rows):
+        return functional.cross_entropy(logits[rows, :-1].flatten(0, 1), labels[rows, 1:].flatten())
+
+    one = divided(labels, [loss([row]) for row in range(4)], loss([0, 1, 2, 3]))
+    assert math.isnan(one.values[3])
+    assert Samples([one], 4).names() == ["labels but the first"]
+    parts = list(one.parts("labels but the first"))
+    assert [weight for _, weight, _ in parts] == pytest.approx([4 * n / 15 for n in (8, 2, 5)])
+    assert sum(v * w for v, w, _ in parts) / 4 == pytest.approx(one.value, rel=1e-5)
+
+
+def test_equal_weights_and_those_that_are_logged_come_first():
+    labels = torch.zeros(3, 5, dtype=torch.long)
+    assert Samples([divided(labels, [1.0, 2.0, 6.0], 3.0)], 3).names()[0] == ""
+    logged = Divided(4.0, 3, [1.0, 2.0, 6.0], counts_in({"x": torch.ones(3)}, [1, 1, 3]), [0, 1, 2])
+    assert logged.mean("") == 4.2 and Samples([dataclasses.replace(logged, value=4.2)], 3).names() == [""]
+
+
+def test_a_metric_that_is_no_mean_over_samples_is_noticed():
+    """In-batch negatives: alone, a sample has none, and its loss is 0."""
+    one = divided(torch.zeros(3, 5, dtype=torch.long), [0.0, 0.0, 0.0], 1.1)
+    two = dataclasses.replace(one, value=0.0)
+    known = Samples([two, one], 6)
+    assert known.names() == [] and "a batch's value, 1.1, is no mean of its samples'" in known.unfit()
+    metric = Measured.mean([0.0, 1.1], [3, 3], [1, 2], known)
+    pairs = Pairs.of(metric, metric)
+    assert pairs.unit == "batches" and pairs.before == [0.0, 1.1] and "is no mean" in pairs.why
+    assert "it is measured on 2 batches (a batch's value" in pairs.unpaired
+
+
+def test_dtypes_of_few_bits_are_compared_as_they_are_exact():
+    values, labels = [1.0, 2.0, 3.0], torch.zeros(3, 5, dtype=torch.long)
+    assert not divided(labels, values, 2.01).fits("")
+    assert divided(labels, values, 2.01, precision=torch.finfo(torch.bfloat16).eps).fits("")
+
+
+def test_both_models_need_the_same_weights():
+    labels = torch.tensor([[0, 1, 2], [0, -100, -100]])
+    by_tokens = divided(labels, [1.0, 3.0], 1.5)
+    evenly = divided(labels, [1.0, 3.0], 2.0)
+    assert Samples([by_tokens], 2).names() == ["labels"] and Samples([evenly], 2).names() == [""]
+    one, two = (Measured.mean([of.value], [2], [1], Samples([of], 2)) for of in (by_tokens, evenly))
+    assert Pairs.of(one, one).unit == "samples" and Pairs.of(one, two).unit == "batches"
+
+
+def test_some_batches_are_chosen_evenly_and_before_a_step_changes_them(monkeypatch):
+    monkeypatch.setattr(samples, "MOST", 16)
+    chosen = Chosen()
+    for number in range(20):
+        batch = {"ids": torch.full((3, 2), number), "labels": torch.zeros(3)}
+        chosen.add(None, batch)
+        batch.pop("labels")
+    assert list(chosen.kept) == [0, 4, 8, 12, 16] and chosen.sizes == [3] * 20
+    seen = []
+    assert chosen.run(lambda number, _, sample: seen.append((number, sample["ids"].tolist(), len(sample)))) == ""
+    assert seen == [(n, [[n, n]], 2) for n in (0, 4, 8, 12, 16) for _ in range(3)] and not chosen.are_ones
+    large = Chosen()
+    large.add(None, torch.ones(40, 2))
+    large.add(None, torch.ones(40, 2))
+    assert list(large.kept) == [0]
+
+
+def test_single_samples_need_no_second_run_and_errors_are_told():
+    ones = Chosen()
+    for _ in range(3):
+        ones.add(None, torch.ones(1, 2))
+
+    def step(*_):
+        raise RuntimeError("batches of one\ncannot be")
+
+    assert ones.run(step) == "" and ones.are_ones
+    ones.add(None, torch.ones(2, 2))
+    assert ones.run(step) == "single samples cannot be run (RuntimeError: batches of one)" and not ones.are_ones
+    texts = Chosen()
+    texts.add(None, ["a", "b"])
+    assert "has no tensors whose first dimension" in texts.run(step)
+
+
+def test_of_some_samples_the_interval_is_that_of_a_mean_of_all():
+    """Sixty of 240, of the same changes: half as wide as if there were sixty."""
+    torch.manual_seed(0)
+    before = 3 + torch.randn(60).double()
+    after = before + 0.05 + 0.1 * torch.randn(60).double()
+
+    def metric(values, total):
+        batches = [
+            Divided(float(part.mean()), 6, part.tolist(), {"": [1.0] * 6}, [*range(n * 6, n * 6 + 6)])
+            for n, part in enumerate(values.split(6))
+        ]
+        return Measured.mean([one.value for one in batches], [6] * 10, [*range(10)], Samples(batches, total))
+
+    whole, some = (spread(metric(before, total), metric(after, total)) for total in (60, 240))
+    assert whole.parts == some.parts == 60 and some.margin == pytest.approx(whole.margin / 2, rel=1e-6)
+    plain = spread(*(Measured.mean(values.tolist(), [1] * 60) for values in (before, after)))
+    assert whole.margin == pytest.approx(plain.margin, rel=1e-6)
+    error = float((after - before).std()) / 60**0.5
+    assert whole.margin == pytest.approx(2.0 * error, rel=0.05)
