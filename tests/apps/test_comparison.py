@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from language_models import tiny
 
 
 class Data:
-    validation = torch.randint(0, 250, (3, 16), generator=torch.Generator().manual_seed(0))
+    validation = torch.randint(0, 250, (12, 16), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
 def compared(tmp_path, monkeypatch):
     """compared(evaluate, device): the result and the summary of a run; its export is evaluated as 1.5 nats."""
-    evaluated = {"nll": 1.5, "prompt": "The", "text": "value"}
+    evaluated = {"nll": 1.5, "nlls": [1.0, 2.0] * (len(Data.validation) // 2), "prompt": "The", "text": "value"}
     monkeypatch.setattr(comparison, "evaluate_export", lambda *_, **__: evaluated)
     monkeypatch.setattr(comparison, "next_command", lambda _: "try this")
 
@@ -49,18 +50,24 @@ def test_the_float_model_and_its_rounding_are_measured_here_and_the_export_from_
     assert summary["nll"]["rtn"] != summary["nll"]["float"]
     assert sum(isinstance(layer, QuantLinear) for layer in network.modules()) == 7  # rounded in place
     assert list(summary["seconds"]) == ["evaluate float", "evaluate RTN", "reload, evaluate, generate"]
-    assert summary["windows"] == [3, 16] and (summary["prompt"], summary["text"]) == ("The", "value")
+    assert summary["windows"] == [12, 16] and (summary["prompt"], summary["text"]) == ("The", "value")
     assert summary["files"] == {
         "GPTQ model": str(tmp_path / "gptq"),
         "every layer": str(tmp_path / "gptq" / "report.html"),
         "this table": str(tmp_path / SUMMARY),
     }
-    assert "GPTQ, 4 bits" in capsys.readouterr().out and summary["next_command"] == "try this"
+    shown = capsys.readouterr().out
+    assert "GPTQ, 4 bits" in shown and summary["next_command"] == "try this"
+    change = [value - 1.0 - n % 2 for n, value in enumerate(mean_nll(tiny(1).network, Data.validation).values)]
+    error = 2.2 * statistics.stdev(change) / 12**0.5  # Student's t
+    known = summary["spread"]["high"] - summary["spread"]["low"]
+    assert summary["spread"]["parts"] == 12 and known / 2 == pytest.approx(error, rel=0.1)
+    assert f" ± {known / 2:.2g}" in shown and "a paired bootstrap over 12 windows." in shown
 
 
 def test_a_float_model_that_is_not_on_the_device_is_not_measured_and_that_is_noted(compared):
     _, summary, network = compared(device="meta")
-    assert list(summary["nll"]) == ["gptq"]
+    assert list(summary["nll"]) == ["gptq"] and summary["spread"] is None
     assert summary["deviations"][-1] == "the float model is not on meta, so only its export is evaluated"
     assert not any(isinstance(layer, QuantLinear) for layer in network.modules())
 

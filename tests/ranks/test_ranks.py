@@ -54,7 +54,7 @@ def quantize(name, rank, world, sharers, batch_size, seed=1):
     torch.save({"state": network.state_dict(), "totals": totals, "origin": origin}, folder / f"rank{rank}.pt")
     if rank == 0:
         quantizer.export(network, folder / "export")
-        torch.save([mean_nll(one, rows(16, 2)) for one in (model(), network)], folder / "nll.pt")
+        torch.save([float(mean_nll(one, rows(16, 2))) for one in (model(), network)], folder / "nll.pt")
 
 def counting(collective, sizes):
     "The collective, which notes the bytes this rank brings to it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from gptq_plugin.apps.summary import SUMMARY, Clock, Summary, files_size, weight
 from gptq_plugin.apps.sweeps import Objective, objective
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.report.report import QuantizeReport
+from gptq_plugin.training.paired import Measured, spread
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,21 @@ def compare(
 def _evaluate(run: Run, quantizer: QuantizeModule, export_dir: Path, device: torch.device, summary: Summary) -> None:
     windows, batch_size, network = run.data.validation, run.cfg.eval_batch_size, run.model.network
     summary.windows = (windows.shape[0], windows.shape[1])
+    before = math.nan
     if run.model.device.type == device.type:
         with run.clock("evaluate float"):
-            summary.nll["float"] = mean_nll(network, windows, batch_size)
+            before = mean_nll(network, windows, batch_size)
+            summary.nll["float"] = float(before)
         with run.clock("evaluate RTN"):
             quantizer.round_to_nearest(network)
-            summary.nll["rtn"] = mean_nll(network, windows, batch_size)
+            summary.nll["rtn"] = float(mean_nll(network, windows, batch_size))
     else:
         summary.deviations.append(f"the float model is not on {device}, so only its export is evaluated")
     with run.clock("reload, evaluate, generate"):
         result = evaluate_export(export_dir, run.folder, windows, batch_size=batch_size, device=str(device))
-    summary.nll["gptq"] = result["nll"]
+    after = Measured.mean(result["nlls"], [1.0] * len(result["nlls"]))
+    summary.nll["gptq"] = float(after)
+    summary.spread = spread(before, after)
     summary.prompt, summary.text = result["prompt"], result["text"]
 
 

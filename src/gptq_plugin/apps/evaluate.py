@@ -23,13 +23,14 @@ from torch.nn import functional
 
 from gptq_plugin.apps.output import output_never_fails
 from gptq_plugin.options.limited_files import check_sizes
+from gptq_plugin.training.paired import Measured
 
 _WINDOWS = "windows"
 
 
 @torch.no_grad()
-def mean_nll(network: nn.Module, windows: Tensor, batch_size: int = 4) -> float:
-    """Mean negative log-likelihood in nats of every token after the first of its window.
+def mean_nll(network: nn.Module, windows: Tensor, batch_size: int = 4) -> Measured:
+    """Mean negative log-likelihood in nats of every token after the first of its window, with the windows' own means.
 
     Perplexity is its exponential. The network is left in evaluation mode.
 
@@ -40,12 +41,13 @@ def mean_nll(network: nn.Module, windows: Tensor, batch_size: int = 4) -> float:
     """
     network.eval()
     device = next(network.parameters()).device
-    total = 0.0
+    means: list[float] = []
     for batch in windows.split(batch_size):
         batch = batch.to(device)
         logits = network(input_ids=batch).logits[:, :-1].float()
-        total += float(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
-    return total / (windows.shape[0] * (windows.shape[1] - 1))
+        losses = functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        means += losses.double().mean(1).tolist()
+    return Measured.mean(means, [1.0] * len(means))
 
 
 @torch.no_grad()
@@ -77,7 +79,7 @@ def evaluate_export(
         device: Device of the other process.
 
     Returns:
-        ``nll``, ``prompt``, ``text``, and the seconds to load, evaluate and generate.
+        ``nll``, ``nlls`` (of the windows), ``prompt``, ``text``, and the seconds to load, evaluate and generate.
 
     Raises:
         RuntimeError: The process failed; the message holds the end of its output.
@@ -120,6 +122,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     text = continue_text(network, tokenizer, prompt, options.new_tokens)
     result = {
         "nll": nll,
+        "nlls": nll.values,
         "perplexity": math.exp(nll),
         "windows": len(windows),
         "prompt": tokenizer.decode(prompt, skip_special_tokens=True),

@@ -18,6 +18,7 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.report.numbers import align
+from gptq_plugin.report.spread import Spread
 
 SUMMARY = "summary.json"
 
@@ -52,6 +53,7 @@ class Summary:
         nll: Mean negative log-likelihood in nats by model: ``float``, ``rtn`` (round-to-nearest), ``gptq``.
             Empty if nothing was evaluated.
         windows: Number of windows it was measured on, and tokens in each.
+        spread: How well GPTQ's difference from the float model is known, by the windows; None if that cannot be told.
         float_bytes: Size of the float weights as safetensors store them, in `float_dtype`.
         float_dtype: Dtype of the float weights.
         gptq_bytes: Size of the exported safetensors files.
@@ -71,6 +73,7 @@ class Summary:
     gptq_bytes: int
     nll: dict[str, float] = field(default_factory=dict)
     windows: tuple[int, int] = (0, 0)
+    spread: Spread | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     prompt: str = ""
@@ -95,7 +98,7 @@ class Summary:
         rows = [("model", *measured, "weights on disk")]
         for key, name in names.items():
             if key in self.nll or key in sizes:
-                rows.append((name, *(_nll_cells(self.nll, key) if self.nll else ()), sizes.get(key, "")))
+                rows.append((name, *(self._nll_cells(key) if self.nll else ()), sizes.get(key, "")))
         lines = align(rows)
         lines.insert(1, "-" * max(map(len, lines)))
         if self.float_dtype == "float32":
@@ -104,6 +107,8 @@ class Summary:
             lines.append("")
             lines.append(f"Measured on {self.windows[0]} held-out windows of {self.windows[1]} tokens; the GPTQ model")
             lines.append("was reloaded from its files in a new process.")
+            if self.spread is not None:
+                lines.append(f"±: the 95 % interval of a paired bootstrap over {self.spread.parts} windows.")
         if self.text:
             lines.append(f"It continues  {_one_line(self.prompt)}")
             lines.append(f"with          {_one_line(self.text)}")
@@ -115,6 +120,13 @@ class Summary:
         if self.next_command:
             lines += ["", "Try next:", f"  {self.next_command}"]
         return "\n".join(lines)
+
+    def _nll_cells(self, key: str) -> tuple[str, str, str]:
+        if key not in self.nll:
+            return "", "", ""
+        above = f"{self.nll[key] - self.nll['float']:+.5f}" if "float" in self.nll and key != "float" else ""
+        known = f" ± {self.spread.margin:.2g}" if key == "gptq" and self.spread is not None else ""
+        return _perplexity(self.nll[key]), f"{self.nll[key]:.5f}", above + known
 
 
 class SweepTable(Callback):
@@ -167,13 +179,6 @@ def weights_size(network: nn.Module) -> tuple[int, str]:
 def files_size(directory: Path) -> int:
     """Returns the bytes of the safetensors files in a folder."""
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
-def _nll_cells(nll: dict[str, float], key: str) -> tuple[str, str, str]:
-    if key not in nll:
-        return "", "", ""
-    above = f"{nll[key] - nll['float']:+.5f}" if "float" in nll and key != "float" else ""
-    return _perplexity(nll[key]), f"{nll[key]:.5f}", above
 
 
 def _difference(nll: dict[str, float]) -> str:
