@@ -9,8 +9,9 @@ import torch
 from transformers import Trainer
 
 from gptq_plugin import Finish, GPTQTrainerCallback, QuantizeModule, load_quantized
+from gptq_plugin.errors import CalibrationError
 
-from trainer_runs import SMALL, llama, quantized, train
+from trainer_runs import SMALL, Untrained, llama, quantized, train
 
 FINISH = {"steps": 8, "learning_rate": 0.02, "tokens_per_step": 64, "held_out": 6, "judgements": 2, "batch_size": 1}
 
@@ -73,3 +74,25 @@ def test_a_share_of_the_trainers_loss_is_trained(tmp_path):
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
     with pytest.raises(ValueError, match="task_loss is the loss of a finish with a task_weight"):
         GPTQTrainerCallback(QuantizeModule(**SMALL), finish=Finish(), task_loss=lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("task_loss", "found"),
+    [
+        (lambda model, batch: None, "NoneType"),
+        (lambda model, batch: model(**batch).logits.mean(-1), r"a tensor \[1, 16\]"),
+        (lambda model, batch: model(**batch).loss.detach(), r"a tensor \[\]"),
+    ],
+)
+def test_a_task_loss_that_gives_none_is_refused_before_training(task_loss, found, tmp_path):
+    callback = GPTQTrainerCallback(
+        QuantizeModule(**{**SMALL, "batch_size": 1}), finish=Finish(**FINISH, task_weight=0.5), task_loss=task_loss
+    )
+    with pytest.raises(CalibrationError, match=f"task_weight=0.5 trains by a loss of every batch.* returned {found}"):
+        train(llama(), [callback], tmp_path, kind=Untrained)
+
+
+def test_too_few_samples_for_a_finish_are_refused_before_training(tmp_path):
+    callback = GPTQTrainerCallback(QuantizeModule(**SMALL), finish=Finish(**{**FINISH, "batch_size": 32}))
+    with pytest.raises(CalibrationError, match="there are too few samples in batches of 32: give more samples"):
+        train(llama(), [callback], tmp_path, kind=Untrained)

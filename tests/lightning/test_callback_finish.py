@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from gptq_plugin import Finish, GPTQCallback, QuantizeModule, load_quantized
-from gptq_plugin.errors import TargetError
+from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.lightning import strategies
 from gptq_plugin.lightning.strategies import refuse_for_shards
 
@@ -150,6 +150,16 @@ def start(folder, *arguments):
     (folder / "train.py").write_text(FINISH_RUN)
     command = [python(), "train.py", str(SUPPORT), str(folder), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+
+
+def test_too_few_samples_for_a_finish_are_refused_before_training(tmp_path):
+    class Untrained(Structured):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training has begun")
+
+    callback = GPTQCallback(QuantizeModule(**TWO_BITS), finish=Finish(**{**FINISH, "batch_size": 32}))
+    with pytest.raises(CalibrationError, match="there are too few samples in batches of 32: give more samples"):
+        fit(Untrained(), token_loader(), [callback], tmp_path)
 
 
 @pytest.mark.slow

@@ -43,6 +43,12 @@ class Source:
             return 0 if isinstance(self.data.dataset, IterableDataset) else self.nsamples
         return min(self.nsamples, len(self.data)) if isinstance(self.data, Sized) else 0
 
+    @property
+    def batches(self) -> int | None:
+        """Number of batches on this rank, if that is sure: those of a dataset with a length were chosen by number."""
+        is_chosen = isinstance(self.data, DataLoader) and not isinstance(self.data.dataset, IterableDataset)
+        return len(self.data) if is_chosen else None  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -63,6 +69,13 @@ class Sources:
         shared = sum(part.at_least for part in self.parts if part.is_shared)
         own = sum(part.at_least for part in self.parts if not part.is_shared)
         return shared + sum(distributed.gather_objects(own))
+
+    def batches(self) -> int | None:
+        """Number of batches over all ranks; None if that is not sure. Collective."""
+        own = [part.batches for part in self.parts]
+        of_ranks = [count for of_rank in distributed.gather_objects(own) for count in of_rank]
+        known = [count for count in of_ranks if count is not None]
+        return sum(known) if len(known) == len(of_ranks) else None
 
     def first_batches(self) -> Sources:
         """The first batch of every source that is not a stream."""

@@ -16,6 +16,7 @@ from gptq_plugin.calibration.takes import Takes
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 
+_LEAST = 2  # batches: one to train on, and one to judge on
 _LARGEST_SHARE = 4  # of fewer samples than were asked, at most a quarter is held out
 
 
@@ -100,11 +101,26 @@ def rows_of(
     rows.deviations = list(dict.fromkeys(one for _, _, told, _, _ in everyones for one in told))
     rows.digest = f"{sum(one for one, *_ in everyones) % 2**256:064x}"
     if not (any(trains for *_, trains, _ in everyones) and any(judges for *_, judges in everyones)):
-        raise CalibrationError(
-            f"a finish trains on some batches and judges on others, and there are {total} samples in batches of "
-            f"{config.batch_size}: give more samples, or a smaller batch_size of the finish"
-        )
+        raise _too_few(f"{total} samples", config)
     return rows
+
+
+def check_batches(data: Iterable[Any], config: QuantizeConfig) -> None:
+    """Refuses data of which it is sure, without reading it, that it has too few batches. Every rank calls it.
+
+    Raises:
+        CalibrationError: There are fewer than two.
+    """
+    count = data.batches() if isinstance(data, Sources) else None
+    if count is not None and count < _LEAST:
+        raise _too_few("too few samples", config)
+
+
+def _too_few(found: str, config: QuantizeConfig) -> CalibrationError:
+    return CalibrationError(
+        f"a finish trains on some batches and judges on others, and there are {found} in batches of "
+        f"{config.batch_size}: give more samples, or a smaller batch_size of the finish"
+    )
 
 
 def _sizes(collected: Calibration) -> dict[int, int]:

@@ -107,12 +107,7 @@ class Training(Descent):
     def _task(self, task: Callable[[nn.Module, Any], Tensor], lesson: Lesson) -> Tensor:
         """The run's own loss of a batch."""
         loss = task(self._model, lesson.data)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise CalibrationError(
-                f"task_weight={self._options.task_weight:g} trains by a loss of every batch, a scalar with a gradient: "
-                f"what gives it (a training_step, a task_loss) returned {found}"
-            )
+        check_loss(loss, self._options.task_weight)
         if self.steps == 0 and not torch.isfinite(loss):
             raise CalibrationError(
                 f"task_weight={self._options.task_weight:g}: the loss of a batch is {loss.item()}: look for broken "
@@ -145,6 +140,16 @@ class Training(Descent):
             logits = lesson.counted(self._read(lesson))
             sums[number] = (lesson.top.to(self._device).divergence(logits), len(lesson.top))
         return sums
+
+
+def check_loss(loss: Any, task_weight: float) -> None:
+    """Raises CalibrationError if what a run gives for a batch is no loss to train by."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CalibrationError(
+            f"task_weight={task_weight:g} trains by a loss of every batch, a scalar with a gradient: "
+            f"what gives it (a training_step, a task_loss) returned {found}"
+        )
 
 
 def _backward(loss: Tensor, student: Student) -> None:

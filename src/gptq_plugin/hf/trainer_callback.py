@@ -16,11 +16,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptq_plugin import distributed
+from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.forward import CallsModels, call, standing_for, to_device
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.options import Finish
+from gptq_plugin.finish.train import check_loss
 from gptq_plugin.hf.dataloaders import Evaluations, undivided
 from gptq_plugin.hf.sharded import Whole, back_on, refuse_for_shards, sharding_of, whole
 from gptq_plugin.hf.surroundings import (
@@ -272,11 +274,13 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
     def _rehearse(self, args: TrainingArguments, training: dict[str, Any], trained: Whole) -> None:
         with random_state_restored(args.device), torch.compiler.set_stance("force_eager"):
             data = self.calibration_data(training["train_dataloader"])
+            self.check_finish_data(lambda: self.calibration_data(training["train_dataloader"]))
             first = self.data.rehearsal_data(data)
             if first is None:
                 return  # the user's stream is not read before training
+            module = _without_adapters(trained.module, base_copy)
             self.quantizer.rehearse(
-                _without_adapters(trained.module, base_copy),
+                module,
                 first,
                 forward=self.calibration_forward(args),
                 tokenizer=self._tokenizer(training),
@@ -284,6 +288,12 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 whole=self.data.is_given,
                 entire=self.data.entire_data(data),
             )
+            if (loss := _as_in_training(self.task_loss, args)) is not None:
+                again = self.data.rehearsal_data(self.calibration_data(training["train_dataloader"])) or ()
+                batches = collect(again, self.quantizer.config, self._tokenizer(training), alone=True).batches
+                for batch in batches[:1]:
+                    with torch.enable_grad():
+                        check_loss(loss(module, batch.data), self.finish.task_weight)
 
     def _tokenizer(self, training: dict[str, Any]) -> Any:
         return self.tokenizer if self.tokenizer is not None else training["processing_class"]

@@ -211,6 +211,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             )
         with isolate_rng():  # a sampler may draw from the global generator
             data = self.calibration_data(trainer)
+            self.check_finish_data(partial(self.calibration_data, trainer))
         first = self.data.rehearsal_data(data)
         with isolate_rng(), evaluating_eagerly(pl_module):
             outputs = _parallel_outputs(self, trainer, pl_module)

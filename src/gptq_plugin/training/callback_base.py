@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gptq_plugin.export.upload import Repository
 from gptq_plugin.finish.chain import Chain
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish, check_finish
+from gptq_plugin.finish.rows import check_batches
 from gptq_plugin.options import fields
 from gptq_plugin.quantize.finishing import TaskLoss
 from gptq_plugin.quantize.module import QuantizeModule
@@ -160,15 +162,26 @@ class CallbackBase:
             task_loss: The loss of the run, for a finish with a `task_weight`.
         """
 
-        def samples() -> Iterable[Any]:
-            own, self.data = self.data, self.finish_data
-            try:
-                return calibration_data()
-            finally:
-                self.data = own
-
+        samples = partial(self._samples_of_finish, calibration_data)
         loss = task_loss if self.finish.task_weight else None
         return FinishRun(self.finish, samples, loss) if self.finishes else None
+
+    def check_finish_data(self, calibration_data: Callable[[], Iterable[Any]]) -> None:
+        """Refuses, before training, too few samples for the finish, where their number is known. Every rank calls it.
+
+        Args:
+            calibration_data: As for `finish_run`.
+        """
+        if self.finishes:
+            config = self.finish.data_config(self.quantizer.config)
+            check_batches(self._samples_of_finish(calibration_data), config)
+
+    def _samples_of_finish(self, calibration_data: Callable[[], Iterable[Any]]) -> Iterable[Any]:
+        own, self.data = self.data, self.finish_data
+        try:
+            return calibration_data()
+        finally:
+            self.data = own
 
     def agree_on_export_dir(self, run_folders: Iterable[tuple[str, Any]]) -> None:
         """Takes rank 0's `export_dir` on every rank and refuses one that cannot be written. Every rank calls it.
