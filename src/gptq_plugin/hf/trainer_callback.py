@@ -8,6 +8,7 @@ an evaluation dataloader only when it evaluates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.collect import collect
+from gptq_plugin.calibration.collect import Calibration, collect
 from gptq_plugin.calibration.forward import CallsModels, call, standing_for, to_device
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
@@ -290,10 +291,8 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             )
             if (loss := _as_in_training(self.task_loss, args)) is not None:
                 again = self.data.rehearsal_data(self.calibration_data(training["train_dataloader"])) or ()
-                batches = collect(again, self.quantizer.config, self._tokenizer(training), alone=True).batches
-                for batch in batches[:1]:
-                    with torch.enable_grad():
-                        check_loss(loss(module, batch.data), self.finish.task_weight)
+                given = partial(collect, again, self.quantizer.config, self._tokenizer(training))
+                _check_task_loss(loss, module, given, self.finish.task_weight)
 
     def _tokenizer(self, training: dict[str, Any]) -> Any:
         return self.tokenizer if self.tokenizer is not None else training["processing_class"]
@@ -317,6 +316,15 @@ def _as_in_training(
             return task_loss(model, to_device(batch, args.device))
 
     return loss
+
+
+def _check_task_loss(
+    loss: Callable[[nn.Module, Any], Any], model: nn.Module, collected: Callable[..., Calibration], weight: float
+) -> None:
+    """Runs the loss of a batch, without a step, and refuses what is none."""
+    for batch in collected(alone=True).batches[:1]:
+        with torch.enable_grad():
+            check_loss(loss(model, batch.data), weight)
 
 
 def _without_adapters(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:
