@@ -215,5 +215,5 @@ class Checkpoint:
             problems.append(f"{name}: {error}")
             return None
         entries = {s: self.tensors[f"{name}.{s}"] for s in self.format.suffixes if f"{name}.{s}" in self.tensors}
-        stored = StoredLayer(name, self.format, entries, lambda suffix: self.read(f"{name}.{suffix}"))
+        stored = StoredLayer(name, self.format, entries, functools.cache(lambda suffix: self.read(f"{name}.{suffix}")))
         return described_layer(stored, scheme, problems)

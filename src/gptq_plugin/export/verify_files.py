@@ -7,22 +7,27 @@ code that shares nothing with the code that wrote them.
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
+from gptq_plugin.checkpoint.formats.format import QuantizedLayer, RawRows, Read
 from gptq_plugin.errors import CheckpointError, ExportError, brief
 from gptq_plugin.kernels import reference
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import TENSORS
 
 _CHECKED_ROWS = 32  # output channels of every layer that are decoded again from the file
-_THREADS = 4  # which verify a layer each: small operations leave most of a CPU idle
+_THREADS = 4  # which verify some layers each: small operations leave most of a CPU idle
+_NEIGHBOURS = 24  # layers that a thread verifies before it takes others, those alike among them together
 _COMPARED = 2**26  # bytes of a tensor that are compared at a time
 
 
@@ -53,8 +58,8 @@ def verify(
         raise ExportError(f"the export does not read back: {', '.join(lost) or 'a layer'} is not in it")
     with ThreadPoolExecutor(_THREADS, "verify") as pool:  # of an error, the first in their order is raised
         pool.submit(torch.get_num_threads).result()  # in a fork, threads that begin together race for PyTorch's own
-        verified = ((stored, layers[name], before.get(stored, {})) for name, stored in stored_names.items())
-        for _ in pool.map(lambda one: _verify_layer(checkpoint, *one), verified):
+        every = ((stored, layers[name], before.get(stored, {})) for name, stored in stored_names.items())
+        for _ in pool.map(functools.partial(_verify_layers, checkpoint), _some(every)):
             pass
     there = set(checkpoint.float_names)
     for name, tensor in floats.items():
@@ -74,8 +79,39 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {key: zlib.crc32(_bits(torch.atleast_1d(tensor)).numpy().data) for key, tensor in tensors.items()}
 
 
-def _verify_layer(checkpoint: Checkpoint, name: str, layer: QuantLinear, before: Mapping[str, int]) -> None:
-    stored = checkpoint.read_tensors(name)
+_One = tuple[str, QuantLinear, Mapping[str, int]]  # a stored name, the layer in memory, and what was written
+
+
+def _some(every: Iterable[_One]) -> Iterator[list[_One]]:
+    """The layers in their order, some at a time."""
+    left = list(every)
+    for start in range(0, len(left), _NEIGHBOURS):
+        yield left[start : start + _NEIGHBOURS]
+
+
+def _verify_layers(checkpoint: Checkpoint, some: Sequence[_One]) -> None:
+    alike: dict[Hashable, dict[str, QuantLinear]] = defaultdict(dict)
+    raw: dict[str, RawRows] = {}
+    for name, layer, before in some:
+        read = functools.cache(functools.partial(_read, checkpoint, name))
+        _compare(checkpoint.format.from_file(read, checkpoint.layers[name]), name, layer, before)
+        raw[name] = _raw_rows(checkpoint, name, _CHECKED_ROWS, read)
+        alike[layer.bits, layer.qweight.shape, layer.qzeros.shape, layer.device][name] = layer
+    for layers in alike.values():
+        found = _decoded(checkpoint.layers[next(iter(layers))], [raw[name] for name in layers])
+        expected = _rows(list(layers.values()))
+        if not torch.equal(found, expected):
+            apart = zip(layers, found, expected, strict=True)
+            wrong = next(name for name, one, other in apart if not torch.equal(one, other))
+            raise ExportError(f"the export does not read back: {wrong} decodes to other weights than the model's")
+
+
+def _read(checkpoint: Checkpoint, name: str, suffix: str) -> Tensor:
+    return checkpoint.read(f"{name}.{suffix}")
+
+
+def _compare(stored: Mapping[str, Tensor], name: str, layer: QuantLinear, before: Mapping[str, int]) -> None:
+    """Compares all values of a layer with those of a file, as a layer holds them."""
     for suffix in TENSORS:
         ours = getattr(layer, suffix)
         if (ours is None) != (suffix not in stored) or (ours is not None and not _equal(stored[suffix], ours)):
@@ -84,8 +120,6 @@ def _verify_layer(checkpoint: Checkpoint, name: str, layer: QuantLinear, before:
     for suffix in before:
         if now[suffix] != before[suffix]:
             raise ExportError(f"the export does not read back: {suffix} of {name} differs from what was written")
-    if not torch.equal(decoded_rows(checkpoint, name, _CHECKED_ROWS), _rows(layer)):
-        raise ExportError(f"the export does not read back: {name} decodes to other weights than the model's")
 
 
 def _equal(stored: Tensor, ours: Tensor) -> bool:
@@ -98,45 +132,71 @@ def _equal(stored: Tensor, ours: Tensor) -> bool:
     stored, ours = torch.atleast_1d(stored), torch.atleast_1d(ours)
     rows = max(1, _COMPARED * ours.shape[0] // ours.nbytes)
     pieces = zip(stored.split(rows), ours.split(rows), strict=True)
-    return all(torch.equal(_bits(one.to(other.device)), _bits(other)) for one, other in pieces)
+    return all(torch.equal(_words(one.to(other.device)), _words(other)) for one, other in pieces)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """Its bits, in as few numbers as there can be: they are compared one by one."""
+    flat = _bits(tensor).flatten()
+    is_aligned = len(flat) % 8 == 0 and flat.storage_offset() % 8 == 0
+    return flat.view(torch.int64) if is_aligned else flat
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def _rows(layer: QuantLinear) -> Tensor:
-    """The weights of the layer's first output channels in memory, float32 [rows, in]."""
-    rows = min(_CHECKED_ROWS, layer.out_features)
-    words = reference.words_for(rows, layer.bits)
-    pieces = (layer.qweight[:, :rows], layer.qzeros[:, :words], layer.scales[:, :rows], layer.g_idx)
-    return reference.dequantize(*(piece.cpu() for piece in pieces), layer.bits, torch.float32)
+def _rows(layers: Sequence[QuantLinear]) -> Tensor:
+    """The weights of the first output channels in memory, float32 [layers, rows, in], of layers of one shape."""
+    first = layers[0]
+    rows = min(_CHECKED_ROWS, first.out_features)
+    words = reference.words_for(rows, first.bits)
+    parts = [(one.qweight[:, :rows], one.qzeros[:, :words], one.scales[:, :rows], one.g_idx) for one in layers]
+    if rows * first.bits % 32 == 0 and all(torch.equal(one.g_idx, first.g_idx) for one in layers):
+        codes, zeros, scales = (torch.cat(of_all, 1) for of_all in list(zip(*parts, strict=True))[:3])
+        parts = [(codes, zeros, scales, first.g_idx)]  # side by side, they are one layer's
+    found = [reference.dequantize(*(one.cpu() for one in own), first.bits, torch.float32) for own in parts]
+    return torch.cat(found).unflatten(0, (len(layers), rows))
 
 
 def decoded_rows(checkpoint: Checkpoint, name: str, rows: int) -> Tensor:
     """Decodes a layer's first output channels from the file, float32 [rows, in], bit by bit, without
     `Format.from_file`, `packing` and the kernels."""
+    raw = _raw_rows(checkpoint, name, rows, functools.partial(_read, checkpoint, name))
+    return _decoded(checkpoint.layers[name], [raw])[0]
+
+
+def _raw_rows(checkpoint: Checkpoint, name: str, rows: int, read: Read) -> RawRows:
     layer = checkpoint.layers[name]
-    rows = min(rows, layer.out_features)
-    raw = checkpoint.format.first_rows(lambda suffix: checkpoint.read(f"{name}.{suffix}"), layer, rows)
-    codes = _from_bits(raw.codes, layer.bits)[:, : layer.in_features]
-    if raw.zeros is None:
-        zeros = torch.full((raw.scales.shape[1], rows), 2 ** (layer.bits - 1), device="cpu")
-    else:
-        zeros = (_from_bits(raw.zeros, layer.bits)[:, :rows] + raw.less) % 2**layer.bits
+    return checkpoint.format.first_rows(read, layer, min(rows, layer.out_features))
+
+
+def _decoded(layer: QuantizedLayer, raw: Sequence[RawRows]) -> Tensor:
+    """Rows of several layers like this one, float32 [layers, rows, in]."""
+    codes = _from_bits(torch.stack([one.codes for one in raw]), layer.bits)[..., : layer.in_features]
+    scales = torch.stack([one.scales for one in raw]).float()
+    zeros = torch.full(scales.shape, 2 ** (layer.bits - 1), dtype=codes.dtype, device="cpu")
+    if raw[0].zeros is not None:
+        of_words = _from_bits(torch.stack([one.zeros for one in raw if one.zeros is not None]), layer.bits)
+        zeros = ((of_words[..., : scales.shape[1]] + raw[0].less) % 2**layer.bits).mT
     size = layer.group_size if layer.group_size > 0 else layer.in_features
-    group = torch.arange(layer.in_features, device="cpu") // size if raw.group_of is None else raw.group_of.long()
-    return (codes - zeros.T[:, group]).float() * raw.scales.float()[:, group]
+    natural = torch.arange(layer.in_features, device="cpu") // size
+    values = torch.empty(codes.shape, device="cpu")
+    for number, one in enumerate(raw):
+        group = natural if one.group_of is None else one.group_of.long()
+        values[number] = (codes[number] - zeros[number][:, group]) * scales[number][:, group]
+    return values
 
 
 def _from_bits(words: Tensor, bits: int) -> Tensor:
-    """Decodes int32 [n, w], a little-endian bit stream along each row, into codes, int32 [n, w * 32 // bits]."""
+    """Decodes int32 [..., w], a little-endian bit stream along the last dimension, into int16 [..., w * 32 // bits]."""
     words = words.clone(memory_format=torch.contiguous_format)  # a view of one column may pass for contiguous
-    single = (words.view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
-    stream = single.flatten(1)
-    whole = stream.shape[1] // bits * bits
-    codes = stream[:, :whole].unflatten(1, (-1, bits)) << torch.arange(bits, dtype=torch.uint8, device="cpu")
-    return codes.sum(-1, dtype=torch.int32)
+    stream = numpy.unpackbits(words.numpy().view(numpy.uint8), axis=-1, bitorder="little")
+    stream = stream[..., : stream.shape[-1] // bits * bits]
+    codes = stream[..., ::bits].copy()
+    for bit in range(1, bits):
+        codes |= stream[..., bit::bits] << bit
+    return torch.from_numpy(codes).short()
 
 
 def verify_same(source: Checkpoint, directory: Path) -> None:
