@@ -338,17 +338,17 @@ def fail_saving(monkeypatch: pytest.MonkeyPatch) -> None:
         Path(path).write_bytes(b"half a fi")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(shards, "save_file", save)
+    monkeypatch.setattr(shards, "write_tensors", save)
 
 
 def spoil_a_tensor(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    original = shards.save_file
+    original = shards.write_tensors
 
     def save(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
         spoiled = {name: (tensor.clone() + 1 if name.endswith(ending) else tensor) for name, tensor in tensors.items()}
-        original(spoiled, path, metadata=metadata)
+        original(spoiled, path, metadata)
 
-    monkeypatch.setattr(shards, "save_file", save)
+    monkeypatch.setattr(shards, "write_tensors", save)
 
 
 def fail_renaming(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ class ShardWriter:
         self._gathered: Tensors = {}  # the next shard
         self._gathered_bytes = 0
         self._in_memory = 0  # of them, those that are in no file yet
-        self._piece_bytes = piece_bytes
+        self._piece_bytes = piece_bytes and min(piece_bytes, shard_bytes // 2)  # `add` waits for files of more
         self._loose: Tensors = {}  # the part of the next shard that is in memory and may wait in a file
         self._loose_bytes = 0
         self._pieces: dict[str, Any] = {}  # name -> safetensors' handle of the file in which it waits
