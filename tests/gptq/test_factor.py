@@ -144,24 +144,27 @@ def test_nothing_is_factored_on_another_device():
     torch.testing.assert_close(blocked, torch.linalg.cholesky(h / h.amax()).mT, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("n", "blocked"), [(63, False), (64, False), (65, True), (130, True)])
-def test_where_products_are_split_more_than_four_panels_are_factored_in_blocks(n, blocked, monkeypatch):
-    h = hessians(2, n, torch.float32)
+@pytest.mark.parametrize(
+    ("batch", "n", "panels"), [(1, 64, []), (1, 65, [16]), (2, 15, []), (2, 16, [8]), (2, 64, [8]), (2, 130, [16])]
+)
+def test_where_products_are_split_wide_matrices_and_several_are_factored_in_blocks(batch, n, panels, monkeypatch):
+    h = hessians(batch, n, torch.float32)
     wanted, _ = factorize(h.double(), QuantizeConfig(), torch.float64, 0.01)
     in_blocks, seen = factoring._blocked_cholesky, []
     monkeypatch.setattr(factoring, "_blocked_cholesky", lambda m, panel: seen.append(panel) or in_blocks(m, panel))
     monkeypatch.setattr(factoring, "_PANEL", 16)
+    monkeypatch.setattr(factoring, "_PANEL_OF_MANY", 8)
     monkeypatch.setattr(factoring, "_INVERTED", 8)
     for usable in (False, True):
         monkeypatch.setattr(factoring.tensor_cores, "usable", lambda x, usable=usable: usable)
         factor, good = factorize(h, QuantizeConfig(), torch.float32, 0.01)
-        assert good.all() and seen == [16] * (blocked and usable)
+        assert good.all() and seen == (panels if usable else [])
         torch.testing.assert_close(factor.rows.double(), wanted.rows, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(factor.gain.double(), wanted.gain, rtol=1e-4, atol=0)
 
 
 def test_a_panel_is_a_whole_number_of_the_triangles_that_are_inverted():
-    assert factoring._PANEL % factoring._INVERTED == 0
+    assert factoring._PANEL % factoring._INVERTED == factoring._PANEL_OF_MANY % factoring._INVERTED == 0
 
 
 def test_a_triangle_is_substituted_in_its_own_precision(monkeypatch):
