@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptq_plugin.calibration.collect import Batch, ready_batch
-from gptq_plugin.calibration.few_samples import few_samples, paddings
+from gptq_plugin.calibration.few_samples import few_samples, first_samples, paddings
 
 LENGTHS = torch.tensor([200, 300, 90, 250, 300])
 MASK = (torch.arange(300) < LENGTHS[:, None]).long()
@@ -56,3 +56,13 @@ def test_masks_that_hide_something_are_counted():
     assert paddings(ready_batch({"input_ids": IDS, "attention_mask": MASK, "labels": labels})) == 2
     assert paddings(ready_batch({"input_ids": IDS, "attention_mask": torch.ones_like(MASK)})) == 0
     assert paddings(ready_batch(IDS)) == 0
+
+
+def test_the_first_samples_are_as_many_as_have_some_tokens():
+    batch = ready_batch({"input_ids": IDS, "position_ids": torch.arange(300)[None]})
+    few = first_samples(batch, 301)
+    assert few.samples == 2 and torch.equal(few.data["input_ids"], IDS[:2])
+    assert few.data["position_ids"].shape == (1, 300)  # of all samples
+    assert first_samples(batch, 5 * 300 - 299) is batch
+    images = Batch(torch.ones(5, 3, 8, 8), 5)
+    assert first_samples(images, 1) is images  # which have no tokens

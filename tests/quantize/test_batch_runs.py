@@ -68,6 +68,32 @@ def test_the_largest_batch_shows_what_the_walk_needs(batches):
     assert digest(data) == digest(calibration.batches[sizes.index(max(sizes))].data)
 
 
+@pytest.mark.parametrize("takes_parts", [True, False])
+def test_a_part_of_a_large_batch_shows_the_layers_if_the_forward_takes_it(takes_parts, monkeypatch):
+    """What all of its samples need is as many times what the part did."""
+    monkeypatch.setattr(batch_runs, "_FIRST", 10)
+    needs, ran = [], []
+    monkeypatch.setattr(
+        placement, "place", lambda *given, place=placement.place: needs.append(given[2]) or place(*given)
+    )
+
+    def forward(network, batch):
+        ran.append(len(batch["input_ids"]))
+        if not takes_parts and len(batch["input_ids"]) < 6:
+            raise ValueError("a batch has six samples")
+        return network(torch.nn.functional.one_hot(batch["input_ids"], 2**15).float())
+
+    model = nn.Sequential(nn.Linear(2**15, 32))
+    batches = [{"input_ids": torch.arange(24).reshape(6, 4)}]
+    plan, runs = runs_of(model, batches, forward=forward)
+    runs.activations._smallest = 2**10
+    with runs:
+        groups, _ = runs.find_groups(modules(plan))
+        assert runs._noticed.keys() == {}
+    assert ran == ([3] if takes_parts else [3, 6]) and [group.names for group in groups] == [("0",)]
+    assert needs[0].batch == needs[0].activations == 24 * 2**17
+
+
 def test_all_ranks_take_the_groups_of_the_largest_batch_of_all_and_of_these_the_first(monkeypatch):
     model = Attention()
     plan, runs = runs_of(model, [rows(4, 32)])

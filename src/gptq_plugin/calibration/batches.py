@@ -87,7 +87,12 @@ def map_tensors(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def row_of(data: Any, row: int) -> Any:
-    """The batch cut to one sample: of every tensor whose first dimension is the number of samples, that row [1, ...].
+    """The batch cut to one sample, [1, ...]; see `rows_of`."""
+    return rows_of(data, slice(row, row + 1))
+
+
+def rows_of(data: Any, rows: slice) -> Any:
+    """The batch cut to some samples: of every tensor whose first dimension is the number of samples, those rows.
 
     A list of texts or numbers with as many items as samples is cut too.
     """
@@ -95,7 +100,7 @@ def row_of(data: Any, row: int) -> Any:
 
     def cut(value: Any) -> Any:
         divided = value.shape[:1] == (samples,) if isinstance(value, Tensor) else _has_length(value, samples)
-        return value[row : row + 1] if divided else value
+        return value[rows] if divided else value
 
     return _map(data, cut)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_plugin.calibration.batches import leaves, map_tensors
+from gptq_plugin.calibration.batches import leaves, map_tensors, rows_of
 from gptq_plugin.calibration.collect import Batch
 from gptq_plugin.calibration.sequences import IGNORED_LABEL, arguments_of, masks_among
 
@@ -51,6 +51,16 @@ def few_samples(batch: Batch, *, targets: bool) -> Any:
         return value[chosen.to(value.device)][:, window] if alike else value[chosen.to(value.device)]
 
     return map_tensors(batch.data, part)
+
+
+def first_samples(batch: Batch, tokens: int) -> Batch:
+    """The first samples of a batch, about as many as have so many tokens; all where tokens are not known.
+
+    The number of samples is that of all tensors that begin with it; a forward may not take the part all the same.
+    """
+    known = batch.tokens
+    count = batch.samples if not known else -(-tokens * batch.samples // known)
+    return batch if count >= batch.samples else Batch(rows_of(batch.data, slice(count)), count)
 
 
 def _edges(arguments: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Batch, Calibration
+from gptq_plugin.calibration.few_samples import first_samples
 from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.observing import Noticed, Watched, observe_positions
 from gptq_plugin.calibration.positions import Positions
@@ -39,6 +40,8 @@ from gptq_plugin.walk.groups import Group, find_groups
 from gptq_plugin.walk.kept_state import KeptState, Values
 
 log = logging.getLogger(__name__)
+
+_FIRST = 2**14  # tokens of the first forward, which finds out about layers and not about data
 
 
 class BatchRuns:
@@ -103,15 +106,16 @@ class BatchRuns:
     def __exit__(self, *error: Any) -> None:
         self._entered_contexts.__exit__(*error)
 
-    def forward(self, batch: int, number: int | None = None) -> Forward:
-        """A batch's forward for `lockstep.walk`, with that number (or the batch's) among those that take turns."""
+    def forward(self, batch: int, number: int | None = None, part: Batch | None = None) -> Forward:
+        """A batch's forward for `lockstep.walk`, with that number (or the batch's) among those that take turns; of a
+        part of the batch, in which no positions are told apart."""
 
         def run() -> Any:
             counts = not serves_float()
             self._run = (batch, self._run[1] + 1) if counts else self._run
-            marked = self._positions.running(batch) if counts else contextlib.nullcontext()
+            marked = self._positions.running(batch) if counts and part is None else contextlib.nullcontext()
             with marked, self.activations.running(batch if number is None else number):
-                return self._run_explained(self._plan.model, self._batches[batch].data)
+                return self._run_explained(self._plan.model, (part or self._batches[batch]).data)
 
         return run
 
@@ -141,7 +145,8 @@ class BatchRuns:
 
     def find_groups(self, layers: dict[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
         """Finds the groups with a forward of the largest batch, judges the layers by what they compute in it, and
-        decides from it what stays on the device.
+        decides from it what stays on the device. Of a batch with more than `_FIRST` tokens the first samples run, if
+        the forward takes them: the memory that all take is at most as many times theirs.
 
         The models of all ranks are the same, and those of the rank with the largest batch of all are used.
 
@@ -152,19 +157,32 @@ class BatchRuns:
             TargetError: None of the layers can be quantized.
         """
         free, measured = free_bytes(self.device, self._options.device_memory), Peak(self.device)
-        groups, share, place = None, 0.0, (1, 0)
+        groups, share, times, place = None, 0.0, 1.0, (1, 0)
         sizes = _sizes(self._batches)
         if sizes:
             largest = sizes.index(max(sizes))
-            self._noticed = Noticed(self._plan.model, self._batches[largest])
-            forward = self.replaceable.watched(self._noticed.during(self.forward(largest)))
-            both = layers | calls_of(self.at_once)
-            groups = as_called(find_groups(both, forward, self.waiting, largest, self.state), self.at_once)
+            groups, times = self._first_forward(layers | calls_of(self.at_once), largest)
             share, place = sum(sizes) / max(1, sizes[largest]), (-sizes[largest], self._numbers[largest])
-        self._place(free, measured.bytes(), share)
+        self._place(free, measured.bytes(), share, times)
         of_all = distributed.gather_objects((place, groups))
         _, found = min((one for one in of_all if one[1] is not None), key=lambda one: one[0])
         return found, self.replaceable.settle(self.weights.present)
+
+    def _first_forward(self, layers: Mapping[str, nn.Module], number: int) -> tuple[list[Group], float]:
+        """The groups, and how many times the samples that ran the batch has."""
+        whole = self._batches[number]
+        few = first_samples(whole, _FIRST)
+        for batch in (few, whole):
+            self._noticed = Noticed(self._plan.model, batch)
+            forward = self._noticed.during(self.forward(number, part=None if batch is whole else batch))
+            try:
+                groups = find_groups(layers, self.replaceable.watched(forward), self.waiting, number, self.state)
+            except Exception:  # a forward may need whole batches, and what else it raises comes again
+                if batch is whole:
+                    raise
+            else:
+                break
+        return as_called(groups, self.at_once), whole.samples / batch.samples
 
     def check_swap(self, names: Collection[str]) -> list[str]:
         """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do. To
@@ -191,7 +209,6 @@ class BatchRuns:
 
     def disturbance(self, layers: Mapping[str, nn.Module]) -> str | None:
         """Returns why the batches cannot take turns, on any rank; None if they can. After `find_groups`."""
-
         run = partial(self._run_explained, self._plan.model)
         two = [batch.data for batch in self._batches[:2]]
         own = disturbance(
@@ -265,20 +282,21 @@ class BatchRuns:
     def _streams(self) -> bool:
         return self._plan.targets[0].parameter.device != self.device or bool(self._options.offload_weights)
 
-    def _place(self, free: int | None, peak: int, share: float) -> None:
+    def _place(self, free: int | None, peak: int, share: float, times: float) -> None:
         """Decides what stays on the device.
 
         Args:
             free: Bytes that were free before the first forward.
             peak: Bytes that this took at most.
-            share: Activations of all batches, in parts of those of the batch that ran.
+            share: Activations of all batches, in parts of those of the largest.
+            times: The largest batch, in parts of what ran of it.
         """
-        waiting = self.activations.peak_bytes
+        waiting = int(self.activations.peak_bytes * times)
         needs = placement.Needs(
             weights=self.weights.total_bytes,
             fixed=placement.fixed_bytes(self._plan.targets, self.device, len(self._batches) * (1 + self.walks.two)),
             solver=placement.solver_bytes(self._plan.targets) + evidence_bytes(self.at_once.values(), self._plan),
-            forward=peak - self.weights.peak_bytes,
+            forward=int((peak - self.weights.peak_bytes) * times),
             activations=int(waiting * share) * (1 + self.walks.two),
             batch=waiting,
         )
