@@ -53,11 +53,17 @@ def test_what_was_left_before_is_collected_on_demand():
     assert gc.get_freeze_count() == 0
 
 
-def test_many_new_objects_are_looked_at():
-    with rarely_collected():
-        found = weakref.ref(Cycle())
-        kept = [[number] for number in range(200_000)]
-        assert found() is None and kept
+def test_many_new_objects_are_looked_at_once():
+    ran = []
+    gc.callbacks.append(lambda phase, info: ran.append(info["generation"]) if phase == "start" else None)
+    try:
+        with rarely_collected():
+            found = weakref.ref(Cycle())
+            kept = [[number] for number in range(2_000_000)]
+            assert found() is None and kept
+    finally:
+        gc.callbacks.pop()
+    assert len(ran) > 10 and set(ran) == {0}
 
 
 def test_callers_who_collect_nothing_or_freeze_objects_keep_that():

@@ -7,14 +7,15 @@ import gc
 import threading
 from collections.abc import Iterator
 
-_NEW = 50_000  # objects, between two looks at them; Python's own number is below a thousand
+_NEW = 100_000  # objects, between two looks at them; Python's own number is below a thousand
+_NEVER = 2**30  # looks at new objects between two at those that stayed
 _lock = threading.RLock()  # a collection inside of it may end a block that somebody left open
 _before: list[tuple[tuple[int, int, int], bool]] = []  # what was before the first of the blocks now open, for each
 
 
 @contextlib.contextmanager
 def rarely_collected() -> Iterator[None]:
-    """Inside the block Python looks for cycles among many new objects only, and not among those from before.
+    """Inside the block Python looks for cycles among many new objects only, once, and not among those from before.
 
     A block of experts is hundreds of modules. Each few of them would have Python look at all objects of the process,
     which takes longer than to quantize the block. Callers who freeze objects, or collect none, keep that. Of blocks
@@ -41,7 +42,7 @@ def _enter(thresholds: tuple[int, int, int], freezes: bool) -> None:
     if freezes:
         gc.freeze()
     if thresholds[0]:
-        gc.set_threshold(max(thresholds[0], _NEW), *thresholds[1:])
+        gc.set_threshold(max(thresholds[0], _NEW), _NEVER, _NEVER)
 
 
 def collect() -> None:

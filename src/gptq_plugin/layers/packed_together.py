@@ -41,13 +41,20 @@ def packed_layers(
     words = pack(codes.movedim(0, 1).reshape(n_in, batch * n_out), bits).unflatten(1, (batch, n_out)).movedim(1, 0)
     of_zeros = pack(zeros.movedim(2, 0).reshape(n_out, -1), bits).unflatten(1, (batch, -1)).movedim(0, 2)
     layers = []
-    tensors_of_all = (words, of_zeros, scales, solved.g_idx[every])
-    parts = [torch.ops.aten.unbind_copy(part) for part in tensors_of_all]
+    parts = [_apart(part) for part in (words, of_zeros, scales, solved.g_idx[every])]
     for dtype, *tensors in zip(dtypes, *parts, strict=True):
         layer = empty_layer(n_in, n_out, bits, group_size, dtype)
         layer._buffers.update(zip(PACKED, tensors, strict=True))
         layers.append(layer)
     return layers
+
+
+def _apart(values: Tensor) -> list[Tensor]:
+    """The parts of a tensor along its first dimension, each in memory of its own, copied in a few launches for all."""
+    parts = values.contiguous().unbind()
+    copies = [torch.empty_like(part) for part in parts]
+    torch._foreach_copy_(copies, parts)
+    return copies
 
 
 def dequantized(solved: Solutions, dtype: torch.dtype) -> Tensor:
