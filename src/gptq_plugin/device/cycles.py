@@ -35,6 +35,7 @@ def rarely_collected() -> Iterator[None]:
             if not _before:
                 gc.set_threshold(*thresholds)
                 if freezes:
+                    gc.freeze()  # or what is new would be looked at here, in the caller's next few objects
                     gc.unfreeze()
 
 
