@@ -164,7 +164,7 @@ def quantize(options: argparse.Namespace) -> None:
 
     def watch() -> None:
         while not over.wait(0.01):
-            most.append(max(most.pop(), unmapped()))
+            most[0] = max(most[0], unmapped())
 
     def solved(layers: int, *_: object) -> None:
         block, rest = divmod(layers, 7)

@@ -78,6 +78,19 @@ def test_a_forward_gives_back_what_it_freed_whenever_the_process_has_grown(monke
     model(torch.ones(1, 8))  # nothing is asked any more
 
 
+def test_small_layers_are_looked_at_by_the_parts_that_are_large_together():
+    """Small buffers too stay with the process: of a model of many blocks, as much as its weights take."""
+
+    def block():
+        return torch.nn.Sequential(*(torch.nn.Linear(300, 300) for _ in range(3)))  # 1.03 MiB
+
+    blocks = torch.nn.ModuleList([block(), block()])
+    large = torch.nn.Linear(512, 512)
+    model = torch.nn.ModuleDict({"blocks": blocks, "head": large, "norm": torch.nn.LayerNorm(8)})
+    assert set(memory._large_parts(model)) == {*blocks, large}
+    assert memory._large_parts(torch.nn.Sequential(torch.nn.Linear(8, 8))) == []
+
+
 def test_only_a_gpu_without_an_index_gets_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert with_index(torch.device("cuda")) == torch.device("cuda", 3)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 _CPU = torch.device("cpu")
 _GROWTH = 2**27  # bytes
 _FEW = 32  # a device's memory is to what may be left in cycles of objects
-_LARGE = 2**20  # bytes of a tensor; what smaller ones leave behind is little
+_LARGE = 2**20  # bytes of tensors; what fewer leave behind is little
 _SHORT = re.compile(  # cuSOLVER tells of no room for its handle as of an internal error
     r"(CUDA|HIP) error: out of memory|Triton Error \[\w+\]: out of memory|"
     r"_STATUS_ALLOC_FAILED|calling `cusolverDnCreate\("
@@ -102,7 +102,7 @@ def trimmed(model: nn.Module) -> Iterator[None]:
     `_GROWTH`. Without it a forward in 16 bits leaves as much behind as its weights take, and they may be mapped.
 
     Args:
-        model: Any module. The hooks on its layers are gone after the block.
+        model: Any module. The hooks on its parts are gone after the block.
     """
     least = own_bytes()
 
@@ -114,12 +114,7 @@ def trimmed(model: nn.Module) -> Iterator[None]:
             trim()
             least = own_bytes()
 
-    large = [
-        m
-        for m in modules_of(model).values()
-        if any(_is_large(p) for p in (*m._parameters.values(), *m._buffers.values()))
-    ]
-    hooks = [module.register_forward_hook(look) for module in large]
+    hooks = [module.register_forward_hook(look) for module in _large_parts(model)]
     try:
         yield
     finally:
@@ -127,8 +122,18 @@ def trimmed(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _is_large(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.device.type == "cpu" and tensor.nbytes >= _LARGE
+def _large_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules with a large tensor on a CPU, and the smallest ones whose smaller tensors are as much together."""
+    sizes: dict[nn.Module, int] = {}
+    found = []
+    for module in reversed(modules_of(model).values()):  # children first
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        own = [one.nbytes for one in tensors if one is not None and one.device.type == "cpu"]
+        parts = [sizes.get(child, 0) for child in module._modules.values() if child is not None]
+        sizes[module] = sum(own) + sum(parts)
+        if max(own, default=0) >= _LARGE or (sizes[module] >= _LARGE and max(parts, default=0) < _LARGE):
+            found.append(module)
+    return found
 
 
 def is_shortage(error: BaseException) -> bool:
