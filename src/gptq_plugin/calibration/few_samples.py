@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from gptq_plugin.calibration.batches import leaves, map_tensors, rows_of
 from gptq_plugin.calibration.collect import Batch
 from gptq_plugin.calibration.sequences import IGNORED_LABEL, arguments_of, masks_among
+
+T = TypeVar("T")
 
 _REACH = 64  # positions kept on either side of an edge
 
@@ -61,6 +65,19 @@ def first_samples(batch: Batch, tokens: int) -> Batch:
     known = batch.tokens
     count = batch.samples if not known else -(-tokens * batch.samples // known)
     return batch if count >= batch.samples else Batch(rows_of(batch.data, slice(count)), count)
+
+
+def of_few(whole: Batch, tokens: int, run: Callable[[Batch], T]) -> tuple[T, float]:
+    """Runs the `first_samples` of a batch, or all of it where the forward does not take those.
+
+    Returns:
+        What `run` returned, and how many times the samples that ran the batch has.
+    """
+    few = first_samples(whole, tokens)
+    if few is not whole:
+        with contextlib.suppress(Exception):  # a forward may need whole batches; what else it raises comes again
+            return run(few), whole.samples / few.samples
+    return run(whole), 1.0
 
 
 def _edges(arguments: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Batch, Calibration
-from gptq_plugin.calibration.few_samples import first_samples
+from gptq_plugin.calibration.few_samples import of_few
 from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.observing import Noticed, Watched, observe_positions
 from gptq_plugin.calibration.positions import Positions
@@ -145,8 +145,8 @@ class BatchRuns:
 
     def find_groups(self, layers: dict[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
         """Finds the groups with a forward of the largest batch, judges the layers by what they compute in it, and
-        decides from it what stays on the device. Of a batch with more than `_FIRST` tokens the first samples run, if
-        the forward takes them: the memory that all take is at most as many times theirs.
+        decides from it what stays on the device. Of a batch with more than `_FIRST` tokens the first samples run:
+        the memory that all take is at most as many times theirs.
 
         The models of all ranks are the same, and those of the rank with the largest batch of all are used.
 
@@ -161,28 +161,20 @@ class BatchRuns:
         sizes = _sizes(self._batches)
         if sizes:
             largest = sizes.index(max(sizes))
-            groups, times = self._first_forward(layers | calls_of(self.at_once), largest)
+            groups, times = of_few(self._batches[largest], _FIRST, partial(self._groups, layers, largest))
             share, place = sum(sizes) / max(1, sizes[largest]), (-sizes[largest], self._numbers[largest])
         self._place(free, measured.bytes(), share, times)
         of_all = distributed.gather_objects((place, groups))
         _, found = min((one for one in of_all if one[1] is not None), key=lambda one: one[0])
         return found, self.replaceable.settle(self.weights.present)
 
-    def _first_forward(self, layers: Mapping[str, nn.Module], number: int) -> tuple[list[Group], float]:
-        """The groups, and how many times the samples that ran the batch has."""
-        whole = self._batches[number]
-        few = first_samples(whole, _FIRST)
-        for batch in (few, whole):
-            self._noticed = Noticed(self._plan.model, batch)
-            forward = self._noticed.during(self.forward(number, part=None if batch is whole else batch))
-            try:
-                groups = find_groups(layers, self.replaceable.watched(forward), self.waiting, number, self.state)
-            except Exception:  # a forward may need whole batches, and what else it raises comes again
-                if batch is whole:
-                    raise
-            else:
-                break
-        return as_called(groups, self.at_once), whole.samples / batch.samples
+    def _groups(self, layers: Mapping[str, nn.Module], number: int, batch: Batch) -> list[Group]:
+        """The groups by a forward of the batch, or of a part of it."""
+        self._noticed = Noticed(self._plan.model, batch)
+        part = None if batch is self._batches[number] else batch
+        forward = self.replaceable.watched(self._noticed.during(self.forward(number, part=part)))
+        both = layers | calls_of(self.at_once)
+        return as_called(find_groups(both, forward, self.waiting, number, self.state), self.at_once)
 
     def check_swap(self, names: Collection[str]) -> list[str]:
         """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do. To
@@ -283,14 +275,8 @@ class BatchRuns:
         return self._plan.targets[0].parameter.device != self.device or bool(self._options.offload_weights)
 
     def _place(self, free: int | None, peak: int, share: float, times: float) -> None:
-        """Decides what stays on the device.
-
-        Args:
-            free: Bytes that were free before the first forward.
-            peak: Bytes that this took at most.
-            share: Activations of all batches, in parts of those of the largest.
-            times: The largest batch, in parts of what ran of it.
-        """
+        """Decides what stays on the device by the bytes free before the first forward, those this took at most, the
+        activations of all batches in parts of the largest's, and the largest batch in parts of what ran of it."""
         waiting = int(self.activations.peak_bytes * times)
         needs = placement.Needs(
             weights=self.weights.total_bytes,
