@@ -168,7 +168,7 @@ class BatchRuns:
         _, found = min((one for one in of_all if one[1] is not None), key=lambda one: one[0])
         return found, self.replaceable.settle(self.weights.present)
 
-    def _groups(self, layers: Mapping[str, nn.Module], number: int, batch: Batch) -> list[Group]:
+    def _groups(self, layers: dict[str, nn.Module], number: int, batch: Batch) -> list[Group]:
         """The groups by a forward of the batch, or of a part of it."""
         self._noticed = Noticed(self._plan.model, batch)
         part = None if batch is self._batches[number] else batch
