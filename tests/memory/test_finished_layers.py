@@ -161,3 +161,25 @@ def test_a_layer_comes_from_the_gpu_with_the_values_of_the_work_queued_before_it
         assert one.qweight.is_cuda
         layers.take_home(wait=True)
     assert all(torch.equal(buffer, expected[name]) for name, buffer in one.named_buffers())
+
+
+def test_layers_behind_one_that_is_in_no_file_are_not_asked_about(monkeypatch):
+    """Thousands of experts wait for a file."""
+    store, asked = Store(), []
+    monkeypatch.setattr(Store, "written", lambda self, name: asked.append(name) or self.files.get(name))
+    monkeypatch.setattr(Store, "lasts", lambda self, name: asked.append(name) or not self.moving)
+    with finished(CPU, store) as layers:
+        for name in "abcde":
+            layers.add(name, layer())
+        layers.take_home()
+        assert asked == ["a"]
+        store.moving, store.files["a"], store.files["b"] = True, {}, {}
+        layers.take_home()
+        asked.clear()
+        layers.take_home()
+        assert asked == ["a", "c"]  # it waits for its last file, and the first one in none
+        store.moving = False
+        layers.take_home()
+        asked.clear()
+        layers.take_home()
+        assert asked == ["c"]

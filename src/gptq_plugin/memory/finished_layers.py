@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from gptq_plugin.layers.qlinear import QuantLinear
 
 
 class LayerStore(Protocol):
-    """Files to which finished layers are written as they come."""
+    """Files to which finished layers are written as they come, one after the other."""
 
     def add(self, name: str, layer: QuantLinear) -> None:
         """Takes a finished layer, on the model's device."""
@@ -46,7 +47,8 @@ class FinishedLayers:
         self._store = store
         self._worker = ThreadPoolExecutor(1, "finished-layers")
         self._moving: dict[str, Future[dict[str, Tensor]]] = {}
-        self._unwritten: dict[str, bool] = {}  # True for those that are mapped from a file that is not their last
+        self._unwritten: dict[str, None] = {}  # in their order
+        self._waiting: dict[str, None] = {}  # mapped from a file that is not their last, in their order
 
     def add(self, name: str, layer: QuantLinear) -> None:
         """Takes a finished layer. Returns without waiting for its device.
@@ -71,23 +73,31 @@ class FinishedLayers:
                 _point(self.layers[name], moving.result())
                 self._write(name)
         if self._store is not None:
-            for name, mapped in list(self._unwritten.items()):
-                lasts = self._store.lasts(name)
-                tensors = self._store.written(name) if lasts or not mapped else None
-                if tensors is not None:
-                    _point(self.layers[name], tensors)
-                    self._unwritten[name] = True
-                if tensors is not None and lasts:
-                    del self._unwritten[name]
+            self._map(self._store)
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
+
+    def _map(self, store: LayerStore) -> None:
+        """Has layers take the tensors that are in files by now. Files get the layers in their order, so that none
+        behind one that is in no file has to be asked about."""
+        for name in list(itertools.takewhile(store.lasts, self._waiting)):
+            _point(self.layers[name], store.written(name) or {})
+            del self._waiting[name]
+        for name in list(self._unwritten):
+            tensors = store.written(name)
+            if tensors is None:
+                break
+            _point(self.layers[name], tensors)
+            del self._unwritten[name]
+            if not store.lasts(name):
+                self._waiting[name] = None
 
     def _write(self, name: str) -> None:
         if self._store is not None:
             self._store.add(name, self.layers[name])
             if self._device.type == "cpu":
-                self._unwritten[name] = False
+                self._unwritten[name] = None
 
 
 def _point(layer: QuantLinear, tensors: dict[str, Tensor]) -> None:
