@@ -179,8 +179,16 @@ try:
     said = "passed"
 except Exception as error:
     said = f"{type(error).__name__}: {error}"
-from gptq_plugin.lightning.validation import validate
-(out / f"rank{trainer.global_rank}.json").write_text(json.dumps([validate(trainer, module), said]))
+from gptq_plugin.lightning import validation
+from gptq_plugin.training.paired import Pairs
+found = validation.validate(trainer, module)
+def drawn(one):
+    pairs = Pairs.of(one, one)
+    return pairs.unit, pairs.why, list(pairs.before), list(pairs.weights)
+uneven, mine = drawn(found["mean"]), rows(13)[6 * trainer.global_rank:][:6]
+validation.validation_loaders = lambda _: [DataLoader(mine, batch_size=4)]
+even = drawn(validation.validate(trainer, module)["mean"])
+(out / f"rank{trainer.global_rank}.json").write_text(json.dumps([found, said, uneven, even]))
 """
 
 
@@ -189,8 +197,9 @@ def test_ranks_validate_their_shares_and_agree_on_the_values_and_on_what_to_do(t
     (tmp_path / "train.py").write_text(textwrap.dedent(RANKS))
     command = [python(), tmp_path / "train.py", SUPPORT, tmp_path]
     subprocess.run(command, check=True, timeout=200, cwd=tmp_path)
-    (first, said), (second, said_too) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second and said == said_too
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    first, said, uneven, even = ranks[0]
     assert said.startswith("QualityError: the quantized model is not good enough: times went from")
     assert set(first) == {"mean", "most", "first", "rank0", "times"} and first["first"] == 1.0
     model, samples = Validated().eval(), rows(13)  # the float weights are back
@@ -199,6 +208,9 @@ def test_ranks_validate_their_shares_and_agree_on_the_values_and_on_what_to_do(t
     assert first["mean"] == pytest.approx(sum(errors) / 13, rel=1e-5)
     batches = [errors[:3], errors[3:6], errors[6:8], errors[8:11], errors[11:]]
     assert first["most"] == pytest.approx(max(sum(batch) / len(batch) for batch in batches), rel=1e-5)
+    # Of ranks that run as many samples in each batch, every sample is known; of others a step might wait for the rest.
+    assert uneven[:2] == ["batches", "the ranks' batches differ in their numbers of samples"] and len(uneven[2]) == 5
+    assert even[:2] == ["samples", ""] and even[2] == pytest.approx(errors[:12], rel=1e-5) and even[3] == [1.0] * 12
 
 
 def test_batches_are_counted_as_far_as_dataloaders_know_and_limits_tell(tmp_path):
