@@ -41,8 +41,24 @@ def test_one_calibration_sample_goes_through_the_model_and_the_export(checkpoint
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "forward", watching)
         quantizer.export(model, tmp_path / "out")
-    assert shapes == [(True, (1, LENGTH))] * 2 + [(False, (1, LENGTH))]
+    assert shapes == [(True, (1, LENGTH)), (False, (1, LENGTH))]
     assert "not run" not in caplog.text and "not compared" not in caplog.text
+
+
+def test_a_sample_that_runs_under_autocast_is_compared_by_a_call_without(tmp_path):
+    _, model = quantized_llama()
+    seen = []
+
+    def forward(network, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen.append(network(batch).logits)
+
+    for run, rounded in ((forward, True), (lambda network, batch: network(batch), False)):
+        called = verify_outputs._called(model, Sample.of(IDS[:1], run, torch.device("cpu")))
+        assert called is not None
+        (args, kwargs), _, outputs = called
+        assert (outputs is None) is rounded
+    assert torch.equal(outputs[0], model(*args, **kwargs).logits) and seen[0].dtype == torch.bfloat16
 
 
 def test_layers_on_a_cpu_keep_nothing_of_the_calls_that_verify_them(tmp_path):
@@ -127,7 +143,7 @@ def test_a_model_that_does_not_run_a_part_of_a_batch_is_compared_on_all_of_it():
         return network(batch)
 
     seen, sample = [], Sample.of(IDS, forward, torch.device("cpu"))
-    (args, _), _ = verify_outputs._called(nn.Embedding(128, 8), sample)
+    (args, _), _, _ = verify_outputs._called(nn.Embedding(128, 8), sample)
     assert torch.equal(args[0], IDS) and seen == [(1, 64), (5, 100)]
     assert [one.batch.shape for one in Sample.of(IDS[:1, :9], forward, None).sizes()] == [(1, 9)] * 2
 

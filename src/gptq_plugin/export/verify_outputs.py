@@ -96,9 +96,11 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> l
     if called is None:
         log.warning("the export was not run: no calibration sample went through the model as a whole")
         return []
-    (args, kwargs), device = called
-    with _on(model, device):  # not the sample's forward, which may use autocast
-        expected = floats(model(*args, **kwargs))
+    (args, kwargs), device, outputs = called
+    if outputs is None:
+        with _on(model, device):
+            outputs = floats(model(*args, **kwargs))
+    expected = outputs
     if not expected:
         log.warning("the export was not compared with the model: its outputs hold no floating-point tensors")
         return []
@@ -108,7 +110,7 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> l
         raise ExportError(f"the export does not load: {error}") from error
     if again is None:
         return []
-    with streamed_to(again, device, capacity=0), _releasing(again):
+    with streamed_to(again, device), _releasing(again):
         found = floats(again(*args, **kwargs))
     if _differ(found, expected):
         with _on(model, device):
@@ -174,29 +176,40 @@ def difference(one: Tensor, other: Tensor) -> float:
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _called(model: nn.Module, sample: Sample) -> tuple[Arguments, torch.device] | None:
-    """The arguments of the first call of the model as a whole; None without such a call."""
+_Called = tuple[Arguments, torch.device, list[Tensor] | None]
+
+
+def _called(model: nn.Module, sample: Sample) -> _Called | None:
+    """The arguments of the first call of the model as a whole, and what it returned unless the sample's forward made it
+    under autocast; None without such a call."""
     seen: list[Arguments] = []
+    outputs: list[list[Tensor] | None] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not seen:
             seen.append(tree_map(_cloned, (args, kwargs)))  # the forward may modify them
 
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not outputs:
+            outputs.append(None if torch.is_autocast_enabled(one.device.type) else [t.clone() for t in floats(output)])
+
     for one in sample.sizes():
         seen.clear()
-        handle = model.register_forward_pre_hook(before, with_kwargs=True)
+        outputs.clear()
+        handles = model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)
         try:
             with _on(model, one.device):
                 one.forward(model, one.batch)
-            return (seen[0], one.device) if seen else None
+            return (seen[0], one.device, outputs[0]) if seen else None
         except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
             log.info("a calibration sample does not go through the model (%s)", error)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
     return None
 
 
-def _dummies(model: Any) -> tuple[Arguments, torch.device] | None:
+def _dummies(model: Any) -> _Called | None:
     device = next(model.parameters()).device
     try:
         inputs = {name: value.to(device) for name, value in model.dummy_inputs.items()}
@@ -204,7 +217,7 @@ def _dummies(model: Any) -> tuple[Arguments, torch.device] | None:
     except Exception as error:  # noqa: BLE001 - whatever a model does with inputs that are not for it
         log.info("the model does not run transformers' dummy inputs (%s)", error)
         return None
-    return ((), inputs), device
+    return ((), inputs), device, None
 
 
 def _reload(model: nn.Module, directory: Path) -> nn.Module | None:
@@ -257,7 +270,7 @@ def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
         with trimmed(model), _releasing(model):
             yield
     else:
-        with streamed_to(model, device, capacity=0):
+        with streamed_to(model, device):
             yield
 
 
