@@ -122,6 +122,27 @@ def test_what_is_no_loss_is_refused_and_the_model_is_as_it_was(loss, message):
     assert same(state_of(model), before)
 
 
+def test_a_loss_that_runs_layers_of_its_own_in_the_place_of_quantized_ones_is_told(caplog):
+    """As adapters do that hold their layers in a list: their module is no part of the model, and is not replaced."""
+    model, twin, quantizer = quantized()
+    own = list(twin.model.layers)[:1]
+
+    def loss(model, batch):
+        layers = model.model.layers
+        replaced, layers[0] = layers[0], own[0]
+        try:
+            return cross_entropy(model, batch)
+        finally:
+            layers[0] = replaced
+
+    quantizer.finish(model, twin, rows(), MIXED, task_loss=loss)
+    (told,) = [message for message in caplog.messages if "the loss of the run does not depend on" in message]
+    assert "7 of 14 quantized layers (model.layers.0.mlp.down_proj, " in told
+    caplog.clear()
+    finished(MIXED, cross_entropy)
+    assert "does not depend" not in caplog.text
+
+
 def test_a_loss_that_is_not_finite_later_ends_the_steps_and_the_reason_names_it():
     calls = []
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin.device.memory import Peak, give_back, is_shortage, peak_bytes
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, some
 from gptq_plugin.finish.blocks import checkpointed
 from gptq_plugin.finish.descent import Descent, Pace, draw_as_before
 from gptq_plugin.finish.interruption import Interruption
@@ -62,6 +62,7 @@ class Training(Descent):
             self.what = "divergence or the run's own loss"
         self._reader = LogitReader(model)
         self._reruns = bool(options.checkpoint_activations)
+        self._is_told = False
 
     def train(self, progress: Callable[[int, Judgement], None], interruption: Interruption) -> list[Tensor]:
         with self._reader.watching():
@@ -84,8 +85,11 @@ class Training(Descent):
                 loss = self._forward(lambda: self._task(task, lesson))
                 _backward(weight * len(lesson.top) * loss, self._student)
                 self._refuse_unmoved()
+                missed = self._unmoved()
             divergence = self._forward(lambda: self._divergence(lesson))
             _backward((1 - weight) * divergence, self._student)
+            if task is not None and not self._is_told:
+                self._tell_unmoved(missed - self._unmoved())
         peak, allowed = peak_bytes(self._device), self._surroundings.memory
         if peak is not None and allowed is not None and peak > allowed and not self._reruns:
             self._rerun(f"{peak / 2**20:.0f} MiB were in use, and {allowed / 2**20:.0f} are allowed")
@@ -122,6 +126,24 @@ class Training(Descent):
                 f"task_weight={self._options.task_weight:g} trains by a loss that does not depend on the quantized "
                 "model: what gives it (a training_step, a task_loss) has to run the model that is quantized, the one "
                 "it is called with, and no copy"
+            )
+
+    def _unmoved(self) -> set[str]:
+        """The layers that no backward has reached."""
+        return {name for name, layer in self._student.layers.items() if layer.log_ratio.grad is None}
+
+    def _tell_unmoved(self, layers: set[str]) -> None:
+        """Warns of layers that the model's outputs depend on, and the run's own loss does not: what gives it may hold
+        layers of its own, in a list beside the model."""
+        self._is_told = True
+        if layers:
+            log.warning(
+                "task_weight=%g: the loss of the run does not depend on %d of %d quantized layers (%s): what gives it "
+                "takes what the model computes before them, or runs others in their place, which it holds itself",
+                self._options.task_weight,
+                len(layers),
+                len(self._student.layers),
+                some(sorted(layers)),
             )
 
     def _divergence(self, lesson: Lesson) -> Tensor:
