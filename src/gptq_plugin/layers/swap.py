@@ -41,8 +41,11 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Non
         if isinstance(old, QuantLinear) or isinstance(module, QuantLinear):
             share_hooks(old, module)
     for parent in list(modules.values()):
+        is_plain = type(parent).__setattr__ is nn.Module.__setattr__  # which takes longer to find that out
         for child_name, child in list(parent._modules.items()):
-            if child in new:
+            if child in new and is_plain:
+                parent._modules[child_name] = new[child]
+            elif child in new:
                 setattr(parent, child_name, new[child])
         if isinstance(parent, nn.TransformerEncoderLayer):
             _choose_fused_path(parent)

@@ -123,7 +123,7 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
         resolved = config.for_module(name)
         if resolved is None:
             skipped.append(Skipped(name, module, "left float by a `dynamic` rule", asked=True))
-        elif not left_out.isdisjoint(_runs(name)):
+        elif left_out and not left_out.isdisjoint(_runs(name)):
             skipped.append(Skipped(name, module, "left float by `modules_to_not_convert`", asked=True))
         elif module is structure.head and not config.lm_head:
             skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))

@@ -20,7 +20,7 @@ from typing import Any
 from gptq_plugin import __version__
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.report.finish_record import FinishRecord
-from gptq_plugin.report.report import QuantizeReport
+from gptq_plugin.report.report import QuantizeReport, without_nan
 
 _LIBRARIES = ("torch", "transformers", "lightning", "pytorch_lightning")  # named if imported
 _START = r"(?:(?<=[\s'\"(=\[])|^)(?:file://)?(?:~|[A-Za-z]:|\.{1,2})?[/\\]"
@@ -38,7 +38,6 @@ def provenance(report: QuantizeReport) -> dict[str, Any]:
 
     Unknown values are left out. Repeating a run gives the same values.
     """
-    plain = report.to_dict()
     calibration = {"description": strip_paths(report.calibration), "sha256": report.calibration_sha256}
     known = {
         "versions": _versions(),
@@ -47,7 +46,7 @@ def provenance(report: QuantizeReport) -> dict[str, Any]:
         "samples": report.samples,
         "tokens": report.tokens,
         "calibration": {key: text for key, text in calibration.items() if text},
-        "metrics": plain["metrics"],
+        "metrics": without_nan(report.metrics),
         "finish": None if report.finish is None else _finish(report.finish),
         "git": _git(),
     }

@@ -172,9 +172,9 @@ class QuantizeReport:
             "cache": self.cache,
             "finish": None if self.finish is None else dataclasses.asdict(self.finish),
             "deviations": self.deviations,
-            "modules": [{**dataclasses.asdict(m), "relative_error": m.relative_error} for m in self.modules],
+            "modules": [{**vars(m), "relative_error": m.relative_error} for m in self.modules],
         }
-        plain: dict[str, Any] = _without_nan(values)
+        plain: dict[str, Any] = without_nan(values)
         return plain
 
     def to_json(self) -> str:
@@ -203,9 +203,10 @@ class QuantizeReport:
         return "\n".join(lines)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Plain values for JSON: tuples as lists, and NaN and infinity as None."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
