@@ -113,7 +113,7 @@ def test_some_batches_are_chosen_evenly_and_before_a_step_changes_them(monkeypat
     assert list(chosen.kept) == [0, 4, 8, 12, 16] and chosen.sizes == [3] * 20
     seen = []
     assert chosen.run(lambda number, _, sample: seen.append((number, sample["ids"].tolist(), len(sample)))) == ""
-    assert seen == [(n, [[n, n]], 2) for n in (0, 4, 8, 12, 16) for _ in range(3)] and not chosen.are_ones
+    assert seen == [(n, [[n, n]], 2) for n in (0, 16, 8, 4, 12) for _ in range(3)] and not chosen.are_ones
     large = Chosen()
     large.add(None, torch.ones(40, 2))
     large.add(None, torch.ones(40, 2))
@@ -136,6 +136,29 @@ def test_single_samples_need_no_second_run_and_errors_are_told():
     assert "has no tensors whose first dimension" in texts.run(step)
 
 
+def test_samples_take_no_longer_than_the_validation_and_those_that_ran_for_both_models_are_pairs(monkeypatch):
+    """The clock is one of steps. What is enough to tell something runs in any case."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(samples.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(samples, "_SECONDS", 6.0)
+    monkeypatch.setattr(samples, "_LEAST", 4)
+    metrics = []
+    for slow in (0, 2):  # the first validation took longer
+        chosen = Chosen()
+        for number in range(16):
+            chosen.add(None, torch.full((2, 3), number))
+        for _ in range(6 - 3 * slow):
+            next(clock)
+        ran = []
+        assert chosen.run(lambda number, *_, ran=ran: ran.append(number)) == ""
+        divided = [chosen.divided(number, 1.0 + number, 2, [(1.0 + number, 1)] * 2, 0.0) for number in chosen.kept]
+        metrics.append(Measured.mean([1.0] * 16, [2] * 16, [*range(16)], Samples(divided, 32)))
+        assert 4 <= len(ran) < 32 and [*chosen.kept] == [0, 8, 4, 12, 2, 10, 6, 14, 1][: len(chosen.kept)]
+    first, second = (len(metric.samples.batches) for metric in metrics)
+    pairs = Pairs.of(*metrics)
+    assert second < first and len(pairs.before) == 2 * second and pairs.share == second / 16 and pairs.unit == "samples"
+
+
 def test_of_some_samples_the_interval_is_that_of_a_mean_of_all():
     """Sixty of 240, of the same changes: half as wide as if there were sixty."""
     torch.manual_seed(0)
@@ -144,7 +167,7 @@ def test_of_some_samples_the_interval_is_that_of_a_mean_of_all():
 
     def metric(values, total):
         batches = [
-            Divided(float(part.mean()), 6, part.tolist(), {"": [1.0] * 6}, [*range(n * 6, n * 6 + 6)])
+            Divided(float(part.mean()), 6, part.tolist(), {"": [1.0] * 6}, [*range(n * 6, n * 6 + 6)], (0, n))
             for n, part in enumerate(values.split(6))
         ]
         return Measured.mean([one.value for one in batches], [6] * 10, [*range(10)], Samples(batches, total))

@@ -87,8 +87,10 @@ class Pairs:
             return cls(before.values, after.values, before.weights, "samples")
         why = one.why or two.why
         names = [name for name in one.names() if name in two.names()]
-        if not why and one.batches and names:
-            first, second = ([part for batch in of.batches for part in batch.parts(names[0])] for of in (one, two))
+        if not why and names:
+            both = {batch.place for batch in one.batches} & {batch.place for batch in two.batches}
+            chosen = ([batch for batch in of.batches if batch.place in both] for of in (one, two))
+            first, second = ([part for batch in batches for part in batch.parts(names[0])] for batches in chosen)
             if [part[1:] for part in first] == [part[1:] for part in second]:
                 values = [part[0] for part in first], [part[0] for part in second], [part[1] for part in first]
                 return cls(*values, "samples", share=min(1.0, len(first) / max(1, one.total)))

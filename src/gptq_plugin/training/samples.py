@@ -7,7 +7,8 @@ it, is judged by value: the samples' must give the batch's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,8 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import digest, leaves, row_of, sample_count, to_device
 
 MOST = 256  # samples of all ranks that are run on their own: enough to know a deviation to 5 %
+_LEAST = 32  # of each rank, however long they take
+_SECONDS = 30.0  # that they may take, however short the validation is
 _TOLERANCE = 1e-3  # between a batch's value and that of its samples: they are other kernels' products
 _IGNORED = -100
 _LOGGED = ""  # the name of weights that are logged with the samples' values
@@ -35,6 +38,7 @@ class Divided:
         values: The metric of each sample.
         counts: By name, what the samples may weigh in the batch: positions of labels or masks, or all the same.
         keys: The samples' digests.
+        place: What the batch is known by among those of all ranks.
         precision: Of the values' dtype.
     """
 
@@ -43,6 +47,7 @@ class Divided:
     values: list[float]
     counts: Mapping[str, list[float]]
     keys: list[int]
+    place: tuple[int, int] = (0, 0)
     precision: float = 0.0
 
     def mean(self, name: str) -> float:
@@ -136,11 +141,11 @@ def counts_in(batch: Any, logged: Sequence[float]) -> dict[str, list[float]]:
 class Chosen(Generic[T]):
     """Some batches of a validation, evenly spaced, with few enough samples to run them on their own.
 
-    Batches whose samples are many give one batch at least.
+    Batches whose samples are many give one batch at least. The validation that they come from begins now.
 
     Attributes:
         sizes: Samples of each batch that came; 0 for one that has no tensors.
-        kept: The batches kept so far, on the CPU, by their number.
+        kept: The batches kept so far, on the CPU, by their number; after `run`, those that ran.
         are_ones: After `run`, true if all batches are single samples already, on all ranks.
     """
 
@@ -150,6 +155,7 @@ class Chosen(Generic[T]):
         self.are_ones = False
         self._most = MOST // distributed.world_size()
         self._stride = 1
+        self._began = time.perf_counter()
 
     def add(self, place: T, batch: Any) -> None:
         """Takes the next batch. What is kept are containers of its own: a step may take keys out of the batch."""
@@ -165,6 +171,8 @@ class Chosen(Generic[T]):
     def run(self, step: Callable[[int, T, Any], None]) -> str:
         """Runs a step on every sample of the kept batches; returns why that cannot be, the same on every rank.
 
+        It takes no longer than the validation did, or half a minute, but for the first samples.
+
         Args:
             step: Called with a batch's number, its place, and a sample, which it may change.
         """
@@ -174,14 +182,28 @@ class Chosen(Generic[T]):
             return ""
         if len(of_ranks) > 1:
             return "the ranks' batches differ in their numbers of samples"
+        spread = sorted(self.kept, key=lambda number: f"{number // self._stride:032b}"[::-1])  # each half is even too
+        ends = time.perf_counter() + max(_SECONDS, time.perf_counter() - self._began)
         try:
             with distributed.failing_together():
-                for number, (place, batch) in self.kept.items():
-                    for sample in samples_of(batch):
-                        step(number, place, sample)
+                self.kept = dict(self._running(spread, ends, step))
         except Exception as error:  # noqa: BLE001  the user's code
             return f"single samples cannot be run ({type(error).__name__}: {_first_line(error)})"
         return ""
+
+    def _running(
+        self, numbers: Iterable[int], ends: float, step: Callable[[int, T, Any], None]
+    ) -> Iterator[tuple[int, tuple[T, Any]]]:
+        """Yields the batches that ran, until the first rank's time is over."""
+        ran = 0
+        for number in numbers:
+            if distributed.object_from_first(ran >= _LEAST and time.perf_counter() > ends):
+                return
+            place, batch = self.kept[number]
+            for sample in samples_of(batch):
+                step(number, place, sample)
+            ran += self.sizes[number]
+            yield number, (place, batch)
 
     def divided(
         self, number: int, value: float, weight: float, found: Sequence[tuple[float, float]], precision: float
@@ -192,7 +214,8 @@ class Chosen(Generic[T]):
         _, batch = self.kept[number]
         keys = [digest(sample) for sample in samples_of(batch)]
         counts = counts_in(batch, [own for _, own in found])
-        return Divided(value, weight, [one for one, _ in found], counts, keys, precision)
+        place = distributed.rank(), number
+        return Divided(value, weight, [one for one, _ in found], counts, keys, place, precision)
 
 
 def _count(batch: Any) -> int:
