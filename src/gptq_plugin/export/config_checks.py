@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import ExportError
 from gptq_plugin.layers.packing import are_symmetric
@@ -29,14 +31,20 @@ def check_config(layers: Mapping[str, QuantLinear], config: QuantizeConfig) -> N
             )
 
 
-def check_symmetry(name: str, layer: QuantLinear, config: QuantizeConfig) -> None:
+def check_symmetry(name: str, qzeros: Tensor, layer: QuantLinear, config: QuantizeConfig) -> None:
     """Refuses a layer whose zeros are not those of sym=True where the config asks for it.
+
+    Args:
+        name: Its name.
+        qzeros: Its packed zeros; on a GPU, they would be waited for.
+        layer: The layer.
+        config: As given for the export.
 
     Raises:
         ExportError: It names the layer.
     """
     own = config.for_module(name)
-    if own is not None and own.sym and not are_symmetric(layer.qzeros, layer.bits, layer.out_features):
+    if own is not None and own.sym and not are_symmetric(qzeros, layer.bits, layer.out_features):
         raise ExportError(
             f"{name} is quantized with sym=False, and the given config has sym=True for it: pass the config the model "
             "was quantized with, its rules for the names that layers have in what is exported"

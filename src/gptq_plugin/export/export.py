@@ -158,7 +158,7 @@ class Export:
 
         Raises:
             ExportError: The model has no linear layer of that name, it was added before, the layer contradicts the
-                config, or writing an earlier layer failed.
+                config, or writing an earlier one failed: zeros that contradict the config are found then.
         """
         self._check_open()
         if name in self._added:
@@ -166,10 +166,10 @@ class Export:
         self.check([name])
         stored = self._stored_names[name]
         check_config({name: layer}, self._config)
-        check_symmetry(name, layer, self._config)
         bits, sym = layer.bits, (self._config.for_module(name) or self._config).sym
 
         def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            check_symmetry(name, tensors["qzeros"], layer, self._config)
             self._checksums[stored] = checksums(tensors)
             try:
                 on_file = self._format.to_file(tensors, bits, sym)
