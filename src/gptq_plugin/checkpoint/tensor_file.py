@@ -48,7 +48,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
 
     Raises:
         ExportError: The format has no name for a tensor's dtype.
-        OSError: The disk did not take it.
+        OSError: The disk did not take it; there is no file then.
     """
     unknown = next((name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES), None)
     if unknown is not None:
@@ -61,7 +61,11 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     content += b" " * (-len(content) % 8)
-    with file.open("wb") as writing:
-        writing.write(len(content).to_bytes(8, "little") + content)
-        for _, tensor in ordered:
-            writing.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    try:
+        with file.open("wb") as writing:
+            writing.write(len(content).to_bytes(8, "little") + content)
+            for _, tensor in ordered:
+                writing.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    except OSError:
+        file.unlink(missing_ok=True)  # what is free then is told
+        raise
