@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from gptq_plugin.kernels.product.layout import Layout
 
 from kernel_cases import INTERPRETED
@@ -29,7 +30,8 @@ def machine_code(kernel, types, constants, capability, options, folder) -> tuple
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name not in constants and (types[name].startswith("*") or name in ("N", "K", "outputs"))
+            if name not in constants
+            and (types[name].startswith("*") or name in ("N", "K", "outputs", "stride", "width"))
         },
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -113,3 +115,24 @@ def test_weights_of_programs_whose_warps_share_the_channels_are_not_moved_either
     converted = [line for line in graph.splitlines() if "convert_layout" in line]
     assert not [line for line in converted if f"{ways}x16x64x" in line], "weights are moved"
     assert ("CCTL" in code) == (capability == 90), "words are announced"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="needs the tools that Triton comes with")
+@pytest.mark.parametrize(("capability", "kind", "block"), [(80, "bf16", 8), (89, "fp16", 16), (90, "bf16", 16)])
+def test_experts_of_3_bits_spill_nothing(capability, kind, block, tmp_path):
+    from gptq_plugin.kernels.product.expert_rows import _WARPS, _expert_rows_kernel, halves
+
+    layout = Layout.of(3, 128, 8192, 8192, True)
+    types = {
+        "x": f"*{kind}", "ends": "*i32", "words": "*i16", "scales": "*i32", "out": f"*{kind}", "experts": "i32",
+        "width": "i32", "K": "i32", "stride": "i32", "steps": "i32",
+    }  # fmt: skip
+    sizes = {
+        "BITS": 3, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
+        "SYMMETRIC": True, "WHOLE": False, "EXPERTS": 8, "BN": 64, "BM": block, "STAGES": 3,
+        "HALF": halves(layout, torch.float16, block), "zeros": None,
+    }  # fmt: skip
+    options = {"num_warps": _WARPS[block], "num_stages": 3}
+    _, _, resources = machine_code(_expert_rows_kernel, types, sizes, capability, options, tmp_path)
+    assert re.search(r"STACK:0\b", resources), "registers are spilled"

@@ -27,7 +27,7 @@ def _expert_rows_kernel(
     x, ends, words, scales, zeros, out, experts, width, K, stride, steps,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, WHOLE: tl.constexpr, EXPERTS: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(1)
     e = tl.arange(0, EXPERTS)
@@ -49,10 +49,10 @@ def _expert_rows_kernel(
         row = x + m.to(tl.int64)[:, None] * K + lane
         there = (m < last)[:, None]
         acc = tl.zeros((BN, BM), tl.float32)
-        for step in tl.range(0, steps, num_stages=STAGES):
+        for turn in tl.range(0, steps * (1 + HALF), num_stages=STAGES):
             acc = add_step(
-                acc, row, words, scales, zeros, step, 0, steps, at, n, there, lane, K, stride,
-                BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE, False,
+                acc, row, words, scales, zeros, turn // (1 + HALF), turn % (1 + HALF), steps, at, n, there, lane, K,
+                stride, BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE, HALF,
             )  # fmt: skip
         store = (m < last)[None, :] & (column < width)[:, None]
         tl.store(out + m.to(tl.int64)[None, :] * width + column[:, None], acc.to(out.dtype.element_ty), mask=store)
@@ -83,8 +83,14 @@ def expert_rows(x: Tensor, ends: Tensor, layout: Layout, arranged: Arranged, out
             BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step,
             GROUP=layout.group, SYMMETRIC=layout.symmetric, WHOLE=layout.n_in % layout.step == 0,
             EXPERTS=triton.next_power_of_2(experts),
-            BN=_BN, BM=block, STAGES=_STAGES, num_warps=_WARPS[block], num_stages=_STAGES,
+            BN=_BN, BM=block, STAGES=_STAGES, HALF=halves(layout, x.dtype, block),
+            num_warps=_WARPS[block], num_stages=_STAGES,
         )  # fmt: skip
+
+
+def halves(layout: Layout, dtype: torch.dtype, block: int) -> bool:
+    """Halves of a step at a time: of 3 bits, a whole one takes more registers than two warps have."""
+    return layout.bits == 3 and layout.halves and dtype != torch.float32 and _WARPS[block] == 2
 
 
 def _check(x: Tensor, ends: Tensor, layout: Layout, out: Tensor) -> None:
