@@ -181,7 +181,7 @@ def _decoded(layer: QuantizedLayer, raw: Sequence[RawRows]) -> Tensor:
         zeros = ((of_words[..., : scales.shape[1]] + raw[0].less) % 2**layer.bits).mT
     size = layer.group_size if layer.group_size > 0 else layer.in_features
     natural = torch.arange(layer.in_features, device="cpu") // size
-    values = torch.empty(codes.shape, device="cpu")
+    values = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
     for number, one in enumerate(raw):
         group = natural if one.group_of is None else one.group_of.long()
         values[number] = (codes[number] - zeros[number][:, group]) * scales[number][:, group]
