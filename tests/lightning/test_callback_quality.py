@@ -518,8 +518,11 @@ def test_samples_run_on_their_own_change_no_metric(tmp_path):
     """What a step gathers itself, in lists or torchmetrics, is that of an epoch of its own."""
 
     class Gathers(OneByOne):
+        epochs = 0
+
         def on_validation_epoch_start(self):
             self.outputs = []
+            self.epochs += 1
 
         def validation_step(self, batch, batch_idx):
             loss = self.model(**batch).loss
@@ -530,11 +533,14 @@ def test_samples_run_on_their_own_change_no_metric(tmp_path):
         def on_validation_epoch_end(self):
             self.log("val_first", self.outputs[0])
 
-    module = Gathers(batch_size=5)
-    trainer = fit(module, None, [], tmp_path)
-    whole = validate(trainer, module, by_sample=False)
-    for _ in range(2):
-        assert validate(trainer, module) == whole and set(whole) == {"val_loss", "val_mean", "val_first"}
+    for size, epochs in ((5, 2), (1, 1)):  # batches of one sample need no epoch of their own
+        module = Gathers(batch_size=size)
+        trainer = fit(module, None, [], tmp_path)
+        whole = validate(trainer, module, by_sample=False)
+        for _ in range(2):
+            module.epochs = 0
+            assert validate(trainer, module) == whole and set(whole) == {"val_loss", "val_mean", "val_first"}
+            assert module.epochs == epochs
 
 
 def test_a_step_that_cannot_run_on_one_sample_is_told(tmp_path):

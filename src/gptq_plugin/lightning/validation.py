@@ -6,8 +6,10 @@ to report to. So `validate` runs `validation_step` over the validation dataloade
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -128,14 +130,22 @@ def _run_samples(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Cho
         _step(trainer, pl_module, sample, place, logged, None)
 
     with evaluating(pl_module), torch.no_grad(), logging_to(pl_module, logged.log, logged.log_dict):
-        pl_module.on_validation_epoch_start()
-        why = chosen.run(step)
+        return chosen.run(step, _epoch(pl_module, logged))
+
+
+@contextlib.contextmanager
+def _epoch(pl_module: pl.LightningModule, logged: Logged) -> Iterator[None]:
+    """The hooks around an epoch of single samples. They end it after an error too: steps may have gathered some."""
+    pl_module.on_validation_epoch_start()
+    try:
+        yield
+    except Exception:
         logged.set_batch(None, "", None)
-        try:
+        with contextlib.suppress(Exception):
             pl_module.on_validation_epoch_end()
-        except Exception as error:  # noqa: BLE001  the user's code, on what single samples left
-            why = why or f"an epoch of single samples cannot end ({type(error).__name__}: {error})"
-    return why
+        raise
+    logged.set_batch(None, "", None)
+    pl_module.on_validation_epoch_end()
 
 
 def validation_loaders(trainer: pl.Trainer) -> list[Any]:

@@ -6,6 +6,7 @@ it, is judged by value: the samples' must give the batch's.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -168,13 +169,16 @@ class Chosen(Generic[T]):
             self._stride *= 2
             self.kept = {n: one for n, one in self.kept.items() if n % self._stride == 0}
 
-    def run(self, step: Callable[[int, T, Any], None]) -> str:
+    def run(
+        self, step: Callable[[int, T, Any], None], around: contextlib.AbstractContextManager[Any] | None = None
+    ) -> str:
         """Runs a step on every sample of the kept batches; returns why that cannot be, the same on every rank.
 
         It takes no longer than the validation did, or half a minute, but for the first samples.
 
         Args:
             step: Called with a batch's number, its place, and a sample, which it may change.
+            around: Entered for them, if there are any to run.
         """
         of_ranks = {tuple(sizes) for sizes in distributed.gather_objects(self.sizes)}
         self.are_ones = all(size == 1 for sizes in of_ranks for size in sizes)
@@ -185,7 +189,7 @@ class Chosen(Generic[T]):
         spread = sorted(self.kept, key=lambda number: f"{number // self._stride:032b}"[::-1])  # each half is even too
         ends = time.perf_counter() + max(_SECONDS, time.perf_counter() - self._began)
         try:
-            with distributed.failing_together():
+            with distributed.failing_together(), around or contextlib.nullcontext():
                 self.kept = dict(self._running(spread, ends, step))
         except Exception as error:  # noqa: BLE001  the user's code
             return f"single samples cannot be run ({type(error).__name__}: {_first_line(error)})"
