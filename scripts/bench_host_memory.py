@@ -84,7 +84,6 @@ def parts() -> str:
     if torch.cuda.is_available():
         stats = torch.cuda.host_memory_stats()
         shown |= {"pinned": stats.get("allocated_bytes.current", 0) / MIB}
-        shown |= {"pinned, in use": stats.get("active_bytes.current", 0) / MIB}
     with contextlib.suppress(OSError):
         group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().partition("::")[2].strip().lstrip("/")
         lines = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
