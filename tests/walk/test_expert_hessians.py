@@ -286,4 +286,4 @@ def test_on_a_gpu_nothing_waits_until_one_asks_for_the_evidence_of_each(exact):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [one.tokens for one in some.each()] == list(COUNTS)
-    assert [one.drift is None for one in some.each()] == [False, False, True, False]
+    assert [one.drift is None for one in some.each()] == [True, False, True, False]  # no tokens; unrelated ones
