@@ -23,7 +23,7 @@ from gptq_plugin.export.export import export_model
 from gptq_plugin.export.verify_files import decoded_rows, verify, verify_same
 from gptq_plugin.layers.qlinear import QuantLinear
 
-from models import Plain
+from models import Plain, tiny_llama
 from paths import FIXTURES
 
 CONFIG = QuantizeConfig(group_size=16)
@@ -175,3 +175,18 @@ def test_nan_is_compared_by_its_bits() -> None:
     assert verify_files._equal(values, values.clone())
     assert not verify_files._equal(values, torch.tensor([1.0, -float("nan"), float("-inf")]))
     assert not verify_files._equal(torch.zeros(1), -torch.zeros(1))
+
+
+def test_parts_of_larger_tensors_are_compared_wherever_they_begin() -> None:
+    part = torch.arange(64, dtype=torch.float16)[2:34]
+    assert verify_files._equal(part.clone(), part) and verify_files._equal(part, part.clone())
+    assert not verify_files._equal(part.clone().add_(1), part)
+
+
+@pytest.mark.parametrize("asymmetric", ["k", "v", "k|v", "q", "q|k"])
+def test_layers_of_one_shape_are_decoded_each_as_its_file_says(asymmetric: str, rtn: Any, tmp_path: Path) -> None:
+    rule = {rf".*\.({asymmetric})_proj": {"sym": False}}
+    config = QuantizeConfig(group_size=16, checkpoint_format="compressed-tensors", dynamic=rule)
+    torch.manual_seed(0)
+    model = rtn(tiny_llama(num_hidden_layers=2, num_key_value_heads=4, num_attention_heads=4), config)
+    assert export_model(model, tmp_path / "out", config).is_dir()

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, QuantLinear, load_quantized
@@ -120,6 +121,24 @@ def test_a_model_that_computes_something_else_every_time_is_exported_with_a_warn
     model.model.norm.register_forward_hook(lambda m, a, y: y + torch.randn_like(y))
     quantizer.export(model, tmp_path / "out")
     assert "not compared with the model: two runs of the model gave different outputs" in caplog.text
+
+
+def test_a_forward_that_changes_the_model_while_it_runs_does_not_hide_what_differs(tmp_path, caplog):
+    quantizer, model = quantized_llama()
+    folder = quantizer.export(model, tmp_path / "out")
+
+    def forward(network, batch):
+        handle = network.lm_head.register_forward_hook(lambda m, a, y: 2 * y)
+        network(batch)
+        handle.remove()
+
+    sample = Sample.of(IDS[:1], forward, torch.device("cpu"))
+    assert same_outputs(model, folder, sample) == [] and "not compared" not in caplog.text
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"] *= 3
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match="computes something else than the model: an output differs by"):
+        same_outputs(model, folder, sample)
 
 
 def test_a_sample_that_cannot_be_told_from_its_batch_is_run_with_it():

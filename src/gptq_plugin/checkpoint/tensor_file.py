@@ -29,6 +29,7 @@ _DTYPES = {  # in the order of safetensors' own files: numbers of more bytes com
     torch.int16: "I16",
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",

@@ -96,7 +96,9 @@ def _verify_layers(checkpoint: Checkpoint, some: Sequence[_One]) -> None:
         read = functools.cache(functools.partial(_read, checkpoint, name))
         _compare(checkpoint.format.from_file(read, checkpoint.layers[name]), name, layer, before)
         raw[name] = _raw_rows(checkpoint, name, _CHECKED_ROWS, read)
-        alike[layer.bits, layer.qweight.shape, layer.qzeros.shape, layer.device][name] = layer
+        one = checkpoint.layers[name]
+        as_stored = one.bits, one.group_size, one.in_features, raw[name].zeros is None, raw[name].less
+        alike[as_stored, layer.bits, layer.qweight.shape, layer.qzeros.shape, layer.device][name] = layer
     for layers in alike.values():
         found = _decoded(checkpoint.layers[next(iter(layers))], [raw[name] for name in layers])
         expected = _rows(list(layers.values()))
@@ -132,14 +134,15 @@ def _equal(stored: Tensor, ours: Tensor) -> bool:
     stored, ours = torch.atleast_1d(stored), torch.atleast_1d(ours)
     rows = max(1, _COMPARED * ours.shape[0] // ours.nbytes)
     pieces = zip(stored.split(rows), ours.split(rows), strict=True)
-    return all(torch.equal(_words(one.to(other.device)), _words(other)) for one, other in pieces)
+    return all(_same_bits(one.to(other.device), other) for one, other in pieces)
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """Its bits, in as few numbers as there can be: they are compared one by one."""
-    flat = _bits(tensor).flatten()
-    is_aligned = len(flat) % 8 == 0 and flat.storage_offset() % 8 == 0
-    return flat.view(torch.int64) if is_aligned else flat
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Compares in as few numbers as there can be: that takes as long as there are."""
+    both = [_bits(tensor).flatten() for tensor in (one, other)]
+    if all(len(flat) % 8 == 0 and flat.storage_offset() % 8 == 0 for flat in both):
+        both = [flat.view(torch.int64) for flat in both]
+    return torch.equal(*both)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ class EachDrift:
     def __init__(self, experts: int, in_features: int, device: torch.device | str, *, exact: bool = True) -> None:
         self._apart = [Drift(in_features, device) for _ in range(experts if exact else 0)]
         together = 0 if exact else experts
-        self._sums = torch.zeros(together, in_features, in_features, device=device)
+        self._sums = torch.zeros(together, in_features, in_features, dtype=torch.float32, device=device)
         self._tokens = torch.zeros(together, dtype=torch.int64, device=device)
-        self._powers = torch.zeros(together, device=device)  # sums of x̂·x̂
+        self._powers = torch.zeros(together, dtype=torch.float32, device=device)  # sums of x̂·x̂
         self._taken = 0
 
     def add(self, x: Tensor, seen: Tensor, ends: Tensor) -> None:

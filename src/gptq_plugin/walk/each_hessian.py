@@ -34,7 +34,7 @@ class EachHessian:
         self.in_features = in_features
         self._apart = [Hessian(in_features, device) for _ in range(experts if exact else 0)]
         together = 0 if exact else experts
-        self._sums = torch.zeros(together, in_features, in_features, device=device)
+        self._sums = torch.zeros(together, in_features, in_features, dtype=torch.float32, device=device)
         self._tokens = torch.zeros(together, dtype=torch.int64, device=device)
         self._means: Tensor | None = None  # in the sums' place, once some are taken
         self._taken = 0
