@@ -72,7 +72,9 @@ def _gradient_kernel(
 def weight_of(
     codes: Tensor, scales: Tensor, ends: tuple[Tensor, Tensor] | None, groups: None, dtype: torch.dtype
 ) -> Tensor:
-    """`plain_latents.weight_of` on a GPU in one pass, to the bit; all tensors contiguous, groups in order.
+    """`plain_latents.weight_of` on a GPU in one pass, to the bit but for the sign of zero; tensors are contiguous.
+
+    Groups are in order.
 
     Raises:
         ValueError: Wrong dtype, shape or stride.

@@ -10,7 +10,7 @@ import textwrap
 import lightning.pytorch as pl
 import pytest
 import torch
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from gptq_plugin.lightning.validation import _batches, validate, validation_loaders
 
@@ -84,6 +84,7 @@ def test_every_way_to_log_gives_lightnings_names_and_values(tmp_path):
         def __init__(self):
             super().__init__(loaders=2)
             self.mean = MeanMetric()
+            self.sum = SumMetric()
 
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             error = self.error(batch)
@@ -95,9 +96,11 @@ def test_every_way_to_log_gives_lightnings_names_and_values(tmp_path):
             self.log("no_step_value", error, on_step=True, on_epoch=False)
             self.log(f"own_name_{dataloader_idx}", error, add_dataloader_idx=False)
             self.mean.update(error, len(batch[0]))
+            self.sum.update(error)
 
         def on_validation_epoch_end(self):
             self.log("at_the_end", self.mean)
+            self.log("sum_at_the_end", self.sum)
             self.log("at_the_end_too", 3.0)
 
     module = Logging()

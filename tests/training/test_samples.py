@@ -178,3 +178,22 @@ def test_of_some_samples_the_interval_is_that_of_a_mean_of_all():
     assert whole.margin == pytest.approx(plain.margin, rel=1e-6)
     error = float((after - before).std()) / 60**0.5
     assert whole.margin == pytest.approx(2.0 * error, rel=0.05)
+
+
+def test_samples_that_ran_and_weigh_nothing_are_not_taken_for_some_that_did_not():
+    labels = torch.ones(20, 3, dtype=torch.int64)
+    labels[::2] = -100
+    torch.manual_seed(0)
+    values = [float(v) if row[0] == 1 else math.nan for v, row in zip(torch.rand(20), labels, strict=True)]
+    mean = sum(values[1::2]) / 10
+    one = divided(labels, values, mean)
+    measured = Measured.mean([mean], [20], [1], Samples([one], 20))
+    found = Pairs.of(measured, measured)
+    assert (found.unit, len(found.before), found.share) == ("samples", 10, 1.0)
+    half = Measured.mean([mean, mean], [20, 20], [1, 2], Samples([one], 40))
+    assert Pairs.of(half, half).share == 0.5
+
+
+def test_a_table_beside_the_samples_is_no_weight_of_theirs():
+    batch = {"ids": torch.ones(3, 4, dtype=torch.int64), "positions": torch.ones(1, 4, dtype=torch.int64)}
+    assert {name.split()[0] for name in counts_in(batch, [1, 1, 1]) if name} == {"ids"}

@@ -47,7 +47,10 @@ class Source:
     def batches(self) -> int | None:
         """Number of batches on this rank, if that is sure: those of a dataset with a length were chosen by number."""
         is_chosen = isinstance(self.data, DataLoader) and not isinstance(self.data.dataset, IterableDataset)
-        return len(self.data) if is_chosen else None  # type: ignore[arg-type]
+        try:
+            return len(self.data) if is_chosen else None  # type: ignore[arg-type]
+        except TypeError:  # the user's sampler has no length
+            return None
 
 
 @dataclass(frozen=True)

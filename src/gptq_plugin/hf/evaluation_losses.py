@@ -118,7 +118,7 @@ def losses_of(trainer: Trainer | None) -> Iterator[Losses]:
         result = step(model, inputs, *args, **kwargs)
         if running is not None and result[0] is not None and size is not None:
             running.losses.append(result[0].detach().float().mean())
-            running.precisions.append(torch.finfo(result[0].dtype).eps)
+            running.precisions.append(torch.finfo(result[0].dtype).eps if result[0].is_floating_point() else 0.0)
             running.weights.append(size)
             running.keys.append(key)
         return result

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration, collect
-from gptq_plugin.calibration.forward import CallsModels, call, standing_for, to_device
+from gptq_plugin.calibration.forward import CallsModels, call, standing_for, takes_of, to_device
 from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
@@ -291,7 +291,8 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             )
             if (loss := _as_in_training(self.task_loss, args)) is not None:
                 again = self.data.rehearsal_data(self.calibration_data(training["train_dataloader"])) or ()
-                given = partial(collect, again, self.quantizer.config, self._tokenizer(training))
+                config, takes = self.finish.data_config(self.quantizer.config), takes_of(module, loss)
+                given = partial(collect, again, config, self._tokenizer(training), config.batch_size, takes=takes)
                 _check_task_loss(loss, module, given, self.finish.task_weight)
 
     def _tokenizer(self, training: dict[str, Any]) -> Any:

@@ -126,6 +126,7 @@ class Logged:
     def __init__(self) -> None:
         self.number = 0
         self._entries: dict[str, _Entry] = {}
+        self._here: dict[str, _Value] = {}
         self._batch: Any = None
         self._suffix = ""
         self._key: int | None = None
@@ -169,15 +170,19 @@ class Logged:
         for name, value in dictionary.items():
             self.log(name, value, *args, **kwargs)
 
+    def close(self) -> None:
+        """Reduces what this rank logged: single samples that run later go into the same torchmetrics objects."""
+        self._here = {name: entry.reduce_here() for name, entry in self._entries.items()}
+
     def values(self, chosen: Chosen[Place], single: Logged, why: str) -> dict[str, float]:
-        """The values that rank 0 logged, each reduced over the ranks that logged it. The same on every rank.
+        """What rank 0 logged until `close`, each reduced over the ranks that logged it. The same on every rank.
 
         Args:
             chosen: The batches that were logged in, of which some ran sample by sample.
             single: What those samples logged. Its torchmetrics objects forget them.
             why: Why samples could not be run.
         """
-        here = {name: entry.reduce_here() for name, entry in self._entries.items()}
+        here = dict(self._here)
         for name, entry in self._entries.items():
             if entry.averages and not chosen.are_ones:
                 samples = self._samples(here[name].calls, chosen, single._entries.get(name), why)

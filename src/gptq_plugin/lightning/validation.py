@@ -105,6 +105,7 @@ def validate(
                 _step(trainer, pl_module, batch, place, logged, key)
         logged.set_batch(None, "", None)
         pl_module.on_validation_epoch_end()
+    logged.close()
     single = Logged()
     why = _run_samples(trainer, pl_module, chosen, single) if by_sample else "none were run"
     return logged.values(chosen, single, why)

@@ -90,11 +90,12 @@ class Pairs:
         if not why and names:
             both = {batch.place for batch in one.batches} & {batch.place for batch in two.batches}
             in_order = (sorted(of.batches, key=lambda batch: batch.place) for of in (one, two))
-            chosen = ([batch for batch in batches if batch.place in both] for batches in in_order)
+            chosen = [[batch for batch in batches if batch.place in both] for batches in in_order]
             first, second = ([part for batch in batches for part in batch.parts(names[0])] for batches in chosen)
             if [part[1:] for part in first] == [part[1:] for part in second]:
                 values = [part[0] for part in first], [part[0] for part in second], [part[1] for part in first]
-                return cls(*values, "samples", share=min(1.0, len(first) / max(1, one.total)))
+                ran = sum(len(batch.values) for batch in chosen[0])  # those that weigh nothing too
+                return cls(*values, "samples", share=min(1.0, ran / max(1, one.total)))
             why = "the two models' samples differ"
         why = why or (one if not one.names() else two).unfit()
         return cls(before.values, after.values, before.weights, "batches", why)

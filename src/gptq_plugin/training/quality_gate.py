@@ -118,7 +118,7 @@ class QualityGate:
 
 def _too_few(pairs: Pairs, whole: float) -> str:
     """Why that many tell too little, if the whole data is so much larger than that of the pairs; empty if they do."""
-    count = whole * len(pairs.before)
+    count = whole * len(pairs.before) / pairs.share
     if count >= FEWEST:
         return ""
     because = f" ({pairs.why})" if pairs.why else ""

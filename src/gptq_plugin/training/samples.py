@@ -132,7 +132,9 @@ def counts_in(batch: Any, logged: Sequence[float]) -> dict[str, list[float]]:
     """
     counts = {_LOGGED: list(map(float, logged))}
     for name, value in leaves(batch):
-        if isinstance(value, Tensor) and value.dim() == 2 and not (value.is_floating_point() or value.is_complex()):
+        if not isinstance(value, Tensor) or value.dim() != 2 or len(value) != len(logged):
+            continue
+        if not (value.is_floating_point() or value.is_complex()):
             kept = value != 0 if "mask" in name or value.dtype == torch.bool else value != _IGNORED
             for shown, part in ((f"{name} but the first", kept[:, 1:]), (name, kept)):
                 counts[shown] = part.sum(1).tolist()
