@@ -8,7 +8,6 @@ an evaluation dataloader only when it evaluates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptq_plugin import distributed
-from gptq_plugin.calibration.collect import Calibration, collect
+from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.forward import CallsModels, call, standing_for, takes_of, to_device
 from gptq_plugin.clients.client import Client
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.options import Finish
@@ -291,9 +291,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             )
             if (loss := _as_in_training(self.task_loss, args)) is not None:
                 again = self.data.rehearsal_data(self.calibration_data(training["train_dataloader"])) or ()
-                config, takes = self.finish.data_config(self.quantizer.config), takes_of(module, loss)
-                given = partial(collect, again, config, self._tokenizer(training), config.batch_size, takes=takes)
-                _check_task_loss(loss, module, given, self.finish.task_weight)
+                _check_task_loss(loss, module, again, self.quantizer.config, self._tokenizer(training), self.finish)
 
     def _tokenizer(self, training: dict[str, Any]) -> Any:
         return self.tokenizer if self.tokenizer is not None else training["processing_class"]
@@ -320,12 +318,18 @@ def _as_in_training(
 
 
 def _check_task_loss(
-    loss: Callable[[nn.Module, Any], Any], model: nn.Module, collected: Callable[..., Calibration], weight: float
+    loss: Callable[[nn.Module, Any], Any],
+    model: nn.Module,
+    data: Iterable[Any],
+    config: QuantizeConfig,
+    tokenizer: Any,
+    finish: Finish,
 ) -> None:
-    """Runs the loss of a batch, without a step, and refuses what is none."""
-    for batch in collected(alone=True).batches[:1]:
+    """Runs the loss of a batch as the finish takes it, without a step, and refuses what is none."""
+    config, takes = finish.data_config(config), takes_of(model, loss)
+    for batch in collect(data, config, tokenizer, config.batch_size, alone=True, takes=takes).batches[:1]:
         with torch.enable_grad():
-            check_loss(loss(model, batch.data), weight)
+            check_loss(loss(model, batch.data), finish.task_weight)
 
 
 def _without_adapters(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:
