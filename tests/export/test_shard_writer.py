@@ -163,46 +163,39 @@ def test_files_of_somebody_else_are_numbered_with_ours(tmp_path: Path) -> None:
     assert same(content(tmp_path), given)
 
 
-def test_add_returns_while_the_disk_is_busy_and_waits_only_beyond_two_shards(
-    tmp_path: Path, gate: threading.Event
+@pytest.mark.parametrize(
+    ("sizes", "each", "calls", "before_it_waits"),
+    [
+        pytest.param({"shard_bytes": 10 * KB}, 5, 8, 4, id="beyond two shards"),
+        pytest.param(
+            {"shard_bytes": 100 * KB, "piece_bytes": 10 * KB},
+            10,
+            30,
+            5,
+            id="beyond half a shard of what may wait in files",
+        ),
+    ],
+)
+def test_add_returns_while_the_disk_is_busy_and_waits_only(
+    sizes: dict[str, int], each: int, calls: int, before_it_waits: int, tmp_path: Path, gate: threading.Event
 ) -> None:
-    writer = ShardWriter(tmp_path, 10 * KB)
+    writer = ShardWriter(tmp_path, **sizes)
     added: list[int] = []
 
     def add() -> None:
-        for i in range(8):
-            writer.add(tensors(f"l{i}", 5))
+        for i in range(calls):
+            writer.add(tensors(f"l{i}", each))
             added.append(i)
 
     thread = threading.Thread(target=add)
     thread.start()
-    wait_until(lambda: len(added) == 4)
+    wait_until(lambda: len(added) == before_it_waits)
     time.sleep(0.2)
-    assert added == [0, 1, 2, 3]
+    assert added == [*range(before_it_waits)]
     gate.set()
     thread.join(20)
-    assert len(added) == 8
-    assert sum(map(len, writer.finish().values())) == 16
-
-
-def test_add_waits_beyond_half_a_shard_of_what_may_wait_in_files(tmp_path: Path, gate: threading.Event) -> None:
-    writer = ShardWriter(tmp_path, 100 * KB, piece_bytes=10 * KB)
-    added: list[int] = []
-
-    def add() -> None:
-        for i in range(30):
-            writer.add(tensors(f"l{i}", 10))
-            added.append(i)
-
-    thread = threading.Thread(target=add)
-    thread.start()
-    wait_until(lambda: len(added) == 5)
-    time.sleep(0.2)
-    assert added == [0, 1, 2, 3, 4]
-    gate.set()
-    thread.join(20)
-    assert len(added) == 30
-    assert sum(map(len, writer.finish().values())) == 60
+    assert len(added) == calls
+    assert sum(map(len, writer.finish().values())) == 2 * calls
     assert writer._held == writer._waiting == writer._in_memory == 0
 
 

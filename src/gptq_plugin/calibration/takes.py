@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.calibration.sequences import IGNORED_LABEL
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.hf_models import is_encoder_decoder, is_transformers, transformers_models
 from gptq_plugin.model.linears import is_linear
@@ -114,7 +115,7 @@ def _tokens_in(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[tuple
     fields = {field: arguments.get(field) for field in ("input_ids", "decoder_input_ids")}
     labels = arguments.get("labels")
     if is_encoder_decoder(model) and isinstance(labels, Tensor) and not labels.is_floating_point():
-        fields["labels"] = labels.masked_fill(labels == -100, 0)  # become the decoder's tokens
+        fields["labels"] = labels.masked_fill(labels == IGNORED_LABEL, 0)  # become the decoder's tokens
     for field, ids in fields.items():
         if isinstance(ids, Tensor) and ids.dim() == 2 and ids.numel():
             yield field, ids

@@ -97,10 +97,12 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> l
         log.warning("the export was not run: no calibration sample went through the model as a whole")
         return []
     (args, kwargs), device, outputs = called
-    if outputs is None:
+
+    def run() -> list[Tensor]:
         with _on(model, device):
-            outputs = floats(model(*args, **kwargs))
-    expected = outputs
+            return floats(model(*args, **kwargs))
+
+    expected = run() if outputs is None else outputs
     if not expected:
         log.warning("the export was not compared with the model: its outputs hold no floating-point tensors")
         return []
@@ -113,16 +115,10 @@ def _same_outputs(model: nn.Module, directory: Path, sample: Sample | None) -> l
     with streamed_to(again, device), _releasing(again):
         found = floats(again(*args, **kwargs))
     if _differ(found, expected):
-        with _on(model, device):
-            expected = floats(
-                model(*args, **kwargs)
-            )  # the sample's forward may have had a hook or an adapter of its own
-    if _differ(found, expected):
-        with _on(model, device):
-            repeated = floats(model(*args, **kwargs))
-        if _differ(repeated, expected):
-            log.warning("the export was not compared with the model: two runs of the model gave different outputs")
-            return []
+        expected = run()  # the sample's forward may have had a hook or an adapter of its own
+    if _differ(found, expected) and _differ(run(), expected):
+        log.warning("the export was not compared with the model: two runs of the model gave different outputs")
+        return []
     replaced = "forward" in vars(model)  # as accelerate does, to run the model under autocast
     share = _compare(found, expected, _TOLERANCE_16_BITS if replaced else 0.0, _causes(model))
     return other_buffers(model, again, share)

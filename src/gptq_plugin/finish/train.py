@@ -85,7 +85,7 @@ class Training(Descent):
                 loss = self._forward(lambda: self._task(task, lesson))
                 _backward(weight * len(lesson.top) * loss, self._student)
                 self._refuse_unmoved()
-                missed = self._unmoved()
+                missed = set() if self._is_told else self._unmoved()
             divergence = self._forward(lambda: self._divergence(lesson))
             _backward((1 - weight) * divergence, self._student)
             if task is not None and not self._is_told:

@@ -212,10 +212,8 @@ def descended(each: Sequence[Rows], now: Sequence[Rounding]) -> list[Rounding]:
     It is the recursion with other rows: a column's target also takes the errors that columns still to come have so far.
     """
     pushed = _together(list(map(_pushed_by_all, each, now)))
-    weight, columns = (
-        _together([rows.weight for rows in each]),
-        Columns.together([rows.hessian.descent for rows in each]),
-    )
+    weight = _together([rows.weight for rows in each])
+    columns = Columns.together([rows.hessian.descent for rows in each])
     fields = ([getattr(one, name)[None] for one in now] for name in ("scales", "zeros", "codes"))
     scales, zeros, before = map(_together, fields)
     codes, change = sweep(columns, weight, scales, zeros, pushed, each[0].config.bits, before=before, rough=True)

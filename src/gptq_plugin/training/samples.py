@@ -18,12 +18,12 @@ from torch import Tensor
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import digest, leaves, row_of, sample_count, to_device
+from gptq_plugin.calibration.sequences import IGNORED_LABEL
 
 MOST = 256  # samples of all ranks that are run on their own: enough to know a deviation to 5 %
 _LEAST = 32  # of each rank, however long they take
 _SECONDS = 30.0  # that they may take, however short the validation is
 _TOLERANCE = 1e-3  # between a batch's value and that of its samples: they are other kernels' products
-_IGNORED = -100
 _LOGGED = ""  # the name of weights that are logged with the samples' values
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ def counts_in(batch: Any, logged: Sequence[float]) -> dict[str, list[float]]:
         if not isinstance(value, Tensor) or value.dim() != 2 or len(value) != len(logged):
             continue
         if not (value.is_floating_point() or value.is_complex()):
-            kept = value != 0 if "mask" in name or value.dtype == torch.bool else value != _IGNORED
+            kept = value != 0 if "mask" in name or value.dtype == torch.bool else value != IGNORED_LABEL
             for shown, part in ((f"{name} but the first", kept[:, 1:]), (name, kept)):
                 counts[shown] = part.sum(1).tolist()
     return counts
@@ -158,6 +158,7 @@ class Chosen(Generic[T]):
         self.are_ones = False
         self._most = MOST // distributed.world_size()
         self._stride = 1
+        self._keys: dict[int, list[int]] = {}  # the digests of the samples of the batches that ran
         self._began = time.perf_counter()
 
     def add(self, place: T, batch: Any) -> None:
@@ -206,7 +207,9 @@ class Chosen(Generic[T]):
             if distributed.object_from_first(ran >= _LEAST and time.perf_counter() > ends):
                 return
             place, batch = self.kept[number]
-            for sample in samples_of(batch):
+            samples = samples_of(batch)
+            self._keys[number] = list(map(digest, samples))
+            for sample in samples:
                 step(number, place, sample)
             ran += self.sizes[number]
             yield number, (place, batch)
@@ -218,10 +221,9 @@ class Chosen(Generic[T]):
         if number not in self.kept or len(found) != self.sizes[number]:
             return None
         _, batch = self.kept[number]
-        keys = [digest(sample) for sample in samples_of(batch)]
         counts = counts_in(batch, [own for _, own in found])
         place = distributed.rank(), number
-        return Divided(value, weight, [one for one, _ in found], counts, keys, place, precision)
+        return Divided(value, weight, [one for one, _ in found], counts, self._keys[number], place, precision)
 
 
 def _count(batch: Any) -> int:

@@ -7,17 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gptq_plugin import distributed
 from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.precision import full_precision
-from gptq_plugin.device.streams import on_device
 from gptq_plugin.kernels import segment_sums
 from gptq_plugin.walk.drift import MOST, Drift
 from gptq_plugin.walk.each_hessian import rows_of_each
+from gptq_plugin.walk.each_sum import EachSum
 from gptq_plugin.walk.hessian import is_narrow
 
 
-class EachDrift:
+class EachDrift(EachSum[Drift]):
     """A `Drift` for each expert.
 
     Exact sums are a `Drift` each. Others are one tensor, to which a GPU adds a batch in one launch, without a wait.
@@ -30,12 +29,8 @@ class EachDrift:
     """
 
     def __init__(self, experts: int, in_features: int, device: torch.device | str, *, exact: bool = True) -> None:
-        self._apart = [Drift(in_features, device) for _ in range(experts if exact else 0)]
-        together = 0 if exact else experts
-        self._sums = torch.zeros(together, in_features, in_features, dtype=torch.float32, device=device)
-        self._tokens = torch.zeros(together, dtype=torch.int64, device=device)
-        self._powers = torch.zeros(together, dtype=torch.float32, device=device)  # sums of x̂·x̂
-        self._taken = 0
+        super().__init__(Drift, experts, in_features, device, exact)
+        self._powers = torch.zeros(len(self._sums), dtype=torch.float32, device=device)  # sums of x̂·x̂
 
     def add(self, x: Tensor, seen: Tensor, ends: Tensor) -> None:
         """Adds rows sorted by expert, as `Drift.add` adds those of one.
@@ -59,17 +54,6 @@ class EachDrift:
             squares = torch.linalg.vector_norm(seen, dim=1, dtype=torch.float32).square_()
             expert = torch.searchsorted(ends, torch.arange(len(seen), device=ends.device, dtype=ends.dtype), right=True)
             self._powers += squares.new_zeros(len(ends) + 1).index_add_(0, expert, squares)[:-1]
-
-    def over_ranks(self) -> None:
-        """Adds up the sums and the tokens of all ranks, on every rank."""
-        for drift in self._apart:
-            drift.over_ranks()
-        for sums in (self._sums, self._tokens, self._powers) if len(self._sums) else ():
-            distributed.sum_(sums)
-
-    def tokens(self) -> Tensor:
-        """The number of tokens of each expert, int64 [experts], on the device. To be called before `take`."""
-        return on_device([drift.tokens for drift in self._apart], self._tokens) if self._apart else self._tokens
 
     def along(self) -> Tensor:
         """`Drift.along` of each expert, [experts], on the device. To be called before `take`."""
@@ -95,3 +79,6 @@ class EachDrift:
         else:
             means = self._sums[start : self._taken].div_(weights)
         return means.masked_fill_((along < -MOST)[:, None, None], 0)
+
+    def _together(self) -> tuple[Tensor, ...]:
+        return *super()._together(), self._powers

@@ -7,17 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gptq_plugin import distributed
 from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.precision import full_precision
-from gptq_plugin.device.streams import on_device
 from gptq_plugin.kernels import mirror_passes, segment_sums
+from gptq_plugin.walk.each_sum import EachSum
 from gptq_plugin.walk.hessian import Hessian, add_each, add_products, is_narrow
 
 _WIDE = 4096  # inputs
 
 
-class EachHessian:
+class EachHessian(EachSum[Hessian]):
     """A sum of x xᵀ for each expert, and its number of tokens.
 
     Exact sums are a `Hessian` each. Others are one tensor, to which a GPU adds a batch in one launch, without a wait.
@@ -31,13 +30,8 @@ class EachHessian:
     """
 
     def __init__(self, experts: int, in_features: int, device: torch.device | str, *, exact: bool = True) -> None:
-        self.in_features = in_features
-        self._apart = [Hessian(in_features, device) for _ in range(experts if exact else 0)]
-        together = 0 if exact else experts
-        self._sums = torch.zeros(together, in_features, in_features, dtype=torch.float32, device=device)
-        self._tokens = torch.zeros(together, dtype=torch.int64, device=device)
+        super().__init__(Hessian, experts, in_features, device, exact)
         self._means: Tensor | None = None  # in the sums' place, once some are taken
-        self._taken = 0
 
     def add(self, x: Tensor, ends: Tensor) -> None:
         """Adds rows sorted by expert.
@@ -57,20 +51,6 @@ class EachHessian:
                     add_products(total, rows)
             else:
                 segment_sums(x).add_products(self._sums, x.detach(), ends)
-
-    def over_ranks(self) -> None:
-        """Adds up the sums and the tokens of all ranks, on every rank."""
-        for hessian in self._apart:
-            hessian.over_ranks()
-        if len(self._sums):
-            distributed.sum_(self._sums)
-            distributed.sum_(self._tokens)
-
-    def tokens(self) -> Tensor:
-        """The number of tokens of each expert, int64 [experts], on the device. To be called before `take`."""
-        if not self._apart:
-            return self._tokens
-        return on_device([hessian.tokens for hessian in self._apart], self._tokens)
 
     def take(self, experts: int, beside: Tensor | None = None, make_room: Callable[[], bool] = lambda: False) -> Tensor:
         """`Hessian.mean` of the next so many experts, [experts, in, in], in their order. Drops their sums.
