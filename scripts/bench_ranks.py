@@ -7,6 +7,7 @@
     python scripts/bench_ranks.py sharded --how tp --ranks 8 --layers 80 # the same by tensor parallelism
     python scripts/bench_ranks.py kill --ranks 8                         # a rank is killed; when do the others end?
     python scripts/bench_ranks.py finish --ranks 1 2 4 8                 # steps of a finish
+    python scripts/bench_ranks.py trainer --kinds ddp fsdp1 fsdp2 zero3  # transformers' Trainer against one rank
 
 Without a GPU all run on the CPU over gloo, for which the sizes must be small: ``--width 256 --vocab 512 --tokens 64``.
 """
@@ -15,9 +16,17 @@ from __future__ import annotations
 
 import argparse
 
-from rank_benches import blocks, finish, kill, sharded, turns, words
+from rank_benches import blocks, finish, kill, sharded, trainer, turns, words
 
-COMMANDS = {"turns": turns, "words": words, "blocks": blocks, "sharded": sharded, "kill": kill, "finish": finish}
+COMMANDS = {
+    "turns": turns,
+    "words": words,
+    "blocks": blocks,
+    "sharded": sharded,
+    "kill": kill,
+    "finish": finish,
+    "trainer": trainer,
+}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 
 import pytest
+import torch
 
 from forked_python import python
 from paths import REPOSITORY
@@ -55,3 +56,35 @@ def test_words_are_timed_beside_a_ring():
     assert re.findall(r"^(\d) ranks, ([a-z-]+): \d+ us", printed, re.M) == [
         ("2", "check-in"), ("2", "ring"), ("3", "check-in"), ("3", "ring"),
     ]  # fmt: skip
+
+
+def test_a_trainers_ranks_export_what_one_does():
+    printed = bench("trainer", *TINY, "--width", "64", "--tokens", "16")
+    alone, ddp = printed.splitlines()
+    assert "words that are one rank's: 1.0000 (14 layers)" in ddp
+    losses = [re.search(r"loss (.*), quantized ([0-9.]+)", one).groups() for one in (alone, ddp)]
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][1]
+
+
+def test_a_trainers_export_that_differs_is_a_failure(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    from rank_benches.trainer import compared
+
+    whole = {"a.qweight": torch.arange(100), "a.scales": torch.ones(4), "norm": torch.ones(4)}
+    near, far = torch.arange(100), torch.arange(100)
+    near[0], far[:4] = -1, -1
+    assert "0.9900 (1 layers)" in compared({**whole, "a.qweight": near}, whole)
+    for other, what in (
+        ({**whole, "a.qweight": far}, "only 0.9600 of the words of a.qweight"),
+        ({**whole, "norm": torch.zeros(4)}, "not quantized differ: .'norm'"),
+        ({"norm": torch.ones(4)}, "other names: .'a.qweight', 'a.scales'"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            compared(other, whole)
+
+
+def test_kinds_that_accelerate_has_for_gpus_alone_are_refused_on_cpus():
+    if not torch.cuda.is_available():
+        command = [python(), REPOSITORY / "scripts" / "bench_ranks.py", "trainer", "--kinds", "fsdp2"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 1 and "takes DDP in the place of other kinds" in done.stderr
