@@ -135,6 +135,6 @@ def test_on_a_gpu_codes_are_those_of_one_at_a_time(config):
     each = zip(weights, hessians, [None] * 6 if drifts is None else drifts, strict=True)
     alone = [solve(weight, hessian, config, drift, in_blocks=False) for weight, hessian, drift in each]
     same = torch.stack([one.weight.codes == found.codes[n].T for n, one in enumerate(alone)])
-    assert same.double().mean() > 0.995
+    assert same.double().mean() >= 0.999
     loss = torch.stack([one.loss for one in alone]).sum()
     assert abs(found.losses[:, 0].sum() / loss - 1) < 1e-3

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.gptq.factor import Factor
+from gptq_plugin.gptq.tensor_cores import accurate_product
 
 _SPAN = 1024  # positions that are solved together; products push them to the others
 _INVERTED = 128  # of these, that a library inverts
@@ -18,8 +19,8 @@ def asymmetric_target(blocks: Tensor, drift: Tensor, factor: Factor, alpha: floa
     The solver rounds these in place of the weights: with α = 1 and but for the damping, the rounding then minimises the
     mean of ‖W x − Ŵ x̂‖², not ‖W x̂ − Ŵ x̂‖² (as in LoaQ, arXiv:2509.06297, and Qronos, arXiv:2505.11695).
 
-    On a GPU products have bfloat16 operands: the correction, some per cent of the weights, is right to one or two per
-    cent of itself.
+    On a GPU products are made of float16 parts, see `tensor_cores`: with fewer bits, sums in another order would move
+    the correction by a thousandth of itself and more.
 
     Args:
         blocks: W [B, rows, in], in the factor's dtype.
@@ -30,14 +31,13 @@ def asymmetric_target(blocks: Tensor, drift: Tensor, factor: Factor, alpha: floa
     Returns:
         [B, rows, in].
     """
-    left = _by_position(_narrow(drift[None]).mT, factor.order) if drift.dim() == 2 else None
     targets = torch.empty_like(blocks)
     for number, (target, block) in enumerate(zip(targets.split(1), blocks.split(1), strict=True)):
-        if left is None:
-            x = _by_position(drift[number : number + 1].mT, factor.order)
+        if drift.dim() == 2:
+            pulled = accurate_product(drift[None].mT, block.mT)
         else:
-            x = _product(left, _narrow(block).mT)
-        _add(target, block, x, factor, alpha)
+            pulled = drift[number : number + 1].mT
+        _add(target, block, pulled, factor, alpha)
     return targets
 
 
@@ -50,17 +50,9 @@ def each_target(weights: Tensor, drifts: Tensor, factor: Factor, alpha: float) -
         factor: Of B Hessians.
         alpha: Share of the correction.
     """
-    left, targets = _by_position(_narrow(drifts).mT, factor.order), torch.empty_like(weights)
-    _add(targets, weights, _product(left, _narrow(weights).mT), factor, alpha)
+    targets = torch.empty_like(weights)
+    _add(targets, weights, accurate_product(drifts.mT, weights.mT), factor, alpha)
     return targets
-
-
-def _narrow(x: Tensor) -> Tensor:
-    return x.bfloat16() if tensor_cores.usable(x) else x
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return tensor_cores.product(a, b) if a.dtype == torch.bfloat16 else a @ b
 
 
 def _by_position(x: Tensor, order: Tensor) -> Tensor:
@@ -68,9 +60,10 @@ def _by_position(x: Tensor, order: Tensor) -> Tensor:
     return x.take_along_dim(order[:, :, None], 1)
 
 
-def _add(targets: Tensor, weights: Tensor, x: Tensor, factor: Factor, alpha: float) -> None:
-    """targets = weights + α·((A·D·Aᵀ)⁻¹ x)ᵀ, of [B, rows, n], for x [B, n, rows] by position, which is overwritten."""
+def _add(targets: Tensor, weights: Tensor, pulled: Tensor, factor: Factor, alpha: float) -> None:
+    """targets = weights + α·((H + Λ)⁻¹ pulled)ᵀ, of [B, rows, n], for pulled = (W·C)ᵀ [B, n, rows]."""
     upper, gain = factor.rows, factor.gain[:, :, None]
+    x = _by_position(pulled, factor.order)
     if tensor_cores.usable(weights):
         _substitute(upper, gain, x)
     else:
@@ -85,15 +78,15 @@ def _substitute(upper: Tensor, gain: Tensor, x: Tensor) -> None:
     Triangles on the diagonal are inverted, and multiplied like the rest: a library's substitution goes row by row and
     takes ten times as long. Entries of their inverses are at most √(D_j / Λ_k).
     """
-    n, inverses = x.shape[1], [one.bfloat16() for one in _inverses(upper)]
+    n, inverses = x.shape[1], _inverses(upper)
     for number, start in enumerate(range(0, n, _SPAN)):
         here, after = slice(start, start + _SPAN), slice(start + _SPAN, n)
-        x[:, here] = tensor_cores.product(inverses[number].mT, x[:, here].bfloat16())
+        x[:, here] = accurate_product(inverses[number].mT, x[:, here])
         _subtract(x[:, after], upper[:, here, after].mT, x[:, here])
     x /= gain
     for number, start in reversed(list(enumerate(range(0, n, _SPAN)))):
         here, before = slice(start, start + _SPAN), slice(0, start)
-        x[:, here] = tensor_cores.product(inverses[number], x[:, here].bfloat16())
+        x[:, here] = accurate_product(inverses[number], x[:, here])
         _subtract(x[:, before], upper[:, before, here], x[:, here])
 
 
@@ -126,4 +119,4 @@ def _inverted(triangles: Tensor) -> Tensor:
 def _subtract(x: Tensor, left: Tensor, solved: Tensor) -> None:
     """x −= left @ solved."""
     if x.shape[1]:
-        tensor_cores.add_product(x, left.bfloat16(), solved.bfloat16(), alpha=-1)
+        x -= accurate_product(left, solved)

@@ -6,7 +6,8 @@ the whole, is left out; the other three are one product with the parts concatena
 and Yokota, arXiv:2203.03341). This is twice as fast as the same scheme in TF32 and six times as fast as the float32
 units.
 
-Where less accuracy will do, `product` multiplies the high parts alone, in a third of the time.
+`accurate_product` scales operands of any range itself. Where less accuracy will do, `product` multiplies the high parts
+alone, in a third of the time.
 
 Tensor cores truncate their sums instead of rounding them, so the error grows with the inner dimension: 1e-5 of the
 result at 4096 (measured; float32 units: 1e-6). Products here are at most 1024 deep and are summed in float32.
@@ -20,6 +21,7 @@ from torch import Tensor
 from gptq_plugin.kernels import solver_passes
 
 LARGEST = 2.0**15  # bound of |x · scale|, below float16's 65504
+_DEPTH = 1024  # of a product that is summed by tensor cores alone
 
 
 def usable(x: Tensor) -> bool:
@@ -29,7 +31,7 @@ def usable(x: Tensor) -> bool:
 
 def unit_above(x: Tensor, dim: int | None = None) -> Tensor:
     """A power of two, above every |x| along a dimension, or of all; within 2^±100."""
-    most = x.abs().amax() if dim is None else x.abs().amax(dim)
+    most = torch.linalg.vector_norm(x, torch.inf, dim)
     return torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent.clamp(-100, 100))
 
 
@@ -44,6 +46,29 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         return multiply(a, b, out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
     return a.float() @ b.float()
+
+
+def accurate_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, [B, m, k] and [B, k, n], up to 1e-6 or so of the largest numbers in a's row and b's column.
+
+    Other operands than float32 on a GPU are multiplied in their dtype.
+    """
+    if not usable(a):
+        return a @ b
+    of_rows, of_columns = unit_above(a, 2)[:, :, None], unit_above(b, 1)[:, None]
+    out = torch.zeros(*a.shape[:2], b.shape[2], dtype=torch.float32, device=a.device)
+    for start in range(0, a.shape[2], _DEPTH):
+        some = slice(start, start + _DEPTH)
+        left, right = a[:, :, some] / of_rows, b[:, some] / of_columns
+        add_product(out, _operand(left, "lhh", 2), _operand(right, "hlh", 1), alpha=LARGEST**-2)
+    return out.mul_(of_rows).mul_(of_columns)
+
+
+def _operand(x: Tensor, pieces: str, dim: int) -> Tensor:
+    """The parts of x, |x| up to 1, along a dimension; with contiguous columns if x has these."""
+    if x.mT.is_contiguous():
+        return solver_passes(x).split_to_float16(x.mT, LARGEST, pieces, 3 - dim).mT
+    return solver_passes(x).split_to_float16(x.contiguous(), LARGEST, pieces, dim)
 
 
 def left_operand(x: Tensor, scale: float) -> Tensor:
