@@ -52,7 +52,7 @@ PARTS = {
     "gptq.refine": ("Rows.of", "regridded", "refitted", "descended"),
     "gptq.solver": ("factorize", "_beside"),
     "gptq.recursion": ("Recursion.__init__", "Recursion.visit"),
-    "quantize.experts_pass": ("packed_layers", "dequantized", "ExpertsPass.quantize"),
+    "quantize.experts_pass": ("packed_layers", "dequantize", "ExpertsPass.quantize"),
     "layers.qlinear": ("QuantLinear.from_quantized",),
     "memory.weights": ("Weights.quantize",),
     "memory.finished_layers": ("FinishedLayers.add",),

@@ -1,8 +1,8 @@
 """Kernels, imported as `gptq_plugin.kernels`. Needs torch, and Triton on a GPU only.
 
-`reference`, `plain_solve`, `plain_sums`, `plain_segments`, `plain_steps` and `plain_latents` define every operation in
-plain PyTorch; they are also the CPU path and the oracle of the tests. Triton modules are imported where they are
-called, so that the package imports without Triton.
+`reference`, `plain_solve`, `plain_sums`, `plain_segments`, `plain_rows`, `plain_steps` and `plain_latents` define all
+operations in plain PyTorch; they are also the CPU path and the oracle of the tests. Triton modules are imported where
+they are called, so that the package imports without Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import plain_latents, plain_segments, plain_solve, plain_steps, plain_sums, reference
+from . import plain_latents, plain_rows, plain_segments, plain_solve, plain_steps, plain_sums, reference
 
 
 def solver_loops(x: Tensor) -> ModuleType:
@@ -59,6 +59,16 @@ def mirror_passes(x: Tensor) -> ModuleType:
 
         return segments
     return plain_segments
+
+
+def row_passes(x: Tensor) -> ModuleType:
+    """The module with `include_largest_`, `add_row_products_` and `silu_gated` for rows x: Triton's for 16 bits or
+    float32 on a GPU, in rows that are contiguous, else `plain_rows`."""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.stride(-1) == 1:
+        from . import rows  # imported here: needs Triton
+
+        return rows
+    return plain_rows
 
 
 def step_passes(x: Tensor) -> ModuleType:

@@ -29,20 +29,23 @@ def _values_kernel(codes, zeros, scales, g_idx, out, n_in, rows, groups, TILE: t
     tl.store(out + at, tl.trans(value).to(out.dtype.element_ty), mask=(r < rows)[:, None] & (i < n_in)[None, :])
 
 
-def values_of(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, dtype: torch.dtype) -> Tensor:
-    """B matrices [B, rows, in], each value computed in float32 and rounded once.
+def values_of(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, out: Tensor) -> None:
+    """Writes B matrices, each value computed in float32 and rounded once.
 
     Args:
         codes: uint8 [B, in, rows].
         zeros: uint8 [B, G, rows].
         scales: float16 [B, G, rows].
         g_idx: int32 [B, in].
-        dtype: Of the values: float16, bfloat16 or float32.
+        out: float16, bfloat16 or float32 [B, rows, in], contiguous; written to.
+
+    Raises:
+        ValueError: It has another shape or is not contiguous.
     """
     batch, n_in, rows = codes.shape
-    out = torch.empty(batch, rows, n_in, dtype=dtype, device=codes.device)
+    if out.shape != (batch, rows, n_in) or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {[batch, rows, n_in]}, got {list(out.shape)}")
     parts = [part.contiguous() for part in (codes, zeros, scales, g_idx)]
     with torch.cuda.device(codes.device) if codes.is_cuda else contextlib.nullcontext():
         grid = (triton.cdiv(n_in, _TILE), triton.cdiv(rows, _TILE), batch)
         _values_kernel[grid](*parts, out, n_in, rows, zeros.shape[1], TILE=_TILE)
-    return out

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gptq_plugin.model import experts_call
 from gptq_plugin.model.expert_weights import ExpertWeights
 from gptq_plugin.model.experts_call import ExpertsCall
 
@@ -100,12 +101,44 @@ def test_a_mode_that_watches_who_reads_weights_sees_no_read():
     assert not seen
 
 
+def parts_of(whole):
+    return [part for of_one in whole for part in of_one.split(WIDTHS)]
+
+
+def test_weights_that_lie_one_behind_the_other_are_not_copied():
+    whole = torch.randn(4, sum(WIDTHS), IN)
+    found = experts_call._as_they_lie(parts_of(whole[1:]), torch.float32)
+    assert torch.equal(found, whole[1:].flatten(0, 1)) and found.data_ptr() == whole[1].data_ptr()
+    memory, beside = torch.randn(8 * IN), torch.randn(8 * IN)
+    for parts in (
+        parts_of(whole)[1:] + parts_of(whole)[:1],  # another order
+        parts_of(whole)[:3] + parts_of(whole)[4:],  # a gap
+        [part.T for part in parts_of(whole)],
+        [memory[: 4 * IN].view(4, IN), beside[4 * IN :].view(4, IN)],
+        [*parts_of(whole)[:1], nn.Parameter(parts_of(whole)[1].clone())],
+    ):
+        assert experts_call._as_they_lie(parts, torch.float32) is None
+    assert experts_call._as_they_lie(parts_of(whole), torch.bfloat16) is None
+
+
+def test_neighbours_in_memory_that_are_others_tensors_are_no_view_of_one():
+    memory = torch.randn(2 * 8 * IN)
+    first, second = (torch.from_numpy(memory.numpy()[i * 8 * IN : (i + 1) * 8 * IN]).view(8, IN) for i in range(2))
+    assert first.data_ptr() + first.nbytes == second.data_ptr()
+    assert experts_call._as_they_lie([first, second], torch.float32) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("width", "n_in"), [(64, 32), (36, 20)])  # rows that are aligned, and such that are not
-def test_on_a_gpu_the_grouped_product_is_the_same(dtype, width, n_in):
+@pytest.mark.parametrize("together", [False, True])
+def test_on_a_gpu_the_grouped_product_is_the_same(dtype, width, n_in, together):
     own = [[nn.Linear(n_in, width, bias=False, device="cuda", dtype=dtype) for _ in range(2)] for _ in range(5)]
+    if together:
+        whole = torch.randn(5, 2, width, n_in, device="cuda", dtype=dtype) / n_in**0.5
+        for layer, weight in zip((layer for of_one in own for layer in of_one), whole.flatten(0, 1), strict=True):
+            layer.weight = nn.Parameter(weight)
     call = ExpertsCall(own.__getitem__, 5)
     ends, x = ends_of((300, 0, 17, 1, 40)).cuda(), torch.randn(360, n_in, device="cuda", dtype=dtype)
     with torch.no_grad(), call.as_one():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from gptq_plugin.kernels import plain_rows
 from gptq_plugin.kernels.product import routing
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -80,6 +81,28 @@ def test_tokens_have_the_outputs_of_transformers_forward(kind, tokens, taken):
     with unfused(made):
         torch.testing.assert_close(output(served(made), x), wanted, rtol=1e-4, atol=1e-5)
     assert taken == ([2 * tokens] if tokens < 200 else [])
+
+
+@pytest.mark.parametrize("gate", ["silu", "swish", "gelu", "one that is hooked", "one of its own", "one in its place"])
+@torch.no_grad()
+def test_only_transformers_own_silu_takes_one_pass(gate, taken, monkeypatch):
+    made, x, passed = block(hidden_act=gate if " " not in gate else "silu"), torch.randn(1, 7, 64), []
+    experts = made.experts
+    if gate == "one that is hooked":
+        experts.act_fn.register_forward_hook(lambda module, args, y: 2 * y)
+    elif gate == "one of its own":
+        experts._apply_gate = lambda both: both.chunk(2, -1)[1] * 3
+    elif gate == "one in its place":
+        experts.act_fn.forward = torch.tanh
+    monkeypatch.setattr(
+        plain_rows, "silu_gated", lambda both, plain=plain_rows.silu_gated: passed.append(1) or plain(both)
+    )
+    with unfused(made):
+        experts.config = copy.copy(experts.config)
+        experts.config._experts_implementation = "grouped_mm"
+        wanted = output(made, x)
+        torch.testing.assert_close(output(served(made), x), wanted, rtol=1e-4, atol=1e-5)
+    assert taken == [14] and len(passed) == (gate in ("silu", "swish"))
 
 
 @torch.no_grad()

@@ -447,7 +447,7 @@ def test_experts_that_were_packed_together_are_saved_by_other_libraries_as_a_who
         assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("name", ["packed_layers", "dequantized"])
+@pytest.mark.parametrize("name", ["packed_layers", "dequantize", "_empty"])
 def test_what_follows_a_solve_of_experts_and_finds_no_room_runs_again(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.gptq.grid import QuantizedWeight, nearest_errors
-from gptq_plugin.kernels import step_passes
+from gptq_plugin.kernels import row_passes, step_passes
 
 _STRIP = 1024  # columns per product of a loss
 _SCALE = 2.0**12  # in `tensor_cores`, of numbers below 1
@@ -26,9 +26,9 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     for start in range(0, error.shape[-1], _STRIP):
         here = error[..., start : start + _STRIP]
         rows = hessian[..., start : start + _STRIP, :]
-        loss += ((here @ rows[..., start : start + _STRIP]) * here).sum(-1, dtype=loss.dtype)
+        row_passes(here).add_row_products_(loss, here @ rows[..., start : start + _STRIP], here)
         if start:
-            loss += 2 * ((here @ rows[..., :start]) * error[..., :start]).sum(-1, dtype=loss.dtype)
+            row_passes(here).add_row_products_(loss, here @ rows[..., :start], error[..., :start], 2)
     return loss.clamp_(min=0)
 
 

@@ -1,4 +1,4 @@
-"""Quantized layers of one shape, packed and dequantized together: `packed_layers`, `dequantized_layers`."""
+"""Quantized layers of one shape, packed and dequantized together: `packed_layers`, `dequantize`."""
 
 from __future__ import annotations
 
@@ -57,13 +57,21 @@ def _apart(values: Tensor) -> list[Tensor]:
     return copies
 
 
-def dequantized(solved: Solutions, dtype: torch.dtype) -> Tensor:
-    """All matrices, [B, rows, in], each value computed in float32 and rounded once."""
-    if solved.codes.is_cuda and dtype != torch.float64:
+def dequantize(solved: Solutions, out: Tensor) -> None:
+    """Writes the first matrices to `out`, [B, rows, in], each value computed in float32 and rounded once.
+
+    Args:
+        solved: At least B matrices.
+        out: Contiguous; float16, bfloat16, float32 or float64.
+    """
+    every = slice(len(out))
+    parts = solved.codes[every], solved.zeros[every], solved.scales[every], solved.g_idx[every]
+    if out.is_cuda and out.dtype != torch.float64:
         from gptq_plugin.kernels.values import values_of  # imported here: needs Triton
 
-        return values_of(solved.codes, solved.zeros, solved.scales, solved.g_idx, dtype)
-    return _values(solved.codes, solved.zeros, solved.scales, solved.g_idx, dtype).contiguous()
+        values_of(*parts, out)
+    else:
+        out.copy_(_values(*parts, out.dtype))
 
 
 def dequantized_layers(

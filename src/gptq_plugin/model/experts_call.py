@@ -176,5 +176,21 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _grouped(x: Tensor, ends: Tensor, weights: Sequence[Sequence[Tensor]]) -> Tensor:
-    whole = torch.cat([weight.to(x.dtype) for of_one in weights for weight in of_one])
+    parts = [weight for of_one in weights for weight in of_one]
+    whole = _as_they_lie(parts, x.dtype)
+    if whole is None:
+        whole = torch.cat([weight.to(x.dtype) for weight in parts])
     return grouped_product(x, ends, whole.unflatten(0, (len(weights), -1)))
+
+
+def _as_they_lie(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """Matrices one below the other, [rows, in], without a copy; None unless they lie so in memory."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.dtype != dtype or part.data_ptr() != end or not part.is_contiguous():
+            return None
+        end += part.nbytes
+    memory = first.untyped_storage()
+    if memory.data_ptr() + memory.nbytes() < end:  # of others, that happen to be neighbours
+        return None
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())

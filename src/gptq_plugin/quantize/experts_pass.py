@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.streams import Stopwatch
-from gptq_plugin.layers.packed_together import dequantized, packed_layers
+from gptq_plugin.layers.packed_together import dequantize, packed_layers
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory.finished_layers import FinishedLayers
 from gptq_plugin.model.experts_at_once import by_expert
@@ -90,9 +91,11 @@ class ExpertsPass:
             return [self._runs.weights.present(one) for one in experts[expert]]
 
         chunks = solve_experts(weights, found, len(experts), shape, first[0].config, self._runs.make_room)
+        # All in one tensor, of which a product of all experts takes no copy.
+        values = with_room(partial(_empty, experts, shape, self._runs.device), self._runs.make_room)
         failed: list[tuple[list[Target], Evidence]] = []
         for chunk in _one_ahead(chunks):  # the device solves while the host takes
-            failed += self._take(chunk, experts, stopwatch)
+            failed += self._take(chunk, experts, values, stopwatch)
         stopwatch.stop()
         for layers, evidence in failed:
             self._quantize_one(layers, evidence, stop)
@@ -102,7 +105,7 @@ class ExpertsPass:
         self._quantize_stop(self._kept.stop(names, lambda: evidence), layers, stop)
 
     def _take(
-        self, chunk: Chunk, every: Sequence[list[Target]], stopwatch: Stopwatch
+        self, chunk: Chunk, every: Sequence[list[Target]], values: Tensor, stopwatch: Stopwatch
     ) -> list[tuple[list[Target], Evidence]]:
         """Takes a chunk's solutions; returns the layers of experts that have none, which are to be solved alone."""
         experts = [every[number] for number in chunk.experts]
@@ -116,20 +119,25 @@ class ExpertsPass:
             packed = partial(packed_layers, solved, rows, config.bits, config.group_size, dtypes)
             for of_expert, layer in zip(layers, with_room(packed, self._runs.make_room), strict=True):
                 of_expert.append(layer)
-        values_of_all = partial(dequantized, solved, experts[0][0].parameter.dtype)
-        whole = with_room(values_of_all, self._runs.make_room)[: len(experts)]
+        whole = values[chunk.experts.start : chunk.experts.stop]
+        with_room(partial(dequantize, solved, whole), self._runs.make_room)
         good, evidence = chunk.good(), chunk.evidence()
         pairs: list[tuple[Target, QuantLinear, Tensor | None]] = []
         for number, own in enumerate(experts):
             if good[number]:
-                values = whole[number].split([one.shape[0] for one in own])
-                pairs += zip(own, layers[number], values, strict=True)
+                parts = whole[number].split([one.shape[0] for one in own])
+                pairs += zip(own, layers[number], parts, strict=True)
         self._runs.weights.quantize(pairs)
         for target, layer, _ in pairs:
             self._finished.add(target.name, layer)
         self._outcome.add_experts(experts, chunk.solved, evidence, good, stopwatch, share=1 / len(every))
         each = zip(experts, evidence, good, strict=False)  # the last expert fills a chunk
         return [(own, evidence) for own, evidence, is_good in each if not is_good]
+
+
+def _empty(experts: Sequence[list[Target]], shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Room for the weights of all experts, [experts, rows, in]."""
+    return torch.empty(len(experts), *shape, dtype=experts[0][0].parameter.dtype, device=device)
 
 
 def _one_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:

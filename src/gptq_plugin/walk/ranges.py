@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from gptq_plugin import distributed
 from gptq_plugin.device.precision import FLOAT16
+from gptq_plugin.kernels import row_passes
 from gptq_plugin.walk.float_walk import serves_float
 
 Layers = tuple[tuple[str, ...], ...]  # names of each expert's layers
-_OfExperts = dict[Layers, Tensor]  # [layers of one expert, experts], -1 where none was seen
+_OfLayers = dict[tuple[str, ...], Tensor]  # [1], by layers with one input or output; -1 where none was seen
+_OfExperts = dict[Layers, Tensor]  # [layers of one expert, experts], likewise
 _MARGIN = 2  # other samples reach further than calibration's: values nearer than this to `FLOAT16` are reported
 
 
@@ -23,12 +25,12 @@ class Ranges:
     """Tracks the largest absolute input and output of each layer, on the device until `over_ranks`.
 
     Every position counts, also positions that enter no Hessian: a client computes them all, and the largest values are
-    often at the first one. NaN does not count: rows of padding may hold it, and in other rows it is refused elsewhere.
+    often at the first one. Rows with NaN do not: those of padding may hold it, and in others it is refused elsewhere.
     """
 
     def __init__(self) -> None:
-        self._inputs: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
+        self._inputs: _OfLayers = {}
+        self._outputs: _OfLayers = {}
         self._of_experts: tuple[_OfExperts, _OfExperts] = ({}, {})  # inputs and outputs
 
     def read(self, names: Iterable[str], x: Tensor) -> None:
@@ -96,9 +98,9 @@ class Ranges:
         """
         names, unseen = list(names), torch.tensor(-1.0, device=device)
         both = (self._inputs, self._outputs), self._of_experts
-        of_all = [seen | _by_layer(of_experts) for seen, of_experts in zip(*both, strict=True)]
-        found = [seen.get(name, unseen).float() for name in names for seen in of_all]
-        largest = torch.stack(found).nan_to_num(nan=-1, posinf=math.inf)
+        of_all = [_by_layer(of_layers) | _by_expert(of_experts) for of_layers, of_experts in zip(*both, strict=True)]
+        found = [seen.get(name, unseen) for name in names for seen in of_all]
+        largest = torch.stack(found)
         distributed.maximum_(largest)
         values = [value if value >= 0 else math.nan for value in largest.tolist()]
         return dict(zip(names, zip(values[::2], values[1::2], strict=True), strict=True))
@@ -117,21 +119,14 @@ def _include_experts(seen: _OfExperts, layers: Layers, parts: Sequence[Tensor], 
     """Includes a part, [rows, width], for each of an expert's layers."""
     if layers not in seen:
         seen[layers] = torch.full((len(parts), len(layers)), -1.0, device=ends.device)
-    if not parts[0].numel():
-        return
-    expert = torch.searchsorted(ends, torch.arange(len(parts[0]), device=ends.device, dtype=ends.dtype), right=True)
-    expert = expert.clamp_(max=len(layers))  # rows of none
     for number, part in enumerate(parts):
         if number and part is parts[0]:
             seen[layers][number] = seen[layers][0]
-            continue
-        low, high = part.detach().aminmax(dim=1)
-        largest = torch.maximum(-low, high).float().nan_to_num(nan=-1.0, posinf=math.inf)
-        of_all = nn.functional.pad(seen[layers][number], (0, 1)).scatter_reduce_(0, expert, largest, "amax")
-        seen[layers][number] = of_all[:-1]
+        else:
+            row_passes(part).include_largest_(seen[layers][number], part.detach(), ends)
 
 
-def _by_layer(seen: _OfExperts) -> dict[str, Tensor]:
+def _by_expert(seen: _OfExperts) -> dict[str, Tensor]:
     return {
         name: value
         for layers, of_all in seen.items()
@@ -140,10 +135,18 @@ def _by_layer(seen: _OfExperts) -> dict[str, Tensor]:
     }
 
 
-def _include(seen: dict[str, Tensor], names: Iterable[str], x: Any) -> None:
+def _by_layer(seen: _OfLayers) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for names, largest in seen.items():
+        for name in names:
+            found[name] = torch.maximum(found[name], largest[0]) if name in found else largest[0]
+    return found
+
+
+def _include(seen: _OfLayers, names: Iterable[str], x: Any) -> None:
     if not isinstance(x, Tensor) or not x.numel():
         return
-    low, high = x.detach().aminmax()  # reads x once, without a copy
-    largest = torch.maximum(-low, high)
-    for name in names:
-        seen[name] = torch.fmax(seen[name], largest) if name in seen else largest
+    names, rows = tuple(names), x.detach().reshape(-1, x.shape[-1] if x.dim() else 1)
+    if names not in seen:
+        seen[names] = torch.full((1,), -1.0, device=x.device)
+    row_passes(rows).include_largest_(seen[names], rows)
