@@ -235,6 +235,34 @@ def test_what_a_trainer_gathers_for_its_own_metrics_is_of_batches_alone(tmp_path
     assert next(iter(callback.report.spreads.values())).unit == "samples"
 
 
+class NoCopies(dict):
+    def __copy__(self):
+        raise RuntimeError("there is one of these")
+
+
+def test_a_trainer_that_cannot_be_copied_is_evaluated_all_the_same_and_batches_are_drawn(tmp_path):
+    class Holding(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.held = NoCopies()
+
+    _, callback = run(tmp_path, {"bits": 2}, kind=Holding, arguments={"per_device_eval_batch_size": 2})
+    (spread,) = callback.report.spreads.values()
+    assert (spread.parts, spread.unit) == (12, "batches")
+    assert spread.why == "single samples cannot be run (RuntimeError: there is one of these)"
+
+
+def test_batches_without_a_loss_are_no_part_of_its_mean(tmp_path):
+    class Some(Trainer):
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+            return (None if torch.equal(inputs["input_ids"][0], Rows().ids[4]) else loss, *rest)
+
+    _, callback = run(tmp_path, {"bits": 2}, kind=Some, arguments={"per_device_eval_batch_size": 4})
+    (spread,) = callback.report.spreads.values()
+    assert (spread.parts, spread.unit) == (20, "samples")
+
+
 def test_several_evaluation_datasets_have_their_spreads(tmp_path):
     sets = {"one": Rows(), "two": Rows()}
     _, callback = run(tmp_path, eval_dataset=sets, arguments={"per_device_eval_batch_size": 1})

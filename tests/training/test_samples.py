@@ -13,7 +13,7 @@ from transformers import BatchEncoding
 
 from gptq_plugin.training import samples
 from gptq_plugin.training.paired import Measured, Pairs, spread
-from gptq_plugin.training.samples import Chosen, Divided, Samples, counts_in, samples_of
+from gptq_plugin.training.samples import Chosen, Divided, Part, Samples, counts_in, samples_of
 
 
 @dataclasses.dataclass
@@ -112,8 +112,9 @@ def test_some_batches_are_chosen_evenly_and_before_a_step_changes_them(monkeypat
         batch.pop("labels")
     assert list(chosen.kept) == [0, 4, 8, 12, 16] and chosen.sizes == [3] * 20
     seen = []
-    assert chosen.run(lambda number, _, sample: seen.append((number, sample["ids"].tolist(), len(sample)))) == ""
-    assert seen == [(n, [[n, n]], 2) for n in (0, 16, 8, 4, 12) for _ in range(3)] and not chosen.are_ones
+    chosen.run(lambda number, _, sample: seen.append((number, sample["ids"].tolist(), len(sample))))
+    assert seen == [(n, [[n, n]], 2) for n in (0, 16, 8, 4, 12) for _ in range(3)]
+    assert chosen.why == "" and not chosen.are_ones
     large = Chosen()
     large.add(None, torch.ones(40, 2))
     large.add(None, torch.ones(40, 2))
@@ -128,12 +129,53 @@ def test_single_samples_need_no_second_run_and_errors_are_told():
     def step(*_):
         raise RuntimeError("batches of one\ncannot be")
 
-    assert ones.run(step) == "" and ones.are_ones
+    assert ones.samples([Part(1.0, 1, 0)], []).why == "none were run"
+    ones.run(step)
+    assert ones.why == "" and ones.are_ones and ones.samples([Part(1.0, 1, 0)], []) is None
     ones.add(None, torch.ones(2, 2))
-    assert ones.run(step) == "single samples cannot be run (RuntimeError: batches of one)" and not ones.are_ones
+    ones.run(step)
+    assert ones.why == "single samples cannot be run (RuntimeError: batches of one)" and not ones.are_ones
+    assert ones.samples([Part(1.0, 1, 0)], []).why == ones.why
     texts = Chosen()
     texts.add(None, ["a", "b"])
-    assert "has no tensors whose first dimension" in texts.run(step)
+    texts.run(step)
+    assert "has no tensors whose first dimension" in texts.why
+
+
+def test_a_mean_has_the_samples_of_the_batches_it_is_over():
+    """Some batches may give no value; each of its samples has to give one, and no batch two."""
+    chosen = Chosen()
+    for number in range(3):
+        chosen.add(None, torch.full((2, 3), number))
+    single = []
+    chosen.run(lambda number, _, sample: single.append(Part(torch.tensor(float(number)), 2.0, number)))
+    parts = [Part(torch.tensor(float(number)), 5, number, key=number, precision=0.5) for number in range(3)]
+    found = chosen.samples([*parts[:2], Part(7.0, 1, None)], single)
+    assert found.why == "" and found.total == 4 and [one.place for one in found.batches] == [(0, 0), (0, 1)]
+    assert [(one.value, one.weight, one.values, one.precision) for one in found.batches] == [
+        (0.0, 5, [0.0, 0.0], 0.5), (1.0, 5, [1.0, 1.0], 0.5),
+    ]  # fmt: skip
+    assert found.batches[0].counts[""] == [2.0, 2.0] and len(set(found.batches[1].keys)) == 1
+    for wrong in (([*parts, parts[0]], single), (parts, single[1:]), (parts, [*single, single[0]])):
+        assert chosen.samples(*wrong).why == "there is not one value for each sample"
+
+
+def test_ranks_run_as_many_samples_each_and_the_same_batches(monkeypatch):
+    """A step may wait for the others': another rank has a batch more, larger ones, and keeps every second."""
+    monkeypatch.setattr(samples.distributed, "gather_objects", lambda mine: [mine, ([2, 9, 4, 9, 3], 2)])
+    chosen, steps = Chosen(), []
+    for number, size in enumerate((3, 3, 3)):
+        chosen.add(None, {"ids": torch.full((size, 2), number)})
+
+    def step(number, _, sample):
+        steps.append((number, int(sample.pop("ids")[0, 0])))
+
+    chosen.run(step)
+    assert steps == [(0, 0)] * 3 + [(-1, 0)] * 3 + [(2, 2)] * 3 + [(-1, 2)]
+    assert [*chosen.kept] == [0, 2] and chosen.why == ""
+    monkeypatch.setattr(samples.distributed, "gather_objects", lambda mine: [mine, ([], 1)])
+    chosen.run(step)
+    assert chosen.why == "a rank has no batches" and len(steps) == 10
 
 
 def test_samples_take_no_longer_than_the_validation_and_those_that_ran_for_both_models_are_pairs(monkeypatch):
@@ -150,9 +192,9 @@ def test_samples_take_no_longer_than_the_validation_and_those_that_ran_for_both_
         for _ in range(6 - 3 * slow):
             next(clock)
         ran = []
-        assert chosen.run(lambda number, *_, ran=ran: ran.append(number)) == ""
-        divided = [chosen.divided(number, 1.0 + number, 2, [(1.0 + number, 1)] * 2, 0.0) for number in chosen.kept]
-        metrics.append(Measured.mean([1.0] * 16, [2] * 16, [*range(16)], Samples(divided, 32)))
+        chosen.run(lambda number, *_, ran=ran: ran.append(number))
+        known = chosen.samples([Part(1.0 + n, 2, n) for n in range(16)], [Part(1.0 + n, 1, n) for n in ran])
+        metrics.append(Measured.mean([1.0] * 16, [2] * 16, [*range(16)], known))
         assert 4 <= len(ran) < 32 and [*chosen.kept] == [0, 8, 4, 12, 2, 10, 6, 14, 1][: len(chosen.kept)]
     first, second = (len(metric.samples.batches) for metric in metrics)
     pairs = Pairs.of(*metrics)

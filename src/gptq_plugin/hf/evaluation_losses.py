@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import digest
 from gptq_plugin.options import fields
 from gptq_plugin.training.paired import Measured
-from gptq_plugin.training.samples import Chosen, Samples
+from gptq_plugin.training.samples import Chosen, Part
 
 _TOLERANCE = 1e-4  # between the trainer's mean and that of its batches; of a duplicate on the last rank it is more
 
@@ -36,34 +37,14 @@ class _Batches:
     """Losses of one evaluation on this rank; not yet read from the device.
 
     Attributes:
-        losses, weights, keys: Of the batches.
-        precisions: Of the losses' dtypes.
+        parts: Of the batches.
         chosen: Batches to run sample by sample, with what `prediction_step` had beside them.
-        single: The samples' losses, by the batch's number.
-        why: Why there are none.
+        single: The losses of their samples.
     """
 
-    losses: list[Tensor] = field(default_factory=list)
-    weights: list[int] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
-    precisions: list[float] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     chosen: Chosen[Any] = field(default_factory=Chosen)
-    single: dict[int, list[Tensor]] = field(default_factory=dict)
-    why: str = ""
-
-    def samples(self) -> Samples | None:
-        """What is known of the loss's samples; None if the batches are single ones."""
-        if self.chosen.are_ones:
-            return None
-        divided = []
-        for number in [] if self.why else self.chosen.kept:
-            found = [(float(loss), 1.0) for loss in self.single.get(number, [])]
-            own = float(self.losses[number]), self.weights[number], found, self.precisions[number]
-            one = self.chosen.divided(number, *own)
-            if one is None:
-                return Samples(why="there is not one loss for each sample")
-            divided.append(one)
-        return Samples(divided, sum(self.chosen.sizes), self.why)
+    single: list[Part] = field(default_factory=list)
 
 
 @dataclass
@@ -77,12 +58,8 @@ class Losses:
         if value is None or name not in self.found:
             return value
         mine = self.found[name]
-        here = [float(loss) for loss in mine.losses], mine.weights, mine.keys, [mine.samples()]
-        losses, weights, keys, samples = (
-            [one for part in parts for one in part] for parts in zip(*distributed.gather_objects(here), strict=True)
-        )
-        known = Samples.over_ranks(one for one in samples if one is not None) if any(samples) else None
-        mean = Measured.mean(losses, weights, keys, known) if losses else math.nan
+        read = [replace(part, value=float(part.value)) for part in mine.parts]
+        mean = Measured.over_ranks(distributed.gather_objects((read, mine.chosen.samples(read, mine.single))))
         return mean if math.isclose(mean, value, rel_tol=_TOLERANCE) else value
 
 
@@ -106,9 +83,7 @@ def losses_of(trainer: Trainer | None) -> Iterator[Losses]:
         running = batches = losses.found[name] = _Batches()
         result = loop(*args, **kwargs)
         running = None
-        lacks = distributed.gather_objects(len(batches.losses) != len(batches.chosen.sizes))
-        run = _single_step(trainer, step, batches)
-        batches.why = "not every batch has a loss" if any(lacks) else batches.chosen.run(run)
+        batches.chosen.run(_single_step(trainer, step, batches))
         return result
 
     def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,10 +92,9 @@ def losses_of(trainer: Trainer | None) -> Iterator[Losses]:
             running.chosen.add(model, inputs)  # a step may take keys out of them
         result = step(model, inputs, *args, **kwargs)
         if running is not None and result[0] is not None and size is not None:
-            running.losses.append(result[0].detach().float().mean())
-            running.precisions.append(torch.finfo(result[0].dtype).eps if result[0].is_floating_point() else 0.0)
-            running.weights.append(size)
-            running.keys.append(key)
+            loss, number = result[0].detach(), len(running.chosen.sizes) - 1
+            precision = torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0
+            running.parts.append(Part(loss.float().mean(), size, number, key, precision))
         return result
 
     with _replaced(trainer, evaluation_loop=evaluation_loop, prediction_step=prediction_step):
@@ -128,14 +102,19 @@ def losses_of(trainer: Trainer | None) -> Iterator[Losses]:
 
 
 def _single_step(trainer: Trainer, step: Callable[..., Any], batches: _Batches) -> Callable[[int, Any, Any], None]:
-    apart = copy.copy(trainer)
-    vars(apart).update({name: _containers(value) for name, value in vars(trainer).items() if "dataset" not in name})
-    bound = step.__func__.__get__(apart) if getattr(step, "__self__", None) is trainer else step  # type: ignore[attr-defined]
+    """A step that notes the loss of a sample. Its first call copies the trainer, which may fail as any step may."""
+
+    @functools.cache
+    def apart() -> Callable[..., Any]:
+        other = copy.copy(trainer)
+        own = {name: _containers(value) for name, value in vars(trainer).items() if "dataset" not in name}
+        vars(other).update(own)
+        return step.__func__.__get__(other) if getattr(step, "__self__", None) is trainer else step  # type: ignore[attr-defined,no-any-return]
 
     def run(number: int, model: Any, sample: Any) -> None:
-        loss = bound(model, sample, True)[0]
+        loss = apart()(model, sample, True)[0]
         if loss is not None:
-            batches.single.setdefault(number, []).append(loss.detach().float().mean())
+            batches.single.append(Part(loss.detach().float().mean(), 1.0, number))
 
     return run
 

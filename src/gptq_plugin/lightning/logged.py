@@ -17,7 +17,7 @@ from torchmetrics import Metric
 
 from gptq_plugin import distributed
 from gptq_plugin.training.paired import Measured
-from gptq_plugin.training.samples import Chosen, Samples
+from gptq_plugin.training.samples import Chosen, Part, Samples
 
 _REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "min": torch.min,
@@ -36,35 +36,17 @@ class Place:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One call of `log` with a number.
-
-    Attributes:
-        value, weight: In the mean of the epoch.
-        key: The digest of its batch; None outside of batches, and of single samples.
-        number: Of its batch; None outside of batches.
-        precision: Of the value's dtype.
-    """
-
-    value: float
-    weight: float
-    key: int | None
-    number: int | None
-    precision: float
-
-
-@dataclass(frozen=True)
 class _Value:
     """What one rank logged under one name.
 
     Attributes:
         value: Reduced over the rank's calls.
-        calls: These, for a mean.
+        parts: The values of these, for a mean.
         samples: What is known of the mean's samples.
     """
 
     value: float
-    calls: list[_Call] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     samples: Samples | None = None
 
 
@@ -75,13 +57,13 @@ class _Entry:
     Attributes:
         reduce: Lightning's `reduce_fx`.
         names: Names under which the reduced value is returned.
-        calls: Those with a number.
+        parts: The values of calls with a number.
         metric: The torchmetrics object, if one was logged; it accumulates by itself.
     """
 
     reduce: str | Callable[[Tensor], Tensor]
     names: list[str]
-    calls: list[_Call] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     metric: Metric | None = None
 
     def reduce_here(self) -> _Value:
@@ -91,21 +73,16 @@ class _Entry:
             self.metric.reset()
             return _Value(value)
         if self.averages:
-            return _Value(math.nan, self.calls)
-        return _Value(self._reduced([call.value for call in self.calls]))
+            return _Value(math.nan, self.parts)
+        return _Value(self._reduced([float(part.value) for part in self.parts]))
 
-    def reduce_over_ranks(self, parts: list[_Value]) -> float:
+    def reduce_over_ranks(self, values: list[_Value]) -> float:
         """The value over all ranks, from each one's. Their shares may differ in size."""
         if self.metric is not None:
-            return parts[0].value
+            return values[0].value
         if self.averages:
-            calls = [call for part in parts for call in part.calls]
-            values, weights = [call.value for call in calls], [call.weight for call in calls]
-            keys = [call.key for call in calls if call.key is not None]
-            known = [part.samples for part in parts if part.samples is not None]
-            mean = Measured.mean(values, weights, keys, Samples.over_ranks(known) if known else None)
-            return mean if len(keys) == len(calls) else float(mean)
-        return self._reduced([part.value for part in parts])
+            return Measured.over_ranks((one.parts, one.samples) for one in values)
+        return self._reduced([one.value for one in values])
 
     @property
     def averages(self) -> bool:
@@ -164,7 +141,7 @@ class Logged:
             batch_size = 1 if self._batch is None else extract_batch_size(self._batch)
         number = None if self._batch is None else self.number
         precision = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
-        entry.calls.append(_Call(float(given.float().mean()), batch_size, self._key, number, precision))
+        entry.parts.append(Part(float(given.float().mean()), batch_size, number, self._key, precision))
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         for name, value in dictionary.items():
@@ -174,19 +151,19 @@ class Logged:
         """Reduces what this rank logged: single samples that run later go into the same torchmetrics objects."""
         self._here = {name: entry.reduce_here() for name, entry in self._entries.items()}
 
-    def values(self, chosen: Chosen[Place], single: Logged, why: str) -> dict[str, float]:
+    def values(self, chosen: Chosen[Place], single: Logged) -> dict[str, float]:
         """What rank 0 logged until `close`, each reduced over the ranks that logged it. The same on every rank.
 
         Args:
             chosen: The batches that were logged in, of which some ran sample by sample.
             single: What those samples logged. Its torchmetrics objects forget them.
-            why: Why samples could not be run.
         """
         here = dict(self._here)
         for name, entry in self._entries.items():
-            if entry.averages and not chosen.are_ones:
-                samples = self._samples(here[name].calls, chosen, single._entries.get(name), why)
-                here[name] = _Value(math.nan, here[name].calls, samples)
+            if entry.averages:
+                of_samples = single._entries.get(name)
+                samples = chosen.samples(entry.parts, of_samples.parts if of_samples is not None else [])
+                here[name] = _Value(math.nan, entry.parts, samples)
         for entry in single._entries.values():
             if entry.metric is not None:
                 entry.metric.reset()
@@ -196,20 +173,3 @@ class Logged:
             value = entry.reduce_over_ranks([parts[name] for parts in ranks if name in parts])
             values |= dict.fromkeys(entry.names, value)
         return dict(distributed.object_from_first(values))
-
-    def _samples(self, calls: list[_Call], chosen: Chosen[Place], single: _Entry | None, why: str) -> Samples:
-        if why:
-            return Samples(why=why)
-        found: dict[int | None, list[tuple[float, float]]] = {}
-        for call in [] if single is None else single.calls:
-            found.setdefault(call.number, []).append((call.value, call.weight))
-        numbers = [call.number for call in calls]
-        divided = []
-        for call in calls:
-            if call.number is None or call.number not in chosen.kept:
-                continue
-            one = chosen.divided(call.number, call.value, call.weight, found.get(call.number, []), call.precision)
-            if one is None or numbers.count(call.number) > 1:
-                return Samples(why="it is not logged once for each sample")
-            divided.append(one)
-        return Samples(divided, sum(chosen.sizes[number] for number in numbers if number is not None))

@@ -107,8 +107,9 @@ def validate(
         pl_module.on_validation_epoch_end()
     logged.close()
     single = Logged()
-    why = _run_samples(trainer, pl_module, chosen, single) if by_sample else "none were run"
-    return logged.values(chosen, single, why)
+    if by_sample:
+        _run_samples(trainer, pl_module, chosen, single)
+    return logged.values(chosen, single)
 
 
 def _step(
@@ -123,15 +124,15 @@ def _step(
     pl_module.on_validation_batch_end(outputs, batch, place.batch, *index)
 
 
-def _run_samples(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Chosen[Place], logged: Logged) -> str:
-    """Runs an epoch of single samples; returns why it cannot be."""
+def _run_samples(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Chosen[Place], logged: Logged) -> None:
+    """Runs an epoch of single samples, if that can be."""
 
     def step(number: int, place: Place, sample: Any) -> None:
         logged.number = number
         _step(trainer, pl_module, sample, place, logged, None)
 
     with evaluating(pl_module), torch.no_grad(), logging_to(pl_module, logged.log, logged.log_dict):
-        return chosen.run(step, _epoch(pl_module, logged))
+        chosen.run(step, _epoch(pl_module, logged))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gptq_plugin.report.spread import Spread
-from gptq_plugin.training.samples import Samples
+from gptq_plugin.training.samples import Part, Samples
 
 FEWEST = 10  # parts, of which a bootstrap tells something
 _DRAWS = 4000
@@ -58,6 +58,22 @@ class Measured(float):
         made = cls(mean)
         made.values, made.weights, made.keys, made.samples = values, weights, keys, samples
         return made
+
+    @classmethod
+    def over_ranks(cls, ranks: Iterable[tuple[Sequence[Part], Samples | None]]) -> float:
+        """The mean over the parts of all ranks, of each with what it knows of their samples.
+
+        It is a plain number where a part belongs to no batch, or there are none.
+        """
+        ranks = list(ranks)
+        parts = [part for own, _ in ranks for part in own]
+        if not parts:
+            return math.nan
+        keys = [part.key for part in parts if part.key is not None]
+        known = [samples for _, samples in ranks if samples is not None]
+        samples = Samples.over_ranks(known) if known else None
+        mean = cls.mean([float(part.value) for part in parts], [part.weight for part in parts], keys, samples)
+        return mean if len(keys) == len(parts) else float(mean)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,28 @@ _SECONDS = 30.0  # that they may take, however short the validation is
 _TOLERANCE = 1e-3  # between a batch's value and that of its samples: they are other kernels' products
 _LOGGED = ""  # the name of weights that are logged with the samples' values
 
+_FILLER = -1  # the number of a sample that runs only because another rank has one more
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A value in a metric that is a mean over an epoch: of a batch, or of a sample that runs on its own.
+
+    Attributes:
+        value: A scalar; a tensor where it is not yet read from its device.
+        weight: Of the value in the mean.
+        number: Of its batch; None outside of batches.
+        key: The digest of its batch; None outside of batches, and of single samples.
+        precision: Of the value's dtype.
+    """
+
+    value: float | Tensor
+    weight: float
+    number: int | None
+    key: int | None = None
+    precision: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,6 +157,7 @@ def counts_in(batch: Any, logged: Sequence[float]) -> dict[str, list[float]]:
             continue
         if not (value.is_floating_point() or value.is_complex()):
             kept = value != 0 if "mask" in name or value.dtype == torch.bool else value != IGNORED_LABEL
+            name = name or "the batch"  # a tensor alone
             for shown, part in ((f"{name} but the first", kept[:, 1:]), (name, kept)):
                 counts[shown] = part.sum(1).tolist()
     return counts
@@ -150,12 +172,14 @@ class Chosen(Generic[T]):
         sizes: Samples of each batch that came; 0 for one that has no tensors.
         kept: The batches kept so far, on the CPU, by their number; after `run`, those that ran.
         are_ones: After `run`, true if all batches are single samples already, on all ranks.
+        why: Why samples did not run; empty if they did, or need not.
     """
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.kept: dict[int, tuple[T, Any]] = {}
         self.are_ones = False
+        self.why = "none were run"
         self._most = MOST // distributed.world_size()
         self._stride = 1
         self._keys: dict[int, list[int]] = {}  # the digests of the samples of the batches that ran
@@ -174,56 +198,90 @@ class Chosen(Generic[T]):
 
     def run(
         self, step: Callable[[int, T, Any], None], around: contextlib.AbstractContextManager[Any] | None = None
-    ) -> str:
-        """Runs a step on every sample of the kept batches; returns why that cannot be, the same on every rank.
+    ) -> None:
+        """Runs a step on every sample of the kept batches, or finds why that cannot be, the same on every rank.
 
-        It takes no longer than the validation did, or half a minute, but for the first samples.
+        It takes no longer than the validation did, or half a minute, but for the first samples. Every rank runs as many
+        samples, since a step may wait for the others': one whose batch has fewer repeats some under another number.
 
         Args:
             step: Called with a batch's number, its place, and a sample, which it may change.
             around: Entered for them, if there are any to run.
         """
-        of_ranks = {tuple(sizes) for sizes in distributed.gather_objects(self.sizes)}
-        self.are_ones = all(size == 1 for sizes in of_ranks for size in sizes)
-        if self.are_ones:
-            return ""
-        if len(of_ranks) > 1:
-            return "the ranks' batches differ in their numbers of samples"
-        spread = sorted(self.kept, key=lambda number: f"{number // self._stride:032b}"[::-1])  # each half is even too
+        of_ranks = distributed.gather_objects((self.sizes, self._stride))
+        self.are_ones = all(size == 1 for sizes, _ in of_ranks for size in sizes)
+        self.why = "" if all(sizes for sizes, _ in of_ranks) else "a rank has no batches"
+        if self.are_ones or self.why:
+            return
+        most = max(len(sizes) for sizes, _ in of_ranks)
+        steps = {
+            number: max(sizes[number] for sizes, _ in of_ranks if number < len(sizes))
+            for number in range(0, most, max(stride for _, stride in of_ranks))
+        }
         ends = time.perf_counter() + max(_SECONDS, time.perf_counter() - self._began)
         try:
             with distributed.failing_together(), around or contextlib.nullcontext():
-                self.kept = dict(self._running(spread, ends, step))
+                self.kept = dict(self._running(steps, ends, step))
         except Exception as error:  # noqa: BLE001  the user's code
-            return f"single samples cannot be run ({type(error).__name__}: {_first_line(error)})"
-        return ""
+            self.why = f"single samples cannot be run ({type(error).__name__}: {_first_line(error)})"
 
     def _running(
-        self, numbers: Iterable[int], ends: float, step: Callable[[int, T, Any], None]
+        self, steps: Mapping[int, int], ends: float, step: Callable[[int, T, Any], None]
     ) -> Iterator[tuple[int, tuple[T, Any]]]:
-        """Yields the batches that ran, until the first rank's time is over."""
+        """Yields the batches that ran, until the first rank's time is over.
+
+        Args:
+            steps: The samples to run for each batch's number: those of the rank that has most.
+            ends: When.
+            step: As for `run`.
+        """
         ran = 0
-        for number in numbers:
+        for number in sorted(steps, key=lambda number: f"{number:064b}"[::-1]):  # each half is evenly spaced too
             if distributed.object_from_first(ran >= _LEAST and time.perf_counter() > ends):
                 return
-            place, batch = self.kept[number]
+            place, batch = self.kept.get(number) or next(iter(self.kept.values()))
             samples = samples_of(batch)
-            self._keys[number] = list(map(digest, samples))
-            for sample in samples:
-                step(number, place, sample)
-            ran += self.sizes[number]
-            yield number, (place, batch)
+            if number in self.kept:
+                self._keys[number] = list(map(digest, samples))
+                for sample in samples:
+                    step(number, place, sample)
+            for _ in range(steps[number] - len(samples) * (number in self.kept)):
+                step(_FILLER, place, samples_of(batch)[0])
+            ran += steps[number]
+            if number in self.kept:
+                yield number, (place, batch)
 
-    def divided(
-        self, number: int, value: float, weight: float, found: Sequence[tuple[float, float]], precision: float
-    ) -> Divided | None:
-        """A kept batch with its samples' values and weights; None if there are not as many as samples."""
-        if number not in self.kept or len(found) != self.sizes[number]:
+    def samples(self, parts: Sequence[Part], single: Iterable[Part]) -> Samples | None:
+        """What is known of the samples of a mean; None if the batches are single samples already.
+
+        Args:
+            parts: What it is the mean over.
+            single: The same of the samples that ran on their own.
+        """
+        if self.are_ones:
             return None
-        _, batch = self.kept[number]
-        counts = counts_in(batch, [own for _, own in found])
+        if self.why:
+            return Samples(why=self.why)
+        found: dict[int | None, list[Part]] = {}
+        for one in single:
+            found.setdefault(one.number, []).append(one)
+        numbers = [part.number for part in parts]
+        divided = []
+        for part in parts:
+            if part.number is None or part.number not in self.kept:
+                continue
+            samples = found.get(part.number, [])
+            if len(samples) != self.sizes[part.number] or numbers.count(part.number) > 1:
+                return Samples(why="there is not one value for each sample")
+            divided.append(self._divided(part, part.number, samples))
+        return Samples(divided, sum(self.sizes[number] for number in numbers if number is not None))
+
+    def _divided(self, part: Part, number: int, samples: Sequence[Part]) -> Divided:
+        """A batch with its samples' values."""
+        counts = counts_in(self.kept[number][1], [one.weight for one in samples])
+        values = [float(one.value) for one in samples]
         place = distributed.rank(), number
-        return Divided(value, weight, [one for one, _ in found], counts, self._keys[number], place, precision)
+        return Divided(float(part.value), part.weight, values, counts, self._keys[number], place, part.precision)
 
 
 def _count(batch: Any) -> int:
