@@ -47,7 +47,7 @@ TIMED = (  # module, function, what it is in the table; indented if it is within
     (refine, "refitted", "refits"),
     (refine, "_solution", "  solutions of equations"),
     (refine, "descended", "descents"),
-    (solver, "_loss", "loss of the weight, for the report"),
+    (solver, "solution_loss", "loss of the weight, for the report"),
 )
 TILES = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 32, 8, 4))
 
@@ -174,11 +174,12 @@ def kernels() -> None:
             took: list[str] = []
             for count, n in ((12288, 4096), (2656, 14336)):
                 clear()
-                channel = torch.arange(n, device="cuda")
+                channel = torch.arange(n, device="cuda")[None]
                 _, hessian, _ = problem(1, n)
-                grouped = steps.grouped_hessian(hessian)
-                codes = torch.randint(0, 16, (n, count), device="cuda", dtype=torch.uint8)
-                zeros, errors = torch.full((n // 128, count), 8.0, device="cuda"), torch.randn(n, count, device="cuda")
+                grouped = steps.grouped_hessian(hessian[None])
+                codes = torch.randint(0, 16, (1, n, count), device="cuda", dtype=torch.uint8)
+                zeros = torch.full((1, n // 128, count), 8.0, device="cuda")
+                errors = torch.randn(1, n, count, device="cuda")
                 call = (grouped, codes, zeros, errors, channel, slice(0, count))
                 try:
                     took.append(f"{seconds(lambda: steps.scale_equations(*call)) * 1e3:.2f} ms")  # noqa: B023

@@ -1,8 +1,9 @@
 """The steps that improve rounded rows, in plain PyTorch.
 
-The first four are the CPU path, for many rows at once, [n, rows]; `steps` has them in Triton. The others define what
-`gptq_plugin.gptq.refine` makes of them, one row at a time in float64 or any dtype. H is the mean of x xᵀ, w a row's
-target, s, z and q the scales, zeros and codes, and e = w − s·(q − z) its error; the row's loss is e H eᵀ.
+`taken` and the four behind it are the CPU path, for many rows of B matrices at once, [B, n, rows]; `steps` has those
+four in Triton. The others define what `gptq_plugin.gptq.refine` makes of them, one row at a time in float64 or any
+dtype. H is the mean of x xᵀ, w a row's target, s, z and q the scales, zeros and codes, and e = w − s·(q − z) its error;
+the row's loss is e H eᵀ.
 """
 
 from __future__ import annotations
@@ -11,41 +12,47 @@ import torch
 from torch import Tensor
 
 
+def taken(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of each matrix of [B, m, width] by their numbers, int64 [B, k]: [B, k, width]."""
+    first = torch.arange(0, len(values) * values.shape[1], values.shape[1], device=index.device)
+    return values.flatten(0, 1)[(index + first[:, None]).flatten()].unflatten(0, index.shape)
+
+
 def rounding_errors(
     weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, channel: Tensor
 ) -> Tensor:
     """Errors w − s·(q − z) of the channels in some order.
 
     Args:
-        weight: [n, rows], by channel.
-        codes: uint8 [n, rows], by channel.
-        scales, zeros: [G, rows].
-        group: int64 [n], of every channel.
-        channel: int64 [n], the order.
+        weight: [B, n, rows], by channel.
+        codes: uint8 [B, n, rows], by channel.
+        scales, zeros: [B, G, rows].
+        group: int64 [B, n], of every channel.
+        channel: int64 [B, n], the order.
 
     Returns:
-        [n, rows], in that order.
+        [B, n, rows], in that order.
     """
-    grid = group[channel]
-    rounded = (codes[channel].to(scales.dtype) - zeros[grid]).mul_(scales[grid])
-    return torch.sub(weight[channel], rounded, out=rounded)
+    grid = group.gather(1, channel)
+    rounded = (taken(codes, channel).to(scales.dtype) - taken(zeros, grid)).mul_(taken(scales, grid))
+    return torch.sub(taken(weight, channel), rounded, out=rounded)
 
 
 def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor, gain: Tensor, bits: int) -> Tensor:
     """Error of rounding targets to the nearest points of A grids, Σ_j gain_j·(t_j − Round(t_j))² for each group.
 
     Args:
-        targets: [n, rows].
-        channel: int64 [n], which of them are the first group's, the second's and so on.
-        scales, zeros: [A, G, rows], the grids.
-        gain: [n], the weights.
+        targets: [B, n, rows].
+        channel: int64 [B, n], which of them are the first group's, the second's and so on.
+        scales, zeros: [A, B, G, rows], the grids.
+        gain: [B, n], the weights.
         bits: Width of a code.
 
     Returns:
-        [A, G, rows], in the targets' dtype.
+        [A, B, G, rows], in the targets' dtype.
     """
-    groups = targets[channel].mT.contiguous().unflatten(1, (scales.shape[1], -1))
-    weights, found = gain[channel].view(scales.shape[1], -1), []
+    groups = taken(targets, channel).mT.contiguous().unflatten(2, (scales.shape[2], -1))  # [B, rows, G, size]
+    weights, found = gain.gather(1, channel).view(len(gain), 1, scales.shape[2], -1), []
     for scale, zero in zip(scales.mT[..., None], zeros.mT[..., None], strict=True):
         q = (groups / scale).add_(zero).round_().clamp_(0, 2**bits - 1)
         error = torch.sub(groups, q.sub_(zero).mul_(scale), out=q).square_()
@@ -54,12 +61,12 @@ def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor,
 
 
 def grouped_hessian(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """A Hessian as `scale_equations` reads it, and a factor.
+    """Hessians as `scale_equations` reads them, and a factor of each, [B].
 
     Args:
-        hessian: [n, n]; first the channels of the first group, then those of the second and so on.
+        hessian: [B, n, n]; first the channels of the first group, then those of the second and so on.
     """
-    return hessian, hessian.new_ones(())
+    return hessian, hessian.new_ones(len(hessian))
 
 
 def scale_equations(
@@ -71,27 +78,27 @@ def scale_equations(
 
     Args:
         hessian: From `grouped_hessian`, for this order of channels.
-        codes: uint8 [n, rows], by channel.
-        zeros: [G, rows].
-        errors: [n, rows], group by group.
-        channel: int64 [n], the channels group by group.
+        codes: uint8 [B, n, rows], by channel.
+        zeros: [B, G, rows].
+        errors: [B, n, rows], group by group.
+        channel: int64 [B, n], the channels group by group.
         some: The rows wanted.
 
     Returns:
-        float64 [some, G, G] and [some, G].
+        float64 [B, some, G, G] and [B, some, G].
     """
-    (whole, unit), groups = hessian, len(zeros)
-    size = len(errors) // groups
-    errors = errors[:, some]
-    centred = codes[:, some][channel].to(errors.dtype) - zeros[:, some].repeat_interleave(size, 0)
-    right = (centred * (whole @ errors)).unflatten(0, (groups, size)).sum(1).mT
-    matrix = right.new_zeros(centred.shape[1], groups, groups, dtype=torch.float64)
+    (whole, unit), groups = hessian, zeros.shape[1]
+    size = errors.shape[1] // groups
+    errors = errors[:, :, some]
+    centred = taken(codes[:, :, some], channel).to(errors.dtype) - zeros[:, :, some].repeat_interleave(size, 1)
+    right = (centred * (whole @ errors)).unflatten(1, (groups, size)).sum(2).mT
+    matrix = right.new_zeros(*right.shape[:2], groups, groups, dtype=torch.float64)
     for group in range(groups):
         start, stop = group * size, (group + 1) * size
-        product = (whole[:stop, start:stop] @ centred[start:stop]).mul_(centred[:stop])
-        matrix[:, group, : group + 1] = product.unflatten(0, (group + 1, size)).sum(1).mT
-        matrix[:, :group, group] = matrix[:, group, :group]
-    return matrix.mul_(unit), right.double().mul_(unit)
+        product = (whole[:, :stop, start:stop] @ centred[:, start:stop]).mul_(centred[:, :stop])
+        matrix[:, :, group, : group + 1] = product.unflatten(1, (group + 1, size)).sum(2).mT
+        matrix[:, :, :group, group] = matrix[:, :, group, :group]
+    return matrix.mul_(unit[:, None, None, None]), right.double().mul_(unit[:, None, None])
 
 
 def fitted_scales(weight: Tensor, hessian: Tensor, codes: Tensor, zeros: Tensor, group: Tensor) -> Tensor:

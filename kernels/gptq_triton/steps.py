@@ -1,4 +1,4 @@
-"""The steps that improve rounded rows, in Triton; `plain_steps` defines them. Columns are contiguous, [n, rows]."""
+"""The steps that improve rounded rows, in Triton; `plain_steps` defines them. Columns are contiguous, [B, n, rows]."""
 
 # mypy: disable-error-code="assignment, var-annotated"
 from __future__ import annotations
@@ -22,20 +22,23 @@ _SCALE = 2.0**12  # of a Hessian with a diagonal of at most 4, in float16
 
 @triton.jit
 def _rounding_errors_kernel(
-    weight, codes, scales, zeros, group, channel, out, n, rows, LANES: tl.constexpr, COLUMNS: tl.constexpr
+    weight, codes, scales, zeros, group, channel, out, n, rows, groups, blocks,
+    LANES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    r = (tl.program_id(0) % blocks) * LANES + tl.arange(0, LANES)
     inside = r < rows
     for i in range(COLUMNS):
         j = tl.program_id(1) * COLUMNS + i
         if j < n:
-            mine = tl.load(channel + j).to(tl.int64)
-            grid = tl.load(group + mine).to(tl.int64) * rows + r
+            mine = tl.load(channel + b * n + j)
+            grid = (b * groups + tl.load(group + b * n + mine)) * rows + r
+            at = (b * n + mine) * rows + r
             scale = tl.load(scales + grid, mask=inside, other=1.0)
-            offset = tl.load(codes + mine * rows + r, mask=inside, other=0).to(tl.float32)
+            offset = tl.load(codes + at, mask=inside, other=0).to(tl.float32)
             offset -= tl.load(zeros + grid, mask=inside, other=0.0)
-            w = tl.load(weight + mine * rows + r, mask=inside, other=0.0)
-            tl.store(out + j.to(tl.int64) * rows + r, w - scale * offset, mask=inside)
+            w = tl.load(weight + at, mask=inside, other=0.0)
+            tl.store(out + (b * n + j) * rows + r, w - scale * offset, mask=inside)
 
 
 def rounding_errors(
@@ -46,41 +49,44 @@ def rounding_errors(
     Raises:
         ValueError: Wrong dtype, shape or stride.
     """
-    (n, rows), groups = weight.shape, len(scales)
+    (batch, n, rows), groups = weight.shape, scales.shape[1]
     _check(
-        ("weight", weight, torch.float32, (n, rows)),
-        ("codes", codes, torch.uint8, (n, rows)),
-        ("scales", scales, torch.float32, (groups, rows)),
-        ("zeros", zeros, torch.float32, (groups, rows)),
-        ("group", group, torch.int64, (n,)),
-        ("channel", channel, torch.int64, (n,)),
+        ("weight", weight, torch.float32, (batch, n, rows)),
+        ("codes", codes, torch.uint8, (batch, n, rows)),
+        ("scales", scales, torch.float32, (batch, groups, rows)),
+        ("zeros", zeros, torch.float32, (batch, groups, rows)),
+        ("group", group, torch.int64, (batch, n)),
+        ("channel", channel, torch.int64, (batch, n)),
     )
     out = torch.empty_like(weight)
     if out.numel():
-        _rounding_errors_kernel[(triton.cdiv(rows, _LANES), triton.cdiv(n, _COLUMNS))](
-            weight, codes, scales, zeros, group, channel, out, n, rows, LANES=_LANES, COLUMNS=_COLUMNS
+        blocks = triton.cdiv(rows, _LANES)
+        _rounding_errors_kernel[(batch * blocks, triton.cdiv(n, _COLUMNS))](
+            weight, codes, scales, zeros, group, channel, out, n, rows, groups, blocks, LANES=_LANES, COLUMNS=_COLUMNS
         )
     return out
 
 
 @triton.jit
 def _grid_errors_kernel(
-    targets, channel, scales, zeros, gain, out, rows, groups, size, grids, top,
+    targets, channel, scales, zeros, gain, out, rows, batch, groups, size, grids, top, blocks,
     ROWS: tl.constexpr, TRIED: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    r = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     g = tl.program_id(1)
+    first = b * groups * size  # of the matrix's channels
     inside = r < rows
     tried, totals = (), ()
     for i in tl.static_range(TRIED):  # a target is read once for all of these
         a = tl.program_id(2) * TRIED + i
-        at = (a * groups + g).to(tl.int64) * rows + r
+        at = ((a * batch + b) * groups + g) * rows + r
         scale = tl.load(scales + at, mask=inside & (a < grids), other=1.0)
         zero = tl.load(zeros + at, mask=inside & (a < grids), other=0.0)
         tried += ((at, scale, zero, 1 / scale),)  # a unit: near enough to compare grids
         totals += (tl.zeros([ROWS], dtype=tl.float32),)
     for i in range(size):
-        mine = tl.load(channel + g * size + i).to(tl.int64)
+        mine = first + tl.load(channel + first + g * size + i)
         target = tl.load(targets + mine * rows + r, mask=inside, other=0.0)
         share = tl.load(gain + mine)
         sums = ()
@@ -100,28 +106,29 @@ def grid_errors(targets: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor,
     Raises:
         ValueError: Wrong dtype, shape or stride.
     """
-    (n, rows), (grids, groups, _) = targets.shape, scales.shape
+    (batch, n, rows), (grids, _, groups, _) = targets.shape, scales.shape
     _check(
-        ("targets", targets, torch.float32, (n, rows)),
-        ("channel", channel, torch.int64, (n,)),
-        ("scales", scales, torch.float32, (grids, groups, rows)),
-        ("zeros", zeros, torch.float32, (grids, groups, rows)),
-        ("gain", gain, torch.float32, (n,)),
+        ("targets", targets, torch.float32, (batch, n, rows)),
+        ("channel", channel, torch.int64, (batch, n)),
+        ("scales", scales, torch.float32, (grids, batch, groups, rows)),
+        ("zeros", zeros, torch.float32, (grids, batch, groups, rows)),
+        ("gain", gain, torch.float32, (batch, n)),
     )
     out = torch.empty_like(scales)
     if out.numel():
-        _grid_errors_kernel[(triton.cdiv(rows, _TRIED_ROWS), groups, triton.cdiv(grids, _TRIED))](
-            targets, channel, scales, zeros, gain, out, rows, groups, n // groups, grids, float(2**bits - 1),
-            ROWS=_TRIED_ROWS, TRIED=_TRIED,
+        blocks = triton.cdiv(rows, _TRIED_ROWS)
+        _grid_errors_kernel[(batch * blocks, groups, triton.cdiv(grids, _TRIED))](
+            targets, channel, scales, zeros, gain, out, rows, batch, groups, n // groups, grids, float(2**bits - 1),
+            blocks, ROWS=_TRIED_ROWS, TRIED=_TRIED,
         )  # fmt: skip
     return out
 
 
 def grouped_hessian(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """`plain_steps.grouped_hessian` on a GPU: in float16."""
-    exponent = torch.frexp(hessian.diagonal().amax()).exponent
+    exponent = torch.frexp(hessian.diagonal(dim1=1, dim2=2).amax(1)).exponent
     unit = torch.ldexp(torch.ones_like(exponent, dtype=hessian.dtype), exponent.clamp(-100, 100))
-    return _narrowed(hessian, _SCALE / unit), unit / _SCALE
+    return _narrowed(hessian, (_SCALE / unit)[:, None, None]), unit / _SCALE
 
 
 @triton.jit
@@ -129,6 +136,10 @@ def _scale_matrix_kernel(
     hessian, centred, matrix, n, count, groups,
     SIZE: tl.constexpr, UPPER: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    hessian += b * n * n
+    centred += b * count * n
+    matrix += b * count * groups * groups
     # Programs that run at the same time take a few blocks of rows, whose codes stay in the cache, and all groups, those
     # with the most work first.
     wave = tl.program_id(0) // (TOGETHER * groups)
@@ -173,47 +184,48 @@ def scale_equations(
     Half of M is computed, since it is symmetric.
 
     Returns:
-        float32 [some, G, G] and [some, G].
+        float32 [B, some, G, G] and [B, some, G].
 
     Raises:
         ValueError: Wrong dtype, shape or stride.
     """
-    (n, rows), groups = errors.shape, len(zeros)
+    (batch, n, rows), groups = errors.shape, zeros.shape[1]
     narrow, unit = hessian
     _check(
-        ("hessian", narrow, torch.float16, (n, n)),
-        ("codes", codes, torch.uint8, (n, rows)),
-        ("zeros", zeros, torch.float32, (groups, rows)),
-        ("errors", errors, torch.float32, (n, rows)),
-        ("channel", channel, torch.int64, (n,)),
+        ("hessian", narrow, torch.float16, (batch, n, n)),
+        ("codes", codes, torch.uint8, (batch, n, rows)),
+        ("zeros", zeros, torch.float32, (batch, groups, rows)),
+        ("errors", errors, torch.float32, (batch, n, rows)),
+        ("channel", channel, torch.int64, (batch, n)),
     )
     size = n // groups
     tile = min(_INNER, size & -size)
     if tile < _LEAST_INNER:
-        whole = narrow.to(errors.dtype).mul_(unit), errors.new_ones(())
+        whole = narrow.to(errors.dtype).mul_(unit[:, None, None]), torch.ones_like(unit)
         matrix, right = plain_steps.scale_equations(whole, codes, zeros, errors, channel, some)
         return matrix.to(errors.dtype), right.to(errors.dtype)
     count = some.stop - some.start
-    centred = codes[:, some][channel].half()
-    centred.unflatten(0, (groups, size)).sub_(zeros[:, None, some])  # exact
-    matrix = errors.new_empty(count, groups, groups)
-    _scale_matrix_kernel[(triton.cdiv(count, _ROWS) * groups,)](
+    centred = plain_steps.taken(codes[:, :, some], channel).half()
+    centred.unflatten(1, (groups, size)).sub_(zeros[:, :, None, some])  # exact
+    matrix = errors.new_empty(batch, count, groups, groups)
+    _scale_matrix_kernel[(triton.cdiv(count, _ROWS) * groups, batch)](
         narrow, centred.mT.contiguous(), matrix, n, count, groups,
         SIZE=size, UPPER=min(_UPPER, tile), INNER=tile, ROWS=_ROWS, TOGETHER=_TOGETHER,
         num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
-    pulled, of_rows = _pulled(narrow, errors[:, some])
-    right = pulled.mul_(centred).unflatten(0, (groups, size)).sum(1).mul_(of_rows).mT
-    return matrix.mul_(unit), right.mul_(unit)
+    pulled, of_rows = _pulled(narrow, errors[:, :, some])
+    right = pulled.mul_(centred).unflatten(1, (groups, size)).sum(2).mul_(of_rows[:, None]).mT
+    return matrix.mul_(unit[:, None, None, None]), right.mul_(unit[:, None, None])
 
 
 def _pulled(hessian: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """H e for the columns of errors [n, rows], in the units of a grouped Hessian and of each row; and these, [rows]."""
-    exponent = torch.frexp(torch.linalg.vector_norm(errors, torch.inf, dim=0)).exponent.clamp(-100, 100)
+    """H e for the columns of errors [B, n, rows], in the units of a grouped Hessian and of each row; and these, [B,
+    rows]."""
+    exponent = torch.frexp(torch.linalg.vector_norm(errors, torch.inf, dim=1)).exponent.clamp(-100, 100)
     unit = torch.ldexp(torch.ones_like(exponent, dtype=errors.dtype), exponent)
-    right = _narrowed(errors, _SCALE / unit)
+    right = _narrowed(errors, (_SCALE / unit)[:, None])
     if right.is_cuda:
-        product = torch.mm(hessian, right, out_dtype=torch.float32)  # type: ignore[call-overload]
+        product = torch.bmm(hessian, right, out_dtype=torch.float32)  # type: ignore[call-overload]
     else:
         product = hessian.float() @ right.float()
     return product, unit / _SCALE

@@ -28,9 +28,12 @@ def started(rows=6, n=96, **fields):
     factor, _ = factorize(hessian[None], config, torch.float64, config.damp_percent)
     start = Recursion(weight[None], factor, config)
     start.visit_in_units()
-    rows = refine.Rows.of(start, hessian)
-    now = refine.Rounding(start.codes[0], start.scales[0], start.zeros[0], start.loss[0])
-    return rows, now, start.g_idx().long(), hessian
+    return refine.Rows.of(start, hessian[None]), refine.Rounding.of(start), start.g_idx().long(), hessian
+
+
+def alone(now):
+    """A rounding of one matrix without the first dimension."""
+    return refine.Rounding(*(getattr(now, name)[0] for name in refine.Rounding.__annotations__))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -40,7 +43,7 @@ def test_scales_are_those_with_the_least_loss_for_the_codes(grid, order, monkeyp
     monkeypatch.setattr(refine, "stored_scales", lambda scales: scales)
     monkeypatch.setattr(refine, "_RIDGE", {torch.float64: 0.0})
     monkeypatch.setattr(refine, "_EQUATIONS", 9 * 4)  # some rows at a time
-    found = refine.refitted(rows, now)
+    found, now = alone(refine.refitted(rows, now)), alone(now)
     for row in range(6):
         wanted = plain_steps.fitted_scales(rows.weight[0, :, row], hessian, now.codes[:, row], now.zeros[:, row], group)
         near = (wanted > now.scales[:, row] / 2) & (wanted < now.scales[:, row] * 2)
@@ -57,7 +60,7 @@ def test_a_sweep_of_descent_sets_each_code_to_the_best_for_all_others(grid, orde
     monkeypatch.setattr(refine.sweep.__globals__["tensor_cores"], "usable", lambda x: False)
     monkeypatch.setitem(refine.sweep.__globals__, "SPAN", span)
     monkeypatch.setitem(refine.sweep.__globals__, "_STRIP", strip)
-    [found] = refine.descended([rows], [now])
+    found, now = alone(refine.descended(rows, now)), alone(now)
     damping = torch.empty(n, dtype=torch.float64)
     damping[rows.recursion.channel.long()] = rows.recursion.damping
     for row in range(6):
@@ -75,6 +78,7 @@ def test_a_sweep_of_descent_sets_each_code_to_the_best_for_all_others(grid, orde
 def test_a_round_picks_grids_that_suit_the_targets_and_solves_on_them(grid, order, monkeypatch):
     rows, now, group, hessian = started(**GRIDS[grid], **ORDERS[order])
     monkeypatch.setitem(refine.sweep.__globals__, "_STRIP", 40)
+    whole, now = now, alone(now)
     errors = rows.weight[0] - now.scales[group] * (now.codes - now.zeros[group])
     visited = rows.recursion.channel.long().flip(0)
     lower = torch.linalg.cholesky(
@@ -82,7 +86,7 @@ def test_a_round_picks_grids_that_suit_the_targets_and_solves_on_them(grid, orde
     ).flip(0, 1)
     targets = torch.empty_like(errors)
     targets[visited] = (rows.weight[0] - errors)[visited] + (lower / lower.diagonal()).T @ errors[visited]
-    torch.testing.assert_close(refine._targets(rows, now), targets[rows.by_position])
+    torch.testing.assert_close(refine._targets(rows, whole)[0], targets[rows.by_position[0]])
     gain = torch.empty(96, dtype=torch.float64)
     gain[visited] = lower.diagonal().square()
 
@@ -91,18 +95,18 @@ def test_a_round_picks_grids_that_suit_the_targets_and_solves_on_them(grid, orde
         off = (targets - scales[group] * (q - zeros[group])).square() * gain[:, None]
         return torch.zeros_like(scales).index_add_(0, group, off)
 
-    scales, zeros = refine._picked_grids(rows, targets[rows.by_position], now)
+    scales, zeros = (of[0] for of in refine._picked_grids(rows, targets[rows.by_position[0]][None], whole))
     least = 1 if grid == "v1 zeros" else 0
     tried = [
-        error(rows.storable(now.scales * factor, z := (now.zeros + move).clamp(least, 7)), z)
+        error(rows.storable(now.scales * factor, z := (now.zeros + move).clamp(least, 7))[0], z)
         for factor in refine._FACTORS
         for move in ((0,) if grid == "symmetric" else (-1, 0, 1))
     ]
     torch.testing.assert_close(error(scales, zeros), torch.stack(tried).amin(0))
     assert bool((scales != now.scales).any())
-    [found] = refine.regridded([rows], [now])
+    found = alone(refine.regridded(rows, whole))
     picked = (found.scales == scales).all(0)
-    half = (found.scales == rows.storable((scales * now.scales).sqrt(), now.zeros)).all(0)
+    half = (found.scales == rows.storable((scales * now.scales).sqrt(), now.zeros)[0]).all(0)
     assert bool((picked | half).all()) and bool(picked.any())
 
 
@@ -113,27 +117,28 @@ def test_the_loss_of_no_row_rises_through_any_step(bits, grid, order):
     rows, now, group, hessian = started(rows=16, bits=bits, method="best", **GRIDS[grid], **ORDERS[order])
 
     def exact(rounding):
+        rounding = alone(rounding)
         error = rows.weight[0] - rounding.scales[group] * (rounding.codes - rounding.zeros[group])
         return output_error(error.T, hessian)
 
     first, steps = exact(now), [refine.regridded] * 2 + [refine.refitted, refine.descended] * 2
     for step in steps:
-        found = step(rows, now) if step is refine.refitted else step([rows], [now])[0]
-        after = refine.better(now, found)
+        after = refine.better(now, step(rows, now))
         assert bool((exact(after) <= exact(now)).all())
-        torch.testing.assert_close(exact(after), after.loss, rtol=1e-9, atol=0)
+        torch.testing.assert_close(exact(after), after.loss[0], rtol=1e-9, atol=0)
         now = after
     assert exact(now).sum() < (0.995 if bits == 8 else 0.97) * first.sum()
 
 
 def test_a_row_takes_what_is_better_for_it_alone():
     values = torch.arange(3.0)
-    one = refine.Rounding(values.expand(4, 3), values.expand(2, 3), values.expand(2, 3), torch.tensor([1.0, 2.0, 3.0]))
-    other = refine.Rounding(*(-getattr(one, name) - 9 for name in ("codes", "scales", "zeros")), torch.tensor([1.0, 1.0, torch.nan]))  # fmt: skip  # noqa: E501
+    of_columns = [values.expand(2, size, 3) for size in (4, 2, 2)]
+    one = refine.Rounding(*of_columns, torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]))
+    other = refine.Rounding(*(-of - 9 for of in of_columns), torch.tensor([[1.0, 1.0, torch.nan], [1.0, 1.0, 2.0]]))
     both = refine.better(one, other)
     for name in ("codes", "scales", "zeros", "loss"):
         wanted = getattr(one, name).clone()
-        wanted[..., 1] = getattr(other, name)[..., 1]
+        wanted[0, ..., 1] = getattr(other, name)[0, ..., 1]
         assert torch.equal(getattr(both, name), wanted), name
 
 

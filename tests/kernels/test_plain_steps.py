@@ -65,7 +65,8 @@ def test_the_error_of_a_grid_is_that_of_rounding_to_it(bits):
     targets, gain = torch.randn(21, 5, dtype=torch.float64), torch.rand(21, dtype=torch.float64)
     scales, channel = torch.rand(4, 3, 5, dtype=torch.float64) + 0.1, torch.randperm(21)
     zeros = torch.randint(0, 2**bits, (4, 3, 5)).double()
-    found = step_passes(targets).grid_errors(targets, channel, scales, zeros, gain, bits)
+    grids = scales[:, None], zeros[:, None]
+    found = step_passes(targets).grid_errors(targets[None], channel[None], *grids, gain[None], bits)[:, 0]
     points = scales[..., None] * (torch.arange(2**bits) - zeros[..., None])  # [A, G, rows, codes]
     away = targets[channel].unflatten(0, (3, 7))[None, ..., None] - points[:, :, None]
     wanted = (away.square().amin(-1) * gain[channel].view(3, 7, 1)).sum(2)
@@ -81,16 +82,16 @@ def test_equations_for_scales_give_the_loss_after_any_change_of_them():
     natural = torch.arange(12)
 
     def losses(scales):
-        error = plain_steps.rounding_errors(weight, codes, scales, zeros, group, natural)
+        error = plain_steps.rounding_errors(*(of[None] for of in (weight, codes, scales, zeros, group, natural)))[0]
         torch.testing.assert_close(error, weight - scales[group] * (codes.double() - zeros[group]))
         return torch.einsum("ir,ij,jr->r", error, hessian, error)
 
-    errors = plain_steps.rounding_errors(weight, codes, scales, zeros, group, channel)
+    errors = plain_steps.rounding_errors(*(of[None] for of in (weight, codes, scales, zeros, group, channel)))[0]
     torch.testing.assert_close(errors, (weight - scales[group] * (codes.double() - zeros[group]))[channel])
     some, change = slice(1, 4), torch.randn(3, rows, dtype=torch.float64)
-    matrix, right = plain_steps.scale_equations(
-        plain_steps.grouped_hessian(hessian[channel][:, channel]), codes, zeros, errors, channel, some
-    )
+    grouped = plain_steps.grouped_hessian(hessian[channel][:, channel][None])
+    of_all = plain_steps.scale_equations(grouped, codes[None], zeros[None], errors[None], channel[None], some)
+    matrix, right = (one[0] for one in of_all)
     d = change[:, some].T
     found = losses(scales)[some] - 2 * (right * d).sum(1) + torch.einsum("rg,rgh,rh->r", d, matrix, d)
     torch.testing.assert_close(found, losses(scales + change)[some])

@@ -15,22 +15,29 @@ from kernel_cases import triton_device
 
 
 def rounded(groups, size, rows, bits=3, device="cpu", shuffled=True):
-    """Weights, codes, grids, the groups of channels, an order of channels and the channels group by group."""
+    """Of two matrices weights, codes, grids, the groups of channels, an order of channels and the channels group by
+    group."""
     g, n = torch.Generator().manual_seed(groups * size + rows), groups * size
-    weight = torch.randn(n, rows, generator=g)
-    codes = torch.randint(0, 2**bits, (n, rows), generator=g, dtype=torch.uint8)
-    scales = (torch.rand(groups, rows, generator=g) + 0.1).half().float()
-    zeros = torch.randint(0, 2**bits, (groups, rows), generator=g).float()
-    channels = torch.randperm(n, generator=g) if shuffled else torch.arange(n)
-    group = torch.empty(n, dtype=torch.int64).scatter_(0, channels, torch.arange(n) // size)
-    order = torch.randperm(n, generator=g)
+    weight = torch.randn(2, n, rows, generator=g)
+    codes = torch.randint(0, 2**bits, (2, n, rows), generator=g, dtype=torch.uint8)
+    scales = (torch.rand(2, groups, rows, generator=g) + 0.1).half().float()
+    zeros = torch.randint(0, 2**bits, (2, groups, rows), generator=g).float()
+    natural = torch.arange(n).repeat(2, 1)
+    channels = torch.stack([torch.randperm(n, generator=g) for _ in range(2)]) if shuffled else natural
+    group = torch.empty_like(channels).scatter_(1, channels, natural // size)
+    order = torch.stack([torch.randperm(n, generator=g) for _ in range(2)])
     return tuple(t.to(device) for t in (weight, codes, scales, zeros, group, order, channels))
 
 
 def correlated(n, device, scale=1.0):
+    """Two matrices, one of them with entries a thousand times as large."""
     g = torch.Generator().manual_seed(n)
-    x = torch.randn(3 * n, n, generator=g) @ torch.randn(n, n, generator=g) * torch.logspace(-1, 1, n)
-    return ((x.T @ x / len(x)) * scale).to(device)
+    x = torch.randn(2, 3 * n, n, generator=g) @ torch.randn(n, n, generator=g) * torch.logspace(-1, 1, n)
+    return (x.mT @ x / x.shape[1] * torch.tensor([scale, 1e3 * scale])[:, None, None]).to(device)
+
+
+def permuted(hessian, channels):
+    return torch.stack([one[own][:, own] for one, own in zip(hessian, channels, strict=True)])
 
 
 def doubled(*tensors):
@@ -56,9 +63,9 @@ def test_the_triton_errors_of_grids_are_the_plain_ones(rows, groups, size, devic
     if device == "cpu":  # the interpreter is slow
         size = min(size, 9)
     targets, _, _, _, _, _, channels = rounded(groups, size, rows, device=device)
-    gain = torch.rand(groups * size, device=device)
-    scales = torch.rand(4, groups, rows, device=device) + 0.1
-    zeros = torch.randint(0, 8, (4, groups, rows), device=device).float()
+    gain = torch.rand(2, groups * size, device=device)
+    scales = torch.rand(4, 2, groups, rows, device=device) + 0.1
+    zeros = torch.randint(0, 8, (4, 2, groups, rows), device=device).float()
     found = steps.grid_errors(targets, channels, scales, zeros, gain, 3)
     wanted = plain_steps.grid_errors(*doubled(targets, channels, scales, zeros, gain), 3)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
@@ -80,17 +87,17 @@ def test_the_triton_equations_for_scales_are_the_plain_ones(groups, size, rows, 
     errors = plain_steps.rounding_errors(weight, codes, scales / 2**bits, zeros, group, channels)
     some = slice(rows // 3, rows)
     matrix, right = steps.scale_equations(
-        steps.grouped_hessian(hessian[channels][:, channels]), codes, zeros, errors, channels, some
+        steps.grouped_hessian(permuted(hessian, channels)), codes, zeros, errors, channels, some
     )
-    exact = plain_steps.grouped_hessian(hessian.double()[channels][:, channels])
+    exact = plain_steps.grouped_hessian(permuted(hessian, channels).double())
     wanted = plain_steps.scale_equations(exact, codes, zeros.double(), errors.double(), channels, some)
-    size_of = wanted[0].diagonal(dim1=1, dim2=2).sqrt()
+    size_of = wanted[0].diagonal(dim1=2, dim2=3).sqrt()
     assert matrix.dtype == right.dtype == torch.float32
-    torch.testing.assert_close(matrix.double() / size_of[:, :, None] / size_of[:, None], wanted[0] / size_of[:, :, None] / size_of[:, None], rtol=0, atol=5e-4)  # fmt: skip  # noqa: E501
-    most = torch.einsum("ir,ij,jr->r", errors[:, some].double(), exact[0], errors[:, some].double()).sqrt()
-    torch.testing.assert_close(
-        right.double() / size_of / most[:, None], wanted[1] / size_of / most[:, None], rtol=0, atol=1e-3
-    )
+    shares = size_of[..., None] * size_of[:, :, None]
+    torch.testing.assert_close(matrix.double() / shares, wanted[0] / shares, rtol=0, atol=1e-3)
+    wrong = errors[:, :, some].double()
+    most = torch.einsum("bir,bij,bjr->br", wrong, exact[0], wrong).sqrt()[..., None]
+    torch.testing.assert_close(right.double() / size_of / most, wanted[1] / size_of / most, rtol=0, atol=1e-3)
 
 
 @triton_device
@@ -99,14 +106,15 @@ def test_the_triton_equations_of_many_rows_are_those_of_each(device):
 
     rows = 300 if device == "cpu" else 128 * 19 + 5  # beyond the rows that programs take together
     _, codes, _, zeros, _, _, channels = rounded(3, 16, rows, 4, device, shuffled=False)
-    errors, hessian = torch.randn(48, rows, device=device), steps.grouped_hessian(correlated(48, device))
+    errors, hessian = torch.randn(2, 48, rows, device=device), steps.grouped_hessian(correlated(48, device))
     matrix, right = steps.scale_equations(hessian, codes, zeros, errors, channels, slice(0, rows))
     assert not matrix.isnan().any() and not right.isnan().any()
     for first in (0, 128, rows - 7):
         some = slice(first, min(first + 40, rows))
         part = steps.scale_equations(hessian, codes, zeros, errors, channels, some)
-        assert torch.equal(matrix[some], part[0])
-        torch.testing.assert_close(right[some], part[1], rtol=1e-4, atol=1e-6 * float(right.abs().max()))
+        assert torch.equal(matrix[:, some], part[0])
+        for of_all, own in zip(right, part[1], strict=True):
+            torch.testing.assert_close(of_all[some], own, rtol=1e-4, atol=1e-6 * float(of_all.abs().max()))
 
 
 @triton_device
@@ -114,11 +122,11 @@ def test_the_triton_passes_name_what_they_cannot_take(device):
     from gptq_plugin.kernels import steps
 
     weight, codes, scales, zeros, group, order, channels = rounded(2, 16, 5, device=device)
-    with pytest.raises(ValueError, match=r"codes must be contiguous torch.uint8 \[32, 5\]"):
+    with pytest.raises(ValueError, match=r"codes must be contiguous torch.uint8 \[2, 32, 5\]"):
         steps.rounding_errors(weight, codes.int(), scales, zeros, group, order)
-    with pytest.raises(ValueError, match=r"channel must be contiguous torch.int64 \[32\]"):
-        steps.grid_errors(weight, channels[:16], scales[None], zeros[None], torch.ones(32, device=device), 3)
-    with pytest.raises(ValueError, match=r"errors must be contiguous torch.float32 \[32, 5\], got torch.float64"):
+    with pytest.raises(ValueError, match=r"channel must be contiguous torch.int64 \[2, 32\]"):
+        steps.grid_errors(weight, channels[:, :16], scales[None], zeros[None], torch.ones(2, 32, device=device), 3)
+    with pytest.raises(ValueError, match=r"errors must be contiguous torch.float32 \[2, 32, 5\], got torch.float64"):
         hessian = steps.grouped_hessian(correlated(32, device))
         steps.scale_equations(hessian, codes, zeros, weight.double(), channels, slice(0, 5))
 
@@ -126,7 +134,7 @@ def test_the_triton_passes_name_what_they_cannot_take(device):
 @triton_device
 @pytest.mark.parametrize("options", [{}, {"sym": False, "static_groups": False, "group_size": -1}], ids=str)
 def test_with_the_triton_kernels_rows_are_improved_as_in_plain_pytorch(options, device, monkeypatch):
-    weight, hessian = torch.randn(48, 32), correlated(32, "cpu") + torch.eye(32)
+    weight, hessian = torch.randn(48, 32), correlated(32, "cpu")[0] + torch.eye(32)
     drift = 0.02 * hessian + 0.01 * torch.randn(32, 32)
     config = QuantizeConfig(
         **{"bits": 3, "group_size": 16, "method": "best", "scale_rounds": 1, "refit_rounds": 1, **options}

@@ -8,7 +8,7 @@ Tested by tests/gptq/test_refine.py: with the steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Improvement:
         found = [[self._improved(chunk) for chunk in _chunks(block, self.config)] for block in self.targets]
         for name in Rounding.__annotations__:
             of_blocks = [torch.cat([getattr(part, name) for part in parts], -1) for parts in found]
-            setattr(self, name, torch.stack(of_blocks))
+            setattr(self, name, torch.cat(of_blocks))
 
     def _improved(self, chunk: Tensor) -> Rounding:
         """The rounding of some rows, [rows, in]; in the weights' units."""
@@ -76,14 +76,13 @@ class Improvement:
         start.visit_in_units(rough=_has_steps(self.config))
         self.fits &= start.fits
         self.g_idx = start.g_idx
-        rows = Rows.of(start, self._hessian, arranged=self._arranged)
+        rows = Rows.of(start, self._hessian[None], self._arranged)
         self._arranged = rows.hessian
-        return _in_units_of_weights([rows], start)[0]
+        return improved(rows, Rounding.of(start)).in_units_of_weights(rows)
 
 
 class EachImprovement:
-    """`Improvement` for matrices with a Hessian each: columns are visited for all of them together, and what is between
-    the visits is done for one after the other. A GPU is not waited for.
+    """`Improvement` for matrices with a Hessian each, all of them together. A GPU is not waited for.
 
     Args:
         weights: [B, rows, in], the targets.
@@ -115,17 +114,10 @@ class EachImprovement:
     def visit(self) -> None:
         """Fills codes, scales, zeros and loss."""
         self._start.visit_in_units(rough=_has_steps(self._start.config))
-        each = [Rows.of(self._start, hessian, number) for number, hessian in enumerate(self._hessians)]
-        found = _in_units_of_weights(each, self._start)
+        rows = Rows.of(self._start, self._hessians)
+        found = improved(rows, Rounding.of(self._start)).in_units_of_weights(rows)
         for name in Rounding.__annotations__:
-            setattr(self, name, torch.stack([getattr(one, name) for one in found]))
-
-
-def _in_units_of_weights(each: Sequence[Rows], start: Recursion) -> list[Rounding]:
-    """The roundings of all blocks after all steps."""
-    begun = zip(*(getattr(start, name) for name in Rounding.__annotations__), strict=True)
-    found = zip(each, improved(each, [Rounding(*one) for one in begun]), strict=True)
-    return [Rounding(of.codes, of.scales * rows.unit, of.zeros, of.loss * rows.unit.square()) for rows, of in found]
+            setattr(self, name, getattr(found, name))
 
 
 def _has_steps(config: QuantizeConfig) -> bool:

@@ -18,9 +18,9 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     """e H eᵀ for every row e = w − q of [..., out, in]: the mean over tokens of the squared output error, [..., out].
 
     Computes half of the product, since H, [..., in, in], is symmetric. 16-bit errors are summed in float32; float32
-    ones of one matrix are multiplied on a GPU in float16: each term is off by at most 2^-10, to either side.
+    ones are multiplied on a GPU in float16: each term is off by at most 2^-10, to either side.
     """
-    if error.dtype == torch.float32 and error.dim() == 2 and tensor_cores.usable(error):
+    if error.dtype == torch.float32 and tensor_cores.usable(error):
         return _narrow_output_error(error, hessian)
     loss = torch.zeros(error.shape[:-1], dtype=torch.promote_types(error.dtype, torch.float32), device=error.device)
     for start in range(0, error.shape[-1], _STRIP):
@@ -33,16 +33,17 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _narrow_output_error(error: Tensor, hessian: Tensor) -> Tensor:
-    unit, of_hessian = tensor_cores.unit_above(error, 1), tensor_cores.unit_above(hessian.diagonal())
-    columns = error.mT / unit
+    unit = tensor_cores.unit_above(error, -1)
+    of_hessian = tensor_cores.unit_above(hessian.diagonal(dim1=-2, dim2=-1), -1)
+    columns, factor = error.mT / unit[..., None, :], (_SCALE / of_hessian)[..., None, None]
     narrow, loss = tensor_cores.narrowed(columns, _SCALE), torch.zeros_like(unit)
-    for start in range(0, len(columns), _STRIP):
-        stop = min(start + _STRIP, len(columns))
-        rows = tensor_cores.narrowed(hessian[:stop, start:stop], _SCALE / of_hessian)
-        product = tensor_cores.product(rows, narrow[start:stop])
-        product[start:] /= 2
-        loss += product.mul_(columns[:stop]).sum(0)
-    return loss.clamp_(min=0).mul_(unit.square()).mul_(of_hessian * (2 * _SCALE**-2))
+    for start in range(0, columns.shape[-2], _STRIP):
+        stop = min(start + _STRIP, columns.shape[-2])
+        rows = tensor_cores.narrowed(hessian[..., :stop, start:stop], factor)
+        product = tensor_cores.product(rows, narrow[..., start:stop, :])
+        product[..., start:, :] /= 2
+        loss += product.mul_(columns[..., :stop, :]).sum(-2)
+    return loss.clamp_(min=0).mul_(unit.square()).mul_(of_hessian[..., None] * (2 * _SCALE**-2))
 
 
 def rounding_loss(blocks: Tensor, hessian: Tensor, config: QuantizeConfig) -> Tensor:
@@ -67,15 +68,28 @@ def output_power(blocks: Tensor, hessian: Tensor) -> Tensor:
 
 def solution_loss(blocks: Tensor, hessian: Tensor, rounded: QuantizedWeight) -> Tensor:
     """`output_error` of a quantized weight, for rows in blocks [B, rows, in], [B·rows]."""
-    grids = rounded.scales.to(blocks.dtype), rounded.zeros.to(blocks.dtype), rounded.g_idx.long()
-    losses, natural = [], torch.arange(blocks.shape[2], device=blocks.device)
+    losses = []
     for number, block in enumerate(blocks):
         some = slice(number * len(block), (number + 1) * len(block))
-        scales, zeros = (of_all[:, some].contiguous() for of_all in grids[:2])
-        codes, weight = rounded.codes[some].mT.contiguous(), block.mT.contiguous()
-        errors = step_passes(block).rounding_errors(weight, codes, scales, zeros, grids[2], natural)
-        losses.append(output_error(errors.mT, hessian))
+        grids = rounded.scales[None, :, some], rounded.zeros[None, :, some], rounded.g_idx[None]
+        losses.append(each_loss(block[None], hessian[None], rounded.codes[None, some].mT, *grids)[0])
     return torch.cat(losses)
+
+
+def each_loss(weights: Tensor, hessians: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor) -> Tensor:
+    """`output_error` of quantized weights [B, rows, in], [B, rows].
+
+    Args:
+        weights: As above.
+        hessians: [B, in, in].
+        codes: [B, in, rows].
+        scales, zeros: [B, G, rows].
+        g_idx: [B, in].
+    """
+    natural = torch.arange(weights.shape[2], device=weights.device).expand(len(weights), -1)
+    values = weights.mT.contiguous(), codes.contiguous(), *(of.to(weights.dtype).contiguous() for of in (scales, zeros))
+    errors = step_passes(weights).rounding_errors(*values, g_idx.long().contiguous(), natural.contiguous())
+    return output_error(errors.mT, hessians)
 
 
 def beside(weights: Tensor, hessians: Tensor, config: QuantizeConfig) -> tuple[Tensor, Tensor]:

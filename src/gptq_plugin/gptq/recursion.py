@@ -48,7 +48,7 @@ class Recursion:
         torch.div(weights.mT, self.unit[:, None], out=self.weight)
         channel = self.order.int().contiguous()
         # A group is a run of input channels or, without static groups, of columns in the order they are visited.
-        grouped = weights if config.static_groups else _taken(weights, 2, self.order.flip(-1))
+        grouped = weights if config.static_groups else taken(weights, 2, self.order.flip(-1))
         self.fits_each = torch.ones(batch, dtype=torch.bool, device=weights.device)
         self.span = self._candidates(grouped)  # [B, A, rows]
         width, groups = self.span.shape[1] * self.rows, n // self.size
@@ -116,7 +116,7 @@ class Recursion:
             if self.config.static_groups
             else torch.arange(gain.shape[-1], device=gain.device).flip(0)
         )
-        spread, gain = (_taken(of_positions, -1, back) for of_positions in (spread, gain))
+        spread, gain = (taken(of_positions, -1, back) for of_positions in (spread, gain))
         scales, zeros = self._grids(weights, spans.expand(len(weights), -1, -1))
         self.fits_each &= torch.isfinite(scales).flatten(1).all(1)  # never clip just to fit float16
         errors, bits = solver_passes(weights).clipping_errors, self.config.bits
@@ -151,7 +151,7 @@ class Recursion:
         inner, pushed = self.factor.rows[:, start:stop, start:stop], self.pushed[:, start:stop]
         blocks = [pushed] if len(inner) > 1 else pushed.split(1)
         moved = torch.cat([torch.linalg.solve_triangular(inner, p, upper=True, unitriangular=True) for p in blocks])
-        here = _taken(self.weight, 1, self.order[..., start:stop])
+        here = taken(self.weight, 1, self.order[..., start:stop])
         moved = moved.unflatten(2, (-1, self.rows)) + here[:, :, None]
         unit = self.unit[:, None]
         scales, zeros = grid((moved * (self.span * unit)[:, None]).movedim(1, -1), self.config)
@@ -159,7 +159,7 @@ class Recursion:
         self.scales[:, group], self.zeros[:, group] = (scales / unit).flatten(1), zeros.flatten(1)
 
 
-def _taken(values: Tensor, dim: int, order: Tensor) -> Tensor:
+def taken(values: Tensor, dim: int, order: Tensor) -> Tensor:
     """Values [B, ...] along a dimension in an order for all blocks, [n], or one for each, [B, n]."""
     if order.dim() == 1:
         return values.index_select(dim, order)

@@ -16,9 +16,9 @@ from gptq_plugin.device.precision import full_precision
 from gptq_plugin.device.streams import on_side_stream
 from gptq_plugin.gptq.asymmetric import each_target
 from gptq_plugin.gptq.factor import Factor, factorize
-from gptq_plugin.gptq.grid import SCALE_DTYPE, QuantizedWeight
+from gptq_plugin.gptq.grid import SCALE_DTYPE
 from gptq_plugin.gptq.improve import EachImprovement, bytes_of_weight, improves
-from gptq_plugin.gptq.losses import beside, solution_loss
+from gptq_plugin.gptq.losses import beside, each_loss
 from gptq_plugin.gptq.recursion import Recursion
 
 CHUNK_BYTES = 2**32  # of the tensors of matrices that are solved together
@@ -83,10 +83,7 @@ def solve_each(
         g_idx = g_idx.expand(len(weights), -1)
         loss = rounded.loss.clamp(min=0)
         if targets is not weights or not isinstance(rounded, Recursion):  # of the targets, or right to a thousandth
-            parts = zip(rounded.codes.mT, scales, zeros, g_idx, strict=True)
-            each = (QuantizedWeight(*part, bits=config.bits, group_size=config.group_size) for part in parts)
-            losses = (solution_loss(*one) for one in zip(weights.split(1), hessians, each, strict=True))
-            loss = torch.stack(list(losses))
+            loss = each_loss(weights, hessians, rounded.codes, scales, zeros, g_idx)
         join()
         return Solutions(
             codes=rounded.codes,

@@ -9,8 +9,8 @@ Tested by tests/gptq/test_solver.py: on whole solutions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,24 +42,6 @@ class Columns:
     gain: Tensor
     damping: Tensor
     bounded: bool
-
-    def of(self, block: int) -> Columns:
-        """Those of one block."""
-        if len(self.rows) == 1:
-            return self
-        each = {name: getattr(self, name) for name in ("channel", "group", "gain", "damping")}
-        own = {name: values[block] if values.dim() == 2 else values for name, values in each.items()}
-        return replace(self, rows=self.rows[block : block + 1], **own)
-
-    @staticmethod
-    def together(each: Sequence[Columns]) -> Columns:
-        """Those of several blocks, of which `of` gives each."""
-        if len(each) == 1:
-            return each[0]
-        names = ("channel", "group", "gain", "damping")
-        stacked = {name: torch.stack([getattr(one, name) for one in each]) for name in names}
-        rows = torch.cat([one.rows for one in each])
-        return Columns(**stacked, rows=rows, bounded=all(one.bounded for one in each))
 
 
 def sweep(
@@ -169,13 +151,13 @@ def add_products(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool) -> No
 
 
 def add_triangle(out: Tensor, rows: Tensor, errors: Tensor, bounded: bool, lower: bool = False) -> None:
-    """out += T @ errors, with T what is above the diagonal of rows, or below it, [1, n, n]; on a GPU as `sweep` does
-    if it may be rough.
+    """out[b] += T[b] @ errors[b], with T what is above the diagonal of rows, or below it, [B, n, n]; on a GPU as
+    `sweep` does if it may be rough.
 
     Args:
-        out: [1, n, width].
-        rows: The whole matrix.
-        errors: [1, n, width].
+        out: [B, n, width].
+        rows: The whole matrices.
+        errors: [B, n, width].
         bounded: As in `Columns`.
         lower: Below.
     """

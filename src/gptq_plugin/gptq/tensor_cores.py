@@ -36,7 +36,7 @@ def unit_above(x: Tensor, dim: int | None = None) -> Tensor:
 
 
 def narrowed(x: Tensor, scale: float | Tensor) -> Tensor:
-    """x · scale in float16, as an operand of `product`; scale is a number, or a tensor [] of one."""
+    """x · scale in float16, as an operand of `product`; scale is a number, or a tensor of such for parts of x."""
     return torch.mul(x, scale, out=torch.empty(x.shape, dtype=torch.float16, device=x.device))
 
 
