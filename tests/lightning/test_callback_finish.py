@@ -93,6 +93,23 @@ def test_training_steps_without_a_loss_of_a_batch_are_refused_before_training(ch
         fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL), finish=finish)], tmp_path)
 
 
+def test_training_steps_that_return_none_are_refused_behind_the_first(tmp_path):
+    class Silent(Structured):
+        steps = 0
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+
+    callback = GPTQCallback(QuantizeModule(**SMALL), finish=Finish(**FINISH, task_weight=0.5))
+    for _ in range(2):
+        module = Silent()
+        with pytest.raises(CalibrationError, match=r"=0.5 trains by a loss of every batch.*returned NoneType"):
+            fit(module, token_loader(), [callback], tmp_path)
+        assert module.steps == 1
+    fit(module, token_loader(), [GPTQCallback(QuantizeModule(**SMALL), finish=Finish(**FINISH))], tmp_path)
+    assert module.steps == 4  # no loss is asked for
+
+
 def test_a_module_that_predicts_no_distribution_is_refused_before_training(tmp_path):
     module = Plain()
     module.training_step = lambda *_: pytest.fail("trained")

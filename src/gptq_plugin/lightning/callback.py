@@ -23,6 +23,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.device import memory
 from gptq_plugin.finish.options import Finish
 from gptq_plugin.lightning.calibration_forward import forward_as_in_training, loss_in_training, refuse_training_step
+from gptq_plugin.lightning.first_step import ChecksFirstLoss
 from gptq_plugin.lightning.launched_ranks import EndsLaunchedRanks
 from gptq_plugin.lightning.module_choice import choose_module
 from gptq_plugin.lightning.monitors import check_directions
@@ -55,7 +56,7 @@ from gptq_plugin.training.quality_gate import QualityGate
 from gptq_plugin.training.unsharded import refuse_unknown_sharding
 
 
-class GPTQCallback(CallbackBase, EndsLaunchedRanks):
+class GPTQCallback(CallbackBase, EndsLaunchedRanks, ChecksFirstLoss):
     """Quantizes the trained module at the end of `Trainer.fit`, and exports it.
 
     By default the transformers model that the LightningModule is, holds or contains is quantized; without one, the
@@ -188,8 +189,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
             return
         module = self.module_to_quantize(pl_module)
         refuse_adapters(module, self.swap, self.export_dir, holder=pl_module)
-        if has_adapters(module):
-            module = base_copy(module)
+        module = base_copy(module) if has_adapters(module) else module
         with uncompiled(module):
             self.check_layers(module)
 
@@ -200,8 +200,8 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks):
 
     @distributed.ending_together()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Runs one calibration batch of every source, and a validation batch if metrics have limits, so that data that
-        does not fit and names that are not logged are found before training."""
+        """Runs a batch of every source of calibration data, and one of validation if metrics have limits."""
+        super().on_train_start(trainer, pl_module)
         if is_dev_run(trainer):
             return
         if (self.gate.limits or self.validate) and not validation_loaders(trainer):
