@@ -28,7 +28,7 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
         rows = hessian[..., start : start + _STRIP, :]
         row_passes(here).add_row_products_(loss, here @ rows[..., start : start + _STRIP], here)
         if start:
-            row_passes(here).add_row_products_(loss, here @ rows[..., :start], error[..., :start], 2)
+            row_passes(here).add_row_products_(loss, here @ rows[..., :start], error[..., :start], 2.0)
     return loss.clamp_(min=0)
 
 
