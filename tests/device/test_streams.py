@@ -94,3 +94,15 @@ def test_on_a_gpu_the_side_stream_sees_earlier_work_and_the_current_one_waits_fo
         side = torch.cuda.current_stream()
     with on_side_stream(device):
         assert torch.cuda.current_stream() == side  # one per device
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_later_side_work_is_not_waited_for():
+    device, x = torch.device("cuda", torch.cuda.current_device()), torch.ones(1, device="cuda")
+    with on_side_stream(device) as wait:
+        y = x * 2
+    with on_side_stream(device):
+        torch.cuda._sleep(10 * SLEEP)
+        side = torch.cuda.current_stream()
+    wait()
+    assert float(y) == 2 and not side.query()

@@ -82,16 +82,18 @@ def on_side_stream(device: torch.device) -> Iterator[Callable[[], None]]:
     """Queues the block on a side stream, so that it overlaps with later work: small kernels leave most of a GPU idle.
 
     Yields:
-        A function that has the current stream wait for the block. To be called before the block's results are used, or
-        a tensor it read is freed or changed.
+        A function that has the current stream wait for the block, not for later ones. To be called behind the block,
+        before its results are used, or a tensor it read is freed or changed.
     """
     if device.type != "cuda":
         yield lambda: None
         return
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
+    done = torch.cuda.Event()
     with torch.cuda.stream(side):
-        yield lambda: current.wait_stream(side)
+        yield lambda: current.wait_event(done)
+        done.record(side)
 
 
 @functools.cache

@@ -64,6 +64,7 @@ class Factored:
     Attributes:
         weights: [B, rows, in], in the Hessians' dtype.
         hessians: [B, in, in].
+        damp_percents: [B, 1]; kept, as the Hessians are, for the stream that reads them.
         config: For all.
         factor, good: As from `factorize`; to be used after `join`.
         join: Has the device's current stream wait for them.
@@ -71,6 +72,7 @@ class Factored:
 
     weights: Tensor
     hessians: Tensor
+    damp_percents: Tensor
     config: QuantizeConfig
     factor: Factor
     good: Tensor
@@ -87,7 +89,7 @@ def factored(weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_per
         damp_percents = damp_percents[:, None].to(hessians.dtype)
         with on_side_stream(weights.device) as join:
             factor, good = factorize(hessians, config, hessians.dtype, damp_percents)
-    return Factored(weights, hessians, config, factor, good, join)
+    return Factored(weights, hessians, damp_percents, config, factor, good, join)
 
 
 def solve_each(
