@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from gptq_plugin.checkpoint.formats.registry import FORMATS
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import verify_files
 from gptq_plugin.export.export import export_model
-from gptq_plugin.export.verify_files import decoded_rows, verify, verify_same
+from gptq_plugin.export.verify_files import checksums, decoded_rows, verify, verify_same
 from gptq_plugin.layers.qlinear import QuantLinear
 
 from models import Plain, tiny_llama
@@ -75,6 +77,42 @@ def test_a_tensor_of_a_layer_that_differs_is_named(suffix: str, model: Any, fold
     what = r".*inner\.0: sym=True promises" if suffix == "qzeros" else rf"{suffix} of inner\.0 differs"
     with pytest.raises(ExportError, match=f"(?s)does not read back: {what}"):
         verify(rewritten(folder, change), layers_of(model), model.state_dict())
+
+
+def test_what_was_written_is_known_where_a_layer_maps_the_file_itself(model: Any, folder: Path) -> None:
+    """The file and the layer change alike."""
+    layers = layers_of(model)
+    written = {name: checksums(dict(layer.named_buffers())) for name, layer in layers.items()}
+    verify(folder, layers, {}, written=written)
+    rewritten(folder, lambda tensors: tensors["inner.0.scales"].mul_(2))
+    layers["inner.0"].scales.mul_(2)
+    verify(folder, layers, {})
+    with pytest.raises(ExportError, match=r"scales of inner\.0 differs from what was written"):
+        verify(folder, layers, {}, written=written)
+
+
+@pytest.mark.parametrize("number", [0, 1, 23, 24, 27])
+def test_every_layer_is_decoded_and_the_one_that_is_wrong_is_named(
+    number: int, rtn: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more layers than are decoded at a time, and several shapes of them."""
+    model = rtn(tiny_llama(num_hidden_layers=4), CONFIG)
+    folder, wrong = export_model(model, tmp_path / "out", CONFIG), list(layers_of(model))[number]
+    rows_of = verify_files._raw_rows
+
+    def read(checkpoint: Checkpoint, name: str, *options: Any) -> Any:
+        found = rows_of(checkpoint, name, *options)
+        return dataclasses.replace(found, scales=2 * found.scales) if name == wrong else found
+
+    monkeypatch.setattr(verify_files, "_raw_rows", read)
+    with pytest.raises(ExportError, match=f"back: {re.escape(wrong)} decodes to other weights than the model's"):
+        verify(folder, layers_of(model), {})
+
+
+def test_layers_of_one_shape_are_decoded_each_with_its_groups(rtn: Callable[..., Any], tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16, desc_act=True)
+    model = rtn(tiny_llama(num_hidden_layers=2), config, permuted=True)
+    assert export_model(model, tmp_path / "out", config).is_dir()
 
 
 def test_a_bias_that_is_in_one_of_them_only_differs(model: Any, folder: Path) -> None:

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from gptq_plugin.training import paired
 from gptq_plugin.training.paired import Draws, Measured, same_parts, spread, unpaired
 
 
@@ -57,6 +58,14 @@ def test_a_bound_holds_as_often_as_it_should(parts, noise):
     error = (0.95 * 0.05 / trials) ** 0.5
     least = 0.95 - 3 * error if noise == "normal" else 0.84  # a long upper tail is missed by small samples
     assert least <= held / trials <= 0.95 + 3 * error
+
+
+@pytest.mark.parametrize(("parts", "quantile"), [(11, 2.2281), (31, 2.0423), (1001, 1.9623)])
+def test_draws_of_few_parts_are_widened_by_students_t_and_their_missing_deviation(parts, quantile):
+    """Of draws the deviation is that of the parts over their number, not over one less."""
+    expected = quantile / 1.959964 * math.sqrt(parts / (parts - 1))
+    assert paired._widening(0.975, parts) == pytest.approx(expected, rel=1e-3)
+    assert paired._widening(0.5, parts) == 1.0
 
 
 def test_parts_count_by_their_weights_and_draws_are_the_same_every_time():

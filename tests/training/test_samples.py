@@ -103,6 +103,15 @@ def test_both_models_need_the_same_weights():
     assert Pairs.of(one, one).unit == "samples" and Pairs.of(one, two).unit == "batches"
 
 
+def test_samples_that_differ_are_no_pairs():
+    """The batches are the same, by their keys, and single samples are not: an augmentation may be random."""
+    one = divided(torch.zeros(3, 5, dtype=torch.long), [1.0, 2.0, 6.0], 3.0)
+    other = dataclasses.replace(one, keys=[0, 1, 3])
+    first, second = (Measured.mean([3.0], [3], [1], Samples([of], 3)) for of in (one, other))
+    assert Pairs.of(first, first).unit == "samples"
+    assert (Pairs.of(first, second).unit, Pairs.of(first, second).why) == ("batches", "the two models' samples differ")
+
+
 def test_some_batches_are_chosen_evenly_and_before_a_step_changes_them(monkeypatch):
     monkeypatch.setattr(samples, "MOST", 16)
     chosen = Chosen()

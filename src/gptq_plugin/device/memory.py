@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -68,9 +69,15 @@ def trim(device: torch.device = _CPU) -> None:
     grow nevertheless."""
     if device.type != "cpu":
         return
-    release = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    release = _malloc_trim()
     if release is not None:
         release(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    """glibc's function; None of other C libraries. Looking it up leaves cycles of objects."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def own_bytes() -> int:
