@@ -60,12 +60,17 @@ def test_a_bound_holds_as_often_as_it_should(parts, noise):
     assert least <= held / trials <= 0.95 + 3 * error
 
 
-@pytest.mark.parametrize(("parts", "quantile"), [(11, 2.2281), (31, 2.0423), (1001, 1.9623)])
-def test_draws_of_few_parts_are_widened_by_students_t_and_their_missing_deviation(parts, quantile):
+@pytest.mark.parametrize(
+    ("confidence", "normal", "students"),
+    [(0.95, 1.644854, {10: 1.833113, 41: 1.683851}), (0.99, 2.326348, {10: 2.821438, 41: 2.423257})],
+)
+def test_draws_of_few_parts_are_widened_by_students_t_and_their_missing_deviation(confidence, normal, students):
     """Of draws the deviation is that of the parts over their number, not over one less."""
-    expected = quantile / 1.959964 * math.sqrt(parts / (parts - 1))
-    assert paired._widening(0.975, parts) == pytest.approx(expected, rel=1e-3)
-    assert paired._widening(0.5, parts) == 1.0
+    for parts, quantile in students.items():
+        expected = quantile / normal * math.sqrt(parts / (parts - 1))
+        assert paired._widening(confidence, parts) == pytest.approx(expected, rel=1e-3)
+        assert paired._widening(1 - confidence, parts) == pytest.approx(expected, rel=1e-3)
+    assert paired._widening(0.5, 10) == 1.0
 
 
 def test_parts_count_by_their_weights_and_draws_are_the_same_every_time():

@@ -216,4 +216,5 @@ def _widening(confidence: float, parts: int) -> float:
         return 1.0
     # Cornish and Fisher's expansion, to 0.1 % from 9 degrees of freedom on.
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
     return t / z * math.sqrt(parts / free)
