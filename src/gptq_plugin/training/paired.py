@@ -105,8 +105,7 @@ class Pairs:
         names = [name for name in one.names() if name in two.names()]
         if not why and names:
             both = {batch.place for batch in one.batches} & {batch.place for batch in two.batches}
-            in_order = (sorted(of.batches, key=lambda batch: batch.place) for of in (one, two))
-            chosen = [[batch for batch in batches if batch.place in both] for batches in in_order]
+            chosen = [[batch for batch in of.batches if batch.place in both] for of in (one, two)]
             first, second = ([part for batch in batches for part in batch.parts(names[0])] for batches in chosen)
             if [part[1:] for part in first] == [part[1:] for part in second]:
                 values = [part[0] for part in first], [part[0] for part in second], [part[1] for part in first]
