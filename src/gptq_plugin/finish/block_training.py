@@ -5,8 +5,9 @@ Tested by tests/finish/test_block_walk.py: with the walk over all blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.finish.chain import Call
 from gptq_plugin.finish.descent import Descent, Pace, draw_as_before
+from gptq_plugin.finish.interruption import Interruption
 from gptq_plugin.finish.options import Finish
+from gptq_plugin.finish.recorder import Gradients, Recorder
 from gptq_plugin.finish.student import Student
+from gptq_plugin.report.finish_record import Judgement
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Task:
 
     def squares(self, values: Tensor) -> Tensor:
         """The sum of squares of the difference from `wanted`, over positions that count."""
-        apart = (values.float() - self.wanted.to(values.device).float()).flatten(0, -2)
-        return (apart if self.counted is None else apart[self.counted.to(apart.device)]).square().sum()
+        counted = None if self.counted is None else self.counted.to(values.device)
+        return _squares(values, self.wanted.to(values.device), counted)
 
     def output(self, block: nn.Module, device: torch.device) -> Tensor:
         """What a block gives for `hidden`."""
@@ -63,6 +67,7 @@ class BlockTraining(Descent):
         held_out: To judge on, by their numbers over all ranks.
         options: How.
         device: Where the block is.
+        memory: Bytes of it that may be used; None is all.
     """
 
     what = "error of a block"
@@ -75,6 +80,7 @@ class BlockTraining(Descent):
         held_out: dict[int, Task],
         options: Finish,
         device: torch.device,
+        memory: int | None = None,
     ) -> None:
         patience = options.patience_with(codes=bool(student.latent))
         pace = Pace(options.block_steps, options.tokens_per_step, options.judgements, patience, options.seed)
@@ -83,18 +89,38 @@ class BlockTraining(Descent):
         )
         self._block, self._tasks, self._held_out = block, tasks, held_out
         self._unit = _unit([*tasks, *held_out.values()], device)
+        draw = partial(draw_as_before, device)
+        self._recorder = Recorder(self._gradients_of, draw, device, memory, "a step of a block")
+
+    def train(self, progress: Callable[[int, Judgement], None], interruption: Interruption) -> list[Tensor]:
+        try:
+            return super().train(progress, interruption)
+        finally:
+            self._recorder.forget()
 
     def _learn(self, number: int) -> Tensor:
-        with self._student.taking_gradients():
-            error = self._error(self._tasks[number])
-            error.backward()  # type: ignore[no-untyped-call]
-        return error.detach()
+        task = self._tasks[number]
+        counted = None if task.counted is None else task.counted.to(self._device)
+        batch = (task.call, task.hidden.to(self._device), task.wanted.to(self._device), counted)
+        error, gradients = self._recorder(batch)
+        self._student.add(gradients)
+        return error
+
+    def _gradients_of(self, batch: tuple[Call, Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Gradients]:
+        call, hidden, wanted, counted = batch
+        error = _squares(call.run(self._block, hidden), wanted, counted) / self._unit
+        return error.detach(), self._student.gradients_of(error)
 
     def _measure(self) -> dict[int, tuple[float, int]]:
         return {number: (float(self._error(task)), task.positions) for number, task in self._held_out.items()}
 
     def _error(self, task: Task) -> Tensor:
         return task.squares(task.output(self._block, self._device)) / self._unit
+
+
+def _squares(values: Tensor, wanted: Tensor, counted: Tensor | None) -> Tensor:
+    apart = (values.float() - wanted.float()).flatten(0, -2)
+    return (apart if counted is None else apart.masked_fill(~counted[:, None], 0.0)).square().sum()
 
 
 def _unit(tasks: Sequence[Task], device: torch.device) -> float:

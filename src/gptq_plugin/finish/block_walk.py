@@ -108,7 +108,7 @@ def walk_blocks(
             undo.callback(_take(block, solved))
             with Student.of(block, device, norms=options.trains_norms, codes=True) as student:
                 begin_at_compensated(block, student.latent_layers, weights, tasks[:count], device)
-                training = BlockTraining(block, student, tasks[:count], held_out, options, device)
+                training = BlockTraining(block, student, tasks[:count], held_out, options, device, surroundings.memory)
                 done = len(walk.records) * options.block_steps
                 student.set_values(training.train(lambda steps, one: tell(done + steps, one), interruption))  # noqa: B023
                 with torch.no_grad():

@@ -71,6 +71,12 @@ class Descent(abc.ABC):
         self.steps = self.tokens = 0
         self.ended = f"all {pace.steps} steps were made"
         self.interrupted = False
+        parameters = student.parameters
+        sizes = [one.numel() for one in parameters]
+        # Of all parameters, one behind the other, with a step's loss and whether Ctrl-C was pressed behind them.
+        self._sums = torch.zeros(sum(sizes) + 2, device=device)
+        for parameter, gradient in zip(parameters, self._sums[:-2].split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
         groups = [{"params": list(some), "peak": peak} for some, peak in rates if some]
         self._optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON, fused=device.type == "cuda")
 
@@ -118,23 +124,18 @@ class Descent(abc.ABC):
 
     def _step(self, interruption: Interruption) -> tuple[bool, bool]:
         """Returns whether all was finite, and whether Ctrl-C was pressed on any rank."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._sums.zero_()
         losses, count = torch.zeros((), dtype=torch.float64, device=self._device), 0
         for number in self._of_a_step():
             losses += self._learn(number)
             count += self._counts[number]
-        parameters = self._student.parameters
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        told = torch.stack([losses.float(), torch.full_like(losses, interruption.asked).float()])
-        flat = torch.cat([*(part.flatten() for part in parts), told])
-        del parts
-        total = distributed.sum_(flat, count)
-        finite = bool(torch.isfinite(flat).all())
-        loss, asked = flat[-2:].tolist()
+        loss_and_asked = self._sums[-2:]
+        loss_and_asked[0] = losses
+        loss_and_asked[1] = float(interruption.asked)
+        total = distributed.sum_(self._sums, count)
+        finite, loss, asked = torch.cat([torch.isfinite(self._sums).all()[None], loss_and_asked]).tolist()
         if finite and total:
-            *gradients, _ = flat.div_(total).split([*(p.numel() for p in parameters), 2])
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient.view_as(parameter)
+            self._sums.div_(total)
             for group in self._optimizer.param_groups:
                 group["lr"] = group["peak"] * _share_of_peak(self.steps, self._pace.steps)
             self._optimizer.step()
@@ -142,7 +143,7 @@ class Descent(abc.ABC):
         self.steps += 1
         self.tokens += total
         self._since = (self._since[0] + loss, self._since[1] + total)
-        return finite, asked > 0
+        return bool(finite), asked > 0
 
     def _of_a_step(self) -> Iterator[int]:
         """This rank's batches of the next step: as many as have its share of the tokens, one at least."""

@@ -31,6 +31,10 @@ class HeadInputs:
     def __len__(self) -> int:
         return len(self.states)
 
+    def on(self, device: torch.device) -> HeadInputs:
+        """The same on a device."""
+        return HeadInputs(self.states.to(device), self.head)
+
     @torch.no_grad()
     def to(self, device: torch.device) -> AllLogits:
         """The logits, computed where the head is."""

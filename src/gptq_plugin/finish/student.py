@@ -6,7 +6,7 @@ Tested by tests/finish/test_finish_model.py: with what is trained.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,7 @@ class Student:
 
     @property
     def leaves(self) -> list[nn.Parameter]:
-        """Those in the model that a backward has to reach."""
+        """Those in the model that gradients are of: `parameters`, but for norms in place of their masters."""
         return [*self.own, *self._norms.values()]
 
     @property
@@ -158,31 +158,23 @@ class Student:
             found.append(([self.latent[name] for name in names if name in self.latent_layers], rates(bits).codes))
         return [*found, (self.masters, rates(widths[0]).norms)]
 
-    @contextlib.contextmanager
-    def taking_gradients(self) -> Iterator[None]:
-        """Adds the gradients of a backward inside the block, or none of them if it raises. Those of norms, which are in
-        the model's dtype, go to their masters."""
-        own = self.own
-        before = [one.grad for one in own]
-        parts: list[Tensor | None] = []
-        try:
-            for one in own:
-                one.grad = None
-            yield
-            parts = [one.grad for one in self.leaves]
-        finally:
-            sums = [*before, *(master.grad for master in self.masters)]
-            for number, parameter in enumerate((*own, *self.masters)):
-                part = parts[number] if parts else None
-                parameter.grad = _added(sums[number], part)
-            for norm in self._norms.values():
-                norm.grad = None
+    def gradients_of(self, loss: Tensor) -> list[Tensor | None]:
+        """The gradients of a loss, of `leaves`; None of those that it does not depend on."""
+        return list(torch.autograd.grad(loss, self.leaves, allow_unused=True))
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Adds gradients of `leaves` to those of `parameters`, which have some: those of norms to their masters'."""
+        given = {one: part for one, part in zip(self.parameters, gradients, strict=True) if part is not None}
+        if given:
+            totals: list[Any] = [parameter.grad for parameter in given]
+            torch._foreach_add_(totals, [part.float() for part in given.values()])
 
     @torch.no_grad()
     def show(self) -> None:
         """Puts the masters' values, rounded, into the model."""
-        for norm, master in zip(self._norms.values(), self.masters, strict=True):
-            norm.copy_(master)
+        if self.masters:
+            torch._foreach_copy_([*self._norms.values()], [*self.masters])
 
     def values(self) -> list[Tensor]:
         """A copy of everything that is trained."""
@@ -221,9 +213,3 @@ class Student:
 def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         model.get_parameter(name).copy_(value)
-
-
-def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if part is None:
-        return total
-    return part.float() if total is None else total.add_(part)

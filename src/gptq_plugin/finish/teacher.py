@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_plugin import distributed
+from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.device.memory import available_bytes
 from gptq_plugin.errors import CalibrationError
@@ -60,6 +61,12 @@ class Lesson:
         """The logits of positions that count, [positions, classes], of another forward of the batch."""
         rows = logits.flatten(0, -2)
         return rows if self.places is None else rows[self.places.to(rows.device)]
+
+    def on(self, device: torch.device) -> Lesson:
+        """What is trained on, with its tensors on a device."""
+        places = None if self.places is None else self.places.to(device)
+        data = to_device(self.data, device)
+        return Lesson(data, self.shape, places, self.top.on(device))
 
 
 def ask_teacher(

@@ -67,6 +67,10 @@ class TopLogits(Told):
         rest = torch.logaddexp(self.rest, left_out.logsumexp(1))
         return TopLogits(self.ids[:, :k].contiguous(), self.logs[:, :k].contiguous(), rest)
 
+    def on(self, device: torch.device) -> TopLogits:
+        """The same on a device."""
+        return self.to(device)
+
     def to(self, device: torch.device) -> TopLogits:
         return TopLogits(self.ids.to(device), self.logs.to(device), self.rest.to(device))
 

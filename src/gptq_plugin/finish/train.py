@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from gptq_plugin.finish.descent import Descent, Pace, draw_as_before
 from gptq_plugin.finish.interruption import Interruption
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish
+from gptq_plugin.finish.recorder import Gradients, Recorder
 from gptq_plugin.finish.student import Student
 from gptq_plugin.finish.surroundings import Surroundings
 from gptq_plugin.finish.teacher import Lesson
@@ -63,10 +65,16 @@ class Training(Descent):
         self._reader = LogitReader(model)
         self._reruns = bool(options.checkpoint_activations)
         self._is_told = False
+        draw = partial(draw_as_before, self._device)
+        what = "a step of the model as a whole"
+        self._recorder = Recorder(self._gradients_of, draw, self._device, surroundings.memory, what)
 
     def train(self, progress: Callable[[int, Judgement], None], interruption: Interruption) -> list[Tensor]:
         with self._reader.watching():
-            return super().train(progress, interruption)
+            try:
+                return super().train(progress, interruption)
+            finally:
+                self._recorder.forget()
 
     def _learn(self, number: int) -> Tensor:
         lesson = self._lessons[number]
@@ -80,33 +88,46 @@ class Training(Descent):
 
     def _backward(self, lesson: Lesson) -> Tensor:
         weight, task = self._options.task_weight, self._surroundings.task
-        with self._student.taking_gradients():
-            if task is not None:
-                loss = self._forward(lambda: self._task(task, lesson))
-                _backward(weight * len(lesson.top) * loss, self._student)
-                self._refuse_unmoved()
-                missed = set() if self._is_told else self._unmoved()
-            divergence = self._forward(lambda: self._divergence(lesson))
-            _backward((1 - weight) * divergence, self._student)
-            if task is not None and not self._is_told:
-                self._tell_unmoved(missed - self._unmoved())
+        if task is not None:
+            draw_as_before(self._device)  # as for the divergence
+            loss = self._forward(lambda: self._task(task, lesson))
+            of_task = self._student.gradients_of(weight * len(lesson.top) * loss)
+            self._refuse_unmoved(of_task)
+        divergence, gradients = self._gradients(lesson)
+        if task is not None:
+            if not self._is_told:
+                self._tell_unmoved(self._unmoved(of_task) - self._unmoved(gradients))
+            self._student.add(of_task)
+        self._student.add(gradients)
         peak, allowed = peak_bytes(self._device), self._surroundings.memory
         if peak is not None and allowed is not None and peak > allowed and not self._reruns:
             self._rerun(f"{peak / 2**20:.0f} MiB were in use, and {allowed / 2**20:.0f} are allowed")
-        return divergence.detach()
+        return divergence
 
     def _rerun(self, why: str) -> None:
         if self._options.checkpoint_activations is None:
             log.info("finish: activations are computed twice from here on: %s on %s", why, self._device)
             self._reruns = True
+            self._recorder.forget()
             give_back(self._device)
             Peak(self._device)
 
     def _forward(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Computes what is to run backward; it draws the same random numbers each time."""
-        draw_as_before(self._device)
+        """Computes what is to run backward."""
         with checkpointed(self._model) if self._reruns else contextlib.nullcontext():
             return compute()
+
+    def _gradients(self, lesson: Lesson) -> tuple[Tensor, Gradients]:
+        """The divergence of a batch, and its gradients, as a share beside the run's own loss."""
+        if self.steps and not self._reruns and self._surroundings.task is None:
+            return self._recorder(lesson.on(self._device))
+        draw_as_before(self._device)
+        return self._gradients_of(lesson)
+
+    def _gradients_of(self, lesson: Lesson) -> tuple[Tensor, Gradients]:
+        divergence = self._forward(lambda: self._divergence(lesson))
+        share = (1 - self._options.task_weight) * divergence
+        return divergence.detach(), self._student.gradients_of(share)
 
     def _task(self, task: Callable[[nn.Module, Any], Tensor], lesson: Lesson) -> Tensor:
         """The run's own loss of a batch."""
@@ -119,18 +140,18 @@ class Training(Descent):
             )
         return loss.reshape(())
 
-    def _refuse_unmoved(self) -> None:
-        """Raises CalibrationError if a backward of the run's own loss has reached nothing that is trained."""
-        if all(leaf.grad is None for leaf in self._student.leaves):
+    def _refuse_unmoved(self, gradients: Gradients) -> None:
+        """Raises CalibrationError if the run's own loss has gradients of nothing that is trained."""
+        if all(gradient is None for gradient in gradients):
             raise CalibrationError(
                 f"task_weight={self._options.task_weight:g} trains by a loss that does not depend on the quantized "
                 "model: what gives it (a training_step, a task_loss) has to run the model that is quantized, the one "
                 "it is called with, and no copy"
             )
 
-    def _unmoved(self) -> set[str]:
-        """The layers that no backward has reached."""
-        return {name for name, layer in self._student.layers.items() if layer.log_ratio.grad is None}
+    def _unmoved(self, gradients: Gradients) -> set[str]:
+        """The layers whose scales have no gradient."""
+        return {name for name, gradient in zip(self._student.layers, gradients, strict=False) if gradient is None}
 
     def _tell_unmoved(self, layers: set[str]) -> None:
         """Warns of layers that the model's outputs depend on, and the run's own loss does not: what gives it may hold
@@ -172,8 +193,3 @@ def check_loss(loss: Any, task_weight: float) -> None:
             f"task_weight={task_weight:g} trains by a loss of every batch, a scalar with a gradient: "
             f"what gives it (a training_step, a task_loss) returned {found}"
         )
-
-
-def _backward(loss: Tensor, student: Student) -> None:
-    """Adds gradients to what the student trains, and to no other parameter that the loss depends on."""
-    loss.backward(inputs=student.leaves)  # type: ignore[no-untyped-call]

@@ -1,0 +1,203 @@
+"""Losses and gradients of batches, by a CUDA graph where batches have the same shapes: `Recorder`.
+
+A step of a small model waits for the host, which queues hundreds of kernels. A graph of them is queued at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_plugin import distributed
+from gptq_plugin.device.memory import free_bytes, peak_bytes
+
+log = logging.getLogger(__name__)
+
+Gradients = Sequence[Tensor | None]
+
+_MOST = 8  # graphs of one recorder: of batches with more kinds of shapes the others are computed as they come
+_ROOM = 2  # times what a batch takes has to be free: for the graph, and for what else is computed
+_TOLERANCE = 1e-2  # of a graph's gradients, as a share of their norm
+
+
+class NotRecordableError(Exception):
+    """A batch, or what computes its gradients, cannot be recorded."""
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A graph, the tensors that it reads, and those that it writes."""
+
+    graph: Any
+    read: list[Tensor]
+    loss: Tensor
+    gradients: Gradients
+
+    def replay(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Gradients]:
+        torch._foreach_copy_(self.read, list(tensors))
+        self.graph.replay()
+        return self.loss, self.gradients
+
+
+class Recorder:
+    """Computes losses and gradients of batches, from the third one of the same shapes on by a graph.
+
+    The first batch of its shapes is computed as it comes, and so is the second one, with which the graph's result is
+    compared: where it differs, or where nothing can be recorded, all others are too, and the log tells.
+
+    Args:
+        compute: Of a batch; called with tuples, lists, dicts and dataclasses of tensors, modules and plain values. It
+            reads no other tensors but those that stay in place, and changes none.
+        draw: Called before each computation, for what is drawn at random in it.
+        device: Where the tensors are; on a CPU nothing is recorded.
+        memory: Bytes of the device that may be used; None is all.
+        what: It is computed for, in words.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Any], tuple[Tensor, Gradients]],
+        draw: Callable[[], None],
+        device: torch.device,
+        memory: int | None,
+        what: str,
+    ) -> None:
+        self._compute, self._draw, self._device, self._memory, self._what = compute, draw, device, memory, what
+        self._records = device.type == "cuda"
+        self._pool: Any = None
+        self._known: dict[Hashable, _Recording | None] = {}
+
+    def __call__(self, batch: Any) -> tuple[Tensor, Gradients]:
+        """The loss and the gradients of a batch; the next call may overwrite them."""
+        self._draw()
+        if not self._records:
+            return self._compute(batch)
+        tensors: list[Tensor] = []
+        try:
+            key = _shapes(batch, tensors, self._device)
+            known = self._known.get(key)
+            if known is not None:
+                return known.replay(tensors)
+            found = self._compute(batch)
+            if key in self._known:
+                self._known[key] = self._record(batch, tensors, found)
+            elif len(self._known) < _MOST:
+                self._known[key] = None
+        except NotRecordableError as error:
+            self._give_up(str(error))
+            return self._compute(batch) if "found" not in locals() else found
+        return found
+
+    def forget(self) -> None:
+        """Gives up all graphs, and the memory that they hold; nothing is recorded from here on."""
+        self._known.clear()
+        self._records = False
+
+    def _give_up(self, why: str) -> None:
+        self.forget()
+        if distributed.rank() == 0:
+            log.info("finish: %s is computed without a CUDA graph: %s", self._what, why)
+
+    def _record(self, batch: Any, tensors: Sequence[Tensor], found: tuple[Tensor, Gradients]) -> _Recording:
+        self._check_room()
+        read = [tensor.clone() for tensor in tensors]
+        statics = iter(read)
+        try:
+            graph, (loss, gradients) = self._captured(_with(batch, statics))
+        except RuntimeError as error:
+            _end_capture(self._device)
+            raise NotRecordableError(str(error).strip().partition("\n")[0]) from error
+        made = _Recording(graph, read, loss, gradients)
+        self._draw()
+        made.replay(tensors)
+        self._check_same(found, made)
+        return made
+
+    def _captured(self, batch: Any) -> tuple[Any, tuple[Tensor, Gradients]]:
+        with torch.cuda.device(self._device):
+            self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
+            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            with torch.cuda.stream(side):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    made = self._compute(batch)
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(side)
+        return graph, made
+
+    def _check_room(self) -> None:
+        peak, free = peak_bytes(self._device), free_bytes(self._device, self._memory)
+        assert peak is not None and free is not None
+        taken = peak - torch.cuda.memory_allocated(self._device)
+        if _ROOM * taken > free:
+            raise NotRecordableError(f"it takes {taken / 2**20:.0f} MiB, and {free / 2**20:.0f} are free")
+
+    def _check_same(self, found: tuple[Tensor, Gradients], made: _Recording) -> None:
+        loss, gradients = found
+        if [one is None for one in gradients] != [one is None for one in made.gradients]:
+            raise NotRecordableError("the graph trains something else")
+        pairs = [(a, b) for a, b in zip(gradients, made.gradients, strict=True) if a is not None and b is not None]
+        apart = [(loss, made.loss), *pairs]
+        norms = torch.stack([torch.stack([(a - b).float().norm(), a.float().norm()]) for a, b in apart]).tolist()
+        of_loss, of_gradients = norms[0], [sum(x * x for x in part) ** 0.5 for part in zip(*norms[1:], strict=True)]
+        for differs, size in (of_loss, of_gradients):
+            if not differs <= _TOLERANCE * size:
+                raise NotRecordableError(f"the graph's result differs by {differs:.2g} of {size:.2g}")
+
+
+def _end_capture(device: torch.device) -> None:
+    """Has the device's random numbers be drawn as before a capture that failed: one that does not ends the state."""
+    with torch.cuda.device(device):
+        graph, side, number = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.zeros((), device=device)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            graph.capture_begin(capture_error_mode="thread_local")
+            number.add_(1)
+            graph.capture_end()
+
+
+def _shapes(value: Any, tensors: list[Tensor], device: torch.device) -> Hashable:
+    """What is the same of all batches that a graph computes; adds a batch's tensors.
+
+    Raises:
+        NotRecordableError: It holds more than a graph can be given.
+    """
+    if isinstance(value, Tensor):
+        if value.device != device:
+            raise NotRecordableError(f"a tensor of its batches is on {value.device}")
+        tensors.append(value)
+        return (Tensor, value.shape, value.stride(), value.dtype)
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size, nn.Module)):
+        return (type(value), value)
+    return (type(value), tuple((name, _shapes(part, tensors, device)) for name, part in _parts(value)))
+
+
+def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same with other tensors."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size, nn.Module)):
+        return value
+    parts = {name: _with(part, tensors) for name, part in _parts(value)}
+    if isinstance(value, dict):
+        return parts
+    return type(value)(parts.values()) if isinstance(value, (list, tuple)) else dataclasses.replace(value, **parts)
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    if type(value) is dict:
+        return list(value.items())
+    if type(value) in (list, tuple):
+        return list(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    raise NotRecordableError(f"a batch holds a {type(value).__name__}")

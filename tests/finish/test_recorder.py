@@ -1,0 +1,136 @@
+"""Gradients of batches by a CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_plugin import Finish, QuantizeModule
+from gptq_plugin.finish import recorder
+from gptq_plugin.finish.recorder import NotRecordableError, Recorder
+
+from models import tiny_llama
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def made(device, calls, also=lambda x: None, memory=None, layer=None):
+    layer = nn.Linear(8, 8, device=device) if layer is None else layer
+
+    def compute(batch):
+        calls.append(torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing())
+        x, of = batch
+        also(x)
+        loss = nn.functional.dropout(layer(x), 0.5).square().sum() * of["by"]
+        return loss.detach(), torch.autograd.grad(loss, [layer.weight, layer.bias])
+
+    return layer, Recorder(compute, partial(torch.manual_seed, 0), torch.device(device), memory, "a test")
+
+
+def test_on_a_cpu_every_batch_is_computed():
+    calls = []
+    _, gradients_of = made("cpu", calls)
+    for _ in range(4):
+        gradients_of((torch.ones(3, 8), {"by": 2}))
+    assert calls == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((torch.ones(2), 1), (torch.ones(3), 1)),
+        ((torch.ones(2), 1), (torch.ones(2), 2)),
+        ((torch.ones(2), 1), (torch.ones(2), True)),
+        ((torch.ones(2), {"a": 1}), (torch.ones(2), {"b": 1})),
+        ((torch.ones(2, 2), 1), (torch.ones(2, 2).t(), None)),
+        ((torch.ones(2),), (torch.ones(2).half(),)),
+        ((torch.ones(2),), [torch.ones(2)]),
+    ],
+)
+def test_batches_that_differ_in_more_than_values_have_graphs_of_their_own(one, other):
+    shapes = [recorder._shapes(batch, [], torch.device("cpu")) for batch in (one, other)]
+    assert shapes[0] != shapes[1]
+    assert shapes[0] == recorder._shapes(copy.deepcopy(one), [], torch.device("cpu"))
+
+
+def test_a_batch_of_other_objects_cannot_be_recorded():
+    with pytest.raises(NotRecordableError, match="holds a set"):
+        recorder._shapes((torch.ones(2), {1, 2}), [], torch.device("cpu"))
+    with pytest.raises(NotRecordableError, match="is on cpu"):
+        recorder._shapes((torch.ones(2),), [], torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+class TestOnAGpu:
+    pytestmark = on_gpu
+
+    def test_from_the_third_batch_of_its_shapes_on_a_graph_gives_what_is_computed(self, dtype):
+        calls = []
+        layer, gradients_of = made("cuda:0", calls, layer=nn.Linear(8, 8, device="cuda", dtype=dtype))
+        for number in range(6):
+            batch = (torch.randn(5, 8, device="cuda", dtype=dtype), {"by": 2})
+            with torch.no_grad():
+                layer.weight.add_(0.1)  # as an optimizer does: a graph reads what is there
+            wanted = made("cuda:0", [], layer=layer)[1](batch)
+            found = gradients_of(batch)
+            for one, other in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+                torch.testing.assert_close(one, other)
+            assert calls == [False, False, True][: number + 1]
+
+    def test_what_reads_a_value_is_computed_each_time_and_random_numbers_are_drawn_as_before(self, dtype, caplog):
+        calls = []
+        layer = nn.Linear(8, 8, device="cuda", dtype=dtype)
+        _, gradients_of = made("cuda:0", calls, also=lambda x: x.sum().item(), layer=layer)
+        caplog.set_level(logging.INFO)
+        batch = (torch.ones(5, 8, device="cuda", dtype=dtype), {"by": 2})
+        wanted = [part.clone() for part in gradients_of(batch)[1]]
+        for _ in range(3):
+            found = gradients_of(batch)[1]
+            assert all(map(torch.equal, found, wanted))
+        assert calls == [False, False, True, False, False]
+        assert "a test is computed without a CUDA graph" in caplog.text
+        torch.manual_seed(1)
+        assert torch.randn(3, device="cuda").isfinite().all()
+        _, others = made("cuda:0", [], layer=layer)
+        for _ in range(4):
+            assert all(map(torch.equal, others(batch)[1], wanted))
+        assert others._known and others._records
+
+    def test_without_room_nothing_is_recorded(self, dtype, caplog):
+        calls = []
+        caplog.set_level(logging.INFO)
+        _, gradients_of = made("cuda:0", calls, memory=1, layer=nn.Linear(8, 8, device="cuda", dtype=dtype))
+        for _ in range(4):
+            gradients_of((torch.ones(5, 8, device="cuda", dtype=dtype), {"by": 2}))
+        assert calls == [False] * 4
+        assert "are free" in caplog.text
+
+    @pytest.mark.parametrize("kind", ["blocks", "full"])
+    def test_a_finish_gives_the_same_with_graphs_and_without(self, dtype, kind, monkeypatch, caplog):
+        caplog.set_level(logging.INFO)
+        rows = list(torch.randint(4, 128, (40, 24), generator=torch.Generator().manual_seed(0)))
+        model = tiny_llama(initializer_range=0.2).to("cuda", dtype)
+        twin, quantizer = copy.deepcopy(model), QuantizeModule(bits=2, group_size=32, nsamples=32)
+        quantizer.quantize(model, rows)
+        other = copy.deepcopy(model)
+        options = {"steps": 8, "learning_rate": 0.01, "tokens_per_step": 200, "held_out": 8, "judgements": 2}
+        finish = Finish(kind, **options, block_steps=20, block_learning_rate=3e-3, block_code_learning_rate=0.02)
+        replays = []
+        replay = recorder._Recording.replay
+        monkeypatch.setattr(
+            recorder._Recording, "replay", lambda self, tensors: replays.append(1) or replay(self, tensors)
+        )
+        found = quantizer.finish(model, twin, rows, finish)
+        assert len(replays) > 40
+        assert "without a CUDA graph" not in caplog.text
+        monkeypatch.setattr(recorder.Recorder, "_record", lambda *_: None)
+        wanted = quantizer.finish(other, twin, rows, finish)
+        assert found.kept and wanted.kept
+        rel = 1e-3 if dtype == torch.float32 else 0.05
+        assert found.after == pytest.approx(wanted.after, rel=rel)
+        assert [one.after for one in found.blocks] == pytest.approx([one.after for one in wanted.blocks], rel=rel)
