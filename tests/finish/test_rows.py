@@ -44,6 +44,14 @@ def test_samples_to_train_on_are_in_an_order_of_the_seed():
     assert one.digest == other.digest
 
 
+def test_of_a_small_source_only_what_may_be_held_out_stays_in_its_place():
+    data = Sources((deal(samples(300), "code", nsamples=300), deal(samples(20, 1000), "prose", nsamples=20)))
+    rows = rows_of(data, QuantizeConfig(nsamples=320, batch_size=2), 32)
+    prose = [number - 1000 for number in firsts(rows.train) if number >= 1000]
+    assert sorted(prose) == list(range(18)) and prose != sorted(prose)
+    assert firsts(rows.held_out) == [*range(270, 300), 1018, 1019]
+
+
 def test_batches_that_are_given_stay_as_they_are():
     given = [{"input_ids": torch.stack(samples(2, 2 * number))} for number in range(6)]
     rows = rows_of(given, QuantizeConfig(nsamples=12, batch_size=4), 2)

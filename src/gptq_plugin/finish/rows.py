@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,15 +71,12 @@ def rows_of(
         CalibrationError: As `collect`; or there are fewer than two batches.
     """
     parts = [Sources((part,)) for part in data.parts] if isinstance(data, Sources) else [data]
-
-    def order(count: int) -> list[int]:
-        """Those of batches that may be held out stay the last."""
-        first = max(0, count - held_out - config.batch_size + 1)
-        drawn = torch.randperm(first, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-        return [*drawn.tolist(), *range(first, count)]
-
+    there = _surely_there(data)
     share = share_of(config.nsamples)
-    given = [collect(part, config, tokenizer, share, takes=takes, order=order) for part in parts]
+    given = []
+    for part, known in zip(parts, there, strict=True):
+        order = _Order(held_out, config.batch_size, sum(there) - known, seed)
+        given.append(collect(part, config, tokenizer, share, takes=takes, order=order))
     sizes = [_sizes(collected) for collected in given]
     totals = [sum(of_source.values()) for of_source in sizes]
     total = sum(totals)
@@ -103,6 +101,38 @@ def rows_of(
     if not (any(trains for *_, trains, _ in everyones) and any(judges for *_, judges in everyones)):
         raise _too_few(f"{total} samples", config)
     return rows
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Draws the order of a source's samples, but for the last ones: those of batches that may be held out stay there.
+
+    Attributes:
+        held_out: Samples to hold out, of all sources.
+        batch_size: Of these.
+        others: Samples that other sources surely have, so that as large a share is held out of them.
+        seed: Of the order.
+    """
+
+    held_out: int
+    batch_size: int
+    others: int
+    seed: int
+
+    def __call__(self, count: int) -> list[int]:
+        own = math.ceil(self.held_out * count / max(1, count + self.others))
+        first = max(0, count - own - self.batch_size + 1)
+        drawn = torch.randperm(first, generator=torch.Generator("cpu").manual_seed(self.seed), device="cpu")
+        return [*drawn.tolist(), *range(first, count)]
+
+
+def _surely_there(data: Iterable[Any]) -> list[int]:
+    """Samples that each source surely has, over all ranks. Collective."""
+    if not isinstance(data, Sources):
+        return [0]
+    of_ranks = distributed.gather_objects([part.at_least for part in data.parts])
+    of_parts = zip(data.parts, zip(*of_ranks, strict=True), strict=True)
+    return [own[0] if part.is_shared else sum(own) for part, own in of_parts]
 
 
 def check_batches(data: Iterable[Any], config: QuantizeConfig) -> None:
