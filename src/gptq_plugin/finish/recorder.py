@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Gradients = Sequence[Tensor | None]
 
 _MOST = 8  # graphs of one recorder: of batches with more kinds of shapes the others are computed as they come
-_ROOM = 2  # times what a batch takes has to be free: for the graph, and for what else is computed
+_ROOM = 3  # times what a batch takes has to be free: its graph may take more, and other batches are computed beside it
 _TOLERANCE = 1e-2  # of a graph's gradients, as a share of their norm
 
 
@@ -81,17 +81,19 @@ class Recorder:
         tensors: list[Tensor] = []
         try:
             key = _shapes(batch, tensors, self._device)
-            known = self._known.get(key)
-            if known is not None:
-                return known.replay(tensors)
-            found = self._compute(batch)
-            if key in self._known:
-                self._known[key] = self._record(batch, tensors, found)
-            elif len(self._known) < _MOST:
-                self._known[key] = None
         except NotRecordableError as error:
-            self._give_up(str(error))
-            return self._compute(batch) if "found" not in locals() else found
+            return self._without(str(error), self._compute(batch))
+        known = self._known.get(key)
+        if known is not None:
+            return known.replay(tensors)
+        found = self._compute(batch)
+        if key in self._known:
+            try:
+                self._known[key] = self._record(batch, tensors, found)
+            except NotRecordableError as error:
+                return self._without(str(error), found)
+        elif len(self._known) < _MOST:
+            self._known[key] = None
         return found
 
     def forget(self) -> None:
@@ -99,17 +101,17 @@ class Recorder:
         self._known.clear()
         self._records = False
 
-    def _give_up(self, why: str) -> None:
+    def _without(self, why: str, found: tuple[Tensor, Gradients]) -> tuple[Tensor, Gradients]:
         self.forget()
         if distributed.rank() == 0:
             log.info("finish: %s is computed without a CUDA graph: %s", self._what, why)
+        return found
 
     def _record(self, batch: Any, tensors: Sequence[Tensor], found: tuple[Tensor, Gradients]) -> _Recording:
         self._check_room()
-        read = [tensor.clone() for tensor in tensors]
-        statics = iter(read)
         try:
-            graph, (loss, gradients) = self._captured(_with(batch, statics))
+            read = [tensor.clone() for tensor in tensors]
+            graph, (loss, gradients) = self._captured(_with(batch, iter(read)))
         except RuntimeError as error:
             _end_capture(self._device)
             raise NotRecordableError(str(error).strip().partition("\n")[0]) from error
