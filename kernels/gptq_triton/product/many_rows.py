@@ -174,12 +174,11 @@ def _moved(words, distance):
 
 
 @gluon.jit
-def _words(ring, full, free, turn, at, HALF: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr):
+def _words(ring, full, turn, at, HALF: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr):
     """The two tiles of words of a turn in registers, with the half's codes where those of the first half lie."""
     mbarrier.wait(full.index(turn % AHEAD), turn // AHEAD & 1)
     lower = ring.index(4 * (turn % AHEAD) + 2 * HALF).load(A)
     upper = ring.index(4 * (turn % AHEAD) + 2 * HALF + 1).load(A)
-    mbarrier.arrive(free.index(turn % AHEAD), count=1)
     if BITS == 2:
         lower = _moved(lower, at % 2 * 8)
     if BITS < 4:
@@ -209,7 +208,7 @@ def _multiply(
         acc = gl.zeros([BN, BM], gl.float32, L)
         s = gl.load(scales + first * outputs + n)
         z = s if SYMMETRIC else gl.load(zeros + first * outputs + n)
-        lower, upper = _words(ring, words_full, words_free, turn, first, HALF, BITS, AHEAD, A)
+        lower, upper = _words(ring, words_full, turn, first, HALF, BITS, AHEAD, A)
         a = _weights(lower, upper, s, z, kind, 0, BITS, BF16, SYMMETRIC)
         before = a
         mbarrier.wait(x_full.index(4 * turn % STAGES), 4 * turn // STAGES & 1)
@@ -230,7 +229,7 @@ def _multiply(
                     s = next_s
                     z = next_z
                     if at + 1 < end:
-                        lower, upper = _words(ring, words_full, words_free, turn + 1, at + 1, HALF, BITS, AHEAD, A)
+                        lower, upper = _words(ring, words_full, turn + 1, at + 1, HALF, BITS, AHEAD, A)
                     a = _weights(lower, upper, s, z, kind, 0, BITS, BF16, SYMMETRIC)
                 if part % 2:
                     more = (part < 7) | (at + 1 < end)
@@ -244,6 +243,9 @@ def _multiply(
                 else:
                     acc, multiplied, a = warpgroup_mma_wait(0, deps=[token, multiplied, a])
                     mbarrier.arrive(x_free.index(of_x % STAGES), count=1)
+                    # Not once they are loaded, but once all have been used: a barrier does not wait for words that are
+                    # on their way to registers, and the copy engine may be there before they are read.
+                    mbarrier.arrive(words_free.index(turn % AHEAD), count=1)
                 before = multiplied
             turn += 1
         slot, n0 = tile // SPLIT * 2 + HALF, n0 + HALF * BN
