@@ -14,7 +14,7 @@ from gptq_plugin import Finish, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.finish import train
 
-from finish_cases import FAST, divergence, quantized, rows, same, state_of
+from finish_cases import FAST, KINDS, divergence, quantized, rows, same, state_of
 from models import tiny_gpt2, tiny_llama
 from paths import REPOSITORY
 
@@ -136,6 +136,19 @@ def test_no_room_for_activations_has_them_computed_twice_and_no_gradient_counts_
         assert quantizer.finish(model, twin, rows(), Finish(**FAST)).kept
     assert "activations are computed twice from here on: there was no room" in caplog.text
     assert same(state_of(model), state_of(wanted))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_on_all_rows_is_the_same_in_one_batch_and_in_several(kind):
+    found = []
+    for size in (32, 8):
+        model, twin, quantizer = quantized()
+        options = {**KINDS[kind], "batch_size": size, "tokens_per_step": 32 * 24, "nsamples": 32, "steps": 4}
+        found.append(quantizer.finish(model, twin, rows(), Finish(**options)))
+    one, several = found
+    assert one.samples == several.samples == 32
+    assert [each.held_out for each in several.curve] == pytest.approx([each.held_out for each in one.curve], rel=1e-3)
+    assert [each.after for each in several.blocks] == pytest.approx([each.after for each in one.blocks], rel=1e-3)
 
 
 def test_ctrl_c_ends_it_after_the_step_and_the_best_so_far_is_kept(monkeypatch):
