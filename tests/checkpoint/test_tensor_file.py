@@ -64,3 +64,11 @@ def test_nothing_is_copied_in_memory(tmp_path):
     over.set()
     watching.join()
     assert most[0] < 16 * 2**20
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_a_file_that_the_disk_does_not_take_is_not_left(tmp_path):
+    (tmp_path / "file").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_tensors({"a": torch.zeros(2**20)}, tmp_path / "file")
+    assert not any(tmp_path.iterdir())

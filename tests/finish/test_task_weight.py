@@ -165,3 +165,13 @@ def test_batches_without_a_loss_and_a_loss_without_a_weight_are_refused():
         quantizer.finish(model, twin, embedded, MIXED)
     with pytest.raises(ValueError, match=r"task_weight, which is 0: give Finish\(task_weight=...\)"):
         quantizer.finish(model, twin, rows(), Finish(), task_loss=cross_entropy)
+
+
+def test_layers_that_nothing_depends_on_are_not_told(caplog):
+    """As experts that no token of a step goes to: the float model does not depend on them either."""
+    model, twin, quantizer = quantized()
+    for one in (model, twin):
+        layer = one.model.layers[1]
+        layer.mlp.down_proj.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    quantizer.finish(model, twin, rows(), MIXED, task_loss=lambda model, batch: cross_entropy(model, batch))
+    assert not [message for message in caplog.messages if "does not depend on" in message]

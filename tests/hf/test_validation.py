@@ -235,6 +235,17 @@ def test_what_a_trainer_gathers_for_its_own_metrics_is_of_batches_alone(tmp_path
     assert next(iter(callback.report.spreads.values())).unit == "samples"
 
 
+def test_losses_of_16_bits_are_compared_as_they_are_exact(tmp_path):
+    class Rough(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            return (loss.bfloat16(), outputs) if return_outputs else loss
+
+    _, callback = run(tmp_path, {"bits": 2}, kind=Rough, arguments={"per_device_eval_batch_size": 6})
+    (spread,) = callback.report.spreads.values()
+    assert (spread.parts, spread.unit, spread.why) == (24, "samples", "")
+
+
 class NoCopies(dict):
     def __copy__(self):
         raise RuntimeError("there is one of these")

@@ -210,6 +210,17 @@ def test_samples_take_no_longer_than_the_validation_and_those_that_ran_for_both_
     assert second < first and len(pairs.before) == 2 * second and pairs.share == second / 16 and pairs.unit == "samples"
 
 
+def test_some_samples_run_however_long_they_take(monkeypatch):
+    monkeypatch.setattr(samples, "_LEAST", 4)
+    clock = iter([0.0] * 3)
+    monkeypatch.setattr(samples.time, "perf_counter", lambda: next(clock, 1e9))  # the first one takes all the time
+    chosen, ran = Chosen(), []
+    for number in range(8):
+        chosen.add(None, torch.full((2, 3), number))
+    chosen.run(lambda number, *_: ran.append(number))
+    assert ran == [0, 0, 4, 4]
+
+
 def test_of_some_samples_the_interval_is_that_of_a_mean_of_all():
     """Sixty of 240, of the same changes: half as wide as if there were sixty."""
     torch.manual_seed(0)
@@ -243,6 +254,13 @@ def test_samples_that_ran_and_weigh_nothing_are_not_taken_for_some_that_did_not(
     assert (found.unit, len(found.before), found.share) == ("samples", 10, 1.0)
     half = Measured.mean([mean, mean], [20, 20], [1, 2], Samples([one], 40))
     assert Pairs.of(half, half).share == 0.5
+
+
+def test_masks_are_counted_by_what_they_keep():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    counts = counts_in({"attention_mask": mask, "kept": mask.bool(), "labels": mask - 100}, [1, 1])
+    assert counts["attention_mask"] == counts["kept"] == [2, 1] and counts["attention_mask but the first"] == [1, 0]
+    assert counts["labels"] == [2, 1]
 
 
 def test_a_table_beside_the_samples_is_no_weight_of_theirs():
