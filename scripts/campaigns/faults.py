@@ -398,7 +398,7 @@ def _prepare(folder: Path) -> None:
 CAMPAIGN = Campaign(
     about="functions that fail or are interrupted, disks, memory, and odd surroundings",
     cases=400,
-    few=4,
+    few=3,  # the next of seed 0 takes six times as long as these
     given=_given,
     attack=_attack,
     prepare=_prepare,
