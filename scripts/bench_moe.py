@@ -48,7 +48,7 @@ PARTS = {
     "walk.expert_hessians": ("ExpertHessians.weighted",),
     "walk.ranges": ("_include_experts", "_include"),
     "model.experts_call": ("_grouped", "_one_by_one"),
-    "gptq.solve_each": ("factorize", "beside", "each_target", "each_loss", "factored", "solve_factored"),
+    "gptq.solve_each": ("factorize", "beside", "each_target", "each_loss", "solve_each"),
     "gptq.refine": ("Arranged.of", "regridded", "refitted", "descended"),
     "gptq.solver": ("factorize", "_beside"),
     "gptq.recursion": ("Recursion.__init__", "Recursion.visit"),

@@ -18,6 +18,7 @@ from gptq_plugin.kernels.product import routing
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model import experts_served
 from gptq_plugin.model.experts import unfused
 
@@ -103,6 +104,18 @@ def test_only_transformers_own_silu_takes_one_pass(gate, taken, monkeypatch):
         wanted = output(made, x)
         torch.testing.assert_close(output(served(made), x), wanted, rtol=1e-4, atol=1e-5)
     assert taken == [14] and len(passed) == (gate in ("silu", "swish"))
+
+
+@torch.no_grad()
+def test_a_gate_whose_weights_are_brought_while_it_is_calibrated_takes_one_pass_too(taken, monkeypatch):
+    made, passed = block(), []
+    monkeypatch.setattr(
+        plain_rows, "silu_gated", lambda both, plain=plain_rows.silu_gated: passed.append(1) or plain(both)
+    )
+    with unfused(made), Weights(made, torch.device("cpu"), stream=False, capacity=2**40, unit_bytes=2**40):
+        assert made.experts.act_fn._forward_pre_hooks
+        output(served(made), torch.randn(1, 7, 64))
+    assert taken and passed
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_plugin import QuantizeModule
 from gptq_plugin.config import QuantizeConfig
-from gptq_plugin.gptq.solve_each import solve_factored
+from gptq_plugin.gptq.solve_each import solve_each
 from gptq_plugin.quantize import solve_experts
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.one_pass import OnePass
@@ -210,11 +210,11 @@ def test_an_experts_rows_are_paired_with_what_the_float_model_gives_its_block_fo
 def test_experts_of_one_parameter_and_padded_batches_are_paired_too(monkeypatch):
     drifts = []
 
-    def noted(begun, drift=None):
+    def noted(weights, hessians, config, damp_percents, drift=None):
         drifts.append(drift if drift is None else drift.clone())
-        return solve_factored(begun, drift)
+        return solve_each(weights, hessians, config, damp_percents, drift)
 
-    monkeypatch.setattr(solve_experts, "solve_factored", noted)
+    monkeypatch.setattr(solve_experts, "solve_each", noted)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "qwen3_moe", hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=64,

@@ -139,19 +139,6 @@ def test_experts_in_chunks_are_those_solved_all_at_once(most, monkeypatch):
     assert torch.stack(same).mean() > 0.999
 
 
-def test_the_next_chunks_hessians_are_being_factored_while_one_is_solved(monkeypatch):
-    done: list[str] = []
-    for name in ("factored", "solve_factored"):
-        plain = getattr(solve_experts, name)
-        monkeypatch.setattr(
-            solve_experts, name, lambda *args, name=name, plain=plain: done.append(name) or plain(*args)
-        )
-    monkeypatch.setattr(solve_experts, "most", lambda *_: 2)
-    Watched(mixture())
-    begin, end = "factored", "solve_factored"
-    assert done == 2 * [begin, begin, end, begin, end, end]  # of six experts, and two groups
-
-
 @pytest.mark.parametrize(
     "changes",
     [

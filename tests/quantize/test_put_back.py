@@ -272,7 +272,7 @@ def test_any_line_may_fail(tmp_path):
 
 @pytest.mark.parametrize(
     ("step", "call"),
-    [("quantize.one_pass.solve_shared", 2), ("quantize.solve_experts.solve_factored", 2),
+    [("quantize.one_pass.solve_shared", 2), ("quantize.solve_experts.solve_each", 2),
      ("quantize.experts_pass.packed_layers", 2), ("memory.finished_layers.FinishedLayers.add", 9),
      ("quantize.in_place.describe", 1), ("export.export.Export.finish", 1), ("walk.lockstep._Steps.arrive", 11),
      ("walk.kept_state.WatchedPlaces", 1)],

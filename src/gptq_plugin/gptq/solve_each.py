@@ -6,7 +6,6 @@ by a number here, and read once for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,41 +56,6 @@ def most(rows: int, columns: int, config: QuantizeConfig) -> int:
     return max(1, CHUNK_BYTES // (columns * (columns * (_BYTES_HESSIAN + of_both) + rows * (of_weight + of_both))))
 
 
-@dataclass(frozen=True)
-class Factored:
-    """Matrices whose Hessians are being factored, on a GPU beside other work.
-
-    Attributes:
-        weights: [B, rows, in], in the Hessians' dtype.
-        hessians: [B, in, in].
-        damp_percents: [B, 1]; kept, as the Hessians are, for the stream that reads them.
-        config: For all.
-        factor, good: As from `factorize`; to be used after `join`.
-        join: Has the device's current stream wait for them.
-    """
-
-    weights: Tensor
-    hessians: Tensor
-    damp_percents: Tensor
-    config: QuantizeConfig
-    factor: Factor
-    good: Tensor
-    join: Callable[[], None]
-
-
-def factored(weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_percents: Tensor) -> Factored:
-    """Begins to solve matrices: factors their Hessians, in small kernels that leave most of a GPU to others.
-
-    The arguments are those of `solve_each`. They are not to be changed before `solve_factored`.
-    """
-    with full_precision(weights.device):
-        weights = weights.detach().to(hessians.dtype).contiguous()
-        damp_percents = damp_percents[:, None].to(hessians.dtype)
-        with on_side_stream(weights.device) as join:
-            factor, good = factorize(hessians, config, hessians.dtype, damp_percents)
-    return Factored(weights, hessians, damp_percents, config, factor, good, join)
-
-
 def solve_each(
     weights: Tensor, hessians: Tensor, config: QuantizeConfig, damp_percents: Tensor, drifts: Tensor | None = None
 ) -> Solutions:
@@ -104,15 +68,13 @@ def solve_each(
         damp_percents: [B], in place of the configuration's.
         drifts: C of each, [B, in, in] as for `solver.solve`; None rounds the weights themselves.
     """
-    return solve_factored(factored(weights, hessians, config, damp_percents), drifts)
-
-
-def solve_factored(begun: Factored, drifts: Tensor | None = None) -> Solutions:
-    """The rest of `solve_each`."""
-    weights, hessians, config, factor = begun.weights, begun.hessians, begun.config, begun.factor
     with full_precision(weights.device):
+        weights = weights.detach().to(hessians.dtype).contiguous()
+        damp_percents = damp_percents[:, None].to(hessians.dtype)
+        with on_side_stream(weights.device) as join:
+            factor, good = factorize(hessians, config, hessians.dtype, damp_percents)
         rtn_loss, power = beside(weights, hessians, config)
-        begun.join()
+        join()
         finite, targets = torch.isfinite(hessians.diagonal(dim1=1, dim2=2)).all(1), weights
         if drifts is not None and config.asymmetric_alpha:
             targets = each_target(weights, drifts, factor, config.asymmetric_alpha)
@@ -130,7 +92,7 @@ def solve_factored(begun: Factored, drifts: Tensor | None = None) -> Solutions:
             zeros=zeros,
             g_idx=g_idx,
             losses=torch.stack([loss, rtn_loss, power], 1),
-            good=begun.good & finite & rounded.fits_each,
+            good=good & finite & rounded.fits_each,
         )
 
 

@@ -87,7 +87,13 @@ def _is_silu(module: Any) -> bool:
     is_own = getattr(module._apply_gate, "__func__", None) is getattr(moe, "_default_apply_gate", module)
     if not is_own or type(activation) not in (nn.SiLU, ACT2CLS["silu"]):
         return False
-    return not (activation._forward_hooks or activation._forward_pre_hooks or "forward" in activation.__dict__)
+    hooks = (*activation._forward_hooks.values(), *activation._forward_pre_hooks.values())
+    return "forward" not in activation.__dict__ and all(map(_is_ours, hooks))
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook is one of this package, of which those on activations bring weights."""
+    return str(getattr(hook, "func", hook).__module__).startswith("gptq_plugin.")
 
 
 def _on_gpu(x: Tensor) -> bool:

@@ -20,7 +20,6 @@ from gptq_plugin.quantize.options import PassOptions
 _NEIGHBOURS = 3  # blocks that are on the device while weights are streamed
 _BYTES_HESSIAN = 8  # for every entry of a Hessian: half of it, in float64, and what is left of strips
 _BYTES_DRIFT = 8  # for every entry of a drift, in float64
-_CHUNKS = 3  # halves of a chunk that are on the device: one is solved while the next one's Hessians are factored
 
 
 def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> dict[str, Grouped]:
@@ -53,4 +52,4 @@ def evidence_bytes(grouped: Collection[Grouped], plan: Plan) -> int:
     them."""
     of_entry = _BYTES_HESSIAN + _BYTES_DRIFT * any(one.config.asymmetric_alpha for one in plan.targets)
     of_layers = (len(one.layers) * one.in_features**2 * of_entry for one in grouped)
-    return max(of_layers, default=0) + (_CHUNKS * CHUNK_BYTES // 2 if grouped else 0)
+    return max(of_layers, default=0) + (CHUNK_BYTES if grouped else 0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from gptq_plugin import distributed
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.streams import AsyncRead
-from gptq_plugin.gptq.solve_each import Factored, Solutions, factored, most, solve_factored
+from gptq_plugin.gptq.solve_each import Solutions, most, solve_each
 from gptq_plugin.walk.expert_hessians import EachEvidence, Evidence, SomeEvidence
 
 
@@ -61,60 +60,41 @@ def solve_experts(
     chunks = -(-experts // most(*shape, config))
     size, ranks, rank = -(-experts // chunks), distributed.world_size(), distributed.rank()
     numbers = [range(start, min(start + size, experts)) for start in range(0, experts, size)]
-    before: _Turn | None = None
     for first in range(0, len(numbers), ranks):
         turn = [numbers[min(first + one, len(numbers) - 1)] for one in range(ranks)]
-        told = {which: evidence.take(len(which)) for which in dict.fromkeys(turn)}
-        mine = partial(_factored, weights, turn[rank], told[turn[rank]], size, config)
-        next_turn = _Turn(told, turn[rank], with_room(mine, make_room))
-        if before is not None:  # a device factors the Hessians of the next turn beside
-            yield from before.solved(size, make_room)
-        before = next_turn
-    assert before is not None
-    yield from before.solved(size, make_room)
+        mine: Callable[[], Solutions] | None = None
+        told: dict[range, SomeEvidence] = {}
+        for which in dict.fromkeys(turn):
+            told[which] = evidence.take(len(which))
+            if turn[rank] == which:
+                mine = _solver(weights, which, told[which], size, config)
+        assert mine is not None
+        solved = _on_all_ranks(with_room(mine, make_room), len(told), make_room)
+        for which, of_rank in zip(told, solved, strict=True):
+            yield Chunk(which, told[which].each, of_rank, AsyncRead(of_rank.good).get)
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A chunk for each rank.
-
-    Attributes:
-        told: Their evidence, by chunk.
-        which: This rank's.
-        mine: That chunk, whose Hessians are being factored.
-    """
-
-    told: dict[range, SomeEvidence]
-    which: range
-    mine: Factored
-
-    def solved(self, size: int, make_room: Callable[[], bool]) -> Iterator[Chunk]:
-        drifts = self.told[self.which].drifts
-        drifts = None if drifts is None else _filled(drifts, size)
-        mine = with_room(partial(solve_factored, self.mine, drifts), make_room)
-        solved = _on_all_ranks(mine, len(self.told), make_room)
-        for which, of_rank in zip(self.told, solved, strict=True):
-            yield Chunk(which, self.told[which].each, of_rank, AsyncRead(of_rank.good).get)
-
-
-def _factored(
+def _solver(
     weights: Callable[[int], Sequence[Tensor]],
     experts: range,
     evidence: SomeEvidence,
     size: int,
     config: QuantizeConfig,
-) -> Factored:
-    """Begins to solve some experts; the last one fills a chunk that has fewer, since sums may depend on their
-    number."""
+) -> Callable[[], Solutions]:
+    """Solves some experts; the last one fills a chunk that has fewer, since sums may depend on their number."""
     chosen = [*experts, *[experts[-1]] * (size - len(experts))]
-    stacked = torch.cat([part for number in chosen for part in weights(number)]).unflatten(0, (size, -1))
-    damp_percents = evidence.damp_percents.clamp(min=config.damp_percent)
-    return factored(stacked, _filled(evidence.means, size), config, _filled(damp_percents, size))
 
+    def filled(values: Tensor) -> Tensor:
+        missing = size - len(values)
+        return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])]) if missing else values
 
-def _filled(values: Tensor, size: int) -> Tensor:
-    missing = size - len(values)
-    return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])]) if missing else values
+    def solve() -> Solutions:
+        stacked = torch.cat([part for number in chosen for part in weights(number)]).unflatten(0, (size, -1))
+        damp_percents = evidence.damp_percents.clamp(min=config.damp_percent)
+        drifts = None if evidence.drifts is None else filled(evidence.drifts)
+        return solve_each(stacked, filled(evidence.means), config, filled(damp_percents), drifts)
+
+    return solve
 
 
 def _on_all_ranks(mine: Solutions, sharers: int, make_room: Callable[[], bool]) -> list[Solutions]:
