@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gptq_plugin.kernels.product.choice import Choice
 from gptq_plugin.kernels.product.layout import Layout
 
 from kernel_cases import INTERPRETED
@@ -48,7 +49,7 @@ def machine_code(kernel, types, constants, capability, options, folder) -> tuple
         subprocess.run([TOOLS / "cuobjdump", option, binary], capture_output=True, text=True, check=True).stdout
         for option in ("-sass", "-res-usage")
     )
-    return compiled.asm["ttgir"], code, resources
+    return compiled.asm["ttgir"], code, f"{resources} DYNAMIC:{compiled.metadata.shared}"
 
 
 def longest_loop(code: str) -> list[str]:
@@ -145,25 +146,57 @@ def test_experts_of_3_bits_spill_nothing(capability, kind, block, tmp_path):
     assert re.search(r"STACK:0\b", resources), "registers are spilled"
 
 
+def many_rows_arguments(bits, options, symmetric):
+    """The kernel of many rows with types of its arguments, constants and options of its launch."""
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from gptq_plugin.kernels.product.many_rows import _many_rows_kernel
+
+    kind = "fp16" if symmetric else "bf16"
+    wide, narrow = (f"NVMMASharedLayout(swizzle_byte_width={n}, element_bitwidth=16, rank=2)" for n in (128, 64))
+    types = {
+        "x": f"tensordesc<{kind}[{options['BM']}, 64],{wide}>",
+        "words": f"tensordesc<i16[{options['BN']}, 32],{narrow}>",
+        "scales": "*i32", "zeros": "*i32", "out": f"*{kind}", "parts": "*fp32", "counters": "*i32",
+        "M": "i32", "N": "i32", "outputs": "i32", "stride": "i32", "turns": "i32",
+    }  # fmt: skip
+    sizes = options | {
+        "BITS": bits, "WIDTH": 2, "SHARED": options["BM"] < 256, "SYMMETRIC": symmetric, "HAS_BIAS": False, "EARLY": 1,
+        "LATE": options["BM"] <= 32, "bias": None,
+    }  # fmt: skip
+    if symmetric:
+        sizes["zeros"] = None
+    return _many_rows_kernel, types, sizes, 90, {"num_warps": 4, "launch_pdl": True}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="needs the tools that Triton comes with")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [
+        (3, "BN=128 BM=64 STAGES=3 JOINED=4 AHEAD=3"), (4, "BN=64 BM=256 STAGES=5 JOINED=1 AHEAD=2"),
+        (3, "BN=128 BM=16 STAGES=4 JOINED=4 AHEAD=4"), (2, "BN=128 BM=8 STAGES=4 JOINED=4 AHEAD=4"),
+    ],
+)  # fmt: skip
+def test_the_product_of_many_rows_spills_nothing_and_has_the_shared_memory_it_is_said_to(
+    bits, options, symmetric, tmp_path
+):
+    from gptq_plugin.kernels.product.registry import shared_of_many
+
+    chosen = dict(Choice.parse(f"many_rows {options}").options)
+    _, code, resources = machine_code(*many_rows_arguments(bits, chosen, symmetric), tmp_path)
+    assert re.search(r"STACK:0\b", resources), "registers are spilled"
+    taken = int(re.search(r"DYNAMIC:(\d+)", resources)[1])
+    assert code.count("HGMMA") and taken <= shared_of_many(**chosen)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_words_are_given_back_to_the_copy_engine_only_after_products_of_them(bits):
     """A barrier of threads does not wait for loads from shared memory, and the copy engine is not in their order: words
     given back right after they were loaded were overwritten in up to all runs (docs/benchmarks/qlinear.md)."""
-    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
-    from gptq_plugin.kernels.product.many_rows import _many_rows_kernel
-
-    wide, narrow = (f"NVMMASharedLayout(swizzle_byte_width={n}, element_bitwidth=16, rank=2)" for n in (128, 64))
-    types = {
-        "x": f"tensordesc<fp16[64, 64],{wide}>", "words": f"tensordesc<i16[64, 32],{narrow}>",
-        "scales": "*i32", "out": "*fp16", "parts": "*fp32", "counters": "*i32",
-        "M": "i32", "N": "i32", "outputs": "i32", "turns": "i32",
-    }  # fmt: skip
-    sizes = {
-        "BITS": bits, "BN": 64, "BM": 64, "STAGES": 12, "AHEAD": 3, "WIDTH": 2, "SPLIT": 1, "SYMMETRIC": True,
-        "HAS_BIAS": False, "EARLY": 1, "zeros": None, "bias": None,
-    }  # fmt: skip
-    code = compiled_for(_many_rows_kernel, types, sizes, 90, {"num_warps": 4, "launch_pdl": True}).asm["ttgir"]
+    options = {"BN": 128, "BM": 64, "STAGES": 3, "JOINED": 4, "AHEAD": 3}
+    code = compiled_for(*many_rows_arguments(bits, options, True)).asm["ttgir"]
     steps = re.findall(r"ttg\.local_load|ttng\.arrive_barrier|ttng\.warp_group_dot_wait", code)
     next_steps = [after for step, after in itertools.pairwise(steps) if step == "ttg.local_load" != after]
     assert next_steps and set(next_steps) == {"ttng.warp_group_dot_wait"}

@@ -22,7 +22,8 @@ def right(text, layout=LAYOUT, rows=16, dtype=torch.float16, on=H100):
 def test_every_kernel_has_options_with_defaults():
     own = {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2, "EARLY": 0, "HALF": 0}
     assert KERNELS["few_rows"].options == own
-    assert set(KERNELS["many_rows"].options) == {"BM", "STAGES", "AHEAD", "WIDTH", "SPLIT", "EARLY"}
+    own = {"BN": 64, "BM": 256, "STAGES": 5, "JOINED": 1, "AHEAD": 2, "WIDTH": 2, "SPLIT": 1, "EARLY": 0}
+    assert KERNELS["many_rows"].options == own
     assert set(KERNELS["by_warps"].options) == {"BN", "BM", "WAYS", "STAGES", "EARLY", "HALF"}
     assert KERNELS["dense"].options == {}
     assert all(type(value) is int for kernel in KERNELS.values() for value in kernel.options.values())
@@ -38,9 +39,9 @@ def test_options_left_out_are_the_kernels_own():
         "no_such_kernel", "run", "dense BN=64", "few_rows WIDTH=2", "few_rows BN=64 BN=64", "few_rows BN=48",
         "few_rows BN=256", "few_rows BM=4", "few_rows BM=24", "few_rows SPLIT=0", "few_rows SPLIT=17",
         "few_rows STAGES=0", "few_rows STAGES=9", "few_rows warps=3", "few_rows BM=128 STAGES=4",
-        "many_rows BN=64",
-        "many_rows BM=512", "many_rows BM=32", "many_rows STAGES=6", "many_rows STAGES=2", "many_rows AHEAD=1",
-        "many_rows AHEAD=5", "many_rows WIDTH=0", "many_rows SPLIT=17", "many_rows EARLY=2", "few_rows EARLY=5",
+        "many_rows BN=32", "many_rows BN=128", "many_rows BN=128 BM=128", "many_rows BM=64 JOINED=2",
+        "many_rows BM=512", "many_rows BM=24", "many_rows STAGES=6", "many_rows STAGES=1", "many_rows AHEAD=1",
+        "many_rows AHEAD=5", "many_rows WIDTH=0", "many_rows SPLIT=65", "many_rows EARLY=2", "few_rows EARLY=5",
         "by_warps SPLIT=2", "by_warps BN=48", "by_warps BM=64", "by_warps WAYS=3", "by_warps WAYS=16",
         "by_warps STAGES=0", "by_warps BN=64 WAYS=8 STAGES=4", "by_warps EARLY=5",
     ],

@@ -35,13 +35,20 @@ def test_on_an_h100_the_choice_is_what_was_fastest_there():
 def test_of_2_and_3_bits_the_choice_is_what_was_fastest_on_an_h200():
     halves = "STAGES=3 warps=4 EARLY=1 HALF=1"
     assert chosen(64, bits=2) == chosen(64, bits=3) == f"few_rows BN=64 BM=64 SPLIT=4 {halves}"
-    assert chosen(64, 8192, 28672, bits=2) == f"few_rows BN=64 BM=64 SPLIT=1 {halves}"
-    assert chosen(64, 8192, 28672, bits=3) == "many_rows BM=64 STAGES=12 AHEAD=3 WIDTH=2 SPLIT=1 EARLY=1"
+    assert chosen(64, 4096, 14336, bits=2) == f"few_rows BN=64 BM=64 SPLIT=1 {halves}"
+    assert chosen(64, 4096, 14336, bits=3) == "many_rows BM=64 STAGES=12 AHEAD=3 WIDTH=2 SPLIT=1 EARLY=1"
     assert chosen(16, bits=3) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=4 warps=2 EARLY=0 HALF=1"
     assert chosen(16, bits=2) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=3 warps=2 EARLY=0"
     for bits in (2, 3):
         assert chosen(256, bits=bits) == "many_rows BM=128 STAGES=8 AHEAD=3 WIDTH=2 SPLIT=2 EARLY=1"
         assert chosen(2048, bits=bits) == chosen(256, 8192, 28672, bits=bits) == chosen(2048)
+
+
+def test_64_rows_have_wide_tiles_where_these_keep_the_processors_at_work():
+    for bits in (2, 3, 4):
+        assert chosen(64, 8192, 28672, bits=bits).startswith("many_rows BN=128 BM=64 STAGES=3 JOINED=4 AHEAD=3 SPLIT=1")
+        assert "BN=128" not in chosen(64, 8192, 256 * 150, bits=bits) + chosen(32, 8192, 28672, bits=bits)
+    assert chosen(64, 8192, 28672, gpu=A100).startswith("few_rows") and "few" in chosen(64, 8192, 28672, bits=8)
 
 
 def test_3_bits_are_taken_by_halves_where_whole_steps_spill():

@@ -30,12 +30,11 @@ from ..needs_triton import triton
 from .codes import ptx, start
 from .in_turn import launch, let_go, wait
 from .layout import Arranged, Layout, pieces
+from .tiles import own, place, store_sum
 from .workspace import Workspace
 
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7 renamed it
-
-_BN = 64  # outputs of each of the two groups of warps, of a tile
 _pieces = triton.constexpr_function(pieces)
+_SCALED_LATE = 32  # rows up to which it takes less to scale sums than weights
 _LANES = 32  # whose weights are multiplied at a time, a part: more spill
 
 
@@ -58,12 +57,12 @@ def _constraints(operands):
 @gluon.jit
 def _weights(
     lower, upper, scales, zeros, kind,
-    PART: gl.constexpr, BITS: gl.constexpr, BF16: gl.constexpr, SYMMETRIC: gl.constexpr,
+    PART: gl.constexpr, BITS: gl.constexpr, BF16: gl.constexpr, SYMMETRIC: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
-    """A part's weights in the dtype of `kind`, of a turn's words [n, 32] and of the pairs [n] of scales and zeros."""
+    """A part's weights in the dtype of `kind`, of a turn's words [n, 32] and of the pairs [n] of scales and zeros; if
+    LATE, its codes less their zeros."""
     PLANE: gl.constexpr = PART if BITS == 3 else PART // 2
-    CODE: gl.constexpr = _ptx_scaled(PLANE, BITS, BF16, SYMMETRIC)
-    scale = _of_pair(scales, PART // 4).to(gl.int16).to(gl.float16, bitcast=True)
+    CODE: gl.constexpr = ptx(PLANE, BITS, BF16, SYMMETRIC) if LATE else _ptx_scaled(PLANE, BITS, BF16, SYMMETRIC)
     if BITS == 3:
         operands = (lower,) if PLANE < 5 else (upper,) if PLANE < 7 else (upper, lower)
     else:
@@ -72,13 +71,15 @@ def _weights(
         START: gl.constexpr = start(PLANE, BITS, BF16)
         bits = (START[0] + (_of_pair(zeros, PART // 4) << START[1])).to(gl.int16)
         operands = operands + (gl.expand_dims(bits.to(kind.dtype, bitcast=True), 1),)
-    if BF16:
-        wide = scale.to(gl.float32)
-        leading = wide.to(gl.bfloat16)
-        rest = (wide - leading.to(gl.float32)).to(gl.bfloat16)
-        operands = operands + (gl.expand_dims(leading, 1), gl.expand_dims(rest, 1))
-    else:
-        operands = operands + (gl.expand_dims(scale, 1),)
+    if not LATE:
+        scale = _of_pair(scales, PART // 4).to(gl.int16).to(gl.float16, bitcast=True)
+        if BF16:
+            wide = scale.to(gl.float32)
+            leading = wide.to(gl.bfloat16)
+            rest = (wide - leading.to(gl.float32)).to(gl.bfloat16)
+            operands = operands + (gl.expand_dims(leading, 1), gl.expand_dims(rest, 1))
+        else:
+            operands = operands + (gl.expand_dims(scale, 1),)
     return gl.inline_asm_elementwise(
         CODE, _constraints(len(operands)), operands, dtype=kind.dtype, is_pure=True, pack=2
     )
@@ -90,26 +91,19 @@ def _of_pair(pairs, SECOND: gl.constexpr):
 
 
 @gluon.jit
-def _place(tile, M, outputs, BN: gl.constexpr, BM: gl.constexpr, WIDTH: gl.constexpr):
-    """(n, m) of a tile: columns of tiles in bands of WIDTH, so that programs at work share words and rows of x."""
-    down, across = gl.cdiv(M, BM), gl.cdiv(outputs, BN)
-    first = tile // (WIDTH * down) * WIDTH
-    width = gl.minimum(across - first, WIDTH)
-    within = tile % (WIDTH * down)
-    return (first + within % width) * BN, within // width * BM
-
-
-@gluon.jit
 def _fetch(
-    x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, turns, BITS: gl.constexpr,
-    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr,
-    SPLIT: gl.constexpr, EARLY: gl.constexpr,
+    x, words, rings, sizes,
+    BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    JOINED: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr, SHARED: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
+    x_ring, ring, words_full, words_free, x_full, x_free = rings
+    M, _, outputs, stride, turns = sizes
     turn = 0
-    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN) * SPLIT
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        n, m = _place(tile // SPLIT, M, outputs, 2 * BN, BM, WIDTH)
-        for at in range(tile % SPLIT * turns // SPLIT, (tile % SPLIT + 1) * turns // SPLIT):
+    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN)
+    start, stop, distance, first, end = own(tiles, turns, SHARED)
+    for tile in range(start, stop, distance):
+        n, m = place(tile, M, outputs, 2 * BN, BM, WIDTH)
+        for at in range(gl.maximum(first - tile * turns, 0), gl.minimum(end - tile * turns, turns)):
             stage = turn % AHEAD
             mbarrier.wait(words_free.index(stage), turn // AHEAD & 1 ^ 1)
             mbarrier.expect(words_full.index(stage), 2 * BN * 64 * 2)
@@ -118,52 +112,19 @@ def _fetch(
                     tile_of_words = at // 2 * 3 + (2 if i % 2 else at % 2)
                 else:  # lower and upper lanes
                     tile_of_words = at if BITS == 4 else at // 2
-                place = [tile_of_words * outputs + n + i // 2 * BN, 0 if BITS == 3 else i % 2 * 32]
-                tma.async_copy_global_to_shared(words, place, words_full.index(stage), ring.index(4 * stage + i))
+                corner = [tile_of_words * stride + n + i // 2 * BN, 0 if BITS == 3 else i % 2 * 32]
+                buffer = ring.index(4 * stage + i)
+                tma.async_copy_global_to_shared(words, corner, words_full.index(stage), buffer)
             for plane in gl.static_range(4):
-                of_x = 4 * turn + plane
-                mbarrier.wait(x_free.index(of_x % STAGES), of_x // STAGES & 1 ^ 1)
-                mbarrier.expect(x_full.index(of_x % STAGES), BM * 64 * 2)
-                tma.async_copy_global_to_shared(
-                    x, [m, at * 256 + 64 * plane], x_full.index(of_x % STAGES), x_ring.index(of_x % STAGES)
-                )
+                of_x = turn * (4 // JOINED) + plane // JOINED
+                if plane % JOINED == 0:
+                    mbarrier.wait(x_free.index(of_x % STAGES), of_x // STAGES & 1 ^ 1)
+                    mbarrier.expect(x_full.index(of_x % STAGES), JOINED * BM * 64 * 2)
+                buffer = x_ring.index(of_x % STAGES * JOINED + plane % JOINED)
+                tma.async_copy_global_to_shared(x, [m, at * 256 + 64 * plane], x_full.index(of_x % STAGES), buffer)
             turn += 1
     if EARLY:
         let_go()
-
-
-@gluon.jit
-def _store(acc, bias, out, n, m, M, N, HAS_BIAS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, L: gl.constexpr):
-    if HAS_BIAS:
-        columns = n + gl.arange(0, BN, gl.SliceLayout(1, L))
-        acc += gl.expand_dims(gl.load(bias + columns, mask=columns < N, other=0).to(gl.float32), 1)
-    S: gl.constexpr = gl.BlockedLayout([8, 1], [BN // 8, 256 // BN], [1, 4], [0, 1])
-    y = gl.convert_layout(acc.to(out.dtype.element_ty), S)
-    row = m + gl.arange(0, BM, gl.SliceLayout(0, S))
-    column = n + gl.arange(0, BN, gl.SliceLayout(1, S))
-    at = out + row.to(gl.int64)[None, :] * N + column[:, None]
-    gl.store(at, y, mask=(row < M)[None, :] & (column < N)[:, None])
-
-
-@gluon.jit
-def _store_sum(
-    acc, bias, out, parts, counters, slot, part, n, m, M, N,
-    HAS_BIAS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, L: gl.constexpr,
-):  # fmt: skip
-    """Of programs that share a tile, the last adds all parts, in order."""
-    if SPLIT == 1:
-        _store(acc, bias, out, n, m, M, N, HAS_BIAS, BN, BM, L)
-    else:
-        own = parts + slot * (SPLIT * BN * BM)
-        own += gl.arange(0, BN, gl.SliceLayout(1, L))[:, None] * BM + gl.arange(0, BM, gl.SliceLayout(0, L))[None, :]
-        gl.store(own + part * (BN * BM), acc)
-        _barrier()
-        if gl.atomic_add(counters + slot, 1, sem="acq_rel") == SPLIT - 1:
-            total = gl.zeros([BN, BM], gl.float32, L)
-            for i in gl.static_range(SPLIT):
-                total += gl.load(own + i * (BN * BM), cache_modifier=".cg")
-            _store(total, bias, out, n, m, M, N, HAS_BIAS, BN, BM, L)
-            gl.store(counters + slot, 0)  # ready for the next product
 
 
 @gluon.jit
@@ -174,94 +135,138 @@ def _moved(words, distance):
 
 
 @gluon.jit
-def _words(ring, full, turn, at, HALF: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr):
-    """The two tiles of words of a turn in registers, with the half's codes where those of the first half lie."""
-    mbarrier.wait(full.index(turn % AHEAD), turn // AHEAD & 1)
-    lower = ring.index(4 * (turn % AHEAD) + 2 * HALF).load(A)
-    upper = ring.index(4 * (turn % AHEAD) + 2 * HALF + 1).load(A)
-    if BITS == 2:
-        lower = _moved(lower, at % 2 * 8)
-    if BITS < 4:
-        upper = _moved(upper, at % 2 * 8)
-    return lower, upper
+def _words(
+    ring, turn, at, SECOND: gl.constexpr,
+    INDEX: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr,
+):  # fmt: skip
+    """A tile of words of a turn in registers, with the half's codes where those of the first half lie."""
+    words = ring.index(4 * (turn % AHEAD) + 2 * INDEX + SECOND).load(A)
+    if BITS == 2 or (BITS == 3 and SECOND):
+        words = _moved(words, at % 2 * 8)
+    return words
+
+
+@gluon.jit
+def _scaled(acc, total, scales, SECOND: gl.constexpr):
+    scale = _of_pair(scales, SECOND).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    return acc + total * gl.expand_dims(scale, 1)
+
+
+@gluon.jit
+def _turn(
+    acc, total, lower, a, before, s, z, next_s, next_z, kind, rings, turn, at, high, INDEX: gl.constexpr,
+    BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, JOINED: gl.constexpr,
+    AHEAD: gl.constexpr, BF16: gl.constexpr, SYMMETRIC: gl.constexpr, LATE: gl.constexpr,
+    A: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
+    """A turn's products of 256 channels in eight parts: the sums, and what the next turn begins with."""
+    x_ring, ring, words_full, words_free, x_full, x_free = rings
+    upper = _words(ring, turn, at, 1, INDEX, BITS, AHEAD, A)
+    for part in gl.static_range(8):
+        of_x = turn * (4 // JOINED) + part // 2 // JOINED
+        buffer = x_ring.index(of_x % STAGES * JOINED + part // 2 % JOINED)
+        x = buffer.slice(part % 2 * 32, 32, dim=1).permute((1, 0))
+        if LATE and part % 4 == 0:
+            token = warpgroup_mma(a, x, gl.zeros([BN, BM], gl.float32, L), use_acc=False, is_async=True)
+        else:
+            token = warpgroup_mma(a, x, total if LATE else acc, is_async=True)
+        multiplied = a
+        of_part = s
+        # The next weights are expanded while the tensor cores multiply these and those before. None are on
+        # their way when the loop turns: the compiler would then wait for each.
+        if part < 7:
+            a = _weights(lower, upper, s, z, kind, part + 1, BITS, BF16, SYMMETRIC, LATE)
+        else:
+            s = next_s
+            z = next_z
+            following_turn = turn + 1
+            mbarrier.wait(words_full.index(following_turn % AHEAD), following_turn // AHEAD & 1, pred=at + 1 < high)
+            lower = _words(ring, following_turn, at + 1, 0, INDEX, BITS, AHEAD, A)
+            a = _weights(lower, lower, s, z, kind, 0, BITS, BF16, SYMMETRIC, LATE)
+        if part % (2 * JOINED) == 2 * JOINED - 1:
+            more = (part < 7) | (at + 1 < high)
+            mbarrier.wait(x_full.index((of_x + 1) % STAGES), (of_x + 1) // STAGES & 1, pred=more)
+        if part == 0:
+            done = token
+        elif part == 4 and LATE:
+            done, total, before, a = warpgroup_mma_wait(1, deps=[token, total, before, a])
+            acc = _scaled(acc, total, of_part, False)
+        elif part < 7:
+            done, before, a = warpgroup_mma_wait(1, deps=[token, before, a])
+        else:
+            done, multiplied, a = warpgroup_mma_wait(0, deps=[token, multiplied, a])
+            mbarrier.arrive(x_free.index(of_x % STAGES), count=1)
+            # Not once they are loaded, but once all have been used: a barrier does not wait for words that are
+            # on their way to registers, and the copy engine may be there before they are read.
+            mbarrier.arrive(words_free.index(turn % AHEAD), count=1)
+            if LATE:
+                acc = _scaled(acc, done, of_part, True)
+        if part > 0 and part % (2 * JOINED) == 0:
+            mbarrier.arrive(x_free.index((of_x + STAGES - 1) % STAGES), count=1)
+        if LATE:
+            total = done
+        else:
+            acc = done
+        before = multiplied
+    return acc, total, lower, a, before, s, z
 
 
 @gluon.jit
 def _multiply(
-    scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
-    M, N, outputs, turns, HALF: gl.constexpr, BITS: gl.constexpr,
-    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr,
-    SPLIT: gl.constexpr, SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr,
+    scales, zeros, bias, out, parts, counters, rings, sizes, INDEX: gl.constexpr,
+    BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    JOINED: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr, SHARED: gl.constexpr, SYMMETRIC: gl.constexpr,
+    HAS_BIAS: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
+    _, ring, words_full, _, x_full, _ = rings
+    M, N, outputs, stride, turns = sizes
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
     R: gl.constexpr = gl.SliceLayout(1, A)
     BF16: gl.constexpr = out.dtype.element_ty == gl.bfloat16
     kind = gl.zeros([BN], out.dtype.element_ty, R)
     turn = 0
-    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN) * SPLIT
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        n0, m0 = _place(tile // SPLIT, M, outputs, 2 * BN, BM, WIDTH)
-        first = tile % SPLIT * turns // SPLIT
-        end = (tile % SPLIT + 1) * turns // SPLIT
-        n = gl.minimum(n0 + HALF * BN + gl.arange(0, BN, R), outputs - 1)
+    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN)
+    start, stop, distance, first, end = own(tiles, turns, SHARED)
+    for tile in range(start, stop, distance):
+        n0, m0 = place(tile, M, outputs, 2 * BN, BM, WIDTH)
+        low, high = gl.maximum(first - tile * turns, 0), gl.minimum(end - tile * turns, turns)
+        n = gl.minimum(n0 + INDEX * BN + gl.arange(0, BN, R), outputs - 1)
+        of_s = gl.minimum(n0 + INDEX * BN + gl.arange(0, BN, gl.SliceLayout(1, L)), outputs - 1) if LATE else n
         acc = gl.zeros([BN, BM], gl.float32, L)
-        s = gl.load(scales + first * outputs + n)
-        z = s if SYMMETRIC else gl.load(zeros + first * outputs + n)
-        lower, upper = _words(ring, words_full, turn, first, HALF, BITS, AHEAD, A)
-        a = _weights(lower, upper, s, z, kind, 0, BITS, BF16, SYMMETRIC)
+        total = acc
+        s = gl.load(scales + low * stride + of_s)
+        z = s if SYMMETRIC else gl.load(zeros + low * stride + n)
+        mbarrier.wait(words_full.index(turn % AHEAD), turn // AHEAD & 1)
+        lower = _words(ring, turn, low, 0, INDEX, BITS, AHEAD, A)
+        a = _weights(lower, lower, s, z, kind, 0, BITS, BF16, SYMMETRIC, LATE)
         before = a
-        mbarrier.wait(x_full.index(4 * turn % STAGES), 4 * turn // STAGES & 1)
-        for at in range(first, end):
-            following = gl.minimum(at + 1, end - 1) * outputs + n
-            next_s = gl.load(scales + following)
-            next_z = next_s if SYMMETRIC else gl.load(zeros + following)
-            for part in gl.static_range(8):
-                of_x = 4 * turn + part // 2
-                x = x_ring.index(of_x % STAGES).slice(part % 2 * 32, 32, dim=1).permute((1, 0))
-                token = warpgroup_mma(a, x, acc, is_async=True)
-                multiplied = a
-                # The next weights are expanded while the tensor cores multiply these and those before. None are on
-                # their way when the loop turns: the compiler would then wait for each.
-                if part < 7:
-                    a = _weights(lower, upper, s, z, kind, part + 1, BITS, BF16, SYMMETRIC)
-                else:
-                    s = next_s
-                    z = next_z
-                    if at + 1 < end:
-                        lower, upper = _words(ring, words_full, turn + 1, at + 1, HALF, BITS, AHEAD, A)
-                    a = _weights(lower, upper, s, z, kind, 0, BITS, BF16, SYMMETRIC)
-                if part % 2:
-                    more = (part < 7) | (at + 1 < end)
-                    mbarrier.wait(x_full.index((of_x + 1) % STAGES), (of_x + 1) // STAGES & 1, pred=more)
-                if part == 0:
-                    acc = token
-                elif part < 7:
-                    acc, before, a = warpgroup_mma_wait(1, deps=[token, before, a])
-                    if part % 2 == 0:
-                        mbarrier.arrive(x_free.index((of_x + STAGES - 1) % STAGES), count=1)
-                else:
-                    acc, multiplied, a = warpgroup_mma_wait(0, deps=[token, multiplied, a])
-                    mbarrier.arrive(x_free.index(of_x % STAGES), count=1)
-                    # Not once they are loaded, but once all have been used: a barrier does not wait for words that are
-                    # on their way to registers, and the copy engine may be there before they are read.
-                    mbarrier.arrive(words_free.index(turn % AHEAD), count=1)
-                before = multiplied
+        of_x = turn * (4 // JOINED)
+        mbarrier.wait(x_full.index(of_x % STAGES), of_x // STAGES & 1)
+        for at in range(low, high):
+            following = gl.minimum(at + 1, high - 1) * stride
+            next_s = gl.load(scales + following + of_s)
+            next_z = next_s if SYMMETRIC else gl.load(zeros + following + n)
+            acc, total, lower, a, before, s, z = _turn(
+                acc, total, lower, a, before, s, z, next_s, next_z, kind, rings, turn, at, high, INDEX,
+                BITS, BN, BM, STAGES, JOINED, AHEAD, BF16, SYMMETRIC, LATE, A, L,
+            )  # fmt: skip
             turn += 1
-        slot, n0 = tile // SPLIT * 2 + HALF, n0 + HALF * BN
-        _store_sum(acc, bias, out, parts, counters, slot, tile % SPLIT, n0, m0, M, N, HAS_BIAS, BN, BM, SPLIT, L)
+        store_sum(
+            acc, bias, out, parts, counters, tile, tiles, turns, n0 + INDEX * BN, m0, M, N,
+            INDEX, HAS_BIAS, BN, BM, SHARED, L,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M"])
 def _many_rows_kernel(
-    x, words, scales, zeros, bias, out, parts, counters, M, N, outputs, turns, BITS: gl.constexpr,
-    BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr,
-    SPLIT: gl.constexpr, SYMMETRIC: gl.constexpr, HAS_BIAS: gl.constexpr, EARLY: gl.constexpr,
+    x, words, scales, zeros, bias, out, parts, counters, M, N, outputs, stride, turns,
+    BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    JOINED: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr, SHARED: gl.constexpr, SYMMETRIC: gl.constexpr,
+    HAS_BIAS: gl.constexpr, LATE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        wait()
     ring = gl.allocate_shared_memory(gl.int16, [4 * AHEAD, BN, 32], words.layout)
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BM, 64], x.layout)
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * JOINED, BM, 64], x.layout)
     words_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
     words_free = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -273,19 +278,20 @@ def _many_rows_kernel(
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_free.index(i), count=2)
     fence_async_shared()
+    if EARLY:
+        wait()
+    rings = (x_ring, ring, words_full, words_free, x_full, x_free)
+    sizes = (M, N, outputs, stride, turns)
     gl.warp_specialize([
         (_multiply, (
-            scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
-            M, N, outputs, turns, 0, BITS, BN, BM, STAGES, AHEAD, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
+            scales, zeros, bias, out, parts, counters, rings, sizes, 0,
+            BITS, BN, BM, STAGES, JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE,
         )),
         (_multiply, (
-            scales, zeros, bias, out, parts, counters, x_ring, ring, words_full, words_free, x_full, x_free,
-            M, N, outputs, turns, 1, BITS, BN, BM, STAGES, AHEAD, WIDTH, SPLIT, SYMMETRIC, HAS_BIAS,
+            scales, zeros, bias, out, parts, counters, rings, sizes, 1,
+            BITS, BN, BM, STAGES, JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE,
         )),
-        (_fetch, (
-            x, words, x_ring, ring, words_full, words_free, x_full, x_free, M, outputs, turns, BITS,
-            BN, BM, STAGES, AHEAD, WIDTH, SPLIT, EARLY,
-        )),
+        (_fetch, (x, words, rings, sizes, BITS, BN, BM, STAGES, JOINED, AHEAD, WIDTH, SHARED, EARLY)),
     ], [4, 1], [232, 40])  # fmt: skip
 
 
@@ -297,7 +303,8 @@ def takes(layout: Layout, dtype: torch.dtype) -> bool:
 
 def many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BM: int = 256, STAGES: int = 5, AHEAD: int = 2, WIDTH: int = 2, SPLIT: int = 1, EARLY: int = 0,
+    *, BN: int = 64, BM: int = 256, STAGES: int = 5, JOINED: int = 1, AHEAD: int = 2, WIDTH: int = 2,
+    SPLIT: int = 1, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32, with weights rounded once to x's dtype.
 
@@ -307,23 +314,29 @@ def many_rows(
         bias: [out], any floating dtype, or None.
         out: [M, out] in x's dtype, contiguous.
         workspace: Of the current stream.
-        BM: Rows of a tile of 128 outputs.
-        STAGES: Length of the ring of buffers for x, of 64 channels each.
-        AHEAD: That of the ring for words, of 256.
+        BN, BM: Outputs of a tile that each of two groups of warps multiplies, and rows of a tile.
+        STAGES: Length of the ring of buffers for x.
+        JOINED: Channels of x in such a buffer, in 64.
+        AHEAD: Length of the ring for words, of 256 channels each.
         WIDTH: Columns of tiles in a band.
-        SPLIT: Programs that share a tile.
+        SPLIT: Above 1, so many programs for every tile, but no more than the GPU takes at a time, have equal parts of
+            the channels of all tiles.
         EARLY: See `few_rows.few_rows`.
     """
     shared = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     wide = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    flat = arranged.words.view(-1, layout.lanes)
-    tiles = triton.cdiv(len(x), BM) * triton.cdiv(layout.outputs, 2 * _BN)
-    parts, counters = workspace.of(2 * tiles, tiles * SPLIT * 2 * _BN * BM) if SPLIT > 1 else (out, out)
-    programs = min(tiles * SPLIT, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    words, stride = arranged.words, arranged.stride
+    flat = words.as_strided(((len(words) - 1) * stride + layout.outputs, layout.lanes), (layout.lanes, 1))
+    tiles = triton.cdiv(len(x), BM) * triton.cdiv(layout.outputs, 2 * BN)
+    turns = layout.steps * (1 + layout.halves)
+    most = torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = min(tiles * min(SPLIT, turns), most)  # each has a turn at least
+    floats = 2 * programs * 2 * BN * BM
+    parts, counters = workspace.of(2 * tiles, floats) if SPLIT > 1 else (out, out)
     _many_rows_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [BM, 64], wide), TensorDescriptor.from_tensor(flat, [_BN, _LANES], shared),
-        arranged.scales, arranged.zeros, bias, out, parts, counters, len(x), layout.n_out, layout.outputs,
-        layout.steps * (1 + layout.halves), BITS=layout.bits,
-        BN=_BN, BM=BM, STAGES=STAGES, AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, SYMMETRIC=layout.symmetric,
-        HAS_BIAS=bias is not None, EARLY=EARLY, num_warps=4, **launch(EARLY),
+        TensorDescriptor.from_tensor(x, [BM, 64], wide), TensorDescriptor.from_tensor(flat, [BN, _LANES], shared),
+        arranged.scales, arranged.zeros, bias, out, parts, counters, len(x), layout.n_out, layout.outputs, stride,
+        turns, BITS=layout.bits, BN=BN, BM=BM, STAGES=STAGES, JOINED=JOINED, AHEAD=AHEAD, WIDTH=WIDTH,
+        SHARED=SPLIT > 1, SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, LATE=BM <= _SCALED_LATE, EARLY=EARLY,
+        num_warps=4, **launch(EARLY),
     )  # fmt: skip

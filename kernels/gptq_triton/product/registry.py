@@ -152,50 +152,56 @@ def _near_warps(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iter
 
 def _many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BM: int = 256, STAGES: int = 5, AHEAD: int = 2, WIDTH: int = 2, SPLIT: int = 1, EARLY: int = 0,
+    *, BN: int = 64, BM: int = 256, STAGES: int = 5, JOINED: int = 1, AHEAD: int = 2, WIDTH: int = 2,
+    SPLIT: int = 1, EARLY: int = 0,
 ) -> None:  # fmt: skip
-    """`many_rows`; `dense` where x lies at an address that the copy engine does not take. Some outputs out of more are
-    copied: beside the product of many rows that takes little."""
+    """`many_rows`; `few_rows` or `dense` where x lies at an address that the copy engine does not take."""
     if x.data_ptr() % 16:
-        return _dense(x, layout, arranged, bias, out, workspace)
+        other = few_rows if len(x) <= rule.FEW_ROWS else _dense
+        return other(x, layout, arranged, bias, out, workspace)
     module = gluon()
     assert module is not None
-    whole = arranged.contiguous()
     module.many_rows(
-        x, layout, whole, bias, out, workspace,
-        BM=BM, STAGES=STAGES, AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, EARLY=EARLY,
+        x, layout, arranged, bias, out, workspace, BN=BN, BM=BM, STAGES=STAGES, JOINED=JOINED,
+        AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, EARLY=EARLY,
     )  # fmt: skip
     return None
 
 
 def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
-    BM, STAGES, AHEAD, WIDTH, SPLIT = (options[name] for name in ("BM", "STAGES", "AHEAD", "WIDTH", "SPLIT"))
+    names = ("BN", "BM", "STAGES", "JOINED", "AHEAD", "WIDTH", "SPLIT")
+    BN, BM, STAGES, JOINED, AHEAD, WIDTH, SPLIT = (options[name] for name in names)
     module = gluon() if gpu.hopper else None
     return (
         module is not None
         and _early_fits(gpu, options)
         and options["EARLY"] <= 1
         and module.takes(layout, dtype)
-        and BM in (64, 128, 256)
-        and 3 <= STAGES <= 12
+        and BM in (8, 16, 32, 64, 128, 256)
+        and {64: 256, 128: 64}.get(BN, 0) >= BM  # for the registers
+        and JOINED in (1, 4)
+        and 2 <= STAGES <= 16
         and 2 <= AHEAD <= 4
         and 1 <= WIDTH <= 64
-        and 1 <= SPLIT <= (layout.steps if rows <= rule.FEW_ROWS_TILED else 1)  # parts of many rows take memory
-        and gpu.shared >= STAGES * BM * 128 + AHEAD * 16384 + 5120  # the rings, and barriers
+        and (SPLIT == 1 or (1 < SPLIT <= 64 and rows <= rule.FEW_ROWS_TILED))  # parts of many rows take memory
+        and shared_of_many(BN, BM, STAGES, JOINED, AHEAD) <= gpu.shared
     )
 
 
-def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
-    if rows < rule.FEW_ROWS // 2:
-        return
+def shared_of_many(BN: int, BM: int, STAGES: int, JOINED: int, AHEAD: int) -> int:
+    """At least the bytes of shared memory: the rings, and barriers."""
+    return STAGES * JOINED * BM * 128 + AHEAD * BN * 256 + 7168
 
+
+def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     def tile(BM: int, STAGES: int, AHEAD: int, WIDTH: int = 2, **more: int) -> Options:
         return {"BM": BM, "STAGES": STAGES, "AHEAD": AHEAD, "WIDTH": WIDTH, **more}
 
     if rows <= rule.FEW_ROWS:
-        yield from (tile(64, 12, 3, SPLIT=1, EARLY=1), tile(64, 12, 3, SPLIT=2, EARLY=1))
+        wide = rule.wide(rows)
+        yield from (wide, wide | {"SPLIT": 4}, wide | {"BN": 64, "STAGES": 4, "AHEAD": 4})
     elif rows <= rule.FEW_ROWS_TILED:
-        yield from (tile(256, 5, 2), tile(128, 8, 3, SPLIT=2, EARLY=1), tile(128, 8, 3), tile(256, 5, 2, EARLY=1))
+        yield from (tile(256, 5, 2), tile(128, 8, 3, SPLIT=2, EARLY=1), rule.wide(rows), tile(256, 5, 2, EARLY=1))
     else:
         yield from (tile(256, 5, 2, width) for width in (2, 4, 8, 1))
         yield tile(128, 8, 3)

@@ -26,6 +26,8 @@ def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
         shared = options["SPLIT"] == 4 and rows <= 8 and layout.bits != 3 and dtype != torch.float32
         if shared and gpu.hopper:
             return Choice.of("by_warps", **warps(rows, gpu))
+        if options["BM"] == 64 and _fills(layout, gpu) and _takes(layout, dtype, gpu):
+            return Choice.of("many_rows", **wide(rows) | {"SPLIT": 1})
         if layout.bits == 3 and options["BM"] == 64 and options["SPLIT"] == 1 and _takes(layout, dtype, gpu):
             return Choice.of("many_rows", BM=64, STAGES=12, AHEAD=3, WIDTH=2, SPLIT=1, EARLY=1)
         return Choice.of("few_rows", **options)
@@ -72,6 +74,19 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
         "EARLY": int(gpu.hopper and (split == 1 or block == 64)),  # with parts, a next product takes room of the last
     }
     return options | {"HALF": 1} if half else options
+
+
+def _fills(layout: Layout, gpu: Gpu) -> bool:
+    """True if tiles of 256 outputs keep most processors at work to the end."""
+    tiles = layout.outputs // 256
+    return tiles >= 0.8 * gpu.processors * triton.cdiv(tiles, gpu.processors)
+
+
+def wide(rows: int) -> dict[str, int]:
+    """Options of `many_rows` for up to 64 rows: programs have equal parts of tiles of 256 outputs."""
+    block = min(64, max(8, triton.next_power_of_2(rows)))
+    stages, ahead = {8: (4, 4), 16: (4, 4), 32: (4, 3), 64: (3, 3)}[block]
+    return {"BN": 128, "BM": block, "STAGES": stages, "JOINED": 4, "AHEAD": ahead, "SPLIT": 64, "EARLY": 1}
 
 
 def warps(rows: int, gpu: Gpu) -> dict[str, int]:
