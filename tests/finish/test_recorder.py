@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import logging
+import types
+import unittest.mock
+import weakref
 from functools import partial
 
 import pytest
@@ -29,7 +34,7 @@ def made(device, calls, also=lambda x: None, memory=None, layer=None):
         loss = nn.functional.dropout(layer(x), 0.5).square().sum() * of["by"]
         return loss.detach(), torch.autograd.grad(loss, [layer.weight, layer.bias])
 
-    return layer, Recorder(compute, partial(torch.manual_seed, 0), torch.device(device), memory, "a test")
+    return layer, Recorder(compute, layer, partial(torch.manual_seed, 0), torch.device(device), memory, "a test")
 
 
 def test_on_a_cpu_every_batch_is_computed():
@@ -74,6 +79,93 @@ def test_such_batches_are_computed_and_the_log_tells_why(caplog):
         loss, _ = gradients_of((torch.ones(3, 8), {"by": 2, "more": {1, 2}}))
     assert calls == [False] * 3 and loss > 0
     assert "a test is computed without a CUDA graph: a batch holds a set" in caplog.text
+
+
+def recording_on_a_cpu(gradients_of, monkeypatch):
+    """Has a recorder go through all that a GPU's does, but for the capture: a graph's result is the first one."""
+
+    def captured(batch):
+        torch.manual_seed(0)
+        return types.SimpleNamespace(replay=lambda: None), gradients_of._compute(batch)
+
+    gradients_of._records = True
+    monkeypatch.setattr(gradients_of, "_check_room", lambda: None)
+    monkeypatch.setattr(gradients_of, "_captured", captured)
+    monkeypatch.setattr(recorder, "_end_capture", lambda device: None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    x: torch.Tensor
+    number: int = dataclasses.field(init=False, default=3)
+
+
+def test_a_batch_of_any_dataclass_is_recorded_with_other_tensors(monkeypatch):
+    seen, layer = [], nn.Linear(8, 8)
+
+    def compute(batch):
+        seen.append(batch)
+        loss = layer(batch["some"].x).square().sum()
+        return loss.detach(), torch.autograd.grad(loss, [layer.weight, layer.bias])
+
+    gradients_of = Recorder(compute, layer, lambda: None, torch.device("cpu"), None, "a test")
+    recording_on_a_cpu(gradients_of, monkeypatch)
+    batch = {"some": Numbered(torch.ones(3, 8))}
+    for _ in range(3):
+        gradients_of(batch)
+    assert len(seen) == 3 and seen[2]["some"].number == 3
+    assert torch.equal(seen[2]["some"].x, batch["some"].x) and seen[2]["some"].x is not batch["some"].x
+
+
+@pytest.mark.parametrize("place", ["attribute", "buffer"])
+def test_what_a_graph_reads_lives_on_where_a_module_puts_another_in_its_place(place, monkeypatch):
+    """A table of angles, or a mask, that is made anew for a longer batch."""
+
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + self.mask
+
+    layer, mask = Masked(8, 8), torch.zeros(8)
+    layer.register_buffer("mask", mask) if place == "buffer" else setattr(layer, "mask", mask)
+    _, gradients_of = made("cpu", [], layer=layer)
+    recording_on_a_cpu(gradients_of, monkeypatch)
+    for _ in range(2):
+        gradients_of((torch.ones(3, 8), {"by": 2}))
+    read, layer.mask = weakref.ref(mask), torch.zeros(9)
+    del mask
+    assert read() is not None
+    gradients_of.forget()
+    assert read() is None
+
+
+def test_without_room_to_compare_a_graph_batches_are_computed(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    calls = []
+    _, gradients_of = made("cpu", calls)
+    recording_on_a_cpu(gradients_of, monkeypatch)
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gradients_of, "_check_same", no_room)
+    for _ in range(3):
+        gradients_of((torch.ones(3, 8), {"by": 2}))
+    assert len(calls) == 4 and "a test is computed without a CUDA graph: CUDA out of memory" in caplog.text
+
+
+def test_all_captures_are_on_one_stream(monkeypatch):
+    """What cuBLAS takes for a stream it keeps: with a new one for each block a finish would keep more and more."""
+    streams = []
+    for name in ("device", "synchronize", "empty_cache", "graph_pool_handle", "Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: unittest.mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: streams.append(side) or contextlib.nullcontext())
+    recorder._stream.cache_clear()
+    for _ in range(2):
+        _, gradients_of = made("cpu", [])
+        gradients_of._captured((torch.ones(3, 8), {"by": 2}))
+    recorder._end_capture(torch.device("cpu"))
+    recorder._stream.cache_clear()
+    assert len(streams) == 3 and len(set(map(id, streams))) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

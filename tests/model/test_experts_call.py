@@ -121,6 +121,12 @@ def test_weights_that_lie_one_behind_the_other_are_not_copied():
     assert experts_call._as_they_lie(parts_of(whole), torch.bfloat16) is None
 
 
+def test_single_rows_may_have_any_stride():
+    memory = torch.randn(8)
+    parts = [memory.as_strided((1, 4), (1, 1), start) for start in (0, 4)]
+    assert torch.equal(experts_call._as_they_lie(parts, torch.float32), memory.view(2, 4))
+
+
 def test_neighbours_in_memory_that_are_others_tensors_are_no_view_of_one():
     memory = torch.randn(2 * 8 * IN)
     first, second = (torch.from_numpy(memory.numpy()[i * 8 * IN : (i + 1) * 8 * IN]).view(8, IN) for i in range(2))

@@ -90,7 +90,7 @@ class BlockTraining(Descent):
         self._block, self._tasks, self._held_out = block, tasks, held_out
         self._unit = _unit([*tasks, *held_out.values()], device)
         draw = partial(draw_as_before, device)
-        self._recorder = Recorder(self._gradients_of, draw, device, memory, "a step of a block")
+        self._recorder = Recorder(self._gradients_of, block, draw, device, memory, "a step of a block")
 
     def train(self, progress: Callable[[int, Judgement], None], interruption: Interruption) -> list[Tensor]:
         try:

@@ -5,17 +5,19 @@ A step of a small model waits for the host, which queues hundreds of kernels. A 
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptq_plugin import distributed
+from gptq_plugin.calibration.batches import map_tensors
 from gptq_plugin.device.memory import free_bytes, peak_bytes
+from gptq_plugin.device.modules import modules_of
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +34,18 @@ class NotRecordableError(Exception):
 
 @dataclass(frozen=True)
 class _Recording:
-    """A graph, the tensors that it reads, and those that it writes."""
+    """A graph, the tensors that it reads, and those that it writes.
+
+    Attributes:
+        graph: As PyTorch has it.
+        read: In place of a batch's.
+        kept: Of the model. Some modules put others in their place, for longer batches; the graph goes on reading these.
+        loss, gradients: What the graph writes.
+    """
 
     graph: Any
     read: list[Tensor]
+    kept: list[Tensor]
     loss: Tensor
     gradients: Gradients
 
@@ -53,7 +63,8 @@ class Recorder:
 
     Args:
         compute: Of a batch; called with tuples, lists, dicts and dataclasses of tensors, modules and plain values. It
-            reads no other tensors but those that stay in place, and changes none.
+            reads no other tensors but the model's, which are changed in place, and changes none.
+        model: Whose tensors those are.
         draw: Called before each computation, for what is drawn at random in it.
         device: Where the tensors are; on a CPU nothing is recorded.
         memory: Bytes of the device that may be used; None is all.
@@ -63,12 +74,14 @@ class Recorder:
     def __init__(
         self,
         compute: Callable[[Any], tuple[Tensor, Gradients]],
+        model: nn.Module,
         draw: Callable[[], None],
         device: torch.device,
         memory: int | None,
         what: str,
     ) -> None:
-        self._compute, self._draw, self._device, self._memory, self._what = compute, draw, device, memory, what
+        self._compute, self._model, self._draw = compute, model, draw
+        self._device, self._memory, self._what = device, memory, what
         self._records = device.type == "cuda"
         self._pool: Any = None
         self._known: dict[Hashable, _Recording | None] = {}
@@ -110,21 +123,22 @@ class Recorder:
     def _record(self, batch: Any, tensors: Sequence[Tensor], found: tuple[Tensor, Gradients]) -> _Recording:
         self._check_room()
         try:
-            read = [tensor.clone() for tensor in tensors]
-            graph, (loss, gradients) = self._captured(_with(batch, iter(read)))
+            read, kept = [tensor.clone() for tensor in tensors], _tensors_of(self._model)
+            places = iter(read)
+            graph, (loss, gradients) = self._captured(map_tensors(batch, lambda _: next(places)))
+            made = _Recording(graph, read, kept, loss, gradients)
+            self._draw()
+            made.replay(tensors)
+            self._check_same(found, made)
         except RuntimeError as error:
             _end_capture(self._device)
             raise NotRecordableError(str(error).strip().partition("\n")[0]) from error
-        made = _Recording(graph, read, loss, gradients)
-        self._draw()
-        made.replay(tensors)
-        self._check_same(found, made)
         return made
 
     def _captured(self, batch: Any) -> tuple[Any, tuple[Tensor, Gradients]]:
         with torch.cuda.device(self._device):
             self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
-            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            graph, side = torch.cuda.CUDAGraph(), _stream(self._device)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             with torch.cuda.stream(side):
@@ -156,10 +170,22 @@ class Recorder:
                 raise NotRecordableError(f"the graph's result differs by {differs:.2g} of {size:.2g}")
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: cuBLAS keeps memory for each stream that it has worked on, to the end."""
+    return torch.cuda.Stream(device)
+
+
+def _tensors_of(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers and what else modules have as attributes."""
+    places = [place for one in modules_of(model).values() for place in (vars(one), one._parameters, one._buffers)]
+    return [value for place in places for value in place.values() if isinstance(value, Tensor)]
+
+
 def _end_capture(device: torch.device) -> None:
     """Has the device's random numbers be drawn as before a capture that failed: one that does not ends the state."""
     with torch.cuda.device(device):
-        graph, side, number = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.zeros((), device=device)
+        graph, side, number = torch.cuda.CUDAGraph(), _stream(device), torch.zeros((), device=device)
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
             graph.capture_begin(capture_error_mode="thread_local")
@@ -183,23 +209,11 @@ def _shapes(value: Any, tensors: list[Tensor], device: torch.device) -> Hashable
     return (type(value), tuple((name, _shapes(part, tensors, device)) for name, part in _parts(value)))
 
 
-def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same with other tensors."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size, nn.Module)):
-        return value
-    parts = {name: _with(part, tensors) for name, part in _parts(value)}
-    if isinstance(value, dict):
-        return parts
-    return type(value)(parts.values()) if isinstance(value, (list, tuple)) else dataclasses.replace(value, **parts)
-
-
 def _parts(value: Any) -> list[tuple[Any, Any]]:
     if type(value) is dict:
         return list(value.items())
     if type(value) in (list, tuple):
         return list(enumerate(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
     raise NotRecordableError(f"a batch holds a {type(value).__name__}")

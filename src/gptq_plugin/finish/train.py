@@ -67,7 +67,7 @@ class Training(Descent):
         self._is_told = False
         draw = partial(draw_as_before, self._device)
         what = "a step of the model as a whole"
-        self._recorder = Recorder(self._gradients_of, draw, self._device, surroundings.memory, what)
+        self._recorder = Recorder(self._gradients_of, model, draw, self._device, surroundings.memory, what)
 
     def train(self, progress: Callable[[int, Judgement], None], interruption: Interruption) -> list[Tensor]:
         with self._reader.watching():

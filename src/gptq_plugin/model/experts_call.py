@@ -193,4 +193,5 @@ def _as_they_lie(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
     memory = first.untyped_storage()
     if memory.data_ptr() + memory.nbytes() < end:  # of others, that happen to be neighbours
         return None
-    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
+    width = first.shape[1]  # a single row's stride may be anything
+    return first.as_strided((sum(map(len, parts)), width), (width, 1))
