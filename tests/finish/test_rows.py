@@ -52,6 +52,17 @@ def test_of_a_small_source_only_what_may_be_held_out_stays_in_its_place():
     assert firsts(rows.held_out) == [*range(270, 300), 1018, 1019]
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_of_samples_of_different_lengths_the_last_are_held_out(batch_size):
+    """Batches have samples of one length, and those of rare lengths come last: calibration's would be judged on."""
+    short = [torch.full((3 + number,), number) for number in range(5)]
+    rows = rows_of(
+        [*short, *samples(50, 5), torch.full((3,), 55)], QuantizeConfig(nsamples=56, batch_size=batch_size), 8
+    )
+    assert sorted(firsts(rows.held_out)) == list(range(48, 56)) and sorted(firsts(rows.train)) == list(range(48))
+    assert rows.samples == 48
+
+
 def test_batches_that_are_given_stay_as_they_are():
     given = [{"input_ids": torch.stack(samples(2, 2 * number))} for number in range(6)]
     rows = rows_of(given, QuantizeConfig(nsamples=12, batch_size=4), 2)
@@ -96,6 +107,11 @@ def test_the_digest_depends_on_the_samples_and_not_on_their_batches():
     assert len(digests) == 2 and all(len(one) == 64 for one in digests)
 
 
+def test_samples_of_one_batch_are_divided():
+    rows = rows_of(samples(4), QuantizeConfig(nsamples=4, batch_size=4), 2)
+    assert sorted(firsts(rows.train)) == [0, 1] and firsts(rows.held_out) == [2, 3]
+
+
 def test_a_single_batch_cannot_be_divided():
     with pytest.raises(CalibrationError, match="there are 4 samples in batches of 4: give more samples, or a smaller"):
-        rows_of(samples(4), QuantizeConfig(nsamples=4, batch_size=4), 2)
+        rows_of([{"input_ids": torch.stack(samples(4))}], QuantizeConfig(nsamples=4, batch_size=4), 2)

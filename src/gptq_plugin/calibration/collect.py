@@ -26,8 +26,8 @@ from gptq_plugin.calibration.takes import Takes
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 
-# The places of so many samples, of all ranks, each once: the same on every rank.
-Order = Callable[[int], Sequence[int]]
+# The places of so many samples, of all ranks, each once, in parts: the same on every rank.
+Order = Callable[[int], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def collect(
         nsamples: Largest number of samples to use, from the first; `config.nsamples` if None.
         alone: Nothing is exchanged with other ranks: the batches are those of this rank's part.
         takes: What the model takes: other fields of token samples are left out, and positions beyond its own.
-        order: Of samples, before they are put into batches; None leaves them as they are. Ready batches stay.
+        order: Of samples, before they are put into batches, none of which has samples of two parts; None leaves them as
+            they are. Ready batches stay.
 
     Raises:
         CalibrationError: `data` is a single text or none at all, texts come without a tokenizer or a chat template
@@ -133,11 +134,12 @@ def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool, 
         taken, numbers = same_batches.over_ranks(own)
         if taken.sizes:
             batches = (batches or _batches(own.samples, 1))[: len(numbers)]
-    if order is not None:
-        taken = replace(taken, samples=[taken.samples[place] for place in order(len(taken.samples))])
-    total = len(taken.sizes)
+    count, total = len(taken.samples), len(taken.sizes)
     if taken.samples or source.is_shared:
-        batches = batches or _batches(taken.samples, config.batch_size)
+        parts = [range(count)] if order is None else order(count)
+        batches = batches or [
+            batch for part in parts for batch in _batches([taken.samples[n] for n in part], config.batch_size)
+        ]
         total = len(batches)
         numbers = range(total) if alone else same_batches.mine(total)
         batches = [batches[number] for number in numbers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,10 @@ def rows_of(
 
 @dataclass(frozen=True)
 class _Order:
-    """Draws the order of a source's samples, but for the last ones: those of batches that may be held out stay there.
+    """Draws the order of a source's samples, but for the last ones: those that may be held out stay there.
+
+    These are put into batches a few at a time: of samples of different lengths the last batches would be those of rare
+    lengths, wherever they were.
 
     Attributes:
         held_out: Samples to hold out, of all sources.
@@ -119,11 +122,11 @@ class _Order:
     others: int
     seed: int
 
-    def __call__(self, count: int) -> list[int]:
+    def __call__(self, count: int) -> list[Sequence[int]]:
         own = math.ceil(self.held_out * count / max(1, count + self.others))
-        first = max(0, count - own - self.batch_size + 1)
+        first, size = max(0, count - own), self.batch_size
         drawn = torch.randperm(first, generator=torch.Generator("cpu").manual_seed(self.seed), device="cpu")
-        return [*drawn.tolist(), *range(first, count)]
+        return [drawn.tolist(), *(range(start, min(start + size, count)) for start in range(first, count, size))]
 
 
 def _surely_there(data: Iterable[Any]) -> list[int]:
