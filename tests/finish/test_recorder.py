@@ -168,6 +168,24 @@ def test_all_captures_are_on_one_stream(monkeypatch):
     assert len(streams) == 3 and len(set(map(id, streams))) == 1
 
 
+@pytest.mark.parametrize("was_told", [False, True])
+def test_the_allocator_is_told_of_a_capture_that_failed(was_told, monkeypatch):
+    """Else it gives no memory back as long as the process lives (pytorch/pytorch#180395)."""
+    told = []
+
+    def end(*given):
+        told.append(("end", *given))
+        if was_told:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    graph = unittest.mock.Mock(capture_end=unittest.mock.Mock(side_effect=RuntimeError("operation not permitted")))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *given: told.append(("release", *given)), raising=False)
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        recorder._end(graph, torch.device("cuda", 1), (0, 3))
+    assert told == [("end", 1, (0, 3)), ("release", 1, (0, 3))][: 1 if was_told else 2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 class TestOnAGpu:
     pytestmark = on_gpu

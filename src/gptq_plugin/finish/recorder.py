@@ -5,6 +5,7 @@ A step of a small model waits for the host, which queues hundreds of kernels. A 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -146,7 +147,7 @@ class Recorder:
                 try:
                     made = self._compute(batch)
                 finally:
-                    graph.capture_end()
+                    _end(graph, self._device, self._pool)
             torch.cuda.current_stream().wait_stream(side)
         return graph, made
 
@@ -180,6 +181,19 @@ def _tensors_of(model: nn.Module) -> list[Tensor]:
     """Parameters, buffers and what else modules have as attributes."""
     places = [place for one in modules_of(model).values() for place in (vars(one), one._parameters, one._buffers)]
     return [value for place in places for value in place.values() if isinstance(value, Tensor)]
+
+
+def _end(graph: Any, device: torch.device, pool: Any) -> None:
+    """Ends a capture. If CUDA finds it invalid, as one in which a value was read, PyTorch before 2.12 leaves its
+    allocator in it: no memory would be given back to the device from there on, nor that of the capture be used again.
+    """
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):  # it has been told
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
+        raise
 
 
 def _end_capture(device: torch.device) -> None:
