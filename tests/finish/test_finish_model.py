@@ -12,7 +12,7 @@ from torch import nn
 
 from gptq_plugin import Finish, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import CalibrationError, TargetError
-from gptq_plugin.finish import train
+from gptq_plugin.finish import teacher, train
 
 from finish_cases import FAST, KINDS, divergence, quantized, rows, same, state_of
 from models import tiny_gpt2, tiny_llama
@@ -67,6 +67,17 @@ def test_a_result_that_is_no_better_leaves_every_byte(rate):
     assert not record.kept and "GPTQ's result is best" in record.reason and record.best_step == 0
     assert same(state_of(model), before)
     assert not quantizer.report.finish.kept and "not kept" in quantizer.report.table()
+
+
+def test_a_forward_has_batches_where_they_are_in_every_step(monkeypatch):
+    """One may make NumPy arrays of them; only a graph is given others."""
+
+    def moved(*_):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    monkeypatch.setattr(teacher.Lesson, "on", moved)
+    model, twin, quantizer = quantized()
+    assert quantizer.finish(model, twin, rows(), Finish(**FAST)).kept
 
 
 def test_training_ends_where_held_out_samples_get_no_better():

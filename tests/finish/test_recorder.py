@@ -153,6 +153,23 @@ def test_without_room_to_compare_a_graph_batches_are_computed(monkeypatch, caplo
     assert len(calls) == 4 and "a test is computed without a CUDA graph: CUDA out of memory" in caplog.text
 
 
+def test_what_a_forward_does_not_take_on_the_device_is_computed_where_it_is(monkeypatch, caplog):
+    """Such as one that makes NumPy arrays of a batch."""
+    caplog.set_level(logging.INFO)
+    batch, moved, computed = (torch.ones(3, 8), {"by": 2}), (torch.ones(3, 8), {"by": 2}), []
+
+    def also(x):
+        if x is not batch[0]:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        computed.append(x)
+
+    _, gradients_of = made("cpu", [], also=also)
+    recording_on_a_cpu(gradients_of, monkeypatch)
+    for _ in range(4):
+        gradients_of(batch, lambda: moved)
+    assert len(computed) == 4 and "without a CUDA graph: can't convert cuda:0" in caplog.text
+
+
 def test_all_captures_are_on_one_stream(monkeypatch):
     """What cuBLAS takes for a stream it keeps: with a new one for each block a finish would keep more and more."""
     streams = []

@@ -87,14 +87,20 @@ class Recorder:
         self._pool: Any = None
         self._known: dict[Hashable, _Recording | None] = {}
 
-    def __call__(self, batch: Any) -> tuple[Tensor, Gradients]:
-        """The loss and the gradients of a batch; the next call may overwrite them."""
+    def __call__(self, batch: Any, there: Callable[[], Any] | None = None) -> tuple[Tensor, Gradients]:
+        """The loss and the gradients of a batch; the next call may overwrite them.
+
+        Args:
+            batch: As it is computed without a graph.
+            there: Returns the same with all tensors on the device, for a graph; None if they are there.
+        """
         self._draw()
         if not self._records:
             return self._compute(batch)
         tensors: list[Tensor] = []
         try:
-            key = _shapes(batch, tensors, self._device)
+            moved = batch if there is None else there()
+            key = _shapes(moved, tensors, self._device)
         except NotRecordableError as error:
             return self._without(str(error), self._compute(batch))
         known = self._known.get(key)
@@ -103,7 +109,7 @@ class Recorder:
         found = self._compute(batch)
         if key in self._known:
             try:
-                self._known[key] = self._record(batch, tensors, found)
+                self._known[key] = self._record(moved, tensors, found)
             except NotRecordableError as error:
                 return self._without(str(error), found)
         elif len(self._known) < _MOST:
@@ -131,7 +137,7 @@ class Recorder:
             self._draw()
             made.replay(tensors)
             self._check_same(found, made)
-        except RuntimeError as error:
+        except Exception as error:  # the user's forward too, which may need tensors elsewhere
             _end_capture(self._device)
             raise NotRecordableError(str(error).strip().partition("\n")[0]) from error
         return made

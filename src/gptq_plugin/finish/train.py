@@ -120,7 +120,7 @@ class Training(Descent):
     def _gradients(self, lesson: Lesson) -> tuple[Tensor, Gradients]:
         """The divergence of a batch, and its gradients, as a share beside the run's own loss."""
         if self.steps and not self._reruns and self._surroundings.task is None:
-            return self._recorder(lesson.on(self._device))
+            return self._recorder(lesson, partial(lesson.on, self._device))
         draw_as_before(self._device)
         return self._gradients_of(lesson)
 
