@@ -99,6 +99,21 @@ def test_labels_choose_positions_where_the_quantizer_weights_tokens_by_labels():
     assert record.held_out_tokens == 2 * 4 * 4  # the logits before each label
 
 
+@pytest.mark.parametrize(("first", "last", "what"), [(8, 10, "held out, by which it is judged"), (0, 8, "to train on")])
+@pytest.mark.parametrize("kind", ["scales", "blocks"])
+def test_samples_without_a_position_that_counts_are_refused(kind, first, last, what):
+    """Nothing could be learned, or decided: a verdict on no position would be none."""
+    batches = [{"input_ids": torch.stack(rows(4, seed=number))} for number in range(10)]
+    labelled = [{**one, "labels": one["input_ids"].clone()} for one in batches]
+    model, twin, quantizer = quantized(data=labelled, token_weighting="labels")
+    before = state_of(model)
+    for one in labelled[first:last]:
+        one["labels"][:] = -100
+    with pytest.raises(CalibrationError, match=f"samples {what} counts .all their labels are -100."):
+        quantizer.finish(model, twin, labelled, Finish(**FAST, kind=kind))
+    assert same(state_of(model), before)
+
+
 def test_activations_that_are_computed_twice_give_the_same_result():
     states = []
     for reruns in (False, True):

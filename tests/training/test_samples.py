@@ -187,6 +187,15 @@ def test_ranks_run_as_many_samples_each_and_the_same_batches(monkeypatch):
     assert chosen.why == "a rank has no batches" and len(steps) == 10
 
 
+def test_batches_that_cannot_be_divided_are_found_before_a_sample_runs():
+    """Another rank may have none of them: the steps of its samples would wait for this one's."""
+    chosen, ran = Chosen(), []
+    chosen.add(None, {"ids": torch.zeros(3, 2)})
+    chosen.add(None, {"ids": "a text"})
+    chosen.run(lambda number, *_: ran.append(number))
+    assert not ran and chosen.why.startswith("single samples cannot be run (ValueError: a batch (dict) has no tensors")
+
+
 def test_samples_take_no_longer_than_the_validation_and_those_that_ran_for_both_models_are_pairs(monkeypatch):
     """The clock is one of steps. What is enough to tell something runs in any case."""
     clock = iter(range(10**6))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gptq_plugin import distributed
 from gptq_plugin.calibration.sampling import share_of
 from gptq_plugin.device.memory import Peak, give_back, peak_bytes
+from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.block_walk import BlockWalk, walk_blocks
 from gptq_plugin.finish.chain import Chain
 from gptq_plugin.finish.descent import apart_from_other_numbers, draw_as_before, mean_over_ranks
@@ -63,7 +64,7 @@ def finish_model(
 
     Raises:
         TargetError, CalibrationError: As `ask_teacher`, `Student.of` and `Chain`; or the models predict other numbers
-            of classes. The model is as it was.
+            of classes, or no position to train or to judge on counts. The model is as it was.
     """
     started = time.perf_counter()
     chain = Chain.of(model) if options.by_blocks else None
@@ -71,6 +72,7 @@ def finish_model(
     with teacher("") as float_model, streamed_to(float_model, surroundings.where):
         asked = surroundings.run, surroundings.token_weighting, options.top_logits, head
         lessons, told = ask_teacher(float_model, rows, *asked, chain, share_of(options.block_nsamples))
+    _refuse_uncounted(rows, lessons, surroundings.token_weighting)
     give_back(surroundings.device)
     Peak(surroundings.device)  # measured anew
     work = _Work(model, teacher, rows, lessons, options, surroundings)
@@ -229,6 +231,17 @@ class _Work:
             self.curve,
             tuple(self.blocks),
         )
+
+
+def _refuse_uncounted(rows: Rows, lessons: Sequence[Lesson], token_weighting: str) -> None:
+    """Raises CalibrationError if no position to train on, or none to judge on, counts. Collective."""
+    trained = len(rows.train)
+    for some, what in ((lessons[:trained], "to train on"), (lessons[trained:], "held out, by which it is judged")):
+        if not _tokens(some):
+            why = "all their labels are -100" if token_weighting == "labels" else "they are padding alone"
+            raise CalibrationError(
+                f"no position of the finish's samples {what} counts ({why}): leave such samples out, or give more"
+            )
 
 
 def _over_memory(surroundings: Surroundings) -> list[str]:

@@ -220,6 +220,9 @@ class Chosen(Generic[T]):
         }
         ends = time.perf_counter() + max(_SECONDS, time.perf_counter() - self._began)
         try:
+            with distributed.failing_together():  # before any step, which may wait for the others'
+                for number in steps.keys() & self.kept.keys():
+                    samples_of(self.kept[number][1])
             with distributed.failing_together(), around or contextlib.nullcontext():
                 self.kept = dict(self._running(steps, ends, step))
         except Exception as error:  # noqa: BLE001  the user's code
