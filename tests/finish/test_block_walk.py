@@ -43,7 +43,8 @@ def test_blocks_are_nearer_to_their_float_outputs_and_codes_scales_and_norms_cha
         assert block.name.endswith(f".{number}") and block.best_step <= block.steps <= steps
         assert (block.after < block.before) == (block.best_step > 0)
     assert record.blocks[0].best_step > 0
-    assert kinds_of(changed(before, state_of(model))) == {"qweight", "scales", "norm"}
+    solved_in_other_order = {"g_idx"} if options.get("desc_act") and any(one.solved for one in record.blocks) else set()
+    assert kinds_of(changed(before, state_of(model))) - solved_in_other_order == {"qweight", "scales", "norm"}
     assert same(state_of(twin), float_state) and not model.training
     assert flags == {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
     assert record.tokens >= steps * 192
