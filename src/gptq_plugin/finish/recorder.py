@@ -205,7 +205,7 @@ def _end(graph: Any, device: torch.device, pool: Any) -> None:
 def _end_capture(device: torch.device) -> None:
     """Has the device's random numbers be drawn as before a capture that failed: one that does not ends the state."""
     with torch.cuda.device(device):
-        graph, side, number = torch.cuda.CUDAGraph(), _stream(device), torch.zeros((), device=device)
+        graph, side, number = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.zeros((), device=device)
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
             graph.capture_begin(capture_error_mode="thread_local")
