@@ -8,6 +8,7 @@ Tested by tests/ranks/test_distributed.py: with all tests that start several ran
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -172,24 +173,44 @@ def object_from_first(value: Any) -> Any:
     """Rank 0's value on every rank. It is pickled, so keep it small."""
     if not active():
         return value
-    values = [value]
-    check_in("object_from_first")
+    is_first = rank() == 0
+    message = _pickled(value) if is_first else torch.empty(0, dtype=torch.uint8, device="cpu")
+    size = check_in("object_from_first", len(message))[0]
+    message = message if is_first else message.new_empty(size)
     with unreachable_as_rank_error():
-        dist.broadcast_object_list(values, src=0, group=check_ins.group())
-    return values[0]
+        dist.broadcast(message, src=0, group=check_ins.group())
+    return value if is_first else pickle.loads(message.numpy().data)
 
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in the order of ranks, on every rank. They are pickled, so keep them small."""
     if not active():
         return [value]
-    mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    mine = _pickled(value)
     sizes = check_in("gather_objects", len(mine))
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
     padded[: len(mine)] = mine
     with unreachable_as_rank_error():
         everyones = check_ins.gathered(padded)
     return [pickle.loads(one[:size].numpy().data) for one, size in zip(everyones, sizes, strict=True)]
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a tensor's own values, where torch does its whole storage: rows of one tensor would be all of it each."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not Tensor or value.layout is not torch.strided:
+            return NotImplemented
+        if value.untyped_storage().nbytes() <= value.nbytes:
+            return NotImplemented
+        return value.detach().clone().requires_grad_(value.requires_grad).__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+
+
+def _pickled(value: Any) -> Tensor:
+    """A value's pickle, uint8 on the CPU."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
 def _run(operation: Callable[..., Any], tensor: Tensor, *arguments: Any, **options: Any) -> None:

@@ -47,6 +47,16 @@ def meetings(rank):
         distributed.gather_objects(rank), [[[one.tolist() for one in part] for part in one] for one in gathered],
     ]
 
+def few_bytes(rank):
+    # Rows of one tensor, of which all but three are not sent: in what all gather, and in what rank 0 tells.
+    sent, plain = [], distributed.check_in
+    distributed.check_in = lambda call, number=0: sent.append(number) or plain(call, number)
+    table = torch.arange(2**20, dtype=torch.float64).view(-1, 16) + rank
+    mine = {"rows": list(table[:2]), "odd": table[5, ::3], "needs": table[7].requires_grad_()}
+    gathered, first = distributed.gather_objects(mine), distributed.object_from_first(mine)
+    named = [{**one, "rows": torch.stack(one["rows"]), "grads": one["needs"].requires_grad} for one in [*gathered, first]]
+    return sent, [{key: value.tolist() if key != "grads" else value for key, value in one.items()} for one in named]
+
 def astray(rank):
     return raised(lambda: distributed.minimum(3) if rank == 1 else distributed.sum_(torch.zeros(1)))
 
@@ -242,7 +252,7 @@ def experts(rank):
 TIMEOUT = 3
 out, size = Path(sys.argv[1]), 3
 for number, scene in enumerate((
-    meetings, astray, failing, apart, busy, interrupted_first, interrupted_last, hessians, ranges, rows, branches,
+    meetings, few_bytes, astray, failing, apart, busy, interrupted_first, interrupted_last, hessians, ranges, rows, branches,
     experts, caught, ranking, long, lost,
 )):
     children = []
@@ -276,6 +286,15 @@ def test_what_is_exchanged_is_the_same_on_every_rank(scenes):
         wide, narrow = [[[rank] * 3] * 2 for rank in range(3)], [[rank] * 2 for rank in range(3)]
         rows = [[wide[:sharers], narrow[:sharers]] for sharers in (3, 2, 1)]
         assert found == [[3.0] * 3, 3, 3, "rank 0", [0, 1, 2], rows]
+
+
+def test_rows_of_one_tensor_travel_without_the_rest_of_it(scenes):
+    table = torch.arange(2**20, dtype=torch.float64).view(-1, 16)
+    for rank, (sent, found) in enumerate(scenes("few_bytes")):
+        assert len(sent) == 2 and max(sent) < 10_000 and (sent[1] > 0) == (rank == 0)
+        for own, one in zip([table, table + 1, table + 2, table], found, strict=True):
+            assert one["rows"] == own[:2].tolist() and one["odd"] == own[5, ::3].tolist()
+            assert one["needs"] == own[7].tolist() and one["grads"] is True
 
 
 def test_ranks_that_do_different_things_are_told_instead_of_waiting(scenes):
