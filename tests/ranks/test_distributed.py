@@ -54,8 +54,9 @@ def few_bytes(rank):
     table = torch.arange(2**20, dtype=torch.float64).view(-1, 16) + rank
     mine = {"rows": list(table[:2]), "odd": table[5, ::3], "needs": table[7].requires_grad_()}
     gathered, first = distributed.gather_objects(mine), distributed.object_from_first(mine)
-    named = [{**one, "rows": torch.stack(one["rows"]), "grads": one["needs"].requires_grad} for one in [*gathered, first]]
-    return sent, [{key: value.tolist() if key != "grads" else value for key, value in one.items()} for one in named]
+    found = [*gathered, first]
+    values = [[torch.stack(one["rows"]).tolist(), one["odd"].tolist(), one["needs"].tolist()] for one in found]
+    return sent, values, [one["needs"].requires_grad for one in found]
 
 def astray(rank):
     return raised(lambda: distributed.minimum(3) if rank == 1 else distributed.sum_(torch.zeros(1)))
@@ -252,8 +253,8 @@ def experts(rank):
 TIMEOUT = 3
 out, size = Path(sys.argv[1]), 3
 for number, scene in enumerate((
-    meetings, few_bytes, astray, failing, apart, busy, interrupted_first, interrupted_last, hessians, ranges, rows, branches,
-    experts, caught, ranking, long, lost,
+    meetings, astray, failing, apart, busy, interrupted_first, interrupted_last, hessians, ranges, rows, branches,
+    few_bytes, experts, caught, ranking, long, lost,
 )):
     children = []
     for rank in range(size):
@@ -290,11 +291,11 @@ def test_what_is_exchanged_is_the_same_on_every_rank(scenes):
 
 def test_rows_of_one_tensor_travel_without_the_rest_of_it(scenes):
     table = torch.arange(2**20, dtype=torch.float64).view(-1, 16)
-    for rank, (sent, found) in enumerate(scenes("few_bytes")):
+    own = [table, table + 1, table + 2, table]
+    for rank, (sent, values, need_gradients) in enumerate(scenes("few_bytes")):
         assert len(sent) == 2 and max(sent) < 10_000 and (sent[1] > 0) == (rank == 0)
-        for own, one in zip([table, table + 1, table + 2, table], found, strict=True):
-            assert one["rows"] == own[:2].tolist() and one["odd"] == own[5, ::3].tolist()
-            assert one["needs"] == own[7].tolist() and one["grads"] is True
+        assert values == [[one[:2].tolist(), one[5, ::3].tolist(), one[7].tolist()] for one in own]
+        assert need_gradients == [True] * 4
 
 
 def test_ranks_that_do_different_things_are_told_instead_of_waiting(scenes):
