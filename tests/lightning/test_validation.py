@@ -10,9 +10,11 @@ import textwrap
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, SumMetric
 
-from gptq_plugin.lightning.validation import _batches, validate, validation_loaders
+from gptq_plugin.lightning.validation import _batches_of_ranks, validate, validation_loaders
 
 from forked_python import python
 from lightning_runs import Plain, Validated, fit, pair_loader, rows
@@ -77,6 +79,35 @@ def test_every_hook_runs_in_the_order_and_state_that_lightning_runs_it_in(option
     assert events == module.events and len(events) > 8
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == loaders
     assert module.training and module.net.training
+
+
+@pytest.mark.parametrize("limit", [2, 1.0])
+@pytest.mark.parametrize("mode", ["sequential", "min_size", "max_size_cycle", "max_size"])
+def test_the_batches_of_several_dataloaders_are_put_together_as_the_module_asks(mode, limit, tmp_path):
+    class Several(Recording):
+        def val_dataloader(self):
+            parts = {"short": rows(13)[:3], "long": rows(13)[3:]}
+            return CombinedLoader({name: DataLoader(part, batch_size=2) for name, part in parts.items()}, mode)
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            parts = [batch] if mode == "sequential" else [part for part in batch.values() if part is not None]
+            self.events.append(("step", [len(part[0]) for part in parts], batch_idx, dataloader_idx))
+            self.log("val_loss", sum(map(self.error, parts)), batch_size=1)
+
+    module = Several()
+    trainer = fit(module, None, [], tmp_path, limit_val_batches=limit)
+    module.events.clear()
+    ours = validate(trainer, module, by_sample=False)
+    events = list(module.events)
+    module.events.clear()
+    assert ours == pytest.approx(lightnings(module, limit_val_batches=limit), rel=1e-5)
+    assert events == module.events
+    steps = sum(event[0] == "step" for event in events)
+    assert (
+        steps
+        == _batches_of_ranks(trainer)
+        == {"sequential": 4 if limit == 2 else 7, "min_size": 2}.get(mode, 2 if limit == 2 else 5)
+    )
 
 
 def test_every_way_to_log_gives_lightnings_names_and_values(tmp_path):
@@ -154,16 +185,17 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from lightning_runs import Validated, rows
 from gptq_plugin import GPTQCallback, QuantizeModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 out = Path(sys.argv[2])
 class Uneven(Validated):
-    meets = False
+    meets = None  # the dataloader in whose steps ranks wait for each other
     def val_dataloader(self):  # 8 samples on the first rank, 5 on the second
         mine = rows(13)[:8] if self.global_rank == 0 else rows(13)[8:]
         return DataLoader(mine, batch_size=3)
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
         error = self.error(batch)
-        if self.meets:
+        if dataloader_idx == self.meets:
             self.all_gather(error)  # waits for the other rank
         self.log("mean", error)
         self.log("most", error, reduce_fx="max")
@@ -191,11 +223,16 @@ found = validation.validate(trainer, module)
 def drawn(one):
     pairs = Pairs.of(one, one)
     return pairs.unit, pairs.why, list(pairs.before), list(pairs.weights)
-uneven, mine = drawn(found["mean"]), rows(13)[6:11] if trainer.global_rank else rows(13)[:6]
-validation.validation_loaders = lambda _: [DataLoader(mine, batch_size=4)]
-module.meets = True
-meeting = drawn(validation.validate(trainer, module)["mean"])
-(out / f"rank{trainer.global_rank}.json").write_text(json.dumps([found, said, uneven, meeting]))
+def of_loaders(*parts, size):
+    loaders = [DataLoader(rows(13)[slice(*part[trainer.global_rank])], batch_size=size) for part in parts]
+    trainer.fit_loop.epoch_loop.val_loop._combined_loader = CombinedLoader(loaders, "sequential")
+    return {name: drawn(one) for name, one in validation.validate(trainer, module).items() if name.startswith("mean")}
+uneven = drawn(found["mean"])
+module.meets = 0
+meeting = of_loaders(((0, 6), (6, 11)), size=4)["mean"]
+module.meets = 1
+several = of_loaders(((0, 7), (7, 10)), ((0, 5), (5, 11)), size=2)
+(out / f"rank{trainer.global_rank}.json").write_text(json.dumps([found, said, uneven, meeting, several]))
 """
 
 
@@ -206,7 +243,7 @@ def test_ranks_validate_their_shares_and_agree_on_the_values_and_on_what_to_do(t
     subprocess.run(command, check=True, timeout=200, cwd=tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-    first, said, uneven, meeting = ranks[0]
+    first, said, uneven, meeting, several = ranks[0]
     assert said.startswith("QualityError: the quantized model is not good enough: times went from")
     assert set(first) == {"mean", "most", "first", "rank0", "times"} and first["first"] == 1.0
     model, samples = Validated().eval(), rows(13)  # the float weights are back
@@ -216,7 +253,10 @@ def test_ranks_validate_their_shares_and_agree_on_the_values_and_on_what_to_do(t
     batches = [errors[:3], errors[3:6], errors[6:8], errors[8:11], errors[11:]]
     assert first["most"] == pytest.approx(max(sum(batch) / len(batch) for batch in batches), rel=1e-5)
     # All samples are known, also where a step waits for the other rank, whose batch has more of them.
-    for drawn, of in ((uneven, errors), (meeting, errors[:11])):
+    # Of several dataloaders, one with more batches on a rank, they meet in each one's steps.
+    of_first, of_second = several["mean/dataloader_idx_0"], several["mean/dataloader_idx_1"]
+    known = ((uneven, errors), (meeting, errors[:11]), (of_first, errors[:10]), (of_second, errors[:11]))
+    for drawn, of in known:
         assert drawn[:2] == ["samples", ""] and drawn[2] == pytest.approx(of, rel=1e-5) and drawn[3] == [1.0] * len(of)
 
 
@@ -232,5 +272,7 @@ def test_batches_are_counted_as_far_as_dataloaders_know_and_limits_tell(tmp_path
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             super().validation_step(batch, batch_idx)
 
-    counts = {limit: _batches(fit(Streamed(), None, [], tmp_path, limit_val_batches=limit)) for limit in (2, 20, 1.0)}
+    counts = {
+        limit: _batches_of_ranks(fit(Streamed(), None, [], tmp_path, limit_val_batches=limit)) for limit in (2, 20, 1.0)
+    }
     assert counts == {2: 4, 20: 20 + 16, 1.0: math.inf}

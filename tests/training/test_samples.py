@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -170,8 +171,9 @@ def test_a_mean_has_the_samples_of_the_batches_it_is_over():
 
 
 def test_ranks_run_as_many_samples_each_and_the_same_batches(monkeypatch):
-    """A step may wait for the others': another rank has a batch more, larger ones, and keeps every second."""
-    monkeypatch.setattr(samples.distributed, "gather_objects", lambda mine: [mine, ([2, 9, 4, 9, 3], 2)])
+    """A step may wait for the others': another rank has two batches more, larger ones, and keeps every second."""
+    other = {(0, number): size for number, size in enumerate((2, 9, 4, 9, 3))}
+    monkeypatch.setattr(samples.distributed, "gather_objects", lambda mine: [mine, (other, 2)])
     chosen, steps = Chosen(), []
     for number, size in enumerate((3, 3, 3)):
         chosen.add(None, {"ids": torch.full((size, 2), number)})
@@ -182,9 +184,36 @@ def test_ranks_run_as_many_samples_each_and_the_same_batches(monkeypatch):
     chosen.run(step)
     assert steps == [(0, 0)] * 3 + [(-1, 0)] * 3 + [(2, 2)] * 3 + [(-1, 2)]
     assert [*chosen.kept] == [0, 2] and chosen.why == ""
-    monkeypatch.setattr(samples.distributed, "gather_objects", lambda mine: [mine, ([], 1)])
+    monkeypatch.setattr(samples.distributed, "gather_objects", lambda mine: [mine, ({}, 1)])
     chosen.run(step)
-    assert chosen.why == "a rank has no batches" and len(steps) == 10
+    assert chosen.why == "a rank has no batches of a dataloader" and len(steps) == 10
+
+
+def test_ranks_run_the_same_dataloaders_samples_at_the_same_time(monkeypatch):
+    """Steps of one dataloader may wait for the other rank's, and those of another not."""
+    shares, told, steps = (((3, 3, 3), (2,)), ((3,), (2, 2))), [], []
+    chosen = [Chosen(), Chosen()]
+    for one, loaders in zip(chosen, shares):
+        for loader, sizes in enumerate(loaders):
+            for number, size in enumerate(sizes):
+                one.add((loader, number), torch.ones(size, 2), loader)
+
+    def gathers(objects):
+        monkeypatch.setattr(samples.distributed, "gather_objects", objects)
+
+    for one in chosen:  # first, what each tells
+        gathers(lambda mine: [told.append(mine), mine][1:])
+        one.run(lambda *_: None)
+    gathers(lambda mine: told)
+    for one in chosen:
+        ran = []
+        one.run(lambda number, place, sample, ran=ran: ran.append((number, place[0])))
+        steps.append(ran)
+    ran_of = [[loader for _, loader in ran] for ran in steps]
+    assert ran_of[0] == ran_of[1] and Counter(ran_of[0]) == {0: 9, 1: 4}
+    for ran, loaders in zip(steps, shares):
+        numbers = Counter(number for number, _ in ran if number >= 0)
+        assert [numbers[number] for number in range(len(numbers))] == [size for sizes in loaders for size in sizes]
 
 
 def test_batches_that_cannot_be_divided_are_found_before_a_sample_runs():

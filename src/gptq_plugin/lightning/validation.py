@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
 from torch.utils._pytree import tree_leaves
 
 from gptq_plugin import distributed
@@ -54,7 +55,7 @@ def check_metrics(trainer: pl.Trainer, pl_module: pl.LightningModule, gate: Qual
                 most = None
                 logged = validate(trainer, pl_module, by_sample=by_sample)
             again = validate(trainer, pl_module, most, by_sample=by_sample) if gate.confident else logged
-            batches = _batches(trainer)
+            batches = _batches_of_ranks(trainer)
     except Exception as error:  # noqa: BLE001  the user's code
         log.warning(
             "the metrics of max_degradation are not checked before training, because validation_step cannot run yet "
@@ -91,18 +92,14 @@ def validate(
         each step appear a second time, with the suffix ``_epoch``. Means of what is logged in batches are `Measured`.
     """
     logged, chosen = Logged(), Chosen[Place]()
-    loaders = validation_loaders(trainer)
     with evaluating(pl_module), torch.no_grad(), logging_to(pl_module, logged.log, logged.log_dict):
         pl_module.on_validation_epoch_start()
-        for number, loader in enumerate(loaders):
-            several = len(loaders) > 1
-            for batch_idx, batch in enumerate(islice(islice(loader, _limit(trainer, loader)), most_batches)):
-                batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=number)
-                key = digest(batch)
-                place = Place(batch_idx, number, several)
-                logged.number = len(chosen.sizes)
-                chosen.add(place, batch)
-                _step(trainer, pl_module, batch, place, logged, key)
+        for place, batch in _batches(trainer, most_batches):
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=place.loader)
+            key = digest(batch)
+            logged.number = len(chosen.sizes)
+            chosen.add(place, batch, place.loader)
+            _step(trainer, pl_module, batch, place, logged, key)
         logged.set_batch(None, "", None)
         pl_module.on_validation_epoch_end()
     logged.close()
@@ -170,14 +167,45 @@ def loaders_to_calibrate(trainer: pl.Trainer) -> list[Any]:
     return loaders
 
 
-def _batches(trainer: pl.Trainer) -> float:
+def _batches(trainer: pl.Trainer, most: int | None) -> Iterator[tuple[Place, Any]]:
+    """Yields the batches of a validation, at most so many of each dataloader, as Lightning's loop takes them: one
+    dataloader's after the other's, or put together by a `CombinedLoader`."""
+    counts = _counts(trainer, most)
+    if not counts:
+        return
+    given = _combined(trainer)
+    combined = CombinedLoader(given.iterables, given._mode)  # Lightning's keeps its limits and iterator
+    combined.limits = counts
+    several = given._mode == "sequential" and len(counts) > 1
+    total = _total(trainer, counts)
+    for batch, number, loader in islice(combined, None if math.isinf(total) else int(total)):
+        yield Place(number, loader, several), batch
+
+
+def _batches_of_ranks(trainer: pl.Trainer) -> float:
     """Number of batches in a validation, over all ranks; infinite if a dataloader does not know its length."""
+    return _total(trainer, _counts(trainer)) * trainer.world_size
+
+
+def _total(trainer: pl.Trainer, counts: Sequence[float]) -> float:
+    """Number of batches in a validation with so many of each dataloader."""
+    return float(_SUPPORTED_MODES[_combined(trainer)._mode]["fn"](counts))  # type: ignore[arg-type]
+
+
+def _counts(trainer: pl.Trainer, most: int | None = None) -> list[float]:
+    """Number of batches to take of each dataloader; infinite of one that does not know its length."""
     counts = []
     for loader in validation_loaders(trainer):
-        limit = _limit(trainer, loader)
-        sizes = [size for size in (sized_len(loader), limit) if size is not None]
+        sizes = [size for size in (sized_len(loader), _limit(trainer, loader), most) if size is not None]
         counts.append(min(sizes, default=math.inf))
-    return sum(counts) * trainer.world_size
+    return counts
+
+
+def _combined(trainer: pl.Trainer) -> CombinedLoader:
+    """The validation dataloaders as Lightning holds them. There are some."""
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    assert combined is not None
+    return combined
 
 
 def _limit(trainer: pl.Trainer, loader: Any) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -166,7 +167,8 @@ def counts_in(batch: Any, logged: Sequence[float]) -> dict[str, list[float]]:
 class Chosen(Generic[T]):
     """Some batches of a validation, evenly spaced, with few enough samples to run them on their own.
 
-    Batches whose samples are many give one batch at least. The validation that they come from begins now.
+    Batches whose samples are many give one batch at least. The validation that they come from begins now. Ranks whose
+    dataloaders differ in length know a batch by its dataloader and its place in that.
 
     Attributes:
         sizes: Samples of each batch that came; 0 for one that has no tensors.
@@ -182,19 +184,34 @@ class Chosen(Generic[T]):
         self.why = "none were run"
         self._most = MOST // distributed.world_size()
         self._stride = 1
+        self._came: Counter[int] = Counter()  # of each dataloader
+        self._numbers: dict[tuple[int, int], int] = {}  # by dataloader and place in it
+        self._first: dict[int, tuple[T, Any]] = {}  # batch of each dataloader
         self._keys: dict[int, list[int]] = {}  # the digests of the samples of the batches that ran
         self._began = time.perf_counter()
 
-    def add(self, place: T, batch: Any) -> None:
-        """Takes the next batch. What is kept are containers of its own: a step may take keys out of the batch."""
-        number = len(self.sizes)
+    def add(self, place: T, batch: Any, loader: int = 0) -> None:
+        """Takes the next batch. What is kept are containers of its own: a step may take keys out of the batch.
+
+        Args:
+            place: For the step.
+            batch: It.
+            loader: The number of its dataloader.
+        """
+        number, where = len(self.sizes), (loader, self._came[loader])
+        self._came[loader] += 1
         self.sizes.append(_count(batch))
-        if number % self._stride:
+        self._numbers[where] = number
+        if sum(where) % self._stride and loader in self._first:
             return
-        self.kept[number] = place, to_device(batch, torch.device("cpu"))
+        own = place, to_device(batch, torch.device("cpu"))
+        self._first.setdefault(loader, own)
+        if sum(where) % self._stride == 0:
+            self.kept[number] = own
         while sum(self.sizes[n] for n in self.kept) > self._most and len(self.kept) > 1:
             self._stride *= 2
-            self.kept = {n: one for n, one in self.kept.items() if n % self._stride == 0}
+            chosen = {self._numbers[where] for where in self._numbers if sum(where) % self._stride == 0}
+            self.kept = {n: one for n, one in self.kept.items() if n in chosen}
 
     def run(
         self, step: Callable[[int, T, Any], None], around: contextlib.AbstractContextManager[Any] | None = None
@@ -202,56 +219,65 @@ class Chosen(Generic[T]):
         """Runs a step on every sample of the kept batches, or finds why that cannot be, the same on every rank.
 
         It takes no longer than the validation did, or half a minute, but for the first samples. Every rank runs as many
-        samples, since a step may wait for the others': one whose batch has fewer repeats some under another number.
+        samples of each dataloader at the same time, since a step may wait for the others': one whose batch has fewer,
+        or that has no such batch, repeats some under another number.
 
         Args:
             step: Called with a batch's number, its place, and a sample, which it may change.
             around: Entered for them, if there are any to run.
         """
-        of_ranks = distributed.gather_objects((self.sizes, self._stride))
-        self.are_ones = all(size == 1 for sizes, _ in of_ranks for size in sizes)
-        self.why = "" if all(sizes for sizes, _ in of_ranks) else "a rank has no batches"
+        own = {where: self.sizes[number] for where, number in self._numbers.items()}
+        of_ranks = distributed.gather_objects((own, self._stride))
+        self.are_ones = all(size == 1 for sizes, _ in of_ranks for size in sizes.values())
+        loaders = [{loader for loader, _ in sizes} for sizes, _ in of_ranks]
+        self.why = "" if all(one and one == loaders[0] for one in loaders) else "a rank has no batches of a dataloader"
         if self.are_ones or self.why:
             return
-        most = max(len(sizes) for sizes, _ in of_ranks)
-        steps = {
-            number: max(sizes[number] for sizes, _ in of_ranks if number < len(sizes))
-            for number in range(0, most, max(stride for _, stride in of_ranks))
-        }
+        stride = max(stride for _, stride in of_ranks)
+        steps: dict[tuple[int, int], int] = {}
+        for sizes, _ in of_ranks:
+            for where, size in sizes.items():
+                if sum(where) % stride == 0:
+                    steps[where] = max(size, steps.get(where, 0))
         ends = time.perf_counter() + max(_SECONDS, time.perf_counter() - self._began)
         try:
             with distributed.failing_together():  # before any step, which may wait for the others'
-                for number in steps.keys() & self.kept.keys():
-                    samples_of(self.kept[number][1])
+                for where in steps:
+                    samples_of(self._at(where)[1])
             with distributed.failing_together(), around or contextlib.nullcontext():
                 self.kept = dict(self._running(steps, ends, step))
         except Exception as error:  # noqa: BLE001  the user's code
             self.why = f"single samples cannot be run ({type(error).__name__}: {_first_line(error)})"
 
+    def _at(self, where: tuple[int, int]) -> tuple[T, Any]:
+        """A batch; on a rank without it, the first one of its dataloader."""
+        return self.kept[self._numbers[where]] if where in self._numbers else self._first[where[0]]
+
     def _running(
-        self, steps: Mapping[int, int], ends: float, step: Callable[[int, T, Any], None]
+        self, steps: Mapping[tuple[int, int], int], ends: float, step: Callable[[int, T, Any], None]
     ) -> Iterator[tuple[int, tuple[T, Any]]]:
         """Yields the batches that ran, until the first rank's time is over.
 
         Args:
-            steps: The samples to run for each batch's number: those of the rank that has most.
+            steps: The samples to run for each batch: those of the rank that has most.
             ends: When.
             step: As for `run`.
         """
         ran = 0
-        for number in sorted(steps, key=lambda number: f"{number:064b}"[::-1]):  # each half is evenly spaced too
+        for where in sorted(steps, key=lambda where: (f"{sum(where):064b}"[::-1], where)):  # halves are even too
             if distributed.object_from_first(ran >= _LEAST and time.perf_counter() > ends):
                 return
-            place, batch = self.kept.get(number) or next(iter(self.kept.values()))
-            samples = samples_of(batch)
-            if number in self.kept:
+            place, batch = self._at(where)
+            samples, number = samples_of(batch), self._numbers.get(where)
+            own = [] if number is None else samples
+            if number is not None:
                 self._keys[number] = list(map(digest, samples))
-                for sample in samples:
+                for sample in own:
                     step(number, place, sample)
-            for _ in range(steps[number] - len(samples) * (number in self.kept)):
+            for _ in range(steps[where] - len(own)):
                 step(_FILLER, place, samples_of(batch)[0])
-            ran += steps[number]
-            if number in self.kept:
+            ran += steps[where]
+            if number is not None:
                 yield number, (place, batch)
 
     def samples(self, parts: Sequence[Part], single: Iterable[Part]) -> Samples | None:
