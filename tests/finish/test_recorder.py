@@ -9,11 +9,14 @@ import logging
 import types
 import unittest.mock
 import weakref
+from collections import OrderedDict, UserDict
+from collections.abc import Mapping
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from transformers import BatchEncoding
 
 from gptq_plugin import Finish, QuantizeModule
 from gptq_plugin.finish import recorder
@@ -117,6 +120,71 @@ def test_a_batch_of_any_dataclass_is_recorded_with_other_tensors(monkeypatch):
     assert torch.equal(seen[2]["some"].x, batch["some"].x) and seen[2]["some"].x is not batch["some"].x
 
 
+class Named(UserDict):
+    """A batch with more than items: a plain value, and what no graph can be given."""
+
+    def __init__(self, data, times=2):
+        super().__init__(data)
+        self.times, self.encodings = times, {object()}
+
+
+class Own(Mapping):
+    def __init__(self, data):
+        self._data = data
+
+    def __getitem__(self, key):
+        return self._data[key]
+
+    def __iter__(self):
+        return iter(self._data)
+
+    def __len__(self):
+        return len(self._data)
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, BatchEncoding, Named, Own])
+def test_mappings_of_any_class_are_recorded_by_their_items(kind, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    seen, layer = [], nn.Linear(8, 8)
+
+    def compute(batch):
+        seen.append(batch["some"])
+        loss = layer(batch["some"]["x"]).square().sum() * getattr(batch["some"], "times", 1)
+        return loss.detach(), torch.autograd.grad(loss, [layer.weight, layer.bias])
+
+    gradients_of = Recorder(compute, layer, lambda: None, torch.device("cpu"), None, "a test")
+    recording_on_a_cpu(gradients_of, monkeypatch)
+    batch = {"some": kind({"x": torch.ones(3, 8), "by": 2})}
+    for _ in range(4):
+        gradients_of(batch)
+    assert len(seen) == 3 and not caplog.messages
+    assert dict(seen[2]) == {"x": seen[2]["x"], "by": 2} and seen[2]["x"] is not batch["some"]["x"]
+    assert kind is not Named or (batch["some"].encodings and not hasattr(seen[2], "encodings"))
+    gradients_of({"some": kind({"x": torch.ones(3, 8), "by": 3})})
+    assert len(seen) == 4
+    if kind is Named:
+        gradients_of({"some": Named({"x": torch.ones(3, 8), "by": 2}, times=3)})
+        assert len(seen) == 5 and seen[2].times == 2
+
+
+def test_what_reads_more_of_a_mapping_than_its_items_is_computed(monkeypatch, caplog):
+    """Such as words by a tokenizer's encodings, which are others in every batch."""
+    caplog.set_level(logging.INFO)
+    computed, layer = [], nn.Linear(8, 8)
+
+    def compute(batch):
+        loss = layer(batch["x"]).square().sum() * len(batch.encodings)
+        computed.append(loss)
+        return loss.detach(), torch.autograd.grad(loss, [layer.weight, layer.bias])
+
+    gradients_of = Recorder(compute, layer, lambda: None, torch.device("cpu"), None, "a test")
+    recording_on_a_cpu(gradients_of, monkeypatch)
+    for _ in range(4):
+        gradients_of(Named({"x": torch.ones(3, 8)}))
+    assert len(computed) == 4
+    assert "without a CUDA graph: 'Named' object has no attribute 'encodings'" in caplog.text
+
+
 @pytest.mark.parametrize("place", ["attribute", "buffer"])
 def test_what_a_graph_reads_lives_on_where_a_module_puts_another_in_its_place(place, monkeypatch):
     """A table of angles, or a mask, that is made anew for a longer batch."""
@@ -170,18 +238,24 @@ def test_what_a_forward_does_not_take_on_the_device_is_computed_where_it_is(monk
     assert len(computed) == 4 and "without a CUDA graph: can't convert cuda:0" in caplog.text
 
 
-def test_all_captures_are_on_one_stream(monkeypatch):
-    """What cuBLAS takes for a stream it keeps: with a new one for each block a finish would keep more and more."""
-    streams = []
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_cublas_takes_in_a_capture_is_given_back(fails, monkeypatch):
+    """It keeps memory for each stream: with those of captures a finish would exceed what it may use."""
+    seen = []
     for name in ("device", "synchronize", "empty_cache", "graph_pool_handle", "Stream", "current_stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: unittest.mock.MagicMock())
-    monkeypatch.setattr(torch.cuda, "stream", lambda side: streams.append(side) or contextlib.nullcontext())
-    recorder._stream.cache_clear()
-    for _ in range(2):
-        _, gradients_of = made("cpu", [])
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: seen.append("cleared"), raising=False)
+
+    def also(x):
+        seen.append("computed")
+        if fails:
+            raise RuntimeError("operation not permitted")
+
+    _, gradients_of = made("cpu", [], also=also)
+    with contextlib.suppress(RuntimeError):
         gradients_of._captured((torch.ones(3, 8), {"by": 2}))
-    recorder._stream.cache_clear()
-    assert len(streams) == 2 and len(set(map(id, streams))) == 1
+    assert seen == ["cleared", "computed", "cleared"]
 
 
 @pytest.mark.parametrize("was_told", [False, True])
@@ -246,6 +320,28 @@ class TestOnAGpu:
             gradients_of((torch.ones(5, 8, device="cuda", dtype=dtype), {"by": 2}))
         assert calls == [False] * 4
         assert "are free" in caplog.text
+
+    def test_batches_as_a_tokenizer_returns_them_have_graphs(self, dtype, caplog):
+        caplog.set_level(logging.INFO)
+        ids = torch.randint(4, 128, (10, 4, 24), generator=torch.Generator().manual_seed(0))
+        batches = [BatchEncoding({"input_ids": rows}) for rows in ids]
+        model = tiny_llama(initializer_range=0.2).to("cuda", dtype)
+        twin, quantizer = copy.deepcopy(model), QuantizeModule(bits=2, group_size=32, nsamples=32)
+        quantizer.quantize(model, batches)
+        quantizer.finish(model, twin, batches, Finish(steps=8, tokens_per_step=200, held_out=8, judgements=2))
+        assert "finish (scales)" in caplog.text and "without a CUDA graph" not in caplog.text
+
+    def test_what_a_graph_takes_goes_with_it(self, dtype):
+        layer, gradients_of = made("cuda:0", [], layer=nn.Linear(8, 8, device="cuda", dtype=dtype))
+        batch = (torch.ones(5, 8, device="cuda", dtype=dtype), {"by": 2})
+        gradients_of(batch)  # cuBLAS has its memory for ordinary work
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            gradients_of(batch)
+        assert any(gradients_of._known.values())
+        gradients_of.forget()
+        gradients_of(batch)
+        assert torch.cuda.memory_allocated() <= before + 2**20
 
     @pytest.mark.parametrize("kind", ["blocks", "full"])
     def test_a_finish_gives_the_same_with_graphs_and_without(self, dtype, kind, monkeypatch, caplog):

@@ -6,9 +6,9 @@ A step of a small model waits for the host, which queues hundreds of kernels. A 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections import UserDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -63,8 +63,9 @@ class Recorder:
     compared: where it differs, or where nothing can be recorded, all others are too, and the log tells.
 
     Args:
-        compute: Of a batch; called with tuples, lists, dicts and dataclasses of tensors, modules and plain values. It
-            reads no other tensors but the model's, which are changed in place, and changes none.
+        compute: Of a batch; called with tuples, lists, mappings and dataclasses of tensors, modules and plain values.
+            It reads no other tensors but the model's, which are changed in place, and changes none. For a graph,
+            mappings have their items and plain attributes alone.
         model: Whose tensors those are.
         draw: Called before each computation, for what is drawn at random in it.
         device: Where the tensors are; on a CPU nothing is recorded.
@@ -132,7 +133,7 @@ class Recorder:
         try:
             read, kept = [tensor.clone() for tensor in tensors], _tensors_of(self._model)
             places = iter(read)
-            graph, (loss, gradients) = self._captured(map_tensors(batch, lambda _: next(places)))
+            graph, (loss, gradients) = self._captured(_bare(map_tensors(batch, lambda _: next(places))))
             made = _Recording(graph, read, kept, loss, gradients)
             self._draw()
             made.replay(tensors)
@@ -145,10 +146,10 @@ class Recorder:
     def _captured(self, batch: Any) -> tuple[Any, tuple[Tensor, Gradients]]:
         with torch.cuda.device(self._device):
             self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
-            graph, side = torch.cuda.CUDAGraph(), _stream(self._device)
+            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            with torch.cuda.stream(side):
+            with _workspaces_of_its_own(), torch.cuda.stream(side):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     made = self._compute(batch)
@@ -177,10 +178,15 @@ class Recorder:
                 raise NotRecordableError(f"the graph's result differs by {differs:.2g} of {size:.2g}")
 
 
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures on a device: cuBLAS keeps memory for each stream that it has worked on, to the end."""
-    return torch.cuda.Stream(device)
+@contextlib.contextmanager
+def _workspaces_of_its_own() -> Iterator[None]:
+    """Has cuBLAS take its memory anew for a capture, from the graph's, and forget it. It keeps some for each stream and
+    thread to the end (32 MiB on Hopper), beside which those of the capture would be more than a process may use."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _tensors_of(model: nn.Module) -> list[Tensor]:
@@ -224,13 +230,31 @@ def _shapes(value: Any, tensors: list[Tensor], device: torch.device) -> Hashable
             raise NotRecordableError(f"a tensor of its batches is on {value.device}")
         tensors.append(value)
         return (Tensor, value.shape, value.stride(), value.dtype)
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size, nn.Module)):
+    if _is_plain(value):
         return (type(value), value)
     return (type(value), tuple((name, _shapes(part, tensors, device)) for name, part in _parts(value)))
 
 
+def _bare(batch: Any) -> Any:
+    """The batch, a copy, without what its mappings have beside `_parts`, such as a tokenizer's encodings: whoever reads
+    that fails, and in a graph would read the first batch's."""
+    if isinstance(batch, UserDict):
+        batch.__dict__ = dict(_parts(batch))
+    if not _is_plain(batch) and not isinstance(batch, Tensor):
+        for _, part in _parts(batch):
+            _bare(part)
+    return batch
+
+
+def _is_plain(value: Any) -> bool:
+    kinds = (bool, int, float, str, torch.dtype, torch.device, torch.Size, nn.Module)
+    return value is None or isinstance(value, kinds)
+
+
 def _parts(value: Any) -> list[tuple[Any, Any]]:
-    if type(value) is dict:
+    if isinstance(value, UserDict):
+        return [(name, part) for name, part in vars(value).items() if name == "data" or _is_plain(part)]
+    if isinstance(value, Mapping):
         return list(value.items())
     if type(value) in (list, tuple):
         return list(enumerate(value))
