@@ -67,14 +67,15 @@ def longest_loop(code: str) -> list[str]:
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="needs the tools that Triton comes with")
 @pytest.mark.parametrize(
-    ("capability", "kind", "bits", "block", "warps", "half"),
+    ("capability", "kind", "bits", "block", "warps", "half", "joined"),
     [
-        (80, "bf16", 4, 8, 2, 0), (89, "fp16", 4, 64, 4, 0), (90, "fp16", 4, 8, 2, 0),
-        (80, "bf16", 3, 8, 2, 1), (90, "fp16", 3, 8, 2, 0), (90, "fp16", 3, 16, 2, 1), (90, "fp16", 2, 64, 4, 1),
+        (80, "bf16", 4, 8, 2, 0, 1), (89, "fp16", 4, 64, 4, 0, 1), (90, "fp16", 4, 8, 2, 0, 1),
+        (80, "bf16", 3, 8, 2, 1, 1), (90, "fp16", 3, 8, 2, 0, 1), (90, "fp16", 3, 16, 2, 1, 1),
+        (90, "fp16", 2, 64, 4, 1, 1), (90, "bf16", 3, 64, 4, 1, 2), (90, "fp16", 3, 64, 4, 1, 2),
     ],
 )  # fmt: skip
 def test_weights_go_from_memory_to_the_tensor_cores_without_detours(
-    capability, kind, bits, block, warps, half, tmp_path
+    capability, kind, bits, block, warps, half, joined, tmp_path
 ):
     from gptq_plugin.kernels.product.few_rows import _few_rows_kernel
 
@@ -86,19 +87,20 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_detours(
     sizes = {
         "BITS": bits, "LANES": layout.lanes, "PLANES": layout.planes, "BLOCKS": layout.blocks_a_step, "GROUP": 128,
         "SYMMETRIC": True, "HAS_BIAS": False, "WHOLE": True, "BN": 64, "BM": block,
-        "SPLIT": 1, "STAGES": 3, "EARLY": capability == 90, "HALF": half, "zeros": None, "bias": None,
+        "SPLIT": 1, "STAGES": 3, "EARLY": capability == 90, "HALF": half, "JOINED": joined, "zeros": None,
+        "bias": None,
     }  # fmt: skip
     options = {"num_warps": warps, "num_stages": 3}
     graph, code, resources = machine_code(_few_rows_kernel, types, sizes, capability, options, tmp_path)
     assert re.search(r"STACK:0\b", resources), "registers are spilled"
     converted = [line for line in graph.splitlines() if "convert_layout" in line]
-    assert not [line for line in converted if "xi16" in line or f"64x{layout.lanes}x{kind[:-2]}16" in line], (
-        "weights are moved"
-    )
+    assert not [line for line in converted if re.search(r"xi16|64x\d+xb?f16.*dot_op", line)], "weights are moved"
     loop = longest_loop(code)
     # Expansion, product and scales; with 64 rows of x most are products.
     weights = layout.step // (1 + half) * 64 / (32 * warps)
     assert 0 < len(loop) / weights < (2.2 if block < 64 else 4.2)
+    if block == 64 and capability == 90:  # as many products as planes of 64 channels, each of which is waited for
+        assert sum(o.startswith("WARPGROUP.DEPBAR") for o in loop) == 4
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -174,8 +176,8 @@ def many_rows_arguments(bits, options, symmetric):
 @pytest.mark.parametrize(
     ("bits", "options"),
     [
-        (3, "BN=128 BM=64 STAGES=3 JOINED=4 AHEAD=3"), (4, "BN=64 BM=256 STAGES=5 JOINED=1 AHEAD=2"),
-        (3, "BN=128 BM=16 STAGES=4 JOINED=4 AHEAD=4"), (2, "BN=128 BM=8 STAGES=4 JOINED=4 AHEAD=4"),
+        (3, "GROUPS=2 BN=128 BM=64 STAGES=3 JOINED=4 AHEAD=3"), (4, "GROUPS=2 BN=64 BM=256 STAGES=5 JOINED=1 AHEAD=2"),
+        (3, "GROUPS=2 BN=128 BM=16 STAGES=4 JOINED=4 AHEAD=4"), (2, "GROUPS=2 BN=128 BM=8 STAGES=4 JOINED=4 AHEAD=4"),
     ],
 )  # fmt: skip
 def test_the_product_of_many_rows_spills_nothing_and_has_the_shared_memory_it_is_said_to(
@@ -195,7 +197,7 @@ def test_the_product_of_many_rows_spills_nothing_and_has_the_shared_memory_it_is
 def test_words_are_given_back_to_the_copy_engine_only_after_products_of_them(bits):
     """A barrier of threads does not wait for loads from shared memory, and the copy engine is not in their order: words
     given back right after they were loaded were overwritten in up to all runs (docs/benchmarks/qlinear.md)."""
-    options = {"BN": 128, "BM": 64, "STAGES": 3, "JOINED": 4, "AHEAD": 3}
+    options = {"GROUPS": 2, "BN": 128, "BM": 64, "STAGES": 3, "JOINED": 4, "AHEAD": 3}
     code = compiled_for(*many_rows_arguments(bits, options, True)).asm["ttgir"]
     steps = re.findall(r"ttg\.local_load|ttng\.arrive_barrier|ttng\.warp_group_dot_wait", code)
     next_steps = [after for step, after in itertools.pairwise(steps) if step == "ttg.local_load" != after]

@@ -113,8 +113,9 @@ def test_the_triton_kernels_of_the_layout_are_the_formula(bits, size, symmetric,
         x = torch.randn(rows, size[0], dtype=dtype, device=device)
         bias = torch.randn(size[1], device=device) if split > 1 else None
         out = torch.full((rows, size[1]), NAN, dtype=dtype, device=device)
-        for half in (0, 1) if weight.layout.halves else (0,):
-            options = {"BM": block, "SPLIT": split, "HALF": half}
+        joined = (1, 2) if bits == 3 and weight.layout.group > 32 and dtype != torch.float32 else (1,)
+        for half, planes in itertools.product((0, 1) if weight.layout.halves else (0,), joined):
+            options = {"BM": block, "SPLIT": split, "HALF": half, "JOINED": planes, "warps": 2 * planes}
             few_rows(x, weight.layout, weight.arranged, bias, out.fill_(NAN), workspace_of(x.device), **options)
             check(out, x, weight, bias)
 
@@ -183,7 +184,7 @@ def test_some_outputs_out_of_a_larger_weight_are_multiplied_where_they_lie(bits,
 
 @gpu
 @hopper
-@pytest.mark.parametrize("options", ["SPLIT=4", "SPLIT=1"])
+@pytest.mark.parametrize("options", ["BN=128 SPLIT=4", "BN=128 SPLIT=1", "GROUPS=4 SPLIT=4", "GROUPS=4 SPLIT=1"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_many_rows_have_the_same_bytes_in_hundreds_of_runs(bits, options):
     """Words that were given back to the copy engine before they were read made most of such runs of 3 bits wrong."""
@@ -192,7 +193,7 @@ def test_many_rows_have_the_same_bytes_in_hundreds_of_runs(bits, options):
 
     weight = make_weight(bits, 14336, 1024, 128, True, "cuda")
     x = torch.randn(64, 14336, dtype=torch.float16, device="cuda")
-    chosen = dict(Choice.parse(f"many_rows BN=128 BM=64 STAGES=3 JOINED=4 AHEAD=3 {options}").options)
+    chosen = dict(Choice.parse(f"many_rows BM=64 STAGES=3 JOINED=4 AHEAD=3 {options}").options)
     outs = torch.full((300, 64, 1024), NAN, dtype=x.dtype, device="cuda")
     for out in outs:
         many_rows(x, weight.layout, weight.arranged, None, out, workspace_of(x.device), **chosen)
@@ -235,6 +236,9 @@ def test_the_product_of_many_rows_is_the_formula(bits, symmetric, dtype):
         ((1056, 130), 64, "BN=128 BM=64 STAGES=3 JOINED=4 AHEAD=3"),
         ((8192, 1088), 13, "BN=128 BM=16 STAGES=4 JOINED=4 AHEAD=4 SPLIT=64"),
         ((1000, 37), 5, "BN=128 BM=8 STAGES=4 JOINED=4 AHEAD=4 SPLIT=3"),
+        ((2048, 4096), 65, "GROUPS=4 BM=64 STAGES=3 JOINED=4 AHEAD=3 SPLIT=64"),
+        ((1056, 130), 64, "GROUPS=4 BM=64 STAGES=3 JOINED=4 AHEAD=3"),
+        ((8192, 1088), 13, "GROUPS=4 BM=16 STAGES=4 JOINED=4 AHEAD=4 SPLIT=64"),
     ):  # fmt: skip
         weight = make_weight(bits, n_in, n_out, 128, symmetric, "cuda")
         x = torch.randn(rows, n_in, dtype=dtype, device="cuda")

@@ -20,9 +20,9 @@ def right(text, layout=LAYOUT, rows=16, dtype=torch.float16, on=H100):
 
 
 def test_every_kernel_has_options_with_defaults():
-    own = {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2, "EARLY": 0, "HALF": 0}
+    own = {"BN": 64, "BM": 16, "SPLIT": 1, "STAGES": 3, "warps": 2, "EARLY": 0, "HALF": 0, "JOINED": 1}
     assert KERNELS["few_rows"].options == own
-    own = {"BN": 64, "BM": 256, "STAGES": 5, "JOINED": 1, "AHEAD": 2, "WIDTH": 2, "SPLIT": 1, "EARLY": 0}
+    own = {"GROUPS": 2, "BN": 64, "BM": 256, "STAGES": 5, "JOINED": 1, "AHEAD": 2, "WIDTH": 2, "SPLIT": 1, "EARLY": 0}
     assert KERNELS["many_rows"].options == own
     assert set(KERNELS["by_warps"].options) == {"BN", "BM", "WAYS", "STAGES", "EARLY", "HALF"}
     assert KERNELS["dense"].options == {}
@@ -40,6 +40,7 @@ def test_options_left_out_are_the_kernels_own():
         "few_rows BN=256", "few_rows BM=4", "few_rows BM=24", "few_rows SPLIT=0", "few_rows SPLIT=17",
         "few_rows STAGES=0", "few_rows STAGES=9", "few_rows warps=3", "few_rows BM=128 STAGES=4",
         "many_rows BN=32", "many_rows BN=128", "many_rows BN=128 BM=128", "many_rows BM=64 JOINED=2",
+        "many_rows GROUPS=3 BM=64", "many_rows GROUPS=4 BM=128 STAGES=4", "many_rows GROUPS=4 BN=128 BM=64 STAGES=3",
         "many_rows BM=512", "many_rows BM=24", "many_rows STAGES=6", "many_rows STAGES=1", "many_rows AHEAD=1",
         "many_rows AHEAD=5", "many_rows WIDTH=0", "many_rows SPLIT=65", "many_rows EARLY=2", "few_rows EARLY=5",
         "by_warps SPLIT=2", "by_warps BN=48", "by_warps BM=64", "by_warps WAYS=3", "by_warps WAYS=16",
@@ -63,6 +64,11 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
     for text in ("few_rows HALF=1", "by_warps HALF=1"):
         assert right(text, three) and right(text, two) and not right(text)
         assert not right(text, Layout.of(2, 32, 4096, 4096, True))  # whose steps have 256 channels
+    joined = "few_rows BM=64 warps=4 HALF=1 JOINED=2"
+    assert right(joined, three) and not right(joined, two) and not right(joined, three, on=A100)
+    assert not right("few_rows BM=8 JOINED=2", three) and not right("few_rows BM=8 warps=4 JOINED=3", three)
+    assert not right("few_rows BM=8 warps=4 JOINED=2", Layout.of(3, 32, 4096, 4096, True))
+    assert right("many_rows GROUPS=4 BM=64 STAGES=3 JOINED=4 AHEAD=3")
     assert right("few_rows BM=64 STAGES=4 HALF=1", two) and not right("few_rows BM=64 STAGES=4", two)
     assert right("many_rows", three) and right("many_rows", two)
     assert not right("many_rows", Layout.of(3, 64, 4096, 4096, True))

@@ -50,13 +50,13 @@ def _few_rows_kernel(
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr, HALF: tl.constexpr,
+    EARLY: tl.constexpr, HALF: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
     pn, part, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = pn * BN + tl.arange(0, BN)
     m = pm * BM + tl.arange(0, BM)
-    lane = tl.arange(0, LANES)[None, :]
-    at = n[:, None] * LANES + lane
+    at = n[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lane = tl.arange(0, JOINED * LANES)[None, :]
     row = x + m.to(tl.int64)[:, None] * K + lane
     there = (m < M)[:, None]
     turns = steps * (1 + HALF)
@@ -74,7 +74,7 @@ def _few_rows_kernel(
     for turn in tl.range(part * turns // SPLIT, (part + 1) * turns // SPLIT, num_stages=STAGES):
         acc = add_step(
             acc, row, words, scales, zeros, turn // (1 + HALF), turn % (1 + HALF), steps, at, n, there, lane, K, stride,
-            BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE, HALF,
+            BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC, WHOLE, HALF, JOINED,
         )  # fmt: skip
     if EARLY == 1:
         let_go()
@@ -84,6 +84,7 @@ def _few_rows_kernel(
 def few_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
     *, BN: int = 64, BM: int = 16, SPLIT: int = 1, STAGES: int = 3, warps: int = 2, EARLY: int = 0, HALF: int = 0,
+    JOINED: int = 1,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32.
 
@@ -101,6 +102,8 @@ def few_rows(
             begun, with the words of EARLY - 2 steps fetched into the L2 cache before. See `in_turn`.
         HALF: 1 to multiply half of a step at a time, where `layout.halves`: words are read twice, from the L2 cache
             the second time, and a stage has half as many channels of x.
+        JOINED: 2 to multiply two planes of 3 bits at a time, for four or more warps on Hopper: the compiler waits for
+            every product of weights that lie in registers, and planes of 3 bits have 32 channels.
     """
     rows = len(x)
     tiles = layout.outputs // BN * triton.cdiv(rows, BM)
@@ -110,6 +113,6 @@ def few_rows(
         rows, layout.n_out, layout.n_in, arranged.stride, layout.steps,
         BITS=layout.bits, LANES=layout.lanes, PLANES=layout.planes, BLOCKS=layout.blocks_a_step, GROUP=layout.group,
         SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, WHOLE=layout.n_in % layout.step == 0,
-        BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, EARLY=EARLY, HALF=HALF,
+        BN=BN, BM=BM, SPLIT=SPLIT, STAGES=STAGES, EARLY=EARLY, HALF=HALF, JOINED=JOINED,
         num_warps=warps, num_stages=STAGES, **launch(EARLY),
     )  # fmt: skip

@@ -1,10 +1,10 @@
 """x Wᵀ for many rows on Hopper, in Gluon: 4, 3 and 2 bits, groups of 128 channels here.
 
 A program for every multiprocessor goes through the tiles of the result. One of its warps has the copy engine fetch
-words and x into two rings of buffers in shared memory; two groups of four warps expand words into weights in registers,
-rounded once to x's dtype, while the tensor cores multiply those before. In plain Triton the compiler waits for every
-product of weights that lie in registers, which costs a third. What bounds 256 rows is the L2 cache, from which every
-tile's program reads all of x.
+words and x into two rings of buffers in shared memory; two or four groups of four warps expand words into weights in
+registers, rounded once to x's dtype, while the tensor cores multiply those before. In plain Triton the compiler waits
+for every product of weights that lie in registers, which costs a third. What bounds 256 rows is the L2 cache, from
+which every tile's program reads all of x.
 
 Tested by tests/kernels/test_products.py: by its results.
 """
@@ -93,27 +93,27 @@ def _of_pair(pairs, SECOND: gl.constexpr):
 @gluon.jit
 def _fetch(
     x, words, rings, sizes,
-    BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
     JOINED: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr, SHARED: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     x_ring, ring, words_full, words_free, x_full, x_free = rings
     M, _, outputs, stride, turns = sizes
     turn = 0
-    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN)
+    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, GROUPS * BN)
     start, stop, distance, first, end = own(tiles, turns, SHARED)
     for tile in range(start, stop, distance):
-        n, m = place(tile, M, outputs, 2 * BN, BM, WIDTH)
+        n, m = place(tile, M, outputs, GROUPS * BN, BM, WIDTH)
         for at in range(gl.maximum(first - tile * turns, 0), gl.minimum(end - tile * turns, turns)):
             stage = turn % AHEAD
             mbarrier.wait(words_free.index(stage), turn // AHEAD & 1 ^ 1)
-            mbarrier.expect(words_full.index(stage), 2 * BN * 64 * 2)
-            for i in gl.static_range(4):  # two tiles of each group of warps
+            mbarrier.expect(words_full.index(stage), GROUPS * BN * 64 * 2)
+            for i in gl.static_range(2 * GROUPS):  # two tiles of each group of warps
                 if BITS == 3:  # of the half, and of both halves
                     tile_of_words = at // 2 * 3 + (2 if i % 2 else at % 2)
                 else:  # lower and upper lanes
                     tile_of_words = at if BITS == 4 else at // 2
                 corner = [tile_of_words * stride + n + i // 2 * BN, 0 if BITS == 3 else i % 2 * 32]
-                buffer = ring.index(4 * stage + i)
+                buffer = ring.index(2 * GROUPS * stage + i)
                 tma.async_copy_global_to_shared(words, corner, words_full.index(stage), buffer)
             for plane in gl.static_range(4):
                 of_x = turn * (4 // JOINED) + plane // JOINED
@@ -137,10 +137,10 @@ def _moved(words, distance):
 @gluon.jit
 def _words(
     ring, turn, at, SECOND: gl.constexpr,
-    INDEX: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr,
+    INDEX: gl.constexpr, GROUPS: gl.constexpr, BITS: gl.constexpr, AHEAD: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
     """A tile of words of a turn in registers, with the half's codes where those of the first half lie."""
-    words = ring.index(4 * (turn % AHEAD) + 2 * INDEX + SECOND).load(A)
+    words = ring.index(2 * (turn % AHEAD * GROUPS + INDEX) + SECOND).load(A)
     if BITS == 2 or (BITS == 3 and SECOND):
         words = _moved(words, at % 2 * 8)
     return words
@@ -155,13 +155,13 @@ def _scaled(acc, total, scales, SECOND: gl.constexpr):
 @gluon.jit
 def _turn(
     acc, total, lower, a, before, s, z, next_s, next_z, kind, rings, turn, at, high, INDEX: gl.constexpr,
-    BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, JOINED: gl.constexpr,
-    AHEAD: gl.constexpr, BF16: gl.constexpr, SYMMETRIC: gl.constexpr, LATE: gl.constexpr,
+    GROUPS: gl.constexpr, BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    JOINED: gl.constexpr, AHEAD: gl.constexpr, BF16: gl.constexpr, SYMMETRIC: gl.constexpr, LATE: gl.constexpr,
     A: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """A turn's products of 256 channels in eight parts: the sums, and what the next turn begins with."""
     x_ring, ring, words_full, words_free, x_full, x_free = rings
-    upper = _words(ring, turn, at, 1, INDEX, BITS, AHEAD, A)
+    upper = _words(ring, turn, at, 1, INDEX, GROUPS, BITS, AHEAD, A)
     for part in gl.static_range(8):
         of_x = turn * (4 // JOINED) + part // 2 // JOINED
         buffer = x_ring.index(of_x % STAGES * JOINED + part // 2 % JOINED)
@@ -181,7 +181,7 @@ def _turn(
             z = next_z
             following_turn = turn + 1
             mbarrier.wait(words_full.index(following_turn % AHEAD), following_turn // AHEAD & 1, pred=at + 1 < high)
-            lower = _words(ring, following_turn, at + 1, 0, INDEX, BITS, AHEAD, A)
+            lower = _words(ring, following_turn, at + 1, 0, INDEX, GROUPS, BITS, AHEAD, A)
             a = _weights(lower, lower, s, z, kind, 0, BITS, BF16, SYMMETRIC, LATE)
         if part % (2 * JOINED) == 2 * JOINED - 1:
             more = (part < 7) | (at + 1 < high)
@@ -214,7 +214,7 @@ def _turn(
 @gluon.jit
 def _multiply(
     scales, zeros, bias, out, parts, counters, rings, sizes, INDEX: gl.constexpr,
-    BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
     JOINED: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr, SHARED: gl.constexpr, SYMMETRIC: gl.constexpr,
     HAS_BIAS: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
@@ -226,10 +226,10 @@ def _multiply(
     BF16: gl.constexpr = out.dtype.element_ty == gl.bfloat16
     kind = gl.zeros([BN], out.dtype.element_ty, R)
     turn = 0
-    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, 2 * BN)
+    tiles = gl.cdiv(M, BM) * gl.cdiv(outputs, GROUPS * BN)
     start, stop, distance, first, end = own(tiles, turns, SHARED)
     for tile in range(start, stop, distance):
-        n0, m0 = place(tile, M, outputs, 2 * BN, BM, WIDTH)
+        n0, m0 = place(tile, M, outputs, GROUPS * BN, BM, WIDTH)
         low, high = gl.maximum(first - tile * turns, 0), gl.minimum(end - tile * turns, turns)
         n = gl.minimum(n0 + INDEX * BN + gl.arange(0, BN, R), outputs - 1)
         of_s = gl.minimum(n0 + INDEX * BN + gl.arange(0, BN, gl.SliceLayout(1, L)), outputs - 1) if LATE else n
@@ -238,7 +238,7 @@ def _multiply(
         s = gl.load(scales + low * stride + of_s)
         z = s if SYMMETRIC else gl.load(zeros + low * stride + n)
         mbarrier.wait(words_full.index(turn % AHEAD), turn // AHEAD & 1)
-        lower = _words(ring, turn, low, 0, INDEX, BITS, AHEAD, A)
+        lower = _words(ring, turn, low, 0, INDEX, GROUPS, BITS, AHEAD, A)
         a = _weights(lower, lower, s, z, kind, 0, BITS, BF16, SYMMETRIC, LATE)
         before = a
         of_x = turn * (4 // JOINED)
@@ -249,23 +249,23 @@ def _multiply(
             next_z = next_s if SYMMETRIC else gl.load(zeros + following + n)
             acc, total, lower, a, before, s, z = _turn(
                 acc, total, lower, a, before, s, z, next_s, next_z, kind, rings, turn, at, high, INDEX,
-                BITS, BN, BM, STAGES, JOINED, AHEAD, BF16, SYMMETRIC, LATE, A, L,
+                GROUPS, BITS, BN, BM, STAGES, JOINED, AHEAD, BF16, SYMMETRIC, LATE, A, L,
             )  # fmt: skip
             turn += 1
         store_sum(
             acc, bias, out, parts, counters, tile, tiles, turns, n0 + INDEX * BN, m0, M, N,
-            INDEX, HAS_BIAS, BN, BM, SHARED, L,
+            INDEX, GROUPS, HAS_BIAS, BN, BM, SHARED, L,
         )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M"])
 def _many_rows_kernel(
     x, words, scales, zeros, bias, out, parts, counters, M, N, outputs, stride, turns,
-    BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
     JOINED: gl.constexpr, AHEAD: gl.constexpr, WIDTH: gl.constexpr, SHARED: gl.constexpr, SYMMETRIC: gl.constexpr,
     HAS_BIAS: gl.constexpr, LATE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    ring = gl.allocate_shared_memory(gl.int16, [4 * AHEAD, BN, 32], words.layout)
+    ring = gl.allocate_shared_memory(gl.int16, [2 * GROUPS * AHEAD, BN, 32], words.layout)
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * JOINED, BM, 64], x.layout)
     words_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
     words_free = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
@@ -273,26 +273,35 @@ def _many_rows_kernel(
     x_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(AHEAD):
         mbarrier.init(words_full.index(i), count=1)
-        mbarrier.init(words_free.index(i), count=2)
+        mbarrier.init(words_free.index(i), count=GROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(x_free.index(i), count=2)
+        mbarrier.init(x_free.index(i), count=GROUPS)
     fence_async_shared()
     if EARLY:
         wait()
     rings = (x_ring, ring, words_full, words_free, x_full, x_free)
     sizes = (M, N, outputs, stride, turns)
-    gl.warp_specialize([
-        (_multiply, (
-            scales, zeros, bias, out, parts, counters, rings, sizes, 0,
-            BITS, BN, BM, STAGES, JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE,
-        )),
-        (_multiply, (
-            scales, zeros, bias, out, parts, counters, rings, sizes, 1,
-            BITS, BN, BM, STAGES, JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE,
-        )),
-        (_fetch, (x, words, rings, sizes, BITS, BN, BM, STAGES, JOINED, AHEAD, WIDTH, SHARED, EARLY)),
-    ], [4, 1], [232, 40])  # fmt: skip
+    if GROUPS == 2:
+        gl.warp_specialize([
+            (_multiply, (scales, zeros, bias, out, parts, counters, rings, sizes, 0, GROUPS, BITS, BN, BM, STAGES,
+                         JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE)),
+            (_multiply, (scales, zeros, bias, out, parts, counters, rings, sizes, 1, GROUPS, BITS, BN, BM, STAGES,
+                         JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE)),
+            (_fetch, (x, words, rings, sizes, BITS, GROUPS, BN, BM, STAGES, JOINED, AHEAD, WIDTH, SHARED, EARLY)),
+        ], [4, 1], [232, 40])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_multiply, (scales, zeros, bias, out, parts, counters, rings, sizes, 0, GROUPS, BITS, BN, BM, STAGES,
+                         JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE)),
+            (_multiply, (scales, zeros, bias, out, parts, counters, rings, sizes, 1, GROUPS, BITS, BN, BM, STAGES,
+                         JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE)),
+            (_multiply, (scales, zeros, bias, out, parts, counters, rings, sizes, 2, GROUPS, BITS, BN, BM, STAGES,
+                         JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE)),
+            (_multiply, (scales, zeros, bias, out, parts, counters, rings, sizes, 3, GROUPS, BITS, BN, BM, STAGES,
+                         JOINED, AHEAD, WIDTH, SHARED, SYMMETRIC, HAS_BIAS, LATE)),
+            (_fetch, (x, words, rings, sizes, BITS, GROUPS, BN, BM, STAGES, JOINED, AHEAD, WIDTH, SHARED, EARLY)),
+        ], [4, 4, 4, 1], [112, 112, 112, 32])  # fmt: skip
 
 
 def takes(layout: Layout, dtype: torch.dtype) -> bool:
@@ -303,7 +312,7 @@ def takes(layout: Layout, dtype: torch.dtype) -> bool:
 
 def many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 256, STAGES: int = 5, JOINED: int = 1, AHEAD: int = 2, WIDTH: int = 2,
+    *, GROUPS: int = 2, BN: int = 64, BM: int = 256, STAGES: int = 5, JOINED: int = 1, AHEAD: int = 2, WIDTH: int = 2,
     SPLIT: int = 1, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """Writes x Wᵀ + bias, accumulated in float32, with weights rounded once to x's dtype.
@@ -314,7 +323,7 @@ def many_rows(
         bias: [out], any floating dtype, or None.
         out: [M, out] in x's dtype, contiguous.
         workspace: Of the current stream.
-        BN, BM: Outputs of a tile that each of two groups of warps multiplies, and rows of a tile.
+        GROUPS, BN, BM: Groups of four warps that multiply, 2 or 4, outputs of a tile that each has, and a tile's rows.
         STAGES: Length of the ring of buffers for x.
         JOINED: Channels of x in such a buffer, in 64.
         AHEAD: Length of the ring for words, of 256 channels each.
@@ -327,16 +336,15 @@ def many_rows(
     wide = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     words, stride = arranged.words, arranged.stride
     flat = words.as_strided(((len(words) - 1) * stride + layout.outputs, layout.lanes), (layout.lanes, 1))
-    tiles = triton.cdiv(len(x), BM) * triton.cdiv(layout.outputs, 2 * BN)
+    tiles = triton.cdiv(len(x), BM) * triton.cdiv(layout.outputs, GROUPS * BN)
     turns = layout.steps * (1 + layout.halves)
     most = torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = min(tiles * min(SPLIT, turns), most)  # each has a turn at least
-    floats = 2 * programs * 2 * BN * BM
-    parts, counters = workspace.of(2 * tiles, floats) if SPLIT > 1 else (out, out)
+    parts, counters = workspace.of(GROUPS * tiles, 2 * programs * GROUPS * BN * BM) if SPLIT > 1 else (out, out)
     _many_rows_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [BM, 64], wide), TensorDescriptor.from_tensor(flat, [BN, _LANES], shared),
         arranged.scales, arranged.zeros, bias, out, parts, counters, len(x), layout.n_out, layout.outputs, stride,
-        turns, BITS=layout.bits, BN=BN, BM=BM, STAGES=STAGES, JOINED=JOINED, AHEAD=AHEAD, WIDTH=WIDTH,
+        turns, BITS=layout.bits, GROUPS=GROUPS, BN=BN, BM=BM, STAGES=STAGES, JOINED=JOINED, AHEAD=AHEAD, WIDTH=WIDTH,
         SHARED=SPLIT > 1, SYMMETRIC=layout.symmetric, HAS_BIAS=bias is not None, LATE=BM <= _SCALED_LATE, EARLY=EARLY,
         num_warps=4, **launch(EARLY),
     )  # fmt: skip

@@ -80,8 +80,14 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
         and 1 <= STAGES <= 8
         and warps in (1, 2, 4, 8)
         and options["HALF"] in (0, layout.halves)
+        and (options["JOINED"] == 1 or (options["JOINED"] == 2 and _joins(layout, gpu, BN, warps)))
         and _shared_of_few(layout, dtype, BN, BM, STAGES, options["HALF"], gpu.hopper) <= gpu.shared
     )
+
+
+def _joins(layout: Layout, gpu: Gpu, BN: int, warps: int) -> bool:
+    """True if two planes can be multiplied at a time, without a number that moves to another thread."""
+    return gpu.hopper and layout.bits == 3 and layout.group >= 2 * layout.lanes and BN >= 64 and warps >= 4
 
 
 def _early_fits(gpu: Gpu, options: Mapping[str, int]) -> bool:
@@ -152,7 +158,7 @@ def _near_warps(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iter
 
 def _many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
-    *, BN: int = 64, BM: int = 256, STAGES: int = 5, JOINED: int = 1, AHEAD: int = 2, WIDTH: int = 2,
+    *, GROUPS: int = 2, BN: int = 64, BM: int = 256, STAGES: int = 5, JOINED: int = 1, AHEAD: int = 2, WIDTH: int = 2,
     SPLIT: int = 1, EARLY: int = 0,
 ) -> None:  # fmt: skip
     """`many_rows`; `few_rows` or `dense` where x lies at an address that the copy engine does not take."""
@@ -162,15 +168,15 @@ def _many_rows(
     module = gluon()
     assert module is not None
     module.many_rows(
-        x, layout, arranged, bias, out, workspace, BN=BN, BM=BM, STAGES=STAGES, JOINED=JOINED,
-        AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, EARLY=EARLY,
+        x, layout, arranged, bias, out, workspace, GROUPS=GROUPS, BN=BN, BM=BM, STAGES=STAGES,
+        JOINED=JOINED, AHEAD=AHEAD, WIDTH=WIDTH, SPLIT=SPLIT, EARLY=EARLY,
     )  # fmt: skip
     return None
 
 
 def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
-    names = ("BN", "BM", "STAGES", "JOINED", "AHEAD", "WIDTH", "SPLIT")
-    BN, BM, STAGES, JOINED, AHEAD, WIDTH, SPLIT = (options[name] for name in names)
+    names = ("GROUPS", "BN", "BM", "STAGES", "JOINED", "AHEAD", "WIDTH", "SPLIT")
+    GROUPS, BN, BM, STAGES, JOINED, AHEAD, WIDTH, SPLIT = (options[name] for name in names)
     module = gluon() if gpu.hopper else None
     return (
         module is not None
@@ -178,19 +184,19 @@ def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options:
         and options["EARLY"] <= 1
         and module.takes(layout, dtype)
         and BM in (8, 16, 32, 64, 128, 256)
-        and {64: 256, 128: 64}.get(BN, 0) >= BM  # for the registers
+        and {(2, 64): 256, (2, 128): 64, (4, 64): 64}.get((GROUPS, BN), 0) >= BM  # for the registers
         and JOINED in (1, 4)
         and 2 <= STAGES <= 16
         and 2 <= AHEAD <= 4
         and 1 <= WIDTH <= 64
         and (SPLIT == 1 or (1 < SPLIT <= 64 and rows <= rule.FEW_ROWS_TILED))  # parts of many rows take memory
-        and shared_of_many(BN, BM, STAGES, JOINED, AHEAD) <= gpu.shared
+        and shared_of_many(GROUPS, BN, BM, STAGES, JOINED, AHEAD) <= gpu.shared
     )
 
 
-def shared_of_many(BN: int, BM: int, STAGES: int, JOINED: int, AHEAD: int) -> int:
+def shared_of_many(GROUPS: int, BN: int, BM: int, STAGES: int, JOINED: int, AHEAD: int) -> int:
     """At least the bytes of shared memory: the rings, and barriers."""
-    return STAGES * JOINED * BM * 128 + AHEAD * BN * 256 + 7168
+    return STAGES * JOINED * BM * 128 + AHEAD * GROUPS * BN * 128 + 3072 + 2048 * GROUPS
 
 
 def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:

@@ -15,14 +15,14 @@ from .codes import centered, half_of, moved, of_pair, scale_of, word_of
 def add_step(
     acc, row, words, scales, zeros, step, half, steps, at, outputs, there, lane, K, stride,
     BITS: tl.constexpr, LANES: tl.constexpr, PLANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr,
+    SYMMETRIC: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr, JOINED: tl.constexpr = 1,
 ):  # fmt: skip
     """Returns acc + W xᵀ of a step of the channels: a tile of words is loaded as it lies, expanded plane by plane and
     multiplied with the plane's channels of x; a group's sum is scaled in float32.
 
     Args:
         acc: float32 [BN, BM], or [WAYS, BN, BM] for as many steps at once.
-        row: Pointers to the first channels of rows of x, [.., BM, LANES].
+        row: Pointers to the first channels of rows of x, [.., BM, JOINED * LANES].
         words, scales, zeros: The weight's.
         step: Which one, or which ones, [WAYS, 1].
         half: Which half of it or of them, with HALF; else 0.
@@ -30,12 +30,13 @@ def add_step(
         at: Where the outputs' words are in a tile of words of all outputs, [.., BN, LANES].
         outputs: Which they are, [.., BN].
         there: Whether there are such rows, [.., BM, 1].
-        lane: [.., 1, LANES].
+        lane: [.., 1, JOINED * LANES].
         K: Channels of x.
         stride: Outputs of a tile of words.
         BITS, LANES, PLANES, BLOCKS, GROUP, SYMMETRIC: The layout's.
         WHOLE: The channels fill all steps.
         HALF: Only half of a step, or of each.
+        JOINED: Planes of a group that are multiplied at a time, 1 or 2; of 2 for one step at a time.
     """
     SEVERAL: tl.constexpr = len(acc.shape) == 3
     BF16: tl.constexpr = row.dtype.element_ty == tl.bfloat16
@@ -70,13 +71,18 @@ def add_step(
             zero = 2 ** (BITS - 1)
             if not SYMMETRIC:
                 zero = tl.expand_dims(of_pair(z, index // EACH % 2), -1)
-        k = (of_words * (BLOCKS * PLANES) + half * TURN + index) * LANES
-        inside = there if WHOLE else there & (k + lane < K)
-        a = tl.load(row + k, mask=inside, other=0)
         codes = w[word_of(index % PLANES, BITS)]
         q = centered(codes, w[half_of(index % PLANES, BITS)], zero, kind, index % PLANES, BITS, BF16, SYMMETRIC)
-        transposed = tl.permute(a, (0, 2, 1)) if SEVERAL else tl.trans(a)
-        total = tl.dot(q, transposed, total, input_precision="ieee")
+        if index % JOINED < JOINED - 1:
+            first = q
+        else:
+            if JOINED == 2:  # no thread's numbers move
+                q = tl.reshape(tl.permute(tl.join(first, q), (0, 2, 1)), (q.shape[0], 2 * LANES))
+            k = (of_words * (BLOCKS * PLANES) + half * TURN + index // JOINED * JOINED) * LANES
+            inside = there if WHOLE else there & (k + lane < K)
+            a = tl.load(row + k, mask=inside, other=0)
+            transposed = tl.permute(a, (0, 2, 1)) if SEVERAL else tl.trans(a)
+            total = tl.dot(q, transposed, total, input_precision="ieee")
         if index % EACH == EACH - 1:
             acc += total * tl.expand_dims(scale_of(s, index // EACH % 2), -1)
     return acc

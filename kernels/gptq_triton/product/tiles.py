@@ -50,7 +50,8 @@ def _store(acc, bias, out, n, m, M, N, HAS_BIAS: gl.constexpr, BN: gl.constexpr,
 @gluon.jit
 def store_sum(
     acc, bias, out, parts, counters, tile, tiles, turns, n, m, M, N, INDEX: gl.constexpr,
-    HAS_BIAS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, SHARED: gl.constexpr, L: gl.constexpr,
+    GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, SHARED: gl.constexpr,
+    L: gl.constexpr,
 ):  # fmt: skip
     """Of programs that share a tile, the last adds all parts, in order."""
     if not SHARED:
@@ -64,16 +65,16 @@ def store_sum(
         else:
             n_within, m_within = gl.arange(0, BN, gl.SliceLayout(1, L)), gl.arange(0, BM, gl.SliceLayout(0, L))
             within = n_within[:, None] + m_within[None, :] * BN
-            mine = _part(gl.program_id(0), tile, tiles, turns) * 2 + INDEX
+            mine = _part(gl.program_id(0), tile, tiles, turns) * GROUPS + INDEX
             gl.store(parts + mine * (BN * BM) + within, acc)
             _barrier()
-            if gl.atomic_add(counters + tile * 2 + INDEX, 1, sem="acq_rel") == last - first:
+            if gl.atomic_add(counters + tile * GROUPS + INDEX, 1, sem="acq_rel") == last - first:
                 total = gl.zeros([BN, BM], gl.float32, L)
                 for program in range(first, last + 1):
-                    part = _part(program, tile, tiles, turns) * 2 + INDEX
+                    part = _part(program, tile, tiles, turns) * GROUPS + INDEX
                     total += gl.load(parts + part * (BN * BM) + within, cache_modifier=".cg")
                 _store(total, bias, out, n, m, M, N, HAS_BIAS, BN, BM, L)
-                gl.store(counters + tile * 2 + INDEX, 0)  # ready for the next product
+                gl.store(counters + tile * GROUPS + INDEX, 0)  # ready for the next product
 
 
 @gluon.jit
