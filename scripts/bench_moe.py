@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="QuantizeConfig's default without")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--one-by-one", action="store_true", help="call one expert after the other")
@@ -185,13 +185,13 @@ def main() -> None:
     group_size = 128 if args.shape != "tiny" else 32
     config = QuantizeConfig(method=args.method, batch_size=args.batch_size, group_size=group_size)
     if args.export is None:
-        timed(model, rows[: args.batch_size], config, args, "kernels compiled")
+        timed(model, rows[: args.batch_size or 8], config, args, "kernels compiled")
     report, seconds = timed(model, rows, config, args, "measured")
     few = [module for module in report.quantized if module.tokens < module.shape[1]]
     phases = ", ".join(f"{phase} {value:.2f} s" for phase, value in report.seconds.items())
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{phases}; peak {peak:.1f} GiB, of the host {host:.1f} GiB")
+    print(f"{phases}; up to {report.batch_size} samples in a forward; peak {peak:.1f} GiB, of the host {host:.1f} GiB")
     floor = args.layers * floor_of(args.shape, length * args.samples)
     print(f"floor {floor / args.layers:.3f} s a block, {seconds / floor:.1f} times that")
     if args.parts:

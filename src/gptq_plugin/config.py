@@ -78,7 +78,7 @@ _KINDS = {
     "modules_to_not_convert": fields.list_of(fields.NAME, "a list of names, such as ['lm_head']"),
     "model_seqlen": fields.integer(1),
     "nsamples": fields.integer(1),
-    "batch_size": fields.integer(1),
+    "batch_size": fields.optional(fields.integer(1), "8, or more on a GPU"),
     "seed": fields.integer(-(2**63), 2**63 - 1),
     "token_weighting": fields.one_of(*TOKEN_WEIGHTINGS),
     "checkpoint_format": fields.one_of(*CHECKPOINT_FORMATS),
@@ -136,7 +136,8 @@ class QuantizeConfig:
             (``"mlp.down_proj"`` is every module whose name contains these).
         model_seqlen: Tokens per calibration sample made from text; longer token lists are cut to it.
         nsamples: Number of calibration samples over all ranks.
-        batch_size: Calibration samples per forward.
+        batch_size: Calibration samples of one length per forward. None: 8; on one GPU alone more, up to 2^17 tokens,
+            as its memory allows.
         seed: Seed for choosing calibration samples.
         token_weighting: Positions of a calibration batch that count: ``"all"`` except padding, or ``"labels"``, those
             that enter the loss (label not -100). A causal model's loss compares position i with label i + 1.
@@ -167,7 +168,7 @@ class QuantizeConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     model_seqlen: int = 2048
     nsamples: int = 128
-    batch_size: int = 8
+    batch_size: int | None = None
     seed: int = 0
     token_weighting: str = "all"
     checkpoint_format: str = "gptq"
@@ -194,6 +195,11 @@ class QuantizeConfig:
         object.__setattr__(self, "dynamic", {k: dict(v or {}) for k, v in (self.dynamic or {}).items()})
         if self.checkpoint_format == COMPRESSED:
             check_compressed(self)
+
+    @property
+    def collected_batch_size(self) -> int:
+        """Samples that go into a batch while data is collected: 8 where `batch_size` leaves that open."""
+        return self.batch_size or 8
 
     def for_module(self, name: str) -> QuantizeConfig | None:
         """The configuration of one module after the `dynamic` rules; None if a rule leaves it float."""
@@ -237,8 +243,7 @@ class QuantizeConfig:
         """
         fields.MAPPING.check("a configuration", values)
         values = translated(values, [field.name for field in dataclasses.fields(cls)])
-        unknown = unknown_option(cls, values)
-        if unknown:
+        if unknown := unknown_option(cls, values):
             raise ValueError(unknown)
         return cls(**values)
 
@@ -291,8 +296,7 @@ class QuantizeConfig:
         if "bits" not in values:
             raise ValueError("a GPTQ configuration needs `bits`; this one has " + ", ".join(sorted(map(str, values))))
         known = {f.name for f in dataclasses.fields(cls)}
-        merged = {**values, **our_meta(values)}
-        found = {k: v for k, v in merged.items() if k in known and v is not None}
+        found = {k: v for k, v in {**values, **our_meta(values)}.items() if k in known and v is not None}
         found.setdefault("checkpoint_format", values.get("format") or "gptq")
         found.setdefault("static_groups", False)
         return cls(**found)

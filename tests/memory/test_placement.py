@@ -87,3 +87,27 @@ def test_the_solver_needs_most_where_most_is_solved_together_and_a_cpu_fits_ever
     assert placing.fixed_bytes(one, torch.device("cpu"), 8) == 64 * 32 // 2
     assert placing.bytes_away(model, torch.device("cpu")) == 0 and placing.fits(model, torch.device("cpu"))
     assert placing.bytes_away(model, CUDA) == sum(p.nbytes for p in model.parameters())
+
+
+def room_for(free, most, needs=LLAMA_8B, **asked):
+    return placing.room_for(
+        None if free is None else free * GIB, needs, most, lambda needs: place(free, needs, **asked)
+    )
+
+
+def test_batches_run_together_as_far_as_nothing_else_has_to_wait_for_that():
+    assert room_for(1000, 8) == 8 and room_for(1000, 1) == 1 and room_for(1000, 0.3) == 1
+    tight = Needs(weights=0, fixed=0, solver=0, forward=2 * GIB, activations=40 * GIB, batch=GIB)
+    assert room_for(80, 16, tight) == pytest.approx(80 / 3 / 2 / 2)  # 13.3 times leave less than 40 GiB, 6.7 do not
+    assert place(80, tight.joined(room_for(80, 16, tight))).activations is None
+    streamed = room_for(32, 8)
+    assert place(32).streamed and 1 < streamed < 8 and streamed * LLAMA_8B.forward <= 32 * GIB / 3
+    assert room_for(24, 8) == 1  # activations wait on the CPU
+    assert room_for(1000, 8, activations=True) == 1 and room_for(None, 8) == 1
+
+
+def test_a_model_that_fits_is_not_streamed_for_larger_batches():
+    needs = Needs(weights=30 * GIB, fixed=0, solver=0, forward=GIB, activations=10 * GIB, batch=GIB)
+    assert not place(80, needs).streamed
+    times = room_for(80, 26, needs)
+    assert 1 < times < 26 and not place(80, needs.joined(times)).streamed

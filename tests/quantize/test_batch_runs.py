@@ -12,15 +12,18 @@ import torch
 from plans import CONFIG, Attention, calibration_of, plan_of, rows
 from torch import nn
 
-from gptq_plugin import distributed
+from gptq_plugin import QuantizeModule, distributed
 from gptq_plugin.calibration.batches import digest
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.errors import TargetError
+from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.weights import neighbour_bytes
 from gptq_plugin.quantize import batch_runs
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.options import PassOptions
+
+from models import tiny_llama
 
 
 def runs_of(model, batches, **options):
@@ -205,19 +208,12 @@ def test_a_batch_that_waits_gives_its_memory_away_and_is_there_while_its_input_i
 
 def test_ranks_compare_the_size_and_the_number_of_their_largest_batches(monkeypatch):
     plan, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), batches_of([2, 7, 5]))
-    monkeypatch.setattr(runs, "_numbers", [10, 11, 12])
+    runs.calibration.numbers = [10, 11, 12]
     told = []
     monkeypatch.setattr(distributed, "gather_objects", lambda own: told.append(own) or [own])
     with runs:
         runs.find_groups(modules(plan))
     assert told[0][0] == (-7, 11)
-
-
-def test_sizes_are_samples_where_another_rank_does_not_know_its_tokens(monkeypatch):
-    _, runs = runs_of(nn.Sequential(nn.Linear(32, 32)), [[1] * 3, [1] * 9])
-    assert batch_runs._sizes(runs._batches) == [3, 9]
-    monkeypatch.setattr(distributed, "minimum", lambda value: False)
-    assert batch_runs._sizes(runs._batches) == [1, 1]
 
 
 def test_batches_run_one_at_a_time_if_one_rank_has_to(monkeypatch):
@@ -276,3 +272,62 @@ def test_every_logit_is_asked_for_where_the_output_embedding_is_quantized(lm_hea
     plan, calibration = plan_of(model, dataclasses.replace(CONFIG, lm_head=lm_head)), calibration_of(batches_of([2]))
     BatchRuns(plan, calibration, Positions(model, calibration.batches, "all"), PassOptions())
     assert set(asked) == {lm_head}
+
+
+# --- batches that run together ---
+
+
+@pytest.fixture
+def roomy(monkeypatch):
+    """Batches may run together, up to 100 tokens."""
+    monkeypatch.setattr(PassOptions, "joins", lambda self, device, config: config.batch_size is None)
+    monkeypatch.setattr(batch_runs, "free_bytes", lambda device, allowed: 10**12)
+    monkeypatch.setattr(batch_runs, "most_together", lambda plan: 100)
+
+
+@pytest.mark.usefixtures("roomy")
+def test_batches_run_together_once_the_groups_are_found(caplog):
+    model, config = nn.Sequential(nn.Linear(32, 32)), dataclasses.replace(CONFIG, batch_size=None)
+    plan, calibration = plan_of(model, config), calibration_of([[1] * 5] * 34 + [[1] * 9] * 3, config)
+    ran = []
+    forward = lambda network, batch: ran.append(batch) or network(torch.ones(1, 32))  # noqa: E731
+    runs = BatchRuns(plan, calibration, Positions(model, calibration.batches, "all"), PassOptions(forward=forward))
+    with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize.batch_runs"), runs:
+        runs.find_groups(modules(plan))
+        for run in runs.forwards():
+            run()
+    shapes = [tuple(batch["input_ids"].shape) for batch in ran]
+    assert shapes == [(8, 5), (16, 5), (18, 5), (3, 9)]
+    assert "up to 18 samples in a forward" in caplog.text
+    assert len(calibration.batches) == 6 and (runs.calibration.digest - calibration.digest) % 2**256 == 0
+
+
+def padded(count, length):
+    generator = torch.Generator().manual_seed(1)
+    for number in range(count):
+        ids = torch.randint(0, 128, (length,), generator=generator)
+        mask = torch.ones(length, dtype=torch.long)
+        mask[length - number % 3 :] = 0
+        labels = ids.masked_fill(torch.arange(length) < 5 * (number % 2), -100)
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.usefixtures("roomy")
+@pytest.mark.parametrize("changes", [{}, {"token_weighting": "labels"}, {"method": "best"}])
+def test_the_codes_are_those_of_batches_of_that_size(changes, monkeypatch):
+    """To the bit, with padding, labels and a float walk beside the other."""
+    monkeypatch.setattr(batch_runs, "most_together", lambda plan: 200)
+    results = []
+    for size in (None, 16):
+        torch.manual_seed(0)
+        quantizer = QuantizeModule(bits=3, group_size=32, nsamples=30, batch_size=size, **changes)
+        model = tiny_llama(num_hidden_layers=2)
+        report = quantizer.quantize(model, list(padded(30, 10)))
+        codes = {name: one.qweight for name, one in model.named_modules() if isinstance(one, QuantLinear)}
+        results.append((report, codes))
+    (report, codes), (wanted, same) = results
+    assert report.batch_size == wanted.batch_size == 16 and report.config.batch_size is None
+    assert codes.keys() == same.keys() and all(torch.equal(codes[name], same[name]) for name in same)
+    assert [one.tokens for one in report.quantized] == [one.tokens for one in wanted.quantized]
+    assert report.positions == wanted.positions
+    assert report.calibration_sha256 == wanted.calibration_sha256

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from gptq_plugin import distributed
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.quantize.options import PassOptions
 
 from models import tiny_llama
@@ -73,3 +74,14 @@ def test_options_cannot_be_changed_and_unknown_ones_are_refused():
 def test_sums_are_exact_on_cpus_and_with_several_ranks_unless_told(asked, device, ranks, exact, monkeypatch):
     monkeypatch.setattr(distributed, "active", lambda: ranks > 1)
     assert PassOptions(exact_sums=asked).sums_exactly(torch.device(device)) is exact
+
+
+def test_batches_may_run_together_where_nobody_asks_for_the_same_bytes(monkeypatch, tmp_path):
+    gpu, cpu, free = torch.device("cuda", 0), torch.device("cpu"), QuantizeConfig()
+    assert PassOptions().joins(gpu, free) and not PassOptions().joins(cpu, free)
+    assert not PassOptions().joins(gpu, QuantizeConfig(batch_size=8))
+    assert not PassOptions().joins(gpu, QuantizeConfig(token_weighting="gradients"))
+    assert not PassOptions(exact_sums=True).joins(gpu, free) and not PassOptions(exact_sums=False).joins(cpu, free)
+    assert not PassOptions(cache_dir=tmp_path).joins(gpu, free) and not PassOptions(resume=True).joins(gpu, free)
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    assert not PassOptions(exact_sums=False).joins(gpu, free)

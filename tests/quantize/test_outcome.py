@@ -104,7 +104,7 @@ def test_the_report_adds_up_what_ranks_tell(monkeypatch):
     calibration.deviations[:] = ["dropped 1", "dropped 2"]
     calibration.sources.update({"train": 2})
     others = {
-        repr(calibration.deviations): ["dropped 2", "dropped 3"],
+        repr((calibration.deviations, 3)): (["dropped 2", "dropped 3"], 7),
         repr({"train": 2}): {"train": 5, "mix": 1},
         repr({"b": 4, "a": 3}): {"a": 10},
     }
@@ -121,6 +121,7 @@ def test_the_report_adds_up_what_ranks_tell(monkeypatch):
     ]
     assert report.calibration == "7 samples of train; 1 samples of mix"
     assert (report.samples, report.tokens, report.run_id, report.seconds) == (3, 50, "run", {"solve": 1.0})
+    assert report.batch_size == 7
     assert report.calibration_sha256 == "0" * 64 and report.config == CONFIG
     assert [module.name for module in report.modules] == ["a", "b", "idle"]
 

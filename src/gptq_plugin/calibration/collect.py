@@ -37,10 +37,12 @@ class Batch:
     Attributes:
         data: The forward's input.
         samples: Number of samples.
+        given_apart: They were given one by one, and more of their kind may run with them.
     """
 
     data: Any
     samples: int = 1
+    given_apart: bool = False
 
     @property
     def tokens(self) -> int | None:
@@ -138,7 +140,7 @@ def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool, 
     if taken.samples or source.is_shared:
         parts = [range(count)] if order is None else order(count)
         batches = batches or [
-            batch for part in parts for batch in _batches([taken.samples[n] for n in part], config.batch_size)
+            batch for part in parts for batch in _batches([taken.samples[n] for n in part], config.collected_batch_size)
         ]
         total = len(batches)
         numbers = range(total) if alone else same_batches.mine(total)
@@ -151,7 +153,7 @@ def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool, 
 
 def _take(source: Source, config: QuantizeConfig, items: Items) -> tuple[list[Batch], Taken]:
     """Reads the source up to its number of samples."""
-    data = items_of(source.data, config.batch_size)
+    data = items_of(source.data, config.collected_batch_size)
     labels_itself = source.is_general and config.token_weighting == "labels"
     batches: list[Batch] = []
     samples: list[Any] = []
@@ -198,7 +200,7 @@ def ready_batch(data: Any) -> Batch:
 
 
 def _batches(samples: Sequence[Any], batch_size: int) -> list[Batch]:
-    return [ready_batch(data) for data in stacked(samples, batch_size)]
+    return [replace(ready_batch(data), given_apart=True) for data in stacked(samples, batch_size)]
 
 
 def _length(data: Iterable[Any]) -> int | None:

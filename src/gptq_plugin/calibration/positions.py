@@ -139,6 +139,13 @@ class Positions:
         self._calls.clear()
         self._hiding.clear()
 
+    def join(self, batches: Sequence[Batch]) -> None:
+        """Told that the same samples run in other batches from here on, before what is to be learned of them."""
+        self._batches = batches
+        self._kept.clear()
+        self._counts.clear()
+        self._without.clear()
+
     @contextlib.contextmanager
     def running(self, number: int) -> Iterator[None]:
         """Marks batch `number` as running on this thread inside the block, which surrounds its forward."""

@@ -78,7 +78,7 @@ def sample_loaders(
     sources = []
     for number, loader in enumerate(loaders):
         indices = [index for which, index in choice if which == number]
-        size = 1 if _yields_batches(loader) else config.batch_size
+        size = 1 if _yields_batches(loader) else config.collected_batch_size
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         own = [batches[one] for one in mine(len(batches))]
         sources.append(Source(_of_batches(loader, own, config.seed), name, sum(map(len, own)), is_general))

@@ -50,13 +50,13 @@ class TrainingData:
                 "calibration set: give a list of texts, [text]"
             )
         if not isinstance(calibration, str):
-            calibration = _given("calibration", calibration, config.nsamples, config.batch_size)
+            calibration = _given("calibration", calibration, config.nsamples, config.collected_batch_size)
         self.config = config
         self.calibration = calibration
         _FRACTION.check("mix_fraction", mix_fraction)
         self.nsamples_of_mix = 0 if mix is None else _part(mix_fraction, config.nsamples)
         self.mix = (
-            _given("mix", mix, self.nsamples_of_mix, config.batch_size)
+            _given("mix", mix, self.nsamples_of_mix, config.collected_batch_size)
             if mix is not None and self.nsamples_of_mix
             else None
         )

@@ -75,7 +75,7 @@ def rows_of(
     share = share_of(config.nsamples)
     given = []
     for part, known in zip(parts, there, strict=True):
-        order = _Order(held_out, config.batch_size, sum(there) - known, seed)
+        order = _Order(held_out, config.collected_batch_size, sum(there) - known, seed)
         given.append(collect(part, config, tokenizer, share, takes=takes, order=order))
     sizes = [_sizes(collected) for collected in given]
     totals = [sum(of_source.values()) for of_source in sizes]
@@ -152,7 +152,7 @@ def check_batches(data: Iterable[Any], config: QuantizeConfig) -> None:
 def _too_few(found: str, config: QuantizeConfig) -> CalibrationError:
     return CalibrationError(
         f"a finish trains on some batches and judges on others, and there are {found} in batches of "
-        f"{config.batch_size}: give more samples, or a smaller batch_size of the finish"
+        f"{config.collected_batch_size}: give more samples, or a smaller batch_size of the finish"
     )
 
 

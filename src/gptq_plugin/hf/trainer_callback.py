@@ -327,7 +327,7 @@ def _check_task_loss(
 ) -> None:
     """Runs the loss of a batch as the finish takes it, without a step, and refuses what is none."""
     config, takes = finish.data_config(config), takes_of(model, loss)
-    for batch in collect(data, config, tokenizer, config.batch_size, alone=True, takes=takes).batches[:1]:
+    for batch in collect(data, config, tokenizer, config.collected_batch_size, alone=True, takes=takes).batches[:1]:
         with torch.enable_grad():
             check_loss(loss(model, batch.data), finish.task_weight)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ _BYTES_WEIGHT = 30
 _BYTES_DESCENT = 12
 _BYTES_OUTSIDE = 16
 _BYTES_DRIFT = 12  # for each entry of the Hessian, the sum and the mean of a drift
+_JOINED = 1 / 3  # share of the free memory that a forward of batches put together may take
 _BYTES_THREAD = 33 * 2**20  # a CUDA library's workspace on each batch's thread
 
 
@@ -82,6 +83,34 @@ class Needs:
     forward: int
     activations: int
     batch: int
+
+    def joined(self, times: float) -> Needs:
+        """The same where the largest batch is so many times as large."""
+        return replace(self, forward=int(self.forward * times), batch=int(self.batch * times))
+
+
+def room_for(free: int | None, needs: Needs, most: float, placed: Callable[[Needs], Placement]) -> float:
+    """How many times its size the largest batch may have, where no more has to wait on the host for that.
+
+    Args:
+        free: Bytes free on the device; None if that is not known.
+        needs: Bytes wanted there.
+        most: The most times.
+        placed: `place` by what is wanted.
+
+    Returns:
+        1 where activations have to wait on the host as it is.
+    """
+    first = placed(needs)
+    if free is None or first.activations is not None:
+        return 1.0
+    times = min(most, free * _JOINED / max(1, needs.forward))
+    while times > 1:
+        then = placed(needs.joined(times))
+        if (then.activations, then.streamed, then.prefetch) == (None, first.streamed, first.prefetch):
+            return times
+        times /= 2
+    return 1.0
 
 
 def place(

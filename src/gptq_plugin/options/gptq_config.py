@@ -56,7 +56,7 @@ def translated(values: Mapping[str, Any], known: Collection[str]) -> dict[str, A
 
 
 def _is_given(name: str, value: Any) -> bool:
-    return value is not None or name not in ("model_seqlen", "batch_size", "checkpoint_format")
+    return value is not None or name not in ("model_seqlen", "checkpoint_format")
 
 
 def _select(found: dict[str, Any], block: Any, inside: Any) -> None:

@@ -28,8 +28,9 @@ from gptq_plugin.memory.weights import Weights, neighbour_bytes
 from gptq_plugin.model.experts_at_once import as_called, calls_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.drifts import asks_for_drift
+from gptq_plugin.quantize.first_forward import Measured, most_together, needs_of, put_together, sizes_of
 from gptq_plugin.quantize.gradient_weights import GradientWeights
-from gptq_plugin.quantize.grouped_experts import evidence_bytes, grouped_experts, whole_bytes
+from gptq_plugin.quantize.grouped_experts import grouped_experts, whole_bytes
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.replaceable import Replaceable
 from gptq_plugin.quantize.swap_check import check_swap
@@ -41,6 +42,7 @@ from gptq_plugin.walk.kept_state import KeptState, Values
 
 log = logging.getLogger(__name__)
 
+_SHORT = "{} ran out of memory once, and kept as little as possible from there on"
 _FIRST = 2**14  # tokens of the first forward, which finds out about layers and not about data
 
 
@@ -56,6 +58,7 @@ class BatchRuns:
 
     Attributes:
         at_once: Experts that forwards may call at once, by name.
+        calibration: The batches; put together as there is room for that, once the groups are found.
         device: Where the batches run and the layers are solved.
         run_batch: Runs the data of a batch there, as run_batch(model, data).
         weights: Inside the context.
@@ -84,8 +87,7 @@ class BatchRuns:
         self._run = (0, 0)  # the running batch, and the number of runs so far
         self._entered: dict[tuple[str, int], int] = {}  # the first run of a batch that came to a block of experts
         self._plan = plan
-        self._batches = calibration.batches
-        self._numbers = calibration.numbers
+        self.calibration = calibration
         self._positions = positions
         self._options = options
         self._targets = {target.name: target for target in plan.targets}
@@ -115,7 +117,7 @@ class BatchRuns:
             self._run = (batch, self._run[1] + 1) if counts else self._run
             marked = self._positions.running(batch) if counts and part is None else contextlib.nullcontext()
             with marked, self.activations.running(batch if number is None else number):
-                return self._run_explained(self._plan.model, (part or self._batches[batch]).data)
+                return self._run_explained(self._plan.model, (part or self.calibration.batches[batch]).data)
 
         return run
 
@@ -126,7 +128,7 @@ class BatchRuns:
 
     def forwards(self) -> list[Forward]:
         """The forwards of all batches, by their numbers in `walks`."""
-        return self.walks.forwards(len(self._batches), self.forward)
+        return self.walks.forwards(len(self.calibration.batches), self.forward)
 
     @contextlib.contextmanager
     def waiting(self, number: int, name: str) -> Iterator[None]:
@@ -157,13 +159,13 @@ class BatchRuns:
             TargetError: None of the layers can be quantized.
         """
         free, measured = free_bytes(self.device, self._options.device_memory), Peak(self.device)
-        groups, share, times, place = None, 0.0, 1.0, (1, 0)
-        sizes = _sizes(self._batches)
+        groups, times, place = None, 1.0, (1, 0)
+        sizes = sizes_of(self.calibration.batches)
         if sizes:
             largest = sizes.index(max(sizes))
-            groups, times = of_few(self._batches[largest], _FIRST, partial(self._groups, layers, largest))
-            share, place = sum(sizes) / max(1, sizes[largest]), (-sizes[largest], self._numbers[largest])
-        self._place(free, measured.bytes(), share, times)
+            groups, times = of_few(self.calibration.batches[largest], _FIRST, partial(self._groups, layers, largest))
+            place = (-sizes[largest], self.calibration.numbers[largest])
+        self._place(free, Measured(measured.bytes(), self.activations.peak_bytes, times), sizes)
         of_all = distributed.gather_objects((place, groups))
         _, found = min((one for one in of_all if one[1] is not None), key=lambda one: one[0])
         return found, self.replaceable.settle(self.weights.present)
@@ -171,7 +173,7 @@ class BatchRuns:
     def _groups(self, layers: dict[str, nn.Module], number: int, batch: Batch) -> list[Group]:
         """The groups by a forward of the batch, or of a part of it."""
         self._noticed = Noticed(self._plan.model, batch)
-        part = None if batch is self._batches[number] else batch
+        part = None if batch is self.calibration.batches[number] else batch
         forward = self.replaceable.watched(self._noticed.during(self.forward(number, part=part)))
         both = layers | calls_of(self.at_once)
         return as_called(find_groups(both, forward, self.waiting, number, self.state), self.at_once)
@@ -192,17 +194,18 @@ class BatchRuns:
     def measure(self, weights: GradientWeights, numbers: Iterable[int]) -> None:
         """Runs batches forward and backward, each from the state that the model was given in."""
         for number in numbers:
-            forward, data = self.forward(number), self._batches[number].data
+            forward, data = self.forward(number), self.calibration.batches[number].data
             self.run_alone(partial(weights.measure, number, forward, data), number)
 
     def sample(self) -> Sample | None:
         """The first batch, cut to a sample; None without batches on this rank."""
-        return Sample.of(self._batches[0].data, self.run_batch, self.device) if self._batches else None
+        first = next(iter(self.calibration.batches), None)
+        return None if first is None else Sample.of(first.data, self.run_batch, self.device)
 
     def disturbance(self, layers: Mapping[str, nn.Module]) -> str | None:
         """Returns why the batches cannot take turns, on any rank; None if they can. After `find_groups`."""
         run = partial(self._run_explained, self._plan.model)
-        two = [batch.data for batch in self._batches[:2]]
+        two = [batch.data for batch in self.calibration.batches[:2]]
         own = disturbance(
             layers, two, run, lambda name: self.weights.present(self._used[name]), self.state, self.walks.two
         )
@@ -219,7 +222,7 @@ class BatchRuns:
 
     def notice_masks(self, number: int) -> None:
         """Runs a batch for the masks in its calls alone; `find_groups` notices them by the way."""
-        self._noticed = Noticed(self._plan.model, self._batches[number])
+        self._noticed = Noticed(self._plan.model, self.calibration.batches[number])
         self.run_alone(self._noticed.during(self.forward(number)), number)
 
     def observe_positions(
@@ -232,7 +235,7 @@ class BatchRuns:
             disturbance: Why batches cannot take turns.
             groups: From `find_groups`. If no layer is called twice, the first blocks show what holds for all.
         """
-        if not self._batches:
+        if not self.calibration.batches:
             return Findings()
         if disturbance is not None:
             return Findings(masks=dict.fromkeys(self._noticed.keys(), DISTURBED))
@@ -240,7 +243,7 @@ class BatchRuns:
         whole = groups is None or any(group.calls > 1 for group in groups)
         watched = Watched(self._plan.model, layers, blocks, self._run_variant, self.waiting, self.state, whole)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            return observe_positions(watched, self._batches, self._noticed)
+            return observe_positions(watched, self.calibration.batches, self._noticed)
 
     def _run_variant(self, number: int, data: Any) -> Any:
         with self.activations.running(number):
@@ -248,12 +251,8 @@ class BatchRuns:
 
     def over_budget(self) -> list[str]:
         """Sentences if any rank's device had no room, or more was there than `device_memory` allows. Collective."""
-        short = [
-            f"{device} ran out of memory once, and kept as little as possible from there on"
-            for device in dict.fromkeys(distributed.gather_objects(str(self.device) if self._ran_short else None))
-            if device is not None
-        ]
-        return short + placement.beyond(self.device, self._options.device_memory)
+        short = dict.fromkeys(distributed.gather_objects(_SHORT.format(self.device) if self._ran_short else None))
+        return [*filter(None, short), *placement.beyond(self.device, self._options.device_memory)]
 
     def _make_weights(self) -> Weights:
         """Gives weights half of the free memory for the first forward, which shows what else needs room."""
@@ -274,35 +273,28 @@ class BatchRuns:
     def _streams(self) -> bool:
         return self._plan.targets[0].parameter.device != self.device or bool(self._options.offload_weights)
 
-    def _place(self, free: int | None, peak: int, share: float, times: float) -> None:
-        """Decides what stays on the device by the bytes free before the first forward, those this took at most, the
-        activations of all batches in parts of the largest's, and the largest batch in parts of what ran of it."""
-        waiting = int(self.activations.peak_bytes * times)
-        needs = placement.Needs(
-            weights=self.weights.total_bytes,
-            fixed=placement.fixed_bytes(self._plan.targets, self.device, len(self._batches) * (1 + self.walks.two)),
-            solver=placement.solver_bytes(self._plan.targets) + evidence_bytes(self.at_once.values(), self._plan),
-            forward=int((peak - self.weights.peak_bytes) * times),
-            activations=int(waiting * share) * (1 + self.walks.two),
-            batch=waiting,
-        )
+    def _place(self, free: int | None, forward: Measured, sizes: Sequence[int]) -> None:
+        """Decides what stays on the device, and which batches run together, by the bytes free before the first forward,
+        what that took, and the batches' sizes."""
         options, is_cpu = self._options, self.device.type == "cpu"
+        needs = needs_of(self._plan, self.device, self.weights, self.at_once, forward, sizes, 1 + self.walks.two)
         least = neighbour_bytes(self.weights) if is_cpu else self.weights.min_resident_bytes
-        placed = placement.place(self.device, free, needs, least, options.offload_weights, options.offload_activations)
+        offload = options.offload_weights, options.offload_activations
+
+        def place(needs: placement.Needs) -> placement.Placement:
+            return placement.place(self.device, free, needs, least, *offload)
+
+        if sizes and options.joins(self.device, self._plan.config):
+            most = most_together(self._plan)
+            self.calibration, needs = put_together(self.calibration, sizes, most, free, needs, place)
+            self._positions.join(self.calibration.batches)
+            log.info("up to %d samples in a forward", max(batch.samples for batch in self.calibration.batches))
+        placed = place(needs)
         log.log(logging.INFO if self.device.type == "cuda" or placed.limited else logging.DEBUG, placed.summary)
         self.weights.capacity = placed.weights
         self.activations = Activations(
             self.device, placed.activations, prefetch=placed.prefetch, make_room=self.make_room
         )
-
-
-def _sizes(batches: Sequence[Batch]) -> list[int]:
-    """Numbers to which the batches' activations are proportional: tokens, or samples if some do not tell tokens, on any
-    rank."""
-    tokens = [batch.tokens for batch in batches]
-    known = [count for count in tokens if count is not None]
-    all_know = distributed.minimum(len(known) == len(tokens))
-    return known if all_know else [batch.samples for batch in batches]
 
 
 def _model_bytes(plan: Plan, device: torch.device, options: PassOptions) -> int | None:

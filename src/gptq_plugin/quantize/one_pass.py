@@ -134,7 +134,7 @@ class OnePass:
         solving = self._outcome.solving_seconds()
         seconds = {"plan": planned, "calibrate": time.perf_counter() - started - planned - solving, "solve": solving}
         told = self._deviations(samples, record)
-        report = self._outcome.report(reports, samples, self._calibration, seconds, told, record.late)
+        report = self._outcome.report(reports, samples, self.runs.calibration, seconds, told, record.late)
         report.positions, report.cache = dict(record.positions), self._kept.totals()
         return self._finished.layers, report
 

@@ -17,6 +17,7 @@ from gptq_plugin.calibration.failed_forward import failures_explained
 from gptq_plugin.calibration.forward import CallsModels, call
 from gptq_plugin.calibration.lookups import lookups_explained
 from gptq_plugin.calibration.tokenizer import as_tokenizer
+from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.named import device_named
 from gptq_plugin.memory.finished_layers import LayerStore
 from gptq_plugin.options import fields
@@ -88,6 +89,12 @@ class PassOptions:
     def sums_exactly(self, device: torch.device) -> bool:
         """True if sums on the device must not depend on the number of ranks."""
         return self.exact_sums if self.exact_sums is not None else device.type != "cuda" or distributed.active()
+
+    def joins(self, device: torch.device, config: QuantizeConfig) -> bool:
+        """True if batches may run together: nobody asked for their size, or for the same bytes elsewhere or again."""
+        if config.batch_size is not None or config.token_weighting == "gradients" or device.type != "cuda":
+            return False
+        return not (self.sums_exactly(device) or distributed.active() or self.keeps)
 
     def runner(self, *, every_logit: bool, explains: bool = False) -> ModelForward:
         """Runs a batch on `where`, through `forward` or the model.

@@ -208,7 +208,9 @@ class Outcome:
             late: As `late` gives them.
         """
         found: dict[str, None] = {}
-        for one in distributed.gather_objects(calibration.deviations):
+        largest = max((batch.samples for batch in calibration.batches), default=0)
+        of_all = distributed.gather_objects((calibration.deviations, largest))
+        for one, _ in of_all:
             found.update(dict.fromkeys(one))
         sources = sum_over_ranks(calibration.sources)
         return QuantizeReport(
@@ -221,6 +223,7 @@ class Outcome:
             calibration="; ".join(f"{count} samples of {source}" for source, count in sources.items()),
             calibration_sha256=samples.sha256,
             run_id=samples.run_id,
+            batch_size=max(size for _, size in of_all),
         )
 
     def check_reached(self) -> None:

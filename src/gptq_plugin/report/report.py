@@ -44,6 +44,7 @@ class QuantizeReport:
         modules: Every linear layer, quantized or not.
         samples: Calibration samples used, over all ranks.
         tokens: Calibration tokens used, over all ranks: the largest number in any layer's Hessian.
+        batch_size: The most calibration samples that ran in one forward, on any rank; 0 without calibration.
         seconds: Wall-clock seconds by phase.
         deviations: Differences from the request that concern no single module.
         calibration: Source of the samples, in a few words; empty if unknown.
@@ -65,6 +66,7 @@ class QuantizeReport:
     modules: list[ModuleReport] = field(default_factory=list)
     samples: int = 0
     tokens: int = 0
+    batch_size: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     deviations: list[str] = field(default_factory=list)
     calibration: str = ""
@@ -158,6 +160,7 @@ class QuantizeReport:
             "config": self.config.to_dict(),
             "totals": self.totals(),
             "seconds": self.seconds,
+            "batch_size": self.batch_size,
             "calibration": self.calibration,
             "calibration_sha256": self.calibration_sha256,
             "run_id": self.run_id,

@@ -53,6 +53,7 @@ def _report(values: Mapping[str, Any]) -> QuantizeReport:
         modules=[_module(module) for module in values["modules"]],
         samples=values["totals"]["samples"],
         tokens=values["totals"]["tokens"],
+        batch_size=values["batch_size"],
         seconds=_numbers(values["seconds"]),
         coverage=_coverage(values["coverage"]),
         size=None if values["size"] is None else _of_its_kinds(ExportSize(**values["size"])),

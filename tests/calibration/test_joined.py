@@ -1,0 +1,83 @@
+"""Batches of samples that were given one by one, put together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gptq_plugin.calibration.collect import collect
+from gptq_plugin.calibration.joined import joined
+from gptq_plugin.calibration.sources import Source, Sources
+from gptq_plugin.config import QuantizeConfig
+
+CONFIG = QuantizeConfig(nsamples=1000, batch_size=2)
+
+
+def of(data, most):
+    calibration = collect(data, CONFIG, alone=True)
+    return calibration, joined(calibration, [batch.tokens or batch.samples for batch in calibration.batches], most)
+
+
+def same_samples(one, two):
+    return (one.digest - two.digest) % 2**256 == 0
+
+
+def samples(*lengths, begin=0):
+    return [torch.arange(begin + number, begin + number + length) for number, length in enumerate(lengths)]
+
+
+def test_neighbours_of_one_length_run_together_up_to_a_size():
+    given, found = of(samples(*[5] * 9), 20)
+    assert [batch.samples for batch in given.batches] == [2, 2, 2, 2, 1]
+    assert [batch.samples for batch in found.batches] == [4, 4, 1]
+    assert torch.equal(found.batches[1].data["input_ids"], torch.stack(samples(*[5] * 9)[4:8]))
+    assert same_samples(found, given) and found.samples == given.samples == 9
+    assert list(found.numbers) == [0, 1, 2] and found.of_all_ranks == 3 and found.sources == given.sources
+
+
+def test_no_sample_is_padded_and_no_order_changed():
+    given, found = of(samples(3, 5, 3, 3, 5, 3, 3), 1000)
+    assert [batch.data["input_ids"].shape for batch in found.batches] == [(5, 3), (2, 5)]
+    assert same_samples(found, given)
+
+
+def test_batches_that_are_large_enough_stay():
+    given, found = of(samples(*[5] * 4), 19)
+    assert found.batches == given.batches and all(one is two for one, two in zip(found.batches, given.batches))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataLoader(torch.randn(8, 5), batch_size=2),
+        [torch.zeros(2, 5, dtype=torch.long)] * 4,
+        torch.randn(8, 3, 5),
+        [{"input_ids": torch.zeros(2, 5, dtype=torch.long), "note": "mine"}] * 4,
+    ],
+)
+def test_batches_that_users_made_stay(data):
+    given, found = of(data, 1000)
+    assert len(given.batches) == 4 and found.batches == given.batches
+
+
+def test_samples_with_other_fields_dtypes_or_texts_run_apart():
+    plain, masked = samples(*[5] * 4), {"attention_mask": torch.ones(5, dtype=torch.long)}
+    data = [{"input_ids": ids, **(masked if number > 1 else {})} for number, ids in enumerate(plain)]
+    assert [sorted(batch.data) for batch in of(data, 1000)[1].batches] == [
+        ["input_ids"], ["attention_mask", "input_ids"],
+    ]  # fmt: skip
+    narrow = [ids.int() if number > 1 else ids for number, ids in enumerate(plain)]
+    assert [batch.data["input_ids"].dtype for batch in of(narrow, 1000)[1].batches] == [torch.int64, torch.int32]
+    rows = [(row, torch.tensor(1.0)) for row in torch.randn(4, 5)]
+    (batch,) = of(rows, 1000)[1].batches
+    assert [part.shape for part in batch.data] == [(4, 5), (4,)] and batch.samples == 4
+    named = [(row, "name") for row in torch.randn(4, 5)]
+    assert [batch.samples for batch in of(named, 1000)[1].batches] == [2, 2]
+
+
+def test_the_first_batch_of_a_source_is_the_one_that_holds_it():
+    data = Sources((Source(samples(*[5] * 6), "own", 6), Source(samples(*[5] * 6, begin=50), "mix", 6)))
+    given, found = of(data, 20)
+    assert given.first_batches == [0, 3] and [batch.samples for batch in found.batches] == [4, 4, 4]
+    assert found.first_batches == [0, 1] and found.sources == {"own": 6, "mix": 6}
