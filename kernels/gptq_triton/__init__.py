@@ -43,8 +43,8 @@ def exact_sums(x: Tensor) -> ModuleType:
 
 
 def segment_sums(x: Tensor) -> ModuleType:
-    """The module with `add_products`, `add_cross_products` and `zero_behind_` for rows x: Triton's for 16 bits on a
-    GPU, else `plain_segments`."""
+    """The module with `add_products`, `add_cross_products`, `add_exact_products`, `add_exact_cross_products`, `squares`
+    and `zero_behind_` for rows x: Triton's for 16 bits on a GPU, else `plain_segments`."""
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
         from . import segments  # imported here: needs Triton
 

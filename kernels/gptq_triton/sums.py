@@ -12,13 +12,19 @@ _COLUMNS = 2048  # per program
 
 
 @triton.jit
-def _half_exponent(diagonal):
+def half_exponent(diagonal):
     return (((diagonal.to(tl.int32, bitcast=True) >> 23) & 255) - 125) >> 1
 
 
 @triton.jit
-def _power_of_two(exponent):
+def power_of_two(exponent):
     return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def to_whole(value):
+    """Half to even, as torch.round: at 1.5·2^52 the spacing of float64 is 1."""
+    return (value + 6755399441055744.0) - 6755399441055744.0
 
 
 @triton.jit
@@ -28,11 +34,10 @@ def _add_product_kernel(total, product, diagonal, columns, first, DIGITS: tl.con
     there = c < columns
     at = row * columns + c
     value = tl.load(product + at, mask=there, other=0.0).to(tl.float64)
-    exponent = _half_exponent(tl.load(diagonal + c, mask=there, other=1.0))
-    exponent += _half_exponent(tl.load(diagonal + first + row)) - DIGITS
-    # Half to even, as torch.round: at 1.5·2^52 the spacing of float64 is 1.
-    rounded = (value * _power_of_two(-exponent) + 6755399441055744.0) - 6755399441055744.0
-    sum_ = tl.load(total + at, mask=there, other=0.0) + rounded * _power_of_two(exponent)
+    exponent = half_exponent(tl.load(diagonal + c, mask=there, other=1.0))
+    exponent += half_exponent(tl.load(diagonal + first + row)) - DIGITS
+    rounded = to_whole(value * power_of_two(-exponent))
+    sum_ = tl.load(total + at, mask=there, other=0.0) + rounded * power_of_two(exponent)
     tl.store(total + at, sum_, mask=there)
 
 

@@ -117,6 +117,15 @@ def sum_(tensor: Tensor, count: int = 0) -> int:
     return sum(counts)
 
 
+def sum_each_(tensors: Sequence[Tensor]) -> None:
+    """Adds tensors up over all ranks, each in place on every rank, after one check-in."""
+    if not active():
+        return
+    check_in("sum_each", len(tensors))
+    for tensor in tensors:
+        _run(dist.all_reduce, tensor, tensor)
+
+
 def maximum_(tensor: Tensor) -> None:
     """Replaces each element by the largest of all ranks, in place on every rank."""
     if not active():

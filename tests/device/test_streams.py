@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from gptq_plugin.device.streams import AsyncRead, Stopwatch, on_device, on_side_stream
+from gptq_plugin.device.streams import AsyncRead, Stopwatch, on_side_stream
 
 CPU = torch.device("cpu")
 SLEEP = 200_000_000  # cycles of a GPU: about a tenth of a second
@@ -32,21 +32,6 @@ def test_on_a_cpu_side_work_is_done_at_once():
         result = torch.ones(3).sum()
     wait()
     assert float(result) == 3
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_numbers_become_a_tensor_like_another_one(device):
-    made = on_device([1, 2.5], torch.zeros(3, dtype=torch.float64, device=device))
-    assert made.device.type == device and made.dtype == torch.float64 and made.tolist() == [1, 2.5]
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_numbers_are_copied_while_earlier_work_is_still_queued():
-    like, stream = torch.zeros(1, device="cuda"), torch.cuda.current_stream()
-    torch.cuda._sleep(10 * SLEEP)
-    made = on_device([3.0], like)
-    assert not stream.query()
-    assert made.tolist() == [3.0]
 
 
 @pytest.mark.gpu

@@ -62,8 +62,7 @@ def test_exact_sums_are_those_of_one_expert_to_the_bit():
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_sums_and_tokens_are_those_of_all_ranks(exact, monkeypatch):
-    monkeypatch.setattr(distributed, "active", lambda: True)
-    monkeypatch.setattr(distributed, "sum_", lambda tensor, count=0: (tensor.mul_(3), 3 * count)[1])
+    monkeypatch.setattr(distributed, "sum_each_", lambda tensors: [tensor.mul_(3) for tensor in tensors])
     each = EachHessian(4, 12, "cpu", exact=exact)
     for x, ends, _ in batches():
         each.add(x, ends)
@@ -84,3 +83,15 @@ def test_on_a_gpu_each_experts_mean_is_that_of_its_tokens(wide, exact, dtype, mo
     for (mean, tokens), (wanted, own) in zip(of_all(exact, **kind), one_each(**kind), strict=True):
         assert tokens == own
         torch.testing.assert_close(mean, wanted, rtol=1e-5, atol=1e-5)
+
+
+@gpu
+def test_on_a_gpu_a_batch_is_added_without_a_wait():
+    each, sums = EachHessian(4, 12, "cuda"), list(batches(dtype=torch.bfloat16, device="cuda"))
+    each.add(*sums[0][:2])  # compiles the kernels
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        each.add(*sums[1][:2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert each.tokens().tolist() == [5, 0, 12, 3]

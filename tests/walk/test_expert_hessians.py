@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from gptq_plugin import distributed
+from gptq_plugin.walk import each_drift as sums_of_drifts
+from gptq_plugin.walk import each_hessian as sums_of_hessians
 from gptq_plugin.walk.each_drift import EachDrift
 from gptq_plugin.walk.each_hessian import EachHessian
 from gptq_plugin.walk.expert_hessians import Evidence, ExpertHessians
@@ -260,15 +262,15 @@ def test_a_mean_that_finds_no_room_is_made_again(call, monkeypatch):
     assert freed == [1] and torch.equal(*found)
 
 
-@pytest.mark.parametrize("call", [0, 1])  # the Hessians', and the drifts'
-def test_means_of_experts_together_that_find_no_room_are_made_again(call, monkeypatch):
+@pytest.mark.parametrize("place", [(sums_of_hessians, "whole"), (sums_of_drifts, "_narrowed")])
+def test_means_of_experts_together_that_find_no_room_are_made_again(place, monkeypatch):
     freed, found, own = [], [], [rows(count, seed=count) for count in COUNTS]
     for make_room in (lambda: False, lambda: not freed.append(1)):
         experts = ExpertHessians(CPU, make_room=make_room)
         sums = each_hessian(own, exact=True), each_drift(own, exact=True)
         each = experts.weighted_each("a", False, *sums, [True] * 4)
         if found:
-            scarce(monkeypatch, torch, "stack", call)
+            scarce(monkeypatch, *place, 0)
         some = each.take(4)
         found.append(torch.cat([some.means, some.drifts]))
     assert freed == [1] and torch.equal(*found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,12 +69,6 @@ class Stopwatch:
         mark = torch.cuda.Event(enable_timing=True)
         mark.record(torch.cuda.current_stream(self._device))
         return mark
-
-
-def on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
-    """Numbers as a tensor of the dtype and device of another one, without a wait for what a GPU has queued."""
-    values = torch.tensor(numbers, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
-    return values.to(like.device, non_blocking=True)
 
 
 @contextlib.contextmanager

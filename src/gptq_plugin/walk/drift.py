@@ -8,6 +8,7 @@ from torch import Tensor
 from gptq_plugin import distributed
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.kernels import exact_sums
+from gptq_plugin.walk.hessian import is_narrow
 
 _STRIP = 1024  # rows of a product at a time
 # The mean of (x − x̂)·x̂ to that of x̂·x̂. Noise that is as large as x gives -1/2, rows of other tokens about -1. On
@@ -62,7 +63,7 @@ class Drift:
         if not x.shape[0]:
             return
         with full_precision(x.device):
-            narrow = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+            narrow = is_narrow(x)
             seen = seen if narrow else seen.float()
             away = x - seen if narrow else x.float() - seen
             step = max(1, len(x) // _SAMPLED)
@@ -71,17 +72,14 @@ class Drift:
             if weight is not None:
                 away = away @ weight.detach().to(away.dtype).T
             if self._exact:
-                squares = torch.cat([seen.float().square().sum(0), away.float().square().sum(0)])
+                add_exactly(self.total, away, seen)
+                return
             for start in range(0, away.shape[1], _STRIP):
                 strip, left = self.total[start : start + _STRIP], away[:, start : start + _STRIP].T
-                if not self._exact and narrow:
+                if narrow:
                     torch.addmm(strip, left, seen, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
-                    continue
-                product = torch.mm(left, seen, out_dtype=torch.float32) if narrow else left @ seen
-                if self._exact:
-                    exact_sums(product).add_product(strip, product, squares, x.shape[1] + start)
                 else:
-                    strip += product
+                    strip += left @ seen
 
     def over_ranks(self) -> None:
         """Adds up the sums and the tokens of all ranks, on every rank."""
@@ -96,6 +94,16 @@ class Drift:
         """The mean of (x − x̂)·x̂ over that of x̂·x̂, of tokens that are sampled."""
         along, power = self.sampled.tolist()
         return along / power if power > 0 else 0.0
+
+
+def add_exactly(total: Tensor, away: Tensor, seen: Tensor) -> None:
+    """Adds (x − x̂) x̂ᵀ of rows x − x̂ and x̂ in one dtype to float64 [in, in], so that the order of calls does not
+    matter; or W (x − x̂) x̂ᵀ to [rows, in], of rows W (x − x̂)."""
+    squares = torch.cat([seen.float().square().sum(0), away.float().square().sum(0)])
+    for start in range(0, away.shape[1], _STRIP):
+        strip, left = total[start : start + _STRIP], away[:, start : start + _STRIP].T
+        product = torch.mm(left, seen, out_dtype=torch.float32) if is_narrow(seen) else left @ seen
+        exact_sums(product).add_product(strip, product, squares, seen.shape[1] + start)
 
 
 def judged(along: float, tokens: int, paired: int) -> tuple[bool, tuple[str, ...]]:

@@ -5,66 +5,52 @@ Tested by tests/walk/test_each_drift.py: with the sums of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
-
 import torch
 from torch import Tensor
 
 from gptq_plugin import distributed
-from gptq_plugin.device.streams import on_device
 
 
-class Sum(Protocol):
-    """The sum of one expert."""
-
-    tokens: int
-
-    def over_ranks(self) -> None:
-        """Adds up the sums and the tokens of all ranks, on every rank."""
-        ...
-
-
-S = TypeVar("S", bound=Sum)
-
-
-class EachSum(Generic[S]):
-    """A sum for each expert, and its number of tokens: exact ones apart, others in one tensor.
+class EachSum:
+    """A sum for each expert, and its number of tokens, in one tensor each.
 
     Args:
-        kind: Makes the exact sum of an expert, of a width and on a device.
         experts: Their number.
         in_features: Width of their layers' input.
+        shape: Of an expert's sum.
         device: Device of the sums; inputs must be there too.
-        exact: Has a sum of that kind for each.
+        exact: Sums are in float64, in which products are added exactly (`plain_sums` of the kernels).
     """
 
     def __init__(
-        self,
-        kind: Callable[[int, torch.device | str], S],
-        experts: int,
-        in_features: int,
-        device: torch.device | str,
-        exact: bool,
+        self, experts: int, in_features: int, shape: tuple[int, ...], device: torch.device | str, exact: bool
     ) -> None:
         self.in_features = in_features
-        self._apart = [kind(in_features, device) for _ in range(experts if exact else 0)]
-        together = 0 if exact else experts
-        self._sums = torch.zeros(together, in_features, in_features, dtype=torch.float32, device=device)
-        self._tokens = torch.zeros(together, dtype=torch.int64, device=device)
+        self._exact = exact
+        dtype = torch.float64 if exact else torch.float32
+        self._sums = torch.zeros(experts, *shape, dtype=dtype, device=device)
+        self._tokens = torch.zeros(experts, dtype=torch.int64, device=device)
         self._taken = 0
 
     def over_ranks(self) -> None:
         """Adds up the sums and the tokens of all ranks, on every rank."""
-        for one in self._apart:
-            one.over_ranks()
-        for sums in self._together() if len(self._sums) else ():
-            distributed.sum_(sums)
+        distributed.sum_each_(self._of_ranks())
 
     def tokens(self) -> Tensor:
         """The number of tokens of each expert, int64 [experts], on the device. To be called before `take`."""
-        return on_device([one.tokens for one in self._apart], self._tokens) if self._apart else self._tokens
+        return self._tokens
 
-    def _together(self) -> tuple[Tensor, ...]:
-        """What is summed for all experts together."""
+    def _of_ranks(self) -> tuple[Tensor, ...]:
+        """What is added up over ranks."""
         return self._sums, self._tokens
+
+    def _next(self, experts: int) -> slice:
+        """The next so many experts to be taken."""
+        start, self._taken = self._taken, self._taken + experts
+        return slice(start, self._taken)
+
+
+def rows_of_each(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    """Each expert's rows of x, which come first there. Waits for the device."""
+    sizes: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return x[: sum(sizes)].split(sizes)

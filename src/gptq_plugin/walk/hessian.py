@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from gptq_plugin import distributed
 from gptq_plugin.device.precision import full_precision
-from gptq_plugin.kernels import exact_sums
+from gptq_plugin.kernels import exact_sums, mirror_passes
+from gptq_plugin.kernels.strips import Strips
 
 # The sum is symmetric, so only a staircase of strips is computed: each row's columns up to the end of its strip.
 # A narrow strip wastes little above the diagonal, a wide one keeps the product efficient.
@@ -42,15 +42,8 @@ class Hessian:
         self.tokens = 0
         self._dtype = dtype
         self._exact = exact and dtype == torch.float32
-        width = _STRIP.get(torch.device(device).type, in_features)
-        self._ends = [*range(0, in_features, max(1, width)), in_features]
-        sizes = [(stop - start) * stop for start, stop in pairwise(self._ends)]
-        self._sum = torch.zeros(
-            sum(sizes), dtype=torch.float64 if self._exact else dtype, device=device
-        )  # strip after strip
-        self._strips = [
-            strip.view(-1, stop) for strip, stop in zip(self._sum.split(sizes), self._ends[1:], strict=True)
-        ]
+        self._strips = strips_on(device, in_features)
+        self._sum = torch.zeros(self._strips.size, dtype=torch.float64 if self._exact else dtype, device=device)
 
     def add(self, x: Tensor) -> None:
         """Adds every row of x, [tokens, in].
@@ -64,17 +57,14 @@ class Hessian:
         self.tokens += x.shape[0]
         if not x.shape[0]:
             return
+        if self._exact:
+            add_exactly(self._sum, self._strips, x)
+            return
         narrow = is_narrow(x) and self._dtype == torch.float32
         rows = x if narrow else x.to(self._dtype)
-        if self._exact:
-            diagonal = torch.empty(self.in_features, dtype=self._dtype, device=x.device)
-        for strip, (start, stop) in zip(self._strips, pairwise(self._ends), strict=True):
+        for strip, (start, stop) in zip(self._strips.of(self._sum), self._strips.bounds, strict=True):
             left, right = rows[:, start:stop].T, rows[:, :stop]
-            if self._exact:
-                product = torch.mm(left, right, out_dtype=torch.float32) if narrow else left @ right
-                diagonal[start:stop] = product.diagonal(start)
-                exact_sums(product).add_product(strip, product, diagonal, start)
-            elif narrow:
+            if narrow:
                 torch.addmm(strip, left, right, out_dtype=torch.float32, out=strip)  # type: ignore[call-overload]
             else:
                 strip.addmm_(left, right)
@@ -90,13 +80,14 @@ class Hessian:
         Args:
             beside: The mean, [in, in], of as many other tokens as there are inputs, which are weighted in.
         """
-        n = self.in_features
-        mean = torch.empty(n, n, dtype=self._dtype, device=self._sum.device)
-        for strip, (start, stop) in zip(self._strips, pairwise(self._ends), strict=True):
-            mean[start:stop, :stop] = strip / max(1, self.tokens)
-        for start, stop in pairwise(self._ends):
-            mean[start:stop, stop:] = mean[stop:, start:stop].T
-        return mean if beside is None else (mean * self.tokens + beside * n) / (self.tokens + n)
+        n, tokens = self.in_features, self.tokens
+        mean = whole(self._sum[None], self._strips, max(1, tokens), self._dtype)[0]
+        return mean if beside is None else (mean * tokens + beside * n) / (tokens + n)
+
+
+def strips_on(device: torch.device | str, in_features: int) -> Strips:
+    """Where a sum lies on a device to which a library's products are added."""
+    return Strips(in_features, _STRIP.get(torch.device(device).type, in_features))
 
 
 def add_each(hessians: Sequence[Hessian], rows: Sequence[Tensor]) -> None:
@@ -110,6 +101,33 @@ def add_each(hessians: Sequence[Hessian], rows: Sequence[Tensor]) -> None:
 def is_narrow(x: Tensor) -> bool:
     """True for rows whose products a GPU adds up exactly as they are, in 16 bits."""
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def add_exactly(total: Tensor, strips: Strips, x: Tensor) -> None:
+    """Adds XᵀX of rows X, [tokens, in], to float64 strips, so that the order of calls does not matter."""
+    narrow = is_narrow(x)
+    rows, diagonal = x if narrow else x.float(), torch.empty(strips.n, dtype=torch.float32, device=x.device)
+    for strip, (start, stop) in zip(strips.of(total), strips.bounds, strict=True):
+        left, right = rows[:, start:stop].T, rows[:, :stop]
+        product = torch.mm(left, right, out_dtype=torch.float32) if narrow else left @ right
+        diagonal[start:stop] = product.diagonal(start)
+        exact_sums(product).add_product(strip, product, diagonal, start)
+
+
+def whole(sums: Tensor, strips: Strips, divisors: Tensor | int, dtype: torch.dtype) -> Tensor:
+    """Symmetric matrices [E, in, in] of sums [E, size] in strips, which must be complete on and below the diagonal.
+
+    Args:
+        sums: As above.
+        strips: Where their parts lie.
+        divisors: By which entries are divided, all of them or those of each matrix, [E, 1, 1].
+        dtype: Of the matrices.
+    """
+    found = torch.empty(len(sums), strips.n, strips.n, dtype=dtype, device=sums.device)
+    for strip, (start, stop) in zip(strips.of(sums), strips.bounds, strict=True):
+        torch.div(strip, divisors, out=found[:, start:stop, :stop])
+    mirrored: Tensor = mirror_passes(found).symmetric_(found)
+    return mirrored
 
 
 def add_products(total: Tensor, rows: Tensor) -> None:
