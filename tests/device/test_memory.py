@@ -227,7 +227,20 @@ def test_cycles_are_looked_for_unless_hardly_more_than_what_is_needed_is_on_the_
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
     give_back(CUDA, own)
-    assert done == ["collect"] * looks + ["empty"]
+    assert done == ["collect"] * looks + ["empty"] * (own is None)
+
+
+@pytest.mark.parametrize(("free", "own", "given"), [(27, 50, False), (26, 50, True), (27, None, True)])
+def test_what_no_tensor_needs_is_given_back_unless_a_third_of_the_device_is_free_beside_it(
+    free, own, given, monkeypatch
+):
+    done = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 50 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    give_back(CUDA, None if own is None else own * GIB)
+    assert done == ["empty"] * given
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ T = TypeVar("T")
 _CPU = torch.device("cpu")
 _GROWTH = 2**27  # bytes
 _FEW = 32  # a device's memory is to what may be left in cycles of objects
+_ENOUGH = 3  # and to what is free beside that which the allocator holds
 _LARGE = 2**20  # bytes of tensors; what fewer leave behind is little
 _SHORT = re.compile(  # cuSOLVER tells of no room for its handle as of an internal error
     r"(CUDA|HIP) error: out of memory|Triton Error \[\w+\]: out of memory|"
@@ -55,10 +56,14 @@ def give_back(device: torch.device, own: int | None = None) -> None:
         device: Nothing is to be done on a CPU.
         own: Bytes of tensors on the device that are known to be needed. Where hardly more are there, none can wait in
             cycles of objects, among which Python would look for as long as it takes to quantize a block of experts.
+            What is held stays where a third of the device is free beside it, since to ask for it again takes time.
     """
-    if device.type == "cuda":
-        if own is None or torch.cuda.memory_allocated(device) - own > torch.cuda.mem_get_info(device)[1] // _FEW:
-            collect()
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if own is None or torch.cuda.memory_allocated(device) - own > total // _FEW:
+        collect()
+    if own is None or free < total // _ENOUGH:
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
 
