@@ -7,10 +7,13 @@ import torch
 from plans import calibration_of, plan_of
 from torch import nn
 
-from gptq_plugin import distributed
+from gptq_plugin import QuantizeModule, distributed
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory import placement
 from gptq_plugin.quantize.first_forward import most_together, put_together, sizes_of
+
+from models import tiny_llama
 
 GIB = 2**30
 
@@ -46,3 +49,46 @@ def test_batches_are_put_together_as_far_as_data_size_and_room_go():
     assert sizes == [6, 6] and times == pytest.approx([10 / 3, 10 / 3])
     assert together(2 * GIB, GIB) == ([2] * 6, 1, 1)
     assert together(None, GIB)[0] == [2] * 6
+
+
+# --- on a GPU ---
+
+
+def rows(count, length):
+    generator = torch.Generator().manual_seed(1)
+    return list(torch.randint(0, 128, (count, length), generator=generator))
+
+
+def quantized(count, length, width=64, device_memory=None, **options):
+    model = tiny_llama(
+        hidden_size=width, intermediate_size=2 * width, num_attention_heads=4, num_hidden_layers=2,
+        max_position_embeddings=length,
+    ).cuda().bfloat16()  # fmt: skip
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    report = QuantizeModule(group_size=32, **options).quantize(model, rows(count, length), device_memory=device_memory)
+    codes = [one.qweight.cpu() for one in model.modules() if isinstance(one, QuantLinear)]
+    return report, codes, torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_samples_of_one_length_run_in_one_forward_by_default():
+    report, codes, _ = quantized(40, 64)
+    wanted, same, _ = quantized(40, 64, batch_size=40)
+    assert report.batch_size == wanted.batch_size == 40
+    assert codes and all(map(torch.equal, codes, same))
+    assert quantized(40, 64, batch_size=8)[0].batch_size == quantized(40, 64, exact_sums=True)[0].batch_size == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_become_no_larger_than_what_is_allowed_on_the_device():
+    """As after a training, within whose peak a quantization keeps."""
+    *_, least = quantized(64, 512, 1024, batch_size=8)
+    whole, _, most = quantized(64, 512, 1024)
+    assert whole.batch_size == 64 and most > 1.5 * least
+    for allowed in (least, int(1.5 * least), int(0.8 * most)):
+        report, _, peak = quantized(64, 512, 1024, device_memory=allowed)
+        print(f"{allowed / 2**20:.0f} MiB allowed, {peak / 2**20:.0f} taken, {report.batch_size} samples in a forward")
+        assert peak <= allowed * 1.02 and not any("at the peak" in one for one in report.deviations)
