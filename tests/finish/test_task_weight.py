@@ -167,6 +167,22 @@ def test_batches_without_a_loss_and_a_loss_without_a_weight_are_refused():
         quantizer.finish(model, twin, rows(), Finish(), task_loss=cross_entropy)
 
 
+def test_samples_of_which_no_label_counts_are_refused_unless_a_loss_is_given():
+    """The loss of their labels would be 0. Those held out, the last ones, have none of it."""
+    ids = [torch.stack(rows(4, seed=number)) for number in range(10)]
+
+    def labelled(*numbers):
+        return [{"input_ids": x, "labels": x if n in numbers else torch.full_like(x, -100)} for n, x in enumerate(ids)]
+
+    model, twin, quantizer = quantized()
+    before = state_of(model)
+    with pytest.raises(CalibrationError, match=r"task_weight: no label of the finish's samples to train on counts"):
+        quantizer.finish(model, twin, labelled(9), MIXED)
+    assert same(state_of(model), before)
+    assert quantizer.finish(model, twin, labelled(9), MIXED, task_loss=cross_entropy).kept
+    assert finished(MIXED, data=labelled(3))[1].kept
+
+
 def test_layers_that_nothing_depends_on_are_not_told(caplog):
     """As experts that no token of a step goes to: the float model does not depend on them either."""
     model, twin, quantizer = quantized()

@@ -1,4 +1,4 @@
-"""The loss of a calibration batch: `loss_of`.
+"""The loss of a calibration batch: `loss_of`; and what it is of: `terms_of`.
 
 Tested by tests/quantize/test_gradient_weights.py: with the weights that it gives tokens.
 """
@@ -57,8 +57,8 @@ def loss_of(model: nn.Module, output: Any, data: Any, *, option: str, instead: s
     if isinstance(output, Tensor) and output.numel() == 1:
         return Loss(output.reshape(()), None)
     logits = output if isinstance(output, Tensor) else _part(output, "logits")
-    generating = [one for _, one in transformers_models(model) if predicts_next(one)]
-    targets = _targets(data, bool(generating))
+    generates = _generates(model)
+    targets = _targets(data, generates)
     if logits is None or targets is None or logits.shape[:-1] != targets.shape:
         loss = _part(output, "loss")
         if loss is not None and loss.numel() == 1:
@@ -67,12 +67,29 @@ def loss_of(model: nn.Module, output: Any, data: Any, *, option: str, instead: s
             f"{option} needs the loss of every calibration batch: give token or class `labels` with logits of their "
             f"shape, or {instead}"
         )
-    if generating and targets.dim() == 2:
+    if generates and targets.dim() == 2:
         logits, targets = logits[:, :-1], targets[:, 1:]
     targets = targets.to(logits.device).reshape(-1)
     rows = logits.reshape(-1, logits.shape[-1]).float()
     value = nn.functional.cross_entropy(rows, targets, ignore_index=IGNORED_LABEL, reduction="sum")
     return Loss(value, (targets != IGNORED_LABEL).sum())
+
+
+def terms_of(model: nn.Module, data: Any) -> int | None:
+    """How many positions or samples the loss of a batch's labels or next tokens is the sum over; None if unknown.
+
+    Args:
+        model, data: As for `loss_of`.
+    """
+    generates = _generates(model)
+    targets = _targets(data, generates)
+    if targets is None:
+        return None
+    return int(((targets[:, 1:] if generates and targets.dim() == 2 else targets) != IGNORED_LABEL).sum())
+
+
+def _generates(model: nn.Module) -> bool:
+    return any(predicts_next(one) for _, one in transformers_models(model))
 
 
 def _part(output: Any, name: str) -> Tensor | None:

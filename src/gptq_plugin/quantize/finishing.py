@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin import distributed
 from gptq_plugin.calibration.forward import evaluating, takes_of
-from gptq_plugin.calibration.loss import loss_of
+from gptq_plugin.calibration.loss import loss_of, terms_of
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.memory import with_index
-from gptq_plugin.errors import TargetError
+from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.finish.finish_model import Finished, finish_model
 from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish, check_finish
-from gptq_plugin.finish.rows import rows_of
+from gptq_plugin.finish.rows import Rows, rows_of
 from gptq_plugin.finish.surroundings import Solver, Surroundings, Teacher
 from gptq_plugin.gptq.grid import QuantizedWeight
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -94,7 +95,7 @@ class Finishing:
                 its blocks cannot be trained one by one (`kind` of "blocks" or "full"); or, inside the with block of
                 `temporarily`, it was finished before.
             CalibrationError: There are fewer than two batches, or they do not fit, or logits are not finite; or, with
-                a `task_weight`, a batch has no loss.
+                a `task_weight`, a batch has no loss, or none of their labels counts in it.
             ValueError: There is a `task_loss` without a `task_weight`.
             RankError: Another rank was lost, or raised one of these or any other error.
 
@@ -122,6 +123,8 @@ class Finishing:
             takes = takes_of(model, options.forward if task_loss is None else task_loss)
             config = finish.data_config(self.config)
             rows = rows_of(batches, config, finish.held_out, options.tokenizer, takes, finish.seed)
+            if finish.task_weight and task_loss is None:
+                _refuse_unlabelled(model, rows)
             home = next(model.parameters()).device
             surroundings = Surroundings(
                 options.runner(every_logit=True),
@@ -201,6 +204,16 @@ class Finishing:
                 yield one
 
         return at_hand
+
+
+def _refuse_unlabelled(model: nn.Module, rows: Rows) -> None:
+    """Raises CalibrationError if no label to train on counts on any rank: the run's own loss would be 0. Collective."""
+    counts = any(terms is None or terms > 0 for terms in (terms_of(model, batch.data) for batch in rows.train))
+    if not any(distributed.gather_objects(counts)):
+        raise CalibrationError(
+            "task_weight: no label of the finish's samples to train on counts in their loss (all are -100): give "
+            f"samples with labels that count, or {_WITHOUT_LABELS}"
+        )
 
 
 def _task(options: PassOptions, task_loss: TaskLoss | None) -> TaskLoss:
