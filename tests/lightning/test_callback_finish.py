@@ -110,6 +110,19 @@ def test_training_steps_that_return_none_are_refused_behind_the_first(tmp_path):
     assert module.steps == 4  # no loss is asked for
 
 
+def test_a_first_batch_of_none_is_no_step_without_a_loss(tmp_path):
+    """Lightning leaves it out."""
+
+    class Skips(torch.utils.data.DataLoader):
+        def __iter__(self):
+            yield None
+            yield from super().__iter__()
+
+    callback = GPTQCallback(QuantizeModule(**SMALL), finish=Finish(**FINISH, task_weight=0.5))
+    fit(Structured(), Skips(token_loader().dataset, batch_size=8), [callback], tmp_path)
+    assert callback.report.finish.options["task_weight"] == 0.5
+
+
 def test_a_module_that_predicts_no_distribution_is_refused_before_training(tmp_path):
     module = Plain()
     module.training_step = lambda *_: pytest.fail("trained")

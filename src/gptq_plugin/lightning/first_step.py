@@ -33,8 +33,11 @@ class ChecksFirstLoss(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Raises CalibrationError on every rank, if the finish needs a loss and there is none on one."""
-        if self._has_seen_a_step or is_dev_run(trainer):
+        """Raises CalibrationError on every rank, if the finish needs a loss and there is none on one.
+
+        Of a batch that is None Lightning makes no step.
+        """
+        if self._has_seen_a_step or batch is None or is_dev_run(trainer):
             return
         self._has_seen_a_step = True
         if self.finish.kind != "none" and self.finish.task_weight:
