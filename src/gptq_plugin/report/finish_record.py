@@ -103,13 +103,19 @@ class FinishRecord:
 
     def summary(self) -> str:
         """The result in a sentence."""
+        held_out = f"KL to the float model on {self.held_out_tokens} held-out positions"
+        blocks = f"{len(self.blocks)} blocks and " if self.blocks else ""
+        if not self.kept and not self.after < self.before:
+            return (
+                f"finish ({self.kind}): not kept, since {held_out}, {format_value(self.before)}, was no lower behind "
+                f"{blocks}{self.steps} steps on {self.samples} samples: {self.reason}"
+            )
         change = format_percent(self.after / self.before - 1) if self.before > 0 else ""
         change = f" ({change})" if change and math.isfinite(self.after) else ""
-        blocks = f"{len(self.blocks)} blocks and " if self.blocks else ""
         return (
-            f"finish ({self.kind}): KL to the float model on {self.held_out_tokens} held-out positions from "
-            f"{format_value(self.before)} to {format_value(self.after)}{change} in {blocks}{self.best_step} of "
-            f"{self.steps} steps on {self.samples} samples; {'kept' if self.kept else 'not kept'}: {self.reason}"
+            f"finish ({self.kind}): {held_out} from {format_value(self.before)} to {format_value(self.after)}{change} "
+            f"in {blocks}{self.best_step} of {self.steps} steps on {self.samples} samples; "
+            f"{'kept' if self.kept else 'not kept'}: {self.reason}"
         )
 
     def rows(self) -> list[tuple[str, ...]]:
