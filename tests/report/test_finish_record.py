@@ -37,8 +37,8 @@ def test_the_summary_tells_how_far_it_came_and_whether_it_is_kept():
     assert BLOCKS.blocks[0].summary() == "layers.0: error from 0.02 to 0.018 in 160 of 200 steps"
     of_none = dataclasses.replace(BLOCKS, kept=False, after=0.02, best_step=0)
     assert of_none.summary() == (
-        "finish (blocks): not kept, since KL to the float model on 16384 held-out positions, 0.02, was no lower behind 2 "
-        "blocks and 20 steps on 128 samples: all 20 steps were made"
+        "finish (blocks): not kept, since KL to the float model on 16384 held-out positions, 0.02, was no lower behind "
+        "2 blocks and 20 steps on 128 samples: all 20 steps were made"
     )
     undone = RECORD.undone("val_loss rose")
     assert not undone.kept and undone.summary().endswith("; not kept: val_loss rose")
