@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.joined import joined
+from gptq_plugin.calibration.sampling import sample_loaders
 from gptq_plugin.calibration.sources import Source, Sources
 from gptq_plugin.config import QuantizeConfig
 
@@ -74,6 +75,19 @@ def test_samples_with_other_fields_dtypes_or_texts_run_apart():
     assert [part.shape for part in batch.data] == [(4, 5), (4,)] and batch.samples == 4
     named = [(row, "name") for row in torch.randn(4, 5)]
     assert [batch.samples for batch in of(named, 1000)[1].batches] == [2, 2]
+
+
+def test_batches_chosen_of_a_dataset_run_together_if_they_are_but_stacked():
+    def found(**options):
+        loader = DataLoader([{"input_ids": ids, "weight": 1.0} for ids in samples(*[5] * 8)], batch_size=4, **options)
+        sources = Sources(tuple(sample_loaders([loader], CONFIG, "own", nsamples=8)))
+        return [batch.samples for batch in of(sources, 1000)[1].batches]
+
+    assert found() == [8]
+    assert found(collate_fn=lambda given: default_collate(given)) == [2, 2, 2, 2]  # may do anything
+    loader = DataLoader([torch.zeros(2, 5, dtype=torch.long)] * 4, batch_size=None)
+    sources = Sources(tuple(sample_loaders([loader], CONFIG, "own", nsamples=8)))
+    assert {batch.samples for batch in of(sources, 1000)[1].batches} == {2}
 
 
 def test_the_first_batch_of_a_source_is_the_one_that_holds_it():

@@ -37,7 +37,7 @@ class Batch:
     Attributes:
         data: The forward's input.
         samples: Number of samples.
-        given_apart: They were given one by one, and more of their kind may run with them.
+        given_apart: They were given (or chosen) one by one, and more of their kind may run with them.
     """
 
     data: Any
@@ -167,7 +167,7 @@ def _take(source: Source, config: QuantizeConfig, items: Items) -> tuple[list[Ba
         is_batch = bool(batches) and isinstance(item, Mapping)
         sample, batch = items.read(item, is_batch=is_batch, rows=not (source.is_stream or isinstance(data, DataLoader)))
         if sample is None:
-            batches.append(ready_batch(batch))
+            batches.append(replace(ready_batch(batch), given_apart=source.is_stacked))
             count += batches[-1].samples
         elif is_empty(sample):
             dropped += 1

@@ -15,8 +15,8 @@ from gptq_plugin.calibration.collect import Batch, Calibration
 def joined(calibration: Calibration, sizes: Sequence[int], most: int) -> Calibration:
     """The same samples in the same order, of which those of neighbouring batches run together. On one rank alone.
 
-    Only samples that were given one by one, and whose tensors have the same names, shapes and dtypes, so that none is
-    padded; a dataloader's batches stay as they are.
+    Only samples that were given one by one, or chosen of a dataset and stacked, and whose tensors have the same names,
+    shapes and dtypes, so that none is padded. Batches that users give, or their collators make, stay.
 
     Args:
         calibration: As collected.

@@ -13,6 +13,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    default_collate,
 )
 
 from gptq_plugin import distributed
@@ -81,7 +82,9 @@ def sample_loaders(
         size = 1 if _yields_batches(loader) else config.collected_batch_size
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         own = [batches[one] for one in mine(len(batches))]
-        sources.append(Source(_of_batches(loader, own, config.seed), name, sum(map(len, own)), is_general))
+        is_stacked = loader.collate_fn is default_collate and not _yields_batches(loader)
+        data, samples = _of_batches(loader, own, config.seed), sum(map(len, own))
+        sources.append(Source(data, name, samples, is_general, is_stacked=is_stacked))
     return sources
 
 

@@ -27,6 +27,7 @@ class Source:
             label.
         is_stream: Its first batch cannot be read before the others.
         is_shared: The same data on every rank: each reads all of it and uses its share of the batches.
+        is_stacked: Its batches were chosen for calibration, and are nothing but their samples one below the other.
     """
 
     data: Iterable[Any]
@@ -35,6 +36,7 @@ class Source:
     is_general: bool = False
     is_stream: bool = False
     is_shared: bool = False
+    is_stacked: bool = False
 
     @property
     def at_least(self) -> int:
