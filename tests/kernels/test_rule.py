@@ -12,6 +12,7 @@ from gptq_plugin.kernels.product.rule import by_rule
 
 from gpus import A100, GPUS, H100, L4
 
+NARROW = "many_rows BN=64 BM=64 STAGES=4 JOINED=4 AHEAD=4 SPLIT=1 EARLY=1"
 SIZES = [(4096, 4096), (14336, 4096), (8192, 28672), (1000, 37), (64, 64)]
 
 
@@ -25,28 +26,33 @@ def test_on_an_h100_the_choice_is_what_was_fastest_there():
     assert chosen(4, gpu=A100) == "few_rows BN=32 BM=8 SPLIT=4 STAGES=3 warps=2 EARLY=0"
     assert chosen(16) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=3 warps=2 EARLY=0"
     assert chosen(64) == "few_rows BN=64 BM=64 SPLIT=4 STAGES=3 warps=4 EARLY=1"
-    assert chosen(256) == "few_rows BN=64 BM=64 SPLIT=1 STAGES=3 warps=4 EARLY=1"
+    assert chosen(32) == "few_rows BN=64 BM=32 SPLIT=4 STAGES=4 warps=4 EARLY=0"
+    assert chosen(256) == chosen(64, n_out=14336) == NARROW
     assert chosen(2048) == chosen(256, 8192, 28672) == "many_rows BM=256 STAGES=5 AHEAD=2 WIDTH=2"
     assert chosen(1, n_out=14336) == "few_rows BN=64 BM=8 SPLIT=1 STAGES=5 warps=2 EARLY=1"
     assert chosen(1, n_out=14336, bits=8) == "few_rows BN=64 BM=8 SPLIT=1 STAGES=3 warps=2 EARLY=1"
     assert chosen(1, 8192, 28672, bits=3) == "few_rows BN=64 BM=8 SPLIT=1 STAGES=3 warps=2 EARLY=1"
 
 
-def test_of_2_and_3_bits_the_choice_is_what_was_fastest_on_an_h200():
-    halves = "STAGES=3 warps=4 EARLY=1 HALF=1"
-    assert chosen(64, bits=2) == chosen(64, bits=3) == f"few_rows BN=64 BM=64 SPLIT=4 {halves}"
-    assert chosen(64, 4096, 14336, bits=2) == f"few_rows BN=64 BM=64 SPLIT=1 {halves}"
-    assert chosen(64, 4096, 14336, bits=3) == "many_rows BM=64 STAGES=12 AHEAD=3 WIDTH=2 SPLIT=1 EARLY=1"
-    assert chosen(16, bits=3) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=4 warps=2 EARLY=0 HALF=1"
+def test_of_2_and_3_bits_the_choice_is_what_was_fastest_there_too():
+    halves = "few_rows BN=64 BM=64 SPLIT=4 STAGES=3 warps=4 EARLY=1 HALF=1"
+    assert chosen(64, bits=2) == halves and chosen(64, bits=3) == f"{halves} JOINED=2"
+    assert chosen(16, bits=3) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=3 warps=4 EARLY=0 HALF=1 JOINED=2"
+    assert chosen(16, n_out=14336, bits=3) == "few_rows BN=64 BM=16 SPLIT=1 STAGES=3 warps=4 EARLY=1 JOINED=2"
+    assert chosen(32, n_out=14336, bits=3) == "few_rows BN=64 BM=32 SPLIT=1 STAGES=4 warps=4 EARLY=1 HALF=1 JOINED=2"
     assert chosen(16, bits=2) == "few_rows BN=64 BM=16 SPLIT=4 STAGES=3 warps=2 EARLY=0"
+    assert "JOINED" not in chosen(16, bits=3, group=32) + chosen(16, bits=3, gpu=A100) + chosen(4, bits=3)
     for bits in (2, 3):
-        assert chosen(256, bits=bits) == "many_rows BM=128 STAGES=8 AHEAD=3 WIDTH=2 SPLIT=2 EARLY=1"
+        assert chosen(256, bits=bits) == chosen(64, n_out=14336, bits=bits) == NARROW
+        assert chosen(256, 14336, bits=bits) == "many_rows BM=128 STAGES=8 AHEAD=3 WIDTH=2 SPLIT=2 EARLY=1"
         assert chosen(2048, bits=bits) == chosen(256, 8192, 28672, bits=bits) == chosen(2048)
 
 
 def test_64_rows_have_wide_tiles_where_these_keep_the_processors_at_work():
     for bits in (2, 3, 4):
-        assert chosen(64, 8192, 28672, bits=bits).startswith("many_rows BN=128 BM=64 STAGES=3 JOINED=4 AHEAD=3 SPLIT=1")
+        shape, groups = ("BN=128", "") if bits == 4 else ("BN=64", " GROUPS=4")
+        expected = f"many_rows {shape} BM=64 STAGES=3 JOINED=4 AHEAD=3 SPLIT=1 EARLY=1{groups}"
+        assert chosen(64, 8192, 28672, bits=bits) == expected
         assert "BN=128" not in chosen(64, 8192, 256 * 150, bits=bits) + chosen(32, 8192, 28672, bits=bits)
     assert chosen(64, 8192, 28672, gpu=A100).startswith("few_rows") and "few" in chosen(64, 8192, 28672, bits=8)
 

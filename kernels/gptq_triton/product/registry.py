@@ -205,9 +205,18 @@ def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Itera
 
     if rows <= rule.FEW_ROWS:
         wide = rule.wide(rows)
-        yield from (wide, wide | {"SPLIT": 4}, wide | {"BN": 64, "STAGES": 4, "AHEAD": 4})
+        narrow = wide | {"BN": 64, "STAGES": 4, "AHEAD": 4}
+        if rows > 32:
+            yield from (wide | {"GROUPS": 4, "BN": 64, "SPLIT": 1}, narrow | {"SPLIT": 1})
+        yield from (wide, wide | {"SPLIT": 4}, narrow)
     elif rows <= rule.FEW_ROWS_TILED:
-        yield from (tile(256, 5, 2), tile(128, 8, 3, SPLIT=2, EARLY=1), rule.wide(rows), tile(256, 5, 2, EARLY=1))
+        yield from (
+            rule.NARROW,
+            tile(256, 5, 2),
+            tile(128, 8, 3, SPLIT=2, EARLY=1),
+            rule.wide(rows),
+            tile(256, 5, 2, EARLY=1),
+        )
     else:
         yield from (tile(256, 5, 2, width) for width in (2, 4, 8, 1))
         yield tile(128, 8, 3)

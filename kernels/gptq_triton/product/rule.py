@@ -13,6 +13,7 @@ from .layout import OUTPUTS, Layout
 FEW_ROWS = 64  # up to which the weights' bytes, not arithmetic, take the time
 FEW_ROWS_TILED = 256  # up to which tiles of 64 rows are faster where outputs are too few for larger ones
 _ONE_ROW = 1 << 25  # weights up to which tensor cores start too slowly for one row
+NARROW = {"BN": 64, "BM": 64, "STAGES": 4, "JOINED": 4, "AHEAD": 4, "SPLIT": 1, "EARLY": 1}  # of `many_rows`
 _PROGRAMS = 1.6  # for every multiprocessor: as many share the channels of a tile as it takes to have these
 
 
@@ -26,15 +27,19 @@ def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
         shared = options["SPLIT"] == 4 and rows <= 8 and layout.bits != 3 and dtype != torch.float32
         if shared and gpu.hopper:
             return Choice.of("by_warps", **warps(rows, gpu))
-        if options["BM"] == 64 and _fills(layout, gpu) and _takes(layout, dtype, gpu):
-            return Choice.of("many_rows", **wide(rows) | {"SPLIT": 1})
-        if layout.bits == 3 and options["BM"] == 64 and options["SPLIT"] == 1 and _takes(layout, dtype, gpu):
-            return Choice.of("many_rows", BM=64, STAGES=12, AHEAD=3, WIDTH=2, SPLIT=1, EARLY=1)
+        if options["BM"] == 64 and _takes(layout, dtype, gpu):
+            if _fills(layout, 1, 256, gpu):
+                four = {"GROUPS": 4, "BN": 64} if layout.bits < 4 else {}
+                return Choice.of("many_rows", **wide(rows) | {"SPLIT": 1} | four)
+            if _fills(layout, 1, 128, gpu):
+                return Choice.of("many_rows", **NARROW)
         return Choice.of("few_rows", **options)
     if not _takes(layout, dtype, gpu):
         return Choice("dense")
     tiles = layout.outputs // 128 * triton.cdiv(rows, 256)
     if rows <= FEW_ROWS_TILED and tiles * 2 < gpu.processors:
+        if layout.n_in <= 2 * layout.n_out and _fills(layout, triton.cdiv(rows, 64), 128, gpu):
+            return Choice.of("many_rows", **NARROW)
         if layout.halves and rows > 128 and layout.steps > 1:
             return Choice.of("many_rows", BM=128, STAGES=8, AHEAD=3, WIDTH=2, SPLIT=2, EARLY=1)
         return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
@@ -60,8 +65,9 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
     deep = layout.bits == 4 and layout.steps // split >= 8 and tiles * split < 3 * gpu.processors
     if deep and block <= 16 and not narrow:
         stages = 5
-    half = _half(layout, dtype, block, gpu)
-    if half and block == 16:
+    joined = _joins(layout, dtype, block, gpu)
+    half = _half(layout, dtype, block, gpu) and not (joined and block == 16 and split == 1)
+    if (half and block == 16 and not joined) or (block == 32 and gpu.hopper and (half or layout.bits == 4)):
         stages = 4
     while stages > 1 and _shared(layout, dtype, OUTPUTS, block, stages, gpu) > gpu.shared:
         stages -= 1
@@ -70,15 +76,22 @@ def few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, in
         "BM": block,
         "SPLIT": split,
         "STAGES": stages,
-        "warps": 2 if block <= 16 and (layout.bits != 3 or layout.group == 128) else 4,  # two would spill
+        "warps": 2
+        if block <= 16 and not joined and (layout.bits != 3 or layout.group == 128)
+        else 4,  # two would spill
         "EARLY": int(gpu.hopper and (split == 1 or block == 64)),  # with parts, a next product takes room of the last
     }
-    return options | {"HALF": 1} if half else options
+    return options | ({"HALF": 1} if half else {}) | ({"JOINED": 2} if joined else {})
 
 
-def _fills(layout: Layout, gpu: Gpu) -> bool:
-    """True if tiles of 256 outputs keep most processors at work to the end."""
-    tiles = layout.outputs // 256
+def _joins(layout: Layout, dtype: torch.dtype, block: int, gpu: Gpu) -> bool:
+    """Two planes of 3 bits at a time, where warps wait for products together."""
+    return gpu.hopper and layout.bits == 3 and layout.group > 32 and block >= 16 and dtype != torch.float32
+
+
+def _fills(layout: Layout, down: int, outputs: int, gpu: Gpu) -> bool:
+    """True if tiles of so many outputs, so many for each, keep most processors at work to the end."""
+    tiles = layout.outputs // outputs * down
     return tiles >= 0.8 * gpu.processors * triton.cdiv(tiles, gpu.processors)
 
 
@@ -97,7 +110,7 @@ def warps(rows: int, gpu: Gpu) -> dict[str, int]:
 def _half(layout: Layout, dtype: torch.dtype, block: int, gpu: Gpu) -> bool:
     """Halves of a step at a time: for 64 rows, whose x would fill the shared memory, and for 3 bits, which take as many
     registers; on Hopper a whole step of 8 rows is faster."""
-    few_registers = layout.bits == 3 and (block == 16 or not gpu.hopper)
+    few_registers = layout.bits == 3 and (block in (16, 32) or not gpu.hopper)
     return layout.halves and dtype != torch.float32 and (block == 64 or few_registers)
 
 
