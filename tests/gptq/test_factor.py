@@ -145,7 +145,7 @@ def test_nothing_is_factored_on_another_device():
 
 
 @pytest.mark.parametrize(
-    ("batch", "n", "panels"), [(1, 64, []), (1, 65, [16]), (2, 15, []), (2, 16, [8]), (2, 64, [8]), (2, 130, [16])]
+    ("batch", "n", "panels"), [(1, 64, []), (1, 65, [16]), (2, 15, []), (2, 16, [8]), (2, 64, [8]), (2, 130, [8])]
 )
 def test_where_products_are_split_wide_matrices_and_several_are_factored_in_blocks(batch, n, panels, monkeypatch):
     h = hessians(batch, n, torch.float32)
@@ -153,6 +153,7 @@ def test_where_products_are_split_wide_matrices_and_several_are_factored_in_bloc
     in_blocks, seen = factoring._blocked_cholesky, []
     monkeypatch.setattr(factoring, "_blocked_cholesky", lambda m, panel: seen.append(panel) or in_blocks(m, panel))
     monkeypatch.setattr(factoring, "_PANEL", 16)
+    monkeypatch.setattr(factoring, "WIDE", 64)
     monkeypatch.setattr(factoring, "_PANEL_OF_MANY", 8)
     monkeypatch.setattr(factoring, "_INVERTED", 8)
     for usable in (False, True):

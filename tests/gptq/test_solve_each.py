@@ -9,7 +9,7 @@ import torch
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.gptq import sweep
-from gptq_plugin.gptq.solve_each import most, solve_each
+from gptq_plugin.gptq.solve_each import bytes_of_one, most, solve_each
 from gptq_plugin.gptq.solver import solve
 
 CONFIGS = {
@@ -123,6 +123,15 @@ def test_the_number_that_is_solved_together_follows_from_the_shape_and_is_never_
     assert most(1536, 2048, best) < most(1536, 2048, dataclasses.replace(best, asymmetric_alpha=0.0))
 
 
+def test_up_to_eight_wide_matrices_take_a_sixth_of_a_devices_memory():
+    config, shape = QuantizeConfig(), (4096, 14336)  # Mixtral's
+    each = bytes_of_one(*shape, config)
+    found = [most(*shape, config, int(6 * number * each)) for number in (0, 1, 1.99, 2, 3.99, 4, 7.99, 8, 100)]
+    assert found == [1, 1, 1, 2, 2, 4, 4, 8, 8]
+    for others in ((1536, 2048), (28672, 4096)):  # of which many fit in a chunk, and one that is not so wide
+        assert most(*others, config, 2**40) == most(*others, config)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("config", [*CONFIGS, *(f"drift: {one}" for one in DRIFTING)])
@@ -138,3 +147,21 @@ def test_on_a_gpu_codes_are_those_of_one_at_a_time(config):
     assert same.double().mean() >= 0.999
     loss = torch.stack([one.loss for one in alone]).sum()
     assert abs(found.losses[:, 0].sum() / loss - 1) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("columns", [1536, 5120])
+def test_on_a_gpu_wide_ones_together_have_the_codes_of_one_at_a_time(columns):
+    """Each alone and several are factored in panels of different widths."""
+    generator = torch.Generator("cuda").manual_seed(columns)
+    x = torch.randn(2, 2 * columns, columns, generator=generator, device="cuda")
+    hessians = x.mT @ x / x.shape[1]
+    weights = torch.randn(2, 96, columns, generator=generator, device="cuda")
+    config, damping = QuantizeConfig(), torch.full((2,), 0.01, device="cuda")
+    together = solve_each(weights, hessians, config, damping)
+    alone = [solve_each(weights[n : n + 1], hessians[n : n + 1], config, damping[:1]) for n in range(2)]
+    assert together.good.all() and all(one.good.all() for one in alone)
+    assert (together.codes == torch.cat([one.codes for one in alone])).double().mean() >= 0.999
+    loss, wanted = together.losses[:, 0].sum(), torch.cat([one.losses[:, 0] for one in alone]).sum()
+    assert abs(loss / wanted - 1) < 1e-3

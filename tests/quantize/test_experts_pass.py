@@ -18,7 +18,7 @@ from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.experts_call import ExpertsCall
 from gptq_plugin.model.plan import planned
-from gptq_plugin.quantize import batch_runs, experts_pass, grouped_experts, solve_experts
+from gptq_plugin.quantize import batch_runs, experts_pass, grouped_experts, one_pass, solve_experts
 from gptq_plugin.quantize.float_tokens import FloatTokens
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
@@ -236,7 +236,7 @@ def test_a_device_that_cannot_hold_all_hessians_takes_one_expert_after_the_other
         found = grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())
         whole, solving = (
             grouped_experts.whole_bytes(found.values()),
-            grouped_experts.evidence_bytes(found.values(), plan),
+            grouped_experts.evidence_bytes(found.values(), plan, 0),
         )
         for options, needed in (
             (PassOptions(), whole + solving),
@@ -245,6 +245,40 @@ def test_a_device_that_cannot_hold_all_hessians_takes_one_expert_after_the_other
             for free, count in ((needed // 3 * 4 + 8, 2), (needed // 3 * 4 - 8, 0)):
                 monkeypatch.setattr(grouped_experts, "free_bytes", lambda *_, free=free: free)
                 assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), options)) == count
+
+
+def test_how_many_experts_are_solved_together_follows_from_a_gpus_memory_where_sums_may_depend_on_it(monkeypatch):
+    for name, value in {"mem_get_info": (40, 80), "get_per_process_memory_fraction": 0.5}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    memory, gpu = grouped_experts.solving_memory, torch.device("cuda")
+    assert memory(gpu, PassOptions()) == 40 and memory(gpu, PassOptions(device_memory=30)) == 30
+    assert memory(torch.device("cpu"), PassOptions(exact_sums=False)) == 0
+    assert memory(gpu, PassOptions(exact_sums=True)) == 0
+    monkeypatch.setattr(grouped_experts.distributed, "active", lambda: True)
+    assert memory(gpu, PassOptions(exact_sums=False)) == 0
+
+
+def test_what_is_solved_together_is_asked_with_that_memory_and_has_room(monkeypatch):
+    asked = []
+    monkeypatch.setattr(solve_experts, "most", lambda *arguments: asked.append(arguments[3]) or 2)
+    monkeypatch.setattr(one_pass, "solving_memory", lambda *_: 12345)
+    Watched(mixture())
+    assert set(asked) == {12345}
+    with planned(mixture(), CONFIG) as plan:
+        every = grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions()).values()
+        found = [one for one in every if one.in_features == 48]
+        one = grouped_experts.bytes_of_one(32, 48, CONFIG)
+        monkeypatch.setattr(grouped_experts, "CHUNK_BYTES", one)
+        hessians = EXPERTS * 48**2 * 8
+        assert grouped_experts.evidence_bytes(found, plan, 0) == hessians + EXPERTS * one
+        monkeypatch.setattr(grouped_experts, "most", lambda *arguments: {0: 1, 99: 4}[arguments[3]])
+        assert grouped_experts.evidence_bytes(found, plan, 0) == hessians + one
+        assert grouped_experts.evidence_bytes(found, plan, 99) == hessians + 4 * one
+        solver = grouped_experts.placement.solver_bytes(plan.targets)
+        for memory, number in ((0, 1), (99, 4)):
+            monkeypatch.setattr(grouped_experts, "solving_memory", lambda *_, memory=memory: memory)
+            bytes_ = grouped_experts.solving_bytes(found, plan, torch.device("cpu"), PassOptions())
+            assert bytes_ == solver + hessians + number * one
 
 
 def test_where_the_device_of_another_rank_cannot_hold_all_hessians_no_rank_calls_experts_at_once(monkeypatch):

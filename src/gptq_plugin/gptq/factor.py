@@ -17,6 +17,7 @@ from gptq_plugin.gptq import tensor_cores
 from gptq_plugin.kernels import solver_passes
 
 _PANEL = 1024  # columns per call of the library's factorization
+WIDE = 4 * _PANEL  # columns; a matrix with more is factored in panels, many narrow steps
 _PANEL_OF_MANY = 512  # for several matrices, which the library factors together at a small part of a GPU's rate
 _INVERTED = 128  # columns of a panel per inverted triangle
 _SCALE = 2.0**12  # in `tensor_cores`, of the factor of a matrix with a diagonal of at most 4
@@ -89,10 +90,10 @@ def _cholesky(matrices: Tensor) -> Tensor:
         bool [B], True where that failed and the factor is garbage.
     """
     batch, n, _ = matrices.shape
-    if tensor_cores.usable(matrices) and n > 4 * _PANEL:
-        return _blocked_cholesky(matrices, _PANEL)
     if tensor_cores.usable(matrices) and batch > 1 and n >= 2 * _PANEL_OF_MANY:
         return _blocked_cholesky(matrices, _PANEL_OF_MANY)
+    if tensor_cores.usable(matrices) and n > WIDE:
+        return _blocked_cholesky(matrices, _PANEL)
     return _library_cholesky(matrices)
 
 

@@ -15,15 +15,17 @@ from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.device.streams import on_side_stream
 from gptq_plugin.gptq.asymmetric import each_target
-from gptq_plugin.gptq.factor import Factor, factorize
+from gptq_plugin.gptq.factor import WIDE, Factor, factorize
 from gptq_plugin.gptq.grid import SCALE_DTYPE
 from gptq_plugin.gptq.improve import EachImprovement, bytes_of_weight, improves
 from gptq_plugin.gptq.losses import beside, each_loss
 from gptq_plugin.gptq.recursion import Recursion
 
 CHUNK_BYTES = 2**32  # of the tensors of matrices that are solved together
-_BYTES_HESSIAN = 20  # for every entry: the mean, the factor, and copies on the way
-_BYTES_WEIGHT = 30
+_FEW = (2, 4, 8)  # wide ones may take more: narrow steps of a single one leave most of a GPU idle
+_SHARE_OF_FEW = 6  # of a device's memory, one part in so many
+_BYTES_HESSIAN = 8  # for every entry: the factor, and copies on the way
+_BYTES_WEIGHT = 24
 _BYTES_DRIFT = 8  # for every entry of the Hessian and of the weight, with asymmetric targets
 _BYTES_STEPS = 12  # likewise, if rounding is improved
 
@@ -49,11 +51,25 @@ class Solutions:
     good: Tensor
 
 
-def most(rows: int, columns: int, config: QuantizeConfig) -> int:
-    """How many matrices of a shape to solve together. It follows from these alone: sums may depend on it."""
+def most(rows: int, columns: int, config: QuantizeConfig, memory: int = 0) -> int:
+    """How many matrices of a shape to solve together. It follows from these alone: sums may depend on it.
+
+    Args:
+        rows, columns: The shape.
+        config: As for `solve_each`.
+        memory: Bytes of the device, if the number may depend on it: up to eight of more than `WIDE` columns take a
+            sixth of them.
+    """
+    each = bytes_of_one(rows, columns, config)
+    few = [number for number in _FEW if columns > WIDE and number * each <= memory // _SHARE_OF_FEW]
+    return max(CHUNK_BYTES // each, *few, 1)
+
+
+def bytes_of_one(rows: int, columns: int, config: QuantizeConfig) -> int:
+    """Bytes that each of the matrices takes beside its weight and its Hessian, with the arguments of `most`."""
     of_both = (_BYTES_DRIFT if config.asymmetric_alpha else 0) + (_BYTES_STEPS if improves(config) else 0)
     of_weight = bytes_of_weight(config) if improves(config) else _BYTES_WEIGHT
-    return max(1, CHUNK_BYTES // (columns * (columns * (_BYTES_HESSIAN + of_both) + rows * (of_weight + of_both))))
+    return columns * (columns * (_BYTES_HESSIAN + of_both) + rows * (of_weight + of_both))
 
 
 def solve_each(

@@ -30,7 +30,7 @@ from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.drifts import asks_for_drift
 from gptq_plugin.quantize.first_forward import Measured, most_together, needs_of, put_together, sizes_of
 from gptq_plugin.quantize.gradient_weights import GradientWeights
-from gptq_plugin.quantize.grouped_experts import grouped_experts, whole_bytes
+from gptq_plugin.quantize.grouped_experts import grouped_experts, solving_bytes, whole_bytes
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.replaceable import Replaceable
 from gptq_plugin.quantize.swap_check import check_swap
@@ -277,7 +277,8 @@ class BatchRuns:
         """Decides what stays on the device, and which batches run together, by the bytes free before the first forward,
         what that took, and the batches' sizes."""
         options, is_cpu = self._options, self.device.type == "cpu"
-        needs = needs_of(self._plan, self.device, self.weights, self.at_once, forward, sizes, 1 + self.walks.two)
+        solver = solving_bytes(self.at_once.values(), self._plan, self.device, options)
+        needs = needs_of(self._plan, self.device, self.weights, solver, forward, sizes, 1 + self.walks.two)
         least = neighbour_bytes(self.weights) if is_cpu else self.weights.min_resident_bytes
         offload = options.offload_weights, options.offload_activations
 

@@ -38,6 +38,7 @@ class ExpertsPass:
         finished: Gets the layers.
         kept: Gets the stops of experts that are quantized by themselves.
         quantize: Quantizes the layers of such a stop.
+        memory: As for `solve_experts`.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class ExpertsPass:
         finished: FinishedLayers,
         kept: KeptPass,
         quantize: Callable[[kept_pass.Stop, list[Target], Stop], None],
+        memory: int = 0,
     ) -> None:
         self._plan = plan
         self._targets = {target.name: target for target in plan.targets}
         self._runs, self._observations, self._outcome = runs, observations, outcome
         self._finished = finished
-        self._kept, self._quantize_stop = kept, quantize
+        self._kept, self._quantize_stop, self._memory = kept, quantize, memory
 
     def quantize(self, stop: Stop, samples: Samples) -> None:
         """Quantizes a group.
@@ -90,7 +92,8 @@ class ExpertsPass:
         def weights(expert: int) -> list[Tensor]:
             return [self._runs.weights.present(one) for one in experts[expert]]
 
-        chunks = solve_experts(weights, found, len(experts), shape, first[0].config, self._runs.make_room)
+        room, memory = self._runs.make_room, self._memory
+        chunks = solve_experts(weights, found, len(experts), shape, first[0].config, room, memory)
         # All in one tensor, of which a product of all experts takes no copy.
         values = with_room(partial(_empty, experts, shape, self._runs.device), self._runs.make_room)
         failed: list[tuple[list[Target], Evidence]] = []

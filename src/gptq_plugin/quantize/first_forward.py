@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,7 @@ from gptq_plugin.calibration.joined import joined
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.placement import Needs, Placement
 from gptq_plugin.memory.weights import Weights
-from gptq_plugin.model.experts_at_once import Grouped
 from gptq_plugin.model.plan import Plan
-from gptq_plugin.quantize.grouped_experts import evidence_bytes
 
 _MOST, _NUMBERED = 2**17, 2**31
 
@@ -39,7 +37,7 @@ def needs_of(
     plan: Plan,
     device: torch.device,
     weights: Weights,
-    at_once: Mapping[str, Grouped],
+    solver: int,
     forward: Measured,
     sizes: Sequence[int],
     walks: int,
@@ -50,7 +48,7 @@ def needs_of(
         plan: The layers.
         device: Where the batches run.
         weights: Those of the model, as the forward left them.
-        at_once: Experts that are called at once, by name.
+        solver: Bytes of the solver's tensors.
         forward: The first one.
         sizes: Of all batches: the largest one's activations and all have these proportions.
         walks: Number of forwards of a batch.
@@ -59,7 +57,7 @@ def needs_of(
     return Needs(
         weights=weights.total_bytes,
         fixed=placement.fixed_bytes(plan.targets, device, len(sizes) * walks),
-        solver=placement.solver_bytes(plan.targets) + evidence_bytes(at_once.values(), plan),
+        solver=solver,
         forward=int((forward.peak - weights.peak_bytes) * forward.times),
         activations=int(waiting * (sum(sizes) / max([1, *sizes]))) * walks,
         batch=waiting,

@@ -11,7 +11,8 @@ import torch
 
 from gptq_plugin import distributed
 from gptq_plugin.device.memory import free_bytes
-from gptq_plugin.gptq.solve_each import CHUNK_BYTES
+from gptq_plugin.gptq.solve_each import CHUNK_BYTES, bytes_of_one, most
+from gptq_plugin.memory import placement
 from gptq_plugin.memory.slots import distinct_tensors
 from gptq_plugin.model.experts_at_once import Grouped, find_grouped
 from gptq_plugin.model.plan import Plan
@@ -37,7 +38,8 @@ def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> d
     ]
     free, streams = free_bytes(device, options.device_memory), plan.targets[0].parameter.device != device
     blocks = _NEIGHBOURS if streams or options.offload_weights else 1
-    fits = free is None or whole_bytes(found) * blocks + evidence_bytes(found, plan) <= free // 4 * 3
+    needed = whole_bytes(found) * blocks + evidence_bytes(found, plan, solving_memory(device, options))
+    fits = free is None or needed <= free // 4 * 3
     return {one.name: one for one in found} if found and distributed.minimum(fits) else {}
 
 
@@ -47,9 +49,35 @@ def whole_bytes(grouped: Collection[Grouped]) -> int:
     return max((sum(one.nbytes for one in distinct_tensors(module)) for module in modules), default=0)
 
 
-def evidence_bytes(grouped: Collection[Grouped], plan: Plan) -> int:
-    """Bytes of the Hessians and drifts of all experts that are called at once, where that is most, and of what solves
-    them."""
+def solving_memory(device: torch.device, options: PassOptions) -> int:
+    """Bytes of the device, by which `most` may choose how many experts are solved together; 0 where sums must not
+    depend on it, or ranks solve some experts each."""
+    if device.type != "cuda" or options.sums_exactly(device) or distributed.active():
+        return 0
+    total = int(torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.mem_get_info(device)[1])
+    return total if options.device_memory is None else min(total, options.device_memory)
+
+
+def solving_bytes(grouped: Collection[Grouped], plan: Plan, device: torch.device, options: PassOptions) -> int:
+    """Bytes that layers, and experts called at once, take on the device beside their weights while they are solved."""
+    return placement.solver_bytes(plan.targets) + evidence_bytes(grouped, plan, solving_memory(device, options))
+
+
+def evidence_bytes(grouped: Collection[Grouped], plan: Plan, memory: int) -> int:
+    """Bytes of the Hessians and drifts of all experts that are called at once, and of what solves them, where that is
+    most.
+
+    Args:
+        grouped: The experts.
+        plan: Their layers.
+        memory: As for `most`.
+    """
     of_entry = _BYTES_HESSIAN + _BYTES_DRIFT * any(one.config.asymmetric_alpha for one in plan.targets)
-    of_layers = (len(one.layers) * one.in_features**2 * of_entry for one in grouped)
-    return max(of_layers, default=0) + (CHUNK_BYTES if grouped else 0)
+    targets, found = {target.name: target for target in plan.targets}, [0]
+    for one in grouped:
+        own = [targets[name] for name in one.layers[0]]
+        shape, config = (sum(target.shape[0] for target in own), one.in_features), own[0].config
+        number = min(len(one.layers), most(*shape, config, memory))
+        solving = max(CHUNK_BYTES, number * bytes_of_one(*shape, config))
+        found.append(len(one.layers) * one.in_features**2 * of_entry + solving)
+    return max(found)

@@ -48,6 +48,7 @@ from gptq_plugin.quantize.data_checks import (
 from gptq_plugin.quantize.evidence import Observations
 from gptq_plugin.quantize.experts_pass import ExpertsPass
 from gptq_plugin.quantize.gradient_weights import GradientWeights
+from gptq_plugin.quantize.grouped_experts import solving_memory
 from gptq_plugin.quantize.kept_pass import KeptPass, Stop, alike
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.outcome import Outcome, sum_over_ranks
@@ -95,9 +96,8 @@ class OnePass:
         self._outcome = Outcome(plan)
         self._kept = KeptPass(options.kept(), self._targets, self.runs.device, self._exact)
         self._identity: PassIdentity | None = None  # None if nothing is to be kept
-        self._experts_pass = ExpertsPass(
-            plan, self.runs, self._observations, self._outcome, self._finished, self._kept, self._quantize_stop
-        )
+        own = plan, self.runs, self._observations, self._outcome, self._finished, self._kept, self._quantize_stop
+        self._experts_pass = ExpertsPass(*own, solving_memory(self.runs.device, options))
         self._disturbance: str | None = None  # why the batches cannot take turns
         self._unchecked: list[str] = []  # why the quantized layers could not be compared in the model
         self._experts: str | None = None  # the block of experts that the walk is in

@@ -44,6 +44,7 @@ def solve_experts(
     shape: tuple[int, int],
     config: QuantizeConfig,
     make_room: Callable[[], bool] = lambda: False,
+    memory: int = 0,
 ) -> Iterator[Chunk]:
     """Yields all experts in chunks. Collective.
 
@@ -56,8 +57,9 @@ def solve_experts(
         shape: Of a weight.
         config: For all.
         make_room: As for `with_room`.
+        memory: As for `most`; 0 on several ranks.
     """
-    chunks = -(-experts // most(*shape, config))
+    chunks = -(-experts // most(*shape, config, memory))
     size, ranks, rank = -(-experts // chunks), distributed.world_size(), distributed.rank()
     numbers = [range(start, min(start + size, experts)) for start in range(0, experts, size)]
     for first in range(0, len(numbers), ranks):
