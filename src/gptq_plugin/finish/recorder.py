@@ -163,7 +163,9 @@ class Recorder:
         assert peak is not None and free is not None
         taken = peak - torch.cuda.memory_allocated(self._device)
         if _ROOM * taken > free:
-            raise NotRecordableError(f"it takes {taken / 2**20:.0f} MiB, and {free / 2**20:.0f} are free")
+            raise NotRecordableError(
+                f"it takes {taken / 2**20:.0f} MiB, and {free / 2**20:.0f}, not {_ROOM} times that, are free"
+            )
 
     def _check_same(self, found: tuple[Tensor, Gradients], made: _Recording) -> None:
         loss, gradients = found
