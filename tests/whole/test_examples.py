@@ -89,8 +89,8 @@ def test_calibrating_on_the_runs_own_data_keeps_more_of_what_was_learned(shared,
         "generic": "data/pycode/calib.jsonl",
     }
     options = [part for name, file in files.items() for part in (f"--{name}", shared / file)]
-    options += ["--out", tmp_path, "--bits", "3", "--samples", "32"]
-    command = [sys.executable, EXAMPLES / "own_data.py", *options]
+    options += ["--out", tmp_path, "--bits", "3", "--samples", "24", "--length", "48", "--steps", "9"]
+    command = [python(), EXAMPLES / "own_data.py", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # another test has the other core
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
