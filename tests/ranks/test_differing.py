@@ -127,9 +127,9 @@ def run(rank, case):
     elif phase == "waiting" and rank == 2:
         batches = data(rank, lambda number: time.sleep(4) if number == 5 else None)
     elif phase == "alone" and rank == 2:
-        return time.sleep(20)
+        return time.sleep(TIMEOUT + 3)
     elif phase == "never" and faulty:
-        return time.sleep(20) if kind == "silent" else end(kind)
+        return time.sleep(TIMEOUT + 3) if kind == "silent" else end(kind)
     elif phase == "calibration" and faulty:
         model.model.layers[0].mlp.register_forward_hook(failing(kind))
     elif phase == "reduction" and faulty:
