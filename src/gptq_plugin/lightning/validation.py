@@ -17,7 +17,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES, CombinedLoader
-from torch.utils._pytree import tree_leaves
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import digest
@@ -152,8 +151,7 @@ def validation_loaders(trainer: pl.Trainer) -> list[Any]:
     if not trainer.enable_validation:
         return []
     trainer.fit_loop.epoch_loop.val_loop.setup_data()  # does nothing after the first validation
-    loaders: list[Any] = tree_leaves(trainer.val_dataloaders)
-    return [loader for loader in loaders if loader is not None]
+    return list(_combined(trainer).flattened)
 
 
 def loaders_to_calibrate(trainer: pl.Trainer) -> list[Any]:
@@ -202,7 +200,7 @@ def _counts(trainer: pl.Trainer, most: int | None = None) -> list[float]:
 
 
 def _combined(trainer: pl.Trainer) -> CombinedLoader:
-    """The validation dataloaders as Lightning holds them. There are some."""
+    """The validation dataloaders as Lightning holds them, where validation is enabled."""
     combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     assert combined is not None
     return combined
