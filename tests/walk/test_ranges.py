@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,19 @@ def test_half_of_float16s_end_is_not_near_it_and_more_is() -> None:
     )
     assert near_float16(1e5, 2e5).startswith("its inputs reach 1e+05 and its outputs reach 2e+05 in calibration")
     assert near_float16(float("nan"), float("nan")) is None
+
+
+def test_the_default_dtype_of_a_forward_changes_nothing() -> None:
+    """Lightning's bf16-true sets it around the user's forward."""
+    x, ends = torch.tensor([[1.0, -3.003], [2.0, 1.5]]), torch.tensor([1, 2], dtype=torch.int32)
+    ranges = Ranges()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ranges.read(["one"], x)
+        ranges.read_experts((("a",), ("b",)), x, ends)
+        found = ranges.over_ranks(["one", "a", "b", "none"], CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    values = {name: largest for name, (largest, _) in found.items()}
+    assert values["one"] == values["a"] == pytest.approx(3.003, rel=1e-6) and values["b"] == 2
+    assert math.isnan(values["none"])

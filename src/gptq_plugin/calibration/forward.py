@@ -19,7 +19,8 @@ from gptq_plugin.errors import CalibrationError, some
 from gptq_plugin.model.hf_models import is_transformers
 
 REMEDY = (
-    "Give batches that it takes, or define how to run one: quantize(..., forward=lambda model, batch: ...), or a "
+    "Give batches that it takes (`batch_size` is how many samples run together), or define how to run one: "
+    "quantize(..., forward=lambda model, batch: ...), or a "
     "`calibration_step(batch)` method on the LightningModule"
 )
 

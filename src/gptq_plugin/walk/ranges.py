@@ -96,7 +96,7 @@ class Ranges:
             names: The layers, the same on every rank.
             device: Device on which the ranks compare them.
         """
-        names, unseen = list(names), torch.tensor(-1.0, device=device)
+        names, unseen = list(names), torch.tensor(-1.0, dtype=torch.float32, device=device)
         both = (self._inputs, self._outputs), self._of_experts
         of_all = [_by_layer(of_layers) | _by_expert(of_experts) for of_layers, of_experts in zip(*both, strict=True)]
         found = [seen.get(name, unseen) for name in names for seen in of_all]
@@ -118,7 +118,7 @@ def near_float16(largest_input: float, largest_output: float) -> str | None:
 def _include_experts(seen: _OfExperts, layers: Layers, parts: Sequence[Tensor], ends: Tensor) -> None:
     """Includes a part, [rows, width], for each of an expert's layers."""
     if layers not in seen:
-        seen[layers] = torch.full((len(parts), len(layers)), -1.0, device=ends.device)
+        seen[layers] = torch.full((len(parts), len(layers)), -1.0, dtype=torch.float32, device=ends.device)
     for number, part in enumerate(parts):
         if number and part is parts[0]:
             seen[layers][number] = seen[layers][0]
@@ -148,5 +148,5 @@ def _include(seen: _OfLayers, names: Iterable[str], x: Any) -> None:
         return
     names, rows = tuple(names), x.detach().reshape(-1, x.shape[-1] if x.dim() else 1)
     if names not in seen:
-        seen[names] = torch.full((1,), -1.0, device=x.device)
+        seen[names] = torch.full((1,), -1.0, dtype=torch.float32, device=x.device)  # a forward may set a default
     row_passes(rows).include_largest_(seen[names], rows)
