@@ -1,10 +1,10 @@
 """`trainer`: GPTQTrainerCallback on several ranks, each way to share a model, against one rank.
 
 A Llama with random float32 weights is trained for two steps that change none of them, evaluated, quantized and
-exported: on one rank, and by every kind asked for. A line of each tells the losses before and after, and the least
-share of a layer's words that are those of the one rank's export. Exits with 1 where a rank failed, ranks tell different
-things, or the float model's loss, tensors that are not quantized or more than 3 % of a layer's words are not as on one
-rank.
+exported: on one rank, and by every kind asked for, with exact sums in each, as several ranks have them by default. A
+line of each tells the losses before and after, and the least share of a layer's words that are those of the one rank's
+export. Exits with 1 where a rank failed, ranks tell different things, or the float model's loss, tensors that are not
+quantized or more than 3 % of a layer's words are not as on one rank.
 
 On CPUs there is DDP alone: accelerate takes it in the place of the others there. ZeRO-3 needs DeepSpeed.
 """
@@ -96,7 +96,12 @@ def work(rank: int, _: Path, kind: str, ranks: int, folder: Path, port: int, opt
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)  # type: ignore[arg-type]
     trainer.remove_callback(PrinterCallback)
-    quantizer = QuantizeModule(group_size=32, nsamples=options.samples, batch_size=options.batch_size)
+    quantizer = QuantizeModule(
+        group_size=32,
+        nsamples=options.samples,
+        batch_size=options.batch_size,
+        exact_sums=True,
+    )
     callback = GPTQTrainerCallback(quantizer, place / "export", validate=trainer.evaluate)
     trainer.add_callback(callback)
     trainer.train()
