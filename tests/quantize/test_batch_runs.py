@@ -282,7 +282,7 @@ def roomy(monkeypatch):
     """Batches may run together, up to 100 tokens."""
     monkeypatch.setattr(PassOptions, "joins", lambda self, device, config: config.batch_size is None)
     monkeypatch.setattr(batch_runs, "free_bytes", lambda device, allowed: 10**12)
-    monkeypatch.setattr(batch_runs, "most_together", lambda plan: 100)
+    monkeypatch.setattr(batch_runs, "most_tokens", lambda plan: 100)
 
 
 @pytest.mark.usefixtures("roomy")
@@ -291,7 +291,13 @@ def test_batches_run_together_once_the_groups_are_found(caplog):
     plan, calibration = plan_of(model, config), calibration_of([[1] * 5] * 34 + [[1] * 9] * 3, config)
     ran = []
     forward = lambda network, batch: ran.append(batch) or network(torch.ones(1, 32))  # noqa: E731
-    runs = BatchRuns(plan, calibration, Positions(model, calibration.batches, "all"), PassOptions(forward=forward))
+    positions, options = Positions(model, calibration.batches, "all"), PassOptions(forward=forward)
+    apart = BatchRuns(plan, calibration, positions, options)  # as where the divergence of each batch is measured
+    with apart:
+        apart.find_groups(modules(plan))
+    assert apart.calibration is calibration and [len(batch["input_ids"]) for batch in ran] == [8]
+    ran.clear()
+    runs = BatchRuns(plan, calibration, positions, options, at_once=True)
     with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize.batch_runs"), runs:
         runs.find_groups(modules(plan))
         for run in runs.forwards():
@@ -316,7 +322,7 @@ def padded(count, length):
 @pytest.mark.parametrize("changes", [{}, {"token_weighting": "labels"}, {"method": "best"}])
 def test_the_codes_are_those_of_batches_of_that_size(changes, monkeypatch):
     """To the bit, with padding, labels and a float walk beside the other."""
-    monkeypatch.setattr(batch_runs, "most_together", lambda plan: 200)
+    monkeypatch.setattr(batch_runs, "most_tokens", lambda plan: 200)
     results = []
     for size in (None, 16):
         torch.manual_seed(0)
@@ -331,3 +337,12 @@ def test_the_codes_are_those_of_batches_of_that_size(changes, monkeypatch):
     assert [one.tokens for one in report.quantized] == [one.tokens for one in wanted.quantized]
     assert report.positions == wanted.positions
     assert report.calibration_sha256 == wanted.calibration_sha256
+
+
+@pytest.mark.usefixtures("roomy")
+def test_grids_are_chosen_by_batches_as_they_were_collected():
+    torch.manual_seed(0)
+    model = tiny_llama(num_hidden_layers=1)
+    quantizer = QuantizeModule(group_size=32, nsamples=30, target_bits=4.6)
+    report = quantizer.quantize(model, list(torch.randint(0, 128, (30, 5))))
+    assert report.batch_size == 16 and report.allocation.tokens > 0

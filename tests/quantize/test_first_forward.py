@@ -11,7 +11,7 @@ from gptq_plugin import QuantizeModule, distributed
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory import placement
-from gptq_plugin.quantize.first_forward import most_together, put_together, sizes_of
+from gptq_plugin.quantize.first_forward import most_tokens, put_together, sizes_of
 
 from models import tiny_llama
 
@@ -26,10 +26,10 @@ def test_sizes_are_samples_where_another_rank_does_not_know_its_tokens(monkeypat
 
 
 def test_no_tensor_of_batches_put_together_has_more_elements_than_32_bits_number():
-    assert most_together(plan_of(nn.Sequential(nn.Linear(32, 48)))) == 2**17
+    assert most_tokens(plan_of(nn.Sequential(nn.Linear(32, 48)))) == 2**17
     with torch.device("meta"):
         wide = nn.Sequential(nn.Linear(32, 2**16), nn.Linear(2**16, 32))
-    assert most_together(plan_of(wide)) == 2**15
+    assert most_tokens(plan_of(wide)) == 2**15
 
 
 def together(free, forward, most=1000):
@@ -92,3 +92,10 @@ def test_batches_become_no_larger_than_what_is_allowed_on_the_device():
         report, _, peak = quantized(64, 512, 1024, device_memory=allowed)
         print(f"{allowed / 2**20:.0f} MiB allowed, {peak / 2**20:.0f} taken, {report.batch_size} samples in a forward")
         assert peak <= allowed * 1.02 and not any("at the peak" in one for one in report.deviations)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_grids_are_chosen_on_a_gpu_with_the_default_batches():
+    report, _, _ = quantized(40, 64, target_bits=5.2)
+    assert report.batch_size == 40 and report.allocation.bits <= 5.2

@@ -28,7 +28,7 @@ from gptq_plugin.memory.weights import Weights, neighbour_bytes
 from gptq_plugin.model.experts_at_once import as_called, calls_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.drifts import asks_for_drift
-from gptq_plugin.quantize.first_forward import Measured, most_together, needs_of, put_together, sizes_of
+from gptq_plugin.quantize.first_forward import Measured, most_tokens, needs_of, put_together, sizes_of
 from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.grouped_experts import grouped_experts, solving_bytes, whole_bytes
 from gptq_plugin.quantize.options import PassOptions
@@ -54,7 +54,7 @@ class BatchRuns:
         calibration: The batches.
         positions: Told which batch runs on which thread.
         options: How batches run, and how much memory there is.
-        at_once: Run experts at once where that is possible.
+        at_once: Run experts, and batches of one kind, at once where that is possible.
 
     Attributes:
         at_once: Experts that forwards may call at once, by name.
@@ -88,6 +88,7 @@ class BatchRuns:
         self._entered: dict[tuple[str, int], int] = {}  # the first run of a batch that came to a block of experts
         self._plan = plan
         self.calibration = calibration
+        self._joins = at_once and options.joins(self.device, plan.config)
         self._positions = positions
         self._options = options
         self._targets = {target.name: target for target in plan.targets}
@@ -285,9 +286,8 @@ class BatchRuns:
         def place(needs: placement.Needs) -> placement.Placement:
             return placement.place(self.device, free, needs, least, *offload)
 
-        if sizes and options.joins(self.device, self._plan.config):
-            most = most_together(self._plan)
-            self.calibration, needs = put_together(self.calibration, sizes, most, free, needs, place)
+        if sizes and self._joins:
+            self.calibration, needs = put_together(self.calibration, sizes, most_tokens(self._plan), free, needs, place)
             self._positions.join(self.calibration.batches)
             log.info("up to %d samples in a forward", max(batch.samples for batch in self.calibration.batches))
         placed = place(needs)

@@ -96,7 +96,7 @@ def sizes_of(batches: Sequence[Batch]) -> list[int]:
     return known if all_know else [batch.samples for batch in batches]
 
 
-def most_together(plan: Plan) -> int:
+def most_tokens(plan: Plan) -> int:
     """The size up to which batches are put together. More make no forward faster for each token, and the elements of a
     layer's input or output can still be numbered in 32 bits, as kernels of others may do."""
     return min(_MOST, _NUMBERED // max(max(target.shape) for target in plan.targets))
