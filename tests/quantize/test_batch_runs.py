@@ -343,6 +343,6 @@ def test_the_codes_are_those_of_batches_of_that_size(changes, monkeypatch):
 def test_grids_are_chosen_by_batches_as_they_were_collected():
     torch.manual_seed(0)
     model = tiny_llama(num_hidden_layers=1)
-    quantizer = QuantizeModule(group_size=32, nsamples=30, target_bits=4.6)
-    report = quantizer.quantize(model, list(torch.randint(0, 128, (30, 5))))
+    quantizer = QuantizeModule(group_size=32, nsamples=80, target_bits=4.6)
+    report = quantizer.quantize(model, list(torch.randint(0, 128, (80, 5))))
     assert report.batch_size == 16 and report.allocation.tokens > 0

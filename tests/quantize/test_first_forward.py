@@ -97,5 +97,5 @@ def test_batches_become_no_larger_than_what_is_allowed_on_the_device():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_grids_are_chosen_on_a_gpu_with_the_default_batches():
-    report, _, _ = quantized(40, 64, target_bits=5.2)
-    assert report.batch_size == 40 and report.allocation.bits <= 5.2
+    report, _, _ = quantized(80, 64, target_bits=5.2)
+    assert report.batch_size == 80 and report.allocation.bits <= 5.2
