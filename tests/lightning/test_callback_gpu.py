@@ -111,7 +111,9 @@ def test_nor_does_it_under_a_transformers_trainer_and_the_model_is_back_on_the_g
     trainer.train()
     assert peaks["quantization"] <= peaks["training"]
     assert {parameter.device.type for parameter in trainer.model.parameters()} == {"cuda"}
-    print({name: f"{value / 2**20:.0f} MiB" for name, value in peaks.items()}, callback.report.seconds["total"])
+    report = callback.report
+    told = {name: f"{value / 2**20:.0f} MiB" for name, value in peaks.items()}
+    print(told, report.seconds["total"], report.batch_size)
 
 
 @pytest.mark.parametrize(("adapters", "weights"), [(False, "last"), (False, "best"), (True, "last")])
@@ -141,7 +143,9 @@ def test_quantization_takes_no_more_of_a_gpu_than_training_did(adapters, weights
     fit(Wide(), loader, [checkpoint, callback], tmp_path, enable_checkpointing=True, accelerator="gpu")
     assert peaks["quantization"] <= peaks["training"]
     assert not [d for d in callback.report.deviations if "at the peak" in d]
-    print({name: f"{value / 2**20:.0f} MiB" for name, value in peaks.items()}, callback.report.seconds["total"])
+    report = callback.report
+    told = {name: f"{value / 2**20:.0f} MiB" for name, value in peaks.items()}
+    print(told, report.seconds["total"], report.batch_size)
 
 
 def codes_are_those_of_one_rank(folder):
