@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from . import rule
+from .by_bytes import ROWS as ROWS_BY_BYTES
+from .by_bytes import by_bytes
+from .by_bytes import takes as takes_by_bytes
 from .by_warps import by_warps
 from .choice import Choice, Gpu
 from .dense import dense
@@ -156,6 +159,31 @@ def _near_warps(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iter
                 yield _without_zero_half(rule.warps(rows, gpu) | {"STAGES": stages, "HALF": half})
 
 
+def _bytes_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
+    BN, BM, SPLIT, STAGES = (options[name] for name in ("BN", "BM", "SPLIT", "STAGES"))
+    stage = _bytes_of_turn(layout, BN, 0) + 8 * BM * layout.step  # with the digits of x
+    return (
+        _early_fits(gpu, options)
+        and options["EARLY"] <= 1
+        and 0 <= options["AHEAD"] <= 4 * options["EARLY"]
+        and takes_by_bytes(layout, dtype)
+        and rows <= BM
+        and BM in (1, 2, ROWS_BY_BYTES)
+        and BN in (32, 64, 128)
+        and layout.outputs % BN == 0
+        and 1 <= SPLIT <= layout.steps
+        and 2 <= STAGES <= 8
+        and options["warps"] in (1, 2, 4)
+        and (STAGES - 1) * stage + 8192 <= gpu.shared
+    )
+
+
+def _near_bytes(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
+    if rows == 1:
+        for split in (1, 4):
+            yield {"BM": 1, "SPLIT": split, "STAGES": 3, "EARLY": int(gpu.hopper), "AHEAD": 2 * gpu.hopper}
+
+
 def _many_rows(
     x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, out: Tensor, workspace: Workspace,
     *, GROUPS: int = 2, BN: int = 64, BM: int = 256, STAGES: int = 5, JOINED: int = 1, AHEAD: int = 2, WIDTH: int = 2,
@@ -264,6 +292,7 @@ def _near_one(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
 KERNELS: dict[str, Kernel] = {
     "one_row": Kernel(_one_row, _one_fits, _near_one),
     "few_rows": Kernel(few_rows, _few_fits, _near_few),
+    "by_bytes": Kernel(by_bytes, _bytes_fits, _near_bytes),
     "by_warps": Kernel(by_warps, _warps_fits, _near_warps),
     "many_rows": Kernel(_many_rows, _many_fits, _near_many),
     "dense": Kernel(_dense, _dense_fits, _near_dense),
