@@ -237,7 +237,7 @@ def by_bytes(
     digits, units = digits.view(torch.int8), units.view(torch.float32)
     _digits_kernel[(layout.steps, products, BM)](
         x, digits, shares, units, len(x), layout.n_in, **shape, BLOCK=triton.next_power_of_2(layout.n_in), EARLY=EARLY,
-        num_warps=4, **launch(EARLY),
+        num_warps=8, **launch(EARLY),
     )  # fmt: skip
     _by_bytes_kernel[(tiles, SPLIT)](
         digits, shares, units, arranged.words.view(torch.int8), arranged.scales, bias, out, parts, counters,
