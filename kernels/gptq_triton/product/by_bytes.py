@@ -5,8 +5,6 @@ a half of the operations. A row of x is four columns: in units of 2^-29 of a pow
 are integers of 32 bits, whose bytes are signed digits. A kernel before writes them in the order of the words' bytes,
 two columns each, one for each slot of `code_bytes`, with the share of the zeros in the sums. A number below 2^-12 of
 its row's largest may lose bits; a row with an infinite number or NaN is NaN.
-
-Tested by tests/kernels/test_by_bytes.py.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"

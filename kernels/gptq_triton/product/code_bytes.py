@@ -7,7 +7,7 @@ highest bit is turned. Of 3 bits a third of the codes lie in two bytes, or in tw
 The planes of both bytes may be of two groups, whose sums are scaled apart: each goes to a column of its own, a slot, in
 which the other's bytes of x are zero. Products with the same two groups are summed in one chain.
 
-Tested by tests/kernels/test_by_bytes.py.
+Tested by tests/kernels/test_by_bytes.py: with the kernel that multiplies them.
 """
 
 from __future__ import annotations
