@@ -1,88 +1,43 @@
-"""Products of bytes: every code of a step is in one of them, where it is said to be, and the kernel is the formula."""
+"""The product of bytes is the formula, and its PTX tells codes where they lie."""
 
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
-from gptq_plugin.kernels.product.layout import Layout, arrange, pieces
+from gptq_plugin.kernels.product.layout import Arranged, Layout, arrange, pieces
 
 from kernel_cases import NAN, gpu, triton_device
 
 pytest.importorskip("triton")
 
-from gptq_plugin.kernels.product.code_bytes import GROUPS, PRODUCTS, ptx, signed
+
+@pytest.mark.parametrize("product", range(4))
+def test_a_products_codes_are_at_their_places_in_the_bytes_of_words(product):
+    from gptq_plugin.kernels.product.by_bytes import ptx
+
+    found = re.fullmatch(r"lop3\.b32 \$0, \$1, (\w+), (\w+), 0x28;", ptx(product))
+    turned, mask = (int(number, 0) for number in found.groups())
+    draw = random.Random(product)
+    for _ in range(50):
+        words = draw.getrandbits(32)
+        for byte in range(4):
+            (_, at, _, number) = pieces(2, product + 4 * (byte % 2))[0]
+            code = words >> 16 * (byte // 2) + at & 2**number - 1
+            value = ((words ^ turned) & mask) >> 8 * byte & 255
+            expected = (code << 2 * product) - (128 if product == 3 else 0)
+            assert (value - 256 if value > 127 and product == 3 else value) == expected
 
 
-def run(code: str, operands: list[int]) -> int:
-    """$0 of code in the few operations that `ptx` uses; $1 and so on are the operands."""
-    known = {f"${i}": value for i, value in enumerate(operands, 1)}
-
-    def value(name: str) -> int:
-        return known[name] if name in known else int(name, 0)
-
-    for line in filter(None, map(str.strip, code.strip("{}").split(";"))):
-        operation, arguments = line.split(" ", 1)
-        to, *names = map(str.strip, arguments.split(","))
-        if operation == ".reg":
-            continue
-        a, *more = map(value, names)
-        result = {
-            "mov.b32": lambda a: a,
-            "and.b32": lambda a, b: a & b,
-            "shr.u32": lambda a, b: a >> b,
-            "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
-            "lop3.b32": lambda a, b, c, table: {0xEA: a & b | c, 0x28: (a ^ b) & c}[table],
-        }[operation]
-        known[to] = result(a, *more)
-    return known["$0"]
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_a_products_codes_are_in_the_bytes_that_it_tells(bits):
-    draw = random.Random(bits)
-    for index, product in enumerate(PRODUCTS[bits]):
-        for _ in range(50):
-            words = [draw.getrandbits(32) for _ in range(3 if bits == 3 else 1)]
-            found = run(ptx(bits, index), words)
-            for byte in range(4):
-                plane, place = product.planes[byte % 2], product.places[byte % 2]
-                code = 0
-                for word, at, low, number in pieces(bits, plane):
-                    code |= (words[word] >> 16 * (byte // 2) + at & 2**number - 1) << low
-                expected = (code << place) - (128 if signed(bits, index) else 0)
-                in_byte = found >> 8 * byte & 255
-                assert (in_byte - 256 if in_byte > 127 else in_byte) == expected
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_every_plane_is_multiplied_once_in_a_slot_of_its_group(bits):
-    layout = Layout.of(bits, 128, 1024, 64, True)
-    planes = [plane for product in PRODUCTS[bits] for plane in product.planes]
-    assert sorted(planes) == list(range(layout.planes))
-    for product in PRODUCTS[bits]:
-        for plane, slot in zip(product.planes, product.slots, strict=True):
-            assert GROUPS[bits][product.chain][slot] == plane * layout.lanes // 128
-        # A chain's sums stay below 2^22, where floats of 1.5 · 2^23 and more have the integers' bits.
-        chain = [other for other in PRODUCTS[bits] if other.chain == product.chain]
-        for slot in (0, 1):
-            most = sum(
-                layout.lanes * 128 * (2 ** (bits - 1) << place)
-                for other in chain
-                for place, of in zip(other.places, other.slots, strict=True)
-                if of == slot
-            )
-            assert most < 2**22
-
-
-def weight_and_value(bits, n_in, n_out, group_size, device):
-    generator = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 2**bits, (n_in, n_out), generator=generator, dtype=torch.uint8)
+def weight_and_value(n_in, n_out, group_size, device):
+    generator = torch.Generator().manual_seed(n_in)
+    codes = torch.randint(0, 4, (n_in, n_out), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(-(-n_in // group_size), n_out, generator=generator) + 0.1).half()
-    zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
-    value = (codes.double() - 2 ** (bits - 1)) * scales.double()[torch.arange(n_in) // group_size]
-    layout = Layout.of(bits, group_size, n_in, n_out, True)
+    zeros = torch.full(scales.shape, 2, dtype=torch.uint8)
+    value = (codes.double() - 2) * scales.double()[torch.arange(n_in) // group_size]
+    layout = Layout.of(2, group_size, n_in, n_out, True)
     return layout, arrange(layout, codes.to(device), scales.to(device), zeros.to(device)), value
 
 
@@ -103,52 +58,51 @@ def error(y, x, value, bias=0.0):
 
 @triton_device
 @pytest.mark.parametrize(
-    ("size", "rows", "options"),
-    [
-        ((512, 64, 128), 1, {}), ((1100, 70, 256), 3, {"BM": 4, "SPLIT": 2}),
-        ((100, 37, 10**9), 2, {"BM": 2, "BN": 32}),
-    ],
+    ("size", "options"),
+    [((512, 64, 128), {}), ((1100, 70, 256), {"SPLIT": 2}), ((100, 37, 10**9), {"BN": 32, "warps": 1})],
     ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_product_of_bytes_is_the_formula(bits, size, rows, options, device):
-    layout, arranged, value = weight_and_value(bits, *size, device)
+)
+def test_the_product_of_bytes_is_the_formula(size, options, device):
+    layout, arranged, value = weight_and_value(*size, device)
     limits = {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}
     for dtype in limits if device == "cuda" else (torch.float16,):  # the interpreter is wrong in bfloat16
-        x = torch.randn(rows, size[0], device=device).to(dtype)
-        x[0, 7] = 300  # one much larger than the others
-        bias = torch.randn(size[1], device=device) if rows > 1 else None
+        x = torch.randn(1, size[0], device=device).to(dtype)
+        assert error(multiplied(x, layout, arranged, **options), x, value) < limits[dtype]
+        x[0, 7] = 300  # much larger than the others
+        bias = torch.randn(size[1], device=device)
         y = multiplied(x, layout, arranged, bias, **options)
-        assert error(y, x, value, 0.0 if bias is None else bias.double().cpu()) < limits[dtype]
+        assert error(y, x, value, bias.double().cpu()) < limits[dtype]
 
 
 @triton_device
-def test_a_row_that_is_no_number_is_none_and_leaves_others_alone(device):
-    layout, arranged, value = weight_and_value(2, 512, 64, 128, device)
-    x = torch.randn(4, 512, dtype=torch.float16, device=device)
-    x[0, 3], x[1, 9], x[2] = float("inf"), NAN, 0
-    y = multiplied(x, layout, arranged, BM=4)
-    assert y[:2].isnan().all() and (y[2] == 0).all()
-    assert error(y[3:], x[3:], value) < 3e-4
+def test_a_row_that_is_no_number_is_none_and_a_row_of_zeros_is_zero(device):
+    layout, arranged, value = weight_and_value(512, 64, 128, device)
+    for number in (float("inf"), -float("inf"), NAN):
+        x = torch.randn(1, 512, dtype=torch.float16, device=device)
+        x[0, 3] = number
+        assert multiplied(x, layout, arranged).isnan().all()
+    assert (multiplied(torch.zeros(1, 512, dtype=torch.float16, device=device), layout, arranged) == 0).all()
+    x = torch.full((1, 512), -65504.0, dtype=torch.float16, device=device)
+    scaled = arranged._replace(scales=torch.full_like(arranged.scales, 0x00010001))  # 2^-24
+    y = multiplied(x, layout, scaled)
+    assert y.isfinite().all() and y.abs().max() > 0
 
 
 @triton_device
 def test_some_outputs_out_of_a_larger_weight_are_multiplied_where_they_lie(device):
-    for bits in (2, 3):
-        layout, arranged, value = weight_and_value(bits, 512, 192, 128, device)
-        part = type(arranged)(arranged.words.narrow(1, 64, 64), arranged.scales.narrow(2, 64, 64), None)
-        x = torch.randn(1, 512, dtype=torch.float16, device=device)
-        y = multiplied(x, Layout.of(bits, 128, 512, 64, True), part)
-        assert error(y, x, value[:, 64:128]) < 3e-4
+    layout, arranged, value = weight_and_value(512, 192, 128, device)
+    part = Arranged(arranged.words.narrow(1, 64, 64), arranged.scales.narrow(2, 64, 64), None)
+    x = torch.randn(1, 512, dtype=torch.float16, device=device)
+    y = multiplied(x, Layout.of(2, 128, 512, 64, True), part)
+    assert error(y, x, value[:, 64:128]) < 3e-4
 
 
 @gpu
 def test_a_product_has_the_same_bytes_in_hundreds_of_runs():
-    for bits in (2, 3, 4):
-        layout, arranged, value = weight_and_value(bits, 4096, 4096, 128, "cuda")
-        x = torch.randn(1, 4096, dtype=torch.float16, device="cuda")
-        early = int(torch.cuda.get_device_capability()[0] == 9)
-        first = multiplied(x, layout, arranged, SPLIT=4, EARLY=early)
+    layout, arranged, value = weight_and_value(4096, 4096, 128, "cuda")
+    x = torch.randn(1, 4096, dtype=torch.float16, device="cuda")
+    for split in (1, 4):
+        first = multiplied(x, layout, arranged, SPLIT=split)
         assert error(first, x, value) < 3e-4
         for _ in range(300):
-            assert torch.equal(multiplied(x, layout, arranged, SPLIT=4, EARLY=early), first)
+            assert torch.equal(multiplied(x, layout, arranged, SPLIT=split), first)

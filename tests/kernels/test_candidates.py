@@ -37,13 +37,8 @@ def test_there_are_a_dozen_at_most_the_rules_first_and_each_fits(gpu, bits):
 
 
 def test_few_rows_try_other_tiles_splits_stages_and_warps_of_the_same_kernel():
-    assert {choice.kernel for choice in of(1, n_out=14336)} == {
-        "one_row",
-        "few_rows",
-        "by_warps",
-        "by_bytes",
-        "many_rows",
-    }
+    assert {choice.kernel for choice in of(1, n_out=14336)} == {"one_row", "few_rows", "by_warps", "many_rows"}
+    assert Choice("by_bytes") in of(1, n_out=14336, bits=2)
     found = of(4, n_out=14336)
     assert {choice.kernel for choice in found} == {"few_rows", "by_warps", "many_rows"} and len(found) >= 8
     assert not any(choice.kernel == "many_rows" for choice in of(4, gpu=A100))

@@ -150,29 +150,21 @@ def test_experts_of_3_bits_spill_nothing(capability, kind, block, tmp_path):
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="needs the tools that Triton comes with")
-@pytest.mark.parametrize(
-    ("capability", "bits", "most"), [(80, 2, 0.8), (90, 2, 0.8), (89, 3, 1.3), (90, 3, 1.3), (90, 4, 1.0)]
-)
-def test_a_product_of_bytes_takes_half_of_the_operations(capability, bits, most, tmp_path):
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_a_product_of_bytes_takes_half_of_the_operations(capability, tmp_path):
     from gptq_plugin.kernels.product.by_bytes import _by_bytes_kernel
-    from gptq_plugin.kernels.product.code_bytes import PRODUCTS
 
-    layout = Layout.of(bits, 128, 8192, 8192, True)
     types = {
-        "digits": "*i8", "shares": "*i32", "units": "*fp32", "words": "*i8", "scales": "*i32", "out": "*fp16",
-        "parts": "*fp32", "counters": "*i32", "M": "i32", "N": "i32", "stride": "i32", "steps": "i32",
+        "digits": "*i8", "shares": "*i32", "unit": "*fp32", "words": "*i8", "scales": "*i32", "out": "*fp16",
+        "parts": "*fp32", "counters": "*i32", "N": "i32", "stride": "i32", "steps": "i32",
     }  # fmt: skip
-    sizes = {
-        "BITS": bits, "LANES": layout.lanes, "PLANES": layout.planes, "PRODUCTS": len(PRODUCTS[bits]), "BN": 64,
-        "BM": 1, "SPLIT": 1, "STAGES": 3, "EARLY": int(capability == 90), "AHEAD": 2, "HAS_BIAS": False,
-        "bias": None,
-    }  # fmt: skip
+    sizes = {"BN": 64, "SPLIT": 1, "STAGES": 3, "HAS_BIAS": False, "bias": None}
     options = {"num_warps": 2, "num_stages": 3}
     graph, code, resources = machine_code(_by_bytes_kernel, types, sizes, capability, options, tmp_path)
     assert re.search(r"STACK:0\b", resources), "registers are spilled"
     converted = [line for line in graph.splitlines() if "convert_layout" in line]
     assert not [line for line in converted if "xi8" in line or "xi32" in line], "weights are moved"
-    assert 0 < len(longest_loop(code)) / (layout.step * 64 / 64) < most
+    assert 0 < len(longest_loop(code)) / (512 * 64 / 64) < 0.8
 
 
 def many_rows_arguments(bits, options, symmetric):

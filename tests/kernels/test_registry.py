@@ -25,15 +25,7 @@ def test_every_kernel_has_options_with_defaults():
     own = {"GROUPS": 2, "BN": 64, "BM": 256, "STAGES": 5, "JOINED": 1, "AHEAD": 2, "WIDTH": 2, "SPLIT": 1, "EARLY": 0}
     assert KERNELS["many_rows"].options == own
     assert set(KERNELS["by_warps"].options) == {"BN", "BM", "WAYS", "STAGES", "EARLY", "HALF"}
-    assert KERNELS["by_bytes"].options == {
-        "BN": 64,
-        "BM": 1,
-        "SPLIT": 1,
-        "STAGES": 3,
-        "warps": 2,
-        "EARLY": 0,
-        "AHEAD": 0,
-    }
+    assert KERNELS["by_bytes"].options == {"BN": 64, "SPLIT": 1, "STAGES": 3, "warps": 2}
     assert KERNELS["dense"].options == {}
     assert all(type(value) is int for kernel in KERNELS.values() for value in kernel.options.values())
 
@@ -53,7 +45,7 @@ def test_options_left_out_are_the_kernels_own():
         "many_rows BM=512", "many_rows BM=24", "many_rows STAGES=6", "many_rows STAGES=1", "many_rows AHEAD=1",
         "many_rows AHEAD=5", "many_rows WIDTH=0", "many_rows SPLIT=65", "many_rows EARLY=2", "few_rows EARLY=5",
         "by_warps SPLIT=2", "by_warps BN=48", "by_warps BM=64", "by_warps WAYS=3", "by_warps WAYS=16",
-        "by_bytes", "by_bytes BM=8", "by_warps STAGES=0", "by_warps BN=64 WAYS=8 STAGES=4", "by_warps EARLY=5",
+        "by_bytes", "by_warps STAGES=0", "by_warps BN=64 WAYS=8 STAGES=4", "by_warps EARLY=5",
     ],
 )  # fmt: skip
 def test_options_that_a_kernel_cannot_run_with_do_not_fit(text):
@@ -68,18 +60,13 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
     assert right("one_row EARLY=1", rows=1) and not right("one_row EARLY=1", rows=1, on=A100)
     assert right("by_warps") and right("by_warps", on=A100) and not right("by_warps EARLY=1", on=A100)
     assert not right("by_warps", dtype=torch.float32) and not right("by_warps", rows=128)
-    one = [(layout, 1) for layout in (LAYOUT, Layout.of(3, 128, 4096, 4096, True), Layout.of(2, 128, 100, 70, True))]
-    assert all(right("by_bytes", layout, rows) and right("by_bytes", layout, rows, on=A100) for layout, rows in one)
-    assert (
-        not right("by_bytes EARLY=2", rows=1)
-        and not right("by_bytes AHEAD=1", rows=1)
-        and not right("by_bytes EARLY=1", rows=1, on=A100)
-    )
-    assert not right("by_bytes", rows=2) and right("by_bytes BM=2", rows=2) and not right("by_bytes BM=3", rows=2)
-    assert not right("by_bytes", rows=1, dtype=torch.float32) and not right("by_bytes STAGES=9", rows=1)
-    for layout in (Layout.of(4, 64, 4096, 4096, True), Layout.of(4, 128, 4096, 4096, False)):
-        assert not right("by_bytes", layout, 1)
-    assert not right("by_bytes", Layout.of(8, 128, 4096, 4096, True), 1)
+    two = Layout.of(2, 128, 4096, 4096, True)
+    assert right("by_bytes", two, 1) and right("by_bytes BN=32 SPLIT=8 STAGES=4 warps=1", two, 1, on=A100)
+    assert not right("by_bytes", two, 2) and not right("by_bytes", two, 1, torch.float32)
+    assert not right("by_bytes SPLIT=9", two, 1) and not right("by_bytes BN=16", two, 1)
+    assert right("by_bytes BN=128 STAGES=6", two, 1) and not right("by_bytes BN=128 STAGES=6", two, 1, on=L4)
+    for other in (LAYOUT, Layout.of(2, 64, 4096, 4096, True), Layout.of(2, 128, 4096, 4096, False)):
+        assert not right("by_bytes", other, 1)
     assert not right("many_rows", on=A100) and not right("many_rows", dtype=torch.float32)
     three, two = Layout.of(3, 128, 4096, 4096, True), Layout.of(2, 128, 4096, 4096, True)
     for text in ("few_rows HALF=1", "by_warps HALF=1"):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import rule
-from .by_bytes import ROWS as ROWS_BY_BYTES
 from .by_bytes import by_bytes
 from .by_bytes import takes as takes_by_bytes
 from .by_warps import by_warps
@@ -160,19 +159,15 @@ def _near_warps(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iter
 
 
 def _bytes_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: Mapping[str, int]) -> bool:
-    BN, BM, SPLIT, STAGES = (options[name] for name in ("BN", "BM", "SPLIT", "STAGES"))
-    stage = _bytes_of_turn(layout, BN, 0) + 8 * BM * layout.step  # with the digits of x
+    BN, SPLIT, STAGES = (options[name] for name in ("BN", "SPLIT", "STAGES"))
+    stage = _bytes_of_turn(layout, BN, 0) + 8 * layout.step  # with the digits of x
     return (
-        _early_fits(gpu, options)
-        and options["EARLY"] <= 1
-        and 0 <= options["AHEAD"] <= 4 * options["EARLY"]
+        rows == 1
         and takes_by_bytes(layout, dtype)
-        and rows <= BM
-        and BM in (1, 2, ROWS_BY_BYTES)
         and BN in (32, 64, 128)
         and layout.outputs % BN == 0
         and 1 <= SPLIT <= layout.steps
-        and 2 <= STAGES <= 8
+        and 1 <= STAGES <= 8
         and options["warps"] in (1, 2, 4)
         and (STAGES - 1) * stage + 8192 <= gpu.shared
     )
@@ -180,8 +175,7 @@ def _bytes_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options
 
 def _near_bytes(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
     if rows == 1:
-        for split in (1, 4):
-            yield {"BM": 1, "SPLIT": split, "STAGES": 3, "EARLY": int(gpu.hopper), "AHEAD": 2 * gpu.hopper}
+        yield {}
 
 
 def _many_rows(
