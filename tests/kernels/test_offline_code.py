@@ -175,14 +175,14 @@ def many_rows_arguments(bits, options, symmetric):
     kind = "fp16" if symmetric else "bf16"
     wide, narrow = (f"NVMMASharedLayout(swizzle_byte_width={n}, element_bitwidth=16, rank=2)" for n in (128, 64))
     types = {
-        "x": f"tensordesc<{kind}[{options['BM']}, 64],{wide}>",
+        "x": f"tensordesc<{kind}[{options['BM']}, {32 if bits == 2 else 64}],{narrow if bits == 2 else wide}>",
         "words": f"tensordesc<i16[{options['BN']}, 32],{narrow}>",
         "scales": "*i32", "zeros": "*i32", "out": f"*{kind}", "parts": "*fp32", "counters": "*i32",
         "M": "i32", "N": "i32", "outputs": "i32", "stride": "i32", "turns": "i32",
     }  # fmt: skip
     sizes = options | {
-        "BITS": bits, "WIDTH": 2, "SHARED": options["BM"] < 256, "SYMMETRIC": symmetric, "HAS_BIAS": False, "EARLY": 1,
-        "LATE": options["BM"] <= 32, "bias": None,
+        "BITS": bits, "WIDTH": 2, "SHARED": options["BM"] < 256 and options["GROUPS"] == 2, "SYMMETRIC": symmetric,
+        "HAS_BIAS": False, "EARLY": 1, "LATE": options["BM"] <= (16 if bits == 2 else 32), "bias": None,
     }  # fmt: skip
     if symmetric:
         sizes["zeros"] = None
@@ -208,7 +208,18 @@ def test_the_product_of_many_rows_spills_nothing_and_has_the_shared_memory_it_is
     _, code, resources = machine_code(*many_rows_arguments(bits, chosen, symmetric), tmp_path)
     assert re.search(r"STACK:0\b", resources), "registers are spilled"
     taken = int(re.search(r"DYNAMIC:(\d+)", resources)[1])
-    assert code.count("HGMMA") and taken <= shared_of_many(**chosen)
+    assert code.count("HGMMA") and taken <= shared_of_many(bits, **chosen)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="needs the tools that Triton comes with")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_barrier_of_four_groups_of_warps_lies_where_other_values_are_kept(bits, tmp_path):
+    options = {"GROUPS": 4, "BN": 64, "BM": 64, "STAGES": 3, "JOINED": 4, "AHEAD": 3}
+    _, code, _ = machine_code(*many_rows_arguments(bits, options, True), tmp_path)
+    barriers = {int(place, 16) for place in re.findall(r"SYNCS\.EXCH\.64 URZ, \[UR\d+\+(0x[0-9a-f]+)\]", code)}
+    stored = re.findall(r"(?:STSM[^\[]*|\bSTS(?:\.\d+)? )\[[^\]]*?\+(0x[0-9a-f]+)\]", code)
+    assert len(barriers) == 6 and not barriers & {int(place, 16) for place in stored}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")

@@ -41,6 +41,7 @@ def test_options_left_out_are_the_kernels_own():
         "few_rows BN=256", "few_rows BM=4", "few_rows BM=24", "few_rows SPLIT=0", "few_rows SPLIT=17",
         "few_rows STAGES=0", "few_rows STAGES=9", "few_rows warps=3", "few_rows BM=128 STAGES=4",
         "many_rows BN=32", "many_rows BN=128", "many_rows BN=128 BM=128", "many_rows BM=64 JOINED=2",
+        "many_rows BM=64 STAGES=4 JOINED=4 AHEAD=3",
         "many_rows GROUPS=3 BM=64", "many_rows GROUPS=4 BM=128 STAGES=4", "many_rows GROUPS=4 BN=128 BM=64 STAGES=3",
         "many_rows BM=512", "many_rows BM=24", "many_rows STAGES=6", "many_rows STAGES=1", "many_rows AHEAD=1",
         "many_rows AHEAD=5", "many_rows WIDTH=0", "many_rows SPLIT=65", "many_rows EARLY=2", "few_rows EARLY=5",
@@ -76,7 +77,8 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
     assert right(joined, three) and not right(joined, two) and not right(joined, three, on=A100)
     assert not right("few_rows BM=8 JOINED=2", three) and not right("few_rows BM=8 warps=4 JOINED=3", three)
     assert not right("few_rows BM=8 warps=4 JOINED=2", Layout.of(3, 32, 4096, 4096, True))
-    assert right("many_rows GROUPS=4 BM=64 STAGES=3 JOINED=4 AHEAD=3")
+    four = "many_rows GROUPS=4 BM=64 STAGES=3 JOINED=4 AHEAD=3"
+    assert right(four) and not right(f"{four} SPLIT=2")
     assert right("few_rows BM=64 STAGES=4 HALF=1", two) and not right("few_rows BM=64 STAGES=4", two)
     assert right("many_rows", three) and right("many_rows", two)
     assert not right("many_rows", Layout.of(3, 64, 4096, 4096, True))

@@ -207,18 +207,19 @@ def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options:
         and module.takes(layout, dtype)
         and BM in (8, 16, 32, 64, 128, 256)
         and {(2, 64): 256, (2, 128): 64, (4, 64): 64}.get((GROUPS, BN), 0) >= BM  # for the registers
-        and JOINED in (1, 4)
+        and (JOINED == 1 or (JOINED == 4 and STAGES == AHEAD))
         and 2 <= STAGES <= 16
         and 2 <= AHEAD <= 4
         and 1 <= WIDTH <= 64
-        and (SPLIT == 1 or (1 < SPLIT <= 64 and rows <= rule.FEW_ROWS_TILED))  # parts of many rows take memory
-        and shared_of_many(GROUPS, BN, BM, STAGES, JOINED, AHEAD) <= gpu.shared
+        and (SPLIT == 1 or (1 < SPLIT <= 64 and GROUPS == 2 and rows <= rule.FEW_ROWS_TILED))  # parts take memory
+        and shared_of_many(layout.bits, GROUPS, BN, BM, STAGES, JOINED, AHEAD) <= gpu.shared
     )
 
 
-def shared_of_many(GROUPS: int, BN: int, BM: int, STAGES: int, JOINED: int, AHEAD: int) -> int:
+def shared_of_many(bits: int, GROUPS: int, BN: int, BM: int, STAGES: int, JOINED: int, AHEAD: int) -> int:
     """At least the bytes of shared memory: the rings, and barriers."""
-    return STAGES * JOINED * BM * 128 + AHEAD * GROUPS * BN * 128 + 3072 + 2048 * GROUPS
+    words = AHEAD * GROUPS * BN * (64 if bits == 2 else 128)
+    return STAGES * JOINED * BM * 128 + words + 3072 + 2048 * GROUPS
 
 
 def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:

@@ -29,7 +29,7 @@ def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
             return Choice.of("by_warps", **warps(rows, gpu))
         if options["BM"] == 64 and _takes(layout, dtype, gpu):
             if _fills(layout, 1, 256, gpu):
-                four = {"GROUPS": 4, "BN": 64} if layout.bits < 4 else {}
+                four = {"GROUPS": 4, "BN": 64} if layout.bits < 4 and layout.symmetric else {}
                 return Choice.of("many_rows", **wide(rows) | {"SPLIT": 1} | four)
             if _fills(layout, 1, 128, gpu):
                 return Choice.of("many_rows", **NARROW)
@@ -98,7 +98,7 @@ def _fills(layout: Layout, down: int, outputs: int, gpu: Gpu) -> bool:
 def wide(rows: int) -> dict[str, int]:
     """Options of `many_rows` for up to 64 rows: programs have equal parts of tiles of 256 outputs."""
     block = min(64, max(8, triton.next_power_of_2(rows)))
-    stages, ahead = {8: (4, 4), 16: (4, 4), 32: (4, 3), 64: (3, 3)}[block]
+    stages, ahead = {8: (4, 4), 16: (4, 4), 32: (3, 3), 64: (3, 3)}[block]
     return {"BN": 128, "BM": block, "STAGES": stages, "JOINED": 4, "AHEAD": ahead, "SPLIT": 64, "EARLY": 1}
 
 

@@ -3,7 +3,8 @@
 Tested by tests/kernels/test_products.py: by its results.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: RUF005  (Triton has no unpacking)
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -70,9 +71,16 @@ def store_sum(
             _barrier()
             if gl.atomic_add(counters + tile * GROUPS + INDEX, 1, sem="acq_rel") == last - first:
                 total = gl.zeros([BN, BM], gl.float32, L)
-                for program in range(first, last + 1):
-                    part = _part(program, tile, tiles, turns) * GROUPS + INDEX
-                    total += gl.load(parts + part * (BN * BM) + within, cache_modifier=".cg")
+                AT_ONCE: gl.constexpr = 1 if BM > 64 else 256 // BN  # for the registers
+                for these in range(first, last + 1, AT_ONCE):
+                    summands = ()
+                    for i in gl.static_range(AT_ONCE):  # all on their way before the first is added
+                        part = _part(these + i, tile, tiles, turns) * GROUPS + INDEX
+                        there = these + i <= last
+                        at = parts + part * (BN * BM) + within
+                        summands = summands + (gl.load(at, mask=there, other=0, cache_modifier=".cg"),)
+                    for i in gl.static_range(AT_ONCE):
+                        total += summands[i]
                 _store(total, bias, out, n, m, M, N, HAS_BIAS, BN, BM, L)
                 gl.store(counters + tile * GROUPS + INDEX, 0)  # ready for the next product
 
