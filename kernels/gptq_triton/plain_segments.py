@@ -14,7 +14,7 @@ from .plain_sums import add_product
 from .strips import Strips
 
 WIDTH = 128  # rows of a strip of exact sums
-_STRIP = 1024  # columns that are copied at a time
+_STRIP = 1024  # rows of a product, or columns that are copied, at a time
 
 
 def add_products(totals: Tensor, x: Tensor, ends: Tensor) -> None:
@@ -71,9 +71,12 @@ def add_exact_cross_products(totals: Tensor, x: Tensor, y: Tensor, ends: Tensor)
         x, y: [rows, n]; rows behind the last end are left out.
         ends: Where segments end, int32 [E].
     """
-    start, energy = 0, torch.cat([squares(y, ends), squares(x, ends)], 1)
+    start, n, energy = 0, y.shape[1], torch.cat([squares(y, ends), squares(x, ends)], 1)
     for total, own, stop in zip(totals, energy, ends.tolist(), strict=True):
-        add_product(total, x[start:stop].float().T @ y[start:stop].float(), own, y.shape[1])
+        rows, others = x[start:stop].float(), y[start:stop].float()
+        for first in range(0, n, _STRIP):  # to round a product takes five times its memory
+            last = first + _STRIP
+            add_product(total[first:last], rows[:, first:last].T @ others, own, n + first)
         start = stop
 
 

@@ -121,6 +121,8 @@ def test_the_number_that_is_solved_together_follows_from_the_shape_and_is_never_
     assert most(1536, 2048, many) < most(1536, 2048, config)
     best = QuantizeConfig(method="best")
     assert most(1536, 2048, best) < most(1536, 2048, dataclasses.replace(best, asymmetric_alpha=0.0))
+    drifting, few_rows = QuantizeConfig(asymmetric_alpha=0.5), (16, 4096)  # of which Hessians and drifts take most
+    assert most(*few_rows, best) < most(*few_rows, drifting) < most(*few_rows, config)
 
 
 def test_up_to_eight_wide_matrices_take_a_sixth_of_a_devices_memory():

@@ -96,6 +96,27 @@ def test_exact_sums_of_segments_are_those_of_their_products_in_any_order(n, kind
     assert ((found - wanted).abs() <= 1e-6 * sizes).all() and found.abs().amax((1, 2)).all()
 
 
+@pytest.mark.parametrize("kind", [lower, across])
+def test_exact_products_are_rounded_some_rows_at_a_time(kind, monkeypatch):
+    batches, rows, plain = list(uneven(300, torch.float32, whole=True)), [], plain_segments.add_product
+    wanted = kind(plain_segments, batches, 300)
+    monkeypatch.setattr(plain_segments, "_STRIP", 128)
+    monkeypatch.setattr(plain_segments, "add_product", lambda *given: rows.append(len(given[1])) or plain(*given))
+    assert torch.equal(kind(plain_segments, batches, 300), wanted) and set(rows) == {128, 44}
+
+
+@pytest.mark.parametrize("kind", [lower, across])
+def test_exact_products_are_rounded_by_their_own_columns_energy(kind, monkeypatch):
+    monkeypatch.setattr(plain_segments, "_STRIP", 128)
+    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    x[:, :128] *= 2.0**12
+    batches = [(x, x.clone(), torch.tensor([9, 9, 40], dtype=torch.int32))]
+    wanted = in_double(batches, 300, kind)
+    roots = in_double(batches, 300, across).diagonal(dim1=1, dim2=2).sqrt()
+    error = (kind(plain_segments, batches, 300) - wanted).abs()
+    assert (error <= 1e-6 * roots[:, :, None] * roots[:, None]).all()
+
+
 def test_squares_of_each_segments_columns_are_added_up():
     _, x, ends = segments((3, 0, 70, 1), 9, torch.float32)
     x[-3:] = torch.nan

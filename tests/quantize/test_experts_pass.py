@@ -22,6 +22,7 @@ from gptq_plugin.quantize import batch_runs, experts_pass, grouped_experts, one_
 from gptq_plugin.quantize.float_tokens import FloatTokens
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
+from gptq_plugin.walk.each_drift import EachDrift
 from gptq_plugin.walk.lockstep import Stop
 
 EXPERTS = 6
@@ -274,11 +275,25 @@ def test_what_is_solved_together_is_asked_with_that_memory_and_has_room(monkeypa
         monkeypatch.setattr(grouped_experts, "most", lambda *arguments: {0: 1, 99: 4}[arguments[3]])
         assert grouped_experts.evidence_bytes(found, plan, 0) == hessians + one
         assert grouped_experts.evidence_bytes(found, plan, 99) == hessians + 4 * one
+        monkeypatch.setattr(grouped_experts, "CHUNK_BYTES", 3 * one)
+        assert grouped_experts.evidence_bytes(found, plan, 0) == hessians + 3 * one
+        monkeypatch.setattr(grouped_experts, "CHUNK_BYTES", one)
         solver = grouped_experts.placement.solver_bytes(plan.targets)
         for memory, number in ((0, 1), (99, 4)):
             monkeypatch.setattr(grouped_experts, "solving_memory", lambda *_, memory=memory: memory)
             bytes_ = grouped_experts.solving_bytes(found, plan, torch.device("cpu"), PassOptions())
             assert bytes_ == solver + hessians + number * one
+
+
+def test_there_is_room_for_the_drifts_exact_sums_and_their_means():
+    drift = EachDrift(EXPERTS, 48, "cpu")
+    sums, taken = drift._sums.nbytes, drift.take(drift.along(), drift.tokens()).nbytes
+    needed = []
+    for config in (CONFIG, dataclasses.replace(CONFIG, asymmetric_alpha=0.5)):
+        with planned(mixture(), config) as plan:
+            every = grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions()).values()
+            needed.append(grouped_experts.evidence_bytes([one for one in every if one.in_features == 48], plan, 0))
+    assert needed[1] - needed[0] >= sums + taken
 
 
 def test_where_the_device_of_another_rank_cannot_hold_all_hessians_no_rank_calls_experts_at_once(monkeypatch):

@@ -67,6 +67,19 @@ def test_exact_sums_are_those_of_one_expert_to_the_bit():
         assert number == 2 or torch.equal(found, one.mean(int(WEIGHTS[number])))
 
 
+def test_exact_sums_and_their_part_along_the_inputs_are_the_same_in_any_order():
+    given, found = [batch for _ in range(3) for batch in batches()], []
+    for number, (x, seen, _, _) in enumerate(given):
+        x *= 1.7**number
+        seen *= 1.7**number
+    for order in (given, given[::-1]):
+        each = EachDrift(4, 12, "cpu")
+        for x, seen, ends, _ in order:
+            each.add(x.clone(), seen, ends)
+        found.append((each.along(), taken(each)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_sums_and_tokens_are_those_of_all_ranks(exact, monkeypatch):
     each, alone = of_all(exact), of_all(exact)

@@ -61,6 +61,26 @@ def test_exact_sums_are_those_of_one_expert_to_the_bit():
 
 
 @pytest.mark.parametrize("exact", [True, False])
+def test_an_expert_may_have_a_single_token(exact):
+    each, x = EachHessian(3, 12, "cpu", exact=exact), torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    each.add(x, torch.tensor([1, 1, 3], dtype=torch.int32))
+    one, none, two = each.take(3)
+    torch.testing.assert_close(one, x[0].outer(x[0]))
+    torch.testing.assert_close(two, x[1:].T @ x[1:] / 2)
+    assert not none.any()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_wide_experts_have_a_librarys_strips(exact, monkeypatch):
+    narrow = of_all(exact)
+    monkeypatch.setattr(each_hessian, "_WIDE", 8)
+    monkeypatch.setitem(hessian._STRIP, "cpu", 5)
+    for (mean, tokens), (wanted, own) in zip(of_all(exact), narrow, strict=True):
+        assert tokens == own
+        torch.testing.assert_close(mean, wanted)
+
+
+@pytest.mark.parametrize("exact", [True, False])
 def test_sums_and_tokens_are_those_of_all_ranks(exact, monkeypatch):
     monkeypatch.setattr(distributed, "sum_each_", lambda tensors: [tensor.mul_(3) for tensor in tensors])
     each = EachHessian(4, 12, "cpu", exact=exact)

@@ -19,8 +19,8 @@ from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.options import PassOptions
 
 _NEIGHBOURS = 3  # blocks that are on the device while weights are streamed
-_BYTES_HESSIAN = 8  # for every entry of a Hessian: half of it, in float64, and what is left of strips
-_BYTES_DRIFT = 8  # for every entry of a drift, in float64
+_BYTES_HESSIAN = 8  # for every entry of a Hessian: half of it, in float64, and the mean, in float32
+_BYTES_DRIFT = 12  # for every entry of a drift, in float64, and of its mean, in float32
 
 
 def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> dict[str, Grouped]:

@@ -119,7 +119,7 @@ class ExpertHessians:
         Args:
             experts: As there.
             reads_tokens: As there.
-            own: The layers' Hessians, summed over ranks; dropped as they are taken.
+            own: The layers' Hessians, summed over ranks.
             drift: Their drifts, likewise, if they are paired with the float model's inputs.
             wanted: Of each expert, whether its layers are to make up for drift; empty if none are.
         """
