@@ -272,6 +272,9 @@ def test_what_is_solved_together_is_asked_with_that_memory_and_has_room(monkeypa
         monkeypatch.setattr(grouped_experts, "CHUNK_BYTES", one)
         hessians = EXPERTS * 48**2 * 8
         assert grouped_experts.evidence_bytes(found, plan, 0) == hessians + EXPERTS * one
+        both = grouped_experts.bytes_of_one(2 * 48, 32, CONFIG)  # gate and up are solved together
+        of_both = grouped_experts.evidence_bytes([one for one in every if one.in_features == 32], plan, 0)
+        assert of_both == EXPERTS * (32**2 * 8 + both)
         monkeypatch.setattr(grouped_experts, "most", lambda *arguments: {0: 1, 99: 4}[arguments[3]])
         assert grouped_experts.evidence_bytes(found, plan, 0) == hessians + one
         assert grouped_experts.evidence_bytes(found, plan, 99) == hessians + 4 * one
