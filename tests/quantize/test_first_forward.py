@@ -8,10 +8,14 @@ from plans import calibration_of, plan_of
 from torch import nn
 
 from gptq_plugin import QuantizeModule, distributed
+from gptq_plugin.calibration.collect import collect, ready_batch
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.errors import CalibrationError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory import placement
+from gptq_plugin.quantize import batch_runs, first_forward
 from gptq_plugin.quantize.first_forward import most_tokens, put_together, sizes_of
+from gptq_plugin.quantize.options import PassOptions
 
 from models import tiny_llama
 
@@ -30,6 +34,56 @@ def test_no_tensor_of_batches_put_together_has_more_elements_than_32_bits_number
     with torch.device("meta"):
         wide = nn.Sequential(nn.Linear(32, 2**16), nn.Linear(2**16, 32))
     assert most_tokens(plan_of(wide)) == 2**15
+
+
+def test_sizes_count_padding_and_labels_which_take_memory_too():
+    ids, mask = torch.ones(2, 6, dtype=torch.long), torch.tensor([[1] * 6, [1] + [0] * 5])
+    data = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids, "labels": torch.ones(2, 9).long()}]
+    assert sizes_of([ready_batch(one) for one in data]) == [12, 18]
+
+
+def test_what_batches_without_tokens_become_is_limited_by_bytes():
+    calibration = collect([torch.randn(5) for _ in range(12)], QuantizeConfig(batch_size=2), alone=True)
+    needs = placement.Needs(weights=0, fixed=0, solver=0, forward=GIB, activations=GIB, batch=GIB // 6)
+    placed = placement.place(torch.device("cpu"), None, needs, 0, None, None)
+    found, _ = put_together(calibration, [2] * 6, 1000, 1000 * GIB, needs, lambda needs: placed)
+    assert [batch.samples for batch in found.batches] == [8, 4]  # 4 GiB at most
+
+
+class ByParts(nn.Module):
+    """Runs so many of its samples at a time, each one `L` rows."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.words = size, nn.Embedding(128, 32)
+        self.layer, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, input_ids):
+        return torch.cat([self.last(self.layer(self.words(part))) for part in input_ids.split(self.size)])
+
+
+@pytest.mark.parametrize(("size", "samples"), [(1, 8), (3, 8), (30, 24)])
+def test_samples_stay_apart_where_a_forward_calls_layers_for_each(size, samples, monkeypatch):
+    monkeypatch.setattr(PassOptions, "joins", lambda self, device, config: config.batch_size is None)
+    monkeypatch.setattr(batch_runs, "free_bytes", lambda device, allowed: 10**12)
+    report = QuantizeModule(group_size=32).quantize(ByParts(size), rows(24, 40))
+    assert report.batch_size == samples and [one.tokens for one in report.quantized] == [24 * 40] * 2
+    assert not any("came when" in one for one in report.deviations)
+
+
+def test_samples_that_call_layers_late_together_are_refused(monkeypatch):
+    monkeypatch.setattr(PassOptions, "joins", lambda self, device, config: config.batch_size is None)
+    monkeypatch.setattr(batch_runs, "free_bytes", lambda device, allowed: 10**12)
+    with pytest.raises(CalibrationError, match="with up to 24 samples in a forward it calls .*give batch_size"):
+        QuantizeModule(group_size=32).quantize(ByParts(8), rows(24, 40))
+    report = QuantizeModule(group_size=32, batch_size=8).quantize(ByParts(8), rows(24, 40))
+    assert [one.tokens for one in report.quantized] == [24 * 40] * 2
+
+
+def test_calls_of_a_whole_batch_are_counted_where_a_part_calls_layers_again(monkeypatch):
+    monkeypatch.setattr(first_forward, "_FIRST", 80)  # two samples
+    report = QuantizeModule(group_size=32, batch_size=8).quantize(ByParts(1), rows(24, 40))
+    assert [one.tokens for one in report.quantized] == [24 * 40] * 2
 
 
 def together(free, forward, most=1000):

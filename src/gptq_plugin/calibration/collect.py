@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gptq_plugin.calibration import same_batches
-from gptq_plugin.calibration.batches import digest, fields_of, sample_count
+from gptq_plugin.calibration.batches import digest, fields_of, leaves, sample_count
 from gptq_plugin.calibration.dataset_name import dataset_name
 from gptq_plugin.calibration.given import items_of
 from gptq_plugin.calibration.items import Items, is_empty, stacked
@@ -53,6 +53,14 @@ class Batch:
         if kept is not None:
             return int(kept.sum())
         return ids.numel() if isinstance(ids, Tensor) else None
+
+    @property
+    def positions(self) -> int | None:
+        """Number of positions of its longest sequences of whole numbers, padding too; None without token ids."""
+        if not isinstance((fields_of(self.data) or {}).get("input_ids"), Tensor):
+            return None
+        tensors = [value for _, value in leaves(self.data) if isinstance(value, Tensor) and value.dim() <= 2]
+        return max((value.numel() for value in tensors if not value.is_floating_point()), default=None)
 
 
 @dataclass

@@ -58,11 +58,11 @@ def few_samples(batch: Batch, *, targets: bool) -> Any:
 
 
 def first_samples(batch: Batch, tokens: int) -> Batch:
-    """The first samples of a batch, about as many as have so many tokens; all where tokens are not known.
+    """The first samples of a batch, about as many as have so many tokens, padding too; all where tokens are not known.
 
     The number of samples is that of all tensors that begin with it; a forward may not take the part all the same.
     """
-    known = batch.tokens
+    known = batch.positions
     count = batch.samples if not known else -(-tokens * batch.samples // known)
     return batch if count >= batch.samples else Batch(rows_of(batch.data, slice(count)), count)
 

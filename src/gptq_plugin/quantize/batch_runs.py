@@ -13,7 +13,6 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Batch, Calibration
-from gptq_plugin.calibration.few_samples import of_few
 from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.observing import Noticed, Watched, observe_positions
 from gptq_plugin.calibration.positions import Positions
@@ -28,7 +27,15 @@ from gptq_plugin.memory.weights import Weights, neighbour_bytes
 from gptq_plugin.model.experts_at_once import as_called, calls_of
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.drifts import asks_for_drift
-from gptq_plugin.quantize.first_forward import Measured, most_tokens, needs_of, put_together, sizes_of
+from gptq_plugin.quantize.first_forward import (
+    Measured,
+    call_again,
+    found_in,
+    most_tokens,
+    needs_of,
+    put_together,
+    sizes_of,
+)
 from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.grouped_experts import grouped_experts, solving_bytes, whole_bytes
 from gptq_plugin.quantize.options import PassOptions
@@ -43,7 +50,6 @@ from gptq_plugin.walk.kept_state import KeptState, Values
 log = logging.getLogger(__name__)
 
 _SHORT = "{} ran out of memory once, and kept as little as possible from there on"
-_FIRST = 2**14  # tokens of the first forward, which finds out about layers and not about data
 
 
 class BatchRuns:
@@ -148,7 +154,7 @@ class BatchRuns:
 
     def find_groups(self, layers: dict[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
         """Finds the groups with a forward of the largest batch, judges the layers by what they compute in it, and
-        decides from it what stays on the device. Of a batch with more than `_FIRST` tokens the first samples run:
+        decides from it what stays on the device. Of a large batch the first samples run (`found_in`):
         the memory that all take is at most as many times theirs.
 
         The models of all ranks are the same, and those of the rank with the largest batch of all are used.
@@ -164,7 +170,8 @@ class BatchRuns:
         sizes = sizes_of(self.calibration.batches)
         if sizes:
             largest = sizes.index(max(sizes))
-            groups, times = of_few(self.calibration.batches[largest], _FIRST, partial(self._groups, layers, largest))
+            groups, times = found_in(self.calibration.batches[largest], partial(self._groups, layers, largest))
+            self._joins &= not call_again(groups)
             place = (-sizes[largest], self.calibration.numbers[largest])
         self._place(free, Measured(measured.bytes(), self.activations.peak_bytes, times), sizes)
         of_all = distributed.gather_objects((place, groups))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gptq_plugin import distributed
+from gptq_plugin.calibration.batches import leaves
 from gptq_plugin.calibration.collect import Batch, Calibration
+from gptq_plugin.calibration.few_samples import of_few
 from gptq_plugin.calibration.joined import joined
+from gptq_plugin.errors import CalibrationError, some
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.placement import Needs, Placement
 from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.plan import Plan
+from gptq_plugin.walk.groups import Group
 
 _MOST, _NUMBERED = 2**17, 2**31
+_FIRST = 2**14  # tokens of the first forward, which finds out about layers and not about data
 
 
 @dataclass(frozen=True)
@@ -83,17 +89,65 @@ def put_together(
         placed: See `placement.room_for`.
     """
     largest = max([1, *sizes])
-    times = placement.room_for(free, needs, min(most, sum(sizes)) / largest, placed)
+    times = min(most, sum(sizes)) / largest
+    if not all(map(_is_of_tokens, calibration.batches)):  # no tensor has more elements than 32 bits number even then
+        times = min(times, 2 * _NUMBERED / max(1, needs.forward))
+    times = placement.room_for(free, needs, times, placed)
     return joined(calibration, sizes, int(times * largest)), needs.joined(times)
 
 
 def sizes_of(batches: Sequence[Batch]) -> list[int]:
-    """Numbers to which the batches' activations are proportional: tokens, or samples if some do not tell tokens, on any
-    rank."""
-    tokens = [batch.tokens for batch in batches]
+    """Numbers to which the batches' activations are proportional: tokens, padding too, or samples if some do not tell
+    tokens, on any rank."""
+    tokens = [batch.positions for batch in batches]
     known = [count for count in tokens if count is not None]
     all_know = distributed.minimum(len(known) == len(tokens))
     return known if all_know else [batch.samples for batch in batches]
+
+
+def found_in(batch: Batch, groups: Callable[[Batch], list[Group]]) -> tuple[list[Group], float]:
+    """The groups of layers by the first samples of a batch, or by all of it where layers are called more than once:
+    perhaps for each sample.
+
+    Args:
+        batch: The largest one.
+        groups: Finds them by a forward of a batch.
+
+    Returns:
+        The groups, and how many times the samples that ran the batch has.
+    """
+    found, times = of_few(batch, _FIRST, groups)
+    return (groups(batch), 1.0) if times > 1 and call_again(found) else (found, times)
+
+
+def call_again(groups: Sequence[Group]) -> bool:
+    """True if a forward calls a layer more than once: for more samples it may do so more often."""
+    return any(group.calls > 1 for group in groups)
+
+
+def refuse_late(late: Mapping[str, int], calibration: Calibration, collected: Calibration) -> None:
+    """Refuses calls that came after their layer was quantized, where batches were put together.
+
+    Args:
+        late: Their number by layer.
+        calibration: The batches as they ran.
+        collected: As they were.
+
+    Raises:
+        CalibrationError: There are any: what came late would not have counted.
+    """
+    if late and len(calibration.batches) < len(collected.batches):
+        raise CalibrationError(
+            f"with up to {max(batch.samples for batch in calibration.batches)} samples in a forward it calls "
+            f"{some(sorted(late))} more often than with a few, and what came late would not have counted: give batch_size "
+            "a number, such as 8"
+        )
+
+
+def _is_of_tokens(batch: Batch) -> bool:
+    """True if all tensors of a batch are whole numbers, token ids among them."""
+    tensors = [value for _, value in leaves(batch.data) if isinstance(value, Tensor)]
+    return batch.positions is not None and not any(value.is_floating_point() for value in tensors)
 
 
 def most_tokens(plan: Plan) -> int:

@@ -47,6 +47,7 @@ from gptq_plugin.quantize.data_checks import (
 )
 from gptq_plugin.quantize.evidence import Observations
 from gptq_plugin.quantize.experts_pass import ExpertsPass
+from gptq_plugin.quantize.first_forward import refuse_late
 from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.grouped_experts import solving_memory
 from gptq_plugin.quantize.kept_pass import KeptPass, Stop, alike
@@ -124,6 +125,7 @@ class OnePass:
                     self._calibrate(groups, modules, samples)
                 self._take_rest()
                 self._outcome.check_reached()
+                refuse_late(self._outcome.notes.late, self.runs.calibration, self._calibration)
                 with two_called(self.runs.at_once) as others:
                     self._unchecked = self.runs.check_swap(sorted({*self._outcome.solved} - others))
                 self._finished.take_home(wait=True)
