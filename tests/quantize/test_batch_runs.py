@@ -19,7 +19,7 @@ from gptq_plugin.errors import TargetError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory import placement
 from gptq_plugin.memory.weights import neighbour_bytes
-from gptq_plugin.quantize import batch_runs
+from gptq_plugin.quantize import batch_runs, first_forward
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.options import PassOptions
 
@@ -74,7 +74,7 @@ def test_the_largest_batch_shows_what_the_walk_needs(batches):
 @pytest.mark.parametrize("takes_parts", [True, False])
 def test_a_part_of_a_large_batch_shows_the_layers_if_the_forward_takes_it(takes_parts, monkeypatch):
     """What all of its samples need is as many times what the part did."""
-    monkeypatch.setattr(batch_runs, "_FIRST", 10)
+    monkeypatch.setattr(first_forward, "_FIRST", 10)
     needs, ran = [], []
     monkeypatch.setattr(
         placement, "place", lambda *given, place=placement.place: needs.append(given[2]) or place(*given)

@@ -154,8 +154,7 @@ class BatchRuns:
 
     def find_groups(self, layers: dict[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
         """Finds the groups with a forward of the largest batch, judges the layers by what they compute in it, and
-        decides from it what stays on the device. Of a large batch the first samples run (`found_in`):
-        the memory that all take is at most as many times theirs.
+        decides from it what stays on the device. Of a large batch the first samples run; see `found_in`.
 
         The models of all ranks are the same, and those of the rank with the largest batch of all are used.
 

@@ -107,7 +107,7 @@ def sizes_of(batches: Sequence[Batch]) -> list[int]:
 
 def found_in(batch: Batch, groups: Callable[[Batch], list[Group]]) -> tuple[list[Group], float]:
     """The groups of layers by the first samples of a batch, or by all of it where layers are called more than once:
-    perhaps for each sample.
+    perhaps for each sample. The memory that a batch takes is at most as many times that of its first samples.
 
     Args:
         batch: The largest one.
@@ -139,8 +139,8 @@ def refuse_late(late: Mapping[str, int], calibration: Calibration, collected: Ca
     if late and len(calibration.batches) < len(collected.batches):
         raise CalibrationError(
             f"with up to {max(batch.samples for batch in calibration.batches)} samples in a forward it calls "
-            f"{some(sorted(late))} more often than with a few, and what came late would not have counted: give batch_size "
-            "a number, such as 8"
+            f"{some(sorted(late))} more often than with a few, and what came late would not have counted: give "
+            "batch_size a number, such as 8"
         )
 
 
