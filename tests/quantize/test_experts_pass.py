@@ -132,6 +132,18 @@ def test_an_expert_that_no_token_reached_takes_the_blocks_tokens_or_is_rounded()
         assert torch.equal(at_once.layers[name].qweight, apart.layers[name].qweight)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_last_chunk_with_fewer_experts_has_the_codes_of_experts_alone(alpha, monkeypatch):
+    config, own = dataclasses.replace(CONFIG, asymmetric_alpha=alpha), {"num_experts": 5}
+    apart = one_by_one(unreached(mixture(**own), 4), config)
+    monkeypatch.setattr(solve_experts, "most", lambda *_: 3)
+    at_once = Watched(unreached(mixture(**own), 4), config)
+    assert at_once.layers.keys() == apart.layers.keys()
+    same = [(at_once.layers[name].qweight == apart.layers[name].qweight).double().mean() for name in apart.layers]
+    assert torch.stack(same).mean() > 0.999
+    assert [one.tokens for one in at_once.modules.values()] == [one.tokens for one in apart.modules.values()]
+
+
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_experts_in_chunks_are_those_solved_all_at_once(most, monkeypatch):
     monkeypatch.setattr(solve_experts, "most", lambda *_: most)
