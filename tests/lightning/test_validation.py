@@ -260,7 +260,7 @@ def test_ranks_validate_their_shares_and_agree_on_the_values_and_on_what_to_do(t
         assert drawn[:2] == ["samples", ""] and drawn[2] == pytest.approx(of, rel=1e-5) and drawn[3] == [1.0] * len(of)
 
 
-def test_batches_are_counted_as_far_as_dataloaders_know_and_limits_tell(tmp_path):
+def test_batches_are_counted_as_far_as_dataloaders_know_and_limits_tell(tmp_path, monkeypatch):
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(rows(13))
@@ -276,3 +276,7 @@ def test_batches_are_counted_as_far_as_dataloaders_know_and_limits_tell(tmp_path
         limit: _batches_of_ranks(fit(Streamed(), None, [], tmp_path, limit_val_batches=limit)) for limit in (2, 20, 1.0)
     }
     assert counts == {2: 4, 20: 20 + 16, 1.0: math.inf}
+    trainer = fit(Validated(), None, [], tmp_path)
+    alone = _batches_of_ranks(trainer)
+    monkeypatch.setattr(pl.Trainer, "world_size", 3)
+    assert _batches_of_ranks(trainer) == 3 * alone > 0
