@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.calibration.collect import collect
+from gptq_plugin.calibration.given import rereadable
 from gptq_plugin.errors import CalibrationError
 
 CONFIG = QuantizeConfig(nsamples=8, batch_size=4, model_seqlen=6)
@@ -87,3 +90,26 @@ def test_empty_samples_are_dropped_and_reported():
 def test_data_of_the_wrong_kind_is_refused_with_the_remedy(data, message):
     with pytest.raises(CalibrationError, match=message):
         collect(data, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"input_ids": torch.zeros(3, dtype=torch.long)},
+        {"input_ids": numpy.zeros(3, dtype=int)},
+        (torch.zeros(3), torch.zeros(3)),
+        torch.zeros(1, 3, dtype=torch.long),
+    ],
+    ids=["token sample", "array", "row", "batch"],
+)
+@pytest.mark.parametrize("again", [False, True])
+def test_an_iterator_may_give_the_same_tensors_again_with_other_values(given, again):
+    def items():
+        for number in range(4):
+            for leaf in tree_leaves(given):
+                leaf[:] = number
+            yield given
+
+    data = rereadable(items(), 4) if again else items()
+    batches = collect(data, QuantizeConfig(batch_size=1), alone=True).batches
+    assert [tree_leaves(one.data)[0].unique().tolist() for one in batches] == [[0], [1], [2], [3]]

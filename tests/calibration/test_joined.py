@@ -85,6 +85,9 @@ def test_batches_chosen_of_a_dataset_run_together_if_they_are_but_stacked():
 
     assert found() == [8]
     assert found(collate_fn=lambda given: default_collate(given)) == [2, 2, 2, 2]  # may do anything
+    single = DataLoader([{"input_ids": ids} for ids in samples(*[5] * 8)], batch_size=1)  # a step may take batch[0]
+    sources = Sources(tuple(sample_loaders([single], CONFIG, "own", nsamples=8)))
+    assert [batch.samples for batch in of(sources, 1000)[1].batches] == [2, 2, 2, 2]
     loader = DataLoader([torch.zeros(2, 5, dtype=torch.long)] * 4, batch_size=None)
     sources = Sources(tuple(sample_loaders([loader], CONFIG, "own", nsamples=8)))
     assert {batch.samples for batch in of(sources, 1000)[1].batches} == {2}

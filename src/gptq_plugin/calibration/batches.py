@@ -9,6 +9,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -86,6 +87,16 @@ def map_tensors(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return _map(data, lambda value: change(value) if isinstance(value, Tensor) else value)
 
 
+def with_own_tensors(data: Any) -> Any:
+    """A copy of a sample or batch that shares no tensor, array or list with it; mappings of a class of their own do.
+
+    Of what an iterator gives: it may give the same tensor again, with other values.
+    """
+    if isinstance(data, Mapping) and not isinstance(data, (dict, UserDict)):
+        return copy.copy(data)
+    return _map(data, lambda value: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value))
+
+
 def row_of(data: Any, row: int) -> Any:
     """The batch cut to one sample, [1, ...]; see `rows_of`."""
     return rows_of(data, slice(row, row + 1))
@@ -106,7 +117,7 @@ def rows_of(data: Any, rows: slice) -> Any:
 
 
 def _map(data: Any, change: Callable[[Any], Any]) -> Any:
-    """A copy of the batch with every tensor, text, number, and list of texts or numbers changed."""
+    """A copy of the batch with every tensor, array, text, number, and list of texts or numbers changed."""
     if isinstance(data, UserDict):  # a BatchEncoding
         changed = copy.copy(data)
         changed.data = _map(data.data, change)
@@ -122,7 +133,7 @@ def _map(data: Any, change: Callable[[Any], Any]) -> Any:
     def map_one(value: Any) -> Any:
         if _is_inner(value):
             return _map(value, change)
-        return change(value) if isinstance(value, Tensor) or _is_plain(value) else value
+        return change(value) if isinstance(value, (Tensor, numpy.ndarray)) or _is_plain(value) else value
 
     def is_one(value: Any) -> bool:
         return _is_inner(value) or _is_plain(value)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gptq_plugin.calibration import same_batches
-from gptq_plugin.calibration.batches import digest, fields_of, leaves, sample_count
+from gptq_plugin.calibration.batches import digest, fields_of, leaves, sample_count, with_own_tensors
 from gptq_plugin.calibration.dataset_name import dataset_name
 from gptq_plugin.calibration.given import items_of
 from gptq_plugin.calibration.items import Items, is_empty, stacked
@@ -162,6 +162,7 @@ def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool, 
 def _take(source: Source, config: QuantizeConfig, items: Items) -> tuple[list[Batch], Taken]:
     """Reads the source up to its number of samples."""
     data = items_of(source.data, config.collected_batch_size)
+    is_made = not isinstance(data, (list, tuple, Tensor))
     labels_itself = source.is_general and config.token_weighting == "labels"
     batches: list[Batch] = []
     samples: list[Any] = []
@@ -174,6 +175,8 @@ def _take(source: Source, config: QuantizeConfig, items: Items) -> tuple[list[Ba
         # After batches a mapping is a batch too: a loader's last batch may hold a single sample.
         is_batch = bool(batches) and isinstance(item, Mapping)
         sample, batch = items.read(item, is_batch=is_batch, rows=not (source.is_stream or isinstance(data, DataLoader)))
+        if is_made:
+            sample, batch = with_own_tensors(sample), with_own_tensors(batch)
         if sample is None:
             batches.append(replace(ready_batch(batch), given_apart=source.is_stacked))
             count += batches[-1].samples

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gptq_plugin.calibration.batches import leaves
+from gptq_plugin.calibration.batches import leaves, with_own_tensors
 from gptq_plugin.device.finite import has_values
 from gptq_plugin.errors import CalibrationError, some
 from gptq_plugin.options import fields
@@ -49,7 +49,12 @@ def rereadable(data: Any, nsamples: int, batch_size: int = 1) -> Iterable[Any]:
     items = items_of(data, batch_size)
     if isinstance(items, DataLoader) or not _is_iterator(items):
         return items
-    return list(islice(items, nsamples + 1))
+    return list(map(_own, islice(items, nsamples + 1)))
+
+
+def _own(item: Any) -> Any:
+    refuse_item(item)
+    return with_own_tensors(item)
 
 
 def tensor_of(array: numpy.ndarray[Any, Any]) -> Tensor:

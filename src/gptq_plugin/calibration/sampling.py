@@ -82,7 +82,7 @@ def sample_loaders(
         size = 1 if _yields_batches(loader) else config.collected_batch_size
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         own = [batches[one] for one in mine(len(batches))]
-        is_stacked = loader.collate_fn is default_collate and not _yields_batches(loader)
+        is_stacked = loader.collate_fn is default_collate and loader.batch_size not in (None, 1)
         data, samples = _of_batches(loader, own, config.seed), sum(map(len, own))
         sources.append(Source(data, name, samples, is_general, is_stacked=is_stacked))
     return sources

@@ -27,7 +27,8 @@ class Source:
             label.
         is_stream: Its first batch cannot be read before the others.
         is_shared: The same data on every rank: each reads all of it and uses its share of the batches.
-        is_stacked: Its batches were chosen for calibration, and are nothing but their samples one below the other.
+        is_stacked: Its batches were chosen for calibration, and are nothing but their samples one below the other; its
+            dataloader's have several, so that a step takes more than the first.
     """
 
     data: Iterable[Any]
