@@ -216,6 +216,19 @@ def test_ranks_run_the_same_dataloaders_samples_at_the_same_time(monkeypatch):
         assert [numbers[number] for number in range(len(numbers))] == [size for sizes in loaders for size in sizes]
 
 
+def test_a_rank_without_a_batch_repeats_a_sample_of_its_dataloader_of_which_it_keeps_none(monkeypatch):
+    monkeypatch.setattr(samples, "MOST", 2)
+    chosen, ran = Chosen(), []
+    for loader, count in ((0, 3), (1, 1)):
+        for number in range(count):
+            chosen.add((loader, number), torch.ones(2, 2), loader)
+    assert [*chosen.kept] == [0]
+    other = {**{(0, number): 2 for number in range(3)}, **{(1, number): 2 for number in range(4)}}
+    monkeypatch.setattr(samples.distributed, "gather_objects", lambda mine: [mine, (other, 4)])
+    chosen.run(lambda number, place, _: ran.append((number, place)))
+    assert chosen.why == "" and ran == [(0, (0, 0))] * 2 + [(-1, (1, 0))] * 2
+
+
 def test_batches_that_cannot_be_divided_are_found_before_a_sample_runs():
     """Another rank may have none of them: the steps of its samples would wait for this one's."""
     chosen, ran = Chosen(), []
