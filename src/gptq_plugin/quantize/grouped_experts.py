@@ -20,7 +20,8 @@ from gptq_plugin.quantize.options import PassOptions
 
 _NEIGHBOURS = 3  # blocks that are on the device while weights are streamed
 _BYTES_HESSIAN = 8  # for every entry of a Hessian: half of it, in float64, and the mean, in float32
-_BYTES_DRIFT = 12  # for every entry of a drift, in float64, and of its mean, in float32
+_BYTES_DRIFT = 8  # for every entry of a drift: its sum, in whose place its mean is, and a copy, in float32
+_BYTES_EXACT_DRIFT = 12  # likewise: its sum, in float64, and its mean, in float32
 
 
 def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> dict[str, Grouped]:
@@ -38,7 +39,7 @@ def grouped_experts(plan: Plan, device: torch.device, options: PassOptions) -> d
     ]
     free, streams = free_bytes(device, options.device_memory), plan.targets[0].parameter.device != device
     blocks = _NEIGHBOURS if streams or options.offload_weights else 1
-    needed = whole_bytes(found) * blocks + evidence_bytes(found, plan, solving_memory(device, options))
+    needed = whole_bytes(found) * blocks + evidence_bytes(found, plan, *_kind(device, options))
     fits = free is None or needed <= free // 4 * 3
     return {one.name: one for one in found} if found and distributed.minimum(fits) else {}
 
@@ -60,10 +61,15 @@ def solving_memory(device: torch.device, options: PassOptions) -> int:
 
 def solving_bytes(grouped: Collection[Grouped], plan: Plan, device: torch.device, options: PassOptions) -> int:
     """Bytes that layers, and experts called at once, take on the device beside their weights while they are solved."""
-    return placement.solver_bytes(plan.targets) + evidence_bytes(grouped, plan, solving_memory(device, options))
+    return placement.solver_bytes(plan.targets) + evidence_bytes(grouped, plan, *_kind(device, options))
 
 
-def evidence_bytes(grouped: Collection[Grouped], plan: Plan, memory: int) -> int:
+def _kind(device: torch.device, options: PassOptions) -> tuple[int, bool]:
+    """The last arguments of `evidence_bytes`."""
+    return solving_memory(device, options), options.sums_exactly(device)
+
+
+def evidence_bytes(grouped: Collection[Grouped], plan: Plan, memory: int, exact: bool) -> int:
     """Bytes of the Hessians and drifts of all experts that are called at once, and of what solves them, where that is
     most.
 
@@ -71,8 +77,10 @@ def evidence_bytes(grouped: Collection[Grouped], plan: Plan, memory: int) -> int
         grouped: The experts.
         plan: Their layers.
         memory: As for `most`.
+        exact: As for `Hessian`.
     """
-    of_entry = _BYTES_HESSIAN + _BYTES_DRIFT * any(one.config.asymmetric_alpha for one in plan.targets)
+    drift = _BYTES_EXACT_DRIFT if exact else _BYTES_DRIFT
+    of_entry = _BYTES_HESSIAN + drift * any(one.config.asymmetric_alpha for one in plan.targets)
     targets, found = {target.name: target for target in plan.targets}, [0]
     for one in grouped:
         own = [targets[name] for name in one.layers[0]]
