@@ -298,7 +298,7 @@ def test_batches_run_together_once_the_groups_are_found(caplog):
     assert apart.calibration is calibration and [len(batch["input_ids"]) for batch in ran] == [8]
     ran.clear()
     runs = BatchRuns(plan, calibration, positions, options, at_once=True)
-    with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize.batch_runs"), runs:
+    with caplog.at_level(logging.INFO, logger="gptq_plugin.quantize.first_forward"), runs:
         runs.find_groups(modules(plan))
         for run in runs.forwards():
             run()

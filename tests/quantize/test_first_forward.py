@@ -80,6 +80,21 @@ def test_samples_that_call_layers_late_together_are_refused(monkeypatch):
     assert [one.tokens for one in report.quantized] == [24 * 40] * 2
 
 
+def test_an_error_tells_how_many_samples_ran_in_a_forward(monkeypatch):
+    monkeypatch.setattr(PassOptions, "joins", lambda self, device, config: config.batch_size is None)
+    monkeypatch.setattr(batch_runs, "free_bytes", lambda device, allowed: 10**12)
+
+    def forward(model, batch):
+        if len(batch["input_ids"]) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(batch["input_ids"])
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        QuantizeModule(group_size=32).quantize(ByParts(100), rows(24, 40), forward=forward)
+    assert any(note.startswith("up to 24 samples ran in a forward") for note in raised.value.__notes__)
+    assert QuantizeModule(group_size=32, batch_size=8).quantize(ByParts(100), rows(24, 40), forward=forward).quantized
+
+
 def test_calls_of_a_whole_batch_are_counted_where_a_part_calls_layers_again(monkeypatch):
     monkeypatch.setattr(first_forward, "_FIRST", 80)  # two samples
     report = QuantizeModule(group_size=32, batch_size=8).quantize(ByParts(1), rows(24, 40))

@@ -35,6 +35,7 @@ from gptq_plugin.quantize.first_forward import (
     needs_of,
     put_together,
     sizes_of,
+    told_of,
 )
 from gptq_plugin.quantize.gradient_weights import GradientWeights
 from gptq_plugin.quantize.grouped_experts import grouped_experts, solving_bytes, whole_bytes
@@ -295,7 +296,7 @@ class BatchRuns:
         if sizes and self._joins:
             self.calibration, needs = put_together(self.calibration, sizes, most_tokens(self._plan), free, needs, place)
             self._positions.join(self.calibration.batches)
-            log.info("up to %d samples in a forward", max(batch.samples for batch in self.calibration.batches))
+            self._entered_contexts.push(told_of(self.calibration))
         placed = place(needs)
         log.log(logging.INFO if self.device.type == "cuda" or placed.limited else logging.DEBUG, placed.summary)
         self.weights.capacity = placed.weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,10 @@ from gptq_plugin.memory import placement
 from gptq_plugin.memory.placement import Needs, Placement
 from gptq_plugin.memory.weights import Weights
 from gptq_plugin.model.plan import Plan
+from gptq_plugin.walk.batch_thread import add_note
 from gptq_plugin.walk.groups import Group
+
+log = logging.getLogger(__name__)
 
 _MOST, _NUMBERED = 2**17, 2**31
 _FIRST = 2**14  # tokens of the first forward, which finds out about layers and not about data
@@ -123,6 +127,18 @@ def found_in(batch: Batch, groups: Callable[[Batch], list[Group]]) -> tuple[list
 def call_again(groups: Sequence[Group]) -> bool:
     """True if a forward calls a layer more than once: for more samples it may do so more often."""
     return any(group.calls > 1 for group in groups)
+
+
+def told_of(calibration: Calibration) -> Callable[..., None]:
+    """Logs how many samples run in a forward. What it returns, called as a context's exit, notes that with an error."""
+    samples = max(batch.samples for batch in calibration.batches)
+    log.info("up to %d samples in a forward", samples)
+
+    def leave(kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            add_note(error, f"up to {samples} samples ran in a forward, since batch_size is null: it may be a number")
+
+    return leave
 
 
 def refuse_late(late: Mapping[str, int], calibration: Calibration, collected: Calibration) -> None:

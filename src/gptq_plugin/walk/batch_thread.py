@@ -81,7 +81,7 @@ class BatchThread:
         self._run_until_it_waits()
         if self._error is not None:
             error, self._error = self._error, None
-            _add_note(error, f"raised in the forward of calibration batch {self.number}")
+            add_note(error, f"raised in the forward of calibration batch {self.number}")
             raise error
 
     def wait_at(self, position: int, name: str, x: Tensor) -> None:
@@ -176,6 +176,7 @@ def _avoid_plans() -> None:
         cuda.enable_cudnn_sdp(False)
 
 
-def _add_note(error: BaseException, note: str) -> None:
+def add_note(error: BaseException, note: str) -> None:
+    """Adds a note to an error, where Python has them."""
     if hasattr(error, "add_note"):  # Python 3.11
         error.add_note(note)
