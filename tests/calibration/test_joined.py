@@ -48,6 +48,12 @@ def test_batches_that_are_large_enough_stay():
     assert found.batches == given.batches and all(one is two for one, two in zip(found.batches, given.batches))
 
 
+def test_no_more_samples_run_together_than_a_grid_of_a_gpu_has_blocks():
+    config = QuantizeConfig(nsamples=70000, batch_size=7000)
+    calibration = collect(torch.zeros(70000, 1), config, alone=True)
+    assert [batch.samples for batch in joined(calibration, [7000] * 10, 10**9).batches] == [63000, 7000]
+
+
 @pytest.mark.parametrize(
     "data",
     [

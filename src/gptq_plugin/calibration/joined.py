@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gptq_plugin.calibration.collect import Batch, Calibration
 
+_SAMPLES = 2**16 - 1  # of a forward: a CUDA grid has no more blocks in its second and third dimension
+
 
 def joined(calibration: Calibration, sizes: Sequence[int], most: int) -> Calibration:
     """The same samples in the same order, of which those of neighbouring batches run together. On one rank alone.
@@ -21,15 +23,16 @@ def joined(calibration: Calibration, sizes: Sequence[int], most: int) -> Calibra
     Args:
         calibration: As collected.
         sizes: Of each batch, such as its tokens.
-        most: The largest size of several together.
+        most: The largest size of several together, which are 65535 samples at most.
     """
     given, groups = calibration.batches, list[list[int]]()
+    size = samples = 0
     for number, batch in enumerate(given):
-        last = groups[-1] if groups else []
-        if last and sum(sizes[one] for one in last) + sizes[number] <= most and _alike(given[last[0]], batch):
-            last.append(number)
-        else:
-            groups.append([number])
+        size, samples = size + sizes[number], samples + batch.samples
+        if not groups or size > most or samples > _SAMPLES or not _alike(given[groups[-1][0]], batch):
+            groups.append([])
+            size, samples = sizes[number], batch.samples
+        groups[-1].append(number)
     place = {number: at for at, own in enumerate(groups) for number in own}
     return replace(
         calibration,
