@@ -44,6 +44,7 @@ def test_options_left_out_are_the_kernels_own():
         "many_rows BM=64 STAGES=4 JOINED=4 AHEAD=3",
         "many_rows GROUPS=3 BM=64", "many_rows GROUPS=4 BM=128 STAGES=4", "many_rows GROUPS=4 BN=128 BM=64 STAGES=3",
         "many_rows BM=512", "many_rows BM=24", "many_rows STAGES=6", "many_rows STAGES=1", "many_rows AHEAD=1",
+        "many_rows BM=64 STAGES=2",
         "many_rows AHEAD=5", "many_rows WIDTH=0", "many_rows SPLIT=65", "many_rows EARLY=2", "few_rows EARLY=5",
         "by_warps SPLIT=2", "by_warps BN=48", "by_warps BM=64", "by_warps WAYS=3", "by_warps WAYS=16",
         "by_bytes", "by_warps STAGES=0", "by_warps BN=64 WAYS=8 STAGES=4", "by_warps EARLY=5",
@@ -79,6 +80,7 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
     assert not right("few_rows BM=8 warps=4 JOINED=2", Layout.of(3, 32, 4096, 4096, True))
     four = "many_rows GROUPS=4 BM=64 STAGES=3 JOINED=4 AHEAD=3"
     assert right(four) and not right(f"{four} SPLIT=2")
+    assert right("many_rows BM=64 STAGES=3") and right("many_rows BM=64 STAGES=2 JOINED=4")
     assert right("few_rows BM=64 STAGES=4 HALF=1", two) and not right("few_rows BM=64 STAGES=4", two)
     assert right("many_rows", three) and right("many_rows", two)
     assert not right("many_rows", Layout.of(3, 64, 4096, 4096, True))

@@ -276,7 +276,8 @@ def many_rows(
         out: [M, out] in x's dtype, contiguous.
         workspace: Of the current stream.
         GROUPS, BN, BM: Groups of four warps that multiply, 2 or 4, outputs of a tile that each has, and a tile's rows.
-        STAGES: Length of the ring of buffers for x.
+        STAGES: Length of the ring of buffers for x: 3 at least with JOINED of 1, as the next words come after all of a
+            turn's x, and are waited for when the first of its four buffers alone is free again.
         JOINED: Channels of x in such a buffer, in 64: 1, or 4, which are filled and freed with the words of the same
             channels; STAGES is then AHEAD.
         AHEAD: Length of the ring for words, of 256 channels each.

@@ -208,7 +208,7 @@ def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options:
         and BM in (8, 16, 32, 64, 128, 256)
         and {(2, 64): 256, (2, 128): 64, (4, 64): 64}.get((GROUPS, BN), 0) >= BM  # for the registers
         and (JOINED == 1 or (JOINED == 4 and STAGES == AHEAD))
-        and 2 <= STAGES <= 16
+        and (2 if JOINED == 4 else 3) <= STAGES <= 16  # see `many_rows`
         and 2 <= AHEAD <= 4
         and 1 <= WIDTH <= 64
         and (SPLIT == 1 or (1 < SPLIT <= 64 and GROUPS == 2 and rows <= rule.FEW_ROWS_TILED))  # parts take memory
