@@ -65,6 +65,7 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
     two = Layout.of(2, 128, 4096, 4096, True)
     assert right("by_bytes", two, 1) and right("by_bytes BN=32 SPLIT=8 STAGES=4 warps=1", two, 1, on=A100)
     assert not right("by_bytes", two, 2) and not right("by_bytes", two, 1, torch.float32)
+    assert not right("by_bytes", Layout.of(2, 128, 2**20 + 128, 1024, True), 1)
     assert not right("by_bytes SPLIT=9", two, 1) and not right("by_bytes BN=16", two, 1)
     assert right("by_bytes BN=128 STAGES=6", two, 1) and not right("by_bytes BN=128 STAGES=6", two, 1, on=L4)
     for other in (LAYOUT, Layout.of(2, 64, 4096, 4096, True), Layout.of(2, 128, 4096, 4096, False)):

@@ -164,6 +164,7 @@ def _bytes_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options
     return (
         rows == 1
         and takes_by_bytes(layout, dtype)
+        and layout.n_in <= 2**20  # a block holds the row
         and BN in (32, 64, 128)
         and layout.outputs % BN == 0
         and 1 <= SPLIT <= layout.steps
