@@ -17,7 +17,7 @@ from forked_python import python
 
 # Every scene runs on forked ranks in a new process group, and writes what it found.
 SCENES = """
-import json, os, signal, sys, time
+import json, os, signal, socket, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
@@ -255,10 +255,13 @@ def experts(rank):
 
 TIMEOUT = 3
 out, size = Path(sys.argv[1]), 3
-waiting = long, lost, busy, failing, interrupted_first, interrupted_last
-others = meetings, astray, apart, hessians, ranges, rows, branches, few_bytes, experts, caught, ranking
-
-def start(scene):
+for scene in (
+    meetings, few_bytes, astray, failing, apart, busy, interrupted_first, interrupted_last, hessians, ranges, rows,
+    branches, experts, caught, ranking, long, lost,
+):
+    with socket.socket() as one:  # other tests may run at the same time
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
     children = []
     for rank in range(size):
         pid = os.fork()
@@ -266,18 +269,11 @@ def start(scene):
             children.append(pid)
             continue
         limit = {"timeout": timedelta(seconds=TIMEOUT)} if scene in (long, lost) else {}
-        port = 29860 + (waiting + others).index(scene)
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, **limit)
         (out / f"{scene.__name__}{rank}.json").write_text(json.dumps(scene(rank)))
         os._exit(0)
-    return children
-
-left = [pid for scene in waiting for pid in start(scene)]
-for scene in others:
-    for pid in start(scene):
+    for pid in children:
         os.waitpid(pid, 0)
-for pid in left:
-    os.waitpid(pid, 0)
 """
 
 
