@@ -25,11 +25,9 @@ def add_products(totals: Tensor, x: Tensor, ends: Tensor) -> None:
         x: [rows, n]; rows behind the last end are left out.
         ends: Where segments end, int32 [E].
     """
-    start = 0
-    for total, stop in zip(totals, ends.tolist(), strict=True):
-        rows = x[start:stop].float()
+    for total, own in zip(totals, rows_of_each(x, ends), strict=True):
+        rows = own.float()
         total.addmm_(rows.T, rows)
-        start = stop
 
 
 def add_cross_products(totals: Tensor, x: Tensor, y: Tensor, ends: Tensor) -> None:
@@ -40,10 +38,8 @@ def add_cross_products(totals: Tensor, x: Tensor, y: Tensor, ends: Tensor) -> No
         x, y: [rows, n]; rows behind the last end are left out.
         ends: Where segments end, int32 [E].
     """
-    start = 0
-    for total, stop in zip(totals, ends.tolist(), strict=True):
-        total.addmm_(x[start:stop].float().T, y[start:stop].float())
-        start = stop
+    for total, rows, others in zip(totals, rows_of_each(x, ends), rows_of_each(y, ends), strict=True):
+        total.addmm_(rows.float().T, others.float())
 
 
 def add_exact_products(totals: Tensor, x: Tensor, ends: Tensor) -> None:
@@ -54,13 +50,12 @@ def add_exact_products(totals: Tensor, x: Tensor, ends: Tensor) -> None:
         x: [rows, n]; rows behind the last end are left out.
         ends: Where segments end, int32 [E].
     """
-    strips, start, energy = Strips(x.shape[1], WIDTH), 0, squares(x, ends)
-    for total, own, stop in zip(totals, energy, ends.tolist(), strict=True):
-        rows = x[start:stop].float()
+    strips = Strips(x.shape[1], WIDTH)
+    for total, energy, own in zip(totals, squares(x, ends), rows_of_each(x, ends), strict=True):
+        rows = own.float()
         for strip, (first, last) in zip(strips.of(total), strips.bounds, strict=True):
             product = rows[:, first:last].T @ rows[:, :last]
-            add_product(strip, product, own, first)
-        start = stop
+            add_product(strip, product, energy, first)
 
 
 def add_exact_cross_products(totals: Tensor, x: Tensor, y: Tensor, ends: Tensor) -> None:
@@ -71,13 +66,12 @@ def add_exact_cross_products(totals: Tensor, x: Tensor, y: Tensor, ends: Tensor)
         x, y: [rows, n]; rows behind the last end are left out.
         ends: Where segments end, int32 [E].
     """
-    start, n, energy = 0, y.shape[1], torch.cat([squares(y, ends), squares(x, ends)], 1)
-    for total, own, stop in zip(totals, energy, ends.tolist(), strict=True):
-        rows, others = x[start:stop].float(), y[start:stop].float()
+    n, energies = y.shape[1], torch.cat([squares(y, ends), squares(x, ends)], 1)
+    for total, energy, *own in zip(totals, energies, rows_of_each(x, ends), rows_of_each(y, ends), strict=True):
+        rows, others = (one.float() for one in own)
         for first in range(0, n, _STRIP):  # to round a product takes five times its memory
             last = first + _STRIP
-            add_product(total[first:last], rows[:, first:last].T @ others, own, n + first)
-        start = stop
+            add_product(total[first:last], rows[:, first:last].T @ others, energy, n + first)
 
 
 def squares(x: Tensor, ends: Tensor) -> Tensor:
@@ -87,11 +81,16 @@ def squares(x: Tensor, ends: Tensor) -> Tensor:
         x: [rows, n]; rows behind the last end are left out.
         ends: Where segments end, int32 [E].
     """
-    found, start = torch.zeros(len(ends), x.shape[1], dtype=torch.float32, device=x.device), 0
-    for own, stop in zip(found, ends.tolist(), strict=True):
-        own.copy_(x[start:stop].float().square().sum(0))
-        start = stop
+    found = torch.zeros(len(ends), x.shape[1], dtype=torch.float32, device=x.device)
+    for own, rows in zip(found, rows_of_each(x, ends), strict=True):
+        own.copy_(rows.float().square().sum(0))
     return found
+
+
+def rows_of_each(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    """Each segment's rows of x, [rows, n], as views. Waits for the device."""
+    sizes: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return x[: sum(sizes)].split(sizes)
 
 
 def symmetric_(totals: Tensor) -> Tensor:

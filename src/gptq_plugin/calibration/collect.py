@@ -89,6 +89,11 @@ class Calibration:
         return sum(batch.samples for batch in self.batches)
 
     @property
+    def most_samples(self) -> int:
+        """The samples of the batch that has most; 0 without batches."""
+        return max((batch.samples for batch in self.batches), default=0)
+
+    @property
     def digest(self) -> int:
         """Sum of the batches' `batches.digest`; the sums of several ranks add up to that of all samples."""
         return sum(digest(batch.data) for batch in self.batches)

@@ -131,7 +131,7 @@ def call_again(groups: Sequence[Group]) -> bool:
 
 def told_of(calibration: Calibration) -> Callable[..., None]:
     """Logs how many samples run in a forward. What it returns, called as a context's exit, notes that with an error."""
-    samples = max(batch.samples for batch in calibration.batches)
+    samples = calibration.most_samples
     log.info("up to %d samples in a forward", samples)
 
     def leave(kind: object, error: BaseException | None, trace: object) -> None:
@@ -154,7 +154,7 @@ def refuse_late(late: Mapping[str, int], calibration: Calibration, collected: Ca
     """
     if late and len(calibration.batches) < len(collected.batches):
         raise CalibrationError(
-            f"with up to {max(batch.samples for batch in calibration.batches)} samples in a forward it calls "
+            f"with up to {calibration.most_samples} samples in a forward it calls "
             f"{some(sorted(late))} more often than with a few, and what came late would not have counted: give "
             "batch_size a number, such as 8"
         )

@@ -208,8 +208,7 @@ class Outcome:
             late: As `late` gives them.
         """
         found: dict[str, None] = {}
-        largest = max((batch.samples for batch in calibration.batches), default=0)
-        of_all = distributed.gather_objects((calibration.deviations, largest))
+        of_all = distributed.gather_objects((calibration.deviations, calibration.most_samples))
         for one, _ in of_all:
             found.update(dict.fromkeys(one))
         sources = sum_over_ranks(calibration.sources)

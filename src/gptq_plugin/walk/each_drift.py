@@ -11,8 +11,9 @@ from torch import Tensor
 from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.kernels import segment_sums
+from gptq_plugin.kernels.plain_segments import rows_of_each
 from gptq_plugin.walk.drift import MOST, add_exactly
-from gptq_plugin.walk.each_sum import EachSum, rows_of_each
+from gptq_plugin.walk.each_sum import EachSum
 from gptq_plugin.walk.hessian import is_narrow
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from gptq_plugin.device.memory import with_room
 from gptq_plugin.device.precision import full_precision
 from gptq_plugin.kernels import mirror_passes, segment_sums
-from gptq_plugin.kernels.plain_segments import WIDTH
+from gptq_plugin.kernels.plain_segments import WIDTH, rows_of_each
 from gptq_plugin.kernels.strips import Strips
-from gptq_plugin.walk.each_sum import EachSum, rows_of_each
+from gptq_plugin.walk.each_sum import EachSum
 from gptq_plugin.walk.hessian import add_exactly, add_products, is_narrow, strips_on, whole
 
 _WIDE = 4096  # inputs

@@ -48,9 +48,3 @@ class EachSum:
         """The next so many experts to be taken."""
         start, self._taken = self._taken, self._taken + experts
         return slice(start, self._taken)
-
-
-def rows_of_each(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
-    """Each expert's rows of x, which come first there. Waits for the device."""
-    sizes: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return x[: sum(sizes)].split(sizes)
