@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gptq_plugin import check_ins
 from gptq_plugin.check_ins import check_in, unreachable_as_rank_error
+from gptq_plugin.device.raw_bytes import raw_bytes
 from gptq_plugin.errors import RankError
 
 _depth = 0  # of nested `ending_together`
@@ -140,7 +141,7 @@ def from_first_(tensor: Tensor) -> None:
         return
     values = tensor.detach().contiguous()
     check_in("from_first")
-    _run(dist.broadcast, values, values.reshape(-1).view(torch.uint8), src=0)
+    _run(dist.broadcast, values, raw_bytes(values), src=0)
     tensor.detach().copy_(values)
 
 
@@ -162,7 +163,7 @@ def gather_rows(parts: Sequence[Tensor], rows: int, sharers: int) -> list[list[T
     """
     if not active():
         return [[part] for part in parts]
-    mine = torch.cat([part.flatten().view(torch.uint8) for part in parts])
+    mine = torch.cat([raw_bytes(part) for part in parts])
     messages = [torch.empty_like(mine) for _ in range(sharers)]  # a rank without room for it does not check in
     check_in("gather_rows", rows)
     if sharers == world_size():

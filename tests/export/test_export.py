@@ -499,3 +499,11 @@ def test_a_shard_that_changes_while_the_model_maps_it_is_refused(
         quantizer.quantize(model, list(torch.randint(0, 64, (8, 64))), export_dir=tmp_path / "out")
     assert seen == [suffix != "qzeros"]
     assert not any(tmp_path.iterdir())
+
+
+def test_layers_whose_zero_points_are_one_word_a_group_are_exported(tmp_path: Path) -> None:
+    """Eight outputs of 4 bits. PyTorch counts such a column as contiguous, whatever its strides."""
+    model = tiny_llama(num_key_value_heads=1, head_dim=8, num_hidden_layers=1)
+    QuantizeModule(group_size=32).quantize(model, [torch.arange(32)] * 4, export_dir=tmp_path / "out")
+    assert model.model.layers[0].self_attn.k_proj.qzeros.shape == (2, 1)
+    assert torch.equal(logits(load_quantized(tmp_path / "out")), logits(model))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptq_plugin.device.raw_bytes import raw_bytes
 from gptq_plugin.errors import brief
 
 _OURS = re.compile(r"[a-z]+-[0-9a-f]{64}\.safetensors|\.writing-\w+")  # nothing else in the folder is touched
@@ -165,5 +165,5 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     hashed = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        hashed.update(raw_bytes(tensor).numpy().data)
     return hashed.hexdigest()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gptq_plugin.calibration.mask_values import kept_positions
+from gptq_plugin.device.raw_bytes import raw_bytes
 
 _ALL = 2**256  # SHA-256 digests are numbers below it
 
@@ -149,7 +150,7 @@ def _on_cpu(value: Tensor) -> Tensor:
 def _encode_tensors(tensors: list[tuple[str, Tensor]]) -> Iterator[bytes]:
     for name, value in tensors:
         yield f"{name} {value.dtype} {list(value.shape)} ".encode()
-        yield value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield raw_bytes(value).numpy().tobytes()
 
 
 def _encode_plain(plain: list[tuple[str, Any]]) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptq_plugin.device.raw_bytes import raw_bytes
 from gptq_plugin.errors import ExportError
 
 _DTYPES = {  # in the order of safetensors' own files: numbers of more bytes come first, so that all are aligned
@@ -66,7 +67,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
         with file.open("wb") as writing:
             writing.write(len(content).to_bytes(8, "little") + content)
             for _, tensor in ordered:
-                writing.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                writing.write(raw_bytes(tensor).numpy().data)
     except OSError:
         file.unlink(missing_ok=True)  # what is free then is told
         raise

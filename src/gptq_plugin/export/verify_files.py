@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.formats.format import QuantizedLayer, RawRows, Read
+from gptq_plugin.device.raw_bytes import raw_bytes
 from gptq_plugin.errors import CheckpointError, ExportError, brief
 from gptq_plugin.kernels import reference
 from gptq_plugin.layers.qlinear import QuantLinear
@@ -76,7 +77,7 @@ def _opened(directory: Path, what: str) -> Checkpoint:
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """A checksum of the bytes of each tensor on a CPU."""
-    return {key: zlib.crc32(_bits(torch.atleast_1d(tensor)).numpy().data) for key, tensor in tensors.items()}
+    return {key: zlib.crc32(raw_bytes(tensor).numpy().data) for key, tensor in tensors.items()}
 
 
 _One = tuple[str, QuantLinear, Mapping[str, int]]  # a stored name, the layer in memory, and what was written
@@ -139,14 +140,10 @@ def _equal(stored: Tensor, ours: Tensor) -> bool:
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Compares in as few numbers as there can be: that takes as long as there are."""
-    both = [_bits(tensor).flatten() for tensor in (one, other)]
+    both = [raw_bytes(tensor) for tensor in (one, other)]
     if all(len(flat) % 8 == 0 and flat.storage_offset() % 8 == 0 for flat in both):
         both = [flat.view(torch.int64) for flat in both]
     return torch.equal(*both)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
 
 
 def _rows(layers: Sequence[QuantLinear]) -> Tensor:
