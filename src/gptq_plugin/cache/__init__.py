@@ -1,4 +1,4 @@
 """What quantizations keep for others: files named by a hash of everything they follow from, and that hash.
 
-Imports errors; never torch.distributed, and nothing here knows what is kept.
+Imports device and errors; never torch.distributed, and nothing here knows what is kept.
 """
