@@ -2,13 +2,13 @@
 
 A Hessian of n tokens holds nothing about directions those tokens lack, and GPTQ pushes errors there. Measured on
 layers of a trained model, with the tokens of one cluster as the expert's (docs/benchmarks/few-tokens.md): with
-n = d / 4 tokens for d inputs and the expert's tokens alone, the error on tokens that calibration did not see is 0.67 to
-1.35 of round-to-nearest's. Therefore
+n = d / 4 tokens for d inputs and the expert's tokens alone, the error on tokens that calibration did not see is .32 to
+1.06 of round-to-nearest's. Therefore
 
 - layers that read tokens take d tokens of the whole block beside their n own:
-  H = (Σ own x xᵀ + d · mean of all) / (n + d). At n = d / 4 that leaves 0.32 to 0.61, and at n = 4 d it does no harm.
+  H = (Σ own x xᵀ + d · mean of all) / (n + d). At n = d / 4 that leaves .24 to .36, and at n = 4 d it does no harm.
 - layers behind those read outputs that only this expert computes, so the block's other tokens cannot help:
-  damp_percent is at least 0.3 (d / n)^1.5. At n = d / 4 that leaves 0.69 to 0.81.
+  damp_percent is at least 0.3 (d / n)^1.5. At n = d / 4 that leaves .22 to .70.
 - layers that no token reached take all tokens of the block, or, behind those, are rounded to nearest.
 """
 
