@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from gptq_plugin.apps import run_folder
 from gptq_plugin.apps.run_folder import OneFolder, launched
 
-from ports import free_port
+from ports import reserved_port
 
 TORCHRUN = {"LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
@@ -52,7 +52,6 @@ def test_all_ranks_use_rank_0s_folder_and_only_that_rank_leaves_hydras_files(mod
     monkeypatch.chdir(tmp_path)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # restored after the test
-    port = free_port()
     ranks = {}
 
     def start(rank):
@@ -62,10 +61,11 @@ def test_all_ranks_use_rank_0s_folder_and_only_that_rank_leaves_hydras_files(mod
     monkeypatch.setattr(run_folder, "_environment", lambda: ranks[threading.get_ident()])
     configs, callbacks = [config("of rank 0"), config("of rank 1")], [OneFolder(), OneFolder()]
     threads = [threading.Thread(target=start, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    with reserved_port() as port:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
     first, second = configs
     assert first == config("of rank 0")
     assert second.hydra[mode].dir == str(tmp_path / "of rank 0")

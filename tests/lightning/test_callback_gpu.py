@@ -17,7 +17,7 @@ from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule, load_
 
 from lightning_runs import DDP, FAULTS, SMALL, Holds, fit, quantized, token_loader
 from paths import SUPPORT
-from ports import free_port
+from ports import reserved_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -166,14 +166,14 @@ def command(folder, ranks, accelerator):
 
 def test_two_processes_on_one_gpu_give_the_codes_of_one(tmp_path):
     for ranks in (1, 2):
-        port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        places = {**port, "LOCAL_RANK": "0"} if ranks > 1 else {}
         shared = command(tmp_path, ranks, "shared gpu")
-        running = [
-            subprocess.Popen(shared, cwd=tmp_path, env={**os.environ, **places, "NODE_RANK": str(rank)})
-            for rank in range(ranks)
-        ]
-        assert [process.wait(timeout=300) for process in running] == [0] * ranks
+        with reserved_port() as port:
+            places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"} if ranks > 1 else {}
+            running = [
+                subprocess.Popen(shared, cwd=tmp_path, env={**os.environ, **places, "NODE_RANK": str(rank)})
+                for rank in range(ranks)
+            ]
+            assert [process.wait(timeout=300) for process in running] == [0] * ranks
     assert codes_are_those_of_one_rank(tmp_path / "24")
 
 
@@ -191,8 +191,8 @@ def test_an_error_on_one_gpu_ends_both_with_its_message(phase, tmp_path):
     (tmp_path / f"raise-{phase}").mkdir()
     faulty = 0 if phase == "export" else 1
     command = [sys.executable, tmp_path / "run.py", SUPPORT, tmp_path, "2", "gpu", f"raise-{phase}"]
-    port = str(free_port())
-    ranks = [subprocess.Popen([*command, str(rank), port]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in ranks] == [1, 1]
+    with reserved_port() as port:
+        ranks = [subprocess.Popen([*command, str(rank), str(port)]) for rank in range(2)]
+        assert [process.wait(timeout=120) for process in ranks] == [1, 1]
     own, other = ((tmp_path / f"raise-{phase}" / f"{rank}.txt").read_text() for rank in (faulty, 1 - faulty))
     assert other == f"RankError: rank {faulty} failed: {own}"

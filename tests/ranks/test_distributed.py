@@ -14,10 +14,11 @@ from gptq_plugin.gptq.solver import solve
 from gptq_plugin.quantize.solve_on_ranks import solve_shared
 
 from forked_python import python
+from paths import SUPPORT
 
 # Every scene runs on forked ranks in a new process group, and writes what it found.
 SCENES = """
-import json, os, signal, socket, sys, time
+import json, os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
@@ -30,6 +31,8 @@ from gptq_plugin.errors import RankError
 from gptq_plugin.walk.hessian import Hessian
 from gptq_plugin.walk.ranges import Ranges
 from gptq_plugin.gptq.solver import solve
+sys.path.insert(0, sys.argv[1])
+from ports import reserved_port
 
 def raised(call):
     try:
@@ -254,26 +257,24 @@ def experts(rank):
     return [found, {k: v.double().sum().item() for k, v in model.state_dict().items()}]
 
 TIMEOUT = 3
-out, size = Path(sys.argv[1]), 3
+out, size = Path(sys.argv[2]), 3
 for scene in (
     meetings, few_bytes, astray, failing, apart, busy, interrupted_first, interrupted_last, hessians, ranges, rows,
     branches, experts, caught, ranking, long, lost,
 ):
-    with socket.socket() as one:  # other tests may run at the same time
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    children = []
-    for rank in range(size):
-        pid = os.fork()
-        if pid:
-            children.append(pid)
-            continue
-        limit = {"timeout": timedelta(seconds=TIMEOUT)} if scene in (long, lost) else {}
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, **limit)
-        (out / f"{scene.__name__}{rank}.json").write_text(json.dumps(scene(rank)))
-        os._exit(0)
-    for pid in children:
-        os.waitpid(pid, 0)
+    with reserved_port() as port:
+        children = []
+        for rank in range(size):
+            pid = os.fork()
+            if pid:
+                children.append(pid)
+                continue
+            limit = {"timeout": timedelta(seconds=TIMEOUT)} if scene in (long, lost) else {}
+            dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, **limit)
+            (out / f"{scene.__name__}{rank}.json").write_text(json.dumps(scene(rank)))
+            os._exit(0)
+        for pid in children:
+            os.waitpid(pid, 0)
 """
 
 
@@ -281,7 +282,7 @@ for scene in (
 def scenes(tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes")
     (out / "run.py").write_text(SCENES)
-    subprocess.run([python(), out / "run.py", out], check=True, timeout=300)
+    subprocess.run([python(), out / "run.py", SUPPORT, out], check=True, timeout=300)
     return lambda name: [json.loads((out / f"{name}{rank}.json").read_text()) for rank in range(3)]
 
 

@@ -18,6 +18,7 @@ from gptq_plugin.apps.sweeps import run_alone
 
 from forked_python import python
 from paths import SUPPORT
+from ports import reserved_port
 
 pytestmark = pytest.mark.slow
 
@@ -71,21 +72,23 @@ def run(launcher: str, cwd: Path, *arguments: str | Path, interpreter: str | Non
     if launcher == "torchrun":
         module = "torch.distributed.run"
         commands = [[interpreter, "-m", module, "--standalone", "--nproc-per-node=2", *arguments]]
-    if launcher == "SLURM":  # as srun starts them
-        job = {"SLURM_JOB_ID": str(os.getpid()),  # its last four digits become the port
-               "SLURM_JOB_NAME": "tune", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1",
-               "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}  # fmt: skip
-        tasks = [{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
-        commands, environments = commands * 2, [environments[0] | job | task for task in tasks]
-    processes = [
-        subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for command, environment in zip(commands, environments)
-    ]
-    try:
-        printed = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with reserved_port() as port:
+        if launcher == "SLURM":  # as srun starts them
+            job = {"SLURM_JOB_ID": "7", "MASTER_PORT": str(port),  # in place of one that Lightning takes from the id
+                   "SLURM_JOB_NAME": "tune", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1",
+                   "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}  # fmt: skip
+            tasks = [{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
+            commands, environments = commands * 2, [environments[0] | job | task for task in tasks]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes = [
+            subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+            for command, environment in zip(commands, environments)
+        ]
+        try:
+            printed = [process.communicate(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     for process, (out, err) in zip(processes, printed):
         assert process.returncode == 0, out[-3000:] + err[-6000:]
     return "".join(out for out, _ in printed)

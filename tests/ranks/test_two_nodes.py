@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("ip") is None or os.geteuid() != 0, reason="needs root and the command ip"),
 ]
 
+PORT = "29700"  # of the first namespace: it has ports of its own, which no other run of these tests can take
+
 # The first lines of whatever runs on a node.
 JOIN = """
 import ctypes, os
@@ -99,12 +101,12 @@ def test_two_nodes_give_the_codes_of_one(launcher, nodes, one, tmp_path):
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "NAMESPACE": name}
         if launcher == "torchrun":
             where = ["--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1"]
-            where += [f"--master-addr={first_address}", "--master-port=29700"]
+            where += [f"--master-addr={first_address}", f"--master-port={PORT}"]
             agent = JOIN + "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
             command = [python(), "-c", agent, *where, *script]
         else:
             command = [python(), *script]
-            environment |= {"MASTER_ADDR": first_address, "MASTER_PORT": "29700", "NODE_RANK": str(number)}
+            environment |= {"MASTER_ADDR": first_address, "MASTER_PORT": PORT, "NODE_RANK": str(number)}
         options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, **options, start_new_session=True))
     try:

@@ -183,6 +183,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_runs import SMALL, Holds, token_loader
+from ports import reserved_port
 import gptq_plugin.training.callback_base as training
 import gptq_plugin.export.export as exporting
 from gptq_plugin import GPTQCallback, QuantizeModule
@@ -260,18 +261,18 @@ def run(rank, case, port):
 out, size, accelerator, cases, results = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:], {}
 if accelerator == "gpu":  # which does not survive a fork: a case, a rank and a port
     run(int(cases[1]), cases[0], int(cases[2]))
-for number, case in enumerate(cases):
-    started, children = time.time(), {}
+for case in cases:
+    started, children, ends = time.time(), {}, {}
     (out / case).mkdir()
-    for rank in range(size):
-        pid = os.fork()
-        if not pid:
-            run(rank, case, 29830 + number)
-        children[pid] = rank
-    ends = {}
-    while children:
-        pid, status = os.wait()
-        ends[children.pop(pid)] = os.waitstatus_to_exitcode(status)
+    with reserved_port() as port:
+        for rank in range(size):
+            pid = os.fork()
+            if not pid:
+                run(rank, case, port)
+            children[pid] = rank
+        while children:
+            pid, status = os.wait()
+            ends[children.pop(pid)] = os.waitstatus_to_exitcode(status)
     results[case] = {"seconds": time.time() - started, "ends": [ends[rank] for rank in range(size)]}
 (out / "results.json").write_text(json.dumps(results))
 """
