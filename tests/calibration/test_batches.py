@@ -12,6 +12,7 @@ from transformers import BatchEncoding
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.calibration.batches import (
+    copies_of,
     digest,
     fields_of,
     is_token_labels,
@@ -161,3 +162,11 @@ def test_a_row_of_a_batch_is_that_sample_of_everything_that_is_divided_into_samp
     encoded = row_of(BatchEncoding({"input_ids": tensor}), 0)
     assert isinstance(encoded, BatchEncoding) and torch.equal(encoded.input_ids, tensor[:1])
     assert data["texts"] == ["a", "b", "c"] and data["x"] is tensor
+
+
+def test_a_sample_may_stand_in_the_place_of_all():
+    data = {"x": torch.arange(6).reshape(3, 2), "texts": ["a", "b", "c"], "rate": 0.5, "table": torch.ones(5, 2)}
+    found = copies_of(data, 1, 4)
+    assert found["x"].tolist() == [[2, 3]] * 4 and found["texts"] == ["b"] * 4
+    assert found["rate"] == 0.5 and found["table"] is data["table"] and data["x"].shape == (3, 2)
+    assert copies_of(data, 2, 1)["x"].tolist() == [[4, 5]]

@@ -11,9 +11,12 @@ from torch.utils.data import (
     RandomSampler,
     SubsetRandomSampler,
 )
+from transformers import default_data_collator
 
 from gptq_plugin import QuantizeConfig, distributed
+from gptq_plugin.calibration.collect import collect
 from gptq_plugin.calibration.sampling import sample_loaders, share_of
+from gptq_plugin.calibration.sources import Sources
 
 DATA = list(range(33))
 
@@ -123,3 +126,62 @@ def test_a_dataset_of_ready_batches_keeps_them():
     loader = DataLoader([torch.full((3,), i) for i in range(4)], batch_size=None)
     batches = list(batches_of(loader))
     assert len(batches) == 4 and all(batch.shape == (3,) for batch in batches)
+
+
+# --- collators of single samples ---
+
+
+def in_a_list(samples):
+    return samples
+
+
+def tokens_in_a_list(samples):
+    return {"input_ids": [one["input_ids"] for one in samples]}
+
+
+def first(samples):
+    return samples[0]
+
+
+def in_a_row(samples):
+    return {"input_ids": torch.cat([one.pop("input_ids") for one in samples])[None]}  # changes what it is given
+
+
+def sources_of(collate_fn, batch_size=1):
+    data = [{"input_ids": torch.arange(5) + n} for n in range(6)]
+    loader = DataLoader(data, batch_size=batch_size, collate_fn=collate_fn)
+    (source,) = sample_loaders([loader], QuantizeConfig(batch_size=4), "the loader", nsamples=6)
+    return source, [len(indices) for indices in source.data.batch_sampler]
+
+
+@pytest.mark.parametrize("collate_fn", [in_a_list, tokens_in_a_list, first])
+def test_a_collator_of_single_samples_that_does_not_stack_two_gets_one(collate_fn):
+    source, sizes = sources_of(collate_fn)
+    assert sizes == [1] * 6 and source.is_single and source.is_chosen and not source.is_stacked
+    batches = collect(Sources((source,)), QuantizeConfig(), alone=True).batches
+    assert sum(batch.samples for batch in batches) == 6
+    assert sources_of(collate_fn, batch_size=2)[1] == [4, 2]  # of several: it is no step for one
+
+
+@pytest.mark.parametrize("collate_fn", [None, in_a_row, default_data_collator])
+def test_a_collator_of_single_samples_that_stacks_gets_several(collate_fn):
+    source, sizes = sources_of(collate_fn)
+    assert sizes == [4, 2] and not source.is_single and source.is_stacked == (collate_fn is None)
+
+
+def test_a_collator_is_tried_on_copies_and_draws_no_random_numbers_of_others():
+    def noisy(samples):
+        return torch.stack([one["input_ids"] + torch.rand(()) for one in samples])
+
+    torch.manual_seed(3)
+    sources_of(noisy)
+    found = torch.rand(())
+    torch.manual_seed(3)
+    assert torch.equal(found, torch.rand(()))
+
+
+def test_a_collator_that_raises_is_left_to_what_uses_it():
+    def failing(samples):
+        raise ValueError("not today")
+
+    assert sources_of(failing)[1] == [4, 2]

@@ -374,7 +374,7 @@ def test_a_failure_in_the_middle_leaves_the_float_model_as_it_was(where, monkeyp
         monkeypatch.setattr(in_place, where, fail_at(1, getattr(in_place, where)))
     else:
         activation = model.model.layers[1].mlp.act_fn
-        monkeypatch.setattr(activation, "forward", fail_at(6, activation.forward))
+        monkeypatch.setattr(activation, "forward", fail_at(8, activation.forward))
     with pytest.raises(CalibrationError if where == "model" else RuntimeError, match="out of memory"):
         QuantizeModule(**SMALL).quantize(model, tokens(), forward=lambda m, b: call(m, b))
     assert unchanged(model, before) and quantized(model) == []

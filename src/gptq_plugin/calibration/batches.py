@@ -108,13 +108,28 @@ def rows_of(data: Any, rows: slice) -> Any:
 
     A list of texts or numbers with as many items as samples is cut too.
     """
+    return _each_divided(data, lambda value: value[rows])
+
+
+def copies_of(data: Any, row: int, count: int) -> Any:
+    """The batch with so many copies of one sample in place of its samples; see `rows_of`."""
+
+    def copies(value: Any) -> Any:
+        one = value[row : row + 1]
+        return torch.cat([one] * count) if isinstance(one, Tensor) else one * count
+
+    return _each_divided(data, copies)
+
+
+def _each_divided(data: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of the batch with everything changed that is divided into samples."""
     samples = sample_count(data)
 
-    def cut(value: Any) -> Any:
+    def change_one(value: Any) -> Any:
         divided = value.shape[:1] == (samples,) if isinstance(value, Tensor) else _has_length(value, samples)
-        return value[rows] if divided else value
+        return change(value) if divided else value
 
-    return _map(data, cut)
+    return _map(data, change_one)
 
 
 def _map(data: Any, change: Callable[[Any], Any]) -> Any:

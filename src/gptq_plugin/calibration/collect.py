@@ -37,12 +37,14 @@ class Batch:
     Attributes:
         data: The forward's input.
         samples: Number of samples.
-        given_apart: They were given (or chosen) one by one, and more of their kind may run with them.
+        given_apart: They were given (or chosen) one by one and stacked: more of their kind may run with them, or fewer.
+        is_chosen: Their number is ours: users gave one by one, or a dataset of them.
     """
 
     data: Any
     samples: int = 1
     given_apart: bool = False
+    is_chosen: bool = False
 
     @property
     def tokens(self) -> int | None:
@@ -183,7 +185,9 @@ def _take(source: Source, config: QuantizeConfig, items: Items) -> tuple[list[Ba
         if is_made:
             sample, batch = with_own_tensors(sample), with_own_tensors(batch)
         if sample is None:
-            batches.append(replace(ready_batch(batch), given_apart=source.is_stacked))
+            number = 1 if source.is_single else sample_count(batch)
+            is_chosen = source.is_chosen or (isinstance(data, tuple) and data is not source.data)  # split by `items_of`
+            batches.append(Batch(batch, number, given_apart=source.is_stacked, is_chosen=is_chosen))
             count += batches[-1].samples
         elif is_empty(sample):
             dropped += 1
@@ -216,7 +220,7 @@ def ready_batch(data: Any) -> Batch:
 
 
 def _batches(samples: Sequence[Any], batch_size: int) -> list[Batch]:
-    return [replace(ready_batch(data), given_apart=True) for data in stacked(samples, batch_size)]
+    return [replace(ready_batch(data), given_apart=True, is_chosen=True) for data in stacked(samples, batch_size)]
 
 
 def _length(data: Iterable[Any]) -> int | None:

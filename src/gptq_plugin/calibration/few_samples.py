@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +65,7 @@ def first_samples(batch: Batch, tokens: int) -> Batch:
     """
     known = batch.positions
     count = batch.samples if not known else -(-tokens * batch.samples // known)
-    return batch if count >= batch.samples else Batch(rows_of(batch.data, slice(count)), count)
+    return batch if count >= batch.samples else replace(batch, data=rows_of(batch.data, slice(count)), samples=count)
 
 
 def of_few(whole: Batch, tokens: int, run: Callable[[Batch], T]) -> tuple[T, float]:

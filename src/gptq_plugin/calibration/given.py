@@ -47,6 +47,8 @@ def rereadable(data: Any, nsamples: int, batch_size: int = 1) -> Iterable[Any]:
         CalibrationError: As `refuse_single`.
     """
     items = items_of(data, batch_size)
+    if isinstance(data, Tensor):
+        return data
     if isinstance(items, DataLoader) or not _is_iterator(items):
         return items
     return list(map(_own, islice(items, nsamples + 1)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -17,10 +20,12 @@ from torch.utils.data import (
 )
 
 from gptq_plugin import distributed
+from gptq_plugin.calibration.batches import leaves
 from gptq_plugin.calibration.dataset_name import dataset_name
 from gptq_plugin.calibration.same_batches import mine
 from gptq_plugin.calibration.sources import Source
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.surroundings import same_random_numbers
 from gptq_plugin.errors import CalibrationError, some
 
 TRAIN = "the train dataloader"
@@ -79,12 +84,14 @@ def sample_loaders(
     sources = []
     for number, loader in enumerate(loaders):
         indices = [index for which, index in choice if which == number]
-        size = 1 if _yields_batches(loader) else config.collected_batch_size
+        is_chosen, is_single = not _yields_batches(loader), _collates_one(loader, indices)
+        size = config.collected_batch_size if is_chosen and not is_single else 1
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         own = [batches[one] for one in mine(len(batches))]
-        is_stacked = loader.collate_fn is default_collate and loader.batch_size not in (None, 1)
+        is_stacked = is_chosen and loader.collate_fn is default_collate
         data, samples = _of_batches(loader, own, config.seed), sum(map(len, own))
-        sources.append(Source(data, name, samples, is_general, is_stacked=is_stacked))
+        source = Source(data, name, samples, is_general, is_chosen=is_chosen, is_single=is_single)
+        sources.append(replace(source, is_stacked=is_stacked))
     return sources
 
 
@@ -111,6 +118,30 @@ def _is_stream(loader: DataLoader[Any]) -> bool:
 
 def _yields_batches(loader: DataLoader[Any]) -> bool:
     return loader.batch_size is None and loader.batch_sampler is None
+
+
+def _collates_one(loader: DataLoader[Any], indices: Sequence[int]) -> bool:
+    """True for a dataloader of single samples whose collator does not stack two: it gives the first, or a list.
+
+    Its step is for batches of one sample, too. What cannot be tried is found where it is used.
+    """
+    if loader.batch_size != 1 or loader.collate_fn is default_collate or not indices:
+        return False
+    try:
+        with same_random_numbers():
+            sample = loader.dataset[indices[0]]
+            one, two = (loader.collate_fn([copy.deepcopy(sample) for _ in range(count)]) for count in (1, 2))
+    except Exception:  # noqa: BLE001 (a user's code may raise any)
+        return False
+    (leaves, kind), (others, other_kind) = _tensors_in(one), _tensors_in(two)
+    grows = any(2 * first.numel() == second.numel() > 0 for first, second in zip(leaves, others, strict=False))
+    return kind != other_kind or not grows
+
+
+def _tensors_in(batch: Any) -> tuple[list[Tensor], list[str]]:
+    """The tensors of a batch, and their names."""
+    named = [(name, value) for name, value in leaves(batch) if isinstance(value, Tensor)]
+    return [value for _, value in named], [name for name, _ in named]
 
 
 def _of_batches(loader: DataLoader[Any], batches: list[list[int]], seed: int) -> DataLoader[Any]:

@@ -27,8 +27,9 @@ class Source:
             label.
         is_stream: Its first batch cannot be read before the others.
         is_shared: The same data on every rank: each reads all of it and uses its share of the batches.
-        is_stacked: Its batches were chosen for calibration, and are nothing but their samples one below the other; its
-            dataloader's have several, so that a step takes more than the first.
+        is_chosen: Its samples were chosen for calibration, and so many of them put together.
+        is_single: Each of these batches is one sample, whatever its tensors' sizes.
+        is_stacked: These batches are nothing but their samples one below the other.
     """
 
     data: Iterable[Any]
@@ -37,6 +38,8 @@ class Source:
     is_general: bool = False
     is_stream: bool = False
     is_shared: bool = False
+    is_chosen: bool = False
+    is_single: bool = False
     is_stacked: bool = False
 
     @property

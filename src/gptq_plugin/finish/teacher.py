@@ -102,21 +102,26 @@ def ask_teacher(
     reader, positions = LogitReader(model), Positions(model, rows.batches, token_weighting)
     lessons: list[Lesson] = []
     told: dict[str, None] = {}
-    heads = None
-    if k is None:
-        heads, why = _head(reader, head, rows, partial(run, model))
-        k = LIKELIEST
-        if heads is None:
-            told[f"finish: of the float model's predictions the {k} likeliest tokens are told apart: {why}"] = None
+    is_open, k = k is None, LIKELIEST if k is None else k
+    heads = Head(reader.head, head) if is_open and reader.head is not None and head is not None else None
     watching = [reader.watching(), *([] if chain is None else [chain.watching(model)])]
-    watching += [] if heads is None else [heads.watching()]
     passed = {*range(_batches_of(rows, samples)), *range(len(rows.train), len(rows.batches))}
     with torch.no_grad(), positions.watching(), contextlib.ExitStack() as stack:
         for one in watching:
             stack.enter_context(one)
+        watching_head = stack.enter_context(contextlib.ExitStack())
+        if heads is not None:
+            watching_head.enter_context(heads.watching())
+        why = _agreed("") if is_open and not rows.batches else ""
         for number, batch in enumerate(rows.batches):
             with positions.running(number):
                 logits = reader.read(partial(run, model, batch.data), f"batch {number} of the finish")
+                x = None if heads is None else heads.take(logits)
+                if is_open and number == 0:
+                    why = _agreed(_why_not(heads, x, logits, len(rows.batches)))
+                if why and heads is not None:
+                    watching_head.close()
+                    heads = None
                 found = positions.rows(number, reader.name, logits)
                 passage = None
                 if chain is not None:
@@ -129,7 +134,7 @@ def ask_teacher(
             places = None if found.mask is None else found.mask.nonzero()[:, 0].cpu()
             exact = None
             if heads is not None:
-                top: TopLogits | HeadInputs = heads.of(_counted(heads.take(logits), found.mask, number))
+                top: TopLogits | HeadInputs = heads.of(_counted(x, found.mask, number))
             elif number < len(rows.train):
                 top = TopLogits.of(found.counted, k)
             else:
@@ -140,28 +145,18 @@ def ask_teacher(
     if chain is not None:
         with torch.no_grad():
             chain.check_alone(model)
-    return lessons, list(told)
+    apart = f"finish: of the float model's predictions the {k} likeliest tokens are told apart: {why}"
+    return lessons, [*([apart] if why else []), *told]
 
 
-def _head(
-    reader: LogitReader, trained: nn.Module | None, rows: Rows, run: Callable[[Any], Any]
-) -> tuple[Head | None, str]:
-    """The float model's head if what it reads tells all that the model predicts, on every rank; else why not.
-    Collective."""
-    own = None
-    if rows.batches and reader.head is not None and trained is not None:
-        head = Head(reader.head, trained)
-        with torch.no_grad(), reader.watching(), head.watching():
-            logits = reader.read(lambda: run(rows.batches[0].data), "batch 0 of the finish")
-            x = head.take(logits)
-            own = _why_not(head, x, logits, len(rows.batches))
-    whys = [one for one in distributed.gather_objects(own) if one]
-    if reader.head is None or trained is None:
-        return None, "the model has no float head"
-    return (None, whys[0]) if whys else (Head(reader.head, trained), "")
+def _agreed(why: str) -> str:
+    """Why what the head reads does not tell all that the model predicts, on any rank; empty if it does. Collective."""
+    return next(filter(None, distributed.gather_objects(why)), "")
 
 
-def _why_not(head: Head, x: Tensor | None, logits: Tensor, batches: int) -> str:
+def _why_not(head: Head | None, x: Tensor | None, logits: Tensor, batches: int) -> str:
+    if head is None:
+        return "the model has no float head"
     if x is None or not head.gives(x, logits):
         return "the logits are not what the model's head gives by itself"
     wanted, available = x.nbytes * batches, available_bytes()

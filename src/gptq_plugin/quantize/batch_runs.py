@@ -17,7 +17,7 @@ from gptq_plugin.calibration.loss import reads_every_logit
 from gptq_plugin.calibration.observing import Noticed, Watched, observe_positions
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.calibration.verdicts import DISTURBED, Findings
-from gptq_plugin.device.memory import Peak, free_bytes, give_back, trimmed, with_index
+from gptq_plugin.device.memory import Peak, free_bytes, give_back, is_shortage, trimmed, with_index
 from gptq_plugin.errors import TargetError, some
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.memory import placement
@@ -72,6 +72,7 @@ class BatchRuns:
         activations: Those of waiting batches.
         walks: Whether the float model walks too, and the numbers of the forwards then.
         replaceable: Which layers can be replaced, as the forward that finds the groups shows.
+        ran_short: Batches, or parts of one, whose forwards lacked memory.
         state: Inside the context, what forwards keep on the model; complete once the groups are found.
 
     Raises:
@@ -90,14 +91,12 @@ class BatchRuns:
         self.run_batch = options.runner(every_logit=reads_every_logit(plan.config))
         self._run_explained = options.runner(every_logit=reads_every_logit(plan.config), explains=True)
         self.activations = Activations(self.device, None, make_room=self.make_room)
-        self._ran_short = False
+        self._kept_least, self.ran_short = False, list[Batch]()
         self._run = (0, 0)  # the running batch, and the number of runs so far
         self._entered: dict[tuple[str, int], int] = {}  # the first run of a batch that came to a block of experts
-        self._plan = plan
-        self.calibration = calibration
+        self._plan, self.calibration = plan, calibration
         self._joins = at_once and options.joins(self.device, plan.config)
-        self._positions = positions
-        self._options = options
+        self._positions, self._options = positions, options
         self._targets = {target.name: target for target in plan.targets}
         self.replaceable = Replaceable(plan)
         self.at_once = grouped_experts(plan, self.device, options) if at_once else {}
@@ -124,8 +123,9 @@ class BatchRuns:
             counts = not serves_float()
             self._run = (batch, self._run[1] + 1) if counts else self._run
             marked = self._positions.running(batch) if counts and part is None else contextlib.nullcontext()
-            with marked, self.activations.running(batch if number is None else number):
-                return self._run_explained(self._plan.model, (part or self.calibration.batches[batch]).data)
+            own, turn = part or self.calibration.batches[batch], batch if number is None else number
+            with marked, self.activations.running(turn), _noting_shortage(self.ran_short, own):
+                return self._run_explained(self._plan.model, own.data)
 
         return run
 
@@ -166,8 +166,7 @@ class BatchRuns:
             TargetError: None of the layers can be quantized.
         """
         free, measured = free_bytes(self.device, self._options.device_memory), Peak(self.device)
-        groups, times, place = None, 1.0, (1, 0)
-        sizes = sizes_of(self.calibration.batches)
+        groups, times, place, sizes = None, 1.0, (1, 0), sizes_of(self.calibration.batches)
         if sizes:
             largest = sizes.index(max(sizes))
             groups, times = found_in(self.calibration.batches[largest], partial(self._groups, layers, largest))
@@ -224,7 +223,7 @@ class BatchRuns:
         freed = [self.activations.keep_least(), self.weights.keep_least()]
         if any(freed):
             log.warning("no room on %s: from here on as little as possible is kept there", self.device)
-            self._ran_short = True
+            self._kept_least = True
         give_back(self.device)
         return any(freed)
 
@@ -259,7 +258,7 @@ class BatchRuns:
 
     def over_budget(self) -> list[str]:
         """Sentences if any rank's device had no room, or more was there than `device_memory` allows. Collective."""
-        short = dict.fromkeys(distributed.gather_objects(_SHORT.format(self.device) if self._ran_short else None))
+        short = dict.fromkeys(distributed.gather_objects(_SHORT.format(self.device) if self._kept_least else None))
         return [*filter(None, short), *placement.beyond(self.device, self._options.device_memory)]
 
     def _make_weights(self) -> Weights:
@@ -294,7 +293,8 @@ class BatchRuns:
             return placement.place(self.device, free, needs, least, *offload)
 
         if sizes and self._joins:
-            self.calibration, needs = put_together(self.calibration, sizes, most_tokens(self._plan), free, needs, place)
+            given = self.calibration, sizes, most_tokens(self._plan), free, needs, place, options.most_samples
+            self.calibration, needs = put_together(*given)
             self._positions.join(self.calibration.batches)
             self._entered_contexts.push(told_of(self.calibration))
         placed = place(needs)
@@ -303,6 +303,15 @@ class BatchRuns:
         self.activations = Activations(
             self.device, placed.activations, prefetch=placed.prefetch, make_room=self.make_room
         )
+
+
+@contextlib.contextmanager
+def _noting_shortage(short: list[Batch], batch: Batch) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        short += [batch] if is_shortage(error) else []
+        raise
 
 
 def _model_bytes(plan: Plan, device: torch.device, options: PassOptions) -> int | None:

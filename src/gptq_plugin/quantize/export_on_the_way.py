@@ -5,6 +5,8 @@ Tested by tests/quantize/test_module.py: a whole quantization with `export_dir`.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from gptq_plugin.export.planned_room import refuse_without_room
 from gptq_plugin.export.verify_outputs import Sample
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.options import fields
+from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.report.report import QuantizeReport
 
 
@@ -33,10 +36,41 @@ def check(export_dir: str | Path | None, overwrite: bool) -> None:
     check_export_dir(export_dir, overwrite)
 
 
-def begun(plan: Plan, directory: str | Path, overwrite: bool, client: Client | None) -> Export:
-    """Returns the export that takes finished layers, if there is room for it."""
-    refuse_without_room(plan, directory)
-    return Export(plan.structure, directory, plan.config, overwrite=overwrite, target=client)
+class Begun:
+    """Begins the export that takes the finished layers of a pass; a pass that begins again has another.
+
+    Args:
+        plan: The layers.
+        directory: The folder; None is no export.
+        overwrite, client: As for `Export`, its `target`.
+        options: Of the pass.
+
+    Attributes:
+        export: The last one; None without any.
+    """
+
+    def __init__(
+        self, plan: Plan, directory: str | Path | None, overwrite: bool, client: Client | None, options: PassOptions
+    ) -> None:
+        self.export: Export | None = None
+        self._plan, self._directory, self._overwrite, self._client = plan, directory, overwrite, client
+        self._options = options
+
+    def __call__(self, around: contextlib.ExitStack) -> PassOptions:
+        """Returns the options of a pass whose export is removed at the end of a context, unless it is placed before.
+
+        Raises:
+            ExportError: There is no room for it, or its folder cannot be used.
+        """
+        if self._directory is None:
+            return self._options
+        refuse_without_room(self._plan, self._directory)
+        export = Export(
+            self._plan.structure, self._directory, self._plan.config, overwrite=self._overwrite, target=self._client
+        )
+        self.export = around.enter_context(export)
+        export.check(one.name for one in self._plan.targets)
+        return dataclasses.replace(self._options, layers_in=export)
 
 
 def finish(export: Export, model: nn.Module, report: QuantizeReport, tokenizer: Any, sample: Sample | None) -> None:

@@ -81,6 +81,7 @@ def put_together(
     free: int | None,
     needs: Needs,
     placed: Callable[[Needs], Placement],
+    most_samples: int | None = None,
 ) -> tuple[Calibration, Needs]:
     """Batches put together as far as there is room for their forward, and what is needed then.
 
@@ -91,13 +92,16 @@ def put_together(
         free: Bytes free on the device; None if that is not known.
         needs: Of the batches as they are.
         placed: See `placement.room_for`.
+        most_samples: As for `joined`.
     """
     largest = max([1, *sizes])
     times = min(most, sum(sizes)) / largest
+    if most_samples is not None:
+        times = min(times, most_samples / max(1, calibration.most_samples))
     if not all(map(_is_of_tokens, calibration.batches)):  # no tensor has more elements than 32 bits number even then
         times = min(times, 2 * _NUMBERED / max(1, needs.forward))
     times = placement.room_for(free, needs, times, placed)
-    return joined(calibration, sizes, int(times * largest)), needs.joined(times)
+    return joined(calibration, sizes, int(times * largest), most_samples), needs.joined(times)
 
 
 def sizes_of(batches: Sequence[Batch]) -> list[int]:

@@ -7,7 +7,6 @@ plan → refuse what cannot work → collect batches → one pass: find groups, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,10 +29,10 @@ from gptq_plugin.quantize.allocate import Allocated, allocate, with_chosen_grids
 from gptq_plugin.quantize.finishing import Finishing
 from gptq_plugin.quantize.in_place import copy_training_flags, rounded, swapped
 from gptq_plugin.quantize.model_of_report import ModelOfReport
-from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import ModelForward, PassOptions, Progress
 from gptq_plugin.quantize.outcome import rounded_report
 from gptq_plugin.quantize.prepare import budgeted, check_client, prepared, refuse_without_values, undisturbed
+from gptq_plugin.quantize.ran_short import run_pass
 from gptq_plugin.quantize.rehearsal import rehearse, rest_of
 from gptq_plugin.quantize.resuming import Resuming
 from gptq_plugin.quantize.run_log import RunLog
@@ -230,15 +229,12 @@ class QuantizeModule(Finishing, Uploads, Resuming):
             inside.enter_context(evaluating(model))
             allocated = around.enter_context(self._under_way(allocate(plan, calibration, chosen, client)))
             plan = allocated.plan
-            export = None
-            if export_dir is not None:
-                export = export_on_the_way.begun(plan, export_dir, overwrite, client)
-                chosen = dataclasses.replace(chosen, layers_in=around.enter_context(export))
-                export.check(one.name for one in plan.targets)
-            one_pass, coverage = OnePass(plan, calibration, chosen), self.run_log.coverage(plan)
-            layers, report = one_pass.run()
+            begun = export_on_the_way.Begun(plan, export_dir, overwrite, client, chosen)
+            coverage = self.run_log.coverage(plan)
+            ran = run_pass(plan, calibration, begun, around)
+            layers, report, export = ran.layers, ran.report, begun.export
             report.note(coverage, allocated.record)
-            self._sample = one_pass.runs.sample()
+            self._sample = ran.one_pass.runs.sample()
             with swapped(plan, layers) as keep_them:
                 plan.fuse()  # the experts that stay float
                 report.seconds["total"] = time.perf_counter() - started

@@ -40,6 +40,7 @@ class PassOptions:
             a model on the CPU for all ranks of a node; None keeps them in memory.
         offload_weights, offload_activations, exact_sums, cache_dir, cache_gb, resume: See `QuantizeModule`.
         export_dir: Where the result will be exported; with `resume`, solved layers wait beside it.
+        most_samples: In a forward, of those that were given one by one; None is no limit.
     """
 
     forward: ModelForward | None = None
@@ -57,6 +58,7 @@ class PassOptions:
     cache_gb: float = 50.0
     resume: bool = False
     export_dir: str | Path | None = None
+    most_samples: int | None = None
 
     def __post_init__(self) -> None:
         fields.optional(fields.FUNCTION, "calls the model").check("forward", self.forward)

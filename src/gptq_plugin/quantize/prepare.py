@@ -27,6 +27,7 @@ from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.experts import learn_layouts, undeclared
 from gptq_plugin.model.plan import MODEL, Plan, planned
 from gptq_plugin.quantize.data_checks import check_finite
+from gptq_plugin.quantize.missed_samples import all_seen
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.same_on_ranks import check_same
 
@@ -60,7 +61,7 @@ def prepared(
         TargetError: See `targets.find_targets`; or inference mode is on, or a weight holds NaN or infinity.
         ExportError: `client` would not take the export.
         RankError: Ranks differ in what they are about to quantize.
-        CalibrationError: See `calibration.collect.collect`.
+        CalibrationError: See `calibration.collect.collect` and `missed_samples.all_seen`.
     """
     if torch.is_inference_mode_enabled():
         raise TargetError(
@@ -78,7 +79,9 @@ def prepared(
         _learn_layouts(model, calibration, config, options)
     with planned(model, config) as plan:
         _refuse(plan, client)
-        yield plan, _collect(model, batches, config, options, alone) if calibration is None else calibration
+        if calibration is None:
+            calibration = _collect(model, batches, config, options, alone)
+        yield plan, all_seen(plan, calibration, options, alone=alone)
 
 
 def refuse_without_values(model: nn.Module | None = None) -> None:
@@ -99,7 +102,7 @@ def refuse_without_values(model: nn.Module | None = None) -> None:
 
 def collected(plan: Plan, batches: Iterable[Any], options: PassOptions) -> Calibration:
     """The batches for a plan. Every rank calls it."""
-    return _collect(plan.model, batches, plan.config, options, alone=False)
+    return all_seen(plan, _collect(plan.model, batches, plan.config, options, alone=False), options)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -30,9 +31,9 @@ from gptq_plugin.options.methods import METHOD_FIELDS
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.divergence import Divergence
 from gptq_plugin.quantize.kept_divergences import kept_divergences
-from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.prepare import prepared, undisturbed
+from gptq_plugin.quantize.ran_short import run_pass
 
 log = logging.getLogger(__name__)
 
@@ -190,9 +191,9 @@ def _trial(
     of_method: dict[str, Any] = {**dict.fromkeys(METHOD_FIELDS), "method": "gptq"}
     config = dataclasses.replace(plan.config, target_bits=None, bits=width, **of_method)
     options = dataclasses.replace(options, layers_in=None, progress=None)
-    one_pass = OnePass(plan.with_config(config), calibration, options)
-    layers, _ = one_pass.run()
-    return layers, one_pass.key
+    with contextlib.ExitStack() as around:
+        ran = run_pass(plan.with_config(config), calibration, lambda _: options, around)
+    return ran.layers, ran.one_pass.key
 
 
 def _alone(
