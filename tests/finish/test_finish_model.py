@@ -12,7 +12,7 @@ from torch import nn
 
 from gptq_plugin import Finish, QuantizeModule, QuantLinear, load_quantized
 from gptq_plugin.errors import CalibrationError, TargetError
-from gptq_plugin.finish import teacher, train
+from gptq_plugin.finish import finish_model, teacher, train
 
 from finish_cases import FAST, KINDS, divergence, quantized, rows, same, state_of
 from models import tiny_gpt2, tiny_llama
@@ -112,6 +112,24 @@ def test_samples_without_a_position_that_counts_are_refused(kind, first, last, w
     with pytest.raises(CalibrationError, match=f"samples {what} counts .all their labels are -100."):
         quantizer.finish(model, twin, labelled, Finish(**FAST, kind=kind))
     assert same(state_of(model), before)
+
+
+def test_the_float_model_runs_once_on_each_batch_before_it_is_learned_from(monkeypatch):
+    model, twin, quantizer = quantized()
+    calls, ask = [], finish_model.ask_teacher
+
+    def asked(teacher, rows, *args):
+        counted = teacher.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+        try:
+            return ask(teacher, rows, *args)
+        finally:
+            counted.remove()
+            calls.append(len(rows.batches))
+
+    monkeypatch.setattr(finish_model, "ask_teacher", asked)
+    quantizer.finish(model, twin, rows(), Finish(**FAST))
+    *forwards, batches = calls
+    assert len(forwards) == batches > 1
 
 
 def test_activations_that_are_computed_twice_give_the_same_result():

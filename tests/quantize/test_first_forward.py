@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from plans import calibration_of, plan_of
@@ -133,7 +135,9 @@ def quantized(count, length, width=64, device_memory=None, **options):
         hidden_size=width, intermediate_size=2 * width, num_attention_heads=4, num_hidden_layers=2,
         max_position_embeddings=length,
     ).cuda().bfloat16()  # fmt: skip
+    gc.collect()  # what other tests left would be in every peak
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     report = QuantizeModule(group_size=32, **options).quantize(model, rows(count, length), device_memory=device_memory)
     codes = [one.qweight.cpu() for one in model.modules() if isinstance(one, QuantLinear)]
@@ -156,7 +160,9 @@ def test_batches_become_no_larger_than_what_is_allowed_on_the_device():
     """As after a training, within whose peak a quantization keeps."""
     *_, least = quantized(64, 512, 1024, batch_size=8)
     whole, _, most = quantized(64, 512, 1024)
-    assert whole.batch_size == 64 and most > 1.2 * least
+    left = torch.cuda.memory_allocated()
+    print(f"{whole.batch_size} samples took {most / 2**20:.0f} MiB, 8 {least / 2**20:.0f}; {left / 2**20:.0f} are left")
+    assert whole.batch_size == 64 and most - left > 1.2 * (least - left)
     for allowed in (least, (least + most) // 2, int(0.9 * most)):
         report, _, peak = quantized(64, 512, 1024, device_memory=allowed)
         print(f"{allowed / 2**20:.0f} MiB allowed, {peak / 2**20:.0f} taken, {report.batch_size} samples in a forward")
