@@ -144,3 +144,10 @@ def test_arrays_that_hold_no_numbers_are_refused(array):
     for data in ([array], [{"x": array}], [(array, 1)]):
         with pytest.raises(CalibrationError, match="array .* of object, which are no numbers"):
             Items(None, 16, Takes()).read(data[0])
+
+
+def test_one_tensor_of_batches_stays_one_so_that_they_are_known_as_ours():
+    rows = torch.zeros(6, 3, 4)
+    assert rereadable(rows, 6, 2) is rows
+    assert all(batch.is_chosen for batch in collect(rows, QuantizeConfig(batch_size=2), alone=True).batches)
+    assert not any(batch.is_chosen for batch in collect(list(rows.split(2)), QuantizeConfig(), alone=True).batches)

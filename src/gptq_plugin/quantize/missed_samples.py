@@ -23,7 +23,6 @@ from gptq_plugin.calibration.forward import CallsModels, evaluating
 from gptq_plugin.calibration.joined import divided
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.calibration.takes import receiver
-from gptq_plugin.device.surroundings import same_random_numbers
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.model.experts import experts_of
 from gptq_plugin.model.hf_models import is_transformers
@@ -95,7 +94,7 @@ def _missed_of(plan: Plan, runs: BatchRuns, number: int, batch: Batch) -> str | 
 
     def run(row: int, count: int, visit: Callable[[str, Tensor], None]) -> None:
         part = Batch(copies_of(batch.data, row, count), count)
-        with watch_inputs(layers, visit), same_random_numbers():
+        with watch_inputs(layers, visit):
             runs.run_alone(runs.forward(number, part=part), number)
 
     def rows(count: int) -> Counter[str]:
