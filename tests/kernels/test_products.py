@@ -113,7 +113,9 @@ def test_the_triton_kernels_of_the_layout_are_the_formula(bits, size, symmetric,
         x = torch.randn(rows, size[0], dtype=dtype, device=device)
         bias = torch.randn(size[1], device=device) if split > 1 else None
         out = torch.full((rows, size[1]), NAN, dtype=dtype, device=device)
-        joined = (1, 2) if bits == 3 and weight.layout.group > 32 and dtype != torch.float32 else (1,)
+        joined = (
+            (1, 2) if bits < 8 and weight.layout.group >= 2 * weight.layout.lanes and dtype != torch.float32 else (1,)
+        )
         for half, planes in itertools.product((0, 1) if weight.layout.halves else (0,), joined):
             options = {"BM": block, "SPLIT": split, "HALF": half, "JOINED": planes, "warps": 2 * planes}
             few_rows(x, weight.layout, weight.arranged, bias, out.fill_(NAN), workspace_of(x.device), **options)

@@ -76,7 +76,11 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
         assert right(text, three) and right(text, two) and not right(text)
         assert not right(text, Layout.of(2, 32, 4096, 4096, True))  # whose steps have 256 channels
     joined = "few_rows BM=64 warps=4 HALF=1 JOINED=2"
-    assert right(joined, three) and not right(joined, two) and not right(joined, three, on=A100)
+    assert right(joined, three) and right(joined, two) and not right(joined, three, on=A100)
+    assert right("few_rows warps=4 JOINED=2") and not right(
+        "few_rows warps=4 JOINED=2", Layout.of(4, 64, 4096, 4096, True)
+    )
+    assert not right("few_rows BM=8 warps=4 JOINED=2", Layout.of(8, 128, 4096, 4096, True))
     assert not right("few_rows BM=8 JOINED=2", three) and not right("few_rows BM=8 warps=4 JOINED=3", three)
     assert not right("few_rows BM=8 warps=4 JOINED=2", Layout.of(3, 32, 4096, 4096, True))
     four = "many_rows GROUPS=4 BM=64 STAGES=3 JOINED=4 AHEAD=3"

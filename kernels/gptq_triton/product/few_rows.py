@@ -102,8 +102,8 @@ def few_rows(
             begun, with the words of EARLY - 2 steps fetched into the L2 cache before. See `in_turn`.
         HALF: 1 to multiply half of a step at a time, where `layout.halves`: words are read twice, from the L2 cache
             the second time, and a stage has half as many channels of x.
-        JOINED: 2 to multiply two planes of 3 bits at a time, for four or more warps on Hopper: the compiler waits for
-            every product of weights that lie in registers, and planes of 3 bits have 32 channels.
+        JOINED: 2 to multiply two planes of less than 8 bits at a time, for four or more warps on Hopper: the compiler
+            waits for every product of weights that lie in registers.
     """
     rows = len(x)
     tiles = layout.outputs // BN * triton.cdiv(rows, BM)

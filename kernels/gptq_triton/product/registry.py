@@ -89,7 +89,7 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
 
 def _joins(layout: Layout, gpu: Gpu, BN: int, warps: int) -> bool:
     """True if two planes can be multiplied at a time, without a number that moves to another thread."""
-    return gpu.hopper and layout.bits == 3 and layout.group >= 2 * layout.lanes and BN >= 64 and warps >= 4
+    return gpu.hopper and layout.bits < 8 and layout.group >= 2 * layout.lanes and BN >= 64 and warps >= 4
 
 
 def _early_fits(gpu: Gpu, options: Mapping[str, int]) -> bool:
