@@ -429,6 +429,23 @@ def test_a_failed_quantization_leaves_the_fine_tuned_model_and_tells_where(app, 
     assert not (tmp_path / "run" / "gptq").exists()
 
 
+def test_finetune_trains_with_the_models_dropout(app, base, monkeypatch):
+    """`from_pretrained` gives a model in evaluation mode, and Lightning leaves it there."""
+    modes = []
+
+    def step(model, batch, index):
+        modes.append({module.training for module in model.modules()})
+        return model._loss(batch)
+
+    monkeypatch.setattr(LanguageModel, "training_step", step)
+    app(
+        "finetune", "model=hf", f"model.name_or_path={base[0]}", "data.seq_len=32", "data.train_rows=32",
+        "trainer.max_steps=2", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "save_float=false",
+        "quantizer.group_size=16", "quantizer.nsamples=4", "evaluate=false",
+    )  # fmt: skip
+    assert modes == [{True}, {True}]
+
+
 @pytest.mark.parametrize(("name", "kind"), [("quantize", "scales"), ("finetune", "scales"), ("quantize", "full")])
 def test_a_finish_trains_on_the_commands_rows_and_its_export_replaces_that_of_gptq(name, kind, app, base, tmp_path):
     (tmp_path / "own.txt").write_text("The statement is executed when the name is not bound. " * 400)

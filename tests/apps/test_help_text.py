@@ -61,6 +61,14 @@ def test_the_choices_of_each_group_have_their_headings_and_a_mark():
     assert "* quantizer=w3g128       GPTQ, 3 bits, groups of 128" in text and "    data=text " in text
     assert "# GPTQ, 3 bits, groups of 128; all else as in w4g128.\nquantizer:" in text
     assert "run=" not in text.partition(OPTIONS)[0]
+    assert "    finish=full            After GPTQ, every block is trained to give its float outputs, then" in text
+
+
+def test_what_a_command_does_not_read_is_none_of_its_choices():
+    offered = help_text("quantize").partition(OPTIONS)[0]
+    assert "model=hf " in offered
+    assert not any(one in offered for one in ("callbacks=", "trainer=", "model=small_llama"))
+    assert all(one in help_text("finetune") for one in ("callbacks=gptq", "trainer=default", "model=small_llama"))
 
 
 def test_comments_are_those_above_a_key_and_behind_its_value():

@@ -43,6 +43,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         fine_tuned(network, ckpt=tmp_path / "nowhere.ckpt")
     with pytest.raises(CheckpointError, match=r"folder without \.metadata"):
         fine_tuned(network, ckpt=tmp_path / "folder")
+    with pytest.raises(CheckpointError, match=r"Give one of the checkpoints in it: broken\.ckpt, "):
+        fine_tuned(network, ckpt=tmp_path)
     with pytest.raises(CheckpointError, match="does not hold the weights of Linear"):
         fine_tuned(network, ckpt=tmp_path / "sharded")
 

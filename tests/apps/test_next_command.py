@@ -74,7 +74,7 @@ def test_a_folder_with_characters_that_mean_something_to_hydra_is_quoted(suggest
 
 def test_after_quantize_it_is_the_same_run_at_every_width_into_its_own_folders(suggested, scripts):
     same = ["model.name_or_path=a b", "data.seq_len=64", "seed=3"]
-    found = suggested("quantize", *same, "quantizer.bits=3", "export_dir=out", "target=vllm")
+    found = suggested("quantize", *same, "quantizer.bits=3", "export_dir=out", "target=vllm", "quantizer.resume=true")
     assert found == [str(scripts / "gptq-quantize"), "-m", *same, SWEEP]
 
 
@@ -84,6 +84,10 @@ def test_after_finetune_it_takes_the_saved_float_model_and_the_same_data(suggest
                       "model.vocab_size=384", "quantizer.bits=2")  # fmt: skip
     assert found == [str(scripts / "gptq-quantize"), "-m", f"model.name_or_path={tmp_path / 'float'}", "data=text",
                      "data.path=x.txt", "quantizer.group_size=64", SWEEP]  # fmt: skip
+
+
+def test_there_is_none_where_a_budget_chose_the_widths(suggested):
+    assert suggested("quantize", "quantizer=mixed3_best") == [] == suggested("quantize", "quantizer.target_bits=3")
 
 
 def test_there_is_none_without_a_saved_float_model_or_within_a_sweep(suggested, tmp_path):

@@ -44,6 +44,7 @@ def finetune(cfg: DictConfig) -> Objective:
         gptq.tokenizer = gptq.tokenizer or model.tokenizer
         gptq.weights = folder_or_id(gptq.weights)
     with clock("train"):
+        model.train()  # `from_pretrained` gives evaluation mode, in which there is no dropout
         try:
             trainer.fit(model, data)
         except Exception:

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from gptq_plugin.apps.option_names import CONF
+from gptq_plugin.apps.other_choices import UNUSED
 
 _ABOUT = {
     "finetune": """\
@@ -72,7 +73,12 @@ def help_text(config_name: str, overrides: Sequence[str] = ()) -> str:
         loader = GlobalHydra.instance().config_loader()
         tree: Any = OmegaConf.to_container(compose(config_name, list(overrides)), resolve=False)
         parts = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN).defaults
-        groups = {group: loader.get_group_options(group) for group in loader.list_groups("")}
+        own = {str(part.config_path).partition("/")[0] for part in parts}
+        groups = {
+            group: [one for one in loader.get_group_options(group) if (config_name, f"{group}={one}") not in UNUSED]
+            for group in loader.list_groups("")
+            if group in own
+        }
     comments: dict[tuple[str, ...], Comments] = {}
     chosen = set()
     for part in parts:
@@ -150,7 +156,7 @@ def _choices(groups: Mapping[str, Sequence[str]], chosen: set[str]) -> Iterator[
             continue
         for option in options:
             mark = "*" if f"{group}/{option}" in chosen else " "
-            heading = re.match(r"# (?!@)(.*?(?:\.(?=\s)|$))", _conf_text(f"{group}/{option}") or "", re.M)
+            heading = re.match(r"# (?!@)(.*?)(?:[.:](?=\s)|[.:]?$)", _conf_text(f"{group}/{option}") or "", re.M)
             rows.append((f"{mark} {group}={option}", heading[1] if heading else ""))
     width = max(len(name) for name, _ in rows)
     return (f"  {name:{width}}  {what}".rstrip() for name, what in rows)

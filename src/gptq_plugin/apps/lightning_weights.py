@@ -78,7 +78,9 @@ def load_lightning_weights(network: nn.Module, weights: LightningWeights) -> Non
 
 def _open_folder(path: Path) -> LightningWeights:
     if not (path / INDEX).is_file():
-        raise CheckpointError(f"{path} is a folder without {INDEX}: it is not a sharded checkpoint")
+        files = sorted(one.name for one in path.glob("*.ckpt"))
+        hint = f". Give one of the checkpoints in it: {some(files)}" if files else ""
+        raise CheckpointError(f"{path} is a folder without {INDEX}: it is not a sharded checkpoint{hint}")
     try:
         stored = sharded_tensors(path)
         shapes = {key: torch.Size(entry.size) for key, entry in stored.items()}

@@ -17,12 +17,15 @@ PROGRAM = "gptq-quantize"
 
 
 def next_command(run_dir: Path) -> str:
-    """Returns a line for the shell, from the directory of this process; empty in a sweep, or after gptq-finetune if it
-    saved no float model."""
+    """Returns a line for the shell, from the directory of this process; empty in a sweep, where `target_bits` chose the
+    widths, or after gptq-finetune if it saved no float model."""
     hydra_config = HydraConfig.get()
     if in_sweep():
         return ""
-    replaced = ("quantizer.bits=", "export_dir=", "target")  # no target takes every width
+    if any(o.startswith(("quantizer.target_bits=", "quantizer=mixed")) for o in hydra_config.overrides.task):
+        return ""
+    # No target takes every width; the folders of a sweep are new, so that nothing can be resumed.
+    replaced = ("quantizer.bits=", "export_dir=", "target", "quantizer.resume=")
     overrides = [o for o in hydra_config.overrides.task if not o.startswith(replaced)]
     float_dir = run_dir / "float"
     if hydra_config.job.config_name == "finetune":

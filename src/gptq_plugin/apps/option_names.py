@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from gptq_plugin.apps.composition import first_of, parsed
 from gptq_plugin.apps.nearest_option import TARGET, known_part, nearest
-from gptq_plugin.apps.other_choices import Options
+from gptq_plugin.apps.other_choices import UNUSED, Options
 
 CONF = "gptq_plugin.conf"
 
@@ -67,6 +67,7 @@ def unknown_names(config_name: str, overrides: Sequence[str]) -> list[str]:
         groups = {one.key_or_group for one in given if repository.group_exists(one.key_or_group)}
         choices = [one for one in given if one.key_or_group in groups]
         wrong = [sentence for one in choices for sentence in _wrong_choices(one)]
+        wrong = wrong or [sentence for one in choices for sentence in _unread_choices(one, config_name)]
         if wrong:
             return wrong
         keys = [one for one in given if one.key_or_group not in groups]
@@ -94,8 +95,7 @@ def _composed(config_name: str, overrides: Sequence[Override]) -> dict[str, Any]
 
 
 def _wrong_choices(override: Override) -> Iterator[str]:
-    group = override.key_or_group
-    values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+    group, values = override.key_or_group, _chosen(override)
     known = GlobalHydra.instance().config_loader().get_group_options(group)
     for value in values:
         is_none = isinstance(value, (int, float)) or (isinstance(value, str) and value not in known)
@@ -103,6 +103,23 @@ def _wrong_choices(override: Override) -> Iterator[str]:
             near = get_close_matches(str(value), known, n=1)
             hint = f"did you mean {group}={near[0]}? " if near else ""
             yield f"there is no {group}={value}: {hint}{group} is one of {', '.join(known)}"
+
+
+def _unread_choices(override: Override, config_name: str) -> Iterator[str]:
+    """Sentences for choices of a group that the command does not have, and for those it has no use for."""
+    group = override.key_or_group
+    own = compose(config_name, return_hydra_config=True).hydra.runtime.choices
+    if group not in own and not group.startswith("hydra/"):
+        names = ", ".join(sorted(one for one in own if "/" not in one and one != "run"))
+        yield f"gptq-{config_name} does not read {group}: its groups are {names}"
+    for value in _chosen(override):
+        why = UNUSED.get((config_name, f"{group}={value}"))
+        if why:
+            yield f"gptq-{config_name} takes no {group}={value}: {why}"
+
+
+def _chosen(override: Override) -> list[Any]:
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
 
 
 def _wrong_key(override: Override, options: Options) -> str | None:

@@ -14,6 +14,12 @@ from omegaconf import OmegaConf
 
 from gptq_plugin.apps.nearest_option import TARGET, known_part, nearest
 
+# Choices of its groups that a command has no use for, by its configuration's name, and what to do instead.
+UNUSED = {
+    ("quantize", "model=small_llama"): "its weights are random, and gptq-finetune trains them. Give "
+    "model.name_or_path=PATH_OR_HUB_ID, such as the folder float/ of such a run"
+}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -70,7 +76,7 @@ class Options:
             if group.startswith("hydra/") or group not in self.tree:
                 continue
             for option in loader.get_group_options(group):
-                if option != self.chosen(group):
+                if option != self.chosen(group) and (self.config_name, f"{group}={option}") not in UNUSED:
                     filled = compose(self.config_name, [f"{group}={option}"])[group]
                     parts.append((f"{group}={option}", {group: OmegaConf.to_container(filled, resolve=False)}))
         return parts

@@ -36,9 +36,9 @@ def other_buffers(model: nn.Module, again: nn.Module, share: float) -> list[str]
     remedy = ""
     if rounded:
         remedy = (
-            ". Casting a whole module casts them too: load the model in its dtype instead, "
-            "from_pretrained(..., dtype=torch.bfloat16), or cast its parameters alone, and the model computes in "
-            "training what clients compute"
+            ". Casting a whole module, as Lightning's precision='bf16-true' does, casts them too: load the model in "
+            "its dtype instead, from_pretrained(..., dtype=torch.bfloat16) at precision='32-true', or cast its "
+            "parameters alone, and the model computes in training what clients compute"
         )
     return [
         f"non-persistent buffers differ from what a reload makes: {some([*rounded, *others])}. Clients compute with "

@@ -94,8 +94,8 @@ class Repository:
             earlier = self._earlier(hub, info.sha) if QUANTIZE_CONFIG in names else set()
         except Exception as error:
             raise ExportError(
-                f"cannot write to {self} on the hub: {brief(error)}. Log in with `hf auth login`, as a user who may "
-                "write there, or leave push_to_hub out"
+                f"cannot write to {self} on the hub: {brief(error).rstrip('.')}. Log in with `hf auth login`, as a "
+                "user who may write there. Without a network, export alone, and run `gptq-plugin push` later"
             ) from error
         if self.private and not info.private:
             raise ExportError(
