@@ -46,6 +46,12 @@ def test_few_rows_try_other_tiles_splits_stages_and_warps_of_the_same_kernel():
         assert len({dict(choice.options).get(option) for choice in found if choice.kernel == "few_rows"}) > 1, option
 
 
+def test_two_planes_at_a_time_are_tried_for_more_than_eight_rows():
+    joined = {rows: [choice for choice in of(rows) if "JOINED=2" in str(choice)] for rows in (8, 16, 32)}
+    assert not joined[8] and len(joined[16]) == len(joined[32]) == 1
+    assert not any("JOINED" in str(choice) for choice in of(16, bits=8) + of(16, gpu=A100) + of(16, group=64))
+
+
 @pytest.mark.parametrize("rows", [64, 128, 256])
 def test_between_few_and_many_rows_every_kernel_is_tried(rows):
     assert {choice.kernel for choice in of(rows)} == {"few_rows", "many_rows", "dense"}

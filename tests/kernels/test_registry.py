@@ -81,6 +81,7 @@ def test_what_fits_depends_on_layout_rows_dtype_and_gpu():
         "few_rows warps=4 JOINED=2", Layout.of(4, 64, 4096, 4096, True)
     )
     assert not right("few_rows BM=8 warps=4 JOINED=2", Layout.of(8, 128, 4096, 4096, True))
+    assert not right("few_rows BM=8 warps=4 JOINED=2", dtype=torch.float32)
     assert not right("few_rows BM=8 JOINED=2", three) and not right("few_rows BM=8 warps=4 JOINED=3", three)
     assert not right("few_rows BM=8 warps=4 JOINED=2", Layout.of(3, 32, 4096, 4096, True))
     four = "many_rows GROUPS=4 BM=64 STAGES=3 JOINED=4 AHEAD=3"

@@ -82,14 +82,15 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
         and 1 <= STAGES <= 8
         and warps in (1, 2, 4, 8)
         and options["HALF"] in (0, layout.halves)
-        and (options["JOINED"] == 1 or (options["JOINED"] == 2 and _joins(layout, gpu, BN, warps)))
+        and (options["JOINED"] == 1 or (options["JOINED"] == 2 and _joins(layout, dtype, gpu, BN, warps)))
         and _shared_of_few(layout, dtype, BN, BM, STAGES, options["HALF"], gpu.hopper) <= gpu.shared
     )
 
 
-def _joins(layout: Layout, gpu: Gpu, BN: int, warps: int) -> bool:
+def _joins(layout: Layout, dtype: torch.dtype, gpu: Gpu, BN: int, warps: int) -> bool:
     """True if two planes can be multiplied at a time, without a number that moves to another thread."""
-    return gpu.hopper and layout.bits < 8 and layout.group >= 2 * layout.lanes and BN >= 64 and warps >= 4
+    planes = layout.bits < 8 and layout.group >= 2 * layout.lanes
+    return gpu.hopper and planes and dtype != torch.float32 and BN >= 64 and warps >= 4
 
 
 def _early_fits(gpu: Gpu, options: Mapping[str, int]) -> bool:
@@ -119,7 +120,7 @@ def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
     deeper = {"STAGES": 5 if STAGES == 3 else 3}
     fewest = 4 if layout.bits == 3 and BM > 8 else 2  # two warps of 3 bits and more rows, or with 64 rows, spill
     changes: list[Options] = [
-        {}, {"HALF": layout.halves - own.get("HALF", 0)},
+        {}, {"HALF": layout.halves - own.get("HALF", 0)}, {"JOINED": 2, "warps": 4} if BM > 8 else {},
         {"EARLY": 1 - EARLY}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, deeper, {"BN": 96 - BN},
         {"BN": 96 - BN, "SPLIT": SPLIT // 2 if BN == 64 else 2 * SPLIT},
         {"warps": fewest if warps == 4 and BM < 64 else 2 * warps}, {"STAGES": 4},
