@@ -167,3 +167,53 @@ def test_on_a_gpu_wide_ones_together_have_the_codes_of_one_at_a_time(columns):
     assert (together.codes == torch.cat([one.codes for one in alone])).double().mean() >= 0.999
     loss, wanted = together.losses[:, 0].sum(), torch.cat([one.losses[:, 0] for one in alone]).sum()
     assert abs(loss / wanted - 1) < 1e-3
+
+
+def test_the_bytes_of_one_are_those_that_were_measured():
+    """On an H200, in MiB of each matrix: upper bounds that are no waste; see docs/benchmarks/gpu-memory.md."""
+    default, drifting = QuantizeConfig(), QuantizeConfig(asymmetric_alpha=0.25)
+    measured = {
+        (28672, 4096): (2609, 4122), (1536, 2048): (96, 136), (2048, 768): (53.3, 59.9), (8192, 2048): (422.8, 582.8),
+        (4096, 14336): (1992, 2877), (2048, 5120): (335.5, 507.5),
+    }  # fmt: skip
+    for shape, (of_default, of_drifting) in measured.items():
+        assert of_default <= bytes_of_one(*shape, default) / 2**20 <= 1.41 * of_default, shape
+        assert of_drifting <= bytes_of_one(*shape, drifting) / 2**20 <= 1.85 * of_drifting, shape
+    one, many = QuantizeConfig(clip_ratios=(1.0,)), QuantizeConfig(clip_candidates=5)
+    assert bytes_of_one(8192, 2048, one) < bytes_of_one(8192, 2048, default) < bytes_of_one(8192, 2048, many)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("rows", "columns", "number"), [(1536, 2048, 8), (2048, 768, 16), (8192, 1024, 4), (64, 4096, 4)]
+)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"clip_ratios": (1.0,)}, {"clip_candidates": 5}, {"asymmetric_alpha": 0.5}, {"method": "best"},
+     {"method": "best", "asymmetric_alpha": 0.0}, {"static_groups": False}],
+    ids=str,
+)  # fmt: skip
+def test_solving_on_a_gpu_takes_no_more_than_is_planned(changes, rows, columns, number):
+    config = QuantizeConfig(**changes)
+    generator = torch.Generator("cuda").manual_seed(1)
+    weights = [torch.randn(rows, columns, generator=generator, device="cuda").bfloat16() for _ in range(number)]
+    x = torch.randn(2 * columns, columns, generator=generator, device="cuda")
+    hessians = (x.mT @ x / len(x)).expand(number, -1, -1).contiguous()
+    drifts = hessians * 0.01 if config.asymmetric_alpha else None
+    damping = torch.full((number,), config.damp_percent, device="cuda")
+    for _ in range(2):  # the first one compiles kernels, and libraries take their memory
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        stacked = torch.cat(weights).unflatten(0, (number, -1))
+        found = solve_each(stacked, hessians, config, damping, drifts)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        assert found.good.all()
+        del stacked, found
+    planned = number * bytes_of_one(rows, columns, config)
+    print(
+        f"{changes} {number} of {rows}x{columns}: {peak / 2**20:.0f} MiB of {planned / 2**20:.0f}, {peak / planned:.2f}"
+    )
+    assert peak <= planned

@@ -20,14 +20,19 @@ from gptq_plugin.gptq.grid import SCALE_DTYPE
 from gptq_plugin.gptq.improve import EachImprovement, bytes_of_weight, improves
 from gptq_plugin.gptq.losses import beside, each_loss
 from gptq_plugin.gptq.recursion import Recursion
+from gptq_plugin.gptq.sweep import SPAN
 
 CHUNK_BYTES = 2**32  # of the tensors of matrices that are solved together
 _FEW = (2, 4, 8)  # wide ones may take more: narrow steps of a single one leave most of a GPU idle
 _SHARE_OF_FEW = 6  # of a device's memory, one part in so many
+# Bytes, by the most that was allocated on a GPU; see docs/benchmarks/gpu-memory.md.
 _BYTES_HESSIAN = 8  # for every entry: the factor, and copies on the way
-_BYTES_WEIGHT = 24
-_BYTES_DRIFT = 8  # for every entry of the Hessian and of the weight, with asymmetric targets
-_BYTES_STEPS = 12  # likewise, if rounding is improved
+_BYTES_WEIGHT = 10  # the stacked weights, in two dtypes and two layouts
+_BYTES_ALTERNATIVE = 5  # likewise for every alternative of a row: what is pushed to it, and its codes
+_BYTES_ERRORS = 12  # for every entry of an alternative's errors in a span, [SPAN, rows], and of their parts
+_BYTES_SHARES = 6  # for every entry of the factor by which they are pushed, [in, SPAN]: its parts
+_BYTES_DRIFT, _BYTES_TARGET = 8, 16  # for every entry of the Hessian, and of the weight, with asymmetric targets
+_BYTES_STEPS = 12  # for every entry of either, if rounding is improved
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,14 @@ def most(rows: int, columns: int, config: QuantizeConfig, memory: int = 0) -> in
 
 def bytes_of_one(rows: int, columns: int, config: QuantizeConfig) -> int:
     """Bytes that each of the matrices takes beside its weight and its Hessian, with the arguments of `most`."""
-    of_both = (_BYTES_DRIFT if config.asymmetric_alpha else 0) + (_BYTES_STEPS if improves(config) else 0)
-    of_weight = bytes_of_weight(config) if improves(config) else _BYTES_WEIGHT
-    return columns * (columns * (_BYTES_HESSIAN + of_both) + rows * (of_weight + of_both))
+    of_hessian = _BYTES_HESSIAN + _BYTES_DRIFT * bool(config.asymmetric_alpha)
+    if improves(config):
+        of_weight = bytes_of_weight(config) + _BYTES_STEPS + _BYTES_DRIFT * bool(config.asymmetric_alpha)
+        return columns * (columns * (of_hessian + _BYTES_STEPS) + rows * of_weight)
+    number = min(config.clip_candidates, len(config.clip_ratios))
+    of_weight = _BYTES_WEIGHT + _BYTES_ALTERNATIVE * number + _BYTES_TARGET * bool(config.asymmetric_alpha)
+    of_span = SPAN * (rows * _BYTES_ERRORS * number + columns * _BYTES_SHARES)
+    return columns * (columns * of_hessian + rows * of_weight) + of_span
 
 
 def solve_each(

@@ -35,7 +35,7 @@ _BYTES_WEIGHT = 30
 # tensors outside of a chunk.
 _BYTES_DESCENT = 12
 _BYTES_OUTSIDE = 16
-_BYTES_DRIFT = 12  # for each entry of the Hessian, the sum and the mean of a drift
+_BYTES_DRIFT, _BYTES_TARGET = 12, 12  # for each entry of the Hessian, the sum and the mean of a drift; of the weights
 _JOINED = 1 / 3  # share of the free memory that a forward of batches put together may take
 _BYTES_THREAD = 33 * 2**20  # a CUDA library's workspace on each batch's thread
 
@@ -200,9 +200,10 @@ def solver_bytes(targets: Sequence[Target]) -> int:
 
 def _solver_bytes(targets: Sequence[Target], n: int) -> int:
     rows, improved = sum(one.shape[0] for one in targets), [t.config for t in targets if improves(t.config)]
-    drift = _BYTES_DRIFT * any(one.config.asymmetric_alpha for one in targets)
+    is_asymmetric = any(one.config.asymmetric_alpha for one in targets)
+    drift, target = _BYTES_DRIFT * is_asymmetric, _BYTES_TARGET * is_asymmetric
     if not improved:
-        return n * n * (_BYTES_HESSIAN + drift) + n * rows * _BYTES_WEIGHT
+        return n * n * (_BYTES_HESSIAN + drift) + n * rows * (_BYTES_WEIGHT + target)
     of_weights = n * rows * _BYTES_OUTSIDE + max(chunk_bytes(n * rows, config) for config in improved)
     return n * n * (_BYTES_HESSIAN + _BYTES_DESCENT + drift) + of_weights
 
