@@ -44,6 +44,7 @@ from gptq_plugin.layers.qlinear import QuantLinear
 
 BYTES_PER_SECOND = 3.0e12
 ROTATE_BYTES = 256 * 2**20
+GRAPH_CALLS = 16  # at least
 CPU_ROTATE_BYTES = 64 * 2**20
 SECONDS_OF_A_PRODUCT = 3.5  # --write-table, on average
 
@@ -88,7 +89,8 @@ def cpu_seconds(calls: Mapping[str, Sequence[Callable[[], object]]], seconds: fl
 
 def gpu_seconds(calls: Mapping[str, Sequence[Callable[[], object]]]) -> Times:
     """Seconds a call: the median of 20 replays of a graph of each name's calls. Replays take turns, so that all of them
-    run at the same clocks."""
+    run at the same clocks. A graph's own start takes some microseconds: it has the calls several times."""
+    calls = {name: [*of_name] * -(-GRAPH_CALLS // len(of_name)) for name, of_name in calls.items()}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for name, of_name in calls.items():
         for call in of_name:
