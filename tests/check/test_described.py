@@ -61,6 +61,9 @@ def test_a_checkpoint_is_described_by_its_formats_layers_and_bytes(rtn: Callable
         "5 layers at 4 bits, group_size=32, symmetric; 1 layers at 8 bits, group_size=32, symmetric"
     )
     assert found["left float"] == "model.layers.0.self_attn.o_proj"
+    assert found["tokenizer"] == "none in the folder: servers need one"
+    (checkpoint.directory / "tokenizer_config.json").write_text("{}")
+    assert "tokenizer" not in facts(checkpoint, Inventory.of(checkpoint))
     assert found["bytes"].startswith(f"{total:,}, of which ") and found["bytes"].endswith("float weights in bfloat16")
 
 

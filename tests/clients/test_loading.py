@@ -65,6 +65,13 @@ def test_vllm_is_started_by_a_command_that_fits_the_dtype(
     assert ("Those it fuses" in section(card, "vLLM")) is (len(widths) > 1)
 
 
+def test_a_language_model_without_its_tokenizer_is_served_with_one_from_elsewhere() -> None:
+    for has, command in ((True, "vllm serve ."), (False, "vllm serve . --tokenizer FOLDER_OR_ID")):
+        facts = ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", torch.float16, has_tokenizer=has)
+        card = card_of(report_of((4, 128)), dataclasses.replace(facts, pipeline_tag="text-generation"))
+        assert snippet(card, "vLLM") == command and ("not in this folder" in section(card, "vLLM")) is not has
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_float16_is_not_advised_where_activations_exceed_it(dtype: torch.dtype) -> None:
     report, facts = report_of((4, 128)), ModelFacts("LlamaForCausalLM", "AutoModelForCausalLM", dtype)

@@ -118,7 +118,9 @@ def test_the_card_of_a_transformers_model_is_read_by_the_hub_and_its_snippet_loa
         assert torch.equal(names["model"](input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert snippet(card.content, "transformers").endswith('model = AutoModelForCausalLM.from_pretrained(".")')
     assert "pip install gptqmodel optimum" in card.content
-    assert snippet(card.content, "vLLM") == "vllm serve . --dtype float16"  # trained in float32
+    assert (
+        snippet(card.content, "vLLM") == "vllm serve . --dtype float16 --tokenizer FOLDER_OR_ID"
+    )  # trained in float32
 
     assert snippet(card.content, "hf").endswith("hf upload YOUR_NAME/tiny-llama-GPTQ-4bit .")
 

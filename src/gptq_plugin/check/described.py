@@ -20,6 +20,8 @@ from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.errors import CheckpointError, some
 from gptq_plugin.options.fields import shown
 
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
+
 
 def facts(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, str]:
     """Properties of the checkpoint, by heading."""
@@ -32,9 +34,13 @@ def facts(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, str]:
     sizes = {name: _bytes(entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
     total, float_bytes = sum(sizes.values()), sum(sizes[name] for name in checkpoint.float_names)
     architecture = (checkpoint.model_config.get("architectures") or [None])[0]
+    lacks_tokenizer = str(architecture).endswith("ForCausalLM") and not any(
+        (checkpoint.directory / name).is_file() for name in _TOKENIZER
+    )
     return {
         "format": checkpoint.checkpoint_format,
         "model": str(architecture or checkpoint.model_config.get("module_class") or "unknown"),
+        **({"tokenizer": "none in the folder: servers need one"} if lacks_tokenizer else {}),
         "layers": "; ".join(described),
         "left float": some(inventory.floats) if inventory.floats else "no linear layer inside the blocks",
         "bytes": f"{total:,}, of which {float_bytes / total:.0%} are float weights in {short(inventory.dtype)}",

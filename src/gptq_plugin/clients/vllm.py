@@ -134,6 +134,9 @@ def _loading(published: Published) -> str:
             "and their `dynamic` rule must match the fused name."
         )
     notes.insert(0, "If vLLM supports this architecture.")
+    if published.facts.pipeline_tag == "text-generation" and not published.facts.has_tokenizer:
+        option += " --tokenizer FOLDER_OR_ID"
+        notes.insert(1, "It needs the model's tokenizer, which is not in this folder.")
     return f"{snippet('vLLM', f'vllm serve .{option}', 'bash')}\n\n{' '.join(notes)}"
 
 
