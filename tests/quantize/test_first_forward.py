@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +12,22 @@ from plans import calibration_of, plan_of
 from torch import nn
 
 from gptq_plugin import QuantizeModule, distributed
-from gptq_plugin.calibration.collect import collect, ready_batch
+from gptq_plugin.calibration.collect import Calibration, collect, ready_batch
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.memory import placement
 from gptq_plugin.quantize import batch_runs, first_forward
-from gptq_plugin.quantize.first_forward import most_tokens, put_together, sizes_of
+from gptq_plugin.quantize.first_forward import (
+    Measured,
+    found_in,
+    most_tokens,
+    needs_of,
+    put_together,
+    refuse_late,
+    sizes_of,
+    told_of,
+)
 from gptq_plugin.quantize.options import PassOptions
 
 from models import tiny_llama
@@ -44,8 +55,48 @@ def test_sizes_count_padding_and_labels_which_take_memory_too():
     assert sizes_of([ready_batch(one) for one in data]) == [12, 18]
 
 
-def test_what_batches_without_tokens_become_is_limited_by_bytes():
-    calibration = collect([torch.randn(5) for _ in range(12)], QuantizeConfig(batch_size=2), alone=True)
+def test_each_walk_of_a_batch_keeps_activations_and_has_a_workspace():
+    plan, gpu = plan_of(nn.Sequential(nn.Linear(32, 48))), torch.device("cuda", 0)
+    weights = SimpleNamespace(total_bytes=7, peak_bytes=100)
+    one, two = (needs_of(plan, gpu, weights, 5, Measured(350, 64, 2.0), [3, 4, 1], walks) for walks in (1, 2))
+    fixed = [placement.fixed_bytes(plan.targets, gpu, batches) for batches in (3, 6)]
+    assert fixed[0] < fixed[1]
+    assert one == placement.Needs(weights=7, fixed=fixed[0], solver=5, forward=500, activations=256, batch=128)
+    assert two == replace(one, fixed=fixed[1], activations=512)
+
+
+@pytest.mark.parametrize(("calls", "ran", "parts"), [(1, [2], 4.0), (2, [2, 8], 1.0)])
+def test_the_part_of_a_batch_that_ran_is_all_of_it_where_layers_are_called_again(calls, ran, parts, monkeypatch):
+    monkeypatch.setattr(first_forward, "_FIRST", 80)  # two samples
+    (batch,) = calibration_of([[1] * 40] * 8, QuantizeConfig(batch_size=8)).batches
+    seen = []
+    found, times = found_in(batch, lambda part: seen.append(part.samples) or [SimpleNamespace(calls=calls)])
+    assert (seen, len(found), times) == (ran, 1, parts)
+
+
+def test_an_interruption_has_no_note_of_the_samples_that_ran():
+    leave = told_of(calibration_of([[1] * 5] * 3, QuantizeConfig(batch_size=3)))
+    failed, interrupted = RuntimeError(), KeyboardInterrupt()
+    for error in (failed, interrupted):
+        leave(type(error), error, None)
+    assert "up to 3 samples ran" in failed.__notes__[0] and not hasattr(interrupted, "__notes__")
+
+
+def test_late_calls_are_no_error_where_no_batches_were_put_together():
+    apart, joined = (calibration_of([[1] * 5] * 4, QuantizeConfig(batch_size=size)) for size in (2, 4))
+    refuse_late({"layer": 1}, apart, apart)
+    refuse_late({}, joined, apart)
+    with pytest.raises(CalibrationError, match="with up to 4 samples in a forward it calls layer more often"):
+        refuse_late({"layer": 1}, joined, apart)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "whole numbers without ids"])
+def test_what_batches_without_tokens_become_is_limited_by_bytes(kind):
+    if kind == "numbers":
+        calibration = collect([torch.randn(5) for _ in range(12)], QuantizeConfig(batch_size=2), alone=True)
+    else:
+        data = [ready_batch({"x": torch.ones(2, 5, dtype=torch.long)}) for _ in range(6)]
+        calibration = Calibration([replace(one, given_apart=True) for one in data], [*range(6)], 6, first_batches=[0])
     needs = placement.Needs(weights=0, fixed=0, solver=0, forward=GIB, activations=GIB, batch=GIB // 6)
     placed = placement.place(torch.device("cpu"), None, needs, 0, None, None)
     found, _ = put_together(calibration, [2] * 6, 1000, 1000 * GIB, needs, lambda needs: placed)
