@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from gptq_plugin.layers.packing import (
 from gptq_plugin.layers.qlinear import QuantLinear
 
 from copies import DOWN, LLAMA, UP, Tensors, drop, edited, expected, logits_of, put, set_quantization
+from forked_python import python
 from gpu_products import stand_in
 from paths import FIXTURES
 
@@ -239,7 +239,7 @@ watcher.join()
 size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 print(size, peak - before)
 """
-    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    result = subprocess.run([python(), "-c", script], check=True, capture_output=True, text=True)
     size, grown = map(int, result.stdout.split())
     assert size > 96 * 2**20
     assert grown < 0.3 * size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import subprocess
-import sys
 import threading
 
 import pytest
@@ -20,6 +19,7 @@ from gptq_plugin.device.surroundings import alone, plain_defaults
 from gptq_plugin.errors import TargetError
 from gptq_plugin.export.convert import convert
 
+from forked_python import python
 from models import tiny_llama
 from paths import REPOSITORY
 
@@ -234,7 +234,7 @@ with alone("the parent"):
     thread.join()
 assert ended == [0], ended
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([python(), "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
 
 

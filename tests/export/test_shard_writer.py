@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,6 +20,8 @@ from gptq_plugin.checkpoint.tensor_file import write_tensors
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import shard_writer as shards
 from gptq_plugin.export.shard_writer import ShardWriter
+
+from forked_python import python
 
 KB = 1000
 
@@ -288,7 +289,7 @@ try:
 except ExportError as error:
     print(error)
 """
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    said = subprocess.run([python(), "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert "shard-00001.safetensors could not be written" in said.stdout and "400000 bytes" in said.stdout
 
 

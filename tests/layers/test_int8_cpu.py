@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,8 @@ from gptq_plugin.layers.code_table import CodeTable
 from gptq_plugin.layers.int8_cpu import Int8
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.weight_table import WeightTable
+
+from forked_python import python
 
 pytestmark = pytest.mark.skipif(not int8_cpu.is_served(), reason="needs a CPU with AVX-512 VNNI")
 
@@ -159,5 +160,5 @@ def test_without_their_use_tables_serve():
     code = "from gptq_plugin.layers import int8_cpu; print(int8_cpu.is_served())"
     for isa, served in (("AVX512_CORE", "False"), ("DEFAULT", "True")):
         env = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
-        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        run = subprocess.run([python(), "-c", code], env=env, capture_output=True, text=True, check=True)
         assert run.stdout.strip() == served
