@@ -84,6 +84,12 @@ def test_a_folder_that_is_not_there_is_named_and_one_that_is_keeps_its_own_error
         pretrained([], name_or_path=str(tmp_path))
 
 
+def test_a_checkpoint_in_place_of_a_model_is_told_where_it_belongs(tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"last\.ckpt is a file.*ckpt=FILE"):
+        pretrained([], name_or_path=str(tmp_path / "last.ckpt"))
+
+
 def test_a_pretrained_model_without_a_name_or_with_an_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match=r"model=hf needs model\.name_or_path"):
         pretrained([], name_or_path=None)

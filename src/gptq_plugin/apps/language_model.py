@@ -199,7 +199,7 @@ def pretrained(
         **training: LanguageModel's learning_rate, warmup_steps, weight_decay.
 
     Raises:
-        ValueError: `name_or_path` is missing or holds a quantized model, or `dtype` is unknown.
+        ValueError: `name_or_path` is missing, a file, or holds a quantized model, or `dtype` is unknown.
         OSError: transformers finds no model there.
     """
     if name_or_path is None:
@@ -208,6 +208,11 @@ def pretrained(
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"model.dtype={dtype!r} is not a dtype: choose float32, bfloat16, float16 or auto")
     name_or_path = folder_or_id(name_or_path)
+    if Path(name_or_path).is_file():
+        raise ValueError(
+            f"model.name_or_path={name_or_path} is a file: give the folder or hub id of the model that was fine-tuned, "
+            "and gptq-quantize takes the weights of a Lightning checkpoint from ckpt=FILE"
+        )
     check_sizes(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
