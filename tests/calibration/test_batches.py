@@ -17,6 +17,7 @@ from gptq_plugin.calibration.batches import (
     fields_of,
     is_token_labels,
     labels_of,
+    leaves,
     row_of,
     sample_count,
     to_device,
@@ -48,6 +49,17 @@ def test_a_batch_moves_to_a_device_however_it_is_nested_and_the_one_given_stays(
     assert isinstance(encoding, BatchEncoding) and encoding.pixels.is_meta and encoding["name"] == "cat"
     assert ones.is_meta and five == 5
     assert not batch.input_ids.is_meta and not batch.image["views"][0].pixels.is_meta
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_a_copy_on_the_same_device_shares_no_tensor_with_the_batch(device):
+    batch = {"a": odd_batch(), "b": (torch.zeros(3), [BatchEncoding({"x": torch.zeros(3, 2)})])}
+    copied = to_device(batch, device)
+    tensors = [value for _, value in leaves(copied) if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 6
+    for tensor in tensors:
+        tensor.add_(7)
+    assert all(value.max() <= 1 for _, value in leaves(batch) if isinstance(value, torch.Tensor))
 
 
 def test_labels_and_samples_are_found_however_deep_they_lie_but_not_guessed():

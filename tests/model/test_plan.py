@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_plugin import QuantizeConfig
+from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.errors import TargetError
 from gptq_plugin.model import plan as plans
 from gptq_plugin.model.experts import ExpertLinear
@@ -53,3 +55,15 @@ def test_a_configuration_that_cannot_hold_leaves_the_experts_together():
     with pytest.raises(TargetError), planned(model, QuantizeConfig(dynamic={"nowhere": {"bits": 8}})):
         pass
     assert set(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("script", [torch.jit.script, lambda part: torch.jit.trace(part, torch.zeros(2, 64))])
+def test_a_model_with_a_part_that_is_torchscript_is_refused_by_its_name(script):
+    part = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    model = nn.Sequential(nn.Linear(64, 64), script(part))
+    for refused in (QuantizeModule(group_size=32).check, QuantizeModule(group_size=32).coverage):
+        with pytest.raises(
+            TargetError, match="1, 1.0, 1.1 are compiled by TorchScript, .* script the model afterwards"
+        ):
+            refused(model)
+    assert len(QuantizeModule(group_size=32).check(nn.Sequential(model[0], part))[0]) == 2

@@ -191,6 +191,26 @@ def test_a_dataloader_of_pairs_and_a_forward_of_ones_own_work():
     assert torch.equal(first(x), second(x))
 
 
+def test_a_forward_that_masks_tokens_of_its_batch_in_place_gives_the_codes_of_one_that_copies_it():
+    def masks(model, batch):
+        batch["input_ids"].add_(1).remainder_(64)
+        return model(input_ids=batch["input_ids"])
+
+    def copies(model, batch):
+        return model(input_ids=(batch["input_ids"] + 1) % 64)
+
+    def batches():
+        return [{"input_ids": torch.stack(tokens()[i : i + 6])} for i in range(0, 24, 6)]
+
+    given, one, other = batches(), llama(), llama()
+    report = QuantizeModule(group_size=32, nsamples=24).quantize(one, given, forward=masks)
+    QuantizeModule(group_size=32, nsamples=24).quantize(other, batches(), forward=copies)
+    assert unchanged(one, state(other)) and not report.deviations
+    assert all(
+        torch.equal(mine["input_ids"], theirs["input_ids"]) for mine, theirs in zip(given, batches(), strict=True)
+    )
+
+
 def test_the_report_names_every_module_and_is_valid_json(caplog):
     model = llama()
     with caplog.at_level(logging.WARNING, logger="gptq_plugin"):

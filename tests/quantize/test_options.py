@@ -22,7 +22,7 @@ def test_a_batch_runs_through_the_model_or_the_users_forward():
     given = []
     run = PassOptions(forward=lambda *args: given.append(args)).runner(every_logit=False)
     run(model, {"x": x})
-    assert given[0][0] is model and given[0][1] == {"x": x}
+    assert given[0][0] is model and list(given[0][1]) == ["x"] and torch.equal(given[0][1]["x"], x)
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
@@ -30,7 +30,18 @@ def test_the_users_forward_may_take_out_of_a_batch_what_it_reads(device):
     x = torch.ones(3, 8)
     run = PassOptions(forward=lambda _, batch: batch.pop("x"), device=device).runner(every_logit=False)
     for batch in ({"x": x}, BatchEncoding({"x": x})):
-        assert run(nn.Identity(), batch) is x and run(nn.Identity(), batch) is x and list(batch) == ["x"]
+        assert torch.equal(run(nn.Identity(), batch), x) and torch.equal(run(nn.Identity(), batch), x)
+        assert list(batch) == ["x"]
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_users_forward_may_write_to_the_tensors_of_a_batch(device):
+    x = torch.ones(3, 8)
+    run = PassOptions(forward=lambda _, batch: batch["x"].mul_(2).sum(), device=device).runner(every_logit=False)
+    for batch in ({"x": x}, BatchEncoding({"x": x})):
+        assert run(nn.Identity(), batch) == 48 and run(nn.Identity(), batch) == 48
+    run = PassOptions(device=device).runner(every_logit=False)
+    assert torch.equal(run(nn.Hardtanh(-0.5, 0.5, inplace=True), x), x / 2) and torch.equal(x, torch.ones(3, 8))
 
 
 @pytest.mark.parametrize("every_logit", [True, False])

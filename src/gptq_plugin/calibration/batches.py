@@ -76,11 +76,15 @@ def digest(data: Any) -> int:
 
 
 def to_device(data: Any, device: torch.device | None) -> Any:
-    """A copy of the batch with its tensors on the device; None leaves them where they are."""
+    """A copy of the batch with tensors of its own on the device; None leaves them where they are.
+
+    A forward may write to what it gets, and the next run of the batch begins as the first did. A mapping of a class of
+    its own moves itself, and may share tensors with its copy.
+    """
     if isinstance(data, Mapping) and not isinstance(data, (dict, UserDict)) and hasattr(data, "to"):
         copied = copy.copy(data)
         return copied if device is None else copied.to(device)
-    return map_tensors(data, lambda tensor: tensor if device is None else tensor.to(device))
+    return map_tensors(data, lambda tensor: tensor.to(tensor.device if device is None else device, copy=True))
 
 
 def map_tensors(data: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -37,7 +37,8 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
         model: Any module.
         data: The batch.
         every_logit: Compute all logits, since the output embedding is calibrated too.
-        device: The batch's destination; None for the device of the model's first parameter.
+        device: The batch's destination; None for the device of the model's first parameter. It is copied there: a
+            forward may write to it.
 
     Raises:
         CalibrationError: The batch does not fit the forward's signature, or holds tokens or positions that a
@@ -46,8 +47,7 @@ def call(model: nn.Module, data: Any, *, every_logit: bool = False, device: torc
     if device is None:
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else None
-    if device is not None:
-        data = to_device(data, device)
+    data = to_device(data, device)
     inner = receiver(model)
     signature = inspect.signature(inner.forward)
     parts = fields_of(data)

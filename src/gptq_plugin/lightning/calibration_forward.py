@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from gptq_plugin.calibration.batches import fields_of
+from gptq_plugin.calibration.batches import fields_of, to_device
 from gptq_plugin.calibration.forward import CallsModels, accepts, call, standing_for
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.options import Finish
@@ -106,8 +106,9 @@ def refuse_training_step(pl_module: pl.LightningModule, finish: Finish) -> None:
 
 
 def _moved(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
-    """A batch as training has it: cast, and on the device."""
-    batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+    """A copy of a batch as training has it: cast, and on the device."""
+    batch = trainer.precision_plugin.convert_input(to_device(batch, None))
+    batch = pl_module._on_before_batch_transfer(batch)
     return trainer.strategy.batch_to_device(batch)
 
 

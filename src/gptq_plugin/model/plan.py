@@ -6,9 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from gptq_plugin.config import QuantizeConfig
+from gptq_plugin.device.modules import modules_of
+from gptq_plugin.errors import TargetError, some
 from gptq_plugin.model.experts import unfused
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import Skipped, Target, find_targets
@@ -55,10 +58,22 @@ def planned(model: nn.Module, config: QuantizeConfig) -> Iterator[Plan]:
     On exit, experts that are still float are fused again (`experts.unfused`).
 
     Raises:
-        TargetError: See `targets.find_targets`.
+        TargetError: See `targets.find_targets`; or a module of the model is TorchScript.
         ValueError: `model` is no module.
     """
     MODEL.check("model", model)
+    _refuse_scripts(model)
     with unfused(model) as fuse:
         structure = Structure.of(model)
         yield Plan(structure, config, *find_targets(structure, config), fuse)
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    scripts = [
+        name or "the model" for name, one in modules_of(model).items() if isinstance(one, torch.jit.ScriptModule)
+    ]
+    if scripts:
+        raise TargetError(
+            f"{some(scripts)} are compiled by TorchScript, whose modules take no hooks, so that no forward can be watched "
+            "around them. Put the modules that they were made from in their places, and script the model afterwards"
+        )
