@@ -31,7 +31,7 @@ def test_one_batch_of_each_source_runs_and_the_model_stays_as_it_is():
     forward = lambda network, batch: ran.append(float(batch[0, 0])) or network(batch)  # noqa: E731
     batches = [torch.full((1, 32), float(n)) for n in range(6)]
     rehearsed(model, batches, whole=False, forward=forward, first_batches=[0, 4])
-    assert ran == [0.0, 4.0, 0.0, 0.0]  # and twice to compare the model with layers replaced
+    assert ran == [0.0, 4.0, 0.0, 0.0, 0.0]  # and to compare threads, and the model with layers replaced
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -133,7 +133,7 @@ def test_of_all_data_no_more_runs_than_shows_that_it_is_enough():
     forward = lambda network, batch: ran.append(len(batch)) or network(batch)  # noqa: E731
     model, everything = nn.Sequential(nn.Linear(32, 32)), [rows(8, 32, seed) for seed in range(9)]
     rehearsed(model, everything[:1], whole=False, rest=rest(everything, 0, []), forward=forward)
-    assert ran == [8, 1, 1] + [8] * 4  # one row twice: the model with layers replaced, and without
+    assert ran == [8, 1, 1, 1] + [8] * 4  # one row: on another thread, on this one, and with layers replaced
 
 
 def test_rows_of_a_layer_that_is_called_often_count_each_time():
@@ -157,7 +157,7 @@ def test_of_all_data_that_is_there_no_more_runs_than_shows_that_it_is_enough():
     forward = lambda network, batch: ran.append(len(batch)) or network(batch)  # noqa: E731
     everything = [rows(8, 32, seed) for seed in range(9)]
     rehearsed(nn.Sequential(nn.Linear(32, 32)), everything, whole=True, forward=forward, first_batches=[0])
-    assert ran == [8, 1, 1] + [8] * 3  # one row twice: the model with layers replaced, and without
+    assert ran == [8, 1, 1, 1] + [8] * 3  # one row: on another thread, on this one, and with layers replaced
 
 
 def test_tokens_are_counted_at_the_first_layer_alone():

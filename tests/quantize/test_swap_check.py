@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
+import threading
 
 import pytest
 import torch
@@ -113,6 +115,46 @@ def test_what_a_forward_keeps_on_the_model_is_the_same_in_both_runs_and_stays_as
     assert len(report.quantized) == 3 and not any("not compared" in deviation for deviation in report.deviations)
 
 
+@pytest.mark.parametrize("how", ["quantize", "rehearse"])
+def test_a_model_that_computes_something_else_on_another_thread_is_refused(how):
+    own = threading.local()
+    own.scale = 3.0
+    model = Using(lambda m, x: m.second(x * getattr(own, "scale", 1.0)))
+    with pytest.raises(TargetError, match=r"else than in yours: the input of second differs.*ContextVar"):
+        getattr(QuantizeModule(bits=8, group_size=32), how)(model, [torch.randn(64, 32)])
+    assert isinstance(model.second, nn.Linear)
+
+
+def test_a_mode_that_is_entered_around_the_call_is_refused_and_one_in_the_forward_is_right():
+    class Doubles(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return result * 2 if function is torch.relu else result
+
+    def forward(model, batch):
+        with Doubles():
+            return model(batch)
+
+    model, x = Using(lambda m, x: m.second(x)), torch.randn(64, 32)
+    with pytest.raises(TargetError, match="the input of second differs"), Doubles():
+        QuantizeModule(bits=8, group_size=32).quantize(model, [x])
+    inputs = []
+    handle = model.second.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    forward(model, x)
+    handle.remove()
+    (_, second, _) = QuantizeModule(bits=8, group_size=32).quantize(model, [x], forward=forward).quantized
+    assert second.max_input == pytest.approx(inputs[0].max().item(), rel=0.02)
+
+
+def test_a_context_variable_of_the_caller_is_right():
+    own = contextvars.ContextVar("scale", default=1.0)
+    own.set(3.0)
+    report = QuantizeModule(bits=8, group_size=32).quantize(
+        Using(lambda m, x: m.second(x * own.get())), [torch.randn(64, 32)]
+    )
+    assert len(report.quantized) == 3 and not any("not compared" in deviation for deviation in report.deviations)
+
+
 def test_random_numbers_are_the_same_in_both_runs_and_the_callers_stay_as_they_are():
     model = Using(lambda m, x: m.second(x) + torch.randn(64))
     with runs_of(model) as runs:
@@ -147,7 +189,9 @@ def test_both_runs_give_the_same_bits(build, dtype, monkeypatch):
     )
     model = build().to(dtype)
     QuantizeModule(bits=4, group_size=32).quantize(model, [torch.randint(4, 128, (1, 40)) for _ in range(4)])
-    ((mine, other),) = compared
+    (mine, for_caller), (swapped, other) = compared
+    assert mine is other and torch.equal(mine.sums, for_caller.sums)
+    mine = swapped
     assert mine.calls == other.calls and len(mine.calls) >= 8
     assert torch.equal(mine.sums, other.sums)
     assert all(torch.equal(a, b) for a, b in zip(mine.outputs, other.outputs, strict=True))

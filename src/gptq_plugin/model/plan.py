@@ -74,6 +74,7 @@ def _refuse_scripts(model: nn.Module) -> None:
     ]
     if scripts:
         raise TargetError(
-            f"{some(scripts)} are compiled by TorchScript, whose modules take no hooks, so that no forward can be watched "
-            "around them. Put the modules that they were made from in their places, and script the model afterwards"
+            f"{some(scripts)} are compiled by TorchScript, whose modules take no hooks, so that no forward can be "
+            "watched around them. Put the modules that they were made from in their places, and script the model "
+            "afterwards"
         )

@@ -43,7 +43,7 @@ from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.replaceable import Replaceable
 from gptq_plugin.quantize.swap_check import check_swap
 from gptq_plugin.quantize.turns import disturbance
-from gptq_plugin.walk.batch_thread import BatchThread, Forward
+from gptq_plugin.walk.batch_thread import BatchThread, Forward, run_here
 from gptq_plugin.walk.float_walk import Walks, serves_float
 from gptq_plugin.walk.groups import Group, find_groups
 from gptq_plugin.walk.kept_state import KeptState, Values
@@ -192,11 +192,15 @@ class BatchRuns:
             self.weights.restore()
         sample, alone = self.sample(), partial(self.run_alone, looks=False)  # layers are replaced for it
         targets = [self._targets[name] for name in names]
-        return check_swap(self._plan.model, targets, sample, alone) if sample is not None else []
+        return check_swap(self._plan.model, targets, sample, alone, self._run_here) if sample is not None else []
 
     def run_alone(self, forward: Forward, number: int = 0, *, looks: bool = True) -> None:
         """Runs a forward from the state that the model was given in; what it keeps on the model is dropped."""
         BatchThread(number, forward, kept=Values(self.state, alone=True, looks=looks)).resume()
+
+    def _run_here(self, forward: Forward) -> None:
+        """The same on the thread of the caller."""
+        run_here(forward, Values(self.state, alone=True, looks=False))
 
     def measure(self, weights: GradientWeights, numbers: Iterable[int]) -> None:
         """Runs batches forward and backward, each from the state that the model was given in."""

@@ -67,7 +67,11 @@ Alone = Callable[[Callable[[], None]], None]
 
 
 def check_swap(
-    model: nn.Module, targets: Sequence[Target], sample: Sample, alone: Alone = lambda forward: forward()
+    model: nn.Module,
+    targets: Sequence[Target],
+    sample: Sample,
+    alone: Alone = lambda forward: forward(),
+    here: Alone = lambda forward: forward(),
 ) -> list[str]:
     """Runs a sample with the float layers as they are now, and again with what has the place of quantized ones.
 
@@ -76,22 +80,33 @@ def check_swap(
         targets: The layers that are to be replaced, or are already quantized.
         sample: Its whole batch runs if it does not run by itself.
         alone: Runs a forward as a calibration batch runs, each from the same state of the model.
+        here: The same on the thread of the caller, which the batches did not run on.
 
     Returns:
         A sentence if nothing could be compared: two runs of the model differ by themselves, or none can be made.
 
     Raises:
-        TargetError: The model computes something else, or fails. The message names the place.
+        TargetError: The model computes something else, or fails, or computed something else for the caller than in
+            the batches. The message names the place.
     """
     for size in sample.sizes():
         try:
             expected = _trace_float(model, targets, size, alone)
+            for_caller = _trace_float(model, targets, size, here)
             break
         except Exception as error:  # noqa: BLE001 - the user's forward, with a batch cut to one sample
             cause = f"{type(error).__name__}: {brief(error)}"
             failure = f"{_NOT_COMPARED}: a calibration batch does not run again ({cause})"
     else:
         return [failure]
+    where = expected.first_difference(for_caller)
+    if where is not None and _trace_float(model, targets, size, alone).first_difference(expected) is None:
+        raise TargetError(
+            f"in the thread of a calibration batch the model computes something else than in yours: {where}. What it "
+            "reads is kept for each thread, in a threading.local or a mode of PyTorch's that was entered around this "
+            "call. Keep it in a contextvars.ContextVar, or set it in the forward of a batch (`forward`, "
+            "`calibration_step`)"
+        )
     try:
         found = _trace_swapped(model, targets, size, alone)
         where = found.first_difference(expected)

@@ -131,6 +131,25 @@ class BatchThread:
             self._back.release()
 
 
+def run_here(forward: Forward, kept: Values) -> None:
+    """Runs a forward as `BatchThread` does, on the thread of the caller.
+
+    Args:
+        forward: The forward.
+        kept: As for `BatchThread`.
+
+    Raises:
+        Exception: That of the forward.
+    """
+    outside = _settings()
+    kept.put()
+    try:
+        _as_the_caller(forward)()
+    finally:
+        _apply(outside)
+        kept.take(at_end=True)
+
+
 class _Cancelled(BaseException):
     """Unwinds a suspended batch; not an Exception, so that the model's own handlers let it pass."""
 
