@@ -186,21 +186,17 @@ class BatchRuns:
         return as_called(find_groups(both, forward, self.waiting, number, self.state), self.at_once)
 
     def check_swap(self, names: Collection[str]) -> list[str]:
-        """Checks the model with these layers replaced; see `swap_check.check_swap`. Without batches here, others do. To
-        be called after the walk: the model may have its float weights again."""
+        """Checks the model with these layers replaced, after the walk; see `check_swap`. Without batches, others do."""
         if not self._streams():  # or as many bytes come as of quantized layers, which are fewer
             self.weights.restore()
         sample, alone = self.sample(), partial(self.run_alone, looks=False)  # layers are replaced for it
         targets = [self._targets[name] for name in names]
-        return check_swap(self._plan.model, targets, sample, alone, self._run_here) if sample is not None else []
+        here = partial(run_here, kept=Values(self.state, alone=True, looks=False))
+        return check_swap(self._plan.model, targets, sample, alone, here) if sample is not None else []
 
     def run_alone(self, forward: Forward, number: int = 0, *, looks: bool = True) -> None:
         """Runs a forward from the state that the model was given in; what it keeps on the model is dropped."""
         BatchThread(number, forward, kept=Values(self.state, alone=True, looks=looks)).resume()
-
-    def _run_here(self, forward: Forward) -> None:
-        """The same on the thread of the caller."""
-        run_here(forward, Values(self.state, alone=True, looks=False))
 
     def measure(self, weights: GradientWeights, numbers: Iterable[int]) -> None:
         """Runs batches forward and backward, each from the state that the model was given in."""
