@@ -130,13 +130,13 @@ def test_each_wrong_name_has_its_sentence_and_the_configuration_of_the_command_c
 def test_a_group_that_the_command_does_not_read_is_refused_also_when_it_is_added(sign):
     """Composed, it would be in the configuration, and its options would do nothing."""
     (found,) = unknown_names("quantize", [f"{sign}callbacks=gptq", "+callbacks.gptq.max_degradation={val_loss:0.1}"])
-    assert found == "gptq-quantize does not read callbacks: its groups are data, finish, model, quantizer"
+    assert found == "callbacks is no group of this command, which has data, finish, model, quantizer"
     assert unknown_names("finetune", ["callbacks=gptq", "hydra/launcher=basic"]) == []
 
 
 def test_a_model_without_weights_is_no_choice_of_a_command_that_does_not_train():
     (found,) = unknown_names("quantize", ["model=hf,small_llama"])
-    assert found.startswith("gptq-quantize takes no model=small_llama: its weights are random")
+    assert found.startswith("model=small_llama is no choice of this command: its weights are random")
     assert unknown_names("finetune", ["model=small_llama"]) == []
     (found,) = unknown_names("quantize", ["model.vocab_size=300"])
     assert "small_llama" not in found

@@ -111,11 +111,11 @@ def _unread_choices(override: Override, config_name: str) -> Iterator[str]:
     own = compose(config_name, return_hydra_config=True).hydra.runtime.choices
     if group not in own and not group.startswith("hydra/"):
         names = ", ".join(sorted(one for one in own if "/" not in one and one != "run"))
-        yield f"gptq-{config_name} does not read {group}: its groups are {names}"
+        yield f"{group} is no group of this command, which has {names}"
     for value in _chosen(override):
         why = UNUSED.get((config_name, f"{group}={value}"))
         if why:
-            yield f"gptq-{config_name} takes no {group}={value}: {why}"
+            yield f"{group}={value} is no choice of this command: {why}"
 
 
 def _chosen(override: Override) -> list[Any]:
