@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from gptq_plugin import QuantizeConfig
-from gptq_plugin.calibration.collect import collect
+from gptq_plugin.calibration.collect import collect, ready_batch
 from gptq_plugin.calibration.given import rereadable
+from gptq_plugin.calibration.sources import Source, Sources
 from gptq_plugin.errors import CalibrationError
 
 CONFIG = QuantizeConfig(nsamples=8, batch_size=4, model_seqlen=6)
@@ -113,3 +114,24 @@ def test_an_iterator_may_give_the_same_tensors_again_with_other_values(given, ag
     data = rereadable(items(), 4) if again else items()
     batches = collect(data, QuantizeConfig(batch_size=1), alone=True).batches
     assert [tree_leaves(one.data)[0].unique().tolist() for one in batches] == [[0], [1], [2], [3]]
+
+
+def test_positions_are_those_of_sequences_of_whole_numbers_not_of_features_or_masks_of_pairs():
+    ids = torch.ones(2, 6, dtype=torch.long)
+    beside = {"features": torch.randn(2, 50), "mask": torch.ones(2, 1, 6, 6, dtype=torch.bool)}
+    assert ready_batch({"input_ids": ids, **beside}).positions == 12
+
+
+def test_samples_of_sources_with_one_name_are_added_up():
+    parts = [Source([[1, 2, 3]] * count, name, 8) for count, name in ((2, "own"), (3, "other"), (4, "own"))]
+    assert collect(Sources(tuple(parts)), CONFIG).sources == {"own": 6, "other": 3}
+
+
+@pytest.mark.parametrize("weighting", ["all", "labels"])
+@pytest.mark.parametrize("general", [True, False])
+def test_general_samples_are_their_own_labels_where_labels_weight_and_are_never_told_to_be_left(weighting, general):
+    config = QuantizeConfig(nsamples=2, batch_size=4, token_weighting=weighting)
+    data = [{"input_ids": [5, 6, 7]} for _ in range(3)]
+    found = collect(Sources((Source(data, "text", 2, is_general=general),)), config)
+    assert ("labels" in found.batches[0].data) == (general and weighting == "labels")
+    assert bool(found.deviations) != general
