@@ -63,7 +63,7 @@ def main(out: str) -> None:
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
-    losses = (teacher(input_ids=rows, labels=rows).loss for rows in batches * 3)
+    losses = (teacher(input_ids=rows, labels=rows).loss for rows in batches * 2)
     steps(list(teacher.parameters()), losses, 3e-3)
 
     model, quantizer = copy.deepcopy(teacher), QuantizeModule(bits=2, group_size=64, nsamples=128)
@@ -76,7 +76,7 @@ def main(out: str) -> None:
     tuned = get_peft_model(load_quantized(out), config)
     tuned.print_trainable_parameters()
     learned = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    steps(learned, (divergence(tuned, teacher, rows) for rows in batches * 2), 2e-3)
+    steps(learned, (divergence(tuned, teacher, rows) for rows in batches), 2e-3)
     tuned.save_pretrained(f"{out}/adapter")
 
     held_out = data.validation[:64]
