@@ -214,7 +214,7 @@ def spoil(original):
 
 def inject(module, kind, phase):
     if phase == "calibration":
-        nan = lambda batch: module.model(inputs_embeds=torch.full((4, 16, 64), float("nan"), device=module.device))
+        nan = lambda batch: module.model(inputs_embeds=torch.full((len(batch["input_ids"]), 16, 64), float("nan"), device=module.device))
         module.fault = {"raise": fail("a bad sample"), "kill": die, "nan": nan}[kind]
     elif phase == "setup":
         training.check_export_dir = fail("not on this node")

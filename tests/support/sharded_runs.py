@@ -248,7 +248,7 @@ class NaN(Model):
 
     def calibration_step(self, batch):
         broken = self.trainer.global_step > 0 and self.global_rank == 1
-        return self.model(inputs_embeds=torch.full((4, 11, 64), float("nan") if broken else 1.0))
+        return self.model(inputs_embeds=torch.full((len(batch["input_ids"]), 11, 64), float("nan") if broken else 1.0))
 
 
 class Heads(nn.Module):

@@ -126,7 +126,7 @@ ORIGINAL_INIT = FullyShardedDataParallel.__init__
 def nan_on_rank_1(model, batch):
     """A forward that breaks after training, on one rank."""
     if distributed.rank() == 1 and RUNNING[-1].state.global_step:
-        return model(inputs_embeds=torch.full((4, 16, 64), float("nan")))
+        return model(inputs_embeds=torch.full((len(batch["input_ids"]), 16, 64), float("nan")))
     return model(**batch)
 
 

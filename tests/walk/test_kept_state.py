@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gptq_plugin.walk import lockstep
+from gptq_plugin.walk.batch_thread import BatchThread
 from gptq_plugin.walk.groups import find_groups
 from gptq_plugin.walk.kept_state import KeptState, NotCopied, Values
 
@@ -318,7 +319,8 @@ def test_weights_that_the_first_forward_rescales_are_rescaled_once():
     assert torch.equal(model.layer.weight, half) and model.rescaled
 
 
-def test_hooks_that_the_first_forward_registers_are_registered_once():
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_hooks_that_the_first_forward_registers_are_registered_once(ran_before):
     class Hooked(nn.Module):  # as transformers' models do where hidden states are asked for
         def __init__(self):
             super().__init__()
@@ -334,6 +336,8 @@ def test_hooks_that_the_first_forward_registers_are_registered_once():
             return out
 
     model = Hooked()
+    if ran_before:
+        BatchThread(0, lambda: model(torch.ones(3, 8)), kept=Values(KeptState(model), alone=True)).resume()
     outputs, _, _ = walk(model, [lambda n=n: model(torch.full((3, 8), float(n))) for n in range(3)])
     assert model.hooked and len(model.layer._forward_hooks) == 1
     with torch.no_grad():

@@ -30,7 +30,7 @@ class KeptState:
 
     A batch begins with a copy of that, see `Values`, and a walk leaves nothing else behind. Weights are not exchanged;
     where the first forward changed some in place (RWKV rescales them once, and remembers it on the model), every place
-    holds what that forward left there instead. So do flags where it registered hooks, which stay too.
+    holds what that forward left there instead. So do flags where a forward registered hooks, which stay too.
 
     Args:
         model: Its modules, and what their attributes, classes and forwards refer to, are watched.
@@ -69,14 +69,11 @@ class KeptState:
     def end_first(self) -> None:
         """Called after the first forward: puts everything back."""
         self.look()
-        flags = {place: place.get() for place in self.initial if isinstance(place.get(), bool)}
         if any(parameter._version != version for parameter, version in self._versions):
             self.initial = {place: place.get() for place in self.initial}
             self._watched = WatchedPlaces(self._model, self._is_lent)
         else:
-            self._watched.restore()
-        if not _hooks_of(self._model) <= self._hooks:  # they stay, and so does what tells that they are there
-            self.initial |= flags
+            self.restore()
         log.debug("exchanged between batches: %s", ", ".join(map(str, self.initial)) or "nothing")
 
     def put_back(self) -> None:
@@ -86,7 +83,12 @@ class KeptState:
 
     def restore(self) -> None:
         """After a `look`: gives changed containers and tensors their contents back, too."""
+        flags = {place: place.get() for place in self.initial if isinstance(place.get(), bool)}
         self._watched.restore()
+        hooks = _hooks_of(self._model)
+        if not hooks <= self._hooks:  # they stay, and so does what tells that they are there
+            self.initial |= flags
+            self._hooks |= hooks
 
     def copies(self, values: Mapping[Place, Any]) -> dict[Place, Any]:
         """Copies of values, together, so that what they share stays shared.
