@@ -256,19 +256,22 @@ def test_a_failure_leaves_the_trained_weights_the_checkpoint_and_no_folder(faili
             if "checkpoint" not in str(directory):
                 raise OSError("disk full")
 
-    model, twin = llama(), llama()
+    model, twin, steps = llama(), llama(), []
     train(twin, [], tmp_path)
-    began = []
+
+    class Notes(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            steps.append(1)
 
     def forward(model, batch):
-        began.append(batch)
-        nan = failing == "calibration" and len(began) > 1  # the rehearsal before training finds nothing
-        return model(inputs_embeds=torch.full((4, 16, 64), float("nan") if nan else 1.0))
+        nan = failing == "calibration" and bool(steps)  # the rehearsal before training finds nothing
+        count = len(batch["input_ids"])
+        return model(inputs_embeds=torch.full((count, 16, 64), float("nan") if nan else 1.0))
 
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL), tmp_path / "out", tokenizer=Full(), forward=forward)
     error, message = {"calibration": (CalibrationError, "NaN"), "export": (ExportError, "disk full")}[failing]
     with pytest.raises(error, match=message):
-        train(model, [callback], tmp_path, save_strategy="steps", save_steps=3)
+        train(model, [callback, Notes()], tmp_path, save_strategy="steps", save_steps=3)
     assert quantized(model) == [] and same(model, twin)
     assert (tmp_path / "run" / "checkpoint-3" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "trained-3").exists()  # the checkpoint holds them

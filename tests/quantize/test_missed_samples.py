@@ -167,6 +167,16 @@ def test_nothing_is_left_of_the_trial():
     assert model.calls == 0 and float(model.seen) == 0 and model.training and torch.equal(found, torch.rand(()))
 
 
+def test_hooks_that_a_forward_registers_once_are_there_once():
+    """transformers' do, where they are asked for hidden states."""
+    model, twin = tiny_llama(num_hidden_layers=2), tiny_llama(num_hidden_layers=2)
+    ids = torch.stack(rows(1))
+    wanted = len(twin(ids, output_hidden_states=True).hidden_states)
+    forward = lambda network, batch: network(**batch, output_hidden_states=True, use_cache=False)  # noqa: E731
+    QuantizeModule(**SMALL).quantize(model, rows(), forward=forward)
+    assert len(model(ids, output_hidden_states=True).hidden_states) == wanted
+
+
 # --- callbacks ---
 
 

@@ -72,12 +72,14 @@ def most(rows: int, columns: int, config: QuantizeConfig, memory: int = 0) -> in
 
 def bytes_of_one(rows: int, columns: int, config: QuantizeConfig) -> int:
     """Bytes that each of the matrices takes beside its weight and its Hessian, with the arguments of `most`."""
-    of_hessian = _BYTES_HESSIAN + _BYTES_DRIFT * bool(config.asymmetric_alpha)
+    number = min(2, config.clip_candidates, len(config.clip_ratios))  # of alternatives at a time
+    is_asymmetric = bool(config.asymmetric_alpha)
+    of_hessian = _BYTES_HESSIAN + _BYTES_DRIFT * is_asymmetric
     if improves(config):
-        of_weight = bytes_of_weight(config) + _BYTES_STEPS + _BYTES_DRIFT * bool(config.asymmetric_alpha)
-        return columns * (columns * (of_hessian + _BYTES_STEPS) + rows * of_weight)
-    number = min(config.clip_candidates, len(config.clip_ratios))
-    of_weight = _BYTES_WEIGHT + _BYTES_ALTERNATIVE * number + _BYTES_TARGET * bool(config.asymmetric_alpha)
+        of_hessian += _BYTES_STEPS
+        of_weight = bytes_of_weight(config) + _BYTES_STEPS + _BYTES_DRIFT * is_asymmetric
+    else:
+        of_weight = _BYTES_WEIGHT + _BYTES_ALTERNATIVE * number + _BYTES_TARGET * is_asymmetric
     of_span = SPAN * (rows * _BYTES_ERRORS * number + columns * _BYTES_SHARES)
     return columns * (columns * of_hessian + rows * of_weight) + of_span
 
