@@ -214,7 +214,9 @@ def spoil(original):
 
 def inject(module, kind, phase):
     if phase == "calibration":
-        nan = lambda batch: module.model(inputs_embeds=torch.full((len(batch["input_ids"]), 16, 64), float("nan"), device=module.device))
+        def nan(batch):
+            embeds = torch.full((len(batch["input_ids"]), 16, 64), float("nan"), device=module.device)
+            return module.model(inputs_embeds=embeds)
         module.fault = {"raise": fail("a bad sample"), "kill": die, "nan": nan}[kind]
     elif phase == "setup":
         training.check_export_dir = fail("not on this node")

@@ -29,7 +29,6 @@ from gptq_plugin.model.hf_models import is_transformers
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.options import PassOptions
-from gptq_plugin.walk.batch_thread import BatchThread
 from gptq_plugin.walk.layer_inputs import watch_inputs
 
 log = logging.getLogger(__name__)
@@ -95,12 +94,8 @@ def _missed_of(plan: Plan, runs: BatchRuns, number: int, batch: Batch) -> str | 
 
     def run(row: int, count: int, visit: Callable[[str, Tensor], None]) -> None:
         part = Batch(copies_of(batch.data, row, count), count)
-        try:
-            with watch_inputs(layers, visit):
-                BatchThread(number, runs.forward(number, part=part)).resume()
-        finally:
-            runs.state.end_first()
-            runs.state.put_back()  # where the first forward of all has registered hooks, what tells that they are there
+        with watch_inputs(layers, visit):
+            runs.run_alone(runs.forward(number, part=part), number)
 
     def rows(count: int) -> Counter[str]:
         found: Counter[str] = Counter()
