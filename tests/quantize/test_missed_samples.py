@@ -15,23 +15,9 @@ from gptq_plugin.errors import CalibrationError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.quantize import missed_samples
 
-from models import tiny_llama
+from models import Reads, rows, tiny_llama
 
 SMALL = {"bits": 4, "group_size": 32, "nsamples": 24}
-
-
-def rows(count=24, length=40):
-    return list(torch.randint(0, 128, (count, length), generator=torch.Generator().manual_seed(1)))
-
-
-class Reads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.words, self.first, self.last = nn.Embedding(128, 32), nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, input_ids):
-        return self.last(self.first(self.words(input_ids)).relu())
 
 
 def codes(model):

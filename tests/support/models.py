@@ -96,6 +96,23 @@ def tiny_opt(**overrides: Any) -> Any:
     return OPTForCausalLM(OPTConfig(**{**sizes, **overrides})).eval()
 
 
+class Reads(nn.Module):
+    """Two layers that read tokens, and no transformers model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.first, self.last = nn.Embedding(128, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(self.words(input_ids)).relu())
+
+
+def rows(count: int = 24, length: int = 40) -> list[torch.Tensor]:
+    """Tokens of so many samples."""
+    return list(torch.randint(0, 128, (count, length), generator=torch.Generator().manual_seed(1)))
+
+
 class Plain(nn.Module):
     """A module tree of its own: odd sizes, a bias, a buffer, a tied pair, a shared layer, a view."""
 
