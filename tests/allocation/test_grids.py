@@ -10,7 +10,7 @@ from gptq_plugin.clients.client import Client
 from gptq_plugin.clients.inventory import Inventory
 from gptq_plugin.clients.rules import problems
 
-from models import tiny_llama
+from models import Plain, tiny_llama
 
 
 def test_layers_that_are_fused_have_a_rule_for_the_fused_name_too_which_vllm_looks_up():
@@ -21,6 +21,12 @@ def test_layers_that_are_fused_have_a_rule_for_the_fused_name_too_which_vllm_loo
     assert problems(Inventory.of_plan(found), Client("vllm")) == []
     differing = with_grids(plan, {**grids, "model.layers.1.self_attn.q_proj": Grid(4, 32)})
     assert not differing.config.rule_for("model.layers.1.self_attn.qkv_proj")[0]
+
+
+def test_a_layer_with_two_names_has_a_rule_for_both():
+    plan = plan_of(Plain(), QuantizeConfig())
+    found = with_grids(plan, {t.name: Grid(8 if t.name == "inner.2" else 4, 32) for t in plan.targets})
+    assert [found.config.for_module(name).bits for name in ("inner.0", "inner.2", "again")] == [4, 8, 8]
 
 
 def test_the_most_common_grid_needs_no_rules_and_rules_of_the_user_keep_what_else_they_change():

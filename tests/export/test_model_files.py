@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized
+from gptq_plugin.check.lint import lint
 from gptq_plugin.errors import ExportError
 from gptq_plugin.export import model_files
 from gptq_plugin.export.export import export_model
@@ -63,6 +64,40 @@ def test_a_head_apart_from_a_tied_embedding_is_told_in_every_part_of_the_config(
     model.all_tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     content, _ = _exported(model, tmp_path / "out")
     assert content["tie_word_embeddings"] is content["text_config"]["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("checkpoint_format", ["gptq_v2", "compressed-tensors"])
+def test_blocks_that_occur_twice_are_stored_twice(rtn: Rtn, tmp_path: Path, checkpoint_format: str) -> None:
+    """transformers makes each block by itself, and ties none. Norms are blocks' too."""
+    config = QuantizeConfig(
+        group_size=32,
+        checkpoint_format=checkpoint_format,
+        dynamic={r".*layers\.[02]\.mlp": {"bits": 8}},
+        modules_to_not_convert=["layers.3.self_attn"],
+    )
+    model = tiny_llama(num_hidden_layers=4, use_cache=False)
+    model.model.layers = nn.ModuleList([model.model.layers[place] for place in (0, 1, 0, 1)])
+    model = rtn(model, config)
+    folder = export_model(model, tmp_path / "out", config)
+    loaded = load_quantized(folder)
+    assert torch.equal(logits(loaded), logits(model))
+    bits = {name: one.bits for name, one in loaded.named_modules() if isinstance(one, QuantLinear)}
+    assert len(bits) == 2 * 3 + 2 * 7 and bits["model.layers.2.mlp.up_proj"] == 8
+    assert lint(folder, targets=()).errors == []
+
+    model.config.use_cache = True  # of which the same block has one place
+    with pytest.raises(ExportError, match=r"model\.layers\.2.* occur in other places too.*use_cache=False"):
+        export_model(model, tmp_path / "cached", config)
+
+
+def test_weights_that_layers_share_are_stored_for_each(rtn: Rtn, tmp_path: Path) -> None:
+    """As PEFT's layer_replication shares them."""
+    config, model = QuantizeConfig(group_size=32), tiny_llama(num_hidden_layers=2)
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    second.input_layernorm.weight = first.input_layernorm.weight
+    folder = export_model(rtn(model, config), tmp_path / "out", config)
+    assert torch.equal(logits(load_quantized(folder)), logits(model))
 
 
 def test_a_head_of_the_embeddings_values_stays_tied(rtn: Rtn, tmp_path: Path) -> None:

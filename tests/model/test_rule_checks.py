@@ -12,7 +12,7 @@ from gptq_plugin.model.rule_checks import check_rules, with_deciding_rules
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.model.targets import find_targets
 
-from models import tiny_llama
+from models import Plain, tiny_llama
 
 NAMES = ["layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj", "layers.0.down_proj", "layers.0.experts.3.w1"]
 
@@ -41,6 +41,26 @@ def rules(**by_pattern: Any) -> QuantizeConfig:
 def test_a_rule_without_effect_is_refused_with_the_reason(dynamic: dict[str, Any], words: str) -> None:
     with pytest.raises(TargetError, match=f"dynamic: .*{words}"):
         check_rules(rules(dynamic=dynamic), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "words"),
+    [
+        ({"again": {"bits": 8}}, r"give it nothing as the one and \{'bits': 8\} \('again'\) as the other"),
+        ({"-:inner": {}, "head": {"bits": 8}}, r"give it no quantization \('-:inner'\) as the one and nothing"),
+    ],
+)
+def test_rules_for_one_of_the_names_of_a_layer_are_refused(dynamic: dict[str, Any], words: str) -> None:
+    structure = Structure.of(Plain())
+    with pytest.raises(TargetError, match=rf"inner\.2 and again are one layer, .*{words}.*matches both names"):
+        find_targets(structure, rules(dynamic=dynamic))
+    targets, _ = find_targets(structure, rules(dynamic={r"inner\.2|again": {"bits": 8}}))
+    assert {target.name: target.config.bits for target in targets}["inner.2"] == 8
+
+
+def test_a_layer_stays_float_by_any_of_its_names() -> None:
+    _, skipped = find_targets(Structure.of(Plain()), QuantizeConfig(modules_to_not_convert=["again"]))
+    assert {skip.name: skip.reason for skip in skipped}["inner.2"] == "left float by `modules_to_not_convert`"
 
 
 @pytest.mark.parametrize(

@@ -56,13 +56,15 @@ def with_grids(plan: Plan, grids: Mapping[str, Grid]) -> Plan:
 def _with_rules(config: QuantizeConfig, grids: Mapping[str, Grid], plan: Plan) -> QuantizeConfig:
     """Adds rules for single layers in front, and leaves out others that no longer decide for any."""
     own: dict[str, dict[str, Any]] = {}
+    grids = {every: grid for name, grid in grids.items() for every in plan.structure.all_names([name])}
     for name, grid in grids.items():
         changed = _changed(config, name, grid)
         if changed is not None:
             own[f"{re.escape(name)}$"] = changed
     own |= _rules_of_fused(config, grids)
     others = {pattern: rule for pattern, rule in config.dynamic.items() if pattern not in own}
-    return with_deciding_rules(dataclasses.replace(config, dynamic={**own, **others}), plan.structure.linears)
+    every = plan.structure.all_names(plan.structure.linears)
+    return with_deciding_rules(dataclasses.replace(config, dynamic={**own, **others}), every)
 
 
 def _rules_of_fused(config: QuantizeConfig, grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:

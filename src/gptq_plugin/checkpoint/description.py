@@ -36,13 +36,13 @@ def contents_of(
         also_float: Names in the checkpoint of float layers that the model does not have.
     """
     head, stored = structure.published_head, structure.stored_names
-    floats = [name for name in structure.linears if name not in layers and name != head]
+    floats = structure.all_names(name for name in structure.linears if name not in layers and name != head)
     scorers = [name for name in structure.routers if name not in structure.linears]
 
     def under_both_names(own: Iterable[str]) -> list[str]:
         return list(dict.fromkeys(other for name in own for other in (name, stored.get(name, name))))
 
-    own = schemes_of(layers, config)
+    own = {every: scheme for n, scheme in schemes_of(layers, config).items() for every in structure.all_names([n])}
     schemes = {other: scheme for name, scheme in own.items() for other in under_both_names([name])}
     return Contents(schemes, [*under_both_names(floats), *also_float], head, under_both_names(scorers))
 

@@ -135,7 +135,7 @@ class Export:
         self._format = FORMATS[config.checkpoint_format]
         self._target = target
         check_savable(structure.model)
-        self._stored_names = structure.stored_names
+        self._places = structure.places
         self._unloaded = Unloaded.of(structure.model)
         self._added: set[str] = set()
         self._checksums: dict[str, dict[str, int]] = {}  # by stored name, from before they were written
@@ -164,18 +164,18 @@ class Export:
         if name in self._added:
             raise ExportError(f"{name} was added to the export before: add every layer once")
         self.check([name])
-        stored = self._stored_names[name]
+        names = self._places[name]
         check_config({name: layer}, self._config)
         bits, sym = layer.bits, (self._config.for_module(name) or self._config).sym
 
         def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             check_symmetry(name, tensors["qzeros"], layer, self._config)
-            self._checksums[stored] = checksums(tensors)
+            self._checksums |= dict.fromkeys(names, checksums(tensors))
             try:
                 on_file = self._format.to_file(tensors, bits, sym)
             except ExportError as error:
                 raise ExportError(f"{name}: {error}") from error
-            return {f"{stored}.{suffix}": tensor for suffix, tensor in on_file.items()}
+            return {f"{stored}.{suffix}": tensor for stored in names for suffix, tensor in on_file.items()}
 
         tensors = {suffix: getattr(layer, suffix) for suffix in TENSORS}
         self._writer.add({suffix: t.detach() for suffix, t in tensors.items() if t is not None}, as_stored)
@@ -187,7 +187,7 @@ class Export:
         Raises:
             ExportError: The model has no linear layer of a name, or one that cannot be stored.
         """
-        impossible = [name for name in names if name not in self._stored_names]
+        impossible = [name for name in names if name not in self._places]
         if impossible:
             raise ExportError(
                 f"{some(impossible)} cannot be exported: not a linear layer of the model, or one that transformers "
@@ -204,13 +204,13 @@ class Export:
             The tensors whose bytes in the file are a `QuantLinear`'s (`Format.in_memory`); None if there are none, or
             they are not on disk yet.
         """
-        stored = self._stored_names[name]
+        stored = self._places[name][0]
         tensors = {suffix: self._writer.read(f"{stored}.{suffix}") for suffix in self._format.in_memory}
         return {suffix: t for suffix, t in tensors.items() if t is not None} or None
 
     def lasts(self, name: str) -> bool:
         """Returns whether `written` maps a layer from the export itself, and not from where it waits for that."""
-        stored = self._stored_names[name]
+        stored = self._places[name][0]
         return any(self._writer.is_in_shard(f"{stored}.{suffix}") for suffix in self._format.in_memory)
 
     @plain_defaults()
@@ -322,7 +322,7 @@ class Export:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if report is not None:
-            report.size = export_size(folder, {self._stored_names[name] for name in self._added})
+            report.size = export_size(folder, {stored for name in self._added for stored in self._places[name]})
             self._settled = self._format.settings(description, report.config)
             self._write_report(model, report)
         write_quantize_config(folder, description, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from gptq_plugin.errors import ExportError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import TENSORS
 from gptq_plugin.model.adapters import has_adapters
-from gptq_plugin.model.hf_models import is_encoder_decoder, published_class
+from gptq_plugin.model.hf_models import is_encoder_decoder, published_class, tied_weights
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def write_transformers(staging: Path, model: Any, floats: dict[str, Tensor], des
     original = model.config
     model.config = copy.deepcopy(original)  # save_pretrained writes dtype and architectures into it
     try:
-        detached = {name: tensor.detach() for name, tensor in floats.items()}
+        detached = _apart({name: tensor.detach() for name, tensor in floats.items()}, tied_weights(model))
         try:
             model.save_pretrained(staging, state_dict=detached, max_shard_size=MAX_SHARD)
         except ValueError as error:  # transformers would join weights of which some are quantized now
@@ -65,6 +65,21 @@ def write_transformers(staging: Path, model: Any, floats: dict[str, Tensor], des
                 part["tie_word_embeddings"] = False
     write_json(staging / CONFIG, config)
     return sorted(staging.glob("model*.safetensors"))
+
+
+def _apart(state: dict[str, Tensor], tied: Set[str]) -> dict[str, Tensor]:
+    """The state with a copy of every tensor that shares memory with an earlier one, but for those that the model's
+    class ties: transformers leaves these out, and refuses others."""
+    seen: set[int] = set()
+    found = dict(state)
+    for name, tensor in state.items():
+        if name in tied or tensor.device.type == "meta" or not tensor.numel():
+            continue
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in seen:
+            found[name] = tensor.clone()
+        seen.add(memory)
+    return found
 
 
 def _is_tied(model: Any) -> bool:

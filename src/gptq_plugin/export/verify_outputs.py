@@ -21,6 +21,7 @@ from gptq_plugin.calibration.batches import fields_of, sample_count
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.checkpoint.load import load_as, load_quantized
 from gptq_plugin.device.memory import trimmed
+from gptq_plugin.device.modules import modules_of
 from gptq_plugin.errors import CheckpointError, ExportError, some
 from gptq_plugin.export.unsaved import other_buffers
 from gptq_plugin.layers.hooks import share_hooks
@@ -133,6 +134,12 @@ def _differ(some: list[Tensor], others: list[Tensor]) -> bool:
 def _causes(model: nn.Module) -> str:
     """What may make a model compute something else than its class and configuration, for an error."""
     hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    again = modules_of(model, once=False).keys() - modules_of(model).keys() if is_transformers(model) else set()
+    if not hooked and again:
+        return (
+            f"{some(sorted(again))} occur in other places too, and what occurs in several has one place in the cache: "
+            "set use_cache=False in model.config, or put a copy.deepcopy into each place, with its own layer_idx"
+        )
     if not hooked:
         return "was one of them changed by hand?"
     return f"no checkpoint holds the hooks on {some(hooked)}; remove them for the export, or quantize without one"

@@ -48,6 +48,11 @@ def transformers_models(root: nn.Module, prefix: str = "") -> Iterator[tuple[str
         yield from transformers_models(child, f"{prefix}.{name}" if prefix else name)
 
 
+def tied_weights(model: nn.Module) -> set[str]:
+    """Names of a transformers model's weights that its class ties to others: they are in no file of it."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
 def published_class(model: nn.Module) -> type | None:
     """The transformers class of a model, or the one that a user's subclass (a LightningModule, say) derives from; None
     for an architecture that transformers does not have."""

@@ -51,6 +51,32 @@ def check_rules(config: QuantizeConfig, names: Iterable[str]) -> None:
                 )
 
 
+def check_aliases(config: QuantizeConfig, aliases: Mapping[str, Iterable[str]]) -> None:
+    """Checks that a layer that occurs in several places gets the same from the rules under each of its names.
+
+    Args:
+        config: Has the rules.
+        aliases: The further names of such layers, by the first.
+
+    Raises:
+        TargetError: It names the layer, and what the rules give it.
+    """
+    for first, others in aliases.items():
+        for other in others:
+            if config.for_module(first) != config.for_module(other):
+                raise TargetError(
+                    f"{first} and {other} are one layer, and the `dynamic` rules give it {_told(config, first)} as the "
+                    f"one and {_told(config, other)} as the other: write a rule that matches both names"
+                )
+
+
+def _told(config: QuantizeConfig, name: str) -> str:
+    pattern, rule = config.rule_for(name)
+    if pattern.startswith("-:"):
+        return f"no quantization ({shown(pattern)})"
+    return f"{shown(dict(rule))} ({shown(pattern)})" if pattern else "nothing"
+
+
 def check_effects(config: QuantizeConfig, kept_float: Mapping[str, str]) -> None:
     """Checks that a rule that changes fields is for some layer that is quantized.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,13 @@ from gptq_plugin.errors import some
 from gptq_plugin.layers.hooks import saves_its_own
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.experts import routers, unfused
-from gptq_plugin.model.hf_models import generates, is_encoder_decoder, is_transformers, transformers_models
+from gptq_plugin.model.hf_models import (
+    generates,
+    is_encoder_decoder,
+    is_transformers,
+    tied_weights,
+    transformers_models,
+)
 from gptq_plugin.model.linears import is_linear, linear_shape
 from gptq_plugin.model.output_heads import output_heads
 from gptq_plugin.model.stored_names import stored_names
@@ -39,6 +45,7 @@ class Structure:
         obstacles: Linear layers that cannot be quantized by themselves, and why.
         outside: Linear layers outside the language model, in a model that also reads images or sounds.
         shapes: (out_features, in_features) of every linear layer, under each of its names, and of every router.
+        aliases: The further names of every linear layer that has several, by its first.
     """
 
     model: nn.Module
@@ -50,6 +57,7 @@ class Structure:
     obstacles: Mapping[nn.Module, str]
     outside: Set[nn.Module]
     shapes: Mapping[str, tuple[int, int]]
+    aliases: Mapping[str, Sequence[str]]
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
@@ -69,6 +77,7 @@ class Structure:
             _obstacles(model, head),
             _outside_language(model, linears),
             {name: of_modules.get(module) or _shape(module) for name, module in {**everywhere, **scorers}.items()},
+            _aliases(linears, everywhere),
         )
 
     @classmethod
@@ -84,6 +93,36 @@ class Structure:
         Computed on first use, and once: thousands of experts take seconds.
         """
         return stored_names(self.model, self.shapes)
+
+    @functools.cached_property
+    def places(self) -> Mapping[str, Sequence[str]]:
+        """The names in a checkpoint under which each layer is stored, its own first.
+
+        Several for a layer that occurs in several places of a transformers model whose class does not tie them, such as
+        replicated blocks: whoever loads it makes a layer for each. A plain module is built with its layers shared.
+        """
+        found = {name: [stored] for name, stored in self.stored_names.items()}
+        if is_transformers(self.model):
+            tied = tied_weights(self.model)
+            for first in self.aliases:
+                family = self.all_names([first])
+                for name in family:
+                    others = (one for one in family if one != name and f"{one}.weight" not in tied)
+                    found[name] += [self.stored_names[one] for one in others]
+        return found
+
+    def all_names(self, names: Iterable[str]) -> list[str]:
+        """Each of these layers' names, then the further ones of those that have several."""
+        return [every for name in names for every in (name, *self.aliases.get(name, ()))]
+
+
+def _aliases(linears: Mapping[str, nn.Module], everywhere: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    first = {module: name for name, module in linears.items()}
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, module in everywhere.items():
+        if first[module] != name:
+            found[first[module]].append(name)
+    return dict(found)
 
 
 def _is_layer(module: nn.Module) -> bool:

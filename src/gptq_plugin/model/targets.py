@@ -23,7 +23,7 @@ from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.model.experts import ExpertLinear
 from gptq_plugin.model.linears import is_linear, linear_shape
-from gptq_plugin.model.rule_checks import check_effects, check_rules
+from gptq_plugin.model.rule_checks import check_aliases, check_effects, check_rules
 from gptq_plugin.model.structure import Structure
 from gptq_plugin.options.rules import matching_rules
 
@@ -113,7 +113,7 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
     """
     _check_model(structure)
     linears = structure.linears
-    _check_patterns(config, linears)
+    _check_patterns(config, structure)
     targets: list[Target] = []
     skipped: list[Skipped] = []
     scaled: list[str] = []
@@ -123,7 +123,7 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
         resolved = config.for_module(name)
         if resolved is None:
             skipped.append(Skipped(name, module, "left float by a `dynamic` rule", asked=True))
-        elif left_out and not left_out.isdisjoint(_runs(name)):
+        elif left_out and any(not left_out.isdisjoint(_runs(one)) for one in structure.all_names([name])):
             skipped.append(Skipped(name, module, "left float by `modules_to_not_convert`", asked=True))
         elif module is structure.head and not config.lm_head:
             skipped.append(Skipped(name, module, "output embedding (lm_head=false)", asked=True))
@@ -149,7 +149,8 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
             "Load the model dequantized (transformers: FineGrainedFP8Config(dequantize=True) as quantization_config of "
             "from_pretrained), or leave these layers out with modules_to_not_convert"
         )
-    check_effects(config, dict.fromkeys(linears, "") | {skip.name: skip.reason for skip in skipped if skip.asked})
+    kept_float = {name: skip.reason for skip in skipped if skip.asked for name in structure.all_names([skip.name])}
+    check_effects(config, dict.fromkeys(structure.all_names(linears), "") | kept_float)
     if not targets:
         raise TargetError(_no_target(structure.model, skipped))
     _check_experts(targets, skipped)
@@ -219,9 +220,11 @@ def _names_only(
     return bool(pattern) and not any(pattern in matching_rules(config.dynamic, other) for other in others)
 
 
-def _check_patterns(config: QuantizeConfig, linears: Mapping[str, nn.Module]) -> None:
-    check_rules(config, linears)
-    known = {run for name in linears for run in _runs(name)} if config.modules_to_not_convert else set()
+def _check_patterns(config: QuantizeConfig, structure: Structure) -> None:
+    linears, names = structure.linears, structure.all_names(structure.linears)
+    check_rules(config, names)
+    check_aliases(config, structure.aliases)
+    known = {run for name in names for run in _runs(name)} if config.modules_to_not_convert else set()
     for part in config.modules_to_not_convert:
         if part not in known:
             raise TargetError(
