@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +75,7 @@ class Kill:
     def hits(self, output: Path) -> bool:
         """Runs the training and ends it; returns False if it had ended by itself."""
         suicide = Suicide(self.step, self.number, self.signal) if self.by_itself else None
-        run, seen, hit = Started(self.training, output, free_port(), suicide), 0, None
+        run, seen, hit = Started(self.training, output, suicide), 0, None
         for what, *rest in run.told():
             if what == "saved":
                 self.saved[rest[0]] = rest[1]
@@ -126,7 +125,7 @@ class Kill:
         """A run that nothing ends."""
         checkpoint = Path(max(self.saved, key=lambda path: (len(path), path))) if resume and self.saved else None
         training = dataclasses.replace(self.training, ranks=1, resume=checkpoint)
-        run = Started(training, training.folder / "output", free_port())
+        run = Started(training, training.folder / "output")
         raised = [what for what in run.told() if what[0] == "raised"]
         (code,) = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in run.ranks]
         if code:
@@ -162,13 +161,6 @@ def nothing_hidden(folder: Path) -> None:
 
 def is_hidden(path: Path) -> bool:
     return path.name.startswith(".")
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def _has_ended(process: int) -> bool:

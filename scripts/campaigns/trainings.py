@@ -33,6 +33,8 @@ from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule
 from gptq_plugin.export import export, staging
 from gptq_plugin.quantize import one_pass
 
+from ports import reserved_port
+
 tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays locked where one of them is killed
 
 QUANTIZER = {"group_size": 32, "nsamples": 16, "batch_size": 4}
@@ -169,22 +171,22 @@ class Started:
     Args:
         training: The training.
         output: A folder; rank N writes its output to N.txt there.
-        port: Free, for the ranks.
         suicide: Ends it from within.
 
     Attributes:
         ranks: Rank by process id.
     """
 
-    def __init__(self, training: Training, output: Path, port: int, suicide: Suicide | None = None) -> None:
+    def __init__(self, training: Training, output: Path, suicide: Suicide | None = None) -> None:
         read, write = os.pipe()
         self.ranks = {}
-        for rank in range(training.ranks):
-            child = os.fork()
-            if not child:
-                os.close(read)
-                _rank(training, rank, port, write, output, suicide)
-            self.ranks[child] = rank
+        with reserved_port() as port:
+            for rank in range(training.ranks):
+                child = os.fork()
+                if not child:
+                    os.close(read)
+                    _rank(training, rank, port, write, output, suicide)
+                self.ranks[child] = rank
         os.close(write)
         self._told = os.fdopen(read, "rb")
 

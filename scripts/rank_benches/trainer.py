@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +28,8 @@ from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainingArg
 
 from gptq_plugin import GPTQTrainerCallback, QuantizeModule, QuantLinear
 from rank_benches.llamas import add_sizes, begin, llama_config, run, samples
+
+from ports import reserved_port
 
 FSDP = {
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -63,13 +64,15 @@ def main(options: argparse.Namespace) -> None:
         raise SystemExit("on CPUs accelerate takes DDP in the place of other kinds: give --kinds ddp")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run(work, 1, ALONE, 1, folder, free_port(), options)
+        with reserved_port() as port:
+            run(work, 1, ALONE, 1, folder, port, options)
         print(line(folder, ALONE), flush=True)
         failed = []
         for kind in options.kinds:
             begun = time.perf_counter()
             try:
-                run(work, options.ranks, kind, options.ranks, folder, free_port(), options)
+                with reserved_port() as port:
+                    run(work, options.ranks, kind, options.ranks, folder, port, options)
                 print(f"{line(folder, kind)}; {time.perf_counter() - begun:.0f} s with the start", flush=True)
             except (SystemExit, ValueError) as error:
                 print(f"{kind}: {error}", flush=True)
@@ -162,9 +165,3 @@ def compared(ours: dict[str, Tensor], whole: dict[str, Tensor]) -> str:
     if shares[least] < LEAST:
         raise ValueError(f"only {shares[least]:.4f} of the words of {least} are those of one rank")
     return f"least share of a layer's words that are one rank's: {shares[least]:.4f} ({len(shares)} layers)"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

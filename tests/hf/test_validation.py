@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy
@@ -11,8 +12,10 @@ from transformers import Trainer, TrainingArguments
 
 from gptq_plugin import GPTQTrainerCallback, QuantizeModule, load_quantized
 from gptq_plugin.errors import QualityError
+from gptq_plugin.hf.evaluation_losses import Losses, _Batches
 from gptq_plugin.hf.validation import Validation
 from gptq_plugin.training.quality_gate import QualityGate
+from gptq_plugin.training.samples import Part
 
 from trainer_runs import SMALL, Rows, llama, quantized
 
@@ -157,6 +160,12 @@ def test_the_trainers_loss_is_judged_by_its_batches(tmp_path):
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             return (2 * loss, outputs) if return_outputs else 2 * loss
 
+        def evaluate(self, *args, **kwargs):
+            found = super().evaluate(*args, **kwargs)
+            ids = Rows().ids[:5]
+            self.prediction_step(self.model, {"input_ids": ids, "labels": ids}, True)  # of no evaluation
+            return found
+
     limits = {"eval_loss": "90% at 95%"}
     one_by_one = {"per_device_eval_batch_size": 2}
     trainer, callback = run(tmp_path, {"bits": 2}, kind=Twice, max_degradation=limits, arguments=one_by_one)
@@ -224,6 +233,7 @@ def test_what_a_trainer_gathers_for_its_own_metrics_is_of_batches_alone(tmp_path
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.gathered = {"eval": {"sizes": []}}
+            self.own = self.evaluation_loop = functools.partial(Trainer.evaluation_loop, self)
 
         def prediction_step(self, model, inputs, *args, **kwargs):
             self.gathered["eval"]["sizes"].append(len(inputs["input_ids"]))
@@ -232,6 +242,7 @@ def test_what_a_trainer_gathers_for_its_own_metrics_is_of_batches_alone(tmp_path
 
     trainer, callback = run(tmp_path, kind=Gathers, arguments={"per_device_eval_batch_size": 5})
     assert trainer.gathered["eval"]["sizes"] == [5, 5, 5, 5, 4] * 2 and trainer.steps == 10
+    assert trainer.evaluation_loop is trainer.own
     assert next(iter(callback.report.spreads.values())).unit == "samples"
 
 
@@ -272,6 +283,13 @@ def test_batches_without_a_loss_are_no_part_of_its_mean(tmp_path):
     _, callback = run(tmp_path, {"bits": 2}, kind=Some, arguments={"per_device_eval_batch_size": 4})
     (spread,) = callback.report.spreads.values()
     assert (spread.parts, spread.unit) == (20, "samples")
+
+
+def test_a_value_that_is_no_mean_of_the_batches_is_a_plain_number():
+    """A subclass may return something else under the loss's name, or nothing."""
+    losses = Losses({"eval_loss": _Batches([Part(torch.tensor(1.0), 1, 0, 7), Part(torch.tensor(3.0), 1, 1, 8)])})
+    assert losses.measured("eval_loss", 2.0).values == [1.0, 3.0]
+    assert type(losses.measured("eval_loss", 2.1)) is float and losses.measured("eval_loss", None) is None
 
 
 def test_several_evaluation_datasets_have_their_spreads(tmp_path):

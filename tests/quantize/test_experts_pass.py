@@ -172,12 +172,13 @@ def test_whatever_is_asked_for_experts_gives_the_layers_of_one_by_one(changes):
     }
 
 
-def test_where_tokens_are_weighted_layer_by_layer_experts_are_called_one_by_one():
-    config = dataclasses.replace(CONFIG, token_weighting="gradients")
-    with planned(mixture(), config) as plan:
-        assert grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions()) == {}
-    with planned(mixture(), CONFIG) as plan:
-        assert len(grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions())) == 2
+def test_where_tokens_are_weighted_layer_by_layer_or_stops_are_kept_experts_are_called_one_by_one():
+    for weighting, options, count in (
+        ("all", {}, 2), ("gradients", {}, 0), ("all", {"cache_dir": "kept"}, 0), ("all", {"resume": True}, 0),
+    ):  # fmt: skip
+        with planned(mixture(), dataclasses.replace(CONFIG, token_weighting=weighting)) as plan:
+            found = grouped_experts.grouped_experts(plan, torch.device("cpu"), PassOptions(**options))
+        assert len(found) == count
 
 
 def drifting(method: str, at_once: bool = True, **options: Any) -> Watched:

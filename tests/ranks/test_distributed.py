@@ -47,10 +47,12 @@ def meetings(rank):
     distributed.sum_each_(several)
     parts = [torch.full((2, 3), rank, dtype=torch.float64), torch.full((2,), rank, dtype=torch.uint8)]
     gathered = [distributed.gather_rows(parts, 2, sharers) for sharers in (3, 2, 1)]
+    turned = torch.full((2, 3), float(rank)).t()
+    distributed.from_first_(turned)
     return [
         tensor.tolist(), count, distributed.minimum(5 - rank), distributed.object_from_first(f"rank {rank}"),
         distributed.gather_objects(rank), [[[one.tolist() for one in part] for part in one] for one in gathered],
-        [one.tolist() for one in several],
+        [one.tolist() for one in several], turned.tolist(),
     ]
 
 def few_bytes(rank):
@@ -293,7 +295,7 @@ def test_what_is_exchanged_is_the_same_on_every_rank(scenes):
     for found in scenes("meetings"):
         wide, narrow = [[[rank] * 3] * 2 for rank in range(3)], [[rank] * 2 for rank in range(3)]
         rows = [[wide[:sharers], narrow[:sharers]] for sharers in (3, 2, 1)]
-        assert found == [[3.0] * 3, 3, 3, "rank 0", [0, 1, 2], rows, [[3.0, 3.0], [3]]]
+        assert found == [[3.0] * 3, 3, 3, "rank 0", [0, 1, 2], rows, [[3.0, 3.0], [3]], [[0.0] * 2] * 3]
 
 
 def test_rows_of_one_tensor_travel_without_the_rest_of_it(scenes):

@@ -10,6 +10,7 @@ import torch
 
 from gptq_plugin.training import paired
 from gptq_plugin.training.paired import Draws, Measured, same_parts, spread, unpaired
+from gptq_plugin.training.samples import Part, Samples
 
 
 def metric(values, weights=None, keys=None):
@@ -29,6 +30,17 @@ def test_a_metric_is_a_number_with_the_values_it_is_the_mean_of():
     again = pickle.loads(pickle.dumps(one))  # between ranks
     assert again == one and (again.values, again.weights, again.keys) == ([1.0, 2.0, 6.0], [1, 1, 2], [7, 8, 9])
     assert math.isnan(metric([1.0], [0.0]))
+
+
+def test_a_metric_of_all_ranks_is_over_their_parts_and_knows_their_samples():
+    one, other = ([Part(value, 2, 0, key)] for value, key in ((1.0, 7), (torch.tensor(4.0), 8)))
+    ranks = [Samples([], 3), Samples([], 4, "a sample failed"), None]
+    found = Measured.over_ranks(zip((one, other, []), ranks, strict=True))
+    assert (found, found.values, found.weights, found.keys) == (2.5, [1.0, 4.0], [2, 2], [7, 8])
+    assert (found.samples.total, found.samples.why) == (7, "a sample failed")
+    assert Measured.over_ranks([(one, None)]).samples is None
+    outside = Measured.over_ranks([([*one, Part(4.0, 1, None)], None)])
+    assert outside == 2.0 and type(outside) is float and math.isnan(Measured.over_ranks([([], None)]))
 
 
 def test_of_paired_values_only_the_differences_count():
@@ -95,12 +107,23 @@ def test_the_same_values_have_no_spread_and_of_zero_there_is_no_share():
     zero = metric([0.0] * 20)
     found = spread(zero, metric([1.0] * 20))
     assert found.low == found.high == 1.0 and math.isnan(found.relative_low) and math.isnan(found.relative_margin)
+    for before in ([-1.0, 1.0] * 10, [1.0] + [0.0] * 19):  # a mean of zero; draws of zeros alone
+        found = spread(metric(before), metric([value + 1 for value in before]))
+        assert math.isnan(found.relative_low) and math.isnan(found.relative_high)
+
+
+def test_of_a_metric_below_zero_the_share_has_the_signs_of_the_change():
+    before, after = pairs(40, seed=3)
+    found = spread(metric(-before), metric(-before + (after - before)))
+    assert 0 < found.low < found.high and 0 < found.relative_low < found.relative_high
 
 
 def test_many_parts_are_drawn_in_pieces(monkeypatch):
     before, after = pairs(30, seed=2)
     whole = spread(metric(before), metric(after))
     monkeypatch.setattr("gptq_plugin.training.paired._AT_ONCE", 30 * 7)
+    sizes = [len(drawn) for drawn in paired._drawn(30)]
+    assert sum(sizes) == 4000 and max(sizes) == 7
     pieces = spread(metric(before), metric(after))
     assert pieces.margin == pytest.approx(whole.margin, rel=0.05)
 
@@ -113,4 +136,5 @@ def test_what_cannot_be_paired_has_no_spread():
     keyed, other = metric([1.0] * 10, keys=[*range(10)]), metric([1.0] * 10, keys=[*range(1, 11)])
     assert not same_parts(keyed, other) and spread(keyed, other) is None
     assert not same_parts(enough, metric([1.0] * 10, [1.0] * 9 + [2.0]))
-    assert spread(enough, metric([1.0] * 9 + [math.inf])) is None
+    broken = metric([1.0] * 9 + [math.inf])
+    assert spread(enough, broken) is spread(broken, enough) is None

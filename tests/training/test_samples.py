@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import BatchEncoding
 
+from gptq_plugin.errors import RankError
 from gptq_plugin.training import samples
 from gptq_plugin.training.paired import Measured, Pairs, spread
 from gptq_plugin.training.samples import Chosen, Divided, Part, Samples, counts_in, samples_of
@@ -74,6 +76,7 @@ def test_equal_weights_and_those_that_are_logged_come_first():
     labels = torch.zeros(3, 5, dtype=torch.long)
     assert Samples([divided(labels, [1.0, 2.0, 6.0], 3.0)], 3).names()[0] == ""
     logged = Divided(4.0, 3, [1.0, 2.0, 6.0], counts_in({"x": torch.ones(3)}, [1, 1, 3]), [0, 1, 2])
+    assert counts_in({"x": torch.ones(3, 2, 2, dtype=torch.long)}, [1, 1, 3]) == {"": [1, 1, 3]}
     assert logged.mean("") == 4.2 and Samples([dataclasses.replace(logged, value=4.2)], 3).names() == [""]
 
 
@@ -92,6 +95,7 @@ def test_a_metric_that_is_no_mean_over_samples_is_noticed():
 def test_dtypes_of_few_bits_are_compared_as_they_are_exact():
     values, labels = [1.0, 2.0, 3.0], torch.zeros(3, 5, dtype=torch.long)
     assert not divided(labels, values, 2.01).fits("")
+    assert not divided(labels, [1.0, 2.0, math.inf], 2.0).fits("")
     assert divided(labels, values, 2.01, precision=torch.finfo(torch.bfloat16).eps).fits("")
 
 
@@ -102,6 +106,21 @@ def test_both_models_need_the_same_weights():
     assert Samples([by_tokens], 2).names() == ["labels"] and Samples([evenly], 2).names() == [""]
     one, two = (Measured.mean([of.value], [2], [1], Samples([of], 2)) for of in (by_tokens, evenly))
     assert Pairs.of(one, one).unit == "samples" and Pairs.of(one, two).unit == "batches"
+    of_none = Measured.mean([9.0], [2], [1], Samples([divided(labels, [1.0, 3.0], 9.0)], 2))
+    failed = Measured.mean([2.0], [2], [1], Samples(why="a sample failed"))
+    for other, why in ((of_none, "a batch's value, 9, is no mean"), (failed, "a sample failed")):
+        assert all(Pairs.of(*pair).why.startswith(why) for pair in ((one, other), (other, one)))
+    alone = Measured.mean([2.0], [2], [1])  # its batches are samples
+    assert all(Pairs.of(*pair).unit == "samples" for pair in ((alone, two), (two, alone)))
+
+
+def test_of_weights_that_all_fit_those_that_were_logged_count():
+    labels = torch.tensor([[0, 1, 2], [0, -100, -100]])
+    counts = counts_in({"labels": labels}, [3, 1])
+    one, other = (Divided(2.0, 4, [2.0, 2.0], {**counts, "": logged}, [0, 1]) for logged in ([3, 1], [1, 3]))
+    first, second = (Measured.mean([2.0], [4], [1], Samples([of], 2)) for of in (one, other))
+    assert Pairs.of(first, first).weights == [3, 1]
+    assert Pairs.of(first, second).why == "the two models' samples differ"
 
 
 def test_samples_that_differ_are_no_pairs():
@@ -126,9 +145,12 @@ def test_some_batches_are_chosen_evenly_and_before_a_step_changes_them(monkeypat
     assert seen == [(n, [[n, n]], 2) for n in (0, 16, 8, 4, 12) for _ in range(3)]
     assert chosen.why == "" and not chosen.are_ones
     large = Chosen()
-    large.add(None, torch.ones(40, 2))
-    large.add(None, torch.ones(40, 2))
-    assert list(large.kept) == [0]
+    monkeypatch.setattr(samples.distributed, "world_size", lambda: 4)
+    shared = Chosen()
+    for _ in range(6):
+        large.add(None, torch.ones(40, 2))
+        shared.add(None, torch.ones(2, 2))
+    assert list(large.kept) == [0] and list(shared.kept) == [0, 4]  # a quarter of 16 samples
 
 
 def test_single_samples_need_no_second_run_and_errors_are_told():
@@ -152,8 +174,9 @@ def test_single_samples_need_no_second_run_and_errors_are_told():
     assert "has no tensors whose first dimension" in texts.why
 
 
-def test_a_mean_has_the_samples_of_the_batches_it_is_over():
+def test_a_mean_has_the_samples_of_the_batches_it_is_over(monkeypatch):
     """Some batches may give no value; each of its samples has to give one, and no batch two."""
+    monkeypatch.setattr(samples.distributed, "rank", lambda: 1)
     chosen = Chosen()
     for number in range(3):
         chosen.add(None, torch.full((2, 3), number))
@@ -161,7 +184,7 @@ def test_a_mean_has_the_samples_of_the_batches_it_is_over():
     chosen.run(lambda number, _, sample: single.append(Part(torch.tensor(float(number)), 2.0, number)))
     parts = [Part(torch.tensor(float(number)), 5, number, key=number, precision=0.5) for number in range(3)]
     found = chosen.samples([*parts[:2], Part(7.0, 1, None)], single)
-    assert found.why == "" and found.total == 4 and [one.place for one in found.batches] == [(0, 0), (0, 1)]
+    assert found.why == "" and found.total == 4 and [one.place for one in found.batches] == [(1, 0), (1, 1)]
     assert [(one.value, one.weight, one.values, one.precision) for one in found.batches] == [
         (0.0, 5, [0.0, 0.0], 0.5), (1.0, 5, [1.0, 1.0], 0.5),
     ]  # fmt: skip
@@ -191,7 +214,7 @@ def test_ranks_run_as_many_samples_each_and_the_same_batches(monkeypatch):
 
 def test_ranks_run_the_same_dataloaders_samples_at_the_same_time(monkeypatch):
     """Steps of one dataloader may wait for the other rank's, and those of another not."""
-    shares, told, steps = (((3, 3, 3), (2,)), ((3,), (2, 2))), [], []
+    shares, told, steps = (((3, 3, 3), (2,)), ((2,), (2, 2))), [], []
     chosen = [Chosen(), Chosen()]
     for one, loaders in zip(chosen, shares):
         for loader, sizes in enumerate(loaders):
@@ -238,6 +261,25 @@ def test_batches_that_cannot_be_divided_are_found_before_a_sample_runs():
     assert not ran and chosen.why.startswith("single samples cannot be run (ValueError: a batch (dict) has no tensors")
 
 
+@pytest.mark.parametrize(("end", "steps"), [(0, 0), (1, 6)])
+def test_what_fails_on_another_rank_is_told_on_this_one(end, steps, monkeypatch):
+    """At the end of the division of batches, before any step; or of the steps."""
+    ends = iter(range(2))
+
+    @contextlib.contextmanager
+    def failing_together():
+        yield
+        if next(ends) == end:
+            raise RankError("rank 1 failed")
+
+    monkeypatch.setattr(samples.distributed, "failing_together", failing_together)
+    chosen, ran = Chosen(), []
+    for _ in range(2):
+        chosen.add(None, torch.zeros(3, 2))
+    chosen.run(lambda number, *_: ran.append(number))
+    assert chosen.why == "single samples cannot be run (RankError: rank 1 failed)" and len(ran) == steps
+
+
 def test_samples_take_no_longer_than_the_validation_and_those_that_ran_for_both_models_are_pairs(monkeypatch):
     """The clock is one of steps. What is enough to tell something runs in any case."""
     clock = iter(range(10**6))
@@ -261,15 +303,19 @@ def test_samples_take_no_longer_than_the_validation_and_those_that_ran_for_both_
     assert second < first and len(pairs.before) == 2 * second and pairs.share == second / 16 and pairs.unit == "samples"
 
 
-def test_some_samples_run_however_long_they_take(monkeypatch):
+@pytest.mark.parametrize(
+    ("rank_0", "batches"), [(lambda mine: mine, [0, 4]), (lambda mine: False, [0, 4, 2, 6, 1, 5, 3, 7])]
+)
+def test_some_samples_run_however_long_they_take_and_all_while_rank_0_has_time(rank_0, batches, monkeypatch):
     monkeypatch.setattr(samples, "_LEAST", 4)
+    monkeypatch.setattr(samples.distributed, "object_from_first", rank_0)
     clock = iter([0.0] * 3)
     monkeypatch.setattr(samples.time, "perf_counter", lambda: next(clock, 1e9))  # the first one takes all the time
     chosen, ran = Chosen(), []
-    for number in range(8):
-        chosen.add(None, torch.full((2, 3), number))
-    chosen.run(lambda number, *_: ran.append(number))
-    assert ran == [0, 0, 4, 4]
+    for n in range(8):
+        chosen.add(None, torch.full((2, 3), n))
+    chosen.run(lambda n, *_: ran.append(n))
+    assert ran == [n for n in batches for _ in range(2)]
 
 
 def test_of_some_samples_the_interval_is_that_of_a_mean_of_all():

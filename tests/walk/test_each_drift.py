@@ -49,9 +49,9 @@ def taken(each):
     return torch.cat([each.take(along[some], weights[some]) for some in (slice(0, 2), slice(2, 4))])
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_each_experts_drift_is_that_of_its_tokens(exact):
-    each, wanted = of_all(exact), one_each()
+@pytest.mark.parametrize(("exact", "dtype"), [(True, torch.float32), (False, torch.float32), (False, torch.bfloat16)])
+def test_each_experts_drift_is_that_of_its_tokens(exact, dtype):
+    each, wanted = of_all(exact, dtype=dtype), one_each(dtype=dtype)
     assert each.tokens().tolist() == [one.tokens for one in wanted] == [5, 0, 12, 3]
     torch.testing.assert_close(each.along().float(), torch.tensor([one.along() for one in wanted]), rtol=1e-5, atol=0)
     for number, (found, one) in enumerate(zip(taken(each), wanted, strict=True)):

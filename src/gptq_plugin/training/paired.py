@@ -110,7 +110,7 @@ class Pairs:
             if [part[1:] for part in first] == [part[1:] for part in second]:
                 values = [part[0] for part in first], [part[0] for part in second], [part[1] for part in first]
                 ran = sum(len(batch.values) for batch in chosen[0])  # those that weigh nothing too
-                return cls(*values, "samples", share=min(1.0, ran / max(1, one.total)))
+                return cls(*values, "samples", share=ran / one.total)
             why = "the two models' samples differ"
         why = why or (one if not one.names() else two).unfit()
         return cls(before.values, after.values, before.weights, "batches", why)

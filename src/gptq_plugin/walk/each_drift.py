@@ -63,10 +63,10 @@ class EachDrift(EachSum):
 
         Args:
             along: Those of `along`; a drift that has little to do with its inputs becomes 0.
-            weights: By which sums are divided, [experts].
+            weights: By which sums are divided, [experts]; none is 0.
             make_room: As for `EachHessian.take`.
         """
-        sums, weights = self._sums[self._next(len(weights))], weights.clamp(min=1)[:, None, None]
+        sums, weights = self._sums[self._next(len(weights))], weights[:, None, None]
         means = with_room(partial(_narrowed, sums, weights), make_room) if self._exact else sums.div_(weights)
         return means.masked_fill_((along < -MOST)[:, None, None], 0)
 
