@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 
 import numpy
 import pytest
@@ -232,22 +233,29 @@ def test_what_a_trainer_gathers_for_its_own_metrics_is_of_batches_alone(tmp_path
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.gathered = {"eval": {"sizes": []}}
+            self.gathered, self.queue, self.seen = {"eval": {"sizes": []}}, deque(), set()
             self.own = self.evaluation_loop = functools.partial(Trainer.evaluation_loop, self)
 
         def prediction_step(self, model, inputs, *args, **kwargs):
             self.gathered["eval"]["sizes"].append(len(inputs["input_ids"]))
+            self.queue.append(0)
+            self.seen.add(len(inputs["input_ids"]))
             self.steps += 1
             return super().prediction_step(model, inputs, *args, **kwargs)
 
     trainer, callback = run(tmp_path, kind=Gathers, arguments={"per_device_eval_batch_size": 5})
     assert trainer.gathered["eval"]["sizes"] == [5, 5, 5, 5, 4] * 2 and trainer.steps == 10
+    assert len(trainer.queue) == 10 and trainer.seen == {4, 5}
     assert trainer.evaluation_loop is trainer.own
     assert next(iter(callback.report.spreads.values())).unit == "samples"
 
 
 def test_losses_of_16_bits_are_compared_as_they_are_exact(tmp_path):
     class Rough(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.prediction_step = functools.partial(Trainer.prediction_step, self)  # no method
+
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             return (loss.bfloat16(), outputs) if return_outputs else loss
