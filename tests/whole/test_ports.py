@@ -1,17 +1,21 @@
-"""Ports that tests reserve: two runs of the tests on one machine do not meet."""
+"""Ports that tests and scripts reserve: two runs on one machine do not meet."""
 
 from __future__ import annotations
 
+import os
+import runpy
 import socket
 from datetime import timedelta
 
 import pytest
 from torch.distributed import TCPStore
 
-from ports import reserved_port
+from paths import REPOSITORY
 
 
-def test_a_reserved_port_is_nobody_elses_and_a_store_listens_at_it():
+@pytest.mark.parametrize("folder", ["tests/support", "scripts"])
+def test_a_reserved_port_is_nobody_elses_and_a_store_listens_at_it(folder):
+    reserved_port = runpy.run_path(str(REPOSITORY / folder / "ports.py"))["reserved_port"]
     with reserved_port() as port, reserved_port() as another:
         assert port != another
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
@@ -20,3 +24,15 @@ def test_a_reserved_port_is_nobody_elses_and_a_store_listens_at_it():
         store.set("key", "value")
         other = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
         assert other.get("key") == b"value"
+    read, write = os.pipe()
+    with reserved_port() as port:
+        child = os.fork()
+        if not child:
+            os.close(write)
+            os.read(read, 1)  # until the parent closes its end
+            os._exit(0)
+    with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+        stranger.bind(("127.0.0.1", port))
+    os.close(write)
+    os.waitpid(child, 0)
+    os.close(read)
