@@ -7,10 +7,11 @@ import dataclasses
 import inspect
 import json
 import pickle
+import re
 
 import pytest
 
-from gptq_plugin import QuantizeConfig, QuantizeModule
+from gptq_plugin import Finish, GPTQCallback, GPTQTrainerCallback, QuantizeConfig, QuantizeModule
 from gptq_plugin.config import MODULE_FIELDS, own_config
 from gptq_plugin.options.fields import is_number
 from gptq_plugin.options.methods import METHOD_FIELDS, METHODS
@@ -212,6 +213,26 @@ def test_a_field_that_does_not_exist_is_answered_with_the_nearest_however_it_is_
             make({name: 4})
     with pytest.raises(TypeError, match=r"unknown option 'zzz': QuantizeConfig has bits"):
         QuantizeConfig(zzz=1)
+    with pytest.raises(ValueError, match=r"'cachedir': did you mean QuantizeModule\(cache_dir=\.\.\.\)\?"):
+        QuantizeModule(cachedir="kept")
+    with pytest.raises(TypeError, match=r"'step': did you mean 'steps'\? Finish has kind, steps"):
+        Finish(step=50)
+
+
+@pytest.mark.parametrize("kind", [GPTQCallback, GPTQTrainerCallback])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("overwrit", "'overwrite'"),
+        ("groupsize", "QuantizeModule(group_size=...)"),
+        ("bits", "QuantizeModule(bits=...)"),
+        ("held_out", "Finish(held_out=...)"),
+    ],
+)
+def test_a_callback_answers_an_option_it_does_not_have_with_where_the_nearest_is_given(kind, name, near):
+    said = rf"unknown option '{name}': did you mean {re.escape(near)}\? {kind.__name__} has quantizer, export_dir"
+    with pytest.raises(TypeError, match=said):
+        kind(QuantizeModule(), **{name: 4})
 
 
 def test_the_constructor_keeps_its_signature_and_copies():

@@ -88,7 +88,7 @@ _EMPTY = ("dynamic", "modules_to_not_convert")  # None is an empty one
 _OF_METHOD: Any = None  # the method's value
 
 
-@naming_the_nearest
+@naming_the_nearest()
 @dataclass(frozen=True)
 class QuantizeConfig:
     """How to quantize a model.

@@ -33,6 +33,9 @@ class QualityError(ValueError):
     """The quantized model is worse than the limits allow."""
 
 
+OF_USERS = (TargetError, CalibrationError, CheckpointError, ExportError, RankError, DataError, QualityError)
+
+
 def brief(text: object, most: int = 600) -> str:
     """A value's or an error's text for a message: cut to its first `most` letters, and with escapes for what cannot be
     printed. Files of strangers end up in it."""

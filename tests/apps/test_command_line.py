@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 
 from gptq_plugin.apps.command_line import hydra_command
+from gptq_plugin.errors import ExportError
 
 
 @pytest.fixture
@@ -124,3 +126,28 @@ def test_a_value_that_cannot_be_had_is_told_without_a_traceback(value, cause, ca
         cli.finetune()
     told = capsys.readouterr().err
     assert "quantizer.sym has a value that cannot be had" in told and cause in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("error", "is_ours"), [(ExportError("mine has files of yours"), True), (ValueError("a fault"), False)]
+)
+def test_an_error_of_this_packages_is_told_by_its_sentence_and_any_other_with_a_traceback(
+    error, is_ours, capsys, monkeypatch, tmp_path
+):
+    def task(config):
+        raise error
+
+    command = hydra_command("finetune")(task)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gptq-finetune", "hydra.run.dir=out"])
+    with pytest.raises(SystemExit) as ended:
+        command()
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and "HYDRA_FULL_ERROR=1" in told and str(error) in told
+    assert (f"gptq-finetune: {error}\n" in told) == is_ours == ("Traceback" not in told)
+    with pytest.raises(type(error), match=str(error)):  # called from Python
+        command({})
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(CompactHydraException if is_ours else ValueError) as raised:
+        command()
+    assert error in (raised.value, raised.value.__cause__)

@@ -77,16 +77,21 @@ def test_samples_of_other_lengths_and_padding_are_no_samples_left_out():
 
 def test_what_no_sample_changes_may_be_read_once():
     class Positions(Reads):
-        def __init__(self):
+        def __init__(self, last=0.0):
             super().__init__()
-            self.of_places = nn.Linear(32, 32)
+            self.of_places, self.last_place = nn.Linear(32, 32), last
 
         def forward(self, input_ids):
             places = torch.arange(input_ids.shape[-1] * 32).view(1, -1, 32) / 100
+            places[:, -1] += self.last_place
             return super().forward(input_ids) + self.of_places(places.sin())
 
     report = QuantizeModule(**SMALL).quantize(Positions(), rows(), forward=lambda m, batch: m(batch["input_ids"]))
     assert report.batch_size == 8 and not told_in(report)
+    with pytest.raises(CalibrationError, match="the input of of_places holds NaN"):  # no sample that is left out
+        QuantizeModule(**SMALL).quantize(
+            Positions(torch.nan), torch.stack(rows())[..., None], forward=lambda m, batch: m(batch.long()[..., 0])
+        )
 
 
 def test_a_part_of_the_model_that_sees_one_sample_is_found():

@@ -9,12 +9,14 @@ from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from gptq_plugin import __version__
 from gptq_plugin.apps.composition import composition_problems
 from gptq_plugin.apps.option_names import CONF, unknown_names, unreadable_overrides
 from gptq_plugin.apps.output import output_never_fails
+from gptq_plugin.errors import OF_USERS
 
 Task = Callable[[DictConfig], Any]
 _COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of Hydra's, of which a line has one
@@ -24,16 +26,18 @@ def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
     """Makes a function of a configuration a command, ``gptq-CONFIG_NAME``, as `hydra.main` does.
 
     ``--version`` prints the package's version, ``--help`` the options with the comments of ``conf/``. A name that does
-    not exist ends the process with status 2 and the nearest one that does.
+    not exist ends the process with status 2 and the nearest one that does; one of this package's errors with status 1
+    and its sentence alone, unless the environment has Hydra's ``HYDRA_FULL_ERROR=1``.
     """
 
     def decorate(task: Task) -> Callable[..., Any]:
-        run = hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=config_name)(task)
+        main = hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name=config_name)
+        run = main(_with_errors_alone(task, f"gptq-{config_name}"))
 
         @functools.wraps(task)
         def command(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
-                return run(cfg)
+                return task(cfg)
             with output_never_fails():
                 _before_hydra(config_name)
                 return run()
@@ -41,6 +45,20 @@ def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
         return command
 
     return decorate
+
+
+def _with_errors_alone(task: Task, program: str) -> Task:
+    """Raises this package's errors as the kind that Hydra shows without a traceback. What else is raised is a fault of
+    the program, or of code that it calls."""
+
+    @functools.wraps(task)
+    def run(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except OF_USERS as error:
+            raise CompactHydraException(f"{program}: {error}") from error
+
+    return run
 
 
 def _before_hydra(default: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from gptq_plugin.config import QuantizeConfig
 from gptq_plugin.options import fields
+from gptq_plugin.options.known_names import naming_the_nearest
 
 KINDS = ("none", "scales", "blocks", "full")
 _PATIENCE = 4
@@ -56,6 +57,7 @@ _KINDS = {
 }
 
 
+@naming_the_nearest()
 @dataclass(frozen=True)
 class Finish:
     """How a quantized model is trained towards its float model, after GPTQ.

@@ -39,13 +39,14 @@ from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place,
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import ModelForward, PassOptions
 from gptq_plugin.training.attempts import Attempts
-from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options
+from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options, naming_the_nearest_option
 from gptq_plugin.training.log_metrics import finish_metrics, quality_metrics, total_metrics
 from gptq_plugin.training.optimizer_state import on_cpu
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 from gptq_plugin.training.quality_gate import QualityGate
 
 
+@naming_the_nearest_option
 class GPTQTrainerCallback(CallbackBase, TrainerCallback):
     """Quantizes the trained model at the end of `Trainer.train`, and exports it.
 

@@ -50,12 +50,13 @@ from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place,
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.training.attempts import Attempts, Quality
-from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options
+from gptq_plugin.training.callback_base import CallbackBase, Origin, check_options, naming_the_nearest_option
 from gptq_plugin.training.preflight import leaves_quantized, refuse_adapters, refuse_offload, refuse_quantized
 from gptq_plugin.training.quality_gate import QualityGate
 from gptq_plugin.training.unsharded import refuse_unknown_sharding
 
 
+@naming_the_nearest_option
 class GPTQCallback(CallbackBase, EndsLaunchedRanks, ChecksFirstLoss):
     """Quantizes the trained module at the end of `Trainer.fit`, and exports it.
 
@@ -150,9 +151,8 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks, ChecksFirstLoss):
         )
         given = {"weights": weights, "validate": validate, "log_artifacts": log_artifacts}
         check_options(calibration_step=calibration_step, module=module, **given)
-        self.log_artifacts = log_artifacts
         self.calibration_step, self.module = calibration_step, module
-        self.weights = str(weights)
+        self.weights, self.log_artifacts = str(weights), log_artifacts
         self.gate = QualityGate(max_degradation, on_fail, max_bits)
         if validate is False and self.gate.limits:
             raise ValueError("max_degradation needs validation, and validate=False switches it off")

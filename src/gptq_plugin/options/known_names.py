@@ -1,6 +1,6 @@
-"""Names that are no field of a dataclass are answered with the nearest field.
+"""Names that no class takes as an argument are answered with the nearest that it takes.
 
-Tested by tests/test_config.py: as arguments of a configuration.
+Tested by tests/test_config.py: as arguments of a configuration, of a finish and of callbacks.
 """
 
 from __future__ import annotations
@@ -8,35 +8,68 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 _Options = TypeVar("_Options")
 
 
-def naming_the_nearest(options: type[_Options]) -> type[_Options]:
-    """Has a dataclass answer an argument that it does not have with the nearest field."""
-    init = options.__init__
+def naming_the_nearest(**others: Collection[str]) -> Callable[[type[_Options]], type[_Options]]:
+    """Has a class answer an argument that it does not have with the nearest it has.
 
-    @functools.wraps(init)
-    def checked(self: _Options, *args: Any, **given: Any) -> None:
-        unknown = unknown_option(options, given)
-        if unknown:
-            raise TypeError(unknown)
-        init(self, *args, **given)
+    Args:
+        **others: By the names of other classes, arguments of theirs that users may look for here.
+    """
 
-    setattr(options, "__init__", checked)  # noqa: B010  for mypy
-    return options
+    def decorate(options: type[_Options]) -> type[_Options]:
+        init = options.__init__
+        known = list(inspect.signature(init).parameters)[1:]
+
+        @functools.wraps(init)
+        def checked(self: _Options, *args: Any, **given: Any) -> None:
+            unknown = unknown_name(options.__name__, known, given, others)
+            if unknown:
+                raise TypeError(unknown)
+            init(self, *args, **given)
+
+        setattr(options, "__init__", checked)  # noqa: B010  for mypy
+        return options
+
+    return decorate
 
 
-def unknown_option(options: type, values: Iterable[Any]) -> str:
-    """A sentence for the first name that is no field, with the nearest one; empty if all are."""
-    known = [f.name for f in dataclasses.fields(options)]
-    for name in values:
+def unknown_option(options: type, values: Iterable[Any], others: Mapping[str, Collection[str]] | None = None) -> str:
+    """A sentence for the first name that is no field of a dataclass, with the nearest one; empty if all are.
+
+    Args:
+        options: The dataclass.
+        values: The names.
+        others: As for `naming_the_nearest`.
+    """
+    return unknown_name(options.__name__, [f.name for f in dataclasses.fields(options)], values, others or {})
+
+
+def unknown_name(owner: str, known: Sequence[str], names: Iterable[Any], others: Mapping[str, Collection[str]]) -> str:
+    """A sentence for the first name that `owner` does not have, with the nearest one; empty if it has all of them.
+
+    A name that another class has is named as its, and so is one that is near to none here.
+    """
+    for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            return f"unknown option {name!r}: {hint}{options.__name__} has {', '.join(known)}"
+            near = _nearest(str(name), owner, known, others)
+            hint = f"did you mean {near}? " if near else ""
+            return f"unknown option {name!r}: {hint}{owner} has {', '.join(known)}"
+    return ""
+
+
+def _nearest(name: str, owner: str, known: Sequence[str], others: Mapping[str, Collection[str]]) -> str:
+    """How the nearest option is written; empty if none is near."""
+    for cutoff in (1.0, 0.6):  # difflib's own
+        for other, options in ((owner, known), *others.items()):
+            near = difflib.get_close_matches(name, options, n=1, cutoff=cutoff)
+            if near:
+                return repr(near[0]) if other == owner else f"{other}({near[0]}=...)"
     return ""
 
 

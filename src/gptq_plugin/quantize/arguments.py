@@ -23,6 +23,8 @@ OPTIONS = {
     "resume": fields.SWITCH,
 }
 
+ALL = (*OPTIONS, *field_defaults(QuantizeConfig))  # that a QuantizeModule is made with, beside `config`
+
 
 def check_fields(config: QuantizeConfig | None, given: Mapping[str, Any]) -> None:
     """Refuses fields that are unknown, or asked for beside a configuration.
@@ -30,7 +32,7 @@ def check_fields(config: QuantizeConfig | None, given: Mapping[str, Any]) -> Non
     A parser of command lines gives all of them, and nobody can tell a default that was written from one that was not:
     those at their defaults ask for nothing, and a warning tells.
     """
-    unknown = unknown_option(QuantizeConfig, given)
+    unknown = unknown_option(QuantizeConfig, given, {"QuantizeModule": OPTIONS})
     if unknown:
         raise ValueError(unknown)
     if config is None:

@@ -23,6 +23,8 @@ from gptq_plugin.finish.logits import LogitReader
 from gptq_plugin.finish.options import Finish, check_finish
 from gptq_plugin.finish.rows import check_batches
 from gptq_plugin.options import fields
+from gptq_plugin.options.known_names import field_defaults, naming_the_nearest
+from gptq_plugin.quantize import arguments
 from gptq_plugin.quantize.finishing import TaskLoss
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.report.provenance import plain_name
@@ -46,6 +48,9 @@ _KINDS = {  # of the arguments of both callbacks; others are checked by the modu
     "log_artifacts": fields.Kind("true, false, or the artifact's name", lambda value: isinstance(value, (bool, str))),
     "validate": fields.optional(fields.SWITCH, "if there is a validation_step"),
 }
+
+# What both callbacks are decorated with: options of their arguments are looked for among theirs.
+naming_the_nearest_option = naming_the_nearest(QuantizeModule=arguments.ALL, Finish=field_defaults(Finish))
 
 
 def check_options(**options: Any) -> None:
