@@ -57,6 +57,17 @@ def test_64_rows_have_wide_tiles_where_these_keep_the_processors_at_work():
     assert chosen(64, 8192, 28672, gpu=A100).startswith("few_rows") and "few" in chosen(64, 8192, 28672, bits=8)
 
 
+def test_65_to_128_rows_have_no_tiles_that_half_of_the_rows_would_fill():
+    shared = "many_rows BM=128 STAGES=8 AHEAD=3 WIDTH=2 SPLIT=2 EARLY=1"
+    for bits in (2, 3, 4):
+        assert chosen(65, n_out=14336, bits=bits) == chosen(128, n_out=14336, bits=bits) == NARROW
+        assert chosen(128, 8192, 28672, bits=bits) == chosen(65, n_out=11008, bits=bits) == shared
+        assert "BM=256" in chosen(129, 8192, 28672, bits=bits)
+    assert chosen(128, gpu=A100) == chosen(128, 8192, 28672, bits=8) == "dense"
+    for size in SIZES:
+        assert "BM=256" not in chosen(128, *size)
+
+
 def test_3_bits_are_taken_by_halves_where_whole_steps_spill():
     assert chosen(1, bits=3, gpu=A100).endswith("EARLY=0 HALF=1") and "HALF" not in chosen(1, bits=3)
     assert not any("HALF" in chosen(rows, bits=3, dtype=torch.float32) for rows in (1, 16, 64))
@@ -80,6 +91,6 @@ def test_what_the_rule_chooses_fits(gpu, dtype):
         for bits in (2, 3, 4, 8):
             for group in (32, 64, 128, 10**9):
                 layout = Layout.of(bits, group, *size, True)
-                for rows in (1, 2, 9, 33, 64, 65, 256, 257, 3000):
+                for rows in (1, 2, 9, 33, 64, 65, 128, 129, 256, 257, 3000):
                     choice = by_rule(layout, rows, dtype, gpu)
                     assert fits(choice, layout, rows, dtype, gpu), f"{choice} for {rows} rows of {layout}"

@@ -235,13 +235,8 @@ def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Itera
             yield from (wide | {"GROUPS": 4, "BN": 64, "SPLIT": 1}, narrow | {"SPLIT": 1})
         yield from (wide, wide | {"SPLIT": 4}, narrow)
     elif rows <= rule.FEW_ROWS_TILED:
-        yield from (
-            rule.NARROW,
-            tile(256, 5, 2),
-            tile(128, 8, 3, SPLIT=2, EARLY=1),
-            rule.wide(rows),
-            tile(256, 5, 2, EARLY=1),
-        )
+        own = tile(128, 8, 3) if rows <= 128 else tile(256, 5, 2)
+        yield from (rule.NARROW, own, rule.SHARED, rule.wide(rows), own | {"EARLY": 1})
     else:
         yield from (tile(256, 5, 2, width) for width in (2, 4, 8, 1))
         yield tile(128, 8, 3)

@@ -14,6 +14,7 @@ FEW_ROWS = 64  # up to which the weights' bytes, not arithmetic, take the time
 FEW_ROWS_TILED = 256  # up to which tiles of 64 rows are faster where outputs are too few for larger ones
 _ONE_ROW = 1 << 25  # weights up to which tensor cores start too slowly for one row
 NARROW = {"BN": 64, "BM": 64, "STAGES": 4, "JOINED": 4, "AHEAD": 4, "SPLIT": 1, "EARLY": 1}  # of `many_rows`
+SHARED = {"BM": 128, "STAGES": 8, "AHEAD": 3, "WIDTH": 2, "SPLIT": 2, "EARLY": 1}
 _PROGRAMS = 1.6  # for every multiprocessor: as many share the channels of a tile as it takes to have these
 
 
@@ -41,8 +42,12 @@ def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
         if layout.n_in <= 2 * layout.n_out and _fills(layout, triton.cdiv(rows, 64), 128, gpu):
             return Choice.of("many_rows", **NARROW)
         if layout.halves and rows > 128 and layout.steps > 1:
-            return Choice.of("many_rows", BM=128, STAGES=8, AHEAD=3, WIDTH=2, SPLIT=2, EARLY=1)
+            return Choice.of("many_rows", **SHARED)
         return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
+    if rows <= 128:  # half of a tile of 256 rows would be empty, and takes longer than a full one
+        if tiles < gpu.processors and _fills(layout, 2, 128, gpu):
+            return Choice.of("many_rows", **NARROW)
+        return Choice.of("many_rows", **SHARED)
     return Choice.of("many_rows", BM=256, STAGES=5, AHEAD=2, WIDTH=2)
 
 
