@@ -29,7 +29,7 @@ ALONE = {
     "zeros + 1": (zeros_off, "promises zeros of 8, and most others are 9, as in a gptq_v2 file labelled"),
     "zeros of one layer": (lambda tensors, bits: zeros_off(tensors, bits, only=LAYER), f"{LAYER}: sym=True promises"),
     "groups reversed": (reversed_groups, "desc_act=false promises that channel i is in group i // group_size"),
-    "one channel": (one_channel_in_another_group, "desc_act=false promises"),
+    "one channel": (one_channel_in_another_group, "g_idx puts 33 channels into group"),
     "no zeros": (without("qzeros"), "lacks 7 tensors"),
     "one weight missing": (without("qweight", LAYER), f"{LAYER}.qweight"),
     "NaN": (lambda tensors, bits: tensors[f"{LAYER}.scales"].fill_(float("nan")), "NaN"),
@@ -50,7 +50,7 @@ def test_damage_shows_by_the_checkpoints_own_description(damage: str, damaged: C
 
 def test_groups_of_other_sizes_show_where_act_order_may_put_channels_anywhere(damaged: Callable[..., Path]) -> None:
     found = lint(damaged("4 bits act-order", one_channel_in_another_group))
-    assert any("more channels into some groups" in error for error in found.errors)
+    assert any("g_idx puts 33 channels into group" in error for error in found.errors), found.errors
 
 
 def test_what_a_single_layer_shows_is_a_warning_or_an_error_by_its_weight_for_the_numbers() -> None:

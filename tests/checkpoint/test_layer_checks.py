@@ -26,6 +26,10 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Any], list[str]]] = {
     ),
     "a group index is negative": (put(f"{DOWN}.g_idx", with_value(5, -1)), [f"{DOWN}.g_idx", "from -1 to 2"]),
     "group indices are too few": (put(f"{DOWN}.g_idx", lambda t: t[:64]), [DOWN, "with 64 inputs"]),
+    "group indices were never written": (
+        put(f"{DOWN}.g_idx", torch.zeros_like),
+        [f"{DOWN}.g_idx puts 96 channels into group 0, and a group has group_size=32", "clients that read it"],
+    ),
     "group indices are int64": (put(f"{DOWN}.g_idx", lambda t: t.long()), [f"{DOWN}.g_idx is I64, not I32"]),
     "codes are float": (put(f"{DOWN}.qweight", lambda t: t.float()), [f"{DOWN}.qweight is F32, not I32"]),
     "codes are one row short": (
@@ -124,7 +128,7 @@ def stored(name: str, **changed: torch.Tensor | None) -> StoredLayer:
     }
     if "weight_shape" in tensors:
         tensors["weight_shape"] = torch.tensor([40, 96])
-    tensors[form.g_idx] = torch.zeros(96, dtype=torch.int32)
+    tensors[form.g_idx] = torch.arange(96, dtype=torch.int32) // 32
     tensors = {suffix: tensor for suffix, tensor in {**tensors, **changed}.items() if tensor is not None}
     kinds = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16"}
     entries = {s: TensorEntry(Path("f"), kinds[t.dtype], tuple(t.shape)) for s, t in tensors.items()}

@@ -89,7 +89,10 @@ def test_another_tools_checkpoint_goes_there_and_back_bit_for_bit(name, checkpoi
     if name.endswith(("w4g32", "mixed-bits", "w8-channel")):
         assert torch.equal(logits(there), logits(source))
     if before != "compressed-tensors" or "8" not in name or "asym" not in name:
-        assert same(convert(there, tmp_path / "back", before), source)
+        back = convert(there, tmp_path / "back", before)
+        assert same(back, source)
+        tools = json.loads((back / "config.json").read_text())["quantization_config"]["meta"]["quantizer"]
+        assert tools[-1].startswith("gptq_plugin:") and len(set(tools)) == len(tools)
 
 
 def test_groups_in_act_order_stay_in_gptq(tmp_path):

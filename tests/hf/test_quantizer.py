@@ -120,6 +120,7 @@ def test_transformers_reports_no_missing_and_no_unexpected_tensors(caplog: pytes
 def test_save_pretrained_writes_a_gptq_v2_checkpoint_that_every_way_loads(name: str, tmp_path: Path) -> None:
     """v1 on disk, true zeros in memory."""
     model = loaded(FIXTURES / name, dtype=torch.float32)
+    assert not any(module.training for module in model.modules())
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert (written["quant_method"], written["checkpoint_format"]) == ("gptq", "gptq_v2")

@@ -15,6 +15,7 @@ from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _HALF = "F16"
+_ALL_0 = ": clients that read it compute other weights than those that do not. If the tool left it empty, remove it"
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,14 @@ def _wrong_values(stored: StoredLayer, layer: QuantizedLayer) -> Iterator[str]:
             yield (
                 f"{g_idx} holds values from {low} to {high}; with {layer.groups} groups they must lie in "
                 f"0..{layer.groups - 1} ({entry.file.name})"
+            )
+            return
+        counts = stored.read(stored.format.g_idx).bincount()
+        size, most = layer.group_size, int(counts.max())
+        if size != -1 and most > size:
+            yield (
+                f"{g_idx} puts {most} channels into group {int(counts.argmax())}, and a group has group_size={size} "
+                f"({entry.file.name})" + (_ALL_0 if most == layer.in_features else "")
             )
             return
     if layer.has_bias and not all_finite(stored.read("bias")):

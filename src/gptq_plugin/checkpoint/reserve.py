@@ -175,7 +175,7 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
         place = model.get_submodule(name)
         device = place.room.device
         place.room = None  # its memory is the layer's from here on
-        layers[name] = checkpoint.read_layer(stored, dtype=model.dtype, device=device)
+        layers[name] = checkpoint.read_layer(stored, dtype=model.dtype, device=device).train(place.training)
         hook = getattr(place, "_hf_hook", None)
         if hook is not None:  # accelerate's, which brings inputs to the device: the map names this layer
             from accelerate.hooks import add_hook_to_module

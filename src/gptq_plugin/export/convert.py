@@ -89,7 +89,9 @@ def convert(
     except ValueError as error:
         raise ExportError(f"{directory} cannot be converted: {error}") from error
     meta = checkpoint.quantization.get("meta") or {}
-    description["meta"] = {**meta, "quantizer": [*_listed(meta.get("quantizer")), *description["meta"]["quantizer"]]}
+    before = _listed(meta.get("quantizer"))
+    ours = [one for one in description["meta"]["quantizer"] if one not in before]
+    description["meta"] = {**meta, "quantizer": [*before, *ours]}
     files = files_to_copy(checkpoint.directory, (*_WEIGHTS, CONFIG, QUANTIZE_CONFIG, ".git", ".cache"))
     check_read(checkpoint.directory, _read_files(checkpoint))
     weights = {entry.file for entry in checkpoint.tensors.values()}

@@ -275,5 +275,7 @@ def test_experts_come_first_and_blocks_that_are_all_float_are_one_expression() -
 
 def test_groups_that_do_not_divide_the_inputs_are_refused() -> None:
     tensors = {"scales": torch.zeros(3, 5), "g_idx": torch.arange(80) // 32}
-    with pytest.raises(ExportError, match="80 inputs are no multiple of its group size"):
+    with pytest.raises(ExportError, match="80 inputs are no multiple of its group size, 32"):
         PACK.to_file(tensors, 4, True)
+    with pytest.raises(ExportError, match="96 inputs are no multiple of its group size, 64"):
+        PACK.to_file({"scales": torch.zeros(2, 5), "g_idx": torch.arange(96) // 64}, 4, True)

@@ -88,12 +88,13 @@ class CompressedTensors(Format):
     def to_file(self, tensors: Mapping[str, Tensor], bits: int, sym: bool) -> dict[str, Tensor]:
         groups, out_features = tensors["scales"].shape
         in_features = len(tensors["g_idx"])
-        if in_features % groups:
+        size = int((tensors["g_idx"] == 0).sum())
+        if size * groups != in_features and contiguous(tensors["g_idx"], size):
             raise ExportError(
-                f"its {in_features} inputs are no multiple of its group size, which compressed-tensors asks for; "
-                "export with checkpoint_format='gptq'"
+                f"its {in_features} inputs are no multiple of its group size, {size}, which compressed-tensors asks "
+                "for; export with checkpoint_format='gptq'"
             )
-        if not contiguous(tensors["g_idx"], in_features // groups):
+        if not contiguous(tensors["g_idx"], size):
             raise ExportError(
                 "its groups are not contiguous (desc_act=True without static_groups), which compressed-tensors cannot "
                 "hold; export with checkpoint_format='gptq', or quantize with desc_act=False"
