@@ -120,9 +120,10 @@ def test_batches_are_divided_into_samples_in_their_order():
     assert all(batch.given_apart and batch.is_chosen for batch in found.batches)
     assert torch.equal(found.batches[1].data["input_ids"], torch.stack(samples(*[5] * 5)[2:3]))
     assert (found.numbers, found.of_all_ranks, same_samples(found, given)) == ([0, 1, 2], 3, True)
+    given = collect(samples(*[5] * 4), QuantizeConfig(nsamples=1000, batch_size=3), alone=True)  # the last one is alone
     alone = divided(given, 1, for_good=True)
-    assert [batch.samples for batch in alone.batches] == [1] * 5 and not any(one.given_apart for one in alone.batches)
-    assert joined(alone, [5] * 5, 1000).batches == alone.batches
+    assert [batch.samples for batch in alone.batches] == [1] * 4 and not any(one.given_apart for one in alone.batches)
+    assert joined(alone, [5] * 4, 1000).batches == alone.batches
 
 
 def test_batches_of_users_are_not_divided():

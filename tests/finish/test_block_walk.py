@@ -265,3 +265,8 @@ def test_blocks_are_trained_on_the_first_samples_alone(monkeypatch):
     model, twin, quantizer = quantized()
     quantizer.finish(model, twin, rows(), Finish(**{**BLOCKS, "block_nsamples": 10, "block_steps": 2, "steps": 2}))
     assert counts == [(16, 8), (16, 8)]  # in batches of 8
+    counts.clear()
+    model, twin, quantizer = quantized()
+    monkeypatch.setattr(finish_model, "share_of", lambda nsamples: 0)  # this rank has none of them
+    quantizer.finish(model, twin, rows(), Finish(**{**BLOCKS, "block_steps": 2, "steps": 2}))
+    assert counts == [(0, 8), (0, 8)]

@@ -116,6 +116,19 @@ def test_arguments_that_depend_on_blocks_before_are_refused():
     assert quantizer
 
 
+@pytest.mark.parametrize("what", ["dtype", "weights"])
+def test_a_float_model_that_differs_before_the_blocks_is_refused(what):
+    model, twin, quantizer = quantized()
+    if what == "dtype":
+        twin.double()
+    else:
+        twin.model.embed_tokens.weight.data.add_(1)
+    before = state_of(model)
+    with pytest.raises(TargetError, match=r"the first block reads other values than in the float model.*kind='scales'"):
+        quantizer.finish(model, twin, rows(), BLOCKS)
+    assert same(before, state_of(model))
+
+
 def test_blocks_that_keep_something_between_calls_are_refused():
     def count(model, _):
         block = model.model.layers[0]

@@ -12,7 +12,7 @@ from gptq_plugin.finish import head_inputs, teacher, top_logits
 from gptq_plugin.finish.head_inputs import AllLogits, Head
 from gptq_plugin.finish.top_logits import Divergence, TopLogits
 
-from finish_cases import FAST, quantized, rows, same, state_of
+from finish_cases import FAST, divergence, quantized, rows, same, state_of
 
 
 @pytest.mark.parametrize("piece", [40, 2**24])
@@ -46,6 +46,15 @@ def test_a_head_tells_what_it_reads_only_where_its_outputs_are_the_logits():
     assert head.take(own(x)) is None
 
 
+@torch.no_grad()
+def test_a_head_is_that_of_both_models_by_its_values():
+    own, other = nn.Linear(5, 9), nn.Linear(5, 9)
+    assert Head(own, own).is_that_of_both() and not Head(own, other).is_that_of_both()
+    other.load_state_dict(own.state_dict())
+    assert Head(own, other).is_that_of_both() and not Head(own, other.double()).is_that_of_both()
+    assert not Head(own, nn.Linear(5, 9, bias=False)).is_that_of_both()
+
+
 def test_all_tokens_are_told_apart_as_with_top_logits_for_all_of_them():
     states = []
     for most in (None, 128):
@@ -63,6 +72,7 @@ def test_all_tokens_are_told_apart_as_with_top_logits_for_all_of_them():
         ({}, "what the head reads would take"),
         ({}, "0.0 GiB are there for it"),
         ({}, "not what the mo"),
+        ({}, "the model that is trained has another head"),
     ],
 )
 def test_where_the_head_cannot_tell_the_likeliest_tokens_are_kept_and_the_report_tells_why(options, why, monkeypatch):
@@ -78,7 +88,11 @@ def test_where_the_head_cannot_tell_the_likeliest_tokens_are_kept_and_the_report
     if "not what" in why:
         for one in (model, twin):
             one.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits * 0.5))
-    quantizer.finish(model, twin, rows(), Finish(**FAST))
+    if "another" in why:
+        twin.lm_head.weight.data[3] *= 1.5
+    apart = divergence(model, twin, rows()[32:])
+    record = quantizer.finish(model, twin, rows(), Finish(**FAST))
+    assert record.before == pytest.approx(apart, rel=1e-4)
     (told,) = [one for one in quantizer.report.deviations if "the 7 likeliest tokens" in one]
     assert why in told and 7 in kept
 

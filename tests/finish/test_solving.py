@@ -109,6 +109,13 @@ def test_what_is_no_better_on_held_out_samples_and_what_is_not_solved_stays():
     assert solve_again("b", block, weights, tasks[:3], held_out, rough, CPU) == {}
     assert solve_again("b", block, weights, tasks[:3], held_out, lambda *_: None, CPU) == {}
     assert solve_again("b", block, weights, [], held_out, rough, CPU) == {}
+    assert solve_again("b", block, weights, tasks[:3], {}, solving(config, {}), CPU) == {}
+
+    def broken(name, layer, weight, hessian, drift):
+        found = round_to_nearest(weight, config)
+        return dataclasses.replace(found, scales=torch.full_like(found.scales, torch.nan))
+
+    assert solve_again("b", block, weights, tasks[:3], held_out, broken, CPU) == {}
     assert same(state_of(block), before) and all(block.get_submodule(name) is one for name, one in layers.items())
 
 

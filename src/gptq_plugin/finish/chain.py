@@ -184,7 +184,8 @@ class Chain:
             raise TargetError(f"the blocks give other values when they are called one by one: {_REMEDY}")
 
     def check_same(self, passage: Passage, other: Passage) -> None:
-        """Refuses a model whose blocks are given, beside hidden states, what blocks before them computed.
+        """Refuses a model whose first block reads other values than the float model's, or whose blocks are given,
+        beside hidden states, what blocks before them computed.
 
         Args:
             passage, other: Of a batch in the float model and in the quantized one.
@@ -192,7 +193,12 @@ class Chain:
         Raises:
             TargetError: The two differ.
         """
-        if not _same((passage.hidden, passage.calls), (other.hidden, other.calls)):
+        if not _same(passage.hidden, other.hidden):
+            raise TargetError(
+                "the first block reads other values than in the float model, whose dtype or weights before the blocks "
+                f"are others, or layers before the blocks are quantized: {_REMEDY}"
+            )
+        if not _same(passage.calls, other.calls):
             raise TargetError(
                 f"what blocks are given beside hidden states depends on the blocks before them: {_REMEDY}"
             )
@@ -217,7 +223,7 @@ def _is_plain(value: Any) -> bool:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.shape == other.shape and bool(torch.equal(one, other.to(one.device)))
+        return isinstance(other, Tensor) and _kind(one) == _kind(other) and torch.equal(one, other.to(one.device))
     if isinstance(one, Mapping):
         return isinstance(other, Mapping) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
     if isinstance(one, Call):
@@ -225,6 +231,10 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, (tuple, list)):
         return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_same, one, other))
     return bool(one == other)
+
+
+def _kind(value: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return value.dtype, value.shape
 
 
 def _list_of(names: Sequence[str]) -> str:

@@ -146,12 +146,11 @@ class _Work:
         return walk
 
     def _compare(self, chain: Chain) -> None:
-        """Refuses models whose blocks are no chain, by the first batch."""
-        lesson = self.lessons[0]
-        assert lesson.passage is not None
+        """Refuses models whose blocks are no chain, by the first batch that has a passage."""
+        lesson, passage = next((one, one.passage) for one in self.lessons if one.passage is not None)
         with torch.no_grad(), streamed_to(self.model, self.surroundings.where), chain.watching(self.model):
             self.surroundings.run(self.model, lesson.data)
-            chain.check_same(lesson.passage, chain.take())
+            chain.check_same(passage, chain.take())
 
     def _train(self, wanted: Mapping[str, Tensor], interruption: Interruption) -> None:
         """Trains the model as a whole; codes begin at weights that trained blocks have."""

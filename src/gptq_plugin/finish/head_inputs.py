@@ -60,7 +60,7 @@ class Head:
 
     Args:
         own: The head.
-        trained: The head of the model that is trained, which is the same.
+        trained: The head of the model that is trained, in which its inputs are to give the same.
     """
 
     def __init__(self, own: nn.Module, trained: nn.Module) -> None:
@@ -101,5 +101,16 @@ class Head:
         self._found.clear()  # of this call
         return bool(apart <= _TOLERANCE * logits.float().abs().max())
 
+    def is_that_of_both(self) -> bool:
+        """Whether the model that is trained has the float model's head."""
+        own, trained = (dict(one.named_parameters()) for one in (self._own, self._trained))
+        return self._own is self._trained or (
+            own.keys() == trained.keys() and all(_equal(own[name], trained[name]) for name in own)
+        )
+
     def of(self, states: Tensor) -> HeadInputs:
         return HeadInputs(states.cpu(), self._trained)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.to(other.device), other)

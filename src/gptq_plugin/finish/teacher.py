@@ -159,6 +159,8 @@ def _why_not(head: Head | None, x: Tensor | None, logits: Tensor, batches: int) 
         return "the model has no float head"
     if x is None or not head.gives(x, logits):
         return "the logits are not what the model's head gives by itself"
+    if not head.is_that_of_both():
+        return "the model that is trained has another head than the float model"
     wanted, available = x.nbytes * batches, available_bytes()
     room = MOST_BYTES if available is None else min(MOST_BYTES, available // (_SHARE * distributed.world_size()))
     if wanted > room:
