@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_plugin import Finish, QuantizeModule
+from gptq_plugin import Finish, QuantizeModule, distributed
 from gptq_plugin.errors import TargetError
 from gptq_plugin.finish.blocks import blocks_of
-from gptq_plugin.finish.chain import Chain
+from gptq_plugin.finish.chain import Call, Chain, Passage
 
 from finish_cases import quantized, rows, same, state_of
 from models import tiny_gpt2, tiny_llama
@@ -61,6 +61,9 @@ def test_blocks_that_share_modules_are_refused():
         model.model.layers[1].mlp = model.model.layers[0].mlp
 
     refused(share, "model.layers.1 shares modules with a block before it.*kind='scales'")
+    model, _, _ = quantized()
+    model.model.layers[1].mlp.act_fn = model.model.layers[0].mlp.act_fn  # without a tensor
+    assert len(Chain.of(model).names) == 2
 
 
 def test_something_between_blocks_is_refused():
@@ -81,6 +84,56 @@ def test_a_block_that_is_called_twice_is_refused():
         assert original
 
     refused(twice, "does not call every block of model.layers once, in one order")
+
+
+class Swapping(nn.Module):
+    """Blocks that are called in the order asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x, order):
+        for number in order:
+            x = self.layers[number](x)
+        return x
+
+
+def taken(chain, *order):
+    model = Swapping()
+    with chain.watching(model), torch.no_grad():
+        model(torch.ones(1, 3, 4), order)
+        return chain.take()
+
+
+def test_the_order_of_calls_is_one_for_all_batches_and_ranks(monkeypatch):
+    names = ["layers.0", "layers.1"]
+    chain = Chain(names)
+    taken(chain, 1, 0)
+    assert chain.names == names[::-1]
+    for one, order in ((chain, (0, 1)), (Chain(names), (0,)), (Chain(names), (0, 1, 0))):
+        with pytest.raises(TargetError, match="does not call every block of layers once, in one order"):
+            taken(one, *order)
+
+    def ranks(*of_ranks):
+        monkeypatch.setattr(distributed, "gather_objects", lambda mine: list(of_ranks))
+
+    idle, walks = Chain(names), Chain(names)
+    ranks((False, names), (True, names[::-1]))
+    idle.agree()
+    assert idle.names == names[::-1]
+    taken(walks, 0, 1)
+    with pytest.raises(TargetError, match="ranks call the blocks of layers in different orders"):
+        walks.agree()
+
+
+@pytest.mark.parametrize("other", [((1.0, 2), {}), ((1.0,), {"mask": None}), ((2.0,), {}), ((), {"mask": 1.0})])
+def test_other_arguments_of_blocks_are_told(other):
+    one, two = (Passage(torch.ones(1, 2, 3), (Call(args, kwargs, False),)) for args, kwargs in (((1.0,), {}), other))
+    Chain([]).check_same(one, one)
+    for pair in ((one, two), (two, one)):
+        with pytest.raises(TargetError, match="depends on the blocks before them"):
+            Chain([]).check_same(*pair)
 
 
 def test_a_cache_among_the_arguments_is_refused():

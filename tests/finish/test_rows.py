@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.calibration.sampling import deal, sample_loaders
-from gptq_plugin.calibration.sources import Sources
+from gptq_plugin.calibration.sources import Source, Sources
 from gptq_plugin.errors import CalibrationError
-from gptq_plugin.finish.rows import rows_of
+from gptq_plugin.finish.rows import check_batches, rows_of
 
 
 def samples(count, first=0):
@@ -77,10 +77,21 @@ def test_several_sources_give_held_out_samples_in_their_proportion():
     assert rows.sources == {"code": 20, "prose": 12}
 
 
+def test_of_a_source_with_few_samples_one_is_held_out_and_one_stays_to_train_on():
+    few = (deal(samples(2, 100), "code", nsamples=2), deal(samples(1, 200), "prose", nsamples=1))
+    rows = rows_of(
+        Sources((deal(samples(40), "code", nsamples=40), *few)), QuantizeConfig(nsamples=43, batch_size=1), 4
+    )
+    assert firsts(rows.held_out) == [36, 37, 38, 39, 101] and {100, 200} < set(firsts(rows.train))
+    assert rows.sources == {"code": 42, "prose": 1} and len(set(rows.numbers)) == 5
+
+
 def test_of_few_samples_a_quarter_at_most_is_held_out():
     rows = rows_of(samples(9), QuantizeConfig(nsamples=40, batch_size=1), 32)
     assert firsts(rows.held_out) == [7, 8]
     assert rows.deviations == ["9 samples given, 40 asked: 2 of them are to be held out"]
+    rows = rows_of(samples(3), QuantizeConfig(nsamples=40, batch_size=1), 32)
+    assert firsts(rows.held_out) == [2] and rows.deviations[0].endswith("1 of them are to be held out")
 
 
 def test_of_a_short_dataloader_a_quarter_at_most_is_held_out():
@@ -105,6 +116,10 @@ def test_the_digest_depends_on_the_samples_and_not_on_their_batches():
         for given, size in ((samples(8), 1), (samples(8), 2), (samples(8, 1), 1))
     }
     assert len(digests) == 2 and all(len(one) == 64 for one in digests)
+    for first in (samples(4), samples(4, 1)):
+        data = Sources((deal(first, "code", nsamples=4), deal(samples(4, 100), "prose", nsamples=4)))
+        digests.add(rows_of(data, QuantizeConfig(nsamples=8, batch_size=1), 2).digest)
+    assert len(digests) == 4
 
 
 def test_samples_of_one_batch_are_divided():
@@ -115,3 +130,7 @@ def test_samples_of_one_batch_are_divided():
 def test_a_single_batch_cannot_be_divided():
     with pytest.raises(CalibrationError, match="there are 4 samples in batches of 4: give more samples, or a smaller"):
         rows_of([{"input_ids": torch.stack(samples(4))}], QuantizeConfig(nsamples=4, batch_size=4), 2)
+    two, one = (Sources((Source(DataLoader(samples(4), batch_size=size), "code", 4),)) for size in (2, 4))
+    check_batches(two, QuantizeConfig(nsamples=4, batch_size=2))
+    with pytest.raises(CalibrationError, match="there are too few samples in batches of 4"):
+        check_batches(one, QuantizeConfig(nsamples=4, batch_size=4))
