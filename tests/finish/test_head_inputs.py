@@ -52,7 +52,9 @@ def test_a_head_is_that_of_both_models_by_its_values():
     assert Head(own, own).is_that_of_both() and not Head(own, other).is_that_of_both()
     other.load_state_dict(own.state_dict())
     assert Head(own, other).is_that_of_both() and not Head(own, other.double()).is_that_of_both()
-    assert not Head(own, nn.Linear(5, 9, bias=False)).is_that_of_both()
+    plain = nn.Linear(5, 9, bias=False)
+    plain.weight = own.weight
+    assert not Head(own, plain).is_that_of_both() and not Head(plain, own).is_that_of_both()
 
 
 def test_all_tokens_are_told_apart_as_with_top_logits_for_all_of_them():

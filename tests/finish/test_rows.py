@@ -75,6 +75,8 @@ def test_several_sources_give_held_out_samples_in_their_proportion():
     assert firsts(rows.held_out) == [15, 16, 17, 18, 19, 109, 110, 111]
     assert len(set(rows.numbers)) == 8 and rows.samples == 24
     assert rows.sources == {"code": 20, "prose": 12}
+    alike = Sources(tuple(deal(samples(9), name, nsamples=9) for name in ("code", "prose")))
+    assert len(set(rows_of(alike, QuantizeConfig(nsamples=18, batch_size=1), 4).numbers)) == 4
 
 
 def test_of_a_source_with_few_samples_one_is_held_out_and_one_stays_to_train_on():

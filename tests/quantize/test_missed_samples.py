@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from transformers import TrainingArguments
 
-from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeModule, distributed
-from gptq_plugin.calibration.collect import Calibration
+from gptq_plugin import GPTQCallback, GPTQTrainerCallback, QuantizeConfig, QuantizeModule, distributed
+from gptq_plugin.calibration.collect import Calibration, collect
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.quantize import missed_samples
@@ -120,7 +120,7 @@ def test_a_models_own_forward_may_leave_samples_out_too():
 def test_batches_that_users_give_are_theirs_and_so_are_forwards_of_whole_batches():
     given = list(torch.stack(rows()).split(8))
     report, _ = quantized(lambda model, batch: model(batch["input_ids"][:1]), [{"input_ids": one} for one in given])
-    assert report.batch_size == 8 and {one.tokens for one in report.quantized} == {3 * 40}
+    assert report.batch_size == 8 and {one.tokens for one in report.quantized} == {3 * 40} and not told_in(report)
 
     with pytest.raises(CalibrationError, match="of one tensor or from a collate_fn, are not taken apart"):
         quantized(lambda model, batch: model(batch[0].long()[:, 0]), torch.stack(rows())[..., None])
@@ -251,6 +251,13 @@ def test_what_one_rank_finds_holds_for_all(monkeypatch):
     monkeypatch.setattr(missed_samples, "_missed", lambda *_: None)
     own = Calibration()
     assert missed_samples.all_seen(None, own, None) is own
+    monkeypatch.setattr(missed_samples, "_missed", lambda *_: "a forward leaves some out")
+    apart = missed_samples.all_seen(
+        None, collect(rows()[:3], QuantizeConfig(batch_size=3), alone=True), None, alone=True
+    )
+    assert [(one.samples, one.given_apart) for one in apart.batches] == [
+        (1, False)
+    ] * 3  # and do not run together again
     answers = iter([[None, "a forward leaves some out"], [False, True]])
     monkeypatch.setattr(distributed, "gather_objects", lambda own: next(answers))
     with pytest.raises(CalibrationError, match="a forward leaves some out, and these batches"):
