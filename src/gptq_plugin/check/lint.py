@@ -16,6 +16,7 @@ from gptq_plugin.check.beside_float import BesideFloat
 from gptq_plugin.check.by_itself import layer_findings
 from gptq_plugin.check.described import facts, file_findings
 from gptq_plugin.check.findings import Finding, Lint, error
+from gptq_plugin.check.fit import misfits
 from gptq_plugin.check.float_weights import FloatWeights
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.hub import local_folder
@@ -66,6 +67,8 @@ def _find(checkpoint: Checkpoint, floats: FloatWeights | None, found: Lint) -> I
     beside = BesideFloat(checkpoint, floats) if floats is not None else None
     found.facts = facts(checkpoint, inventory)
     found.add(file_findings(checkpoint, inventory))
+    if not found.errors:
+        found.add(misfits(checkpoint))
     found.add(_of_layers(checkpoint, inventory, beside))
     if beside is not None:
         found.add(beside.rest())

@@ -138,7 +138,7 @@ def load_quantized(
             f"nn.Module ({checkpoint.model_config.get('module_class', 'of unknown class')}): build that model and call "
             "load_quantized(directory, model=it)"
         )
-    architecture, config = _architecture(checkpoint, trust_remote_code)
+    architecture, config = architecture_of(checkpoint, trust_remote_code)
     loaded: Any = _load_transformers(checkpoint, architecture, config, device, device_map, dtype)
     loaded.name_or_path = str(directory)
     if fuse:
@@ -237,8 +237,12 @@ def _load_transformers(
     return model
 
 
-def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
-    """The class and configuration that config.json names: transformers' own, or those of the folder's code."""
+def architecture_of(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class and configuration that config.json names: transformers' own, or those of the folder's code.
+
+    Raises:
+        CheckpointError: There is no such class, or its code is not trusted, or config.json is no configuration of it.
+    """
     import transformers
 
     file = checkpoint.directory / CONFIG

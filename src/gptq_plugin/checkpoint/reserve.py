@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -186,6 +187,35 @@ def fill(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> None:
     swap_modules(model, layers)
     note_float_rest(model)
     refuse_not_finite(checkpoint, model)
+
+
+def refuse_missing(checkpoint: Checkpoint, model: Any, stored: set[str]) -> None:
+    """Refuses a model with parameters that no file holds: transformers would only report them, and use random values.
+
+    Args:
+        checkpoint: For the message.
+        model: After `reserve`, so without the weights of quantized layers.
+        stored: Names, in the model, of the tensors in the files.
+
+    Raises:
+        CheckpointError: It names them.
+    """
+    state = model.state_dict(keep_vars=True)
+    filled = {id(state[name]) for name in stored & state.keys()}  # a shared module has several names
+    tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name
+        for name, tensor in state.items()
+        if id(tensor) not in filled
+        and not any(name in names and names & stored for names in tied)
+        and not any(pattern.search(name) for pattern in ignored)
+    ]
+    refuse(
+        checkpoint,
+        type(model).__name__,
+        [f"{name} is missing: there is neither it nor its quantized form" for name in missing],
+    )
 
 
 def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from gptq_plugin.checkpoint.files import CONFIG, INDEX, WEIGHTS
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.load import forget_quantization, refuse_foreign_kernels
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
-from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse, reserve
+from gptq_plugin.checkpoint.reserve import fill, in_memory, refuse_missing, reserve
 from gptq_plugin.config import QUANTIZER_NAME
 from gptq_plugin.errors import CheckpointError, brief, some
 from gptq_plugin.model.stored_names import key_renaming
@@ -88,7 +88,7 @@ class GPTQPluginQuantizer(HfQuantizer):
         rename = key_renaming(model)
         renamed = {name: rename(name) for name in self._checkpoint.tensors}
         self._names = reserve(self._checkpoint, model)
-        _refuse_missing(self._checkpoint, model, {key for name in floats for key in (name, *renamed[name])})
+        refuse_missing(self._checkpoint, model, {key for name in floats for key in (name, *renamed[name])})
         # The others are read after loading: keeps transformers from reporting them as unexpected.
         ours = {key for name in self._checkpoint.tensors if name not in floats for key in (name, *renamed[name])}
         model._keys_to_ignore_on_load_unexpected = {
@@ -177,30 +177,3 @@ def _refuse_two_files(checkpoint: Checkpoint) -> None:
             "another has too, and from_pretrained would take the last: load it with load_quantized, or fetch the files "
             "again"
         )
-
-
-def _refuse_missing(checkpoint: Checkpoint, model: Any, stored: set[str]) -> None:
-    """Raises CheckpointError for parameters that no file holds: transformers would only report them, and use random
-    values.
-
-    Args:
-        checkpoint: For the message.
-        model: After `reserve`, so without the weights of quantized layers.
-        stored: Names, in the model, of the tensors in the files.
-    """
-    state = model.state_dict(keep_vars=True)
-    filled = {id(state[name]) for name in stored & state.keys()}  # a shared module has several names
-    tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    missing = [
-        name
-        for name, tensor in state.items()
-        if id(tensor) not in filled
-        and not any(name in names and names & stored for names in tied)
-        and not any(pattern.search(name) for pattern in ignored)
-    ]
-    refuse(
-        checkpoint,
-        type(model).__name__,
-        [f"{name} is missing: there is neither it nor its quantized form" for name in missing],
-    )
