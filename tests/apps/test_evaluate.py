@@ -61,6 +61,16 @@ def test_an_export_can_be_evaluated_on_files(export, tmp_path, capsys):
     assert tokenizer.decode(windows[0, :24], skip_special_tokens=True) == result["prompt"]
 
 
+@pytest.mark.parametrize("missing", ["export", "text"])
+def test_what_cannot_be_read_is_told_in_a_line_with_the_exit_status_1(missing, export, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    folder = tmp_path / "empty" if missing == "export" else export
+    assert evaluate.main([str(folder), "--text", f"{tmp_path}/none.txt"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("python -m gptq_plugin.apps.evaluate: ")
+    assert ("empty" if missing == "export" else "none.txt") in told
+
+
 def test_a_text_is_continued_greedily_with_so_many_tokens(export):
     network, tokenizer = load_quantized(export), AutoTokenizer.from_pretrained(export)
     start, expected = torch.arange(5, 12), []
@@ -76,7 +86,7 @@ def test_a_text_is_continued_greedily_with_so_many_tokens(export):
 def test_what_stopped_the_other_process_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", python())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RuntimeError, match=r"could not be evaluated: .*empty[\s\S]*CheckpointError"):
+    with pytest.raises(RuntimeError, match=r"could not be evaluated: .*empty[\s\S]*evaluate: .*empty"):
         evaluate.evaluate_export(tmp_path / "empty", tmp_path, torch.randint(0, 100, (3, 20)))
 
 

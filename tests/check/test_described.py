@@ -58,7 +58,7 @@ def test_a_checkpoint_is_described_by_its_formats_layers_and_bytes(rtn: Callable
     total = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert found["format"] == "gptq" and found["model"] == "LlamaForCausalLM"
     assert found["layers"] == (
-        "5 layers at 4 bits, group_size=32, symmetric; 1 layers at 8 bits, group_size=32, symmetric"
+        "5 layers at 4 bits, group_size=32, symmetric; 1 layer at 8 bits, group_size=32, symmetric"
     )
     assert found["left float"] == "model.layers.0.self_attn.o_proj"
     assert found["tokenizer"] == "none in the folder: servers need one"

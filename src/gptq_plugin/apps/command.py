@@ -113,7 +113,7 @@ def _add_convert(commands: Any) -> None:
         description="Writes a GPTQ or compressed-tensors checkpoint of any tool in another format: the same codes, "
         "scales, zeros and groups.",
     )
-    parser.add_argument("directory", metavar="DIR", type=_place, help="folder of the checkpoint")
+    parser.add_argument("directory", metavar="DIR", type=_place, help=_CHECKPOINT)
     parser.add_argument("out", metavar="OUT", type=_place, help="folder to write")
     parser.add_argument(
         "checkpoint_format",

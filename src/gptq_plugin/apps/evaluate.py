@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gptq_plugin.apps.output import output_never_fails
+from gptq_plugin.apps.output import output_never_fails, printable
 from gptq_plugin.options.limited_files import check_sizes
 from gptq_plugin.training.paired import Measured
 
@@ -97,11 +97,18 @@ def evaluate_export(
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Loads an export, evaluates it, lets it continue a text, and prints both."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Loads an export, evaluates it, lets it continue a text, and prints both. Returns the exit status: 1 where
+    the export or the text cannot be read.
+    """
     options = _parser().parse_args(arguments)
     with output_never_fails():
-        _evaluate(options)
+        try:
+            _evaluate(options)
+        except (OSError, ValueError) as error:  # CheckpointError and DataError are ValueErrors
+            print(printable(f"python -m gptq_plugin.apps.evaluate: {error}"), file=sys.stderr)
+            return 1
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -172,4 +179,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

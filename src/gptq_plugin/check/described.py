@@ -27,7 +27,7 @@ def facts(checkpoint: Checkpoint, inventory: Inventory) -> dict[str, str]:
     """Properties of the checkpoint, by heading."""
     grids = Counter((x.bits, x.group_size, x.sym, x.act_order) for x in inventory.layers)
     described = [
-        f"{count} layers at {bits} bits, group_size={size}, {'symmetric' if sym else 'asymmetric'}"
+        f"{count} layer{'s' * (count != 1)} at {bits} bits, group_size={size}, {'symmetric' if sym else 'asymmetric'}"
         + (", act-order" if ordered else "")
         for (bits, size, sym, ordered), count in grids.most_common()
     ]
