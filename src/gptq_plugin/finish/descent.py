@@ -1,7 +1,4 @@
-"""Steps of an optimizer and judgements between them, of which the best is kept: `Descent`.
-
-Tested by tests/finish/test_finish_model.py: with whole finishes.
-"""
+"""Steps of an optimizer and judgements between them, of which the best is kept: `Descent`."""
 
 from __future__ import annotations
 
@@ -192,4 +189,4 @@ def draw_as_before(device: torch.device) -> None:
 
 def _share_of_peak(step: int, steps: int) -> float:
     """Of the learning rate: a linear warm-up, then a cosine to 0."""
-    return min(1.0, (step + 1) / max(1.0, _WARM_UP * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / (_WARM_UP * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
