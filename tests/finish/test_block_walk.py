@@ -93,10 +93,11 @@ def test_what_is_exported_is_what_was_judged_and_loads_bit_for_bit(kind, tmp_pat
 
 
 def test_full_trains_codes_behind_the_blocks_too_from_where_these_left_them(monkeypatch):
-    starts, original = [], train.Training.__init__
+    starts, moved, original = [], [], train.Training.__init__
 
     def noted(self, model, student, *given):
         starts.extend(student.wanted().items())
+        moved.extend(name for name, one in student.latent_layers.items() if one.latent.frac().any())
         original(self, model, student, *given)
 
     monkeypatch.setattr(train.Training, "__init__", noted)
@@ -106,7 +107,7 @@ def test_full_trains_codes_behind_the_blocks_too_from_where_these_left_them(monk
     assert record.after < record.curve[0].held_out * 0.99
     floats, begun = weights_of(twin), dict(starts)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-    assert begun.keys() == layers.keys()
+    assert begun.keys() == layers.keys() == set(moved)  # which do not begin at their codes
     for name, layer in layers.items():
         assert not torch.equal(begun[name], floats[name])
         assert not torch.equal(begun[name], layer.dequantize())
@@ -263,8 +264,11 @@ def test_blocks_are_trained_on_the_first_samples_alone(monkeypatch):
 
     monkeypatch.setattr(block_training.BlockTraining, "__init__", noted)
     model, twin, quantizer = quantized()
-    quantizer.finish(model, twin, rows(), Finish(**{**BLOCKS, "block_nsamples": 10, "block_steps": 2, "steps": 2}))
+    few, steps = {**BLOCKS, "block_nsamples": 10, "block_steps": 2, "steps": 2}, []
+    quantizer.finish(model, twin, rows(), Finish(**few), progress=lambda *told: steps.append(told))
     assert counts == [(16, 8), (16, 8)]  # in batches of 8
+    of_blocks = [done for done, most, text in steps if most == 4 and text.startswith("block error")]
+    assert of_blocks == [0, 1, 2, 2, 3, 4]
     counts.clear()
     model, twin, quantizer = quantized()
     monkeypatch.setattr(finish_model, "share_of", lambda nsamples: 0)  # this rank has none of them

@@ -62,6 +62,18 @@ def test_a_layer_that_reads_nothing_or_whose_weight_is_unknown_stays_at_its_code
     assert not any(one.latent.frac().any() for one in latents.values())
 
 
+def test_of_a_layer_that_reads_other_rows_than_positions_all_count():
+    """Such as pooled ones, or those routed to an expert."""
+    layer, x, found = layer_of(3, 32, 96, None), torch.randn(2, 5, 96), []
+    for counted in (None, torch.arange(10) > 3):
+        latent = LatentCodes(layer, CPU)
+        block = nn.ModuleDict({"0": latent})
+        block.forward = lambda hidden, latent=latent: latent(hidden.mean(1))
+        begin_at_compensated(block, {"0": latent}, {"0": layer.dequantize() + 1e-3}, [task_of(x, counted)], CPU)
+        found.append(latent.latent)
+    assert torch.equal(*found) and found[0].frac().any()
+
+
 def test_a_layer_that_is_called_by_keyword_is_seen():
     layer, x = layer_of(3, 32, 96, None), torch.randn(1, 50, 96)
     found = []

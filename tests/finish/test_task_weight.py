@@ -9,6 +9,7 @@ from torch import nn
 from gptq_plugin import Finish
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish import train
+from gptq_plugin.finish.student import Student
 
 from finish_cases import FAST, quantized, rows, same, state_of
 from models import tiny_llama
@@ -36,6 +37,24 @@ def test_it_lowers_the_runs_loss_which_is_that_of_next_tokens_unless_given():
     assert doubled[2] < given[2] < alone[2]
     assert given[2] == pytest.approx(of_tokens[2], rel=1e-4) and not same(of_tokens[0], alone[0])
     assert of_tokens[1].options["task_weight"] == 0.7
+
+
+def test_it_has_its_share_of_every_batchs_gradient(monkeypatch):
+    """The divergence's own mean, given as the run's loss, is that share of the same gradient."""
+    added, original = [], Student.add
+    monkeypatch.setattr(Student, "add", lambda self, given: (added.append([*given]), original(self, given))[1])
+    model, twin, quantizer = quantized()
+
+    def mean_divergence(model, batch):
+        theirs, ours = (one(input_ids=batch["input_ids"]).logits.log_softmax(-1) for one in (twin, model))
+        return (theirs.exp() * (theirs - ours)).sum(-1).mean()
+
+    quantizer.finish(model, twin, rows(), Finish(**{**FAST, "steps": 1}, task_weight=0.7), task_loss=mean_divergence)
+    of_task, of_divergence = added[:2]
+    assert any(one is not None for one in of_task)
+    for one, other in zip(of_task, of_divergence, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one / 0.7, other / 0.3, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
 def test_what_is_kept_is_decided_by_the_divergence_alone(monkeypatch):
@@ -102,6 +121,9 @@ def test_no_room_for_the_loss_has_activations_computed_twice_and_no_gradient_cou
 
     monkeypatch.setattr(train.Training, "_task", short)
     assert same(finished(MIXED)[0], wanted)
+    failures = iter([torch.OutOfMemoryError("no room")])
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        finished(Finish(**FAST, task_weight=0.7, checkpoint_activations=False))
 
 
 @pytest.mark.parametrize(
