@@ -140,10 +140,14 @@ def test_experts_of_one_parameter_get_more_bits_together():
     model = AutoModelForCausalLM.from_config(config)
     quantize = QuantizeConfig(bits=3, group_size=32)
     noise = {target.name: 1.0 + ("experts.1.w1" in target.name) for target in plan_of(model, quantize).targets}
-    for step in steps(plan_of(model, quantize), noise):
+    noise["model.layers.0.self_attn.q_proj"] = 1.5  # more than the mean of any parameter's experts
+    asked, raised = [], []
+    for step in steps_of(plan_of(model, quantize), noise, lambda: (asked.append(0), Ranking(noise))[1]):
         given = {target.name: target.config.bits for target in plan_of(model, step.config).targets}
         for layer in (0, 1):
             for parts in (("w1", "w3"), ("w2",)):
                 experts = [f"model.layers.{layer}.mlp.experts.{e}.{part}" for e in range(3) for part in parts]
                 assert len({given[name] for name in experts}) == 1
-    assert set(given.values()) == {8}
+        raised += [{name for name, bits in given.items() if bits > 3}]
+    assert set(given.values()) == {8} and len(asked) == 1
+    assert "model.layers.0.self_attn.q_proj" in next(filter(None, raised))
