@@ -38,6 +38,20 @@ def test_weights_go_first_and_then_as_much_of_the_activations_as_must():
     assert small.streamed and small.weights == FEW and small.activations == 0
     assert "streamed block by block" in small.summary and "8.0 GiB free" in small.summary
     assert roomy.prefetch and both.prefetch and not small.prefetch  # only if there is room for two batches
+    batch_alone = placing.place(CUDA, 28 * GIB // 3, LLAMA_8B, FEW, None, None)  # and not for the blocks in use too
+    assert not batch_alone.prefetch
+
+
+def test_modules_are_brought_whole_up_to_a_small_part_of_the_model_and_of_what_is_free():
+    model = nn.Linear(1000, 1000, bias=False)
+    assert placing.unit_bytes(model, None) == placing.unit_bytes(model, GIB) == 500_000
+    assert placing.unit_bytes(model, 8000) == 1000
+
+
+def test_more_than_was_allowed_at_the_peak_is_told(monkeypatch):
+    monkeypatch.setattr(placing, "peak_bytes", lambda device: 2**21)
+    assert placing.beyond(CUDA, 2**21) == placing.beyond(CUDA, None) == []
+    assert placing.beyond(CUDA, 2**20)[0].startswith("2 MiB on cuda:0 at the peak, where 1 were allowed")
 
 
 @pytest.mark.parametrize("free", [12, 24, 32, 48, 80])
