@@ -23,6 +23,10 @@ def test_the_samples_that_hide_most_and_least_are_taken_around_the_edge():
     assert torch.equal(few["attention_mask"], MASK[[2, 1], 90 - 64 : 90 + 64])
     flipped = part({"input_ids": IDS, "attention_mask": MASK.flip(1)})
     assert torch.equal(flipped["attention_mask"][0], torch.tensor([0] * 64 + [1] * 64))
+    short = (torch.arange(300) < (LENGTHS - 70)[:, None]).long()
+    assert torch.equal(part({"input_ids": IDS, "attention_mask": short})["input_ids"], IDS[[2, 1], : 20 + 64])
+    plain = part({"input_ids": IDS})  # two samples, for comparison
+    assert torch.equal(plain["input_ids"], IDS[:2, :128])
 
 
 def test_targets_have_an_edge_of_their_own():
@@ -30,11 +34,22 @@ def test_targets_have_an_edge_of_their_own():
     few = part({"input_ids": IDS, "attention_mask": MASK, "labels": labels}, targets=True)
     assert few["input_ids"].shape[0] == 3 and few["input_ids"][0, 0] == 2 * 300 + 26
     assert few["labels"].shape == (3, 300 - 216) and set((few["labels"][2] != -100).tolist()) == {True, False}
+    alike = part({"input_ids": IDS, "attention_mask": MASK, "labels": IDS.clone()})  # of one sequence: cut alike
+    assert torch.equal(alike["labels"], alike["input_ids"]) and alike["labels"].shape[1] == 128
+    shown = (torch.arange(150) < torch.tensor([140, 140, 20, 140, 140])[:, None]).long()
+    decoder = {"decoder_input_ids": IDS[:, :150], "decoder_attention_mask": shown}
+    few = part({"input_ids": IDS, "attention_mask": MASK, **decoder}, targets=True)
+    assert few["input_ids"].shape[1] == 128 and few["decoder_input_ids"].shape[1] == 20 + 64
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"pixel_values": torch.randn(5, 3, 4, 4)}, {"position_ids": torch.zeros(5, 299, dtype=torch.long)}],
+    [
+        {"pixel_values": torch.randn(5, 3, 4, 4)},
+        {"position_ids": torch.zeros(5, 299, dtype=torch.long)},
+        {"input_values": torch.randn(5, 300)},  # perhaps sounds, of which many numbers are a position
+        {"sample_mask": torch.ones(5)},
+    ],
 )
 def test_only_what_is_of_positions_alone_is_cut(other):
     few = part({"input_ids": IDS, "attention_mask": MASK, **other})
