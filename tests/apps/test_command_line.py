@@ -129,7 +129,12 @@ def test_a_value_that_cannot_be_had_is_told_without_a_traceback(value, cause, ca
 
 
 @pytest.mark.parametrize(
-    ("error", "is_ours"), [(ExportError("mine has files of yours"), True), (ValueError("a fault"), False)]
+    ("error", "is_ours"),
+    [
+        (ExportError("mine has files of yours"), True),
+        (FileNotFoundError("no such checkpoint: last.ckpt"), True),
+        (ValueError("a fault"), False),
+    ],
 )
 def test_an_error_of_this_packages_is_told_by_its_sentence_and_any_other_with_a_traceback(
     error, is_ours, capsys, monkeypatch, tmp_path
@@ -151,3 +156,20 @@ def test_an_error_of_this_packages_is_told_by_its_sentence_and_any_other_with_a_
     with pytest.raises(CompactHydraException if is_ours else ValueError) as raised:
         command()
     assert error in (raised.value, raised.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [("quantizer.bits=5", "bits must be "), ("model=hf", "model=hf needs model.name_or_path=")]
+)
+def test_a_value_that_an_object_of_the_configuration_refuses_is_told_by_its_sentence(
+    given, told, capsys, monkeypatch, tmp_path
+):
+    from gptq_plugin.apps import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gptq-finetune", given, "hydra.run.dir=out"])
+    with pytest.raises(SystemExit) as ended:
+        cli.finetune()
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 1 and any(line.startswith(f"gptq-finetune: {told}") for line in lines)
+    assert not any("Traceback" in line or "call to target" in line for line in lines)

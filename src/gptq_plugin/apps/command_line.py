@@ -9,7 +9,7 @@ from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf import DictConfig
 
 from gptq_plugin import __version__
@@ -48,15 +48,20 @@ def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
 
 
 def _with_errors_alone(task: Task, program: str) -> Task:
-    """Raises this package's errors as the kind that Hydra shows without a traceback. What else is raised is a fault of
-    the program, or of code that it calls."""
+    """Raises this package's errors as the kind that Hydra shows without a traceback, and so a file that is not there
+    and a value that an object of the configuration refuses. What else is raised is a fault of the program, or of code
+    that it calls."""
 
     @functools.wraps(task)
     def run(cfg: DictConfig) -> Any:
         try:
             return task(cfg)
-        except OF_USERS as error:
+        except (*OF_USERS, FileNotFoundError) as error:
             raise CompactHydraException(f"{program}: {error}") from error
+        except InstantiationException as error:
+            if isinstance(error.__cause__, OSError | ValueError):
+                raise CompactHydraException(f"{program}: {error.__cause__}") from error.__cause__
+            raise
 
     return run
 

@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from gptq_plugin.errors import ExportError
 from gptq_plugin.quantize.module import QuantizeModule
 
 
@@ -70,13 +71,13 @@ def refuse_new_folder(quantizer: QuantizeModule, export_dir: Path) -> None:
     """Refuses a run that is to be resumed, and whose export is in a folder that every run names anew.
 
     Raises:
-        ValueError: It is.
+        ExportError: It is.
     """
     hydra = HydraConfig.get()
     is_named = any(one.lstrip("+").startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for one in hydra.overrides.hydra)
     inside = export_dir.resolve().is_relative_to(Path(hydra.runtime.output_dir).resolve())
     if quantizer.resume and quantizer.cache_dir is None and inside and not is_named:
-        raise ValueError(
+        raise ExportError(
             f"quantizer.resume=true goes on where a run with the same export_dir ended, and {export_dir} has a new "
             "name in every run: give export_dir=DIR or hydra.run.dir=DIR"
         )
