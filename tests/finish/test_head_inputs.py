@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from gptq_plugin import Finish
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.finish import head_inputs, teacher, top_logits
 from gptq_plugin.finish.head_inputs import AllLogits, Head
 from gptq_plugin.finish.top_logits import Divergence, TopLogits
 
 from finish_cases import FAST, divergence, quantized, rows, same, state_of
+from models import tiny_llama
 
 
 @pytest.mark.parametrize("piece", [40, 2**24])
@@ -97,6 +98,18 @@ def test_where_the_head_cannot_tell_the_likeliest_tokens_are_kept_and_the_report
     assert record.before == pytest.approx(apart, rel=1e-4)
     (told,) = [one for one in quantizer.report.deviations if "the 7 likeliest tokens" in one]
     assert why in told and 7 in kept
+
+
+@pytest.mark.parametrize(("classes", "most"), [(256, None), (100, 16)])
+def test_a_float_model_of_other_classes_is_refused(classes, most):
+    model, _, quantizer = quantized()
+    before = state_of(model)
+    other = tiny_llama(initializer_range=0.2, vocab_size=classes)
+    with pytest.raises(
+        TargetError, match=rf"gives logits \[8, 24, 128\] for .* float model \[8, 24, {classes}\]: give"
+    ):
+        quantizer.finish(model, other, [ids % 90 for ids in rows()], Finish(**FAST, batch_size=8, top_logits=most))
+    assert same(before, state_of(model))
 
 
 def test_a_batch_whose_logits_its_head_does_not_give_is_named():

@@ -19,7 +19,7 @@ from gptq_plugin import distributed
 from gptq_plugin.calibration.batches import to_device
 from gptq_plugin.calibration.positions import Positions
 from gptq_plugin.device.memory import available_bytes
-from gptq_plugin.errors import CalibrationError
+from gptq_plugin.errors import CalibrationError, TargetError
 from gptq_plugin.finish.chain import Chain, Passage, to_keep
 from gptq_plugin.finish.head_inputs import MOST_BYTES, Head, HeadInputs
 from gptq_plugin.finish.logits import LogitReader
@@ -37,7 +37,7 @@ class Lesson:
 
     Attributes:
         data: The forward's input.
-        shape: Of the logits, but for the classes.
+        shape: Of the logits.
         places: int64, the positions that count among all of them; None if all do.
         top: At those that count.
         exact: The same of a held-out batch, with as many tokens as `_EXACT` bytes hold; None if `top` tells all apart,
@@ -58,7 +58,16 @@ class Lesson:
         return self.top if self.exact is None else self.exact
 
     def counted(self, logits: Tensor) -> Tensor:
-        """The logits of positions that count, [positions, classes], of another forward of the batch."""
+        """The logits of positions that count, [positions, classes], of another forward of the batch.
+
+        Raises:
+            TargetError: They are for other positions or classes than the float model's.
+        """
+        if logits.shape != self.shape:
+            raise TargetError(
+                f"the quantized model gives logits {list(logits.shape)} for a batch of the finish, and the float model "
+                f"{list(self.shape)}: give the float model that was quantized"
+            )
         rows = logits.flatten(0, -2)
         return rows if self.places is None else rows[self.places.to(rows.device)]
 
@@ -141,7 +150,7 @@ def ask_teacher(
                 bytes_of_token = 8 * len(rows.held_out) * max(1, len(found.counted))
                 exact = TopLogits.of(found.counted, max(k, _EXACT // bytes_of_token))
                 top = exact.narrowed(k)
-            lessons.append(Lesson(batch.data, logits.shape[:-1], places, top, exact, passage))
+            lessons.append(Lesson(batch.data, logits.shape, places, top, exact, passage))
     if chain is not None:
         with torch.no_grad():
             chain.check_alone(model)
