@@ -71,6 +71,20 @@ def test_a_field_that_is_needed_and_no_row_makes_the_item_a_batch():
     assert batch.data is item
 
 
+def test_where_sequences_of_a_packed_row_begin_is_the_whole_rows():
+    begin = {"cu_seq_lens_q": torch.tensor([0, 4, 7], dtype=torch.int32), "max_length_q": 4}
+    takes = dataclasses.replace(
+        LLAMA, fields=LLAMA.fields | {*begin, "seq_idx"}, options=frozenset({*begin, "seq_idx"})
+    )
+    item = {"input_ids": torch.arange(7)[None], "seq_idx": torch.tensor([[0] * 4 + [1] * 3])}
+    (batch,) = collected([packed := {**item, **begin}], takes).batches
+    assert batch.data is packed  # neither cut to 6 positions nor of another shape
+    (stacked,) = collected([item] * 2, takes).batches
+    assert stacked.data["seq_idx"].shape == (2, 6)
+    calibration = collected([{"input_ids": [1, 2], **begin}], takes)
+    assert [told.partition(f"{NOTE}: ")[2] for told in calibration.deviations] == ["max_length_q", "cu_seq_lens_q"]
+
+
 def test_where_any_field_may_be_read_only_what_cannot_be_stacked_is_left_out():
     item = {"input_ids": [1, 2, 3], "weights": [0.5, 1.0, 2.0], "text": "abc", "offset_mapping": [(0, 1)] * 3}
     calibration = collected([item] * 2, Takes())

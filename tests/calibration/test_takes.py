@@ -79,6 +79,9 @@ def test_open_keywords_are_those_of_the_transformers_model_inside():
     assert fields_taken(Named(llama)) == fields_taken(llama) | {"scale"}
     assert fields_taken(Named(Features())) is None
     assert "kwargs" not in fields_taken(llama) and {"input_ids", "position_ids", "labels"} <= fields_taken(llama)
+    options = Takes.of(llama, [Named(llama)]).options
+    assert {"cu_seq_lens_q", "max_length_k", "seq_idx"} <= options <= fields_taken(llama)
+    assert not options & {"input_ids", "position_ids", "scale"} and not Takes.of(llama, [Features()]).options
 
 
 def test_several_runners_take_the_fields_of_all_and_one_that_takes_a_batch_whole_takes_any():

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -245,3 +246,22 @@ def test_a_seq2seq_trainers_sources_and_targets_are_told_apart(collated, tmp_pat
     assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == 16 * 5
     assert tokens["decoder.block.0.layer.0.SelfAttention.q"] == 16 * 15
     assert set(tokens.values()) == {16 * 5, 16 * 15}
+
+
+def test_packed_rows_run_with_where_their_sequences_begin_as_in_training(tmp_path):
+    class Lists(Rows):
+        def __getitem__(self, index):
+            return {"input_ids": self.ids[index].tolist()}
+
+    model, runs = llama(), {True: set(), False: set()}
+    packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+
+    def note(own, _, given):
+        runs[own.training].add(tuple((name, getattr(value, "dim", int)()) for name, value in given.items()))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    callback = GPTQTrainerCallback(QuantizeModule(**SMALL))
+    train(model, [callback], tmp_path, Lists(), trainer_options={"data_collator": packed})
+    fields = {("cu_seq_lens_q", 1), ("cu_seq_lens_k", 1), ("max_length_q", 0), ("max_length_k", 0), ("seq_idx", 2)}
+    assert len(runs[True]) == 1 and all(fields < set(given) for given in runs[True] | runs[False])
+    assert not any("does not take" in told for told in callback.report.deviations)

@@ -90,9 +90,10 @@ class Items:
         if ids is None:
             return None
         _refuse_ids(ids)
-        strange = [key for key, row in rows.items() if row is None or not self._is_taken(key)]
-        if any(self._is_needed(key, item[key]) for key in strange):
-            return None  # a batch of one sample: an image beside its text, say
+        of_all = [key for key in rows if self._is_of_all(key, item)]
+        strange = [key for key, row in rows.items() if row is None or key in of_all or not self._is_taken(key)]
+        if any(self._is_needed(key, item[key]) for key in strange) or (of_all and _has_samples(item["input_ids"])):
+            return None  # a batch of one sample: an image beside its text, say, or where the sequences in it begin
         self._note_left_out(strange)
         longest = self._seq_len if self._takes.longest is None else min(self._seq_len, self._takes.longest)
         if longest < min(self._seq_len, ids.shape[1]):
@@ -101,6 +102,13 @@ class Items:
 
     def _is_taken(self, key: str) -> bool:
         return key in _TOKEN_KEYS or self._takes.fields is None or key in self._takes.fields
+
+    def _is_of_all(self, key: str, item: Mapping[str, Any]) -> bool:
+        """True for what a forward takes by an option and that is nothing of each token's."""
+        if key not in self._takes.options:
+            return False
+        value, ids = _tensor(item[key]), _tensor(item["input_ids"])
+        return value is None or ids is None or value.shape != ids.shape
 
     def _is_needed(self, key: str, value: Any) -> bool:
         """True for a field that the model takes, or may take, and that is no row of numbers."""
@@ -176,6 +184,10 @@ def _as_row(value: Any) -> Tensor | None:
     if tensor.dim() == 1:
         return tensor[None]
     return tensor if tensor.dim() == 2 and tensor.shape[0] == 1 else None
+
+
+def _has_samples(ids: Any) -> bool:
+    return isinstance(ids, Tensor) and ids.dim() == 2
 
 
 def _tensor(value: Any) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ class Takes:
         name: Of the forward, to follow "fields that".
         fields: Names of their arguments; None if any may be taken.
         longest: Positions that they have; None if that is not limited, or unknown.
+        options: Those of the fields that no signature names, such as where packed sequences begin.
     """
 
     name: str = "the model"
     fields: frozenset[str] | None = None
     longest: int | None = None
+    options: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, runners: Iterable[nn.Module]) -> Takes:
@@ -39,11 +41,13 @@ class Takes:
             runners: Modules whose forwards may be given a batch, by the names of its fields. If none takes token ids by
                 name, a batch is given whole, and any of its fields may be read.
         """
-        taken = [fields_taken(runner) for runner in runners]
-        names = [fields for fields in taken if fields is not None]
-        by_name = len(names) == len(taken) and any("input_ids" in fields for fields in names)
-        fields = frozenset().union(*names) if by_name else None
-        return cls(f"{type(receiver(model)).__name__}.forward", fields, positions_of(model))
+        taken = [_fields(runner) for runner in runners]
+        known = [fields for fields in taken if fields is not None]
+        if len(known) < len(taken) or not any("input_ids" in named for named, _ in known):
+            return cls(f"{type(receiver(model)).__name__}.forward", None, positions_of(model))
+        named = frozenset[str]().union(*(own for own, _ in known))
+        options = frozenset[str]().union(*(own for _, own in known)) - named
+        return cls(f"{type(receiver(model)).__name__}.forward", named | options, positions_of(model), options)
 
 
 def receiver(module: nn.Module) -> nn.Module:
@@ -64,18 +68,26 @@ def receiver(module: nn.Module) -> nn.Module:
 def fields_taken(module: nn.Module) -> frozenset[str] | None:
     """Names of the keywords that a module's forward takes; None if it takes any.
 
-    transformers' models also take keywords without a name in their signature, which are for kernels: these do not
-    count. Another forward with ``**options`` takes those of the one transformers model in it too.
+    A typed dictionary, which transformers' models annotate their other keywords with, names those too (where packed
+    sequences begin, for kernels). Another forward with ``**options`` takes those of the one transformers model in it.
     """
+    fields = _fields(module)
+    return None if fields is None else frozenset().union(*fields)
+
+
+def _fields(module: nn.Module) -> tuple[frozenset[str], frozenset[str]] | None:
+    """Those names as signatures have them, and as typed dictionaries do."""
     module = receiver(module)
     parameters = inspect.signature(module.forward).parameters.values()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = frozenset(parameter.name for parameter in parameters if parameter.kind in named)
-    if is_transformers(module) or all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return names
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = frozenset(parameter.name for parameter in parameters if parameter.kind in kinds)
+    others = next((p.annotation for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    options = frozenset(key for part in get_args(others) for key in getattr(part, "__annotations__", ())) - named
+    if is_transformers(module) or others is None:
+        return named, options
     inner = [model for _, model in transformers_models(module)]
-    more = fields_taken(inner[0]) if len(inner) == 1 else None
-    return None if more is None else names | more
+    more = _fields(inner[0]) if len(inner) == 1 else None
+    return None if more is None else (named | more[0], options | more[1])
 
 
 def check_tokens(module: nn.Module, arguments: Mapping[str, Any]) -> None:
