@@ -74,6 +74,14 @@ def test_weights_that_training_has_on_a_gpu_are_not_streamed_there(offload, devi
         preflight.refuse_offload(quantizer, torch.device(device))
 
 
+def test_a_model_that_its_configuration_does_not_describe_is_refused_only_if_it_is_to_be_exported():
+    quantizer, model = QuantizeModule(group_size=32), tiny_llama(num_hidden_layers=2)
+    model.model.layers = model.model.layers[:1]
+    preflight.refuse_export(quantizer, model, None, None)
+    with pytest.raises(ExportError, match=r"it lacks model\.layers\.1.*num_hidden_layers"):
+        preflight.refuse_export(quantizer, model, OUT, None)
+
+
 def test_adapters_need_an_export_and_a_place_for_the_merged_copy():
     model = adapted()
     holder = nn.ModuleDict({"model": model})

@@ -14,6 +14,7 @@ from gptq_plugin.export.planned_room import refuse_without_room
 from gptq_plugin.finish.options import Finish
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.adapters import has_adapters
+from gptq_plugin.model.as_configured import refuse_other_than_configured
 from gptq_plugin.model.hf_models import check_savable
 from gptq_plugin.quantize.module import QuantizeModule
 from gptq_plugin.quantize.prepare import budgeted
@@ -49,6 +50,7 @@ def refuse_export(quantizer: QuantizeModule, module: nn.Module, export_dir: Path
     quantizer.check_target(module, target)
     if export_dir is not None:
         check_savable(module)
+        refuse_other_than_configured(module)
         if distributed.rank() == 0:
             with budgeted(module, quantizer.config, target) as plan:
                 refuse_without_room(plan, export_dir)

@@ -1,0 +1,60 @@
+"""A model whose configuration does not describe it would not load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_plugin.errors import ExportError
+from gptq_plugin.model.as_configured import refuse_other_than_configured
+
+from models import Plain, tiny_experts, tiny_gpt2, tiny_llama, tiny_llava
+
+
+def _without_a_block(model: Any) -> None:
+    model.model.layers = model.model.layers[:1]
+
+
+def _with_another_block(model: Any) -> None:
+    model.model.layers = nn.ModuleList([*model.model.layers, model.model.layers[0]])
+
+
+def _with_another_head(model: Any) -> None:
+    model.lm_head = nn.Linear(64, 130, bias=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_without_a_block, "it lacks model.layers.1.self_attn.q_proj.weight"),
+        (_with_another_block, "it has model.layers.2.self_attn.q_proj.weight, .* beside"),
+        (_with_another_head, r"it has lm_head.bias beside; it has lm_head.weight \[130, 64\] instead of \[128, 64\]"),
+    ],
+)
+def test_layers_that_were_changed_by_hand_are_named(change: Callable[[Any], None], words: str) -> None:
+    model = tiny_llama(num_hidden_layers=2, tie_word_embeddings=False)
+    refuse_other_than_configured(model)
+    change(model)
+    with pytest.raises(ExportError, match=rf"LlamaForCausalLM is not the model of its configuration, .*{words}"):
+        refuse_other_than_configured(model)
+
+
+def _resized() -> Any:
+    model = tiny_llama()
+    model.resize_token_embeddings(150)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make", [tiny_experts, tiny_gpt2, tiny_llava, Plain, _resized, lambda: tiny_llama(tie_word_embeddings=True).model]
+)
+def test_models_as_they_were_configured_pass_and_no_random_number_is_drawn(make: Callable[[], Any]) -> None:
+    model = make()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    refuse_other_than_configured(model)
+    assert torch.equal(torch.get_rng_state(), before)
