@@ -141,6 +141,18 @@ def test_shards_named_by_an_index_are_all_read(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(loaded(tmp_path), LLAMA), expected(LLAMA), atol=2e-4, rtol=0)
 
 
+def test_a_file_of_another_name_is_the_one_that_the_description_names(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / LLAMA, tmp_path / "x")
+    (tmp_path / "x" / "model.safetensors").rename(tmp_path / "x" / "gptq_model-4bit-32g.safetensors")
+    shutil.copy(tmp_path / "x" / "gptq_model-4bit-32g.safetensors", tmp_path / "x" / "adapter_model.safetensors")
+    for file in (tmp_path / "x" / "config.json", tmp_path / "x" / "quantize_config.json"):
+        content = json.loads(file.read_text())
+        content.get("quantization_config", content)["model_file_base_name"] = "gptq_model-4bit-32g"
+        file.write_text(json.dumps(content))
+    model = loaded(tmp_path / "x", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(model, LLAMA), expected(LLAMA), atol=2e-4, rtol=0)
+
+
 def test_the_base_model_of_a_causal_one_loads_too() -> None:
     folder = FIXTURES / LLAMA
     whole = loaded(folder, dtype=torch.float32)

@@ -155,18 +155,19 @@ def quantized_config(name_or_path: str | Path, **kwargs: Any) -> Any:
     refuse_foreign_kernels(config, name_or_path)
     forget_quantization(config)
     config.quantization_config = {"quant_method": QUANTIZER_NAME}
-    weights = _unexpected_weights_name(folder)
+    weights = _unexpected_weights_name(checkpoint)
     if weights is not None:
         config.transformers_weights = weights
     return config
 
 
-def _unexpected_weights_name(directory: Path) -> str | None:
+def _unexpected_weights_name(checkpoint: Checkpoint) -> str | None:
     """Name of the weights' file if transformers does not expect it: AutoGPTQ put bits and group size into the name."""
+    directory = checkpoint.directory
     if (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
         return None
-    found = list(directory.glob("*.safetensors.index.json")) or list(directory.glob("*.safetensors"))
-    return found[0].name if len(found) == 1 else None
+    found = sorted(directory.glob("*.safetensors.index.json")) or [entry.file for entry in checkpoint.tensors.values()]
+    return found[0].name
 
 
 def _refuse_two_files(checkpoint: Checkpoint) -> None:
