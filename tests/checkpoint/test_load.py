@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_plugin import QuantizeModule, load_quantized, quantized_config
+from gptq_plugin import QuantizeConfig, QuantizeModule, load_quantized, quantized_config
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.errors import CheckpointError
+from gptq_plugin.export.export import export_model
 from gptq_plugin.layers.packing import (
     pack_weight,
     pack_zeros,
@@ -27,6 +28,7 @@ from gptq_plugin.layers.qlinear import QuantLinear
 from copies import DOWN, LLAMA, UP, Tensors, drop, edited, expected, logits_of, put, set_quantization
 from forked_python import python
 from gpu_products import stand_in
+from models import tiny_llama
 from paths import FIXTURES
 
 COMPRESSED = sorted(path.name for path in FIXTURES.glob("llmcompressor-*") if path.is_dir())
@@ -117,6 +119,21 @@ def test_what_is_in_memory_is_described_truly_so_save_pretrained_round_trips(tmp
     model.save_pretrained(tmp_path / "again")
     again = load_quantized(tmp_path / "again")
     assert torch.equal(logits_of(again, reference), logits_of(model, reference))
+
+
+def test_groups_in_act_order_and_a_quantized_head_are_saved_as_such_whatever_the_files_tell(
+    rtn: Any, tmp_path: Path
+) -> None:
+    """Servers that go by desc_act=false read no g_idx."""
+    wrong = edited("gptqmodel-w4g32-desc-act", tmp_path / "x", config=lambda c: set_quantization(c, desc_act=False))
+    assert load_quantized(wrong).config.quantization_config["desc_act"] is True
+    config = QuantizeConfig(group_size=32, lm_head=True)
+    out = export_model(rtn(tiny_llama(tie_word_embeddings=False), config), tmp_path / "out", config)
+    content = json.loads((out / "config.json").read_text())
+    set_quantization(content, lm_head=False)
+    (out / "config.json").write_text(json.dumps(content))
+    found = load_quantized(out).config.quantization_config
+    assert (found["lm_head"], found["desc_act"]) == (True, False)
 
 
 def test_the_generation_config_and_the_path_come_along(tmp_path: Path) -> None:

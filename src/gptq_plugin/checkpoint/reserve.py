@@ -218,7 +218,7 @@ def refuse_missing(checkpoint: Checkpoint, model: Any, stored: set[str]) -> None
     )
 
 
-def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]) -> dict[str, Any]:
+def in_memory(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> dict[str, Any]:
     """The quantization_config of a loaded model: true zeros, so what `save_pretrained` writes is gptq_v2.
 
     Args:
@@ -238,9 +238,15 @@ def in_memory(checkpoint: Checkpoint, model: nn.Module, names: Mapping[str, str]
 
     try:
         changed = checkpoint.format.loaded(checkpoint.quantization, contents)
-        return describe(contents(), config) if changed is None else changed
+        if changed is None:
+            return describe(contents(), config)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.directory / CONFIG}: {brief(error)}") from error
+    needed = {
+        "desc_act": any(checkpoint.scheme(stored).desc_act for stored in names.values()),
+        "lm_head": isinstance(model.get_output_embeddings(), QuantLinear),
+    }
+    return {**changed, **{key: True for key, value in needed.items() if value}}  # also where the files tell otherwise
 
 
 def refuse_not_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
