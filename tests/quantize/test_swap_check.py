@@ -14,6 +14,7 @@ from gptq_plugin import QuantizeModule
 from gptq_plugin.errors import TargetError
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.quantize.batch_runs import BatchRuns
+from gptq_plugin.quantize.swap_check import Trace
 
 from models import tiny_gpt2, tiny_llama
 
@@ -80,6 +81,36 @@ def test_a_difference_behind_the_last_layer_is_seen_too():
 
     with pytest.raises(TargetError, match=r"computes something else: an output differs by 0\.0909|differs by 0\.1"):
         QuantizeModule(bits=8, group_size=32).quantize(After(lambda m, x: m.second(x)), [torch.randn(64, 32)])
+
+
+ONE, NAN = torch.ones(3), torch.nan
+
+
+def trace(calls, *sums, outputs=(ONE,)):
+    return Trace(None, calls, torch.tensor(sums).reshape(-1, 2), outputs)
+
+
+@pytest.mark.parametrize(
+    ("found", "where"),
+    [
+        (trace(["a", "a"], [1.0, 2.0], [1.0, 2.0]), "layers are called 2 times instead of 1"),
+        (trace(["a"], [1.0, 2.0], outputs=(torch.ones(1),)), "the shapes of the outputs differ"),
+        (trace(["a"], [1.0, 2.0], outputs=(ONE, ONE)), "the shapes of the outputs differ"),
+        (trace(["a"], [1.1, 2.0]), "the input of a differs"),
+        (trace(["a"], [1.0, 2.1]), "the input of a differs"),
+        (trace(["a"], [NAN, NAN]), "the input of a differs"),
+        (trace(["a"], [1.001, 2.001], outputs=(ONE * (1 + 1e-6),)), None),  # as much as rounding moves them
+    ],
+)
+def test_where_two_runs_part_is_told(found, where):
+    assert found.first_difference(trace(["a"], [1.0, 2.0])) == where
+    assert found.first_difference(found) is None
+
+
+def test_layers_that_are_called_by_keyword_are_compared():
+    model = Using(lambda m, x: m.second(input=x))
+    report = QuantizeModule(bits=8, group_size=32).quantize(model, [torch.randn(64, 32)])
+    assert len(report.quantized) == 3 and not [one for one in report.deviations if "compared" in one]
 
 
 def test_a_forward_without_outputs_is_compared_by_what_the_layers_read():
