@@ -99,6 +99,8 @@ def test_codes_and_report_are_those_of_experts_quantized_one_by_one(padded):
             for field in ("loss", "rtn_loss", "output_power", "max_input", "max_output", "damp_percent"):
                 assert getattr(found, field) == pytest.approx(getattr(wanted, field), rel=2e-3), (name, field)
     assert at_once.report.deviations == apart.report.deviations
+    for one in (at_once, apart):  # each layer has its share of the time
+        assert sum(module.seconds for module in one.modules.values()) == pytest.approx(one.report.seconds["solve"])
 
 
 def test_the_walk_stops_once_for_all_experts_of_a_projection():
