@@ -154,7 +154,7 @@ def gather_rows(parts: Sequence[Tensor], rows: int, sharers: int) -> list[list[T
     """The first ranks' tensors on every rank, as one message of each.
 
     Args:
-        parts: Tensors [rows, ...] of the same shapes on every rank, the wider dtypes first.
+        parts: Tensors [rows, ...] of the same shapes and dtypes on every rank.
         rows: The same on every rank.
         sharers: How many ranks' tensors, the same on every rank. Those of the others are not sent.
 
@@ -163,7 +163,8 @@ def gather_rows(parts: Sequence[Tensor], rows: int, sharers: int) -> list[list[T
     """
     if not active():
         return [[part] for part in parts]
-    mine = torch.cat([raw_bytes(part) for part in parts])
+    order = sorted(range(len(parts)), key=lambda number: -parts[number].element_size())  # each begins at a whole number
+    mine = torch.cat([raw_bytes(parts[number]) for number in order])
     messages = [torch.empty_like(mine) for _ in range(sharers)]  # a rank without room for it does not check in
     check_in("gather_rows", rows)
     if sharers == world_size():
@@ -171,12 +172,13 @@ def gather_rows(parts: Sequence[Tensor], rows: int, sharers: int) -> list[list[T
     else:
         for number, message in enumerate(messages):
             _run(dist.broadcast, mine, message.copy_(mine), src=number)
-    gathered, start = [], 0
-    for part in parts:
+    gathered, start = dict[int, list[Tensor]](), 0
+    for number in order:
+        part = parts[number]
         stop = start + part.nbytes
-        gathered.append([message[start:stop].view(part.dtype).view(part.shape) for message in messages])
+        gathered[number] = [message[start:stop].view(part.dtype).view(part.shape) for message in messages]
         start = stop
-    return gathered
+    return [gathered[number] for number in range(len(parts))]
 
 
 def object_from_first(value: Any) -> Any:

@@ -152,6 +152,7 @@ def test_experts_in_chunks_are_those_solved_all_at_once(most, monkeypatch):
     found, wanted = Watched(mixture()), pair(False)[0]
     same = [(found.layers[name].qweight == wanted.layers[name].qweight).double().mean() for name in wanted.layers]
     assert torch.stack(same).mean() > 0.999
+    assert sum(module.seconds for module in found.modules.values()) == pytest.approx(found.report.seconds["solve"])
 
 
 @pytest.mark.parametrize(
@@ -344,6 +345,13 @@ def test_batches_that_cannot_take_turns_give_the_same_layers(monkeypatch):
     found, wanted = Watched(mixture()), pair(False)[0]
     same = [(found.layers[name].qweight == wanted.layers[name].qweight).double().mean() for name in wanted.layers]
     assert torch.stack(same).mean() > 0.999
+
+
+def test_experts_that_come_first_need_as_many_tokens_as_other_layers():
+    config = dataclasses.replace(CONFIG, modules_to_not_convert=["self_attn"])
+    for way in (Watched, one_by_one):
+        with pytest.raises(CalibrationError, match="the calibration set is too short"):
+            way(mixture(), config, [torch.zeros(1, 3, dtype=torch.long)])
 
 
 def test_a_batch_that_is_not_finite_is_named():

@@ -45,7 +45,8 @@ def meetings(rank):
     count = distributed.sum_(tensor, rank)
     several = [torch.full((2,), float(rank)), torch.full((1,), rank)]
     distributed.sum_each_(several)
-    parts = [torch.full((2, 3), rank, dtype=torch.float64), torch.full((2,), rank, dtype=torch.uint8)]
+    parts = [torch.full((2, 1), rank, dtype=torch.uint8), torch.full((2, 3), rank, dtype=torch.float64),
+             torch.full((2,), rank, dtype=torch.uint8)]
     gathered = [distributed.gather_rows(parts, 2, sharers) for sharers in (3, 2, 1)]
     turned = torch.full((2, 3), float(rank)).t()
     distributed.from_first_(turned)
@@ -293,8 +294,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(__import__("os"),
 
 def test_what_is_exchanged_is_the_same_on_every_rank(scenes):
     for found in scenes("meetings"):
-        wide, narrow = [[[rank] * 3] * 2 for rank in range(3)], [[rank] * 2 for rank in range(3)]
-        rows = [[wide[:sharers], narrow[:sharers]] for sharers in (3, 2, 1)]
+        each = [(([[rank]] * 2), [[rank] * 3] * 2, [rank] * 2) for rank in range(3)]
+        rows = [[[*of_ranks] for of_ranks in zip(*each[:sharers])] for sharers in (3, 2, 1)]
         assert found == [[3.0] * 3, 3, 3, "rank 0", [0, 1, 2], rows, [[3.0, 3.0], [3]], [[0.0] * 2] * 3]
 
 

@@ -103,8 +103,7 @@ def _on_all_ranks(mine: Solutions, sharers: int, make_room: Callable[[], bool]) 
     """The solutions of the first ranks, which have different ones."""
     if distributed.world_size() == 1:
         return [mine]
-    fields = sorted(dataclasses.fields(mine), key=lambda field: -getattr(mine, field.name).element_size())
-    values = [getattr(mine, field.name).contiguous() for field in fields]
+    names = [field.name for field in dataclasses.fields(mine)]
+    values = [getattr(mine, name).contiguous() for name in names]
     gathered = with_room(lambda: distributed.gather_rows(values, len(mine.good), sharers), make_room)
-    names = [field.name for field in fields]
     return [Solutions(**dict(zip(names, of_rank, strict=True))) for of_rank in zip(*gathered, strict=True)]
