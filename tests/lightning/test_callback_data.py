@@ -357,6 +357,28 @@ def test_a_stream_is_not_read_ahead_of_training_and_is_mixed_all_the_same(tmp_pa
     assert report.calibration == "12 samples of the train dataloader of Stream; 4 samples of the general text"
 
 
+def test_a_stream_that_goes_on_where_it_was_left_loses_no_sample_to_a_trial_before_training(tmp_path):
+    class Queue(IterableDataset):
+        def __init__(self):
+            self.rest = iter([{"input_ids": row, "labels": row} for row in rows(28)])
+
+        def __iter__(self):
+            return self.rest
+
+    class Noting(Holds):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch["input_ids"])
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    callback = GPTQCallback(QuantizeModule(**SMALL))
+    report = fit(Noting(), DataLoader(Queue(), batch_size=4), callback, tmp_path, limit_train_batches=3)
+    assert torch.equal(torch.cat(seen), rows(28)[:12]) and report.samples == 16
+    callback = GPTQCallback(QuantizeModule(**SMALL))
+    with pytest.raises(CalibrationError, match="is empty: [a-z ]* Queue has nothing left, .* calibration="):
+        fit(Noting(), DataLoader(Queue(), batch_size=4), callback, tmp_path, limit_train_batches=None)
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_ranks_share_both_parts_so_that_each_sample_counts_once(size, monkeypatch):
     class Trainer:

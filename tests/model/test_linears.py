@@ -28,6 +28,13 @@ class Needy(nn.Linear):
         return scale * super().forward(x)
 
 
+class Dropped(nn.Linear):
+    """Drops weights in training, as DropConnect does."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.dropout(self.weight, 0.5, self.training), self.bias)
+
+
 class FromConfig(nn.Linear):
     """Its constructor takes something else than Linear's."""
 
@@ -43,6 +50,7 @@ class FromConfig(nn.Linear):
         (Wordy(4, 6), True),
         (Wordy(4, 6, bias=False), True),
         (FromConfig({"in": 4, "out": 6}), True),
+        (Dropped(4, 6), True),
         (WithoutBias(4, 6), False),
         (Needy(4, 6), False),
         (nn.Conv1d(4, 6, 1), False),

@@ -163,6 +163,11 @@ def _collect(source: Source, config: QuantizeConfig, items: Items, alone: bool, 
     deviations = taken.deviations()
     if taken.stopped and not source.is_general:  # general data is often endless
         deviations.append(taken.unused())
+    if source.is_stream and not taken.read:
+        deviations.append(
+            f"{source.name} has nothing left, as it goes on where training left it: give calibration=..., the texts, "
+            "batches or DataLoader to use"
+        )
     return Calibration(batches, list(numbers), total, deviations, first_batches=[0] if batches else [])
 
 

@@ -73,9 +73,7 @@ def sample_loaders(
         shares = [share * (number + 1) // k - share * number // k for number in range(k)]
         # A DataLoader can be restarted, so its first batch may be tried before training.
         return [
-            Source(
-                loader, f"{name}{_datasets([loader])}", share, is_general, is_stream=not isinstance(loader, DataLoader)
-            )
+            Source(loader, f"{name}{_datasets([loader])}", share, is_general, is_stream=_goes_on(loader))
             for loader, share in zip(loaders, shares, strict=True)
         ]
     # A user's random sampler may draw differently on every rank: all use rank 0's choice.
@@ -114,6 +112,14 @@ def _datasets(loaders: Sequence[Any]) -> str:
 
 def _is_stream(loader: DataLoader[Any]) -> bool:
     return isinstance(loader.dataset, IterableDataset)
+
+
+def _goes_on(loader: Any) -> bool:
+    """True if what is read of a loader may be missing in training: it is none of PyTorch's, or its stream is an
+    iterator, which begins nowhere else than where it was left."""
+    if not isinstance(loader, DataLoader):
+        return True
+    return _is_stream(loader) and iter(loader.dataset) is iter(loader.dataset)
 
 
 def _yields_batches(loader: DataLoader[Any]) -> bool:

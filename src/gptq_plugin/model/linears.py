@@ -33,11 +33,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 @functools.cache
 def _computes_linear(kind: type[nn.Module]) -> bool:
-    """Returns whether a subclass with another forward computes what Linear does, by running a small instance that has
-    a Linear's parameters and nothing else."""
+    """Returns whether a subclass with another forward computes what Linear does in evaluation mode, by running a small
+    instance that has a Linear's parameters and nothing else."""
     layer = kind.__new__(kind)
     with torch.no_grad(), same_random_numbers():  # initializing draws some
         nn.Linear.__init__(layer, 5, 3, device="cpu", dtype=torch.float64)  # type: ignore[arg-type]
+        layer.eval()  # noise in training, such as DropConnect's, is none of what is quantized
         x = torch.linspace(-1, 1, 40, dtype=torch.float64, device="cpu").reshape(2, 4, 5)
         wanted = functional.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
         try:
