@@ -73,6 +73,31 @@ def test_a_layer_of_few_outputs_gets_the_drift_of_its_float_outputs(solved):
     torch.testing.assert_close(solved[1][2], wanted, rtol=1e-3, atol=1e-6)
 
 
+class Siblings(nn.Module):
+    """Two layers of few outputs read one input, which is overwritten behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.one, self.other = nn.Linear(32, 64), nn.Linear(64, 16), nn.Linear(64, 16)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        y = self.one(x) + self.other(x)
+        x.zero_()
+        return y
+
+
+def test_layers_that_read_one_input_get_its_drift_however_few_their_outputs_are(solved):
+    torch.manual_seed(0)
+    model, batches = Siblings(), [rows(60, 32, n) for n in range(3)]
+    first = copy.deepcopy(model.first)
+    layers, _ = passed(model, batches)
+    with torch.no_grad():
+        x, seen = (torch.tanh(one(torch.cat(batches))) for one in (first, layers["first"]))
+    assert [shape for shape, _, _ in solved] == [(64, 32), (32, 64)]
+    torch.testing.assert_close(solved[1][2], (x - seen).T @ seen / 180, rtol=1e-2, atol=1e-5)
+
+
 def codes_of(model, batches, config=CONFIG, **options):
     quantizer = QuantizeModule(config, **options)
     report = quantizer.quantize(model, batches)
