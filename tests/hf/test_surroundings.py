@@ -66,9 +66,9 @@ def test_the_float_checkpoint_is_the_best_one_or_that_of_the_last_step(run, tmp_
     assert float_checkpoint(*run(**options)) == str(last)
 
 
-def fail(model, args, state):
-    with pytest.raises(KeyError), weights_saved_on_failure(model, args, state):
-        raise KeyError
+def fail(model, args, state, error=KeyError):
+    with pytest.raises(error), weights_saved_on_failure(model, args, state):
+        raise error
 
 
 @pytest.mark.parametrize("options", [{"step": 0}, {"rank": 1}])
@@ -89,8 +89,10 @@ def test_trained_weights_are_saved_in_the_models_own_format_and_the_log_tells_wh
     model, plain = llama(), nn.Linear(3, 2)
     for _ in range(2):  # also where an earlier run has left its folder
         fail(plain, *run(step=4))
-    loaded = torch.load(tmp_path / "run" / "trained-4" / "pytorch_model.bin")
-    assert torch.equal(loaded["weight"], plain.weight)
+        fail(plain, *run(step=5), error=KeyboardInterrupt)
+    for step in (4, 5):
+        loaded = torch.load(tmp_path / "run" / f"trained-{step}" / "pytorch_model.bin")
+        assert torch.equal(loaded["weight"], plain.weight)
     fail(model, *run())
     folder = tmp_path / "run" / "trained-3"
     assert same(AutoModelForCausalLM.from_pretrained(folder), model) and f"saving them to {folder}" in caplog.text

@@ -33,13 +33,13 @@ def random_state_restored(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def weights_saved_on_failure(model: nn.Module, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
-    """Saves the trained weights if the block raises and no checkpoint holds them.
+    """Saves the trained weights if the block raises, or is interrupted, and no checkpoint holds them.
 
     A script whose `train` raises does not reach its `save_model`.
     """
     try:
         yield
-    except Exception:
+    except BaseException:
         if state.is_world_process_zero and state.global_step and not float_checkpoint(args, state):
             folder = _output_dir(args) / f"trained-{state.global_step}"
             log.error("quantization failed, and no checkpoint holds the trained weights: saving them to %s", folder)
