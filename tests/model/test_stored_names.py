@@ -174,3 +174,18 @@ def test_if_parts_differ_by_more_than_the_number_all_experts_are_asked_about(mon
     monkeypatch.setattr(core_model_loading, "revert_weight_conversion", odd)
     found = expert_parts(model, stacks)[stacks[0].name, "down_proj"]
     assert [parts[0].name for parts in found] == ["0.w2", "1.v2", *(f"{number}.w2" for number in range(2, 7))]
+
+
+def test_what_a_rule_makes_of_a_modules_own_tensor_is_found_under_the_names_that_the_model_has(tmp_path):
+    """The experts' module is in the model, and w13_weight, which its checkpoint has there, is not."""
+    pytest.importorskip("transformers.models.inkling2")
+    config = AutoConfig.for_model(
+        "inkling2_text", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        swa_num_attention_heads=2, swa_num_key_value_heads=1, swa_head_dim=16, moe_intermediate_size=32,
+        n_routed_experts=4, num_experts_per_tok=2, layer_types=["hybrid"], vocab_size=64, unpadded_vocab_size=64,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    rename, stored = key_renaming(model), saved(model, tmp_path)
+    assert any(name.endswith("experts.w13_weight") for name in stored)
+    assert {key for name in stored for key in rename(name)} == set(model.state_dict())

@@ -120,14 +120,15 @@ def key_renaming(model: Any) -> Callable[[str], list[str]]:
     """Maps a checkpoint's tensor name to the model's, by transformers' rules: to several if it fills several tensors.
 
     If a rule would join a module's weight with others, but the model has that module (an expert that is apart, see
-    `experts`), the name is that module's.
+    `experts`) and not what it is joined into, the name is that module's.
     """
     rules = _Rules(model)
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
 
     def rename(name: str) -> list[str]:
         plain = rules.plain(name)
-        return [plain] if plain.rpartition(".")[0] in modules else rules.joined(name)
+        joined = rules.joined(name)
+        return joined if plain.rpartition(".")[0] not in modules or rules.state.keys() >= set(joined) else [plain]
 
     return rename
 
@@ -143,7 +144,7 @@ class _Rules:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._model = model
-        self._state = model.state_dict()
+        self.state = model.state_dict()
 
     def plain(self, name: str) -> str:
         return self._renamed(name, [])[0]
@@ -159,7 +160,7 @@ class _Rules:
         from transformers.core_model_loading import rename_source_key
 
         renamed: tuple[str, str | None] = rename_source_key(
-            name, self._renamings, converters, self._model.base_model_prefix, self._state
+            name, self._renamings, converters, self._model.base_model_prefix, self.state
         )
         return renamed
 
