@@ -12,11 +12,14 @@ from transformers import (
     BertForMaskedLM,
     GPTJConfig,
     GPTJForCausalLM,
+    LlamaForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from gptq_plugin.calibration.takes import Takes, check_tokens, fields_taken, positions_of, receiver
 from gptq_plugin.errors import CalibrationError
@@ -82,6 +85,30 @@ def test_open_keywords_are_those_of_the_transformers_model_inside():
     options = Takes.of(llama, [Named(llama)]).options
     assert {"cu_seq_lens_q", "max_length_k", "seq_idx"} <= options <= fields_taken(llama)
     assert not options & {"input_ids", "position_ids", "scale"} and not Takes.of(llama, [Features()]).options
+
+
+def test_a_class_derived_from_a_transformers_model_takes_its_options_too():
+    class Derived(LlamaForCausalLM):
+        def forward(self, input_ids=None, **others):
+            return super().forward(input_ids, **others)
+
+    class Annotated(LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs: Unpack[TransformersKwargs]):  # a string in this file
+            return super().forward(input_ids, **kwargs)
+
+    class Own(LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs: dict[str, Takes]):  # no typed dictionary
+            return super().forward(input_ids, **kwargs)
+
+    class Closed(LlamaForCausalLM):
+        def forward(self, input_ids=None):
+            return super().forward(input_ids)
+
+    options = Takes.of(tiny_llama(), [tiny_llama()]).options
+    for kind in (Derived, Annotated, Own):
+        model = kind(tiny_llama().config)
+        assert Takes.of(model, [model]).options >= options >= {"seq_idx", "cu_seq_lens_q"}
+    assert fields_taken(Closed(tiny_llama().config)) == {"input_ids"}
 
 
 def test_several_runners_take_the_fields_of_all_and_one_that_takes_a_batch_whole_takes_any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +81,29 @@ def _fields(module: nn.Module) -> tuple[frozenset[str], frozenset[str]] | None:
     parameters = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = frozenset(parameter.name for parameter in parameters if parameter.kind in kinds)
-    others = next((p.annotation for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
-    options = frozenset(key for part in get_args(others) for key in getattr(part, "__annotations__", ())) - named
-    if is_transformers(module) or others is None:
+    if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return named, frozenset()
+    forwards = (owner.__dict__.get("forward") for owner in type(module).__mro__)
+    options = next(filter(None, map(_of_typed_dictionary, (module.forward, *forwards))), frozenset[str]()) - named
+    if is_transformers(module):
         return named, options
     inner = [model for _, model in transformers_models(module)]
     more = _fields(inner[0]) if len(inner) == 1 else None
     return None if more is None else (named | more[0], options | more[1])
+
+
+def _of_typed_dictionary(forward: Any) -> frozenset[str]:
+    """Keys of the typed dictionaries that a forward's other keywords are annotated with. One without an annotation has
+    those of the class's it derives from."""
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+        others = next(p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD)
+        hint = others.annotation
+        if isinstance(hint, str):
+            hint = get_type_hints(forward)[others.name]
+    except Exception:  # noqa: BLE001 - no function, no such keywords, or names that only type checkers import
+        return frozenset()
+    return frozenset(key for part in get_args(hint) if hasattr(part, "__total__") for key in part.__annotations__)
 
 
 def check_tokens(module: nn.Module, arguments: Mapping[str, Any]) -> None:

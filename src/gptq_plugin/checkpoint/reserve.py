@@ -202,7 +202,7 @@ def refuse_missing(checkpoint: Checkpoint, model: Any, stored: set[str]) -> None
     """
     state = model.state_dict(keep_vars=True)
     filled = {id(state[name]) for name in stored & state.keys()}  # a shared module has several names
-    tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
+    tied = [{target, source} for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()]
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = [
         name
