@@ -14,7 +14,7 @@ FEW_ROWS = 64  # up to which the weights' bytes, not arithmetic, take the time
 FEW_ROWS_TILED = 256  # up to which tiles of 64 rows are faster where outputs are too few for larger ones
 _ONE_ROW = 1 << 25  # weights up to which tensor cores start too slowly for one row
 NARROW = {"BN": 64, "BM": 64, "STAGES": 4, "JOINED": 4, "AHEAD": 4, "SPLIT": 1, "EARLY": 1}  # of `many_rows`
-SHARED = {"BM": 128, "STAGES": 8, "AHEAD": 3, "WIDTH": 2, "SPLIT": 2, "EARLY": 1}
+SHARED = {"BM": 128, "STAGES": 8, "AHEAD": 3, "WIDTH": 2, "SPLIT": 2, "EARLY": 1}  # of `many_rows`, too
 _PROGRAMS = 1.6  # for every multiprocessor: as many share the channels of a tile as it takes to have these
 
 

@@ -76,7 +76,8 @@ def fields_taken(module: nn.Module) -> frozenset[str] | None:
 
 
 def _fields(module: nn.Module) -> tuple[frozenset[str], frozenset[str]] | None:
-    """Those names as signatures have them, and as typed dictionaries do."""
+    """Those names as signatures have them, and as typed dictionaries do; a forward whose other keywords are without one
+    has those of the classes that its own derives from."""
     module = receiver(module)
     parameters = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -93,8 +94,7 @@ def _fields(module: nn.Module) -> tuple[frozenset[str], frozenset[str]] | None:
 
 
 def _of_typed_dictionary(forward: Any) -> frozenset[str]:
-    """Keys of the typed dictionaries that a forward's other keywords are annotated with. One without an annotation has
-    those of the class's it derives from."""
+    """Keys of the typed dictionaries that a forward's other keywords are annotated with."""
     try:
         parameters = inspect.signature(forward).parameters.values()
         others = next(p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD)

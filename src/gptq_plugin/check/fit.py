@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from gptq_plugin.check.findings import Finding, warning
 from gptq_plugin.checkpoint.checkpoint import Checkpoint
 from gptq_plugin.checkpoint.load import architecture_of
 from gptq_plugin.checkpoint.reserve import refuse_missing, reserve
-from gptq_plugin.device.surroundings import same_random_numbers
 from gptq_plugin.errors import CheckpointError, brief
+from gptq_plugin.model.hf_models import without_weights
 from gptq_plugin.model.stored_names import key_renaming
 
 
@@ -24,7 +22,7 @@ def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
     if not checkpoint.model_config.get("architectures"):
         return
     try:
-        model = _without_weights(*architecture_of(checkpoint, False))
+        model = _made(*architecture_of(checkpoint, False))
         rename = key_renaming(model)
         floats = {key for name in checkpoint.float_names for key in (name, *rename(name))}
         reserve(checkpoint, model)
@@ -34,15 +32,14 @@ def misfits(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield warning(f"load_quantized refuses it: {refusal}")
 
 
-def _without_weights(architecture: Any, config: Any) -> Any:
-    """The model on the meta device.
+def _made(architecture: Any, config: Any) -> Any:
+    """The model, on the meta device.
 
     Raises:
         CheckpointError: There is none of that configuration.
     """
     try:
-        with same_random_numbers(), torch.device("meta"):
-            return architecture(config)
+        return without_weights(architecture, config)
     except Exception as error:  # whatever values that nobody expected lead to
         raise CheckpointError(
             f"transformers cannot build {architecture.__name__} ({type(error).__name__}: {brief(error)})"

@@ -24,6 +24,7 @@ from gptq_plugin.layers.packed_together import empty_layer
 from gptq_plugin.layers.qlinear import QuantLinear, note_float_rest
 from gptq_plugin.layers.swap import swap_modules
 from gptq_plugin.model.experts import place_experts, possible_experts
+from gptq_plugin.model.hf_models import tied_weights
 from gptq_plugin.model.linears import is_linear, linear_shape
 from gptq_plugin.model.stored_names import expert_parts, key_renaming, plain_renaming, renaming
 from gptq_plugin.model.structure import Structure
@@ -96,7 +97,7 @@ def _refuse_larger(checkpoint: Checkpoint, model: nn.Module) -> None:
         checkpoint: The files.
         model: Without weights, its places made. A tied weight counts once.
     """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = tied_weights(model)
     sizes = {name: tensor.numel() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     asked = {name: size for name, size in sizes.items() if name not in tied and not name.endswith(".room")}
     stored = sum(math.prod(checkpoint.tensors[name].shape) for name in checkpoint.float_names)
@@ -202,7 +203,7 @@ def refuse_missing(checkpoint: Checkpoint, model: Any, stored: set[str]) -> None
     """
     state = model.state_dict(keep_vars=True)
     filled = {id(state[name]) for name in stored & state.keys()}  # a shared module has several names
-    tied = [{target, source} for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()]
+    tied = [{target, source} for target, source in tied_weights(model).items()]
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = [
         name
@@ -275,7 +276,7 @@ def match(checkpoint: Checkpoint, model: nn.Module, rename: Callable[[str], str]
         raise CheckpointError(
             f"{quantized[0]} of the given {type(model).__name__} is quantized already: build the float model anew"
         )
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_weights(model)
     problems: list[str] = []
     names: dict[str, str] = {}
     found: set[nn.Module] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterable, Set
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def write_transformers(staging: Path, model: Any, floats: dict[str, Tensor], des
     return sorted(staging.glob("model*.safetensors"))
 
 
-def _apart(state: dict[str, Tensor], tied: Set[str]) -> dict[str, Tensor]:
+def _apart(state: dict[str, Tensor], tied: Container[str]) -> dict[str, Tensor]:
     """The state with a copy of every tensor that shares memory with an earlier one, but for those that the model's
     class ties: transformers leaves these out, and refuses others."""
     seen: set[int] = set()
@@ -92,7 +92,7 @@ def _is_tied(model: Any) -> bool:
     if isinstance(head, QuantLinear):
         return False
     name = next((name for name, module in model.named_modules() if module is head), None)
-    source = getattr(model, "all_tied_weights_keys", {}).get(f"{name}.weight")
+    source = tied_weights(model).get(f"{name}.weight")
     if head is None or source is None or is_encoder_decoder(model):
         return True
     shared = model.get_parameter(source)

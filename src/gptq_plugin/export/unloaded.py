@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.checkpoint.many_modules import refuse_many_modules
 from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.errors import CheckpointError, ExportError, brief, some
-from gptq_plugin.model.hf_models import is_transformers, published_class
+from gptq_plugin.model.hf_models import is_transformers, published_class, without_weights
 from gptq_plugin.model.stored_names import key_renaming
 
 _SOURCE = (
@@ -120,8 +119,7 @@ def _as_published(model: Any, folder: Path, shards: Shards) -> nn.Module:
     kind = published_class(model) or type(model)
     try:
         refuse_many_modules(read_json(folder / CONFIG), folder / CONFIG, shards.entries.values())
-        with torch.device("meta"):
-            made: nn.Module = kind(type(model.config).from_pretrained(folder))
+        made: nn.Module = without_weights(kind, type(model.config).from_pretrained(folder))
     except Exception as error:  # whatever values that nobody expected lead to
         raise ExportError(
             _SOURCE.format(folder, f"{folder / CONFIG} ({type(error).__name__}: {brief(error)})")

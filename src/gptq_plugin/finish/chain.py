@@ -193,12 +193,12 @@ class Chain:
         Raises:
             TargetError: The two differ.
         """
-        if not _same(passage.hidden, other.hidden):
+        if not same(passage.hidden, other.hidden):
             raise TargetError(
                 "the first block reads other values than in the float model, whose dtype or weights before the blocks "
                 f"are others, or layers before the blocks are quantized: {_REMEDY}"
             )
-        if not _same(passage.calls, other.calls):
+        if not same(passage.calls, other.calls):
             raise TargetError(
                 f"what blocks are given beside hidden states depends on the blocks before them: {_REMEDY}"
             )
@@ -221,15 +221,16 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """True for equal values in the same containers; of tensors on any device, with the same dtype."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and _kind(one) == _kind(other) and torch.equal(one, other.to(one.device))
     if isinstance(one, Mapping):
-        return isinstance(other, Mapping) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+        return isinstance(other, Mapping) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     if isinstance(one, Call):
-        return isinstance(other, Call) and _same((one.args, one.kwargs), (other.args, other.kwargs))
+        return isinstance(other, Call) and same((one.args, one.kwargs), (other.args, other.kwargs))
     if isinstance(one, (tuple, list)):
-        return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_same, one, other))
+        return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
 
 

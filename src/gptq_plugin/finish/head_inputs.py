@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_plugin.finish.chain import same
 from gptq_plugin.finish.top_logits import Told
 
 MOST_BYTES = 2**35  # of a rank's batches, on the CPU
@@ -104,13 +105,7 @@ class Head:
     def is_that_of_both(self) -> bool:
         """Whether the model that is trained has the float model's head."""
         own, trained = (dict(one.named_parameters()) for one in (self._own, self._trained))
-        return self._own is self._trained or (
-            own.keys() == trained.keys() and all(_equal(own[name], trained[name]) for name in own)
-        )
+        return self._own is self._trained or same(own, trained)
 
     def of(self, states: Tensor) -> HeadInputs:
         return HeadInputs(states.cpu(), self._trained)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.to(other.device), other)

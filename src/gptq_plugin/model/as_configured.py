@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gptq_plugin.device.surroundings import same_random_numbers
 from gptq_plugin.errors import ExportError, some
 from gptq_plugin.model.adapters import has_adapters
-from gptq_plugin.model.hf_models import is_transformers, published_class
+from gptq_plugin.model.hf_models import is_transformers, published_class, without_weights
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names
 
@@ -57,8 +54,7 @@ def refuse_other_than_configured(model: nn.Module) -> None:
 def _made_anew(model: Any) -> nn.Module | None:
     kind = published_class(model) or type(model)
     try:
-        with same_random_numbers(), torch.device("meta"):
-            made: nn.Module = kind(copy.deepcopy(model.config))
+        made: nn.Module = without_weights(kind, model.config)
     except Exception:  # noqa: BLE001 - whatever a model's constructor asks for
         return None
     return made

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
+from gptq_plugin.device.surroundings import same_random_numbers
 from gptq_plugin.errors import ExportError, brief
 
 # model_type of the architectures whose layers are transformers' Conv1D instead of nn.Linear.
@@ -48,9 +52,20 @@ def transformers_models(root: nn.Module, prefix: str = "") -> Iterator[tuple[str
         yield from transformers_models(child, f"{prefix}.{name}" if prefix else name)
 
 
-def tied_weights(model: nn.Module) -> set[str]:
-    """Names of a transformers model's weights that its class ties to others: they are in no file of it."""
-    return set(getattr(model, "all_tied_weights_keys", None) or ())
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """The weights of a transformers model that its class ties to others, by name, which are in no file of it, and the
+    names of those."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def without_weights(kind: Any, config: Any) -> Any:
+    """Makes a transformers model of a class and a configuration on the meta device. Random numbers stay as they were.
+
+    Raises:
+        Exception: Whatever the constructor raises for values that it does not expect.
+    """
+    with same_random_numbers(), torch.device("meta"):
+        return kind(copy.deepcopy(config))
 
 
 def published_class(model: nn.Module) -> type | None:
