@@ -317,7 +317,7 @@ def test_every_number_of_rows_finds_a_kernel_that_computes_it(size):
     for bits, symmetric in ((4, True), (3, False)):
         weight = make_weight(bits, *size, symmetric, "cuda")
         order = torch.randperm(size[0], device="cuda")
-        for rows, dtype in itertools.product((0, 1, 5, 31, 64, 65, 256, 1500), TOLERANCE.keys() - {torch.float64}):
+        for rows, dtype in itertools.product((0, 1, 5, 31, 64, 65, 256, 300, 1500), TOLERANCE.keys() - {torch.float64}):
             x = torch.randn(rows, size[0], dtype=dtype, device="cuda")
             bias = torch.randn(size[1], device="cuda", dtype=torch.float32)
             y = products.product(x[None], weight.layout, weight.arranged, bias, order)
@@ -365,3 +365,39 @@ def test_programs_that_share_a_tile_give_the_same_bytes_on_streams_and_in_graphs
                 graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(outs, expected)
+
+
+@gpu
+@hopper
+def test_products_in_two_parts_write_every_row_and_give_the_same_bytes():
+    from gptq_plugin.kernels.product import products
+    from gptq_plugin.kernels.product.workspace import prepare
+
+    layout = Layout.of(4, 128, 4096, 4096, True)
+    codes = torch.randint(1, 16, (4096, 4096), dtype=torch.uint8, device="cuda")
+    scales = torch.full((32, 4096), 1 / (4.32 * 4096**0.5), dtype=torch.float16, device="cuda")  # norms stay
+    arranged = arrange(layout, codes, scales, codes[:32])
+    value = (codes.float().t() - 8) * scales[0, 0].float()
+    prepare(codes.device)
+    for rows in (257, 270, 1100):
+        x = torch.randn(rows, 4096, dtype=torch.float16, device="cuda")
+        assert len(products._spans(layout, rows, x.dtype, x.device)) == 2
+        expected = (x.double() @ value.double().t()).half()
+        assert torch.allclose(products.product(x, layout, arranged, None), expected, rtol=2e-2, atol=1e-2)
+
+        def chain(x=x):
+            """Each product reads what the two parts of the one before wrote."""
+            for _ in range(20):
+                x = products.product(x, layout, arranged, None)
+            return x
+
+        expected = chain()
+        assert expected.isfinite().all() and expected.std() > 1e-2
+        assert all(torch.equal(chain(), expected) for _ in range(20))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = chain()
+        for _ in range(5):
+            captured.fill_(NAN)
+            graph.replay()
+            assert torch.equal(captured, expected)

@@ -58,11 +58,11 @@ def test_64_rows_have_wide_tiles_where_these_keep_the_processors_at_work():
 
 
 def test_65_to_128_rows_have_no_tiles_that_half_of_the_rows_would_fill():
-    shared = "many_rows BM=128 STAGES=8 AHEAD=3 WIDTH=2 SPLIT=2 EARLY=1"
+    medium = "many_rows BM=128 STAGES=8 AHEAD=3 WIDTH=2 EARLY=1"
     for bits in (2, 3, 4):
-        assert chosen(65, n_out=14336, bits=bits) == chosen(128, n_out=14336, bits=bits) == NARROW
-        assert chosen(128, 8192, 28672, bits=bits) == chosen(65, n_out=11008, bits=bits) == shared
-        assert "BM=256" in chosen(129, 8192, 28672, bits=bits)
+        assert chosen(65, n_out=14336, bits=bits) == chosen(128, n_out=11008, bits=bits) == medium
+        assert chosen(128, 8192, 28672, bits=bits) == medium.replace("EARLY", "SPLIT=2 EARLY")
+        assert chosen(192, 8192, 28672, bits=bits) == chosen(2048, bits=bits)
     assert chosen(128, gpu=A100) == chosen(128, 8192, 28672, bits=8) == "dense"
     for size in SIZES:
         assert "BM=256" not in chosen(128, *size)

@@ -8,13 +8,14 @@ import logging
 import torch
 from torch import Tensor
 
-from .choice import Choice, Gpu
+from .choice import Choice, Gpu, range_of
 from .dense import dense
 from .layout import Arranged, Layout
 from .registry import run
-from .rule import FEW_ROWS, by_rule
+from .rule import FEW_ROWS, by_rule, takes_many
 from .table import shipped
 from .tuned import tuned
+from .waves import TOGETHER, first_rows
 from .workspace import workspace_of
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,26 @@ def _decided(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> tuple[C
         if choice is not None:
             return choice, reason
     return by_rule(layout, rows, dtype, gpu), "rule"
+
+
+def _spans(layout: Layout, rows: int, dtype: torch.dtype, device: torch.device) -> list[int]:
+    """Numbers of rows that have a product each: one, or two where the last tile would be as good as empty."""
+    if rows <= TOGETHER:
+        return [rows]
+    last = (rows - 1) % TOGETHER + 1
+    first = _first(layout, rows - last + _rounded(last), dtype, device)
+    return [rows] if first >= rows else [first, rows - first]
+
+
+@functools.cache
+def _first(layout: Layout, rows: int, dtype: torch.dtype, device: torch.device) -> int:
+    gpu = Gpu.of(device)
+    return first_rows(layout, rows, gpu) if takes_many(layout, dtype, gpu) else rows
+
+
+def _rounded(rows: int) -> int:
+    """The largest number of rows that surely has the same choice: not every number is asked for by itself."""
+    return range_of(rows) if rows <= FEW_ROWS else -(-rows // FEW_ROWS) * FEW_ROWS
 
 
 @functools.cache
@@ -81,11 +102,14 @@ def product(x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, 
         return out
     rows = x.reshape(-1, layout.n_in)
     rows = rows.contiguous() if order is None else rows.index_select(1, order)
-    number = len(rows)
-    choice = choose(layout, number if number <= FEW_ROWS else -(-number // FEW_ROWS) * FEW_ROWS, x.dtype, x.device)
+    spans = _spans(layout, len(rows), x.dtype, x.device)
+    flat = out.view(-1, layout.n_out)
     with torch.cuda.device(x.device):
         bias = None if bias is None else bias.contiguous()
-        run(choice, rows, layout, arranged, bias, out.view(number, layout.n_out), workspace_of(x.device))
+        workspace = workspace_of(x.device)
+        for some, result in zip(rows.split(spans), flat.split(spans), strict=True):
+            choice = choose(layout, _rounded(len(some)), x.dtype, x.device)
+            run(choice, some, layout, arranged, bias, result, workspace)
     return out
 
 

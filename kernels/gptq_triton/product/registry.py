@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import rule
+from . import rule, waves
 from .by_bytes import by_bytes
 from .by_bytes import takes as takes_by_bytes
 from .by_warps import by_warps
@@ -74,7 +74,7 @@ def _few_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options: 
     BN, BM, SPLIT, STAGES, warps = (options[name] for name in ("BN", "BM", "SPLIT", "STAGES", "warps"))
     return (
         _early_fits(gpu, options)
-        and rows <= rule.FEW_ROWS_TILED
+        and rows <= waves.SHARED_ROWS
         and BN in (32, 64, 128)
         and layout.outputs % BN == 0
         and BM in (8, 16, 32, 64, 128)
@@ -213,7 +213,7 @@ def _many_fits(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu, options:
         and (2 if JOINED == 4 else 3) <= STAGES <= 16  # see `many_rows`
         and 2 <= AHEAD <= 4
         and 1 <= WIDTH <= 64
-        and (SPLIT == 1 or (1 < SPLIT <= 64 and GROUPS == 2 and rows <= rule.FEW_ROWS_TILED))  # parts take memory
+        and (SPLIT == 1 or (1 < SPLIT <= 64 and GROUPS == 2 and rows <= waves.SHARED_ROWS))  # parts take memory
         and shared_of_many(layout.bits, GROUPS, BN, BM, STAGES, JOINED, AHEAD) <= gpu.shared
     )
 
@@ -225,21 +225,18 @@ def shared_of_many(bits: int, GROUPS: int, BN: int, BM: int, STAGES: int, JOINED
 
 
 def _near_many(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Options]:
-    def tile(BM: int, STAGES: int, AHEAD: int, WIDTH: int = 2, **more: int) -> Options:
-        return {"BM": BM, "STAGES": STAGES, "AHEAD": AHEAD, "WIDTH": WIDTH, **more}
-
     if rows <= rule.FEW_ROWS:
         wide = rule.wide(rows)
         narrow = wide | {"BN": 64, "STAGES": 4, "AHEAD": 4}
         if rows > 32:
             yield from (wide | {"GROUPS": 4, "BN": 64, "SPLIT": 1}, narrow | {"SPLIT": 1})
         yield from (wide, wide | {"SPLIT": 4}, narrow)
-    elif rows <= rule.FEW_ROWS_TILED:
-        own = tile(128, 8, 3) if rows <= 128 else tile(256, 5, 2)
-        yield from (rule.NARROW, own, rule.SHARED, rule.wide(rows), own | {"EARLY": 1})
+    elif rows <= waves.SHARED_ROWS:
+        own = waves.MEDIUM if rows <= 128 else waves.LARGE | {"EARLY": 1}
+        yield from (waves.NARROW, own, waves.SHARED, rule.wide(rows), own | {"EARLY": 0})
     else:
-        yield from (tile(256, 5, 2, width) for width in (2, 4, 8, 1))
-        yield tile(128, 8, 3)
+        yield waves.MEDIUM
+        yield from (waves.LARGE | {"WIDTH": width} for width in (2, 4, 8, 1))
 
 
 def _dense(

@@ -1,4 +1,7 @@
-"""The kernel for a product by rule, which fits what was fastest on an H100, of 2 and 3 bits on an H200: `by_rule`."""
+"""The kernel for a product by rule, which fits what was fastest on an H100, of 2 and 3 bits on an H200: `by_rule`.
+
+From 65 rows on, on Hopper, it is `waves` that tells.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,10 @@ from . import one_row
 from .choice import Choice, Gpu
 from .hopper import gluon
 from .layout import OUTPUTS, Layout
+from .waves import NARROW, tiles_for
 
 FEW_ROWS = 64  # up to which the weights' bytes, not arithmetic, take the time
-FEW_ROWS_TILED = 256  # up to which tiles of 64 rows are faster where outputs are too few for larger ones
 _ONE_ROW = 1 << 25  # weights up to which tensor cores start too slowly for one row
-NARROW = {"BN": 64, "BM": 64, "STAGES": 4, "JOINED": 4, "AHEAD": 4, "SPLIT": 1, "EARLY": 1}  # of `many_rows`
-SHARED = {"BM": 128, "STAGES": 8, "AHEAD": 3, "WIDTH": 2, "SPLIT": 2, "EARLY": 1}  # of `many_rows`, too
 _PROGRAMS = 1.6  # for every multiprocessor: as many share the channels of a tile as it takes to have these
 
 
@@ -28,30 +29,22 @@ def by_rule(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Choice:
         shared = options["SPLIT"] == 4 and rows <= 8 and layout.bits != 3 and dtype != torch.float32
         if shared and gpu.hopper:
             return Choice.of("by_warps", **warps(rows, gpu))
-        if options["BM"] == 64 and _takes(layout, dtype, gpu):
-            if _fills(layout, 1, 256, gpu):
+        if options["BM"] == 64 and takes_many(layout, dtype, gpu):
+            if _fills(layout, 256, gpu):
                 four = {"GROUPS": 4, "BN": 64} if layout.bits < 4 and layout.symmetric else {}
                 return Choice.of("many_rows", **wide(rows) | {"SPLIT": 1} | four)
-            if _fills(layout, 1, 128, gpu):
+            if _fills(layout, 128, gpu):
                 return Choice.of("many_rows", **NARROW)
         return Choice.of("few_rows", **options)
-    if not _takes(layout, dtype, gpu):
+    if not takes_many(layout, dtype, gpu):
         return Choice("dense")
-    tiles = layout.outputs // 128 * triton.cdiv(rows, 256)
-    if rows <= FEW_ROWS_TILED and tiles * 2 < gpu.processors:
-        if layout.n_in <= 2 * layout.n_out and _fills(layout, triton.cdiv(rows, 64), 128, gpu):
-            return Choice.of("many_rows", **NARROW)
-        if layout.halves and rows > 128 and layout.steps > 1:
-            return Choice.of("many_rows", **SHARED)
+    tiles = tiles_for(layout, rows, gpu)
+    if tiles is None:
         return Choice.of("few_rows", **few(layout, rows, dtype, gpu))
-    if rows <= 128:  # half of a tile of 256 rows would be empty, and takes longer than a full one
-        if tiles < gpu.processors and _fills(layout, 2, 128, gpu):
-            return Choice.of("many_rows", **NARROW)
-        return Choice.of("many_rows", **SHARED)
-    return Choice.of("many_rows", BM=256, STAGES=5, AHEAD=2, WIDTH=2)
+    return Choice.of("many_rows", **tiles)
 
 
-def _takes(layout: Layout, dtype: torch.dtype, gpu: Gpu) -> bool:
+def takes_many(layout: Layout, dtype: torch.dtype, gpu: Gpu) -> bool:
     """True if `many_rows` takes a product on a GPU."""
     module = gluon() if gpu.hopper else None
     return module is not None and bool(module.takes(layout, dtype))
@@ -94,9 +87,9 @@ def _joins(layout: Layout, dtype: torch.dtype, block: int, gpu: Gpu) -> bool:
     return gpu.hopper and layout.bits == 3 and layout.group > 32 and block >= 16 and dtype != torch.float32
 
 
-def _fills(layout: Layout, down: int, outputs: int, gpu: Gpu) -> bool:
-    """True if tiles of so many outputs, so many for each, keep most processors at work to the end."""
-    tiles = layout.outputs // outputs * down
+def _fills(layout: Layout, outputs: int, gpu: Gpu) -> bool:
+    """True if tiles of so many outputs keep most processors at work to the end."""
+    tiles = layout.outputs // outputs
     return tiles >= 0.8 * gpu.processors * triton.cdiv(tiles, gpu.processors)
 
 
