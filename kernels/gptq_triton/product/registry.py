@@ -121,7 +121,7 @@ def _near_few(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
     fewest = 4 if layout.bits == 3 and BM > 8 else 2  # two warps of 3 bits and more rows, or with 64 rows, spill
     changes: list[Options] = [
         {}, {"HALF": layout.halves - own.get("HALF", 0)}, {"JOINED": 2, "warps": 4} if BM > 8 else {},
-        {"EARLY": 1 - EARLY}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2}, deeper, {"BN": 96 - BN},
+        {"EARLY": 1 - EARLY}, {"SPLIT": 2 * SPLIT}, {"SPLIT": SPLIT // 2, "HALF": 0}, deeper, {"BN": 96 - BN},
         {"BN": 96 - BN, "SPLIT": SPLIT // 2 if BN == 64 else 2 * SPLIT},
         {"warps": fewest if warps == 4 and BM < 64 else 2 * warps}, {"STAGES": 4},
         {"BM": BM // 2, "warps": fewest if BM <= 32 else 4}, {"SPLIT": 3}, {"BN": 128, "warps": 4},
