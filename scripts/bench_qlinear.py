@@ -185,7 +185,10 @@ def bench_gpu(
     arranged = layers[0].arranged()
     assert arranged is not None
     floors = times["QuantLinear"] / times["floor"]
-    choice = products.choose(arranged.layout, rows, dtype, x.device)
+    launches = products.parts(arranged.layout, rows, dtype, x.device)
+    choice = " + ".join(
+        f"{number} rows by {of_part}" if len(launches) > 1 else str(of_part) for number, of_part in launches
+    )
     return times, f"{floors:.2f} floors, error {error:.1e} ({of_float:.1e}), largest {largest:.1e}; {choice}"
 
 

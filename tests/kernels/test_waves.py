@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from gptq_plugin.kernels.product import products, waves
-from gptq_plugin.kernels.product.choice import Gpu
+from gptq_plugin.kernels.product.choice import Choice, Gpu
 from gptq_plugin.kernels.product.layout import Layout
+from gptq_plugin.kernels.product.table import Key, Table
 from gptq_plugin.kernels.product.waves import LARGE, MEDIUM, NARROW, SHARED, first_rows, tiles_for
 
 from gpus import A100, H200
@@ -43,34 +44,44 @@ def test_tiles_are_those_that_were_fastest(layout, fastest):
     ],
     ids=lambda value: f"{value.n_in}x{value.n_out}" if isinstance(value, Layout) else "",
 )
-def test_rows_that_would_leave_a_tile_nearly_empty_are_multiplied_by_themselves(layout, apart, whole):
+def test_rows_that_would_leave_a_tile_nearly_empty_have_a_launch_of_their_own(layout, apart, whole):
     assert {rows: first_rows(layout, rows, H200) for rows in apart} == apart
     assert [first_rows(layout, rows, H200) for rows in whole] == list(whole)
 
 
 @pytest.fixture
-def spans(monkeypatch):
+def launches(monkeypatch):
     def of_rows(layout, rows, dtype=torch.float16, gpu=H200):
         monkeypatch.setattr(Gpu, "of", lambda device: gpu)
         products._first.cache_clear()
-        return products._spans(layout, rows, dtype, torch.device("cuda", 0))
+        products.choose.cache_clear()
+        return [number for number, _ in products.parts(layout, rows, dtype, torch.device("cuda", 0))]
 
     yield of_rows
     products._first.cache_clear()
+    products.choose.cache_clear()
 
 
-def test_a_product_has_two_parts_at_most_and_each_row_once(spans):
+def test_a_product_has_two_launches_at_most_and_each_row_once(launches):
     for layout in (SQUARE, WIDE, LONG, HUGE, of(1000, 37), of(64, 64, 2), of(4096, 6144, 3)):
         for rows in (*range(1, 700, 9), 1000, 2092, 65537):
-            found = spans(layout, rows)
+            found = launches(layout, rows)
             assert sum(found) == rows and all(number > 0 for number in found)
             assert len(found) == 1 or (len(found) == 2 and found[0] % waves.TOGETHER == 0 < rows - found[0] <= 128)
-    assert spans(WIDE, 129) == [128, 1] and spans(WIDE, 130) == [128, 2] and spans(HUGE, 300) == [256, 44]
-    assert spans(WIDE, 128) == [128] and spans(WIDE, 255) == [255]
+    assert launches(WIDE, 129) == [128, 1] and launches(WIDE, 130) == [128, 2] and launches(HUGE, 300) == [256, 44]
+    assert launches(WIDE, 128) == [128] and launches(WIDE, 255) == [255]
 
 
-def test_a_product_has_one_part_where_the_kernel_for_hopper_does_not_apply(spans):
+def test_a_product_has_one_launch_where_the_kernel_for_hopper_does_not_apply(launches):
     for rows in (129, 257, 300, 2049):
-        assert (
-            spans(WIDE, rows, gpu=A100) == spans(WIDE, rows, torch.float32) == spans(of(4096, 14336, 8), rows) == [rows]
-        )
+        assert launches(WIDE, rows, gpu=A100) == launches(WIDE, rows, torch.float32) == [rows]
+        assert launches(of(4096, 14336, 8), rows) == [rows]
+
+
+def test_a_product_has_one_launch_where_its_weight_is_made_anew_for_each(launches, monkeypatch):
+    assert launches(LONG, 1100) == [1024, 76]
+    table = Table(H200.name, H200.processors)
+    for rows in (128, 2048):
+        table.choices[Key.of(LONG, rows, torch.float16)] = Choice("dense")
+    monkeypatch.setattr(products, "tuned", lambda gpu: table)
+    assert launches(LONG, 1100) == [1100] and launches(LONG, 129) == [128, 1]

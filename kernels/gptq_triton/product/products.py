@@ -47,13 +47,16 @@ def _decided(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> tuple[C
     return by_rule(layout, rows, dtype, gpu), "rule"
 
 
-def _spans(layout: Layout, rows: int, dtype: torch.dtype, device: torch.device) -> list[int]:
-    """Numbers of rows that have a product each: one, or two where the last tile would be as good as empty."""
-    if rows <= TOGETHER:
-        return [rows]
+def parts(layout: Layout, rows: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, Choice]]:
+    """Numbers of rows that have a launch each, with its kernel: two where the last tile would be nearly empty."""
+    whole = choose(layout, _rounded(rows), dtype, device)
+    if rows <= TOGETHER or whole.kernel == "dense":  # that would make the weight anew for each
+        return [(rows, whole)]
     last = (rows - 1) % TOGETHER + 1
     first = _first(layout, rows - last + _rounded(last), dtype, device)
-    return [rows] if first >= rows else [first, rows - first]
+    if first >= rows:
+        return [(rows, whole)]
+    return [(number, choose(layout, _rounded(number), dtype, device)) for number in (first, rows - first)]
 
 
 @functools.cache
@@ -102,13 +105,16 @@ def product(x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, 
         return out
     rows = x.reshape(-1, layout.n_in)
     rows = rows.contiguous() if order is None else rows.index_select(1, order)
-    spans = _spans(layout, len(rows), x.dtype, x.device)
-    flat = out.view(-1, layout.n_out)
+    if rows.data_ptr() % 16:  # which `many_rows` does not take
+        launches = [(len(rows), choose(layout, _rounded(len(rows)), x.dtype, x.device))]
+    else:
+        launches = parts(layout, len(rows), x.dtype, x.device)
+    numbers = [number for number, _ in launches]
     with torch.cuda.device(x.device):
         bias = None if bias is None else bias.contiguous()
         workspace = workspace_of(x.device)
-        for some, result in zip(rows.split(spans), flat.split(spans), strict=True):
-            choice = choose(layout, _rounded(len(some)), x.dtype, x.device)
+        results = out.view(-1, layout.n_out).split(numbers)
+        for (_, choice), some, result in zip(launches, rows.split(numbers), results, strict=True):
             run(choice, some, layout, arranged, bias, result, workspace)
     return out
 

@@ -1,8 +1,8 @@
-"""Which tiles products of more than 64 rows have on Hopper, and which rows are multiplied by themselves.
+"""Which tiles products of more than 64 rows have on Hopper, and which rows have a launch of their own.
 
 What a product takes is estimated as so many waves of tiles: a program has a tile at a time, and the last wave takes
-as long as any, however few of its programs have one. The unit is a wave of tiles of 256 rows. The numbers fit 99
-products of 65 to 2092 rows by seven shapes of 4 bits on an H200 (`docs/benchmarks/qlinear.md`).
+as long as any, however few of its programs have one. The unit is a wave of tiles of 256 rows. The numbers were
+fitted to products of 65 to 2092 rows by seven shapes of 4 bits on an H200 (`docs/benchmarks/qlinear.md`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ MEDIUM: Options = {"BM": 128, "STAGES": 8, "AHEAD": 3, "WIDTH": 2, "EARLY": 1}
 SHARED: Options = {"BM": 128, "STAGES": 8, "AHEAD": 3, "WIDTH": 2, "SPLIT": 2, "EARLY": 1}
 LARGE: Options = {"BM": 256, "STAGES": 5, "AHEAD": 2, "WIDTH": 2}
 SHARED_ROWS = 256  # up to which programs may share a tile: parts take memory
-TOGETHER = 128  # rows that have one product in any case; the first of two has a multiple
+TOGETHER = 128  # rows that have one launch in any case; the first of two has a multiple
 _OUTPUTS = 128  # of a tile
 _WAVE = {64: 0.42, 128: 0.6, 256: 1.0}  # of tiles of so many rows
 _OF_FEW_ROWS = 0.3  # its tiles have 64 rows and 64 outputs, and run several at a time
-_EMPTY = 0.2  # what a tile takes longer that lacks more than 64 rows: the copy engine is slow where x ends
+_EMPTY = 0.2  # more, in the mean, where the last tiles lack more than 64 rows: the copy engine is slow where x ends
 _ADDED = 1000  # over input channels: programs that share a tile add its sums
-_LAUNCH = 500  # likewise: a product more
+_LAUNCH = 500  # likewise: a launch more
 
 
 def tiles_for(layout: Layout, rows: int, gpu: Gpu) -> Options | None:
@@ -33,7 +33,7 @@ def tiles_for(layout: Layout, rows: int, gpu: Gpu) -> Options | None:
 
 
 def first_rows(layout: Layout, rows: int, gpu: Gpu) -> int:
-    """How many rows have a product of their own before the rest: all, or a multiple of `TOGETHER`.
+    """How many rows the first launch has: all, or a multiple of `TOGETHER`.
 
     Args:
         layout: The weight's sizes.
@@ -68,7 +68,7 @@ def _wave(height: int, rows: int) -> float:
 
 
 def _rest(layout: Layout, rows: int, gpu: Gpu) -> float:
-    """The estimate for at most 128 rows; up to 64 it is the bytes of words that take the time."""
+    """The estimate for at most 128 rows; up to 64, reading the words is what takes the time."""
     if rows > 64:
         return _fastest(layout, TOGETHER, gpu)[0]
     return _across(layout) / gpu.processors * (0.2 + 0.25 * rows / 64)
