@@ -12,6 +12,8 @@ from ..needs_triton import triton
 # The largest number of rows of each range that shares a choice; the last one stands for everything above 1024.
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
+Options = dict[str, int]  # a kernel's options, by name
+
 _CHOICE = re.compile(r"[a-z_]{1,40}( [A-Za-z_]{1,20}=[0-9]{1,6}){0,12}")
 
 

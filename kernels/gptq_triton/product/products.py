@@ -49,14 +49,19 @@ def _decided(layout: Layout, rows: int, dtype: torch.dtype, gpu: Gpu) -> tuple[C
 
 def parts(layout: Layout, rows: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, Choice]]:
     """Numbers of rows that have a launch each, with its kernel: two where the last tile would be nearly empty."""
-    whole = choose(layout, _rounded(rows), dtype, device)
+    whole = _whole(layout, rows, dtype, device)
     if rows <= TOGETHER or whole.kernel == "dense":  # that would make the weight anew for each
         return [(rows, whole)]
     last = (rows - 1) % TOGETHER + 1
     first = _first(layout, rows - last + _rounded(last), dtype, device)
     if first >= rows:
         return [(rows, whole)]
-    return [(number, choose(layout, _rounded(number), dtype, device)) for number in (first, rows - first)]
+    return [(number, _whole(layout, number, dtype, device)) for number in (first, rows - first)]
+
+
+def _whole(layout: Layout, rows: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """The kernel for all of the rows in one launch."""
+    return choose(layout, _rounded(rows), dtype, device)
 
 
 @functools.cache
@@ -106,7 +111,7 @@ def product(x: Tensor, layout: Layout, arranged: Arranged, bias: Tensor | None, 
     rows = x.reshape(-1, layout.n_in)
     rows = rows.contiguous() if order is None else rows.index_select(1, order)
     if rows.data_ptr() % 16:  # which `many_rows` does not take
-        launches = [(len(rows), choose(layout, _rounded(len(rows)), x.dtype, x.device))]
+        launches = [(len(rows), _whole(layout, len(rows), x.dtype, x.device))]
     else:
         launches = parts(layout, len(rows), x.dtype, x.device)
     numbers = [number for number, _ in launches]

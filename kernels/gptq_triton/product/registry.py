@@ -17,7 +17,7 @@ from . import rule, waves
 from .by_bytes import by_bytes
 from .by_bytes import takes as takes_by_bytes
 from .by_warps import by_warps
-from .choice import Choice, Gpu
+from .choice import Choice, Gpu, Options
 from .dense import dense
 from .few_rows import few_rows
 from .hopper import gluon
@@ -25,8 +25,6 @@ from .layout import Arranged, Layout
 from .one_row import one_row
 from .one_row import takes as takes_one_row
 from .workspace import Workspace
-
-Options = dict[str, int]
 
 
 @dataclass(frozen=True)

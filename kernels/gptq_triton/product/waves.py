@@ -8,10 +8,8 @@ fitted to products of 65 to 2092 rows by seven shapes of 4 bits on an H200 (`doc
 from __future__ import annotations
 
 from ..needs_triton import triton
-from .choice import Gpu
+from .choice import Gpu, Options
 from .layout import Layout
-
-Options = dict[str, int]
 
 NARROW: Options = {"BN": 64, "BM": 64, "STAGES": 4, "JOINED": 4, "AHEAD": 4, "SPLIT": 1, "EARLY": 1}  # of `many_rows`
 MEDIUM: Options = {"BM": 128, "STAGES": 8, "AHEAD": 3, "WIDTH": 2, "EARLY": 1}
