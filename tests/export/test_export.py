@@ -245,6 +245,18 @@ def test_finish_names_layers_that_were_not_added_or_are_no_longer_there(rtn: Rtn
     assert not any(tmp_path.iterdir())
 
 
+def test_a_model_that_its_configuration_does_not_describe_is_refused_before_anything_is_written(
+    rtn: Rtn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = QuantizeConfig(group_size=32)
+    model = rtn(tiny_llama(num_hidden_layers=2), config)
+    model.model.layers = model.model.layers[:1]
+    monkeypatch.setattr(export_module, "Export", None)
+    with pytest.raises(ExportError, match=r"not the model of its configuration, .* lacks model\.layers\.1\."):
+        export_model(model, tmp_path / "out", config)
+    assert not any(tmp_path.iterdir())
+
+
 def test_adding_a_layer_twice_or_one_that_the_model_has_not_is_refused(rtn: Rtn, tmp_path: Path) -> None:
     config = QuantizeConfig(group_size=16)
     model = rtn(Plain(), config)

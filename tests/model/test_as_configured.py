@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.errors import ExportError
 from gptq_plugin.model.as_configured import refuse_other_than_configured
 
@@ -27,18 +28,23 @@ def _with_another_head(model: Any) -> None:
     model.lm_head = nn.Linear(64, 130, bias=True)
 
 
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["float", "quantized"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_without_a_block, "it lacks model.layers.1.self_attn.q_proj.weight"),
-        (_with_another_block, "it has model.layers.2.self_attn.q_proj.weight, .* beside"),
+        (_without_a_block, r"it lacks model\.layers\.1\."),
+        (_with_another_block, r"it has model\.layers\.2\..* beside"),
         (_with_another_head, r"it has lm_head.bias beside; it has lm_head.weight \[130, 64\] instead of \[128, 64\]"),
     ],
 )
-def test_layers_that_were_changed_by_hand_are_named(change: Callable[[Any], None], words: str) -> None:
+def test_layers_that_were_changed_by_hand_are_named(
+    change: Callable[[Any], None], words: str, is_quantized: bool, rtn: Callable[..., Any]
+) -> None:
     model = tiny_llama(num_hidden_layers=2, tie_word_embeddings=False)
     refuse_other_than_configured(model)
     change(model)
+    if is_quantized:
+        rtn(model, QuantizeConfig(group_size=32, lm_head=True))
     with pytest.raises(ExportError, match=rf"LlamaForCausalLM is not the model of its configuration, .*{words}"):
         refuse_other_than_configured(model)
 
@@ -56,5 +62,7 @@ def test_models_as_they_were_configured_pass_and_no_random_number_is_drawn(make:
     model = make()
     torch.manual_seed(3)
     before = torch.get_rng_state()
+    refuse_other_than_configured(model)
+    QuantizeModule(group_size=16).round_to_nearest(model)
     refuse_other_than_configured(model)
     assert torch.equal(torch.get_rng_state(), before)

@@ -536,6 +536,14 @@ def test_what_activations_need_is_judged_by_the_largest_batch(caplog):
     assert first == second and "(0.0 GiB)" in first  # tens of megabytes
 
 
+def test_a_model_that_its_configuration_does_not_describe_is_not_quantized_for_an_export(tmp_path):
+    model, taken = llama(), []
+    model.model.layers = model.model.layers[:1]
+    with pytest.raises(ExportError, match=r"not the model of its configuration, .* lacks model\.layers\.1\."):
+        QuantizeModule(**SMALL).quantize(model, map(taken.append, tokens()), export_dir=tmp_path / "out")
+    assert not taken and not list(tmp_path.iterdir()) and not quantized(model)
+
+
 def test_layers_on_several_devices_are_refused_with_what_to_do():
     model = llama()
     model.model.layers[1].mlp.to("meta")

@@ -40,6 +40,7 @@ from gptq_plugin.export.verify_files import checksums, verify
 from gptq_plugin.export.verify_outputs import Sample, same_outputs
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.layers.stored_weight import TENSORS
+from gptq_plugin.model.as_configured import refuse_other_than_configured
 from gptq_plugin.model.hf_models import check_savable, is_transformers
 from gptq_plugin.model.plan import MODEL
 from gptq_plugin.model.stored_names import renaming
@@ -95,6 +96,7 @@ def export_model(
         TypeError, ValueError: `tokenizer` is not one; see `calibration.tokenizer.as_tokenizer`.
     """
     MODEL.check("model", model)
+    refuse_other_than_configured(model)
     tokenizer = as_tokenizer(tokenizer, saved=True)
     structure, layers, client = Structure.of_unfused(model), _quantized(model), Client.of(target)
     if client is not None and layers:
@@ -337,9 +339,7 @@ class Export:
         there = {layers[name] for name in self._added if name in layers}
         lacking = [name for name, layer in layers.items() if layer not in there]
         if lacking:
-            raise ExportError(
-                f"{some(lacking)} were not added to the export: add every quantized layer before `finish`"
-            )
+            raise ExportError(f"{some(lacking)} were not added to the export: add every one before `finish`")
         gone = sorted(self._added - set(layers))
         if gone:
             raise ExportError(f"{some(gone)} were added to the export but are not quantized in the model: swap them in")

@@ -19,14 +19,16 @@ from gptq_plugin.export.export import Export
 from gptq_plugin.export.export_dir import check_export_dir
 from gptq_plugin.export.planned_room import refuse_without_room
 from gptq_plugin.export.verify_outputs import Sample
+from gptq_plugin.model.as_configured import refuse_other_than_configured
 from gptq_plugin.model.plan import Plan
 from gptq_plugin.options import fields
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.report.report import QuantizeReport
 
 
-def check(export_dir: str | Path | None, overwrite: bool) -> None:
-    """Refuses a folder that could not be written, and one under several ranks; None is no export."""
+def check(model: nn.Module, export_dir: str | Path | None, overwrite: bool) -> None:
+    """Refuses a folder that could not be written, one under several ranks, and a model that no loader could make; None
+    is no export."""
     fields.SWITCH.check("overwrite", overwrite)
     fields.optional(fields.PATH, "nothing is exported").check("export_dir", export_dir)
     if export_dir is None:
@@ -34,6 +36,7 @@ def check(export_dir: str | Path | None, overwrite: bool) -> None:
     if distributed.active():
         raise ValueError("export_dir is for one process; under DDP call export on rank 0 afterwards")
     check_export_dir(export_dir, overwrite)
+    refuse_other_than_configured(model)
 
 
 class Begun:

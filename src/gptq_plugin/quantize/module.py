@@ -224,7 +224,7 @@ class QuantizeModule(Finishing, Uploads, Resuming):
         started, client, chosen = time.perf_counter(), Client.of(target), self._of_pass(options, export_dir)
         with contextlib.ExitStack() as around, contextlib.ExitStack() as inside:
             inside.enter_context(undisturbed())
-            export_on_the_way.check(export_dir, overwrite)
+            export_on_the_way.check(model, export_dir, overwrite)
             plan, calibration = around.enter_context(prepared(model, batches, self.config, chosen, client))
             inside.enter_context(evaluating(model))
             allocated = around.enter_context(self._under_way(allocate(plan, calibration, chosen, client)))
