@@ -12,8 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
+from gptq_plugin import QuantizeConfig
 from gptq_plugin.apps.command_line import hydra_command
-from gptq_plugin.errors import ExportError
+from gptq_plugin.apps.user_errors import is_for_users
+from gptq_plugin.clients.client import Client
+from gptq_plugin.errors import ExportError, brief
 
 
 @pytest.fixture
@@ -159,17 +162,39 @@ def test_an_error_of_this_packages_is_told_by_its_sentence_and_any_other_with_a_
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [("quantizer.bits=5", "bits must be "), ("model=hf", "model=hf needs model.name_or_path=")]
+    ("name", "given", "told"),
+    [
+        ("finetune", "quantizer.bits=5", "bits must be "),
+        ("finetune", "model=hf", "model=hf needs model.name_or_path="),
+        ("finetune", "~callbacks.gptq", "gptq-finetune compares the float model with its export"),
+        ("quantize", "model.weights=false", "model.weights=false leaves the model's weights random"),
+    ],
 )
-def test_a_value_that_an_object_of_the_configuration_refuses_is_told_by_its_sentence(
-    given, told, capsys, monkeypatch, tmp_path
+def test_a_value_that_an_object_of_the_configuration_or_the_command_refuses_is_told_by_its_sentence(
+    name, given, told, capsys, monkeypatch, tmp_path
 ):
     from gptq_plugin.apps import cli
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gptq-finetune", given, "hydra.run.dir=out"])
+    monkeypatch.setattr(sys, "argv", [f"gptq-{name}", given, "hydra.run.dir=out"])
     with pytest.raises(SystemExit) as ended:
-        cli.finetune()
+        getattr(cli, name)()
     lines = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 1 and any(line.startswith(f"gptq-finetune: {told}") for line in lines)
+    assert ended.value.code == 1 and any(line.startswith(f"gptq-{name}: {told}") for line in lines)
     assert not any("Traceback" in line or "call to target" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("call", "is_refusal"),
+    [
+        (lambda: QuantizeConfig(bits=5), True),
+        (lambda: Client.of(5), True),
+        (lambda: brief("text", most="6"), False),  # Python's TypeError, in this package
+        (lambda: int("six"), False),
+        (lambda: hydra_command("finetune", "more"), False),
+    ],
+)
+def test_an_error_that_no_statement_of_this_package_raised_is_a_fault_of_the_program(call, is_refusal):
+    with pytest.raises((ValueError, TypeError)) as raised:
+        call()
+    assert is_for_users(raised.value) == is_refusal

@@ -2,7 +2,8 @@
 
 Every subcommand has a function that adds its arguments and one that runs it; torch is imported when it runs.
 
-Exit status: 0; 1 if a checkpoint is damaged or a `--target` would refuse it; 2 for wrong arguments.
+Exit status: 0; 1 if a checkpoint is damaged, a `--target` would refuse it, or a command cannot do what it was asked; 2
+for wrong arguments.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_plugin import __version__
 from gptq_plugin.apps.output import output_never_fails, printable
+from gptq_plugin.apps.user_errors import is_for_users
 from gptq_plugin.clients.client import CLIENTS, Client, rules_of
 
 if TYPE_CHECKING:
@@ -38,7 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with output_never_fails():
         parsed = parser.parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = parsed.run
-        return run(parsed)
+        try:
+            return run(parsed)
+        except Exception as error:
+            if not is_for_users(error):
+                raise
+            print(printable(f"{parsed.program}: {error}"), file=sys.stderr)
+            return 1
 
 
 def _add_check(commands: Any) -> None:
@@ -67,22 +75,17 @@ def _add_check(commands: Any) -> None:
         help="GPUs that share each layer (vllm, sglang)",
     )
     _add_hub(parser)
-    parser.set_defaults(run=_check)
+    parser.set_defaults(run=_check, program=parser.prog)
 
 
 def _check(parsed: argparse.Namespace) -> int:
     from gptq_plugin.check.lint import lint
-    from gptq_plugin.errors import CheckpointError
 
     def target(client: str) -> Client:
         return Client(client, parsed.tensor_parallel_size if rules_of(client).tensor_parallel else 1)
 
-    try:
-        targets = [target(client) for client in CLIENTS]
-        found = lint(parsed.directory, parsed.float_dir, targets, revision=parsed.revision, token=parsed.token)
-    except CheckpointError as error:
-        print(printable(f"gptq-plugin check: {error}"), file=sys.stderr)
-        return 1
+    targets = [target(client) for client in CLIENTS]
+    found = lint(parsed.directory, parsed.float_dir, targets, revision=parsed.revision, token=parsed.token)
     _print(parsed.directory, found)
     refused = [client for client in parsed.target or () if found.refusals.get(target(client))]
     return int(bool(found.errors or refused))
@@ -123,25 +126,20 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT")
     _add_hub(parser)
-    parser.set_defaults(run=_convert)
+    parser.set_defaults(run=_convert, program=parser.prog)
 
 
 def _convert(parsed: argparse.Namespace) -> int:
-    from gptq_plugin.errors import CheckpointError, ExportError
     from gptq_plugin.export.convert import convert
 
-    try:
-        folder = convert(
-            parsed.directory,
-            parsed.out,
-            parsed.checkpoint_format,
-            overwrite=parsed.overwrite,
-            revision=parsed.revision,
-            token=parsed.token,
-        )
-    except (CheckpointError, ExportError, ValueError) as error:
-        print(printable(f"gptq-plugin convert: {error}"), file=sys.stderr)
-        return 1
+    folder = convert(
+        parsed.directory,
+        parsed.out,
+        parsed.checkpoint_format,
+        overwrite=parsed.overwrite,
+        revision=parsed.revision,
+        token=parsed.token,
+    )
     print(f"{folder} has checkpoint_format={parsed.checkpoint_format}")
     return 0
 
@@ -165,13 +163,12 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--batch-size", metavar="N", type=_positive, default=1, help="samples in one forward")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--apply-chat-template", action="store_true", help="write requests as the tokenizer's chats")
-    parser.set_defaults(run=_eval)
+    parser.set_defaults(run=_eval, program=parser.prog)
 
 
 def _eval(parsed: argparse.Namespace) -> int:
     from gptq_plugin.apps.benchmarks import Request, run_benchmarks, shown_results
     from gptq_plugin.checkpoint.checkpoint import Checkpoint
-    from gptq_plugin.errors import CheckpointError, ExportError
     from gptq_plugin.export.benchmark_results import check_results, write_results
 
     request = Request(
@@ -195,7 +192,7 @@ def _eval(parsed: argparse.Namespace) -> int:
             print(printable(f"written into {folder}: report, page, card and quantize_config.json"))
         else:
             print(f"of {request.limit} samples at most, so nothing is written")
-    except (CheckpointError, ExportError, ModuleNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # of lm-eval's, about its tasks
         print(printable(f"gptq-plugin eval: {error}"), file=sys.stderr)
         return 1
     return 0
@@ -212,19 +209,14 @@ def _add_push(commands: Any) -> None:
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository")
     parser.add_argument("--public", action="store_true", help="publish it; else a public repository is refused")
     _add_hub(parser, "branch to commit to")
-    parser.set_defaults(run=_push)
+    parser.set_defaults(run=_push, program=parser.prog)
 
 
 def _push(parsed: argparse.Namespace) -> int:
-    from gptq_plugin.errors import CheckpointError, ExportError
     from gptq_plugin.export.upload import Repository
 
-    try:
-        repository = Repository(parsed.repo_id, not parsed.public, parsed.revision)
-        address = repository.push(parsed.directory, parsed.token)
-    except (CheckpointError, ExportError, ValueError) as error:
-        print(printable(f"gptq-plugin push: {error}"), file=sys.stderr)
-        return 1
+    repository = Repository(parsed.repo_id, not parsed.public, parsed.revision)
+    address = repository.push(parsed.directory, parsed.token)
     print(printable(f"{parsed.directory} is at {address}"))
     return 0
 

@@ -16,7 +16,7 @@ from gptq_plugin import __version__
 from gptq_plugin.apps.composition import composition_problems
 from gptq_plugin.apps.option_names import CONF, unknown_names, unreadable_overrides
 from gptq_plugin.apps.output import output_never_fails
-from gptq_plugin.errors import OF_USERS
+from gptq_plugin.apps.user_errors import is_for_users
 
 Task = Callable[[DictConfig], Any]
 _COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of Hydra's, of which a line has one
@@ -26,8 +26,8 @@ def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
     """Makes a function of a configuration a command, ``gptq-CONFIG_NAME``, as `hydra.main` does.
 
     ``--version`` prints the package's version, ``--help`` the options with the comments of ``conf/``. A name that does
-    not exist ends the process with status 2 and the nearest one that does; one of this package's errors with status 1
-    and its sentence alone, unless the environment has Hydra's ``HYDRA_FULL_ERROR=1``.
+    not exist ends the process with status 2 and the nearest one that does; an error of this package's with status 1 and
+    its sentence alone, unless the environment has Hydra's ``HYDRA_FULL_ERROR=1``.
     """
 
     def decorate(task: Task) -> Callable[..., Any]:
@@ -48,20 +48,23 @@ def hydra_command(config_name: str) -> Callable[[Task], Callable[..., Any]]:
 
 
 def _with_errors_alone(task: Task, program: str) -> Task:
-    """Raises this package's errors as the kind that Hydra shows without a traceback, and so a file that is not there
-    and a value that an object of the configuration refuses. What else is raised is a fault of the program, or of code
+    """Raises errors whose sentence is for users as the kind that Hydra shows without a traceback, and so those of files
+    and values that an object of the configuration raises. What else is raised is a fault of the program, or of code
     that it calls."""
 
     @functools.wraps(task)
     def run(cfg: DictConfig) -> Any:
         try:
             return task(cfg)
-        except (*OF_USERS, FileNotFoundError) as error:
-            raise CompactHydraException(f"{program}: {error}") from error
         except InstantiationException as error:
-            if isinstance(error.__cause__, OSError | ValueError):
-                raise CompactHydraException(f"{program}: {error.__cause__}") from error.__cause__
-            raise
+            cause = error.__cause__
+            if cause is None or not (isinstance(cause, OSError | ValueError) or is_for_users(cause)):
+                raise
+            raise CompactHydraException(f"{program}: {cause}") from cause
+        except Exception as error:
+            if not is_for_users(error):
+                raise
+            raise CompactHydraException(f"{program}: {error}") from error
 
     return run
 
