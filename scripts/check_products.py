@@ -1,11 +1,11 @@
 """Checks QuantLinear's products on a GPU: their errors, and that repeated runs have the same bytes.
 
     python scripts/check_products.py --runs 3000
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python scripts/check_products.py --rows 1,16
+    env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --padding 262144 python scripts/check_products.py --rows 1,16
 
 Kernels are those that a layer has on this GPU. The error against float64 may be 1.05 times that of the dequantized
 weight's product. The memory that an output gets holds NaN before. Without its cache PyTorch allocates each tensor by
-itself, so that `compute-sanitizer` sees what lies outside of one.
+itself, and with the padding none lies next to another, so that `compute-sanitizer` sees what is outside of one.
 """
 
 from __future__ import annotations

@@ -157,6 +157,7 @@ def test_the_commands_on_a_page_are_understood(page: Path, asked: None):
         (["gptq-plugin", "check", "out", "--targets", "vllm"], SystemExit),
         (["pip", "install", "-e", ".[lightning]"], AssertionError),
         (["bash", "scripts/no.sh"], AssertionError),
+        (["env", "A=1", "compute-sanitizer", "python", "scripts/no.py"], AssertionError),
         (["frobnicate"], AssertionError),
     ],
 )
@@ -170,6 +171,8 @@ def _understood(words: Sequence[str]) -> None:
     launcher = {"torchrun": "gptq_plugin.apps.cli", "srun": "gptq-finetune"}.get(words[0])
     if launcher is not None:
         words = ["gptq-finetune", *words[list(words).index(launcher) + 1 :]]
+    if words[0] == "env":
+        words = words[list(words).index("python") :]
     program, *rest = words
     if program in ("gptq-finetune", "gptq-quantize"):
         _composed(program.removeprefix("gptq-"), [word for word in rest if word not in ("-m", "--help")])
