@@ -29,9 +29,12 @@ def test_every_parameter_is_counted_once(network) -> None:
     model = network()
     found = covered(model)
     names = [one.name for one in found.floats]
-    assert found.quantized + sum(one.bytes for one in found.floats) == sum(p.nbytes for p in model.parameters())
+    for each in (found, covered(model, lm_head=True)):
+        assert each.float_model == sum(p.nbytes for p in model.parameters())
     assert len(set(names)) == len(names)
     assert all(tuple(model.get_parameter(one.name).shape) == one.shape for one in found.floats)
+    if hasattr(model, "lm_head"):
+        assert covered(model, lm_head=True).floats[0].name == "model.embed_tokens.weight"
     assert [one.bytes for one in found.floats] == sorted((one.bytes for one in found.floats), reverse=True)
 
 

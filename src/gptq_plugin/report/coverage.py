@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,8 @@ class Coverage:
 
     Attributes:
         floats: The float ones, the largest first.
-        quantized: Bytes of the weights to quantize, while they are float.
+        quantized: Bytes of the weights to quantize, while they are float; without one that stays float in another
+            place, such as an embedding whose output layer is quantized.
         packed: Bytes of their codes, scales and zeros in the export.
     """
 
@@ -59,9 +60,10 @@ class Coverage:
             plan: The layers to quantize and to leave float.
             packed: Bytes of the targets' codes, scales and zeros in the export.
         """
-        quantized = {id(target.parameter) for target in plan.targets}
-        floats = sorted(_float_weights(plan, quantized), key=lambda one: -one.bytes)
-        return cls(floats, sum(target.parameter.nbytes for target in plan.targets), packed)
+        found = _float_weights(plan)
+        quantized = (target.parameter for target in plan.targets)
+        lost = sum(parameter.nbytes for parameter in quantized if id(parameter) not in found)
+        return cls(sorted(found.values(), key=lambda one: -one.bytes), lost, packed)
 
     @property
     def share(self) -> float:
@@ -124,22 +126,23 @@ class Coverage:
         return sum(one.bytes for one in self.floats)
 
 
-def _float_weights(plan: Plan, quantized: Set[int]) -> Iterator[FloatWeight]:
-    """Yields every parameter once, except those with an id in `quantized`."""
+def _float_weights(plan: Plan) -> dict[int, FloatWeight]:
+    """Every parameter in a place where it is not quantized, by its id."""
     reasons = {skip.module: skip.reason for skip in plan.skipped}
+    quantized = {target.module for target in plan.targets}
     tied = tied_parameters(plan.model)
-    done = set(quantized)
+    found: dict[int, FloatWeight] = {}
     for module_name, module in modules_of(plan.model).items():
         for parameter_name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in done:
+            if parameter is None or id(parameter) in found or (parameter_name == "weight" and module in quantized):
                 continue
-            done.add(id(parameter))
             reason = reasons.get(module) if parameter.dim() > 1 else None
             if reason is None and id(parameter) in tied and expert_layouts(module, parameter_name):
                 reason = f"matrices of {type(module).__name__}, which several modules share"
             name = f"{module_name}.{parameter_name}" if module_name else parameter_name
             reason = reason or _reason(module, parameter_name, parameter)
-            yield FloatWeight(name, tuple(parameter.shape), parameter.nbytes, reason)
+            found[id(parameter)] = FloatWeight(name, tuple(parameter.shape), parameter.nbytes, reason)
+    return found
 
 
 def _reason(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
