@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from gptq_plugin import QuantizeConfig, QuantizeModule
 from gptq_plugin.errors import ExportError
@@ -46,6 +47,14 @@ def test_layers_that_were_changed_by_hand_are_named(
     if is_quantized:
         rtn(model, QuantizeConfig(group_size=32, lm_head=True))
     with pytest.raises(ExportError, match=rf"LlamaForCausalLM is not the model of its configuration, .*{words}"):
+        refuse_other_than_configured(model)
+
+
+def test_a_part_that_an_argument_of_the_class_left_out_is_told_with_that_argument() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=64, **sizes), add_pooling_layer=False)
+    words = r"lacks pooler\.dense\.weight, .* made with add_pooling_layer=False, which no configuration holds"
+    with pytest.raises(ExportError, match=words):
         refuse_other_than_configured(model)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -48,20 +50,40 @@ def refuse_other_than_configured(model: nn.Module) -> None:
         *([f"it has {some(others)}"] if others else []),
     ]
     if found:
+        kind = type(model).__name__
+        argument = _other_argument(model, ours.keys())
+        remedy = (
+            f"It was made with {argument}, which no configuration holds: make it without that argument (the part that "
+            "comes with it may stay unused)"
+            if argument
+            else "Give model.config the values of the model in memory (num_hidden_layers, vocab_size, ...)"
+        )
         raise ExportError(
-            f"{type(model).__name__} is not the model of its configuration, from which loaders build it: "
-            f"{'; '.join(found)}. Give model.config the values of the model in memory (num_hidden_layers, vocab_size, "
-            "...), or export a module of your own that holds it"
+            f"{kind} is not the model of its configuration, from which loaders build it: {'; '.join(found)}. {remedy}, "
+            "or export a module of your own that holds it"
         )
 
 
-def _made_anew(model: Any) -> nn.Module | None:
-    kind = published_class(model) or type(model)
+def _made_anew(model: Any, **arguments: bool) -> nn.Module | None:
     try:
-        made: nn.Module = without_weights(kind, model.config)
+        made: nn.Module = without_weights(_kind(model), model.config, **arguments)
     except Exception:  # noqa: BLE001 - whatever a model's constructor asks for
         return None
     return made
+
+
+def _kind(model: nn.Module) -> type:
+    return published_class(model) or type(model)
+
+
+def _other_argument(model: nn.Module, names: Set[str]) -> str | None:
+    """The argument of the class beside the configuration, with the value that gives parameters of these names; None if
+    none does."""
+    for name, one in inspect.signature(_kind(model)).parameters.items():
+        other = isinstance(one.default, bool) and _made_anew(model, **{name: not one.default})
+        if other and names == {known for known, _ in other.named_parameters(remove_duplicate=False)}:
+            return f"{name}={not one.default}"
+    return None
 
 
 def _of_both(model: nn.Module, fresh: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -58,14 +58,15 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def without_weights(kind: Any, config: Any) -> Any:
+def without_weights(kind: Any, config: Any, **arguments: Any) -> Any:
     """Makes a transformers model of a class and a configuration on the meta device. Random numbers stay as they were.
+    `arguments` are further ones of the class.
 
     Raises:
         Exception: Whatever the constructor raises for values that it does not expect.
     """
     with same_random_numbers(), torch.device("meta"):
-        return kind(copy.deepcopy(config))
+        return kind(copy.deepcopy(config), **arguments)
 
 
 def published_class(model: nn.Module) -> type | None:
