@@ -23,6 +23,15 @@ def test_layers_that_are_fused_have_a_rule_for_the_fused_name_too_which_vllm_loo
     assert not differing.config.rule_for("model.layers.1.self_attn.qkv_proj")[0]
 
 
+def test_layers_beside_a_float_one_have_rules_of_their_own_alone():
+    float_ones = ["layers.1.self_attn.k_proj", "layers.1.mlp.up_proj"]
+    plan = plan_of(tiny_llama(), QuantizeConfig(group_size=32, modules_to_not_convert=float_ones))
+    grids = {t.name: Grid(8 if "layers.1." in t.name else 4, 32) for t in plan.targets}
+    found = with_grids(plan, grids)
+    assert {t.name: Grid.of(t.config) for t in found.targets} == grids
+    assert not found.config.rule_for("model.layers.1.mlp.gate_up_proj")[0]
+
+
 def test_a_layer_with_two_names_has_a_rule_for_both():
     plan = plan_of(Plain(), QuantizeConfig())
     found = with_grids(plan, {t.name: Grid(8 if t.name == "inner.2" else 4, 32) for t in plan.targets})

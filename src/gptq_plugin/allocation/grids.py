@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,21 +61,25 @@ def _with_rules(config: QuantizeConfig, grids: Mapping[str, Grid], plan: Plan) -
         changed = _changed(config, name, grid)
         if changed is not None:
             own[f"{re.escape(name)}$"] = changed
-    own |= _rules_of_fused(config, grids)
-    others = {pattern: rule for pattern, rule in config.dynamic.items() if pattern not in own}
     every = plan.structure.all_names(plan.structure.linears)
+    own |= _rules_of_fused(config, grids, every)
+    others = {pattern: rule for pattern, rule in config.dynamic.items() if pattern not in own}
     return with_deciding_rules(dataclasses.replace(config, dynamic={**own, **others}), every)
 
 
-def _rules_of_fused(config: QuantizeConfig, grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:
-    """Rules for the names under which servers look up layers that they fuse, where these are alike."""
+def _rules_of_fused(
+    config: QuantizeConfig, grids: Mapping[str, Grid], layers: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Rules for the names under which servers look up layers that they fuse, where all of these are quantized alike."""
     members: dict[str, list[str]] = defaultdict(list)
-    for name in grids:
+    for name in layers:
         whole = None if block_of_experts(name) else fused_name(name)
         if whole is not None:
             members[whole].append(name)
     found = {}
     for whole, names in members.items():
+        if not grids.keys() >= set(names):
+            continue
         rules = [_changed(config, name, grids[name]) for name in names]
         alike = len({grids[name] for name in names}) == 1 and all(rule == rules[0] for rule in rules)
         if alike and rules[0] is not None:
