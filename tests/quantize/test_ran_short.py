@@ -92,16 +92,25 @@ def test_what_a_driver_has_no_room_for_is_a_shortage_too():
     assert report.batch_size == 4 and told_in(report)
 
 
-@pytest.mark.parametrize("why", ["one sample", "a number was given", "batches of users", "kept", "ranks"])
-def test_where_the_number_is_not_ours_to_choose_the_error_comes(why, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("why", "remedy"),
+    [
+        ("one sample", r"\(1\) lacked .* Give shorter samples"),
+        ("a number was given", r"\(8\) lacked .* Give batch_size=4"),
+        ("batches of users", r"\(8\) lacked .* Give batches of fewer samples"),
+        ("kept", r"\(8\) lacked .* Give batch_size=4"),
+        ("ranks", r"\(8\) lacked .* Give batch_size=4"),
+    ],
+)
+def test_where_the_number_is_not_ours_to_choose_the_error_tells_what_to_change(why, remedy, tmp_path, monkeypatch):
     data = {"batches of users": [{"input_ids": one} for one in torch.stack(rows()).split(8)]}.get(why)
     options = {"a number was given": {"batch_size": 8}, "kept": {"cache_dir": str(tmp_path)}}.get(why, {})
     if why == "ranks":
         monkeypatch.setattr(ran_short, "distributed", SimpleNamespace(active=lambda: True))
     model, forward = Reads(), Allocator(0 if why == "one sample" else 4)
-    with pytest.raises(torch.OutOfMemoryError):
-        quantized(forward, data, model, **options)
-    assert not codes(model) and (why != "one sample" or 1 in forward.ran)
+    with pytest.raises(torch.OutOfMemoryError, match=f"{remedy}, or .* 2.00 GiB"):
+        quantized(forward, data, model, to=None if why == "ranks" else tmp_path / "out", **options)
+    assert not codes(model) and (why != "one sample" or 1 in forward.ran) and not (tmp_path / "out").exists()
 
 
 def test_other_work_that_lacks_memory_is_not_tried_again(monkeypatch):
@@ -112,7 +121,7 @@ def test_other_work_that_lacks_memory_is_not_tried_again(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("gptq_plugin.quantize.one_pass.solve_shared", solve)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="the work on a layer lacked memory on cpu; the model is"):
         quantized(Allocator(8))
     assert len(calls) == 1
 

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import Calibration
 from gptq_plugin.calibration.joined import divided
@@ -55,7 +57,7 @@ def run_pass(
 
     Raises:
         CalibrationError, TargetError: As `OnePass.run`.
-        torch.OutOfMemoryError: There is no room for a forward of one sample, or for other work.
+        torch.OutOfMemoryError: There is no room for a forward of one sample, or for other work; with what to change.
     """
     most: int | None = None
     while True:
@@ -65,9 +67,11 @@ def run_pass(
             try:
                 layers, report = one_pass.run()
             except RuntimeError as error:
-                most = _fewer(one_pass, plan, options) if is_shortage(error) else None
-                if most is None:
+                if not is_shortage(error):
                     raise
+                most = _fewer(one_pass, plan, options)
+                if most is None:
+                    raise _explained(error, one_pass, plan, options) from error
             else:
                 around.push(own.pop_all())
                 return Ran(one_pass, layers, report)
@@ -88,3 +92,23 @@ def _fewer(one_pass: OnePass, plan: Plan, options: PassOptions) -> int | None:
     if plan.config.batch_size is not None or options.keeps or distributed.active():
         return None
     return batch.samples // 2
+
+
+def _explained(error: RuntimeError, one_pass: OnePass, plan: Plan, options: PassOptions) -> torch.OutOfMemoryError:
+    """The error of a pass that lacked memory, with what lacked it and what needs less."""
+    device, batch = one_pass.runs.device, next(reversed(one_pass.runs.ran_short), None)
+    what, less = "the work on a layer", []
+    if batch is not None:
+        what = f"a forward of calibration samples ({batch.samples})"
+        fewer = f"batch_size={batch.samples // 2}" if batch.given_apart else "batches of fewer samples"
+        less.append(fewer if batch.samples > 1 else "shorter samples")
+    if device.type == "cuda":
+        streams = plan.targets[0].parameter.device.type == "cpu"
+        less += ["offload_activations=True"] if not options.offload_activations else []
+        less += ["offload_weights=True"] if streams and not options.offload_weights else []
+    else:
+        less.append("a smaller nsamples")
+    return torch.OutOfMemoryError(
+        f"{what} lacked memory on {device}; the model is as it was, and nothing was exported. Give "
+        f"{', or '.join([*less, 'a device with more memory'])} ({error})"
+    )
