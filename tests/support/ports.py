@@ -1,20 +1,7 @@
-"""Ports of this machine for processes that meet."""
+"""Ports of this machine for processes that meet: those of `scripts/ports.py`."""
 
-from __future__ import annotations
+import runpy
 
-import contextlib
-import socket
-from collections.abc import Iterator
+from paths import REPOSITORY
 
-
-@contextlib.contextmanager
-def reserved_port() -> Iterator[int]:
-    """A TCP port that is nobody else's inside the block.
-
-    A socket that does not listen holds it: the kernel gives its number to no other process that asks for any port, and
-    lets a server that asks for this one listen, since both allow the address to be used again (as TCPStore does).
-    """
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
-        yield held.getsockname()[1]
+reserved_port = runpy.run_path(str(REPOSITORY / "scripts" / "ports.py"))["reserved_port"]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import runpy
 import socket
 from datetime import timedelta
 
 import pytest
 from torch.distributed import TCPStore
 
-from paths import REPOSITORY
+from ports import reserved_port
 
 
-@pytest.mark.parametrize("folder", ["tests/support", "scripts"])
-def test_a_reserved_port_is_nobody_elses_and_a_store_listens_at_it(folder):
-    reserved_port = runpy.run_path(str(REPOSITORY / folder / "ports.py"))["reserved_port"]
+def test_a_reserved_port_is_nobody_elses_and_a_store_listens_at_it():
     with reserved_port() as port, reserved_port() as another:
         assert port != another
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
