@@ -28,7 +28,10 @@ from damage import (
 ALONE = {
     "zeros + 1": (zeros_off, "promises zeros of 8, and most others are 9, as in a gptq_v2 file labelled"),
     "zeros of one layer": (lambda tensors, bits: zeros_off(tensors, bits, only=LAYER), f"{LAYER}: sym=True promises"),
-    "groups reversed": (reversed_groups, "desc_act=false promises that channel i is in group i // group_size"),
+    "groups reversed": (
+        reversed_groups,
+        "g_idx puts channels into other groups than i // group_size, as only desc_act",
+    ),
     "one channel": (one_channel_in_another_group, "g_idx puts 33 channels into group"),
     "no zeros": (without("qzeros"), "lacks 7 tensors"),
     "one weight missing": (without("qweight", LAYER), f"{LAYER}.qweight"),
@@ -64,7 +67,7 @@ def test_what_a_single_layer_shows_is_a_warning_or_an_error_by_its_weight_for_th
         one = copy.deepcopy(layer)
         for name, value in changed.items():
             setattr(one, name, value)
-        return [(f.level, f.message) for f in layer_findings(entry, one, checkpoint_format, desc_act=False)]
+        return [(f.level, f.message) for f in layer_findings(entry, one, checkpoint_format)]
 
     assert not found()
     scales = layer.scales.clone()
@@ -92,5 +95,5 @@ def test_what_a_single_layer_shows_is_a_warning_or_an_error_by_its_weight_for_th
 def test_a_layer_of_zeros_or_of_one_constant_is_no_damage(value: float, sym: bool) -> None:
     weight = round_to_nearest(torch.full((64, 40), value), QuantizeConfig(bits=4, group_size=8, sym=sym))
     entry = LayerEntry("x", 4, 8, 40, 64, sym=sym, act_order=False)
-    found = list(layer_findings(entry, QuantLinear.from_quantized(weight), "gptq_v2", desc_act=False))
+    found = list(layer_findings(entry, QuantLinear.from_quantized(weight), "gptq_v2"))
     assert [finding.level for finding in found] == ["warning"]

@@ -112,6 +112,14 @@ def test_act_order_without_its_group_indices_is_refused(tmp_path: Path) -> None:
         load_quantized(folder)
 
 
+def test_groups_in_act_order_that_the_description_does_not_state_are_refused(tmp_path: Path) -> None:
+    """GPTQModel's kernels for GPUs (Marlin, Machete) and vLLM go by desc_act, its other kernels by g_idx."""
+    folder = edited("gptqmodel-w4g32-desc-act", tmp_path / "x", config=lambda c: set_quantization(c, desc_act=False))
+    words = r"g_idx puts channels into other groups than i // group_size, as only desc_act=true .*state desc_act=true"
+    with pytest.raises(CheckpointError, match=words):
+        load_quantized(folder)
+
+
 def test_scales_in_another_dtype_are_taken_when_float16_holds_them_exactly(tmp_path: Path) -> None:
     folder = edited(LLAMA, tmp_path / "x", lambda s: s.update({k: v.float() for k, v in s.items() if "scales" in k}))
     reference = expected(LLAMA)

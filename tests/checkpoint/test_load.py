@@ -121,19 +121,13 @@ def test_what_is_in_memory_is_described_truly_so_save_pretrained_round_trips(tmp
     assert torch.equal(logits_of(again, reference), logits_of(model, reference))
 
 
-def test_groups_in_act_order_and_a_quantized_head_are_saved_as_such_whatever_the_files_tell(
-    rtn: Any, tmp_path: Path
-) -> None:
-    """Servers that go by desc_act=false read no g_idx."""
-    wrong = edited("gptqmodel-w4g32-desc-act", tmp_path / "x", config=lambda c: set_quantization(c, desc_act=False))
-    assert load_quantized(wrong).config.quantization_config["desc_act"] is True
+def test_a_quantized_head_is_saved_as_such_whatever_the_files_tell(rtn: Any, tmp_path: Path) -> None:
     config = QuantizeConfig(group_size=32, lm_head=True)
     out = export_model(rtn(tiny_llama(tie_word_embeddings=False), config), tmp_path / "out", config)
     content = json.loads((out / "config.json").read_text())
     set_quantization(content, lm_head=False)
     (out / "config.json").write_text(json.dumps(content))
-    found = load_quantized(out).config.quantization_config
-    assert (found["lm_head"], found["desc_act"]) == (True, False)
+    assert load_quantized(out).config.quantization_config["lm_head"] is True
 
 
 def test_the_generation_config_and_the_path_come_along(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ _HUGE = 1000.0  # a scale over the layer's median
 
 
 def layer_findings(
-    entry: LayerEntry, layer: QuantLinear, checkpoint_format: str, desc_act: bool, *, compared: bool = False
+    entry: LayerEntry, layer: QuantLinear, checkpoint_format: str, *, compared: bool = False
 ) -> Iterator[Finding]:
     """Compares a layer with its description: zeros, groups, scales, padding and codes.
 
@@ -29,12 +29,11 @@ def layer_findings(
         entry: Its name and grid, as its tensors have them.
         layer: On the CPU, with true zeros.
         checkpoint_format: Of the files.
-        desc_act: The description allows groups that are not contiguous.
         compared: With its float weight, which shows whether codes that are unusual are right.
     """
     zeros = unpack_zeros(layer.qzeros, layer.bits, layer.out_features)
     yield from _zeros(entry, zeros, checkpoint_format)
-    yield from _groups(entry, layer, desc_act)
+    yield from _groups(entry, layer)
     yield from _scales(layer.scales)
     yield from _padding(layer)
     if not compared:
@@ -46,15 +45,10 @@ def _zeros(entry: LayerEntry, zeros: Tensor, checkpoint_format: str) -> Iterator
         yield warning("some zeros are 0, which format gptq (v1) stores as -1, and clients read differently")
 
 
-def _groups(entry: LayerEntry, layer: QuantLinear, desc_act: bool) -> Iterator[Finding]:
+def _groups(entry: LayerEntry, layer: QuantLinear) -> Iterator[Finding]:
     counts = torch.bincount(layer.g_idx.long(), minlength=layer.scales.shape[0])
     natural = trivial_g_idx(entry.in_features, entry.group_size)
-    if entry.act_order and not desc_act:
-        yield error(
-            "desc_act=false promises that channel i is in group i // group_size, and g_idx contradicts it: clients "
-            "that read it compute other weights than those that do not"
-        )
-    elif not torch.equal(counts, torch.bincount(natural.long(), minlength=len(counts))):
+    if not torch.equal(counts, torch.bincount(natural.long(), minlength=len(counts))):
         yield error("g_idx puts more channels into some groups than group_size allows, and fewer into others")
 
 

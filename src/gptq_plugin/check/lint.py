@@ -81,10 +81,9 @@ def _of_layers(checkpoint: Checkpoint, inventory: Inventory, beside: BesideFloat
     names: dict[Finding, list[str]] = defaultdict(list)
     for entry in inventory.layers:
         layer = checkpoint.read_layer(entry.name)
-        desc_act = checkpoint.layers[entry.name].desc_act
         damage = list(beside.layer(entry, layer)) if beside is not None else []
         compared = beside is not None and beside.has_compared(entry)
-        own = layer_findings(entry, layer, checkpoint.checkpoint_format, desc_act, compared=compared)
+        own = layer_findings(entry, layer, checkpoint.checkpoint_format, compared=compared)
         for finding in (*own, *damage):
             names[finding].append(entry.name)
     total = len(checkpoint.layers)

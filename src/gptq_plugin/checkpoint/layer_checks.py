@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptq_plugin.checkpoint.files import TensorEntry
-from gptq_plugin.checkpoint.formats.format import FLOAT, Format, QuantizedLayer, Read, Scheme
+from gptq_plugin.checkpoint.formats.format import FLOAT, Format, QuantizedLayer, Read, Scheme, contiguous
 from gptq_plugin.device.finite import all_finite, any_nan
 from gptq_plugin.layers.packing import unpack_weight, unpack_zeros
 
@@ -126,12 +126,21 @@ def _wrong_values(stored: StoredLayer, layer: QuantizedLayer) -> Iterator[str]:
                 f"0..{layer.groups - 1} ({entry.file.name})"
             )
             return
-        counts = stored.read(stored.format.g_idx).bincount()
+        found = stored.read(stored.format.g_idx)
+        counts = found.bincount()
         size, most = layer.group_size, int(counts.max())
         if size != -1 and most > size:
             yield (
                 f"{g_idx} puts {most} channels into group {int(counts.argmax())}, and a group has group_size={size} "
                 f"({entry.file.name})" + (_ALL_0 if most == layer.in_features else "")
+            )
+            return
+        if not layer.desc_act and not contiguous(found, size):
+            act_order = stored.format.act_order
+            yield (
+                f"{g_idx} puts channels into other groups than i // group_size, as only {act_order} allows: clients "
+                "that go by the description compute other weights than those that read it. If the layer was quantized "
+                f"in act-order, state {act_order} ({entry.file.name})"
             )
             return
     if layer.has_bias and not all_finite(stored.read("bias")):

@@ -243,11 +243,8 @@ def in_memory(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> d
             return describe(contents(), config)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.directory / CONFIG}: {brief(error)}") from error
-    needed = {
-        "desc_act": any(checkpoint.scheme(stored).desc_act for stored in names.values()),
-        "lm_head": isinstance(model.get_output_embeddings(), QuantLinear),
-    }
-    return {**changed, **{key: True for key, value in needed.items() if value}}  # also where the files tell otherwise
+    head = isinstance(model.get_output_embeddings(), QuantLinear)
+    return {**changed, **({"lm_head": True} if head else {})}  # also where the files tell otherwise
 
 
 def refuse_not_finite(checkpoint: Checkpoint, model: nn.Module) -> None:

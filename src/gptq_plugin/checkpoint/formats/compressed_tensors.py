@@ -61,6 +61,7 @@ class CompressedTensors(Format):
     codes, scales, zeros, g_idx = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
     # llm-compressor computes scales in the model's dtype and stores them so; its readers do not read the other file.
     float16_scales, repeated = False, ()
+    act_order = "actorder=group"
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]], bits: int, read: Read) -> tuple[int, int]:
         if shapes["weight_shape"] != (2,):

@@ -116,6 +116,7 @@ class Format(ABC):
         suffixes: All that a layer may have.
         codes, scales, zeros, g_idx: Suffixes of these tensors.
         in_memory: Suffixes that mean the same bytes in a file and in a `QuantLinear`.
+        act_order: States that groups need not be contiguous.
         always_g_idx: Writers store a g_idx for every layer; readers of the format expect it.
         float16_scales: Readers of the format expect scales in float16.
         has_rules: A description holds `dynamic` rules.
@@ -133,6 +134,7 @@ class Format(ABC):
     g_idx: str
     in_memory: tuple[str, ...] = ()
     always_g_idx = False
+    act_order = "desc_act=true"
     float16_scales = False
     has_rules = False
     repeated: tuple[str, ...] = ()
