@@ -27,6 +27,7 @@ from damage import (
     zeros_off,
 )
 from finish_cases import FAST, quantized, rows
+from models import Plain
 
 OF_THE_FLOAT_MODEL = {
     "zeros + 1": (zeros_off, "zeros off by one"),
@@ -104,6 +105,33 @@ def test_biases_of_quantized_layers_are_compared_and_a_bias_of_zeros_may_be_nowh
     (tmp_path / "damaged").rename(tmp_path / "before")
     lost = lint(damaged("4 bits symmetric", lambda tensors, bits: None), tmp_path).errors
     assert lost == [f"{LAYER}: the float model has a bias there, and the checkpoint has none: it was lost"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An export of a module that is no transformers model, and its float weights, tied and shared ones twice."""
+    folder, model, quantizer = tmp_path_factory.mktemp("plain"), Plain(), QuantizeModule(group_size=16)
+    save_file({name: t.clone() for name, t in model.state_dict().items()}, folder / "model.safetensors")
+    quantizer.round_to_nearest(model)
+    return quantizer.export(model, folder / "out"), folder
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+@pytest.mark.parametrize("lost", ["embed.", "inner.2.", "window", "shift"])
+def test_a_tensor_or_layer_of_a_plain_module_that_was_lost_is_an_error(
+    lost: str, prefix: str, plain: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Not what lies outside the part of the float model that was exported."""
+    whole, floats = plain
+    file = tmp_path / "model.safetensors"
+    theirs = {f"{prefix}{name}": t for name, t in load_file(floats / "model.safetensors").items()}
+    save_file(theirs | ({"other.weight": torch.ones(3)} if prefix else {}), file)
+    assert lint(whole, tmp_path).errors == []
+    out = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    tensors = load_file(whole / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if not name.startswith(lost)}, out / "model.safetensors")
+    (error,) = lint(out, tmp_path).errors
+    assert prefix + lost in error and error.endswith("not in the checkpoint: lost, or of another model")
 
 
 def test_scales_of_an_unknown_recipe_are_held_to_the_size_of_the_weights(

@@ -70,6 +70,18 @@ def test_scales_that_grew_show_in_the_gain_and_off_the_grid(weight: torch.Tensor
     assert "weights are larger than the float ones" in " ".join(verdict(unknown, 4))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bit", [10, 13])
+def test_one_scale_with_a_flipped_bit_in_its_exponent_shows_at_every_width(
+    bits: int, bit: int, weight: torch.Tensor
+) -> None:
+    config = dataclasses.replace(FOUR, bits=bits)
+    layer = layer_of(config, weight)
+    layer.scales.view(torch.int16)[1, 5] ^= 1 << bit
+    (only,) = verdict(compare(layer, weight, config, ratios=(1.0, 0.95)), bits)
+    assert "the scales of 1 groups are far from" in only or "correlation below" in only
+
+
 def test_scales_rounded_to_bfloat16_are_told_only_where_the_file_has_such(weight: torch.Tensor) -> None:
     layer = layer_of(FOUR, weight)
     layer.scales = layer.scales.bfloat16().half()
@@ -96,7 +108,7 @@ def test_a_layer_of_another_model_has_no_correlation_and_nothing_else_is_told(we
     assert "does not hold the float model's weights" in only
 
 
-SOUND = Comparison(0.1, 1.2, 0.99, 0.01, 0.0, 0.99, float("nan"), float("nan"), 0.0)
+SOUND = Comparison(0.1, 1.2, 0.99, 0.01, 0.0, 0.99, float("nan"), float("nan"), 0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +116,8 @@ SOUND = Comparison(0.1, 1.2, 0.99, 0.01, 0.0, 0.99, float("nan"), float("nan"), 
     [
         ({}, 4, None),
         ({"correlation": 0.39}, 4, "does not hold"),
-        ({"shift": -0.9}, 4, "shifted up"),
+        ({"shift": -0.9, "shifted_groups": 0.9}, 4, "shifted up"),
+        ({"shift": -0.9}, 4, "a few groups are shifted by many steps"),
         ({"shift": 0.39}, 4, None),
         ({"shifted_groups": 0.02}, 4, "some groups are shifted"),
         ({"gain": 1.03}, 2, "weights are larger"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,22 @@ class BesideFloat:
             )
         if unknown:
             yield warning(f"{some(unknown)}: the float model has no tensor of that name and shape, so not compared")
+        missing = self._lost([*self._unknown, *unknown])
+        if missing:
+            yield error(f"{some(missing)}: in the float model, and not in the checkpoint: lost, or of another model")
+
+    def _lost(self, unknown: Sequence[str]) -> list[str]:
+        """The float model's tensors that the checkpoint of a plain module lacks. `fit` tells those of a transformers
+        model.
+
+        Args:
+            unknown: Names that the float model has not. Nothing beside them is taken for lost: experts, say, may be
+                apart here and together there.
+        """
+        if self._checkpoint.model_config.get("architectures"):
+            return []
+        left = ((name, "".join(name.rpartition(".")[:2])) for name in self._floats.unread())
+        return [name for name, beside in left if not any(one.startswith(beside) for one in unknown)]
 
     def _has_bias(self, layer: str) -> bool:
         """True if the float model has one that is not all zeros."""

@@ -29,7 +29,9 @@ _CORRELATION = 0.4  # at least 0.74; channels moved: at most 0.03
 _AS_NEAREST = 0.1  # of a step, of a group's mean: where Q is N, what W has beyond it is no shift
 _SHIFT = 0.4  # at most 0.03; zeros off by one: at least 0.93
 _SHIFTED_GROUPS = 0.01  # at most 0.0003; zeros of a group off by one: that group
+_FEW = 0.1  # zeros off by one: at least 0.9
 _OFF_GRID = 0.01  # none; scales times 1.05: at least 0.08
+_STRAY = 0.1  # beside all scales that a group can have; undamaged ones at most 0.001
 _ROUNDED = 0.05  # none; scales rounded to bfloat16: at least 0.09
 _GAIN = 1.02  # at most 1.000; scales times 1.05: at least 1.038 at 4 and 8 bits and 3 bits without clip_ratios
 _GAIN_LOW = 0.96  # at 4 and 8 bits at least 0.988; at 2 and 3 bits clipping takes up to 0.13
@@ -53,6 +55,7 @@ class Comparison:
             scales are 5 % too large.
         off_grid: Share of the groups whose step quantizing W gives for none of the `ratios`; NaN without ratios.
         rounded: The same without allowance for a float model that was itself rounded to its dtype.
+        stray: Number of groups whose step is nowhere near those that quantizing W gives for the `ratios`.
         misplaced: Share of the channels whose codes fit another group's grid better than their own, on sampled rows.
     """
 
@@ -64,6 +67,7 @@ class Comparison:
     gain: float
     off_grid: float
     rounded: float
+    stray: int
     misplaced: float
 
 
@@ -87,7 +91,7 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
     zeros = unpack_zeros(layer.qzeros, bits, layer.out_features)
     known = torch.tensor(list(ratios), dtype=torch.float32, device="cpu")
     sums = torch.zeros(8, dtype=torch.float64, device="cpu")
-    off_grid, rounded = [], []
+    beside = [torch.zeros(3, 0, dtype=torch.bool, device="cpu")]
     rows = max(1, _PART // layer.in_features)
     for start in range(0, layer.out_features, rows):
         part = slice(start, start + rows)
@@ -120,11 +124,9 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
         )
         if even and len(known):
             full, _ = grid(w[:, order].unflatten(1, (groups, -1)), config)
-            nearest_ratio = ((scales / full)[..., None] / known - 1).abs().amin(-1)
-            slack = 1e-3 + 2.0**-24 / full  # of a scale in float16, where that is tiny too
-            rounded.append((nearest_ratio > slack).flatten())
-            off_grid.append((nearest_ratio > slack + torch.finfo(weight.dtype).eps / 2).flatten())
+            beside.append(_beside_grids(scales, full, known, torch.finfo(weight.dtype).eps / 2))
     ww, wq, wn, qq, ee, nn, shift, shifted = (float(value) for value in sums)
+    off_grid, rounded, stray = torch.cat(beside, 1).float()
     nan = float("nan")
     return Comparison(
         error=(ee / ww) ** 0.5 if ww else nan,
@@ -133,10 +135,25 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
         shift=shift / weight.numel(),
         shifted_groups=shifted / (groups * layer.out_features),
         gain=max(wq / ww, min(1.0, wq / wn)) if ww and wn else nan,
-        off_grid=float(torch.cat(off_grid).float().mean()) if off_grid else nan,
-        rounded=float(torch.cat(rounded).float().mean()) if rounded else nan,
+        off_grid=float(off_grid.mean()),
+        rounded=float(rounded.mean()),
+        stray=int(stray.sum()),
         misplaced=_misplaced(layer, zeros, weight),
     )
+
+
+def _beside_grids(scales: Tensor, full: Tensor, ratios: Tensor, rounding: float) -> Tensor:
+    """[3, groups] of booleans: what counts for `off_grid`, `rounded` and `stray` of `Comparison`.
+
+    Args:
+        scales: [rows, groups] of the layer.
+        full: The same of a grid that covers the whole range of each group.
+        ratios: The parts of it that a grid may cover.
+        rounding: By how much the float model's dtype may have moved a weight.
+    """
+    apart = ((scales / full)[..., None] / ratios - 1).abs().amin(-1)
+    slack = 1e-3 + 2.0**-24 / full  # of a scale in float16, where that is tiny too
+    return torch.stack([(apart > slack + limit).flatten() for limit in (rounding, 0.0, _STRAY)])
 
 
 def _misplaced(layer: QuantLinear, zeros: Tensor, weight: Tensor) -> float:
@@ -167,7 +184,11 @@ def verdict(found: Comparison, bits: int, bfloat16_scales: bool = False) -> list
             "or another model"
         ]
     wrong = []
-    if abs(found.shift) > _SHIFT:
+    if found.stray and found.off_grid <= _OFF_GRID:
+        wrong.append(f"the scales of {found.stray} groups are far from those of the quantized float weights: damage")
+    elif abs(found.shift) > _SHIFT and found.shifted_groups < _FEW:
+        wrong.append("a few groups are shifted by many steps: their scales or zeros are damaged")
+    elif abs(found.shift) > _SHIFT:
         sign = "down" if found.shift > 0 else "up"
         wrong.append(f"weights are shifted {sign} by about {abs(found.shift):.0f} of a step: zeros off by one")
     elif found.shifted_groups > _SHIFTED_GROUPS:

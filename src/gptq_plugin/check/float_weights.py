@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.device.finite import all_finite
+from gptq_plugin.device.raw_bytes import raw_bytes
 from gptq_plugin.errors import CheckpointError, brief
 
 _LONGEST_PREFIX = 4  # parts of a name
@@ -33,6 +35,7 @@ class FloatWeights:
             self._shards = Shards.open(folder)
         except CheckpointError as error:
             raise CheckpointError(f"{folder} of the float model cannot be read: {brief(error)}") from error
+        self._read: dict[str, str] = {}  # name here, by the name asked for
         self._without_prefix: dict[str, list[str]] = {}
         for name in self._shards.entries:
             for rest in _rests(name):
@@ -49,12 +52,29 @@ class FloatWeights:
         name = self._named(wanted)
         return None if name is None else self._shards.read(name)
 
+    def unread(self) -> list[str]:
+        """The tensors that were not asked for, below the prefix of those that were, and whose values are not those of
+        one that was, as a tied weight's are."""
+        asked = self._read.items()
+        prefixes = tuple({name.removesuffix(wanted) if name.endswith(wanted) else "" for wanted, name in asked})
+        read = set(self._read.values())
+        left = [name for name in self._shards.entries if name not in read and name.startswith(prefixes)]
+        shapes = {self._shards.entries[name].shape for name in left}
+        known = {self._digest(name) for name in read if self._shards.entries[name].shape in shapes}
+        return [name for name in left if self._digest(name) not in known]
+
+    def _digest(self, name: str) -> bytes:
+        return hashlib.sha256(raw_bytes(self._shards.read(name)).numpy().tobytes()).digest()
+
     def _named(self, wanted: str) -> str | None:
-        if wanted in self._shards.entries:
-            return wanted
-        shorter = [rest for rest in _rests(wanted) if rest in self._shards.entries]
-        names = [*shorter, *self._without_prefix.get(wanted, [])]
-        return names[0] if len(names) == 1 else None
+        names = [wanted] if wanted in self._shards.entries else []
+        if not names:
+            shorter = [rest for rest in _rests(wanted) if rest in self._shards.entries]
+            names = [*shorter, *self._without_prefix.get(wanted, [])]
+        if len(names) != 1:
+            return None
+        self._read[wanted] = names[0]
+        return names[0]
 
     def weight(self, layer: str, shape: tuple[int, int]) -> Tensor | None:
         """The weight of the layer of that name, [out, in] = `shape`, or None.
