@@ -243,7 +243,7 @@ def _compare(found: Tensor, loaded: Tensor, by: str) -> None:
 CAMPAIGN = Campaign(
     about="checkpoints of all formats: load, check, convert",
     cases=2400,
-    few=40,
+    few=30,
     given=randoms,
     attack=_attack,
     prepare=_prepare,

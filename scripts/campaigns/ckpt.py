@@ -466,5 +466,5 @@ _CONTENT = (_odd_parameters, _payload, _payload, _odd_key, _odd_weight, _odd_wei
 _BYTES = (_cut, _flip, _flip, _opcodes, _storage_path, _storage_kind, _records, _records, _other_file)
 
 CAMPAIGN = Campaign(
-    about="`.ckpt` files and sharded folders: `gptq-quantize ckpt=`", cases=1000, few=50, given=randoms, attack=_attack
+    about="`.ckpt` files and sharded folders: `gptq-quantize ckpt=`", cases=1000, few=30, given=randoms, attack=_attack
 )

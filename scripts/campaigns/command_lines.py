@@ -218,7 +218,7 @@ def _flat(text: str) -> list[str]:
 CAMPAIGN = Campaign(
     about="command lines of gptq-finetune and gptq-quantize, up to where work begins",
     cases=600,
-    few=16,
+    few=10,
     given=lambda seed, count: examples([_lines()], seed, count),
     attack=_attack,
     prepare=_prepare,

@@ -12,7 +12,7 @@ from paths import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
-NAMES = {"configurations": 40, "command_lines": 16, "checkpoints": 40, "ckpt": 40}  # with the cases of a short run
+NAMES = {"configurations": 30, "command_lines": 10, "checkpoints": 30, "ckpt": 30}  # with the cases of a short run
 
 
 @pytest.fixture(scope="module")
