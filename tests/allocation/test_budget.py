@@ -44,6 +44,16 @@ def test_fixed_layers_are_none_of_the_units_and_leave_less_for_them():
     assert fixed.bytes == free.bytes - taken
 
 
+def test_a_layer_that_is_stored_in_several_places_counts_in_each():
+    config, model = QuantizeConfig(group_size=32, target_bits=4.0), tiny_llama(num_hidden_layers=3)
+    whole = Budget.of(plan_of(model, config), None)
+    model.model.layers[2] = model.model.layers[0]
+    budget = Budget.of(plan_of(model, config), None)
+    assert budget.bytes == whole.bytes and len(budget.units) == len(whole.units) * 2 / 3
+    first, second = (next(unit for unit in budget.units if f".{block}.mlp.up" in unit.name) for block in (0, 1))
+    assert first.bytes_on(Grid(4, 32)) == 2 * second.bytes_on(Grid(4, 32))
+
+
 def test_no_other_choice_within_does_less_damage():
     """Against all choices for one block, with damages of no order."""
     plan = plan_of(tiny_llama(num_hidden_layers=1), QuantizeConfig(group_size=32, target_bits=4.0))

@@ -63,5 +63,6 @@ def test_a_real_export_reports_its_files_and_takes_what_was_planned(
     assert report.size is not None and (len(files) > 1) == (shard < 10**9)
     assert report.size.bytes == sum(file.stat().st_size for file in files)
     assert report.size.float_bytes == sum(tensor.nbytes for name, tensor in tensors.items() if name not in packed)
+    assert report.stored_bytes == sum(tensors[name].nbytes for name in packed if not name.endswith(".g_idx"))
     parameters = [name for name in tensors if name not in buffers and not name.endswith(".g_idx")]
     assert promised == sum(tensors[name].nbytes for name in parameters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -65,7 +64,7 @@ class Budget:
         Raises:
             TargetError: No choice of grids has so few, or so many.
         """
-        weights = sum(math.prod(target.shape) for target in self.plan.targets)
+        weights = sum(target.stored_weights for target in self.plan.targets)
         fixed = [target for target in self.plan.targets if is_fixed(target, self.plan.config)]
         own = sum(Grid.of(target.config).bytes_of(target) for target in fixed)
         left = int(target_bits * weights / 8) - own

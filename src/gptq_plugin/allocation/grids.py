@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +32,8 @@ class Grid:
         return cls(config.bits, config.group_size)
 
     def bytes_of(self, target: Target) -> int:
-        """Bytes of a layer on this grid; see `checkpoint.sizes.stored_bytes`."""
-        return stored_bytes(target.shape, dataclasses.replace(target.config, **vars(self)))
+        """Bytes of a layer on this grid, in all its places; see `checkpoint.sizes.stored_bytes`."""
+        return target.places * stored_bytes(target.shape, dataclasses.replace(target.config, **vars(self)))
 
 
 def with_grids(plan: Plan, grids: Mapping[str, Grid]) -> Plan:
@@ -98,4 +97,4 @@ def _changed(config: QuantizeConfig, name: str, grid: Grid) -> dict[str, Any] | 
 def average_bits(targets: Sequence[Target], grids: Mapping[str, Grid]) -> float:
     """Bits per weight of layers on these grids, with scales and zeros as stored."""
     stored = sum(grids[target.name].bytes_of(target) for target in targets)
-    return 8 * stored / sum(math.prod(target.shape) for target in targets)
+    return 8 * stored / sum(target.stored_weights for target in targets)

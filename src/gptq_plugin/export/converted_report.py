@@ -84,7 +84,7 @@ def _converted(report: QuantizeReport, folder: Path, checkpoint_format: str, sou
             return module
         own = config.for_module(module.name) or config
         own = dataclasses.replace(own, bits=module.bits, group_size=module.group_size)
-        return dataclasses.replace(module, stored_bytes=stored_bytes(module.shape, own))
+        return dataclasses.replace(module, stored_bytes=module.places * stored_bytes(module.shape, own))
 
     modules = [resized(module) for module in report.modules]
     after = dataclasses.replace(report, config=config, modules=modules, size=export_size(folder, set(source.layers)))

@@ -96,20 +96,25 @@ class Structure:
 
     @functools.cached_property
     def places(self) -> Mapping[str, Sequence[str]]:
-        """The names in a checkpoint under which each layer is stored, its own first.
+        """The names in a checkpoint under which each layer is stored, its own first; see `further_places`."""
+        stored, further = self.stored_names, self.further_places
+        return {name: [own, *(stored[one] for one in further.get(name, ()))] for name, own in stored.items()}
 
-        Several for a layer that occurs in several places of a transformers model whose class does not tie them, such as
-        replicated blocks: whoever loads it makes a layer for each. A plain module is built with its layers shared.
+    @functools.cached_property
+    def further_places(self) -> Mapping[str, Sequence[str]]:
+        """The other names under which a layer is stored once more, by each of the names of those that have such.
+
+        These layers occur in several places of a transformers model whose class does not tie them, such as replicated
+        blocks: whoever loads it makes a layer for each. A plain module is built with its layers shared.
         """
-        found = {name: [stored] for name, stored in self.stored_names.items()}
-        if is_transformers(self.model):
-            tied = tied_weights(self.model)
-            for first in self.aliases:
-                family = self.all_names([first])
-                for name in family:
-                    others = (one for one in family if one != name and f"{one}.weight" not in tied)
-                    found[name] += [self.stored_names[one] for one in others]
-        return found
+        if not is_transformers(self.model):
+            return {}
+        tied = tied_weights(self.model)
+        return {
+            name: [one for one in family if one != name and f"{one}.weight" not in tied]
+            for family in (self.all_names([first]) for first in self.aliases)
+            for name in family
+        }
 
     def all_names(self, names: Iterable[str]) -> list[str]:
         """Each of these layers' names, then the further ones of those that have several."""

@@ -7,6 +7,7 @@ for the report; a configuration that the model contradicts is refused here, befo
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -44,12 +45,14 @@ class Target:
         module: The float layer.
         config: The configuration that holds for this layer.
         deviations: A sentence for each difference from the request.
+        places: Number of times that an export stores it; see `Structure.further_places`.
     """
 
     name: str
     module: nn.Module
     config: QuantizeConfig
     deviations: tuple[str, ...] = ()
+    places: int = 1
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -60,6 +63,11 @@ class Target:
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs; asked for so often that it is kept."""
         return linear_shape(self.module)
+
+    @property
+    def stored_weights(self) -> int:
+        """Number of its weights in an export, in all places."""
+        return self.places * math.prod(self.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -136,7 +144,8 @@ def find_targets(structure: Structure, config: QuantizeConfig) -> tuple[list[Tar
         elif module.weight.dtype in _SCALED_APART:
             scaled.append(name)
         else:
-            target = _fitted(Target(name, module, resolved))
+            places = 1 + len(structure.further_places.get(name, ()))
+            target = _fitted(Target(name, module, resolved, places=places))
             reason = structure.obstacles.get(module) or unpackable(target.shape, resolved.bits)
             if reason is None:
                 targets.append(target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ def _choices(budget: Budget, grids: Mapping[str, Grid], found: Sensitivities) ->
     choices = []
     for unit in budget.units:
         grid = grids[unit.names[0]]
-        weights = sum(math.prod(target.shape) for target in unit.targets)
+        weights = sum(target.stored_weights for target in unit.targets)
         measured = {str(width): value for width, value in found.measured[unit.name].items()}
         divergence = found.damages[unit.name][grid]
         choices.append(

@@ -282,7 +282,8 @@ def module_report(target: Target, method: str, **values: Any) -> ModuleReport:
         bits=None if is_float else target.config.bits,
         group_size=None if is_float else target.config.group_size,
         shape=target.shape,
-        stored_bytes=0 if is_float else stored_bytes(target.shape, target.config),
+        places=target.places,
+        stored_bytes=0 if is_float else target.places * stored_bytes(target.shape, target.config),
         **values,
     )
 

@@ -33,7 +33,8 @@ class RunLog:
             plan: The layers.
             again: Log it even if this run has.
         """
-        found = Coverage.of(plan, sum(stored_bytes(target.shape, target.config) for target in plan.targets))
+        packed = sum(target.places * stored_bytes(target.shape, target.config) for target in plan.targets)
+        found = Coverage.of(plan, packed)
         if again or found.floats != self._floats:
             self._floats = found.floats
             if distributed.rank() == 0:

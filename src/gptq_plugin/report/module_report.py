@@ -26,7 +26,8 @@ class ModuleReport:
         seconds: Time to solve it; layers solved together share it in proportion to their rows.
         max_input: Largest absolute input in calibration, at any position, over all ranks; NaN if unknown.
         max_output: The same of the quantized layer's output.
-        stored_bytes: Bytes of its codes, scales and zeros in the export (`checkpoint.sizes.stored_bytes`); 0 if float.
+        places: Number of times that an export stores it; above 1 for one of a replicated block.
+        stored_bytes: Bytes of its codes, scales and zeros (`checkpoint.sizes.stored_bytes`) in all places; 0 if float.
         output_power: Mean over tokens of the squared output of the float weight, summed over outputs, without bias; NaN
             if unknown.
         reason: Why it is float.
@@ -45,6 +46,7 @@ class ModuleReport:
     seconds: float = 0.0
     max_input: float = math.nan
     max_output: float = math.nan
+    places: int = 1
     stored_bytes: int = 0
     output_power: float = math.nan
     reason: str = ""
@@ -52,7 +54,8 @@ class ModuleReport:
 
     @property
     def weights(self) -> int:
-        return self.shape[0] * self.shape[1]
+        """Number of its weights in an export, in all places."""
+        return self.places * self.shape[0] * self.shape[1]
 
     @property
     def relative_error(self) -> float:
