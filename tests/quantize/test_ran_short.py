@@ -11,6 +11,7 @@ import torch
 from gptq_plugin import QuantizeModule
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.quantize import batch_runs, ran_short, sensitivity
+from gptq_plugin.quantize.divergence import Divergence
 from gptq_plugin.quantize.options import PassOptions
 
 from models import Reads, rows, tiny_llama
@@ -124,6 +125,19 @@ def test_other_work_that_lacks_memory_is_not_tried_again(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError, match="the work on a layer lacked memory on cpu; the model is"):
         quantized(Allocator(8))
     assert len(calls) == 1
+
+
+def test_measuring_the_float_model_tells_what_to_change(monkeypatch):
+    measuring = []
+
+    def forward(model, batch):
+        if measuring and len(batch["input_ids"]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(input_ids=batch["input_ids"], use_cache=False)
+
+    monkeypatch.setattr(sensitivity, "Divergence", lambda *given: measuring.append(1) or Divergence(*given))
+    with pytest.raises(torch.OutOfMemoryError, match=r"calibration samples \(8\) lacked .* Give batch_size=4, or"):
+        quantized(forward, rows(80, 5), tiny_llama(num_hidden_layers=1), nsamples=80, target_bits=4.6)
 
 
 def test_trials_of_widths_begin_again_too(monkeypatch):

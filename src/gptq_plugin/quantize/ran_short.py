@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from gptq_plugin.calibration.joined import divided
 from gptq_plugin.device.memory import give_back, is_shortage
 from gptq_plugin.layers.qlinear import QuantLinear
 from gptq_plugin.model.plan import Plan
+from gptq_plugin.quantize.batch_runs import BatchRuns
 from gptq_plugin.quantize.one_pass import OnePass
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.report.report import QuantizeReport
@@ -71,7 +72,7 @@ def run_pass(
                     raise
                 most = _fewer(one_pass, plan, options)
                 if most is None:
-                    raise _explained(error, one_pass, plan, options) from error
+                    raise _explained(error, one_pass.runs, plan, options) from error
             else:
                 around.push(own.pop_all())
                 return Ran(one_pass, layers, report)
@@ -94,9 +95,20 @@ def _fewer(one_pass: OnePass, plan: Plan, options: PassOptions) -> int | None:
     return batch.samples // 2
 
 
-def _explained(error: RuntimeError, one_pass: OnePass, plan: Plan, options: PassOptions) -> torch.OutOfMemoryError:
-    """The error of a pass that lacked memory, with what lacked it and what needs less."""
-    device, batch = one_pass.runs.device, next(reversed(one_pass.runs.ran_short), None)
+@contextlib.contextmanager
+def shortage_explained(runs: BatchRuns, plan: Plan, options: PassOptions) -> Iterator[None]:
+    """Raises an error of the block for lack of memory as `run_pass` does, with what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+        raise _explained(error, runs, plan, options) from error
+
+
+def _explained(error: RuntimeError, runs: BatchRuns, plan: Plan, options: PassOptions) -> torch.OutOfMemoryError:
+    """The error with what lacked memory and what needs less."""
+    device, batch = runs.device, next(reversed(runs.ran_short), None)
     what, less = "the work on a layer", []
     if batch is not None:
         what = f"a forward of calibration samples ({batch.samples})"

@@ -33,7 +33,7 @@ from gptq_plugin.quantize.divergence import Divergence
 from gptq_plugin.quantize.kept_divergences import kept_divergences
 from gptq_plugin.quantize.options import PassOptions
 from gptq_plugin.quantize.prepare import prepared, undisturbed
-from gptq_plugin.quantize.ran_short import run_pass
+from gptq_plugin.quantize.ran_short import run_pass, shortage_explained
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def _alone(
     measured = dataclasses.replace(plan, targets=one_walk, config=every_logit)
     positions = Positions(plan.model, calibration.batches, plan.config.token_weighting)
     found = []
-    with BatchRuns(measured, calibration, positions, options) as runs:
+    with BatchRuns(measured, calibration, positions, options) as runs, shortage_explained(runs, plan, options):
         with positions.watching():
             runs.find_groups({target.name: target.module for target in plan.targets})
         divergence = Divergence(runs, positions, plan.structure, calibration.numbers, calibration.of_all_ranks)
