@@ -14,7 +14,7 @@ from gptq_plugin.check.by_itself import layer_findings
 from gptq_plugin.check.lint import lint
 from gptq_plugin.clients.inventory import LayerEntry
 from gptq_plugin.gptq.solver import round_to_nearest
-from gptq_plugin.layers.packing import pack_weight, pack_zeros, unpack_zeros
+from gptq_plugin.layers.packing import pack_weight, pack_zeros, unpack_weight, unpack_zeros
 from gptq_plugin.layers.qlinear import QuantLinear
 
 from damage import (
@@ -76,6 +76,9 @@ def test_what_a_single_layer_shows_is_a_warning_or_an_error_by_its_weight_for_th
     scales[0, 0] = 2000 * layer.scales.median()
     ((level, message),) = found(scales=scales)
     assert level == "warning" and "more than 1000 times" in message
+    codes = unpack_weight(layer.qweight, 3, 40)
+    codes[0, :8] = unpack_zeros(layer.qzeros, 3, 64)[0, 0]
+    assert not found(scales=scales, qweight=pack_weight(codes, 3))  # any scale fits a group of zeros
     used = layer.qweight.clone()
     used[-1, 5] |= 1 << 30  # the stream ends at bit 40 * 3 % 32 = 24 of the last word
     assert [message for _, message in found(qweight=used)] == [

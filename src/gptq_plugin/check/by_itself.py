@@ -34,7 +34,7 @@ def layer_findings(
     zeros = unpack_zeros(layer.qzeros, layer.bits, layer.out_features)
     yield from _zeros(entry, zeros, checkpoint_format)
     yield from _groups(entry, layer)
-    yield from _scales(layer.scales)
+    yield from _scales(layer, zeros)
     yield from _padding(layer)
     if not compared:
         yield from _codes(layer, zeros)
@@ -52,13 +52,19 @@ def _groups(entry: LayerEntry, layer: QuantLinear) -> Iterator[Finding]:
         yield error("g_idx puts more channels into some groups than group_size allows, and fewer into others")
 
 
-def _scales(scales: Tensor) -> Iterator[Finding]:
-    values = scales.float()
+def _scales(layer: QuantLinear, zeros: Tensor) -> Iterator[Finding]:
+    values = layer.scales.float()
     if bool((values == 0).any()):
         yield warning("some scales are 0: their groups are all zeros")
-    middle = float(values.abs().median())
-    if float(values.abs().max()) > _HUGE * middle > 0:
-        yield warning(f"some scales are more than {_HUGE:.0f} times the layer's median")
+    middle = values.abs().median()
+    huge = values.abs() > _HUGE * middle
+    rows = huge.any(0).nonzero().flatten()
+    if middle > 0 and len(rows):
+        group = layer.g_idx.long()
+        codes = unpack_weight(layer.qweight[:, rows].contiguous(), layer.bits, layer.in_features)
+        used = codes != zeros[:, rows].T[:, group]  # any scale fits a group of zeros
+        if bool((used & huge[:, rows].T[:, group]).any()):
+            yield warning(f"some scales are more than {_HUGE:.0f} times the layer's median")
 
 
 def _padding(layer: QuantLinear) -> Iterator[Finding]:
