@@ -185,6 +185,11 @@ def test_what_a_function_reaches_counts(text):
     assert print_of(one) == print_of(same) != print_of(other)
 
 
+def test_a_global_with_the_name_of_an_attribute_that_a_function_reads_does_not_count():
+    reads = "def made(x): return [one.data for one in x.data]"
+    assert print_of(code(f"data = (i for i in [])\n{reads}")) == print_of(code(f"data = 3\n{reads}"))
+
+
 def test_functions_of_another_module_of_the_user_count():
     helpers = [types.ModuleType("helpers") for _ in range(3)]
     for module, number in zip(helpers, (3, 3, 4), strict=True):

@@ -6,6 +6,7 @@ Tested by tests/cache/test_fingerprint.py: in the fingerprints of functions and 
 from __future__ import annotations
 
 import builtins
+import dis
 import hashlib
 import types
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ class Reached:
         names = _names(function.__code__)
         self._names |= names
         known = function.__globals__
-        for name in sorted(names):
+        for name in sorted(_global_names(function.__code__)):
             if name in known:
                 self._take_in((name, known[name]))
                 self._attributes(known[name], names, set())
@@ -114,6 +115,13 @@ def _overrides(kind: type, name: str, value: Any) -> bool:
 def _names(code: types.CodeType) -> set[str]:
     inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
     return {*code.co_names, *(name for one in inner for name in _names(one))}
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    """Those of `_names` that are looked up as globals: `x.data` reads no global of the name `data`."""
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    own = {one.argval for one in dis.get_instructions(code) if "GLOBAL" in one.opname or one.opname == "LOAD_NAME"}
+    return own.union(*map(_global_names, inner))
 
 
 def _constant(value: Any) -> str:
