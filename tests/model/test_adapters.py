@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import (
     IA3Config,
+    LNTuningConfig,
     LoraConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -100,6 +101,7 @@ KINDS = {
     "trained tokens": lambda: adapted(lora(trainable_token_indices=[1, 5])),
     "IA3": lambda: adapted(IA3Config(target_modules=[*ATTENTION, "down_proj"], feedforward_modules=["down_proj"])),
     "VeRA": lambda: adapted(VeraConfig(r=3, target_modules=["q_proj", "o_proj"])),
+    "LN tuning": lambda: adapted(LNTuningConfig(target_modules=["input_layernorm", "norm"])),
     "fused experts": lambda: adapted(
         lora(lora_dropout=0.0, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]), model=mixtral()
     ),
@@ -245,9 +247,14 @@ def test_tied_embeddings_are_untied_in_the_copy_when_only_one_of_them_changed(ch
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("options", [{}, {"trainable_token_indices": [2, 7]}])
+TIED = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable_token_indices": [2, 7]}, TIED])
 def test_embeddings_that_stay_equal_stay_tied(options, caplog):
-    merged = merged_copy(adapted(lora(**options), model=llama(tie_word_embeddings=True)))
+    model = adapted(lora(**options), model=llama(tie_word_embeddings=True))
+    merged = merged_copy(model)
+    torch.testing.assert_close(logits(merged), logits(model), atol=2e-5, rtol=1e-5)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.config.tie_word_embeddings is True and not caplog.records
 

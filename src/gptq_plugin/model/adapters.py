@@ -215,6 +215,7 @@ def _merged(layer: Any, name: str) -> nn.Module:
                 base = layer.unload_and_optionally_merge_module(merge=merge, safe_merge=True, adapter_names=None)
             elif merge:
                 layer.merge(safe_merge=True)
+                base = _base(layer)  # LN tuning exchanges it
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise TargetError(f"the adapters of {name} cannot be merged into its weights: {brief(error)}") from error
     _cast(base, lambda key, tensor: dtypes.get(key, tensor.dtype))

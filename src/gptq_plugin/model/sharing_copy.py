@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -21,6 +21,7 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     for module in model.modules():
+        memo.update({id(value): value.detach().clone() for value in _computed(vars(module), set())})
         # A hook may hold anything, even a Trainer: it is not copied.
         memo.update({id(hook): hook for kind in _HOOKS for hook in getattr(module, kind).values()})
         if module._compiled_call_impl is not None:  # bound to the original
@@ -30,6 +31,18 @@ def sharing_copy(model: nn.Module) -> nn.Module:
         if "forward" in module.__dict__:
             module.__dict__["forward"] = _rebound(module.__dict__["forward"], memo)
     return copied
+
+
+def _computed(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Tensors in nested containers that were computed from parameters, as PEFT keeps for tied adapters: deepcopy refuses
+    them."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+        seen.add(id(value))
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _computed(one, seen)
 
 
 def _rebound(value: Any, copies: dict[int, Any]) -> Any:
