@@ -34,8 +34,8 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def _computed(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Tensors in nested containers that were computed from parameters, as PEFT keeps for tied adapters: deepcopy refuses
-    them."""
+    """Tensors in nested containers that were computed from parameters, which deepcopy refuses: PEFT keeps such for tied
+    adapters."""
     if isinstance(value, Tensor):
         if not value.is_leaf:
             yield value
