@@ -12,7 +12,7 @@ import torch
 from gptq_plugin import QuantizeConfig
 from gptq_plugin.check import comparison
 from gptq_plugin.check.comparison import Comparison, compare, verdict
-from gptq_plugin.gptq.solver import round_to_nearest
+from gptq_plugin.gptq.solver import round_to_nearest, solve
 from gptq_plugin.layers.packing import pack_weight, pack_zeros, unpack_weight, unpack_zeros
 from gptq_plugin.layers.qlinear import QuantLinear
 
@@ -59,6 +59,20 @@ def test_zeros_off_by_one_shift_by_one_step(weight: torch.Tensor) -> None:
     found = compare(layer, weight, FOUR)
     assert found.shift == pytest.approx(1, abs=0.05)
     assert "shifted down by about 1 of a step" in " ".join(verdict(found, 4))
+
+
+def test_codes_that_make_up_for_a_clipped_outlier_are_no_zeros_off_by_one() -> None:
+    """Inputs that are never negative: what a row's large weight lacks, its others can give."""
+    torch.manual_seed(0)
+    weight = torch.randn(256, 96) * (1 + 29 * (torch.arange(96) == 5))
+    hessian = torch.randn(600, 96).relu()
+    hessian = hessian.T @ hessian / 600
+    config = QuantizeConfig(bits=4, group_size=32)
+    layer = QuantLinear.from_quantized(solve(weight, hessian, config).weight)
+    assert not verdict(compare(layer, weight, config, config.clip_ratios), 4)
+    layer.qzeros = pack_zeros(unpack_zeros(layer.qzeros, 4, 256) + (torch.arange(3) == 1)[:, None], 4)
+    (only,) = verdict(compare(layer, weight, config, config.clip_ratios), 4)
+    assert "some groups are shifted" in only
 
 
 def test_scales_that_grew_show_in_the_gain_and_off_the_grid(weight: torch.Tensor) -> None:

@@ -50,7 +50,8 @@ class Comparison:
         over_nearest: ‖W − Q‖ / ‖W − N‖.
         correlation: Of W and Q: about 0 if rows or columns changed places; NaN if both are all zeros.
         shift: Mean of (W − Q) / s, 0 for groups where Q is N on average: 1 if zeros are off by one.
-        shifted_groups: Share of the groups in which that mean exceeds 0.5 in size.
+        shifted_groups: Share of the groups in which that mean exceeds 0.5 in size, less those in which it has the other
+            sign: what makes up for a large weight that was clipped goes both ways.
         gain: Σ W·Q / Σ W·W, or / Σ W·N if that is nearer to 1: at most about 1, since errors shrink weights; 1.05 if
             scales are 5 % too large.
         off_grid: Share of the groups whose step quantizing W gives for none of the `ratios`; NaN without ratios.
@@ -118,7 +119,7 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
                     (w - q).square().sum(),
                     (w - nearest).square().sum(),
                     (means * counts).sum(),
-                    (means.abs() > 0.5).sum(),
+                    (means > 0.5).sum() - (means < -0.5).sum(),
                 )
             ]
         )
@@ -133,7 +134,7 @@ def compare(layer: QuantLinear, weight: Tensor, config: QuantizeConfig, ratios: 
         over_nearest=(ee / nn) ** 0.5 if nn else 1.0,
         correlation=wq / (ww * qq) ** 0.5 if ww and qq else nan if ww == qq else 0.0,
         shift=shift / weight.numel(),
-        shifted_groups=shifted / (groups * layer.out_features),
+        shifted_groups=abs(shifted) / (groups * layer.out_features),
         gain=max(wq / ww, min(1.0, wq / wn)) if ww and wn else nan,
         off_grid=float(off_grid.mean()),
         rounded=float(rounded.mean()),
