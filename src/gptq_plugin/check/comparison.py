@@ -186,7 +186,7 @@ def verdict(found: Comparison, bits: int, bfloat16_scales: bool = False) -> list
         ]
     wrong = []
     if found.stray and found.off_grid <= _OFF_GRID:
-        wrong.append(f"the scales of {found.stray} groups are far from those of the quantized float weights: damage")
+        wrong.append(f"some scales ({found.stray}) are far from those of the quantized float weights: damage")
     elif abs(found.shift) > _SHIFT and found.shifted_groups < _FEW:
         wrong.append("a few groups are shifted by many steps: their scales or zeros are damaged")
     elif abs(found.shift) > _SHIFT:
