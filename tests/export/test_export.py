@@ -109,9 +109,14 @@ def test_mixed_bits_and_skipped_layers_load_back_bit_for_bit(rtn: Rtn, tmp_path:
     assert isinstance(loaded.model.layers[0].self_attn.q_proj, nn.Linear)
 
 
-def test_a_loaded_model_exports_again_to_the_same_tensors(rtn: Rtn, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_biases", [False, True], ids=["as built", "biases of zeros beside, as AutoGPTQ writes"])
+def test_a_loaded_model_exports_again_to_the_same_tensors(with_biases: bool, rtn: Rtn, tmp_path: Path) -> None:
     config = QuantizeConfig(group_size=32)
-    first = export_model(rtn(tiny_llama(), config), tmp_path / "first", config)
+    model = rtn(tiny_llama(), config)
+    for layer in quantized(model).values() if with_biases else ():
+        layer.bias = torch.zeros(layer.out_features)
+    first = export_model(model, tmp_path / "first", config)
+    assert ("model.layers.0.mlp.up_proj.bias" in tensor_names(first)) is with_biases
     second = export_model(load_quantized(first), tmp_path / "second", config)
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 

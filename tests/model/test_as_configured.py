@@ -75,3 +75,13 @@ def test_models_as_they_were_configured_pass_and_no_random_number_is_drawn(make:
     QuantizeModule(group_size=16).round_to_nearest(model)
     refuse_other_than_configured(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_bias_that_the_configured_layer_has_not_is_named_unless_it_is_all_zeros(rtn: Callable[..., Any]) -> None:
+    model = rtn(tiny_llama(num_hidden_layers=1), QuantizeConfig(group_size=32))
+    layer = model.model.layers[0].mlp.up_proj
+    layer.bias = torch.zeros(layer.out_features)
+    refuse_other_than_configured(model)
+    layer.bias[5] = 0.5
+    with pytest.raises(ExportError, match=r"it has model\.layers\.0\.mlp\.up_proj\.bias beside"):
+        refuse_other_than_configured(model)

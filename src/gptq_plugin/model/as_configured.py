@@ -88,7 +88,7 @@ def _other_argument(model: nn.Module, names: Set[str]) -> str | None:
 
 def _of_both(model: nn.Module, fresh: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Both models' parameters by name, but for modules whose experts are apart. Of ours are those that quantized layers
-    stand for."""
+    stand for; a bias of zeros, which AutoGPTQ writes for layers without one, stands for none."""
     ours: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     theirs: dict[str, Tensor] = dict(fresh.named_parameters(remove_duplicate=False))
     made = dict(fresh.named_modules(remove_duplicate=False))
@@ -105,7 +105,8 @@ def _of_both(model: nn.Module, fresh: nn.Module) -> tuple[dict[str, Tensor], dic
         shape = (layer.out_features, layer.in_features)
         is_same = owner == name and is_linear(made[name]) and linear_shape(made[name]) == shape
         ours[f"{name}.weight"] = theirs[f"{name}.weight"] if is_same else torch.empty(shape, device="meta")
-        ours |= {f"{name}.bias": layer.bias} if layer.bias is not None else {}
+        if layer.bias is not None and (f"{name}.bias" in theirs or layer.bias.any()):
+            ours[f"{name}.bias"] = layer.bias
     for prefix in apart:
         for tensors in (ours, theirs):
             for name in [one for one in tensors if one.startswith(prefix)]:
