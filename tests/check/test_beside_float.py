@@ -134,6 +134,29 @@ def test_a_tensor_or_layer_of_a_plain_module_that_was_lost_is_an_error(
     assert prefix + lost in error and error.endswith("not in the checkpoint: lost, or of another model")
 
 
+class _TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.aux = nn.Linear(32, 64, bias=False), nn.ModuleDict({"head": nn.Linear(32, 64)})
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_a_layer_is_not_taken_for_one_whose_name_ends_in_its_own(prefix: str, tmp_path: Path) -> None:
+    """Experts, here a single weight, that are apart in one of them and together in the other are no loss."""
+    model, quantizer, floats = _TwoHeads(), QuantizeModule(group_size=16), tmp_path / "float"
+    floats.mkdir()
+    theirs = {f"{prefix}{name}": t.clone() for name, t in model.state_dict().items()}
+    save_file(theirs, floats / "model.safetensors")
+    quantizer.round_to_nearest(model)
+    out = quantizer.export(model, tmp_path / "out")
+    found = lint(out, floats)
+    assert not found.findings and found.facts["compared"].startswith("2 layers")
+    weight = theirs.pop(f"{prefix}head.weight")
+    save_file({**theirs, f"{prefix}head.both": weight}, floats / "model.safetensors")
+    assert not lint(out, floats).errors
+
+
 def test_scales_of_an_unknown_recipe_are_held_to_the_size_of_the_weights(
     damaged: Callable[..., Path], float_dir: Path
 ) -> None:

@@ -32,6 +32,18 @@ def test_a_name_that_fits_several_tensors_is_none_of_them_unless_it_is_one_exact
     assert torch.equal(floats.tensor("text.norm"), other)
 
 
+def test_a_name_that_fits_several_tensors_is_the_one_by_the_prefix_of_most_others(tmp_path: Path) -> None:
+    theirs = {name: torch.full((2, 3), float(i)) for i, name in enumerate(["net.head", "net.aux.head", "net.lost"])}
+    floats = FloatWeights(
+        folder(tmp_path, **{f"{k}.weight": t for k, t in theirs.items()}, **{"net.aux.head.bias": torch.ones(2)})
+    )
+    floats.expect(["head.weight", "aux.head.weight"])
+    assert torch.equal(floats.weight("head", (2, 3)), theirs["net.head"])
+    assert torch.equal(floats.weight("aux.head", (2, 3)), theirs["net.aux.head"])
+    assert floats.bias("head") is None and torch.equal(floats.bias("aux.head"), torch.ones(2))
+    assert floats.unread() == {"net.lost.weight": "lost.weight"}
+
+
 def test_a_transposed_matrix_that_is_not_square_tells_that_all_are(tmp_path: Path) -> None:
     square = torch.arange(9.0).view(3, 3)
     floats = FloatWeights(folder(tmp_path, **{"a.weight": square, "b.weight": torch.ones(2, 3)}))

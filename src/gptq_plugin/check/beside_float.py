@@ -37,6 +37,7 @@ class BesideFloat:
         self._is_finished = _is_finished(checkpoint.quantize_config)
         self._compared: set[str] = set()
         self._unknown: list[str] = []
+        self._floats.expect([*checkpoint.float_names, *(f"{name}.weight" for name in checkpoint.layers)])
 
     def layer(self, entry: LayerEntry, layer: QuantLinear) -> Iterator[Finding]:
         """Compares a layer with its float weight."""
@@ -69,13 +70,14 @@ class BesideFloat:
         lost = [name for name, layer in self._checkpoint.layers.items() if not layer.has_bias and self._has_bias(name)]
         if lost:
             yield error(f"{some(lost)}: the float model has a bias there, and the checkpoint has none: it was lost")
-        biases = [f"{name}.bias" for name, layer in self._checkpoint.layers.items() if layer.has_bias]
+        biases = {f"{name}.bias": name for name, layer in self._checkpoint.layers.items() if layer.has_bias}
         same, unknown = 0, []
         cast: Counter[str] = Counter()
         off: dict[str, float] = {}
         trained: dict[str, float] = {}
         for name in [*self._checkpoint.float_names, *biases]:
-            ours, theirs = self._checkpoint.read(name), self._floats.tensor(name)
+            ours = self._checkpoint.read(name)
+            theirs = self._floats.bias(biases[name]) if name in biases else self._floats.tensor(name)
             if theirs is None or theirs.shape != ours.shape:
                 if name not in biases or ours.any():  # AutoGPTQ writes a bias of zeros where there is none
                     unknown.append(name)
@@ -101,7 +103,7 @@ class BesideFloat:
             )
         if unknown:
             yield warning(f"{some(unknown)}: the float model has no tensor of that name and shape, so not compared")
-        missing = self._lost([*self._unknown, *unknown])
+        missing = self._lost([*(f"{name}.weight" for name in self._unknown), *unknown])
         if missing:
             yield error(f"{some(missing)}: in the float model, and not in the checkpoint: lost, or of another model")
 
@@ -115,12 +117,12 @@ class BesideFloat:
         """
         if self._checkpoint.model_config.get("architectures"):
             return []
-        left = ((name, "".join(name.rpartition(".")[:2])) for name in self._floats.unread())
+        left = ((name, "".join(wanted.rpartition(".")[:2])) for name, wanted in self._floats.unread().items())
         return [name for name, beside in left if not any(one.startswith(beside) for one in unknown)]
 
     def _has_bias(self, layer: str) -> bool:
         """True if the float model has one that is not all zeros."""
-        bias = self._floats.tensor(f"{layer}.bias")
+        bias = self._floats.bias(layer)
         return bias is not None and bool(bias.any())
 
     def _is_of_norm(self, name: str) -> bool:

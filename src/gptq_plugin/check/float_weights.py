@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -36,6 +38,9 @@ class FloatWeights:
         except CheckpointError as error:
             raise CheckpointError(f"{folder} of the float model cannot be read: {brief(error)}") from error
         self._read: dict[str, str] = {}  # name here, by the name asked for
+        # See `expect`.
+        self._prefixes: Counter[tuple[str, str]] = Counter()
+        self._nearest: dict[str, tuple[bool, int, int]] = {}
         self._without_prefix: dict[str, list[str]] = {}
         for name in self._shards.entries:
             for rest in _rests(name):
@@ -43,38 +48,67 @@ class FloatWeights:
         # Conv1D's weight is transposed and has the name of Linear's: the first matrix that is not square tells which.
         self._transposed = False
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Counts the prefixes by which names that will be asked for differ from those here. A name that fits several
+        tensors means the one by the most frequent prefix; one tensor that fits several names is that of the nearest."""
+        fits = [(name, wanted) for wanted in names for name in self._fitting(wanted)]
+        self._prefixes.update(_prefixes(*both) for both in fits)
+        for name, wanted in fits:
+            nearness = self._nearness(name, wanted)
+            self._nearest[name] = max(nearness, self._nearest.get(name, nearness))
+
     def tensor(self, wanted: str) -> Tensor | None:
         """The tensor of that name, or None.
 
         A base model's names lack the prefix (``model.``) of classes with a head, or the other way round. A name that
-        fits several tensors gives None.
+        fits several tensors gives None, unless `expect` told which.
         """
         name = self._named(wanted)
         return None if name is None else self._shards.read(name)
 
-    def unread(self) -> list[str]:
+    def bias(self, layer: str) -> Tensor | None:
+        """The bias beside the weight of the layer of that name, or None."""
+        weight = self._named(f"{layer}.weight")
+        name = None if weight is None else f"{weight.removesuffix('weight')}bias"
+        if name not in self._shards.entries:
+            return None
+        self._read[f"{layer}.bias"] = name
+        return self._shards.read(name)
+
+    def unread(self) -> dict[str, str]:
         """The tensors that were not asked for, below the prefix of those that were, and whose values are not those of
-        one that was, as a tied weight's are."""
-        asked = self._read.items()
-        prefixes = tuple({name.removesuffix(wanted) if name.endswith(wanted) else "" for wanted, name in asked})
+        one that was, as a tied weight's are; by their names, those that would be asked for."""
+        prefixes = Counter(_prefixes(name, wanted) for wanted, name in self._read.items())
         read = set(self._read.values())
-        left = [name for name in self._shards.entries if name not in read and name.startswith(prefixes)]
+        left: dict[str, str] = {}
+        for ours, theirs in dict(prefixes.most_common()):
+            found = (name for name in self._shards.entries if name not in read and name.startswith(ours))
+            left = {name: theirs + name.removeprefix(ours) for name in found} | left
         shapes = {self._shards.entries[name].shape for name in left}
         known = {self._digest(name) for name in read if self._shards.entries[name].shape in shapes}
-        return [name for name in left if self._digest(name) not in known]
+        return {name: wanted for name, wanted in left.items() if self._digest(name) not in known}
 
     def _digest(self, name: str) -> bytes:
         return hashlib.sha256(raw_bytes(self._shards.read(name)).numpy().tobytes()).digest()
 
     def _named(self, wanted: str) -> str | None:
-        names = [wanted] if wanted in self._shards.entries else []
-        if not names:
-            shorter = [rest for rest in _rests(wanted) if rest in self._shards.entries]
-            names = [*shorter, *self._without_prefix.get(wanted, [])]
+        near = {name: self._nearness(name, wanted) for name in self._fitting(wanted)}
+        counts = {name: known[1] for name, known in near.items() if known >= self._nearest.get(name, known)}
+        names = [name for name, count in counts.items() if count == max(counts.values())]
         if len(names) != 1:
             return None
         self._read[wanted] = names[0]
         return names[0]
+
+    def _nearness(self, name: str, wanted: str) -> tuple[bool, int, int]:
+        prefixes = _prefixes(name, wanted)
+        return name == wanted, self._prefixes[prefixes], -len("".join(prefixes))
+
+    def _fitting(self, wanted: str) -> list[str]:
+        if wanted in self._shards.entries:
+            return [wanted]
+        shorter = [rest for rest in _rests(wanted) if rest in self._shards.entries]
+        return [*shorter, *self._without_prefix.get(wanted, [])]
 
     def weight(self, layer: str, shape: tuple[int, int]) -> Tensor | None:
         """The weight of the layer of that name, [out, in] = `shape`, or None.
@@ -107,3 +141,8 @@ def _rests(name: str) -> list[str]:
     """What follows the first parts of a dotted name."""
     parts = name.split(".", _LONGEST_PREFIX)
     return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
+def _prefixes(name: str, wanted: str) -> tuple[str, str]:
+    """What two names, one of which ends in the other, begin with apart from that."""
+    return (name.removesuffix(wanted), "") if name.endswith(wanted) else ("", wanted.removesuffix(name))
