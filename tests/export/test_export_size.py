@@ -64,5 +64,7 @@ def test_a_real_export_reports_its_files_and_takes_what_was_planned(
     assert report.size.bytes == sum(file.stat().st_size for file in files)
     assert report.size.float_bytes == sum(tensor.nbytes for name, tensor in tensors.items() if name not in packed)
     assert report.stored_bytes == sum(tensors[name].nbytes for name in packed if not name.endswith(".g_idx"))
+    layers = [name.removesuffix(".scales") for name in packed if name.endswith(".scales")]
+    assert report.weights == sum(len(tensors[f"{x}.g_idx"]) * tensors[f"{x}.scales"].shape[1] for x in layers)
     parameters = [name for name in tensors if name not in buffers and not name.endswith(".g_idx")]
     assert promised == sum(tensors[name].nbytes for name in parameters)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
+from gptq_plugin.cache.digests import tensor_digest
 from gptq_plugin.checkpoint.hub import local_folder
 from gptq_plugin.checkpoint.layer_checks import FLOATS
 from gptq_plugin.checkpoint.shards import Shards
 from gptq_plugin.device.finite import all_finite
-from gptq_plugin.device.raw_bytes import raw_bytes
 from gptq_plugin.errors import CheckpointError, brief
 
 _LONGEST_PREFIX = 4  # parts of a name
@@ -85,11 +84,9 @@ class FloatWeights:
             found = (name for name in self._shards.entries if name not in read and name.startswith(ours))
             left = {name: theirs + name.removeprefix(ours) for name in found} | left
         shapes = {self._shards.entries[name].shape for name in left}
-        known = {self._digest(name) for name in read if self._shards.entries[name].shape in shapes}
-        return {name: wanted for name, wanted in left.items() if self._digest(name) not in known}
-
-    def _digest(self, name: str) -> bytes:
-        return hashlib.sha256(raw_bytes(self._shards.read(name)).numpy().tobytes()).digest()
+        alike = (name for name in read if self._shards.entries[name].shape in shapes)
+        known = {tensor_digest(self._shards.read(name)) for name in alike}
+        return {name: wanted for name, wanted in left.items() if tensor_digest(self._shards.read(name)) not in known}
 
     def _named(self, wanted: str) -> str | None:
         near = {name: self._nearness(name, wanted) for name in self._fitting(wanted)}
