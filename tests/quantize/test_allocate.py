@@ -47,7 +47,11 @@ def grids(report):
 
 @pytest.mark.parametrize("format_", ["gptq", "compressed-tensors"])
 def test_the_average_is_within_the_budget(format_, run):
-    report = run[2] if format_ == "gptq" else quantized(llama(), checkpoint_format=format_)[1]
+    """Once with a block in two places, in each of which an export stores it."""
+    replicated = llama(num_hidden_layers=3, use_cache=False)
+    replicated.model.layers[2] = replicated.model.layers[0]
+    report = run[2] if format_ == "gptq" else quantized(replicated, checkpoint_format=format_)[1]
+    assert report.weights == sum(unit.weights for unit in report.allocation.units)
     assert 3.5 < report.bits_per_weight == pytest.approx(report.allocation.bits) and report.allocation.bits <= 3.6
     assert len({bits for bits, _ in grids(report).values()}) > 1
     assert not any("target_bits" in line for line in report.deviations)
