@@ -53,21 +53,22 @@ def test_random_numbers_drawn_in_the_block_do_not_change_those_after_it():
 
 def test_the_float_checkpoint_is_the_best_one_or_that_of_the_last_step(run, tmp_path):
     args, state = run()
-    assert float_checkpoint(args, state) == ""
+    assert float_checkpoint(args, state, saved=3) == ""
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
-    assert float_checkpoint(args, state) == ""
+    assert float_checkpoint(args, state, saved=2) == ""
     last = tmp_path / "run" / "checkpoint-3"
     last.mkdir()
-    assert float_checkpoint(args, state) == str(last)
+    assert float_checkpoint(args, state, saved=2) == ""  # an earlier run's in the same folder
+    assert float_checkpoint(args, state, saved=3) == str(last)
     args, state = run(best="run/checkpoint-1")  # which was not loaded
-    assert float_checkpoint(args, state) == str(last)
+    assert float_checkpoint(args, state, saved=3) == str(last)
     options = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
-    assert float_checkpoint(*run(best="run/checkpoint-1", **options)) == "run/checkpoint-1"
-    assert float_checkpoint(*run(**options)) == str(last)
+    assert float_checkpoint(*run(best="run/checkpoint-1", **options), saved=3) == "run/checkpoint-1"
+    assert float_checkpoint(*run(**options), saved=3) == str(last)
 
 
-def fail(model, args, state, error=KeyError):
-    with pytest.raises(error), weights_saved_on_failure(model, args, state):
+def fail(model, args, state, error=KeyError, saved=0):
+    with pytest.raises(error), weights_saved_on_failure(model, args, state, saved):
         raise error
 
 
@@ -78,10 +79,10 @@ def test_nothing_is_saved_before_the_first_step_or_by_other_ranks(options, run, 
 
 
 def test_nothing_is_saved_when_nothing_fails_or_a_checkpoint_holds_the_weights(run, tmp_path):
-    with weights_saved_on_failure(llama(), *run()):
+    with weights_saved_on_failure(llama(), *run(), saved=0):
         pass
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
-    fail(llama(), *run())
+    fail(llama(), *run(), saved=3)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
 
 

@@ -229,6 +229,15 @@ def test_a_model_that_was_left_quantized_is_not_trained_again_and_the_float_chec
         trainer.train()
 
 
+def test_two_callbacks_that_both_leave_the_model_quantized_are_refused_before_training(tmp_path):
+    both = [GPTQTrainerCallback(QuantizeModule(**SMALL)), GPTQTrainerCallback(QuantizeModule(**SMALL, bits=3))]
+    with pytest.raises(ValueError, match=r"leaves the model quantized .*: give all but the last swap=False"):
+        train(llama(), both, tmp_path, kind=Untrained)
+    both[0] = GPTQTrainerCallback(QuantizeModule(**SMALL), tmp_path / "out", swap=False)
+    train(llama(), both, tmp_path)
+    assert [callback.report.quantized[0].bits for callback in both] == [4, 3]
+
+
 def test_sharding_of_other_kinds_is_refused_before_training_with_the_remedy(tmp_path, monkeypatch):
     class Sharded(Untrained):
         def _prepare_for_training(self, *args):
@@ -294,6 +303,7 @@ def test_trained_weights_that_no_checkpoint_holds_are_saved_when_quantization_fa
 
     new = llama if kind == "transformers" else lambda: Plain()
     model, twin = new(), new()
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)  # of an earlier run
     train(twin, [], tmp_path)
     with pytest.raises(ExportError, match="could not be written: disk full"):
         train(model, [GPTQTrainerCallback(QuantizeModule(**SMALL), tmp_path / "out", tokenizer=Full())], tmp_path)

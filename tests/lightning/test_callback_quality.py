@@ -123,8 +123,11 @@ def test_max_epochs_0_quantizes_the_model_as_it_is(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_read_is_reported_and_the_weights_are_kept(tmp_path):
-    with pytest.raises(CheckpointError, match="none of this trainer's monitors a metric"):
-        fit(Validated(), None, [GPTQCallback(QuantizeModule(**SMALL), weights="best")], tmp_path)
+    keeps_none = ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss", save_top_k=0)
+    for checkpoints in ([], [keeps_none]):
+        callbacks = [GPTQCallback(QuantizeModule(**SMALL), weights="best"), *checkpoints]
+        with pytest.raises(CheckpointError, match="none of this trainer's monitors a metric and keeps a checkpoint"):
+            fit(Validated(), None, callbacks, tmp_path, enable_checkpointing=bool(checkpoints))
     module, twin = Holds(), Holds()
     fit(twin, token_loader(), [], tmp_path)
     torch.save({"state_dict": {"other": torch.ones(1)}}, tmp_path / "other.ckpt")

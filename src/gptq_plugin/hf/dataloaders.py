@@ -7,8 +7,10 @@ from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainingArguments
 
 from gptq_plugin import distributed
+from gptq_plugin.errors import CalibrationError
 
 
 def undivided(loader: Any) -> Any:
@@ -27,6 +29,16 @@ def undivided(loader: Any) -> Any:
         return DataLoader(_Dealt(base), batch_size=None, collate_fn=_unchanged) if dispatched else base
     inner = getattr(base.batch_sampler, "batch_sampler", None)
     return base if inner is None else DataLoader(base.dataset, batch_sampler=inner, collate_fn=base.collate_fn)
+
+
+def refuse_without_evaluation(args: TrainingArguments) -> None:
+    """Raises CalibrationError if a training evaluates nothing, which ``calibration="val"`` would take samples from."""
+    if args.eval_strategy == "no" and not args.eval_on_start:
+        raise CalibrationError(
+            "calibration='val' takes its samples from what the trainer evaluates in training, and it does not: "
+            "give it an eval_strategy, or trainer.add_callback(GPTQTrainerCallback(..., "
+            "calibration=trainer.get_eval_dataloader()))"
+        )
 
 
 class Evaluations:

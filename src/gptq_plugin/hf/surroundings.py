@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy
 import torch
 from torch import nn
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from gptq_plugin.hf.checkpoints import checkpoint_of
 from gptq_plugin.quantize.options import Progress
 from gptq_plugin.training.progress import tqdm_progress
 
 log = logging.getLogger(__name__)
+
+_LEAVES_QUANTIZED = "_left_quantized_by"  # no field of the state: it is not saved
 
 
 @contextlib.contextmanager
@@ -32,16 +35,23 @@ def random_state_restored(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def weights_saved_on_failure(model: nn.Module, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+def weights_saved_on_failure(
+    model: nn.Module, args: TrainingArguments, state: TrainerState, saved: int
+) -> Iterator[None]:
     """Saves the trained weights if the block raises, or is interrupted, and no checkpoint holds them.
 
     A script whose `train` raises does not reach its `save_model`.
+
+    Args:
+        model: Trained.
+        args, state: Of its training.
+        saved: As for `float_checkpoint`.
     """
     try:
         yield
     except BaseException:
-        if state.is_world_process_zero and state.global_step and not float_checkpoint(args, state):
-            folder = _output_dir(args) / f"trained-{state.global_step}"
+        if state.is_world_process_zero and state.global_step and not float_checkpoint(args, state, saved):
+            folder = checkpoint_of(args, state).with_name(f"trained-{state.global_step}")
             log.error("quantization failed, and no checkpoint holds the trained weights: saving them to %s", folder)
             _save(model, folder)
         raise
@@ -57,12 +67,34 @@ def progress_like(args: TrainingArguments, state: TrainerState) -> Iterator[Prog
             yield progress
 
 
-def float_checkpoint(args: TrainingArguments, state: TrainerState) -> str:
-    """Path of the run's checkpoint that holds the trained weights; empty if there is none."""
+def float_checkpoint(args: TrainingArguments, state: TrainerState, saved: int) -> str:
+    """Path of the run's checkpoint that holds the trained weights; empty if there is none.
+
+    Args:
+        args, state: Of the training.
+        saved: Step of its last checkpoint (`FollowsCheckpoints`).
+    """
     if args.load_best_model_at_end and state.best_model_checkpoint is not None:
         return state.best_model_checkpoint
-    last = _output_dir(args) / f"checkpoint-{state.global_step}"
-    return str(last) if last.exists() else ""
+    last = checkpoint_of(args, state)
+    return str(last) if saved == state.global_step and last.exists() else ""
+
+
+def refuse_after_swap(state: TrainerState, callback: TrainerCallback, leaves_quantized: bool) -> None:
+    """Refuses a callback behind one that leaves the model quantized. Each is to call it when a training begins.
+
+    Callbacks do not know of each other: the training's state, which is new in each, tells.
+
+    Raises:
+        ValueError: An earlier one leaves nothing to quantize.
+    """
+    if vars(state).get(_LEAVES_QUANTIZED, id(callback)) != id(callback):
+        raise ValueError(
+            f"an earlier {type(callback).__name__} leaves the model quantized (swap=True), so this one would find "
+            "nothing to quantize: give all but the last swap=False"
+        )
+    if leaves_quantized:
+        vars(state)[_LEAVES_QUANTIZED] = id(callback)
 
 
 def drop_replaced_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -70,11 +102,6 @@ def drop_replaced_parameters(optimizer: torch.optim.Optimizer, model: nn.Module)
     left = {id(parameter) for parameter in model.parameters()}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in left]
-
-
-def _output_dir(args: TrainingArguments) -> Path:
-    assert args.output_dir is not None  # TrainingArguments has set its default
-    return Path(args.output_dir)
 
 
 def _save(model: nn.Module, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from gptq_plugin import distributed
 from gptq_plugin.calibration.collect import collect
@@ -24,13 +24,15 @@ from gptq_plugin.device import memory
 from gptq_plugin.errors import CalibrationError
 from gptq_plugin.finish.options import Finish
 from gptq_plugin.finish.train import check_loss
-from gptq_plugin.hf.dataloaders import Evaluations, undivided
+from gptq_plugin.hf.checkpoints import FollowsCheckpoints
+from gptq_plugin.hf.dataloaders import Evaluations, refuse_without_evaluation, undivided
 from gptq_plugin.hf.sharded import Whole, back_on, refuse_for_shards, sharding_of, whole
 from gptq_plugin.hf.surroundings import (
     drop_replaced_parameters,
     float_checkpoint,
     progress_like,
     random_state_restored,
+    refuse_after_swap,
     weights_saved_on_failure,
 )
 from gptq_plugin.hf.validation import Validate, Validation
@@ -47,7 +49,7 @@ from gptq_plugin.training.quality_gate import QualityGate
 
 
 @naming_the_nearest_option
-class GPTQTrainerCallback(CallbackBase, TrainerCallback):
+class GPTQTrainerCallback(CallbackBase, FollowsCheckpoints):
     """Quantizes the trained model at the end of `Trainer.train`, and exports it.
 
     With `load_best_model_at_end` that is the best model. A run that could not be quantized (no layer to quantize, a
@@ -152,6 +154,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
         """Refuses what cannot work and runs one calibration batch of every source (of ``"val"``, in `on_evaluate`)."""
+        self.follow(state)
         model = training["model"]
         refuse_for_shards(model, self.swap, self.export_dir, self.finish)
         earlier = self.report.float_checkpoint if self.report is not None else ""
@@ -163,14 +166,11 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             )
         refuse_offload(self.quantizer, args.device)
         refuse_adapters(model, self.swap, self.export_dir)
+        refuse_after_swap(state, self, _stays_quantized(model, self.swap))
         self.validation.check_model(model)
         self.agree_on_export_dir([("output_dir", args.output_dir), ("logging_dir", getattr(args, "logging_dir", None))])
-        if self.data.calibration == "val" and args.eval_strategy == "no" and not args.eval_on_start:
-            raise CalibrationError(
-                "calibration='val' takes its samples from what the trainer evaluates in training, and it does not: "
-                "give it an eval_strategy, or trainer.add_callback(GPTQTrainerCallback(..., "
-                "calibration=trainer.get_eval_dataloader()))"
-            )
+        if self.data.calibration == "val":
+            refuse_without_evaluation(args)
         with whole(model, args, self.export_dir) as trained:
             self.check_layers(_without_adapters(trained.module, base_copy))
             if self.data.calibration != "val":
@@ -191,7 +191,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
             with (
                 distributed.ending_together(),
                 whole(training["model"], args, self.export_dir) as trained,
-                weights_saved_on_failure(trained.module, args, state),
+                weights_saved_on_failure(trained.module, args, state, self.saved),
             ):
                 self._rehearse(args, training, trained)
 
@@ -199,16 +199,18 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
+        if self.ended_too_early(state):
+            return
         model, optimizer = training["model"], training["optimizer"]
         peak = memory.peak_bytes(args.device)
         model.zero_grad(set_to_none=True)
-        keep = sharding_of(model) is None and leaves_quantized(model, self.swap)
+        keep = _stays_quantized(model, self.swap)
         if keep:
             optimizer.state.clear()
         with (
             on_cpu([optimizer]),
             whole(model, args, self.export_dir) as trained,
-            weights_saved_on_failure(trained.module, args, state),
+            weights_saved_on_failure(trained.module, args, state, self.saved),
             random_state_restored(args.device),
             torch.compiler.set_stance("force_eager"),  # hooks and threads do not go through compiled code
             progress_like(args, state) as progress,
@@ -237,7 +239,7 @@ class GPTQTrainerCallback(CallbackBase, TrainerCallback):
                 ),
             )
             run_name = args.run_name if args.run_name != args.output_dir else None  # some versions make them equal
-            origin = Origin(float_checkpoint(args, state), run_name, note_untied(trained.module, module))
+            origin = Origin(float_checkpoint(args, state, self.saved), run_name, note_untied(trained.module, module))
             report = self.quantize_and_export(attempts, origin)
         self._evaluations = None
         drop_replaced_parameters(optimizer, model)
@@ -331,6 +333,11 @@ def _check_task_loss(
     for batch in collect(data, config, tokenizer, config.collected_batch_size, alone=True, takes=takes).batches[:1]:
         with torch.enable_grad():
             check_loss(loss(model, batch.data), finish.task_weight)
+
+
+def _stays_quantized(model: nn.Module, swap: bool | None) -> bool:
+    """Whether a model is quantized after its training."""
+    return sharding_of(model) is None and leaves_quantized(model, swap)
 
 
 def _without_adapters(model: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:

@@ -22,12 +22,13 @@ def check_weights(trainer: pl.Trainer, weights: str) -> None:
     """Refuses weights that `weights_of` could not find after training.
 
     Raises:
-        CheckpointError: `weights` is "best", and no ModelCheckpoint monitors a metric.
+        CheckpointError: `weights` is "best", and no ModelCheckpoint monitors a metric and keeps what it finds best.
     """
     if weights == "best" and _monitoring(trainer) is None:
         raise CheckpointError(
             "weights='best' quantizes the checkpoint that ModelCheckpoint found best, and none of this trainer's "
-            "monitors a metric: add ModelCheckpoint(monitor='val_loss'), or use weights='last'"
+            "monitors a metric and keeps a checkpoint (save_top_k=0 keeps none): add "
+            "ModelCheckpoint(monitor='val_loss'), or use weights='last'"
         )
 
 
@@ -117,8 +118,8 @@ def _path(trainer: pl.Trainer, weights: str) -> Path:
 
 
 def _monitoring(trainer: pl.Trainer) -> Any:
-    """The first ModelCheckpoint that monitors a metric, or None."""
-    return next((c for c in _model_checkpoints(trainer) if c.monitor is not None), None)
+    """The first ModelCheckpoint that monitors a metric and keeps what it finds best, or None."""
+    return next((c for c in _model_checkpoints(trainer) if c.monitor is not None and c.save_top_k != 0), None)
 
 
 def _model_checkpoints(trainer: pl.Trainer) -> list[Any]:
