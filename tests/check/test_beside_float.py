@@ -157,6 +157,20 @@ def test_a_layer_is_not_taken_for_one_whose_name_ends_in_its_own(prefix: str, tm
     assert not lint(out, floats).errors
 
 
+def test_a_tied_weight_may_have_another_of_its_names_in_the_float_model(tmp_path: Path) -> None:
+    """`safetensors.torch.save_model` keeps the first of them in alphabetical order."""
+    model, quantizer = nn.Sequential(nn.Embedding(48, 32), nn.Linear(32, 32)), QuantizeModule(group_size=16)
+    model.again, model.scale = model[1], nn.Parameter(torch.ones(7))
+    model.last = nn.Linear(32, 48, bias=False)
+    model.last.weight = model[0].weight
+    kept = {"last.weight": model[0].weight.detach().clone(), "again.weight": model[1].weight.detach().clone()}
+    kept |= {"again.bias": model[1].bias.detach().clone(), "scale": model.scale.detach()}
+    save_file(kept, tmp_path / "model.safetensors")
+    quantizer.round_to_nearest(model)
+    found = lint(quantizer.export(model, tmp_path / "out"), tmp_path)
+    assert not found.errors and all("so not compared" in finding.message for finding in found.findings)
+
+
 def test_scales_of_an_unknown_recipe_are_held_to_the_size_of_the_weights(
     damaged: Callable[..., Path], float_dir: Path
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,14 +36,14 @@ class BesideFloat:
         self._config = own_config(checkpoint.quantize_config)
         self._is_finished = _is_finished(checkpoint.quantize_config)
         self._compared: set[str] = set()
-        self._unknown: list[str] = []
+        self._unknown: dict[str, tuple[int, ...]] = {}  # shapes
         self._floats.expect([*checkpoint.float_names, *(f"{name}.weight" for name in checkpoint.layers)])
 
     def layer(self, entry: LayerEntry, layer: QuantLinear) -> Iterator[Finding]:
         """Compares a layer with its float weight."""
         weight = self._floats.weight(entry.name, (entry.out_features, entry.in_features))
         if weight is None:
-            self._unknown.append(entry.name)
+            self._unknown[entry.name] = (entry.out_features, entry.in_features)
             return
         self._compared.add(entry.name)
         if max(_step(weight, entry.bits), float(layer.scales.max())) < _LEAST_STEP:
@@ -71,7 +71,8 @@ class BesideFloat:
         if lost:
             yield error(f"{some(lost)}: the float model has a bias there, and the checkpoint has none: it was lost")
         biases = {f"{name}.bias": name for name, layer in self._checkpoint.layers.items() if layer.has_bias}
-        same, unknown = 0, []
+        same = 0
+        unknown: dict[str, tuple[int, ...]] = {}
         cast: Counter[str] = Counter()
         off: dict[str, float] = {}
         trained: dict[str, float] = {}
@@ -80,7 +81,7 @@ class BesideFloat:
             theirs = self._floats.bias(biases[name]) if name in biases else self._floats.tensor(name)
             if theirs is None or theirs.shape != ours.shape:
                 if name not in biases or ours.any():  # AutoGPTQ writes a bias of zeros where there is none
-                    unknown.append(name)
+                    unknown[name] = tuple(ours.shape)
                 continue
             if not torch.equal(theirs.to(ours.dtype), ours):
                 moved = trained if self._is_finished and self._is_of_norm(name) else off
@@ -103,22 +104,24 @@ class BesideFloat:
             )
         if unknown:
             yield warning(f"{some(unknown)}: the float model has no tensor of that name and shape, so not compared")
-        missing = self._lost([*(f"{name}.weight" for name in self._unknown), *unknown])
+        missing = self._lost({**{f"{name}.weight": shape for name, shape in self._unknown.items()}, **unknown})
         if missing:
             yield error(f"{some(missing)}: in the float model, and not in the checkpoint: lost, or of another model")
 
-    def _lost(self, unknown: Sequence[str]) -> list[str]:
+    def _lost(self, unknown: Mapping[str, tuple[int, ...]]) -> list[str]:
         """The float model's tensors that the checkpoint of a plain module lacks. `fit` tells those of a transformers
         model.
 
         Args:
-            unknown: Names that the float model has not. Nothing beside them is taken for lost: experts, say, may be
-                apart here and together there.
+            unknown: Names that the float model has not, with their shapes. Nothing beside them is taken for lost, since
+                experts, say, may be apart here and together there; nor what has their shape: of the names of a tied
+                weight there may be another.
         """
         if self._checkpoint.model_config.get("architectures"):
             return []
         left = ((name, "".join(wanted.rpartition(".")[:2])) for name, wanted in self._floats.unread().items())
-        return [name for name, beside in left if not any(one.startswith(beside) for one in unknown)]
+        lost = [name for name, beside in left if not any(one.startswith(beside) for one in unknown)]
+        return [name for name in lost if self._floats.shape(name) not in unknown.values()]
 
     def _has_bias(self, layer: str) -> bool:
         """True if the float model has one that is not all zeros."""

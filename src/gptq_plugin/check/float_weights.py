@@ -74,6 +74,10 @@ class FloatWeights:
         self._read[f"{layer}.bias"] = name
         return self._shards.read(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor of exactly that name."""
+        return tuple(self._shards.entries[name].shape)
+
     def unread(self) -> dict[str, str]:
         """The tensors that were not asked for, below the prefix of those that were, and whose values are not those of
         one that was, as a tied weight's are; by their names, those that would be asked for."""
