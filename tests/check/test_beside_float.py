@@ -77,11 +77,12 @@ def test_what_is_not_quantized_must_be_the_float_model_s(
 def test_what_is_not_quantized_may_be_cast_and_a_name_may_lack_the_base_model_s(
     damaged: Callable[..., Path], float_dir: Path, tmp_path: Path
 ) -> None:
-    """The float model is float32, with digits that bfloat16 has no room for, and saved without its head."""
+    """The float model is float32, with digits that bfloat16 has no room for, and saved without its head, and with one
+    that the transformers model has not."""
     whole = {key: t for file in float_dir.glob("*.safetensors") for key, t in load_file(file).items()}
     norm = torch.rand(128) + 1 / 3
     floats = {key.removeprefix("model."): t.float() for key, t in whole.items() if key != "lm_head.weight"}
-    save_file({**floats, "norm.weight": norm}, tmp_path / "model.safetensors")
+    save_file({**floats, "norm.weight": norm, "value_head.weight": torch.ones(1, 128)}, tmp_path / "model.safetensors")
     out = damaged("4 bits symmetric", lambda tensors, bits: tensors.update({"model.norm.weight": norm.bfloat16()}))
     found = lint(out, tmp_path)
     assert not found.errors

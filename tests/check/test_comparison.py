@@ -140,7 +140,8 @@ SOUND = Comparison(0.1, 1.2, 0.99, 0.01, 0.0, 0.99, float("nan"), float("nan"), 
         ({"misplaced": 0.6}, 3, "g_idx is wrong"),
         ({"misplaced": 0.6}, 2, None),
         ({"over_nearest": 6.0}, 4, "more than 5 times"),
-        ({"off_grid": 0.02, "rounded": 0.02}, 4, "scales are not those"),
+        ({"off_grid": 0.02, "rounded": 0.02, "stray": 3}, 4, "scales are not those"),
+        ({"off_grid": 0.009, "rounded": 0.009, "stray": 3}, 4, "some scales (3) are far"),
     ],
 )
 def test_each_limit_has_its_sentence(changed: dict[str, float], bits: int, words: str | None) -> None:

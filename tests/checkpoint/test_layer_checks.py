@@ -112,11 +112,19 @@ def test_act_order_without_its_group_indices_is_refused(tmp_path: Path) -> None:
         load_quantized(folder)
 
 
+def reversed_groups(state: dict[str, torch.Tensor]) -> None:
+    inputs = int(state[f"{DOWN}.weight_shape"][1])
+    state[f"{DOWN}.weight_g_idx"] = (torch.arange(inputs, dtype=torch.int32) // 32).flip(0)
+
+
 def test_groups_in_act_order_that_the_description_does_not_state_are_refused(tmp_path: Path) -> None:
     """GPTQModel's kernels for GPUs (Marlin, Machete) and vLLM go by desc_act, its other kernels by g_idx."""
     folder = edited("gptqmodel-w4g32-desc-act", tmp_path / "x", config=lambda c: set_quantization(c, desc_act=False))
     words = r"g_idx puts channels into other groups than i // group_size, as only desc_act=true .*state desc_act=true"
     with pytest.raises(CheckpointError, match=words):
+        load_quantized(folder)
+    folder = edited("llmcompressor-w4g32", tmp_path / "y", reversed_groups)
+    with pytest.raises(CheckpointError, match="as only actorder=group allows: .* state actorder=group"):
         load_quantized(folder)
 
 
