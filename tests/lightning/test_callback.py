@@ -106,14 +106,17 @@ def test_training_itself_is_not_changed_by_the_callback(tmp_path):
 def test_weights_averaged_at_the_end_of_training_are_what_is_quantized(tmp_path):
     swa = lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)  # noqa: E731
     module, twin = Holds(), Holds()
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     fit(twin, token_loader(), [swa()], tmp_path, max_epochs=3)
     fit(
         module,
         token_loader(),
-        [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False), swa()],
+        [callback := GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False), swa(), checkpoint],
         tmp_path,
         max_epochs=3,
+        enable_checkpointing=True,
     )
+    assert Path(checkpoint.last_model_path).exists() and callback.report.float_checkpoint == ""  # saved before
     averaged = twin.model.model.layers[0].mlp.up_proj.weight
     assert torch.equal(module.model.model.layers[0].mlp.up_proj.weight, averaged)
     layer = load_quantized(tmp_path / "o").model.layers[0].mlp.up_proj

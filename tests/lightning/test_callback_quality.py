@@ -147,8 +147,10 @@ def test_an_exponential_average_of_the_weights_is_what_is_quantized(tmp_path):
 
     module, twin = Holds(), Holds()
     fit(twin, token_loader(), [average()], tmp_path, max_epochs=2)
-    callbacks = [GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False), average()]
-    fit(module, token_loader(), callbacks, tmp_path, max_epochs=2)
+    callback = GPTQCallback(QuantizeModule(**SMALL), tmp_path / "o", swap=False)
+    callbacks = [callback, average(), ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)]
+    fit(module, token_loader(), callbacks, tmp_path, max_epochs=2, enable_checkpointing=True)
+    assert callback.report.float_checkpoint  # holds the average
     assert torch.equal(weight_of(module), weight_of(twin))
     assert near(load_quantized(tmp_path / "o").get_submodule(UP), weight_of(twin))
 

@@ -138,13 +138,13 @@ def test_what_cannot_be_found_is_reported(tmp_path):
 def test_the_float_checkpoint_is_the_one_that_holds_what_was_quantized(options, expected, tmp_path):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", **options)
     trainer, module = trained(tmp_path, checkpoint)
-    found = float_checkpoint(trainer, "last")
+    found = float_checkpoint(trainer, "last", module.state_dict())
     assert found == (getattr(checkpoint, expected) if expected else "")
     if found:
         assert same(torch.load(found, weights_only=False)["state_dict"], state(module))
     if "monitor" in options:
-        assert float_checkpoint(trainer, "best") == checkpoint.best_model_path != ""
-    assert float_checkpoint(trainer, checkpoint.best_model_path) == checkpoint.best_model_path
+        assert float_checkpoint(trainer, "best", None) == checkpoint.best_model_path != ""
+    assert float_checkpoint(trainer, checkpoint.best_model_path, None) == checkpoint.best_model_path
 
 
 def test_compiled_modules_are_bare_for_the_block_and_compiled_again_even_after_an_error():

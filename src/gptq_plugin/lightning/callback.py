@@ -44,7 +44,7 @@ from gptq_plugin.lightning.surroundings import (
 )
 from gptq_plugin.lightning.trackers import log_report
 from gptq_plugin.lightning.validation import check_metrics, loaders_to_calibrate, validate, validation_loaders
-from gptq_plugin.lightning.which_weights import check_weights, float_checkpoint, uncompiled
+from gptq_plugin.lightning.which_weights import check_weights, uncompiled
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import base_copy, has_adapters, merged_in_place, note_untied
 from gptq_plugin.quantize.module import QuantizeModule
@@ -264,7 +264,7 @@ class GPTQCallback(CallbackBase, EndsLaunchedRanks, ChecksFirstLoss):
                     finish=self.finish_run(partial(self.calibration_data, trainer), step_loss),
                 )
                 run_id = getattr(trainer.logger, "version", None)
-                origin = Origin(float_checkpoint(trainer, self.weights), run_id, note_untied(chosen, module))
+                origin = Origin(state.checkpoint, run_id, note_untied(chosen, module))
                 report = self.quantize_and_export(attempts, origin)
             if swap:
                 state.keep_weights()

@@ -12,7 +12,7 @@ import pickle
 import tarfile
 import types
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _load(path: Path) -> Any:
+def has_other_weights(path: str | Path, state: Mapping[str, Any]) -> bool:
+    """Returns whether a tensor of a checkpoint differs from that of the same name in `state`. Its file is mapped.
+
+    False for one that cannot be read here.
+    """
+    try:
+        stored = _load(Path(path), mmap=True)["state_dict"]
+        pairs = [(stored[name], own) for name, own in state.items() if isinstance(stored.get(name), torch.Tensor)]
+        return not all(torch.equal(one, own.detach().cpu()) for one, own in pairs if isinstance(own, torch.Tensor))
+    except Exception:  # noqa: BLE001  folders, other file systems, and what `read_checkpoint` refuses
+        return False
+
+
+def _load(path: Path, *, mmap: bool = False) -> Any:
     size = path.stat().st_size
     made: dict[str, Any] = {"file_bytes": size}
     if zipfile.is_zipfile(path):
@@ -69,7 +82,7 @@ def _load(path: Path) -> Any:
     unpickler = type("Unpickler", (InertUnpickler,), made)
     inert.Unpickler = unpickler  # type: ignore[attr-defined]
     inert.load = lambda file, **options: unpickler(file, **options).load()  # type: ignore[attr-defined]
-    return torch.load(path, map_location="cpu", pickle_module=inert, weights_only=False)
+    return torch.load(path, map_location="cpu", pickle_module=inert, weights_only=False, mmap=mmap)
 
 
 def _check_tensors(path: Path, state: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from gptq_plugin.calibration.forward import evaluating
 from gptq_plugin.layers.swap import swapped
 from gptq_plugin.lightning.sharding import is_sharded, sharding_of
-from gptq_plugin.lightning.which_weights import uncompiled, weights_of
+from gptq_plugin.lightning.which_weights import float_checkpoint, uncompiled, weights_of
 from gptq_plugin.memory.streamed_to import streamed_to
 from gptq_plugin.model.adapters import has_adapters
 from gptq_plugin.training.consolidated import Consolidated
@@ -31,10 +31,12 @@ class Trained:
     Attributes:
         files: Holds the weights that a strategy had sharded; None if it had not.
         keep_weights: Called to leave the chosen weights in the module after the block.
+        checkpoint: Path of a checkpoint that holds them; empty if there is none.
     """
 
     files: Consolidated | None
     keep_weights: Callable[[], None]
+    checkpoint: str
 
 
 @contextlib.contextmanager
@@ -49,6 +51,7 @@ def trained(
         weights: As for `weights_of`.
         export_dir: Sharded weights are put together beside it.
     """
+    checkpoint = float_checkpoint(trainer, weights, None if is_sharded(trainer) else pl_module.state_dict())
     with (
         whole(trainer, pl_module, export_dir) as files,
         weights_of(trainer, pl_module, weights) as keep_weights,
@@ -56,7 +59,7 @@ def trained(
         _on_training_device(trainer, pl_module),
         evaluating_eagerly(pl_module),
     ):
-        yield Trained(files, keep_weights)
+        yield Trained(files, keep_weights, checkpoint)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from gptq_plugin import distributed
 from gptq_plugin.errors import CheckpointError, brief
-from gptq_plugin.lightning.checkpoint_file import read_checkpoint
+from gptq_plugin.lightning.checkpoint_file import has_other_weights, read_checkpoint
 from gptq_plugin.lightning.roots import in_any_root
 
 
@@ -70,15 +70,24 @@ def weights_of(trainer: pl.Trainer, pl_module: pl.LightningModule, weights: str)
                 tensor.data = data
 
 
-def float_checkpoint(trainer: pl.Trainer, weights: str) -> str:
-    """Path of the checkpoint that was quantized, or of one saved when training ended; empty if there is none.
+def float_checkpoint(trainer: pl.Trainer, weights: str, state: Mapping[str, Any] | None) -> str:
+    """Path of the checkpoint that was quantized, or of one that holds the last weights; empty if there is none.
 
-    A `last.ckpt` may be older: a ModelCheckpoint that monitors a metric writes it only when it saves another.
+    A `last.ckpt` may be older: a ModelCheckpoint that monitors a metric writes it only when it saves another. And
+    weights may change after the last one is saved, as those that StochasticWeightAveraging averages do.
+
+    Args:
+        trainer: After training. Every rank calls it.
+        weights: As for `weights_of`.
+        state: The module's last state; None compares none with the checkpoint's.
     """
     if weights != "last":
         return str(_path(trainer, weights))
     saved = [c for c in _model_checkpoints(trainer) if c._last_global_step_saved == trainer.global_step]
-    return next((c._last_checkpoint_saved for c in saved), "")
+    paths = [c._last_checkpoint_saved for c in saved]
+    if state is not None:
+        paths = distributed.object_from_first([path for path in paths if not has_other_weights(path, state)])
+    return next(iter(paths), "")
 
 
 def _load(trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
