@@ -63,7 +63,10 @@ def test_the_float_checkpoint_is_the_best_one_or_that_of_the_last_step(run, tmp_
     args, state = run(best="run/checkpoint-1")  # which was not loaded
     assert float_checkpoint(args, state, saved=3) == str(last)
     options = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
-    assert float_checkpoint(*run(best="run/checkpoint-1", **options), saved=3) == "run/checkpoint-1"
+    gone, best = (str(tmp_path / "run" / name) for name in ("checkpoint-1", "checkpoint-2"))
+    assert float_checkpoint(*run(best=best, **options), saved=3) == best
+    assert float_checkpoint(*run(best=gone, **options), saved=3) == str(last)
+    assert float_checkpoint(*run(best=gone, **options), saved=2) == ""
     assert float_checkpoint(*run(**options), saved=3) == str(last)
 
 

@@ -74,8 +74,9 @@ def float_checkpoint(args: TrainingArguments, state: TrainerState, saved: int) -
         args, state: Of the training.
         saved: Step of its last checkpoint (`FollowsCheckpoints`).
     """
-    if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-        return state.best_model_checkpoint
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    if best is not None and Path(best).exists():  # else the trainer went on with the last weights
+        return best
     last = checkpoint_of(args, state)
     return str(last) if saved == state.global_step and last.exists() else ""
 
