@@ -33,13 +33,17 @@ def test_a_run_that_sigterm_ended_is_quantized_only_once_it_is_resumed(where, tm
     assert callback.report.float_checkpoint.endswith("checkpoint-4")
 
 
-def test_a_run_that_others_stop_early_is_quantized(tmp_path):
+@pytest.mark.parametrize("save", ["steps", "no"])
+def test_a_run_that_others_stop_early_is_quantized(save, tmp_path):
+    """Also where an earlier run left a checkpoint of that step, and this one writes none."""
     pytest.importorskip("transformers.trainer_jit_checkpoint")
+    train(llama(), [], tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
 
     class Stops(TrainerCallback):
         def on_step_end(self, args, state, control, **training):
             control.should_training_stop = True
 
     callback = GPTQTrainerCallback(QuantizeModule(**SMALL))
-    train(llama(), [Stops(), callback], tmp_path, enable_jit_checkpoint=True, save_strategy="steps", save_steps=1)
-    assert len(callback.report.quantized) == 7 and callback.report.float_checkpoint.endswith("checkpoint-1")
+    train(llama(), [Stops(), callback], tmp_path, enable_jit_checkpoint=True, save_strategy=save, save_steps=1)
+    assert len(callback.report.quantized) == 7
+    assert callback.report.float_checkpoint[-12:] == ("checkpoint-1" if save == "steps" else "")

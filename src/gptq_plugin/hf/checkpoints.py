@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gptq_plugin import distributed
 
 log = logging.getLogger(__name__)
+
+_STATE = "trainer_state.json"  # of each checkpoint
 
 
 class FollowsCheckpoints(TrainerCallback):
@@ -26,10 +29,12 @@ class FollowsCheckpoints(TrainerCallback):
 
     saved = 0
     is_preempted = False
+    _earlier: Mapping[Path, int] = {}  # of checkpoints that were there when this training began: when they were written
 
-    def follow(self, state: TrainerState) -> None:
+    def follow(self, args: TrainingArguments, state: TrainerState) -> None:
         """To be called when a training begins."""
         self.saved, self.is_preempted = state.global_step, False
+        self._earlier = {file: file.stat().st_mtime_ns for file in checkpoint_of(args, state).parent.glob(f"checkpoint-*/{_STATE}")}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any) -> None:
         self.saved = state.global_step
@@ -46,9 +51,13 @@ class FollowsCheckpoints(TrainerCallback):
     ) -> None:
         """Others may stop a training here: of a preempted one there is a checkpoint that no `on_save` told of."""
         if _may_be_preempted(args) and control.should_training_stop and state.global_step < state.max_steps:
-            self.is_preempted |= self.saved != state.global_step and checkpoint_of(args, state).exists()
+            self.is_preempted |= self.saved != state.global_step and self._wrote_checkpoint(args, state)
 
     on_epoch_end = on_step_end
+
+    def _wrote_checkpoint(self, args: TrainingArguments, state: TrainerState) -> bool:
+        file = checkpoint_of(args, state) / _STATE
+        return file.exists() and file.stat().st_mtime_ns != self._earlier.get(file)
 
     def ended_too_early(self, state: TrainerState) -> bool:
         """Returns whether training is to be resumed before it is quantized, and logs that. Every rank calls it."""

@@ -154,7 +154,7 @@ class GPTQTrainerCallback(CallbackBase, FollowsCheckpoints):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any
     ) -> None:
         """Refuses what cannot work and runs one calibration batch of every source (of ``"val"``, in `on_evaluate`)."""
-        self.follow(state)
+        self.follow(args, state)
         model = training["model"]
         refuse_for_shards(model, self.swap, self.export_dir, self.finish)
         earlier = self.report.float_checkpoint if self.report is not None else ""
