@@ -34,7 +34,9 @@ class FollowsCheckpoints(TrainerCallback):
     def follow(self, args: TrainingArguments, state: TrainerState) -> None:
         """To be called when a training begins."""
         self.saved, self.is_preempted = state.global_step, False
-        self._earlier = {file: file.stat().st_mtime_ns for file in checkpoint_of(args, state).parent.glob(f"checkpoint-*/{_STATE}")}
+        self._earlier = {
+            file: file.stat().st_mtime_ns for file in checkpoint_of(args, state).parent.glob(f"checkpoint-*/{_STATE}")
+        }
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **training: Any) -> None:
         self.saved = state.global_step
