@@ -86,7 +86,9 @@ def float_checkpoint(trainer: pl.Trainer, weights: str, state: Mapping[str, Any]
     saved = [c for c in _model_checkpoints(trainer) if c._last_global_step_saved == trainer.global_step]
     paths = [c._last_checkpoint_saved for c in saved]
     if state is not None:
-        paths = distributed.object_from_first([path for path in paths if not has_other_weights(path, state)])
+        if distributed.rank() == 0:  # a file is read once
+            paths = [path for path in paths if not has_other_weights(path, state)]
+        paths = distributed.object_from_first(paths)
     return next(iter(paths), "")
 
 
