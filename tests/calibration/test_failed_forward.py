@@ -84,16 +84,25 @@ def test_a_forward_of_the_users_own_is_named():
 NO_ROOM = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError("no room"), OSError("no disk"), torch.OutOfMemoryError("no room"), NO_ROOM]
-)
-def test_errors_that_no_batch_causes_are_left_as_they_are(error):
+def failed(error):
     def fails(*_):
         raise error
 
-    with pytest.raises(type(error)) as told:
+    with pytest.raises((type(error), torch.OutOfMemoryError)) as told:
         QuantizeModule(group_size=16).quantize(plain(), GOOD, forward=fails)
-    assert told.value is error
+    return told.value
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError("no disk")])
+def test_errors_that_no_batch_causes_are_left_as_they_are(error):
+    assert failed(error) is error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), NO_ROOM])
+def test_a_forward_without_room_is_not_blamed_on_the_batch(error):
+    told = failed(error)
+    assert type(told) is torch.OutOfMemoryError and told.__cause__ is error and str(error) in str(told)
+    assert str(told).startswith("a forward of calibration samples (16) lacked memory on cpu; the model is as it was")
 
 
 def test_an_error_of_this_packages_hooks_is_not_blamed_on_the_batch(monkeypatch):
